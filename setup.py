@@ -1,0 +1,23 @@
+"""Builds the native CPU kernels as an optional extension; everything else is in pyproject.toml.
+
+The extension is a shared library of plain C functions, loaded through ctypes (src/qgraft/kernels/native.py): it needs
+neither Python's nor torch's headers at run time. Without a compiler the build goes on, the torch reference kernels
+serve, and `qgraft doctor` says so.
+"""
+
+import sys
+
+from setuptools import Extension, setup
+
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+native = Extension(
+    "qgraft.kernels._native",
+    sources=["src/qgraft/kernels/native.c"],
+    # -ffp-contract=off: dequantized values must equal the reference bit for bit, fused multiply-add or not
+    extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", *OPENMP],
+    extra_link_args=OPENMP,
+    optional=True,
+)
+
+setup(ext_modules=[native])

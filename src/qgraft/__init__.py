@@ -1,0 +1,97 @@
+"""qgraft: fine-tune the quantized model file you already have.
+
+    model, tokenizer = qgraft.load("model.gguf")          # weights stay packed
+    qgraft.attach_lora(model, r=8)
+    qgraft.train(model, tokenizer, rows, qgraft.TrainArguments(output_dir="out"))
+    qgraft.save_adapter(model, "out")
+
+The public names are listed below and loaded on first use, so that `import qgraft` stays cheap: it brings in neither torch
+nor transformers.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qgraft.errors import (
+    AdapterError,
+    CheckpointError,
+    DataError,
+    OptionError,
+    QgraftError,
+    StorageError,
+    TrainingError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from qgraft.adapters.attach import (
+        active_adapters,
+        adapter_names,
+        adapters_off,
+        attach_lora,
+        detach_lora,
+        lora_state_dict,
+        use_adapter,
+    )
+    from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
+    from qgraft.checkpoints.load import load
+    from qgraft.checkpoints.pull import pull
+    from qgraft.training.arguments import TrainArguments
+    from qgraft.training.evaluate import evaluate
+    from qgraft.training.run import train
+
+__version__ = "0.1.0"
+
+_HOMES = {  # public name -> the module it lives in
+    "TrainArguments": "training.arguments",
+    "active_adapters": "adapters.attach",
+    "adapter_names": "adapters.attach",
+    "adapters_off": "adapters.attach",
+    "attach_lora": "adapters.attach",
+    "detach_lora": "adapters.attach",
+    "evaluate": "training.evaluate",
+    "load": "checkpoints.load",
+    "load_adapter": "checkpoints.adapter_files",
+    "lora_state_dict": "adapters.attach",
+    "pull": "checkpoints.pull",
+    "save_adapter": "checkpoints.adapter_files",
+    "train": "training.run",
+    "use_adapter": "adapters.attach",
+}
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "DataError",
+    "OptionError",
+    "QgraftError",
+    "StorageError",
+    "TrainArguments",
+    "TrainingError",
+    "UnsupportedError",
+    "active_adapters",
+    "adapter_names",
+    "adapters_off",
+    "attach_lora",
+    "detach_lora",
+    "evaluate",
+    "load",
+    "load_adapter",
+    "lora_state_dict",
+    "pull",
+    "save_adapter",
+    "train",
+    "use_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'qgraft' has no attribute {name!r}")
+    value = getattr(import_module(f"qgraft.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

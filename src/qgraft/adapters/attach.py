@@ -1,0 +1,261 @@
+"""Put LoRAs on a model, choose which are active, take them off. The base's weights are never touched.
+
+Each target linear layer is replaced by a LoraLinear that wraps it; detaching puts the wrapped layer back. Which modules
+are targets is asked of the modules themselves (`isinstance`, their names), never of an architecture's name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.errors import AdapterError, OptionError, near_match
+from qgraft.linear import QuantizedLinear
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def attach_lora(
+    model: nn.Module,
+    r: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    target_modules: str | Sequence[str] = "all-linear",
+    use_rslora: bool = False,
+    name: str = "default",
+) -> LoraConfig:
+    """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
+
+    Args:
+        model: any module tree with QuantizedLinear or nn.Linear layers; changed in place.
+        r, lora_alpha, lora_dropout, use_rslora: see LoraConfig.
+        target_modules: "all-linear" (every linear layer but the output layer), names of layers ("q_proj" or
+            "layers.0.self_attn.q_proj"), a comma-separated list of them, or a regular expression that matches whole
+            module paths, as in PEFT.
+        name: how the adapter is called in use_adapter(); letters, digits, "_" and "-".
+
+    Returns the options as a LoraConfig. Raises OptionError for a target that names no linear layer, AdapterError for a
+    name that is taken.
+    """
+    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets)
+    attach_layers(model, name, dict.fromkeys(find_targets(model, targets), config))
+    return config
+
+
+def attach_layers(model: nn.Module, name: str, layers: Mapping[str, LoraConfig]) -> None:
+    """Attach a LoRA `name` to the linear layers at these module paths, each with its own options, and make it active.
+
+    Raises OptionError for an impossible name, AdapterError for one that is taken.
+    """
+    if not _NAME.fullmatch(name):
+        raise OptionError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
+    if name in adapter_names(model):
+        raise AdapterError(f"an adapter named {name!r} is already attached", hint="choose another name for this one")
+    model.requires_grad_(False)
+    for path, config in layers.items():
+        _wrapped(model, path).add(name, config)
+    use_adapter(model, name)
+
+
+def detach_lora(model: nn.Module, name: str | None = None) -> None:
+    """Take the LoRA `name` (default: every LoRA) off the model; a layer left without adapters is the base's own again.
+
+    Raises AdapterError for an unknown name. Does nothing on a model without adapters.
+    """
+    if name is not None:
+        _check_attached(model, [name])
+    for path, layer in list(lora_layers(model)):
+        if name is None:
+            layer.loras.clear()
+        elif name in layer.loras:
+            del layer.loras[name]
+        layer.active = {key: weight for key, weight in layer.active.items() if key in layer.loras}
+        if not layer.loras:
+            _set_module(model, path, layer.base)
+
+
+def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
+    """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None).
+
+    The active adapters are the ones that train: their weights require gradients, all others do not.
+    Raises AdapterError when a name is not attached.
+    """
+    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+    _check_attached(model, weights)
+    for _, layer in lora_layers(model):
+        layer.active = dict(weights)
+        for name, lora in layer.loras.items():
+            lora.requires_grad_(name in weights)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base; afterwards what was active is active again."""
+    layers = [layer for _, layer in lora_layers(model)]
+    before = [layer.active for layer in layers]
+    for layer in layers:
+        layer.active = {}
+    try:
+        yield
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The attached adapters, in the order they were attached."""
+    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.loras))
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The active adapters with their weights."""
+    return next((dict(layer.active) for _, layer in lora_layers(model) if layer.active), {})
+
+
+def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The weights of one LoRA under PEFT's names, sharing memory with the model.
+
+    Args:
+        name: the adapter; may be left out when only one is attached.
+
+    Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32.
+    Raises AdapterError when there is no adapter, or several and no name.
+    """
+    name = only_adapter(model, name)
+    state: dict[str, Tensor] = {}
+    for path, lora in lora_modules(model, name):
+        state[f"base_model.model.{path}.lora_A.weight"] = lora.lora_A.detach()
+        state[f"base_model.model.{path}.lora_B.weight"] = lora.lora_B.detach()
+    return state
+
+
+def only_adapter(model: nn.Module, name: str | None) -> str:
+    """`name` when it is attached; without a name the only attached adapter. Raises AdapterError otherwise."""
+    attached = adapter_names(model)
+    if name is None and len(attached) == 1:
+        return attached[0]
+    if name is None:
+        listed = ", ".join(attached) or "none"
+        raise AdapterError(f"which adapter? attached: {listed}", hint="give name= (attach one first if there is none)")
+    _check_attached(model, [name])
+    return name
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(module path, layer) of every wrapped layer, in the order of the model."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoraLinear):
+            yield path, module
+
+
+def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
+    """(module path, Lora) of every layer that the adapter `name` is on."""
+    for path, layer in lora_layers(model):
+        if name in layer.loras:
+            lora = layer.loras[name]
+            assert isinstance(lora, Lora)
+            yield path, lora
+
+
+def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
+    """The paths of the linear layers that `target_modules` names; see attach_lora. Raises OptionError for none."""
+    linears = _linear_paths(model)
+    if target_modules in ("all-linear", "all"):
+        output = _output_layer_path(model)
+        return [path for path in linears if path != output]
+    if isinstance(target_modules, str) and not re.fullmatch(r"[\w.,\s-]+", target_modules):
+        return _match_regex(linears, target_modules)
+    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
+    wanted = [name.strip() for name in names if name.strip()]
+    missing = [name for name in wanted if not any(_is_named(path, name) for path in linears)]
+    if missing or not wanted:
+        _raise_unknown_targets(missing, linears)
+    return [path for path in linears if any(_is_named(path, name) for name in wanted)]
+
+
+def _match_regex(linears: list[str], pattern: str) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise OptionError(f"target_modules={pattern!r} is not a regular expression: {error}") from error
+    matched = [path for path in linears if compiled.fullmatch(path)]
+    if not matched:
+        _raise_unknown_targets([pattern], linears)
+    return matched
+
+
+def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in linears})
+    close = [hint for name in missing if (hint := near_match(name, leaves))]
+    raise OptionError(
+        f"target_modules: no linear layer is named {', '.join(missing) or '(nothing)'}; "
+        f"the model has: {', '.join(leaves) or 'none'}",
+        hint=" ".join(close) or 'use one of these names, or "all-linear"',
+    )
+
+
+def _linear_paths(model: nn.Module) -> list[str]:
+    """Paths of all linear layers, wrapped ones under the path of their wrapper."""
+    paths = []
+    for path, module in model.named_modules():
+        inside_wrapper = path.endswith(".base") or path == "base"
+        if isinstance(module, LoraLinear) or (
+            isinstance(module, QuantizedLinear | nn.Linear) and not (inside_wrapper and _parent_is_lora(model, path))
+        ):
+            paths.append(path)
+    return paths
+
+
+def _parent_is_lora(model: nn.Module, path: str) -> bool:
+    return isinstance(model.get_submodule(path.rpartition(".")[0]), LoraLinear)
+
+
+def _output_layer_path(model: nn.Module) -> str | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    output = getter() if getter else None
+    return next((path for path, module in model.named_modules() if module is output and output is not None), None)
+
+
+def _is_named(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
+
+
+def _wrapped(model: nn.Module, path: str) -> LoraLinear:
+    """The LoraLinear at `path`, put there around the linear layer if it is not yet."""
+    module = model.get_submodule(path)
+    if isinstance(module, LoraLinear):
+        return module
+    assert isinstance(module, QuantizedLinear | nn.Linear)
+    layer = LoraLinear(module)
+    layer.train(module.training)
+    _set_module(model, path, layer)
+    return layer
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _check_attached(model: nn.Module, names: Mapping[str, float] | Sequence[str]) -> None:
+    attached = adapter_names(model)
+    missing = [name for name in names if name not in attached]
+    if missing:
+        raise AdapterError(
+            f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(attached) or 'none'}",
+            hint=near_match(missing[0], attached),
+        )
+
+
+def count_parameters(model: nn.Module, name: str) -> int:
+    """Trainable numbers of the adapter `name`."""
+    return sum(p.numel() for _, lora in lora_modules(model, name) for p in lora.parameters())
+
+
+def is_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    return [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]

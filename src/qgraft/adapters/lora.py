@@ -1,0 +1,187 @@
+"""LoRA: a frozen linear layer plus a trained low-rank delta.
+
+                     x [.., in]
+                    /          \\
+        W x^T (frozen, packed)   A [r, in]   kaiming-uniform
+                   |             |
+                   |             B [out, r]  zeros, so training starts from the unchanged model
+                    \\          /
+          y = x W^T + s · (x A^T) B^T          s = lora_alpha / r,  or lora_alpha / sqrt(r) when rank-stabilized
+
+Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 for rank stabilization (arXiv:2312.03732). Names, initial
+values and scaling are those of PEFT, so that its files and ours are the same.
+
+The whole layer is one autograd function. It saves x, A and B and nothing else: x A^T is computed again in the backward
+pass (2·r·in operations a token, a few thousandths of the layer), the dropout mask is drawn again from its seed, the
+base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written with ordinary
+modules, the same layer keeps x A^T, the masked x and an output-sized temporary.
+
+Adapter weights are float32 whatever the base computes in: Adam in half precision loses small updates.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgraft.errors import AdapterError, OptionError
+from qgraft.formats import PackedTensor
+from qgraft.linear import LinearLike, QuantizedLinear, grad_input, to_autocast
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """The options of one LoRA, with PEFT's names.
+
+    Attributes:
+        r: rank of the delta.
+        lora_alpha: the delta is scaled by lora_alpha / r.
+        lora_dropout: share of the inputs of A that is zeroed in training.
+        use_rslora: scale by lora_alpha / sqrt(r) instead.
+        target_modules: "all-linear", a regular expression, or names of linear layers.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise OptionError(f"r={self.r}: the rank of a LoRA must be at least 1")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise OptionError(f"lora_dropout={self.lora_dropout}: expected a number from 0 up to, not including, 1")
+
+    @property
+    def scaling(self) -> float:
+        """What the product B·A is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Lora(nn.Module):
+    """One adapter's part in one layer: A [r, in], B [out, r] in float32, and their scaling."""
+
+    def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device) -> None:
+        super().__init__()
+        self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=torch.float32, device=device))
+        self.config = config
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def delta(self) -> Tensor:
+        """What the adapter adds to the weight: scaling · B·A, [out, in]."""
+        return (self.lora_B @ self.lora_A) * self.config.scaling
+
+
+class LoraLinear(nn.Module):
+    """A linear layer with any number of named adapters on it, some of them active.
+
+    Itself a LinearLike: the questions about the weight go to the wrapped layer. With no active adapter the output is
+    the base's, bit for bit.
+    """
+
+    def __init__(self, base: QuantizedLinear | nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.loras = nn.ModuleDict()
+        self.active: dict[str, float] = {}  # name -> weight
+        for parameter in base.parameters():
+            parameter.requires_grad_(False)
+
+    def add(self, name: str, config: LoraConfig) -> None:
+        """Put a new adapter `name` on the layer, inactive."""
+        self.loras[name] = Lora(self.in_features, self.out_features, config, self._device())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        active = [(self.loras[name], weight) for name, weight in self.active.items() if name in self.loras]
+        if not active:
+            return self.base(x)
+        A, B, scaling, dropout = _combined(active)
+        if not self.training:
+            dropout = 0.0
+        # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
+        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        return LoraFunction.apply(to_autocast(x), A, B, self.base, scaling, dropout, seed)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The base's weight [out, in], without any adapter."""
+        return self.base.weight.to(dtype) if isinstance(self.base, nn.Linear) else self.base.dequantize(dtype)
+
+    def replace(self, packed: PackedTensor) -> None:
+        """Put other packed bytes in place of the base's weight."""
+        if not isinstance(self.base, LinearLike):
+            raise AdapterError(f"{type(self.base).__name__} holds no packed weight to replace")
+        self.base.replace(packed)
+
+    def _device(self) -> torch.device:
+        tensor = self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed.data
+        return tensor.device
+
+
+def _combined(active: list[tuple[nn.Module, float]]) -> tuple[Tensor, Tensor, float, float]:
+    """(A, B, scaling, dropout) of the active adapters as one: stacked A, and B with each adapter's factor in it.
+
+    sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] · [A_1; A_2; ...]
+    """
+    if len(active) == 1:
+        (lora, weight) = active[0]
+        return lora.lora_A, lora.lora_B, lora.config.scaling * weight, lora.config.lora_dropout
+    A = torch.cat([lora.lora_A for lora, _ in active])
+    B = torch.cat([lora.lora_B * (lora.config.scaling * weight) for lora, weight in active], dim=1)
+    return A, B, 1.0, max(lora.config.lora_dropout for lora, _ in active)
+
+
+class LoraFunction(torch.autograd.Function):
+    """y = base(x) + scaling · (drop(x) A^T) B^T, saving only x, A and B. Gradients for x, A and B.
+
+    With h = drop(x) A^T and g = dL/dy:
+
+        dB = scaling · g^T h      gh = scaling · g B      dA = gh^T drop(x)      dx = g W + drop'(gh A)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, dropout: float, seed: int
+    ) -> Tensor:
+        """x [..., in], A [r, in], B [out, r] -> y [..., out] in the dtype of x."""
+        ctx.base, ctx.scaling, ctx.dropout, ctx.seed = base, scaling, dropout, seed
+        ctx.save_for_backward(x, A, B)
+        y = base(x)
+        x_NI = x.reshape(-1, x.shape[-1])
+        h_NR = _drop(x_NI, dropout, seed) @ A.to(x.dtype).T
+        y.view(-1, y.shape[-1]).addmm_(h_NR, B.to(x.dtype).T, alpha=scaling)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """g [..., out] -> gradients of x, A and B."""
+        x, A, B = ctx.saved_tensors
+        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
+        x_NI, g_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        dropped_NI = _drop(x_NI, ctx.dropout, ctx.seed)
+        gh_NR = (g_NO @ B.to(grad.dtype)) * ctx.scaling
+        grad_A = (gh_NR.T @ dropped_NI).to(A.dtype) if needs_A else None
+        grad_B = (g_NO.T @ (dropped_NI @ A.to(x.dtype).T)).to(B.dtype) * ctx.scaling if needs_B else None
+        grad_x = None
+        if needs_x:
+            grad_x = grad_input(ctx.base, g_NO)
+            if ctx.dropout:
+                grad_x += _drop(gh_NR @ A.to(grad.dtype), ctx.dropout, ctx.seed)
+            else:
+                grad_x.addmm_(gh_NR, A.to(grad.dtype))
+            grad_x = grad_x.view(x.shape)
+        return grad_x, grad_A, grad_B, None, None, None, None
+
+
+def _drop(x_NI: Tensor, dropout: float, seed: int) -> Tensor:
+    """Inverted dropout with the mask that `seed` stands for; x itself when dropout is 0."""
+    if not dropout:
+        return x_NI
+    generator = torch.Generator(x_NI.device).manual_seed(seed)
+    keep_NI = torch.empty_like(x_NI).bernoulli_(1.0 - dropout, generator=generator)
+    return x_NI * keep_NI.div_(1.0 - dropout)

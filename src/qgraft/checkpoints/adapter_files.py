@@ -1,0 +1,295 @@
+"""Adapter folders: PEFT's two files, sealed by a third.
+
+    adapter_config.json          PEFT's options                                           readable by PEFT and by us
+    adapter_model.safetensors    base_model.model.<path>.lora_A.weight / .lora_B.weight   readable by PEFT and by us
+    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of both files, what it was trained
+                                 on and with, versions, metrics
+
+PEFT loads an adapter for another base, with missing layers or NaN inside, without a word; such an adapter then does
+nothing or harm. Here loading compares everything with the model, lists all that differs at once, and refuses; `force=True`
+loads what fits and reports the rest. A folder without the seal (made by PEFT) loads as well; its base cannot be verified
+and the report says so.
+"""
+
+import datetime
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from qgraft import storage
+from qgraft.adapters.attach import (
+    attach_layers,
+    count_parameters,
+    find_targets,
+    is_finite,
+    lora_modules,
+    lora_state_dict,
+    only_adapter,
+)
+from qgraft.adapters.lora import LoraConfig
+from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.errors import AdapterError, UnsupportedError
+
+CONFIG, WEIGHTS, SEAL = "adapter_config.json", "adapter_model.safetensors", "qgraft.json"
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+# PEFT options that change the arithmetic and that a plain LoRA does not have
+_UNSUPPORTED = (
+    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
+    "use_qalora", "alora_invocation_tokens", "fan_in_fan_out", "use_bdlora", "arrow_config", "kasa_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What load_adapter did: `applied` of `total` layers, and what a reader should know."""
+
+    name: str
+    applied: int
+    total: int
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join([f"adapter {self.name}: applied to {self.applied}/{self.total} layers", *self.notes])
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, name: str | None = None, details: Mapping[str, Any] | None = None
+) -> None:
+    """Write the LoRA `name` (default: the only one) into `folder`, each file whole, the seal last.
+
+    Args:
+        details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
+
+    Raises AdapterError when there is no such adapter or its weights hold NaN, StorageError when it cannot be written.
+    """
+    folder = Path(folder)
+    name = only_adapter(model, name)
+    state = {key: tensor.contiguous().cpu() for key, tensor in lora_state_dict(model, name).items()}
+    if broken := is_finite(state):
+        raise AdapterError(
+            f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first"
+        )
+    storage.write_file(folder / WEIGHTS, safetensors.torch.save(state, metadata={"format": "pt"}))
+    storage.write_json(folder / CONFIG, _peft_config(model, name))
+    files = {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)}
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    seal = {
+        "kind": "lora",
+        "base": None if base is None else {**base.__dict__, "notes": list(base.notes)},
+        "parameters": count_parameters(model, name),
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        **(details or {}),
+        "files": files,
+    }
+    storage.write_json(folder / SEAL, seal)
+
+
+def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", force: bool = False) -> LoadedAdapter:
+    """Attach the adapter in `folder` to the model as `name`, and make it the active one.
+
+    Args:
+        force: load what fits although something differs; the report's notes say what.
+
+    Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes, NaN,
+    files that changed since they were sealed; UnsupportedError for a kind of adapter that is not a plain LoRA.
+    """
+    folder = Path(folder)
+    config, state, seal = _read(folder)
+    loras, problems = _parse_state(state)
+    problems += _base_problems(model, folder, seal) + _target_problems(model, config, loras)
+    problems += [f"{key}: NaN or infinity" for key in is_finite(state)]
+    if problems and not force:
+        raise AdapterError(
+            f"{folder} does not fit this model:\n  " + "\n  ".join(problems),
+            hint="load it on the base that it was trained on, or use force (--force) to load what fits",
+        )
+    fitting = {path: pair for path, pair in loras.items() if _shape_problem(model, path, pair) is None}
+    if not fitting:
+        raise AdapterError(f"{folder}: none of its {len(loras)} layers exists in this model")
+    _attach(model, name, config, fitting)
+    notes = [f"forced although: {problem}" for problem in problems]
+    if seal is None:
+        notes.append(f"no {SEAL} beside it: which base it was trained on cannot be verified")
+    return LoadedAdapter(name, len(fitting), len(loras), tuple(notes))
+
+
+def read_seal(folder: Path) -> dict[str, Any] | None:
+    """The contents of qgraft.json, or None where there is none. Raises AdapterError when it is not JSON."""
+    return _read_json(folder / SEAL) if (folder / SEAL).is_file() else None
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} holds no {CONFIG}", hint="give the folder that save_adapter or PEFT wrote")
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    config, seal = read_peft_config(folder), read_seal(folder)
+    if config.get("peft_type") != "LORA":
+        raise UnsupportedError(f"{folder}: peft_type {config.get('peft_type')!r}; supported: LORA")
+    used = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        used.append("bias")
+    if used:
+        raise UnsupportedError(f"{folder}: a LoRA with {', '.join(used)}; supported: a plain one")
+    if seal is not None and (changed := storage.check_files(folder, seal.get("files", {}))):
+        raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
+    return config, _read_tensors(folder), seal
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    pickled = folder / "adapter_model.bin"
+    try:
+        if (folder / WEIGHTS).is_file():
+            return safetensors.torch.load_file(folder / WEIGHTS)
+        if pickled.is_file():
+            loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            return loaded
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{folder}: the weights cannot be read: {error}") from error
+    raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
+
+
+def _parse_state(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """({module path: {"A": [r, in], "B": [out, r]}}, what is wrong with the keys)."""
+    loras: dict[str, dict[str, Tensor]] = {}
+    problems = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            problems.append(f"unexpected tensor {key}")
+        else:
+            loras.setdefault(match["path"], {})[match["part"]] = tensor
+    for path, pair in list(loras.items()):
+        if len(pair) == 1:
+            missing = "B" if "A" in pair else "A"
+            problems.append(f"missing tensor base_model.model.{path}.lora_{missing}.weight")
+            del loras[path]
+    return loras, problems
+
+
+def _base_problems(model: nn.Module, folder: Path, seal: dict[str, Any] | None) -> list[str]:
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    trained = (seal or {}).get("base") or {}
+    if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
+        return []
+    return [
+        f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}), "
+        f"this one is {base.fingerprint} ({base.source})"
+    ]
+
+
+def _target_problems(model: nn.Module, config: dict[str, Any], loras: dict[str, dict[str, Tensor]]) -> list[str]:
+    problems = []
+    for path, pair in loras.items():
+        if problem := _shape_problem(model, path, pair):
+            problems.append(problem)
+        elif pair["A"].shape[0] != (rank := _pattern(config.get("rank_pattern"), path, config["r"])):
+            problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
+    targets = config.get("target_modules")
+    if isinstance(targets, list) and loras:
+        expected = {path for target in targets for path in _targets_of(model, target)}
+        problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
+    return problems
+
+
+def _targets_of(model: nn.Module, target: str) -> list[str]:
+    linears = find_targets(model, r"(?s).*")
+    return [path for path in linears if path == target or path.endswith(f".{target}")]
+
+
+def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:
+    try:
+        layer: Any = model.get_submodule(path)
+    except AttributeError:
+        return f"the model has no layer {path}"
+    if not hasattr(layer, "in_features"):
+        return f"{path} is a {type(layer).__name__}, not a linear layer"
+    A, B = pair["A"], pair["B"]
+    expected = [A.shape[0], layer.in_features], [layer.out_features, A.shape[0]]
+    if (list(A.shape), list(B.shape)) != expected:
+        return f"{path}: got A {list(A.shape)}, B {list(B.shape)}, expected {expected[0]}, {expected[1]}"
+    return None
+
+
+def _attach(model: nn.Module, name: str, config: dict[str, Any], loras: dict[str, dict[str, Tensor]]) -> None:
+    """Attach each layer with the rank of its tensors and the alpha of its pattern, then fill in the weights."""
+    layers = {}
+    for path, pair in loras.items():
+        alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
+        dropout, stabilized = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
+        layers[path] = LoraConfig(pair["A"].shape[0], alpha, dropout, stabilized)
+    attach_layers(model, name, layers)
+    with torch.no_grad():
+        for path, lora in lora_modules(model, name):
+            lora.lora_A.copy_(loras[path]["A"])
+            lora.lora_B.copy_(loras[path]["B"])
+
+
+def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of the module path."""
+    for key, value in (patterns or {}).items():
+        if re.fullmatch(rf"(.*\.)?({key})", path):
+            return value
+    return default
+
+
+def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
+    """adapter_config.json: what PEFT needs to build the same adapter on the float model."""
+    loras = dict(lora_modules(model, name))
+    config = next(iter(loras.values())).config
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    ranks = {path: lora.config.r for path, lora in loras.items() if lora.config.r != config.r}
+    alphas = {
+        path: lora.config.lora_alpha for path, lora in loras.items() if lora.config.lora_alpha != config.lora_alpha
+    }
+    return {
+        "alpha_pattern": alphas,
+        "base_model_name_or_path": base.source if base else None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "peft_type": "LORA",
+        "r": config.r,
+        "rank_pattern": ranks,
+        "target_modules": _target_names(model, list(loras)),
+        "task_type": "CAUSAL_LM",
+        "use_rslora": config.use_rslora,
+    }
+
+
+def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
+    """The shortest names that select exactly these layers in PEFT: their last parts, or else their whole paths."""
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    return leaves if set(find_targets(model, leaves)) == set(paths) else sorted(paths)
+
+
+def _versions() -> dict[str, str]:
+    packages = ("qgraft", "torch", "transformers")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}

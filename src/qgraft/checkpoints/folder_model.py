@@ -1,0 +1,173 @@
+"""A Hugging Face folder (config.json, *.safetensors, tokenizer files) as a model, quantized on the way in if asked.
+
+The files are mapped, each weight is read, packed and let go before the next one is touched: a 16-bit checkpoint far larger
+than memory can become a 4-bit model that fits. Without `quantize` the weights stay in the 16 or 32 bits they have in the
+file, as formats f16, bf16 and f32 of the same kind.
+
+Which weights are quantized: those of linear layers but the output layer, as llama.cpp and bitsandbytes choose too; the
+embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has no
+blocks for keeps its 16 bits, and the load says so.
+
+Nothing in the folder is executed: no pickle, no `auto_map`, no remote code.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
+from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.formats import PackedTensor, get_format
+from qgraft.formats import quantize as quantize_weight
+from qgraft.linear import QuantizedLinear
+
+INDEX = "model.safetensors.index.json"
+_FLOAT_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def load_folder(
+    folder: Path, dtype: torch.dtype, quantize: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model and tokenizer of a folder; the tokenizer is None when the folder has none.
+
+    Args:
+        dtype: what the model computes in.
+        quantize: a writable format for the linear layers ("q4_1", "chatglm-int4", ...), or None.
+
+    Raises CheckpointError for missing or broken files, UnsupportedError for an unknown architecture or format, or a folder
+    that is already quantized by another library.
+    """
+    if quantize is not None and get_format(quantize).quantize is None:
+        raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
+    config = _config(folder)
+    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []
+    with ExitStack() as stack:
+        tensors = _open_shards(folder, stack)
+        names = _linear_weights(config) if quantize else set()
+        reader = _FolderReader(tensors, quantize, names, entries)
+        model = assemble(config, reader, dtype, str(folder))
+    model.qgraft_base = BaseInfo(
+        source=str(folder),
+        container="folder",
+        architecture=config.model_type,
+        fingerprint=fingerprint(entries),
+        formats=weight_formats(model),
+        notes=tuple(reader.notes),
+    )
+    return model, _tokenizer(folder)
+
+
+class _FolderReader:
+    """Answers assemble()'s questions from open safetensors files, packing weights as they pass."""
+
+    def __init__(
+        self,
+        tensors: dict[str, Callable[[], Tensor]],
+        quantize: str | None,
+        quantized_names: set[str],
+        entries: list[tuple[str, tuple[int, ...], str, Tensor]],
+    ) -> None:
+        self.tensors, self.quantize, self.quantized_names = tensors, quantize, quantized_names
+        self.entries = entries  # what the fingerprint is made of
+        self.notes: list[str] = []
+
+    def __call__(self, name: str) -> PackedTensor | Tensor | None:
+        if name not in self.tensors:
+            return None
+        value = self.tensors[name]()
+        if value.dim() != 2:
+            self.entries.append((name, tuple(value.shape), str(value.dtype), value))
+            return value
+        packed = self._pack(name, value)
+        self.entries.append((name, packed.shape, packed.format, packed.data))
+        return packed
+
+    def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
+        stored = _FLOAT_FORMATS.get(w_OI.dtype)
+        if stored is None:
+            raise UnsupportedError(f"{name}: dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
+        if self.quantize is None or name not in self.quantized_names:
+            return quantize_weight(w_OI, stored)
+        block = get_format(self.quantize).block_size
+        if w_OI.shape[1] % block:
+            self.notes.append(f"{name} stays {stored}: {w_OI.shape[1]} inputs are no multiple of {block}")
+            return quantize_weight(w_OI, stored)
+        return quantize_weight(w_OI, self.quantize)
+
+
+def _linear_weights(config: PreTrainedConfig) -> set[str]:
+    """Names of the weights of all linear layers but the output layer."""
+    from qgraft.checkpoints.assemble import _empty_model
+
+    model = _empty_model(config, torch.float32)
+    output = model.get_output_embeddings()
+    linears = (nn.Linear, QuantizedLinear)
+    return {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, linears) and m is not output}
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no config.json", hint="give a .gguf file or a folder saved by transformers")
+    try:
+        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    method = (raw.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise UnsupportedError(
+            f"{folder} is already quantized with {method!r}",
+            hint="load the float checkpoint with quantize=..., or a GGUF",
+        )
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except (ValueError, KeyError) as error:
+        raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
+
+
+def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
+    """{parameter name: function that reads it} over all safetensors files of the folder."""
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for path in _shard_paths(folder):
+        try:
+            shard = stack.enter_context(safe_open(path, framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            readers[name] = lambda shard=shard, name=name: shard.get_tensor(name)  # type: ignore[misc]
+    return readers
+
+
+def _shard_paths(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index} is not an index of shards: {error}") from error
+        if outside := [name for name in names if Path(name).name != name]:
+            raise CheckpointError(f"{index} names files outside the folder: {', '.join(outside)}")
+        paths = [folder / name for name in names]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        raise CheckpointError(
+            f"{folder}: {'missing ' + ', '.join(missing) if missing else 'no *.safetensors file'}",
+            hint="pickled weights (*.bin) are not loaded from here: convert them to safetensors",
+        )
+    return paths
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        return None
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)

@@ -1,0 +1,211 @@
+"""A GGUF file as a transformers model: configuration and tokenizer from transformers, weights left packed.
+
+Three translations happen here, all of them on names and rows, never on values of packed weights:
+
+    names     `blk.3.attn_q.weight` <-> `model.layers.3.self_attn.q_proj.weight`, by the tables of the `gguf` package
+    rows      llama.cpp stores the rows of q and k of llama-like models in the order its rotary embedding wants; block
+              formats store whole rows, so undoing it reorders rows of bytes
+    norms     Gemma and Nemotron keep 1 + w in the file where transformers keeps w
+
+transformers' own GGUF loader is the oracle of the tests; it turns every weight into floats, which this one never does.
+"""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import MODEL_ARCH_NAMES, GGUFValueType, GGUFWriter, TensorNameMap, get_tensor_name_map
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
+from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.errors import CheckpointError, UnsupportedError, near_match
+from qgraft.formats import PackedTensor, dequantize
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How one architecture's GGUF tensors differ from transformers' parameters."""
+
+    permuted_qk: bool = False
+    norm_offset: float = 0.0
+
+
+ARCHITECTURES = {  # general.architecture of the file
+    "gemma2": Rules(norm_offset=1.0),
+    "gemma3": Rules(norm_offset=1.0),
+    "gpt2": Rules(),
+    "llama": Rules(permuted_qk=True),  # mistral files carry this name too
+    "nemotron": Rules(norm_offset=1.0),
+    "phi3": Rules(),
+    "qwen2": Rules(),
+    "qwen3": Rules(),
+    "stablelm": Rules(),
+    "starcoder2": Rules(),
+}
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer of a GGUF file; the weights are views of the mapped file.
+
+    Raises CheckpointError for a broken file, UnsupportedError for an architecture or tensor type we do not serve.
+    """
+    file = read_gguf(path)
+    rules = _rules(file)
+    config = gguf_config(file)
+    reader = _TensorReader(file, rules, config)
+    model = assemble(config, reader, dtype, str(path))
+    _apply_rope_factors(model, file)
+    _set_end_tokens(model, file)
+    unused = sorted(file.tensors.keys() - reader.used - {ROPE_FACTORS})
+    if unused:
+        raise CheckpointError(
+            f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: {', '.join(unused[:8])}",
+            hint="the file may hold more than the language model, or be of a newer architecture",
+        )
+    model.qgraft_base = BaseInfo(
+        source=str(path),
+        container="gguf",
+        architecture=config.model_type,
+        fingerprint=gguf_fingerprint(file),
+        formats=weight_formats(model),
+    )
+    return model, gguf_tokenizer(file)
+
+
+def gguf_fingerprint(file: GgufFile) -> str:
+    """The fingerprint of the base that a GGUF file holds: over its tensors, not its metadata."""
+    return fingerprint((info.name, info.shape, info.format, file.tensor(info.name)) for info in file.tensors.values())
+
+
+def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers builds from the file's vocabulary, with the file's chat template."""
+    if "tokenizer.ggml.tokens" not in file.metadata:
+        raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
+    return PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+
+
+def gguf_config(file: GgufFile) -> PreTrainedConfig:
+    """The configuration that transformers reads from the file's metadata.
+
+    transformers walks every string of the vocabulary to read a dozen numbers (4 s and 250 MB for 49 k tokens). So it is
+    handed a copy of the header whose vocabulary is a list of zeros of the same length and whose tensors are names only.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _write_bare_header(file, Path(folder) / "header.gguf")
+        try:
+            return AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
+        except (KeyError, ValueError) as error:
+            raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {error}") from error
+
+
+def _write_bare_header(file: GgufFile, path: Path) -> None:
+    writer = GGUFWriter(path, file.metadata["general.architecture"])
+    for key, value in file.metadata.items():
+        if key == "tokenizer.ggml.tokens":
+            writer.add_key_value(key, [0] * len(value), GGUFValueType.ARRAY, GGUFValueType.INT8)
+        elif key != "general.architecture" and not (key.startswith("tokenizer.") and isinstance(value, list)):
+            _copy_value(writer, key, value, file.metadata_types[key])
+    for name in file.tensors:
+        writer.add_tensor_info(name, [1], torch.zeros(1).numpy().dtype, 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.fout[0].write(bytes(writer.data_alignment + 4 * writer.data_alignment * len(file.tensors)))
+    writer.close()
+
+
+def _copy_value(writer: GGUFWriter, key: str, value: Any, types: int | tuple[int, int]) -> None:
+    if value == []:  # the writer cannot express an empty list, and no configuration needs one
+        return
+    kind, inner = types if isinstance(types, tuple) else (types, None)
+    writer.add_key_value(key, value, GGUFValueType(kind), None if inner is None else GGUFValueType(inner))
+
+
+class _TensorReader:
+    """Answers assemble()'s questions from a GGUF file and remembers which tensors were asked for."""
+
+    def __init__(self, file: GgufFile, rules: Rules, config: PreTrainedConfig) -> None:
+        self.file, self.rules, self.config = file, rules, config
+        self.names = _name_map(file, config)
+        self.used: set[str] = set()
+
+    def __call__(self, name: str) -> PackedTensor | Tensor | None:
+        stem, _, suffix = name.rpartition(".")
+        gguf_stem = self.names.get_name(stem)
+        gguf_name = f"{gguf_stem}.{suffix}"
+        if gguf_stem is None or gguf_name not in self.file.tensors:
+            return None
+        self.used.add(gguf_name)
+        info = self.file.tensors[gguf_name]
+        order = self._row_order(gguf_name, info.shape[0])
+        if len(info.shape) == 2:
+            packed = self.file.packed(gguf_name)
+            return packed if order is None else packed.rows(order)
+        value = self._float(gguf_name)
+        if order is not None:
+            value = value[order]
+        return value - self.rules.norm_offset if "norm" in gguf_name and suffix == "weight" else value
+
+    def _float(self, gguf_name: str) -> Tensor:
+        info = self.file.tensors[gguf_name]
+        flat = PackedTensor(info.format, (1, info.shape[-1]), self.file.tensor(gguf_name).view(torch.uint8).view(1, -1))
+        return dequantize(flat, torch.float32).view(info.shape)
+
+    def _row_order(self, gguf_name: str, rows: int) -> Tensor | None:
+        """Which stored row is row i of transformers' q or k; None where the orders agree.
+
+        A head's rows are stored as pairs (i, i + dim/2) interleaved: [0, d/2, 1, d/2 + 1, ...].
+        """
+        match = re.search(r"\.attn_([qk])\.", gguf_name)
+        if match is None or not self.rules.permuted_qk:
+            return None
+        heads = self.config.num_attention_heads if match[1] == "q" else self.config.num_key_value_heads
+        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def _name_map(file: GgufFile, config: PreTrainedConfig) -> TensorNameMap:
+    architecture = file.metadata["general.architecture"]
+    known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+    return get_tensor_name_map(known[architecture], config.num_hidden_layers)
+
+
+def _rules(file: GgufFile) -> Rules:
+    architecture = file.metadata.get("general.architecture")
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
+    if file.metadata.get("general.type") == "adapter":
+        raise UnsupportedError(f"{file.path} is a GGUF adapter, not a model", hint="give the base model's file")
+    raise UnsupportedError(
+        f"{file.path}: architecture {architecture!r}; supported: {', '.join(sorted(ARCHITECTURES))}",
+        hint=near_match(str(architecture), ARCHITECTURES),
+    )
+
+
+def _apply_rope_factors(model: PreTrainedModel, file: GgufFile) -> None:
+    """Llama 3.1 and later store a divisor for each rotary frequency; transformers' GGUF reader passes over it."""
+    if ROPE_FACTORS not in file.tensors:
+        return
+    factors = file.tensor(ROPE_FACTORS).view(torch.float32)
+    rotary = getattr(model.base_model, "rotary_emb", None)
+    if rotary is None or rotary.inv_freq.shape != factors.shape:
+        raise CheckpointError(
+            f"{file.path}: {ROPE_FACTORS} {list(factors.shape)} fits no rotary embedding of the model"
+        )
+    rotary.inv_freq = rotary.inv_freq / factors
+    rotary.original_inv_freq = rotary.inv_freq
+
+
+def _set_end_tokens(model: PreTrainedModel, file: GgufFile) -> None:
+    """Generation stops at the end of a text and at the end of a turn, where the file names both."""
+    ids = [file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
+    unique = list(dict.fromkeys(i for i in ids if i is not None))
+    if unique and model.generation_config is not None:
+        model.generation_config.eos_token_id = unique

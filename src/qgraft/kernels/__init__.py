@@ -1,0 +1,16 @@
+"""HOW packed weights are computed with: three registered torch ops and the kernels that serve them.
+
+    ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
+    choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
+    reference.py  plain torch, for every format and device; the truth the others are tested against
+    native.py     native.c through ctypes: unpack a panel of rows, multiply it with sgemm
+    native.c      the C loops
+
+The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
+"""
+
+from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
+from qgraft.kernels.native import native_status
+from qgraft.kernels.ops import dequantize, linear, linear_grad_input
+
+__all__ = ["KERNELS_VARIABLE", "Choice", "choose", "dequantize", "linear", "linear_grad_input", "native_status"]

@@ -1,0 +1,139 @@
+"""The native CPU kernels: native.c, loaded through ctypes, and sgemm between its panels.
+
+For many rows of x the matrix product is the limit, not the unpacking (shared figures: 4 FLOPs a weight and token against
+one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in the
+second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
+repacked or transposed. For at most `SMALL_BATCH` rows of x (decoding) the memory traffic is the limit: one C loop
+reads each packed row once and multiplies it with all rows of x.
+
+ctypes, not a torch extension: the library then fits every torch release and builds without torch's headers.
+"""
+
+import ctypes
+import importlib.machinery
+import threading
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qgraft.formats import PackedTensor
+
+FORMAT_IDS = {"q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6}
+
+SMALL_BATCH = 8  # rows of x up to which reading each packed row once beats unpacking for sgemm
+PANEL_WEIGHTS = 512 * 576  # weights unpacked at a time: 1.2 MB of float32, about one core's second-level cache
+
+_scratch = threading.local()
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        path = folder / f"_native{suffix}"
+        if path.exists():
+            return _declare(ctypes.CDLL(str(path)))
+    return None
+
+
+def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    library.qgraft_dequantize.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
+    library.qgraft_linear_small.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    library.qgraft_cpu_level.restype = ctypes.c_char_p
+    return library
+
+
+def native_status() -> tuple[bool, str]:
+    """(available, one line that says why) for `qgraft doctor` and the choice of kernels."""
+    library = _library()
+    if library is None:
+        return False, "not built: no C compiler was found when qgraft was installed"
+    return True, f"built, runs as {library.qgraft_cpu_level().decode()}"
+
+
+def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """w_OI in `dtype`; float32 values are bit for bit those of the reference."""
+    w_OI = torch.empty(packed.shape, dtype=torch.float32)
+    _unpack(packed, 0, packed.shape[0], w_OI)
+    return w_OI.to(dtype)
+
+
+def linear(x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T: [..., in] -> [..., out] in the dtype of x."""
+    x_BI = x.reshape(-1, x.shape[-1])
+    if x_BI.shape[0] <= SMALL_BATCH and x.dtype == torch.float32:
+        y_BO = _linear_small(x_BI.contiguous(), packed)
+    else:
+        y_BO = x.new_empty(x_BI.shape[0], packed.shape[0])
+        for start, stop, w_PI in _panels(packed, x.dtype):
+            torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
+    return y_BO.view(*x.shape[:-1], packed.shape[0])
+
+
+def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
+    g_BO = grad.reshape(-1, grad.shape[-1])
+    gx_BI = grad.new_empty(g_BO.shape[0], packed.shape[1])
+    for start, stop, w_PI in _panels(packed, grad.dtype):
+        torch.addmm(gx_BI, g_BO[:, start:stop], w_PI, beta=0 if start == 0 else 1, out=gx_BI)
+    return gx_BI.view(*grad.shape[:-1], packed.shape[1])
+
+
+def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
+    """Yield (first row, last row + 1, w_PI): the weight in unpacked panels that share one scratch buffer."""
+    rows, columns = packed.shape
+    step = max(1, min(rows, PANEL_WEIGHTS // columns))
+    scratch = _scratch_buffer(step * columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        w_PI = scratch[: (stop - start) * columns].view(stop - start, columns)
+        _unpack(packed, start, stop, w_PI)
+        yield start, stop, w_PI.to(dtype)
+
+
+def _scratch_buffer(size: int) -> Tensor:
+    """A float32 buffer kept for each thread: allocating it anew would cost a page fault every 4 kB."""
+    buffer: Tensor | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _scratch.buffer = torch.empty(size, dtype=torch.float32)
+    return buffer
+
+
+def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
+    data, scales = packed.data[start:stop].contiguous(), _row_scales(packed, start, stop)
+    code = _loaded().qgraft_dequantize(
+        FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), stop - start, packed.shape[1],
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    assert code == 0, f"native dequantize returned {code} for {packed.format}"
+
+
+def _linear_small(x_BI: Tensor, packed: PackedTensor) -> Tensor:
+    rows, columns = packed.shape
+    data, scales = packed.data.contiguous(), _row_scales(packed, 0, rows)
+    y_BO = x_BI.new_empty(x_BI.shape[0], rows)
+    code = _loaded().qgraft_linear_small(
+        FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), rows, columns,
+        x_BI.data_ptr(), x_BI.shape[0], y_BO.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if code == -2:
+        raise MemoryError(f"native linear: no memory for a row of {columns} weights")
+    assert code == 0, f"native linear returned {code} for {packed.format}"
+    return y_BO
+
+
+def _row_scales(packed: PackedTensor, start: int, stop: int) -> Tensor | None:
+    return None if packed.scale is None else packed.scale[start:stop].to(torch.float32).contiguous()
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None, "native kernels were chosen but are not built"
+    return library

@@ -1,0 +1,110 @@
+"""The op table: three torch ops on packed weights, with shapes for tracing and gradients.
+
+    qgraft::dequantize(data, scale?, format, in_features, dtype) -> w_OI
+    qgraft::linear(x, data, scale?, format) -> y            y = x W^T
+    qgraft::linear_grad_input(grad, data, scale?, format, in_features) -> gx     gx = g W
+
+The base is frozen, so a weight gradient does not exist; linear's input gradient is linear_grad_input and the other way
+round. Both storage families pass through the same three ops, `scale` being None for GGML blocks: one table instead of
+one for each family, since no kernel differs in anything but how it reads a row.
+
+Argument checks run in eager code (`_packed`), not only in the shape functions, which eager calls never reach.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from qgraft.formats import PackedTensor, get_format
+from qgraft.kernels import native, reference
+from qgraft.kernels.choice import choose
+
+_KERNELS: dict[str, ModuleType] = {"native": native, "reference": reference}
+
+
+def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [out, in] in `dtype`."""
+    return torch.ops.qgraft.dequantize(packed.data, packed.scale, packed.format, packed.shape[1], dtype)
+
+
+def linear(x: Tensor, packed: PackedTensor) -> Tensor:
+    """x [..., in] -> y = x W^T [..., out] in the dtype of x; differentiable in x."""
+    return torch.ops.qgraft.linear(x, packed.data, packed.scale, packed.format)
+
+
+def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """g [..., out] -> g W [..., in] in the dtype of g; differentiable in g."""
+    return torch.ops.qgraft.linear_grad_input(grad, packed.data, packed.scale, packed.format, packed.shape[1])
+
+
+def _packed(data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
+    width = get_format(format).row_bytes(in_features)
+    if data.dim() != 2 or data.shape[1] != width:
+        raise ValueError(
+            f"{format} weight of {in_features} inputs: got data {list(data.shape)}, expected [out, {width}]"
+        )
+    return PackedTensor(format, (data.shape[0], in_features), data, scale)
+
+
+def _kernel(op: str, format: str, device: torch.device) -> ModuleType:
+    return _KERNELS[choose(op, format, device.type).kernel]
+
+
+@torch.library.custom_op("qgraft::dequantize", mutates_args=())
+def _dequantize_op(
+    data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    packed = _packed(data, scale, format, in_features)
+    w_OI = _kernel("dequantize", format, data.device).dequantize(packed, dtype)
+    # a custom op must not return a view of its input, which reading f32 as float32 is
+    return w_OI.clone() if w_OI.data_ptr() == data.data_ptr() else w_OI
+
+
+@torch.library.custom_op("qgraft::linear", mutates_args=())
+def _linear_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    packed = _packed(data, scale, format, x.shape[-1])
+    return _kernel("linear", format, x.device).linear(x, packed)
+
+
+@torch.library.custom_op("qgraft::linear_grad_input", mutates_args=())
+def _linear_grad_input_op(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
+    packed = _packed(data, scale, format, in_features)
+    if grad.shape[-1] != packed.shape[0]:
+        raise ValueError(f"gradient of {grad.shape[-1]} outputs for a weight of {packed.shape[0]} outputs")
+    return _kernel("linear_grad_input", format, grad.device).linear_grad_input(grad, packed)
+
+
+@_dequantize_op.register_fake
+def _(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype) -> Tensor:
+    return data.new_empty(data.shape[0], in_features, dtype=dtype)
+
+
+@_linear_op.register_fake
+def _(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    return x.new_empty(*x.shape[:-1], data.shape[0])
+
+
+@_linear_grad_input_op.register_fake
+def _(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], in_features)
+
+
+def _save_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    first, data, scale, ctx.format = inputs[:4]
+    ctx.in_features = inputs[4] if len(inputs) == 5 else first.shape[-1]
+    ctx.save_for_backward(data, scale)
+
+
+def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    data, scale = ctx.saved_tensors
+    return torch.ops.qgraft.linear_grad_input(grad, data, scale, ctx.format, ctx.in_features), None, None, None
+
+
+def _linear_grad_input_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    data, scale = ctx.saved_tensors
+    return torch.ops.qgraft.linear(grad, data, scale, ctx.format), None, None, None, None
+
+
+_linear_op.register_autograd(_linear_backward, setup_context=_save_packed)
+_linear_grad_input_op.register_autograd(_linear_grad_input_backward, setup_context=_save_packed)

@@ -1,0 +1,148 @@
+"""QuantizedLinear and QuantizedEmbedding: modules that hold a packed tensor and call one op.
+
+A model never holds its weights in float: `PackedWeight` keeps the file's bytes as buffers (often views of the
+memory-mapped file), and both modules hand them to kernels.ops. A tied output layer shares the embedding's
+PackedWeight, so moving the model to another device moves the bytes once.
+
+`LinearLike` is all that adapters and merging may ask of a layer; no bits, dtypes or class names elsewhere.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from qgraft.formats import PackedTensor
+from qgraft.kernels import dequantize, linear, linear_grad_input
+
+
+@runtime_checkable
+class LinearLike(Protocol):
+    """What adapters and merging may ask of a linear layer."""
+
+    in_features: int
+    out_features: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+
+    def replace(self, packed: PackedTensor) -> None:
+        """Put other packed bytes of the same shape in place of the weight."""
+
+
+class PackedWeight(nn.Module):
+    """The buffers of one packed tensor. Casting the model (`.half()`) leaves stored bytes and scales as they are."""
+
+    data: Tensor
+    scale: Tensor | None
+
+    def __init__(self, packed: PackedTensor) -> None:
+        super().__init__()
+        self.set(packed)
+
+    def set(self, packed: PackedTensor) -> None:
+        """Hold `packed` from now on."""
+        self.format, self.shape = packed.format, packed.shape
+        self.register_buffer("data", packed.data)
+        self.register_buffer("scale", packed.scale)
+
+    def get(self) -> PackedTensor:
+        """The packed tensor, sharing memory with the buffers."""
+        return PackedTensor(self.format, self.shape, self.data, self.scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Seen as bytes, a buffer follows `.to(device)` but not `.half()`: stored scales must keep their bits.
+        self.data = fn(self.data.view(torch.uint8)).view(self.data.dtype)
+        if self.scale is not None:
+            self.scale = fn(self.scale.view(torch.uint8)).view(self.scale.dtype)
+        return self
+
+
+class QuantizedLinear(nn.Module):
+    """y = x W^T + b with a packed, frozen W. x [..., in] -> y [..., out], computed in the dtype of x.
+
+    Args:
+        weight: the packed weight, or a PackedWeight to share (a tied output layer).
+        bias: [out] floating point, or None.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: PackedTensor | PackedWeight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.packed_weight = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
+        self.out_features, self.in_features = self.packed_weight.shape
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The stored bytes."""
+        return self.packed_weight.get()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [out, in] in `dtype`."""
+        return dequantize(self.packed, dtype)
+
+    def replace(self, packed: PackedTensor) -> None:
+        """Put other packed bytes of the same shape in place of the weight. Raises ValueError for another shape."""
+        if packed.shape != self.packed_weight.shape:
+            raise ValueError(f"replace: got shape {packed.shape}, expected {self.packed_weight.shape}")
+        self.packed_weight.set(packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y = linear(to_autocast(x), self.packed)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.in_features}, {self.out_features}, {self.packed_weight.format}, bias={self.bias is not None}"
+
+
+class QuantizedEmbedding(nn.Module):
+    """Rows of a packed table: ids [...] int64 -> [..., embedding_dim]; only the rows asked for are unpacked.
+
+    Args:
+        weight: the packed table [num_embeddings, embedding_dim].
+        dtype: of the output.
+        scale: every row is multiplied by it (Gemma scales its embeddings by sqrt(embedding_dim)).
+        padding_idx: kept for code that asks for it; rows are frozen, so it changes nothing.
+    """
+
+    def __init__(
+        self, weight: PackedTensor, dtype: torch.dtype, scale: float = 1.0, padding_idx: int | None = None
+    ) -> None:
+        super().__init__()
+        self.packed_weight = PackedWeight(weight)
+        self.num_embeddings, self.embedding_dim = self.packed_weight.shape
+        self.dtype, self.scale, self.padding_idx = dtype, scale, padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., embedding_dim]."""
+        rows = self.packed_weight.get().rows(ids.reshape(-1))
+        embedded = dequantize(rows, self.dtype).view(*ids.shape, self.embedding_dim)
+        return embedded if self.scale == 1.0 else embedded * torch.tensor(self.scale, dtype=self.dtype)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}"
+
+
+def to_autocast(x: Tensor) -> Tensor:
+    """x in the dtype that torch.autocast asks for on its device, as nn.Linear would compute; x itself outside of it."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def grad_input(layer: nn.Module, grad: Tensor) -> Tensor:
+    """The input gradient g W of a frozen linear layer, [..., out] -> [..., in], without its autograd graph.
+
+    Raises TypeError for a module that is neither a QuantizedLinear nor an nn.Linear.
+    """
+    if isinstance(layer, QuantizedLinear):
+        return linear_grad_input(grad, layer.packed)
+    if isinstance(layer, nn.Linear):
+        return grad @ layer.weight.to(grad.dtype)
+    raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

@@ -1,0 +1,152 @@
+"""The only place that writes files, so that a save is whole or absent.
+
+    one file     write_file      temporary file beside it -> flush -> fsync -> rename -> fsync of the folder
+    a folder     publish_folder  a staging folder is filled by anyone, then: fsync of every file, a manifest with the size
+                                 and SHA-256 of each, and one rename
+    reading      check_folder    what in a folder differs from its manifest
+
+rename() replaces a name in one step, but without fsync a power cut may leave the new name with none of the bytes; the
+folder's own fsync makes the rename itself last. A process killed at any moment leaves either the old state or the new one,
+and temporary names (`.name.tmp-<pid>`) that nothing reads.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from qgraft.errors import StorageError
+
+MANIFEST = "manifest.json"
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all. Raises StorageError."""
+    with _named_errors(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, whole or not at all."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append one line to a log; a torn last line is the worst that a kill leaves."""
+    with _named_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+@contextmanager
+def publish_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty staging folder beside `target`; when the block ends well, seal it and rename it to `target`.
+
+    A `target` that exists is replaced. On an error nothing is left behind and `target` stays as it was.
+    """
+    staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
+    with _named_errors(target):
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        try:
+            yield staging
+            _seal(staging)
+            _replace_folder(staging, target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_folder(folder: Path) -> list[str]:
+    """What differs from the folder's manifest: missing files, other sizes or contents. An empty list means whole."""
+    try:
+        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST}: {type(error).__name__}: {error}"]
+    return check_files(folder, listed)
+
+
+def check_files(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
+    """What differs from `listed` ({name: {"bytes": n, "sha256": hex}}) in `folder`."""
+    problems = []
+    for name, entry in listed.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name}: missing")
+        elif path.stat().st_size != entry["bytes"]:
+            problems.append(f"{name}: got {path.stat().st_size} bytes, expected {entry['bytes']}")
+        elif sha256(path) != entry["sha256"]:
+            problems.append(f"{name}: SHA-256 differs from the one it was saved with")
+    return problems
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """The manifest entry of one file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's contents."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder: renamed first, so that a kill in the middle leaves no half of it under its name."""
+    doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    with _named_errors(folder):
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    entries = {str(path.relative_to(folder)): describe_file(path) for path in files}
+    write_json(folder / MANIFEST, {"files": entries})
+
+
+def _replace_folder(staging: Path, target: Path) -> None:
+    if target.exists():
+        remove_folder(target)
+    os.replace(staging, target)
+    _sync_folder(target.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # Windows cannot open a folder; its rename is journaled
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says where, what was needed and what is free."""
+    try:
+        yield
+    except OSError as error:
+        existing = next((folder for folder in (path, *path.parents) if folder.exists()), Path("."))
+        size = "" if needed is None else f", {needed} bytes to write"
+        free = shutil.disk_usage(existing).free
+        hint = "free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
+        message = f"cannot write {path}: {error.strerror or error}{size}, {free} bytes free"
+        raise StorageError(message, hint=hint) from error
