@@ -55,7 +55,7 @@ class PackedWeight(nn.Module):
         # Seen as bytes, a buffer follows `.to(device)` but not `.half()`: stored scales must keep their bits.
         self.data = fn(self.data.view(torch.uint8)).view(self.data.dtype)
         if self.scale is not None:
-            self.scale = fn(self.scale.view(torch.uint8)).view(self.scale.dtype)
+            self.scale = fn(self.scale.contiguous().view(torch.uint8)).view(self.scale.dtype)
         return self
 
 
@@ -124,6 +124,11 @@ class QuantizedEmbedding(nn.Module):
         embedded = dequantize(rows, self.dtype).view(*ids.shape, self.embedding_dim)
         return embedded if self.scale == 1.0 else embedded * torch.tensor(self.scale, dtype=self.dtype)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # The table keeps its bytes, but what comes out follows `.half()` as the output of nn.Embedding does.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}"
@@ -131,8 +136,9 @@ class QuantizedEmbedding(nn.Module):
 
 def to_autocast(x: Tensor) -> Tensor:
     """x in the dtype that torch.autocast asks for on its device, as nn.Linear would compute; x itself outside of it."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
     return x
 
 

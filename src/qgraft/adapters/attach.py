@@ -53,6 +53,8 @@ def attach_layers(model: nn.Module, name: str, layers: Mapping[str, LoraConfig])
     """
     if not _NAME.fullmatch(name):
         raise OptionError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
+    if hasattr(nn.ModuleDict(), name):  # adapters are the children of one: "train", "keys" ... are its own words
+        raise OptionError(f"adapter name {name!r} is reserved", hint=f"call it {name}-1 or {name}-adapter")
     if name in adapter_names(model):
         raise AdapterError(f"an adapter named {name!r} is already attached", hint="choose another name for this one")
     model.requires_grad_(False)
@@ -166,7 +168,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     linears = _linear_paths(model)
     if target_modules in ("all-linear", "all"):
         output = _output_layer_path(model)
-        return [path for path in linears if path != output]
+        inner = [path for path in linears if path != output]
+        if not inner:
+            raise OptionError(f"target_modules={target_modules!r}: the model has no linear layer but its output layer")
+        return inner
     if isinstance(target_modules, str) and not re.fullmatch(r"[\w.,\s-]+", target_modules):
         return _match_regex(linears, target_modules)
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
@@ -202,6 +207,8 @@ def _linear_paths(model: nn.Module) -> list[str]:
     """Paths of all linear layers, wrapped ones under the path of their wrapper."""
     paths = []
     for path, module in model.named_modules():
+        if not path:
+            continue  # the model itself has no parent in which it could be replaced
         inside_wrapper = path.endswith(".base") or path == "base"
         if isinstance(module, LoraLinear) or (
             isinstance(module, QuantizedLinear | nn.Linear) and not (inside_wrapper and _parent_is_lora(model, path))

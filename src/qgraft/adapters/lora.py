@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
@@ -158,6 +159,7 @@ class LoraFunction(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable  # a second derivative is refused: it would have to keep what this function does not save
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [..., out] -> gradients of x, A and B."""
         x, A, B = ctx.saved_tensors

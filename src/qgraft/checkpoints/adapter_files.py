@@ -157,10 +157,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
         raise UnsupportedError(f"{folder}: a LoRA with {', '.join(used)}; supported: a plain one")
     if seal is not None and (changed := storage.check_files(folder, seal.get("files", {}))):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
-    return config, _read_tensors(folder), seal
+    return config, read_tensors(folder), seal
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     pickled = folder / "adapter_model.bin"
     try:
         if (folder / WEIGHTS).is_file():

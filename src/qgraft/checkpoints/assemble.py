@@ -52,7 +52,7 @@ def assemble(config: PreTrainedConfig, read: Reader, dtype: torch.dtype, source:
     Raises CheckpointError when tensors are missing or have other shapes (all of them listed), UnsupportedError when
     transformers has no causal language model for the config.
     """
-    model = _empty_model(config, dtype)
+    model = empty_model(config, dtype)
     problems: list[str] = []
     _fill_modules(model, read, dtype, problems)
     _fill_parameters(model, read, dtype, problems)
@@ -79,11 +79,12 @@ def weight_formats(model: nn.Module) -> dict[str, int]:
     return formats
 
 
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     with init_empty_weights(include_buffers=False):  # buffers (rotary tables) are computed, not loaded
         try:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except ValueError as error:
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedError(f"architecture {config.model_type!r}: {error}") from error
 
 
@@ -97,9 +98,8 @@ def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, prob
         if weight is None:
             problems.append(f"missing {path}.weight {list(module.weight.shape)}")
             continue
-        assert isinstance(weight, PackedTensor), f"{path}.weight: the reader gave a float tensor"
         expected = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
-        if weight.shape != expected:
+        if not isinstance(weight, PackedTensor) or weight.shape != expected:  # only matrices come packed
             problems.append(f"{path}.weight: got shape {list(weight.shape)}, expected {list(expected)}")
             continue
         model.set_submodule(path, _packed_module(module, weight, dtype))

@@ -14,20 +14,21 @@ Nothing in the folder is executed: no pickle, no `auto_map`, no remote code.
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
-from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
+from qgraft.checkpoints.assemble import BaseInfo, assemble, empty_model, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, get_format
 from qgraft.formats import quantize as quantize_weight
-from qgraft.linear import QuantizedLinear
 
 INDEX = "model.safetensors.index.json"
 _FLOAT_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -48,19 +49,17 @@ def load_folder(
     if quantize is not None and get_format(quantize).quantize is None:
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
     config = _config(folder)
-    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []
     with ExitStack() as stack:
         tensors = _open_shards(folder, stack)
-        names = _linear_weights(config) if quantize else set()
-        reader = _FolderReader(tensors, quantize, names, entries)
+        reader = _FolderReader(tensors, quantize, empty_model(config, dtype))
         model = assemble(config, reader, dtype, str(folder))
     model.qgraft_base = BaseInfo(
         source=str(folder),
         container="folder",
         architecture=config.model_type,
-        fingerprint=fingerprint(entries),
+        fingerprint=fingerprint(reader.entries),
         formats=weight_formats(model),
-        notes=tuple(reader.notes),
+        notes=tuple(reader.notes + reader.unused_notes()),
     )
     return model, _tokenizer(folder)
 
@@ -72,11 +71,13 @@ class _FolderReader:
         self,
         tensors: dict[str, Callable[[], Tensor]],
         quantize: str | None,
-        quantized_names: set[str],
-        entries: list[tuple[str, tuple[int, ...], str, Tensor]],
+        model: PreTrainedModel,
     ) -> None:
-        self.tensors, self.quantize, self.quantized_names = tensors, quantize, quantized_names
-        self.entries = entries  # what the fingerprint is made of
+        self.tensors, self.quantize = tensors, quantize
+        output = model.get_output_embeddings()
+        self.linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+        self.quantized_names = {name for name, m in self.linears.items() if m is not output}
+        self.entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []  # what the fingerprint is made of
         self.notes: list[str] = []
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
@@ -86,14 +87,26 @@ class _FolderReader:
         if value.dim() != 2:
             self.entries.append((name, tuple(value.shape), str(value.dtype), value))
             return value
-        packed = self._pack(name, value)
+        if isinstance(self.linears.get(name), Conv1D):  # kept [in, out] in the file
+            value = value.T.contiguous()
+        try:
+            packed = self._pack(name, value)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error.message}", hint=error.hint) from error
         self.entries.append((name, packed.shape, packed.format, packed.data))
         return packed
+
+    def unused_notes(self) -> list[str]:
+        """One note on the file's tensors that the model did not ask for; rotary tables of old checkpoints are usual."""
+        used = {name for name, *_ in self.entries}
+        unused = sorted(name for name in self.tensors if name not in used and not name.endswith("rotary_emb.inv_freq"))
+        listed = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
+        return [f"{len(unused)} tensors of the folder have no place in the model: {listed}"] if unused else []
 
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
         stored = _FLOAT_FORMATS.get(w_OI.dtype)
         if stored is None:
-            raise UnsupportedError(f"{name}: dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
+            raise UnsupportedError(f"dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
         if self.quantize is None or name not in self.quantized_names:
             return quantize_weight(w_OI, stored)
         block = get_format(self.quantize).block_size
@@ -103,33 +116,27 @@ class _FolderReader:
         return quantize_weight(w_OI, self.quantize)
 
 
-def _linear_weights(config: PreTrainedConfig) -> set[str]:
-    """Names of the weights of all linear layers but the output layer."""
-    from qgraft.checkpoints.assemble import _empty_model
-
-    model = _empty_model(config, torch.float32)
-    output = model.get_output_embeddings()
-    linears = (nn.Linear, QuantizedLinear)
-    return {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, linears) and m is not output}
-
-
 def _config(folder: Path) -> PreTrainedConfig:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json", hint="give a .gguf file or a folder saved by transformers")
     try:
-        raw: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    method = (raw.get("quantization_config") or {}).get("quant_method")
-    if method:
+    quantization = raw.get("quantization_config") or {} if isinstance(raw, dict) else None
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, and one under quantization_config if there is any")
+    if method := quantization.get("quant_method"):
         raise UnsupportedError(
             f"{folder} is already quantized with {method!r}",
             hint="load the float checkpoint with quantize=..., or a GGUF",
         )
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ValueError, KeyError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        if raw.get("model_type") in CONFIG_MAPPING:
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
         raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
 
 
@@ -151,9 +158,10 @@ def _shard_paths(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+            outside = [name for name in names if PureWindowsPath(name).name != name or Path(name).name != name]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{index} is not an index of shards: {error}") from error
-        if outside := [name for name in names if Path(name).name != name]:
+        if outside:
             raise CheckpointError(f"{index} names files outside the folder: {', '.join(outside)}")
         paths = [folder / name for name in names]
     else:
@@ -170,4 +178,8 @@ def _shard_paths(folder: Path) -> list[Path]:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None
-    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # the tokenizers package raises nothing narrower for a broken tokenizer.json
+        problem = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{folder}: transformers cannot build the tokenizer: {problem}") from error

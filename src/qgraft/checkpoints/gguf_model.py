@@ -10,14 +10,18 @@ Three translations happen here, all of them on names and rows, never on values o
 transformers' own GGUF loader is the oracle of the tests; it turns every weight into floats, which this one never does.
 """
 
+import math
 import re
+import reprlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import MODEL_ARCH_NAMES, GGUFValueType, GGUFWriter, TensorNameMap, get_tensor_name_map
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -50,6 +54,8 @@ ARCHITECTURES = {  # general.architecture of the file
 }
 
 ROPE_FACTORS = "rope_freqs.weight"
+_OPTIONAL_SIZES = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size")
+_SIZES = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", *_OPTIONAL_SIZES)
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -59,6 +65,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     """
     file = read_gguf(path)
     rules = _rules(file)
+    tokenizer = gguf_tokenizer(file)
     config = gguf_config(file)
     reader = _TensorReader(file, rules, config)
     model = assemble(config, reader, dtype, str(path))
@@ -77,7 +84,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
     )
-    return model, gguf_tokenizer(file)
+    return model, tokenizer
 
 
 def gguf_fingerprint(file: GgufFile) -> str:
@@ -89,21 +96,89 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """The tokenizer that transformers builds from the file's vocabulary, with the file's chat template."""
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
-    return PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    except Exception as error:  # the tokenizers package raises nothing narrower for merges outside the vocabulary
+        raise CheckpointError(f"{file.path}: transformers cannot build the tokenizer: {_brief(error)}") from error
 
 
 def gguf_config(file: GgufFile) -> PreTrainedConfig:
-    """The configuration that transformers reads from the file's metadata.
+    """The configuration that transformers reads from the file's metadata, completed where it passes over a key.
 
     transformers walks every string of the vocabulary to read a dozen numbers (4 s and 250 MB for 49 k tokens). So it is
     handed a copy of the header whose vocabulary is a list of zeros of the same length and whose tensors are names only.
     """
+    _check_sizes(file)
     with tempfile.TemporaryDirectory() as folder:
         _write_bare_header(file, Path(folder) / "header.gguf")
         try:
-            return AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {error}") from error
+            config = AutoConfig.from_pretrained(folder, gguf_file="header.gguf")
+            _complete(config, file)
+            config.name_or_path = str(file.path)
+        except (ArithmeticError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+            message = f"{file.path}: transformers cannot read the configuration: {_brief(error)}"
+            raise CheckpointError(message) from error
+    return config
+
+
+def _check_sizes(file: GgufFile) -> None:
+    """Widths and counts are integers that the tensors can bear out, before anything is built in their size."""
+    architecture = file.metadata.get("general.architecture")
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    widest = max((max(info.shape) for info in file.tensors.values()), default=0)
+    problems = []
+    for key in _SIZES:
+        got, most = file.metadata.get(f"{architecture}.{key}"), len(blocks) if key == "block_count" else widest
+        if got is None and key in _OPTIONAL_SIZES:
+            continue
+        if not isinstance(got, int) or not 1 <= got <= most:
+            problems.append(f"{architecture}.{key}: got {_brief(got)}, expected an integer from 1 to {most}")
+    if problems:
+        raise CheckpointError(f"{file.path}: the metadata does not fit the tensors:\n  " + "\n  ".join(problems))
+
+
+def _complete(config: PreTrainedConfig, file: GgufFile) -> None:
+    """Set what the metadata says and transformers' reader leaves at its default (which keys depends on architecture)."""
+
+    def get(key: str) -> Any:
+        return file.metadata.get(f"{file.metadata['general.architecture']}.{key}")
+
+    if config.model_type == "gpt2" and get("context_length"):
+        config.n_positions = get("context_length")
+    if (key_length := get("attention.key_length")) and getattr(config, "head_dim", None):
+        config.head_dim = key_length
+    for name in ("norm_eps", "layer_norm_eps", "norm_epsilon", "layer_norm_epsilon"):
+        if (epsilon := get("attention.layer_norm_epsilon")) and hasattr(config, name):
+            setattr(config, name, epsilon)
+    nested: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope = nested.get("full_attention", nested)  # gemma3's windowed layers have their own, which no file states
+    if rope:
+        rope.update(_rope_parameters(file.path, get, getattr(config, "head_dim", None)))
+
+
+def _rope_parameters(path: Path, get: Callable[[str], Any], head_dim: int | None) -> dict[str, Any]:
+    """The rotary embedding as the metadata states it, in transformers' words."""
+    width, heads = get("embedding_length"), get("attention.head_count")
+    head_dim = head_dim or width // heads
+    rope: dict[str, Any] = {}
+    if get("rope.freq_base"):
+        rope["rope_theta"] = get("rope.freq_base")
+    if (rotated := get("rope.dimension_count")) and rotated != head_dim:
+        rope["partial_rotary_factor"] = rotated / head_dim
+    kind = get("rope.scaling.type") or "none"
+    if kind == "none":
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedError(f"{path}: rope.scaling.type {_brief(kind)}; supported: none, linear, yarn")
+    rope |= {"rope_type": kind, "factor": float(get("rope.scaling.factor"))}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+    return rope
+
+
+def _brief(value: object) -> str:
+    """One line of what was got, however long or strange it is."""
+    return reprlib.repr(value) if not isinstance(value, Exception) else " ".join(str(value).split())[:300]
 
 
 def _write_bare_header(file: GgufFile, path: Path) -> None:
@@ -149,15 +224,10 @@ class _TensorReader:
         if len(info.shape) == 2:
             packed = self.file.packed(gguf_name)
             return packed if order is None else packed.rows(order)
-        value = self._float(gguf_name)
+        value = _float(self.file, gguf_name)
         if order is not None:
             value = value[order]
         return value - self.rules.norm_offset if "norm" in gguf_name and suffix == "weight" else value
-
-    def _float(self, gguf_name: str) -> Tensor:
-        info = self.file.tensors[gguf_name]
-        flat = PackedTensor(info.format, (1, info.shape[-1]), self.file.tensor(gguf_name).view(torch.uint8).view(1, -1))
-        return dequantize(flat, torch.float32).view(info.shape)
 
     def _row_order(self, gguf_name: str, rows: int) -> Tensor | None:
         """Which stored row is row i of transformers' q or k; None where the orders agree.
@@ -168,7 +238,16 @@ class _TensorReader:
         if match is None or not self.rules.permuted_qk:
             return None
         heads = self.config.num_attention_heads if match[1] == "q" else self.config.num_key_value_heads
+        if rows % (2 * heads):
+            return None  # a wrong shape; assemble() reports it with the others
         return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+
+
+def _float(file: GgufFile, name: str) -> Tensor:
+    """The tensor `name` of any shape and format as float32."""
+    info = file.tensors[name]
+    flat = PackedTensor(info.format, (1, math.prod(info.shape)), file.tensor(name).view(torch.uint8).view(1, -1))
+    return dequantize(flat, torch.float32).view(info.shape)
 
 
 def _name_map(file: GgufFile, config: PreTrainedConfig) -> TensorNameMap:
@@ -193,7 +272,7 @@ def _apply_rope_factors(model: PreTrainedModel, file: GgufFile) -> None:
     """Llama 3.1 and later store a divisor for each rotary frequency; transformers' GGUF reader passes over it."""
     if ROPE_FACTORS not in file.tensors:
         return
-    factors = file.tensor(ROPE_FACTORS).view(torch.float32)
+    factors = _float(file, ROPE_FACTORS)
     rotary = getattr(model.base_model, "rotary_emb", None)
     if rotary is None or rotary.inv_freq.shape != factors.shape:
         raise CheckpointError(

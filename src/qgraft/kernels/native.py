@@ -1,8 +1,8 @@
 """The native CPU kernels: native.c, loaded through ctypes, and sgemm between its panels.
 
-For many rows of x the matrix product is the limit, not the unpacking (shared figures: 4 FLOPs a weight and token against
-one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in the
-second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
+For many rows of x the matrix product is the limit, not the unpacking (shared figures: 4 FLOPs a weight and token
+against one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in
+the second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
 repacked or transposed. For at most `SMALL_BATCH` rows of x (decoding) the memory traffic is the limit: one C loop
 reads each packed row once and multiplies it with all rows of x.
 
@@ -76,10 +76,14 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
     g_BO = grad.reshape(-1, grad.shape[-1])
-    gx_BI = grad.new_empty(g_BO.shape[0], packed.shape[1])
+    # Half precision is summed over panels in float32: a bfloat16 sum stops growing once a part is below its last bit.
+    gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
     for start, stop, w_PI in _panels(packed, grad.dtype):
-        torch.addmm(gx_BI, g_BO[:, start:stop], w_PI, beta=0 if start == 0 else 1, out=gx_BI)
-    return gx_BI.view(*grad.shape[:-1], packed.shape[1])
+        if gx_BI.dtype == grad.dtype:
+            gx_BI.addmm_(g_BO[:, start:stop], w_PI)
+        else:
+            gx_BI += g_BO[:, start:stop] @ w_PI
+    return gx_BI.to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
 
 
 def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]

@@ -39,11 +39,19 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def _packed(data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
-    width = get_format(format).row_bytes(in_features)
+    # The native loops trust these sizes: a wrong one would read past the end of the data or of the scales.
+    layout = get_format(format)
+    width = layout.row_bytes(in_features)
+    if in_features % layout.block_size:
+        raise ValueError(f"{format} weight: got {in_features} inputs, expected a multiple of {layout.block_size}")
     if data.dim() != 2 or data.shape[1] != width:
         raise ValueError(
             f"{format} weight of {in_features} inputs: got data {list(data.shape)}, expected [out, {width}]"
         )
+    got_scales = None if scale is None else list(scale.shape)
+    expected_scales = [data.shape[0]] if layout.family == "rowwise" else None
+    if got_scales != expected_scales:
+        raise ValueError(f"{format} weight: got scales {got_scales}, expected {expected_scales}")
     return PackedTensor(format, (data.shape[0], in_features), data, scale)
 
 
@@ -52,9 +60,7 @@ def _kernel(op: str, format: str, device: torch.device) -> ModuleType:
 
 
 @torch.library.custom_op("qgraft::dequantize", mutates_args=())
-def _dequantize_op(
-    data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype
-) -> Tensor:  # fmt: skip
+def _dequantize_op(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype) -> Tensor:
     packed = _packed(data, scale, format, in_features)
     w_OI = _kernel("dequantize", format, data.device).dequantize(packed, dtype)
     # a custom op must not return a view of its input, which reading f32 as float32 is

@@ -142,9 +142,9 @@ def encode_conversation(
     ids: list[int] = []
     labels: list[int] = []
     before = ""
-    for text, is_answer in segments:
+    for number, (text, is_answer) in enumerate(segments, 1):
         new = _ids(tokenizer, text, before)
-        if text is segments[-1][0] and not set(new) & set(ends):
+        if number == len(segments) and not set(new) & set(ends):
             new.append(ends[0])
         learned = next((n + 1 for n, token in enumerate(new) if token in ends), len(new)) if is_answer else 0
         ids += new
@@ -178,11 +178,9 @@ def build_samples(
         # The first label has no id before it to be predicted from, so it is not one that remains.
         learns = excess <= 0 or any(label != IGNORED for label in sample.labels[1:max_length])
         if excess > 0 and not (truncate and learns):
-            reason = (
-                f"longer than max_length {max_length}" if learns else f"no answer token within max_length {max_length}"
-            )
+            what = "longer than" if learns else "no answer token within"
             accounting.kept -= 1
-            accounting.drop(reason, conversation.source)
+            accounting.drop(f"{what} max_length {max_length}", conversation.source)
             continue
         if excess > 0:
             sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source)
@@ -238,9 +236,7 @@ def _render(
             messages, chat_template=template.text, add_generation_prompt=prompt, tokenize=False
         )
     except (TemplateError, TypeError, ValueError) as error:  # also what the template itself raises: "no system role"
-        raise DataError(
-            f"the chat template ({template.origin}) fails: {error}", hint="give another template"
-        ) from error
+        raise DataError(f"chat template ({template.origin}) fails: {error}", hint="give another template") from error
     return str(text)
 
 

@@ -1,0 +1,258 @@
+"""Every option of a training run, in one place: TrainArguments, parsed from flags, YAML, JSON or built in Python.
+
+`TrainArguments` is transformers' TrainingArguments plus what qgraft adds; the command line, the YAML keys, `--help` and
+the saved run all come from its fields. Names that other tools use for the same thing are translated by `ALIASES`;
+options of theirs that change nothing here are accepted and named in a note (`WITHOUT_EFFECT`). Anything else that is
+unknown is an error with the closest names.
+"""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from qgraft.errors import OptionError, UnsupportedError
+
+ALIASES = {  # name elsewhere -> ours
+    "lora_rank": "r",
+    "lora_r": "r",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "adapter": "adapter_name_or_path",
+    "checkpoint_dir": "adapter_name_or_path",
+    "max_train_samples": "max_samples",
+    "dev_ratio": "val_size",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "validation_file": "eval_dataset",
+    "train_file": "dataset",
+    "model_author": "author",
+    "model_name": "name",
+}
+
+WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
+    "overwrite_cache": "datasets are tokenized anew in seconds, nothing is cached",
+    "preprocessing_num_workers": "tokenizing runs in one process",
+    "packing": "batches are always free of padding",
+    "neat_packing": "batches are always free of padding",
+    "flash_attn": "attention is PyTorch's own",
+    "trust_remote_code": "code from model folders is never run",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "ignore_pad_token_for_loss": "batches hold no padding",
+    "quantization_method": "the weights stay as the file has them",
+}
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """Options of a training run; those not listed here are transformers' TrainingArguments."""
+
+    model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
+    quantize: str | None = _option(None, "Format to pack a float checkpoint's linear layers in while loading, e.g. q4_1.")
+    adapter_name_or_path: str | None = _option(None, "Folder of an adapter to go on training instead of a new one.")
+    stage: str = _option("sft", "Kind of training; sft (supervised fine-tuning) is the one there is.")
+    finetuning_type: str = _option("lora", "What is trained; lora.")
+    r: int = _option(8, "Rank of the LoRA.")
+    lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
+    lora_dropout: float = _option(0.0, "Share of the LoRA's inputs that is zeroed in training.")
+    target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
+    use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
+    adapter_name: str = _option("default", "How the adapter is called in this process.")
+    force: bool = _option(False, "Load adapter_name_or_path although it does not fit, as far as it does.")
+
+    dataset: str | None = _option(None, "Comma list of files, folders, dataset_info.json entries, hub names, built-in sets.")
+    dataset_dir: str | None = _option(None, "Folder of dataset_info.json and of the files it names.")
+    eval_dataset: str | None = _option(None, "Held-out rows, named like dataset; evaluated every epoch unless told otherwise.")
+    val_size: float = _option(0.0, "Hold out this share (below 1) or number of rows of the dataset for evaluation.")
+    max_samples: int | None = _option(None, "Read at most so many rows of each dataset.")
+    max_length: int = _option(2048, "Longer samples are cut at the right, if an answer token remains.")
+    template: str | None = _option(None, "Chat template: auto (the model's own), plain, chatml, or a .jinja file.")
+    system: str | None = _option(None, "System prompt for rows that have none.")
+    train_on_prompt: bool = _option(False, "Learn the prompts too, not the answers only.")
+    mask_history: bool = _option(False, "Learn only the last answer of a conversation.")
+    prompt_column: str | None = _option(None, "Column of the question, where the rows' own names are not recognized.")
+    response_column: str | None = _option(None, "Column of the answer.")
+    history_column: str | None = _option(None, "Column of earlier rounds, [[question, answer], ...].")
+    name: str | None = _option(None, "What {{name}} in the dataset becomes.")
+    author: str | None = _option(None, "What {{author}} in the dataset becomes.")
+
+    max_tokens_per_pass: int = _option(512, "Token budget: larger batches pass through the model in parts, same gradients.")
+    overwrite_output_dir: bool = _option(False, "Delete an earlier run's checkpoints and logs in output_dir.")
+    plot_loss: bool = _option(True, "Draw loss.png.")
+
+    # transformers' options with another default
+    learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
+    logging_steps: float = _option(5, "Log every so many steps (a share of all steps when below 1).")
+    save_total_limit: int | None = _option(2, "Keep so many checkpoints.")
+    remove_unused_columns: bool | None = _option(False, "Samples are tokenized already; there are no columns to remove.")
+
+    def __post_init__(self) -> None:
+        self.notes: list[str] = []  # what was replaced or ignored; the command line prints it
+        self._settle_precision()
+        self._check()
+        if self.eval_dataset or self.val_size:
+            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+                self.eval_strategy = "epoch"
+        super().__post_init__()
+
+    @property
+    def compute_dtype(self) -> str:
+        """The dtype that activations are computed in, for load()."""
+        return self._compute_dtype
+
+    def _settle_precision(self) -> None:
+        """Replace a precision that makes no sense on this device by one that does, and note it.
+
+        bf16 is served by a model that computes in bfloat16 throughout, so transformers' autocast stays off for it.
+        """
+        self._compute_dtype = "auto"
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if not on_gpu and self.fp16:
+            self.fp16 = False
+            self.notes.append("fp16: this device is a CPU, which computes in float32 instead")
+        if self.bf16:
+            self.bf16 = False
+            if on_gpu or has_fast_bf16():
+                self._compute_dtype = "bfloat16"
+            else:
+                self.notes.append("bf16: this CPU has no bfloat16 arithmetic (it would be many times slower); float32 it is")
+        elif on_gpu and self.fp16:
+            self._compute_dtype = "float32"  # float32 tensors, float16 arithmetic by autocast, with loss scaling
+        if not on_gpu:
+            self.dataloader_pin_memory = False
+
+    def _check(self) -> None:
+        if self.stage != "sft":
+            raise UnsupportedError(f"stage={self.stage!r}: only sft (supervised fine-tuning) is there")
+        if self.finetuning_type != "lora":
+            raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora is there")
+        if self.max_tokens_per_pass < 1 or self.max_length < 2:
+            raise OptionError("max_tokens_per_pass must be at least 1 and max_length at least 2")
+        if self.val_size < 0:
+            raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def parse_arguments(argv: Sequence[str]) -> TrainArguments:
+    """TrainArguments from command line words: flags, or a YAML/JSON file followed by option=value words.
+
+    Raises OptionError for an unknown option (with the closest names) or an impossible value.
+    """
+    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+        return arguments_from_dict({**_read_config(Path(argv[0])), **_overrides(argv[1:])})
+    words, notes = _translate_flags(argv)
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(words)
+    if rest:
+        _unknown(rest[0].lstrip("-").split("=")[0] if rest[0].startswith("-") else rest[0])
+    return _build(vars(parsed), notes)
+
+
+def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
+    """TrainArguments from {option: value}, with the aliases of other tools; raises OptionError as parse_arguments does."""
+    known = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
+    values: dict[str, Any] = {}
+    notes = []
+    for key, value in options.items():
+        name = ALIASES.get(key, key)
+        if key in WITHOUT_EFFECT:
+            notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
+        elif name not in known:
+            _unknown(key)
+        else:
+            values[name] = ",".join(value) if name == "target_modules" and isinstance(value, list) else value
+    return _build(values, notes)
+
+
+def option_help() -> str:
+    """What `qgraft train --help` prints of the options."""
+    return _parser().format_help()
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser whose complaints are ours: no usage of 150 options, no exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(message, hint="`qgraft train --help` lists the options")
+
+
+def _parser() -> _Parser:
+    return _Parser([TrainArguments], prog="qgraft train", allow_abbrev=False, add_help=False)
+
+
+def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
+    fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
+    if "learning_rate" in values:
+        values = {**values, "learning_rate": float(values["learning_rate"])}  # YAML reads 2e-4 as a string
+    try:
+        arguments = TrainArguments(**{key: value for key, value in values.items() if fields[key].init})
+    except (ValueError, TypeError, ImportError) as error:
+        raise OptionError(str(error)) from error
+    arguments.notes[:0] = notes
+    return arguments
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise OptionError(f"{path} cannot be read: {error}") from error
+    if not isinstance(loaded, dict):
+        raise OptionError(f"{path}: got a {type(loaded).__name__}, expected option: value lines")
+    return loaded
+
+
+def _overrides(words: Sequence[str]) -> dict[str, Any]:
+    options = {}
+    for word in words:
+        key, equals, value = word.lstrip("-").partition("=")
+        if not equals:
+            raise OptionError(f"{word!r}: expected option=value after a configuration file")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words with other tools' names replaced by ours, and notes on those that have no effect."""
+    words: list[str] = []
+    notes: list[str] = []
+    skipping = False
+    for word in argv:
+        if not word.startswith("--"):
+            if not skipping:
+                words.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        skipping = name in WITHOUT_EFFECT
+        if skipping:
+            notes.append(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
+        else:
+            words.append(f"--{ALIASES.get(name, name)}{equals}{value}")
+    return words, notes
+
+
+def _unknown(name: str) -> NoReturn:
+    known = [f.name for f in dataclasses.fields(TrainArguments)] + [*ALIASES, *WITHOUT_EFFECT]
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(close)}?" if close else "`qgraft train --help` lists the options"
+    raise OptionError(f"unknown option {name!r}", hint=hint)

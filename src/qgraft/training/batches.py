@@ -1,0 +1,49 @@
+"""Padding-free batches: the samples of a batch one after another in one row, told apart by their positions.
+
+    tokens      a0 a1 a2 a3 | b0 b1 b2 | c0 c1 ...
+    positions    0  1  2  3 |  0  1  2 |  0  1 ...       transformers separates the samples where a position is 0
+    labels      a1 a2 a3  - | b1 b2  - | c1 c2 ...       already shifted: the token that each position predicts
+
+Random batches of short instructions are 40 to 60 % padding in the usual layout; here they have none. A batch is the
+`per_device_train_batch_size` samples that one would expect, so steps and epochs mean what they mean everywhere; when
+it has more tokens than the budget, it passes through the model in several parts whose gradients add up to exactly the
+gradient of the whole. The budget bounds the memory of activations, whatever the batch size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qgraft.training.tokenizing import IGNORED, Sample
+
+Batch = dict[str, Tensor]  # input_ids, position_ids, labels: int64 [1, tokens]
+
+__all__ = ["IGNORED", "Batch", "collate", "count_labels", "split_batch"]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """One padding-free batch of whole samples, in their order."""
+    ids = [token for sample in samples for token in sample.input_ids]
+    positions = [position for sample in samples for position in range(len(sample.input_ids))]
+    labels = [label for sample in samples for label in (*sample.labels[1:], IGNORED)]
+    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
+    return {key: torch.tensor([values], dtype=torch.int64) for key, values in columns.items()}
+
+
+def split_batch(batch: Batch, budget: int) -> list[Batch]:
+    """Parts of at most `budget` tokens each, cut between samples; a sample longer than the budget is a part of its own."""
+    starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], batch["input_ids"].shape[1]]
+    bounds: list[tuple[int, int]] = []
+    for start, end in zip(starts, ends, strict=True):
+        if bounds and end - bounds[-1][0] <= budget:
+            bounds[-1] = (bounds[-1][0], end)
+        else:
+            bounds.append((start, end))
+    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in bounds]
+
+
+def count_labels(batch: Batch) -> int:
+    """How many tokens of the batch are learned."""
+    return int((batch["labels"] != IGNORED).sum())

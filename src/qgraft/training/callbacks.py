@@ -1,0 +1,165 @@
+"""What watches a run: the live display, the log on disk, and the signals that end it in order."""
+
+import json
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qgraft import storage
+
+METRICS = "metrics.jsonl"
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: GPU memory where one is used, else resident memory."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Watch(TrainerCallback):
+    """Measures a run and shows it: one line a log on disk, a live bar on the terminal.
+
+    `trainer` is set after the trainer exists; tokens a second count real tokens, of which batches hold no others.
+    """
+
+    def __init__(self, folder: Path, console: Console | None) -> None:
+        self.path, self.console = folder / METRICS, console
+        self.trainer: Any = None
+        self.seconds = 0.0
+        self._bar: Progress | None = None
+        self._shown: dict[str, str] = {"loss": "-", "eval_loss": "-", "rate": "-", "memory": "-", "epoch": "0.0"}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over the training steps so far, evaluation and saving left out."""
+        return self.trainer.tokens_seen / self.seconds if self.seconds else 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar."""
+        self._step_began = time.perf_counter()
+        if self.console is None:
+            return
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}  eval {task.fields[eval_loss]}"),
+            TextColumn("{task.fields[rate]} tok/s  {task.fields[memory]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, **self._shown)
+        self._bar.start()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock of a step."""
+        self._step_began = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop it; move the bar."""
+        self.seconds += time.perf_counter() - self._step_began
+        self._shown["rate"] = f"{self.tokens_per_second:.0f}"
+        self._shown["memory"] = f"{_memory_now() / 1e9:.2f} GB"
+        self._shown["epoch"] = f"{state.epoch or 0:.1f}"
+        self._move(state)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Append what is logged to metrics.jsonl and show the losses."""
+        logs = dict(logs or {})
+        entry = {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)}
+        entry["memory_bytes"] = _memory_now()
+        entry["skipped_steps"] = self.trainer.skipped_steps
+        storage.append_line(self.path, json.dumps(entry))
+        for key in ("loss", "eval_loss"):
+            if key in logs:
+                self._shown[key] = f"{logs[key]:.3f}"
+        self._move(state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop the bar; called again when a run ends by an error."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _move(self, state: TrainerState) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=state.global_step, **self._shown)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, leave. A second signal ends the process at once.
+
+    `received` is the signal that ended the run, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Listen; only possible in the main thread, elsewhere the process's own handlers stay."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._handle)
+            except ValueError:
+                return
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a save and an end when a signal has come."""
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Stop listening."""
+        self.close()
+
+    def close(self) -> None:
+        """Put the earlier handlers back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: Any) -> None:
+        self.received = number
+        self.close()  # the next signal acts as it always did
+
+
+def _memory_now() -> int:
+    if torch.cuda.is_available() and torch.cuda.memory_allocated():
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,72 @@
+"""The loss of a model on held-out samples: the mean over all label tokens, not the mean of batch means."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.training.batches import collate, count_labels, split_batch
+from qgraft.training.loss import batch_loss, check_padding_free
+from qgraft.training.reading import read_dataset
+from qgraft.training.tokenizing import Sample, build_samples, resolve_template
+
+EVAL_TOKENS = 1024  # in one pass; without gradients activations are small
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss)."""
+
+    loss: float
+    perplexity: float
+    samples: int
+    labels: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The fields by name, for JSON."""
+        return asdict(self)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: str | Sequence[Mapping[str, object]],
+    *,
+    dataset_dir: str | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    name: str | None = None,
+    author: str | None = None,
+    max_length: int = 2048,
+    train_on_prompt: bool = False,
+) -> Evaluation:
+    """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
+
+    Raises DataError when the dataset cannot be read or holds no answers.
+    """
+    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author)
+    samples = build_samples(
+        tokenizer, conversations, accounting, template=resolve_template(tokenizer, template), system=system,
+        max_length=max_length, train_on_prompt=train_on_prompt,
+    )  # fmt: skip
+    return evaluate_samples(model, samples)
+
+
+@torch.no_grad()
+def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> Evaluation:
+    """The loss on samples that are tokenized already. The model's training mode is kept."""
+    training = model.training
+    model.eval()
+    budget = 0 if check_padding_free(model, samples) else EVAL_TOKENS
+    total, labels = 0.0, 0
+    device = next(model.parameters()).device
+    # neighbours of similar length waste least in attention masks
+    ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
+    for part in split_batch(collate(ordered), budget):
+        total += float(batch_loss(model, {key: value.to(device) for key, value in part.items()}))
+        labels += count_labels(part)
+    model.train(training)
+    loss = total / max(labels, 1)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)

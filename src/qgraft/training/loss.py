@@ -1,0 +1,125 @@
+"""The loss over label positions only, in chunks that never hold the whole logits matrix.
+
+Logits are the largest tensor of a small model's step: 512 tokens x 49 152 words x 4 bytes = 100 MB, and a plain
+implementation holds three or four of them. Most of these rows belong to prompt tokens that nobody learns. So the decoder
+runs on all tokens, the output layer only on hidden states whose next token is a label, and that in chunks: each chunk's
+logits, loss and gradient are computed and let go during the forward pass, which keeps one [labels, hidden] gradient.
+(The idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross entropy, arXiv:2410.10989.)
+
+Two architectures transform their logits after the output layer; `output_head` applies it, and `check_padding_free`
+compares this whole path with the model's own forward pass before a run starts.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qgraft.training.batches import IGNORED, Batch, collate, split_batch
+from qgraft.training.tokenizing import Sample
+
+CHUNK_BYTES = 24 << 20  # of float32 logits at a time: 128 rows of a 49k vocabulary
+MIN_CHUNK_ROWS = 32
+
+Head = Callable[[Tensor], Tensor]
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy summed over the labels of a padding-free batch, a float32 scalar.
+
+    Args:
+        batch: input_ids, position_ids, labels, each [1, tokens]; labels are aligned with the token that predicts them.
+    """
+    states_1TH = model.base_model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).last_hidden_state
+    labels_T = batch["labels"][0]
+    chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
+    return summed_cross_entropy(states_1TH[0, chosen_N], labels_T[chosen_N], output_head(model), label_smoothing)
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The function from hidden states [n, hidden] to logits [n, vocabulary] of a causal language model."""
+    layer = model.get_output_embeddings()
+    config = model.config.get_text_config()
+    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    def head(states_NH: Tensor) -> Tensor:
+        logits_NV = layer(states_NH)
+        if factor != 1.0:  # Cohere multiplies, Granite divides
+            logits_NV = logits_NV * factor
+        return torch.tanh(logits_NV / softcap) * softcap if softcap else logits_NV
+
+    head.parameters = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    return head
+
+
+def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:
+    """sum_i -log softmax(head(state_i))[target_i], differentiable in the states and in the head's parameters."""
+    parameters = getattr(head, "parameters", [])
+    return _ChunkedCrossEntropy.apply(states_NH, targets_N, head, label_smoothing, *parameters)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss, and with it the gradients, computed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float, *parameters: Tensor
+    ) -> Tensor:
+        """states [n, hidden], targets [n] int64 -> scalar float32."""
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
+        grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
+        start, rows = 0, MIN_CHUNK_ROWS
+        while start < len(states_NH):
+            chunk = states_NH[start : start + rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                logits = head(chunk).float()
+                targets = targets_N[start : start + rows]
+                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+            if wanted:
+                chunk_grads = torch.autograd.grad(loss, (chunk, *parameters))
+                grads[0][start : start + rows] = chunk_grads[0]
+                for grad, part in zip(grads[1:], chunk_grads[1:], strict=True):
+                    grad += part
+            total += loss.detach()
+            start += len(chunk)
+            rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * logits.shape[-1]))  # the vocabulary is known by now
+        ctx.save_for_backward(*grads)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales what the forward pass computed."""
+        states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return states, None, None, None, *parameters
+
+
+@torch.no_grad()
+def check_padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> str | None:
+    """Compare the padding-free loss with the model's own, on the two shortest samples; None when they agree.
+
+    Otherwise what differs, in a sentence: the architecture then does not separate the samples of a batch, and the caller
+    must put one sample in each pass. Raises nothing: a difference is an answer here.
+    """
+    shortest = sorted(samples, key=lambda sample: len(sample.input_ids))[:2]
+    device = next(model.parameters()).device
+    batch = {key: value.to(device) for key, value in collate(shortest).items()}
+    training = model.training
+    model.eval()
+    packed = float(batch_loss(model, batch))
+    alone = sum(_own_loss(model, part) for part in split_batch(batch, budget=0))
+    model.train(training)
+    if abs(packed - alone) <= 1e-3 * max(1.0, abs(alone)) * (1 if next(model.parameters()).dtype == torch.float32 else 30):
+        return None
+    return f"{type(model).__name__} does not keep the samples of a batch apart (loss {packed:.4f} against {alone:.4f})"
+
+
+def _own_loss(model: nn.Module, part: Batch) -> float:
+    logits_TV = model(input_ids=part["input_ids"], use_cache=False).logits[0].float()
+    return float(F.cross_entropy(logits_TV, part["labels"][0], ignore_index=IGNORED, reduction="sum"))

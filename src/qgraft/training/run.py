@@ -1,0 +1,273 @@
+"""train(): one call from a model, a tokenizer and a dataset to a sealed adapter in a folder.
+
+    output_dir/
+      adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (checkpoints/adapter_files.py)
+      run.json        options, row accounting, base, losses, speed, memory, versions
+      metrics.jsonl   one line a log
+      loss.png        training and held-out loss
+      checkpoint-N/   to resume from
+"""
+
+import dataclasses
+import hashlib
+import math
+import random
+import signal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft import plots, storage
+from qgraft.adapters.attach import adapter_names, attach_lora, count_parameters, use_adapter
+from qgraft.checkpoints.adapter_files import save_adapter
+from qgraft.errors import CheckpointError, DataError, StorageError
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
+from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.loss import check_padding_free
+from qgraft.training.reading import Accounting, read_dataset
+from qgraft.training.tokenizing import Sample, build_samples, resolve_template
+from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
+
+Dataset = str | Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a run did; the same numbers stand in run.json.
+
+    Attributes:
+        output_dir: where everything is.
+        steps: optimizer steps in all; `finished` tells whether these are all that were planned.
+        signal: the number of the signal that ended the run early, or None.
+        metrics: train_loss, eval_loss_before, eval_loss, tokens_per_second, seconds, peak_memory_bytes, skipped_steps, ...
+        accounting: where every row of the dataset went.
+        notes: what a reader should know, each one sentence.
+    """
+
+    output_dir: Path
+    steps: int
+    finished: bool
+    signal: int | None
+    parameters: int
+    metrics: dict[str, float]
+    accounting: Accounting
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        """0, or the shell's code for the signal: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 0 if self.signal is None else 128 + self.signal
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | None,
+    args: TrainArguments,
+    *,
+    eval_dataset: Dataset | None = None,
+    console: Console | None = None,
+) -> TrainReport:
+    """Train an adapter and save it in args.output_dir.
+
+    The adapter `args.adapter_name` is trained on if the model has it, else attached with the options of `args`.
+
+    Args:
+        dataset: what read_dataset takes, or rows; None for args.dataset.
+        eval_dataset: held-out rows likewise; None for args.eval_dataset or a split of val_size.
+        console: where the live display goes; None for none.
+
+    Raises DataError, OptionError, StorageError, TrainingError.
+    """
+    folder = Path(args.output_dir)
+    resume = _prepare_folder(folder, args)
+    notes = list(args.notes)
+    samples, eval_samples, accounting = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
+    _prepare_adapter(model, args)
+    budget = args.max_tokens_per_pass
+    if problem := check_padding_free(model, samples):
+        notes.append(f"{problem}; every sample passes through the model alone")
+        budget = 0
+    before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
+    watch, stop = Watch(folder, console), StopOnSignal()
+    trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
+    watch.trainer = trainer
+    use_cache = model.config.use_cache
+    try:
+        output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    finally:
+        watch.close()
+        stop.close()
+        model.config.use_cache = True if use_cache is None else use_cache
+        model.eval()
+    state = trainer.state
+    metrics: dict[str, float] = {"train_loss": output.training_loss, "seconds": watch.seconds}
+    if before is not None:
+        metrics["eval_loss_before"] = before.loss
+    if eval_samples:
+        metrics["eval_loss"] = evaluate_samples(model, eval_samples).loss
+    metrics |= {
+        "tokens_per_second": watch.tokens_per_second,
+        "tokens": trainer.tokens_seen,
+        "peak_memory_bytes": peak_memory_bytes(),
+        "skipped_steps": trainer.skipped_steps,
+    }
+    report = TrainReport(
+        output_dir=folder,
+        steps=state.global_step,
+        finished=stop.received is None,
+        signal=stop.received,
+        parameters=count_parameters(model, args.adapter_name),
+        metrics=metrics,
+        accounting=accounting,
+        notes=notes,
+    )
+    _save(model, args, report, samples, eval_samples)
+    return report
+
+
+def _prepare_folder(folder: Path, args: TrainArguments) -> Path | None:
+    """The checkpoint to resume from, or None with `folder` ready for a new run. Raises when it holds another run."""
+    if args.resume_from_checkpoint:
+        return _resume_point(folder, str(args.resume_from_checkpoint))
+    earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
+    if earlier and not args.overwrite_output_dir:
+        raise StorageError(
+            f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
+            hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
+        )
+    for path in checkpoints(folder):
+        storage.remove_folder(path)
+    (folder / METRICS).unlink(missing_ok=True)
+    return None
+
+
+def _resume_point(folder: Path, wanted: str) -> Path:
+    if wanted.lower() not in ("true", "auto", "1"):
+        if problems := storage.check_folder(Path(wanted)):
+            raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
+        return Path(wanted)
+    path, passed_over = newest_whole_checkpoint(folder)
+    if path is None:
+        raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
+    return path
+
+
+def _prepare_samples(
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | None,
+    eval_dataset: Dataset | None,
+    args: TrainArguments,
+    notes: list[str],
+) -> tuple[list[Sample], list[Sample], Accounting]:
+    chosen = dataset if dataset is not None else args.dataset
+    if not chosen:
+        raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
+    template = resolve_template(tokenizer, args.template)
+    if template.note:
+        notes.append(template.note)
+    samples, accounting = _samples(tokenizer, chosen, args, template)
+    held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
+    if held_out:
+        return samples, _samples(tokenizer, held_out, args, template)[0], accounting
+    if args.val_size:
+        samples, eval_samples = _split(samples, args.val_size, args.seed)
+        notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
+        return samples, eval_samples, accounting
+    return samples, [], accounting
+
+
+def _samples(
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainArguments, template: Any
+) -> tuple[list[Sample], Accounting]:
+    named = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
+    columns = {part: column for part, column in named.items() if column}
+    conversations, accounting = read_dataset(
+        dataset, args.dataset_dir, name=args.name, author=args.author, columns=columns or None, max_samples=args.max_samples
+    )  # fmt: skip
+    samples = build_samples(
+        tokenizer, conversations, accounting, template=template, system=args.system, max_length=args.max_length,
+        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history,
+    )  # fmt: skip
+    return samples, accounting
+
+
+def _split(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    count = math.ceil(len(samples) * val_size) if val_size < 1 else int(val_size)
+    if count >= len(samples):
+        raise DataError(f"val_size={val_size} leaves no sample to train on: there are {len(samples)}")
+    chosen = set(random.Random(seed).sample(range(len(samples)), count))
+    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
+
+
+def _prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
+    """Make args.adapter_name the one that trains. Seeded, so that a run's first weights depend on its seed alone."""
+    if args.adapter_name in adapter_names(model):
+        use_adapter(model, args.adapter_name)
+        return
+    torch.manual_seed(args.seed)
+    attach_lora(
+        model, args.r, args.lora_alpha, args.lora_dropout, args.target_modules, args.use_rslora, args.adapter_name
+    )
+
+
+def _save(
+    model: PreTrainedModel, args: TrainArguments, report: TrainReport, samples: list[Sample], held_out: list[Sample]
+) -> None:
+    """The adapter, run.json and loss.png; a run that a signal ended leaves its checkpoint and run.json only."""
+    folder = report.output_dir
+    run = {
+        "finished": report.finished,
+        "steps": report.steps,
+        "parameters": report.parameters,
+        "metrics": report.metrics,
+        "dataset": {
+            "name": args.dataset,
+            "samples": len(samples),
+            "held_out": len(held_out),
+            "sha256": _samples_sha256(samples),
+            "accounting": report.accounting.as_dict(),
+        },
+        "arguments": changed_arguments(args),
+        "notes": report.notes,
+    }
+    if report.finished:
+        save_adapter(model, folder, args.adapter_name, details={key: run[key] for key in ("dataset", "arguments", "metrics")})
+    base = getattr(model, "qgraft_base", None)
+    storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
+    if args.plot_loss and (folder / METRICS).is_file():
+        plots.plot_losses(folder / METRICS, folder / "loss.png")
+
+
+def changed_arguments(args: TrainArguments) -> dict[str, Any]:
+    """The options that differ from their defaults, as JSON values."""
+    changed = {}
+    for option in dataclasses.fields(args):
+        value = getattr(args, option.name)
+        if option.init and value != option.default and isinstance(value, str | int | float | bool | list):
+            changed[option.name] = getattr(value, "value", value)
+    return changed
+
+
+def _samples_sha256(samples: list[Sample]) -> str:
+    """Says which tokens were trained on, in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.input_ids, sample.labels)).encode())
+    return digest.hexdigest()
+
+
+def describe_signal(report: TrainReport) -> str:
+    """What to tell somebody whose run was interrupted."""
+    assert report.signal is not None
+    name = signal.Signals(report.signal).name
+    return (
+        f"{name}: stopped after step {report.steps}; checkpoint-{report.steps} is saved in {report.output_dir}.\n"
+        "Give the same command with --resume_from_checkpoint true to go on to the same result."
+    )

@@ -1,0 +1,189 @@
+"""LoraTrainer: transformers' Trainer with four things of ours.
+
+    batches       padding-free, in parts of at most `max_tokens_per_pass` tokens; the loss is the mean over all label
+                  tokens of an optimizer step, whatever the parts
+    checkpoints   only the adapter, optimizer, scheduler and generators; staged, sealed with a manifest, published by one
+                  rename (transformers writes them in place: a kill leaves a folder that cannot be resumed)
+    resuming      from the newest checkpoint whose manifest holds
+    NaN           a step whose loss or gradient is not finite is skipped and counted; three in a row end the run
+                  (transformers steps on NaN and logs 0.0)
+
+Everything else (schedules, accumulation, clipping, optimizers, callbacks) is transformers' own.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from qgraft import storage
+from qgraft.adapters.attach import lora_state_dict
+from qgraft.checkpoints.adapter_files import read_tensors, save_adapter
+from qgraft.errors import CheckpointError, TrainingError
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.batches import IGNORED, collate, split_batch
+from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.loss import batch_loss
+from qgraft.training.tokenizing import Sample
+
+MAX_SKIPPED_IN_A_ROW = 3
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+
+
+class LoraTrainer(Trainer):
+    """Trains the active adapter of a model on samples; see the module's docstring."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainArguments,
+        samples: list[Sample],
+        eval_samples: list[Sample],
+        tokens_per_pass: int,
+        callbacks: list[Any],
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=collate,
+            train_dataset=samples,
+            eval_dataset=eval_samples or None,
+            callbacks=callbacks,
+        )
+        self.remove_callback(ProgressCallback)
+        self.remove_callback(PrinterCallback)
+        self.tokens_per_pass = tokens_per_pass
+        self.tokens_seen = 0  # in this process
+        self.skipped_steps = 0
+        self._skipped_in_a_row = 0
+        self._finite = True
+        self._staging: Path | None = None
+
+    # --- a step
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        return sum((batch["labels"] != IGNORED).sum() for batch in batch_samples).to(device)  # type: ignore[union-attr]
+
+    def training_step(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch, part by part. Returns its share of the step's mean loss."""
+        model.train()
+        batch = self._prepare_inputs(inputs)
+        self.tokens_seen += batch["input_ids"].numel()
+        total = torch.zeros((), device=self.args.device)
+        for part in split_batch(batch, self.tokens_per_pass):
+            with self.compute_loss_context_manager():
+                loss = batch_loss(model, part, self.args.label_smoothing_factor) / num_items_in_batch
+            if not torch.isfinite(loss):
+                self._finite = False
+                return total.fill_(float("nan"))
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def _clip_grad_norm(self, model: PreTrainedModel) -> Tensor:
+        """Clip as usual; a step with NaN or infinity anywhere leaves no gradient, so the optimizer does nothing."""
+        norm = super()._clip_grad_norm(model)
+        scaled = self.accelerator.scaler is not None  # the scaler of float16 runs skips and counts on its own
+        if not scaled:
+            self._guard(model, norm)
+        return norm
+
+    def _guard(self, model: PreTrainedModel, norm: Tensor | float) -> None:
+        if self._finite and bool(torch.isfinite(torch.as_tensor(norm))):
+            self._skipped_in_a_row = 0
+            return
+        self._finite = True
+        self.skipped_steps += 1
+        self._skipped_in_a_row += 1
+        model.zero_grad(set_to_none=True)
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {self.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times in a row; "
+                "the adapter was not changed by these steps",
+                hint="lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
+            )
+
+    # --- evaluation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all label tokens of the held-out samples."""
+        result = evaluate_samples(self.model, eval_dataset or self.eval_dataset)
+        metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.as_dict().items()}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # --- checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        save_adapter(self.model, output_dir or self.args.output_dir, self.args.adapter_name)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: PreTrainedModel, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        name = f"checkpoint-{self.state.global_step}"
+        with storage.publish_folder(folder / name) as staging:
+            self._staging = staging
+            try:
+                super()._save_checkpoint(model, trial)  # writes staging/checkpoint-N
+            finally:
+                self._staging = None
+            for path in (staging / name).iterdir():
+                path.rename(staging / path.name)
+            (staging / name).rmdir()
+            if self.state.best_global_step:
+                self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
+                self.state.save_to_json(str(staging / "trainer_state.json"))
+        self._rotate(folder)
+
+    def _rotate(self, folder: Path) -> None:
+        """Delete the oldest checkpoints beyond save_total_limit, never the best one."""
+        if not self.args.save_total_limit:
+            return
+        best = self.state.best_model_checkpoint
+        old = [path for path in checkpoints(folder)[: -self.args.save_total_limit] if str(path) != best]
+        for path in old:
+            storage.remove_folder(path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
+        saved = read_tensors(Path(resume_from_checkpoint))
+        current = lora_state_dict(self.model, self.args.adapter_name)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} holds another adapter: {len(saved)} tensors of other names or shapes "
+                f"than the {len(current)} of this run",
+                hint="resume with the same r and target_modules, or start anew with another output_dir",
+            )
+        with torch.no_grad():
+            for key, tensor in saved.items():
+                current[key].copy_(tensor)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in `folder`, oldest step first."""
+    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over."""
+    passed_over = []
+    for path in reversed(checkpoints(folder)):
+        problems = storage.check_folder(path)
+        if not problems:
+            return path, passed_over
+        passed_over.append(f"{path} is not whole and was passed over: {problems[0]}")
+    return None, passed_over

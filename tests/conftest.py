@@ -1,0 +1,298 @@
+"""Tiny random GGUF files of every architecture, with the float models they stand for.
+
+`tiny_gguf("llama")` writes a file of about 200 kB the way llama.cpp's converter would (names, permuted rows, norms plus
+one, transposed Conv1D) and keeps a float model whose weights are what the written bytes mean, decoded by the `gguf` package.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+from gguf import GGMLQuantizationType as Q
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, LENGTH = 64, 2, 4, 2, 256, 128
+SHAPE = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    "intermediate_size": FFN, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+GEMMA = {"head_dim": 16, "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh"}
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHAPE, **GEMMA}),
+    # transformers' reader knows neither n_inner nor n_positions: these are the values it assumes
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SHAPE, "head_dim": 16}),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", {**SHAPE, "head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SHAPE, "pad_token_id": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHAPE, "head_dim": 128}),  # the head_dim that the reader assumes
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**SHAPE, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SHAPE),
+}  # fmt: skip
+MIX = (Q.Q4_1, Q.Q4_0, Q.Q5_1, Q.Q8_0, Q.F16, Q.Q5_0, Q.BF16)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class TinyGguf:
+    """A file, the float model that it stands for, and for each of its tensors the name of the parameter it came from."""
+
+    path: Path
+    model: transformers.PreTrainedModel
+    parameters: dict[str, str] = field(default_factory=dict)
+
+
+TinyMaker = Callable[..., TinyGguf]
+
+
+@pytest.fixture(scope="session")
+def make_gguf() -> TinyMaker:
+    """Writes a file at a path; see write_tiny for the options."""
+    return write_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> TinyMaker:
+    """Like make_gguf without a path; each combination of options is written once a session. Do not change the file."""
+    made: dict[str, TinyGguf] = {}
+
+    def get(architecture: str = "llama", **options: Any) -> TinyGguf:
+        key = repr((architecture, sorted(options.items())))
+        if key not in made:
+            made[key] = write_tiny(tmp_path_factory.mktemp(architecture) / "tiny.gguf", architecture, **options)
+        return made[key]
+
+    return get
+
+
+def write_tiny(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    tied: bool = False,
+    config: dict[str, Any] | None = None,
+    metadata: dict[str, Any] | None = None,
+    extra: dict[str, np.ndarray] | None = None,
+    drop: tuple[str, ...] = (),
+    tokenizer: bool = True,
+    types: tuple[Q, ...] = MIX,
+    seed: int = 0,
+) -> TinyGguf:
+    """Write a random model of `architecture` to `path`.
+
+    Args:
+        tied: leave output.weight out, as llama.cpp does where the output layer is the embedding.
+        config: options of the transformers configuration beside the tiny ones.
+        metadata: keys to add or replace; None leaves a key out.
+        extra: float32 tensors to add or replace, by their name in the file.
+        drop: names of tensors to leave out.
+        tokenizer: whether the vocabulary is written.
+        types: the formats that matrices are stored in, one after another.
+    """
+    model = float_model(architecture, tied, config or {}, seed)
+    names = gguf.get_tensor_name_map(_arch(architecture), LAYERS)
+    keys = {**model_metadata(model, architecture), **(vocabulary(architecture) if tokenizer else {}), **(metadata or {})}
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        if value is not None:
+            _add(writer, key, value)
+    tiny = TinyGguf(path, model)
+    for index, (name, parameter) in enumerate(model.named_parameters()):
+        stem, _, suffix = name.rpartition(".")
+        gguf_name = f"{names.get_name(stem)}.{suffix}"
+        stored, kind = _encode(gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index)
+        with torch.no_grad():
+            meant = gguf.quants.dequantize(stored, kind)
+            parameter.copy_(_from_file(model, architecture, name, torch.from_numpy(np.array(meant, np.float32))))
+        tiny.parameters[gguf_name] = name
+        if gguf_name not in drop and gguf_name not in (extra or {}):
+            writer.add_tensor(gguf_name, stored, raw_dtype=kind)
+    for gguf_name, value in (extra or {}).items():
+        writer.add_tensor(gguf_name, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tiny
+
+
+def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: int) -> transformers.PreTrainedModel:
+    """A random model with weights large enough that every part of it moves the logits."""
+    class_name, config_name, tiny = MODELS[architecture]
+    tokens = len(vocabulary(architecture)["tokenizer.ggml.tokens"])
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, config_name)(
+        **{"vocab_size": tokens, "tie_word_embeddings": tied, **ids, **tiny, **options}
+    )
+    torch.manual_seed(seed)
+    model = getattr(transformers, class_name)(config).eval().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embed" in name or "wte" in name else 0.12))
+        else:
+            centre = 1.0 if name.endswith(".weight") and not _offset(architecture) else 0.0
+            parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
+    return model
+
+
+def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> dict[str, Any]:
+    """What llama.cpp's converter writes about the shape of a model."""
+    c = model.config
+    head_dim = getattr(c, "head_dim", None) or HIDDEN // HEADS
+    grouped = {f"{architecture}.attention.head_count_kv": c.num_key_value_heads} if architecture != "gpt2" else {}
+    epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
+                                           "layer_norm_epsilon") if getattr(c, k, None))  # fmt: skip
+    rms = "_rms" if hasattr(c, "rms_norm_eps") else ""
+    keys = {
+        "context_length": c.max_position_embeddings,
+        "embedding_length": c.hidden_size,
+        "block_count": c.num_hidden_layers,
+        "feed_forward_length": FFN,
+        "attention.head_count": c.num_attention_heads,
+        f"attention.layer_norm{rms}_epsilon": float(epsilon),
+    }
+    if rope := getattr(c, "rope_parameters", None):
+        rope = rope.get("full_attention", rope)
+        keys["rope.freq_base"] = float(rope["rope_theta"])
+        keys["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+        keys["attention.key_length"] = keys["attention.value_length"] = head_dim
+    if "gemma" in architecture:
+        keys["attention.sliding_window"] = c.sliding_window
+    return {"general.name": "tiny", **{f"{architecture}.{k}": v for k, v in keys.items()}, **grouped}
+
+
+def vocabulary(architecture: str) -> dict[str, Any]:
+    """A byte-level BPE vocabulary, or a sentencepiece one for the architectures that have them in the field."""
+    if architecture in ("gemma2", "gemma3", "phi3"):
+        return _sentencepiece_vocabulary()
+    letters = _byte_alphabet()
+    merges = []
+    for word in ("Ġthe", "Ġand", "Ġcat", "Ġsat", "hello", "Ġworld", "user", "assistant", "Ġmat"):
+        merges += [f"{word[:i]} {word[i]}" for i in range(1, len(word))]
+    merges = list(dict.fromkeys(merges))
+    tokens = [*SPECIAL, *letters, *(merge.replace(" ", "") for merge in merges)]
+    keys = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": tokens,
+        "merges": merges,
+        "token_type": [3] * len(SPECIAL) + [1] * (len(tokens) - len(SPECIAL)),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    template = {"tokenizer.chat_template": CHAT_TEMPLATE} if architecture in ("llama", "qwen2") else {}
+    return {**{f"tokenizer.ggml.{k}": v for k, v in keys.items()}, **template}
+
+
+def _byte_alphabet() -> list[str]:
+    """GPT-2's spelling of the 256 bytes: printable ones as themselves, the others as the characters from 256 on."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
+
+
+def _sentencepiece_vocabulary() -> dict[str, Any]:
+    pieces = ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁t", "he", "▁the", "at", "▁cat", "ll"]
+    tokens = ["<unk>", "<bos>", "<eos>", "<pad>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    keys = {
+        "model": "llama",
+        "tokens": tokens,
+        "scores": [0.0] * 260 + [-float(i) for i in range(len(pieces))],
+        "token_type": [2, 3, 3, 3] + [6] * 256 + [1] * len(pieces),
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "padding_token_id": 3,
+    }
+    return {f"tokenizer.ggml.{k}": v for k, v in keys.items()}
+
+
+def ids_for(model: nn.Module, rows: int = 2, length: int = 12, seed: int = 1) -> torch.Tensor:
+    """Random token ids [rows, length], without the special ones."""
+    return torch.randint(4, model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def _arch(architecture: str) -> gguf.MODEL_ARCH:
+    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+
+
+def _offset(architecture: str) -> float:
+    return 1.0 if architecture in ("gemma2", "gemma3", "nemotron") else 0.0
+
+
+def _heads(model: nn.Module, architecture: str, name: str) -> int | None:
+    """Heads whose rows llama.cpp permutes in this parameter, or None."""
+    if architecture != "llama":
+        return None
+    return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(name.split(".")[-2])
+
+
+def _to_file(model: nn.Module, architecture: str, name: str, parameter: torch.Tensor) -> torch.Tensor:
+    """What the converter stores for a parameter of the transformers model."""
+    value = parameter.detach()
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and value.dim() == 2:
+        value = value.T
+    if heads := _heads(model, architecture, name):  # llama.cpp: LlamaModel.permute
+        value = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
+    return value + _offset(architecture) if is_norm else value
+
+
+def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tensor) -> torch.Tensor:
+    """The inverse of _to_file."""
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and value.dim() == 2:
+        value = value.T
+    if heads := _heads(model, architecture, name):
+        value = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+    is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
+    return value - _offset(architecture) if is_norm else value
+
+
+def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np.ndarray, Q]:
+    """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks."""
+    array = np.ascontiguousarray(value.numpy())
+    if array.ndim == 1 or gguf_name == "position_embd.weight":
+        return array, Q.F32
+    if gguf_name in ("token_embd.weight", "output.weight"):
+        return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
+    if gguf_name == f"blk.{LAYERS - 1}.ffn_down.weight" and array.shape[1] % 256 == 0:
+        return _random_q4_k(*array.shape, seed), Q.Q4_K
+    return gguf.quants.quantize(array, kind), kind
+
+
+def _random_q4_k(rows: int, width: int, seed: int) -> np.ndarray:
+    """Random codes and 6-bit scales, but small finite d and dmin: 0.12 or so of standard deviation."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (rows, width // 256, 144), dtype=np.uint8)
+    blocks[..., :4] = np.array([0.0006, 0.004], np.float16).view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+              list: writer.add_array}  # fmt: skip
+    adders[type(value)](key, value)
+
+
+@pytest.fixture(scope="session")
+def random_ids() -> Callable[..., torch.Tensor]:
+    """ids_for, for test files (which cannot import from here)."""
+    return ids_for
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield

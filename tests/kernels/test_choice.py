@@ -1,0 +1,128 @@
+"""Which kernel serves which op: QGRAFT_KERNELS, devices, formats, a library that is not there."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from qgraft.errors import OptionError, UnsupportedError
+from qgraft.formats import FORMATS, quantize
+from qgraft.kernels import Choice, choose, linear, native, native_status, reference
+from qgraft.kernels.choice import OPS
+
+UseKernels = Callable[[str | None], None]
+
+needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+
+
+@pytest.fixture
+def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no C compiler had been there when qgraft was installed."""
+    monkeypatch.setattr(native, "_library", lambda: None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("op", OPS)
+def test_every_op_format_and_device_has_a_kernel_and_a_reason(op: str, device: str, use_kernels: UseKernels) -> None:
+    use_kernels(None)
+    for format in FORMATS:
+        choice = choose(op, format, device)
+        assert (choice.op, choice.format, choice.device) == (op, format, device)
+        assert choice.kernel in ("native", "reference")
+        assert choice.why.strip()
+
+
+@needs_native
+@pytest.mark.parametrize("value", [None, "auto", "native"])
+def test_native_serves_its_formats_on_the_cpu(value: str | None, use_kernels: UseKernels) -> None:
+    use_kernels(value)
+    for format in native.FORMAT_IDS:
+        choice = choose("linear", format, "cpu")
+        assert choice.kernel == "native"
+        assert choice.why.startswith("built, runs as ")
+
+
+def test_native_knows_only_formats_that_exist() -> None:
+    assert set(native.FORMAT_IDS) <= set(FORMATS)
+    assert sorted(native.FORMAT_IDS.values()) == list(range(len(native.FORMAT_IDS)))
+
+
+def test_reference_can_be_forced(use_kernels: UseKernels) -> None:
+    use_kernels("reference")
+    expected = Choice("linear", "q4_1", "cpu", "reference", "QGRAFT_KERNELS=reference")
+    assert choose("linear", "q4_1", "cpu") == expected
+
+
+def test_forced_reference_is_what_runs(use_kernels: UseKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The choice is not only shown: the other kernel is never called."""
+    ran: list[str] = []
+    for module, name in ((native, "native"), (reference, "reference")):
+        real = module.linear
+        monkeypatch.setattr(module, "linear", lambda x, p, name=name, real=real: ran.append(name) or real(x, p))
+    packed = quantize(torch.randn(3, 32), "q4_1")
+    use_kernels("reference")
+    linear(torch.randn(2, 32), packed)
+    assert ran == ["reference"]
+    use_kernels("auto")
+    linear(torch.randn(2, 32), packed)
+    assert ran == ["reference", choose("linear", "q4_1", "cpu").kernel]
+
+
+def test_typo_in_the_variable_is_an_error_with_a_hint(use_kernels: UseKernels) -> None:
+    use_kernels("nativ")
+    with pytest.raises(OptionError) as caught:
+        choose("linear", "q4_1", "cpu")
+    assert caught.value.message == "QGRAFT_KERNELS='nativ': expected auto, native or reference"
+    assert caught.value.hint == "did you mean native?"
+
+
+def test_typo_in_the_variable_stops_the_op_itself(use_kernels: UseKernels) -> None:
+    packed = quantize(torch.randn(3, 32), "q4_1")
+    use_kernels("fast")
+    with pytest.raises(OptionError, match="QGRAFT_KERNELS='fast'"):
+        linear(torch.randn(2, 32), packed)
+
+
+@pytest.mark.parametrize("value", [None, "native"])
+def test_cuda_is_served_by_plain_torch(value: str | None, use_kernels: UseKernels) -> None:
+    use_kernels(value)
+    choice = choose("linear", "q4_1", "cuda")
+    assert choice.kernel == "reference"
+    assert "device" in choice.why
+
+
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - set(native.FORMAT_IDS)))
+def test_format_without_a_native_loop_is_served_by_plain_torch(format: str, use_kernels: UseKernels) -> None:
+    use_kernels("auto")
+    choice = choose("dequantize", format, "cpu")
+    assert choice.kernel == "reference"
+    assert "format" in choice.why
+
+
+@pytest.mark.usefixtures("no_library")
+def test_missing_library_falls_back_under_auto_and_says_so(use_kernels: UseKernels) -> None:
+    use_kernels("auto")
+    choice = choose("linear", "q4_1", "cpu")
+    assert choice.kernel == "reference"
+    assert "not built" in choice.why
+    packed = quantize(torch.randn(3, 32), "q4_1")
+    assert linear(torch.randn(2, 32), packed).shape == (2, 3)
+
+
+@pytest.mark.usefixtures("no_library")
+def test_missing_library_is_an_error_when_native_is_asked_for(use_kernels: UseKernels) -> None:
+    use_kernels("native")
+    with pytest.raises(UnsupportedError) as caught:
+        choose("linear", "q4_1", "cpu")
+    assert "not built" in caught.value.message
+    assert caught.value.hint is not None
+    assert "gcc" in caught.value.hint
+
+
+@needs_native
+def test_choice_is_made_once(use_kernels: UseKernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that changes while the process runs does not switch kernels half way."""
+    use_kernels("auto")
+    before = choose("linear", "q4_1", "cpu")
+    monkeypatch.setenv("QGRAFT_KERNELS", "reference")
+    assert choose("linear", "q4_1", "cpu") is before

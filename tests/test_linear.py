@@ -1,0 +1,259 @@
+"""QuantizedLinear and QuantizedEmbedding behave like the torch modules that hold the dequantized weight."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from qgraft.adapters.lora import LoraLinear
+from qgraft.formats import FORMATS, PackedTensor, quantize
+from qgraft.linear import LinearLike, PackedWeight, QuantizedEmbedding, QuantizedLinear, grad_input, to_autocast
+
+WRITABLE = sorted(name for name, each in FORMATS.items() if each.quantize)
+CASTS = {
+    "half": lambda module: module.half(),
+    "bfloat16": lambda module: module.bfloat16(),
+    "double": lambda module: module.to(torch.float64),
+    "to_cpu_half": lambda module: module.to("cpu", torch.float16),
+}
+
+
+def make_packed(format: str, rows: int = 6, columns: int = 32, seed: int = 0) -> PackedTensor:
+    generator = torch.Generator().manual_seed(seed)
+    return quantize(torch.randn(rows, columns, generator=generator), format)
+
+
+def as_bytes(packed: PackedTensor) -> list[bytes]:
+    tensors = [packed.data] if packed.scale is None else [packed.data, packed.scale]
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+
+
+def torch_twin(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """An nn.Linear with the dequantized weight."""
+    twin = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=dtype)
+    with torch.no_grad():
+        twin.weight.copy_(layer.dequantize())
+        if layer.bias is not None:
+            twin.bias.copy_(layer.bias)
+    return twin.requires_grad_(False)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("format", WRITABLE)
+def test_linear_and_its_gradient_are_those_of_nn_linear(format: str, with_bias: bool) -> None:
+    layer = QuantizedLinear(make_packed(format), torch.randn(6) if with_bias else None)
+    twin = torch_twin(layer)
+    for leading in ((), (1,), (5,), (0,), (2, 7), (2, 1, 9)):
+        x = torch.randn(*leading, 32, requires_grad=True)
+        x_twin = x.detach().clone().requires_grad_()
+        y, y_twin, grad = layer(x), twin(x_twin), torch.randn(*leading, 6)
+        y.backward(grad)
+        y_twin.backward(grad)
+        torch.testing.assert_close(y, y_twin)
+        torch.testing.assert_close(x.grad, x_twin.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("format", ["q4_1", "chatglm-int8", "f16"])
+def test_linear_computes_in_the_dtype_of_its_input(format: str, dtype: torch.dtype) -> None:
+    """The bias follows: it may be stored in another dtype."""
+    layer = QuantizedLinear(make_packed(format), torch.randn(6))
+    x = torch.randn(4, 32).to(dtype)
+    torch.testing.assert_close(layer(x), torch_twin(layer, dtype)(x), rtol=2e-2, atol=2e-2)
+
+
+def test_linear_has_no_trainable_parameters_and_names_its_format() -> None:
+    layer = QuantizedLinear(make_packed("q4_1"), torch.randn(6))
+    assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == []
+    assert repr(layer) == "QuantizedLinear(\n  32, 6, q4_1, bias=True\n  (packed_weight): PackedWeight()\n)"
+    assert "6, 32, q4_1" in repr(QuantizedEmbedding(make_packed("q4_1"), torch.float32))
+
+
+@pytest.mark.parametrize("format", WRITABLE)
+def test_embedding_is_that_of_nn_embedding(format: str) -> None:
+    packed = make_packed(format, rows=11)
+    embedding = QuantizedEmbedding(packed, torch.float32)
+    table = QuantizedLinear(packed).dequantize()
+    for ids in (torch.tensor(3), torch.tensor([10, 0, 0]), torch.tensor([[1, 2], [9, 9]]), torch.zeros(2, 0).long()):
+        assert torch.equal(embedding(ids), nn.functional.embedding(ids, table))
+
+
+def test_embedding_dtype_and_scale() -> None:
+    """Gemma multiplies by sqrt(width), rounded to the dtype of the table first."""
+    packed, ids = make_packed("q8_0", rows=11), torch.tensor([[4, 7]])
+    plain = QuantizedEmbedding(packed, torch.bfloat16)(ids)
+    scaled = QuantizedEmbedding(packed, torch.bfloat16, scale=5.657)(ids)
+    assert plain.dtype == scaled.dtype == torch.bfloat16
+    assert torch.equal(scaled, plain * torch.tensor(5.657).bfloat16())
+
+
+@pytest.mark.parametrize("ids", [torch.tensor([11]), torch.tensor([-12])], ids=["too_large", "too_small"])
+def test_embedding_refuses_ids_outside_of_the_table(ids: Tensor) -> None:
+    with pytest.raises(IndexError):
+        QuantizedEmbedding(make_packed("q8_0", rows=11), torch.float32)(ids)
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("format", ["q4_1", "chatglm-int4", "chatglm-int8", "f32", "f16"])
+def test_casting_leaves_the_stored_bytes_and_scales_as_they_are(format: str, cast: str) -> None:
+    layer = QuantizedLinear(make_packed(format), torch.randn(6))
+    packed = layer.packed
+    before, dtypes = as_bytes(packed), (packed.data.dtype, packed.scale.dtype if packed.scale is not None else None)
+    CASTS[cast](layer)
+    after = layer.packed
+    assert as_bytes(after) == before
+    assert (after.data.dtype, after.scale.dtype if after.scale is not None else None) == dtypes
+    assert layer.bias is not None
+    assert layer.bias.dtype == {"bfloat16": torch.bfloat16, "double": torch.float64}.get(cast, torch.float16)
+
+
+def test_casting_works_on_strided_rows_and_scales() -> None:
+    """Every second row of a larger table, as a view."""
+    whole = make_packed("chatglm-int8")
+    assert whole.scale is not None
+    view = PackedTensor("chatglm-int8", (3, 32), whole.data[::2], whole.scale[::2])
+    layer = QuantizedLinear(view)
+    before = as_bytes(view)
+    layer.half()
+    assert as_bytes(layer.packed) == before
+
+
+@pytest.mark.parametrize(
+    ("cast", "dtype"), [("half", torch.float16), ("bfloat16", torch.bfloat16), ("double", torch.float64)]
+)
+def test_embedding_output_follows_a_cast_but_its_table_does_not(cast: str, dtype: torch.dtype) -> None:
+    """As with nn.Embedding: what comes out must fit the layers that were cast with it."""
+    model = nn.Sequential(QuantizedEmbedding(make_packed("chatglm-int8", rows=11), torch.float32), nn.LayerNorm(32))
+    before = as_bytes(model[0].packed_weight.get())
+    CASTS[cast](model)
+    assert model[0](torch.tensor([1, 2])).dtype == dtype
+    assert model(torch.tensor([1, 2])).dtype == dtype
+    assert as_bytes(model[0].packed_weight.get()) == before
+
+
+def test_moving_to_another_device_moves_bytes_and_scales() -> None:
+    layer = QuantizedLinear(make_packed("chatglm-int4"), torch.randn(6)).to("meta")
+    assert layer.packed.scale is not None
+    assert {layer.packed.data.device.type, layer.packed.scale.device.type} == {"meta"}
+    assert (layer.packed.data.dtype, layer.packed.data.shape) == (torch.int8, (6, 16))
+    assert layer(torch.empty(2, 3, 32, device="meta")).shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("format", ["q4_1", "chatglm-int4"])
+def test_state_dict_round_trip(format: str) -> None:
+    source, target = (QuantizedLinear(make_packed(format, seed=seed), torch.randn(6)) for seed in (0, 1))
+    state = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+    expected = {"packed_weight.data", "bias"} | ({"packed_weight.scale"} if format == "chatglm-int4" else set())
+    assert set(state) == expected
+    assert as_bytes(target.packed) != as_bytes(source.packed)
+    assert target.load_state_dict(state).missing_keys == []
+    assert as_bytes(target.packed) == as_bytes(source.packed)
+    x = torch.randn(3, 32)
+    assert torch.equal(target(x), source(x))
+
+
+def tied_model() -> nn.ModuleDict:
+    embedding = QuantizedEmbedding(make_packed("q8_0", rows=11), torch.float32)
+    return nn.ModuleDict({"embed": embedding, "head": QuantizedLinear(embedding.packed_weight)})
+
+
+@pytest.mark.parametrize("change", ["half", "deepcopy", "pickle", "meta"])
+def test_tied_output_layer_stays_tied(change: str) -> None:
+    model = tied_model()
+    if change == "deepcopy":
+        model = copy.deepcopy(model)
+    elif change == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    else:
+        model = model.half() if change == "half" else model.to("meta")
+    assert model["head"].packed_weight is model["embed"].packed_weight
+    assert sum(buffer.nbytes for buffer in model.buffers()) == 11 * 34
+
+
+def test_replacing_the_weight_of_a_tied_layer_changes_both() -> None:
+    model, other = tied_model(), make_packed("q8_0", rows=11, seed=5)
+    model["head"].replace(other)
+    expected = QuantizedLinear(other).dequantize()
+    assert torch.equal(model["embed"](torch.arange(11)), expected)
+
+
+def test_replace_changes_the_output_and_may_change_the_format() -> None:
+    layer, x = QuantizedLinear(make_packed("chatglm-int8")), torch.randn(3, 32)
+    before = layer(x)
+    layer.replace(make_packed("chatglm-int8", seed=1))
+    after = layer(x)
+    assert not torch.allclose(before, after)
+    layer.replace(make_packed("q4_1", seed=1))
+    assert layer.packed.format == "q4_1"
+    assert set(layer.state_dict()) == {"packed_weight.data"}
+    torch.testing.assert_close(layer(x), torch_twin(layer)(x))
+
+
+def test_replace_refuses_another_shape_and_keeps_the_weight() -> None:
+    layer = QuantizedLinear(make_packed("q4_0"))
+    before = as_bytes(layer.packed)
+    with pytest.raises(ValueError, match=r"replace: got shape \(6, 64\), expected \(6, 32\)"):
+        layer.replace(make_packed("q4_0", columns=64))
+    assert as_bytes(layer.packed) == before
+
+
+def test_linear_like_is_what_quantized_and_lora_layers_are() -> None:
+    layer = QuantizedLinear(make_packed("q4_0"))
+    assert isinstance(layer, LinearLike)
+    assert isinstance(LoraLinear(layer), LinearLike)
+    assert not isinstance(nn.Linear(32, 6), LinearLike)
+    assert not isinstance(PackedWeight(make_packed("q4_0")), LinearLike)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+def test_autocast_gives_the_dtype_that_nn_linear_gives(x_dtype: torch.dtype) -> None:
+    """bfloat16, except that torch leaves float64 alone."""
+    layer = QuantizedLinear(make_packed("q4_1"), torch.randn(6))
+    twin, x = torch_twin(layer, x_dtype), torch.randn(4, 32).to(x_dtype).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, y_twin = layer(x), twin(x)
+    assert y.dtype == y_twin.dtype == (torch.float64 if x_dtype == torch.float64 else torch.bfloat16)
+    torch.testing.assert_close(y, y_twin, rtol=2e-2, atol=5e-2)
+    y.sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == x_dtype
+
+
+def test_to_autocast_changes_nothing_outside_of_autocast() -> None:
+    x = torch.randn(3)
+    assert to_autocast(x) is x
+    with torch.autocast("cpu", torch.float16):
+        assert to_autocast(x).dtype == torch.float16
+    with torch.autocast("cpu", enabled=False):
+        assert to_autocast(x) is x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_grad_input_is_the_gradient_times_the_weight(dtype: torch.dtype) -> None:
+    layer = QuantizedLinear(make_packed("q4_1"))
+    grad = torch.randn(2, 3, 6, dtype=dtype)
+    expected = grad @ layer.dequantize(dtype)
+    torch.testing.assert_close(grad_input(layer, grad), expected)
+    torch.testing.assert_close(grad_input(torch_twin(layer), grad), expected)
+
+
+@pytest.mark.parametrize("module", [nn.Identity(), nn.Embedding(6, 32), nn.Conv1d(32, 6, 1)], ids=repr)
+def test_grad_input_refuses_other_modules(module: nn.Module) -> None:
+    with pytest.raises(TypeError, match=f"no input gradient for {type(module).__name__}"):
+        grad_input(module, torch.randn(2, 6))
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("format", ["q4_1", "chatglm-int4"])
+def test_copies_are_equal_and_independent(format: str, how: str) -> None:
+    layer = QuantizedLinear(make_packed(format), torch.randn(6))
+    twin = copy.deepcopy(layer) if how == "deepcopy" else pickle.loads(pickle.dumps(layer))
+    x = torch.randn(3, 32)
+    before = layer(x)
+    assert torch.equal(twin(x), before)
+    assert (twin.packed.format, twin.packed.shape) == (format, (6, 32))
+    twin.packed.data.zero_()
+    assert torch.equal(layer(x), before)
+    assert not torch.equal(twin(x), before)
