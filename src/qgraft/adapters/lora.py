@@ -21,7 +21,7 @@ Adapter weights are float32 whatever the base computes in: Adam in half precisio
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +99,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        active = [(self.loras[name], weight) for name, weight in self.active.items() if name in self.loras]
+        active = [(cast(Lora, self.loras[name]), weight) for name, weight in self.active.items() if name in self.loras]
         if not active:
             return self.base(x)
         A, B, scaling, dropout = _combined(active)
@@ -124,7 +124,7 @@ class LoraLinear(nn.Module):
         return tensor.device
 
 
-def _combined(active: list[tuple[nn.Module, float]]) -> tuple[Tensor, Tensor, float, float]:
+def _combined(active: list[tuple[Lora, float]]) -> tuple[Tensor, Tensor, float, float]:
     """(A, B, scaling, dropout) of the active adapters as one: stacked A, and B with each adapter's factor in it.
 
     sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] · [A_1; A_2; ...]

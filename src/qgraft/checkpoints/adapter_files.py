@@ -12,7 +12,9 @@ and the report says so.
 """
 
 import datetime
+import hashlib
 import json
+import pickle
 import platform
 import re
 from collections.abc import Mapping
@@ -45,8 +47,10 @@ _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.def
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
-    "use_qalora", "alora_invocation_tokens", "fan_in_fan_out", "use_bdlora", "arrow_config", "kasa_config",
+    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
+_UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that also changes the base's weights
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,21 @@ def save_adapter(
         raise AdapterError(
             f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first"
         )
-    storage.write_file(folder / WEIGHTS, safetensors.torch.save(state, metadata={"format": "pt"}))
+    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    if not (folder / SEAL).is_file():  # a kill between the files must not leave new weights beside another adapter's options
+        expected = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
+        storage.write_json(folder / SEAL, {"kind": "lora", "saved": None, "files": {WEIGHTS: expected, CONFIG: _UNWRITTEN}})
+    storage.write_file(folder / WEIGHTS, weights)
     storage.write_json(folder / CONFIG, _peft_config(model, name))
     files = {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)}
     base: BaseInfo | None = getattr(model, "qgraft_base", None)
     seal = {
+        **(details or {}),
         "kind": "lora",
         "base": None if base is None else {**base.__dict__, "notes": list(base.notes)},
         "parameters": count_parameters(model, name),
         "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
-        **(details or {}),
         "files": files,
     }
     storage.write_json(folder / SEAL, seal)
@@ -153,11 +161,47 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append("bias")
+    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_INITS):
+        used.append(f"init_lora_weights={config['init_lora_weights']}")
     if used:
         raise UnsupportedError(f"{folder}: a LoRA with {', '.join(used)}; supported: a plain one")
-    if seal is not None and (changed := storage.check_files(folder, seal.get("files", {}))):
+    _check_config(folder / CONFIG, config)
+    if seal is not None and (changed := storage.check_files(folder, _sealed_files(folder / SEAL, seal))):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     return config, read_tensors(folder), seal
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """The options that loading computes with have the types they need, all of them checked at once."""
+    number = (int, float)
+    expected: dict[str, Any] = {"r": int, "lora_alpha": number, "lora_dropout": number, "use_rslora": bool}
+    problems = [
+        f"{key}: got {config.get(key)!r}, expected {'a number' if kind == number else kind.__name__}"
+        for key, kind in expected.items()
+        if not isinstance(config.get(key, {"lora_dropout": 0.0, "use_rslora": False}.get(key)), kind)
+    ]
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = config.get(key) or {}
+        if not isinstance(patterns, dict) or not all(_compiles(k) and isinstance(v, number) for k, v in patterns.items()):
+            problems.append(f"{key}: got {patterns!r}, expected numbers under regular expressions")
+    if problems:
+        raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
+
+
+def _compiles(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
+
+
+def _sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    files, base = seal.get("files"), seal.get("base") or {}
+    whole = isinstance(files, dict) and all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values())
+    if not whole or not isinstance(base, dict):
+        raise AdapterError(f"{path} is not a seal: expected an object `base`, and `bytes` and `sha256` for each of `files`")
+    return dict(files)
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -166,9 +210,11 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         if (folder / WEIGHTS).is_file():
             return safetensors.torch.load_file(folder / WEIGHTS)
         if pickled.is_file():
-            loaded: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+            loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+            if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+                raise AdapterError(f"{pickled}: expected a dict of tensors")
             return loaded
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise AdapterError(f"{folder}: the weights cannot be read: {error}") from error
     raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
 
@@ -210,15 +256,19 @@ def _target_problems(model: nn.Module, config: dict[str, Any], loras: dict[str, 
         elif pair["A"].shape[0] != (rank := _pattern(config.get("rank_pattern"), path, config["r"])):
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
-    if isinstance(targets, list) and loras:
-        expected = {path for target in targets for path in _targets_of(model, target)}
+    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if targets and loras and not narrowed:
+        expected = _targets_of(model, targets)
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
     return problems
 
 
-def _targets_of(model: nn.Module, target: str) -> list[str]:
+def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
+    """The linear layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
     linears = find_targets(model, r"(?s).*")
-    return [path for path in linears if path == target or path.endswith(f".{target}")]
+    if isinstance(targets, str):
+        return {path for path in linears if _compiles(targets) and re.fullmatch(targets, path)}
+    return {path for path in linears for target in targets if path == target or path.endswith(f".{target}")}
 
 
 def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:
@@ -229,6 +279,8 @@ def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str 
     if not hasattr(layer, "in_features"):
         return f"{path} is a {type(layer).__name__}, not a linear layer"
     A, B = pair["A"], pair["B"]
+    if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
+        return f"{path}: got A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}, expected two floating point matrices"
     expected = [A.shape[0], layer.in_features], [layer.out_features, A.shape[0]]
     if (list(A.shape), list(B.shape)) != expected:
         return f"{path}: got A {list(A.shape)}, B {list(B.shape)}, expected {expected[0]}, {expected[1]}"

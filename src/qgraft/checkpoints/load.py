@@ -32,7 +32,7 @@ def load(
     Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and its
     tokenizer (None for a folder without one). Raises CheckpointError, UnsupportedError or OptionError.
     """
-    device = torch.device(device)
+    device = _device(device)
     compute_dtype = choose_dtype(dtype, device)
     path = _resolve(str(model))
     if path.is_dir():
@@ -60,6 +60,16 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(f"device={device!r}: expected cpu, cuda, cuda:1 or the like") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"device={str(device)!r}: torch finds no GPU here", hint="use cpu, or a torch build with CUDA")
+    return chosen
+
+
 def _resolve(model: str) -> Path:
     """The local path of what the user named, fetched first where it is a name."""
     path = Path(model).expanduser()
@@ -67,26 +77,29 @@ def _resolve(model: str) -> Path:
         return path
     if model in KNOWN_MODELS:
         return pull(model)
-    if model.count("/") == 1 and not model.startswith((".", "/", "~")) and not model.endswith(".gguf"):
-        return _from_hub(model)
+    name, _, file = model.partition(":")
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
+    if is_hub_id and (not file or file.endswith(".gguf")):
+        return _from_hub(name, file)
     raise CheckpointError(
         f"{model}: no such file or folder",
         hint=f"give a .gguf file, a folder, a hub id (org/name) or one of: {', '.join(KNOWN_MODELS)}",
     )
 
 
-def _from_hub(model: str) -> Path:
+def _from_hub(name: str, file: str) -> Path:
+    """The cached file or snapshot of a hub repository; `file` is empty for a folder."""
     from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    name, _, file = model.partition(":")
     try:
         if file:
             return Path(hf_hub_download(name, file))
         patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no *.py, no *.bin
         return Path(snapshot_download(name, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{model}: neither a local path nor to be had from the hub: {str(error).splitlines()[0]}",
+            f"{name}{file and ':'}{file}: neither a local path nor to be had from the hub: {reason}",
             hint="check the spelling and the network, or give a local path",
         ) from error

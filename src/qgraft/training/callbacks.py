@@ -38,7 +38,7 @@ class Watch(TrainerCallback):
         self.trainer: Any = None
         self.seconds = 0.0
         self._bar: Progress | None = None
-        self._shown: dict[str, str] = {"loss": "-", "eval_loss": "-", "rate": "-", "memory": "-", "epoch": "0.0"}
+        self._shown: dict[str, Any] = {"loss": "-", "eval_loss": "-", "rate": "-", "memory": "-", "epoch": "0.0"}
 
     @property
     def tokens_per_second(self) -> float:

@@ -1,11 +1,11 @@
 """train(): one call from a model, a tokenizer and a dataset to a sealed adapter in a folder.
 
-    output_dir/
-      adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (checkpoints/adapter_files.py)
-      run.json        options, row accounting, base, losses, speed, memory, versions
-      metrics.jsonl   one line a log
-      loss.png        training and held-out loss
-      checkpoint-N/   to resume from
+output_dir/
+  adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (checkpoints/adapter_files.py)
+  run.json        options, row accounting, base, losses, speed, memory, versions
+  metrics.jsonl   one line a log
+  loss.png        training and held-out loss
+  checkpoint-N/   to resume from
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class TrainReport:
         output_dir: where everything is.
         steps: optimizer steps in all; `finished` tells whether these are all that were planned.
         signal: the number of the signal that ended the run early, or None.
-        metrics: train_loss, eval_loss_before, eval_loss, tokens_per_second, seconds, peak_memory_bytes, skipped_steps, ...
+        metrics: train_loss, eval_loss_before, eval_loss, tokens_per_second, seconds, peak_memory_bytes, ...
         accounting: where every row of the dataset went.
         notes: what a reader should know, each one sentence.
     """
@@ -85,8 +85,10 @@ def train(
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
-    folder = Path(args.output_dir)
-    resume = _prepare_folder(folder, args)
+    folder = Path(str(args.output_dir))
+    resume = check_output_dir(args)
+    if resume is None:
+        _clear_earlier_run(folder)
     notes = list(args.notes)
     samples, eval_samples, accounting = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
     _prepare_adapter(model, args)
@@ -132,20 +134,28 @@ def train(
     return report
 
 
-def _prepare_folder(folder: Path, args: TrainArguments) -> Path | None:
-    """The checkpoint to resume from, or None with `folder` ready for a new run. Raises when it holds another run."""
+def check_output_dir(args: TrainArguments) -> Path | None:
+    """The checkpoint to resume from, or None for a new run. Raises StorageError when the folder holds another run."""
+    folder = Path(str(args.output_dir))
     if args.resume_from_checkpoint:
         return _resume_point(folder, str(args.resume_from_checkpoint))
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"output_dir {folder} is a file, expected a folder")
     earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
     if earlier and not args.overwrite_output_dir:
         raise StorageError(
             f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
             hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
         )
+    return None
+
+
+def _clear_earlier_run(folder: Path) -> None:
+    """Delete what a new run would be mixed up with: older checkpoints and the log."""
     for path in checkpoints(folder):
         storage.remove_folder(path)
     (folder / METRICS).unlink(missing_ok=True)
-    return None
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _resume_point(folder: Path, wanted: str) -> Path:
@@ -189,7 +199,8 @@ def _samples(
     named = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
     columns = {part: column for part, column in named.items() if column}
     conversations, accounting = read_dataset(
-        dataset, args.dataset_dir, name=args.name, author=args.author, columns=columns or None, max_samples=args.max_samples
+        dataset, args.dataset_dir, name=args.name, author=args.author, columns=columns or None,
+        max_samples=args.max_samples,
     )  # fmt: skip
     samples = build_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=args.max_length,
@@ -238,7 +249,8 @@ def _save(
         "notes": report.notes,
     }
     if report.finished:
-        save_adapter(model, folder, args.adapter_name, details={key: run[key] for key in ("dataset", "arguments", "metrics")})
+        details = {key: run[key] for key in ("dataset", "arguments", "metrics")}
+        save_adapter(model, folder, args.adapter_name, details)
     base = getattr(model, "qgraft_base", None)
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
@@ -247,12 +259,10 @@ def _save(
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:
     """The options that differ from their defaults, as JSON values."""
-    changed = {}
-    for option in dataclasses.fields(args):
-        value = getattr(args, option.name)
-        if option.init and value != option.default and isinstance(value, str | int | float | bool | list):
-            changed[option.name] = getattr(value, "value", value)
-    return changed
+    defaults = TrainArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    options = [option.name for option in dataclasses.fields(args) if option.init]
+    changed = {name: getattr(args, name) for name in options if getattr(args, name) != getattr(defaults, name)}
+    return {name: getattr(value, "value", value) for name, value in changed.items()}
 
 
 def _samples_sha256(samples: list[Sample]) -> str:

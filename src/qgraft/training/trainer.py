@@ -2,8 +2,8 @@
 
     batches       padding-free, in parts of at most `max_tokens_per_pass` tokens; the loss is the mean over all label
                   tokens of an optimizer step, whatever the parts
-    checkpoints   only the adapter, optimizer, scheduler and generators; staged, sealed with a manifest, published by one
-                  rename (transformers writes them in place: a kill leaves a folder that cannot be resumed)
+    checkpoints   only the adapter, optimizer, scheduler and generators; staged, sealed with a manifest, published by
+                  one rename (transformers writes them in place: a kill leaves a folder that cannot be resumed)
     resuming      from the newest checkpoint whose manifest holds
     NaN           a step whose loss or gradient is not finite is skipped and counted; three in a row end the run
                   (transformers steps on NaN and logs 0.0)
@@ -104,8 +104,8 @@ class LoraTrainer(Trainer):
         model.zero_grad(set_to_none=True)
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise TrainingError(
-                f"step {self.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times in a row; "
-                "the adapter was not changed by these steps",
+                f"step {self.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times "
+                "in a row; the adapter was not changed by these steps",
                 hint="lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
             )
 
@@ -174,13 +174,15 @@ class LoraTrainer(Trainer):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders in `folder`, oldest step first."""
-    found = [(int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))]
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(found)]
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over."""
-    passed_over = []
+    passed_over: list[str] = []
     for path in reversed(checkpoints(folder)):
         problems = storage.check_folder(path)
         if not problems:

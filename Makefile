@@ -1,0 +1,41 @@
+# Everything a developer does is a verb here. `make demo` and `make test` need only python3.11, pip, git (and gcc for speed).
+
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint types bench docs clean
+
+demo: $(READY)            ## the main job, on a real 4-bit model
+	$(BIN)/qgraft demo
+
+test: $(READY)            ## the tests that need neither a network nor a GPU
+	$(BIN)/python -m pytest -q
+
+test-slow: $(READY)       ## the others, but those for a GPU
+	$(BIN)/python -m pytest -q -m "slow and not cuda"
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)           ## speed and memory beside transformers + PEFT; results go to benchmarks/results
+	$(BIN)/python benchmarks/train_cpu.py
+	$(BIN)/python benchmarks/load.py
+
+docs: $(READY)            ## write docs/reference.md anew from --help
+	$(BIN)/python docs/make_reference.py
+
+# torch comes first and by its own line, so that a CPU build (TORCH="torch==2.13.0 --index-url ...") can be chosen.
+$(READY): pyproject.toml setup.py src/qgraft/kernels/native.c
+	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info src/qgraft/kernels/_native*

@@ -1,0 +1,111 @@
+"""qgraft chat: talk to a model and switch its adapters while talking."""
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from qgraft.cli.options import Parser, load_with_adapters, print_note
+from qgraft.errors import OptionError, QgraftError
+
+HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
+/base                  answer as the base            /adapters              which there are
+/clear                 forget the conversation       /quit                  leave"""
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, answer one prompt or converse."""
+    parser = Parser("chat", f"Talk to a model. While chatting:\n\n{HELP}")
+    parser.add_model()
+    parser.add_argument("--prompt", help="ask this one question and leave")
+    parser.add_argument("--system", help="system prompt")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
+    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
+    parser.add_argument(
+        "--top_p", type=float, default=0.9, help="with a temperature: sample from this share (default 0.9)"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default 42)")
+    options = parser.parse_args(words)
+
+    import torch
+
+    model, tokenizer, names = load_with_adapters(options)
+    torch.manual_seed(options.seed)
+    if options.prompt is not None:
+        _answer(model, tokenizer, [("user", options.prompt)], options)
+        return 0
+    return _converse(model, tokenizer, names, options)
+
+
+def _converse(model: Any, tokenizer: Any, names: list[str], options: argparse.Namespace) -> int:
+    messages: list[tuple[str, str]] = []
+    print_note(f"adapters: {', '.join(names) or 'none'}; /help shows the commands")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return 0
+        if line in ("/quit", "/exit"):
+            return 0
+        if line == "/clear":
+            messages.clear()
+        elif line.startswith("/"):
+            _command(model, line)
+        elif line:
+            answer = _answer(model, tokenizer, [*messages, ("user", line)], options)
+            messages += [("user", line), ("assistant", answer)]
+
+
+def _command(model: Any, line: str) -> None:
+    """Carry out a line that begins with a slash; a mistake in it is told, not fatal."""
+    from qgraft.adapters.attach import active_adapters, adapter_names, use_adapter
+
+    command, _, rest = line.partition(" ")
+    try:
+        if command == "/base":
+            use_adapter(model, None)
+        elif command == "/adapter" and rest.strip():
+            use_adapter(model, parse_mixture(rest))
+        elif command not in ("/adapter", "/adapters"):
+            print_note(HELP)
+            return
+        active = ", ".join(f"{name}={weight:g}" for name, weight in active_adapters(model).items())
+        print_note(f"active: {active or 'the base'}; attached: {', '.join(adapter_names(model)) or 'none'}")
+    except QgraftError as error:
+        print_note(f"error: {error}")
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """{"law": 0.7, "med": 0.3} from "law=0.7 med=0.3"; a name alone weighs 1. Raises OptionError."""
+    mixture = {}
+    for word in text.split():
+        name, equals, weight = word.partition("=")
+        try:
+            mixture[name] = float(weight) if equals else 1.0
+        except ValueError:
+            raise OptionError(f"{word!r}: expected NAME or NAME=NUMBER") from None
+    return mixture
+
+
+def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options: argparse.Namespace) -> str:
+    """Generate one answer, printed word by word; returns it."""
+    import torch
+    from transformers import TextStreamer
+
+    from qgraft.training.tokenizing import encode_prompt, resolve_template
+
+    template = resolve_template(tokenizer, options.template)
+    ids = encode_prompt(tokenizer, messages, template=template, system=options.system)
+    input_ids = torch.tensor([ids], device=model.device)
+    sampling = {"do_sample": False} if options.temperature <= 0 else {
+        "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
+    }  # fmt: skip
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=options.max_new_tokens,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **sampling,
+        )
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))

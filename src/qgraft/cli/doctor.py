@@ -1,0 +1,78 @@
+"""qgraft doctor: versions, CPU features, and which kernel serves which op and format, and why."""
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from qgraft.cli.options import Parser, print_json
+
+PACKAGES = ("qgraft", "torch", "transformers", "accelerate", "gguf", "safetensors", "datasets", "peft", "triton")
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, look, print."""
+    parser = Parser("doctor", "Show versions, CPU features, and which kernel serves which op and format, and why.")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    findings = examine()
+    if options.json:
+        print_json(findings)
+    else:
+        _print(findings)
+    return 0
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command shows, as JSON values."""
+    import torch
+
+    from qgraft.checkpoints.pull import cache_folder
+    from qgraft.formats import FORMATS
+    from qgraft.kernels import KERNELS_VARIABLE, choose, native_status
+    from qgraft.kernels.choice import OPS
+    from qgraft.training.arguments import has_fast_bf16
+
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    choices = [choose(op, name, device) for device in devices for name in FORMATS for op in OPS]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "cpu": {
+            "capability": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "fast_bfloat16": has_fast_bf16(),
+        },
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "compute_dtype": {"cpu": "float32", "cuda": "bfloat16 where the GPU has it, else float16"},
+        "native_kernels": dict(zip(("available", "why"), native_status(), strict=True)),
+        "kernels_variable": {KERNELS_VARIABLE: os.environ.get(KERNELS_VARIABLE, "auto")},
+        "cache": str(cache_folder()),
+        "kernels": [choice.__dict__ for choice in choices],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _print(findings: dict[str, Any]) -> None:
+    packages = ", ".join(f"{name} {number or '-'}" for name, number in findings["packages"].items())
+    cpu = findings["cpu"]
+    bf16 = "in hardware" if cpu["fast_bfloat16"] else "not in hardware, so never chosen"
+    print(f"python {findings['python']} on {findings['platform']}\n{packages}")
+    print(f"cpu    {cpu['capability']}, {cpu['threads']} threads, bfloat16 {bf16}; the default is float32")
+    print(f"gpu    {findings['gpu'] or 'none'}")
+    print(f"native {findings['native_kernels']['why']}")
+    print(f"cache  {findings['cache']}\n")
+    print(f"{'device':<7}{'format':<14}{'dequantize':<12}{'linear':<12}{'grad_input':<12}why")
+    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
+    for choice in findings["kernels"]:
+        rows.setdefault((choice["device"], choice["format"]), []).append(choice)
+    for (device, name), choices in rows.items():
+        print(f"{device:<7}{name:<14}" + "".join(f"{c['kernel']:<12}" for c in choices) + choices[0]["why"])

@@ -1,0 +1,44 @@
+"""qgraft eval: the loss of a model, with or without an adapter, on held-out rows."""
+
+from collections.abc import Sequence
+
+from qgraft.cli.options import Parser, load_with_adapters, print_json
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, measure, print."""
+    parser = Parser("eval", "Measure the loss on the answers of held-out rows, for the base and for each adapter.")
+    parser.add_model()
+    parser.add_argument(
+        "--dataset", required=True, help="comma list of files, dataset_info.json entries, built-in sets"
+    )
+    parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
+    parser.add_argument("--system", help="system prompt for rows that have none")
+    parser.add_argument("--name", help="what {{name}} in the dataset becomes")
+    parser.add_argument("--author", help="what {{author}} in the dataset becomes")
+    parser.add_argument("--max_length", type=int, default=2048, help="longer samples are cut (default 2048)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+
+    from qgraft.adapters.attach import use_adapter
+    from qgraft.training.evaluate import evaluate
+
+    model, tokenizer, names = load_with_adapters(options)
+    results = {}
+    for name in [None, *names]:
+        use_adapter(model, name)
+        results[name or "base"] = evaluate(
+            model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
+            system=options.system, name=options.name, author=options.author, max_length=options.max_length,
+        ).as_dict()  # fmt: skip
+    if options.json:
+        print_json({"model": options.model, "dataset": options.dataset, "results": results})
+        return 0
+    width = max(map(len, results))
+    for key, result in results.items():
+        print(
+            f"{key:<{width}}  loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
+            f"({result['labels']} answer tokens, {result['samples']} samples)"
+        )
+    return 0

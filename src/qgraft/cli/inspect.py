@@ -1,0 +1,123 @@
+"""qgraft inspect: what is in a model file, an adapter folder or a run, without loading a weight."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qgraft.cli.options import Parser, print_json
+from qgraft.errors import CheckpointError
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, look, print."""
+    parser = Parser("inspect", "Show what is in a GGUF file, an adapter folder, a training run or a model folder.")
+    parser.add_argument("path", help="model.gguf, an output folder of `qgraft train`, or a Hugging Face folder")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    findings = examine(Path(options.path), options.tensors)
+    if options.json:
+        print_json(findings)
+    else:
+        _print(findings)
+    return 0
+
+
+def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
+    """What is at `path`, as JSON values. Raises CheckpointError when it is nothing that qgraft knows."""
+    from qgraft.checkpoints.adapter_files import CONFIG
+
+    if path.is_dir() and (path / CONFIG).is_file():
+        return _adapter(path, tensors)
+    if path.is_dir() and (path / "config.json").is_file():
+        return _folder(path, tensors)
+    if path.is_dir():
+        raise CheckpointError(f"{path} holds neither a model (config.json) nor an adapter ({CONFIG})")
+    return _gguf(path, tensors)
+
+
+def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
+    from qgraft.checkpoints.gguf_file import read_gguf
+    from qgraft.checkpoints.gguf_model import gguf_fingerprint
+
+    file = read_gguf(path)
+    formats: dict[str, dict[str, int]] = {}
+    for info in file.tensors.values():
+        entry = formats.setdefault(info.format, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += _count(info.shape)
+        entry["bytes"] += info.nbytes
+    findings = {
+        "kind": "GGUF model",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "fingerprint": gguf_fingerprint(file),
+        "formats": formats,
+        "metadata": {key: _short(value) for key, value in file.metadata.items()},
+    }
+    if tensors:
+        findings["tensors"] = {i.name: f"{i.format} {list(i.shape)}" for i in file.tensors.values()}
+    return findings
+
+
+def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
+    from qgraft import storage
+    from qgraft.checkpoints.adapter_files import SEAL, read_peft_config, read_seal, read_tensors
+
+    state, seal = read_tensors(path), read_seal(path)
+    problems = storage.check_files(path, seal.get("files", {})) if seal else []
+    findings = {
+        "kind": "LoRA adapter",
+        "path": str(path),
+        "parameters": sum(t.numel() for t in state.values()),
+        "config": {key: value for key, value in read_peft_config(path).items() if value not in (None, {}, [])},
+        "seal": ("holds" if not problems else "; ".join(problems)) if seal else f"none ({SEAL} is missing)",
+        **{key: value for key, value in (seal or {}).items() if key not in ("files", "kind", "parameters")},
+    }
+    if tensors:
+        findings["tensors"] = {key: f"{t.dtype} {list(t.shape)}" for key, t in state.items()}
+    return findings
+
+
+def _folder(path: Path, tensors: bool) -> dict[str, Any]:
+    from contextlib import ExitStack
+
+    from qgraft.checkpoints.folder_model import open_shards, read_config_json
+
+    config = read_config_json(path)
+    with ExitStack() as stack:
+        shapes = {name: read() for name, read in open_shards(path, stack).items()}
+        listed = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in shapes.items()}
+        dtypes = Counter({str(t.dtype): 0 for t in shapes.values()})
+        for tensor in shapes.values():
+            dtypes[str(tensor.dtype)] += tensor.numel()
+    findings = {"kind": "Hugging Face folder", "path": str(path), "config": config, "weights": dict(dtypes)}
+    return {**findings, "tensors": listed} if tensors else findings
+
+
+def _count(shape: Sequence[int]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _short(value: Any) -> Any:
+    """A metadata value that fits a line: long lists and texts are cut, with their length."""
+    if isinstance(value, list):
+        return value if len(value) <= 8 else f"[{len(value)} values]"
+    if isinstance(value, str) and len(value) > 200:
+        return f"{value[:200]}... ({len(value)} characters)"
+    return value
+
+
+def _print(value: Any, indent: str = "") -> None:
+    """A nested mapping as indented `key: value` lines."""
+    for key, entry in value.items():
+        if isinstance(entry, dict):
+            print(f"{indent}{key}:")
+            _print(entry, indent + "  ")
+        else:
+            text = str(entry).replace("\n", "\n" + indent + "  ")
+            print(f"{indent}{key}: {text}")

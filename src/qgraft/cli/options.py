@@ -1,0 +1,94 @@
+"""What several commands share: the parser, the model-and-adapter options, and loading what they name."""
+
+import argparse
+import json
+from typing import Any, NoReturn
+
+from qgraft.errors import OptionError, near_match
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with our errors: an unknown option names the closest ones."""
+
+    def __init__(self, command: str, description: str) -> None:
+        super().__init__(
+            prog=f"qgraft {command}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Raise OptionError instead of printing the usage and leaving."""
+        unknown = next((word for word in message.split() if word.startswith("--")), None)
+        known = [name for action in self._actions for name in action.option_strings]
+        hint = near_match(unknown, known) if unknown and "unrecognized" in message else None
+        raise OptionError(f"{self.prog}: {message}", hint=hint or f"`{self.prog} --help` lists the options")
+
+    def add_model(self) -> None:
+        """--model, --adapter, --force, --quantize, --dtype, --device."""
+        self.add_argument(
+            "--model", required=True, help="GGUF file, Hugging Face folder, hub id, or a known model's name"
+        )
+        self.add_argument(
+            "--adapter",
+            action="append",
+            default=[],
+            metavar="FOLDER",
+            help="adapter folder; may be given several times",
+        )
+        self.add_argument(
+            "--force", action="store_true", help="load adapters although they do not fit, as far as they do"
+        )
+        self.add_argument("--quantize", metavar="FORMAT", help="pack a float checkpoint while loading, e.g. q4_1")
+        self.add_argument("--dtype", default="auto", help="what to compute in: auto, float32, bfloat16, float16")
+        self.add_argument("--device", default=None, help="cpu or cuda; default: a GPU where there is one")
+
+
+def default_device(wanted: str | None = None) -> str:
+    """The device to use: what was asked for, else a GPU where there is one. Raises OptionError for a missing one."""
+    import torch
+
+    if wanted is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted.startswith("cuda") and not torch.cuda.is_available():
+        raise OptionError(f"--device {wanted}: this machine or this torch build has no CUDA device")
+    return wanted
+
+
+def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+    """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied."""
+    from pathlib import Path
+
+    from qgraft.checkpoints.adapter_files import load_adapter
+    from qgraft.checkpoints.load import load
+
+    model, tokenizer = load(
+        options.model, quantize=options.quantize, dtype=options.dtype, device=default_device(options.device)
+    )
+    if tokenizer is None:
+        raise OptionError(f"{options.model} has no tokenizer, which this command needs")
+    names: list[str] = []
+    for folder in options.adapter:
+        name = _free_name(Path(folder).resolve().name, names)
+        print_note(str(load_adapter(model, folder, name, force=options.force)))
+        names.append(name)
+    return model, tokenizer, names
+
+
+def _free_name(wanted: str, taken: list[str]) -> str:
+    """A folder's name as an adapter's name, with a number behind it if there is one already."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in wanted)[:60] or "adapter"
+    return name if name not in taken else f"{name}-{len(taken) + 1}"
+
+
+def print_note(text: str) -> None:
+    """A line for people, on stderr: stdout is for results."""
+    import sys
+
+    print(text, file=sys.stderr)
+
+
+def print_json(value: Any) -> None:
+    """A result for programs, on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))

@@ -1,0 +1,131 @@
+"""From a file to rows, each with its place ("self.jsonl:17").
+
+A file that is broken as a file (not UTF-8, a line that is not JSON, no rows) is an error: its rows cannot be counted.
+Files are read with the standard library and pyarrow, not with `datasets.load_dataset`: that reports a bad row without
+its line, gives all rows the keys of all, and keeps a copy of each file in a cache.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from qgraft.errors import DataError
+from qgraft.training.rows import COLUMNS, SCHEMAS
+
+Row = tuple[object, str]  # what was found, and where: "self.jsonl:17"
+
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+
+
+def file_rows(path: Path) -> Iterator[Row]:
+    """The rows of a .json, .jsonl, .csv or .parquet file; DataError for a broken file or one without rows."""
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(read_text(path), path)
+    found = None
+    for found in rows:
+        yield found
+    if found is None:
+        raise DataError(f"{path} holds no rows")
+
+
+def _text_rows(text: str, path: Path) -> Iterator[Row]:
+    if not text.strip():
+        raise DataError(f"{path} is empty")
+    return {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}[path.suffix](text, path)
+
+
+def read_text(path: Path) -> str:
+    """UTF-8 text without a byte order mark; DataError names the place of what is not UTF-8."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        where = f"byte {error.start}, line {data.count(10, 0, error.start) + 1}"
+        raise DataError(f"{path}: {where}: not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
+
+
+def load_json(text: str, path: Path, line: int = 1) -> object:
+    """JSON text that begins at `line` of the file."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = f"line {line + error.lineno - 1}, column {error.colno}"
+        hint = "each line of a .jsonl file is one object" if path.suffix == ".jsonl" else None
+        raise DataError(f"{path}: {where}: not JSON: {error.msg}", hint=hint) from error
+    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5000 digits
+        raise DataError(f"{path}: line {line}: not JSON: {error}") from error
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside a string
+        if line.strip():
+            yield load_json(line, path, number), f"{path.name}:{number}"
+
+
+def _json_rows(text: str, path: Path) -> Iterator[Row]:
+    try:
+        value = load_json(text, path)
+    except DataError as error:
+        if "Extra data" in error.message and text.lstrip().startswith("{"):
+            return _jsonl_rows(text, path)  # JSON lines under this name are common: AdvertiseGen/train.json
+        raise
+    if isinstance(value, list):
+        return _list_rows(text, path)
+    if isinstance(value, dict):
+        if value.keys() & {*COLUMNS["messages"], *COLUMNS["response"]}:
+            return iter([(value, f"{path.name}:1")])  # a single row
+        lists = [item for item in value.values() if isinstance(item, list)]
+        if len(lists) == 1:
+            return ((row, f"{path.name}[{index}]") for index, row in enumerate(lists[0]))
+    raise DataError(f"{path}: expected a list of rows or an object with one list, got {text.strip()[:60]!r}")
+
+
+def _list_rows(text: str, path: Path) -> Iterator[Row]:
+    """Rows of valid JSON text that is a list, decoded one by one: that tells the line of each."""
+    decoder, line, seen = json.JSONDecoder(), 1, 0
+    start = text.index("[") + 1
+    while start := next((at for at in range(start, len(text)) if text[at] not in " \t\r\n,"), 0):
+        if text[start] == "]":
+            return
+        line, seen = line + text.count("\n", seen, start), start
+        row, start = decoder.raw_decode(text, start)
+        yield row, f"{path.name}:{line}"
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[Row]:
+    # Not strict, the csv module lets an open quote swallow all rows after it in silence.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        header = [cell.strip() for cell in next(reader)]
+        if not any(header):
+            raise DataError(f"{path}: line 1 must name the columns", hint=SCHEMAS)
+        if twice := sorted({cell for cell in header if header.count(cell) > 1}):
+            raise DataError(f"{path}: line 1: columns named twice: {twice}")
+        line = reader.line_num + 1
+        for cells in reader:
+            row = dict(zip(header, [None if c in ("NaN", "nan", "None") else c for c in cells], strict=False))
+            if cells:
+                yield ({None: cells} if any(cells[len(header) :]) else row), f"{path.name}:{line}"
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise DataError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(f"{path}: parquet is read with pyarrow: {error}", hint="pip install datasets") from error
+    number = 0
+    try:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield row, f"{path.name}:{number}"
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read after row {number}: {error}") from error

