@@ -1,11 +1,11 @@
 """Tiny random GGUF files of every architecture, with the float models they stand for.
 
 `tiny_gguf("llama")` writes a file of about 200 kB the way llama.cpp's converter would (names, permuted rows, norms plus
-one, transposed Conv1D) and keeps a float model whose weights are what the written bytes mean, decoded by the `gguf` package.
+one, transposed Conv1D) and keeps a float model whose weights are what the written bytes mean, decoded by the `gguf`
+package.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 @dataclass
 class TinyGguf:
-    """A file, the float model that it stands for, and for each of its tensors the name of the parameter it came from."""
+    """A file, the float model that it stands for, and the parameter that each of its tensors came from."""
 
     path: Path
     model: transformers.PreTrainedModel
@@ -102,9 +102,14 @@ def write_tiny(
         tokenizer: whether the vocabulary is written.
         types: the formats that matrices are stored in, one after another.
     """
+    tied = tied or architecture == "gemma2"  # the tables of the gguf package have no output layer for it
     model = float_model(architecture, tied, config or {}, seed)
     names = gguf.get_tensor_name_map(_arch(architecture), LAYERS)
-    keys = {**model_metadata(model, architecture), **(vocabulary(architecture) if tokenizer else {}), **(metadata or {})}
+    keys = {
+        **model_metadata(model, architecture),
+        **(vocabulary(architecture) if tokenizer else {}),
+        **(metadata or {}),
+    }
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         if value is not None:
@@ -113,7 +118,9 @@ def write_tiny(
     for index, (name, parameter) in enumerate(model.named_parameters()):
         stem, _, suffix = name.rpartition(".")
         gguf_name = f"{names.get_name(stem)}.{suffix}"
-        stored, kind = _encode(gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index)
+        stored, kind = _encode(
+            gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index
+        )
         with torch.no_grad():
             meant = gguf.quants.dequantize(stored, kind)
             parameter.copy_(_from_file(model, architecture, name, torch.from_numpy(np.array(meant, np.float32))))
@@ -237,7 +244,9 @@ def _heads(model: nn.Module, architecture: str, name: str) -> int | None:
     """Heads whose rows llama.cpp permutes in this parameter, or None."""
     if architecture != "llama":
         return None
-    return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(name.split(".")[-2])
+    return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(
+        name.split(".")[-2]
+    )
 
 
 def _to_file(model: nn.Module, architecture: str, name: str, parameter: torch.Tensor) -> torch.Tensor:
@@ -246,7 +255,9 @@ def _to_file(model: nn.Module, architecture: str, name: str, parameter: torch.Te
     if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and value.dim() == 2:
         value = value.T
     if heads := _heads(model, architecture, name):  # llama.cpp: LlamaModel.permute
-        value = value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        value = (
+            value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        )
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value + _offset(architecture) if is_norm else value
 
@@ -256,7 +267,9 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
     if isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) and value.dim() == 2:
         value = value.T
     if heads := _heads(model, architecture, name):
-        value = value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        value = (
+            value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
+        )
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value - _offset(architecture) if is_norm else value
 
@@ -293,6 +306,5 @@ def random_ids() -> Callable[..., torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def _same_random_numbers() -> Iterator[None]:
+def _same_random_numbers() -> None:
     torch.manual_seed(0)
-    yield

@@ -2,15 +2,18 @@
 
     one file     write_file      temporary file beside it -> flush -> fsync -> rename -> fsync of the folder
     a folder     publish_folder  a staging folder is filled by anyone, then: fsync of every file, a manifest with the size
-                                 and SHA-256 of each, and one rename
+                                 and SHA-256 of each, and one rename; two where it replaces a folder
+                 recover_folder  undoes the first of the two after a kill between them
     reading      check_folder    what in a folder differs from its manifest
 
 rename() replaces a name in one step, but without fsync a power cut may leave the new name with none of the bytes; the
 folder's own fsync makes the rename itself last. A process killed at any moment leaves either the old state or the new one,
-and temporary names (`.name.tmp-<pid>`) that nothing reads.
+and temporary names (`.name.tmp-<pid>`) that nothing reads. No portable call replaces a folder that is not empty, so the old
+one is first renamed to `.name.old-<pid>`; killed right then, it is whole under that name, and recover_folder puts it back.
 """
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -56,11 +59,14 @@ def append_line(path: Path, line: str) -> None:
 def publish_folder(target: Path) -> Iterator[Path]:
     """Yield an empty staging folder beside `target`; when the block ends well, seal it and rename it to `target`.
 
-    A `target` that exists is replaced. On an error nothing is left behind and `target` stays as it was.
+    A `target` that exists is replaced. On an error nothing is left behind and `target` stays as it was. What killed
+    processes left of earlier attempts is removed, so two processes must not publish the same target at once.
     """
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     with _named_errors(target):
-        shutil.rmtree(staging, ignore_errors=True)
+        recover_folder(target)
+        for abandoned in _beside(target, "tmp"):
+            shutil.rmtree(abandoned, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
             yield staging
@@ -70,13 +76,24 @@ def publish_folder(target: Path) -> Iterator[Path]:
             shutil.rmtree(staging, ignore_errors=True)
 
 
+def recover_folder(target: Path) -> bool:
+    """Whether `target` exists, after putting back what publish_folder had moved away when its process was killed."""
+    retired = _beside(target, "old")
+    if retired and not target.exists():
+        os.replace(retired.pop(), target)
+        _sync_folder(target.parent)
+    for folder in retired:
+        shutil.rmtree(folder, ignore_errors=True)
+    return target.exists()
+
+
 def check_folder(folder: Path) -> list[str]:
     """What differs from the folder's manifest: missing files, other sizes or contents. An empty list means whole."""
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         return [f"{MANIFEST}: {type(error).__name__}: {error}"]
-    return check_files(folder, listed)
+    return check_files(folder, listed) if isinstance(listed, dict) else [f"{MANIFEST}: `files` is not an object"]
 
 
 def check_files(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
@@ -84,7 +101,9 @@ def check_files(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
     problems = []
     for name, entry in listed.items():
         path = folder / name
-        if not path.is_file():
+        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            problems.append(f"{name}: listed without its size and SHA-256")
+        elif not path.is_file():
             problems.append(f"{name}: missing")
         elif path.stat().st_size != entry["bytes"]:
             problems.append(f"{name}: got {path.stat().st_size} bytes, expected {entry['bytes']}")
@@ -108,24 +127,41 @@ def remove_folder(folder: Path) -> None:
     """Delete a folder: renamed first, so that a kill in the middle leaves no half of it under its name."""
     doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     with _named_errors(folder):
+        shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
 
 
 def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    paths = sorted(folder.rglob("*"))
+    files = [path for path in paths if path.is_file()]
     for path in files:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
-    entries = {str(path.relative_to(folder)): describe_file(path) for path in files}
+    for path in paths:
+        if path.is_dir():
+            _sync_folder(path)
+    entries = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
     write_json(folder / MANIFEST, {"files": entries})
 
 
 def _replace_folder(staging: Path, target: Path) -> None:
+    retired = target.with_name(f".{target.name}.old-{os.getpid()}")
     if target.exists():
-        remove_folder(target)
-    os.replace(staging, target)
+        os.replace(target, retired)
+    try:
+        os.replace(staging, target)
+    except OSError:
+        recover_folder(target)
+        raise
     _sync_folder(target.parent)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def _beside(target: Path, kind: str) -> list[Path]:
+    """The folders of this kind ("tmp", "old") that some process put beside `target`, the oldest first."""
+    found = target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")
+    return sorted((path for path in found if path.is_dir()), key=lambda path: path.stat().st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

