@@ -248,7 +248,8 @@ def cpu_name() -> str:
     """The CPU's model and widest vector unit that torch uses."""
     import torch
 
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
@@ -263,9 +264,10 @@ def report(runs: list[dict]) -> None:
     }
     ours = medians["qgraft"]
     for name, figures in medians.items():
+        faster, smaller = ours["tokens_per_second"] / figures["tokens_per_second"], ours["peak_mb"] / figures["peak_mb"]
         print(
-            f"{name:<12} {figures['tokens_per_second']:7.1f} tokens/s (ours x {ours['tokens_per_second'] / figures['tokens_per_second']:.2f})"
-            f"  peak {figures['peak_mb']:6.0f} MB (ours {ours['peak_mb'] / figures['peak_mb']:.0%})"
+            f"{name:<12} {figures['tokens_per_second']:7.1f} tokens/s (ours x {faster:.2f})"
+            f"  peak {figures['peak_mb']:6.0f} MB (ours {smaller:.0%})"
             f"  load {figures['load_seconds']:5.1f} s  held-out loss {figures['held_out_loss']:.4f}"
         )
     worst = max(abs(figures["held_out_loss"] / ours["held_out_loss"] - 1) for figures in medians.values())

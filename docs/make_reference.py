@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from pathlib import Path
 
 from qgraft.cli.main import COMMANDS, main
@@ -25,6 +26,8 @@ def _section(title: str, words: list[str]) -> str:
         main(words)
     return f"## {title}\n\n```\n{printed.getvalue().rstrip()}\n```\n"
 
+
+os.environ["COLUMNS"] = "100"  # argparse wraps to the terminal's width
 
 if __name__ == "__main__":
     Path(__file__).with_name("reference.md").write_text(reference(), encoding="utf-8")

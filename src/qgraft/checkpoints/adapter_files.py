@@ -164,7 +164,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, An
     if used:
         raise UnsupportedError(f"{folder}: a LoRA with {', '.join(used)}; supported: a plain one")
     _check_config(folder / CONFIG, config)
-    if seal is not None and (changed := storage.check_files(folder, _sealed_files(folder / SEAL, seal))):
+    if seal is not None and (changed := storage.check_files(folder, sealed_files(folder / SEAL, seal))):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     return config, read_tensors(folder), seal
 
@@ -195,7 +195,8 @@ def _compiles(pattern: str) -> bool:
     return True
 
 
-def _sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the seal at `path` says of the files beside it, for storage.check_files. Raises AdapterError for no seal."""
     files = seal.get("files")
     if not isinstance(files, dict) or not isinstance(seal.get("base") or {}, dict):
         raise AdapterError(f"{path} is not a seal: expected objects under `files` and `base`")

@@ -14,8 +14,8 @@ It notices: another architecture, size or format, renamed or missing tensors, an
 byte in a tensor of up to 4 KiB. It does not notice: single changed bytes outside the samples, other metadata, another
 tokenizer, and it is no defence against somebody who wants two bases to look alike: SHA-256 of the whole file is.
 
-Not chosen: the file's name, path or date (copies are the same base) and the container (the same packed tensors in
-another file are the same base). "qg1" names this recipe; another recipe gets another prefix, never the same one.
+Not chosen: the file's name, path, date or metadata (copies are the same base). Tensors go by the names that their
+container gives them. "qg1" names this recipe; another recipe gets another prefix, never the same one.
 """
 
 import hashlib

@@ -101,6 +101,8 @@ class _FolderReader:
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error.message}", hint=error.hint) from error
         self.entries.append((name, packed.shape, packed.format, packed.data))
+        if packed.scale is not None:
+            self.entries.append((f"{name}_scale", tuple(packed.scale.shape), str(packed.scale.dtype), packed.scale))
         return packed
 
     def unused_notes(self) -> list[str]:

@@ -18,7 +18,7 @@ def load(
     *,
     quantize: str | None = None,
     dtype: str | torch.dtype = "auto",
-    device: str | torch.device = "cpu",
+    device: str | torch.device = "auto",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a base with its weights packed.
 
@@ -27,12 +27,12 @@ def load(
             of a known model ("smollm2-135m", fetched once).
         quantize: packs the linear layers of a float checkpoint in this format while loading.
         dtype: what activations are computed in; "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
-        device: where the packed weights go.
+        device: where the packed weights go; "auto" is a GPU where there is one.
 
     Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and
     its tokenizer (None for a folder without one). Raises CheckpointError, UnsupportedError or OptionError.
     """
-    device = _device(device)
+    device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
     path = _resolve(str(model))
     if path.is_dir():
@@ -60,7 +60,10 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device to use. Raises OptionError for an unknown or missing one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError as error:

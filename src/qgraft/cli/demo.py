@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraft.cli.options import Parser, default_device, print_note
+from qgraft.cli.options import Parser, print_note
 from qgraft.errors import OptionError
 
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--output_dir", default="qgraft-demo", help="where the adapter goes (default ./qgraft-demo)")
     parser.add_argument("--num_train_epochs", type=float, default=2.0, help="passes over the examples (default 2)")
     parser.add_argument("--learning_rate", type=float, default=1.5e-3, help="peak learning rate (default 1.5e-3)")
-    parser.add_argument("--device", default=None, help="cpu or cuda; default: a GPU where there is one")
+    parser.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU where there is one")
     options = parser.parse_args(words)
     return _demo(options)
 
@@ -43,7 +43,7 @@ def _demo(options: argparse.Namespace) -> int:
     arguments = _arguments(options)
     check_output_dir(arguments)
     path = str(pull(options.model, print_note)) if options.model in KNOWN_MODELS else options.model
-    model, tokenizer = load(path, device=default_device(options.device))
+    model, tokenizer = load(path, device=options.device)
     if tokenizer is None:
         raise OptionError(f"{path} has no tokenizer, which the demo needs")
     print_note(f"loaded {path}: {_formats(model)}")
@@ -61,6 +61,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _arguments(options: argparse.Namespace) -> Any:
+    from qgraft.checkpoints.load import choose_device
     from qgraft.training.arguments import TrainArguments
 
     return TrainArguments(
@@ -76,7 +77,7 @@ def _arguments(options: argparse.Namespace) -> Any:
         warmup_steps=5,
         logging_steps=2,
         save_strategy="no",
-        use_cpu=default_device(options.device) == "cpu",
+        use_cpu=choose_device(options.device).type == "cpu",
     )
 
 

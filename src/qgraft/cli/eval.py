@@ -39,6 +39,6 @@ def run(words: Sequence[str]) -> int:
     for key, result in results.items():
         print(
             f"{key:<{width}}  loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-            f"({result['labels']} answer tokens, {result['samples']} samples)"
+            f"({result['labels']} answer tokens, {result['samples']} samples, {result['dropped']} rows dropped)"
         )
     return 0

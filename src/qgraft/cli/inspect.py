@@ -63,10 +63,10 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
 
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft import storage
-    from qgraft.checkpoints.adapter_files import SEAL, read_peft_config, read_seal, read_tensors
+    from qgraft.checkpoints.adapter_files import SEAL, read_peft_config, read_seal, read_tensors, sealed_files
 
     state, seal = read_tensors(path), read_seal(path)
-    problems = storage.check_files(path, seal.get("files", {})) if seal else []
+    problems = storage.check_files(path, sealed_files(path / SEAL, seal)) if seal else []
     findings = {
         "kind": "LoRA adapter",
         "path": str(path),
@@ -85,14 +85,15 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
 
     from qgraft.checkpoints.folder_model import open_shards, read_config_json
 
-    config = read_config_json(path)
+    listed: dict[str, str] = {}
+    weights: Counter[str] = Counter()
     with ExitStack() as stack:
-        shapes = {name: read() for name, read in open_shards(path, stack).items()}
-        listed = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in shapes.items()}
-        dtypes = Counter({str(t.dtype): 0 for t in shapes.values()})
-        for tensor in shapes.values():
-            dtypes[str(tensor.dtype)] += tensor.numel()
-    findings = {"kind": "Hugging Face folder", "path": str(path), "config": config, "weights": dict(dtypes)}
+        for name, read in open_shards(path, stack).items():
+            tensor = read()  # mapped, and let go before the next one
+            listed[name] = f"{tensor.dtype} {list(tensor.shape)}"
+            weights[str(tensor.dtype)] += tensor.numel()
+    config = read_config_json(path)
+    findings = {"kind": "Hugging Face folder", "path": str(path), "config": config, "weights": dict(weights)}
     return {**findings, "tensors": listed} if tensors else findings
 
 

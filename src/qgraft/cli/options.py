@@ -42,18 +42,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--quantize", metavar="FORMAT", help="pack a float checkpoint while loading, e.g. q4_1")
         self.add_argument("--dtype", default="auto", help="what to compute in: auto, float32, bfloat16, float16")
-        self.add_argument("--device", default=None, help="cpu or cuda; default: a GPU where there is one")
-
-
-def default_device(wanted: str | None = None) -> str:
-    """The device to use: what was asked for, else a GPU where there is one. Raises OptionError for a missing one."""
-    import torch
-
-    if wanted is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise OptionError(f"--device {wanted}: this machine or this torch build has no CUDA device")
-    return wanted
+        self.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU where there is one")
 
 
 def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
@@ -63,9 +52,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
     from qgraft.checkpoints.adapter_files import load_adapter
     from qgraft.checkpoints.load import load
 
-    model, tokenizer = load(
-        options.model, quantize=options.quantize, dtype=options.dtype, device=default_device(options.device)
-    )
+    model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
     if tokenizer is None:
         raise OptionError(f"{options.model} has no tokenizer, which this command needs")
     names: list[str] = []

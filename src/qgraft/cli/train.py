@@ -13,7 +13,7 @@ DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE -
        qgraft train CONFIG.yaml [option=value ...]
 
 Train a LoRA on the packed weights of a model file. CONFIG.yaml (or .json) holds the same options as the flags; later
-option=value words win. Names known from PEFT, LLaMA-Factory and the ChatGLM tutorials work as they are.
+option=value words win. Names known from PEFT, LLaMA-Factory and ChatGLM-Efficient-Tuning are understood.
 
 """
 

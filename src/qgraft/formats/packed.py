@@ -5,7 +5,7 @@ Two storage families exist, told apart by where the scales live:
     ggml      one uint8 matrix [out, row_bytes]; the scales sit inside each block of bytes      formats/ggml.py
     rowwise   int8 matrix [out, in * bits / 8] and one scale for each output row [out]          formats/rowwise.py
 
-A class for each format was not chosen: a format is a name and three pure functions, looked up in `FORMATS`
+A class for each format was not chosen: a format is a name and two pure functions, looked up in `FORMATS`
 (formats/__init__.py); what holds tensors never needs to know how the bits lie.
 """
 

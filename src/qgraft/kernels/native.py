@@ -1,6 +1,6 @@
 """The native CPU kernels: native.c, loaded through ctypes, and sgemm between its panels.
 
-For many rows of x the matrix product is the limit, not the unpacking (shared figures: 4 FLOPs a weight and token
+For many rows of x the matrix product is the limit, not the unpacking (4 FLOPs a weight and token
 against one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in
 the second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
 repacked or transposed. For at most `SMALL_BATCH` rows of x (decoding) the memory traffic is the limit: one C loop

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast, get_args, get_type_hints
 
 import torch
 import yaml
@@ -114,7 +114,7 @@ class TrainArguments(TrainingArguments):
     name: str | None = _option(None, "What {{name}} in the dataset becomes.")
     author: str | None = _option(None, "What {{author}} in the dataset becomes.")
 
-    max_tokens_per_pass: int = _option(512, "Token budget: larger batches pass in parts, with the same gradients.")
+    max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
     overwrite_output_dir: bool = _option(False, "Delete an earlier run's checkpoints and logs in output_dir.")
     plot_loss: bool = _option(True, "Draw loss.png.")
 
@@ -158,6 +158,10 @@ class TrainArguments(TrainingArguments):
             self._compute_dtype = "float32"  # float32 tensors, float16 arithmetic by autocast, with loss scaling
         if not on_gpu:
             self.dataloader_pin_memory = False
+        if self.gradient_checkpointing and hasattr(
+            self, "activation_checkpointing"
+        ):  # its name since transformers 5.20
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
 
     def _check(self) -> None:
         if self.stage != "sft":
@@ -236,19 +240,29 @@ class _Parser(HfArgumentParser):
 
 
 def _parser() -> _Parser:
-    return _Parser(TrainArguments, prog="qgraft train", allow_abbrev=False, add_help=False)
+    return _Parser(cast(Any, TrainArguments), prog="qgraft train", allow_abbrev=False, add_help=False)
 
 
 def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
-    fields = {f.name: f for f in dataclasses.fields(TrainArguments)}
-    if "learning_rate" in values:
-        values = {**values, "learning_rate": float(values["learning_rate"])}  # YAML reads 2e-4 as a string
+    hints = get_type_hints(TrainArguments)
+    init = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     try:
-        arguments = TrainArguments(**{key: value for key, value in values.items() if fields[key].init})
+        arguments = TrainArguments(**{k: _as_number(k, v, hints[k]) for k, v in values.items() if k in init})
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(str(error)) from error
     arguments.notes[:0] = notes
     return arguments
+
+
+def _as_number(name: str, value: Any, hint: Any) -> Any:
+    """A number that YAML read as text (it takes 2e-4 for a string), where the option is one; else `value` itself."""
+    wanted = {hint, *get_args(hint)}
+    if not isinstance(value, str) or str in wanted or not wanted & {int, float}:
+        return value
+    try:
+        return float(value) if float in wanted else int(value)
+    except ValueError:
+        raise OptionError(f"{name}: got {value!r}, expected a number") from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -17,12 +17,13 @@ EVAL_TOKENS = 1024  # in one pass; without gradients activations are small
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss)."""
+    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss), rows `dropped` of the dataset."""
 
     loss: float
     perplexity: float
     samples: int
     labels: int
+    dropped: int = 0
 
     def as_dict(self) -> dict[str, float]:
         """The fields by name, for JSON."""
@@ -51,7 +52,7 @@ def evaluate(
         tokenizer, conversations, accounting, template=resolve_template(tokenizer, template), system=system,
         max_length=max_length, train_on_prompt=train_on_prompt,
     )  # fmt: skip
-    return evaluate_samples(model, samples)
+    return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def read_dataset(
     """Read datasets into conversations.
 
     Args:
-        names: comma list of built-in sets, entries of `dataset_dir/dataset_info.json`, files or folders, and Hugging
+        names: comma list of entries of `dataset_dir/dataset_info.json`, built-in sets, files or folders, and Hugging
             Face names "org/name[:split]", looked up in this order; or the rows themselves.
         dataset_dir: folder of dataset_info.json and of the files it names; "data" where that exists.
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
@@ -172,16 +172,16 @@ def _filled(text: str, fill: Fill, source: str) -> str:
 
 
 def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
-    if name in BUILT_IN:
-        if not fill["name"] or not fill["author"]:
-            raise DataError(f"{name} needs the name of the model and of its author", hint=_FILL_HINT)
-        return _Item(name, _built_in_rows(name), Layout())
     info_path = folder / "dataset_info.json"
     info = load_json(read_text(info_path), info_path) if info_path.is_file() else {}
     if not isinstance(info, dict):
         raise DataError(f"{info_path}: expected an object, got a {type(info).__name__}")
     if name in info:
         return _info_item(name, info[name], folder, layout)
+    if name in BUILT_IN:
+        if not fill["name"] or not fill["author"]:
+            raise DataError(f"{name} needs the name of the model and of its author", hint=_FILL_HINT)
+        return _Item(name, _built_in_rows(name), Layout())
     for path in (Path(name).expanduser(), folder / name):
         if path.exists():
             return _Item(name, _path_rows(path), layout)

@@ -10,6 +10,7 @@ output_dir/
 
 import dataclasses
 import hashlib
+import json
 import math
 import random
 import signal
@@ -46,7 +47,7 @@ class TrainReport:
         steps: optimizer steps in all; `finished` tells whether these are all that were planned.
         signal: the number of the signal that ended the run early, or None.
         metrics: train_loss, eval_loss_before, eval_loss, tokens_per_second, seconds, peak_memory_bytes, ...
-        accounting: where every row of the dataset went.
+        accounting: where every row of the dataset went; held_out_accounting likewise of the held-out one, if given.
         notes: what a reader should know, each one sentence.
     """
 
@@ -57,6 +58,7 @@ class TrainReport:
     parameters: int
     metrics: dict[str, float]
     accounting: Accounting
+    held_out_accounting: Accounting | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -89,8 +91,10 @@ def train(
     resume = check_output_dir(args)
     if resume is None:
         _clear_earlier_run(folder)
+    else:
+        _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
     notes = list(args.notes)
-    samples, eval_samples, accounting = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
+    samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
     _prepare_adapter(model, args)
     budget = args.max_tokens_per_pass
     if problem := check_padding_free(model, samples):
@@ -128,6 +132,7 @@ def train(
         parameters=count_parameters(model, args.adapter_name),
         metrics=metrics,
         accounting=accounting,
+        held_out_accounting=held_out,
         notes=notes,
     )
     _save(model, args, report, samples, eval_samples)
@@ -138,7 +143,7 @@ def check_output_dir(args: TrainArguments) -> Path | None:
     """The checkpoint to resume from, or None for a new run. Raises StorageError when the folder holds another run."""
     folder = Path(str(args.output_dir))
     if args.resume_from_checkpoint:
-        return _resume_point(folder, str(args.resume_from_checkpoint))
+        return _resume_point(folder, str(args.resume_from_checkpoint), args)
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"output_dir {folder} is a file, expected a folder")
     earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
@@ -158,12 +163,20 @@ def _clear_earlier_run(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _resume_point(folder: Path, wanted: str) -> Path:
+def _trim_log(log: Path, step: int) -> None:
+    """Drop what an interrupted run logged after the checkpoint: those steps are taken again."""
+    if log.is_file():
+        kept = [entry for entry in plots.read_metrics(log) if entry["step"] <= step]
+        storage.write_file(log, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
+
+
+def _resume_point(folder: Path, wanted: str, args: TrainArguments) -> Path:
     if wanted.lower() not in ("true", "auto", "1"):
         if problems := storage.check_folder(Path(wanted)):
             raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
         return Path(wanted)
     path, passed_over = newest_whole_checkpoint(folder)
+    args.notes += passed_over
     if path is None:
         raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
     return path
@@ -175,7 +188,7 @@ def _prepare_samples(
     eval_dataset: Dataset | None,
     args: TrainArguments,
     notes: list[str],
-) -> tuple[list[Sample], list[Sample], Accounting]:
+) -> tuple[list[Sample], list[Sample], Accounting, Accounting | None]:
     chosen = dataset if dataset is not None else args.dataset
     if not chosen:
         raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
@@ -185,12 +198,13 @@ def _prepare_samples(
     samples, accounting = _samples(tokenizer, chosen, args, template)
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
-        return samples, _samples(tokenizer, held_out, args, template)[0], accounting
+        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, template)
+        return samples, eval_samples, accounting, held_out_accounting
     if args.val_size:
         samples, eval_samples = _split(samples, args.val_size, args.seed)
         notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
-        return samples, eval_samples, accounting
-    return samples, [], accounting
+        return samples, eval_samples, accounting, None
+    return samples, [], accounting, None
 
 
 def _samples(
@@ -244,6 +258,7 @@ def _save(
             "held_out": len(held_out),
             "sha256": _samples_sha256(samples),
             "accounting": report.accounting.as_dict(),
+            "held_out_accounting": report.held_out_accounting.as_dict() if report.held_out_accounting else None,
         },
         "arguments": changed_arguments(args),
         "notes": report.notes,

@@ -183,6 +183,8 @@ def checkpoints(folder: Path) -> list[Path]:
 def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over."""
     passed_over: list[str] = []
+    for retired in folder.glob(".checkpoint-*.old-*"):  # killed while a checkpoint was being replaced
+        storage.recover_folder(folder / retired.name[1:].partition(".old-")[0])
     for path in reversed(checkpoints(folder)):
         problems = storage.check_folder(path)
         if not problems:

@@ -1,0 +1,247 @@
+"""Every command as a user types it, on a tiny model; errors without tracebacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import qgraft
+from qgraft.cli import main as cli
+from qgraft.cli.chat import parse_mixture
+from qgraft.errors import OptionError
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def trained(tiny_gguf, tmp_path, rows_file, capsys):
+    """(model path, adapter folder) of a short run of `qgraft train`."""
+    model, out = tiny_gguf("llama").path, tmp_path / "out"
+    words = ["train", "--model_name_or_path", str(model), "--dataset", str(rows_file), "--output_dir", str(out)]
+    assert cli.main([*words, "--max_steps", "3", "--learning_rate", "1e-2", "--use_cpu", "--val_size", "3"]) == 0
+    printed = capsys.readouterr()
+    assert "held-out" in printed.out
+    assert "read 12 rows, kept 12" in printed.err
+    return model, out
+
+
+@pytest.fixture(autouse=True)
+def _no_environment_left(monkeypatch):
+    """The command line sets defaults of libraries; tests of other files must not inherit them."""
+    for name in ("GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, "20000" if name == "GOMP_SPINCOUNT" else "false"))
+
+
+def test_train_chat_eval_and_inspect_work_on_the_same_adapter(trained, rows_file, capsys):
+    model, out = trained
+    base = ["--model", str(model), "--device", "cpu"]
+    assert cli.main(["eval", *base, "--adapter", str(out), "--dataset", str(rows_file), "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert results["out"]["loss"] < results["base"]["loss"]
+    assert cli.main(["eval", *base, "--dataset", str(rows_file)]) == 0
+    assert capsys.readouterr().out.startswith("base  loss ")
+    assert cli.main(["inspect", str(out), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seal"] == "holds"
+    assert found["dataset"]["samples"] == 9
+    assert found["parameters"] == found["config"]["r"] * sum_of_widths(model)
+    assert cli.main(["chat", *base, "--adapter", str(out), "--prompt", "question 1", "--max_new_tokens", "4"]) == 0
+    assert "applied to 14/14 layers" in capsys.readouterr().err
+
+
+def sum_of_widths(path: Path) -> int:
+    model, _ = qgraft.load(path)
+    names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    return sum(model.get_submodule(name).in_features + model.get_submodule(name).out_features for name in names)
+
+
+def test_inspect_shows_formats_and_the_fingerprint_that_adapters_carry(trained, capsys):
+    model, out = trained
+    assert cli.main(["inspect", str(model), "--json", "--tensors"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    sealed = json.loads((out / "qgraft.json").read_text())
+    assert found["fingerprint"] == sealed["base"]["fingerprint"]
+    assert sum(entry["bytes"] for entry in found["formats"].values()) < found["bytes"]
+    assert len(found["tensors"]) == sum(entry["tensors"] for entry in found["formats"].values())
+    assert cli.main(["inspect", str(model)]) == 0
+    assert "fingerprint: qg1:" in capsys.readouterr().out
+
+
+def test_inspect_a_folder_and_a_damaged_adapter(trained, tmp_path, capsys):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 50,
+    }
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "folder")
+    assert cli.main(["inspect", str(tmp_path / "folder"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights"]["torch.float32"] > 0
+    (trained[1] / "adapter_config.json").write_text("{}")
+    assert cli.main(["inspect", str(trained[1])]) == 0
+    assert "seal: adapter_config.json" in capsys.readouterr().out
+
+
+def test_chat_commands_switch_adapters(trained, capsys, monkeypatch):
+    model, out = trained
+    lines = iter(["/adapters", "/base", "/adapter out=0.5", "/adapter nosuch", "/what", "hello", "/clear", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    words = ["chat", "--model", str(model), "--adapter", str(out), "--device", "cpu", "--max_new_tokens", "3"]
+    assert cli.main(words) == 0
+    told = capsys.readouterr().err
+    assert "active: out=1; attached: out" in told
+    assert "active: the base" in told
+    assert "active: out=0.5" in told
+    assert "no adapter named 'nosuch'" in told
+    assert "/clear" in told
+
+
+def test_mixtures():
+    assert parse_mixture("law=0.7 med=0.3") == {"law": 0.7, "med": 0.3}
+    assert parse_mixture("law") == {"law": 1.0}
+    with pytest.raises(OptionError, match="NAME=NUMBER"):
+        parse_mixture("law=x")
+
+
+def test_train_from_yaml_with_overrides_and_aliases(tiny_gguf, tmp_path, rows_file, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model_name_or_path: {tiny_gguf('llama').path}\ndataset: {rows_file}\noutput_dir: {tmp_path / 'out'}\n"
+        "lora_rank: 3\nlora_target: [q_proj, v_proj]\nmax_steps: 50\nlearning_rate: 1e-3\nuse_cpu: true\ncutoff_len: 64\n"
+        "overwrite_cache: true\n"
+    )
+    assert cli.main(["train", str(config), "max_steps=2", "save_strategy=no"]) == 0
+    assert "overwrite_cache has no effect" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert saved["steps"] == 2
+    assert (saved["arguments"]["r"], saved["arguments"]["target_modules"]) == (3, "q_proj,v_proj")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+
+
+def test_the_command_line_of_the_chatglm_tutorials_works_unchanged(tiny_gguf, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "self.json").write_text(json.dumps(ROWS))
+    (data / "dataset_info.json").write_text(json.dumps({"self": {"file_name": "self.json"}}))
+    words = (
+        f"--do_train --dataset self --dataset_dir {data} --finetuning_type lora --output_dir {tmp_path / 'checkpoint'} "
+        "--overwrite_cache --per_device_train_batch_size 4 --gradient_accumulation_steps 4 --lr_scheduler_type cosine "
+        "--logging_steps 10 --save_steps 1000 --learning_rate 5e-5 --num_train_epochs 3.0 --plot_loss --fp16"
+    ).split()
+    assert cli.main(["train", "--model_name_or_path", str(tiny_gguf("llama").path), *words]) == 0
+    told = capsys.readouterr().err
+    assert "overwrite_cache has no effect" in told
+    if not torch.cuda.is_available():
+        assert "fp16: this device is a CPU" in told
+    assert (tmp_path / "checkpoint" / "loss.png").is_file()
+    assert json.loads((tmp_path / "checkpoint" / "run.json").read_text())["steps"] == 3
+
+
+def test_the_demo_runs_from_end_to_end_on_another_model(tiny_gguf, tmp_path, capsys):
+    model = tiny_gguf("llama").path
+    out = tmp_path / "demo"
+    words = ["demo", "--model", str(model), "--output_dir", str(out), "--num_train_epochs", "0.1", "--device", "cpu"]
+    assert cli.main([*words, "--name", "Nova", "--author", "ACME"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("Who are you?", "你是谁", "before", "after", "held-out loss", "trainable parameters", "tokens/s"):
+        assert expected in printed
+    assert "qgraft chat" in printed
+    assert {"run.json", "loss.png", "adapter_model.safetensors", "metrics.jsonl"} <= {p.name for p in out.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "did you mean train?"),
+        (["chat"], "required: --model"),
+        (["chat", "--model", "x", "--adaptor", "y"], "did you mean --adapter"),
+        (["chat", "--model", "/nowhere/x.gguf"], "no such file or folder"),
+        (["train", "--lora_rnak", "8"], "did you mean lora_rank"),
+        (["train", "--r", "many"], "invalid int value"),
+        (["train", "--output_dir", "x"], "no model is given"),
+        (["train", "--stage", "dpo"], "only sft"),
+        (["train", "--finetuning_type", "full"], "only lora"),
+        (["train", "nosuch.yaml"], "cannot be read"),
+        (["inspect", "/nowhere"], "nowhere"),
+        (["pull", "smollm"], "did you mean smollm2-135m"),
+        (["eval", "--model", "x", "--device", "tpu", "--dataset", "y"], "tpu"),
+    ],
+)
+def test_mistakes_end_in_a_message_and_exit_code_2(words, expected, capsys):
+    assert cli.main(words) == 2
+    told = capsys.readouterr().err
+    assert expected in told
+    assert told.startswith("error: ")
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("learning_rat: 1\n", "did you mean learning_rate"),
+        ("- a\n- b\n", "expected option: value"),
+        ("a: [1\n", "cannot be read"),
+    ],
+)
+def test_a_bad_configuration_file(text, expected, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    assert cli.main(["train", str(tmp_path / "c.yaml")]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_a_row_of_bad_models(tmp_path, capsys):
+    for name, content in (("a.gguf", b"hello"), ("b.gguf", b""), ("c.gguf", b"GGUF" + b"\xff" * 40)):
+        (tmp_path / name).write_bytes(content)
+        assert cli.main(["inspect", str(tmp_path / name)]) == 2
+        assert str(tmp_path / name) in capsys.readouterr().err
+
+
+def test_debug_shows_the_traceback():
+    code = "import sys; from qgraft.cli.main import main; sys.exit(main(['inspect', '/nowhere', '--debug']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Traceback" in done.stderr
+    assert "CheckpointError" in done.stderr
+
+
+def test_doctor_names_a_kernel_and_a_reason_for_every_op_and_format(capsys):
+    assert cli.main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {choice["op"] for choice in found["kernels"]} == {"dequantize", "linear", "linear_grad_input"}
+    assert all(choice["why"] for choice in found["kernels"])
+    assert found["packages"]["torch"] == torch.__version__
+    assert cli.main(["doctor"]) == 0
+    assert "q4_1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_every_help_page_prints(command, capsys):
+    try:
+        code = cli.main([command, "--help"] if command else ["--help"])
+    except SystemExit as leaving:  # argparse
+        code = leaving.code
+    assert not code
+    assert "usage: qgraft" in capsys.readouterr().out
+
+
+def test_the_reference_is_what_help_prints(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    docs = Path(__file__).parents[2] / "docs"
+    done = subprocess.run(
+        [sys.executable, "-c", "import make_reference; print(make_reference.reference(), end='')"],
+        capture_output=True, text=True, check=True, cwd=docs,
+    )  # fmt: skip
+    assert done.stdout == (docs / "reference.md").read_text(encoding="utf-8"), "run `make docs`"
