@@ -27,7 +27,7 @@ Source: ggml-common.h and `dequantize_row_q*_K` in ggml-quants.c of llama.cpp, `
 Exactness: bit for bit equal to `gguf.quants` in float32 (NaN stays NaN without its payload).
 
 Not chosen: writing them. Their scales are searched for, the result depends on the version of that search, and the
-gguf package cannot write them either; merging keeps the codes' container and solves for what it needs.
+gguf package cannot write them either.
 """
 
 import torch

@@ -247,15 +247,17 @@ def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
     hints = get_type_hints(TrainArguments)
     init = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     try:
-        arguments = TrainArguments(**{k: _as_number(k, v, hints[k]) for k, v in values.items() if k in init})
+        arguments = TrainArguments(**{k: _as_typed(k, v, hints[k]) for k, v in values.items() if k in init})
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(str(error)) from error
     arguments.notes[:0] = notes
     return arguments
 
 
-def _as_number(name: str, value: Any, hint: Any) -> Any:
-    """A number that YAML read as text (it takes 2e-4 for a string), where the option is one; else `value` itself."""
+def _as_typed(name: str, value: Any, hint: Any) -> Any:
+    """`value`, but for two things that YAML reads otherwise than meant: 2e-4 is a string, `save_strategy: no` is false."""
+    if value is False and name.endswith("_strategy"):
+        return "no"
     wanted = {hint, *get_args(hint)}
     if not isinstance(value, str) or str in wanted or not wanted & {int, float}:
         return value
