@@ -128,6 +128,7 @@ def train_qgraft(options: argparse.Namespace, rows: dict, folder: Path, clock: o
 
     import qgraft
     from qgraft.training.evaluate import evaluate_samples
+    from qgraft.training.loss import padding_free
     from qgraft.training.tokenizing import Sample
     from qgraft.training.trainer import LoraTrainer
 
@@ -141,8 +142,8 @@ def train_qgraft(options: argparse.Namespace, rows: dict, folder: Path, clock: o
     qgraft.load_adapter(model, folder / "adapter")
     samples = {part: [Sample(row["input_ids"], row["labels"], "") for row in rows[part]] for part in rows}
     args = qgraft.TrainArguments(**training_options(options, folder))
-    trainer = InOrder(model, args, samples["identity"], [], args.max_tokens_per_pass, [clock])
-    trainer.train()
+    with padding_free(model, samples["identity"]):
+        InOrder(model, args, samples["identity"], [], args.max_tokens_per_pass, [clock]).train()
     return load_seconds, evaluate_samples(model, samples["identity_heldout"]).loss
 
 

@@ -30,7 +30,7 @@ from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import evaluate_samples
-from qgraft.training.loss import check_padding_free
+from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, read_dataset
 from qgraft.training.tokenizing import Sample, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
@@ -96,17 +96,16 @@ def train(
     notes = list(args.notes)
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
     _prepare_adapter(model, args)
-    budget = args.max_tokens_per_pass
-    if problem := check_padding_free(model, samples):
-        notes.append(f"{problem}; every sample passes through the model alone")
-        budget = 0
     before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
     watch, stop = Watch(folder, console), StopOnSignal()
     use_cache = model.config.use_cache  # the Trainer turns it off
-    trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
-    watch.trainer = trainer
     try:
-        output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        with padding_free(model, samples) as problem:
+            if problem:
+                notes.append(f"{problem}; every sample passes through the model alone")
+            budget = 0 if problem else args.max_tokens_per_pass
+            watch.trainer = trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
+            output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     finally:
         watch.close()
         stop.close()
