@@ -204,6 +204,7 @@ def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names, from safetensors or a pickle of tensors only. Raises AdapterError."""
     pickled = folder / "adapter_model.bin"
     try:
         if (folder / WEIGHTS).is_file():

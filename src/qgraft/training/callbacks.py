@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qgraft import storage
@@ -52,15 +52,13 @@ class Watch(TrainerCallback):
         self._step_began = time.perf_counter()
         if self.console is None:
             return
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=20),
-            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}  eval {task.fields[eval_loss]}"),
-            TextColumn("{task.fields[rate]} tok/s  {task.fields[memory]}"),
-            TimeElapsedColumn(),
+        self._bar = Progress(  # fits 80 columns
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=8),
+            TextColumn("epoch {task.fields[epoch]} loss {task.fields[loss]} eval {task.fields[eval_loss]}"),
+            TextColumn("{task.fields[rate]} tok/s {task.fields[memory]}"),
+            TimeRemainingColumn(compact=True),
             TextColumn("left"),
-            TimeRemainingColumn(),
             console=self.console,
         )
         self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, **self._shown)
