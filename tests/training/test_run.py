@@ -52,7 +52,8 @@ def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf
     assert saved["base"]["fingerprint"] == model.qgraft_base.fingerprint
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
-    assert all(entry["tokens_per_second"] > 0 for entry in logged)
+    assert all(entry["tokens_per_second"] > 0 for entry in logged if "loss" in entry)
+    assert logged[0] == {"step": 0, "eval_loss": saved["metrics"]["eval_loss_before"]}
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     other, _ = qgraft.load(tiny_gguf("llama").path)
     loaded = qgraft.load_adapter(other, folder)

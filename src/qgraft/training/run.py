@@ -97,6 +97,8 @@ def train(
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
     _prepare_adapter(model, args)
     before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
+    if before is not None:
+        storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
     watch, stop = Watch(folder, console), StopOnSignal()
     use_cache = model.config.use_cache  # the Trainer turns it off
     try:
@@ -116,7 +118,7 @@ def train(
     if before is not None:
         metrics["eval_loss_before"] = before.loss
     if eval_samples:
-        metrics["eval_loss"] = evaluate_samples(model, eval_samples).loss
+        metrics["eval_loss"] = _last_eval_loss(trainer) or evaluate_samples(model, eval_samples).loss
     metrics |= {
         "tokens_per_second": watch.tokens_per_second,
         "tokens": trainer.tokens_seen,
@@ -136,6 +138,14 @@ def train(
     )
     _save(model, args, report, samples, eval_samples)
     return report
+
+
+def _last_eval_loss(trainer: LoraTrainer) -> float | None:
+    """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    measured = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
+    return float(measured[-1]["eval_loss"]) if measured else None
 
 
 def check_output_dir(args: TrainArguments) -> Path | None:
