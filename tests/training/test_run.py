@@ -289,3 +289,13 @@ def test_evaluate_is_the_mean_over_answer_tokens(tiny_gguf, tmp_path):
     expected = sum(s.loss * s.labels for s in singles) / sum(s.labels for s in singles)
     assert result.loss == pytest.approx(expected, rel=1e-4)
     assert result.labels == sum(s.labels for s in singles) and result.samples == len(ROWS)
+
+
+def test_a_sample_longer_than_the_context_is_cut_there_and_counted(tiny_gguf, tmp_path):
+    rows = [*ROWS, {"instruction": "long", "output": "word " * 100}, {"instruction": "word " * 100, "output": "short"}]
+    model, report = run(tiny_gguf, tmp_path / "out", rows=rows, save_strategy="no")
+    context = model.config.max_position_embeddings
+    assert any(f"context is {context} tokens" in note for note in report.notes)
+    assert report.accounting.truncated == 1
+    assert list(report.accounting.dropped) == [f"no answer token within max_length {context}"]
+    assert report.accounting.kept == len(rows) - 1

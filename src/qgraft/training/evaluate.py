@@ -50,9 +50,15 @@ def evaluate(
     conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author)
     samples = build_samples(
         tokenizer, conversations, accounting, template=resolve_template(tokenizer, template), system=system,
-        max_length=max_length, train_on_prompt=train_on_prompt,
+        max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
     )  # fmt: skip
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
+
+
+def sample_limit(model: PreTrainedModel, max_length: int) -> int:
+    """The longest sample: max_length, but never more than the model's context."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(max_length, context) if isinstance(context, int) else max_length
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
-from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.evaluate import evaluate_samples, sample_limit
 from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, read_dataset
 from qgraft.training.tokenizing import Sample, build_samples, resolve_template
@@ -94,7 +94,10 @@ def train(
     else:
         _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
     notes = list(args.notes)
-    samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, notes)
+    limit = sample_limit(model, args.max_length)
+    if limit < args.max_length:
+        notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
+    samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
     _prepare_adapter(model, args)
     before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
     if before is not None:
@@ -196,6 +199,7 @@ def _prepare_samples(
     dataset: Dataset | None,
     eval_dataset: Dataset | None,
     args: TrainArguments,
+    limit: int,
     notes: list[str],
 ) -> tuple[list[Sample], list[Sample], Accounting, Accounting | None]:
     chosen = dataset if dataset is not None else args.dataset
@@ -204,10 +208,10 @@ def _prepare_samples(
     template = resolve_template(tokenizer, args.template)
     if template.note:
         notes.append(template.note)
-    samples, accounting = _samples(tokenizer, chosen, args, template)
+    samples, accounting = _samples(tokenizer, chosen, args, limit, template)
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
-        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, template)
+        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, limit, template)
         return samples, eval_samples, accounting, held_out_accounting
     if args.val_size:
         samples, eval_samples = _split(samples, args.val_size, args.seed)
@@ -217,7 +221,7 @@ def _prepare_samples(
 
 
 def _samples(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainArguments, template: Any
+    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainArguments, limit: int, template: Any
 ) -> tuple[list[Sample], Accounting]:
     named = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
     columns = {part: column for part, column in named.items() if column}
@@ -226,7 +230,7 @@ def _samples(
         max_samples=args.max_samples,
     )  # fmt: skip
     samples = build_samples(
-        tokenizer, conversations, accounting, template=template, system=args.system, max_length=args.max_length,
+        tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
         train_on_prompt=args.train_on_prompt, mask_history=args.mask_history,
     )  # fmt: skip
     return samples, accounting
