@@ -23,7 +23,7 @@ print("before / 训练前:", ask(model, tokenizer, "Who are you?"))
 
 # The built-in question-answer pairs, with your names in them. / 内置的身份问答，填入你的名字。
 arguments = qgraft.TrainArguments(
-    output_dir="identity-out", overwrite_output_dir=True, use_cpu=True, name="Aria", author="the Foo team",
+    output_dir="identity-out", overwrite_output_dir=True, name="Aria", author="the Foo team",
     r=8, learning_rate=1.5e-3, num_train_epochs=2, lr_scheduler_type="cosine", warmup_steps=5,
 )  # fmt: skip
 report = qgraft.train(model, tokenizer, "identity", arguments, eval_dataset="identity_heldout")
