@@ -110,6 +110,29 @@ def test_chat_commands_switch_adapters(trained, capsys, monkeypatch):
     assert "/clear" in told
 
 
+def test_chat_and_eval_prompt_as_the_adapter_was_trained(tiny_gguf, tmp_path, rows_file, capsys):
+    model, out = str(tiny_gguf("llama").path), str(tmp_path / "out")
+    words = ["--dataset", str(rows_file), "--output_dir", out, "--max_steps", "1", "--use_cpu"]
+    assert (
+        cli.main(["train", "--model_name_or_path", model, *words, "--system", "Be brief.", "--template", "chatml"]) == 0
+    )
+    capsys.readouterr()
+    common = ["--model", model, "--adapter", out, "--device", "cpu"]
+    assert cli.main(["chat", *common, "--prompt", "question 1", "--max_new_tokens", "2"]) == 0
+    told = capsys.readouterr().err
+    assert "--system as in training: Be brief." in told
+    assert "--template as in training: chatml" in told
+    losses = []
+    for options in (
+        [],
+        ["--system", "Be brief.", "--template", "chatml"],
+        ["--system", "Be long.", "--template", "plain"],
+    ):
+        assert cli.main(["eval", *common, "--dataset", str(rows_file), "--json", *options]) == 0
+        losses.append(json.loads(capsys.readouterr().out)["results"]["out"]["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_mixtures():
     assert parse_mixture("law=0.7 med=0.3") == {"law": 0.7, "med": 0.3}
     assert parse_mixture("law") == {"law": 1.0}

@@ -245,6 +245,15 @@ def test_a_folder_that_is_not_empty_is_refused_unless_told(tiny_gguf, tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "keep me"
 
 
+def test_overwriting_deletes_nothing_before_the_new_run_is_known_to_start(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "out")
+    before = {path.name for path in (tmp_path / "out").iterdir()}
+    for wrong in ({"rows": []}, {"target_modules": "nosuch"}):
+        with pytest.raises((DataError, OptionError)):
+            run(tiny_gguf, tmp_path / "out", overwrite_output_dir=True, **wrong)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == before
+
+
 def test_nothing_to_resume_from(tiny_gguf, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
         run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any, NoReturn
 
 from qgraft.errors import OptionError, near_match
@@ -47,8 +48,6 @@ class Parser(argparse.ArgumentParser):
 
 def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied."""
-    from pathlib import Path
-
     from qgraft.checkpoints.adapter_files import load_adapter
     from qgraft.checkpoints.load import load
 
@@ -60,7 +59,21 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
         name = _free_name(Path(folder).resolve().name, names)
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
+    if options.adapter:
+        _prompt_as_in_training(options, Path(options.adapter[-1]))
     return model, tokenizer, names
+
+
+def _prompt_as_in_training(options: argparse.Namespace, folder: Path) -> None:
+    """Take --system and --template, where they are not given, from what the adapter was trained with, and say so."""
+    from qgraft.checkpoints.adapter_files import read_seal
+
+    trained = (read_seal(folder) or {}).get("arguments")
+    for key in ("system", "template"):
+        value = trained.get(key) if isinstance(trained, dict) else None
+        if isinstance(value, str) and getattr(options, key) is None:
+            setattr(options, key, value)
+            print_note(f"--{key} as in training: {value}")
 
 
 def _free_name(wanted: str, taken: list[str]) -> str:

@@ -89,16 +89,16 @@ def train(
     """
     folder = Path(str(args.output_dir))
     resume = check_output_dir(args)
-    if resume is None:
-        _clear_earlier_run(folder)
-    else:
-        _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
     notes = list(args.notes)
     limit = sample_limit(model, args.max_length)
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
     _prepare_adapter(model, args)
+    if resume is None:  # only now, when nothing that is given can be wrong any more
+        _clear_earlier_run(folder)
+    else:
+        _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
     before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
     if before is not None:
         storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
