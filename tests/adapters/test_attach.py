@@ -17,10 +17,10 @@ from qgraft.adapters.attach import (
     count_parameters,
     detach_lora,
     find_targets,
-    is_finite,
     lora_layers,
     lora_modules,
     lora_state_dict,
+    non_finite,
     only_adapter,
     use_adapter,
 )
@@ -401,7 +401,7 @@ def test_which_adapter_must_be_said_when_there_are_several(model: LlamaForCausal
 
 def test_broken_tensors_are_named() -> None:
     state = {"a": torch.ones(2), "b": torch.tensor([1.0, torch.nan]), "c": torch.tensor([torch.inf])}
-    assert is_finite(state) == ["b", "c"]
+    assert non_finite(state) == ["b", "c"]
 
 
 # ---------------------------------------------------------------- a whole model

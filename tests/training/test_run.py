@@ -113,7 +113,8 @@ def test_resuming_passes_over_a_broken_checkpoint(tiny_gguf, tmp_path):
     damaged[len(damaged) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(damaged)
     assert trainer_module.newest_whole_checkpoint(part)[0] == part / "checkpoint-4"
-    run(tiny_gguf, part, resume_from_checkpoint="true")
+    _, report = run(tiny_gguf, part, resume_from_checkpoint="true")
+    assert sum("passed over" in note for note in report.notes) == 1
     assert adapter_bytes(part) == adapter_bytes(whole)
 
 

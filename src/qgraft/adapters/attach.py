@@ -176,10 +176,10 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         return _match_regex(linears, target_modules)
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     wanted = [name.strip() for name in names if name.strip()]
-    missing = [name for name in wanted if not any(_is_named(path, name) for path in linears)]
+    missing = [name for name in wanted if not any(is_named(path, name) for path in linears)]
     if missing or not wanted:
         _raise_unknown_targets(missing, linears)
-    return [path for path in linears if any(_is_named(path, name) for name in wanted)]
+    return [path for path in linears if any(is_named(path, name) for name in wanted)]
 
 
 def _match_regex(linears: list[str], pattern: str) -> list[str]:
@@ -227,7 +227,8 @@ def _output_layer_path(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is output and output is not None), None)
 
 
-def _is_named(path: str, name: str) -> bool:
+def is_named(path: str, name: str) -> bool:
+    """Whether `name` is the module path or its last parts, as in PEFT."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -263,6 +264,6 @@ def count_parameters(model: nn.Module, name: str) -> int:
     return sum(p.numel() for _, lora in lora_modules(model, name) for p in lora.parameters())
 
 
-def is_finite(state: Mapping[str, Tensor]) -> list[str]:
+def non_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or infinity."""
     return [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]

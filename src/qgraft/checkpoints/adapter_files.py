@@ -11,6 +11,7 @@ nothing or harm. Here loading compares everything with the model, lists all that
 cannot be verified and the report says so.
 """
 
+import dataclasses
 import datetime
 import json
 import pickle
@@ -32,9 +33,10 @@ from qgraft.adapters.attach import (
     attach_layers,
     count_parameters,
     find_targets,
-    is_finite,
+    is_named,
     lora_modules,
     lora_state_dict,
+    non_finite,
     only_adapter,
 )
 from qgraft.adapters.lora import LoraConfig
@@ -78,7 +80,7 @@ def save_adapter(
     folder = Path(folder)
     name = only_adapter(model, name)
     state = {key: tensor.contiguous().cpu() for key, tensor in lora_state_dict(model, name).items()}
-    if broken := is_finite(state):
+    if broken := non_finite(state):
         raise AdapterError(
             f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first"
         )
@@ -92,7 +94,7 @@ def save_adapter(
     seal = {
         **(details or {}),
         "kind": "lora",
-        "base": None if base is None else {**base.__dict__, "notes": list(base.notes)},
+        "base": None if base is None else dataclasses.asdict(base),
         "parameters": count_parameters(model, name),
         "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
@@ -114,7 +116,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", fo
     config, state, seal = _read(folder)
     loras, problems = _parse_state(state)
     problems += _base_problems(model, folder, seal) + _target_problems(model, config, loras)
-    problems += [f"{key}: NaN or infinity" for key in is_finite(state)]
+    problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise AdapterError(
             f"{folder} does not fit this model:\n  " + "\n  ".join(problems),
@@ -268,7 +270,7 @@ def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
     linears = find_targets(model, r"(?s).*")
     if isinstance(targets, str):
         return {path for path in linears if _compiles(targets) and re.fullmatch(targets, path)}
-    return {path for path in linears for target in targets if path == target or path.endswith(f".{target}")}
+    return {path for path in linears for target in targets if is_named(path, target)}
 
 
 def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from qgraft.cli.options import Parser, load_with_adapters, print_note
+from qgraft.cli.options import Parser, answer, load_with_adapters, print_note
 from qgraft.errors import OptionError, QgraftError
 
 HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
@@ -52,8 +52,8 @@ def _converse(model: Any, tokenizer: Any, names: list[str], options: argparse.Na
         elif line.startswith("/"):
             _command(model, line)
         elif line:
-            answer = _answer(model, tokenizer, [*messages, ("user", line)], options)
-            messages += [("user", line), ("assistant", answer)]
+            said = _answer(model, tokenizer, [*messages, ("user", line)], options)
+            messages += [("user", line), ("assistant", said)]
 
 
 def _command(model: Any, line: str) -> None:
@@ -89,23 +89,18 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options: argparse.Namespace) -> str:
     """Generate one answer, printed word by word; returns it."""
-    import torch
     from transformers import TextStreamer
 
-    from qgraft.training.tokenizing import encode_prompt, resolve_template
-
-    template = resolve_template(tokenizer, options.template)
-    ids = encode_prompt(tokenizer, messages, template=template, system=options.system)
-    input_ids = torch.tensor([ids], device=model.device)
     sampling = {"do_sample": False} if options.temperature <= 0 else {
         "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
     }  # fmt: skip
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=options.max_new_tokens,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **sampling,
-        )
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    return answer(
+        model,
+        tokenizer,
+        messages,
+        template=options.template,
+        system=options.system,
+        max_new_tokens=options.max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
+    )

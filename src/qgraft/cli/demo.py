@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraft.cli.options import Parser, print_note
+from qgraft.cli.options import Parser, answer, print_note
 from qgraft.errors import OptionError
 
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
@@ -82,14 +82,8 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 
 def _ask(model: Any, tokenizer: Any, question: str, console: Any) -> str:
-    import torch
-
-    from qgraft.training.tokenizing import encode_prompt
-
-    ids = torch.tensor([encode_prompt(tokenizer, [("user", question)])], device=model.device)
-    with console.status(f"asking: {question}"), torch.inference_mode():
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=48, do_sample=False)
-    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+    with console.status(f"asking: {question}"):
+        return answer(model, tokenizer, [("user", question)], max_new_tokens=48, do_sample=False).strip()
 
 
 def _show(before: list[str], after: list[str], report: Any, seconds: float) -> None:

@@ -1,5 +1,6 @@
 """qgraft inspect: what is in a model file, an adapter folder or a run, without loading a weight."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
     for info in file.tensors.values():
         entry = formats.setdefault(info.format, {"tensors": 0, "weights": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["weights"] += _count(info.shape)
+        entry["weights"] += math.prod(info.shape)
         entry["bytes"] += info.nbytes
     findings = {
         "kind": "GGUF model",
@@ -95,13 +96,6 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
     config = read_config_json(path)
     findings = {"kind": "Hugging Face folder", "path": str(path), "config": config, "weights": dict(weights)}
     return {**findings, "tensors": listed} if tensors else findings
-
-
-def _count(shape: Sequence[int]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _short(value: Any) -> Any:

@@ -1,7 +1,9 @@
-"""What several commands share: the parser, the model-and-adapter options, and loading what they name."""
+"""What several commands share: the parser, the model-and-adapter options, loading what they name, answering."""
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,10 +84,29 @@ def _free_name(wanted: str, taken: list[str]) -> str:
     return name if name not in taken else f"{name}-{len(taken) + 1}"
 
 
+def answer(
+    model: Any,
+    tokenizer: Any,
+    messages: Sequence[tuple[str, str]],
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    **generation: Any,
+) -> str:
+    """The model's next answer to (role, content) turns, prompted as in training; `generation` goes to generate()."""
+    import torch
+
+    from qgraft.training.tokenizing import encode_prompt, resolve_template
+
+    ids = encode_prompt(tokenizer, messages, template=resolve_template(tokenizer, template), system=system)
+    input_ids = torch.tensor([ids], device=model.device)
+    with torch.inference_mode():
+        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **generation)
+    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+
+
 def print_note(text: str) -> None:
     """A line for people, on stderr: stdout is for results."""
-    import sys
-
     print(text, file=sys.stderr)
 
 

@@ -7,7 +7,6 @@ unknown is an error with the closest names.
 """
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import OptionError, UnsupportedError, near_match
 
 ALIASES = {  # name elsewhere -> ours
     "lora_rank": "r",
@@ -158,9 +157,8 @@ class TrainArguments(TrainingArguments):
             self._compute_dtype = "float32"  # float32 tensors, float16 arithmetic by autocast, with loss scaling
         if not on_gpu:
             self.dataloader_pin_memory = False
-        if self.gradient_checkpointing and hasattr(
-            self, "activation_checkpointing"
-        ):  # its name since transformers 5.20
+        renamed = hasattr(self, "activation_checkpointing")  # in newer releases of transformers
+        if self.gradient_checkpointing and renamed:
             self.activation_checkpointing, self.gradient_checkpointing = True, None
 
     def _check(self) -> None:
@@ -310,6 +308,5 @@ def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _unknown(name: str) -> NoReturn:
     known = [f.name for f in dataclasses.fields(TrainArguments)] + [*ALIASES, *WITHOUT_EFFECT]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(close)}?" if close else "`qgraft train --help` lists the options"
+    hint = near_match(name, known) or "`qgraft train --help` lists the options"
     raise OptionError(f"unknown option {name!r}", hint=hint)

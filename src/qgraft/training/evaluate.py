@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.training.batches import collate, count_labels, split_batch
-from qgraft.training.loss import batch_loss, padding_free
+from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
 from qgraft.training.tokenizing import Sample, build_samples, resolve_template
 
@@ -64,15 +64,12 @@ def sample_limit(model: PreTrainedModel, max_length: int) -> int:
 @torch.no_grad()
 def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> Evaluation:
     """The loss on samples that are tokenized already. The model's training mode is kept."""
-    training = model.training
-    model.eval()
     total, labels = 0.0, 0
-    with padding_free(model, samples) as problem:
+    with evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
         ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
         for part in split_batch(collate(ordered), 0 if problem else EVAL_TOKENS):
             total += float(batch_loss(model, {key: value.to(model.device) for key, value in part.items()}))
             labels += count_labels(part)
-    model.train(training)
     loss = total / max(labels, 1)
     return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)

@@ -115,46 +115,20 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
     if model.config._attn_implementation == attention.NAME:  # an evaluation within a run: found out already
         yield None
         return
-    with torch.no_grad():
-        expected = _loss_of_single_samples(model, samples)
+    batch = collate(sorted(samples, key=lambda sample: len(sample.input_ids))[:2])
+    batch = {key: value.to(model.device) for key, value in batch.items()}
+    with torch.no_grad(), evaluating(model):
+        expected = sum(_own_loss(model, part) for part in split_batch(batch, budget=0))
         with sample_attention(model):
-            fast = _agrees(model, samples, expected)
-        problem = None if fast or _agrees(model, samples, expected) else _difference(model, samples, expected)
+            fast = _agrees(model, batch, expected)
+        problem = None if fast or _agrees(model, batch, expected) else _difference(model, batch, expected)
     with sample_attention(model) if fast else nullcontext():
         yield problem
 
 
-def _two_shortest(model: PreTrainedModel, samples: Sequence[Sample]) -> Batch:
-    batch = collate(sorted(samples, key=lambda sample: len(sample.input_ids))[:2])
-    return {key: value.to(model.device) for key, value in batch.items()}
-
-
-def _loss_of_single_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
-    """By the model's own forward pass, in evaluation mode: without dropout."""
-    with _evaluating(model):
-        return sum(_own_loss(model, part) for part in split_batch(_two_shortest(model, samples), budget=0))
-
-
-def _packed_loss(model: PreTrainedModel, samples: Sequence[Sample]) -> float:
-    with _evaluating(model):
-        return float(batch_loss(model, _two_shortest(model, samples)))
-
-
-def _agrees(model: PreTrainedModel, samples: Sequence[Sample], expected: float) -> bool:
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    try:
-        return abs(_packed_loss(model, samples) - expected) <= tolerance * max(1.0, abs(expected))
-    except (TypeError, ValueError):  # an architecture that does not pass the bounds on, or caps its scores
-        return False
-
-
-def _difference(model: PreTrainedModel, samples: Sequence[Sample], expected: float) -> str:
-    packed = _packed_loss(model, samples)
-    return f"{type(model).__name__} does not keep samples apart (loss {packed:.4f} against {expected:.4f})"
-
-
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model is in evaluation mode (no dropout); afterwards in the mode it was in."""
     training = model.training
     model.eval()
     try:
@@ -163,6 +137,20 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
+def _agrees(model: PreTrainedModel, batch: Batch, expected: float) -> bool:
+    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
+    try:
+        return abs(float(batch_loss(model, batch)) - expected) <= tolerance * max(1.0, abs(expected))
+    except (TypeError, ValueError):  # an architecture that does not pass the bounds on, or caps its scores
+        return False
+
+
+def _difference(model: PreTrainedModel, batch: Batch, expected: float) -> str:
+    packed = float(batch_loss(model, batch))
+    return f"{type(model).__name__} does not keep samples apart (loss {packed:.4f} against {expected:.4f})"
+
+
 def _own_loss(model: nn.Module, part: Batch) -> float:
+    """The summed loss of one sample by the model's own forward pass."""
     logits_TV = model(input_ids=part["input_ids"], use_cache=False).logits[0].float()
     return float(F.cross_entropy(logits_TV, part["labels"][0], ignore_index=IGNORED, reduction="sum"))

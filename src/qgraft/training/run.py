@@ -88,8 +88,8 @@ def train(
     Raises DataError, OptionError, StorageError, TrainingError.
     """
     folder = Path(str(args.output_dir))
-    resume = check_output_dir(args)
-    notes = list(args.notes)
+    resume, passed_over = check_output_dir(args)
+    notes = [*args.notes, *passed_over]
     limit = sample_limit(model, args.max_length)
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
@@ -151,11 +151,14 @@ def _last_eval_loss(trainer: LoraTrainer) -> float | None:
     return float(measured[-1]["eval_loss"]) if measured else None
 
 
-def check_output_dir(args: TrainArguments) -> Path | None:
-    """The checkpoint to resume from, or None for a new run. Raises StorageError when the folder holds another run."""
+def check_output_dir(args: TrainArguments) -> tuple[Path | None, list[str]]:
+    """The checkpoint to resume from (None for a new run), and a sentence for each newer one that is not whole.
+
+    Raises StorageError when the folder holds another run, CheckpointError when there is nothing to resume from.
+    """
     folder = Path(str(args.output_dir))
     if args.resume_from_checkpoint:
-        return _resume_point(folder, str(args.resume_from_checkpoint), args)
+        return _resume_point(folder, str(args.resume_from_checkpoint))
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"output_dir {folder} is a file, expected a folder")
     earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
@@ -164,7 +167,7 @@ def check_output_dir(args: TrainArguments) -> Path | None:
             f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
             hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
         )
-    return None
+    return None, []
 
 
 def _clear_earlier_run(folder: Path) -> None:
@@ -182,16 +185,15 @@ def _trim_log(log: Path, step: int) -> None:
         storage.write_file(log, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 
-def _resume_point(folder: Path, wanted: str, args: TrainArguments) -> Path:
+def _resume_point(folder: Path, wanted: str) -> tuple[Path, list[str]]:
     if wanted.lower() not in ("true", "auto", "1"):
         if problems := storage.check_folder(Path(wanted)):
             raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
-        return Path(wanted)
+        return Path(wanted), []
     path, passed_over = newest_whole_checkpoint(folder)
-    args.notes += passed_over
     if path is None:
         raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
-    return path
+    return path, passed_over
 
 
 def _prepare_samples(

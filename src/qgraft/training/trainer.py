@@ -25,7 +25,7 @@ from qgraft.adapters.attach import lora_state_dict
 from qgraft.checkpoints.adapter_files import read_tensors, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.batches import IGNORED, collate, split_batch
+from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
@@ -66,7 +66,7 @@ class LoraTrainer(Trainer):
     # --- a step
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        return sum((batch["labels"] != IGNORED).sum() for batch in batch_samples).to(device)  # type: ignore[union-attr]
+        return torch.tensor(sum(count_labels(batch) for batch in batch_samples), device=device)
 
     def training_step(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
