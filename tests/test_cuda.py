@@ -18,12 +18,13 @@ ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in r
 @pytest.mark.parametrize("name", sorted(name for name, each in FORMATS.items() if each.quantize is not None))
 def test_every_op_equals_the_cpu(name):
     torch.manual_seed(0)
-    packed = quantize(torch.randn(33, 64), name)
+    width = max(64, FORMATS[name].block_size)
+    packed = quantize(torch.randn(33, width), name)
     scale = None if packed.scale is None else packed.scale.cuda()
     on_gpu = PackedTensor(name, packed.shape, packed.data.cuda(), scale)
     assert choose("linear", name, "cuda").kernel == "reference"
     assert torch.equal(dequantize(on_gpu).cpu(), dequantize(packed))
-    x, grad = torch.randn(5, 64), torch.randn(5, 33)
+    x, grad = torch.randn(5, width), torch.randn(5, 33)
     torch.testing.assert_close(linear(x.cuda(), on_gpu).cpu(), linear(x, packed), rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(
         linear_grad_input(grad.cuda(), on_gpu).cpu(), linear_grad_input(grad, packed), rtol=1e-3, atol=1e-3

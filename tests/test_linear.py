@@ -43,10 +43,11 @@ def torch_twin(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("format", WRITABLE)
 def test_linear_and_its_gradient_are_those_of_nn_linear(format: str, with_bias: bool) -> None:
-    layer = QuantizedLinear(make_packed(format), torch.randn(6) if with_bias else None)
+    width = max(32, FORMATS[format].block_size)
+    layer = QuantizedLinear(make_packed(format, columns=width), torch.randn(6) if with_bias else None)
     twin = torch_twin(layer)
     for leading in ((), (1,), (5,), (0,), (2, 7), (2, 1, 9)):
-        x = torch.randn(*leading, 32, requires_grad=True)
+        x = torch.randn(*leading, width, requires_grad=True)
         x_twin = x.detach().clone().requires_grad_()
         y, y_twin, grad = layer(x), twin(x_twin), torch.randn(*leading, 6)
         y.backward(grad)
@@ -73,7 +74,7 @@ def test_linear_has_no_trainable_parameters_and_names_its_format() -> None:
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_embedding_is_that_of_nn_embedding(format: str) -> None:
-    packed = make_packed(format, rows=11)
+    packed = make_packed(format, rows=11, columns=max(32, FORMATS[format].block_size))
     embedding = QuantizedEmbedding(packed, torch.float32)
     table = QuantizedLinear(packed).dequantize()
     for ids in (torch.tensor(3), torch.tensor([10, 0, 0]), torch.tensor([[1, 2], [9, 9]]), torch.zeros(2, 0).long()):

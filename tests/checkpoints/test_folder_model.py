@@ -346,7 +346,7 @@ def test_nan_weights_are_named(folder: Path) -> None:
     assert "up_proj" in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "message"), [("q4_k", "read but not written"), ("q4_2", "(?s)unknown format.*q4_1")])
+@pytest.mark.parametrize(("name", "message"), [("q2_k", "read but not written"), ("q4_2", "(?s)unknown format.*q4_1")])
 def test_formats_that_cannot_be_written(folder: Path, name: str, message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         load_folder(folder, torch.float32, name)

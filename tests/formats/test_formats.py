@@ -8,8 +8,9 @@ import qgraft.formats
 from qgraft.errors import UnsupportedError
 from qgraft.formats import FORMATS, GGML_TYPES, PackedTensor, dequantize, get_format, quantize
 
-READ_ONLY = ["q2_k", "q3_k", "q4_k", "q5_k", "q6_k"]
-WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+READ_ONLY = ["q2_k", "q3_k"]
+WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32"]
+WRITABLE += ["q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
 
 
 def random_packed(name: str, out_features: int, in_features: int) -> PackedTensor:

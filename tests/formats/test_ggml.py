@@ -11,10 +11,10 @@ from torch import Tensor
 
 from qgraft.errors import UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, dequantize, get_format, quantize
-from qgraft.formats.ggml import read_fields, read_float, write_fields
+from qgraft.formats.blocks import read_fields, read_float, write_fields
 
 GGML = sorted(name for name, each in FORMATS.items() if each.family == "ggml")
-WRITABLE = [name for name in GGML if FORMATS[name].quantize is not None]
+WRITABLE = [name for name in GGML if FORMATS[name].quantize is not None and FORMATS[name].block_size < 256]
 BLOCKS_OF_32 = [name for name in WRITABLE if FORMATS[name].block_size == 32]
 
 

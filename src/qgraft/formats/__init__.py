@@ -2,14 +2,19 @@
 
 A format is a name and pure functions on tensors, on any device (packed.py draws the line between the two families):
 
-    dequantize(packed, dtype) -> [out, in]      quantize(w_OI) -> PackedTensor (None: qgraft only reads the format)
+    dequantize(packed, dtype) -> [out, in]      quantize(w_OI) -> PackedTensor      choosing codes and scales
+    unpack(packed) -> Grid                      pack(grid) -> PackedTensor          taking them as they are
 
-`FORMATS` is the whole list; nothing registers itself. To add a format:
+A `Grid` (grid.py) is a weight without its bit layout: integer codes and real scales. Float formats have none. qgraft
+reads q2_k and q3_k but does not write them. `FORMATS` is the whole list; nothing registers itself. To add a format:
 
-    1. Write its `decode_*` and `encode_*` in a file of its family (ggml.py, kquants.py, rowwise.py; a new family gets
-       its own file), with the bit layout drawn in the docstring.
-    2. Add one line to `FORMATS` here, and for a tensor type of GGUF its id to `GGML_TYPES`.
-    3. Add a test that compares it bit for bit with the original implementation, or with bytes made by it.
+    1. Describe the bytes of a block as a `Layout` (blocks.py) in a file of its family (ggml.py, kquants.py), drawn in the
+       docstring: reading, writing and dequantizing follow from it. A family without blocks brings its own four
+       functions, as rowwise.py does.
+    2. Write its `fit_*`, which chooses the grid of given weights, if qgraft shall quantize to it.
+    3. Add one line to `FORMATS` here, and for a tensor type of GGUF its id to `GGML_TYPES`.
+    4. Add a test that compares it bit for bit with the original implementation, or with bytes made by it, and a line to
+       the tables of tests/formats/test_grid.py.
 """
 
 from typing import Final
@@ -18,30 +23,41 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import UnsupportedError, near_match
-from qgraft.formats import ggml, kquants
-from qgraft.formats.ggml import block_format
+from qgraft.formats import ggml, kquants, kquants_fit
+from qgraft.formats.blocks import block_format, float_format
+from qgraft.formats.grid import Grid
 from qgraft.formats.packed import Format, PackedTensor
 from qgraft.formats.rowwise import rowwise_format
 
-__all__ = ["FORMATS", "GGML_TYPES", "Format", "PackedTensor", "dequantize", "get_format", "quantize"]
+__all__ = [
+    "FORMATS",
+    "GGML_TYPES",
+    "Format",
+    "Grid",
+    "PackedTensor",
+    "dequantize",
+    "get_format",
+    "pack",
+    "quantize",
+    "unpack",
+]
 
 _ALL = (
     rowwise_format("chatglm-int4", bits=4),
     rowwise_format("chatglm-int8", bits=8),
-    # name, weights in a block, bytes of a block, decode, encode
-    block_format("f32", 1, 4, ggml.decode_f32, ggml.encode_f32),
-    block_format("f16", 1, 2, ggml.decode_f16, ggml.encode_f16),
-    block_format("bf16", 1, 2, ggml.decode_bf16, ggml.encode_bf16),
-    block_format("q4_0", 32, 18, ggml.decode_q4_0, ggml.encode_q4_0),
-    block_format("q4_1", 32, 20, ggml.decode_q4_1, ggml.encode_q4_1),
-    block_format("q5_0", 32, 22, ggml.decode_q5_0, ggml.encode_q5_0),
-    block_format("q5_1", 32, 24, ggml.decode_q5_1, ggml.encode_q5_1),
-    block_format("q8_0", 32, 34, ggml.decode_q8_0, ggml.encode_q8_0),
-    block_format("q2_k", 256, 84, kquants.decode_q2_k),
-    block_format("q3_k", 256, 110, kquants.decode_q3_k),
-    block_format("q4_k", 256, 144, kquants.decode_q4_k),
-    block_format("q5_k", 256, 176, kquants.decode_q5_k),
-    block_format("q6_k", 256, 210, kquants.decode_q6_k),
+    float_format("f32", torch.float32),
+    float_format("f16", torch.float16),
+    float_format("bf16", torch.bfloat16),
+    block_format("q4_0", ggml.Q4_0, ggml.fit_q4_0),
+    block_format("q4_1", ggml.Q4_1, ggml.fit_q4_1),
+    block_format("q5_0", ggml.Q5_0, ggml.fit_q5_0),
+    block_format("q5_1", ggml.Q5_1, ggml.fit_q5_1),
+    block_format("q8_0", ggml.Q8_0, ggml.fit_q8_0),
+    block_format("q2_k", kquants.Q2_K),
+    block_format("q3_k", kquants.Q3_K),
+    block_format("q4_k", kquants.Q4_K, kquants_fit.fit_q4_k),
+    block_format("q5_k", kquants.Q5_K, kquants_fit.fit_q5_k),
+    block_format("q6_k", kquants.Q6_K, kquants_fit.fit_q6_k),
 )
 FORMATS: Final[dict[str, Format]] = {each.name: each for each in _ALL}
 
@@ -82,11 +98,43 @@ def quantize(w_OI: Tensor, format: str) -> PackedTensor:
     """
     chosen = get_format(format)
     if chosen.quantize is None:
-        writable = ", ".join(sorted(name for name, each in FORMATS.items() if each.quantize is not None))
-        raise UnsupportedError(f"{format}: qgraft reads this format but cannot write it", hint=f"write {writable}")
+        raise _read_only(format)
     if bad := w_OI.numel() - int(w_OI.isfinite().sum()):
         raise UnsupportedError(
             f"{format}: got {bad} of {w_OI.numel()} weights NaN or infinite, expected all of them finite",
             hint="the weights were broken before: look at the run or the file that they come from",
         )
     return chosen.quantize(w_OI)
+
+
+def unpack(packed: PackedTensor) -> Grid:
+    """The integers and real scales that `packed` is made of; UnsupportedError for float formats, which have none."""
+    chosen = get_format(packed.format)
+    if chosen.unpack is None:
+        raise _no_grid(packed.format)
+    return chosen.unpack(packed)
+
+
+def pack(grid: Grid, format: str) -> PackedTensor:
+    """The bytes of `grid` in `format`, `d` and `m` rounded as they are stored: the inverse of `unpack`.
+
+    pack(unpack(p), p.format) is p, byte for byte, while the scales and minimums of p are finite.
+    UnsupportedError: unknown, float or read-only format, `d` or `m` that cannot be stored, a width the format has no
+    blocks for. ValueError: a grid with other parts than the format has, or integers of too many bits.
+    """
+    chosen = get_format(format)
+    if chosen.unpack is None:
+        raise _no_grid(format)
+    if chosen.pack is None:
+        raise _read_only(format)
+    return chosen.pack(grid.rounded())
+
+
+def _no_grid(format: str) -> UnsupportedError:
+    others = ", ".join(sorted(name for name, each in FORMATS.items() if each.unpack is not None))
+    return UnsupportedError(f"{format}: this format has no grid, its weights are plain numbers; expected {others}")
+
+
+def _read_only(format: str) -> UnsupportedError:
+    writable = ", ".join(sorted(name for name, each in FORMATS.items() if each.quantize is not None))
+    return UnsupportedError(f"{format}: qgraft reads this format but cannot write it", hint=f"write {writable}")

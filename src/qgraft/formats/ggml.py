@@ -1,7 +1,6 @@
-"""GGML block formats: what the bytes of a tensor in a GGUF file mean.
+"""GGML formats with blocks of 32 weights: what the bytes of a tensor in a GGUF file mean, and how weights are rounded.
 
-A row of `in_features` weights is cut into blocks of neighbouring weights; each block carries its own scales, and
-blocks and rows follow each other without gaps. Everything is little endian; `d` and `m` are float16, `q` are codes.
+`d` and `m` are float16, `q` are codes as stored; bytes are read and written in blocks.py.
 
     name   weights  bytes  layout (byte offsets)                          weight j =
     q4_0      32     18    0 d | 2 qs[16]                                 d * (q[j] - 8)
@@ -18,9 +17,7 @@ blocks and rows follow each other without gaps. Everything is little endian; `d`
 
     qh, 5th bit    bit j % 8 of byte j // 8 is bit 4 of the code of weight j
 
-The K-quants (blocks of 256 with quantized scales) are in kquants.py. All these layouts, theirs too, are one pattern:
-a run of `group` bytes holds `8 / bits` runs of `group` codes, the lowest bits first. `read_fields` reads that pattern
-and `write_fields` writes it, so that a format is the list of its fields and its formula.
+The K-quants (blocks of 256 with quantized scales) are in kquants.py.
 
 Quantizing, x the 32 weights of a block, all of it in float32, d and m rounded to float16 only to be stored:
 
@@ -43,93 +40,61 @@ Not chosen: dividing by `d` (one rounding less, other bits), and dividing by a P
 product with its reciprocal (other bits than the CPU).
 """
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 from torch import Tensor
 
-from qgraft.errors import UnsupportedError
-from qgraft.formats.packed import Format, PackedTensor
+from qgraft.formats.blocks import Bits, Layout
+from qgraft.formats.grid import Grid
 
-# Shapes: N blocks (all rows, one after the other), a letter or number for what one block has.
-Decode = Callable[[Tensor], Tensor]  # [N, block_bytes] uint8 -> [N, block_size] float32
-Encode = Callable[[Tensor], Tensor]  # [N, block_size] float32 -> [N, block_bytes] uint8
-
-
-def block_format(name: str, block_size: int, block_bytes: int, decode: Decode, encode: Encode | None = None) -> Format:
-    """The ggml format `name`, made of the functions that decode and encode a stack of its blocks."""
-    dequantize = partial(_dequantize, block_bytes, decode)
-    quantize = None if encode is None else partial(_quantize, name, block_size, encode)
-    return Format(name, "ggml", block_size, block_bytes, dequantize, quantize)
+Q4_0 = Layout(32, 18, d=0, low=Bits(2, 18, 16, 4), codes=(-8, 7), zero=8)
+Q4_1 = Layout(32, 20, d=0, m=2, low=Bits(4, 20, 16, 4), codes=(0, 15))
+Q5_0 = Layout(32, 22, d=0, high=Bits(2, 6, 1, 1), low=Bits(6, 22, 16, 4), codes=(-16, 15), zero=16)
+Q5_1 = Layout(32, 24, d=0, m=2, high=Bits(4, 8, 1, 1), low=Bits(8, 24, 16, 4), codes=(0, 31))
+Q8_0 = Layout(32, 34, d=0, low=Bits(2, 34, 32, 8), codes=(-127, 127))
 
 
-def _dequantize(block_bytes: int, decode: Decode, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """[out, row_bytes] uint8 -> [out, in] `dtype`, computed in float32 and rounded once at the end."""
-    return decode(packed.data.reshape(-1, block_bytes)).to(dtype).reshape(packed.shape)
+def fit_q4_0(x_N32: Tensor) -> Grid:
+    """The grid of blocks x [N, 32] float32."""
+    return _fit_signed(x_N32, 8)
 
 
-def _quantize(name: str, block_size: int, encode: Encode, w_OI: Tensor) -> PackedTensor:
-    """[out, in] floating point -> packed; UnsupportedError when `in` is not a multiple of `block_size`."""
-    out_features, in_features = w_OI.shape
-    if in_features % block_size:
-        raise UnsupportedError(
-            f"{name}: got in_features = {in_features}, expected a multiple of the block size {block_size}",
-            hint="keep this tensor in f16 or bf16, which take any width",
-        )
-    blocks = encode(w_OI.detach().to(torch.float32).reshape(-1, block_size))  # [N, block_bytes] uint8
-    row_bytes = in_features // block_size * blocks.shape[1]
-    return PackedTensor(name, (out_features, in_features), blocks.reshape(out_features, row_bytes))
+def fit_q5_0(x_N32: Tensor) -> Grid:
+    """The grid of blocks x [N, 32] float32."""
+    return _fit_signed(x_N32, 16)
 
 
-# ---------------------------------------------------------------- fields of a block
+def fit_q4_1(x_N32: Tensor) -> Grid:
+    """The grid of blocks x [N, 32] float32."""
+    return _fit_affine(x_N32, 15)
 
 
-def read_float(raw_NB: Tensor, dtype: torch.dtype) -> Tensor:
-    """[N, k * itemsize] uint8 holding numbers of `dtype` -> [N, k] float32; never shares memory with its input."""
-    aligned = raw_NB.storage_offset() % dtype.itemsize == 0 and raw_NB.is_contiguous()
-    raw_NB = raw_NB if aligned else raw_NB.clone(memory_format=torch.contiguous_format)
-    return raw_NB.view(dtype).to(torch.float32, copy=True)
+def fit_q5_1(x_N32: Tensor) -> Grid:
+    """The grid of blocks x [N, 32] float32."""
+    return _fit_affine(x_N32, 31)
 
 
-def read_half(raw_N2: Tensor) -> Tensor:
-    """[N, 2] uint8, one float16 each -> [N, 1] float32."""
-    return read_float(raw_N2, torch.float16)
+def fit_q8_0(x_N32: Tensor) -> Grid:
+    """The grid of blocks x [N, 32] float32."""
+    d = _divide(x_N32.abs().amax(dim=1, keepdim=True), 127)
+    scaled = (x_N32 * _reciprocal(d)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+    size, whole = scaled.abs(), scaled.abs().floor()
+    codes = scaled.sign() * (whole + (2 * (size - whole)).floor())  # half away from zero; torch.round goes to even
+    return Grid(codes.to(torch.int8), d, low=-127, high=127)
 
 
-def read_fields(raw_NB: Tensor, group: int, bits: int) -> Tensor:
-    """Codes of `bits` bits from runs of `group` bytes: [N, B] uint8 -> [N, B * 8 / bits] uint8.
-
-    A run's lowest bits give its first `group` codes, the next bits the next `group` codes, and so on.
-    """
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=raw_NB.device).view(1, 1, -1, 1)
-    runs = raw_NB.reshape(len(raw_NB), raw_NB.shape[1] // group, 1, group)
-    return (runs >> shifts).bitwise_and_((1 << bits) - 1).flatten(1)
+def _fit_signed(x_N32: Tensor, zero: int) -> Grid:
+    """x = d * q with codes from -zero to zero - 1."""
+    furthest = x_N32.gather(1, x_N32.abs().argmax(dim=1, keepdim=True))  # [N, 1], argmax gives the first of equals
+    d = _divide(furthest, -zero)
+    stored = _to_codes((x_N32 * _reciprocal(d)).add_(zero + 0.5), 2 * zero - 1)
+    return Grid(stored.sub_(zero), d, low=-zero, high=zero - 1)
 
 
-def write_fields(codes_NQ: Tensor, group: int, bits: int) -> Tensor:
-    """The inverse of `read_fields`: [N, Q] uint8 codes below 2**bits -> [N, Q * bits / 8] uint8."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes_NQ.device).view(1, 1, -1, 1)
-    runs = codes_NQ.reshape(len(codes_NQ), codes_NQ.shape[1] // (group * 8 // bits), 8 // bits, group)
-    return (runs << shifts).sum(dim=2, dtype=torch.uint8).flatten(1)
-
-
-def _half_bytes(values_N1: Tensor) -> Tensor:
-    """[N, 1] float32 -> [N, 2] uint8, the bytes of the nearest float16."""
-    return values_N1.to(torch.float16).view(torch.uint8)
-
-
-def _read_codes5(high_N4: Tensor, low_N16: Tensor) -> Tensor:
-    """[N, 4] and [N, 16] uint8 -> [N, 32] uint8 codes 0..31."""
-    return read_fields(low_N16, 16, 4) | (read_fields(high_N4, 1, 1) << 4)
-
-
-def _write_codes5(codes_N32: Tensor) -> Tensor:
-    """[N, 32] uint8 codes 0..31 -> [N, 4 + 16] uint8: the fifth bits, then the nibbles."""
-    return torch.cat([write_fields(codes_N32 >> 4, 1, 1), write_fields(codes_N32 & 15, 16, 4)], dim=1)
-
-
-# ---------------------------------------------------------------- arithmetic shared by the encoders
+def _fit_affine(x_N32: Tensor, largest: int) -> Grid:
+    """x = d * q + m with codes from 0 to `largest`."""
+    m = x_N32.min(dim=1, keepdim=True).values  # min and max along a dim return the first of equals: sign of zero
+    d = _divide(x_N32.max(dim=1, keepdim=True).values - m, largest)
+    return Grid(_to_codes(((x_N32 - m) * _reciprocal(d)).add_(0.5), largest), d, m, low=0, high=largest)
 
 
 def _divide(values_N1: Tensor, divisor: int) -> Tensor:
@@ -143,112 +108,5 @@ def _reciprocal(d_N1: Tensor) -> Tensor:
 
 
 def _to_codes(values_NQ: Tensor, largest: int) -> Tensor:
-    """Float32 >= 0 -> uint8, truncated, at most `largest`; NaN and infinities give 0."""
-    return values_NQ.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp_(0, largest).to(torch.uint8)
-
-
-def _fit_signed(x_N32: Tensor, levels: int) -> tuple[Tensor, Tensor]:
-    """Scale d [N, 1] and codes [N, 32] of q4_0 (`levels` 16) and q5_0 (32): x = d * (q - levels / 2)."""
-    furthest = x_N32.gather(1, x_N32.abs().argmax(dim=1, keepdim=True))  # [N, 1], argmax gives the first of equals
-    d = _divide(furthest, -levels // 2)
-    return d, _to_codes((x_N32 * _reciprocal(d)).add_(levels // 2 + 0.5), levels - 1)
-
-
-def _fit_affine(x_N32: Tensor, levels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Scale d [N, 1], minimum m [N, 1] and codes [N, 32] of q4_1 (`levels` 16) and q5_1 (32): x = d * q + m."""
-    m = x_N32.min(dim=1, keepdim=True).values  # min and max along a dim return the first of equals: sign of zero
-    d = _divide(x_N32.max(dim=1, keepdim=True).values - m, levels - 1)
-    return d, m, _to_codes(((x_N32 - m) * _reciprocal(d)).add_(0.5), levels - 1)
-
-
-# ---------------------------------------------------------------- the formats
-
-
-def decode_q4_0(blocks: Tensor) -> Tensor:
-    """[N, 18] uint8 -> [N, 32] float32."""
-    return read_fields(blocks[:, 2:], 16, 4).float().sub_(8).mul_(read_half(blocks[:, :2]))
-
-
-def encode_q4_0(x_N32: Tensor) -> Tensor:
-    """[N, 32] float32 -> [N, 18] uint8."""
-    d, codes = _fit_signed(x_N32, levels=16)
-    return torch.cat([_half_bytes(d), write_fields(codes, 16, 4)], dim=1)
-
-
-def decode_q4_1(blocks: Tensor) -> Tensor:
-    """[N, 20] uint8 -> [N, 32] float32."""
-    d, m = read_half(blocks[:, :2]), read_half(blocks[:, 2:4])
-    return read_fields(blocks[:, 4:], 16, 4).float().mul_(d).add_(m)
-
-
-def encode_q4_1(x_N32: Tensor) -> Tensor:
-    """[N, 32] float32 -> [N, 20] uint8."""
-    d, m, codes = _fit_affine(x_N32, levels=16)
-    return torch.cat([_half_bytes(d), _half_bytes(m), write_fields(codes, 16, 4)], dim=1)
-
-
-def decode_q5_0(blocks: Tensor) -> Tensor:
-    """[N, 22] uint8 -> [N, 32] float32."""
-    return _read_codes5(blocks[:, 2:6], blocks[:, 6:]).float().sub_(16).mul_(read_half(blocks[:, :2]))
-
-
-def encode_q5_0(x_N32: Tensor) -> Tensor:
-    """[N, 32] float32 -> [N, 22] uint8."""
-    d, codes = _fit_signed(x_N32, levels=32)
-    return torch.cat([_half_bytes(d), _write_codes5(codes)], dim=1)
-
-
-def decode_q5_1(blocks: Tensor) -> Tensor:
-    """[N, 24] uint8 -> [N, 32] float32."""
-    d, m = read_half(blocks[:, :2]), read_half(blocks[:, 2:4])
-    return _read_codes5(blocks[:, 4:8], blocks[:, 8:]).float().mul_(d).add_(m)
-
-
-def encode_q5_1(x_N32: Tensor) -> Tensor:
-    """[N, 32] float32 -> [N, 24] uint8."""
-    d, m, codes = _fit_affine(x_N32, levels=32)
-    return torch.cat([_half_bytes(d), _half_bytes(m), _write_codes5(codes)], dim=1)
-
-
-def decode_q8_0(blocks: Tensor) -> Tensor:
-    """[N, 34] uint8 -> [N, 32] float32."""
-    return blocks[:, 2:].view(torch.int8).float().mul_(read_half(blocks[:, :2]))
-
-
-def encode_q8_0(x_N32: Tensor) -> Tensor:
-    """[N, 32] float32 -> [N, 34] uint8."""
-    d = _divide(x_N32.abs().amax(dim=1, keepdim=True), 127)
-    scaled = (x_N32 * _reciprocal(d)).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    size, whole = scaled.abs(), scaled.abs().floor()
-    codes = scaled.sign() * (whole + (2 * (size - whole)).floor())  # half away from zero; torch.round goes to even
-    return torch.cat([_half_bytes(d), codes.to(torch.int8).view(torch.uint8)], dim=1)
-
-
-def decode_f32(blocks: Tensor) -> Tensor:
-    """[N, 4] uint8 -> [N, 1] float32, a copy."""
-    return read_float(blocks, torch.float32)
-
-
-def encode_f32(x_N1: Tensor) -> Tensor:
-    """[N, 1] float32 -> [N, 4] uint8, a copy."""
-    return x_N1.clone(memory_format=torch.contiguous_format).view(torch.uint8)
-
-
-def decode_f16(blocks: Tensor) -> Tensor:
-    """[N, 2] uint8 -> [N, 1] float32."""
-    return read_half(blocks)
-
-
-def encode_f16(x_N1: Tensor) -> Tensor:
-    """[N, 1] float32 -> [N, 2] uint8; above 65504 gives infinity."""
-    return _half_bytes(x_N1)
-
-
-def decode_bf16(blocks: Tensor) -> Tensor:
-    """[N, 2] uint8 -> [N, 1] float32."""
-    return read_float(blocks, torch.bfloat16)
-
-
-def encode_bf16(x_N1: Tensor) -> Tensor:
-    """[N, 1] float32 -> [N, 2] uint8, rounded half to even."""
-    return x_N1.to(torch.bfloat16).view(torch.uint8)
+    """Float32 -> int8, truncated, from 0 to `largest`; NaN and infinities give 0."""
+    return values_NQ.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).clamp_(0, largest).to(torch.int8)

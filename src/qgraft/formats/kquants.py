@@ -1,4 +1,4 @@
-"""GGML K-quants, which qgraft reads only: blocks of 256 weights whose scales are themselves quantized.
+"""GGML K-quants: blocks of 256 weights whose scales are themselves quantized.
 
     name  bytes   layout (byte offsets)                                   weight j, s = j // 16 (q4_k, q5_k: j // 32)
     q2_k    84    0 scales[16] | 16 qs[64] | 80 d | 82 dmin               (d * sc[s]) * q[j] - (dmin * mn[s])
@@ -7,7 +7,7 @@
     q5_k   176    0 d | 2 dmin | 4 scales[12] | 16 qh[32] | 48 qs[128]    (d * sc[s]) * q[j] - (dmin * mn[s])
     q6_k   210    0 ql[128] | 128 qh[64] | 192 scales[16] int8 | 208 d    (d * sc[s]) * (q[j] - 32)
 
-Which bits are which weight, as `read_fields(bytes, group, bits)` of ggml.py reads them:
+Which bits are which weight, as `Bits` of blocks.py reads them:
 
     2-bit codes in runs of 32 bytes   byte i of a run: bits 0-1 weight i, 2-3 weight i + 32, 4-5 i + 64, 6-7 i + 96
                                       (qs of q2_k and q3_k, qh of q6_k)
@@ -24,65 +24,68 @@ Which bits are which weight, as `read_fields(bytes, group, bits)` of ggml.py rea
                    high 2 bits from the top bits of byte s - 4 (sc) and of byte s (mn)
 
 Source: ggml-common.h and `dequantize_row_q*_K` in ggml-quants.c of llama.cpp, `gguf.quants` of the gguf package, 0.19.
-Exactness: bit for bit equal to `gguf.quants` in float32 (NaN stays NaN without its payload).
+Exactness: bit for bit equal to `gguf.quants` in float32 (NaN stays NaN without its payload). How q4_k, q5_k and q6_k are
+written is in kquants_fit.py.
 
-Not chosen: writing them. Their scales are searched for, the result depends on the version of that search, and the
-gguf package cannot write them either.
+Not chosen: writing q2_k and q3_k, each of which has a search of its own.
 """
 
 import torch
 from torch import Tensor
 
-from qgraft.formats.ggml import read_fields, read_half
+from qgraft.formats.blocks import Bits, Layout, SubIntegers, read_fields
 
-# Shapes: N blocks of S runs that share a scale, W weights in a run; S * W = 256.
-
-
-def decode_q2_k(blocks: Tensor) -> Tensor:
-    """[N, 84] uint8 -> [N, 256] float32."""
-    scales_NS = blocks[:, :16]
-    dl = read_half(blocks[:, 80:82]) * (scales_NS & 15).float()
-    ml = read_half(blocks[:, 82:84]) * (scales_NS >> 4).float()
-    return _scale_runs(read_fields(blocks[:, 16:80], 32, 2), dl, ml)
+# Shapes: N blocks of S runs that share a scale; scales and minimums are int8 [N, S].
 
 
-def decode_q3_k(blocks: Tensor) -> Tensor:
-    """[N, 110] uint8 -> [N, 256] float32."""
-    low = read_fields(blocks[:, 32:96], 32, 2)
-    high = read_fields(blocks[:, :32], 32, 1)  # 1 where nothing is subtracted
-    scale_low, scale_high = read_fields(blocks[:, 96:104], 8, 4), read_fields(blocks[:, 104:108], 4, 2)
-    scales_NS = (scale_low | (scale_high << 4)).float() - 32
-    codes = (low | (high << 2)).float() - 4
-    return _scale_runs(codes, read_half(blocks[:, 108:110]) * scales_NS)
+def _read_nibbles(raw_N16: Tensor) -> tuple[Tensor, Tensor]:
+    """q2_k: 16 bytes -> 16 scales and 16 minimums of 4 bits."""
+    return (raw_N16 & 15).view(torch.int8), (raw_N16 >> 4).view(torch.int8)
 
 
-def decode_q4_k(blocks: Tensor) -> Tensor:
-    """[N, 144] uint8 -> [N, 256] float32."""
-    return _scale_runs(read_fields(blocks[:, 16:], 32, 4), *_read_scales_mins(blocks))
+def _read_split(raw_N12: Tensor) -> tuple[Tensor, None]:
+    """q3_k: 12 bytes -> 16 scales of 6 bits."""
+    low, high = read_fields(raw_N12[:, :8], 8, 4), read_fields(raw_N12[:, 8:], 4, 2)
+    return (low | (high << 4)).view(torch.int8) - 32, None
 
 
-def decode_q5_k(blocks: Tensor) -> Tensor:
-    """[N, 176] uint8 -> [N, 256] float32."""
-    codes = read_fields(blocks[:, 48:], 32, 4) | (read_fields(blocks[:, 16:48], 32, 1) << 4)
-    return _scale_runs(codes, *_read_scales_mins(blocks))
+def _read_pairs(raw_N12: Tensor) -> tuple[Tensor, Tensor]:
+    """q4_k, q5_k: 12 bytes -> 8 scales and 8 minimums of 6 bits."""
+    a, b, c = raw_N12.split(4, dim=1)
+    scales = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], dim=1)
+    minimums = torch.cat([b & 63, (c >> 4) | ((b >> 2) & 48)], dim=1)
+    return scales.view(torch.int8), minimums.view(torch.int8)
 
 
-def decode_q6_k(blocks: Tensor) -> Tensor:
-    """[N, 210] uint8 -> [N, 256] float32."""
-    codes = read_fields(blocks[:, :128], 64, 4) | (read_fields(blocks[:, 128:192], 32, 2) << 4)
-    scales_NS = blocks[:, 192:208].view(torch.int8).float()
-    return _scale_runs(codes.float() - 32, read_half(blocks[:, 208:210]) * scales_NS)
+def _write_pairs(scales_N8: Tensor, minimums_N8: Tensor | None) -> Tensor:
+    """The inverse of `_read_pairs`."""
+    assert minimums_N8 is not None
+    scales, more_scales = scales_N8.view(torch.uint8).split(4, dim=1)
+    minimums, more_minimums = minimums_N8.view(torch.uint8).split(4, dim=1)
+    a = scales | ((more_scales & 48) << 2)
+    b = minimums | ((more_minimums & 48) << 2)
+    return torch.cat([a, b, (more_scales & 15) | (more_minimums << 4)], dim=1)
 
 
-def _scale_runs(codes_NQ: Tensor, dl_NS: Tensor, ml_NS: Tensor | None = None) -> Tensor:
-    """[N, 256] codes -> [N, 256] float32: run s times dl[s], less ml[s]; product and sum each rounded."""
-    weights_NSW = codes_NQ.float().view(*dl_NS.shape, 256 // dl_NS.shape[1]) * dl_NS[:, :, None]
-    return (weights_NSW if ml_NS is None else weights_NSW.sub_(ml_NS[:, :, None])).flatten(1)
+def _read_bytes(raw_N16: Tensor) -> tuple[Tensor, None]:
+    """q6_k: 16 scales of a byte."""
+    return raw_N16.clone(memory_format=torch.contiguous_format).view(torch.int8), None
 
 
-def _read_scales_mins(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """Bytes 0-15 of q4_k and q5_k blocks -> d * sc and dmin * mn, both [N, 8] float32."""
-    a, b, c = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]  # [N, 4] uint8 each
-    sc = torch.cat([a & 63, (c & 15) | ((a >> 2) & 48)], dim=1)
-    mn = torch.cat([b & 63, (c >> 4) | ((b >> 2) & 48)], dim=1)
-    return read_half(blocks[:, :2]) * sc.float(), read_half(blocks[:, 2:4]) * mn.float()
+def _write_bytes(scales_N16: Tensor, _: Tensor | None) -> Tensor:
+    """The inverse of `_read_bytes`."""
+    return scales_N16.view(torch.uint8)
+
+
+_NIBBLES = SubIntegers(0, 16, count=16, low=0, high=15, read=_read_nibbles)
+_SPLIT = SubIntegers(96, 108, count=16, low=-32, high=31, read=_read_split)
+_PAIRS = SubIntegers(4, 16, count=8, low=0, high=63, read=_read_pairs, write=_write_pairs)
+_BYTES = SubIntegers(192, 208, count=16, low=-128, high=127, read=_read_bytes, write=_write_bytes)
+
+Q2_K = Layout(256, 84, d=80, m=82, sub=_NIBBLES, low=Bits(16, 80, 32, 2), codes=(0, 3))
+Q3_K = Layout(256, 110, d=108, sub=_SPLIT, low=Bits(32, 96, 32, 2), high=Bits(0, 32, 32, 1), codes=(-4, 3), zero=4)
+Q4_K = Layout(256, 144, d=0, m=2, sub=_PAIRS, low=Bits(16, 144, 32, 4), codes=(0, 15))
+Q5_K = Layout(256, 176, d=0, m=2, sub=_PAIRS, high=Bits(16, 48, 32, 1), low=Bits(48, 176, 32, 4), codes=(0, 31))
+Q6_K = Layout(
+    256, 210, d=208, sub=_BYTES, low=Bits(0, 128, 64, 4), high=Bits(128, 192, 32, 2), codes=(-32, 31), zero=32
+)

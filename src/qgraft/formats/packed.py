@@ -5,7 +5,7 @@ Two storage families exist, told apart by where the scales live:
     ggml      one uint8 matrix [out, row_bytes]; the scales sit inside each block of bytes      formats/ggml.py
     rowwise   int8 matrix [out, in * bits / 8] and one scale for each output row [out]          formats/rowwise.py
 
-A class for each format was not chosen: a format is a name and two pure functions, looked up in `FORMATS`
+A class for each format was not chosen: a format is a name and a few pure functions, looked up in `FORMATS`
 (formats/__init__.py); what holds tensors never needs to know how the bits lie.
 """
 
@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from qgraft.formats.grid import Grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,8 @@ class Format:
         block_bytes: bytes of one block (rowwise: of `block_size` weights, scales not counted).
         dequantize: (packed, dtype) -> [out, in].
         quantize: (w_OI floating point) -> PackedTensor, or None where qgraft only reads the format.
+        unpack: (packed) -> Grid, or None for float formats, which have no grid.
+        pack: (grid) -> PackedTensor, the inverse of `unpack`, or None where the format has no grid or is only read.
     """
 
     name: str
@@ -62,6 +66,8 @@ class Format:
     block_bytes: int
     dequantize: Callable[[PackedTensor, torch.dtype], Tensor]
     quantize: Callable[[Tensor], PackedTensor] | None
+    unpack: Callable[[PackedTensor], Grid] | None = None
+    pack: Callable[[Grid], PackedTensor] | None = None
 
     def row_bytes(self, in_features: int) -> int:
         """Bytes of one row of `in_features` weights (a multiple of `block_size`), row scales not counted."""

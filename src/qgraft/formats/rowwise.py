@@ -30,13 +30,15 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import UnsupportedError
+from qgraft.formats.grid import Grid, combine, require_range
 from qgraft.formats.packed import Format, PackedTensor
 
 
 def rowwise_format(name: str, bits: int) -> Format:
     """The ChatGLM format `name` of 4 or 8 bits."""
     dequantize, quantize = partial(_dequantize, bits), partial(_quantize, name, bits)
-    return Format(name, "rowwise", 8 // bits, 1, dequantize, quantize)
+    unpack, pack = partial(_unpack, bits), partial(_pack, name, bits)
+    return Format(name, "rowwise", 8 // bits, 1, dequantize, quantize, unpack, pack)
 
 
 def unpack_int4(data_OB: Tensor) -> Tensor:
@@ -49,32 +51,58 @@ def pack_int4(q_OI: Tensor) -> Tensor:
     return (q_OI[:, 0::2] << 4) | (q_OI[:, 1::2] & 15)
 
 
+def _unpack(bits: int, packed: PackedTensor) -> Grid:
+    """Packed -> grid of one group a row; its codes share no memory with `packed`."""
+    assert packed.scale is not None, f"{packed.format} without scales"
+    largest, d_O1 = _largest(bits), packed.scale.to(torch.float32, copy=True)[:, None]
+    codes_OI = packed.data.clone() if bits == 8 else unpack_int4(packed.data)
+    return Grid(codes_OI, d_O1, low=-largest, high=largest, real_dtype=packed.scale.dtype)
+
+
+def _pack(name: str, bits: int, grid: Grid) -> PackedTensor:
+    """The inverse of `_unpack`; UnsupportedError for an odd `in` at 4 bits."""
+    _require_whole_bytes(name, bits, grid.codes.shape[1])
+    grid.require(name, groups=1)
+    require_range(name, "codes", grid.codes, -_largest(bits) - 1, _largest(bits))
+    return _store(name, bits, grid.codes, grid.d[:, 0].to(grid.real_dtype))
+
+
 def _dequantize(bits: int, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """Packed -> [out, in] `dtype`; float16 multiplies two float16, every other dtype is cast from float32."""
     assert packed.scale is not None, f"{packed.format} without scales"
-    q_OI = packed.data if bits == 8 else unpack_int4(packed.data)
-    compute = torch.float16 if dtype == torch.float16 else torch.float32
-    return (q_OI.to(compute) * packed.scale[:, None].to(compute)).to(dtype)
+    steps_O1 = packed.scale[:, None].to(torch.float16 if dtype == torch.float16 else torch.float32)
+    return combine(packed.data if bits == 8 else unpack_int4(packed.data), steps_O1, None).to(dtype)
 
 
 def _quantize(name: str, bits: int, w_OI: Tensor) -> PackedTensor:
-    """[out, in] floating point -> packed, scale in the dtype of `w_OI` (bfloat16: float16).
+    """[out, in] floating point -> packed, scale in the dtype of `w_OI` (bfloat16: float16, float64: float32).
 
     UnsupportedError: an odd `in` at 4 bits, or a bfloat16 row too large for a float16 scale.
     """
-    w_OI = w_OI.detach()
-    out_features, in_features = w_OI.shape
-    if in_features % (8 // bits):
-        raise UnsupportedError(
-            f"{name}: got in_features = {in_features}, expected an even number (two weights share a byte)",
-            hint="chatglm-int8 takes any width",
-        )
-    largest = 2 ** (bits - 1) - 1
+    w_OI = w_OI.detach().float() if w_OI.dtype == torch.float64 else w_OI.detach()
+    _require_whole_bytes(name, bits, w_OI.shape[1])
+    largest = _largest(bits)
     scale_O = _row_scales(name, w_OI, largest)
     w_OI = w_OI.float() if w_OI.dtype == torch.bfloat16 else w_OI
     divisor_O1 = torch.where(scale_O == 0, torch.inf, scale_O)[:, None].to(w_OI.dtype)  # w / inf = 0
-    q_OI = (w_OI / divisor_O1).round_().clamp_(-largest, largest).to(torch.int8)
-    return PackedTensor(name, (out_features, in_features), q_OI if bits == 8 else pack_int4(q_OI), scale_O)
+    return _store(name, bits, (w_OI / divisor_O1).round_().clamp_(-largest, largest).to(torch.int8), scale_O)
+
+
+def _store(name: str, bits: int, q_OI: Tensor, scale_O: Tensor) -> PackedTensor:
+    rows, width = q_OI.shape
+    return PackedTensor(name, (rows, width), q_OI if bits == 8 else pack_int4(q_OI), scale_O)
+
+
+def _largest(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def _require_whole_bytes(name: str, bits: int, width: int) -> None:
+    if width % (8 // bits):
+        raise UnsupportedError(
+            f"{name}: got in_features = {width}, expected an even number (two weights share a byte)",
+            hint="chatglm-int8 takes any width",
+        )
 
 
 def _row_scales(name: str, w_OI: Tensor, largest: int) -> Tensor:
