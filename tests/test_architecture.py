@@ -11,8 +11,9 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"kernels"},
     {"linear"},
     {"models", "adapters"},
-    {"merging", "checkpoints"},
-    {"training", "serving"},
+    {"checkpoints"},
+    {"training"},
+    {"merging", "serving"},
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
@@ -20,7 +21,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FLOOR = {"errors", "storage"}
 ONLY_IN = {
     "triton": {"kernels"},
-    "transformers": {"models", "checkpoints", "training", "serving", "cli"},
+    "transformers": {"models", "checkpoints", "training", "merging", "serving", "cli"},
     "fastapi": {"serving"},
     "matplotlib": {"plots"},
     "datasets": {"training"},

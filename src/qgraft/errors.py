@@ -7,7 +7,8 @@
     ├── DataError            a dataset that cannot be read or holds nothing to learn from
     ├── OptionError          an option with an unknown name or an impossible value
     ├── StorageError         a file that could not be written (disk full, no permission, folder not empty)
-    └── TrainingError        a run that must not go on (loss is NaN, no gradient anywhere)
+    ├── TrainingError        a run that must not go on (loss is NaN, no gradient anywhere)
+    └── MergeError           a merge that would keep too little of what the adapter learned; nothing was changed
 
 Every message names the thing, says what was got and what was expected, and may end in a `hint:`. The command line
 prints these without a traceback; anything else that escapes is a bug of ours.
@@ -52,6 +53,14 @@ class StorageError(QgraftError):
 
 class TrainingError(QgraftError):
     """A training run that must not go on."""
+
+
+class MergeError(QgraftError):
+    """A merge that would keep too little. `report` is what it measured (a MergeReport)."""
+
+    def __init__(self, message: str, *, hint: str | None = None, report: object = None) -> None:
+        super().__init__(message, hint=hint)
+        self.report = report
 
 
 def near_match(name: str, known: Iterable[str]) -> str | None:

@@ -32,6 +32,43 @@ def plot_losses(metrics: Path, target: Path) -> None:
     storage.write_file(target, buffer.getvalue())
 
 
+def plot_merge(report: Path, target: Path) -> None:
+    """Draw a merge.json: the losses side by side, and the output error of each layer in the order of the model."""
+    from matplotlib.figure import Figure
+
+    merge = json.loads(report.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
+    kept, layers = merge["kept"], merge["layers"]
+    left, right = figure.subplots(1, 2, width_ratios=(1, 2))
+    if kept is None:
+        left.set_axis_off()
+        left.text(0.5, 0.5, "not measured", ha="center")
+    else:
+        losses = [kept[key] for key in ("base", "adapter", "merged")]
+        bars = left.bar(["base", "base + adapter", "merged"], losses, color=("#9aa5b1", "#2f6fb0", "#3a9a5b"))
+        left.bar_label(bars, fmt="%.3f")
+        left.set_ylabel("loss (nats per answer token)")
+        gain = merge["retained_gain"]
+        left.set_title("not measured" if gain is None else f"retained gain {gain:.1%}")
+    kinds = dict.fromkeys(layer["path"].rpartition(".")[2] for layer in layers)
+    for kind in kinds:
+        points = [(n, each["error"]) for n, each in enumerate(layers) if each["path"].endswith(kind)]
+        shown = [(n, error) for n, error in points if error is not None]
+        if shown:
+            right.plot(*zip(*shown, strict=True), ".", label=kind, markersize=6)
+    right.axhline(1.0, color="black", linewidth=0.8)
+    right.set_ylim(bottom=0)
+    right.set_xlabel("layer, in the order of the model")
+    right.set_ylabel("output error (1 = not merged)")
+    right.set_title("Error of each layer's outputs on rows kept back")
+    right.grid(alpha=0.3)
+    if right.get_legend_handles_labels()[0]:
+        right.legend(ncols=4, fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    storage.write_file(target, buffer.getvalue())
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
     entries = []

@@ -44,6 +44,7 @@ def load(
         )
     else:
         loaded, tokenizer = load_gguf(path, compute_dtype)
+    loaded.qgraft_tokenizer = tokenizer  # type: ignore[assignment]  # merging reads rows with it
     return loaded.to(device), tokenizer  # type: ignore[arg-type]
 
 

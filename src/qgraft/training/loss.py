@@ -37,13 +37,19 @@ def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.
     Args:
         batch: input_ids, position_ids, labels, each [1, tokens]; labels are aligned with the token that predicts them.
     """
+    states_NH, labels_N = label_states(model, batch)
+    return summed_cross_entropy(states_NH, labels_N, output_head(model), label_smoothing)
+
+
+def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The last hidden states [labels, hidden] that predict the labels of a padding-free batch, and the labels."""
     positions = batch["position_ids"]
     states_1TH = model.base_model(
         input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **attention_arguments(model, positions)
     ).last_hidden_state
     labels_T = batch["labels"][0]
     chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
-    return summed_cross_entropy(states_1TH[0, chosen_N], labels_T[chosen_N], output_head(model), label_smoothing)
+    return states_1TH[0, chosen_N], labels_T[chosen_N]
 
 
 def output_head(model: PreTrainedModel) -> Head:

@@ -1,0 +1,69 @@
+"""qgraft merge: an adapter into the packed weights of its base, written as the same kind of file."""
+
+from collections.abc import Sequence
+
+from qgraft.cli.options import Parser, load_with_adapters, print_note
+from qgraft.errors import MergeError
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, merge, save, report."""
+    parser = Parser(
+        "merge",
+        "Merge adapters into the packed weights of their base and write the same kind of file: same formats, same size.",
+    )
+    parser.add_model()
+    parser.add_argument("--output", required=True, metavar="PATH", help="file (or folder) to write")
+    parser.add_argument("--method", default="auto", help="auto, scales, codes, feedback, nearest, grid (default auto)")
+    parser.add_argument("--dataset", help="rows to calibrate on; default: what the adapter was trained on")
+    parser.add_argument("--eval_dataset", help="rows to measure on; default: the adapter's held-out set, or a split")
+    parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
+    parser.add_argument("--system", help="system prompt for rows that have none")
+    parser.add_argument("--name", help="what {{name}} in the dataset becomes")
+    parser.add_argument("--author", help="what {{author}} in the dataset becomes")
+    parser.add_argument(
+        "--weight", action="append", default=[], type=float, help="of each --adapter, in their order (default 1)"
+    )
+    parser.add_argument(
+        "--min-retained", type=float, default=0.9, help="fail below this share of the adapter's gain (default 0.9)"
+    )
+    parser.add_argument("--to", metavar="FORMAT", help="write the linear layers in another format; the file grows")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration rows (default 0)")
+    options = parser.parse_args(words)
+    target = Path(options.output)
+    if not options.adapter:
+        raise OptionError("qgraft merge: no --adapter is given", hint="give the folder of the adapter to merge")
+
+    from rich.console import Console
+
+    from qgraft import plots
+    from qgraft.adapters.attach import use_adapter
+    from qgraft.checkpoints.save import check_target, save
+    from qgraft.errors import MergeError
+    from qgraft.merging.merge import merge
+
+    model, tokenizer, names = load_with_adapters(options)
+    check_target(model, target)
+    use_adapter(model, dict(zip(names, [*options.weight, *[1.0] * len(names)], strict=False)))
+    console = Console(stderr=True)
+    failed: MergeError | None = None
+    try:
+        report = merge(
+            model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
+            min_retained=options.min_retained, seed=options.seed, console=console, dataset_dir=options.dataset_dir,
+            template=options.template, system=options.system, name=options.name, author=options.author,
+        )  # fmt: skip
+    except MergeError as error:
+        failed, report = error, error.report
+    report.print(Console())
+    if failed is not None:
+        raise failed
+    saved = save(model, target, to=options.to)
+    print_note(str(saved))
+    folder = target if target.is_dir() else target.parent
+    stem = "merge" if target.is_dir() else f"{target.stem}.merge"
+    report.save(folder / f"{stem}.json")
+    plots.plot_merge(folder / f"{stem}.json", folder / f"{stem}.png")
+    print_note(f"report: {folder / stem}.json, {folder / stem}.png")
+    return 0

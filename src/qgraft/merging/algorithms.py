@@ -1,0 +1,245 @@
+"""How a packed weight takes up a delta: pure functions (grid, problem) -> grid of the same format.
+
+A delta is a few hundredths of a quantization step, so rounding W + delta to the grid returns W. But it is low-rank and
+lies in the few directions in which the layer's inputs X have their energy, so it is solved for in that metric: find the
+integers and scales for which the layer's *output* is the wanted one,
+
+    minimize  E(V) = |X V^T - Y|^2 / T  =  tr(V H V^T) - 2 tr(V P^T) + const      H = X^T X / T,  P = Y^T X / T
+
+with X [T, in] the inputs of the layer on T calibration tokens and Y [T, out] the outputs it should have. Everything
+here needs only H, P and the gradient R = V H - P. A row of the weight is a problem of its own; all rows share H.
+
+    nearest_codes       no metric: the nearest codes of the base's own grid. The honest baseline: it changes nothing.
+    fit_reals           codes stay; the real numbers of each row (scales, minimums) in closed form
+    descend_codes       scales stay; each code by the best integer step, column after column
+    descend_integers    K-quants: the same for the 6- or 8-bit scales and minimums of the sub-groups
+    feed_errors         codes in GPTQ's order, each rounding error passed on to the columns that follow
+
+fit_reals. With the codes fixed a row is linear in its K numbers theta = (d_1..d_G, m_1..m_G): w = sum_k theta_k v_k,
+where v_k are the codes of group k (or ones), zero elsewhere. With V = [v_1 .. v_K] the step from the old numbers is
+
+    (V^T H V + ridge) step = -V^T r        r = the row of R        ridge = RIDGE times the diagonal
+
+Stored numbers are rounded (to float16), so they are rounded one after another, each error made good by those that
+follow (the optimal-brain step, as GPTQ takes it over codes): theta_j -= error * U_kj / U_kk, U^T U = (V^T H V + ridge)^-1.
+
+descend_codes. The best integer move of column k is n = -R_k / (H_kk step_k), rounded, and R += n step_k H_k. E never
+rises: each move is the exact minimum over its own number. `descend_integers` does that over sub-groups.
+
+Sources: GPTQ (arXiv:2210.17323) for the order and the error feedback, QuantEase (arXiv:2309.01885) for coordinate
+descent. Not chosen: requantizing W + delta with fresh scales, which adds new rounding noise of a whole step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from qgraft.formats.grid import Grid
+
+RIDGE = 1e-3  # times the diagonal of the normal equations, and of H where it is inverted
+SWEEPS = 2
+BLOCK = 64  # columns whose updates are gathered before they reach the rest of R
+NORMAL_BYTES = 64 << 20  # of normal equations at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """The least-squares problem of one layer.
+
+    Attributes:
+        H: float32 [in, in], second moments X^T X / T of the inputs.
+        P: float32 [out, in], moments Y^T X / T of the wanted outputs with the inputs.
+    """
+
+    H: Tensor
+    P: Tensor
+
+    @classmethod
+    def of_delta(cls, w_OI: Tensor, delta_OI: Tensor, H: Tensor) -> "Problem":
+        """The problem whose wanted outputs are those of W + delta on the very inputs that H was measured on."""
+        return cls(H, (w_OI + delta_OI) @ H)
+
+    def gradient(self, w_OI: Tensor) -> Tensor:
+        """R = W H - P, half the gradient of E, [out, in]."""
+        return w_OI @ self.H - self.P
+
+
+Algorithm = Callable[[Grid, Problem], Grid]
+
+
+def nearest_codes(grid: Grid, w_OI: Tensor) -> Grid:
+    """The codes nearest to the weight [out, in] with the scales of `grid`."""
+    steps, offsets = _columns(grid.steps(), w_OI), grid.offsets()
+    shifted = w_OI if offsets is None else w_OI - _columns(offsets, w_OI)
+    codes = (shifted * _inverse(steps)).round_().clamp_(grid.low, grid.high)
+    return replace(grid, codes=codes.to(torch.int8))
+
+
+# ---------------------------------------------------------------- real numbers
+
+
+def fit_reals(grid: Grid, problem: Problem) -> Grid:
+    """The scales and minimums that minimize E with the codes as they are, rounded as they are stored."""
+    numbers = grid.d.shape[1] * (1 if grid.m is None else 2)
+    rows = max(1, NORMAL_BYTES // (4 * numbers * numbers))
+    gradient = problem.gradient(grid.weight())
+    parts = [
+        _fit_rows(_rows(grid, start, start + rows), problem.H, gradient[start : start + rows])
+        for start in range(0, len(grid.codes), rows)
+    ]
+    m = None if grid.m is None else torch.cat([part.m for part in parts if part.m is not None])
+    return replace(grid, d=torch.cat([part.d for part in parts]), m=m).rounded()
+
+
+def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
+    bases, groups = _bases(grid), grid.d.shape[1]
+    normal = _normal_equations(bases, H, groups, len(grid.codes))  # [out, K, K]
+    slope = torch.cat([_group_sums(gradient * basis, groups) for basis in bases], dim=1)  # [out, K]
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    diagonal += RIDGE * diagonal + 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30
+    factor = torch.linalg.cholesky(normal)
+    step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+    theta = (grid.d if grid.m is None else torch.cat([grid.d, grid.m], dim=1)) - step
+    theta = _round_in_turn(theta, torch.cholesky_inverse(factor), grid.real_dtype)
+    return replace(grid, d=theta[:, :groups], m=None if grid.m is None else theta[:, groups:])
+
+
+def _bases(grid: Grid) -> list[Tensor]:
+    """The directions that d and m scale, each [out, in] or, where all rows share it, [1, in]."""
+    codes = grid.codes.float()
+    scales = codes if grid.sub_scales is None else codes * _columns(grid.sub_scales.float(), codes)
+    if grid.m is None:
+        return [scales]
+    if grid.sub_minimums is None:
+        return [scales, codes.new_ones(1, codes.shape[1])]
+    return [scales, _columns(grid.sub_minimums.float(), codes)]
+
+
+def _normal_equations(bases: list[Tensor], H: Tensor, groups: int, rows: int) -> Tensor:
+    """V^T H V of every row, [rows, K, K] with K = groups * len(bases)."""
+    normal = H.new_empty(rows, len(bases) * groups, len(bases) * groups)
+    width = H.shape[0] // groups
+    for j, left in enumerate(bases):
+        for g in range(groups):
+            columns = slice(g * width, (g + 1) * width)
+            image = left[:, columns] @ H[columns]  # [rows or 1, in]
+            for k, right in enumerate(bases[j:], start=j):
+                sums = _group_sums(image * right, groups)
+                normal[:, j * groups + g, k * groups : (k + 1) * groups] = sums
+                normal[:, k * groups : (k + 1) * groups, j * groups + g] = sums
+    return normal
+
+
+def _round_in_turn(theta: Tensor, covariance: Tensor, dtype: torch.dtype) -> Tensor:
+    """theta [out, K] rounded to `dtype` number by number, each error made good by the numbers after it."""
+    U = torch.linalg.cholesky(covariance, upper=True)
+    for k in range(theta.shape[1]):
+        stored = theta[:, k].to(dtype).float()
+        error = (theta[:, k] - stored) / U[:, k, k]
+        theta[:, k:] -= error[:, None] * U[:, k, k:]
+        theta[:, k] = stored
+    return theta
+
+
+# ---------------------------------------------------------------- integers
+
+
+def descend_codes(grid: Grid, problem: Problem) -> Grid:
+    """Coordinate descent on the codes from those of `grid`, its scales fixed. E never rises."""
+    H, width = problem.H, problem.H.shape[0]
+    R = problem.gradient(grid.weight())
+    codes_IO, steps_IO = grid.codes.T.float().contiguous(), _columns(grid.steps(), R).T.contiguous()
+    for _ in range(SWEEPS):
+        for start in range(0, width, BLOCK):
+            block = slice(start, min(start + BLOCK, width))
+            R_BO = R[:, block].T.clone(memory_format=torch.contiguous_format)
+            moved_BO = _descend_block(R_BO, codes_IO[block], steps_IO[block], H[block, block], grid)
+            R.addmm_(moved_BO.T, H[block])
+    return replace(grid, codes=codes_IO.T.to(torch.int8).contiguous())
+
+
+def _descend_block(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tensor, grid: Grid) -> Tensor:
+    """Move the codes of a block of columns, in place; returns how far each weight moved, [block, out]."""
+    moved_BO = torch.zeros_like(R_BO)
+    inverse_BO = _inverse(H_BB.diagonal()[:, None] * steps_BO)
+    floor_BO = codes_BO.clamp(max=grid.low)  # a code below `low` (read, never written: -8 in 4 bits) may stay
+    for k in range(len(R_BO)):
+        best = (codes_BO[k] - (R_BO[k] * inverse_BO[k]).round_()).clamp_(max=grid.high)
+        best = torch.maximum(best, floor_BO[k])
+        moved_BO[k] = (best - codes_BO[k]) * steps_BO[k]
+        codes_BO[k] = best
+        R_BO.addr_(H_BB[k], moved_BO[k])
+    return moved_BO
+
+
+def descend_integers(grid: Grid, problem: Problem) -> Grid:
+    """Coordinate descent on the integer scales and minimums of the sub-groups. E never rises; no sub-groups, no change."""
+    R = problem.gradient(grid.weight())
+    if grid.sub_scales is not None:
+        directions = _columns(grid.d, R) * grid.codes
+        grid = replace(grid, sub_scales=_descend_groups(R, grid.sub_scales, directions, problem.H, grid))
+    if grid.sub_minimums is not None and grid.m is not None:
+        directions = _columns(grid.m, R).contiguous()
+        grid = replace(grid, sub_minimums=_descend_groups(R, grid.sub_minimums, directions, problem.H, grid))
+    return grid
+
+
+def _descend_groups(R: Tensor, integers_OS: Tensor, directions_OI: Tensor, H: Tensor, grid: Grid) -> Tensor:
+    """The integers moved, one sub-group after another; R follows in place."""
+    moved, width = integers_OS.float(), H.shape[0] // integers_OS.shape[1]
+    for s in range(integers_OS.shape[1]):
+        columns = slice(s * width, (s + 1) * width)
+        v_OW = directions_OI[:, columns]
+        slope, curvature = (R[:, columns] * v_OW).sum(1), ((v_OW @ H[columns, columns]) * v_OW).sum(1)
+        best = (moved[:, s] - (slope * _inverse(curvature)).round_()).clamp_(grid.sub_low, grid.sub_high)
+        R.addmm_((best - moved[:, s])[:, None] * v_OW, H[columns])
+        moved[:, s] = best
+    return moved.to(integers_OS.dtype)
+
+
+def feed_errors(grid: Grid, problem: Problem) -> Grid:
+    """The codes of the weight that solves the problem (with a ridge toward the base), rounded in GPTQ's order."""
+    damped = problem.H + RIDGE * torch.diag(problem.H.diagonal().mean().expand(len(problem.H)))
+    covariance = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    base = grid.weight()
+    target_OI = base - problem.gradient(base) @ covariance
+    U = torch.linalg.cholesky(covariance, upper=True)
+    steps_OI, offsets = _columns(grid.steps(), base), grid.offsets()
+    offsets_OI = torch.zeros_like(base) if offsets is None else _columns(offsets, base)
+    codes = torch.empty_like(base)
+    for k in range(base.shape[1]):
+        code = (target_OI[:, k] - offsets_OI[:, k]) * _inverse(steps_OI[:, k])
+        codes[:, k] = code.round_().clamp_(grid.low, grid.high)
+        error = (target_OI[:, k] - offsets_OI[:, k] - codes[:, k] * steps_OI[:, k]) / U[k, k]
+        target_OI[:, k + 1 :].addr_(error, U[k, k + 1 :], alpha=-1.0)
+    return replace(grid, codes=codes.to(torch.int8))
+
+
+# ---------------------------------------------------------------- shapes
+
+
+def _columns(values_OS: Tensor, like_OI: Tensor) -> Tensor:
+    """Values of groups or sub-groups [out, S] spread over their columns, [out, in]."""
+    return values_OS.repeat_interleave(like_OI.shape[1] // values_OS.shape[1], dim=1)
+
+
+def _group_sums(values_OI: Tensor, groups: int) -> Tensor:
+    return values_OI.unflatten(1, (groups, -1)).sum(dim=2)
+
+
+def _inverse(values: Tensor) -> Tensor:
+    """1 / values, and 0 where that is not finite: a number that has no effect is not moved."""
+    return torch.where(values.abs() > 1e-30, 1.0 / values, 0.0)
+
+
+def _rows(grid: Grid, start: int, stop: int) -> Grid:
+    """The rows start..stop of the grid."""
+
+    def cut(each: Tensor | None) -> Tensor | None:
+        return None if each is None else each[start:stop]
+
+    sub_scales, sub_minimums = cut(grid.sub_scales), cut(grid.sub_minimums)
+    codes, d = grid.codes[start:stop], grid.d[start:stop]
+    return replace(grid, codes=codes, d=d, m=cut(grid.m), sub_scales=sub_scales, sub_minimums=sub_minimums)

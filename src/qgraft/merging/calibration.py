@@ -1,0 +1,168 @@
+"""Which rows calibrate a merge, which judge its steps, and which measure what was kept.
+
+    the adapter's task   calibrating rows | judging rows | measuring rows (the run's held-out set where there is one)
+    unrelated text       calibrating rows | judging rows | measuring rows       neutral.jsonl: even lines | odd lines
+
+The unrelated text is there because the moments of the task alone leave directions free in which the merged model may
+drift, and because drift must be measured on text that neither calibrated nor judged.
+
+A few thousand tokens are enough: a row of a Q4_1 weight has 36 to 96 numbers to solve for.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.errors import DataError, OptionError
+from qgraft.training.evaluate import sample_limit
+from qgraft.training.reading import read_dataset
+from qgraft.training.tokenizing import IGNORED, Sample, build_samples, resolve_template
+
+TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
+MEASURE_TOKENS = 2048  # of the task, and of unrelated text
+JUDGED = 6  # one row of so many judges
+LONGEST = 512  # tokens of a calibrating row
+FEWEST_ROWS, FEWEST_TOKENS = 4, 128
+READING = ("dataset_dir", "template", "system", "name", "author")  # options of reading rows, as evaluate() has them
+
+Dataset = str | Sequence[Mapping[str, object]]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Samples by what they are for; no sample is in two lists.
+
+    Attributes:
+        fit, judge: of the task and of unrelated text.
+        measure: of the task.
+        drift: of unrelated text.
+        held_out: whether `measure` was given apart from the calibration rows.
+        notes: what a reader should know of the choice.
+    """
+
+    fit: list[Sample]
+    judge: list[Sample]
+    measure: list[Sample]
+    drift: list[Sample]
+    held_out: bool
+    notes: tuple[str, ...] = ()
+
+    def tokens(self) -> int:
+        """How many tokens calibrate and judge."""
+        return _tokens([*self.fit, *self.judge])
+
+
+def find_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Dataset | None,
+    eval_dataset: Dataset | None,
+    trained: Sequence[Mapping[str, Any]],
+    options: Mapping[str, str | None],
+    seed: int,
+) -> Calibration | None:
+    """The rows that the caller gives, or else those that the adapters were trained on; None where neither is there.
+
+    Args:
+        trained: the arguments that each adapter was trained with, empty where they are not known.
+        options: any of READING; what is not given is as in training.
+
+    Raises DataError, OptionError.
+    """
+    if unknown := [key for key in options if key not in READING]:
+        raise OptionError(f"merge: unknown option {unknown[0]!r}; options of reading rows: {', '.join(READING)}")
+    tokenizer = tokenizer or getattr(model, "qgraft_tokenizer", None)
+
+    def samples(dataset: Dataset, arguments: Mapping[str, Any]) -> list[Sample]:
+        if tokenizer is None:
+            raise OptionError("merge: the model came without a tokenizer", hint="give tokenizer=")
+        told = {key: options.get(key) or arguments.get(key) for key in READING}
+        rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"])
+        template = resolve_template(tokenizer, told["template"])
+        return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
+                             max_length=sample_limit(model, LONGEST))  # fmt: skip
+
+    first: Mapping[str, Any] = trained[0] if trained else {}
+    if calibration is not None:
+        task, source = samples(calibration, first), "the rows given"
+    else:
+        known = [arguments for arguments in trained if arguments.get("dataset")]
+        if not known:
+            return None
+        task = [sample for arguments in known for sample in samples(arguments["dataset"], arguments)]
+        source = f"the training set: {', '.join(arguments['dataset'] for arguments in known)}"
+    held: list[Sample] | None = None
+    if eval_dataset is not None:
+        held = samples(eval_dataset, first)
+    elif calibration is None and all(arguments.get("eval_dataset") for arguments in trained):
+        held = [sample for arguments in trained for sample in samples(arguments["eval_dataset"], arguments)]
+    if tokenizer is None or not task:
+        raise DataError("calibration: the dataset holds no rows", hint="give rows of the adapter's task")
+    return choose_samples(task, held, tokenizer, seed, f"calibrated on {source}")
+
+
+def choose_samples(
+    task: Sequence[Sample],
+    measure: Sequence[Sample] | None,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    *notes: str,
+) -> Calibration:
+    """Share out the rows of a task, and the neutral ones.
+
+    Raises DataError for fewer than FEWEST_ROWS rows or FEWEST_TOKENS tokens.
+    """
+    if len(task) < FEWEST_ROWS or _tokens(task) < FEWEST_TOKENS:
+        raise DataError(
+            f"calibration: got {len(task)} rows with {_tokens(task)} tokens, "
+            f"expected at least {FEWEST_ROWS} rows with {FEWEST_TOKENS} tokens",
+            hint="give more rows of the kind that the adapter was trained on (--dataset)",
+        )
+    rows = random.Random(seed).sample(list(task), len(task))
+    if measure is None:
+        measured = _up_to(rows[: max(1, len(rows) // 4)], MEASURE_TOKENS)
+        rows = rows[len(measured) :]
+    else:
+        measured = _up_to(measure, MEASURE_TOKENS)
+    chosen = _up_to(rows, TASK_TOKENS)
+    neutral = neutral_samples(tokenizer)
+    fit, judge = _judging(chosen)
+    neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
+    drift = _up_to(neutral[1::2], MEASURE_TOKENS)
+    return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes)
+
+
+def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """The passages of neutral.jsonl, every token a label."""
+    lines = (resources.files("qgraft.merging") / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    samples = []
+    for number, line in enumerate(lines, 1):
+        ids = list(tokenizer(json.loads(line)["text"])["input_ids"])
+        samples.append(Sample(ids, [IGNORED, *ids[1:]], f"neutral:{number}"))
+    return samples
+
+
+def _judging(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(rows to fit, rows to judge by); at least one of each."""
+    return [row for n, row in enumerate(rows) if n % JUDGED], rows[::JUDGED]
+
+
+def _up_to(rows: Sequence[Sample], tokens: int) -> list[Sample]:
+    """The first rows that hold so many tokens together; at least two."""
+    total, count = 0, 0
+    for row in rows:
+        total += len(row.input_ids)
+        if total > tokens and count >= 2:
+            break
+        count += 1
+    return list(islice(rows, count))
+
+
+def _tokens(samples: Sequence[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in samples)

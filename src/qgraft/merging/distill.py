@@ -1,0 +1,178 @@
+"""The last part of a merge: the scales and minimums of all layers together, against the adapter's logits.
+
+Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where the gain is not yet
+kept, the real-valued numbers of all merged layers (codes untouched) are trained for a few passes to minimize
+
+    KL(adapter || merged) = sum_v p_v (log p_v - log q_v)        at the label positions of the calibration rows
+
+by Adam. A number's learning rate is relative to the scales of its row. Codes are int8 and constant; the gradient of a
+weight matrix, which the frozen base never needs, is formed layer by layer and summed at once:
+
+    G = g^T x [out, in]        dE/d_k = sub_scale * sum over group k of G * code        dE/m_k = sub_minimum * sum of G
+
+The forward pass uses the numbers as they will be stored (float16), the steps add to float32 ones. PEQA
+(arXiv:2305.14152) trains scales as the only parameters; here they imitate the adapter instead of learning the task,
+and the calibration's unrelated text is in it, so that drift costs as well.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qgraft.adapters.attach import lora_layers
+from qgraft.formats import Grid, PackedTensor, pack, unpack
+from qgraft.formats.grid import combine
+from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
+from qgraft.training.batches import Batch, collate, count_labels, split_batch
+from qgraft.training.loss import Head, label_states, output_head, padding_free
+from qgraft.training.tokenizing import Sample
+
+PASS_TOKENS = 768
+
+
+def distill(
+    model: PreTrainedModel,
+    merged: Mapping[str, PackedTensor],
+    samples: Sequence[Sample],
+    targets: Tensor,
+    *,
+    learning_rate: float,
+    passes: int,
+    progress: Callable[[int, int], None],
+) -> tuple[dict[str, PackedTensor], int]:
+    """The merged weights with their real numbers trained, and the steps taken; the model is left as it was.
+
+    Args:
+        merged: module path of a LoraLinear -> its merged weight, in a format with a grid.
+        samples: what to train on.
+        targets: the adapter's last hidden states at the label positions of the samples, [labels, hidden].
+        learning_rate: of a step, relative to the mean scale of a row.
+        progress: called after each step with (step, steps).
+    """
+    layers = {path: _RealLinear(unpack(packed)) for path, packed in merged.items()}
+    parameters = [parameter for layer in layers.values() for parameter in layer.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
+    head = output_head(model)
+    shuffled = random.Random(0)
+    with padding_free(model, samples) as problem, _in_place(model, layers):
+        batches = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
+        parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
+        steps, done = passes * len(parts), 0
+        for _ in range(passes):
+            for batch, states in shuffled.sample(parts, len(parts)):
+                optimizer.param_groups[0]["lr"] = learning_rate * _schedule(done, steps)
+                _backward(model, head, batch, states)
+                optimizer.step()
+                optimizer.zero_grad()
+                done += 1
+                progress(done, steps)
+    return {path: pack(layer.grid(), merged[path].format) for path, layer in layers.items()}, steps
+
+
+def _schedule(step: int, steps: int) -> float:
+    """A tenth of warmup, then a half cosine to zero."""
+    return min(1.0, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _backward(model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor) -> None:
+    """Accumulate the gradients of the mean KL of one batch, without ever holding the logits of all its positions."""
+    states, _ = label_states(model, {key: value.to(model.device) for key, value in batch.items()})
+    free = states.detach().requires_grad_()
+    for chunk, target in zip(free.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
+        with torch.no_grad():
+            wanted = head(target)
+        (summed_divergence(wanted, head(chunk)) / len(free)).backward()
+    states.backward(free.grad)
+
+
+class _RealLinear(nn.Module):
+    """A merged layer whose d and m train, as offsets in units of the row's mean scale."""
+
+    def __init__(self, grid: Grid) -> None:
+        super().__init__()
+        self.start = grid
+        self.unit = grid.steps().abs().mean(dim=1, keepdim=True)  # [out, 1]
+        self.d = nn.Parameter(torch.zeros_like(grid.d))
+        self.m = None if grid.m is None else nn.Parameter(torch.zeros_like(grid.m))
+
+    def grid(self) -> Grid:
+        """The grid with the trained numbers as they are stored."""
+        d_unit, m_unit = self._units()
+        d = self.start.d + self.d.detach() * d_unit
+        m = None if self.m is None or self.start.m is None else self.start.m + self.m.detach() * m_unit
+        return replace(self.start, d=d, m=m).rounded()
+
+    def _units(self) -> tuple[Tensor, Tensor]:
+        """What a step of 1 means for d and for m: a change of weights by about the row's mean step."""
+        d_unit = self.unit if self.start.sub_scales is None else self.start.d.abs().mean(dim=1, keepdim=True)
+        span = 0.5 * (self.start.high - self.start.low)  # a scale moves weights by up to so many steps
+        if self.start.m is None or self.start.sub_minimums is None:
+            return d_unit, self.unit * span
+        return d_unit, self.start.m.abs().mean(dim=1, keepdim=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], without the bias."""
+        return _RealFunction.apply(x, self.d, self.m, self.grid(), *self._units())
+
+
+class _RealFunction(torch.autograd.Function):
+    """y = x W^T with gradients for x and for the real numbers of W."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, d: Tensor, m: Tensor | None, grid: Grid, d_unit: Tensor, m_unit: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in the dtype of x."""
+        ctx.grid, ctx.units = grid, (d_unit, m_unit)
+        ctx.save_for_backward(x)
+        return x @ grid.weight(x.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """g [..., out] -> gradients of x, d and m."""
+        (x,), grid = ctx.saved_tensors, ctx.grid
+        groups = grid.d.shape[1]
+        g_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        G_OI = (g_NO.T @ x_NI).float()
+        grad_m = None
+        if grid.m is not None:
+            sums = combine(G_OI, _ones_or(grid.sub_minimums, G_OI, groups), None)
+            grad_m = sums.unflatten(1, (groups, -1)).sum(2) * ctx.units[1]
+        scaled = combine(grid.codes, _ones_or(grid.sub_scales, G_OI, groups), None).mul_(G_OI)
+        grad_d = scaled.unflatten(1, (groups, -1)).sum(2) * ctx.units[0]
+        grad_x = (g_NO @ grid.weight(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
+        return grad_x, grad_d, grad_m, None, None, None
+
+
+def _ones_or(integers: Tensor | None, like: Tensor, groups: int) -> Tensor:
+    """The integers of the sub-groups as float32, or ones for the groups, [out, S]."""
+    return like.new_ones(len(like), groups) if integers is None else integers.float()
+
+
+@contextmanager
+def _in_place(model: nn.Module, layers: Mapping[str, _RealLinear]) -> Iterator[None]:
+    """Within the block the merged layers compute in place of the wrapped ones."""
+    wrapped = {path: layer for path, layer in lora_layers(model) if path in layers}
+    for path, layer in wrapped.items():
+        model.set_submodule(path, layers[path] if layer.base.bias is None else _Biased(layers[path], layer.base.bias))
+    try:
+        yield
+    finally:
+        for path, layer in wrapped.items():
+            model.set_submodule(path, layer)
+
+
+class _Biased(nn.Module):
+    def __init__(self, layer: nn.Module, bias: Tensor) -> None:
+        super().__init__()
+        self.layer, self.bias = layer, bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        y = self.layer(x)
+        return y + self.bias.to(y.dtype)

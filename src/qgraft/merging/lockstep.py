@@ -1,0 +1,152 @@
+"""The adapter's model and the merged one side by side, in one pass; each layer is merged when the pass reaches it.
+
+    calibration samples, twice:   [ stream a | stream m ]
+                                       |          |
+    layer 1        y_a = W x_a + delta x_a     solve for V_1 so that V_1 x_m comes close to y_a,  y_m = V_1 x_m
+                                       |          |
+    layer 2        y_a = ...                   x_m now carries what layer 1 missed; V_2 makes up for it
+                                      ...        ...
+
+Every layer therefore sees the inputs that the merged layers before it really produce, while its target stays what the
+adapter's model computes: errors are repaired on the way instead of adding up. (SmolLM2, Q4_1, scales alone: 98.9 % of
+the gain is kept, against 97.7 % when every layer is solved on the adapter's own inputs.) GPTAQ (arXiv:2504.02692) does
+the same to quantize a model.
+
+It needs nothing of an architecture but its forward pass: the streams are samples of one batch, and a LoraLinear is
+replaced by a module that splits what it gets in halves. Not chosen: running block after block by hand, as the usual
+quantizers do, which must know what the blocks of each architecture take.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qgraft.adapters.attach import lora_layers
+from qgraft.adapters.lora import LoraLinear
+from qgraft.errors import UnsupportedError
+from qgraft.formats import PackedTensor
+from qgraft.kernels import linear
+from qgraft.merging.layer import Inputs, LayerReport, merge_layer
+from qgraft.training.attention import attention_arguments
+from qgraft.training.batches import collate
+from qgraft.training.loss import padding_free
+from qgraft.training.tokenizing import Sample
+
+
+def merge_in_step(
+    model: PreTrainedModel,
+    deltas: Mapping[str, Callable[[], Tensor]],
+    samples: Sequence[Sample],
+    held: Sequence[Sample],
+    method: str,
+    progress: Callable[[LayerReport], None],
+) -> tuple[dict[str, PackedTensor], list[LayerReport]]:
+    """Merge the layers of `deltas`; the model is left as it was.
+
+    Args:
+        deltas: module path of a LoraLinear -> its delta [out, in].
+        samples: what the layers are solved on.
+        held: what each step is judged on.
+        progress: called after each layer.
+
+    Returns module path -> merged weight, and the layers' reports in the order of the pass. Raises UnsupportedError for a
+    layer that the decoder's pass does not reach.
+    """
+    pass_ = _Pass(method, progress)
+    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, _split_layers(model, deltas, pass_):
+        if problem is None:
+            batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
+        else:
+            batch, pass_.calibrates, pass_.judges = _padded(samples, held)
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        bounds = attention_arguments(model, batch["position_ids"]) if problem is None else {}
+        model.base_model(**batch, use_cache=False, **bounds)
+    if missed := [path for path in deltas if path not in pass_.packed]:
+        raise UnsupportedError(
+            f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",
+            hint="method nearest and method grid need no inputs",
+        )
+    return pass_.packed, pass_.layers
+
+
+class _Pass:
+    """What the split layers of one pass share."""
+
+    def __init__(self, method: str, progress: Callable[[LayerReport], None]) -> None:
+        self.method, self.progress = method, progress
+        self.calibrates = self.judges = torch.empty(0, dtype=torch.bool)  # which tokens of a stream do
+        self.packed: dict[str, PackedTensor] = {}
+        self.layers: list[LayerReport] = []
+        self._last: tuple[Tensor, Inputs] | None = None
+
+    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs:
+        """The moments of a layer's inputs; q, k and v, and gate and up, are given the same tensor and share them."""
+        if self._last is None or self._last[0] is not x:
+            fit_a, fit_m = x_a[self.calibrates].float(), x_m[self.calibrates].float()
+            tokens = max(len(fit_m), 1)
+            moments = (fit_m.T @ fit_m).div_(tokens), (fit_a.T @ fit_m).div_(tokens)
+            self._last = x, Inputs(*moments, x_a[self.judges].float(), x_m[self.judges].float())
+        return self._last[1]
+
+
+class _SplitLayer(nn.Module):
+    """In the place of a LoraLinear: the adapter's layer for stream a, the merged layer for stream m."""
+
+    def __init__(self, path: str, layer: LoraLinear, delta: Callable[[], Tensor], pass_: _Pass) -> None:
+        super().__init__()
+        self.path, self.layer, self.delta, self.pass_ = path, layer, delta, pass_
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of both streams [..., in] -> y of both streams [..., out]."""
+        x_a, x_m = x.reshape(-1, x.shape[-1]).chunk(2)
+        merged = self._solve(self.pass_.inputs(x, x_a, x_m))
+        y_a, y_m = self.layer(x_a), linear(x_m, merged)
+        if (bias := self.layer.base.bias) is not None:
+            y_m = y_m + bias.to(y_m.dtype)
+        return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
+
+    def _solve(self, inputs: Inputs) -> PackedTensor:
+        pass_ = self.pass_
+        merged, report = merge_layer(self.path, self.layer.packed, self.delta(), inputs, pass_.method)
+        pass_.packed[self.path] = merged
+        pass_.layers.append(report)
+        pass_.progress(report)
+        return merged
+
+
+@contextmanager
+def _split_layers(model: nn.Module, deltas: Mapping[str, Callable[[], Tensor]], pass_: _Pass) -> Iterator[None]:
+    """Within the block the layers of `deltas` are split ones."""
+    layers = {path: layer for path, layer in lora_layers(model) if path in deltas}
+    for path, layer in layers.items():
+        model.set_submodule(path, _SplitLayer(path, layer, deltas[path], pass_))
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+
+
+def _in_one_row(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The samples twice in one padding-free row, and which tokens of a stream calibrate and which judge."""
+    both = [*samples, *held]
+    batch = collate([*both, *both])
+    first = sum(len(sample.input_ids) for sample in samples)
+    calibrates = torch.arange(batch["input_ids"].shape[1] // 2) < first
+    return {key: batch[key] for key in ("input_ids", "position_ids")}, calibrates, ~calibrates
+
+
+def _padded(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The samples twice as padded rows, for architectures that do not keep samples of one row apart."""
+    both = [*samples, *held]
+    width = max(len(sample.input_ids) for sample in both)
+    ids = torch.tensor([[*sample.input_ids, *[0] * (width - len(sample.input_ids))] for sample in both])
+    mask = torch.tensor([[n < len(sample.input_ids) for n in range(width)] for sample in both])
+    calibrates, judges = mask.clone(), mask.clone()
+    calibrates[len(samples) :], judges[: len(samples)] = False, False
+    batch = {"input_ids": torch.cat([ids, ids]), "attention_mask": torch.cat([mask, mask]).long()}
+    return batch, calibrates.flatten(), judges.flatten()

@@ -1,0 +1,234 @@
+"""merge() and unmerge(): an adapter's delta into the packed weights of its base, and the original bytes back.
+
+    measure    base and base + adapter on the rows that measure
+    solve      every layer in the order of the forward pass (lockstep.py, layer.py)
+    measure    the merged model; where it has not kept enough, distill.py trains the real numbers; measure again
+    decide     below `min_retained` nothing is replaced and MergeError says what was reached
+
+Merging takes the adapter off the model, so that it cannot count twice; `unmerge` puts the bytes and the adapters back.
+The original bytes are kept for that (views of the mapped file, so they cost no memory until read).
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.adapters.attach import (
+    active_adapters,
+    adapter_names,
+    attach_layers,
+    detach_lora,
+    lora_layers,
+    lora_modules,
+    non_finite,
+    use_adapter,
+)
+from qgraft.adapters.lora import Lora, LoraLinear
+from qgraft.checkpoints.adapter_files import trained_with
+from qgraft.checkpoints.save import current_fingerprint
+from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
+from qgraft.formats import FORMATS, PackedTensor, quantize
+from qgraft.merging.calibration import Dataset, find_rows
+from qgraft.merging.layer import CHAINS, check_method, is_writable
+from qgraft.merging.report import MergeReport
+from qgraft.merging.work import Work
+from qgraft.training.callbacks import peak_memory_bytes
+from qgraft.training.loss import evaluating
+
+
+@dataclass
+class _Merges:
+    """What merges took away, left on the model as `model.qgraft_merged`."""
+
+    base: Any  # the BaseInfo before the first merge
+    packed: dict[str, PackedTensor] = field(default_factory=dict)  # original bytes by module path
+    loras: dict[str, dict[str, Lora]] = field(default_factory=dict)  # adapter -> module path -> Lora
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+def merge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    calibration: Dataset | None = None,
+    eval_dataset: Dataset | None = None,
+    method: str = "auto",
+    to: str | None = None,
+    min_retained: float = 0.9,
+    seed: int = 0,
+    console: Console | None = None,
+    **reading: Any,
+) -> MergeReport:
+    """Merge the active adapters, with their weights, into the packed weights of the model, in the formats they have.
+
+    Args:
+        tokenizer: None for the one that was loaded with the model.
+        calibration: rows of the adapter's task, or what read_dataset takes; None for the training set that the adapter
+            remembers. A few thousand tokens are used. Methods nearest and grid need none.
+        eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
+        method: auto; or a part of it: scales, codes, feedback (GPTQ's order); or nearest (requantize), grid (requantize
+            on the base's own scales).
+        to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
+        min_retained: fail, with nothing changed, below this share of the adapter's gain.
+        seed: of the choice of rows.
+        console: where progress is shown; None for none.
+        reading: dataset_dir, template, system, name, author for the rows, as in evaluate(); what is not given is as
+            the adapter was trained.
+
+    Raises AdapterError (no active adapter, NaN), DataError (no rows, or too few), MergeError (too little kept),
+    OptionError, UnsupportedError (a format that cannot be written).
+    """
+    began = time.perf_counter()
+    check_method(method)
+    layers, weights = _layers_to_merge(model, to)
+    trained = [trained_with(model, name) for name in weights]
+    chosen = find_rows(model, tokenizer, calibration, eval_dataset, trained, reading, seed)
+    if chosen is None and method in CHAINS:
+        raise DataError(
+            f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
+            hint="give calibration= (--dataset), or method nearest, which needs none and keeps little",
+        )
+    deltas = {path: partial(_delta, layer, weights) for path, layer in layers.items()}
+    with evaluating(model), _converted(layers, to), _bar(console) as bar:
+        outcome = Work(model, layers, deltas, chosen, bar).run(method)
+    report = MergeReport(
+        adapters=weights,
+        method=method,
+        layers=outcome.layers,
+        kept=outcome.kept,
+        calibration_rows=0 if chosen is None else len(chosen.fit) + len(chosen.judge),
+        calibration_tokens=0 if chosen is None else chosen.tokens(),
+        distilled_steps=outcome.distilled_steps,
+        seconds=time.perf_counter() - began,
+        peak_memory_bytes=peak_memory_bytes(),
+        notes=() if chosen is None else chosen.notes,
+    )
+    if report.retained_gain is not None and report.retained_gain < min_retained:
+        raise MergeError(
+            f"merge: {report.retained_gain:.1%} of the adapter's gain would be kept, expected at least "
+            f"{min_retained:.0%}; nothing is replaced",
+            hint=_advice(method),
+            report=report,
+        )
+    _replace(model, outcome.packed, weights)
+    return report
+
+
+def unmerge(model: PreTrainedModel) -> None:
+    """Put the original bytes back, and the adapters on the model again, active with the weights they were merged with.
+
+    Undoes all merges since the model was loaded. Raises AdapterError when nothing is merged, or when an adapter of the
+    same name has been attached meanwhile.
+    """
+    merges: _Merges | None = getattr(model, "qgraft_merged", None)
+    if merges is None:
+        raise AdapterError("unmerge: nothing is merged into this model")
+    if taken := sorted(merges.loras.keys() & set(adapter_names(model))):
+        raise AdapterError(
+            f"unmerge would bring back {', '.join(taken)}, but adapters of that name are attached",
+            hint="take them off with detach_lora() first",
+        )
+    wrapped = dict(lora_layers(model))
+    for path, packed in merges.packed.items():
+        layer: Any = wrapped.get(path) or model.get_submodule(path)
+        layer.replace(packed)
+    for name, loras in merges.loras.items():
+        configs = {path: lora.config for path, lora in loras.items()}
+        attach_layers(model, name, configs, {path: (lora.lora_A, lora.lora_B) for path, lora in loras.items()})
+    use_adapter(model, merges.weights)
+    model.qgraft_base = merges.base
+    model.qgraft_merged = None  # type: ignore[assignment]
+
+
+def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
+    """Put the merged bytes in place and take the adapters off."""
+    merges = getattr(model, "qgraft_merged", None) or _Merges(base=getattr(model, "qgraft_base", None))
+    layers = dict(lora_layers(model))
+    for path, merged in packed.items():
+        merges.packed.setdefault(path, layers[path].packed)
+        layers[path].replace(merged)
+    for name, weight in weights.items():
+        merges.loras[name] = dict(lora_modules(model, name))
+        merges.weights[name] = weight
+        detach_lora(model, name)
+    model.qgraft_merged = merges  # type: ignore[assignment]
+    if merges.base is not None:  # adapters of the unmerged base no longer fit
+        model.qgraft_base = replace(merges.base, fingerprint=current_fingerprint(model))
+
+
+def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, LoraLinear], dict[str, float]]:
+    """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
+    weights = active_adapters(model)
+    if not weights:
+        merged = getattr(model, "qgraft_merged", None)
+        done = f"; merged already: {', '.join(merged.loras)}" if merged else ""
+        attached = ", ".join(adapter_names(model)) or "none"
+        raise AdapterError(
+            f"merge: no adapter is active (attached: {attached}{done})",
+            hint="attach or load one, and choose it with use_adapter()",
+        )
+    for name in weights:
+        state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}
+        if broken := non_finite(state):
+            raise AdapterError(f"merge: NaN or infinity in {len(broken)} tensors of {name!r}, {broken[0]} first")
+    layers = {path: layer for path, layer in lora_layers(model) if any(name in layer.loras for name in weights)}
+    output: Any = model.get_output_embeddings()
+    problems, held = [], {name for name, each in FORMATS.items() if each.quantize is not None}
+    for path, layer in layers.items():
+        if layer is output:
+            problems.append(f"{path} is the output layer, which may share its weight with the embedding")
+        elif not layer.is_packed:
+            problems.append(f"{path} holds no packed weight")
+        elif to is None and not is_writable(layer.packed):
+            problems.append(f"{path} is {layer.packed.format}, which qgraft does not write")
+    if problems:
+        shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))
+        raise UnsupportedError(f"merge: these layers cannot take the delta:\n  {shown}",
+                               hint=f"formats that can be written: {', '.join(sorted(held))}")  # fmt: skip
+    return layers, weights
+
+
+def _delta(layer: LoraLinear, weights: Mapping[str, float]) -> Tensor:
+    """What the active adapters add to the layer's weight, [out, in] float32."""
+    parts = [weight * layer.loras[name].delta() for name, weight in weights.items() if name in layer.loras]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def _converted(layers: Mapping[str, LoraLinear], to: str | None) -> Iterator[None]:
+    """Within the block the layers hold their weights in the format `to`."""
+    before = {} if to is None else {path: layer.packed for path, layer in layers.items()}
+    try:
+        for path in before:
+            layers[path].replace(quantize(layers[path].dequantize(), str(to)))
+        yield
+    finally:
+        for path, packed in before.items():
+            layers[path].replace(packed)
+
+
+def _advice(method: str) -> str:
+    if method != "auto":
+        return "method auto keeps more; or merge into another format (--to q8_0), or accept less (--min-retained)"
+    return "give more calibration rows, merge into another format (--to q8_0), or accept less (--min-retained)"
+
+
+def _bar(console: Console | None) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=console is None,
+    )

@@ -1,0 +1,131 @@
+"""What a merge kept, in numbers: for Python, for merge.json, and as a table."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qgraft import storage
+from qgraft.merging.layer import LayerReport
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Base, adapter and merged model on rows that the merge has not seen.
+
+    Attributes:
+        base, adapter, merged: losses on the task, in nats an answer token.
+        task_kl: mean KL(adapter || merged) on the task, nats an answer token.
+        drift_kl: mean KL(adapter || merged) on unrelated text, nats a token.
+        adapter_kl: mean KL(base || adapter) on the same text: how far the adapter itself moves the model there.
+        rows, labels: of the task.
+        held_out: False where the rows were taken from the calibration set, so that the adapter may know them.
+    """
+
+    base: float
+    adapter: float
+    merged: float
+    task_kl: float
+    drift_kl: float
+    adapter_kl: float
+    rows: int
+    labels: int
+    held_out: bool
+
+    @property
+    def retained_gain(self) -> float | None:
+        """(base - merged) / (base - adapter); None where the adapter lowers the loss by less than 0.01."""
+        gain = self.base - self.adapter
+        return (self.base - self.merged) / gain if gain >= 0.01 else None
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What merge() did.
+
+    Attributes:
+        adapters: name -> weight of what was merged.
+        method: as asked for.
+        layers: in the order of the forward pass.
+        kept: what was measured; None without rows to measure on.
+        calibration_rows, calibration_tokens: that the layers were solved and judged on, unrelated text included.
+        distilled_steps: optimizer steps of the last part; 0 where it was not needed or did not help.
+        seconds, peak_memory_bytes: of the merge; memory is the process's peak.
+        notes: what a reader should know, each one sentence.
+    """
+
+    adapters: dict[str, float]
+    method: str
+    layers: list[LayerReport]
+    kept: Kept | None
+    calibration_rows: int
+    calibration_tokens: int
+    distilled_steps: int
+    seconds: float
+    peak_memory_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def retained_gain(self) -> float | None:
+        """The share of the adapter's gain that the merged weights keep; None where it was not measured."""
+        return None if self.kept is None else self.kept.retained_gain
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        return {"retained_gain": self.retained_gain, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write it as JSON. Raises StorageError."""
+        storage.write_json(Path(path), self.as_dict())
+
+    def print(self, console: Console) -> None:
+        """One line for each kind of layer, then what was kept."""
+        console.print(layer_table(self.layers))
+        for line in self.summary():
+            console.print(line, highlight=False)
+
+    def summary(self) -> list[str]:
+        """What was kept, line by line."""
+        lines = []
+        if self.calibration_rows:
+            lines.append(f"calibrated on {self.calibration_rows} rows, {self.calibration_tokens} tokens")
+        if (kept := self.kept) is not None:
+            where = "held-out rows" if kept.held_out else "rows kept back from the calibration set"
+            lines.append(
+                f"loss on {kept.rows} {where}: base {kept.base:.4f}, with the adapter {kept.adapter:.4f}, "
+                f"merged {kept.merged:.4f}"
+            )
+            lines.append(
+                f"drift on unrelated text: KL {kept.drift_kl:.4f} from the adapter's model, "
+                f"which itself is {kept.adapter_kl:.4f} from the base"
+            )
+        gain = self.retained_gain
+        lines.append("retained gain: not measured" if gain is None else f"retained gain: {gain:.1%}")
+        return [*lines, *self.notes]
+
+
+def layer_table(layers: Sequence[LayerReport]) -> Table:
+    """The layers by kind (q_proj, k_proj, ...), with medians."""
+    kinds: dict[tuple[str, str], list[LayerReport]] = defaultdict(list)
+    for layer in layers:
+        kinds[layer.path.rpartition(".")[2], layer.format].append(layer)
+    table = Table(title="merged layers (medians)")
+    for heading in ("layer", "format", "number", "delta / step", "codes changed", "output error", "method"):
+        table.add_column(heading, justify="left" if heading in ("layer", "format", "method") else "right")
+    for (kind, format_), group in kinds.items():
+        errors = [layer.error for layer in group if layer.error is not None]
+        table.add_row(
+            kind,
+            format_,
+            str(len(group)),
+            f"{median(layer.delta_in_steps for layer in group):.3f}",
+            f"{median(layer.codes_changed for layer in group):.1%}",
+            f"{median(errors):.2f}" if errors else "-",
+            " > ".join(Counter(layer.steps for layer in group).most_common(1)[0][0]) or "as it was",
+        )
+    return table
