@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +16,17 @@ import pytest
 
 from qgraft import storage
 from qgraft.errors import StorageError
-from qgraft.storage import MANIFEST, check_files, check_folder, publish_folder, remove_folder, write_file, write_json
+from qgraft.storage import (
+    MANIFEST,
+    check_files,
+    check_folder,
+    publish_folder,
+    remove_folder,
+    unlisted_files,
+    write_chunks,
+    write_file,
+    write_json,
+)
 
 OLD, NEW = {"a.bin": b"old " * 3000, "sub/b.txt": b"old"}, {"a.bin": b"new!" * 3000, "c.txt": b"new"}
 
@@ -130,6 +140,59 @@ def test_write_that_stops_in_the_middle(tmp_path: Path, monkeypatch: pytest.Monk
     assert caught.value.hint == "free some space or choose another folder"
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file.bin"}
+
+
+def test_write_chunks(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    for name in (".large.bin.tmp-1", ".large.bin.tmp-99999999", ".larger.bin.tmp-1", "large.bin"):
+        (tmp_path / name).write_bytes(b"left by a killed process")
+    write_chunks(path, (bytes([i]) * 3 for i in range(3)), 9)
+    assert path.read_bytes() == b"\0\0\0\1\1\1\2\2\2"
+    assert names(tmp_path) == {"large.bin", ".larger.bin.tmp-1"}
+    write_chunks(path, [memoryview(b"view"), b""], 4)
+    assert path.read_bytes() == b"view"
+    with pytest.raises(StorageError, match=r"cannot write .*no-folder.*, 4 bytes to write"):
+        write_chunks(tmp_path / "no-folder" / "x", [b"view"], 4)
+    assert not (tmp_path / "no-folder").exists()
+
+
+def test_chunks_that_fail_leave_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "large.bin"
+    path.write_bytes(b"old")
+
+    def chunks() -> Iterator[bytes]:
+        yield b"new"
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_chunks(path, chunks(), 6)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {"large.bin"}
+
+
+def test_room_is_asked_for_before_the_first_chunk(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    storage.require_room(tmp_path / "large.bin", free // 2)
+    needed = 2 * free + 1
+
+    def chunks() -> Iterator[bytes]:
+        pytest.fail("asked for a chunk")
+        yield b""
+
+    for write in (lambda path: write_chunks(path, chunks(), needed), lambda path: storage.require_room(path, needed)):
+        with pytest.raises(StorageError, match=rf"No space left on device, {needed} bytes to write, \d+ bytes free"):
+            write(tmp_path / "large.bin")
+    assert names(tmp_path) == set()
+
+
+def test_unlisted_files(tmp_path: Path) -> None:
+    assert unlisted_files(tmp_path / "absent") == []
+    publish(tmp_path / "run", OLD)
+    assert unlisted_files(tmp_path / "run") == []
+    (tmp_path / "run" / "sub" / "mine").write_text("")
+    assert unlisted_files(tmp_path / "run") == ["sub/mine"]
+    (tmp_path / "run" / MANIFEST).write_text("{")
+    assert unlisted_files(tmp_path / "run") == ["a.bin", "manifest.json", "sub/b.txt", "sub/mine"]
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])

@@ -1,6 +1,7 @@
 """The only place that writes files, so that a save is whole or absent.
 
     one file     write_file      temporary file beside it -> flush -> fsync -> rename -> fsync of the folder
+                 write_chunks    the same for a file too large for memory, after asking whether the disk has room for it
     a folder     publish_folder  a staging folder is filled by anyone, then: fsync of every file, a manifest with the size
                                  and SHA-256 of each, and one rename; two where it replaces a folder
                  recover_folder  undoes the first of the two after a kill between them
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,27 @@ def write_file(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all. Raises StorageError."""
     with _named_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        _sync_folder(path.parent)
+        _write_whole(path, [data])
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) -> None:
+    """Write `chunks`, `nbytes` in all, one after another to `path`, whole or not at all, in a folder that exists.
+
+    Temporary files that killed processes left of earlier attempts are removed, so two processes must not write the same
+    path at once. Raises StorageError; where the disk has no room, before the first chunk is asked for.
+    """
+    with _named_errors(path, nbytes):
+        for abandoned in _beside(path, "tmp"):
+            abandoned.unlink()
+        require_room(path, nbytes)
+        _write_whole(path, chunks)
+
+
+def require_room(path: Path, nbytes: int) -> None:
+    """Raise StorageError when the disk of `path`, whose folder exists, has no room for `nbytes`."""
+    with _named_errors(path, nbytes):
+        if nbytes > shutil.disk_usage(path.parent).free:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,7 +77,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
     with _named_errors(target):
         recover_folder(target)
-        for abandoned in _beside(target, "tmp"):
+        for abandoned in _beside(target, "tmp", folders=True):
             shutil.rmtree(abandoned, ignore_errors=True)
         staging.mkdir(parents=True)
         try:
@@ -78,7 +90,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
 
 def recover_folder(target: Path) -> bool:
     """Whether `target` exists, after putting back what publish_folder had moved away when its process was killed."""
-    retired = _beside(target, "old")
+    retired = _beside(target, "old", folders=True)
     if retired and not target.exists():
         os.replace(retired.pop(), target)
         _sync_folder(target.parent)
@@ -123,6 +135,16 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def unlisted_files(folder: Path) -> list[str]:
+    """The files in `folder` that its manifest does not list, all of them where it has none; relative names, sorted."""
+    try:
+        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
+    except (OSError, ValueError, KeyError, TypeError):
+        listed = set()
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    return sorted(found - listed)
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder: renamed first, so that a kill in the middle leaves no half of it under its name."""
     doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
@@ -130,6 +152,20 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def _write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
 
 
 def _seal(folder: Path) -> None:
@@ -158,10 +194,10 @@ def _replace_folder(staging: Path, target: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _beside(target: Path, kind: str) -> list[Path]:
-    """The folders of this kind ("tmp", "old") that some process put beside `target`, the oldest first."""
+def _beside(target: Path, kind: str, *, folders: bool = False) -> list[Path]:
+    """The files or folders of this kind ("tmp", "old") that some process put beside `target`, the oldest first."""
     found = target.parent.glob(f".{glob.escape(target.name)}.{kind}-*")
-    return sorted((path for path in found if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    return sorted((path for path in found if path.is_dir() == folders), key=lambda path: path.lstat().st_mtime)
 
 
 def _sync_folder(folder: Path) -> None:

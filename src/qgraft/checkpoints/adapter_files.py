@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from qgraft import storage
 from qgraft.adapters.attach import (
     attach_layers,
-    count_parameters,
     find_targets,
     is_named,
     lora_modules,
@@ -39,19 +38,22 @@ from qgraft.adapters.attach import (
     non_finite,
     only_adapter,
 )
-from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.assemble import BaseInfo
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.checkpoints.gguf_lora import read_gguf_lora
+from qgraft.checkpoints.peft_config import (
+    check_kind,
+    check_values,
+    compiles,
+    layer_config,
+    peft_config,
+    stated_rank,
+)
+from qgraft.errors import AdapterError, OptionError, near_match
 
 CONFIG, WEIGHTS, SEAL = "adapter_config.json", "adapter_model.safetensors", "qgraft.json"
 _KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
-# PEFT options that change the arithmetic and that a plain LoRA does not have
-_UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
-    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
-)  # fmt: skip
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
-_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base as well
 
 
 @dataclass(frozen=True)
@@ -68,37 +70,68 @@ class LoadedAdapter:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, name: str | None = None, details: Mapping[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
 ) -> None:
     """Write the LoRA `name` (default: the only one) into `folder`, each file whole, the seal last.
 
     Args:
         details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
+        dtype: of the stored weights; "float16" or "bfloat16" halve the file. They load as float32.
 
-    Raises AdapterError when there is no such adapter or its weights hold NaN, StorageError when it cannot be written.
+    Raises AdapterError when there is no such adapter or its weights hold NaN or do not fit into `dtype`, OptionError
+    for another dtype, StorageError when it cannot be written.
     """
-    folder = Path(folder)
     name = only_adapter(model, name)
-    state = {key: tensor.contiguous().cpu() for key, tensor in lora_state_dict(model, name).items()}
-    if broken := non_finite(state):
+    layers = {path: lora.config for path, lora in lora_modules(model, name)}
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    config = peft_config(layers, _target_names(model, list(layers)), base.source if base else None)
+    seal = {**(details or {}), "base": None if base is None else dataclasses.asdict(base)}
+    write_adapter(Path(folder), name, lora_state_dict(model, name), config, seal, dtype)
+    _remember(model, name, seal)
+
+
+def write_adapter(
+    folder: Path,
+    name: str,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    details: Mapping[str, Any],
+    dtype: str = "float32",
+) -> None:
+    """Write an adapter that is on no model; see save_adapter.
+
+    Args:
+        name: for messages.
+        state: the tensors by PEFT's names.
+        config: what adapter_config.json holds.
+        details: what the seal holds beside versions and checksums; "base" among it.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
+    stored = {key: tensor.to("cpu", DTYPES[dtype]).contiguous() for key, tensor in state.items()}
+    if broken := non_finite(stored):
+        too_large = dtype != "float32" and not non_finite(state)
         raise AdapterError(
-            f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first"
+            f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first",
+            hint=f"its values are too large for {dtype}: save it as float32" if too_large else None,
         )
-    weights = safetensors.torch.save(state, metadata={"format": "pt"})
+    weights = safetensors.torch.save(stored, metadata={"format": "pt"})
     if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
         storage.write_json(folder / SEAL, {"kind": "lora", "files": dict.fromkeys((CONFIG, WEIGHTS), _UNWRITTEN)})
     storage.write_file(folder / WEIGHTS, weights)
-    storage.write_json(folder / CONFIG, _peft_config(model, name))
-    files = {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)}
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    storage.write_json(folder / CONFIG, config)
     seal = {
-        **(details or {}),
+        **details,
         "kind": "lora",
-        "base": None if base is None else dataclasses.asdict(base),
-        "parameters": count_parameters(model, name),
+        "base": details.get("base"),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
         "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
-        "files": files,
+        "files": {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)},
     }
     storage.write_json(folder / SEAL, seal)
 
@@ -107,14 +140,15 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", fo
     """Attach the adapter in `folder` to the model as `name`, and make it the active one.
 
     Args:
+        folder: adapter folder, or a GGUF-LoRA file (gguf_lora.py).
         force: load what fits although something differs; the report's notes say what.
 
     Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes,
     NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter that is not a plain LoRA.
     """
     folder = Path(folder)
-    config, state, seal = _read(folder)
-    loras, problems = _parse_state(state)
+    config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
+    loras, problems = parse_state(state)
     problems += _base_problems(model, folder, seal) + _target_problems(model, config, loras)
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
@@ -126,10 +160,22 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", fo
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(loras)} layers exists in this model")
     _attach(model, name, config, fitting)
+    _remember(model, name, seal)
     notes = [f"forced although: {problem}" for problem in problems]
     if seal is None:
         notes.append(f"no {SEAL} beside it: which base it was trained on cannot be verified")
     return LoadedAdapter(name, len(fitting), len(loras), tuple(notes))
+
+
+def trained_with(model: nn.Module, name: str) -> dict[str, Any]:
+    """The arguments that the adapter `name` was trained with, as its seal has them; empty where they are not known."""
+    return dict(getattr(model, "qgraft_trained", {}).get(name, {}))
+
+
+def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> None:
+    arguments = (seal or {}).get("arguments")
+    known = {**getattr(model, "qgraft_trained", {}), name: arguments if isinstance(arguments, dict) else {}}
+    model.qgraft_trained = known  # type: ignore[assignment]
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
@@ -154,47 +200,17 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """(options, tensors, seal or None) of the adapter in `folder`, which is a plain LoRA and as it was sealed.
+
+    Raises AdapterError, UnsupportedError; whether it fits a model is load_adapter's question.
+    """
     config, seal = read_peft_config(folder), read_seal(folder)
-    if config.get("peft_type") != "LORA":
-        raise UnsupportedError(f"{folder}: peft_type {config.get('peft_type')!r}; supported: LORA")
-    used = [key for key in _UNSUPPORTED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        used.append("bias")
-    if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_INITS):
-        used.append(f"init_lora_weights={config['init_lora_weights']}")
-    if used:
-        raise UnsupportedError(f"{folder}: a LoRA with {', '.join(used)}; supported: a plain one")
-    _check_config(folder / CONFIG, config)
+    check_kind(folder / CONFIG, config)
+    check_values(folder / CONFIG, config)
     if seal is not None and (changed := storage.check_files(folder, sealed_files(folder / SEAL, seal))):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     return config, read_tensors(folder), seal
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """The options that loading computes with have the types they need, all of them checked at once."""
-    number = (int, float)
-    expected: dict[str, Any] = {"r": int, "lora_alpha": number, "lora_dropout": number, "use_rslora": bool}
-    problems = [
-        f"{key}: got {config.get(key)!r}, expected {'a number' if kind == number else kind.__name__}"
-        for key, kind in expected.items()
-        if not isinstance(config.get(key, {"lora_dropout": 0.0, "use_rslora": False}.get(key)), kind)
-    ]
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        pairs = patterns.items() if isinstance(patterns, dict) else [("", None)]
-        if not all(_compiles(pattern) and isinstance(value, number) for pattern, value in pairs):
-            problems.append(f"{key}: got {patterns!r}, expected numbers under regular expressions")
-    if problems:
-        raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
-
-
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -221,7 +237,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
 
 
-def _parse_state(state: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+def parse_state(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
     """({module path: {"A": [r, in], "B": [out, r]}}, what is wrong with the keys)."""
     loras: dict[str, dict[str, Tensor]] = {}
     problems = []
@@ -255,7 +271,7 @@ def _target_problems(model: nn.Module, config: dict[str, Any], loras: dict[str, 
     for path, pair in loras.items():
         if problem := _shape_problem(model, path, pair):
             problems.append(problem)
-        elif pair["A"].shape[0] != (rank := _pattern(config.get("rank_pattern"), path, config["r"])):
+        elif pair["A"].shape[0] != (rank := stated_rank(config, path)):
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
     narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
@@ -269,7 +285,7 @@ def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
     """The linear layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
     linears = find_targets(model, r"(?s).*")
     if isinstance(targets, str):
-        return {path for path in linears if _compiles(targets) and re.fullmatch(targets, path)}
+        return {path for path in linears if compiles(targets) and re.fullmatch(targets, path)}
     return {path for path in linears for target in targets if is_named(path, target)}
 
 
@@ -291,58 +307,18 @@ def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str 
 
 
 def _attach(model: nn.Module, name: str, config: dict[str, Any], loras: dict[str, dict[str, Tensor]]) -> None:
-    """Attach each layer with the rank of its tensors and the alpha of its pattern, then fill in the weights."""
-    layers = {}
-    for path, pair in loras.items():
-        alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-        dropout, stabilized = config.get("lora_dropout", 0.0), bool(config.get("use_rslora"))
-        layers[path] = LoraConfig(pair["A"].shape[0], alpha, dropout, stabilized)
-    attach_layers(model, name, layers)
-    with torch.no_grad():
-        for path, lora in lora_modules(model, name):
-            lora.lora_A.copy_(loras[path]["A"])
-            lora.lora_B.copy_(loras[path]["B"])
+    """Attach each layer with the rank of its tensors and the alpha of its pattern."""
+    layers = {path: layer_config(config, path, pair["A"].shape[0]) for path, pair in loras.items()}
+    attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
 
 
-def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
-    """PEFT's rank_pattern and alpha_pattern: the value of the first key that matches the end of the module path."""
-    for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
-            return value
-    return default
-
-
-def _peft_config(model: nn.Module, name: str) -> dict[str, Any]:
-    """adapter_config.json: what PEFT needs to build the same adapter on the float model."""
-    loras = dict(lora_modules(model, name))
-    config = next(iter(loras.values())).config
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
-    ranks = {path: lora.config.r for path, lora in loras.items() if lora.config.r != config.r}
-    alphas = {
-        path: lora.config.lora_alpha for path, lora in loras.items() if lora.config.lora_alpha != config.lora_alpha
-    }
-    return {
-        "alpha_pattern": alphas,
-        "base_model_name_or_path": base.source if base else None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "peft_type": "LORA",
-        "r": config.r,
-        "rank_pattern": ranks,
-        "target_modules": _target_names(model, list(loras)),
-        "task_type": "CAUSAL_LM",
-        "use_rslora": config.use_rslora,
-    }
-
-
-def _target_names(model: nn.Module, paths: list[str]) -> list[str]:
+def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
     """The shortest names that select exactly these layers in PEFT: their last parts, or else their whole paths."""
     leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    return leaves if set(find_targets(model, leaves)) == set(paths) else sorted(paths)
+    for names in (leaves, sorted(paths)):
+        if set(find_targets(model, names)) == set(paths):
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))  # one of them is the end of another layer's path
 
 
 def _versions() -> dict[str, str]:

@@ -8,11 +8,15 @@ Which weights are quantized: those of linear layers but the output layer, as lla
 embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has
 no blocks for keeps its 16 bits, and the load says so.
 
+A matrix stored in int8 beside a `weight_scale` is ChatGLM's row-wise layout (folder_write.py draws it) and stays packed
+as it is: 8 bits where it is as wide as the layer, 4 where it is half as wide.
+
 Nothing in the folder is executed: no pickle, no `auto_map`, no remote code.
 """
 
+import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -33,6 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, get_format
 from qgraft.formats import quantize as quantize_weight
@@ -68,7 +73,35 @@ def load_folder(
         formats=weight_formats(model),
         notes=tuple(reader.notes + reader.unused_notes()),
     )
+    _mark_repeated(model, reader)
+    digest = folder_digest(folder, reader.vectors)
+    model.qgraft_origin = Origin(  # type: ignore[assignment]
+        folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors)
+    )
     return model, _tokenizer(folder)
+
+
+def folder_digest(folder: Path, vectors: Collection[str]) -> str:
+    """What tells whether a folder is the one that a model was loaded from: its config, what its tensors are called and
+    like, and the values of these `vectors`. The matrices a model has in memory."""
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []
+    with ExitStack() as stack:
+        for path in shard_paths(folder):
+            shard = open_shard(path, stack)
+            for name in shard.keys():  # noqa: SIM118 (not a dict)
+                about = shard.get_slice(name)
+                value = shard.get_tensor(name) if name in vectors else torch.empty(0)
+                entries.append((f"{path.name}: {name}", tuple(about.get_shape()), str(about.get_dtype()), value))
+    return f"{config} {fingerprint(entries)}"
+
+
+def _mark_repeated(model: PreTrainedModel, reader: "_FolderReader") -> None:
+    """A tied output layer's weight may be in the file as well; a save writes there what the model has."""
+    output = model.get_output_embeddings()
+    path = next((path for path, module in model.named_modules() if module is output), None)
+    if path is not None and path not in reader.matrices and f"{path}.weight" in reader.tensors:
+        reader.matrices[path] = Stored(f"{path}.weight", repeated=True)
 
 
 class _FolderReader:
@@ -81,10 +114,13 @@ class _FolderReader:
         model: PreTrainedModel,
     ) -> None:
         self.tensors, self.quantize = tensors, quantize
+        self.bits = getattr(model.config, "quantization_bit", None) or None
         output = model.get_output_embeddings()
         self.linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         self.quantized_names = {name for name, m in self.linears.items() if m is not output}
         self.entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []  # what the fingerprint is made of
+        self.matrices: dict[str, Stored] = {}  # by module path
+        self.vectors: list[str] = []
         self.notes: list[str] = []
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
@@ -92,17 +128,16 @@ class _FolderReader:
             return None
         value = self.tensors[name]()
         if value.dim() != 2:
+            self.vectors.append(name)
             self.entries.append((name, tuple(value.shape), str(value.dtype), value))
             return value
-        if isinstance(self.linears.get(name), Conv1D):  # kept [in, out] in the file
-            value = value.T.contiguous()
-        try:
-            packed = self._pack(name, value)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{name}: {error.message}", hint=error.hint) from error
-        self.entries.append((name, packed.shape, packed.format, packed.data))
-        if packed.scale is not None:
-            self.entries.append((f"{name}_scale", tuple(packed.scale.shape), str(packed.scale.dtype), packed.scale))
+        transposed = isinstance(self.linears.get(name), Conv1D)
+        self.matrices[name.removesuffix(".weight")] = Stored(name, transposed=transposed)
+        if value.dtype == torch.int8 and name in self.linears and f"{name}_scale" in self.tensors:
+            packed = self._read_rowwise(name, value)
+        else:
+            packed = self._pack(name, value.T.contiguous() if transposed else value)
+        self.entries += matrix_entries(name, packed)
         return packed
 
     def unused_notes(self) -> list[str]:
@@ -112,7 +147,33 @@ class _FolderReader:
         listed = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
         return [f"{len(unused)} tensors of the folder have no place in the model: {listed}"] if unused else []
 
+    def _read_rowwise(self, name: str, data: Tensor) -> PackedTensor:
+        """An int8 matrix with its scales: 8 bits where it is as wide as the layer, 4 where it is half as wide."""
+        if self.quantize is not None:
+            raise UnsupportedError(
+                f"quantize={self.quantize!r}: {name} is stored in int8 with scales already",
+                hint="leave quantize out, or give the float checkpoint's folder",
+            )
+        layer = self.linears[name]
+        width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+        rows, bits = data.shape[0], 4 if data.shape[1] * 2 == width else 8
+        if self.bits not in (None, bits):
+            got = f"config.json says quantization_bit={self.bits!r}"
+            raise CheckpointError(f"{name}: got int8 {list(data.shape)}, {bits} bits a weight, but {got}")
+        scale = self.tensors[f"{name}_scale"]()
+        fits = scale.shape == (rows,) and scale.dtype in (torch.float16, torch.float32)
+        if not fits or not bool(scale.isfinite().all()):
+            got = f"{scale.dtype} {list(scale.shape)}" if not fits else "NaN or infinity"
+            raise CheckpointError(f"{name}_scale: got {got}, expected [{rows}] finite float16 or float32")
+        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), data, scale)
+
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
+        try:
+            return self._quantize(name, w_OI)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error.message}", hint=error.hint) from error
+
+    def _quantize(self, name: str, w_OI: Tensor) -> PackedTensor:
         stored = _FLOAT_FORMATS.get(w_OI.dtype)
         if stored is None:
             raise UnsupportedError(f"dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
@@ -123,6 +184,14 @@ class _FolderReader:
             self.notes.append(f"{name} stays {stored}: {w_OI.shape[1]} inputs are no multiple of {block}")
             return quantize_weight(w_OI, stored)
         return quantize_weight(w_OI, self.quantize)
+
+
+def matrix_entries(name: str, packed: PackedTensor) -> list[tuple[str, tuple[int, ...], str, Tensor]]:
+    """What one matrix of a folder contributes to its fingerprint."""
+    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = [(name, packed.shape, packed.format, packed.data)]
+    if packed.scale is not None:
+        entries.append((f"{name}_scale", tuple(packed.scale.shape), str(packed.scale.dtype), packed.scale))
+    return entries
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
@@ -157,20 +226,26 @@ def _config(folder: Path) -> PreTrainedConfig:
         raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
 
 
+def open_shard(path: Path, stack: ExitStack) -> Any:
+    """The safetensors file at `path`, open until `stack` closes. Raises CheckpointError."""
+    try:
+        return stack.enter_context(safe_open(path, framework="pt"))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
     """{parameter name: function that reads it} over all safetensors files of the folder."""
     readers: dict[str, Callable[[], Tensor]] = {}
-    for path in _shard_paths(folder):
-        try:
-            shard = stack.enter_context(safe_open(path, framework="pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+    for path in shard_paths(folder):
+        shard = open_shard(path, stack)
         for name in shard.keys():  # noqa: SIM118 (not a dict)
             readers[name] = lambda shard=shard, name=name: shard.get_tensor(name)  # type: ignore[misc]
     return readers
 
 
-def _shard_paths(folder: Path) -> list[Path]:
+def shard_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: those that its index names, or else all. Raises CheckpointError."""
     index = folder / INDEX
     if index.is_file():
         try:

@@ -50,7 +50,7 @@ MAX_HEADER_BYTES = 128 << 20  # headers with a vocabulary of 256k tokens take ab
 MAX_NAME_BYTES, MAX_DIMS = 65535, 4
 
 UINT32, BOOL, STRING, ARRAY, UINT64 = 4, 7, 8, 9, 10
-_CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # of `struct`
+CODES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}  # of `struct`
 _INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
 _TOKENIZER_ARRAYS = {  # key -> element types it may have
     "tokenizer.ggml.tokens": (STRING,),
@@ -198,7 +198,7 @@ class _Cursor:
         raise self.error(what, missing, hint="the file is truncated or broken; download it again")
 
     def numbers(self, kind: int, count: int, what: str) -> tuple[Any, ...]:
-        code = _CODES.get(kind)
+        code = CODES.get(kind)
         if code is None:
             raise self.error(what, f"got value type {kind}, expected one of 0 to 12", at=self.position - 4)
         nbytes = count * struct.calcsize("<" + code)
@@ -260,7 +260,7 @@ class _Cursor:
             raise UnsupportedError(f"{self.path}: byte {self.position - 4}: {what}: arrays of arrays are not supported")
         if element == STRING:
             return self.strings(self.count(what, 8), what), (kind, element)
-        if element not in _CODES:
+        if element not in CODES:
             raise self.error(what, f"got element type {element}, expected one of 0 to 12", at=self.position - 4)
         return list(self.numbers(element, self.count(what, 1), what)), (kind, element)
 

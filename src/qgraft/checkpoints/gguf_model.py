@@ -10,6 +10,7 @@ Three translations happen here, all of them on names and rows, never on values o
 transformers' own GGUF loader is the oracle of the tests; it turns every weight into floats, which this one never does.
 """
 
+import hashlib
 import math
 import re
 import reprlib
@@ -28,6 +29,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor, dequantize
 
@@ -86,7 +88,14 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
     )
+    model.qgraft_origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)  # type: ignore[assignment]
     return model, tokenizer
+
+
+def gguf_digest(file: GgufFile) -> str:
+    """What tells whether a file is the one that a model was loaded from: its whole header and its fingerprint."""
+    header = hashlib.sha256(file.data[: file.data_offset].numpy().data)
+    return f"{header.hexdigest()} {gguf_fingerprint(file)}"
 
 
 def gguf_fingerprint(file: GgufFile) -> str:
@@ -222,12 +231,13 @@ def _copy_value(writer: GGUFWriter, key: str, value: Any, types: int | tuple[int
 
 
 class _TensorReader:
-    """Answers assemble()'s questions from a GGUF file and remembers which tensors were asked for."""
+    """Answers assemble()'s questions from a GGUF file and remembers which tensors were asked for, and for what."""
 
     def __init__(self, file: GgufFile, rules: Rules, config: PreTrainedConfig) -> None:
         self.file, self.rules, self.config = file, rules, config
         self.names = _name_map(file, config)
         self.used: set[str] = set()
+        self.matrices: dict[str, Stored] = {}  # by module path
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
         stem, _, suffix = name.rpartition(".")
@@ -240,6 +250,7 @@ class _TensorReader:
         order = self._row_order(gguf_name, info.shape[0])
         if len(info.shape) == 2:
             packed = self.file.packed(gguf_name)
+            self.matrices[stem] = Stored(gguf_name, order)
             return packed if order is None else packed.rows(order)
         value = _float(self.file, gguf_name)
         if order is not None:
@@ -275,10 +286,10 @@ def _name_map(file: GgufFile, config: PreTrainedConfig) -> TensorNameMap:
 
 def _rules(file: GgufFile) -> Rules:
     architecture = file.metadata.get("general.architecture")
-    if architecture in ARCHITECTURES:
-        return ARCHITECTURES[architecture]
     if file.metadata.get("general.type") == "adapter":
         raise UnsupportedError(f"{file.path} is a GGUF adapter, not a model", hint="give the base model's file")
+    if architecture in ARCHITECTURES:
+        return ARCHITECTURES[architecture]
     raise UnsupportedError(
         f"{file.path}: architecture {architecture!r}; supported: {', '.join(sorted(ARCHITECTURES))}",
         hint=near_match(str(architecture), ARCHITECTURES),

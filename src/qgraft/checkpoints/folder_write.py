@@ -1,0 +1,212 @@
+"""Write a loaded folder back: config.json, the tokenizer's files, and safetensors with the model's matrices.
+
+    chatglm-int8   <module>.weight int8 [out, in]        <module>.weight_scale float [out]
+    chatglm-int4   <module>.weight int8 [out, in // 2]   <module>.weight_scale float [out]
+    f32 f16 bf16   <module>.weight in that dtype, as before (Conv1D: [in, out])
+    other tensors  as they were
+
+This is the layout of ChatGLM's quantized releases, in safetensors instead of a pickle. As there, config.json says
+`quantization_bit` where all quantized matrices have the same number of bits; load_folder tells them apart by their
+shapes anyway. Blocks of GGUF have no layout here.
+
+A shard ends where one of the source ended, or at `SHARD_BYTES`, so a folder of one file stays one unless it is large.
+Copied are the files that transformers reads beside weights, licences and model cards; never code, never pickles.
+
+    safetensors file = length of the JSON u64 | JSON {name: {dtype, shape, data_offsets}}, padded to 8 bytes | tensors,
+                       the widest dtypes first, so that each lies at a multiple of its item size
+
+Source: README of huggingface/safetensors. Not chosen: safetensors.torch.save_file, whose files only their owner may
+read, and save, which makes a copy of a whole shard in memory.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgraft import storage
+from qgraft.checkpoints.folder_model import (
+    INDEX,
+    folder_digest,
+    matrix_entries,
+    open_shard,
+    open_shards,
+    read_config_json,
+    shard_paths,
+)
+from qgraft.checkpoints.origin import Matrix, Origin, changed_source
+from qgraft.errors import CheckpointError
+
+SHARD_BYTES = 4_000_000_000
+BITS = {"chatglm-int4": 4, "chatglm-int8": 8}
+FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_COPIED = ("*.json", "*.jinja", "*.md", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
+_WRITTEN = ("config.json", INDEX, storage.MANIFEST)
+_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+
+Tensors = dict[str, tuple[str, Tensor]]  # name -> (safetensors' word for the dtype, tensor)
+
+
+def check_source(origin: Origin) -> None:
+    """Raise CheckpointError when the folder that a model was loaded from is gone or another one."""
+    try:
+        digest = folder_digest(origin.path, origin.vectors)
+    except (CheckpointError, OSError) as error:
+        raise changed_source(origin, str(error)) from error
+    if digest != origin.digest:
+        raise changed_source(origin, "another configuration or other tensors than then")
+
+
+def write_folder(target: Path, origin: Origin, matrices: Sequence[Matrix]) -> tuple[int, int, int]:
+    """Publish the folder of `origin` with these matrices as `target`, whole or not at all.
+
+    Returns (bytes of weights written, of the source, tensors that differ from it). Raises CheckpointError, StorageError.
+    """
+    check_source(origin)
+    changed, sizes = 0, {}
+    with ExitStack() as stack:
+        shards = _split(_places(origin, matrices, stack))
+        storage.require_room(target, sum(place.nbytes for places in shards for place in places))
+        with storage.publish_folder(target) as staging:
+            _copy_files(origin.path, staging)
+            _write_config(origin.path, staging, matrices)
+            weight_map: dict[str, str] = {}
+            for number, places in enumerate(shards, start=1):
+                name = (
+                    f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+                )
+                read = [(place, place.tensors()) for place in places]
+                changed += sum(place.differs(tensors) for place, tensors in read)
+                shard = {key: entry for _, tensors in read for key, entry in tensors.items()}
+                sizes[name] = write_safetensors(staging / name, shard, places[0].metadata)
+                weight_map |= dict.fromkeys(shard, name)
+            if len(shards) > 1:
+                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+                storage.write_json(staging / INDEX, index)
+        before = sum(path.stat().st_size for path in shard_paths(origin.path))
+    return sum(sizes.values()), before, changed
+
+
+def folder_entries(origin: Origin, matrices: Sequence[Matrix]) -> Iterator[tuple[str, tuple[int, ...], str, Tensor]]:
+    """What the fingerprint of the folder with these matrices would be made of."""
+    for matrix in matrices:
+        if not matrix.stored.repeated:
+            yield from matrix_entries(matrix.stored.name, matrix.whole())
+    with ExitStack() as stack:
+        tensors = open_shards(origin.path, stack)
+        for name in origin.vectors:
+            value = tensors[name]()
+            yield name, tuple(value.shape), str(value.dtype), value
+
+
+def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> int:
+    """Write one safetensors file, whole or not at all, and return its size."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    ordered = sorted(tensors, key=lambda name: (-tensors[name][1].itemsize, name))
+    end = 0
+    for name in ordered:
+        dtype, tensor = tensors[name]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        end += tensor.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    nbytes = 8 + len(text) + end
+    raw = (_bytes(tensors[name][1]).numpy().data for name in ordered)
+    storage.write_chunks(path, chain([struct.pack("<Q", len(text)), text], raw), nbytes)
+    return nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """One tensor of the source, and the matrix that goes in its place, if one does."""
+
+    file: Path
+    shard: Any
+    name: str
+    matrix: Matrix | None
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        return self.shard.metadata() or {"format": "pt"}
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.shard.get_tensor(self.name).nbytes if self.matrix is None else self.matrix.nbytes)
+
+    def tensors(self) -> Tensors:
+        if self.matrix is None:
+            return {self.name: (self.shard.get_slice(self.name).get_dtype(), self.shard.get_tensor(self.name))}
+        packed = self.matrix.whole()
+        if packed.scale is not None:
+            named = {self.name: packed.data, f"{self.name}_scale": packed.scale}
+        else:
+            w_OI = packed.data.view(FLOATS[packed.format])
+            named = {self.name: w_OI.T.contiguous() if self.matrix.stored.transposed else w_OI}
+        return {name: (_DTYPES[tensor.dtype], tensor) for name, tensor in named.items()}
+
+    def differs(self, tensors: Tensors) -> bool:
+        """Whether these are not what the source has in this place."""
+        if self.matrix is None:
+            return False
+        for name, (_, new) in tensors.items():
+            old = self.shard.get_tensor(name) if name in self.shard.keys() else None  # noqa: SIM118 (not a dict)
+            if old is None or (old.shape, old.dtype) != (new.shape, new.dtype) or not _bytes(old).equal(_bytes(new)):
+                return True
+        return False
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _places(origin: Origin, matrices: Sequence[Matrix], stack: ExitStack) -> Iterator[_Place]:
+    """Every tensor of the source that is written again; scales go with their matrix."""
+    by_name = {matrix.stored.name: matrix for matrix in matrices}
+    scales = {f"{name}_scale" for name in by_name}
+    for path in shard_paths(origin.path):
+        shard = open_shard(path, stack)
+        for name in shard.keys():  # noqa: SIM118 (not a dict)
+            if name not in scales:
+                yield _Place(path, shard, name, by_name.get(name))
+
+
+def _split(places: Iterator[_Place]) -> list[list[_Place]]:
+    """The shards: a new one for each file of the source, and where one would outgrow SHARD_BYTES."""
+    shards: list[list[_Place]] = []
+    filled = 0
+    for place in places:
+        if not shards or shards[-1][-1].file != place.file or filled + place.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(place)
+        filled += place.nbytes
+    return shards
+
+
+def _copy_files(source: Path, staging: Path) -> None:
+    for pattern in _COPIED:
+        for path in source.glob(pattern):
+            if path.is_file() and path.name not in _WRITTEN:
+                copy = staging / path.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, copy)
+
+
+def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix]) -> None:
+    """config.json as it was, but for `quantization_bit`."""
+    config = read_config_json(source)
+    bits = {BITS[matrix.format] for matrix in matrices if matrix.format in BITS}
+    wanted = bits.pop() if len(bits) == 1 else None
+    if (config.get("quantization_bit") or None) == wanted:
+        shutil.copyfile(source / "config.json", staging / "config.json")
+        return
+    config.pop("quantization_bit", None)
+    storage.write_json(staging / "config.json", config | ({"quantization_bit": wanted} if wanted else {}))

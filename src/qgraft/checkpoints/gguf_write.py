@@ -1,0 +1,207 @@
+"""Write a loaded GGUF model back: the file it came from, with the model's matrices in the places of the old ones.
+
+The header is never built anew. Tensor infos have the same length whatever their type, so a file with other formats has
+the old header with other numbers in it: types, offsets, and `general.file_type` where all linear layers end up in one
+format. Keys, their order, names, order of the tensors and alignment cannot change, and a model whose formats are the
+file's gets the old header byte for byte:
+
+    header up to the tensor data   copied, types and offsets patched where a format changed
+    a matrix of the model          its packed rows, q and k back in llama.cpp's order, or requantized, panel by panel
+    any other tensor               copied in chunks
+    padding                        copied; zeros where offsets changed
+
+Source of the numbers of `general.file_type`: enum llama_ftype in llama.h, as gguf.LlamaFileType; for K-quants the one
+that llama-model-loader.cpp guesses for a file of such tensors.
+
+Not chosen: gguf.GGUFWriter, which sorts out values and types anew and keeps neither the order of keys nor padding.
+"""
+
+import math
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any, Self
+
+from gguf import LlamaFileType
+from torch import Tensor
+
+from qgraft import storage
+from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, TensorInfo, read_gguf
+from qgraft.checkpoints.gguf_model import gguf_digest
+from qgraft.checkpoints.origin import Matrix, Origin, changed_source
+from qgraft.errors import CheckpointError
+from qgraft.formats import GGML_TYPES, get_format
+
+CHUNK_BYTES = 16 << 20  # copied at a time
+_TYPE_IDS = {name: number for number, name in GGML_TYPES.items()}
+_FIXED_BYTES = 24  # magic, version, two counts
+_INT32 = 5  # value type
+_FILE_TYPE = "general.file_type"
+_FILE_TYPES = {
+    "f32": LlamaFileType.ALL_F32,
+    "f16": LlamaFileType.MOSTLY_F16,
+    "bf16": LlamaFileType.MOSTLY_BF16,
+    "q4_0": LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "q5_0": LlamaFileType.MOSTLY_Q5_0,
+    "q5_1": LlamaFileType.MOSTLY_Q5_1,
+    "q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "q2_k": LlamaFileType.MOSTLY_Q2_K,
+    "q3_k": LlamaFileType.MOSTLY_Q3_K_M,
+    "q4_k": LlamaFileType.MOSTLY_Q4_K_M,
+    "q5_k": LlamaFileType.MOSTLY_Q5_K_M,
+    "q6_k": LlamaFileType.MOSTLY_Q6_K,
+}
+
+
+def open_source(origin: Origin) -> GgufFile:
+    """The file that a model was loaded from. Raises CheckpointError when it is gone or another one."""
+    try:
+        file = read_gguf(origin.path)
+    except CheckpointError as error:
+        raise changed_source(origin, error.message) from error
+    if gguf_digest(file) != origin.digest:
+        raise changed_source(origin, "other metadata or tensors than then")
+    return file
+
+
+def write_gguf(target: Path, origin: Origin, matrices: Sequence[Matrix], uniform: str | None) -> tuple[int, int, int]:
+    """Write the file of `origin` with these matrices to `target`, whole or not at all.
+
+    Args:
+        uniform: the format that all linear layers have now, if they have one.
+
+    Returns (bytes written, bytes of the source, tensors that differ from it). Raises CheckpointError, StorageError.
+    """
+    file = open_source(origin)
+    by_name = {matrix.stored.name: matrix for matrix in matrices}
+    formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
+    infos, end = _lay_out(file, formats)
+    same = infos == file.tensors
+    header = file.data[: file.data_offset].numpy().tobytes()
+    changed: set[str] = set()
+    with _Source(origin) as source:
+        nbytes = len(file.data) if same else end
+        header = header if same else _patch(file, header, infos, uniform)
+        data = _data(file, source, infos, by_name, nbytes, changed)
+        storage.write_chunks(target, chain([header], data), nbytes)
+    return nbytes, len(file.data), len(changed)
+
+
+def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[str, tuple[int, ...], str, Tensor]]:
+    """What the fingerprint of the file with these matrices would be made of."""
+    by_name = {matrix.stored.name: matrix for matrix in matrices}
+    for name, info in file.tensors.items():
+        matrix = by_name.get(name)
+        if matrix is None:
+            yield name, info.shape, info.format, file.tensor(name)
+        else:
+            yield name, info.shape, matrix.format, matrix.whole().data
+
+
+def _lay_out(file: GgufFile, formats: dict[str, str]) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors in these formats, side by side in the order they lie in, and where the file ends."""
+    moved: dict[str, TensorInfo] = {}
+    end = file.data_offset
+    for info in sorted(file.tensors.values(), key=lambda info: info.offset):
+        layout = get_format(formats[info.name])
+        nbytes = math.prod(info.shape[:-1]) * layout.row_bytes(info.shape[-1])
+        moved[info.name] = replace(info, format=layout.name, offset=end, nbytes=nbytes)
+        end += -(-nbytes // file.alignment) * file.alignment
+    return {name: moved[name] for name in file.tensors}, end
+
+
+def _patch(file: GgufFile, header: bytes, infos: dict[str, TensorInfo], uniform: str | None) -> bytes:
+    """The header with the types and offsets of `infos`, and the number of the format `uniform` as its file type."""
+    patched = bytearray(header)
+    kind = file.metadata_types.get(_FILE_TYPE)
+    if uniform in _FILE_TYPES and isinstance(kind, int) and kind in (UINT32, _INT32):
+        struct.pack_into(f"<{CODES[kind]}", patched, _value_offset(file, _FILE_TYPE), _FILE_TYPES[uniform])
+    position = file.header_nbytes - sum(_info_nbytes(info) for info in infos.values())
+    for info in infos.values():
+        position += _info_nbytes(info)
+        struct.pack_into("<IQ", patched, position - 12, _TYPE_IDS[info.format], info.offset - file.data_offset)
+    return bytes(patched)
+
+
+def _info_nbytes(info: TensorInfo) -> int:
+    """Name with its length, number of dims, dims, and at the end type u32 and offset u64."""
+    return 8 + len(info.name.encode()) + 4 + 8 * len(info.shape) + 12
+
+
+def _value_offset(file: GgufFile, wanted: str) -> int:
+    """Where in the file the value of the key `wanted` starts."""
+    position = _FIXED_BYTES
+    for key, value in file.metadata.items():
+        position += 8 + len(key.encode()) + 4
+        if key == wanted:
+            break
+        position += _value_nbytes(value, file.metadata_types[key])
+    return position
+
+
+def _value_nbytes(value: Any, kind: int | tuple[int, int]) -> int:
+    if isinstance(kind, tuple):
+        return 12 + sum(_value_nbytes(element, kind[1]) for element in value)
+    return 8 + len(value.encode()) if kind == STRING else struct.calcsize("<" + CODES[kind])
+
+
+def _data(
+    file: GgufFile,
+    source: "_Source",
+    infos: dict[str, TensorInfo],
+    matrices: dict[str, Matrix],
+    nbytes: int,
+    changed: set[str],
+) -> Iterator[bytes]:
+    """Everything behind the header, up to `nbytes` of the whole file; `changed` collects the tensors that differ."""
+    same = infos == file.tensors
+    ordered = sorted(infos.values(), key=lambda info: info.offset)
+    ends = [*(info.offset for info in ordered[1:]), nbytes]
+    for info, end in zip(ordered, ends, strict=True):
+        old, matrix = file.tensors[info.name], matrices.get(info.name)
+        if matrix is None:
+            yield from source.chunks(old.offset, old.nbytes)
+        else:
+            for differs, raw in _panels(source, old, matrix):
+                changed |= {info.name} if differs else set()
+                yield raw
+        padding = end - info.offset - info.nbytes
+        yield source.read(old.offset + old.nbytes, padding) if same else bytes(padding)
+
+
+def _panels(source: "_Source", old: TensorInfo, matrix: Matrix) -> Iterator[tuple[bool, bytes]]:
+    """The matrix in pieces, each with whether it differs from what the source has in its place."""
+    position = old.offset
+    for panel in matrix.panels():
+        raw = panel.data.numpy().tobytes()
+        same = matrix.format == old.format and source.read(position, len(raw)) == raw
+        position += len(raw)
+        yield not same, raw
+
+
+class _Source:
+    """Reads the file that a model came from; where a mapping would end the process, a shorter file is an error here."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.file = open(origin.path, "rb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        self.file.seek(start)
+        found = self.file.read(nbytes)
+        if len(found) != nbytes:
+            raise changed_source(self.origin, "it became shorter")
+        return found
+
+    def chunks(self, start: int, nbytes: int) -> Iterator[bytes]:
+        for offset in range(0, nbytes, CHUNK_BYTES):
+            yield self.read(start + offset, min(CHUNK_BYTES, nbytes - offset))

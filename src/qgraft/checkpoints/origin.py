@@ -1,0 +1,157 @@
+"""Where the matrices of a loaded model lie in its container, and what goes back there.
+
+`load` leaves an Origin on the model as `model.qgraft_origin`. It holds names and orders, no weights: the model has them.
+Two things differ between a matrix of the model and the same matrix in its container, and both only move whole rows:
+
+    row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_model.py)
+    transposed   folders keep the float weights of transformers' Conv1D as [in, out] (folder_model.py)
+
+Everything else in a container (metadata, norms, biases, tokenizer) is copied from it when the model is saved. So it must
+still be what it was when the model was loaded: `digest` says what that was. It is compared by content, not by date,
+because a copied or touched file is the same, and refusing it would cost somebody a merge.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from qgraft.adapters.lora import LoraLinear
+from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.formats import PackedTensor, dequantize, get_format, quantize
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+
+PANEL_WEIGHTS = 1 << 22  # written at a time: 16 MiB while they are float32
+_EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a format's values; float32 holds all others
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """How one matrix of the model lies in its container.
+
+    Attributes:
+        name: of its tensor there.
+        row_order: [out] int64, which stored row is row i of the model; None where they agree.
+        transposed: whether floats are kept [in, out].
+        repeated: the model does not read it, because it is tied to another matrix that it reads.
+    """
+
+    name: str
+    row_order: Tensor | None = None
+    transposed: bool = False
+    repeated: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """What a loaded model remembers of its container.
+
+    Attributes:
+        path: the file or folder.
+        container: "gguf" or "folder".
+        digest: of everything in it that a save copies; by gguf_digest or folder_digest.
+        matrices: module path in the model -> where its weight lies.
+        vectors: the parameters that were read as floats (norms, biases), by their names in the model.
+    """
+
+    path: Path
+    container: str
+    digest: str
+    matrices: dict[str, Stored]
+    vectors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """One matrix to be written: the model's packed weight, and the format that it shall have in the container."""
+
+    path: str
+    stored: Stored
+    packed: PackedTensor
+    format: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes it will take, scales included (rowwise formats: at most)."""
+        rows, width = self.packed.shape
+        scales = 4 * rows if get_format(self.format).family == "rowwise" else 0
+        return rows * get_format(self.format).row_bytes(width) + scales
+
+    def panels(self) -> Iterator[PackedTensor]:
+        """The matrix in its container's row order and in `format`, on the CPU, some rows at a time."""
+        step = max(1, PANEL_WEIGHTS // self.packed.shape[1])
+        for index in self._order().split(step):
+            panel = _to_cpu(self.packed.rows(index.to(self.packed.data.device)))
+            yield panel if panel.format == self.format else self._requantize(panel)
+
+    def whole(self) -> PackedTensor:
+        """All panels as one; not copied where nothing has to change."""
+        if self.packed.format == self.format and self.stored.row_order is None:
+            return _to_cpu(self.packed)
+        panels = list(self.panels())
+        scales = [panel.scale for panel in panels if panel.scale is not None]
+        data = torch.cat([panel.data for panel in panels])
+        return PackedTensor(self.format, self.packed.shape, data, torch.cat(scales) if scales else None)
+
+    def _requantize(self, panel: PackedTensor) -> PackedTensor:
+        try:
+            return quantize(dequantize(panel, _EXACT.get(panel.format, torch.float32)), self.format)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.path}: {error.message}", hint=error.hint) from error
+
+    def _order(self) -> Tensor:
+        """Which row of the model is row i of the container, [out] int64: the inverse of `row_order`."""
+        order = self.stored.row_order
+        return torch.arange(self.packed.shape[0]) if order is None else order.argsort()
+
+
+def find_origin(model: nn.Module) -> Origin:
+    """Where `model` came from. Raises CheckpointError for a model that no `load` made."""
+    origin = getattr(model, "qgraft_origin", None)
+    if not isinstance(origin, Origin):
+        raise CheckpointError(
+            f"a {type(model).__name__} without the container it came from: only models from qgraft.load can be saved",
+            hint="save_pretrained() is for transformers' own models",
+        )
+    return origin
+
+
+def current_matrices(model: nn.Module, origin: Origin) -> list[Matrix]:
+    """Every matrix of the container with the model's present bytes and format. Raises CheckpointError."""
+    packed = {path: _weight_at(model, path) for path in origin.matrices}
+    return [Matrix(path, stored, packed[path], packed[path].format) for path, stored in origin.matrices.items()]
+
+
+def is_linear(model: nn.Module, path: str) -> bool:
+    """Whether a linear layer lies at `path`, as opposed to an embedding."""
+    return isinstance(model.get_submodule(path), QuantizedLinear | LoraLinear)
+
+
+def changed_source(origin: Origin, what: str) -> CheckpointError:
+    """The error for a container that is no longer what the model was loaded from."""
+    return CheckpointError(
+        f"{origin.path} changed since the model was loaded: {what}",
+        hint="norms, tokenizer and metadata are copied from it: put it back, or load the model again",
+    )
+
+
+def _weight_at(model: nn.Module, path: str) -> PackedTensor:
+    module = model.get_submodule(path)
+    if isinstance(module, LoraLinear):
+        module = module.base
+    if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        raise CheckpointError(
+            f"{path}: got a {type(module).__name__}, expected the quantized layer that load put there"
+        )
+    packed = module.packed_weight.get()
+    expected = [packed.shape[0], get_format(packed.format).row_bytes(packed.shape[1])]
+    if (got := list(packed.data.shape)) != expected or packed.data.itemsize != 1:
+        raise CheckpointError(f"{path}: got {packed.data.dtype} {got}, expected bytes {expected} for {packed.format}")
+    return packed
+
+
+def _to_cpu(packed: PackedTensor) -> PackedTensor:
+    scale = None if packed.scale is None else packed.scale.cpu().contiguous()
+    return PackedTensor(packed.format, packed.shape, packed.data.cpu().contiguous(), scale)

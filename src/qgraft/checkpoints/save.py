@@ -1,0 +1,211 @@
+"""save(): the model back into the container it came from, same format, same size, with what a merge put into it.
+
+Only packed matrices are taken from the model. Everything else (metadata, tokenizer, norms, biases) is copied from the
+file or folder that was loaded, so an unchanged GGUF model gives an identical file. What is written stands under its
+final name whole or not at all (storage.py).
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from torch import nn
+
+from qgraft import storage
+from qgraft.adapters.attach import active_adapters, find_targets
+from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder
+from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
+from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+from qgraft.formats import FORMATS, GGML_TYPES, Format, get_format
+
+HELD = {"gguf": set(GGML_TYPES.values()), "folder": {*BITS, *FLOATS}}  # container -> formats it has a place for
+_KINDS = {"gguf": "a GGUF file", "folder": "a folder of safetensors"}
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """What save() wrote.
+
+    Attributes:
+        path: the file or folder.
+        nbytes: its size; of a folder, the size of its weights.
+        source_nbytes: the same of the container that the model was loaded from.
+        changed: tensors that differ from those.
+        formats: number of weights in each format, for example {"q4_1": 106168320}.
+        notes: what a reader should know, each one sentence.
+    """
+
+    path: Path
+    nbytes: int
+    source_nbytes: int
+    changed: int
+    formats: dict[str, int]
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        size = f"{self.nbytes / 1e6:.1f} MB"
+        if self.nbytes != self.source_nbytes:
+            size += f" (was {self.source_nbytes / 1e6:.1f} MB)"
+        return "\n".join([f"{self.path}: {size}, {self.changed} tensors changed", *self.notes])
+
+
+def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None) -> SaveReport:
+    """Write the model's packed weights into a copy of the container that it was loaded from.
+
+    Args:
+        path: the file to write (GGUF), or the folder.
+        to: another format for every linear layer but the output layer ("q8_0"), or for some layers: {name: format},
+            where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
+            it; the first that fits a layer counts. Layers are requantized from their present values.
+
+    Raises AdapterError while adapters are active, CheckpointError when the container changed since it was loaded,
+    OptionError, UnsupportedError for a format that the container cannot hold, StorageError.
+    """
+    if active := active_adapters(model):
+        raise AdapterError(
+            f"the adapter {', '.join(active)} is active and would not be in the saved weights",
+            hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
+        )
+    origin, target = find_origin(model), _absolute(path)
+    _check_target(target, origin)
+    matrices, notes = _plan(model, origin, to)
+    if origin.container == "gguf":
+        written = write_gguf(target, origin, matrices, _uniform(model, matrices))
+    else:
+        written = write_folder(target, origin, matrices)
+    return SaveReport(target, *written, _count(matrices), tuple(notes))
+
+
+def check_target(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None) -> None:
+    """Raise what save() would raise for this path and these formats, before anything long is begun."""
+    origin = find_origin(model)
+    _check_target(_absolute(path), origin)
+    _plan(model, origin, to)
+
+
+def current_fingerprint(model: nn.Module) -> str:
+    """The fingerprint that the model's container would have if it were saved now. Raises CheckpointError."""
+    origin = find_origin(model)
+    matrices = current_matrices(model, origin)
+    if origin.container == "gguf":
+        return fingerprint(gguf_entries(open_source(origin), matrices))
+    check_source(origin)
+    return fingerprint(folder_entries(origin, matrices))
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(os.path.abspath(Path(path).expanduser()))
+
+
+def _check_target(target: Path, origin: Origin) -> None:
+    parent = target.parent
+    if target.exists() and origin.path.exists() and target.samefile(origin.path):
+        raise OptionError(f"{target} is what the model was loaded from", hint="give the merged model another name")
+    if not parent.is_dir():
+        got = "is not a folder" if parent.exists() else "does not exist"
+        raise StorageError(f"cannot write {target}: {parent} {got}", hint="create the folder first")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError(f"cannot write {target}: no permission to write in {parent}")
+    if origin.container == "gguf" and target.is_dir():
+        raise StorageError(f"cannot write {target}: it is a folder", hint=f"give a file: {target / origin.path.name}")
+    if origin.container == "folder":
+        _check_folder(target)
+
+
+def _check_folder(target: Path) -> None:
+    """A folder is replaced only if an earlier save wrote all that is in it."""
+    if target.suffix == ".gguf" or (target.exists() and not target.is_dir()):
+        got = "it is a file" if target.exists() else "that is a file's name"
+        raise StorageError(f"cannot write {target}: {got}; a model from a folder is saved as a folder")
+    foreign = storage.unlisted_files(target)
+    if foreign or (any(target.glob("*")) and not (target / "config.json").is_file()):
+        listed = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
+        raise StorageError(
+            f"cannot write {target}: the folder holds files that no save wrote: {listed or 'a training run'}",
+            hint="give the name of a new folder",
+        )
+
+
+def _plan(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) -> tuple[list[Matrix], list[str]]:
+    """What is to be written, and notes on what stays as it is although `to` asks for it."""
+    matrices = {matrix.path: matrix for matrix in current_matrices(model, origin)}
+    notes = []
+    for path, wanted in _wanted_formats(model, origin, to).items():
+        matrix, block = matrices[path], _writable(origin, wanted).block_size
+        if matrix.packed.shape[1] % block:
+            width = matrix.packed.shape[1]
+            notes.append(f"{path} stays {matrix.format}: {width} inputs are no multiple of {block}")
+        else:
+            matrices[path] = replace(matrix, format=wanted)
+    _check_held(origin, list(matrices.values()))
+    return list(matrices.values()), notes
+
+
+def _wanted_formats(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) -> dict[str, str]:
+    """{module path of a linear layer: the format that `to` asks for}."""
+    if to is None:
+        return {}
+    if isinstance(to, str):
+        return {path: to for path in find_targets(model, "all-linear") if path in origin.matrices}
+    names = {path: stored.name for path, stored in origin.matrices.items() if not stored.repeated}
+    linears = {path: name for path, name in names.items() if is_linear(model, path)}
+    wanted: dict[str, str] = {}
+    for key, format_name in to.items():
+        matched = [path for path, name in linears.items() if _is_called(key, path, name)]
+        if not matched:
+            leaves = {path.rpartition(".")[2] for path in linears}
+            raise OptionError(
+                f"to={{{key!r}: ...}}: no linear layer is named so; the model has: {', '.join(sorted(leaves))}",
+                hint=near_match(key, leaves),
+            )
+        for path in matched:
+            wanted.setdefault(path, format_name)
+    return wanted
+
+
+def _is_called(key: str, path: str, name: str) -> bool:
+    return any(fnmatchcase(f".{word}", f"*.{key}") for word in (path, name, name.removesuffix(".weight")))
+
+
+def _writable(origin: Origin, wanted: str) -> Format:
+    """The format called `wanted`. Raises UnsupportedError when nothing can be requantized to it in this container."""
+    chosen = get_format(wanted)
+    if chosen.quantize is None or wanted not in HELD[origin.container]:
+        possible = sorted(name for name in HELD[origin.container] if FORMATS[name].quantize is not None)
+        raise UnsupportedError(f"to={wanted!r}: {_KINDS[origin.container]} can get: {', '.join(possible)}")
+    return chosen
+
+
+def _check_held(origin: Origin, matrices: Sequence[Matrix]) -> None:
+    homeless = Counter(each.format for each in matrices if each.format not in HELD[origin.container])
+    if homeless:
+        found = ", ".join(f"{number} matrices in {name}" for name, number in sorted(homeless.items()))
+        hints = {
+            "gguf": 'give to="q8_0" or another format of GGUF',
+            "folder": 'load with quantize="chatglm-int4", or save with to="chatglm-int8" or to="f16"',
+        }
+        raise UnsupportedError(
+            f"{found}: {_KINDS[origin.container]} can hold: {', '.join(sorted(HELD[origin.container]))}",
+            hint=hints[origin.container],
+        )
+
+
+def _uniform(model: nn.Module, matrices: Sequence[Matrix]) -> str | None:
+    """The format that every linear layer but the output layer will have, if they agree."""
+    inner = set(find_targets(model, "all-linear"))
+    formats = {matrix.format for matrix in matrices if matrix.path in inner}
+    return formats.pop() if len(formats) == 1 else None
+
+
+def _count(matrices: Sequence[Matrix]) -> dict[str, int]:
+    """Number of weights in each format, as BaseInfo.formats has them."""
+    formats: Counter[str] = Counter()
+    for matrix in matrices:
+        if not matrix.stored.repeated:
+            formats[matrix.format] += matrix.packed.shape[0] * matrix.packed.shape[1]
+    return dict(formats)
