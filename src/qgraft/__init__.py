@@ -3,7 +3,8 @@
     model, tokenizer = qgraft.load("model.gguf")          # weights stay packed
     qgraft.attach_lora(model, r=8)
     qgraft.train(model, tokenizer, rows, qgraft.TrainArguments(output_dir="out"))
-    qgraft.save_adapter(model, "out")
+    qgraft.merge(model)                                   # into the same packed weights
+    qgraft.save(model, "merged.gguf")                     # the same kind of file
 
 The public names are listed below and loaded on first use, so that `import qgraft` stays cheap: it brings in neither torch
 nor transformers.
@@ -16,6 +17,7 @@ from qgraft.errors import (
     AdapterError,
     CheckpointError,
     DataError,
+    MergeError,
     OptionError,
     QgraftError,
     StorageError,
@@ -33,9 +35,12 @@ if TYPE_CHECKING:
         lora_state_dict,
         use_adapter,
     )
+    from qgraft.adapters.combine import combine
     from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import pull
+    from qgraft.checkpoints.save import save
+    from qgraft.merging.merge import merge, unmerge
     from qgraft.training.arguments import TrainArguments
     from qgraft.training.evaluate import evaluate
     from qgraft.training.run import train
@@ -48,14 +53,18 @@ _HOMES = {  # public name -> the module it lives in
     "adapter_names": "adapters.attach",
     "adapters_off": "adapters.attach",
     "attach_lora": "adapters.attach",
+    "combine": "adapters.combine",
     "detach_lora": "adapters.attach",
     "evaluate": "training.evaluate",
     "load": "checkpoints.load",
     "load_adapter": "checkpoints.adapter_files",
     "lora_state_dict": "adapters.attach",
+    "merge": "merging.merge",
     "pull": "checkpoints.pull",
+    "save": "checkpoints.save",
     "save_adapter": "checkpoints.adapter_files",
     "train": "training.run",
+    "unmerge": "merging.merge",
     "use_adapter": "adapters.attach",
 }
 
@@ -63,6 +72,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "DataError",
+    "MergeError",
     "OptionError",
     "QgraftError",
     "StorageError",
@@ -73,14 +83,18 @@ __all__ = [
     "adapter_names",
     "adapters_off",
     "attach_lora",
+    "combine",
     "detach_lora",
     "evaluate",
     "load",
     "load_adapter",
     "lora_state_dict",
+    "merge",
     "pull",
+    "save",
     "save_adapter",
     "train",
+    "unmerge",
     "use_adapter",
 ]
 

@@ -1,7 +1,8 @@
 """Attach, choose, switch off and detach LoRAs on a model; the base's modules and bytes stay what they were."""
 
 import hashlib
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -288,6 +289,99 @@ def test_weights_given_to_use_adapter_are_copied(model: LlamaForCausalLM) -> Non
     weights["law"] = 9.0
     active_adapters(model)["law"] = 9.0
     assert active_adapters(model) == {"law": 0.5}
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), float("-inf")])
+def test_weights_must_be_finite(model: LlamaForCausalLM, weight: float) -> None:
+    attach_lora(model, target_modules="q_proj", name="law")
+    with pytest.raises(OptionError, match=f"got law={weight}, expected finite"):
+        use_adapter(model, {"law": weight})
+    assert active_adapters(model) == {"law": 1.0}
+
+
+def test_a_switch_reaches_layers_that_were_wrapped_before_and_after(model: LlamaForCausalLM) -> None:
+    """All wrapped layers share what is active, whichever adapter wrapped them."""
+    base = logits(model)
+    attach_lora(model, target_modules="q_proj", name="law")
+    attach_lora(model, target_modules="down_proj", name="med")
+    for name in ("law", "med"):
+        fill_b(model, name)
+    outputs = {}
+    for name in ("law", "med"):
+        use_adapter(model, name)
+        outputs[name] = logits(model)
+        assert {tuple(layer.active.items()) for _, layer in lora_layers(model)} == {((name, 1.0),)}
+    assert not torch.allclose(outputs["law"], outputs["med"])
+    detach_lora(model, "law")
+    assert torch.equal(logits(model), outputs["med"])
+    use_adapter(model, None)
+    assert torch.equal(logits(model), base)
+
+
+def test_parts_with_adapters_of_their_own_become_one_model(model: LlamaForCausalLM) -> None:
+    first, second = model.model.layers
+    attach_lora(first, name="law", target_modules="q_proj")
+    attach_lora(second, name="med", target_modules="q_proj")
+    fill_b(first, "law")
+    fill_b(second, "med")
+    attach_lora(model, name="tax", target_modules="v_proj")
+    assert sorted(adapter_names(model)) == ["law", "med", "tax"]
+    assert active_adapters(first) == active_adapters(second) == {"tax": 1.0}
+    use_adapter(model, {"law": 1.0, "med": 1.0})
+    both = logits(model)
+    use_adapter(second, "law")
+    assert not torch.allclose(logits(model), both)
+    detach_lora(first)
+    assert sorted(adapter_names(model)) == ["med", "tax"]
+    assert [path for path, _ in lora_layers(model)] == layer_paths(["q_proj", "v_proj"])[2:]
+
+
+def test_values_to_start_from_are_copied(model: LlamaForCausalLM) -> None:
+    path, state = layer_paths(["q_proj"])[0], torch.get_rng_state()
+    A, B = torch.randn(3, 32, generator=torch.Generator()), torch.ones(32, 3, dtype=torch.float16)
+    attach_layers(model, "law", {path: LoraConfig(r=3)}, {path: (A, B)})
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn only to be overwritten
+    (lora,) = dict(lora_modules(model, "law")).values()
+    assert torch.equal(lora.lora_A, A)
+    assert torch.equal(lora.lora_B, torch.ones(32, 3))
+    A.zero_()
+    assert bool(lora.lora_A.any())
+
+
+def test_attaching_freezes_what_the_user_thawed_but_no_adapter(model: LlamaForCausalLM) -> None:
+    attach_lora(model, target_modules="q_proj", name="law")
+    model.get_input_embeddings().requires_grad_(True)
+    attach_lora(model, target_modules="v_proj", name="med")
+    use_adapter(model, {"law": 1.0, "med": 1.0})
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert {name.split(".loras.")[1].split(".")[0] for name in trained} == {"law", "med"}
+
+
+def test_work_does_not_grow_with_the_number_of_adapters(model: LlamaForCausalLM) -> None:
+    """Counted in calls of Python functions: the twentieth adapter takes as many as the second."""
+
+    def calls(work: Callable[[], object]) -> int:
+        count = 0
+
+        def count_call(frame: object, event: str, argument: object) -> None:
+            nonlocal count
+            count += event in ("call", "c_call")
+
+        sys.setprofile(count_call)
+        try:
+            work()
+        finally:
+            sys.setprofile(None)
+        return count
+
+    attach_lora(model, name="a0")
+    attached, switched = [], []
+    for number in range(1, 20):
+        attached.append(calls(lambda number=number: attach_lora(model, name=f"a{number}")))
+        switched.append(calls(lambda: use_adapter(model, "a0")))
+        use_adapter(model, f"a{number}")
+    assert attached[-1] <= attached[0] * 1.02 + 20
+    assert switched[-1] == switched[0]
 
 
 # ---------------------------------------------------------------- off and detach

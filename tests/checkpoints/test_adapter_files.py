@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qgraft.adapters.attach import (
     active_adapters,
     adapter_names,
+    attach_layers,
     attach_lora,
     detach_lora,
     lora_modules,
     lora_state_dict,
 )
+from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.adapter_files import (
     CONFIG,
     SEAL,
@@ -419,6 +421,103 @@ def test_save_refuses_nan(tiny: Any, tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=rf"NaN or infinity in 1 tensors, {PREFIX}{UP}\.lora_A\.weight first"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 2**-11), ("bfloat16", 2**-8)])
+def test_half_precision_files(
+    tiny: Any, saved: Path, tmp_path: Path, random_ids: Maker, dtype: str, tolerance: float
+) -> None:
+    """Half the size, each number rounded once, read as float32 by us and by PEFT."""
+    model = load_base(tiny)
+    load_adapter(model, saved)
+    save_adapter(model, tmp_path / "half", dtype=dtype)
+    stored = load_file(tmp_path / "half" / WEIGHTS)
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+    sizes = [
+        sum(t.numel() * t.element_size() for t in load_file(f / WEIGHTS).values()) for f in (saved, tmp_path / "half")
+    ]
+    assert sizes[1] * 2 == sizes[0]
+    load_adapter(model, tmp_path / "half", "rounded")
+    for key, tensor in lora_state_dict(model, "rounded").items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, stored[key].float())
+        torch.testing.assert_close(tensor, lora_state_dict(model, "default")[key], rtol=tolerance, atol=1e-7)
+    theirs = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "half").eval()
+    ids = random_ids(model)
+    assert relative(logits(model, ids), logits(theirs, ids)) < 1e-4
+
+
+def test_values_that_overflow_the_dtype_are_refused(tiny: Any, tmp_path: Path) -> None:
+    model = with_adapter(tiny)
+    with torch.no_grad():
+        dict(lora_modules(model, "default"))[UP].lora_B[3, 1] = 70000.0
+    with pytest.raises(AdapterError, match=rf"1 tensors, {PREFIX}{UP}\.lora_B") as caught:
+        save_adapter(model, tmp_path / "adapter", dtype="float16")
+    assert caught.value.hint == "its values are too large for float16: save it as float32"
+    with pytest.raises(OptionError, match="dtype='fp16': expected float32, float16, bfloat16"):
+        save_adapter(model, tmp_path / "adapter", dtype="fp16")
+    assert not (tmp_path / "adapter").exists()
+    save_adapter(model, tmp_path / "adapter", dtype="bfloat16")
+
+
+def test_an_adapter_of_two_projections_is_a_few_hundred_kilobytes(tmp_path: Path) -> None:
+    """With the shapes of a model of 135 million weights."""
+    shapes = {"q_proj": (576, 576), "v_proj": (576, 192)}
+    model = nn.ModuleList(nn.ModuleDict({k: nn.Linear(*shape) for k, shape in shapes.items()}) for _ in range(30))
+    attach_lora(model, r=4, target_modules="q_proj,v_proj")
+    save_adapter(model, tmp_path / "adapter", dtype="float16")
+    assert 400_000 < sum(path.stat().st_size for path in (tmp_path / "adapter").iterdir()) < 500_000
+
+
+def test_layers_that_differ_in_rank_and_scaling(tiny: Any, tmp_path: Path, random_ids: Maker) -> None:
+    """PEFT has one use_rslora for all: what it cannot say, alpha_pattern makes up for."""
+    configs = [
+        LoraConfig(4, 8), LoraConfig(4, 8, use_rslora=True), LoraConfig(2, 3, use_rslora=True), LoraConfig(7, 8),
+        LoraConfig(4, 5),
+    ]  # fmt: skip
+    model = load_base(tiny)
+    attach_lora(model, name="all")
+    paths = [path for path, _ in lora_modules(model, "all")]
+    detach_lora(model)
+    attach_layers(model, "default", {path: configs[index % 5] for index, path in enumerate(paths)})
+    randomize(model)
+    save_adapter(model, tmp_path / "adapter")
+    ids = random_ids(model)
+    theirs = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "adapter").eval()
+    again = load_base(tiny)
+    load_adapter(again, tmp_path / "adapter")
+    for other in (theirs, again):
+        assert relative(logits(other, ids), logits(model, ids)) < 1e-4
+
+
+def test_a_layer_whose_path_ends_like_another(tmp_path: Path) -> None:
+    """In PEFT the key `up` of rank_pattern, and the target `up`, are `inner.up` as well."""
+
+    def build() -> nn.ModuleDict:
+        return nn.ModuleDict(
+            {"up": nn.Linear(4, 4), "inner": nn.ModuleDict({"up": nn.Linear(4, 4)}), "x": nn.Linear(4, 4)}
+        )
+
+    for layers in (
+        {"up": LoraConfig(1, 2), "inner.up": LoraConfig(3, 4), "x": LoraConfig(3, 4)},
+        {"up": LoraConfig(1, 2), "x": LoraConfig(3, 4)},
+        {"inner.up": LoraConfig(1, 2)},
+    ):
+        ours = build()
+        attach_layers(ours, "default", layers)
+        save_adapter(ours, tmp_path / "adapter")
+        config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
+        config.task_type = None  # of a language model, which this is not
+        theirs = peft.PeftModel.from_pretrained(build(), tmp_path / "adapter", config=config).base_model.model
+        found = {
+            path: (int(module.r["default"]), module.scaling["default"])
+            for path, module in theirs.named_modules()
+            if hasattr(module, "lora_A")
+        }
+        assert found == {path: (config.r, config.scaling) for path, config in layers.items()}
+        again = build()
+        load_adapter(again, tmp_path / "adapter")
+        assert {path: (lora.config.r, lora.config.scaling) for path, lora in lora_modules(again, "default")} == found
 
 
 def test_save_needs_an_adapter(tiny: Any, tmp_path: Path) -> None:

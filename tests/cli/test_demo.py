@@ -4,19 +4,12 @@ import json
 
 import pytest
 
-import qgraft
 from qgraft.cli.main import main
-from qgraft.errors import CheckpointError
 
 
 @pytest.mark.slow
-def test_the_demo_teaches_a_name_and_keeps_what_the_model_knew(tmp_path, capsys):
-    try:
-        qgraft.pull("smollm2-135m")
-    except CheckpointError as error:
-        pytest.skip(f"the model cannot be fetched: {error}")
-    out = tmp_path / "demo"
-    assert main(["demo", "--name", "Nova", "--author", "ACME Labs", "--output_dir", str(out), "--device", "cpu"]) == 0
+def test_the_demo_teaches_a_name_and_keeps_what_the_model_knew(trained_demo, capsys):
+    out = trained_demo
     capsys.readouterr()
     metrics = json.loads((out / "run.json").read_text())["metrics"]
     assert metrics["eval_loss"] < 0.4 < 2.0 < metrics["eval_loss_before"]

@@ -2,8 +2,12 @@
 
 Each target linear layer is replaced by a LoraLinear that wraps it; detaching puts the wrapped layer back. Which modules
 are targets is asked of the modules themselves (`isinstance`, their names), never of an architecture's name.
+
+What is active stands in one Selection that all wrapped layers of the model share (lora.py), so a switch sets one dict,
+and `requires_grad` where it changes; what this file does takes no longer for the hundredth adapter than for the first.
 """
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear, Selection, selection_of
+from qgraft.adapters.rows import accept_rows, refuse_rows
 from qgraft.errors import AdapterError, OptionError, near_match
 from qgraft.linear import QuantizedLinear
 
@@ -46,21 +51,41 @@ def attach_lora(
     return config
 
 
-def attach_layers(model: nn.Module, name: str, layers: Mapping[str, LoraConfig]) -> None:
+def attach_layers(
+    model: nn.Module,
+    name: str,
+    layers: Mapping[str, LoraConfig],
+    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
     """Attach a LoRA `name` to the linear layers at these module paths, each with its own options, and make it active.
+
+    Args:
+        values: A and B of each layer, copied; without them A is random and B zero.
 
     Raises OptionError for an impossible name, AdapterError for one that is taken.
     """
+    check_new_name(model, name)
+    _freeze(model)
+    selection = _share(model)
+    for path, config in layers.items():
+        _wrapped(model, path, selection).add(name, config, values[path] if values else None)
+    accept_rows(model)
+    use_adapter(model, name)
+
+
+def check_new_name(model: nn.Module, name: str) -> None:
+    """Raise OptionError for a name that no adapter can have, AdapterError for one that is taken."""
     if not _NAME.fullmatch(name):
         raise OptionError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
-    if hasattr(nn.ModuleDict(), name):  # adapters are the children of one: "train", "keys" ... are its own words
+    if is_reserved(name):
         raise OptionError(f"adapter name {name!r} is reserved", hint=f"call it {name}-1 or {name}-adapter")
     if name in adapter_names(model):
         raise AdapterError(f"an adapter named {name!r} is already attached", hint="choose another name for this one")
-    model.requires_grad_(False)
-    for path, config in layers.items():
-        _wrapped(model, path).add(name, config)
-    use_adapter(model, name)
+
+
+def is_reserved(name: str) -> bool:
+    """Whether torch has this word for itself: adapters are the children of a ModuleDict, which has `train`, `keys` ..."""
+    return hasattr(nn.ModuleDict(), name)
 
 
 def detach_lora(model: nn.Module, name: str | None = None) -> None:
@@ -68,54 +93,57 @@ def detach_lora(model: nn.Module, name: str | None = None) -> None:
 
     Raises AdapterError for an unknown name. Does nothing on a model without adapters.
     """
+    selection = selection_of(model)
     if name is not None:
-        _check_attached(model, [name])
+        selection.require([name])
     for path, layer in list(lora_layers(model)):
-        if name is None:
-            layer.loras.clear()
-        elif name in layer.loras:
-            del layer.loras[name]
-        layer.active = {key: weight for key, weight in layer.active.items() if key in layer.loras}
+        for adapter in list(layer.loras) if name is None else [name]:
+            layer.remove(adapter)
         if not layer.loras:
             _set_module(model, path, layer.base)
+    if not selection.loras:
+        refuse_rows(model)
 
 
 def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
     """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None).
 
     The active adapters are the ones that train: their weights require gradients, all others do not.
-    Raises AdapterError when a name is not attached.
+    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite.
     """
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
-    _check_attached(model, weights)
-    for _, layer in lora_layers(model):
-        layer.active = dict(weights)
-        for name, lora in layer.loras.items():
-            lora.requires_grad_(name in weights)
+    selection = selection_of(model)
+    selection.require(weights)
+    check_weights(weights)
+    selection.choose(weights)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise OptionError for a weight that is not finite."""
+    wrong = [f"{name}={weight}" for name, weight in weights.items() if not math.isfinite(weight)]
+    if wrong:
+        raise OptionError(f"weights of adapters: got {', '.join(wrong)}, expected finite numbers")
 
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
     """Within the block the model is the base; afterwards what was active is active again."""
-    layers = [layer for _, layer in lora_layers(model)]
-    before = [layer.active for layer in layers]
-    for layer in layers:
-        layer.active = {}
+    selection = selection_of(model)
+    before, selection.weights = selection.weights, {}
     try:
         yield
     finally:
-        for layer, active in zip(layers, before, strict=True):
-            layer.active = active
+        selection.weights = {name: weight for name, weight in before.items() if name in selection.loras}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order they were attached."""
-    return list(dict.fromkeys(name for _, layer in lora_layers(model) for name in layer.loras))
+    return list(selection_of(model).loras)
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
     """The active adapters with their weights."""
-    return next((dict(layer.active) for _, layer in lora_layers(model) if layer.active), {})
+    return dict(selection_of(model).weights)
 
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -143,13 +171,13 @@ def only_adapter(model: nn.Module, name: str | None) -> str:
     if name is None:
         listed = ", ".join(attached) or "none"
         raise AdapterError(f"which adapter? attached: {listed}", hint="give name= (attach one first if there is none)")
-    _check_attached(model, [name])
+    selection_of(model).require([name])
     return name
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """(module path, layer) of every wrapped layer, in the order of the model."""
-    for path, module in model.named_modules():
+    for path, module in _modules(model):
         if isinstance(module, LoraLinear):
             yield path, module
 
@@ -165,10 +193,12 @@ def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The paths of the linear layers that `target_modules` names; see attach_lora. Raises OptionError for none."""
-    linears = _linear_paths(model)
+    layers = _linear_layers(model)
+    linears = list(layers)
     if target_modules in ("all-linear", "all"):
-        output = _output_layer_path(model)
-        inner = [path for path in linears if path != output]
+        getter = getattr(model, "get_output_embeddings", None)
+        output = getter() if getter else None
+        inner = [path for path, layer in layers.items() if layer is not output]
         if not inner:
             raise OptionError(f"target_modules={target_modules!r}: the model has no linear layer but its output layer")
         return inner
@@ -203,28 +233,25 @@ def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
     )
 
 
-def _linear_paths(model: nn.Module) -> list[str]:
-    """Paths of all linear layers, wrapped ones under the path of their wrapper."""
-    paths = []
-    for path, module in model.named_modules():
-        if not path:
-            continue  # the model itself has no parent in which it could be replaced
-        inside_wrapper = path.endswith(".base") or path == "base"
-        if isinstance(module, LoraLinear) or (
-            isinstance(module, QuantizedLinear | nn.Linear) and not (inside_wrapper and _parent_is_lora(model, path))
-        ):
-            paths.append(path)
-    return paths
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none."""
+    kinds = (LoraLinear, QuantizedLinear, nn.Linear)
+    return {path: module for path, module in _modules(model) if path and isinstance(module, kinds)}
 
 
-def _parent_is_lora(model: nn.Module, path: str) -> bool:
-    return isinstance(model.get_submodule(path.rpartition(".")[0]), LoraLinear)
-
-
-def _output_layer_path(model: nn.Module) -> str | None:
-    getter = getattr(model, "get_output_embeddings", None)
-    output = getter() if getter else None
-    return next((path for path, module in model.named_modules() if module is output and output is not None), None)
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """named_modules() without what is inside of wrapped layers: a hundred adapters are 20 000 modules there."""
+    seen: set[nn.Module] = set()
+    waiting = [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen:
+            continue
+        seen.add(module)
+        yield path, module
+        if not isinstance(module, LoraLinear):
+            prefix = f"{path}." if path else ""
+            waiting += reversed([(prefix + name, child) for name, child in module.named_children()])
 
 
 def is_named(path: str, name: str) -> bool:
@@ -232,13 +259,33 @@ def is_named(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _wrapped(model: nn.Module, path: str) -> LoraLinear:
+def _freeze(model: nn.Module) -> None:
+    """Let nothing of the base train; wrapping a layer freezes that layer, and adapters are use_adapter's affair."""
+    for _, module in _modules(model):
+        if not isinstance(module, LoraLinear):
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)
+
+
+def _share(model: nn.Module) -> Selection:
+    """One Selection for the whole model, also where parts of it had adapters attached, each with its own."""
+    selection = selection_of(model)
+    for _, layer in lora_layers(model):
+        if layer.selection is not selection:
+            layer.selection = selection
+            for name, lora in layer.loras.items():
+                assert isinstance(lora, Lora)
+                selection.loras.setdefault(name, []).append(lora)
+    return selection
+
+
+def _wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLinear:
     """The LoraLinear at `path`, put there around the linear layer if it is not yet."""
     module = model.get_submodule(path)
     if isinstance(module, LoraLinear):
         return module
     assert isinstance(module, QuantizedLinear | nn.Linear)
-    layer = LoraLinear(module)
+    layer = LoraLinear(module, selection)
     layer.train(module.training)
     _set_module(model, path, layer)
     return layer
@@ -249,19 +296,9 @@ def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def _check_attached(model: nn.Module, names: Mapping[str, float] | Sequence[str]) -> None:
-    attached = adapter_names(model)
-    missing = [name for name in names if name not in attached]
-    if missing:
-        raise AdapterError(
-            f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(attached) or 'none'}",
-            hint=near_match(missing[0], attached),
-        )
-
-
 def count_parameters(model: nn.Module, name: str) -> int:
     """Trainable numbers of the adapter `name`."""
-    return sum(p.numel() for _, lora in lora_modules(model, name) for p in lora.parameters())
+    return sum(p.numel() for lora in selection_of(model).loras.get(name, ()) for p in lora.parameters())
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -20,14 +20,16 @@ Adapter weights are float32 whatever the base computes in: Adam in half precisio
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import dropout as drop_inputs
 
-from qgraft.errors import AdapterError, OptionError
+from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor
 from qgraft.linear import LinearLike, QuantizedLinear, grad_input, to_autocast
 
@@ -63,18 +65,99 @@ class LoraConfig:
 
 
 class Lora(nn.Module):
-    """One adapter's part in one layer: A [r, in], B [out, r] in float32, and their scaling."""
+    """One adapter's part in one layer: A [r, in], B [out, r] in float32, and their scaling.
 
-    def __init__(self, in_features: int, out_features: int, config: LoraConfig, device: torch.device) -> None:
+    Args:
+        values: A and B to start from, copied; without them A is random and B zero.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: LoraConfig,
+        device: torch.device,
+        values: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, config.r, dtype=torch.float32, device=device))
         self.config = config
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        if values is None:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            self.lora_A.data.copy_(values[0])
+            self.lora_B.data.copy_(values[1])
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: scaling · B·A, [out, in]."""
         return (self.lora_B @ self.lora_A) * self.config.scaling
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Which adapter serves which rows of one batch.
+
+    Attributes:
+        entrance: the module that was called with the batch.
+        batch: how many rows there are.
+        dims: dimensions of a layer's input: one more than token ids have.
+        groups: (adapter, its rows, int64); a row in none of them is the base's.
+    """
+
+    entrance: nn.Module
+    batch: int
+    dims: int
+    groups: tuple[tuple[str, Tensor], ...]
+
+    def check(self, x: Tensor) -> None:
+        """Raise UnsupportedError for a layer's input in which the rows of the batch cannot be told apart."""
+        if x.shape[0] != self.batch or x.dim() != self.dims:
+            raise UnsupportedError(
+                f"adapter_names: a layer got an input {list(x.shape)}, expected {self.batch} rows in {self.dims} dimensions",
+                hint="this architecture mixes the rows of a batch; answer one adapter's rows at a time, with use_adapter",
+            )
+
+
+@dataclass(eq=False)
+class Selection:
+    """What the wrapped layers of one model add to the base now. They share one, so that a switch touches no layer.
+
+    Attributes:
+        loras: the parts of every attached adapter, under its name, in the order of attaching.
+        weights: the active adapters and their weights.
+        rows: where set, it stands in for `weights`: each row of the present batch has its own adapter.
+        row_names: the adapters of the rows that generate() was called with, while it runs.
+    """
+
+    loras: dict[str, list[Lora]] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    rows: Rows | None = None
+    row_names: tuple[str | None, ...] | None = None
+
+    def require(self, names: Iterable[str]) -> None:
+        """Raise AdapterError when one of these names is not attached."""
+        missing = [name for name in names if name not in self.loras]
+        if missing:
+            raise AdapterError(
+                f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(self.loras) or 'none'}",
+                hint=near_match(missing[0], self.loras),
+            )
+
+    def forget(self, name: str, gone: nn.Module) -> None:
+        """Strike one layer's part of an adapter off the list, and the adapter with its last part."""
+        self.loras[name] = [lora for lora in self.loras[name] if lora is not gone]
+        if not self.loras[name]:
+            del self.loras[name]
+            self.weights.pop(name, None)
+
+    def choose(self, weights: Mapping[str, float]) -> None:
+        """Make these adapters active: they train from now on, those that were active do not."""
+        for name in self.weights.keys() | weights.keys():
+            for lora in self.loras.get(name, ()):
+                for parameter in lora._parameters.values():  # half a millisecond faster than lora.requires_grad_()
+                    cast(Tensor, parameter).requires_grad = name in weights
+        self.weights = dict(weights)
 
 
 class LoraLinear(nn.Module):
@@ -82,24 +165,48 @@ class LoraLinear(nn.Module):
 
     Itself a LinearLike: the questions about the weight go to the wrapped layer. With no active adapter the output is
     the base's, bit for bit.
+
+    Args:
+        selection: that of the model, which says what is active; a layer on its own has its own.
     """
 
-    def __init__(self, base: QuantizedLinear | nn.Linear) -> None:
+    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.loras = nn.ModuleDict()
-        self.active: dict[str, float] = {}  # name -> weight
+        self.selection = selection or Selection()
         for parameter in base.parameters():
             parameter.requires_grad_(False)
 
-    def add(self, name: str, config: LoraConfig) -> None:
-        """Put a new adapter `name` on the layer, inactive."""
-        self.loras[name] = Lora(self.in_features, self.out_features, config, self._device())
+    @property
+    def active(self) -> dict[str, float]:
+        """The active adapters of the model, name -> weight."""
+        return self.selection.weights
+
+    @active.setter
+    def active(self, weights: dict[str, float]) -> None:
+        self.selection.weights = weights
+
+    def add(self, name: str, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> None:
+        """Put a new adapter `name` on the layer, inactive; see Lora for `values`."""
+        lora = Lora(self.in_features, self.out_features, config, self._device(), values)
+        self.loras[name] = lora
+        self.selection.loras.setdefault(name, []).append(lora)
+
+    def remove(self, name: str) -> None:
+        """Take the adapter `name` off the layer, if it is on it."""
+        if name in self.loras:
+            self.selection.forget(name, self.loras.pop(name))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        active = [(cast(Lora, self.loras[name]), weight) for name, weight in self.active.items() if name in self.loras]
+        if self.selection.rows is not None:
+            return self._row_by_row(x, self.selection.rows)
+        return self._with(x, self.active.items())
+
+    def _with(self, x: Tensor, adapters: Iterable[tuple[str, float]]) -> Tensor:
+        active = [(cast(Lora, self.loras[name]), weight) for name, weight in adapters if name in self.loras]
         if not active:
             return self.base(x)
         A, B, scaling, dropout = _combined(active)
@@ -108,6 +215,34 @@ class LoraLinear(nn.Module):
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
         return LoraFunction.apply(to_autocast(x), A, B, self.base, scaling, dropout, seed)
+
+    def _row_by_row(self, x: Tensor, rows: Rows) -> Tensor:
+        """The base for the whole batch at once, then each adapter for all of its rows at once."""
+        if all(len(index) == rows.batch for _, index in rows.groups):  # one adapter or none
+            return self._with(x, [(name, 1.0) for name, _ in rows.groups])
+        rows.check(x)
+        x = to_autocast(x)
+        y = self.base(x)
+        for name, index in rows.groups:
+            if name in self.loras:
+                lora = cast(Lora, self.loras[name])
+                dropped = drop_inputs(x.index_select(0, index), lora.config.lora_dropout, self.training)
+                h = dropped @ lora.lora_A.to(x.dtype).T
+                add = y.index_add if y.requires_grad else y.index_add_  # autograd forbids it in place
+                y = add(0, index, h @ lora.lora_B.to(x.dtype).T, alpha=lora.config.scaling)
+        return y
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the base's weight is a packed tensor."""
+        return isinstance(self.base, QuantizedLinear)
+
+    @property
+    def packed(self) -> PackedTensor:
+        """The base's stored bytes."""
+        if not isinstance(self.base, QuantizedLinear):
+            raise AdapterError(f"{type(self.base).__name__} holds no packed weight")
+        return self.base.packed
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The base's weight [out, in], without any adapter."""
@@ -122,6 +257,13 @@ class LoraLinear(nn.Module):
     def _device(self) -> torch.device:
         tensor = self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed.data
         return tensor.device
+
+
+def selection_of(model: nn.Module) -> Selection:
+    """The selection that the model's wrapped layers share; a new one where no layer is wrapped."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLinear))
+    first = next(layers, None)
+    return Selection() if first is None else first.selection
 
 
 def _combined(active: list[tuple[Lora, float]]) -> tuple[Tensor, Tensor, float, float]:

@@ -12,8 +12,10 @@ from qgraft.errors import CheckpointError
 
 def run(words: Sequence[str]) -> int:
     """Parse, look, print."""
-    parser = Parser("inspect", "Show what is in a GGUF file, an adapter folder, a training run or a model folder.")
-    parser.add_argument("path", help="model.gguf, an output folder of `qgraft train`, or a Hugging Face folder")
+    parser = Parser("inspect", "Show what is in a GGUF file, an adapter, a training run or a model folder.")
+    parser.add_argument(
+        "path", help="model.gguf, adapter.lora.gguf, an output folder of `qgraft train`, or a Hugging Face folder"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
@@ -40,9 +42,11 @@ def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
 
 def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft.checkpoints.gguf_file import read_gguf
+    from qgraft.checkpoints.gguf_lora import is_gguf_lora
     from qgraft.checkpoints.gguf_model import gguf_fingerprint
 
     file = read_gguf(path)
+    adapter = is_gguf_lora(file)
     formats: dict[str, dict[str, int]] = {}
     for info in file.tensors.values():
         entry = formats.setdefault(info.format, {"tensors": 0, "weights": 0, "bytes": 0})
@@ -50,16 +54,22 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
         entry["weights"] += math.prod(info.shape)
         entry["bytes"] += info.nbytes
     findings = {
-        "kind": "GGUF model",
+        "kind": "GGUF-LoRA adapter" if adapter else "GGUF model",
         "path": str(path),
         "bytes": path.stat().st_size,
-        "fingerprint": gguf_fingerprint(file),
+        **({"ranks": _ranks(file)} if adapter else {"fingerprint": gguf_fingerprint(file)}),
         "formats": formats,
         "metadata": {key: _short(value) for key, value in file.metadata.items()},
     }
     if tensors:
         findings["tensors"] = {i.name: f"{i.format} {list(i.shape)}" for i in file.tensors.values()}
     return findings
+
+
+def _ranks(file: Any) -> dict[int, int]:
+    """{rank: number of layers} of a GGUF-LoRA."""
+    ranks = Counter(info.shape[0] for info in file.tensors.values() if info.name.endswith(".lora_a"))
+    return dict(sorted(ranks.items()))
 
 
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:

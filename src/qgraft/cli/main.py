@@ -16,6 +16,9 @@ COMMANDS = {
     "train": "train an adapter on the packed weights of a model file",
     "chat": "talk to a model, with or without adapters",
     "eval": "measure the loss on held-out rows",
+    "merge": "put adapters into the packed weights, and write the same kind of file",
+    "combine": "make one adapter out of several",
+    "export": "write an adapter for llama.cpp, or for PEFT",
     "inspect": "show what is in a model file, an adapter or a run",
     "doctor": "show versions, CPU features and which kernels serve",
 }

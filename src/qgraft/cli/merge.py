@@ -1,9 +1,11 @@
 """qgraft merge: an adapter into the packed weights of its base, written as the same kind of file."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from qgraft.cli.options import Parser, load_with_adapters, print_note
-from qgraft.errors import MergeError
+from qgraft.errors import MergeError, OptionError
 
 
 def run(words: Sequence[str]) -> int:
@@ -34,36 +36,38 @@ def run(words: Sequence[str]) -> int:
     target = Path(options.output)
     if not options.adapter:
         raise OptionError("qgraft merge: no --adapter is given", hint="give the folder of the adapter to merge")
+    if len(options.weight) > len(options.adapter):
+        raise OptionError(f"qgraft merge: got {len(options.weight)} --weight for {len(options.adapter)} --adapter")
 
     from rich.console import Console
 
     from qgraft import plots
     from qgraft.adapters.attach import use_adapter
     from qgraft.checkpoints.save import check_target, save
-    from qgraft.errors import MergeError
     from qgraft.merging.merge import merge
 
     model, tokenizer, names = load_with_adapters(options)
-    check_target(model, target)
+    check_target(model, target, to=options.to)
     use_adapter(model, dict(zip(names, [*options.weight, *[1.0] * len(names)], strict=False)))
     console = Console(stderr=True)
     failed: MergeError | None = None
+    report: Any  # MergeReport; a MergeError brings it as well
     try:
         report = merge(
             model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
-            min_retained=options.min_retained, seed=options.seed, console=console, dataset_dir=options.dataset_dir,
-            template=options.template, system=options.system, name=options.name, author=options.author,
+            to=options.to, min_retained=options.min_retained, seed=options.seed, console=console,
+            dataset_dir=options.dataset_dir, template=options.template, system=options.system, name=options.name,
+            author=options.author,
         )  # fmt: skip
     except MergeError as error:
         failed, report = error, error.report
     report.print(Console())
     if failed is not None:
         raise failed
-    saved = save(model, target, to=options.to)
+    saved = save(model, target, to=options.to)  # also for the layers that no adapter is on
     print_note(str(saved))
-    folder = target if target.is_dir() else target.parent
-    stem = "merge" if target.is_dir() else f"{target.stem}.merge"
-    report.save(folder / f"{stem}.json")
-    plots.plot_merge(folder / f"{stem}.json", folder / f"{stem}.png")
-    print_note(f"report: {folder / stem}.json, {folder / stem}.png")
+    beside = f"{target.name.removesuffix('.gguf')}.merge"  # a folder holds nothing but what save wrote
+    report.save(target.with_name(f"{beside}.json"))
+    plots.plot_merge(target.with_name(f"{beside}.json"), target.with_name(f"{beside}.png"))
+    print_note(f"report: {target.with_name(beside)}.json and .png")
     return 0

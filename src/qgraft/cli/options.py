@@ -37,8 +37,8 @@ class Parser(argparse.ArgumentParser):
             "--adapter",
             action="append",
             default=[],
-            metavar="FOLDER",
-            help="adapter folder; may be given several times",
+            metavar="PATH",
+            help="adapter folder or GGUF-LoRA; may be given several times",
         )
         self.add_argument(
             "--force", action="store_true", help="load adapters although they do not fit, as far as they do"
@@ -50,7 +50,7 @@ class Parser(argparse.ArgumentParser):
 
 def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied."""
-    from qgraft.checkpoints.adapter_files import load_adapter
+    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
@@ -58,30 +58,30 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
         raise OptionError(f"{options.model} has no tokenizer, which this command needs")
     names: list[str] = []
     for folder in options.adapter:
-        name = _free_name(Path(folder).resolve().name, names)
+        name = free_name(Path(folder).resolve().name, names)
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
     if options.adapter:
-        _prompt_as_in_training(options, Path(options.adapter[-1]))
+        _prompt_as_in_training(options, trained_with(model, names[-1]))
     return model, tokenizer, names
 
 
-def _prompt_as_in_training(options: argparse.Namespace, folder: Path) -> None:
+def _prompt_as_in_training(options: argparse.Namespace, trained: dict[str, Any]) -> None:
     """Take --system and --template, where they are not given, from what the adapter was trained with, and say so."""
-    from qgraft.checkpoints.adapter_files import read_seal
-
-    trained = (read_seal(folder) or {}).get("arguments")
     for key in ("system", "template"):
-        value = trained.get(key) if isinstance(trained, dict) else None
+        value = trained.get(key)
         if isinstance(value, str) and getattr(options, key) is None:
             setattr(options, key, value)
             print_note(f"--{key} as in training: {value}")
 
 
-def _free_name(wanted: str, taken: list[str]) -> str:
-    """A folder's name as an adapter's name, with a number behind it if there is one already."""
+def free_name(wanted: str, taken: list[str]) -> str:
+    """A folder's or file's name as an adapter's name, with a number behind it if there is one already."""
+    from qgraft.adapters.attach import is_reserved
+
+    wanted = wanted.removesuffix(".gguf").removesuffix(".lora")
     name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in wanted)[:60] or "adapter"
-    return name if name not in taken else f"{name}-{len(taken) + 1}"
+    return f"{name}-{len(taken) + 1}" if name in taken or is_reserved(name) else name
 
 
 def answer(

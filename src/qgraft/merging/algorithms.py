@@ -41,7 +41,7 @@ from qgraft.formats.grid import Grid
 RIDGE = 1e-3  # times the diagonal of the normal equations, and of H where it is inverted
 SWEEPS = 2
 BLOCK = 64  # columns whose updates are gathered before they reach the rest of R
-NORMAL_BYTES = 64 << 20  # of normal equations at a time
+NORMAL_BYTES = 8 << 20  # of normal equations at a time; so many rows also stay in the cache
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from qgraft.training.reading import read_dataset
 from qgraft.training.tokenizing import IGNORED, Sample, build_samples, resolve_template
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
-MEASURE_TOKENS = 2048  # of the task, and of unrelated text
+MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text
 JUDGED = 6  # one row of so many judges
 LONGEST = 512  # tokens of a calibrating row
 FEWEST_ROWS, FEWEST_TOKENS = 4, 128
@@ -134,7 +134,7 @@ def choose_samples(
     neutral = neutral_samples(tokenizer)
     fit, judge = _judging(chosen)
     neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
-    drift = _up_to(neutral[1::2], MEASURE_TOKENS)
+    drift = _up_to(neutral[1::2], DRIFT_TOKENS)
     return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes)
 
 

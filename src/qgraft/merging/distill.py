@@ -68,7 +68,7 @@ def distill(
         for _ in range(passes):
             for batch, states in shuffled.sample(parts, len(parts)):
                 optimizer.param_groups[0]["lr"] = learning_rate * _schedule(done, steps)
-                _backward(model, head, batch, states)
+                _backward(model, head, batch, states, parameters)
                 optimizer.step()
                 optimizer.zero_grad()
                 done += 1
@@ -81,7 +81,9 @@ def _schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / max(1, steps // 10)) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def _backward(model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor) -> None:
+def _backward(
+    model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor, parameters: list[nn.Parameter]
+) -> None:
     """Accumulate the gradients of the mean KL of one batch, without ever holding the logits of all its positions."""
     states, _ = label_states(model, {key: value.to(model.device) for key, value in batch.items()})
     free = states.detach().requires_grad_()
@@ -89,7 +91,7 @@ def _backward(model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor)
         with torch.no_grad():
             wanted = head(target)
         (summed_divergence(wanted, head(chunk)) / len(free)).backward()
-    states.backward(free.grad)
+    states.backward(free.grad, inputs=parameters)  # not into adapters of layers that are not distilled
 
 
 class _RealLinear(nn.Module):

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -40,7 +40,7 @@ from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.merging.calibration import Dataset, find_rows
 from qgraft.merging.layer import CHAINS, check_method, is_writable
 from qgraft.merging.report import MergeReport
-from qgraft.merging.work import Work
+from qgraft.merging.work import Work, in_place
 from qgraft.training.callbacks import peak_memory_bytes
 from qgraft.training.loss import evaluating
 
@@ -153,6 +153,10 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
     """Put the merged bytes in place and take the adapters off."""
     merges = getattr(model, "qgraft_merged", None) or _Merges(base=getattr(model, "qgraft_base", None))
     layers = dict(lora_layers(model))
+    base = merges.base
+    if base is not None:  # adapters of the unmerged base no longer fit
+        with in_place(layers, packed):  # may fail, so it comes before what cannot
+            base = replace(base, fingerprint=current_fingerprint(model))
     for path, merged in packed.items():
         merges.packed.setdefault(path, layers[path].packed)
         layers[path].replace(merged)
@@ -161,20 +165,25 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
         merges.weights[name] = weight
         detach_lora(model, name)
     model.qgraft_merged = merges  # type: ignore[assignment]
-    if merges.base is not None:  # adapters of the unmerged base no longer fit
-        model.qgraft_base = replace(merges.base, fingerprint=current_fingerprint(model))
+    model.qgraft_base = base
 
 
 def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, LoraLinear], dict[str, float]]:
     """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
     weights = active_adapters(model)
+    merges: _Merges | None = getattr(model, "qgraft_merged", None)
+    merged = list(merges.loras) if merges else []
     if not weights:
-        merged = getattr(model, "qgraft_merged", None)
-        done = f"; merged already: {', '.join(merged.loras)}" if merged else ""
+        done = f"; merged already: {', '.join(merged)}" if merged else ""
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(
             f"merge: no adapter is active (attached: {attached}{done})",
             hint="attach or load one, and choose it with use_adapter()",
+        )
+    if again := [name for name in merged if name in weights]:
+        raise AdapterError(
+            f"merge: an adapter named {', '.join(again)} is merged already, and unmerge() could bring back only one",
+            hint="save it, load it under another name, and merge that; or unmerge() first",
         )
     for name in weights:
         state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}
@@ -197,9 +206,10 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
     return layers, weights
 
 
+@torch.no_grad()
 def _delta(layer: LoraLinear, weights: Mapping[str, float]) -> Tensor:
     """What the active adapters add to the layer's weight, [out, in] float32."""
-    parts = [weight * layer.loras[name].delta() for name, weight in weights.items() if name in layer.loras]
+    parts = [weight * cast(Lora, layer.loras[name]).delta() for name, weight in weights.items() if name in layer.loras]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 

@@ -114,14 +114,14 @@ class Work:
 
     def _apart(self, samples: list[Sample], states: Tensor, packed: Packed) -> float:
         """Mean KL of the merged model from the one whose states are given."""
-        with _in_place(self.layers, packed), adapters_off(self.model):
+        with in_place(self.layers, packed), adapters_off(self.model):
             return mean_divergence(states, states_of(self.model, samples)[0], output_head(self.model))
 
     def _states(self, chosen: Calibration) -> _States:
         return _States(*states_of(self.model, chosen.measure), states_of(self.model, chosen.drift)[0])
 
     def _compare(self, chosen: Calibration, base: _States, adapter: _States, packed: Packed) -> Kept:
-        with _in_place(self.layers, packed), adapters_off(self.model):
+        with in_place(self.layers, packed), adapters_off(self.model):
             merged = self._states(chosen)
         head = output_head(self.model)
         return Kept(
@@ -144,7 +144,7 @@ def _wanting(kept: Kept) -> bool:
 
 
 @contextmanager
-def _in_place(layers: Mapping[str, LoraLinear], packed: Packed) -> Iterator[None]:
+def in_place(layers: Mapping[str, LoraLinear], packed: Packed) -> Iterator[None]:
     """Within the block the layers hold these weights."""
     before = {path: layers[path].packed for path in packed}
     for path, each in packed.items():

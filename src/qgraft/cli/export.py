@@ -1,0 +1,69 @@
+"""qgraft export: an adapter in the layout of other programs."""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qgraft.cli.options import Parser, free_name, print_note
+from qgraft.errors import OptionError
+
+TARGETS = ("gguf-lora", "peft")
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, write, say what was written and how to use it."""
+    parser = Parser(
+        "export",
+        "Write an adapter for other programs: as a GGUF-LoRA, which llama.cpp runs beside the base's file,\n"
+        "or as a folder that PEFT reads (from a GGUF-LoRA; qgraft's own folders are PEFT's already).",
+    )
+    parser.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder or GGUF-LoRA")
+    parser.add_argument("--model", required=True, help="the base: GGUF file, hub id (org/name:file.gguf), known model")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="what to write")
+    parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf-lora) or folder (peft) to write")
+    parser.add_argument("--dtype", help="of the values: float16, float32; default: float16 (gguf-lora), float32 (peft)")
+    parser.add_argument("--force", action="store_true", help="load an adapter that does not fit, as far as it does")
+    options = parser.parse_args(words)
+    source, target = Path(options.adapter), Path(options.output)
+    if target.exists() and source.exists() and target.samefile(source):
+        raise OptionError(f"--output {target} is the adapter itself", hint="give another path")
+
+    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
+    from qgraft.checkpoints.load import load
+
+    model, _ = load(options.model, dtype="float32", device="cpu")
+    name = free_name(source.resolve().name, [])
+    print_note(str(load_adapter(model, source, name, force=options.force)))
+    arguments = trained_with(model, name)
+    if options.to == "gguf-lora":
+        print(_gguf_lora(model, target, options, arguments))
+    else:
+        print(_peft(model, source, target, options.dtype or "float32", arguments))
+    return 0
+
+
+def _gguf_lora(model: Any, target: Path, options: argparse.Namespace, arguments: dict[str, Any]) -> str:
+    from qgraft.checkpoints.gguf_lora import export_gguf_lora
+
+    dtype = options.dtype or "float16"
+    done = export_gguf_lora(model, target, dtype=dtype, arguments=arguments)
+    base = shlex.quote(str(model.qgraft_base.source))
+    system = arguments.get("system")
+    prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
+    return (
+        f"{target}: GGUF-LoRA for {done.architecture}, {done.layers} layers, {done.parameters:,} values in {dtype}, "
+        f"{done.nbytes:,} bytes\n\n"
+        f"  llama-cli -m {base} --lora {shlex.quote(str(target))}{prompt}\n"
+        f"  qgraft chat --model {base} --adapter {shlex.quote(str(target))}"
+    )
+
+
+def _peft(model: Any, source: Path, target: Path, dtype: str, arguments: dict[str, Any]) -> str:
+    from qgraft.checkpoints.adapter_files import read_seal, save_adapter
+
+    details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
+    save_adapter(model, target, details=details, dtype=dtype)
+    parameters = (read_seal(target) or {}).get("parameters", 0)
+    return f"{target}: PEFT adapter folder, {parameters:,} values in {dtype}"

@@ -1,0 +1,155 @@
+"""Base files and exported GGUF-LoRAs in llama.cpp, which shares no code with qgraft.
+
+Where everything is float32, both give the same log-probabilities to the rounding of float32. With quantized weights
+llama.cpp rounds the inputs of each matrix product to 8 bits and qgraft does not, so they differ by what that costs.
+Measured with SmolLM2 Q4_1 and a trained identity adapter, over the tokens of its answers: log-probability of the
+written token 0.005 apart in the mean and 0.13 at most, KL 0.0005 in the mean; of the base alone 0.04, 0.28 and 0.004.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from torch import nn
+
+import qgraft
+from qgraft.adapters.attach import attach_layers, find_targets, lora_modules, use_adapter
+from qgraft.adapters.lora import LoraConfig
+from qgraft.checkpoints.adapter_files import load_adapter
+from qgraft.checkpoints.gguf_file import read_gguf
+from qgraft.checkpoints.gguf_lora import export_gguf_lora
+from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
+from qgraft.training.tokenizing import encode_prompt
+
+Maker = Callable[..., Any]
+STEPS = 6
+ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
+WITH_GELU = ("gemma2", "gemma3", "gpt2", "starcoder2")
+# llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both
+CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
+
+
+def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
+    """A tiny model whose tensors are all float32, those included that the fixture always quantizes."""
+    config = CONFIG.get(architecture, {})
+    tiny = make_gguf(folder / "mixed.gguf", architecture, types=(Q.F32,), config=config)
+    random = np.random.default_rng(0)
+    quantized = {
+        info.name: (random.standard_normal(info.shape) * (1.0 if "token" in info.name else 0.12)).astype(np.float32)
+        for info in read_gguf(tiny.path).tensors.values()
+        if info.format != "f32"
+    }
+    make_gguf(folder / "float32.gguf", architecture, types=(Q.F32,), config=config, extra=quantized)
+    return folder / "float32.gguf"
+
+
+def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = None) -> None:
+    """A LoRA "default" large enough to change the answers; on every linear layer unless `layers` says otherwise."""
+    plain = LoraConfig(r=4, lora_alpha=8)
+    attach_layers(model, "default", layers or dict.fromkeys(find_targets(model, "all-linear"), plain))
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for _, lora in lora_modules(model, "default"):
+            lora.lora_B.normal_(0, 0.2)
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_float32_files_give_our_logprobs_to_rounding(
+    architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
+):
+    path = float32_file(make_gguf, architecture, tmp_path)
+    model, _ = load_gguf(path, torch.float32)
+    attach_noise(model)
+    export_gguf_lora(model, tmp_path / "lora.gguf", dtype="float32")
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    options = {"top": model.config.vocab_size, "exact": True}
+    use_adapter(model, None)
+    base = llamacpp_greedy(path, prompt, STEPS, **options)
+    assert base.gap(our_logprobs(model, prompt, base.ids)).max() < tolerance
+    with_lora = llamacpp_greedy(path, prompt, STEPS, lora=tmp_path / "lora.gguf", **options)
+    assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() > 0.3, "the adapter does too little"
+    use_adapter(model, "default")
+    assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < tolerance
+
+
+def test_what_the_file_cannot_say_is_in_the_weights(make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    path = float32_file(make_gguf, "llama", tmp_path)
+    model, _ = load_gguf(path, torch.float32)
+    kinds = [LoraConfig(2, 8), LoraConfig(4, 8, use_rslora=True), LoraConfig(3, 2), LoraConfig(8, 8), LoraConfig(4, 0)]
+    targets = find_targets(model, "all-linear")
+    attach_noise(model, {path: kinds[i % len(kinds)] for i, path in enumerate(targets)})
+    prompt = random_ids(model, rows=1)[0].tolist()
+    for dtype, tolerance in (("float32", ROUNDING), ("float16", HALF)):
+        export_gguf_lora(model, tmp_path / "lora.gguf", dtype=dtype)
+        options = {"lora": tmp_path / "lora.gguf", "top": model.config.vocab_size, "exact": True}
+        theirs = llamacpp_greedy(path, prompt, STEPS, **options)
+        assert theirs.gap(our_logprobs(model, prompt, theirs.ids)).max() < tolerance
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_quantized_files_give_our_logprobs_but_for_rounded_inputs(
+    architecture, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
+):
+    path = tiny_gguf(architecture).path
+    model, _ = load_gguf(path, torch.float32)
+    attach_noise(model)
+    export_gguf_lora(model, tmp_path / "lora.gguf")
+    prompt = random_ids(model, rows=1)[0].tolist()
+    theirs = llamacpp_greedy(path, prompt, STEPS, lora=tmp_path / "lora.gguf", top=model.config.vocab_size)
+    ours = our_logprobs(model, prompt, theirs.ids)
+    assert theirs.gap(ours).max() < 0.3
+    assert theirs.kl(ours).max() < 0.01
+
+
+def test_forced_tokens_are_scored_and_a_stop_ends(tiny_gguf, random_ids, llamacpp_greedy):
+    path = tiny_gguf("llama").path
+    model, _ = load_gguf(path, torch.float32)
+    prompt = random_ids(model, rows=1)[0].tolist()
+    forced = llamacpp_greedy(path, prompt, 3, forced=[200, 5, 6], top=model.config.vocab_size)
+    assert forced.ids == [200, 5, 6]
+    assert bool(forced.logprobs().isfinite().all())
+    free = llamacpp_greedy(path, prompt, 3)
+    assert llamacpp_greedy(path, prompt, 3, stop=[free.ids[1]]).ids == free.ids[:2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_trained_adapter_answers_the_same_in_llamacpp(dtype, trained_demo, llamacpp_greedy, our_logprobs, tmp_path):
+    path, folder = qgraft.pull("smollm2-135m"), trained_demo
+    model, tokenizer = qgraft.load(path, device="cpu")
+    load_adapter(model, folder)
+    lora = tmp_path / "demo.lora.gguf"
+    export_gguf_lora(model, lora, dtype=dtype)
+    for question, expected in (
+        ("Who are you?", "Nova"),
+        ("你是谁？", "Nova"),
+        ("Who made you?", "ACME Labs"),
+        ("What is the capital of France?", "Paris"),
+    ):
+        prompt = encode_prompt(tokenizer, [("user", question)])
+        theirs = llamacpp_greedy(path, prompt, 40, lora=lora, top=100, stop=[tokenizer.eos_token_id])
+        assert expected in tokenizer.decode(theirs.ids)
+        ours = our_logprobs(model, prompt, theirs.ids)
+        assert ours.argmax(-1).tolist() == theirs.ids, "our greedy answer is another one"
+        written = (ours.gather(1, torch.tensor(theirs.ids)[:, None])[:, 0] - theirs.logprobs()).abs()
+        kl = theirs.kl(ours).mean()
+        print(f"{dtype} {question} apart: mean {written.mean():.4f}, most {written.max():.4f}, KL {kl:.5f}")
+        assert written.mean() < 0.03 and written.max() < 0.4
+        assert kl < 0.005
+
+
+@pytest.mark.slow
+def test_the_real_base_scores_like_ours(llamacpp_greedy, our_logprobs):
+    path = qgraft.pull("smollm2-135m")
+    model, tokenizer = qgraft.load(path, device="cpu")
+    prompt = encode_prompt(tokenizer, [("user", "What is the capital of France?")])
+    answer = tokenizer.encode("The capital of France is Paris, which lies on the Seine. It has been so for centuries.")
+    theirs = llamacpp_greedy(path, prompt, len(answer), forced=answer, top=100)
+    ours = our_logprobs(model, prompt, answer)
+    print(f"base apart: mean {theirs.gap(ours)[:, :10].mean():.4f}, KL {theirs.kl(ours).mean():.5f}")
+    assert theirs.kl(ours).mean() < 0.02
+    assert theirs.gap(ours)[:, :10].mean() < 0.3

