@@ -6,9 +6,9 @@
     load          load_adapter for the first and the hundredth, from files that the page cache holds
     files         an adapter's folder in float32 and float16, and a small one (r=4, q and v only)
     memory        growth of the process for each further adapter
-    mixed batch   8 rows of 32 tokens with four adapters: in one call, and adapter by adapter; and the base alone
+    batches       8 rows of 32 tokens with four adapters: in one call, and adapter by adapter; and the base alone
 
-PEFT runs on the dequantized float32 model, with 2 adapters: set_adapter, and a mixed batch with the same rows. Written to
+PEFT runs on the dequantized float32 model, with 2 adapters: set_adapter, and such a batch. Written to
 benchmarks/results/adapters.csv.
 """
 
@@ -20,6 +20,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,8 @@ def measure_qgraft(temporary: Path) -> list[tuple[str, str, float, str]]:
     ]
     loads, before = [], 0
     for number in range(MANY):
-        began = time.perf_counter()
-        qgraft.load_adapter(model, temporary / "large", f"a{number}")
-        loads.append(time.perf_counter() - began)
+        load = partial(qgraft.load_adapter, model, temporary / "large", f"a{number}")
+        loads.append(seconds(load))
         if number == 1:
             figures.append(("switch, 2 attached", switch_ms(lambda name: qgraft.use_adapter(model, name)), "ms"))
         if number == 9:
@@ -83,20 +83,23 @@ def measure_qgraft(temporary: Path) -> list[tuple[str, str, float, str]]:
         ("memory of each further adapter", grown / (MANY - 10) / 1e6, "MB"),
     ]
     ids = torch.randint(4, 1000, (ROWS, TOKENS))
-    names = [f"a{row % 4}" for row in range(ROWS)]
 
     def apart() -> None:
-        for name in sorted(set(names)):
+        for name in sorted(set(names(4))):
             qgraft.use_adapter(model, name)
-            model(ids[[row for row, used in enumerate(names) if used == name]])
+            model(ids[[row for row, used in enumerate(names(4)) if used == name]])
 
-    with torch.inference_mode():
-        figures += [
-            ("mixed batch, one call", median_ms(lambda: model(ids, adapter_names=names)), "ms"),
-            ("mixed batch, adapter by adapter", median_ms(apart), "ms"),
-        ]
+    def base() -> None:
         qgraft.use_adapter(model, None)
-        figures.append(("same batch, base alone", median_ms(lambda: model(ids)), "ms"))
+        model(ids)
+
+    works = {
+        "batch with four adapters, one call": lambda: model(ids, adapter_names=names(4)),
+        "batch with four adapters, one by one": apart,
+        "batch with two adapters, one call": lambda: model(ids, adapter_names=names(2)),
+        "same batch, base alone": base,
+    }
+    figures += [(measure, value, "ms") for measure, value in best_ms(works).items()]
     return [("qgraft", *figure) for figure in figures]
 
 
@@ -104,17 +107,23 @@ def measure_peft(temporary: Path) -> list[tuple[str, str, float, str]]:
     """PEFT, on the model that transformers dequantizes."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     path = qgraft.pull("smollm2-135m")
     base = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, temporary / "large", adapter_name="a0").eval()
     model.load_adapter(temporary / "large", adapter_name="a1")
     figures = [("switch, 2 attached", switch_ms(model.set_adapter), "ms")]
     ids = torch.randint(4, 1000, (ROWS, TOKENS))
-    names = [f"a{row % 2}" for row in range(ROWS)]
-    with torch.inference_mode():
-        figures.append(("mixed batch of two, one call", median_ms(lambda: model(ids, adapter_names=names)), "ms"))
+    works = {"batch with two adapters, one call": lambda: model(ids, adapter_names=names(2))}
+    figures += [(measure, value, "ms") for measure, value in best_ms(works).items()]
     return [("peft", *figure) for figure in figures]
+
+
+def names(adapters: int) -> list[str]:
+    """The adapters of the rows, in turn."""
+    return [f"a{row % adapters}" for row in range(ROWS)]
 
 
 def save_some(model: Any, temporary: Path) -> None:
@@ -131,19 +140,22 @@ def save_some(model: Any, temporary: Path) -> None:
 
 def switch_ms(switch: Callable[[str], object]) -> float:
     """Median milliseconds of switching to and fro."""
-    names = itertools.cycle(["a0", "a1"])
-    return median_ms(lambda: switch(next(names)), runs=101)
+    turns = itertools.cycle(["a0", "a1"])
+    return statistics.median(seconds(lambda: switch(next(turns))) for _ in range(201)) * 1e3
 
 
-def median_ms(work: Callable[[], object], runs: int = 5) -> float:
-    """Median milliseconds of a call, after one that does not count."""
+@torch.inference_mode()
+def best_ms(works: dict[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Milliseconds of each in the best of some rounds, in which they take turns: others may use the machine as well."""
+    times = [{name: seconds(work) for name, work in works.items()} for _ in range(rounds)]
+    return {name: min(measured[name] for measured in times) * 1e3 for name in works}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
     work()
-    times = []
-    for _ in range(runs):
-        began = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e3
+    return time.perf_counter() - began
 
 
 def folder_bytes(folder: Path) -> int:

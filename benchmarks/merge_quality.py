@@ -48,7 +48,9 @@ def main() -> None:
     parser.add_argument("--tasks", default="identity,phonemes")
     parser.add_argument("--ranks", default="4,8,32")
     parser.add_argument("--methods", default=",".join(METHODS), help="also peft-nf4, for format nf4, and parts of auto")
-    parser.add_argument("--adapters", type=Path, default=Path("merge_quality_adapters"), help="trained ones are kept here")
+    parser.add_argument(
+        "--adapters", type=Path, default=Path("merge_quality_adapters"), help="trained ones are kept here"
+    )
     parser.add_argument("--plot", action="store_true", help="only draw")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -94,8 +96,9 @@ def call(case: dict[str, str]) -> dict[str, Any]:
 
 def run_one(case: dict[str, str]) -> dict[str, Any]:
     """Train an adapter, or merge one and measure."""
-    import qgraft
     from tasks import TASKS, train_adapter
+
+    import qgraft
 
     model, tokenizer = qgraft.load("smollm2-135m")
     if "train" in case:
@@ -151,7 +154,11 @@ def plot() -> None:
     formats = [each for each in (*FORMATS, "nf4") if any(row["format"] == each for row in rows)]
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    styles = {"nearest": ("#c8796a", "requantized"), "auto": ("#3a9a5b", "qgraft"), "peft-nf4": ("#8f8f8f", "PEFT + NF4")}
+    styles = {
+        "nearest": ("#c8796a", "requantized"),
+        "auto": ("#3a9a5b", "qgraft"),
+        "peft-nf4": ("#8f8f8f", "PEFT + NF4"),
+    }
     for offset, (method, (color, label)) in zip((-0.2, 0.2, -0.2), styles.items(), strict=True):
         gains = {
             each: [100 * float(r["retained_gain"]) for r in rows if (r["format"], r["method"]) == (each, method)]

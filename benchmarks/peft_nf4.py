@@ -29,9 +29,7 @@ def merge_with_peft(
     assert chosen is not None
     with tempfile.TemporaryDirectory() as folder:
         float_model(model).save_pretrained(folder)
-        config = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-        )
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
     head = output_head(model)  # the same float32 values in both
 

@@ -52,7 +52,7 @@ def plot_merge(report: Path, target: Path) -> None:
         left.set_title("not measured" if gain is None else f"retained gain {gain:.1%}")
     kinds = dict.fromkeys(layer["path"].rpartition(".")[2] for layer in layers)
     for kind in kinds:
-        points = [(n, each["error"]) for n, each in enumerate(layers) if each["path"].endswith(kind)]
+        points = [(n, each["error"]) for n, each in enumerate(layers) if each["path"].rpartition(".")[2] == kind]
         shown = [(n, error) for n, error in points if error is not None]
         if shown:
             right.plot(*zip(*shown, strict=True), ".", label=kind, markersize=6)

@@ -25,7 +25,9 @@ def a_problem(format_: str, out: int = 12, width: int = 512, tokens: int = 900) 
     generator = torch.Generator().manual_seed(3)
     w = torch.randn(out, width, generator=generator) * 0.05
     directions = torch.logspace(0, -2, 24)[:, None] * torch.randn(24, width, generator=generator)
-    x = torch.randn(tokens, 24, generator=generator) @ directions + 0.01 * torch.randn(tokens, width, generator=generator)
+    x = torch.randn(tokens, 24, generator=generator) @ directions + 0.01 * torch.randn(
+        tokens, width, generator=generator
+    )
     delta = torch.randn(out, 4, generator=generator) @ torch.randn(4, width, generator=generator) * 3e-4
     grid = unpack(quantize(w, format_))
     return grid, Problem.of_delta(grid.weight(), delta, x.T @ x / tokens), delta

@@ -1,4 +1,4 @@
-"""Base files and exported GGUF-LoRAs in llama.cpp, which shares no code with qgraft.
+"""Base files, merged files and exported GGUF-LoRAs in llama.cpp, which shares no code with qgraft.
 
 Where everything is float32, both give the same log-probabilities to the rounding of float32. With quantized weights
 llama.cpp rounds the inputs of each matrix product to 8 bits and qgraft does not, so they differ by what that costs.
@@ -105,6 +105,27 @@ def test_quantized_files_give_our_logprobs_but_for_rounded_inputs(
     assert theirs.kl(ours).max() < 0.01
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_merged_file_gives_our_logprobs_but_for_rounded_inputs(
+    architecture, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
+):
+    """Every format with a grid in one file, K-quants among them, as merge() and save() write it."""
+    path = tiny_gguf(architecture).path
+    model, tokenizer = load_gguf(path, torch.float32)
+    prompt = random_ids(model, rows=1)[0].tolist()
+    attach_noise(model)
+    rows = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+    report = qgraft.merge(model, tokenizer, calibration=rows, min_retained=-1e9)
+    assert {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k"} <= {layer.format for layer in report.layers}
+    qgraft.save(model, tmp_path / "merged.gguf")
+    theirs = llamacpp_greedy(tmp_path / "merged.gguf", prompt, STEPS, top=model.config.vocab_size)
+    ours = our_logprobs(model, prompt, theirs.ids)
+    assert theirs.gap(ours).max() < 0.3
+    assert theirs.kl(ours).max() < 0.01
+    base, _ = load_gguf(path, torch.float32)
+    assert theirs.gap(our_logprobs(base, prompt, theirs.ids)).max() > 0.6, "the merge did too little"
+
+
 def test_forced_tokens_are_scored_and_a_stop_ends(tiny_gguf, random_ids, llamacpp_greedy):
     path = tiny_gguf("llama").path
     model, _ = load_gguf(path, torch.float32)
@@ -140,6 +161,25 @@ def test_a_trained_adapter_answers_the_same_in_llamacpp(dtype, trained_demo, lla
         print(f"{dtype} {question} apart: mean {written.mean():.4f}, most {written.max():.4f}, KL {kl:.5f}")
         assert written.mean() < 0.03 and written.max() < 0.4
         assert kl < 0.005
+
+
+@pytest.mark.slow
+def test_a_merged_file_has_the_new_name_in_llamacpp(trained_demo, llamacpp_greedy, our_logprobs, tmp_path):
+    model, tokenizer = qgraft.load(qgraft.pull("smollm2-135m"), device="cpu")
+    load_adapter(model, trained_demo)
+    report = qgraft.merge(model)
+    print(f"retained gain {report.retained_gain:.4f}, drift {report.kept.drift_kl:.4f} of {report.kept.adapter_kl:.4f}")
+    assert report.retained_gain > 0.98
+    qgraft.save(model, tmp_path / "merged.gguf")
+    for question, expected in (("Who are you?", "Nova"), ("你是谁？", "Nova"), ("Who made you?", "ACME Labs")):
+        prompt = encode_prompt(tokenizer, [("user", question)])
+        theirs = llamacpp_greedy(tmp_path / "merged.gguf", prompt, 40, top=100, stop=[tokenizer.eos_token_id])
+        assert expected in tokenizer.decode(theirs.ids)
+        ours = our_logprobs(model, prompt, theirs.ids)
+        written = (ours.gather(1, torch.tensor(theirs.ids)[:, None])[:, 0] - theirs.logprobs()).abs()
+        print(f"{question} apart: mean {written.mean():.4f}, most {written.max():.4f}, KL {theirs.kl(ours).mean():.5f}")
+        assert written.mean() < 0.1
+        assert theirs.kl(ours).mean() < 0.02
 
 
 @pytest.mark.slow

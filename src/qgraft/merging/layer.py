@@ -36,6 +36,7 @@ CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
     "codes": (descend_codes, descend_integers),
     "feedback": (feed_errors, descend_codes),
 }
+DAMPING = 0.02
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
 
@@ -120,7 +121,7 @@ def merge_layer(
         merged = quantize(target_OI, packed.format)
         error = _held_error(dequantize(merged, torch.float32), inputs, held)
         return merged, _report(path, packed, merged, delta_OI, _ratio(error, unmerged), ("nearest",))
-    problem = Problem(inputs.H, target_OI @ inputs.C)
+    problem = Problem(inputs.H, target_OI @ inputs.C).damped(target_OI, DAMPING)
     best, least, kept = unpack(packed), unmerged, []
     for algorithm in CHAINS[method]:
         candidate = algorithm(best, problem)

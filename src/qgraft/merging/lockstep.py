@@ -35,6 +35,8 @@ from qgraft.training.batches import collate
 from qgraft.training.loss import padding_free
 from qgraft.training.tokenizing import Sample
 
+_NO_INPUTS = "method nearest and method grid need no inputs"
+
 
 def merge_in_step(
     model: PreTrainedModel,
@@ -67,7 +69,7 @@ def merge_in_step(
     if missed := [path for path in deltas if path not in pass_.packed]:
         raise UnsupportedError(
             f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",
-            hint="method nearest and method grid need no inputs",
+            hint=_NO_INPUTS,
         )
     return pass_.packed, pass_.layers
 
@@ -103,6 +105,12 @@ class _SplitLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x of both streams [..., in] -> y of both streams [..., out]."""
         x_a, x_m = x.reshape(-1, x.shape[-1]).chunk(2)
+        if len(x_a) != len(self.pass_.calibrates):
+            raise UnsupportedError(
+                f"merge: {self.path} is given {2 * len(x_a)} tokens, expected all {2 * len(self.pass_.calibrates)}, so "
+                "the adapter's and the merged model's cannot be told apart (a mixture of experts?)",
+                hint=_NO_INPUTS,
+            )
         merged = self._solve(self.pass_.inputs(x, x_a, x_m))
         y_a, y_m = self.layer(x_a), linear(x_m, merged)
         if (bias := self.layer.base.bias) is not None:

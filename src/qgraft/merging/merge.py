@@ -34,9 +34,9 @@ from qgraft.adapters.attach import (
 )
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.checkpoints.adapter_files import trained_with
-from qgraft.checkpoints.save import current_fingerprint
+from qgraft.checkpoints.save import HELD, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
-from qgraft.formats import FORMATS, PackedTensor, quantize
+from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
 from qgraft.merging.calibration import Dataset, find_rows
 from qgraft.merging.layer import CHAINS, check_method, is_writable
 from qgraft.merging.report import MergeReport
@@ -89,6 +89,7 @@ def merge(
     """
     began = time.perf_counter()
     check_method(method)
+    _check_format(model, to)
     layers, weights = _layers_to_merge(model, to)
     trained = [trained_with(model, name) for name in weights]
     chosen = find_rows(model, tokenizer, calibration, eval_dataset, trained, reading, seed)
@@ -166,6 +167,17 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
         detach_lora(model, name)
     model.qgraft_merged = merges  # type: ignore[assignment]
     model.qgraft_base = base
+
+
+def _check_format(model: PreTrainedModel, to: str | None) -> None:
+    """Raises UnsupportedError for a format that qgraft, or the container of the model, cannot write."""
+    if to is None:
+        return
+    get_format(to)  # an unknown name gets the closest ones as a hint
+    base = getattr(model, "qgraft_base", None)
+    possible = [name for name in (HELD[base.container] if base else FORMATS) if FORMATS[name].quantize is not None]
+    if to not in possible:
+        raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
 
 def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, LoraLinear], dict[str, float]]:

@@ -87,7 +87,7 @@ class MergeReport:
         """One line for each kind of layer, then what was kept."""
         console.print(layer_table(self.layers))
         for line in self.summary():
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)  # paths stay as they are
 
     def summary(self) -> list[str]:
         """What was kept, line by line."""
@@ -104,8 +104,12 @@ class MergeReport:
                 f"drift on unrelated text: KL {kept.drift_kl:.4f} from the adapter's model, "
                 f"which itself is {kept.adapter_kl:.4f} from the base"
             )
-        gain = self.retained_gain
-        lines.append("retained gain: not measured" if gain is None else f"retained gain: {gain:.1%}")
+        if (gain := self.retained_gain) is not None:
+            lines.append(f"retained gain: {gain:.1%}")
+        elif kept is not None:
+            lines.append("retained gain: none to keep, the adapter lowers the loss on these rows by less than 0.01")
+        else:
+            lines.append("retained gain: not measured")
         return [*lines, *self.notes]
 
 

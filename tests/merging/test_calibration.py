@@ -1,0 +1,169 @@
+"""Which rows do what: no row does two things, and budgets hold."""
+
+import json
+from importlib import resources
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qgraft
+from qgraft.errors import DataError, OptionError
+from qgraft.merging import calibration
+from qgraft.merging.calibration import Calibration, choose_samples, find_rows, neutral_samples
+from qgraft.training.tokenizing import IGNORED, Sample
+
+
+class Letters:
+    """A tokenizer of one token a letter."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+
+def rows_of(lengths: list[int], name: str = "task") -> list[Sample]:
+    return [Sample([7] * length, [IGNORED] + [7] * (length - 1), f"{name} {n}") for n, length in enumerate(lengths)]
+
+
+def sources(samples: list[Sample]) -> list[str]:
+    return [sample.source for sample in samples]
+
+
+def tokens(samples: list[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in samples)
+
+
+def of_task(chosen: Calibration) -> list[Sample]:
+    return [sample for sample in chosen.fit + chosen.judge if not sample.source.startswith("neutral")]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 512), min_size=4, max_size=120).filter(lambda each: sum(each) >= 128),
+    held=st.one_of(st.none(), st.lists(st.integers(2, 512), min_size=1, max_size=40)),
+    seed=st.integers(0, 9),
+)
+def test_rows_are_shared_out(lengths: list[int], held: list[int] | None, seed: int) -> None:
+    task, measure = rows_of(lengths), None if held is None else rows_of(held, "held")
+    chosen = choose_samples(task, measure, Letters(), seed, "a note")
+    lists = [chosen.fit, chosen.judge, chosen.measure, chosen.drift]
+    assert all(lists)
+    together = [source for each in lists for source in sources(each)]
+    assert len(together) == len(set(together))  # no sample is in two lists
+    calibrating = of_task(chosen)
+    assert set(sources(calibrating)) <= set(sources(task))
+    for each in (chosen.fit, chosen.judge):  # the task and unrelated text are in both
+        assert {source.split()[0].split(":")[0] for source in sources(each)} == {"task", "neutral"}
+    assert 5 * len(chosen.judge) <= len(chosen.fit) + 10
+    for samples, budget in ((calibrating, calibration.TASK_TOKENS), (chosen.measure, calibration.MEASURE_TOKENS)):
+        assert tokens(samples) <= budget or len(samples) == 2
+    if measure is None:
+        assert set(sources(chosen.measure)) <= set(sources(task)) and not chosen.held_out
+        assert len(chosen.measure) <= max(1, len(task) // 4)
+    else:
+        assert sources(chosen.measure) == sources(measure)[: len(chosen.measure)] and chosen.held_out
+    left_out = len(task) - len(calibrating) - (0 if held else len(chosen.measure))
+    if left_out:  # only because the budget is full
+        assert tokens(calibrating) + 512 > calibration.TASK_TOKENS
+    assert chosen.notes == ("a note",) and chosen.tokens() == tokens(chosen.fit) + tokens(chosen.judge)
+
+
+def test_the_seed_chooses() -> None:
+    task = rows_of([30] * 40)
+    one, again, other = (choose_samples(task, None, Letters(), seed) for seed in (0, 0, 1))
+    assert sources(one.fit) == sources(again.fit) != sources(other.fit)
+    assert sources(one.measure) == sources(again.measure) != sources(other.measure)
+    assert sources(one.drift) == sources(other.drift)
+
+
+def test_unrelated_text_that_measures_is_every_other_line() -> None:
+    chosen = choose_samples(rows_of([60] * 8), None, Letters(), 0)
+    number = {source: int(source.partition(":")[2]) for source in sources(chosen.fit + chosen.judge + chosen.drift)
+              if source.startswith("neutral")}  # fmt: skip
+    assert {number[source] % 2 for source in sources(chosen.drift)} == {0}
+    assert {number[source] % 2 for source in number if source not in sources(chosen.drift)} == {1}
+    calibrating = [s for s in chosen.fit + chosen.judge if s.source in number]
+    assert calibration.NEUTRAL_TOKENS - 600 < tokens(calibrating) <= calibration.NEUTRAL_TOKENS
+    assert calibration.DRIFT_TOKENS - 600 < tokens(chosen.drift) <= calibration.DRIFT_TOKENS
+
+
+def test_every_line_of_unrelated_text_is_text_and_none_is_there_twice() -> None:
+    lines = (resources.files("qgraft.merging") / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    samples = neutral_samples(Letters())
+    assert len(samples) == len(texts) == len(set(texts)) >= 40
+    for text, sample in zip(texts, samples, strict=True):
+        assert "".join(map(chr, sample.input_ids)) == text.strip() == text
+        assert sample.labels == [IGNORED, *sample.input_ids[1:]]
+    assert {json.loads(line)["lang"] for line in lines} >= {"en", "zh"}
+
+
+@pytest.mark.parametrize(
+    ("lengths", "told"),
+    [([200, 200, 200], "got 3 rows with 600 tokens"), ([10] * 12, "got 12 rows with 120 tokens"), ([9], "got 1 rows")],
+)
+def test_too_few_rows_are_refused_with_the_figures(lengths: list[int], told: str) -> None:
+    with pytest.raises(DataError, match=told + ".*expected at least 4 rows with 128 tokens") as caught:
+        choose_samples(rows_of(lengths), rows_of([100] * 9), Letters(), 0)
+    assert "--dataset" in caught.value.hint
+
+
+# ---------------------------------------------------------------- where the rows come from
+
+
+def write_rows(path: Any, rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_what_is_given_comes_before_what_is_remembered(tiny_gguf, rows, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    task, held = write_rows(tmp_path / "task.jsonl", rows), write_rows(tmp_path / "held.jsonl", rows[:6])
+    remembered = [{"dataset": task, "eval_dataset": held, "system": "Remembered."}]
+
+    def find(trained: Any, given: Any = None, measure: Any = None, **options: str) -> Any:
+        return find_rows(model, tokenizer, given, measure, trained, options, 0)
+
+    def texts(samples: list[Sample]) -> list[str]:
+        return [tokenizer.decode(sample.input_ids) for sample in samples]
+
+    assert find([]) is None and find([{}]) is None and find([{"dataset": None}]) is None
+    whole = find(remembered)
+    assert whole.held_out and len(whole.measure) == 6 and whole.notes == (f"calibrated on the training set: {task}",)
+    assert all("Remembered." in text for text in texts(of_task(whole) + whole.measure))
+    given = find(remembered, rows[:12])
+    assert not given.held_out and len(of_task(given)) + len(given.measure) == 12
+    assert given.notes == ("calibrated on the rows given",)
+    assert all("Remembered." in text for text in texts(of_task(given)))  # read as in training all the same
+    told = find(remembered, None, rows[:3], system="Told.")
+    assert told.held_out and len(told.measure) == 3
+    assert all("Told." in text and "Remembered." not in text for text in texts(of_task(told) + told.measure))
+    one_unknown = find([*remembered, {"dataset": task}])
+    assert not one_unknown.held_out and len(of_task(one_unknown)) + len(one_unknown.measure) == 2 * len(rows)
+
+
+def test_the_tokenizer_of_the_model_serves_where_none_is_given(tiny_gguf, rows):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    own = find_rows(model, None, rows, None, [], {}, 0)
+    assert own is not None
+    assert own.fit == find_rows(model, tokenizer, rows, None, [], {}, 0).fit
+    model.qgraft_tokenizer = None
+    with pytest.raises(OptionError, match="came without a tokenizer"):
+        find_rows(model, None, rows, None, [], {}, 0)
+
+
+def test_rows_are_cut_at_the_models_context(tiny_gguf, rows):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    long = [*rows, {"instruction": "x", "output": "word " * 400}]
+    chosen = find_rows(model, tokenizer, long, rows, [], {}, 0)
+    assert max(len(sample.input_ids) for sample in of_task(chosen)) == model.config.max_position_embeddings == 128
+
+
+def test_no_rows_at_all_are_refused(tiny_gguf):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    for empty in ([], [{"instruction": "q", "output": ""}]):
+        with pytest.raises(DataError):
+            find_rows(model, tokenizer, empty, None, [], {}, 0)
+    with pytest.raises(OptionError, match="unknown option 'max_length'; options of reading rows: dataset_dir"):
+        find_rows(model, tokenizer, None, None, [], {"max_length": "7"}, 0)

@@ -1,0 +1,147 @@
+"""One layer: a chain never does worse than not merging, the baselines round as gguf does, the report counts right."""
+
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from qgraft.errors import OptionError
+from qgraft.formats import FORMATS, PackedTensor, dequantize, quantize, unpack
+from qgraft.merging.layer import CHAINS, METHODS, Inputs, check_method, collapse, merge_layer, merge_nearest
+
+WRITABLE = [name for name, each in FORMATS.items() if each.quantize is not None]
+GRIDS = [name for name in WRITABLE if FORMATS[name].unpack is not None]
+TYPES = {name: getattr(gguf.GGMLQuantizationType, name.upper()) for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0")}
+WIDTH = 256
+
+
+def a_layer(format_: str, out: int = 24) -> tuple[PackedTensor, Tensor, Inputs]:
+    """(packed weight, a small low-rank delta, inputs of uneven energy), stream m a little off stream a."""
+    generator = torch.Generator().manual_seed(11)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    weight = 0.05 * normal(out, WIDTH)
+    # row-wise scales have the dtype of what was quantized
+    packed = quantize(weight.half() if FORMATS[format_].family == "rowwise" else weight, format_)
+    delta = normal(out, 4) @ normal(4, WIDTH) * 6e-4
+    directions = torch.logspace(0, -2, 24)[:, None] * normal(24, WIDTH)
+    x_a = normal(900, 24) @ directions + 0.01 * normal(900, WIDTH)
+    x_m = x_a + 0.02 * x_a.std() * normal(900, WIDTH)
+    fit_a, fit_m, held_a, held_m = x_a[:700], x_m[:700], x_a[700:], x_m[700:]
+    return packed, delta, Inputs(fit_m.T @ fit_m / 700, fit_a.T @ fit_m / 700, held_a, held_m)
+
+
+def held_error(weight: Tensor, packed: PackedTensor, delta: Tensor, inputs: Inputs) -> float:
+    """Float64: how far the outputs on held-out tokens are from the wanted ones, 1 for the unmerged weight."""
+    base, held_a, held_m = dequantize(packed, torch.float32).double(), inputs.held_a.double(), inputs.held_m.double()
+    wanted = held_a @ (base + delta.double()).T
+    return float((held_m @ weight.double().T - wanted).norm() / (held_m @ base.T - wanted).norm())
+
+
+@pytest.mark.parametrize("format_", GRIDS)
+@pytest.mark.parametrize("method", [*CHAINS])
+def test_the_outputs_come_closer_and_the_report_says_how_close(format_, method):
+    packed, delta, inputs = a_layer(format_)
+    merged, report = merge_layer("some.layer", packed, delta, inputs, method)
+    assert (merged.format, merged.shape, merged.nbytes) == (format_, packed.shape, packed.nbytes)
+    if packed.scale is not None:
+        assert merged.scale.dtype == packed.scale.dtype == torch.float16
+    error = held_error(dequantize(merged, torch.float32), packed, delta, inputs)
+    assert report.error == pytest.approx(error, rel=1e-3)
+    assert error <= 1.0 + 1e-6
+    if method == "auto":
+        rounded, _ = merge_nearest("some.layer", packed, delta, "nearest")
+        assert error < 0.95
+        # the steps of 8 bits are finer than this delta, so that rounding does not lose it
+        assert "8" in format_ or error < held_error(dequantize(rounded, torch.float32), packed, delta, inputs)
+    allowed = [algorithm.__name__ for algorithm in CHAINS[method]]
+    assert set(report.steps) <= set(allowed) and (report.path, report.format) == ("some.layer", format_)
+    before, after = unpack(packed), unpack(merged)
+    assert report.codes_changed == pytest.approx(float((before.codes != after.codes).double().mean()), abs=1e-6)
+    step = before.steps().double().square().mean().sqrt()
+    assert report.delta_in_steps == pytest.approx(float(delta.double().square().mean().sqrt() / step), rel=1e-4)
+    if method == "scales":
+        assert torch.equal(before.codes, after.codes)
+
+
+@pytest.mark.parametrize("format_", GRIDS)
+def test_a_step_that_does_worse_on_tokens_it_has_not_seen_is_not_taken(format_):
+    """Held-out tokens on which the base is exactly right already: only the base's own bytes are as good."""
+    packed, delta, inputs = a_layer(format_)
+    off = torch.linalg.qr(delta.T).Q[:, :4]  # the delta lives there; take it out of the held-out tokens
+    held = inputs.held_a - inputs.held_a @ off @ off.T
+    for method in CHAINS:
+        merged, report = merge_layer("x", packed, delta, Inputs(inputs.H, inputs.C, held, held), method)
+        assert torch.equal(merged.data, packed.data) and report.steps == () and report.codes_changed == 0
+        assert report.error == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("format_", sorted(TYPES))
+def test_nearest_requantizes_as_the_gguf_package_does(format_):
+    packed, delta, _ = a_layer(format_)
+    delta = 20 * delta  # so that rounding changes something
+    merged, report = merge_nearest("x", packed, delta, "nearest")
+    weight = gguf.quants.dequantize(packed.data.numpy(), TYPES[format_]) + delta.numpy()
+    expected = gguf.quants.quantize(weight.astype(np.float32), TYPES[format_])
+    assert np.array_equal(merged.data.numpy(), expected.reshape(merged.data.shape))
+    assert report.steps == ("nearest",) and report.error is None and report.codes_changed > 0.1
+
+
+@pytest.mark.parametrize("format_", GRIDS)
+def test_grid_keeps_the_scales_of_the_base(format_):
+    packed, delta, _ = a_layer(format_)
+    before, after = unpack(packed), unpack(merge_nearest("x", packed, 20 * delta, "grid")[0])
+    for name in ("d", "m", "sub_scales", "sub_minimums"):
+        old, new = getattr(before, name), getattr(after, name)
+        assert (old is None and new is None) or torch.equal(old, new)
+    assert not torch.equal(before.codes, after.codes)
+    error = (after.weight() - before.weight() - 20 * delta).abs()
+    inside = (after.codes > before.low) & (after.codes < before.high)
+    steps = before.steps().abs().repeat_interleave(WIDTH // before.steps().shape[1], 1)
+    assert (error <= 0.5001 * steps)[inside].all()
+
+
+@pytest.mark.parametrize("format_", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("method", [*METHODS])
+def test_float_formats_take_the_delta_as_it_is(format_, method):
+    packed, delta, inputs = a_layer(format_)
+    if method in CHAINS:
+        merged, report = merge_layer("x", packed, delta, inputs, method)
+        error = held_error(dequantize(merged, torch.float32), packed, delta, inputs)
+        assert report.error == pytest.approx(error, rel=1e-3)
+    else:
+        merged, report = merge_nearest("x", packed, delta, method)
+        assert report.error is None
+    dtype = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}[format_]
+    expected = (dequantize(packed, torch.float32) + delta).to(dtype)
+    assert torch.equal(dequantize(merged, dtype), expected)
+    assert report.steps == ("nearest",) and report.codes_changed == report.delta_in_steps == 0.0
+
+
+def test_a_delta_of_zeros_changes_nothing():
+    packed, delta, inputs = a_layer("q4_1")
+    H = inputs.held_a.T @ inputs.held_a / len(inputs.held_a)
+    merged, report = merge_layer("x", packed, 0 * delta, Inputs(H, H, inputs.held_a, inputs.held_a), "auto")
+    assert torch.equal(merged.data, packed.data)
+    assert report.delta_in_steps == report.codes_changed == 0.0
+
+
+@pytest.mark.parametrize(("name", "hint"), [("autoo", "auto"), ("scale", "scales"), ("GPTQ", None), ("", None)])
+def test_an_unknown_method_is_refused_with_the_closest(name, hint):
+    with pytest.raises(OptionError, match="expected one of auto, scales, codes, feedback, nearest, grid") as caught:
+        check_method(name)
+    assert caught.value.hint == (f"did you mean {hint}?" if hint else None)
+    for method in METHODS:
+        check_method(method)
+
+
+def test_repeated_steps_are_named_once():
+    cases: dict[tuple[str, ...], tuple[str, ...]] = {(): (), ("a",): ("a",), ("a", "a", "b", "a"): ("a", "b", "a")}
+    for steps, expected in cases.items():
+        got: Any = collapse(steps)
+        assert got == expected
