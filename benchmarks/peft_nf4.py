@@ -6,8 +6,6 @@ are those that the Q4_1 file stands for, so the adapter fits as well as it can.
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,11 +29,14 @@ def merge_with_peft(
         float_model(model).save_pretrained(folder)
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
         peer = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    for module in peer.modules():  # 0.50 repacks weights in evaluation, and PEFT's merge then reads them wrongly
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     head = output_head(model)  # the same float32 values in both
 
     def states() -> tuple[Any, Any, Any]:
-        with causal(peer) as inner:
-            return (*states_of(inner, chosen.measure), states_of(inner, chosen.drift)[0])
+        peer.eval()
+        return (*states_of(peer, chosen.measure), states_of(peer, chosen.drift)[0])
 
     base = states()
     wrapped = PeftModel.from_pretrained(peer, adapter)
@@ -70,10 +71,3 @@ def float_model(model: Any) -> Any:
         elif "weight" in module._parameters and module._parameters["weight"] is not None:
             module.weight.data = ours.weight.data.float()
     return floats
-
-
-@contextmanager
-def causal(model: Any) -> Iterator[Any]:
-    """The model in evaluation mode."""
-    model.eval()
-    yield model

@@ -91,6 +91,8 @@ def merge(
     check_method(method)
     _check_format(model, to)
     layers, weights = _layers_to_merge(model, to)
+    if getattr(model, "qgraft_base", None) is not None:
+        current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     trained = [trained_with(model, name) for name in weights]
     chosen = find_rows(model, tokenizer, calibration, eval_dataset, trained, reading, seed)
     if chosen is None and method in CHAINS:
@@ -127,8 +129,8 @@ def merge(
 def unmerge(model: PreTrainedModel) -> None:
     """Put the original bytes back, and the adapters on the model again, active with the weights they were merged with.
 
-    Undoes all merges since the model was loaded. Raises AdapterError when nothing is merged, or when an adapter of the
-    same name has been attached meanwhile.
+    Undoes all merges since the model was loaded; of two adapters of one name the later comes back as NAME-again1. Raises
+    AdapterError when nothing is merged, or when an adapter of the same name has been attached meanwhile.
     """
     merges: _Merges | None = getattr(model, "qgraft_merged", None)
     if merges is None:
@@ -162,8 +164,10 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
         merges.packed.setdefault(path, layers[path].packed)
         layers[path].replace(merged)
     for name, weight in weights.items():
-        merges.loras[name] = dict(lora_modules(model, name))
-        merges.weights[name] = weight
+        again = sum(kept == name or kept.startswith(f"{name}-again") for kept in merges.loras)
+        kept = f"{name}-again{again}" if again else name  # one of that name was merged before
+        merges.loras[kept] = dict(lora_modules(model, name))
+        merges.weights[kept] = weight
         detach_lora(model, name)
     model.qgraft_merged = merges  # type: ignore[assignment]
     model.qgraft_base = base
