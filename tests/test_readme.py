@@ -11,7 +11,7 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README_zh.md", "docs/guide-train.md"]
+PAGES = ["README.md", "README_zh.md", "docs/guide-train.md", "docs/guide-merge.md"]
 
 
 def blocks(page: str, language: str) -> list[str]:

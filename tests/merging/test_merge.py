@@ -292,9 +292,9 @@ def test_merging_twice_is_refused(trained, rows):
     done = bytes_of(model)
     with pytest.raises(AdapterError, match=r"no adapter is active \(attached: none; merged already: law\)"):
         merge(model, tokenizer, calibration=rows)
+    with pytest.raises(AdapterError, match="trained on another base"):  # nor by the way of its file
+        qgraft.load_adapter(model, trained().folder, "again")
     qgraft.attach_lora(model, name="law")
-    with pytest.raises(AdapterError, match="an adapter named law is merged already"):
-        merge(model, tokenizer, calibration=rows)
     with pytest.raises(AdapterError, match="would bring back law, but adapters of that name are attached"):
         unmerge(model)
     assert bytes_of(model) == done and qgraft.adapter_names(model) == ["law"]
@@ -303,6 +303,29 @@ def test_merging_twice_is_refused(trained, rows):
     with pytest.raises(AdapterError, match="nothing is merged"):
         unmerge(model)
     assert qgraft.active_adapters(model) == {"law": 1.0}
+
+
+def test_adapters_of_one_name_all_come_back(trained, rows):
+    """`train` calls every adapter "default": a chain of merges has them one after another."""
+    name = "a" * 64  # as long as names may be
+    model, tokenizer = trained().load(name)
+    before, first = bytes_of(model), loras_of(model)
+    merge(model, method="nearest", calibration=rows, min_retained=ANY)
+    seconds = []
+    for n in range(2):
+        qgraft.attach_lora(model, r=2, target_modules="q_proj", name=name)
+        for _, lora in lora_modules(model, name):
+            nn.init.constant_(lora.lora_B, 0.01 * (n + 1))
+        seconds.append(loras_of(model))
+        merge(model, tokenizer, method="nearest", calibration=rows, min_retained=ANY)
+    unmerge(model)
+    assert bytes_of(model) == before
+    again = [f"{'a' * 50}-again{n}" for n in (1, 2)]
+    assert qgraft.active_adapters(model) == dict.fromkeys([name, *again], 1.0)
+    back = loras_of(model)
+    for called, values in zip([name, *again], [first, *seconds], strict=True):
+        for path, value in values.items():
+            assert torch.equal(back[path.replace(name, called)], value)
 
 
 def test_other_adapters_stay_attached(trained, rows):
@@ -365,7 +388,7 @@ def test_an_exception_half_way_leaves_the_model_as_it_was(trained, rows, monkeyp
         monkeypatch.setattr(work, "TARGET", 10.0)
         monkeypatch.setattr("qgraft.merging.distill.summed_divergence", Bomb(1, error))
     else:
-        monkeypatch.setattr(merge_module, "current_fingerprint", Bomb(1, error))
+        monkeypatch.setattr(merge_module, "current_fingerprint", Bomb(2, error))  # the first is before the work
     with pytest.raises(error, match="boom"):
         merge(model, tokenizer, calibration=rows, to=to, min_retained=ANY)
     assert everything(model) == before

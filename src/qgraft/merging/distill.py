@@ -1,7 +1,7 @@
 """The last part of a merge: the scales and minimums of all layers together, against the adapter's logits.
 
 Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where the gain is not yet
-kept, the real-valued numbers of all merged layers (codes untouched) are trained for a pass or two to minimize
+kept, the real-valued numbers of all merged layers (codes untouched) are trained for two passes to minimize
 
     KL(adapter || merged) = sum_v p_v (log p_v - log q_v)        at the label positions of the calibration rows
 
@@ -34,7 +34,9 @@ from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.loss import Head, label_states, output_head, padding_free
 from qgraft.training.tokenizing import Sample
 
-PASS_TOKENS = 160  # of a step: bounds the memory of activations
+PASSES = 2
+PASS_TOKENS = 160  # at a time: bounds the memory of activations
+PARTS = 2  # of so many tokens in a step
 
 
 def distill(
@@ -46,7 +48,7 @@ def distill(
     learning_rate: float,
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, PackedTensor], int]:
-    """The merged weights with their real numbers trained in one pass over the samples, and the steps taken.
+    """The merged weights with their real numbers trained, and the steps taken.
 
     The model is left as it was.
 
@@ -65,13 +67,17 @@ def distill(
     with padding_free(model, samples) as problem, _in_place(model, layers):
         batches = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
         parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
-        for step, (batch, states) in enumerate(shuffled.sample(parts, len(parts))):
-            optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, len(parts))
-            _backward(model, head, batch, states, parameters)
+        passes = [shuffled.sample(parts, len(parts)) for _ in range(PASSES)]
+        groups = [order[at : at + PARTS] for order in passes for at in range(0, len(order), PARTS)]
+        for step, group in enumerate(groups):
+            optimizer.param_groups[0]["lr"] = learning_rate * _schedule(step, len(groups))
+            positions = sum(len(states) for _, states in group)
+            for batch, states in group:
+                _backward(model, head, batch, states, positions, parameters)
             optimizer.step()
             optimizer.zero_grad()
-            progress(step + 1, len(parts))
-    return {path: pack(layer.grid(), merged[path].format) for path, layer in layers.items()}, len(parts)
+            progress(step + 1, len(groups))
+    return {path: pack(layer.grid(), merged[path].format) for path, layer in layers.items()}, len(groups)
 
 
 def _schedule(step: int, steps: int) -> float:
@@ -80,15 +86,15 @@ def _schedule(step: int, steps: int) -> float:
 
 
 def _backward(
-    model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor, parameters: list[nn.Parameter]
+    model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor, positions: int, parameters: list[nn.Parameter]
 ) -> None:
-    """Accumulate the gradients of the mean KL of one batch, without ever holding the logits of all its positions."""
+    """Accumulate the gradients of a part's KL over `positions`, without ever holding the logits of all its positions."""
     states, _ = label_states(model, {key: value.to(model.device) for key, value in batch.items()})
     free = states.detach().requires_grad_()
     for chunk, target in zip(free.split(CHUNK_ROWS), targets.split(CHUNK_ROWS), strict=True):
         with torch.no_grad():
             wanted = head(target)
-        (summed_divergence(wanted, head(chunk)) / len(free)).backward()
+        (summed_divergence(wanted, head(chunk)) / positions).backward()
     states.backward(free.grad, inputs=parameters)  # not into adapters of layers that are not distilled
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain, count
 from typing import Any, cast
 
 import torch
@@ -164,8 +165,8 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
         merges.packed.setdefault(path, layers[path].packed)
         layers[path].replace(merged)
     for name, weight in weights.items():
-        again = sum(kept == name or kept.startswith(f"{name}-again") for kept in merges.loras)
-        kept = f"{name}-again{again}" if again else name  # one of that name was merged before
+        others = (f"{name[:50]}-again{n}" for n in count(1))  # for when one of that name was merged before
+        kept = next(each for each in chain([name], others) if each not in merges.loras)
         merges.loras[kept] = dict(lora_modules(model, name))
         merges.weights[kept] = weight
         detach_lora(model, name)
@@ -187,19 +188,13 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
 def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, LoraLinear], dict[str, float]]:
     """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
     weights = active_adapters(model)
-    merges: _Merges | None = getattr(model, "qgraft_merged", None)
-    merged = list(merges.loras) if merges else []
     if not weights:
-        done = f"; merged already: {', '.join(merged)}" if merged else ""
+        merges: _Merges | None = getattr(model, "qgraft_merged", None)
+        done = f"; merged already: {', '.join(merges.loras)}" if merges else ""
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(
             f"merge: no adapter is active (attached: {attached}{done})",
             hint="attach or load one, and choose it with use_adapter()",
-        )
-    if again := [name for name in merged if name in weights]:
-        raise AdapterError(
-            f"merge: an adapter named {', '.join(again)} is merged already, and unmerge() could bring back only one",
-            hint="save it, load it under another name, and merge that; or unmerge() first",
         )
     for name in weights:
         state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}

@@ -21,7 +21,7 @@ from qgraft.training.loss import output_head
 from qgraft.training.tokenizing import Sample
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
-DISTILL_RATE, DISTILL_ROUNDS = 1.2e-3, 2
+DISTILL_RATE = 1e-3  # relative to the scales of a row
 
 Packed = Mapping[str, PackedTensor]  # module path -> weight
 
@@ -74,14 +74,10 @@ class Work:
         outcome = self._solve(self.chosen, method) if method in CHAINS else self._round(method)
         packed, steps = outcome.packed, 0
         kept = self._compare(self.chosen, base, adapter, packed)
-        for _ in range(DISTILL_ROUNDS if method == "auto" else 0):
-            if kept.retained_gain is None or kept.retained_gain >= TARGET:
-                break
-            packed, more = self._distill(self.chosen, packed)
-            if not more:
-                break
-            steps += more
-            kept = self._compare(self.chosen, base, adapter, packed)
+        if method == "auto" and kept.retained_gain is not None and kept.retained_gain < TARGET:
+            packed, steps = self._distill(self.chosen, packed)
+            if steps:
+                kept = self._compare(self.chosen, base, adapter, packed)
         return Outcome(packed, outcome.layers, kept, steps)
 
     def _round(self, method: str) -> Outcome:
