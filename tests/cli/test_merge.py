@@ -75,8 +75,10 @@ def test_a_dataset_can_be_given_and_several_adapters_weighted(trained, tmp_path,
     base, adapter, rows = trained
     words = ["--model", base, "--adapter", adapter, "--adapter", adapter, "--weight", "0.25", "--weight", "0.75"]
     output = tmp_path / "merged.gguf"
-    more = ["--dataset", rows, "--eval_dataset", rows, "--system", "", "--seed", "3"]
-    assert merge(*words, *more, "--output", output) == 0
+    more = ["--dataset", rows, "--eval_dataset", rows, "--method", "scales", "--min-retained", "0"]
+    for name, seed in (("merged.gguf", 0), ("other.gguf", 1)):
+        assert merge(*words, *more, "--seed", seed, "--output", tmp_path / name) == 0
+    assert output.read_bytes() != (tmp_path / "other.gguf").read_bytes()
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["adapters"] == {"out": 0.25, "out-2": 0.75}
     assert report["notes"] == ["calibrated on the rows given"] and report["kept"]["held_out"]

@@ -16,7 +16,7 @@ from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.save import save
 from qgraft.errors import AdapterError, CheckpointError, DataError, MergeError, OptionError, UnsupportedError
 from qgraft.formats import PackedTensor
-from qgraft.merging import calibration, layer, work
+from qgraft.merging import calibration, layer, measure, work
 from qgraft.merging import merge as merge_module
 from qgraft.merging.merge import merge, unmerge
 from qgraft.training.tokenizing import Sample
@@ -88,6 +88,7 @@ def test_a_merge_keeps_what_rounding_loses_and_the_file_is_of_the_same_kind(
 ):
     if architecture == "gemma2":  # its attention is a whole square over all tokens of the pass
         monkeypatch.setattr(calibration, "NEUTRAL_TOKENS", 350)
+        monkeypatch.setattr(measure, "PASS_TOKENS", 256)
     made = trained(architecture)
     model, tokenizer = made.load()
     paths = [path for path, _ in lora_layers(model)]
