@@ -1,7 +1,7 @@
 """The last part of a merge: the scales and minimums of all layers together, against the adapter's logits.
 
 Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where the gain is not yet
-kept, the real-valued numbers of all merged layers (codes untouched) are trained for two passes to minimize
+kept, the real-valued numbers of all merged layers (codes untouched) are trained for three passes to minimize
 
     KL(adapter || merged) = sum_v p_v (log p_v - log q_v)        at the label positions of the calibration rows
 
@@ -34,8 +34,8 @@ from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.loss import Head, label_states, output_head, padding_free
 from qgraft.training.tokenizing import Sample
 
-PASSES = 2
-PASS_TOKENS = 160  # at a time: bounds the memory of activations
+PASSES = 3
+PASS_TOKENS = 128  # at a time: bounds the memory of activations
 PARTS = 2  # of so many tokens in a step
 
 

@@ -3,11 +3,13 @@
 A method is a chain of algorithms, each starting from what the one before it left. A step is kept only when it lowers
 the error on tokens that the step has not seen, so a chain never does worse than not merging. `auto` is
 
-    grids with scales       fit_reals -> descend_codes -> descend_integers (K-quants) -> fit_reals
+    grids with scales       (requantize ->) fit_reals -> descend_codes -> descend_integers (K-quants) -> fit_reals
     f32, f16, bf16          the nearest numbers: their steps are finer than any delta
 
 Fitting the real numbers comes first because it moves every weight a little, which is what a delta does; whole steps of
-codes then repair what a scale for 32 weights cannot express, and the second fit follows the moved codes.
+codes then repair what a scale for 32 weights cannot express, and the second fit follows the moved codes. Requantizing
+W + delta is where it starts when the delta is large beside a step, as in 8 bits: fresh scales bring rounding noise in every
+direction, of which the judging tokens see only a part, so it has to win clearly.
 """
 
 from collections.abc import Sequence
@@ -36,7 +38,8 @@ CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
     "codes": (descend_codes, descend_integers),
     "feedback": (feed_errors, descend_codes),
 }
-DAMPING = 0.02
+DAMPING = 0.02  # see Problem.damped
+CLEARLY = 0.25  # of the squared error without merging: requantizing must be better than that to be where auto starts
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
 
@@ -96,8 +99,7 @@ def merge_nearest(path: str, packed: PackedTensor, delta_OI: Tensor, method: str
     if method == "grid" and has_grid(packed):
         merged = pack(nearest_codes(unpack(packed), target_OI), packed.format)
     else:
-        # a row-wise scale is stored in the dtype of what is quantized
-        merged = quantize(target_OI if packed.scale is None else target_OI.to(packed.scale.dtype), packed.format)
+        merged = _requantize(packed, target_OI)
     return merged, _report(path, packed, merged, delta_OI, None, ("nearest",))
 
 
@@ -122,7 +124,13 @@ def merge_layer(
         error = _held_error(dequantize(merged, torch.float32), inputs, held)
         return merged, _report(path, packed, merged, delta_OI, _ratio(error, unmerged), ("nearest",))
     problem = Problem(inputs.H, target_OI @ inputs.C).damped(target_OI, DAMPING)
-    best, least, kept = unpack(packed), unmerged, []
+    best, least = unpack(packed), unmerged
+    kept: list[str] = []
+    if method == "auto":
+        rounded = unpack(_requantize(packed, target_OI))
+        error = _held_error(rounded.weight(), inputs, held)
+        if error < CLEARLY * unmerged:
+            best, least, kept = rounded, error, ["nearest"]
     for algorithm in CHAINS[method]:
         candidate = algorithm(best, problem)
         if candidate is best:
@@ -133,6 +141,11 @@ def merge_layer(
             kept.append(algorithm.__name__)
     merged = pack(best, packed.format)
     return merged, _report(path, packed, merged, delta_OI, _ratio(least, unmerged), tuple(kept))
+
+
+def _requantize(packed: PackedTensor, w_OI: Tensor) -> PackedTensor:
+    """w in the format of `packed`, with fresh scales; a row-wise scale is stored in the dtype of what is quantized."""
+    return quantize(w_OI if packed.scale is None else w_OI.to(packed.scale.dtype), packed.format)
 
 
 def has_grid(packed: PackedTensor) -> bool:

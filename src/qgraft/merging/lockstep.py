@@ -30,6 +30,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
+from qgraft.training import attention
 from qgraft.training.attention import attention_arguments
 from qgraft.training.batches import collate
 from qgraft.training.loss import padding_free
@@ -59,12 +60,13 @@ def merge_in_step(
     """
     pass_ = _Pass(method, progress)
     with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, _split_layers(model, deltas, pass_):
-        if problem is None:
+        alone = problem is None and model.config._attn_implementation == attention.NAME
+        if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
         else:
             batch, pass_.calibrates, pass_.judges = _padded(samples, held)
         batch = {key: value.to(model.device) for key, value in batch.items()}
-        bounds = attention_arguments(model, batch["position_ids"]) if problem is None else {}
+        bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         model.base_model(**batch, use_cache=False, **bounds)
     if missed := [path for path in deltas if path not in pass_.packed]:
         raise UnsupportedError(
@@ -149,7 +151,7 @@ def _in_one_row(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict
 
 
 def _padded(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The samples twice as padded rows, for architectures that do not keep samples of one row apart."""
+    """The samples twice as padded rows, where samples of one row are not attended to one by one."""
     both = [*samples, *held]
     width = max(len(sample.input_ids) for sample in both)
     ids = torch.tensor([[*sample.input_ids, *[0] * (width - len(sample.input_ids))] for sample in both])

@@ -35,6 +35,7 @@ from qgraft.adapters.attach import (
 )
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.checkpoints.adapter_files import trained_with
+from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import HELD, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
@@ -141,6 +142,7 @@ def unmerge(model: PreTrainedModel) -> None:
             f"unmerge would bring back {', '.join(taken)}, but adapters of that name are attached",
             hint="take them off with detach_lora() first",
         )
+    active = {**merges.weights, **active_adapters(model)}
     wrapped = dict(lora_layers(model))
     for path, packed in merges.packed.items():
         layer: Any = wrapped.get(path) or model.get_submodule(path)
@@ -148,7 +150,7 @@ def unmerge(model: PreTrainedModel) -> None:
     for name, loras in merges.loras.items():
         configs = {path: lora.config for path, lora in loras.items()}
         attach_layers(model, name, configs, {path: (lora.lora_A, lora.lora_B) for path, lora in loras.items()})
-    use_adapter(model, merges.weights)
+    use_adapter(model, active)
     model.qgraft_base = merges.base
     model.qgraft_merged = None  # type: ignore[assignment]
 
@@ -160,7 +162,7 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
     base = merges.base
     if base is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
-            base = replace(base, fingerprint=current_fingerprint(model))
+            base = replace(base, fingerprint=current_fingerprint(model), formats=weight_formats(model))
     for path, merged in packed.items():
         merges.packed.setdefault(path, layers[path].packed)
         layers[path].replace(merged)
