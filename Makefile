@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint types bench docs clean
+.PHONY: demo test test-slow lint types bench bench-merge docs clean
 
 demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
@@ -26,6 +26,12 @@ types: $(READY)
 bench: $(READY)           ## speed and memory beside transformers + PEFT; results go to benchmarks/results
 	$(BIN)/python benchmarks/train_cpu.py
 	$(BIN)/python benchmarks/load.py
+	$(BIN)/python benchmarks/adapters.py
+
+bench-merge: $(READY)     ## what merging keeps, by format, rank and task; hours
+	$(BIN)/python -m pip install --quiet -e ".[dev,bench]"
+	$(BIN)/python benchmarks/merge_quality.py
+	$(BIN)/python benchmarks/merge_quality.py --formats nf4 --methods peft-nf4 --ranks 8
 
 docs: $(READY)            ## write docs/reference.md anew from --help
 	$(BIN)/python docs/make_reference.py
