@@ -159,7 +159,7 @@ def plot() -> None:
         "auto": ("#3a9a5b", "qgraft"),
         "peft-nf4": ("#8f8f8f", "PEFT + NF4"),
     }
-    for offset, (method, (color, label)) in zip((-0.2, 0.2, -0.2), styles.items(), strict=True):
+    for offset, (method, (color, label)) in zip((-0.2, 0.2, 0.0), styles.items(), strict=True):
         gains = {
             each: [100 * float(r["retained_gain"]) for r in rows if (r["format"], r["method"]) == (each, method)]
             for each in formats
@@ -167,16 +167,18 @@ def plot() -> None:
         places = [n for n, each in enumerate(formats) if gains[each]]
         heights = [max(0.0, min(gains[formats[n]])) for n in places]
         bars = axes.bar([n + offset for n in places], heights, 0.38, color=color, label=label, alpha=0.85)
-        axes.bar_label(bars, [f"{height:.0f}" if height < 95 else f"{height:.1f}" for height in heights], fontsize=7)
+        axes.bar_label(
+            bars, [f"{height:.0f}" if height < 95 else f"{height:.1f}" for height in heights], fontsize=7, padding=3
+        )
         for n in places:
             values = gains[formats[n]]
             axes.plot([n + offset] * len(values), [max(0.0, v) for v in values], "k.", markersize=3)
     axes.axhline(100, color="black", linewidth=0.8)
     axes.set_xticks(range(len(formats)), formats, rotation=20)
     axes.set_ylabel("retained gain, % (bar: worst case)")
-    axes.set_ylim(0, 112)
+    axes.set_ylim(0, 126)
     axes.set_title("What an adapter learned and a merged 4- to 8-bit file still knows (SmolLM2-135M, held-out rows)")
-    axes.legend(loc="lower right")
+    axes.legend(loc="upper center", ncols=3, frameon=False)
     figure.savefig(RESULTS.with_suffix(".png"))
 
 

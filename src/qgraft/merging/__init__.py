@@ -6,5 +6,7 @@ lockstep.py     the adapter's model and the merged one side by side, each layer 
 distill.py      the real-valued parameters of all layers together, against the adapter's logits
 calibration.py  which rows calibrate and which measure; neutral.jsonl is the unrelated text
 merge.py        merge and unmerge
+work.py         one merge: measure, solve, measure, distill
+measure.py      losses and divergences from hidden states
 report.py       what was kept: numbers, table, merge.json, merge.png
 """
