@@ -17,8 +17,7 @@ and the calibration's unrelated text is in it, so that drift costs as well.
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,9 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import lora_layers
+from qgraft.adapters.lora import LoraLinear
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
+from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.loss import Head, label_states, output_head, padding_free
@@ -64,7 +64,11 @@ def distill(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, betas=(0.9, 0.99))
     head = output_head(model)
     shuffled = random.Random(0)
-    with padding_free(model, samples) as problem, _in_place(model, layers):
+
+    def trained(path: str, layer: LoraLinear) -> nn.Module:
+        return layers[path] if layer.base.bias is None else _Biased(layers[path], layer.base.bias)
+
+    with padding_free(model, samples) as problem, standing_in(model, layers, trained):
         batches = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
         parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
         passes = [shuffled.sample(parts, len(parts)) for _ in range(PASSES)]
@@ -163,19 +167,6 @@ class _RealFunction(torch.autograd.Function):
 def _ones_or(integers: Tensor | None, like: Tensor, groups: int) -> Tensor:
     """The integers of the sub-groups as float32, or ones for the groups, [out, S]."""
     return like.new_ones(len(like), groups) if integers is None else integers.float()
-
-
-@contextmanager
-def _in_place(model: nn.Module, layers: Mapping[str, _RealLinear]) -> Iterator[None]:
-    """Within the block the merged layers compute in place of the wrapped ones."""
-    wrapped = {path: layer for path, layer in lora_layers(model) if path in layers}
-    for path, layer in wrapped.items():
-        model.set_submodule(path, layers[path] if layer.base.bias is None else _Biased(layers[path], layer.base.bias))
-    try:
-        yield
-    finally:
-        for path, layer in wrapped.items():
-            model.set_submodule(path, layer)
 
 
 class _Biased(nn.Module):

@@ -17,7 +17,7 @@ replaced by a module that splits what it gets in halves. Not chosen: running blo
 quantizers do, which must know what the blocks of each architecture take.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -59,7 +59,11 @@ def merge_in_step(
     layer that the decoder's pass does not reach.
     """
     pass_ = _Pass(method, progress)
-    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, _split_layers(model, deltas, pass_):
+
+    def split(path: str, layer: LoraLinear) -> nn.Module:
+        return _SplitLayer(path, layer, deltas[path], pass_)
+
+    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, deltas, split):
         alone = problem is None and model.config._attn_implementation == attention.NAME
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
@@ -129,11 +133,13 @@ class _SplitLayer(nn.Module):
 
 
 @contextmanager
-def _split_layers(model: nn.Module, deltas: Mapping[str, Callable[[], Tensor]], pass_: _Pass) -> Iterator[None]:
-    """Within the block the layers of `deltas` are split ones."""
-    layers = {path: layer for path, layer in lora_layers(model) if path in deltas}
+def standing_in(
+    model: nn.Module, paths: Collection[str], module_for: Callable[[str, LoraLinear], nn.Module]
+) -> Iterator[None]:
+    """Within the block the wrapped layers at `paths` are replaced by what `module_for(path, layer)` makes."""
+    layers = {path: layer for path, layer in lora_layers(model) if path in paths}
     for path, layer in layers.items():
-        model.set_submodule(path, _SplitLayer(path, layer, deltas[path], pass_))
+        model.set_submodule(path, module_for(path, layer))
     try:
         yield
     finally:
