@@ -1,6 +1,5 @@
 """save() of GGUF models: the `gguf` package and transformers read what was written, and a failed save leaves no trace."""
 
-import errno
 import os
 import shutil
 import signal
@@ -446,30 +445,11 @@ def test_no_room(tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("to", [None, "q8_0"])
-def test_a_disk_that_fills_up(
-    tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str | None
-) -> None:
+def test_a_disk_that_fills_up(tiny_gguf: Maker, tmp_path: Path, full_disk: Callable[[], Any], to: str | None) -> None:
     model = load(tiny_gguf("llama").path)
     (tmp_path / "copy.gguf").write_bytes(b"old")
 
-    class FullDisk:
-        def __init__(self, path: Path, mode: str) -> None:
-            self.file, self.left = open(path, mode), 60_000  # noqa: SIM115
-
-        def __enter__(self) -> "FullDisk":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, data: bytes) -> None:
-            self.file.write(data[: self.left])
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(storage, "open", FullDisk, raising=False)
-    with pytest.raises(StorageError, match=r"copy\.gguf: No space left on device, \d+ bytes to write"):
+    with full_disk(), pytest.raises(StorageError, match=r"copy\.gguf: No space left on device, \d+ bytes to write"):
         save(model, tmp_path / "copy.gguf", to=to)
     assert (tmp_path / "copy.gguf").read_bytes() == b"old"
     assert names(tmp_path) == {"copy.gguf"}

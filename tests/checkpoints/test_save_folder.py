@@ -1,6 +1,5 @@
 """save() of folders: safetensors and transformers read what was written, and load() reads it back bit for bit."""
 
-import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -418,34 +417,13 @@ def test_targets(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("before", [True, False])
-def test_a_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: bool) -> None:
+def test_a_disk_that_fills_up(source: Path, tmp_path: Path, full_disk: Callable[[], Any], before: bool) -> None:
     old, new = load(source, "chatglm-int4"), load(source, "chatglm-int8")
     if before:
         save(old, tmp_path / "copy")
 
-    class FullDisk:
-        def __init__(self, path: Path, mode: str) -> None:
-            self.file, self.left = open(path, mode), 60_000  # noqa: SIM115
-
-        def __enter__(self) -> "FullDisk":
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
-        def write(self, data: bytes) -> None:
-            self.file.write(data[: self.left])
-            self.left -= len(data)
-            if self.left < 0:
-                raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(storage, "open", FullDisk, raising=False)
-        with pytest.raises(StorageError, match="No space left on device"):
-            save(new, tmp_path / "copy")
+    with full_disk(), pytest.raises(StorageError, match="No space left on device"):
+        save(new, tmp_path / "copy")
     assert {path.name for path in tmp_path.iterdir()} == {"source"} | ({"copy"} if before else set())
     if before:
         assert packed_equal(load(tmp_path / "copy"), old)
