@@ -228,7 +228,8 @@ def test_infinite_scale_is_read_like_the_reference_does(
     if packed.scale is not None:
         packed.scale[0] = torch.inf
     else:
-        packed.data[0, :2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)
+        infinity = torch.bfloat16 if format == "bf16" else torch.float16
+        packed.data[0, :2] = torch.tensor([torch.inf], dtype=infinity).view(torch.uint8)
     got = dequantize(packed)
     assert not bool(got[0].isfinite().all())
     torch.testing.assert_close(got, format_dequantize(packed, torch.float32), rtol=0, atol=0, equal_nan=True)

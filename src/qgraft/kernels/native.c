@@ -1,6 +1,6 @@
 /* Native CPU kernels: plain C, OpenMP, no Python and no torch headers.
  *
- * Two jobs, for the 32-element GGML blocks and the row-wise ChatGLM formats:
+ * Two jobs, for the 32-element GGML blocks, the row-wise ChatGLM formats and 16-bit floats:
  *
  *   qgraft_dequantize    packed rows -> float32 rows, one row at a time; the caller multiplies panels of rows with sgemm
  *   qgraft_linear_small  y[M, out] = x[M, in] * W^T for a few rows of x: each packed row is read once, unpacked into a
@@ -21,25 +21,21 @@
 #define FOR_EACH_CPU
 #endif
 
-enum { Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6 };
+enum { Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6, F16 = 7, BF16 = 8 };
 
-/* IEEE half -> float, all values: subnormals, infinities, NaN (no hardware half type needed). */
+/* IEEE half -> float, all values: subnormals, infinities, NaN. Without a hardware half type, and without branches, so
+ * that the loop over a row of halves is vectorized. */
 static inline float half_to_float(const uint8_t *p) {
     uint16_t h;
     memcpy(&h, p, 2);
-    const uint32_t sign = (uint32_t)(h & 0x8000) << 16;
-    const uint32_t exponent = (h >> 10) & 31;
-    const uint32_t mantissa = h & 0x3ff;
-    uint32_t bits;
-    if (exponent == 31) {
-        bits = sign | 0x7f800000u | (mantissa << 13);
-    } else if (exponent != 0) {
-        bits = sign | ((exponent + 112) << 23) | (mantissa << 13);
-    } else {
-        const float subnormal = (float)mantissa * 0x1p-24f; /* exact */
-        memcpy(&bits, &subnormal, 4);
-        bits |= sign;
-    }
+    const uint32_t magnitude = h & 0x7fff;
+    const uint32_t rebias = 112u << 23 << (magnitude >= 0x7c00); /* infinities and NaN keep all exponent bits */
+    const uint32_t normal = (magnitude << 13) + rebias;
+    const float tiny = (float)(int32_t)magnitude * 0x1p-24f; /* a subnormal, exactly */
+    uint32_t subnormal;
+    memcpy(&subnormal, &tiny, 4);
+    const uint32_t is_normal = 0u - (magnitude >= 0x0400);
+    const uint32_t bits = (normal & is_normal) | (subnormal & ~is_normal) | (uint32_t)(h & 0x8000) << 16;
     float f;
     memcpy(&f, &bits, 4);
     return f;
@@ -122,6 +118,21 @@ FOR_EACH_CPU static void row_int4(const uint8_t *p, int64_t columns, float scale
     }
 }
 
+/* IEEE half a weight */
+FOR_EACH_CPU static void row_f16(const uint8_t *p, int64_t columns, float *out) {
+    for (int64_t j = 0; j < columns; j++) out[j] = half_to_float(p + 2 * j);
+}
+
+/* the upper half of a float a weight */
+FOR_EACH_CPU static void row_bf16(const uint8_t *p, int64_t columns, float *out) {
+    for (int64_t j = 0; j < columns; j++) {
+        uint16_t h;
+        memcpy(&h, p + 2 * j, 2);
+        const uint32_t bits = (uint32_t)h << 16;
+        memcpy(out + j, &bits, 4);
+    }
+}
+
 static int64_t row_bytes(int format, int64_t columns) {
     switch (format) {
         case Q4_0: return columns / 32 * 18;
@@ -131,6 +142,7 @@ static int64_t row_bytes(int format, int64_t columns) {
         case Q8_0: return columns / 32 * 34;
         case ROW_INT8: return columns;
         case ROW_INT4: return columns / 2;
+        case F16: case BF16: return columns * 2;
     }
     return -1;
 }
@@ -144,6 +156,8 @@ static void unpack_row(int format, const uint8_t *row, int64_t columns, float sc
         case Q8_0: row_q8_0(row, columns, out); break;
         case ROW_INT8: row_int8(row, columns, scale, out); break;
         case ROW_INT4: row_int4(row, columns, scale, out); break;
+        case F16: row_f16(row, columns, out); break;
+        case BF16: row_bf16(row, columns, out); break;
     }
 }
 
