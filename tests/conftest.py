@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Q
@@ -301,6 +302,45 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
               list: writer.add_array}  # fmt: skip
     adders[type(value)](key, value)
+
+
+VOCABULARY_TEXT = (
+    "介绍一下清华大学的历史和现状",
+    "你好，世界！我是人工智能助手。",
+    "晚上睡不着应该怎么办？多运动，少喝咖啡。",
+    "[Round 1] 问：你好 答：你好",
+    "Hello, world! What is 1+1? It is 2.",
+    "The quick brown fox jumps over the lazy dog 1234567890",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A sentencepiece file of some 400 pieces, "ice_text.model" as ChatGLM's or "tokenizer.model" as ChatGLM2's."""
+    first = {
+        "pad_id": 3,
+        "pad_piece": "<pad>",
+        "control_symbols": ["[MASK]", "[gMASK]", "[sMASK]", "<unused_0>", "<sop>", "<eop>"],
+        "user_defined_symbols": ["<n>", "<|tab|>", *(f"<|blank_{k}|>" for k in range(2, 81))],
+        "normalization_rule_name": "nmt_nfkc",
+    }
+    kinds: dict[str, dict[str, Any]] = {
+        "ice_text.model": first,
+        "tokenizer.model": {"normalization_rule_name": "identity"},
+    }
+    folder = tmp_path_factory.mktemp("vocabulary")
+
+    def get(name: str) -> Path:
+        if not (folder / name).exists():
+            with open(folder / name, "wb") as file:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(VOCABULARY_TEXT * 4), model_writer=file, vocab_size=500,
+                    hard_vocab_limit=False, character_coverage=1.0, byte_fallback=True, split_digits=True,
+                    remove_extra_whitespaces=False, minloglevel=2, num_threads=1, **kinds[name],
+                )  # fmt: skip
+        return folder / name
+
+    return get
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -258,3 +259,33 @@ def test_copies_are_equal_and_independent(format: str, how: str) -> None:
     twin.packed.data.zero_()
     assert torch.equal(layer(x), before)
     assert not torch.equal(twin(x), before)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_from_params_keeps_the_tensors_of_a_checkpoint(bits: int) -> None:
+    packed = make_packed(f"chatglm-int{bits}")
+    assert packed.scale is not None
+    bias = torch.randn(6)
+    layer = QuantizedLinear.from_params(bits, packed.data, packed.scale, bias)
+    assert (layer.in_features, layer.out_features, layer.packed.format) == (32, 6, packed.format)
+    assert layer.packed.data.data_ptr() == packed.data.data_ptr()
+    assert layer.packed.scale is not None
+    assert layer.packed.scale.data_ptr() == packed.scale.data_ptr()
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(layer(x), QuantizedLinear(packed, bias)(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, torch.ones(2, 4).char(), torch.ones(2)), "3 bits"),
+        ((4, torch.ones(2, 4), torch.ones(2)), "torch.float32"),
+        ((4, torch.ones(8).char(), torch.ones(8)), r"\[8\], expected 4 or 8 bits"),
+        ((8, torch.ones(2, 4).char(), torch.ones(3)), r"weight_scale: got torch.float32 \[3\], expected floats \[2\]"),
+        ((8, torch.ones(2, 4).char(), torch.ones(2).int()), "weight_scale: got torch.int32"),
+        ((8, torch.ones(2, 4).char(), torch.ones(2), torch.ones(1)), "bias: got"),
+    ],
+)
+def test_from_params_refuses_what_is_no_checkpoint(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        QuantizedLinear.from_params(*arguments)

@@ -14,8 +14,8 @@ def test_all_is_sorted_and_complete():
     assert set(qgraft.__all__) <= set(dir(qgraft))
 
 
-def test_there_are_about_twenty_names_and_each_is_documented():
-    assert 15 <= len(qgraft.__all__) <= 28
+def test_there_are_few_names_and_each_is_documented():
+    assert 15 <= len(qgraft.__all__) <= 32
     undocumented = [name for name in qgraft.__all__ if not (getattr(qgraft, name).__doc__ or "").strip()]
     assert undocumented == []
 

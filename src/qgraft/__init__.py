@@ -39,8 +39,10 @@ if TYPE_CHECKING:
     from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import pull
+    from qgraft.checkpoints.quantize import quantize
     from qgraft.checkpoints.save import save
-    from qgraft.merging.merge import merge, unmerge
+    from qgraft.linear import QuantizedLinear
+    from qgraft.merging.merge import merge, merge_lora, unmerge
     from qgraft.training.arguments import TrainArguments
     from qgraft.training.evaluate import evaluate
     from qgraft.training.run import train
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {  # public name -> the module it lives in
+    "QuantizedLinear": "linear",
     "TrainArguments": "training.arguments",
     "active_adapters": "adapters.attach",
     "adapter_names": "adapters.attach",
@@ -60,7 +63,9 @@ _HOMES = {  # public name -> the module it lives in
     "load_adapter": "checkpoints.adapter_files",
     "lora_state_dict": "adapters.attach",
     "merge": "merging.merge",
+    "merge_lora": "merging.merge",
     "pull": "checkpoints.pull",
+    "quantize": "checkpoints.quantize",
     "save": "checkpoints.save",
     "save_adapter": "checkpoints.adapter_files",
     "train": "training.run",
@@ -75,6 +80,7 @@ __all__ = [
     "MergeError",
     "OptionError",
     "QgraftError",
+    "QuantizedLinear",
     "StorageError",
     "TrainArguments",
     "TrainingError",
@@ -90,7 +96,9 @@ __all__ = [
     "load_adapter",
     "lora_state_dict",
     "merge",
+    "merge_lora",
     "pull",
+    "quantize",
     "save",
     "save_adapter",
     "train",

@@ -75,6 +75,32 @@ class QuantizedLinear(nn.Module):
         self.out_features, self.in_features = self.packed_weight.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
 
+    @classmethod
+    def from_params(
+        cls, weight_bit_width: int, weight: Tensor, weight_scale: Tensor, bias: Tensor | None = None
+    ) -> Self:
+        """The layer of a quantized ChatGLM checkpoint, from its tensors as they are; nothing is copied.
+
+        Args:
+            weight_bit_width: 4 or 8.
+            weight: int8 [out, in], or [out, in / 2] with two 4-bit weights a byte, the even column in the high half.
+            weight_scale: float16 or float32 [out].
+            bias: [out], or None.
+
+        Raises ValueError for tensors that are not so.
+        """
+        rows = weight.shape[0]
+        if weight_bit_width not in (4, 8) or weight.dim() != 2 or weight.dtype != torch.int8:
+            got = f"{weight_bit_width} bits in {weight.dtype} {list(weight.shape)}"
+            raise ValueError(f"from_params: got {got}, expected 4 or 8 bits in int8 [out, bytes of a row]")
+        for name, tensor in (("weight_scale", weight_scale), ("bias", bias)):
+            if tensor is not None and (tensor.shape != (rows,) or not tensor.is_floating_point()):
+                raise ValueError(
+                    f"from_params: {name}: got {tensor.dtype} {list(tensor.shape)}, expected floats [{rows}]"
+                )
+        shape = (rows, weight.shape[1] * 8 // weight_bit_width)
+        return cls(PackedTensor(f"chatglm-int{weight_bit_width}", shape, weight, weight_scale), bias)
+
     @property
     def packed(self) -> PackedTensor:
         """The stored bytes."""

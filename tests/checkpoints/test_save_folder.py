@@ -17,8 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from qgraft import storage
 from qgraft.adapters.attach import attach_lora, use_adapter
 from qgraft.checkpoints import folder_write
-from qgraft.checkpoints.folder_model import INDEX, load_folder
+from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.save import check_target, current_fingerprint, save
+from qgraft.checkpoints.shards import INDEX
 from qgraft.errors import CheckpointError, OptionError, StorageError, UnsupportedError
 from qgraft.formats import quantize
 from qgraft.linear import QuantizedLinear
@@ -312,7 +313,8 @@ def spoil(folder: Path, **tensors: Tensor | None) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
-    "no scale": (lambda f: spoil(f, weight_scale=None), UnsupportedError, "dtype torch.int8; expected float32"),
+    "no scale": (lambda f: spoil(f, weight_scale=None), CheckpointError, "weight_scale is missing beside it"),
+    "scale zero": (lambda f: spoil(f, weight_scale=torch.zeros(64)), CheckpointError, r"got 0 for 64 rows .*\(row 0\)"),
     "too few scales": (lambda f: spoil(f, weight_scale=torch.ones(63)), CheckpointError, r"got torch.float32 \[63\], exp"),
     "scales in a matrix": (lambda f: spoil(f, weight_scale=torch.ones(64, 1)), CheckpointError, r"torch.float32 \[64, 1\]"),
     "scales of integers": (lambda f: spoil(f, weight_scale=torch.ones(64).int()), CheckpointError, "got torch.int32"),

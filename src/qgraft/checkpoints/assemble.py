@@ -6,7 +6,7 @@ and the few remaining parameters (norms, biases) are read as floats. A checkpoin
 a parameter's name to its tensor, so a GGUF file and a folder of safetensors share all of this.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -20,6 +20,9 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.models.find import architecture_of
+
+MOST_PROBLEMS = 500  # listed; more than that is another model's file
 
 # Reads the parameter called so in the transformers model; None when the checkpoint has no such tensor. A linear layer's
 # or embedding's weight comes as a PackedTensor, everything else as a floating point tensor.
@@ -66,19 +69,21 @@ class TokenizerErrors:
             raise CheckpointError(f"{self.source}: transformers cannot build the tokenizer: {problem}") from error
 
 
-def assemble(config: PreTrainedConfig, read: Reader, dtype: torch.dtype, source: str) -> PreTrainedModel:
+def assemble(
+    config: PreTrainedConfig, read: Reader, dtype: torch.dtype, source: str, known_problems: Sequence[str] = ()
+) -> PreTrainedModel:
     """The model of `config` with its weights from `read`, computing in `dtype`, in evaluation mode, fully frozen.
 
-    Raises CheckpointError when tensors are missing or have other shapes (all of them listed), UnsupportedError when
-    transformers has no causal language model for the config.
+    Raises CheckpointError when tensors are missing or have other shapes, or something is wrong already (all listed);
+    UnsupportedError when there is no causal language model for the config.
     """
     model = empty_model(config, dtype)
-    problems: list[str] = []
+    problems = list(known_problems)
     _fill_modules(model, read, dtype, problems)
     _fill_parameters(model, read, dtype, problems)
     if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+        shown = "\n  ".join(problems[:MOST_PROBLEMS])
+        more = f"\n  ... and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
         raise CheckpointError(f"{source} does not fit the architecture {config.model_type}:\n  {shown}{more}")
     # Output and input embeddings share their PackedWeight already; transformers must not tie floats on top of that.
     model._tied_weights_keys = {}
@@ -101,8 +106,11 @@ def weight_formats(model: nn.Module) -> dict[str, int]:
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
+    architecture = architecture_of(config)
     with init_empty_weights(include_buffers=False):  # buffers (rotary tables) are computed, not loaded
         try:
+            if architecture is not None:
+                return architecture.model._from_config(config, dtype=dtype)
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
             raise UnsupportedError(f"architecture {config.model_type!r}: {error}") from error

@@ -1,8 +1,8 @@
 """A Hugging Face folder (config.json, *.safetensors, tokenizer files) as a model, quantized on the way in if asked.
 
-The files are mapped, each weight is read, packed and let go before the next one is touched: a 16-bit checkpoint far
-larger than memory can become a 4-bit model that fits. Without `quantize` the weights stay in the 16 or 32 bits they have
-in the file, as formats f16, bf16 and f32 of the same kind.
+The files are mapped. With `quantize` each weight is read, packed and let go before the next one is touched: a 16-bit
+checkpoint far larger than memory can become a 4-bit model that fits. Without it the weights stay in the 16 or 32 bits
+they have, as formats f16, bf16 and f32, and are views of the mapped file, as packed ones always are.
 
 Which weights are quantized: those of linear layers but the output layer, as llama.cpp and bitsandbytes choose too; the
 embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has
@@ -11,19 +11,20 @@ no blocks for keeps its 16 bits, and the load says so.
 A matrix stored in int8 beside a `weight_scale` is ChatGLM's row-wise layout (folder_write.py draws it) and stays packed
 as it is: 8 bits where it is as wide as the layer, 4 where it is half as wide.
 
-Nothing in the folder is executed: no pickle, no `auto_map`, no remote code.
+Nothing in the folder is executed: no `auto_map`, no remote code, no pickle beyond tensors (shards.py). ChatGLM's folders
+bring their architecture and tokenizer as Python files; ours are in models/, and theirs are not looked at.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -38,12 +39,13 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.origin import Origin, Stored
+from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor, get_format
+from qgraft.formats import PackedTensor, get_format, hold_floats
 from qgraft.formats import quantize as quantize_weight
+from qgraft.models.find import Architecture, architecture_of, find_architecture
 
-INDEX = "model.safetensors.index.json"
-_FLOAT_FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+_BAD_CONFIG = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError)
 
 
 def load_folder(
@@ -61,24 +63,29 @@ def load_folder(
     if quantize is not None and get_format(quantize).quantize is None:
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
     config = _config(folder)
+    tokenizer, tokenizer_notes = _tokenizer(folder, config)
     with ExitStack() as stack:
-        tensors = open_shards(folder, stack)
-        reader = _FolderReader(tensors, quantize, empty_model(config, dtype))
-        model = assemble(config, reader, dtype, str(folder))
+        reader = _FolderReader(open_shards(folder, stack), quantize, empty_model(config, dtype))
+        unexpected = reader.unexpected()
+        exact = (
+            architecture_of(config) is not None
+        )  # transformers' own may leave tensors out, ours have a place for all
+        problems = [f"unexpected {name}" for name in unexpected] if exact else []
+        model = assemble(config, reader, dtype, str(folder), problems)
     model.qgraft_base = BaseInfo(  # type: ignore[assignment]
         source=str(folder),
         container="folder",
         architecture=config.model_type,
         fingerprint=fingerprint(reader.entries),
         formats=weight_formats(model),
-        notes=tuple(reader.notes + reader.unused_notes()),
+        notes=(*reader.notes, *_unexpected_note(unexpected), *tokenizer_notes),
     )
     _mark_repeated(model, reader)
     digest = folder_digest(folder, reader.vectors)
     model.qgraft_origin = Origin(  # type: ignore[assignment]
         folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors)
     )
-    return model, _tokenizer(folder)
+    return model, tokenizer
 
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:
@@ -89,10 +96,9 @@ def folder_digest(folder: Path, vectors: Collection[str]) -> str:
     with ExitStack() as stack:
         for path in shard_paths(folder):
             shard = open_shard(path, stack)
-            for name in shard.keys():  # noqa: SIM118 (not a dict)
-                about = shard.get_slice(name)
-                value = shard.get_tensor(name) if name in vectors else torch.empty(0)
-                entries.append((f"{path.name}: {name}", tuple(about.get_shape()), str(about.get_dtype()), value))
+            for name in shard.names:
+                value = shard.tensor(name) if name in vectors else torch.empty(0)
+                entries.append((f"{path.name}: {name}", *shard.describe(name), value))
     return f"{config} {fingerprint(entries)}"
 
 
@@ -105,7 +111,7 @@ def _mark_repeated(model: PreTrainedModel, reader: "_FolderReader") -> None:
 
 
 class _FolderReader:
-    """Answers assemble()'s questions from open safetensors files, packing weights as they pass."""
+    """Answers assemble()'s questions from open weight files, packing weights as they pass."""
 
     def __init__(
         self,
@@ -116,8 +122,13 @@ class _FolderReader:
         self.tensors, self.quantize = tensors, quantize
         self.bits = getattr(model.config, "quantization_bit", None) or None
         output = model.get_output_embeddings()
-        self.linears = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        self.quantized_names = {name for name, m in self.linears.items() if m is not output}
+        kinds = (nn.Linear, Conv1D, nn.Embedding)
+        self.layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, kinds)}
+        self.quantized_names = {
+            name for name, m in self.layers.items() if m is not output and not isinstance(m, nn.Embedding)
+        }
+        self.places = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]  # recomputed
         self.entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []  # what the fingerprint is made of
         self.matrices: dict[str, Stored] = {}  # by module path
         self.vectors: list[str] = []
@@ -131,21 +142,20 @@ class _FolderReader:
             self.vectors.append(name)
             self.entries.append((name, tuple(value.shape), str(value.dtype), value))
             return value
-        transposed = isinstance(self.linears.get(name), Conv1D)
+        transposed = isinstance(self.layers.get(name), Conv1D)
         self.matrices[name.removesuffix(".weight")] = Stored(name, transposed=transposed)
-        if value.dtype == torch.int8 and name in self.linears and f"{name}_scale" in self.tensors:
+        if value.dtype == torch.int8 and name in self.layers:
             packed = self._read_rowwise(name, value)
         else:
             packed = self._pack(name, value.T.contiguous() if transposed else value)
         self.entries += matrix_entries(name, packed)
         return packed
 
-    def unused_notes(self) -> list[str]:
-        """One note on the file's tensors that the model did not ask for; rotary tables of old checkpoints are usual."""
-        used = {name for name, *_ in self.entries}
-        unused = sorted(name for name in self.tensors if name not in used and not name.endswith("rotary_emb.inv_freq"))
-        listed = ", ".join(unused[:4]) + (", ..." if len(unused) > 4 else "")
-        return [f"{len(unused)} tensors of the folder have no place in the model: {listed}"] if unused else []
+    def unexpected(self) -> list[str]:
+        """The file's tensors that the model has no place for, without those that it computes itself."""
+        scales = {f"{name}_scale" for name in self.layers}
+        unknown = sorted(self.tensors.keys() - self.places - scales)
+        return [name for name in unknown if not any(re.search(pattern, name) for pattern in self.ignored)]
 
     def _read_rowwise(self, name: str, data: Tensor) -> PackedTensor:
         """An int8 matrix with its scales: 8 bits where it is as wide as the layer, 4 where it is half as wide."""
@@ -154,18 +164,34 @@ class _FolderReader:
                 f"quantize={self.quantize!r}: {name} is stored in int8 with scales already",
                 hint="leave quantize out, or give the float checkpoint's folder",
             )
-        layer = self.linears[name]
+        layer = self.layers[name]
         width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
         rows, bits = data.shape[0], 4 if data.shape[1] * 2 == width else 8
+        if self.bits == 4 and width % 2:
+            raise CheckpointError(
+                f"{name}: config.json says quantization_bit=4, but the layer's {width} inputs are odd"
+            )
         if self.bits not in (None, bits):
             got = f"config.json says quantization_bit={self.bits!r}"
             raise CheckpointError(f"{name}: got int8 {list(data.shape)}, {bits} bits a weight, but {got}")
+        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), data, self._scale(name, data))
+
+    def _scale(self, name: str, data: Tensor) -> Tensor:
+        """The row scales [out] of an int8 matrix."""
+        if f"{name}_scale" not in self.tensors:
+            raise CheckpointError(f"{name} holds int8 numbers, and {name}_scale is missing beside it")
         scale = self.tensors[f"{name}_scale"]()
-        fits = scale.shape == (rows,) and scale.dtype in (torch.float16, torch.float32)
-        if not fits or not bool(scale.isfinite().all()):
-            got = f"{scale.dtype} {list(scale.shape)}" if not fits else "NaN or infinity"
-            raise CheckpointError(f"{name}_scale: got {got}, expected [{rows}] finite float16 or float32")
-        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), data, scale)
+        expected = f"expected [{len(data)}] finite float16 or float32"
+        if scale.shape != (len(data),) or scale.dtype not in (torch.float16, torch.float32):
+            raise CheckpointError(f"{name}_scale: got {scale.dtype} {list(scale.shape)}, {expected}")
+        if not bool(scale.isfinite().all()):
+            raise CheckpointError(f"{name}_scale: got NaN or infinity, {expected}")
+        lost = [row for row in (scale == 0).nonzero()[:, 0].tolist() if bool(data[row].any())]
+        if lost:
+            raise CheckpointError(
+                f"{name}_scale: got 0 for {len(lost)} rows that hold numbers (row {lost[0]}), {expected}"
+            )
+        return scale
 
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
         try:
@@ -174,15 +200,13 @@ class _FolderReader:
             raise UnsupportedError(f"{name}: {error.message}", hint=error.hint) from error
 
     def _quantize(self, name: str, w_OI: Tensor) -> PackedTensor:
-        stored = _FLOAT_FORMATS.get(w_OI.dtype)
-        if stored is None:
-            raise UnsupportedError(f"dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
+        held = hold_floats(w_OI)
         if self.quantize is None or name not in self.quantized_names:
-            return quantize_weight(w_OI, stored)
+            return held
         block = get_format(self.quantize).block_size
         if w_OI.shape[1] % block:
-            self.notes.append(f"{name} stays {stored}: {w_OI.shape[1]} inputs are no multiple of {block}")
-            return quantize_weight(w_OI, stored)
+            self.notes.append(f"{name} stays {held.format}: {w_OI.shape[1]} inputs are no multiple of {block}")
+            return held
         return quantize_weight(w_OI, self.quantize)
 
 
@@ -218,57 +242,40 @@ def _config(folder: Path) -> PreTrainedConfig:
             f"{folder} is already quantized with {method!r}",
             hint="load the float checkpoint with quantize=..., or a GGUF",
         )
+    architecture = find_architecture(raw)
+    if architecture is not None:
+        try:
+            return architecture.config.from_dict(raw)
+        except _BAD_CONFIG as error:
+            raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+    except _BAD_CONFIG as error:
         if raw.get("model_type") in CONFIG_MAPPING:
             raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
         raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
 
 
-def open_shard(path: Path, stack: ExitStack) -> Any:
-    """The safetensors file at `path`, open until `stack` closes. Raises CheckpointError."""
-    try:
-        return stack.enter_context(safe_open(path, framework="pt"))
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:
-    """{parameter name: function that reads it} over all safetensors files of the folder."""
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for path in shard_paths(folder):
-        shard = open_shard(path, stack)
-        for name in shard.keys():  # noqa: SIM118 (not a dict)
-            readers[name] = lambda shard=shard, name=name: shard.get_tensor(name)  # type: ignore[misc]
-    return readers
-
-
-def shard_paths(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: those that its index names, or else all. Raises CheckpointError."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            outside = [name for name in names if PureWindowsPath(name).name != name or Path(name).name != name]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{index} is not an index of shards: {error}") from error
-        if outside:
-            raise CheckpointError(f"{index} names files outside the folder: {', '.join(outside)}")
-        paths = [folder / name for name in names]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        raise CheckpointError(
-            f"{folder}: {'missing ' + ', '.join(missing) if missing else 'no *.safetensors file'}",
-            hint="pickled weights (*.bin) are not loaded from here: convert them to safetensors",
-        )
-    return paths
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
+def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """The folder's tokenizer, and notes where there is none."""
+    if architecture := architecture_of(config):
+        return _native_tokenizer(folder, architecture)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return None
+        return None, []
     with TokenizerErrors(folder):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), []
+
+
+def _native_tokenizer(folder: Path, architecture: Architecture) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    path = folder / architecture.vocabulary
+    if not path.is_file():
+        return None, [f"the folder has no vocabulary file ({path.name}), so there is no tokenizer"]
+    files = [folder / "config.json", folder / "tokenizer_config.json"]
+    if any(re.search("chatglm3", file.read_text(encoding="utf-8"), re.IGNORECASE) for file in files if file.is_file()):
+        return None, ["this is a ChatGLM3, whose prompts are not known here: the model loads without a tokenizer"]
+    return architecture.tokenizer(vocab_file=str(path)), []
+
+
+def _unexpected_note(names: list[str]) -> list[str]:
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [f"{len(names)} tensors of the folder have no place in the model: {listed}"] if names else []

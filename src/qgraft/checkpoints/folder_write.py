@@ -33,24 +33,16 @@ import torch
 from torch import Tensor
 
 from qgraft import storage
-from qgraft.checkpoints.folder_model import (
-    INDEX,
-    folder_digest,
-    matrix_entries,
-    open_shard,
-    open_shards,
-    read_config_json,
-    shard_paths,
-)
+from qgraft.checkpoints.folder_model import folder_digest, matrix_entries, read_config_json
 from qgraft.checkpoints.origin import Matrix, Origin, changed_source
+from qgraft.checkpoints.shards import BIN_INDEX, INDEX, WORDS, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
 
 SHARD_BYTES = 4_000_000_000
 BITS = {"chatglm-int4": 4, "chatglm-int8": 8}
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _COPIED = ("*.json", "*.jinja", "*.md", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_WRITTEN = ("config.json", INDEX, storage.MANIFEST)
-_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8"}
+_WRITTEN = ("config.json", INDEX, BIN_INDEX, storage.MANIFEST)
 
 Tensors = dict[str, tuple[str, Tensor]]  # name -> (safetensors' word for the dtype, tensor)
 
@@ -129,35 +121,35 @@ class _Place:
     """One tensor of the source, and the matrix that goes in its place, if one does."""
 
     file: Path
-    shard: Any
+    shard: Shard
     name: str
     matrix: Matrix | None
 
     @property
-    def metadata(self) -> dict[str, str]:
-        return self.shard.metadata() or {"format": "pt"}
+    def metadata(self) -> Mapping[str, str]:
+        return self.shard.metadata or {"format": "pt"}
 
     @property
     def nbytes(self) -> int:
-        return int(self.shard.get_tensor(self.name).nbytes if self.matrix is None else self.matrix.nbytes)
+        return int(self.shard.tensor(self.name).nbytes if self.matrix is None else self.matrix.nbytes)
 
     def tensors(self) -> Tensors:
         if self.matrix is None:
-            return {self.name: (self.shard.get_slice(self.name).get_dtype(), self.shard.get_tensor(self.name))}
+            return {self.name: (self.shard.describe(self.name)[1], self.shard.tensor(self.name))}
         packed = self.matrix.whole()
         if packed.scale is not None:
             named = {self.name: packed.data, f"{self.name}_scale": packed.scale}
         else:
             w_OI = packed.data.view(FLOATS[packed.format])
             named = {self.name: w_OI.T.contiguous() if self.matrix.stored.transposed else w_OI}
-        return {name: (_DTYPES[tensor.dtype], tensor) for name, tensor in named.items()}
+        return {name: (WORDS[tensor.dtype], tensor) for name, tensor in named.items()}
 
     def differs(self, tensors: Tensors) -> bool:
         """Whether these are not what the source has in this place."""
         if self.matrix is None:
             return False
         for name, (_, new) in tensors.items():
-            old = self.shard.get_tensor(name) if name in self.shard.keys() else None  # noqa: SIM118 (not a dict)
+            old = self.shard.tensor(name) if name in self.shard.names else None
             if old is None or (old.shape, old.dtype) != (new.shape, new.dtype) or not _bytes(old).equal(_bytes(new)):
                 return True
         return False
@@ -173,7 +165,7 @@ def _places(origin: Origin, matrices: Sequence[Matrix], stack: ExitStack) -> Ite
     scales = {f"{name}_scale" for name in by_name}
     for path in shard_paths(origin.path):
         shard = open_shard(path, stack)
-        for name in shard.keys():  # noqa: SIM118 (not a dict)
+        for name in shard.names:
             if name not in scales:
                 yield _Place(path, shard, name, by_name.get(name))
 

@@ -101,8 +101,11 @@ def _from_hub(name: str, file: str) -> Path:
     try:
         if file:
             return Path(hf_hub_download(name, file))
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # no *.py, no *.bin
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
+        folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
+            folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(

@@ -20,11 +20,10 @@ from torch import Tensor, nn
 
 from qgraft.adapters.lora import LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor, dequantize, get_format, quantize
+from qgraft.formats import PackedTensor, convert, get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 PANEL_WEIGHTS = 1 << 22  # written at a time: 16 MiB while they are float32
-_EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a format's values; float32 holds all others
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +83,7 @@ class Matrix:
         step = max(1, PANEL_WEIGHTS // self.packed.shape[1])
         for index in self._order().split(step):
             panel = _to_cpu(self.packed.rows(index.to(self.packed.data.device)))
-            yield panel if panel.format == self.format else self._requantize(panel)
+            yield self._convert(panel)
 
     def whole(self) -> PackedTensor:
         """All panels as one; not copied where nothing has to change."""
@@ -95,9 +94,9 @@ class Matrix:
         data = torch.cat([panel.data for panel in panels])
         return PackedTensor(self.format, self.packed.shape, data, torch.cat(scales) if scales else None)
 
-    def _requantize(self, panel: PackedTensor) -> PackedTensor:
+    def _convert(self, panel: PackedTensor) -> PackedTensor:
         try:
-            return quantize(dequantize(panel, _EXACT.get(panel.format, torch.float32)), self.format)
+            return convert(panel, self.format)
         except UnsupportedError as error:
             raise UnsupportedError(f"{self.path}: {error.message}", hint=error.hint) from error
 

@@ -94,7 +94,8 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
 def _folder(path: Path, tensors: bool) -> dict[str, Any]:
     from contextlib import ExitStack
 
-    from qgraft.checkpoints.folder_model import open_shards, read_config_json
+    from qgraft.checkpoints.folder_model import read_config_json
+    from qgraft.checkpoints.shards import open_shards
 
     listed: dict[str, str] = {}
     weights: Counter[str] = Counter()

@@ -96,13 +96,13 @@ def answer(
     """The model's next answer to (role, content) turns, prompted as in training; `generation` goes to generate()."""
     import torch
 
-    from qgraft.training.tokenizing import encode_prompt, resolve_template
+    from qgraft.training.tokenizing import decode_answer, encode_prompt, resolve_template
 
     ids = encode_prompt(tokenizer, messages, template=resolve_template(tokenizer, template), system=system)
     input_ids = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **generation)
-    return str(tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True))
+    return decode_answer(tokenizer, output[0, len(ids) :].tolist())
 
 
 def print_note(text: str) -> None:

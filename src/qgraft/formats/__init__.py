@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qgraft.errors import UnsupportedError, near_match
 from qgraft.formats import ggml, kquants, kquants_fit
-from qgraft.formats.blocks import block_format, float_format
+from qgraft.formats.blocks import block_format, float_format, hold_floats
 from qgraft.formats.grid import Grid
 from qgraft.formats.packed import Format, PackedTensor
 from qgraft.formats.rowwise import rowwise_format
@@ -35,8 +35,10 @@ __all__ = [
     "Format",
     "Grid",
     "PackedTensor",
+    "convert",
     "dequantize",
     "get_format",
+    "hold_floats",
     "pack",
     "quantize",
     "unpack",
@@ -78,6 +80,9 @@ GGML_TYPES: Final[dict[int, str]] = {  # tensor type id in a GGUF file (enum ggm
 }
 
 
+_EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a format's values; float32 holds all others
+
+
 def get_format(name: str) -> Format:
     """The format called `name` (lower case); UnsupportedError, with the closest names, when there is none."""
     if name in FORMATS:
@@ -99,12 +104,23 @@ def quantize(w_OI: Tensor, format: str) -> PackedTensor:
     chosen = get_format(format)
     if chosen.quantize is None:
         raise _read_only(format)
-    if bad := w_OI.numel() - int(w_OI.isfinite().sum()):
+    if not bool((finite := w_OI.isfinite()).all()):
+        bad = w_OI.numel() - int(finite.sum())
         raise UnsupportedError(
             f"{format}: got {bad} of {w_OI.numel()} weights NaN or infinite, expected all of them finite",
             hint="the weights were broken before: look at the run or the file that they come from",
         )
     return chosen.quantize(w_OI)
+
+
+def convert(packed: PackedTensor, format: str) -> PackedTensor:
+    """The weight that `packed` stands for in another format: `packed` itself where it has it already.
+
+    16-bit floats are quantized in their own dtype, as the makers of ChatGLM's checkpoints did. Raises as quantize().
+    """
+    if packed.format == format:
+        return packed
+    return quantize(dequantize(packed, _EXACT.get(packed.format, torch.float32)), format)
 
 
 def unpack(packed: PackedTensor) -> Grid:

@@ -198,6 +198,17 @@ def _quantize_floats(name: str, stored: torch.dtype, w_OI: Tensor) -> PackedTens
     return PackedTensor(name, (rows, width), numbers.view(torch.uint8).reshape(rows, width * stored.itemsize))
 
 
+FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+
+
+def hold_floats(w_OI: Tensor) -> PackedTensor:
+    """Float weights [out, in] as they are, in the format of their dtype; memory is shared where `w_OI` is contiguous."""
+    if w_OI.dtype not in FLOATS:
+        raise UnsupportedError(f"dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
+    rows, width = w_OI.shape
+    return PackedTensor(FLOATS[w_OI.dtype], (rows, width), w_OI.detach().contiguous().view(torch.uint8))
+
+
 # ---------------------------------------------------------------- fields of a block
 
 

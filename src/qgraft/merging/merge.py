@@ -128,6 +128,9 @@ def merge(
     return report
 
 
+merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
+
+
 def unmerge(model: PreTrainedModel) -> None:
     """Put the original bytes back, and the adapters on the model again, active with the weights they were merged with.
 

@@ -47,7 +47,6 @@ WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
     "flash_attn": "attention is PyTorch's own",
     "trust_remote_code": "code from model folders is never run",
     "use_fast_tokenizer": "the fast tokenizer is always used",
-    "ignore_pad_token_for_loss": "batches hold no padding",
     "quantization_method": "the weights stay as the file has them",
 }
 
@@ -103,6 +102,9 @@ class TrainArguments(TrainingArguments):
     val_size: float = _option(0.0, "Hold out this share (below 1) or number of rows of the dataset for evaluation.")
     max_samples: int | None = _option(None, "Read at most so many rows of each dataset.")
     max_length: int = _option(2048, "Longer samples are cut at the right, if an answer token remains.")
+    max_source_length: int | None = _option(None, "ChatGLM: longest prompt, cut at the right.")
+    max_target_length: int | None = _option(None, "ChatGLM: longest answer, cut at the right, then ended.")
+    ignore_pad_token_for_loss: bool = _option(True, "ChatGLM, false: learn padding up to both lengths, as its scripts.")
     template: str | None = _option(None, "Chat template: auto (the model's own), plain, chatml, or a .jinja file.")
     system: str | None = _option(None, "System prompt for rows that have none.")
     train_on_prompt: bool = _option(False, "Learn the prompts too, not the answers only.")
@@ -168,6 +170,12 @@ class TrainArguments(TrainingArguments):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora is there")
         if self.max_tokens_per_pass < 1 or self.max_length < 2:
             raise OptionError("max_tokens_per_pass must be at least 1 and max_length at least 2")
+        lengths = self.max_source_length, self.max_target_length
+        if any(length is not None and length < 3 for length in lengths):
+            raise OptionError("max_source_length and max_target_length must be at least 3: special ids count")
+        if not self.ignore_pad_token_for_loss and None in lengths:
+            raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
+                              "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
         if self.val_size < 0:
             raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
 

@@ -31,6 +31,7 @@ def attend_samples(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    context_lens: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, tokens, dim], key and value [1, kv heads, tokens, dim] -> [1, tokens, heads, dim].
@@ -38,21 +39,24 @@ def attend_samples(
     Args:
         sliding_window: each token sees at most so many tokens, itself included.
         cu_seq_lens_q: [samples + 1] int64, where each sample starts, and the end.
+        context_lens: [samples] int64, how many tokens at the start of each sample all of its tokens see (a prefix
+            language model such as ChatGLM-6B reads its context in both directions); the others are causal.
 
     Raises ValueError for what this implementation does not compute: a mask, no boundaries, capped scores.
     """
     if attention_mask is not None or cu_seq_lens_q is None or kwargs.get("softcap") is not None:
         raise ValueError(f"{NAME} attends within samples of a padding-free batch only, without mask and softcap")
-    bounds = cu_seq_lens_q.tolist()
+    bounds = list(pairwise(cu_seq_lens_q.tolist()))
+    contexts = [0] * len(bounds) if context_lens is None else context_lens.tolist()
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, stop in pairwise(bounds):
+    for (start, stop), context in zip(bounds, contexts, strict=True):
         q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        window = _window_mask(stop - start, sliding_window, query.device)
-        causal = window is None
+        mask = _sample_mask(stop - start, sliding_window, context, query.device)
+        causal = mask is None
         parts.append(
             F.scaled_dot_product_attention(
-                q, k, v, attn_mask=window, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
@@ -81,9 +85,13 @@ def attention_arguments(model: PreTrainedModel, position_ids: Tensor) -> dict[st
     return {"cu_seq_lens_q": F.pad(starts, (0, 1), value=position_ids.shape[1])}
 
 
-def _window_mask(tokens: int, sliding_window: int | None, device: torch.device) -> Tensor | None:
-    """[tokens, tokens] bool, true where a token may look; None where the window is no narrower than the sample."""
-    if sliding_window is None or tokens <= sliding_window:
+def _sample_mask(tokens: int, sliding_window: int | None, context: int, device: torch.device) -> Tensor | None:
+    """[tokens, tokens] bool, true where a token may look; None where that is itself and all before it."""
+    if context <= 1 and (sliding_window is None or tokens <= sliding_window):
         return None
-    distance = torch.arange(tokens, device=device)[:, None] - torch.arange(tokens, device=device)
-    return (distance >= 0) & (distance < sliding_window)
+    key = torch.arange(tokens, device=device)
+    distance = key[:, None] - key
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    return visible | (key < context)

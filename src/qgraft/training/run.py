@@ -32,7 +32,7 @@ from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_
 from qgraft.training.evaluate import evaluate_samples, sample_limit
 from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, read_dataset
-from qgraft.training.tokenizing import Sample, build_samples, resolve_template
+from qgraft.training.tokenizing import Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
 
 Dataset = str | Sequence[Mapping[str, object]]
@@ -210,6 +210,9 @@ def _prepare_samples(
     template = resolve_template(tokenizer, args.template)
     if template.note:
         notes.append(template.note)
+    if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
+        notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
+                     "a first question bare")  # fmt: skip
     samples, accounting = _samples(tokenizer, chosen, args, limit, template)
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
@@ -234,6 +237,8 @@ def _samples(
     samples = build_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
         train_on_prompt=args.train_on_prompt, mask_history=args.mask_history,
+        recipe=Recipe(args.max_source_length, args.max_target_length, numbered=bool(args.history_column),
+                      learn_padding=not args.ignore_pad_token_for_loss),
     )  # fmt: skip
     return samples, accounting
 

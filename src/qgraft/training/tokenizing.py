@@ -13,13 +13,17 @@ chosen: merges across the border would change the last ids of the prompt.
 
 An answer is learned up to and with its first end token. What a template puts after that (a newline) is input only: the
 model never writes it.
+
+Tokenizers that put special ids between pieces of text write prompts and samples themselves (`WritesPrompts`, ChatGLM):
+no template can. Their samples are those of the model's official scripts: the last answer is learned, the rounds before
+it are its history.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jinja2 import TemplateError
 
@@ -44,6 +48,11 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+OWN_PROMPTS = (
+    "the tokenizer writes the model's own prompts; of a conversation the last answer is learned, the rounds before it are "
+    "its history"
 )
 
 BUILT_IN = {"plain": PLAIN_TEMPLATE, "default": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
@@ -73,12 +82,47 @@ class Sample:
     source: str
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What ChatGLM's official scripts can be told beside our own options; see models/prompt_tokenizer.py."""
+
+    max_source_length: int | None = None
+    max_target_length: int | None = None
+    numbered: bool = False
+    learn_padding: bool = False
+
+
+@runtime_checkable
+class WritesPrompts(Protocol):
+    """A tokenizer that needs no chat template; models/prompt_tokenizer.py says what each method returns."""
+
+    def prompt_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]: ...
+
+    def sample_ids(
+        self,
+        messages: Sequence[tuple[str, str]],
+        max_source_length: int | None = None,
+        max_target_length: int | None = None,
+        *,
+        numbered: bool = False,
+        learn_padding: bool = False,
+    ) -> tuple[list[int], list[int]]: ...
+
+    def clean_answer(self, text: str) -> str: ...
+
+
 def resolve_template(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> ChatTemplate:
     """The chat template for an option's value.
 
     None or "auto" is the tokenizer's own, or else "plain"; "plain" and "chatml" are built in; a name ending in .jinja
-    is a file; a model family of LLaMA-Factory ("llama3") is the tokenizer's own, which must then exist.
+    is a file; a model family of LLaMA-Factory ("llama3") is the tokenizer's own, which must then exist. A tokenizer
+    that writes prompts itself has no other.
     """
+    if isinstance(tokenizer, WritesPrompts):
+        if template not in (None, "auto") and not re.fullmatch(r"chatglm(?!3)[\w.-]*", str(template).lower()):
+            raise OptionError(f"template {template!r}: this tokenizer puts special ids between pieces of text, which no "
+                              "template can write", hint="leave template out")  # fmt: skip
+        return ChatTemplate("", "tokenizer", OWN_PROMPTS)
     own = tokenizer.get_chat_template() if tokenizer.chat_template else None
     if template is None or template == "auto":
         if own:
@@ -110,7 +154,16 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a prompt that asks for the next answer, as training saw them."""
     template = template or resolve_template(tokenizer)
-    return _with_bos(tokenizer, _ids(tokenizer, _render(tokenizer, template, _with_system(messages, system), True)))
+    turns = _with_system(messages, system)
+    if isinstance(tokenizer, WritesPrompts):
+        return tokenizer.prompt_ids(turns)
+    return _with_bos(tokenizer, _ids(tokenizer, _render(tokenizer, template, turns, True)))
+
+
+def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The text of the ids that a model answered with."""
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return tokenizer.clean_answer(text) if isinstance(tokenizer, WritesPrompts) else text
 
 
 def encode_conversation(
@@ -122,11 +175,13 @@ def encode_conversation(
     train_on_prompt: bool = False,
     mask_history: bool = False,
     eos_ids: Sequence[int] = (),
+    recipe: Recipe | None = None,
 ) -> Sample:
     """One training sample: all answers are learned, with `mask_history` the last only, with `train_on_prompt` all ids.
 
     `system` stands in front of conversations that have none. `eos_ids` are more ids that end an answer, beside the
-    tokenizer's own; an answer whose template writes no end token gets the tokenizer's.
+    tokenizer's own; an answer whose template writes no end token gets the tokenizer's. With a tokenizer that writes
+    prompts itself only the last answer is learned, as `recipe` says.
     """
     if train_on_prompt and mask_history:
         raise OptionError("train_on_prompt and mask_history exclude each other: learn all tokens, or the last answer")
@@ -136,6 +191,8 @@ def encode_conversation(
     template = template or resolve_template(tokenizer)
     messages = _with_system(conversation.messages, system)
     try:
+        if isinstance(tokenizer, WritesPrompts):
+            return Sample(*_scripted(tokenizer, messages, recipe or Recipe(), train_on_prompt), conversation.source)
         segments = _segments(tokenizer, template, messages, ends, mask_history)
     except DataError as error:
         raise DataError(f"{conversation.source}: {error.message}", hint=error.hint) from error
@@ -167,12 +224,16 @@ def build_samples(
     mask_history: bool = False,
     truncate: bool = True,
     eos_ids: Sequence[int] = (),
+    recipe: Recipe | None = None,
 ) -> list[Sample]:
     """The samples of at most `max_length` ids; `accounting` moves what is cut or too long from kept to its place."""
+    if recipe and recipe != Recipe(numbered=recipe.numbered) and not isinstance(tokenizer, WritesPrompts):
+        raise OptionError("max_source_length, max_target_length and ignore_pad_token_for_loss=false are for ChatGLM's "
+                          "tokenizers, and this is another", hint="max_length bounds the whole sample")  # fmt: skip
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
     samples = []
     for conversation in conversations:
-        sample = encode_conversation(tokenizer, conversation, template=chosen, system=system, eos_ids=eos_ids,
+        sample = encode_conversation(tokenizer, conversation, template=chosen, system=system, eos_ids=eos_ids, recipe=recipe,
                                      train_on_prompt=train_on_prompt, mask_history=mask_history)  # fmt: skip
         excess = 0 if max_length is None else len(sample.input_ids) - max_length
         # The first label has no id before it to be predicted from, so it is not one that remains.
@@ -193,10 +254,22 @@ def build_samples(
     return samples
 
 
+def _scripted(
+    tokenizer: WritesPrompts, messages: Sequence[tuple[str, str]], recipe: Recipe, train_on_prompt: bool
+) -> tuple[list[int], list[int]]:
+    if train_on_prompt:
+        raise OptionError("train_on_prompt: samples of ChatGLM learn their last answer only",
+                          hint="leave it out; the first generation even sees all of a prompt at once")  # fmt: skip
+    return tokenizer.sample_ids(
+        messages, recipe.max_source_length, recipe.max_target_length,
+        numbered=recipe.numbered, learn_padding=recipe.learn_padding,
+    )  # fmt: skip
+
+
 def _segments(
     tokenizer: "PreTrainedTokenizerBase",
     template: ChatTemplate,
-    messages: list[dict[str, str]],
+    messages: Sequence[tuple[str, str]],
     ends: Sequence[int],
     last_only: bool,
 ) -> list[tuple[str, bool]]:
@@ -205,7 +278,7 @@ def _segments(
     Some templates rewrite an answer once others follow (they drop its reasoning): it then counts as the whole has it.
     """
     end_texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(ends))]
-    answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    answers = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
     whole = _render(tokenizer, template, messages, False)
     segments: list[tuple[str, bool]] = []
     at = 0
@@ -229,11 +302,12 @@ def _segments(
 
 
 def _render(
-    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, messages: list[dict[str, str]], prompt: bool
+    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, messages: Sequence[tuple[str, str]], prompt: bool
 ) -> str:
+    turns = [{"role": role, "content": content} for role, content in messages]
     try:
         text = tokenizer.apply_chat_template(
-            messages, chat_template=template.text, add_generation_prompt=prompt, tokenize=False
+            turns, chat_template=template.text, add_generation_prompt=prompt, tokenize=False
         )
     except (TemplateError, TypeError, ValueError) as error:  # also what the template itself raises: "no system role"
         raise DataError(f"chat template ({template.origin}) fails: {error}", hint="give another template") from error
@@ -257,6 +331,6 @@ def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]
     return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
-def _with_system(messages: Sequence[tuple[str, str]], system: str | None) -> list[dict[str, str]]:
+def _with_system(messages: Sequence[tuple[str, str]], system: str | None) -> list[tuple[str, str]]:
     first = [("system", system)] if system and messages[0][0] != "system" else []
-    return [{"role": role, "content": content} for role, content in [*first, *messages]]
+    return [*first, *messages]

@@ -1,0 +1,279 @@
+"""ChatGLM2-6B-INT4 and ChatGLM-6B-INT4 in full size, with random weights, on this machine.
+
+    python benchmarks/chatglm_full_size.py                          # both generations: an hour on two cores, 16 GB of disk
+    python benchmarks/chatglm_full_size.py --models chatglm2        # one of them
+
+A checkpoint in the published layout (names, shapes and dtypes of the releases; about 3.9 GB) is written tensor by tensor
+into a temporary folder, once as safetensors and once as pytorch_model.bin. Then, each in a process of its own:
+
+    load        from safetensors and from .bin: seconds, resident memory after it, peak
+    train       LoRA r=8 on query_key_value, 3 steps of one sample of 256 tokens, gradient checkpointing
+    generate    16 tokens after a prompt of 32, the adapter active
+    merge       a LoRA on query_key_value of the last two layers into their INT4 weights (method auto, 288 tokens), saved,
+                loaded again and compared byte for byte
+
+Memory is what the process holds, mapped pages of the weights that it touched included. Random weights take the time and
+the memory of trained ones; nothing is said about losses. Results go to benchmarks/results/chatglm_full_size.csv.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).with_name("results") / "chatglm_full_size.csv"
+FIELDS = (
+    "model", "phase", "seconds", "peak_mb", "resident_mb", "file_mb", "tokens_per_second",
+    "date", "threads", "cpu", "qgraft", "torch", "transformers",
+)  # fmt: skip
+STEPS, SAMPLE, PROMPT, ANSWER = 3, 256, 32, 16
+CONFIGS: dict[str, dict[str, Any]] = {  # as released
+    "chatglm2": {
+        "model_type": "chatglm", "num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096,
+        "ffn_hidden_size": 13696, "kv_channels": 128, "num_attention_heads": 32, "seq_length": 32768,
+        "hidden_dropout": 0.0, "attention_dropout": 0.0, "layernorm_epsilon": 1e-5, "rmsnorm": True,
+        "apply_residual_connection_post_layernorm": False, "post_layer_norm": True, "add_bias_linear": False,
+        "add_qkv_bias": True, "bias_dropout_fusion": True, "multi_query_attention": True, "multi_query_group_num": 2,
+        "apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True, "fp32_residual_connection": False,
+        "original_rope": True, "use_cache": True, "torch_dtype": "float16", "tie_word_embeddings": False,
+        "eos_token_id": 2, "pad_token_id": 0, "quantization_bit": 4,
+    },
+    "chatglm": {
+        "model_type": "chatglm", "vocab_size": 130528, "hidden_size": 4096, "num_layers": 28, "num_attention_heads": 32,
+        "inner_hidden_size": 16384, "layernorm_epsilon": 1e-5, "max_sequence_length": 2048, "position_encoding_2d": True,
+        "use_cache": True, "bos_token_id": 130004, "eos_token_id": 130005, "mask_token_id": 130000,
+        "gmask_token_id": 130001, "pad_token_id": 3, "torch_dtype": "float16", "quantization_bit": 4,
+        "quantization_embeddings": False,
+    },
+}  # fmt: skip
+
+
+def main() -> None:
+    """Write the checkpoints, run the phases, append to the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default="chatglm2,chatglm")
+    parser.add_argument("--phases", default="load-safetensors,load-bin,train,generate,merge")
+    parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
+    parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        phase, folder = options.only
+        print(json.dumps(run_phase(phase, Path(folder))))
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for model in options.models.split(","):
+            folder = (options.folder or Path(temporary)) / model
+            write_checkpoint(folder, CONFIGS[model])
+            for phase in options.phases.split(","):
+                record(model, phase, folder)
+
+
+def record(model: str, phase: str, folder: Path) -> None:
+    """One phase in a process of its own, appended to the CSV and printed."""
+    command = [sys.executable, __file__, "--only", phase, str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result = {"model": model, "phase": phase, **json.loads(done.stdout.splitlines()[-1])}
+    print(result, flush=True)
+    about = {
+        "date": datetime.date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
+        "cpu": platform.processor() or platform.machine(),
+        **{package: version(package) for package in ("qgraft", "torch", "transformers")},
+    }  # fmt: skip
+    new = not RESULTS.exists()
+    with RESULTS.open("a", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        if new:
+            writer.writeheader()
+        writer.writerow(result | about)
+
+
+def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(name, safetensors' word for the dtype, shape) of every tensor of the released INT4 checkpoint."""
+    hidden, second = config["hidden_size"], "padded_vocab_size" in config
+    vocabulary = config["padded_vocab_size" if second else "vocab_size"]
+    inner = config["ffn_hidden_size"] if second else config["inner_hidden_size"]
+    layers, attention = (
+        ("transformer.encoder.layers", "self_attention") if second else ("transformer.layers", "attention")
+    )
+    qkv = hidden + 2 * config["multi_query_group_num"] * config["kv_channels"] if second else 3 * hidden
+    linears = {  # name: outputs, inputs, bias
+        f"{attention}.query_key_value": (qkv, hidden, True), f"{attention}.dense": (hidden, hidden, not second),
+        "mlp.dense_h_to_4h": (2 * inner if second else inner, hidden, not second),
+        "mlp.dense_4h_to_h": (hidden, inner, not second),
+    }  # fmt: skip
+    norms = ("weight",) if second else ("weight", "bias")
+    yield f"transformer.{'embedding.' if second else ''}word_embeddings.weight", "F16", (vocabulary, hidden)
+    for number in range(config["num_layers"]):
+        for part in ("input_layernorm", "post_attention_layernorm"):
+            yield from ((f"{layers}.{number}.{part}.{norm}", "F16", (hidden,)) for norm in norms)
+        for part, (outputs, inputs, bias) in linears.items():
+            yield f"{layers}.{number}.{part}.weight", "I8", (outputs, inputs // 2)
+            yield f"{layers}.{number}.{part}.weight_scale", "F16", (outputs,)
+            if bias:
+                yield f"{layers}.{number}.{part}.bias", "F16", (outputs,)
+    end = "transformer.encoder.final_layernorm" if second else "transformer.final_layernorm"
+    yield from ((f"{end}.{norm}", "F16", (hidden,)) for norm in norms)
+    yield "transformer.output_layer.weight" if second else "lm_head.weight", "F16", (vocabulary, hidden)
+
+
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+    """Random weights of about the size of trained ones, as `safetensors/` and as `bin/`; nothing is held but one tensor."""
+    import numpy as np
+    import torch
+    from safetensors import safe_open
+
+    if (folder / "bin" / "pytorch_model.bin").is_file():
+        return
+    for kind in ("safetensors", "bin"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind / "config.json").write_text(json.dumps(config, indent=2))
+    tied = "lm_head.weight"  # stored once in the release's pickle, and read once here
+    listed = [entry for entry in tensors_of(config) if entry[0] != tied]
+    sizes = {name: math.prod(shape) * (1 if word == "I8" else 2) for name, word, shape in listed}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, word, shape in listed:
+        header[name] = {"dtype": word, "shape": shape, "data_offsets": [end, end + sizes[name]]}
+        end += sizes[name]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    generator = np.random.default_rng(0)
+    with open(folder / "safetensors" / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, word, shape in listed:
+            if word == "I8":
+                file.write(generator.bytes(sizes[name]))
+            elif name.endswith("_scale"):
+                file.write(np.full(shape, 0.02 / 4.6, np.float16).tobytes())  # codes are -8..7: weights of about 0.02
+            elif name.endswith(("layernorm.weight", "layernorm.bias")):
+                file.write(np.full(shape, 1.0 if name.endswith("weight") else 0.0, np.float16).tobytes())
+            else:
+                file.write((generator.standard_normal(shape, dtype=np.float32) * 0.02).astype(np.float16).tobytes())
+    with safe_open(folder / "safetensors" / "model.safetensors", framework="pt") as source:
+        state = {name: source.get_tensor(name) for name in source.keys()}  # noqa: SIM118 (views of the file)
+        if "padded_vocab_size" not in config:
+            state[tied] = state["transformer.word_embeddings.weight"]
+        torch.save(state, folder / "bin" / "pytorch_model.bin")
+
+
+def run_phase(phase: str, folder: Path) -> dict[str, float]:
+    """One phase; seconds and memory of this process."""
+    import psutil
+
+    file = folder / ("bin/pytorch_model.bin" if phase == "load-bin" else "safetensors/model.safetensors")
+    run = {"train": train, "generate": generate, "merge": merge}.get(phase)
+    import qgraft
+
+    load = qgraft.load  # the imports behind it happen here
+    began = time.perf_counter()
+    model, _ = load(file.parent, device="cpu")
+    loaded = time.perf_counter() - began
+    figures = {"seconds": loaded} if run is None else run(model, folder)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    resident = psutil.Process().memory_info().rss / 1e6
+    return {**figures, "peak_mb": peak * 1.024, "resident_mb": resident, "file_mb": file.stat().st_size / 1e6}
+
+
+def sample_of(model: Any, length: int, seed: int) -> Any:
+    """A sample of random ids, the second half learned; the first generation's has its [gMASK] sop in the middle."""
+    import torch
+
+    from qgraft.training.tokenizing import IGNORED, Sample
+
+    ids = torch.randint(100, 60000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+    if hasattr(model.config, "gmask_token_id"):
+        ids[length // 2 - 2 : length // 2] = [model.config.gmask_token_id, model.config.bos_token_id]
+    return Sample(ids, [IGNORED] * (length // 2) + ids[length // 2 :], f"random:{seed}")
+
+
+def train(model: Any, folder: Path) -> dict[str, float]:
+    """Steps of the trainer's own loss on one sample each; the adapter is kept for the next phase."""
+    import torch
+
+    import qgraft
+    from qgraft.training.batches import collate
+    from qgraft.training.loss import batch_loss, padding_free
+
+    qgraft.attach_lora(model, r=8, target_modules="query_key_value")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    samples = [sample_of(model, SAMPLE, seed) for seed in range(STEPS)]
+    seconds = []
+    with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem:
+        assert problem is None, problem
+        for sample in samples:
+            began = time.perf_counter()
+            loss = batch_loss(model, collate([sample])) / (SAMPLE // 2)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds.append(time.perf_counter() - began)
+            print(f"loss {float(loss):.3f}, {seconds[-1]:.1f} s", file=sys.stderr)
+    qgraft.save_adapter(model, folder / "adapter")
+    return {"seconds": sum(seconds), "tokens_per_second": STEPS * SAMPLE / sum(seconds)}
+
+
+def generate(model: Any, folder: Path) -> dict[str, float]:
+    """Greedy tokens with the trained adapter active; end tokens do not end it."""
+    import torch
+
+    import qgraft
+
+    qgraft.load_adapter(model, folder / "adapter")
+    ids = torch.tensor([sample_of(model, 2 * PROMPT, 7).input_ids[:PROMPT]])
+    began = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False)
+    seconds = time.perf_counter() - began
+    assert output.shape[1] == PROMPT + ANSWER
+    return {"seconds": seconds, "tokens_per_second": ANSWER / seconds}
+
+
+def merge(model: Any, folder: Path) -> dict[str, float]:
+    """A LoRA on the last two layers into their INT4 weights, the model saved, loaded again and compared."""
+    import torch
+
+    import qgraft
+    from qgraft.adapters.attach import lora_layers
+    from qgraft.merging.lockstep import merge_in_step
+
+    last = model.config.num_layers - 1
+    qgraft.attach_lora(model, r=8, target_modules=rf".*layers\.({last - 1}|{last})\..*query_key_value")
+    layers = dict(lora_layers(model))
+    for layer in layers.values():
+        torch.nn.init.normal_(layer.loras["default"].lora_B, std=2e-3)
+    deltas = {path: layer.loras["default"].delta for path, layer in layers.items()}
+    fit, judge = [sample_of(model, 64, seed) for seed in range(4)], [sample_of(model, 32, 9)]
+    began = time.perf_counter()
+    with torch.no_grad():
+        packed, reports = merge_in_step(model, deltas, fit, judge, "auto", lambda path: print(path, file=sys.stderr))
+    seconds = time.perf_counter() - began
+    print(*reports, sep="\n", file=sys.stderr)
+    for path, layer in layers.items():
+        layer.replace(packed[path])
+    qgraft.detach_lora(model)
+    print(qgraft.save(model, folder / "merged"), file=sys.stderr)
+    again, _ = qgraft.load(folder / "merged", device="cpu")
+    for path, layer in model.named_modules():
+        if isinstance(layer, qgraft.QuantizedLinear):
+            assert torch.equal(
+                again.get_submodule(path).packed.data.view(torch.uint8), layer.packed.data.view(torch.uint8)
+            )
+    return {"seconds": seconds}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""quantize(): the linear layers of a model in memory in another format, as load(quantize=...) does from a folder.
+
+Which layers: all linear layers but the output layer, as in load(). 16-bit weights of a loaded folder are quantized in their
+own dtype, so a float16 ChatGLM becomes the published INT4 or INT8 checkpoint, bit for bit.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from qgraft.adapters.attach import adapter_names, find_targets
+from qgraft.checkpoints.assemble import BaseInfo, weight_formats
+from qgraft.checkpoints.origin import Origin
+from qgraft.checkpoints.save import HELD, current_fingerprint
+from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.formats import convert, get_format
+from qgraft.formats import quantize as quantize_weight
+from qgraft.linear import QuantizedLinear
+
+
+def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
+    """Pack every linear layer of `model` but the output layer in `format`, in place.
+
+    Args:
+        model: from load(), or any module tree with nn.Linear layers.
+        format: a format that can be written: "chatglm-int4", "q4_1", ...
+
+    Returns what a reader should know, each one sentence: the layers whose width the format has no blocks for, which
+    stay as they are. Raises UnsupportedError for a format that cannot be written, AdapterError while adapters are
+    attached: they were trained on the weights as they are.
+    """
+    if attached := adapter_names(model):
+        raise AdapterError(f"quantize: the adapter {', '.join(attached)} is on the model", hint="detach_lora() first")
+    chosen = get_format(format)
+    if chosen.quantize is None:
+        raise UnsupportedError(f"quantize: {format} can be read but not written yet")
+    notes = []
+    for path in find_targets(model, "all-linear"):
+        layer: Any = model.get_submodule(path)
+        if layer.in_features % chosen.block_size:
+            notes.append(f"{path} keeps its format: {layer.in_features} inputs are no multiple of {chosen.block_size}")
+        elif isinstance(layer, QuantizedLinear):
+            layer.replace(convert(layer.packed, format))
+        else:
+            model.set_submodule(path, QuantizedLinear(quantize_weight(layer.weight.detach(), format), layer.bias))
+    _tell_base(model)
+    return tuple(notes)
+
+
+def _tell_base(model: Any) -> None:
+    """What `load` noted of the weights, as they are now."""
+    base, origin = getattr(model, "qgraft_base", None), getattr(model, "qgraft_origin", None)
+    if isinstance(base, BaseInfo) and isinstance(origin, Origin):
+        formats = weight_formats(model)
+        held = formats.keys() <= HELD[origin.container]
+        sign = current_fingerprint(model) if held else f"{base.fingerprint} in {', '.join(sorted(formats))}"
+        model.qgraft_base = replace(base, formats=formats, fingerprint=sign)
