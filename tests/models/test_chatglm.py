@@ -141,12 +141,17 @@ def test_one_sequence_with_masks_and_positions_given_or_derived(build, folder, i
     "input_ids", "labels", "logits", "loss", "hidden_states", "valid", "attention_mask", "position_ids")))  # fmt: skip
 def test_a_left_padded_batch_with_the_original_s_mask_or_an_ordinary_one(build, folder, io):
     model, ids, real = build(folder), io["batch.input_ids"], io["batch.valid"].bool()
+    counted = (real.cumsum(1) - 1).clamp(min=0)
     for way in (
         {"attention_mask": io["batch.attention_mask"], "position_ids": io["batch.position_ids"]},
         {"attention_mask": io["batch.attention_mask"]},
         {"attention_mask": real.long()},
         {"attention_mask": real},
+        {"attention_mask": real, "position_ids": counted},
+        {"attention_mask": real, "implementation": "eager"},
+        {"attention_mask": io["batch.attention_mask"], "implementation": "eager"},
     ):
+        model.set_attn_implementation(way.pop("implementation", "sdpa"))
         with torch.no_grad():
             out = model(input_ids=ids, labels=io["batch.labels"], output_hidden_states=True, **way)
         assert bool(out.logits.isfinite().all())  # also where a query sees nothing
@@ -418,8 +423,8 @@ def test_training_finds_out_that_samples_may_be_packed(build):
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_attention_by_samples_with_contexts_equals_attention_under_a_mask(kv_heads):
-    lengths, contexts = torch.tensor([1, 7, 4, 12]), torch.tensor([1, 3, 4, 0])
-    total, sample = int(lengths.sum()), torch.repeat_interleave(torch.arange(4), lengths)
+    lengths, contexts = torch.tensor([1, 7, 4, 12, 5]), torch.tensor([1, 3, 4, 0, 2])
+    total, sample = int(lengths.sum()), torch.repeat_interleave(torch.arange(5), lengths)
     query, key, value = (
         torch.randn(1, heads, total, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv_heads, kv_heads)
     )
@@ -538,6 +543,23 @@ def test_a_padded_prompt_is_continued_as_the_prompt_alone(build):
         assert torch.equal(model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :], together[row])
 
 
+def test_tokens_that_the_mask_hides_are_as_if_absent(build):
+    model, prompt = build(), [9, 12, 33, 44, GMASK, SOP]
+    hidden = [SOP, 9, GMASK, 12, 33, MASK, 44, 44, GMASK, PAD, SOP]
+    seen = torch.tensor([[0, 1, 0, 1, 1, 0, 0, 1, 1, 0, 1]])
+    ids = torch.tensor([hidden])
+    assert ids[seen.bool()].tolist() == prompt
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([prompt])).logits
+        same(model(input_ids=ids, attention_mask=seen).logits[seen.bool()], expected[0])
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "output_logits": True}
+    options["return_dict_in_generate"] = True
+    one = model.generate(torch.tensor([prompt]), **options)
+    other = model.generate(ids, attention_mask=seen, **options)
+    assert torch.equal(one.sequences[:, len(prompt) :], other.sequences[:, len(hidden) :])
+    same(torch.stack(one.logits), torch.stack(other.logits))
+
+
 def test_sampling_draws_from_the_model_s_distribution(build):
     model = build()
     ids = torch.tensor([PROMPTS[0]])
@@ -557,6 +579,17 @@ def test_generation_goes_on_from_a_filled_cache(build, golden):
     options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
     first = model.generate(sequences[:, :9], max_new_tokens=3, **options)
     assert torch.equal(model.generate(first, max_new_tokens=5, **options), sequences)
+
+
+def test_one_mask_and_one_pair_of_positions_serve_the_whole_batch(build, golden):
+    model, io = build(), golden("chatglm_fp32")[2]
+    ids = io["single.input_ids"].repeat(2, 1)
+    ids[1, -2:] = torch.tensor([20, 21])
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        shared = {"attention_mask": io["single.attention_mask"], "position_ids": io["single.position_ids"]}
+        same(model(input_ids=ids, **shared).logits, expected)
+        same(model(input_ids=ids, attention_mask=shared["attention_mask"]).logits, expected)
 
 
 def test_logits_to_keep(build):
@@ -627,6 +660,7 @@ def test_impossible_configs_are_refused_with_all_their_problems():
         ({"input_ids": [[GMASK, SOP], [4, 5]]}, "no <sop> in sample 1 of 2"),
         ({"input_ids": [[GMASK, SOP, 4, 5, 6, SOP]], "position_ids": [[0, 1, 2, 0, 1, 2]]}, "before <sop> in sample 1 of 2"),
         ({"input_ids": [[GMASK, SOP, 4]], "position_ids": [[0, 1, 1]]}, "position_ids: expected 0, 1, 2"),
+        ({"input_ids": [[GMASK, SOP, 4]], "position_ids": [[3, 4, 5]]}, "position_ids: expected 0, 1, 2"),
         ({"input_ids": [[PAD, GMASK, SOP]], "position_ids": [[0, 1, 2]], "attention_mask": [[0, 1, 1]]}, "position_ids: exp"),
         ({"input_ids": [[GMASK, SOP]], "position_ids": [[0, 1, 2]]}, r"position_ids: got \[1, 3\], expected \[1, 2\]"),
         ({"input_ids": [[GMASK, SOP]], "attention_mask": [[1]]}, r"attention_mask: got torch.int64 \[1, 1\]"),

@@ -148,8 +148,6 @@ def eager_attention(
 class Attention(nn.Module):
     """Attention with as many heads for keys and values as for queries."""
 
-    is_causal = False  # what is visible, the mask says
-
     def __init__(self, config: ChatGLMConfig, layer: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer

@@ -136,14 +136,13 @@ def visible_keys(rows_B2Q: Tensor, past: int, keys: int, sample_BQ: Tensor | Non
     """
     queries, device = rows_B2Q.shape[2], rows_B2Q.device
     visible = torch.arange(keys, device=device) <= torch.arange(past, past + queries, device=device)[:, None]
-    if past == 0:
-        context_BQ = F.pad(rows_B2Q[:, 1] == 0, (0, keys - queries))
-        visible = visible | context_BQ[:, None]
+    context_BK = F.pad(rows_B2Q[:, 1] == 0, (past, keys - past - queries))
+    visible = visible | context_BK[:, None]
     if sample_BQ is not None:
         visible = visible & (sample_BQ[:, :, None] == F.pad(sample_BQ, (0, keys - queries), value=-1)[:, None])
     if seen_BK is not None:
         visible = visible & F.pad(seen_BK.bool(), (0, keys - seen_BK.shape[1]))[:, None]
-    return without_blind_rows(visible.expand(len(rows_B2Q), -1, -1)[:, None])
+    return without_blind_rows(visible[:, None])
 
 
 def sees_itself(hidden_B1TT: Tensor) -> Tensor:
