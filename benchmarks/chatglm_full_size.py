@@ -221,7 +221,7 @@ def train(model: Any, folder: Path) -> dict[str, float]:
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
-            print(f"loss {float(loss):.3f}, {seconds[-1]:.1f} s", file=sys.stderr)
+            print(f"loss {loss.item():.3f}, {seconds[-1]:.1f} s", file=sys.stderr)
     qgraft.save_adapter(model, folder / "adapter")
     return {"seconds": sum(seconds), "tokens_per_second": STEPS * SAMPLE / sum(seconds)}
 

@@ -155,6 +155,7 @@ def test_native_panels_cover_every_row(
     """Panels that are smaller than a row, that divide the rows, that leave a rest, that are one whole weight."""
     use_kernels("native")
     monkeypatch.setattr(native, "PANEL_WEIGHTS", panel_rows * 96 + 1)
+    monkeypatch.setattr(native, "PANEL_ROWS", 1)
     packed = random_packed(format, 33, 96)
     w_OI = format_dequantize(packed, torch.float64)
     x, grad = torch.randn(20, 96), torch.randn(20, 33)
@@ -170,6 +171,7 @@ def test_half_precision_input_gradient_keeps_growing_over_many_panels(
     """4096 rows of ones, one row a panel: a sum kept in bfloat16 would stop at 256, in float16 at 2048."""
     use_kernels("native")
     monkeypatch.setattr(native, "PANEL_WEIGHTS", 1)
+    monkeypatch.setattr(native, "PANEL_ROWS", 1)
     packed = PackedTensor("chatglm-int8", (4096, 2), torch.ones(4096, 2, dtype=torch.int8), torch.ones(4096).half())
     got = linear_grad_input(torch.ones(1, 4096, dtype=dtype), packed)
     assert got.tolist() == [[4096.0, 4096.0]]
