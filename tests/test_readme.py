@@ -11,7 +11,8 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README_zh.md", "docs/guide-train.md", "docs/guide-merge.md"]
+PAGES = ["README.md", "README_zh.md", "docs/guide-train.md", "docs/guide-merge.md", "docs/guide-chatglm.md",
+         "docs/guide-chatglm_zh.md"]  # fmt: skip
 
 
 def blocks(page: str, language: str) -> list[str]:

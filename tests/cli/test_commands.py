@@ -90,7 +90,7 @@ def test_inspect_a_folder_and_a_damaged_adapter(trained, tmp_path, capsys):
     }
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(tmp_path / "folder")
     assert cli.main(["inspect", str(tmp_path / "folder"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["weights"]["torch.float32"] > 0
+    assert json.loads(capsys.readouterr().out)["formats"]["f32"]["weights"] > 0
     (trained[1] / "adapter_config.json").write_text("{}")
     assert cli.main(["inspect", str(trained[1])]) == 0
     assert "seal: adapter_config.json" in capsys.readouterr().out

@@ -1,15 +1,63 @@
 """qgraft chat: talk to a model and switch its adapters while talking."""
 
 import argparse
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qgraft.cli.options import Parser, answer, load_with_adapters, print_note
-from qgraft.errors import OptionError, QgraftError
+from qgraft.errors import DataError, OptionError, QgraftError
 
 HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
 /base                  answer as the base            /adapters              which there are
 /clear                 forget the conversation       /quit                  leave"""
+
+_LAST_WORD = re.compile(r"\s+\S*\Z")
+_WIDE = re.compile(r".*[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]", re.DOTALL)
+
+
+class WordPrinter:
+    """A streamer for generate() that prints, piece by piece, the text that decoding the whole answer gives.
+
+    What an id means depends on those before it: sentencepiece drops the first blank of what it decodes, a character may
+    be several ids, and some tokenizers take blanks before punctuation out afterwards. So the ids since the beginning of
+    the line before are kept, and text is printed up to its last blank only; Chinese and Japanese, which have none, up to
+    the last character. (transformers' TextStreamer forgets all ids at the end of a line, and with them its indent.)
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+        self.decode = decode
+        self.ids: list[int] = []
+        self.line = 0  # ids of the line before
+        self.printed = 0  # characters of what self.ids decodes to
+        self.prompted = False
+
+    def put(self, ids: Any) -> None:
+        """The prompt's ids [1, n] at first, then each new one [1]."""
+        if not self.prompted:
+            self.prompted = True
+            return
+        self.ids += ids.reshape(-1).tolist()
+        text = self.decode(self.ids)
+        whole = text.rstrip("\ufffd")  # stands for the first bytes of a character
+        word, wide = _LAST_WORD.search(whole), _WIDE.match(whole)
+        if text.endswith("\n") and len(text) > self.printed:
+            self._print(text, len(text))
+            self.ids = self.ids[self.line :]
+            self.line, self.printed = len(self.ids), len(self.decode(self.ids))
+        else:
+            self._print(text, max(word.start() if word else 0, wide.end() if wide else 0))
+
+    def end(self) -> None:
+        """The answer is complete."""
+        text = self.decode(self.ids)
+        self._print(text, len(text))
+        print(flush=True)
+
+    def _print(self, text: str, end: int) -> None:
+        if end > self.printed:
+            print(text[self.printed : end], end="", flush=True)
+            self.printed = end
 
 
 def run(words: Sequence[str]) -> int:
@@ -52,7 +100,11 @@ def _converse(model: Any, tokenizer: Any, names: list[str], options: argparse.Na
         elif line.startswith("/"):
             _command(model, line)
         elif line:
-            said = _answer(model, tokenizer, [*messages, ("user", line)], options)
+            try:
+                said = _answer(model, tokenizer, [*messages, ("user", line)], options)
+            except DataError as error:  # what cannot be asked; the conversation goes on without it
+                print_note(f"error: {error}")
+                continue
             messages += [("user", line), ("assistant", said)]
 
 
@@ -89,8 +141,6 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options: argparse.Namespace) -> str:
     """Generate one answer, printed word by word; returns it."""
-    from transformers import TextStreamer
-
     sampling = {"do_sample": False} if options.temperature <= 0 else {
         "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
     }  # fmt: skip
@@ -101,6 +151,6 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         template=options.template,
         system=options.system,
         max_new_tokens=options.max_new_tokens,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        streamer=WordPrinter(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))),
         **sampling,
     )

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraft.cli.options import Parser, answer, print_note
-from qgraft.errors import OptionError
+from qgraft.cli.options import Parser, answer, print_note, without_tokenizer
 
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 
@@ -45,7 +44,7 @@ def _demo(options: argparse.Namespace) -> int:
     path = str(pull(options.model, print_note)) if options.model in KNOWN_MODELS else options.model
     model, tokenizer = load(path, device=options.device)
     if tokenizer is None:
-        raise OptionError(f"{path} has no tokenizer, which the demo needs")
+        raise without_tokenizer(path, model, "the demo")
     print_note(f"loaded {path}: {_formats(model)}")
     before = [_ask(model, tokenizer, question, console) for question in QUESTIONS]
     report = train(model, tokenizer, None, arguments, console=console)

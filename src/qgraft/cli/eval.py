@@ -17,12 +17,16 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--system", help="system prompt for rows that have none")
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
     parser.add_argument("--author", help="what {{author}} in the dataset becomes")
+    parser.add_argument("--prompt_column", help="column of the question, where the rows' own names are not recognized")
+    parser.add_argument("--response_column", help="column of the answer")
+    parser.add_argument("--history_column", help="column of earlier rounds, [[question, answer], ...]")
     parser.add_argument("--max_length", type=int, default=2048, help="longer samples are cut (default 2048)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
     from qgraft.adapters.attach import use_adapter
     from qgraft.training.evaluate import evaluate
+    from qgraft.training.reading import named_columns
 
     model, tokenizer, names = load_with_adapters(options)
     results = {}
@@ -31,6 +35,7 @@ def run(words: Sequence[str]) -> int:
         results[name or "base"] = evaluate(
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
+            columns=named_columns(vars(options)),
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})

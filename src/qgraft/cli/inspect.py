@@ -1,13 +1,15 @@
-"""qgraft inspect: what is in a model file, an adapter folder or a run, without loading a weight."""
+"""qgraft inspect: what is in a model file, an adapter folder or a run, without reading all of its weights."""
 
 import math
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from qgraft.cli.options import Parser, print_json
-from qgraft.errors import CheckpointError
+from qgraft.errors import CheckpointError, QgraftError
 
 
 def run(words: Sequence[str]) -> int:
@@ -92,21 +94,55 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
 
 
 def _folder(path: Path, tensors: bool) -> dict[str, Any]:
-    from contextlib import ExitStack
+    import torch
 
-    from qgraft.checkpoints.folder_model import read_config_json
-    from qgraft.checkpoints.shards import open_shards
+    from qgraft.checkpoints.folder_model import load_folder, read_config_json
+    from qgraft.checkpoints.shards import open_shard, shard_paths
 
-    listed: dict[str, str] = {}
-    weights: Counter[str] = Counter()
+    listed: dict[str, tuple[tuple[int, ...], str]] = {}
     with ExitStack() as stack:
-        for name, read in open_shards(path, stack).items():
-            tensor = read()  # mapped, and let go before the next one
-            listed[name] = f"{tensor.dtype} {list(tensor.shape)}"
-            weights[str(tensor.dtype)] += tensor.numel()
-    config = read_config_json(path)
-    findings = {"kind": "Hugging Face folder", "path": str(path), "config": config, "weights": dict(weights)}
-    return {**findings, "tensors": listed} if tensors else findings
+        for file in shard_paths(path):
+            shard = open_shard(file, stack)
+            listed |= {name: shard.describe(name) for name in shard.names}
+    model: Any = None
+    try:
+        model, tokenizer = load_folder(path, torch.float32)  # mapped: no more than norms and biases is read
+        base = model.qgraft_base
+        about = {"fingerprint": base.fingerprint, "model": type(model).__name__,
+                 "tokenizer": type(tokenizer).__name__ if tokenizer else "none",
+                 **({"notes": "; ".join(base.notes)} if base.notes else {})}  # fmt: skip
+    except QgraftError as error:
+        about = {"does not load": str(error)}
+    findings = {
+        "kind": "Hugging Face folder",
+        "path": str(path),
+        "bytes": sum(file.stat().st_size for file in shard_paths(path)),
+        **about,
+        "formats": _formats(listed, model),
+        "config": read_config_json(path),
+    }
+    if tensors:
+        findings["tensors"] = {name: f"{word.lower()} {list(shape)}" for name, (shape, word) in listed.items()}
+    return findings
+
+
+def _formats(listed: Mapping[str, tuple[tuple[int, ...], str]], model: Any) -> dict[str, dict[str, int]]:
+    """Tensors, weights and bytes in each format. What int8 numbers mean, the loaded model knows; scales are no weights."""
+    from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+
+    modules = model.named_modules(remove_duplicate=False) if model is not None else ()
+    kinds = (QuantizedEmbedding, QuantizedLinear)
+    packed = {f"{path}.weight": each.packed_weight.get() for path, each in modules if isinstance(each, kinds)}
+    formats: dict[str, dict[str, int]] = {}
+    for name, (shape, word) in listed.items():
+        matrix = packed.get(name.removesuffix("_scale"))
+        is_scale = matrix is not None and name not in packed
+        entry = formats.setdefault(matrix.format if matrix else word.lower(), {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += not is_scale
+        entry["weights"] += 0 if is_scale else math.prod(matrix.shape if matrix else shape)
+        bits = re.search(r"\d+", word)  # F16, BF16, I8, F8_E4M3, BOOL
+        entry["bytes"] += math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
+    return formats
 
 
 def _short(value: Any) -> Any:

@@ -55,7 +55,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
 
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
     if tokenizer is None:
-        raise OptionError(f"{options.model} has no tokenizer, which this command needs")
+        raise without_tokenizer(options.model, model, "this command")
     names: list[str] = []
     for folder in options.adapter:
         name = free_name(Path(folder).resolve().name, names)
@@ -64,6 +64,17 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
     if options.adapter:
         _prompt_as_in_training(options, trained_with(model, names[-1]))
     return model, tokenizer, names
+
+
+def without_tokenizer(source: object, model: Any, who: str) -> OptionError:
+    """The error where a model came without a tokenizer and `who` needs one; it says which file is missing."""
+    from qgraft.models.find import architecture_of
+
+    base, architecture = model.qgraft_base, architecture_of(model.config)
+    why = "".join(f": {note}" for note in base.notes if "tokenizer" in note)
+    file = "tokenizer.json or tokenizer.model" if architecture is None else architecture.vocabulary
+    hint = None if (Path(base.source) / file).is_file() else f"put the release's {file} beside config.json"
+    return OptionError(f"{source} has no tokenizer, which {who} needs{why}", hint=hint)
 
 
 def _prompt_as_in_training(options: argparse.Namespace, trained: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qgraft.cli.options import print_note
+from qgraft.cli.options import print_note, without_tokenizer
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -49,7 +49,7 @@ def _train(arguments: "TrainArguments") -> int:
         device=arguments.device,
     )
     if tokenizer is None:
-        raise OptionError(f"{arguments.model_name_or_path} has no tokenizer, which training needs")
+        raise without_tokenizer(arguments.model_name_or_path, model, "training")
     if arguments.adapter_name_or_path:
         loaded = load_adapter(model, arguments.adapter_name_or_path, arguments.adapter_name, force=arguments.force)
         print_note(str(loaded))

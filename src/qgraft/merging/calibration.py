@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.errors import DataError, OptionError
 from qgraft.training.evaluate import sample_limit
-from qgraft.training.reading import read_dataset
-from qgraft.training.tokenizing import IGNORED, Sample, build_samples, resolve_template
+from qgraft.training.reading import named_columns, read_dataset
+from qgraft.training.tokenizing import IGNORED, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text
@@ -83,10 +83,14 @@ def find_rows(
         if tokenizer is None:
             raise OptionError("merge: the model came without a tokenizer", hint="give tokenizer=")
         told = {key: options.get(key) or arguments.get(key) for key in READING}
-        rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"])
+        known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
+        columns = named_columns(arguments) if known else None
+        rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"],
+                                        columns=columns)  # fmt: skip
         template = resolve_template(tokenizer, told["template"])
         return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
-                             max_length=sample_limit(model, LONGEST))  # fmt: skip
+                             max_length=sample_limit(model, LONGEST),
+                             recipe=Recipe(numbered="history" in (columns or ())))  # fmt: skip
 
     first: Mapping[str, Any] = trained[0] if trained else {}
     if calibration is not None:
@@ -139,12 +143,21 @@ def choose_samples(
 
 
 def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """The passages of neutral.jsonl, every token a label."""
+    """The passages of neutral.jsonl, every token a label.
+
+    Where the tokenizer writes samples itself, they are answers to an empty question: ChatGLM-6B reads a prompt in both
+    directions, so that nothing in it is left to predict.
+    """
     lines = (resources.files("qgraft.merging") / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
     samples = []
     for number, line in enumerate(lines, 1):
-        ids = list(tokenizer(json.loads(line)["text"])["input_ids"])
-        samples.append(Sample(ids, [IGNORED, *ids[1:]], f"neutral:{number}"))
+        text = json.loads(line)["text"]
+        if isinstance(tokenizer, WritesPrompts):
+            ids, labels = tokenizer.sample_ids([("user", ""), ("assistant", text)])
+        else:
+            ids = list(tokenizer(text)["input_ids"])
+            labels = [IGNORED, *ids[1:]]
+        samples.append(Sample(ids, labels, f"neutral:{number}"))
     return samples
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from transformers import AddedToken
 from transformers.utils import PaddingStrategy
 
+from qgraft.errors import DataError
 from qgraft.models.prompt_tokenizer import IGNORED, PromptTokenizer
 
 
@@ -76,6 +77,15 @@ class ChatGLMTokenizer(PromptTokenizer):
         """Text [gMASK] <sop>, or question [gMASK] <sop> answer <eop>."""
         start = [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         return start if token_ids_1 is None else [*start, *token_ids_1, self.eos_token_id]
+
+    def _context_ids(self, text: str) -> list[int]:
+        ids = super()._context_ids(text)
+        if self.bos_token_id in ids:
+            raise DataError(
+                "a question or its history holds <sop>, which ends a prompt wherever it stands",
+                hint='write it differently, as "< sop >"; in the last answer it does no harm',
+            )
+        return ids
 
     def _join(
         self, prompt: list[int], answer: list[int], max_source: int | None, max_target: int | None

@@ -102,7 +102,7 @@ class PromptTokenizer(PreTrainedTokenizer):
 
     def prompt_ids(self, messages: Messages) -> list[int]:
         """The ids that generating an answer starts from. Messages end in a question."""
-        return list(self.build_inputs_with_special_tokens(self._text_ids(self.prompt_text(messages))))
+        return list(self.build_inputs_with_special_tokens(self._context_ids(self.prompt_text(messages))))
 
     def sample_ids(
         self,
@@ -125,7 +125,7 @@ class PromptTokenizer(PreTrainedTokenizer):
         """
         if not messages or messages[-1][0] != "assistant":
             raise DataError("a sample must end in an assistant turn")
-        prompt = self._text_ids(self.prompt_text(messages[:-1], numbered=numbered))
+        prompt = self._context_ids(self.prompt_text(messages[:-1], numbered=numbered))
         ids, labels = self._join(prompt, self._text_ids(messages[-1][1]), max_source_length, max_target_length)
         pad = self.pad_token_id
         if not learn_padding:
@@ -139,6 +139,10 @@ class PromptTokenizer(PreTrainedTokenizer):
         self, prompt: list[int], answer: list[int], max_source: int | None, max_target: int | None
     ) -> tuple[list[int], list[int]]:
         raise NotImplementedError
+
+    def _context_ids(self, text: str) -> list[int]:
+        """The ids of a prompt's text. Raises DataError where they would end the prompt."""
+        return self._text_ids(text)
 
     def _text_ids(self, text: str) -> list[int]:
         ids: Any = self.convert_tokens_to_ids(self.tokenize(text))

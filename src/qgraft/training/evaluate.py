@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
-from qgraft.training.tokenizing import Sample, build_samples, resolve_template
+from qgraft.training.tokenizing import Recipe, Sample, build_samples, resolve_template
 
 EVAL_TOKENS = 1024  # in one pass; without gradients activations are small
 
@@ -40,17 +40,21 @@ def evaluate(
     system: str | None = None,
     name: str | None = None,
     author: str | None = None,
+    columns: Mapping[str, str] | None = None,
     max_length: int = 2048,
     train_on_prompt: bool = False,
 ) -> Evaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
+    Naming the history's column numbers the prompts of ChatGLM-6B from the first question on, as in training.
+
     Raises DataError when the dataset cannot be read or holds no answers.
     """
-    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author)
+    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns)
     samples = build_samples(
         tokenizer, conversations, accounting, template=resolve_template(tokenizer, template), system=system,
         max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
+        recipe=Recipe(numbered="history" in (columns or ())),
     )  # fmt: skip
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
 

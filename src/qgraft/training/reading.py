@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from importlib import resources
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from qgraft.errors import DataError, OptionError, near_match
 from qgraft.training.files import SUFFIXES, Row, file_rows, load_json, read_text
@@ -95,6 +96,12 @@ class _Item:
     rows: Iterator[Row]
     layout: Layout
     limit: int | None = None
+
+
+def named_columns(options: Mapping[str, Any]) -> dict[str, str] | None:
+    """`columns` for read_dataset from the options prompt_column, response_column and history_column; None without any."""
+    named = {part: options.get(f"{part}_column") for part in ("prompt", "response", "history")}
+    return {part: column for part, column in named.items() if column} or None
 
 
 def read_dataset(

@@ -31,7 +31,7 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import evaluate_samples, sample_limit
 from qgraft.training.loss import padding_free
-from qgraft.training.reading import Accounting, read_dataset
+from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.tokenizing import Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
 
@@ -228,10 +228,8 @@ def _prepare_samples(
 def _samples(
     tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainArguments, limit: int, template: Any
 ) -> tuple[list[Sample], Accounting]:
-    named = {"prompt": args.prompt_column, "response": args.response_column, "history": args.history_column}
-    columns = {part: column for part, column in named.items() if column}
     conversations, accounting = read_dataset(
-        dataset, args.dataset_dir, name=args.name, author=args.author, columns=columns or None,
+        dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
         max_samples=args.max_samples,
     )  # fmt: skip
     samples = build_samples(
