@@ -9,10 +9,11 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
     load        from safetensors and from .bin: seconds, resident memory after it, peak
     train       LoRA r=8 on query_key_value, 3 steps of one sample of 256 tokens, gradient checkpointing
     generate    16 tokens after a prompt of 32, the adapter active
-    merge       a LoRA on query_key_value of the last two layers into their INT4 weights (method auto, 288 tokens), saved,
-                loaded again and compared byte for byte
+    merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
+    save        the model with these weights; it is loaded again and compared byte for byte
 
-Memory is what the process holds, mapped pages of the weights that it touched included. Random weights take the time and
+Memory is what the process holds, mapped pages of the weights that it touched included; while saving, the pages of the
+source are mapped twice and counted twice. Random weights take the time and
 the memory of trained ones; nothing is said about losses. Results go to benchmarks/results/chatglm_full_size.csv.
 """
 
@@ -64,27 +65,25 @@ def main() -> None:
     """Write the checkpoints, run the phases, append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="chatglm2,chatglm")
-    parser.add_argument("--phases", default="load-safetensors,load-bin,train,generate,merge")
+    parser.add_argument("--phases", default="load-safetensors,load-bin,train,generate,merge,save")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        phase, folder = options.only
-        print(json.dumps(run_phase(phase, Path(folder))))
+        phase, folder = options.only[0], Path(options.only[1])
+        print(json.dumps(write_checkpoint(folder) if phase == "write" else run_phase(phase, folder)))
         return
     with tempfile.TemporaryDirectory() as temporary:
         for model in options.models.split(","):
             folder = (options.folder or Path(temporary)) / model
-            write_checkpoint(folder, CONFIGS[model])
+            in_own_process("write", folder)
             for phase in options.phases.split(","):
                 record(model, phase, folder)
 
 
 def record(model: str, phase: str, folder: Path) -> None:
     """One phase in a process of its own, appended to the CSV and printed."""
-    command = [sys.executable, __file__, "--only", phase, str(folder)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    result = {"model": model, "phase": phase, **json.loads(done.stdout.splitlines()[-1])}
+    result = {"model": model, "phase": phase, **in_own_process(phase, folder)}
     print(result, flush=True)
     about = {
         "date": datetime.date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
@@ -97,6 +96,13 @@ def record(model: str, phase: str, folder: Path) -> None:
         if new:
             writer.writeheader()
         writer.writerow(result | about)
+
+
+def in_own_process(phase: str, folder: Path) -> dict[str, float]:
+    """Run one phase; the writing too, since a process begins with the peak memory of the one that started it."""
+    command = [sys.executable, __file__, "--only", phase, str(folder)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -128,14 +134,15 @@ def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ..
     yield "transformer.output_layer.weight" if second else "lm_head.weight", "F16", (vocabulary, hidden)
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
+def write_checkpoint(folder: Path) -> dict[str, float]:
     """Random weights of about the size of trained ones, as `safetensors/` and as `bin/`; nothing is held but one tensor."""
     import numpy as np
     import torch
     from safetensors import safe_open
 
+    config = CONFIGS[folder.name]
     if (folder / "bin" / "pytorch_model.bin").is_file():
-        return
+        return {}
     for kind in ("safetensors", "bin"):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         (folder / kind / "config.json").write_text(json.dumps(config, indent=2))
@@ -166,6 +173,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> None:
         if "padded_vocab_size" not in config:
             state[tied] = state["transformer.word_embeddings.weight"]
         torch.save(state, folder / "bin" / "pytorch_model.bin")
+    return {}
 
 
 def run_phase(phase: str, folder: Path) -> dict[str, float]:
@@ -173,7 +181,7 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
     import psutil
 
     file = folder / ("bin/pytorch_model.bin" if phase == "load-bin" else "safetensors/model.safetensors")
-    run = {"train": train, "generate": generate, "merge": merge}.get(phase)
+    run = {"train": train, "generate": generate, "merge": merge, "save": save}.get(phase)
     import qgraft
 
     load = qgraft.load  # the imports behind it happen here
@@ -181,9 +189,13 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
     model, _ = load(file.parent, device="cpu")
     loaded = time.perf_counter() - began
     figures = {"seconds": loaded} if run is None else run(model, folder)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     resident = psutil.Process().memory_info().rss / 1e6
-    return {**figures, "peak_mb": peak * 1.024, "resident_mb": resident, "file_mb": file.stat().st_size / 1e6}
+    return {"peak_mb": peak_mb(), "resident_mb": resident, "file_mb": file.stat().st_size / 1e6} | figures
+
+
+def peak_mb() -> float:
+    """The most memory that this process held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
 
 
 def sample_of(model: Any, length: int, seed: int) -> Any:
@@ -207,7 +219,8 @@ def train(model: Any, folder: Path) -> dict[str, float]:
     from qgraft.training.loss import batch_loss, padding_free
 
     qgraft.attach_lora(model, r=8, target_modules="query_key_value")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
+    (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     samples = [sample_of(model, SAMPLE, seed) for seed in range(STEPS)]
@@ -243,7 +256,7 @@ def generate(model: Any, folder: Path) -> dict[str, float]:
 
 
 def merge(model: Any, folder: Path) -> dict[str, float]:
-    """A LoRA on the last two layers into their INT4 weights, the model saved, loaded again and compared."""
+    """A LoRA on the last two layers into their INT4 weights; what comes out is kept for the next phase."""
     import torch
 
     import qgraft
@@ -252,27 +265,37 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
 
     last = model.config.num_layers - 1
     qgraft.attach_lora(model, r=8, target_modules=rf".*layers\.({last - 1}|{last})\..*query_key_value")
-    layers = dict(lora_layers(model))
-    for layer in layers.values():
+    deltas = {}
+    for path, layer in lora_layers(model):
         torch.nn.init.normal_(layer.loras["default"].lora_B, std=2e-3)
-    deltas = {path: layer.loras["default"].delta for path, layer in layers.items()}
+        deltas[path] = layer.loras["default"].delta
     fit, judge = [sample_of(model, 64, seed) for seed in range(4)], [sample_of(model, 32, 9)]
     began = time.perf_counter()
     with torch.no_grad():
-        packed, reports = merge_in_step(model, deltas, fit, judge, "auto", lambda path: print(path, file=sys.stderr))
+        packed, _ = merge_in_step(model, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
     seconds = time.perf_counter() - began
-    print(*reports, sep="\n", file=sys.stderr)
-    for path, layer in layers.items():
-        layer.replace(packed[path])
-    qgraft.detach_lora(model)
+    torch.save({path: (each.data, each.scale) for path, each in packed.items()}, folder / "merged.pt")
+    return {"seconds": seconds}
+
+
+def save(model: Any, folder: Path) -> dict[str, float]:
+    """The merged model as a folder, loaded again and compared."""
+    import torch
+
+    import qgraft
+
+    for path, (data, scale) in torch.load(folder / "merged.pt", weights_only=True).items():
+        layer = model.get_submodule(path)
+        layer.replace(qgraft.QuantizedLinear.from_params(4, data, scale).packed)
+    began = time.perf_counter()
     print(qgraft.save(model, folder / "merged"), file=sys.stderr)
+    figures = {"seconds": time.perf_counter() - began, "peak_mb": peak_mb()}  # the comparison below holds both models
     again, _ = qgraft.load(folder / "merged", device="cpu")
     for path, layer in model.named_modules():
         if isinstance(layer, qgraft.QuantizedLinear):
-            assert torch.equal(
-                again.get_submodule(path).packed.data.view(torch.uint8), layer.packed.data.view(torch.uint8)
-            )
-    return {"seconds": seconds}
+            same = again.get_submodule(path).packed.data.view(torch.uint8)
+            assert torch.equal(same, layer.packed.data.view(torch.uint8)), path
+    return figures
 
 
 if __name__ == "__main__":
