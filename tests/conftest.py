@@ -5,6 +5,7 @@ one, transposed Conv1D) and keeps a float model whose weights are what the writt
 package.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,12 +18,17 @@ import sentencepiece
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Q
+from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import qgraft
 from qgraft.cli.main import main
 from qgraft.errors import CheckpointError
+from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
+from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
+from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, LENGTH = 64, 2, 4, 2, 256, 128
 SHAPE = {
@@ -339,6 +345,43 @@ def tiny_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str],
                     remove_extra_whitespaces=False, minloglevel=2, num_threads=1, **kinds[name],
                 )  # fmt: skip
         return folder / name
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny_chatglm(
+    tmp_path_factory: pytest.TempPathFactory, tiny_vocabulary: Callable[[str], Path]
+) -> Callable[[str], Path]:
+    """A folder of a random float16 ChatGLM ("chatglm" or "chatglm2") with 2 layers and its vocabulary file."""
+    sizes = {"num_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    parent = tmp_path_factory.mktemp("chatglm")
+
+    def get(generation: str) -> Path:
+        folder = parent / generation
+        if folder.exists():
+            return folder
+        if generation == "chatglm":
+            tokenizer: Any = ChatGLMTokenizer(vocab_file=tiny_vocabulary("ice_text.model"))
+            ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
+                   "gmask_token_id": tokenizer.gmask_token_id, "mask_token_id": tokenizer.mask_token_id}  # fmt: skip
+            model: Any = ChatGLMForConditionalGeneration(
+                ChatGLMConfig(vocab_size=len(tokenizer), inner_hidden_size=64, max_sequence_length=512, **sizes, **ids)
+            )
+        else:
+            tokenizer = ChatGLM2Tokenizer(vocab_file=tiny_vocabulary("tokenizer.model"))
+            model = ChatGLM2ForConditionalGeneration(
+                ChatGLM2Config(padded_vocab_size=len(tokenizer), ffn_hidden_size=64, kv_channels=8, seq_length=512,
+                               multi_query_group_num=2, **sizes)
+            )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        weights = {name: torch.empty_like(value).normal_(0, 0.3, generator=generator).half()
+                   for name, value in model.state_dict().items()}  # fmt: skip
+        folder.mkdir()
+        tokenizer.save_vocabulary(str(folder))
+        (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+        return folder
 
     return get
 

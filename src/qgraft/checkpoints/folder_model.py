@@ -222,7 +222,10 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     """The contents of config.json. Raises CheckpointError when it is missing or no JSON object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise CheckpointError(f"{folder}: no config.json", hint="give a .gguf file or a folder saved by transformers")
+        hint = "give a .gguf file or a folder saved by transformers"
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is an adapter: give its base as the model, and this folder as the adapter"
+        raise CheckpointError(f"{folder}: no config.json", hint=hint)
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.checkpoints.folder_model import load_folder
+from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
+from qgraft.models.find import find_architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +47,30 @@ def load(
         loaded, tokenizer = load_gguf(path, compute_dtype)
     loaded.qgraft_tokenizer = tokenizer  # type: ignore[assignment]  # merging reads rows with it
     return loaded.to(device), tokenizer  # type: ignore[arg-type]
+
+
+def chatglm_format(model: str | Path, bits: int) -> str | None:
+    """What load() must quantize a ChatGLM in to have its weights in so many bits, 4 or 8; None if they are already.
+
+    It is what model.quantize(bits) of the release makes of a float16 checkpoint. Raises UnsupportedError for weights of
+    another width, which were rounded before, and for what is no folder of a ChatGLM.
+    """
+    path = _resolve(str(model))
+    raw = read_config_json(path) if path.is_dir() else {}
+    if find_architecture(raw) is None:
+        hint = (
+            "--quantize q4_1 packs other float checkpoints"
+            if path.is_dir()
+            else "a GGUF is loaded as it is: leave it out"
+        )
+        raise UnsupportedError(f"quantization_bit={bits}: {model} is no folder of a ChatGLM", hint=hint)
+    stored = raw.get("quantization_bit") or None
+    if stored not in (None, bits):
+        raise UnsupportedError(
+            f"quantization_bit={bits}: the weights in {model} are in {stored} bits already",
+            hint=f"give quantization_bit={stored}, leave it out, or give the float checkpoint's folder",
+        )
+    return None if stored else f"chatglm-int{bits}"
 
 
 def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -62,7 +62,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
     if options.adapter:
-        _prompt_as_in_training(options, trained_with(model, names[-1]))
+        prompt_as_in_training(options, trained_with(model, names[-1]))
     return model, tokenizer, names
 
 
@@ -77,7 +77,7 @@ def without_tokenizer(source: object, model: Any, who: str) -> OptionError:
     return OptionError(f"{source} has no tokenizer, which {who} needs{why}", hint=hint)
 
 
-def _prompt_as_in_training(options: argparse.Namespace, trained: dict[str, Any]) -> None:
+def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
     """Take --system and --template, where they are not given, from what the adapter was trained with, and say so."""
     for key in ("system", "template"):
         value = trained.get(key)

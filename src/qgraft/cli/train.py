@@ -1,58 +1,110 @@
-"""qgraft train: flags or a configuration file in, a sealed adapter out."""
+"""qgraft train: flags or a configuration file in, a sealed adapter out; or answers to test rows, with their scores."""
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qgraft.cli.options import print_note, without_tokenizer
+from qgraft.cli.options import print_note, prompt_as_in_training, without_tokenizer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qgraft.training.arguments import TrainArguments
+    from qgraft.training.predict import Predictions
     from qgraft.training.run import TrainReport
 
 DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE --output_dir FOLDER [options]
+       qgraft train --do_predict --model_name_or_path MODEL --adapter_name_or_path FOLDER --test_dataset FILE
+                    --output_dir FOLDER [options]
        qgraft train CONFIG.yaml [option=value ...]
 
-Train a LoRA on the packed weights of a model file. CONFIG.yaml (or .json) holds the same options as the flags; later
-option=value words win. Names known from PEFT, LLaMA-Factory and ChatGLM-Efficient-Tuning are understood.
+Train an adapter (a LoRA, or P-Tuning v2) on the packed weights of a model file, measure it, or let it answer test rows.
+CONFIG.yaml (or .json) holds the same options as the flags; later option=value words win. Names known from PEFT,
+LLaMA-Factory, ChatGLM-Efficient-Tuning and ChatGLM's ptuning/main.py are understood.
 
 """
 
 
 def run(words: Sequence[str]) -> int:
-    """Parse, load, train, say what came of it."""
+    """Parse, load, do what is asked for, say what came of it."""
     from qgraft.training.arguments import option_help, parse_arguments
 
     if not words or words[0] in ("-h", "--help", "--help_all"):
         print(DESCRIPTION + option_help(everything="--help_all" in words), end="")
         return 0
-    return _train(parse_arguments(words))
+    return _work(parse_arguments(words))
 
 
-def _train(arguments: "TrainArguments") -> int:
+def _work(arguments: "TrainArguments") -> int:
     from rich.console import Console
 
-    from qgraft.checkpoints.adapter_files import load_adapter
-    from qgraft.checkpoints.load import load
-    from qgraft.errors import OptionError
-    from qgraft.training.run import check_output_dir, describe_signal, train
+    _check(arguments)
+    console = Console(stderr=True)
+    model, tokenizer = _load(arguments)
+    report = None
+    if arguments.do_train:
+        report = _train(model, tokenizer, arguments, console)
+        if report.exit_code:
+            return report.exit_code
+    if arguments.do_eval:
+        _evaluate(model, tokenizer, arguments, console, report)
+    if arguments.do_predict:
+        _predict(model, tokenizer, arguments, console)
+    return 0
+
+
+def _check(arguments: "TrainArguments") -> None:
+    """Print the notes, and raise what can be known to be wrong before the minutes that loading a large model takes."""
+    from qgraft.errors import DataError, OptionError
+    from qgraft.training.predict import EVALUATED, check_predicting, check_results
+    from qgraft.training.run import check_output_dir
+    from qgraft.training.scores import load_libraries
 
     for note in arguments.notes:
         print_note(f"note: {note}")
     if not arguments.model_name_or_path:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
-    check_output_dir(arguments)  # before the minutes that loading a large model takes
-    console = Console(stderr=True)
-    model, tokenizer = load(
-        arguments.model_name_or_path,
-        quantize=arguments.quantize,
-        dtype=arguments.compute_dtype,
-        device=arguments.device,
-    )
+    if arguments.do_train:
+        check_output_dir(arguments)
+    if arguments.do_eval:
+        check_results(arguments, EVALUATED)
+        if not arguments.eval_dataset and not (arguments.do_train and arguments.val_size):
+            raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
+        if arguments.predict_with_generate:
+            load_libraries()
+    if arguments.do_predict:
+        check_predicting(arguments)
+
+
+def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
+    """(model, tokenizer), with the adapter that is named attached."""
+    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
+    from qgraft.checkpoints.load import chatglm_format, load
+
+    name, quantize = str(arguments.model_name_or_path), arguments.quantize
+    if arguments.quantization_bit is not None:
+        quantize = chatglm_format(name, arguments.quantization_bit)
+        if quantize is None:
+            print_note(
+                f"note: quantization_bit {arguments.quantization_bit}: the weights are stored in so many bits already"
+            )
+    model, tokenizer = load(name, quantize=quantize, dtype=arguments.compute_dtype, device=arguments.device)
     if tokenizer is None:
-        raise without_tokenizer(arguments.model_name_or_path, model, "training")
+        raise without_tokenizer(name, model, "this command")
     if arguments.adapter_name_or_path:
         loaded = load_adapter(model, arguments.adapter_name_or_path, arguments.adapter_name, force=arguments.force)
         print_note(str(loaded))
+        if not arguments.do_train:
+            prompt_as_in_training(arguments, trained_with(model, arguments.adapter_name))
+    elif not arguments.do_train:
+        print_note("note: no adapter is given, so this is about the base")
+    return model, tokenizer
+
+
+def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> "TrainReport":
+    from qgraft.training.run import describe_signal, train
+
     seen = len(arguments.notes)
     report = train(model, tokenizer, None, arguments, console=console)
     for note in report.notes[seen:]:
@@ -60,9 +112,47 @@ def _train(arguments: "TrainArguments") -> int:
     print_note(report.accounting.summary())
     if report.signal is not None:
         print_note(describe_signal(report))
-        return report.exit_code
-    _print_report(report)
-    return 0
+    else:
+        _print_report(report)
+    return report
+
+
+def _evaluate(
+    model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console", report: "TrainReport | None"
+) -> None:
+    """Print the held-out loss (a run that trained has measured it), and scores if asked; both into eval_results.json."""
+    from qgraft import storage
+    from qgraft.training.predict import EVALUATED, answer_rows
+    from qgraft.training.run import evaluate_held_out
+
+    loss = report.metrics["eval_loss"] if report else evaluate_held_out(model, tokenizer, arguments)[0].loss
+    results: dict[str, Any] = {"eval_loss": loss}
+    print(f"held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+    if arguments.predict_with_generate and arguments.eval_dataset:
+        found = answer_rows(model, tokenizer, arguments.eval_dataset, arguments,
+                            max_samples=arguments.max_eval_samples, console=console)  # fmt: skip
+        _print_scores(found)
+        results |= found.metrics("eval")
+    elif arguments.predict_with_generate:
+        print_note("note: predict_with_generate has no effect on rows of val_size; give --validation_file")
+    storage.write_json(Path(str(arguments.output_dir)) / EVALUATED, results)
+
+
+def _predict(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> None:
+    from qgraft.training.predict import PREDICTIONS, RESULTS, predict
+
+    found = predict(model, tokenizer, None, arguments, console=console)
+    for note in found.notes:
+        print_note(f"note: {note}")
+    print_note(found.accounting.summary())
+    _print_scores(found)
+    print(f"{PREDICTIONS} and {RESULTS} are in {arguments.output_dir}")
+
+
+def _print_scores(found: "Predictions") -> None:
+    names, values = zip(*found.scores.items(), strict=True)
+    print("   ".join(f"{name.upper():>7}" for name in names))
+    print("   ".join(f"{value:7.2f}" for value in values) + f"   of {len(found.pairs)} answers, {found.seconds:.0f} s")
 
 
 def _print_report(report: "TrainReport") -> None:

@@ -80,6 +80,10 @@ class ChatGLM2Tokenizer(PromptTokenizer):
         start = [self.gmask_token_id, self.sop_token_id, *token_ids_0]
         return start if token_ids_1 is None else [*start, *token_ids_1, self.eos_token_id]
 
+    def generated_length(self, max_source_length: int | None, max_target_length: int | None) -> int:
+        """Both lengths and one more; the script's own defaults are 1024 and 128."""
+        return (max_source_length or 1024) + (max_target_length or 128) + 1
+
     def _join(
         self, prompt: list[int], answer: list[int], max_source: int | None, max_target: int | None
     ) -> tuple[list[int], list[int]]:

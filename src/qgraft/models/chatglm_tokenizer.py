@@ -87,6 +87,10 @@ class ChatGLMTokenizer(PromptTokenizer):
             )
         return ids
 
+    def generated_length(self, max_source_length: int | None, max_target_length: int | None) -> int:
+        """512, whatever the lengths are."""
+        return 512
+
     def _join(
         self, prompt: list[int], answer: list[int], max_source: int | None, max_target: int | None
     ) -> tuple[list[int], list[int]]:

@@ -100,9 +100,22 @@ class PromptTokenizer(PreTrainedTokenizer):
                    for k, (asked, answer) in enumerate(past, self.first_round)]  # fmt: skip
         return "".join(written) + self.round_format.format(len(past) + self.first_round, question)
 
-    def prompt_ids(self, messages: Messages) -> list[int]:
-        """The ids that generating an answer starts from. Messages end in a question."""
-        return list(self.build_inputs_with_special_tokens(self._context_ids(self.prompt_text(messages))))
+    def prompt_ids(
+        self, messages: Messages, max_source_length: int | None = None, *, source_prefix: str = ""
+    ) -> list[int]:
+        """The ids that generating an answer starts from. Messages end in a question.
+
+        Args:
+            max_source_length: the text is cut at the right so that there are at most so many ids, special ones included.
+            source_prefix: text in front of the prompt's.
+        """
+        ids = self._context_ids(source_prefix + self.prompt_text(messages))
+        cut = ids[: None if max_source_length is None else max_source_length - 2]
+        return list(self.build_inputs_with_special_tokens(cut))
+
+    def generated_length(self, max_source_length: int | None, max_target_length: int | None) -> int:
+        """How many ids, the prompt's included, the official script stops an answer at."""
+        raise NotImplementedError
 
     def sample_ids(
         self,
@@ -112,6 +125,7 @@ class PromptTokenizer(PreTrainedTokenizer):
         *,
         numbered: bool = False,
         learn_padding: bool = False,
+        source_prefix: str = "",
     ) -> tuple[list[int], list[int]]:
         """Ids and labels (-100: not learned) of a training sample, as the official scripts make them, without padding.
 
@@ -122,10 +136,11 @@ class PromptTokenizer(PreTrainedTokenizer):
             numbered: see prompt_text; the first generation's script does it where a history column is named.
             learn_padding: what the scripts make with ignore_pad_token_for_loss false: padded at the right to the full
                 length, the padding is learned; in the second generation also to predict padding all along the prompt.
+            source_prefix: text in front of the prompt's.
         """
         if not messages or messages[-1][0] != "assistant":
             raise DataError("a sample must end in an assistant turn")
-        prompt = self._context_ids(self.prompt_text(messages[:-1], numbered=numbered))
+        prompt = self._context_ids(source_prefix + self.prompt_text(messages[:-1], numbered=numbered))
         ids, labels = self._join(prompt, self._text_ids(messages[-1][1]), max_source_length, max_target_length)
         pad = self.pad_token_id
         if not learn_padding:

@@ -1,9 +1,9 @@
 """Every option of a training run, in one place: TrainArguments, parsed from flags, YAML, JSON or built in Python.
 
 `TrainArguments` is transformers' TrainingArguments plus what qgraft adds; the command line, the YAML keys, `--help` and
-the saved run all come from its fields. Names that other tools use for the same thing are translated by `ALIASES`;
-options of theirs that change nothing here are accepted and named in a note (`WITHOUT_EFFECT`). Anything else that is
-unknown is an error with the closest names.
+the saved run all come from its fields. Names that other tools use for the same thing are translated, options of theirs
+that change nothing here are accepted and named in a note (option_names.py). Anything else that is unknown is an error
+with the closest names.
 """
 
 import dataclasses
@@ -18,43 +18,17 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
-
-ALIASES = {  # name elsewhere -> ours
-    "lora_rank": "r",
-    "lora_r": "r",
-    "lora_target": "target_modules",
-    "lora_target_modules": "target_modules",
-    "cutoff_len": "max_length",
-    "max_seq_length": "max_length",
-    "model": "model_name_or_path",
-    "adapter": "adapter_name_or_path",
-    "checkpoint_dir": "adapter_name_or_path",
-    "max_train_samples": "max_samples",
-    "dev_ratio": "val_size",
-    "warmup_ratio": "warmup_steps",
-    "evaluation_strategy": "eval_strategy",
-    "validation_file": "eval_dataset",
-    "train_file": "dataset",
-    "model_author": "author",
-    "model_name": "name",
-}
-
-WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
-    "overwrite_cache": "datasets are tokenized anew in seconds, nothing is cached",
-    "preprocessing_num_workers": "tokenizing runs in one process",
-    "packing": "batches are always free of padding",
-    "neat_packing": "batches are always free of padding",
-    "flash_attn": "attention is PyTorch's own",
-    "trust_remote_code": "code from model folders is never run",
-    "use_fast_tokenizer": "the fast tokenizer is always used",
-    "quantization_method": "the weights stay as the file has them",
-}
+from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 
 MOST_USED = {  # of transformers' options, in the short help: name -> text
-    "output_dir": "Where the adapter, logs, plot and checkpoints go.",
+    "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
+    "do_train": "Train; what is done where none of these three is given.",
+    "do_eval": "Measure the loss on eval_dataset and write eval_results.json.",
+    "do_predict": "Answer the rows of test_dataset, write generated_predictions.txt, report BLEU-4 and ROUGE.",
     "num_train_epochs": "Passes over the dataset.",
     "max_steps": "Optimizer steps; overrides the passes when positive.",
     "per_device_train_batch_size": "Samples in a batch.",
+    "per_device_eval_batch_size": "Rows that are answered at once by do_predict.",
     "gradient_accumulation_steps": "Batches in an optimizer step.",
     "lr_scheduler_type": "linear, cosine, constant, ...",
     "warmup_steps": "Steps until the peak learning rate (a share of all steps when below 1).",
@@ -85,28 +59,38 @@ class TrainArguments(TrainingArguments):
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
+    quantization_bit: int | None = _option(None, "ChatGLM: 4 or 8, what its weights are packed in while loading.")
     adapter_name_or_path: str | None = _option(None, "Folder of an adapter to go on training instead of a new one.")
     stage: str = _option("sft", "Kind of training; sft (supervised fine-tuning) is the one there is.")
-    finetuning_type: str = _option("lora", "What is trained; lora.")
+    finetuning_type: str | None = _option(None, "What is trained: lora, or p_tuning, the default with pre_seq_len.")
     r: int = _option(8, "Rank of the LoRA.")
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
     lora_dropout: float = _option(0.0, "Share of the LoRA's inputs that is zeroed in training.")
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
+    pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
+    prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
+    prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")
     adapter_name: str = _option("default", "How the adapter is called in this process.")
     force: bool = _option(False, "Load adapter_name_or_path although it does not fit, as far as it does.")
 
     dataset: str | None = _option(None, "Comma list of files, dataset_info.json entries, hub names, built-in sets.")
     dataset_dir: str | None = _option(None, "Folder of dataset_info.json and of the files it names.")
     eval_dataset: str | None = _option(None, "Held-out rows, named like dataset; measured every epoch by default.")
+    test_dataset: str | None = _option(None, "Rows that do_predict answers, named like dataset; default: eval_dataset.")
     val_size: float = _option(0.0, "Hold out this share (below 1) or number of rows of the dataset for evaluation.")
     max_samples: int | None = _option(None, "Read at most so many rows of each dataset.")
+    max_train_samples: int | None = _option(None, "The same of dataset alone.")
+    max_eval_samples: int | None = _option(None, "The same of eval_dataset alone.")
+    max_predict_samples: int | None = _option(None, "The same of the rows that do_predict answers.")
     max_length: int = _option(2048, "Longer samples are cut at the right, if an answer token remains.")
     max_source_length: int | None = _option(None, "ChatGLM: longest prompt, cut at the right.")
     max_target_length: int | None = _option(None, "ChatGLM: longest answer, cut at the right, then ended.")
+    val_max_target_length: int | None = _option(None, "The same of held-out and test rows alone.")
     ignore_pad_token_for_loss: bool = _option(True, "ChatGLM, false: learn padding up to both lengths, as its scripts.")
     template: str | None = _option(None, "Chat template: auto (the model's own), plain, chatml, or a .jinja file.")
     system: str | None = _option(None, "System prompt for rows that have none.")
+    source_prefix: str = _option("", "Text in front of every prompt.")
     train_on_prompt: bool = _option(False, "Learn the prompts too, not the answers only.")
     mask_history: bool = _option(False, "Learn only the last answer of a conversation.")
     prompt_column: str | None = _option(None, "Column of the question, where the rows' own names are not recognized.")
@@ -115,8 +99,15 @@ class TrainArguments(TrainingArguments):
     name: str | None = _option(None, "What {{name}} in the dataset becomes.")
     author: str | None = _option(None, "What {{author}} in the dataset becomes.")
 
+    predict_with_generate: bool = _option(False, "do_eval also scores generated answers; do_predict always does.")
+    max_new_tokens: int | None = _option(None, "Longest answer; 128, with ChatGLM as its script has it.")
+    num_beams: int | None = _option(None, "Beams of the search for an answer; 1.")
+    do_sample: bool | None = _option(None, "Draw an answer's tokens; true with ChatGLM, else the likeliest.")
+    temperature: float | None = _option(None, "Of drawn tokens; 0.95 with ChatGLM, else 1; 0: the likeliest.")
+    top_p: float | None = _option(None, "Draw from this share of the probability; 0.7 with ChatGLM, else 1.")
+
     max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
-    overwrite_output_dir: bool = _option(False, "Delete an earlier run's checkpoints and logs in output_dir.")
+    overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
 
     # transformers' options with another default
@@ -127,17 +118,33 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.notes: list[str] = []  # what was replaced or ignored; the command line prints it
+        self._settle_work()
         self._settle_precision()
         self._check()
         never = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no"
-        if never and (self.eval_dataset or self.val_size):
+        if never and self.do_train and (self.eval_dataset or self.val_size):
             self.eval_strategy = "epoch"
+        asked = self.do_eval
         super().__post_init__()
+        self.do_eval = asked  # transformers sets it for any eval_strategy
 
     @property
     def compute_dtype(self) -> str:
         """The dtype that activations are computed in, for load()."""
         return self._compute_dtype
+
+    def _settle_work(self) -> None:
+        """What is done and what is trained, where it is not said."""
+        if not (self.do_train or self.do_eval or self.do_predict):
+            self.do_train = True
+        if self.finetuning_type is None:
+            self.finetuning_type = "lora" if self.pre_seq_len is None else "p_tuning"
+        if self.finetuning_type == "p_tuning":
+            self.pre_seq_len = 128 if self.pre_seq_len is None else self.pre_seq_len
+        elif self.pre_seq_len is not None:
+            self.notes.append(f"pre_seq_len has no effect: finetuning_type is {self.finetuning_type}")
+        if self.predict_with_generate and not (self.do_eval or self.do_predict):
+            self.notes.append("predict_with_generate has no effect: neither do_eval nor do_predict is asked for")
 
     def _settle_precision(self) -> None:
         """Replace a precision that makes no sense on this device by one that does, and note it.
@@ -146,6 +153,12 @@ class TrainArguments(TrainingArguments):
         """
         self._compute_dtype = "auto"
         on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if self.fp16_full_eval:
+            self.fp16_full_eval = False
+            if self.do_train:
+                self.notes.append("fp16_full_eval has no effect: a run evaluates as it trains")
+            else:
+                self.fp16 = True
         if not on_gpu and self.fp16:
             self.fp16 = False
             self.notes.append("fp16: this device is a CPU, which computes in float32 instead")
@@ -155,8 +168,8 @@ class TrainArguments(TrainingArguments):
                 self._compute_dtype = "bfloat16"
             else:
                 self.notes.append("bf16: this CPU has no bfloat16 arithmetic (many times slower); float32 it is")
-        elif on_gpu and self.fp16:
-            self._compute_dtype = "float32"  # float32 tensors, float16 arithmetic by autocast, with loss scaling
+        elif on_gpu and self.fp16:  # training: float32 tensors, float16 arithmetic by autocast, with loss scaling
+            self._compute_dtype = "float32" if self.do_train else "float16"
         if not on_gpu:
             self.dataloader_pin_memory = False
         renamed = hasattr(self, "activation_checkpointing")  # in newer releases of transformers
@@ -166,18 +179,37 @@ class TrainArguments(TrainingArguments):
     def _check(self) -> None:
         if self.stage != "sft":
             raise UnsupportedError(f"stage={self.stage!r}: only sft (supervised fine-tuning) is there")
-        if self.finetuning_type != "lora":
-            raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora is there")
+        if self.finetuning_type not in ("lora", "p_tuning"):
+            raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.max_tokens_per_pass < 1 or self.max_length < 2:
             raise OptionError("max_tokens_per_pass must be at least 1 and max_length at least 2")
         lengths = self.max_source_length, self.max_target_length
-        if any(length is not None and length < 3 for length in lengths):
+        if any(length is not None and length < 3 for length in (*lengths, self.val_max_target_length)):
             raise OptionError("max_source_length and max_target_length must be at least 3: special ids count")
+        self._check_numbers()
         if not self.ignore_pad_token_for_loss and None in lengths:
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
         if self.val_size < 0:
             raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
+
+    def _check_numbers(self) -> None:
+        """Raise OptionError for all numbers that are out of their bounds, at once."""
+        least = {"pre_seq_len": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1,
+                 "max_new_tokens": 1, "num_beams": 1, "temperature": 0}  # fmt: skip
+        given = {name: getattr(self, name) for name in least if getattr(self, name) is not None}
+        problems = [f"{name}={value}: expected at least {least[name]}" for name, value in given.items()
+                    if not value >= least[name]]  # fmt: skip
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            problems.append(f"top_p={self.top_p}: expected a share above 0, at most 1")
+        if not 0 <= self.prefix_dropout < 1:
+            problems.append(f"prefix_dropout={self.prefix_dropout}: expected a share below 1")
+        if self.quantization_bit not in (None, 4, 8):
+            problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
+        if self.quantization_bit is not None and self.quantize is not None:
+            problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
+        if problems:
+            raise OptionError("; ".join(problems))
 
 
 def has_fast_bf16() -> bool:
@@ -191,7 +223,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     Raises OptionError for an unknown option (with the closest names) or an impossible value.
     """
     if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
-        return arguments_from_dict({**_read_config(Path(argv[0])), **_overrides(argv[1:])})
+        return arguments_from_dict(_own_names(_read_config(Path(argv[0]))) | _own_names(_overrides(argv[1:])))
     words, notes = _translate_flags(argv)
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
@@ -205,12 +237,11 @@ def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
     known = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     values: dict[str, Any] = {}
     notes = []
-    for key, value in options.items():
-        name = ALIASES.get(key, key)
-        if key in WITHOUT_EFFECT:
-            notes.append(f"{key} has no effect: {WITHOUT_EFFECT[key]}")
+    for name, value in _own_names(options).items():
+        if name in WITHOUT_EFFECT:
+            notes.append(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name not in known:
-            _unknown(key)
+            _unknown(name)
         else:
             values[name] = ",".join(value) if name == "target_modules" and isinstance(value, list) else value
     return _build(values, notes)
@@ -298,6 +329,7 @@ def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """The words with other tools' names replaced by ours, and notes on those that have no effect."""
     words: list[str] = []
     notes: list[str] = []
+    called: dict[str, str] = {}
     skipping = False
     for word in argv:
         if not word.startswith("--"):
@@ -310,8 +342,21 @@ def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if skipping:
             notes.append(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         else:
-            words.append(f"--{ALIASES.get(name, name)}{equals}{value}")
+            words.append(f"--{_own_name(name, called)}{equals}{value}")
     return words, notes
+
+
+def _own_names(options: Mapping[str, Any]) -> dict[str, Any]:
+    called: dict[str, str] = {}
+    return {_own_name(name, called): value for name, value in options.items()}
+
+
+def _own_name(name: str, called: dict[str, str]) -> str:
+    """Our name of an option; `called` is what each was called so far: two names for one would hide a value."""
+    own = ALIASES.get(name, name)
+    if called.setdefault(own, name) != name:
+        raise OptionError(f"{called[own]} and {name} are the same option ({own}); give one of them")
+    return own
 
 
 def _unknown(name: str) -> NoReturn:

@@ -29,10 +29,10 @@ from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
-from qgraft.training.evaluate import evaluate_samples, sample_limit
+from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
 from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, named_columns, read_dataset
-from qgraft.training.tokenizing import Recipe, Sample, WritesPrompts, build_samples, resolve_template
+from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
 
 Dataset = str | Sequence[Mapping[str, object]]
@@ -143,6 +143,17 @@ def train(
     return report
 
 
+def evaluate_held_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainArguments
+) -> tuple[Evaluation, Accounting]:
+    """The loss of the model, with its active adapters, on args.eval_dataset; the same samples as train() would take."""
+    if not args.eval_dataset:
+        raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
+    limit, template = sample_limit(model, args.max_length), resolve_template(tokenizer, args.template)
+    samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
+    return evaluate_samples(model, samples), accounting
+
+
 def _last_eval_loss(trainer: LoraTrainer) -> float | None:
     """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
     if trainer.args.load_best_model_at_end:
@@ -213,10 +224,10 @@ def _prepare_samples(
     if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
         notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
                      "a first question bare")  # fmt: skip
-    samples, accounting = _samples(tokenizer, chosen, args, limit, template)
+    samples, accounting = _samples(tokenizer, chosen, args, limit, template, held_out=False)
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
-        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, limit, template)
+        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, limit, template, held_out=True)
         return samples, eval_samples, accounting, held_out_accounting
     if args.val_size:
         samples, eval_samples = _split(samples, args.val_size, args.seed)
@@ -226,17 +237,25 @@ def _prepare_samples(
 
 
 def _samples(
-    tokenizer: PreTrainedTokenizerBase, dataset: Dataset, args: TrainArguments, limit: int, template: Any
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TrainArguments,
+    limit: int,
+    template: ChatTemplate,
+    *,
+    held_out: bool,
 ) -> tuple[list[Sample], Accounting]:
+    most = args.max_eval_samples if held_out else args.max_train_samples
+    longest = args.val_max_target_length if held_out else None
     conversations, accounting = read_dataset(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
-        max_samples=args.max_samples,
+        max_samples=most or args.max_samples,
     )  # fmt: skip
     samples = build_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
         train_on_prompt=args.train_on_prompt, mask_history=args.mask_history,
-        recipe=Recipe(args.max_source_length, args.max_target_length, numbered=bool(args.history_column),
-                      learn_padding=not args.ignore_pad_token_for_loss),
+        recipe=Recipe(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
+                      learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
     )  # fmt: skip
     return samples, accounting
 
@@ -255,9 +274,21 @@ def _prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
         use_adapter(model, args.adapter_name)
         return
     torch.manual_seed(args.seed)
+    _attach_new(model, args)
+
+
+def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
+    """An adapter of the kind and with the options of `arguments`."""
+    name = arguments.adapter_name
+    if arguments.finetuning_type == "p_tuning":
+        from qgraft.adapters.prefix import attach_prefix
+
+        attach_prefix(model, arguments.pre_seq_len, arguments.prefix_projection, arguments.prefix_dropout, name)
+        return
     attach_lora(
-        model, args.r, args.lora_alpha, args.lora_dropout, args.target_modules, args.use_rslora, args.adapter_name
-    )
+        model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
+        arguments.use_rslora, name,
+    )  # fmt: skip
 
 
 def _save(

@@ -21,7 +21,7 @@ it are its history.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
@@ -90,13 +90,18 @@ class Recipe:
     max_target_length: int | None = None
     numbered: bool = False
     learn_padding: bool = False
+    source_prefix: str = ""  # with other tokenizers in front of the first question
 
 
 @runtime_checkable
 class WritesPrompts(Protocol):
     """A tokenizer that needs no chat template; models/prompt_tokenizer.py says what each method returns."""
 
-    def prompt_ids(self, messages: Sequence[tuple[str, str]]) -> list[int]: ...
+    def prompt_ids(
+        self, messages: Sequence[tuple[str, str]], max_source_length: int | None = None, *, source_prefix: str = ""
+    ) -> list[int]: ...
+
+    def generated_length(self, max_source_length: int | None, max_target_length: int | None) -> int: ...
 
     def sample_ids(
         self,
@@ -106,6 +111,7 @@ class WritesPrompts(Protocol):
         *,
         numbered: bool = False,
         learn_padding: bool = False,
+        source_prefix: str = "",
     ) -> tuple[list[int], list[int]]: ...
 
     def clean_answer(self, text: str) -> str: ...
@@ -151,12 +157,14 @@ def encode_prompt(
     *,
     template: ChatTemplate | None = None,
     system: str | None = None,
+    recipe: Recipe | None = None,
 ) -> list[int]:
     """The ids of a prompt that asks for the next answer, as training saw them."""
-    template = template or resolve_template(tokenizer)
+    template, recipe = template or resolve_template(tokenizer), recipe or Recipe()
     turns = _with_system(messages, system)
     if isinstance(tokenizer, WritesPrompts):
-        return tokenizer.prompt_ids(turns)
+        return tokenizer.prompt_ids(turns, recipe.max_source_length, source_prefix=recipe.source_prefix)
+    turns = _with_prefix(turns, recipe.source_prefix)
     return _with_bos(tokenizer, _ids(tokenizer, _render(tokenizer, template, turns, True)))
 
 
@@ -193,6 +201,7 @@ def encode_conversation(
     try:
         if isinstance(tokenizer, WritesPrompts):
             return Sample(*_scripted(tokenizer, messages, recipe or Recipe(), train_on_prompt), conversation.source)
+        messages = _with_prefix(messages, recipe.source_prefix if recipe else "")
         segments = _segments(tokenizer, template, messages, ends, mask_history)
     except DataError as error:
         raise DataError(f"{conversation.source}: {error.message}", hint=error.hint) from error
@@ -227,9 +236,7 @@ def build_samples(
     recipe: Recipe | None = None,
 ) -> list[Sample]:
     """The samples of at most `max_length` ids; `accounting` moves what is cut or too long from kept to its place."""
-    if recipe and recipe != Recipe(numbered=recipe.numbered) and not isinstance(tokenizer, WritesPrompts):
-        raise OptionError("max_source_length, max_target_length and ignore_pad_token_for_loss=false are for ChatGLM's "
-                          "tokenizers, and this is another", hint="max_length bounds the whole sample")  # fmt: skip
+    check_recipe(tokenizer, recipe or Recipe())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
     samples = []
     for conversation in conversations:
@@ -254,6 +261,14 @@ def build_samples(
     return samples
 
 
+def check_recipe(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> None:
+    """Raise OptionError for what only ChatGLM's samples can be, with another tokenizer."""
+    general = replace(recipe, numbered=False, source_prefix="") == Recipe()
+    if not general and not isinstance(tokenizer, WritesPrompts):
+        raise OptionError("max_source_length, max_target_length and ignore_pad_token_for_loss=false are for ChatGLM's "
+                          "tokenizers, and this is another", hint="max_length bounds the whole sample")  # fmt: skip
+
+
 def _scripted(
     tokenizer: WritesPrompts, messages: Sequence[tuple[str, str]], recipe: Recipe, train_on_prompt: bool
 ) -> tuple[list[int], list[int]]:
@@ -262,7 +277,7 @@ def _scripted(
                           hint="leave it out; the first generation even sees all of a prompt at once")  # fmt: skip
     return tokenizer.sample_ids(
         messages, recipe.max_source_length, recipe.max_target_length,
-        numbered=recipe.numbered, learn_padding=recipe.learn_padding,
+        numbered=recipe.numbered, learn_padding=recipe.learn_padding, source_prefix=recipe.source_prefix,
     )  # fmt: skip
 
 
@@ -334,3 +349,8 @@ def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]
 def _with_system(messages: Sequence[tuple[str, str]], system: str | None) -> list[tuple[str, str]]:
     first = [("system", system)] if system and messages[0][0] != "system" else []
     return [*first, *messages]
+
+
+def _with_prefix(messages: Sequence[tuple[str, str]], prefix: str) -> list[tuple[str, str]]:
+    first = next((index for index, (role, _) in enumerate(messages) if role == "user"), None)
+    return [(role, prefix + text if index == first else text) for index, (role, text) in enumerate(messages)]

@@ -1,0 +1,54 @@
+"""What options of training are called elsewhere: PEFT, LLaMA-Factory, ChatGLM-Efficient-Tuning, ChatGLM's ptuning/main.py.
+
+Their command lines run here with the program's name changed. So each of their options has a field of TrainArguments, is
+another name of one, or stands below with the reason why it changes nothing; none is dropped without a word. Sources: the
+dataclasses of ptuning/arguments.py (both generations have the same) and of glmtuner/hparams, transformers'
+Seq2SeqTrainingArguments.
+"""
+
+ALIASES = {  # name elsewhere -> ours
+    "lora_rank": "r",
+    "lora_r": "r",
+    "lora_target": "target_modules",
+    "lora_target_modules": "target_modules",
+    "cutoff_len": "max_length",
+    "max_seq_length": "max_length",
+    "model": "model_name_or_path",
+    "adapter": "adapter_name_or_path",
+    "checkpoint_dir": "adapter_name_or_path",
+    "ptuning_checkpoint": "adapter_name_or_path",
+    "dev_ratio": "val_size",
+    "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "validation_file": "eval_dataset",
+    "train_file": "dataset",
+    "dataset_name": "dataset",
+    "test_file": "test_dataset",
+    "eval_num_beams": "num_beams",
+    "generation_num_beams": "num_beams",
+    "model_author": "author",
+    "model_name": "name",
+}
+
+WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
+    "overwrite_cache": "datasets are tokenized anew in seconds, nothing is cached",
+    "preprocessing_num_workers": "tokenizing runs in one process",
+    "packing": "batches are always free of padding",
+    "neat_packing": "batches are always free of padding",
+    "flash_attn": "attention is PyTorch's own",
+    "trust_remote_code": "code from model folders is never run",
+    "use_fast_tokenizer": "the fast tokenizer is always used",
+    "quantization_method": "the weights stay as the file has them",
+    "pad_to_max_length": "batches are always free of padding",
+    "sortish_sampler": "batches are always free of padding",
+    "cache_dir": "datasets are not cached; models of the hub lie where HF_HOME says",
+    "config_name": "the configuration is that of the model's folder",
+    "tokenizer_name": "the tokenizer is that of the model's folder",
+    "model_revision": "the hub's newest revision is taken; for another one give its folder",
+    "use_auth_token": "the login of `hf auth login` is used where there is one",
+    "dataset_config_name": "ChatGLM's script does not read it either; name the subset in dataset_info.json",
+    "resize_position_embeddings": "positions are not embedded, or as many as the model has",
+    "forced_bos_token": "ChatGLM's script does not read it either",
+    "lang": "ChatGLM's script does not read it either",
+    "generation_max_length": "ChatGLM's script sets another length over it; give max_new_tokens",
+}

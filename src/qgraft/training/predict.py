@@ -1,0 +1,294 @@
+"""predict(): answer the rows of a test set, write the answers down, and score them as ChatGLM's evaluate.sh does.
+
+output_dir/
+  generated_predictions.txt   a line for each row: {"labels": "what was expected", "predict": "what the model answers"}
+  predict_results.json        scores, number of rows, seconds, how was generated, where every row went
+
+A prompt is what training and chat send: the rows before the last answer. Prompts of similar length are answered at once,
+padded at the left: only so do all of them end where their answers begin. A model that takes no attention mask would read
+the padding, and one that carries a state from token to token does; these answer one row at a time.
+
+ChatGLM's script draws the answers (top_p 0.7, temperature 0.95), so its scores differ a little from run to run; ours
+depend on `seed`. Its labels are the expected answers cut to the target length and decoded from ids again, so that both
+texts are normalized alike; with ChatGLM's tokenizers so are ours. Scores are of the texts in the file.
+Source: ptuning/main.py and trainer_seq2seq.py of both generations.
+"""
+
+import inspect
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft import storage
+from qgraft.errors import DataError, StorageError
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.evaluate import sample_limit
+from qgraft.training.loss import evaluating
+from qgraft.training.reading import Accounting, named_columns, read_dataset
+from qgraft.training.scores import load_libraries, mean_scores
+from qgraft.training.tokenizing import Recipe, WritesPrompts, check_recipe, encode_prompt, resolve_template
+
+Dataset = str | Sequence[Mapping[str, object]]
+
+PREDICTIONS, RESULTS, EVALUATED = "generated_predictions.txt", "predict_results.json", "eval_results.json"
+NEW_TOKENS = 128  # of an answer; the default target length of ChatGLM's script
+_UNBOUNDED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What predict() found.
+
+    Attributes:
+        pairs: (expected, answered) texts, in the order of the rows.
+        scores: bleu-4, rouge-1, rouge-2, rouge-l: means from 0 to 100.
+        generation: how the answers were generated.
+        accounting: where every row went.
+        notes: what a reader should know, each one sentence.
+    """
+
+    pairs: list[tuple[str, str]]
+    scores: dict[str, float]
+    generation: dict[str, Any]
+    accounting: Accounting
+    seconds: float
+    notes: list[str]
+
+    def metrics(self, prefix: str) -> dict[str, Any]:
+        """The figures as ChatGLM's script names them ("predict_bleu-4"), with how they came about."""
+        return {
+            **{f"{prefix}_{name}": value for name, value in self.scores.items()},
+            f"{prefix}_samples": len(self.pairs),
+            f"{prefix}_runtime": round(self.seconds, 4),
+            f"{prefix}_samples_per_second": round(len(self.pairs) / max(self.seconds, 1e-9), 3),
+            "generation": self.generation,
+            "accounting": self.accounting.as_dict(),
+            "notes": self.notes,
+        }
+
+
+@dataclass(frozen=True)
+class _Question:
+    """The ids of a prompt, and the answer that is expected."""
+
+    ids: list[int]
+    expected: str
+
+
+def predict(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | None,
+    args: TrainArguments,
+    *,
+    console: Console | None = None,
+) -> Predictions:
+    """Answer a dataset with the active adapters, and write answers and scores into args.output_dir.
+
+    Args:
+        dataset: what read_dataset takes, or rows; None for args.test_dataset, or else args.eval_dataset.
+        console: where the live display goes; None for none.
+
+    Both files are written when everything is answered. Raises DataError, OptionError, StorageError, UnsupportedError.
+    """
+    check_predicting(args, dataset)
+    chosen = dataset if dataset is not None else args.test_dataset or args.eval_dataset
+    assert chosen is not None  # checked above
+    found = answer_rows(model, tokenizer, chosen, args, max_samples=args.max_predict_samples, console=console)
+    lines = [json.dumps({"labels": label, "predict": answer}, ensure_ascii=False) for label, answer in found.pairs]
+    folder = Path(str(args.output_dir))
+    storage.write_file(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())
+    storage.write_json(folder / RESULTS, found.metrics("predict"))
+    return found
+
+
+def check_predicting(args: TrainArguments, dataset: Dataset | None = None) -> None:
+    """Raise what is wrong with predict()'s arguments, before the minutes that loading and answering take."""
+    if dataset is None and not args.test_dataset and not args.eval_dataset:
+        raise DataError(
+            "do_predict has no rows", hint="--test_file test.jsonl (or --test_dataset), or --validation_file"
+        )
+    load_libraries()
+    check_results(args, PREDICTIONS, RESULTS)
+
+
+def check_results(args: TrainArguments, *names: str) -> None:
+    """Raise StorageError where output_dir is a file, or holds one of these files and may not be overwritten."""
+    folder = Path(str(args.output_dir))
+    if folder.exists() and not folder.is_dir():
+        raise StorageError(f"output_dir {folder} is a file, expected a folder")
+    if (there := [name for name in names if (folder / name).exists()]) and not args.overwrite_output_dir:
+        raise StorageError(f"output_dir {folder} holds {', '.join(there)} already",
+                           hint="choose another folder, or --overwrite_output_dir to replace it")  # fmt: skip
+
+
+def answer_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TrainArguments,
+    *,
+    max_samples: int | None = None,
+    console: Console | None = None,
+) -> Predictions:
+    """What predict() does, without writing anything; `max_samples` goes before args.max_samples."""
+    load_libraries()
+    questions, accounting, notes = _questions(model, tokenizer, dataset, args, max_samples)
+    settings = generation_settings(tokenizer, args)
+    at_once = args.per_device_eval_batch_size if takes_padding(model) else 1
+    if at_once < args.per_device_eval_batch_size:
+        notes.append("per_device_eval_batch_size has no effect: this model cannot leave padding out, so rows are answered "
+                     "one by one")  # fmt: skip
+    began = time.perf_counter()
+    torch.manual_seed(args.seed)
+    answers = _answers(model, tokenizer, questions, settings, at_once, _room(tokenizer, args), console)
+    seconds = time.perf_counter() - began
+    pairs = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]
+    return Predictions(pairs, mean_scores(pairs), settings, accounting, seconds, notes)
+
+
+def generation_settings(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> dict[str, Any]:
+    """What generate() is told about choosing tokens: as ChatGLM's script for its tokenizers, else the likeliest ones."""
+    scripted = isinstance(tokenizer, WritesPrompts)
+    implied = scripted or args.temperature is not None or args.top_p is not None
+    drawn = (implied if args.do_sample is None else args.do_sample) and args.temperature != 0
+    settings: dict[str, Any] = {"num_beams": args.num_beams or 1, "do_sample": drawn}
+    if drawn:
+        settings["temperature"] = args.temperature or (0.95 if scripted else 1.0)
+        settings["top_p"] = args.top_p or (0.7 if scripted else 1.0)
+    return settings
+
+
+def takes_padding(model: PreTrainedModel) -> bool:
+    """Whether rows of different lengths can be answered at once: what an attention mask hides must change nothing."""
+    return "attention_mask" in inspect.signature(model.forward).parameters and not model._is_stateful
+
+
+@dataclass(frozen=True)
+class _Room:
+    """How long answers may become: `new` tokens, or until prompt and answer have `whole`, if that is more."""
+
+    new: int
+    whole: int = 0
+
+    def after(self, prompt: int, context: int) -> int:
+        return min(max(self.new, self.whole - prompt), context - prompt)
+
+
+def _room(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> _Room:
+    if args.max_new_tokens is not None:
+        return _Room(args.max_new_tokens)
+    target = args.max_target_length or NEW_TOKENS
+    if isinstance(tokenizer, WritesPrompts):
+        return _Room(target, tokenizer.generated_length(args.max_source_length, args.max_target_length))
+    return _Room(target)
+
+
+def _questions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TrainArguments,
+    max_samples: int | None,
+) -> tuple[list[_Question], Accounting, list[str]]:
+    """The prompts that fit into the model's context; those that do not move from kept to dropped."""
+    template, context = resolve_template(tokenizer, args.template), sample_limit(model, _UNBOUNDED)
+    longest = args.val_max_target_length or args.max_target_length
+    recipe = Recipe(args.max_source_length, longest, source_prefix=args.source_prefix)
+    check_recipe(tokenizer, recipe)
+    conversations, accounting = read_dataset(
+        dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
+        max_samples=max_samples or args.max_samples,
+    )  # fmt: skip
+    questions = []
+    for conversation in conversations:
+        asked, (_, expected) = conversation.messages[:-1], conversation.messages[-1]
+        try:
+            ids = encode_prompt(tokenizer, asked, template=template, system=args.system, recipe=recipe)
+        except DataError as error:
+            raise DataError(f"{conversation.source}: {error.message}", hint=error.hint) from error
+        if len(ids) < context:
+            questions.append(_Question(ids, _expected_text(tokenizer, expected, longest)))
+        else:
+            accounting.kept -= 1
+            accounting.drop(f"a prompt as long as the model's context of {context} tokens", conversation.source)
+    accounting.check()
+    if not questions:
+        raise DataError(f"no row is left to answer: {accounting.summary()}", hint="give shorter questions")
+    return questions, accounting, [template.note] if template.note else []
+
+
+def _expected_text(tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None) -> str:
+    if not isinstance(tokenizer, WritesPrompts):
+        return text.strip()
+    ids = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
+    return _text(tokenizer, list(ids))
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    """The text of ids as it stands in the file."""
+    scripted = {"clean_up_tokenization_spaces": True} if isinstance(tokenizer, WritesPrompts) else {}
+    return str(tokenizer.decode(ids, skip_special_tokens=True, **scripted)).strip()
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[_Question],
+    settings: Mapping[str, Any],
+    at_once: int,
+    room: _Room,
+    console: Console | None,
+) -> list[str]:
+    """An answer to each question, in their order."""
+    ends, context = _end_ids(model, tokenizer), sample_limit(model, _UNBOUNDED)
+    # Neighbours in length waste least; the longest come first, so that memory that is short runs out at once.
+    order = sorted(range(len(questions)), key=lambda index: -len(questions[index].ids))
+    answers = [""] * len(questions)
+    columns = (TextColumn("answered {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
+               TimeRemainingColumn(compact=True))  # fmt: skip
+    with evaluating(model), Progress(*columns, console=console, disable=console is None) as progress:
+        task = progress.add_task("", total=len(questions))
+        for start in range(0, len(order), at_once):
+            batch = order[start : start + at_once]
+            prompts = [questions[index].ids for index in batch]
+            new = room.after(len(prompts[0]), context)
+            told = {**settings, "max_new_tokens": new, "eos_token_id": ends or None}
+            for index, ids in zip(batch, _generate(model, tokenizer, prompts, told), strict=True):
+                answers[index] = _text(tokenizer, _until_end(ids, ends))
+            progress.advance(task, len(batch))
+    return answers
+
+
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], told: Mapping[str, Any]
+) -> list[list[int]]:
+    """The new ids of each prompt, those behind the end included."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    longest = max(map(len, prompts))
+    ids_BT = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=model.device)
+    seen_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=model.device)
+    mask = {"attention_mask": seen_BT} if takes_padding(model) else {}
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output_BT = generate(ids_BT, **mask, pad_token_id=pad, **told)
+    return [row[longest:] for row in output_BT.tolist()]
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that end an answer: the model's and the tokenizer's."""
+    told = getattr(model.generation_config, "eos_token_id", None)
+    ends = [*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id]
+    return sorted({int(token) for token in ends if token is not None})
+
+
+def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
