@@ -366,7 +366,14 @@ def tiny_chatglm(
             ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
                    "gmask_token_id": tokenizer.gmask_token_id, "mask_token_id": tokenizer.mask_token_id}  # fmt: skip
             model: Any = ChatGLMForConditionalGeneration(
-                ChatGLMConfig(vocab_size=len(tokenizer), inner_hidden_size=64, max_sequence_length=512, **sizes, **ids)
+                ChatGLMConfig(
+                    vocab_size=len(tokenizer),
+                    inner_hidden_size=64,
+                    max_sequence_length=512,
+                    tie_word_embeddings=False,
+                    **sizes,
+                    **ids,
+                )  # tied, it would repeat its last token
             )
         else:
             tokenizer = ChatGLM2Tokenizer(vocab_file=tiny_vocabulary("tokenizer.model"))
@@ -375,8 +382,11 @@ def tiny_chatglm(
                                multi_query_group_num=2, **sizes)
             )  # fmt: skip
         generator = torch.Generator().manual_seed(0)
-        weights = {name: torch.empty_like(value).normal_(0, 0.3, generator=generator).half()
-                   for name, value in model.state_dict().items()}  # fmt: skip
+        weights = {  # norms near 1 and small biases, or every answer would be the same
+            name: torch.empty_like(value).normal_(float("norm.weight" in name), 0.3 if value.dim() > 1 else 0.1,
+                                                  generator=generator).half()
+            for name, value in model.state_dict().items()
+        }  # fmt: skip
         folder.mkdir()
         tokenizer.save_vocabulary(str(folder))
         (folder / "config.json").write_text(json.dumps(model.config.to_dict()))

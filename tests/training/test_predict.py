@@ -50,7 +50,7 @@ def chatglm(request, tiny_chatglm):
     return qgraft.load(tiny_chatglm(request.param), device="cpu")
 
 
-@pytest.fixture(params=["llama", "gpt2", "gemma2", "chatglm", "chatglm2"])
+@pytest.fixture(params=["llama", "gpt2", "qwen3", "chatglm", "chatglm2"])
 def loaded(request, tiny_gguf, tiny_chatglm):
     name = request.param
     return qgraft.load(tiny_chatglm(name) if "chatglm" in name else tiny_gguf(name).path, device="cpu")
