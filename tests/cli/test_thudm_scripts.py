@@ -193,7 +193,7 @@ def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     results = json.loads((out / "predict_results.json").read_text())
     found = {name: results[f"predict_{name}"] for name in SCORES}
     assert found == mean_scores([(row["labels"], row["predict"]) for row in rows])
-    drawn = {"num_beams": 1, "do_sample": True, "temperature": 0.95, "top_p": 0.7}
+    drawn = {"num_beams": 1, "do_sample": True, "temperature": 0.95, "top_p": 0.7, "max_new_tokens": 5}
     assert results["predict_samples"] == 3 and results["generation"] == drawn
 
 

@@ -243,7 +243,7 @@ def test_the_files_are_those_of_the_original(chatglm, tmp_path):
     again = mean_scores([(row["labels"], row["predict"]) for row in map(json.loads, lines)])
     assert {name: results[f"predict_{name}"] for name in SCORES} == again
     assert results["predict_samples"] == len(ROWS)
-    assert results["generation"] == {"num_beams": 1, "do_sample": False}
+    assert results["generation"] == {"num_beams": 1, "do_sample": False, "max_new_tokens": 6}
     assert results["accounting"]["dropped"] == {"empty question": 1, "no answer": 1}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"generated_predictions.txt", "predict_results.json"}
 

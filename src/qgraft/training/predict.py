@@ -149,10 +149,11 @@ def answer_rows(
                      "one by one")  # fmt: skip
     began = time.perf_counter()
     torch.manual_seed(args.seed)
-    answers = _answers(model, tokenizer, questions, settings, at_once, _room(tokenizer, args), console)
+    room = _room(tokenizer, args)
+    answers = _answers(model, tokenizer, questions, settings, at_once, room, console)
     seconds = time.perf_counter() - began
     pairs = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]
-    return Predictions(pairs, mean_scores(pairs), settings, accounting, seconds, notes)
+    return Predictions(pairs, mean_scores(pairs), settings | room.as_dict(), accounting, seconds, notes)
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> dict[str, Any]:
@@ -178,6 +179,9 @@ class _Room:
 
     new: int
     whole: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        return {"max_new_tokens": self.new, **({"max_length": self.whole} if self.whole else {})}
 
     def after(self, prompt: int, context: int) -> int:
         return min(max(self.new, self.whole - prompt), context - prompt)
