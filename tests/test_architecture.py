@@ -9,7 +9,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"errors", "storage", "plots"},
     {"formats"},
     {"kernels"},
-    {"linear"},
+    {"linear", "attention"},
     {"models", "adapters"},
     {"checkpoints"},
     {"training"},
@@ -21,7 +21,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FLOOR = {"errors", "storage"}
 ONLY_IN = {
     "triton": {"kernels"},
-    "transformers": {"models", "checkpoints", "training", "merging", "serving", "cli"},
+    "transformers": {"attention", "models", "checkpoints", "training", "merging", "serving", "cli"},
     "fastapi": {"serving"},
     "matplotlib": {"plots"},
     "datasets": {"training"},

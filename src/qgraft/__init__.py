@@ -31,10 +31,12 @@ if TYPE_CHECKING:
         adapter_names,
         adapters_off,
         attach_lora,
+        detach_adapter,
         detach_lora,
         lora_state_dict,
         use_adapter,
     )
+    from qgraft.adapters.attach_prefix import attach_prefix
     from qgraft.adapters.combine import combine
     from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
     from qgraft.checkpoints.load import load
@@ -56,7 +58,9 @@ _HOMES = {  # public name -> the module it lives in
     "adapter_names": "adapters.attach",
     "adapters_off": "adapters.attach",
     "attach_lora": "adapters.attach",
+    "attach_prefix": "adapters.attach_prefix",
     "combine": "adapters.combine",
+    "detach_adapter": "adapters.attach",
     "detach_lora": "adapters.attach",
     "evaluate": "training.evaluate",
     "load": "checkpoints.load",
@@ -89,7 +93,9 @@ __all__ = [
     "adapter_names",
     "adapters_off",
     "attach_lora",
+    "attach_prefix",
     "combine",
+    "detach_adapter",
     "detach_lora",
     "evaluate",
     "load",

@@ -17,12 +17,11 @@ from transformers import DynamicCache
 
 from qgraft.adapters.attach import attach_layers, attach_lora, lora_modules
 from qgraft.adapters.lora import LoraConfig
+from qgraft.attention import SAMPLES
 from qgraft.formats import PackedTensor, dequantize, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, rotary_tables, rotate
 from qgraft.models.prefix_lm import Marks, context_positions, visible_keys
-from qgraft.training import attention
-from qgraft.training.attention import attend_samples
 from qgraft.training.batches import IGNORED, collate
 from qgraft.training.loss import batch_loss, padding_free
 from qgraft.training.tokenizing import Sample
@@ -385,7 +384,7 @@ def make_samples() -> list[Sample]:
     return samples
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", attention.NAME])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", SAMPLES])
 def test_packed_samples_equal_single_ones_in_loss_and_gradients(build, implementation):
     model, samples = build("chatglm_int8"), make_samples()
     attach_lora(model, r=2)
@@ -415,36 +414,10 @@ def test_training_finds_out_that_samples_may_be_packed(build):
     model, samples = build(), make_samples()
     with padding_free(model, samples) as problem:
         assert problem is None
-        assert model.config._attn_implementation == attention.NAME
+        assert model.config._attn_implementation == SAMPLES
         total = batch_loss(model, collate(samples))
     with torch.no_grad():
         torch.testing.assert_close(total, sum(own_loss(model, sample) for sample in samples), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 4])
-def test_attention_by_samples_with_contexts_equals_attention_under_a_mask(kv_heads):
-    lengths, contexts = torch.tensor([1, 7, 4, 12, 5]), torch.tensor([1, 3, 4, 0, 2])
-    total, sample = int(lengths.sum()), torch.repeat_interleave(torch.arange(5), lengths)
-    query, key, value = (
-        torch.randn(1, heads, total, 8, dtype=torch.float64, requires_grad=True) for heads in (4, kv_heads, kv_heads)
-    )
-    bounds = F.pad(lengths.cumsum(0), (1, 0))
-    index = torch.arange(total)
-    in_context = index - bounds[sample] < contexts[sample]
-    allowed = (sample[:, None] == sample) & ((index[:, None] >= index) | in_context)
-    repeated = [tensor.repeat_interleave(4 // kv_heads, dim=1) for tensor in (key, value)]
-    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=allowed, scale=0.3).transpose(1, 2)
-    got, _ = attend_samples(
-        nn.Identity(), query, key, value, None, scaling=0.3, cu_seq_lens_q=bounds, context_lens=contexts
-    )
-    torch.testing.assert_close(got, expected)
-    weights = torch.randn_like(expected)
-    for grad, reference in zip(
-        torch.autograd.grad((got * weights).sum(), (query, key, value)),
-        torch.autograd.grad((expected * weights).sum(), (query, key, value)),
-        strict=True,
-    ):
-        torch.testing.assert_close(grad, reference)
 
 
 def test_eager_attention_gives_weights_that_obey_the_mask(build):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qgraft
-from qgraft.training import attention
+from qgraft.attention import SAMPLES
 from qgraft.training import loss as loss_module
 from qgraft.training.batches import IGNORED, collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, padding_free, summed_cross_entropy
@@ -52,7 +52,7 @@ def test_packed_loss_and_lora_gradients_equal_those_of_single_samples(architectu
     usual = model.config._attn_implementation  # "sdpa", for gemma2 "eager" in some releases
     with padding_free(model, samples) as problem:
         assert problem is None
-        assert (model.config._attn_implementation == attention.NAME) == (architecture not in MASKED)
+        assert (model.config._attn_implementation == SAMPLES) == (architecture not in MASKED)
         total = batch_loss(model, collate(samples))
         total.backward()
     assert model.config._attn_implementation == usual
@@ -131,32 +131,6 @@ def test_transformers_own_mask_serves_where_the_bounds_are_not_passed_on(tiny_gg
         assert problem is None
         assert model.config._attn_implementation == "sdpa"
         torch.testing.assert_close(batch_loss(model, collate(samples)), own_loss(model, samples), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("window", [None, 3, 8, 100])
-@pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_attention_by_samples_equals_attention_under_a_mask(window, kv_heads):
-    torch.manual_seed(0)
-    lengths = [1, 7, 4, 12]
-    total = sum(lengths)
-    query, key, value = (torch.randn(1, heads, total, 8, dtype=torch.float64) for heads in (4, kv_heads, kv_heads))
-    inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
-    bounds = torch.tensor([0, 1, 8, 12, 24])
-    sample = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
-    distance = torch.arange(total)[:, None] - torch.arange(total)
-    allowed = (sample[:, None] == sample) & (distance >= 0) & (distance < (window or total))
-    repeated = [tensor.repeat_interleave(4 // kv_heads, dim=1) for tensor in (key, value)]
-    expected = F.scaled_dot_product_attention(query, *repeated, attn_mask=allowed, scale=0.3).transpose(1, 2)
-    got, _ = attention.attend_samples(
-        nn.Identity(), query, key, value, None, scaling=0.3, sliding_window=window, cu_seq_lens_q=bounds
-    )
-    torch.testing.assert_close(got, expected)
-    weights = torch.randn_like(expected)
-    for grad, reference in zip(
-        torch.autograd.grad((got * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs),
-        strict=True,
-    ):  # fmt: skip
-        torch.testing.assert_close(grad, reference)
 
 
 def test_batches_count_and_split_between_samples():

@@ -1,22 +1,26 @@
-"""Put LoRAs on a model, choose which are active, take them off. The base's weights are never touched.
+"""Put LoRAs on a model; choose which adapters are active and take them off, LoRAs and prefixes alike.
 
-Each target linear layer is replaced by a LoraLinear that wraps it; detaching puts the wrapped layer back. Which modules
-are targets is asked of the modules themselves (`isinstance`, their names), never of an architecture's name.
+The base's weights are never touched. Each target linear layer is replaced by a LoraLinear that wraps it; detaching puts
+the wrapped layer back. Which modules are targets is asked of the modules themselves (`isinstance`, their names), never
+of an architecture's name. Prefixes are put on by attach_prefix.py.
 
-What is active stands in one Selection that all wrapped layers of the model share (lora.py), so a switch sets one dict,
+What is active stands in one Selection that all adapters of the model share (selection.py), so a switch sets one dict,
 and `requires_grad` where it changes; what this file does takes no longer for the hundredth adapter than for the first.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear, Selection, selection_of
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
+from qgraft.adapters.selection import Selection, selection_of
 from qgraft.errors import AdapterError, OptionError, near_match
 from qgraft.linear import QuantizedLinear
 
@@ -65,8 +69,8 @@ def attach_layers(
     Raises OptionError for an impossible name, AdapterError for one that is taken.
     """
     check_new_name(model, name)
-    _freeze(model)
-    selection = _share(model)
+    freeze(model)
+    selection = share(model)
     for path, config in layers.items():
         _wrapped(model, path, selection).add(name, config, values[path] if values else None)
     accept_rows(model)
@@ -88,33 +92,48 @@ def is_reserved(name: str) -> bool:
     return hasattr(nn.ModuleDict(), name)
 
 
-def detach_lora(model: nn.Module, name: str | None = None) -> None:
-    """Take the LoRA `name` (default: every LoRA) off the model; a layer left without adapters is the base's own again.
+def detach_adapter(model: nn.Module, name: str | None = None) -> None:
+    """Take the adapter `name` (default: every adapter), LoRA or prefix, off the model.
 
+    A layer left without LoRAs is the base's own again; without prefixes the model attends as it did before.
     Raises AdapterError for an unknown name. Does nothing on a model without adapters.
     """
     selection = selection_of(model)
     if name is not None:
         selection.require([name])
-    for path, layer in list(lora_layers(model)):
-        for adapter in list(layer.loras) if name is None else [name]:
-            layer.remove(adapter)
-        if not layer.loras:
-            _set_module(model, path, layer.base)
-    if not selection.loras:
+    for path, module in list(_modules(model)):
+        if isinstance(module, LoraLinear):
+            for adapter in list(module.loras) if name is None else [name]:
+                module.remove(adapter)
+            if not module.loras:
+                _set_module(model, path, module.base)
+        elif isinstance(module, Prefixes):
+            for adapter in list(module.encoders) if name is None else [name]:
+                module.remove(adapter)
+            if not module.encoders:
+                _remove_home(model, path, module)
+    if not selection.parts:
         refuse_rows(model)
+
+
+detach_lora = detach_adapter  # its name in the tutorials, beside attach_lora and merge_lora
 
 
 def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
     """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None).
 
     The active adapters are the ones that train: their weights require gradients, all others do not.
-    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite.
+    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix.
     """
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
     selection = selection_of(model)
     selection.require(weights)
     check_weights(weights)
+    if wrong := [f"{name}={weights[name]}" for name in _prefixes_among(selection, weights) if weights[name] != 1]:
+        raise OptionError(
+            f"weights of prefixes: got {', '.join(wrong)}, expected 1",
+            hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
+        )
     selection.choose(weights)
 
 
@@ -133,12 +152,12 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        selection.weights = {name: weight for name, weight in before.items() if name in selection.loras}
+        selection.weights = {name: weight for name, weight in before.items() if name in selection.parts}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
     """The attached adapters, in the order they were attached."""
-    return list(selection_of(model).loras)
+    return list(selection_of(model).parts)
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
@@ -153,14 +172,57 @@ def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tens
         name: the adapter; may be left out when only one is attached.
 
     Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32.
-    Raises AdapterError when there is no adapter, or several and no name.
+    Raises AdapterError when there is no adapter, or several and no name, or when it is a prefix.
     """
     name = only_adapter(model, name)
+    require_loras(model, [name], "lora_state_dict")
     state: dict[str, Tensor] = {}
     for path, lora in lora_modules(model, name):
         state[f"base_model.model.{path}.lora_A.weight"] = lora.lora_A.detach()
         state[f"base_model.model.{path}.lora_B.weight"] = lora.lora_B.detach()
     return state
+
+
+def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The weights of one adapter of either kind, sharing memory with the model: lora_state_dict or prefix_state_dict."""
+    name = only_adapter(model, name)
+    return prefix_state_dict(model, name) if is_prefix(model, name) else lora_state_dict(model, name)
+
+
+def prefix_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
+    """The weights of one prefix, sharing memory with the model: embedding.weight and trans.{0,2}.{weight,bias}, float32.
+
+    Raises AdapterError when there is no adapter, or several and no name, or when it is a LoRA.
+    """
+    return {key: parameter.detach() for key, parameter in prefix_encoder(model, name).named_parameters()}
+
+
+def prefix_encoder(model: nn.Module, name: str | None = None) -> PrefixEncoder:
+    """The network of one prefix, with its options and geometry. Raises AdapterError as prefix_state_dict does."""
+    name = only_adapter(model, name)
+    home = prefixes_of(model)
+    if home is None or name not in home.encoders:
+        raise AdapterError(f"adapter {name!r} is a LoRA, expected a prefix")
+    return home.encoder(name)
+
+
+def is_prefix(model: nn.Module, name: str) -> bool:
+    """Whether the attached adapter `name` is a prefix."""
+    return bool(_prefixes_among(selection_of(model), [name]))
+
+
+def require_loras(model: nn.Module, names: Iterable[str], action: str) -> None:
+    """Raise AdapterError when one of the attached adapters `names` is a prefix, which `action` cannot take."""
+    if prefixes := _prefixes_among(selection_of(model), names):
+        raise AdapterError(
+            f"{action}: {', '.join(map(repr, prefixes))} is a prefix (P-Tuning v2): keys and values in front of the "
+            "attention, which change no weight, so there is no delta",
+            hint="choose LoRAs with use_adapter(); a prefix stays an adapter beside its base",
+        )
+
+
+def _prefixes_among(selection: Selection, names: Iterable[str]) -> list[str]:
+    return [name for name in names if any(isinstance(part, PrefixEncoder) for part in selection.parts.get(name, ()))]
 
 
 def only_adapter(model: nn.Module, name: str | None) -> str:
@@ -240,7 +302,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() without what is inside of wrapped layers: a hundred adapters are 20 000 modules there."""
+    """named_modules() without what is inside of adapters: of a hundred LoRAs that is 20 000 modules."""
     seen: set[nn.Module] = set()
     waiting = [("", model)]
     while waiting:
@@ -249,9 +311,9 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         seen.add(module)
         yield path, module
-        if not isinstance(module, LoraLinear):
-            prefix = f"{path}." if path else ""
-            waiting += reversed([(prefix + name, child) for name, child in module.named_children()])
+        if not isinstance(module, LoraLinear | Prefixes):
+            stem = f"{path}." if path else ""
+            waiting += reversed([(stem + name, child) for name, child in module.named_children()])
 
 
 def is_named(path: str, name: str) -> bool:
@@ -259,7 +321,7 @@ def is_named(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _freeze(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
     """Let nothing of the base train; wrapping a layer freezes that layer, and adapters are use_adapter's affair."""
     for _, module in _modules(model):
         if not isinstance(module, LoraLinear):
@@ -267,16 +329,28 @@ def _freeze(model: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def _share(model: nn.Module) -> Selection:
+def share(model: nn.Module) -> Selection:
     """One Selection for the whole model, also where parts of it had adapters attached, each with its own."""
     selection = selection_of(model)
-    for _, layer in lora_layers(model):
-        if layer.selection is not selection:
-            layer.selection = selection
-            for name, lora in layer.loras.items():
-                assert isinstance(lora, Lora)
-                selection.loras.setdefault(name, []).append(lora)
+    for _, module in _modules(model):
+        if isinstance(module, LoraLinear | Prefixes) and module.selection is not selection:
+            module.selection = selection
+            held = module.loras if isinstance(module, LoraLinear) else module.encoders
+            for name, part in held.items():
+                selection.add(name, part)
     return selection
+
+
+def prefixes_of(model: nn.Module) -> Prefixes | None:
+    """What holds the model's prefixes, if it has any."""
+    return next((module for _, module in _modules(model) if isinstance(module, Prefixes)), None)
+
+
+def _remove_home(model: nn.Module, path: str, home: Prefixes) -> None:
+    base: Any = model.get_submodule(path.removesuffix(HOME).removesuffix("."))
+    home.hook.remove()
+    delattr(base, HOME)
+    base.set_attn_implementation(home.attention)
 
 
 def _wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLinear:
@@ -298,7 +372,7 @@ def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
 
 def count_parameters(model: nn.Module, name: str) -> int:
     """Trainable numbers of the adapter `name`."""
-    return sum(p.numel() for lora in selection_of(model).loras.get(name, ()) for p in lora.parameters())
+    return sum(p.numel() for part in selection_of(model).parts.get(name, ()) for p in part.parameters())
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -31,8 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import attach_layers, check_new_name, check_weights, lora_modules
-from qgraft.adapters.lora import LoraConfig, selection_of
+from qgraft.adapters.attach import attach_layers, check_new_name, check_weights, lora_modules, require_loras
+from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.selection import selection_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
 
 PRUNING = ("ties", "dare", "magnitude_prune")
@@ -149,6 +150,7 @@ def combine(
     """
     check_new_name(model, name)
     selection_of(model).require(adapters)
+    require_loras(model, adapters, "combine")
     layers = {
         adapter: {
             path: Factors(lora.lora_A.detach().cpu(), lora.lora_B.detach().cpu(), lora.config.scaling)

@@ -20,8 +20,8 @@ Adapter weights are float32 whatever the base computes in: Adam in half precisio
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop_inputs
 
-from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
+from qgraft.adapters.selection import Rows, Selection
+from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
 from qgraft.linear import LinearLike, QuantizedLinear, grad_input, to_autocast
 
@@ -94,72 +95,6 @@ class Lora(nn.Module):
         return (self.lora_B @ self.lora_A) * self.config.scaling
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Which adapter serves which rows of one batch.
-
-    Attributes:
-        entrance: the module that was called with the batch.
-        batch: how many rows there are.
-        dims: dimensions of a layer's input: one more than token ids have.
-        groups: (adapter, its rows, int64); a row in none of them is the base's.
-    """
-
-    entrance: nn.Module
-    batch: int
-    dims: int
-    groups: tuple[tuple[str, Tensor], ...]
-
-    def check(self, x: Tensor) -> None:
-        """Raise UnsupportedError for a layer's input in which the rows of the batch cannot be told apart."""
-        if x.shape[0] != self.batch or x.dim() != self.dims:
-            raise UnsupportedError(
-                f"adapter_names: a layer got an input {list(x.shape)}, expected {self.batch} rows in {self.dims} dimensions",
-                hint="this architecture mixes the rows of a batch; answer one adapter's rows at a time, with use_adapter",
-            )
-
-
-@dataclass(eq=False)
-class Selection:
-    """What the wrapped layers of one model add to the base now. They share one, so that a switch touches no layer.
-
-    Attributes:
-        loras: the parts of every attached adapter, under its name, in the order of attaching.
-        weights: the active adapters and their weights.
-        rows: where set, it stands in for `weights`: each row of the present batch has its own adapter.
-        row_names: the adapters of the rows that generate() was called with, while it runs.
-    """
-
-    loras: dict[str, list[Lora]] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    rows: Rows | None = None
-    row_names: tuple[str | None, ...] | None = None
-
-    def require(self, names: Iterable[str]) -> None:
-        """Raise AdapterError when one of these names is not attached."""
-        missing = [name for name in names if name not in self.loras]
-        if missing:
-            raise AdapterError(
-                f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(self.loras) or 'none'}",
-                hint=near_match(missing[0], self.loras),
-            )
-
-    def forget(self, name: str, gone: nn.Module) -> None:
-        """Strike one layer's part of an adapter off the list, and the adapter with its last part."""
-        self.loras[name] = [lora for lora in self.loras[name] if lora is not gone]
-        if not self.loras[name]:
-            del self.loras[name]
-            self.weights.pop(name, None)
-
-    def choose(self, weights: Mapping[str, float]) -> None:
-        """Make these adapters active: they train from now on, those that were active do not."""
-        for name in self.weights.keys() | weights.keys():
-            for lora in self.loras.get(name, ()):
-                for parameter in lora._parameters.values():  # half a millisecond faster than lora.requires_grad_()
-                    cast(Tensor, parameter).requires_grad = name in weights
-        self.weights = dict(weights)
-
-
 class LoraLinear(nn.Module):
     """A linear layer with any number of named adapters on it, some of them active.
 
@@ -192,7 +127,7 @@ class LoraLinear(nn.Module):
         """Put a new adapter `name` on the layer, inactive; see Lora for `values`."""
         lora = Lora(self.in_features, self.out_features, config, self._device(), values)
         self.loras[name] = lora
-        self.selection.loras.setdefault(name, []).append(lora)
+        self.selection.add(name, lora)
 
     def remove(self, name: str) -> None:
         """Take the adapter `name` off the layer, if it is on it."""
@@ -218,7 +153,7 @@ class LoraLinear(nn.Module):
 
     def _row_by_row(self, x: Tensor, rows: Rows) -> Tensor:
         """The base for the whole batch at once, then each adapter for all of its rows at once."""
-        if all(len(index) == rows.batch for _, index in rows.groups):  # one adapter or none
+        if rows.uniform:
             return self._with(x, [(name, 1.0) for name, _ in rows.groups])
         rows.check(x)
         x = to_autocast(x)
@@ -257,13 +192,6 @@ class LoraLinear(nn.Module):
     def _device(self) -> torch.device:
         tensor = self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed.data
         return tensor.device
-
-
-def selection_of(model: nn.Module) -> Selection:
-    """The selection that the model's wrapped layers share; a new one where no layer is wrapped."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLinear))
-    first = next(layers, None)
-    return Selection() if first is None else first.selection
 
 
 def _combined(active: list[tuple[Lora, float]]) -> tuple[Tensor, Tensor, float, float]:

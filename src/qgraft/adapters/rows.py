@@ -17,14 +17,13 @@ the model, as in PEFT, which everything else would have to see through.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import Rows, Selection, selection_of
+from qgraft.adapters.selection import Rows, Selection, selection_of
 from qgraft.errors import OptionError, UnsupportedError
 
 KEYWORD = "adapter_names"
@@ -35,7 +34,7 @@ def accept_rows(model: nn.Module) -> None:
     """Let the model's forward, and its generate() if it has one, take `adapter_names`. Once is enough."""
     if _HOOKS in vars(model):
         return
-    before = model.register_forward_pre_hook(_enter, with_kwargs=True)
+    before = model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
     after = model.register_forward_hook(_leave, always_call=True)
     setattr(model, _HOOKS, (before, after))
     if hasattr(model, "generate") and "generate" not in vars(model):
@@ -61,23 +60,14 @@ class _Generate:
     ) -> Any:
         model: Any = self._model()
         generate = type(model).generate
-        if adapter_names is None:
-            return generate(model, inputs, *args, **kwargs)
-        batch = _batch_of((inputs,), kwargs).shape[0]
-        with _row_names(selection_of(model), _checked(adapter_names, batch, selection_of(model))):
+        selection, names = selection_of(model), None
+        if adapter_names is not None:
+            names = _checked(adapter_names, _batch_of((inputs,), kwargs).shape[0], selection)
+        with selection.generating(names):
             return generate(model, inputs, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Generate, (self._model(),)  # a copy of the model gets one that points to the copy
-
-
-@contextmanager
-def _row_names(selection: Selection, names: tuple[str | None, ...]) -> Iterator[None]:
-    selection.row_names = names
-    try:
-        yield
-    finally:
-        selection.row_names = None
 
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:

@@ -26,11 +26,11 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import lora_layers
 from qgraft.adapters.lora import LoraLinear
+from qgraft.attention import SAMPLES
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
-from qgraft.training import attention
 from qgraft.training.attention import attention_arguments
 from qgraft.training.batches import collate
 from qgraft.training.loss import padding_free
@@ -64,7 +64,7 @@ def merge_in_step(
         return _SplitLayer(path, layer, deltas[path], pass_)
 
     with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, deltas, split):
-        alone = problem is None and model.config._attn_implementation == attention.NAME
+        alone = problem is None and model.config._attn_implementation == SAMPLES
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
         else:

@@ -31,6 +31,7 @@ from qgraft.adapters.attach import (
     lora_layers,
     lora_modules,
     non_finite,
+    require_loras,
     use_adapter,
 )
 from qgraft.adapters.lora import Lora, LoraLinear
@@ -201,6 +202,7 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
             f"merge: no adapter is active (attached: {attached}{done})",
             hint="attach or load one, and choose it with use_adapter()",
         )
+    require_loras(model, weights, "merge")
     for name in weights:
         state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}
         if broken := non_finite(state):

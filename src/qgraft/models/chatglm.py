@@ -36,6 +36,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from qgraft.attention import SAMPLES
 from qgraft.models.prefix_lm import (
     HINT,
     Marks,
@@ -50,7 +51,6 @@ from qgraft.models.prefix_lm import (
 )
 
 ALPHA = math.sqrt(2 * 28)
-BY_SAMPLES = "qgraft_samples"  # the attention of training/attention.py, which is told lengths instead of a mask
 
 
 class ChatGLMConfig(PreTrainedConfig):
@@ -221,6 +221,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": Block, "attentions": Attention}  # noqa: RUF012
     _input_embed_layer = "word_embeddings"
+    prefix_layout = "chatglm"  # see adapters/prefix.py
 
     @property
     def marks(self) -> Marks:
@@ -228,6 +229,11 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
         config = self.config
         assert config.gmask_token_id is not None and config.mask_token_id is not None
         return Marks(config.bos_token_id, config.gmask_token_id, config.mask_token_id)
+
+    @property
+    def dummy_inputs(self) -> dict[str, Tensor]:
+        """Something to pass through the model: a context needs its end."""
+        return {"input_ids": torch.tensor([[0, self.marks.gmask, self.marks.sop]])}
 
 
 class ChatGLMModel(ChatGLMPreTrainedModel):
@@ -274,7 +280,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         x_BTC = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         check_shapes(attention_mask, position_ids, x_BTC.shape[0], x_BTC.shape[1], past)
         rows_B2T, sample_BT = self._positions(input_ids, attention_mask, position_ids, past)
-        if sample_BT is not None and self.config._attn_implementation == BY_SAMPLES and "cu_seq_lens_q" in kwargs:
+        if sample_BT is not None and self.config._attn_implementation == SAMPLES and "cu_seq_lens_q" in kwargs:
             mask, kwargs["context_lens"] = None, context_lengths(rows_B2T, sample_BT)
         else:
             mask = self._mask(attention_mask, rows_B2T.expand(len(x_BTC), -1, -1), sample_BT, past, past_key_values)

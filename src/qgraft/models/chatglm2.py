@@ -282,6 +282,7 @@ class ChatGLM2PreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": ChatGLM2Block, "attentions": ChatGLM2Attention}  # noqa: RUF012
+    prefix_layout = "chatglm2"  # see adapters/prefix.py
 
     def get_input_embeddings(self) -> nn.Module:
         """The word embeddings."""

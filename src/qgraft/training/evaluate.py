@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
@@ -60,9 +61,9 @@ def evaluate(
 
 
 def sample_limit(model: PreTrainedModel, max_length: int) -> int:
-    """The longest sample: max_length, but never more than the model's context."""
+    """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, context) if isinstance(context, int) else max_length
+    return min(max_length, context - counted_positions(model)) if isinstance(context, int) else max_length
 
 
 @torch.no_grad()

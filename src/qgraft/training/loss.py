@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.training import attention
+from qgraft.attention import SAMPLES
 from qgraft.training.attention import attention_arguments, sample_attention
 from qgraft.training.batches import IGNORED, Batch, collate, split_batch
 from qgraft.training.tokenizing import Sample
@@ -118,7 +118,7 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
     Found out by trying, on the two shortest samples: attention sample by sample; else transformers' own mask; else the
     value yielded is a sentence that says what differs, and the caller must put one sample in each pass.
     """
-    if model.config._attn_implementation == attention.NAME:  # an evaluation within a run: found out already
+    if model.config._attn_implementation == SAMPLES:  # an evaluation within a run: found out already
         yield None
         return
     batch = collate(sorted(samples, key=lambda sample: len(sample.input_ids))[:2])

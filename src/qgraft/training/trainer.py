@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qgraft import storage
-from qgraft.adapters.attach import lora_state_dict
+from qgraft.adapters.attach import adapter_state_dict
 from qgraft.checkpoints.adapter_files import read_tensors, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
@@ -157,7 +157,7 @@ class LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
         saved = read_tensors(Path(resume_from_checkpoint))
-        current = lora_state_dict(self.model, self.args.adapter_name)
+        current = adapter_state_dict(self.model, self.args.adapter_name)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
             raise CheckpointError(
                 f"{resume_from_checkpoint} holds another adapter: {len(saved)} tensors of other names or shapes "

@@ -1,0 +1,209 @@
+"""Put prefixes (P-Tuning v2, prefix.py) on a model. The base's weights are never touched.
+
+    base.prefixes                the trained networks, a child of the base model (the decoder without its output layer)
+    a hook before base.forward   makes the keys and values of the active prefixes, once for each pass, and passes them
+                                 on as the keyword argument `prefix`; moves the positions where the layout counts them
+    qgraft/attention.py          puts them in front of the keys and values of each layer
+
+How many layers attend and how wide their keys are is found out by a pass over a few tokens, not read from names in a
+configuration. Several active prefixes stand one after another. A batch may have another prefix in each row
+(adapter_names, rows.py): the shorter ones are filled up with keys that their rows do not see.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, use_adapter
+from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
+from qgraft.adapters.rows import accept_rows
+from qgraft.adapters.selection import Rows
+from qgraft.attention import HINT, PREFIX, SAMPLES, Prefix, record_attention
+from qgraft.errors import AdapterError, OptionError, UnsupportedError
+
+
+def attach_prefix(
+    model: nn.Module,
+    pre_seq_len: int = 128,
+    prefix_projection: bool = False,
+    prefix_dropout: float = 0.1,
+    name: str = "default",
+) -> PrefixConfig:
+    """Freeze the model, give its attention layers a new trained prefix `name` (P-Tuning v2), make it the active adapter.
+
+    Args:
+        model: a decoder of transformers, or a ChatGLM; changed in place.
+        pre_seq_len, prefix_projection, prefix_dropout: see PrefixConfig.
+        name: how the adapter is called in use_adapter(); letters, digits, "_" and "-".
+
+    Returns the options as a PrefixConfig. Raises OptionError for an impossible option, AdapterError for a name that is
+    taken, UnsupportedError for a model whose attention takes no prefix, or that has no cache (an encoder).
+    """
+    config = PrefixConfig(pre_seq_len, prefix_projection, None, prefix_dropout, layout_of(model))
+    attach_encoder(model, name, config)
+    return config
+
+
+def attach_encoder(
+    model: nn.Module,
+    name: str,
+    config: PrefixConfig,
+    values: Mapping[str, Tensor] | None = None,
+    geometry: Geometry | None = None,
+) -> None:
+    """Attach a prefix `name` with these options and make it active.
+
+    Args:
+        values: the encoder's tensors, copied: embedding.weight and, with projection, trans.{0,2}.{weight,bias}; without
+            them they are random.
+        geometry: of the model that the values were trained on, where that is known.
+
+    Raises AdapterError for values that do not fit the model; see also attach_prefix.
+    """
+    check_new_name(model, name)
+    base = _base_of(model)
+    _check_length(base, config.pre_seq_len)
+    home = prefixes_of(model)
+    own = probe_geometry(base) if home is None else home.geometry
+    if geometry is not None and geometry != own:
+        raise AdapterError(f"prefix {name!r} was trained on {geometry}; this model has {own}")
+    if config.layout != layout_of(model):
+        raise AdapterError(f"prefix {name!r} has the layout {config.layout!r}; this model's is {layout_of(model)!r}")
+    encoder = PrefixEncoder(config, own, int(_text_config(base).hidden_size))
+    if values is not None:
+        encoder.load(values)
+    freeze(model)
+    accept_rows(model)
+    if home is None:
+        home = _make_home(model, base, own)
+    home.add(name, encoder.to(base.device).train(base.training))
+    use_adapter(model, name)
+
+
+def layout_of(model: nn.Module) -> str:
+    """The layout of the model's prefixes: chatglm, chatglm2, or PEFT's for all others."""
+    return str(getattr(model, "prefix_layout", "peft"))
+
+
+def probe_geometry(base: nn.Module) -> Geometry:
+    """What the model's attention layers want keys and values to be. Raises UnsupportedError where there can be none."""
+    calls = record_attention(base)
+    layers = [call.layer for call in calls if call.layer is not None]
+    shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
+    problem = None
+    if not calls:
+        problem = "has attention layers of its own"
+    elif not all(call.causal for call in calls):
+        problem = "is no decoder: it attends in both directions and has no cache of keys and values"
+    elif len(set(layers)) < len(calls):
+        problem = "has layers that attend twice or have no number, so that it is not clear what a layer's prefix is"
+    elif len(shapes) > 1:
+        problem = f"has keys and values of different shapes: {', '.join(map(str, sorted(shapes)))}"
+    if problem:
+        raise UnsupportedError(f"a prefix cannot go on {type(base).__name__}: it {problem}", hint=HINT)
+    kv_heads, head_dim = shapes.pop()
+    return Geometry(tuple(layers), kv_heads, head_dim)
+
+
+def counted_positions(model: nn.Module) -> int:
+    """How many positions of the model's context the active prefixes take."""
+    home = prefixes_of(model)
+    names = [] if home is None else [name for name in home.selection.weights if name in home.encoders]
+    configs = [] if home is None else [home.encoder(name).config for name in names]
+    return sum(config.pre_seq_len for config in configs if config.count_positions)
+
+
+def _base_of(model: nn.Module) -> Any:
+    """The decoder without its output layer, the model itself where that is one."""
+    return getattr(model, "base_model", model)
+
+
+def _text_config(base: Any) -> Any:
+    return base.config.get_text_config()
+
+
+def _check_length(base: Any, pre_seq_len: int) -> None:
+    config = getattr(base, "config", None)
+    context = None if config is None else getattr(_text_config(base), "max_position_embeddings", None)
+    if isinstance(context, int) and pre_seq_len >= context:
+        raise OptionError(f"pre_seq_len={pre_seq_len} leaves no room: the model's context is {context} tokens")
+
+
+def _make_home(model: nn.Module, base: Any, geometry: Geometry) -> Prefixes:
+    hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
+    home = Prefixes(share(model), geometry, base.config._attn_implementation, hook)
+    setattr(base, HOME, home)
+    base.set_attn_implementation(PREFIX)
+    return home
+
+
+def _pass_on(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Before the forward of the base model: give it the active prefixes, and positions after them."""
+    home: Prefixes = getattr(base, HOME)
+    made = _active_prefix(home)
+    if made is None:
+        return None
+    if base.config._attn_implementation not in (PREFIX, SAMPLES):
+        raise UnsupportedError(
+            f"a prefix is active and the attention was set to {base.config._attn_implementation!r}, which knows none",
+            hint=f"model.set_attn_implementation({PREFIX!r}), or take the prefix off",
+        )
+    known = list(inspect.signature(base.forward).parameters)
+    given = {**dict(zip(known, args, strict=False)), **kwargs, "prefix": made[0]}
+    if made[1] is not None and "position_ids" in known:
+        given["position_ids"] = _positions(given) + made[1]
+    return (), given
+
+
+def _positions(given: Mapping[str, Any]) -> Tensor:
+    """The position_ids that were given, or those that a model of transformers makes: they count on from the cache."""
+    positions: Tensor | None = given.get("position_ids")
+    if positions is None:
+        inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
+        cache = given.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        positions = (torch.arange(inputs.shape[1], device=inputs.device) + past)[None]
+    return positions
+
+
+def _active_prefix(home: Prefixes) -> tuple[Prefix, int | Tensor | None] | None:
+    """The keys and values of what is active, and how many positions they take, [B, 1] where rows differ."""
+    rows = home.selection.rows
+    if rows is not None and not rows.uniform:
+        return _prefix_of_rows(home, rows)
+    active = home.selection.weights if rows is None else [name for name, _ in rows.groups]
+    names = [name for name in active if name in home.encoders]
+    if not names:
+        return None
+    stacked = torch.cat([home.key_values(name) for name in names], dim=2)  # [2L, G, P, D]
+    configs = [home.encoder(name).config for name in names]
+    counted = sum(config.pre_seq_len for config in configs if config.count_positions)
+    return Prefix(_by_layer(home.geometry, stacked[:, None])), counted or None
+
+
+def _prefix_of_rows(home: Prefixes, rows: Rows) -> tuple[Prefix, Tensor | None] | None:
+    """Another prefix for each row, all as long as the longest; rows without one see none of it."""
+    groups = [(name, index) for name, index in rows.groups if name in home.encoders]
+    if not groups:
+        return None
+    parts = [home.key_values(name) for name, _ in groups]
+    parts = [parts[0][:, :, :0], *parts]  # row 0 of the table: no prefix
+    which_B = torch.zeros(rows.batch, dtype=torch.long, device=parts[0].device)
+    for number, (_, index) in enumerate(groups, start=1):
+        which_B[index] = number
+    lengths = torch.tensor([part.shape[2] for part in parts], device=which_B.device)
+    longest = int(lengths.max())
+    table = torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts], dim=1)
+    seen_BP = torch.arange(longest, device=which_B.device) < lengths[which_B][:, None]
+    counted = home.encoder(groups[0][0]).config.count_positions  # the same for all prefixes of a model
+    prefix = Prefix(_by_layer(home.geometry, table[:, which_B]), seen_BP)
+    return prefix, lengths[which_B][:, None] if counted else None
+
+
+def _by_layer(geometry: Geometry, stacked: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """[2L, 1 or B, G, P, D] -> keys and values under the number of their layer."""
+    return {layer: (stacked[2 * i], stacked[2 * i + 1]) for i, layer in enumerate(geometry.layers)}

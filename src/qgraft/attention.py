@@ -1,0 +1,240 @@
+"""Two attention functions for transformers: keys and values in front of all others, and samples packed in one row.
+
+A prefix (adapters/prefix.py) is P keys and values for each layer, and every token sees all of them:
+
+                 prefix   tokens            the mask as the model makes it, with columns of ones put in front of it;
+        query t0  1 1 1   1 0 0 0           a sliding window, a context that is read in both directions, padding and
+              t1  1 1 1   1 1 0 0           packed samples say which tokens a token sees, never which of the prefix
+              t2  1 1 1   1 1 1 0
+
+It travels as a keyword argument of the forward pass, `prefix`, down to the function that computes the attention, where
+it is put in front of keys and values after the rotation and after the cache. So it is never in a cache, nothing keeps
+it between two passes, and a layer that gradient checkpointing runs again is given the same tensors again.
+
+    PREFIX    "qgraft_prefix": transformers' own "sdpa", masks and all, and a prefix. Capped scores as well (Gemma 2).
+    SAMPLES   "qgraft_samples": for a padding-free batch on a CPU, each sample by itself instead of one masked square
+              over all of them. transformers separates the samples by a mask [tokens, tokens], which makes PyTorch's CPU
+              kernel compute all of the square and leave its fast causal path: 384 tokens in seven samples take three
+              times as long as the seven small triangles, forward and backward. Keys and values of grouped-query models
+              are not expanded either. The boundaries come as the argument that flash attention defines for them,
+              `cu_seq_lens_q`.
+
+Not chosen: the prefix in the cache, as PEFT and the original ChatGLM have it. A cache grows when a layer is run again,
+and there is none in training. Shapes: B batch, H heads, G key and value heads, T tokens, K keys, P prefix, D channels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from qgraft.errors import UnsupportedError
+
+PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
+HINT = "a prefix needs a decoder of transformers that takes its attention function from the AttentionInterface"
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """Keys and values in front of those of every layer.
+
+    Attributes:
+        layers: layer_idx -> (keys, values), each [1 or B, G, P, D].
+        seen: which of them each row of the batch sees, [B, P] bool; None for all.
+    """
+
+    layers: Mapping[int, tuple[Tensor, Tensor]]
+    seen: Tensor | None = None
+
+    def of(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, P, D] for the attention of a layer, in the dtype of its own, [B, G, K, D]."""
+        index: Any = module.layer_idx
+        keys, values = (part.to(key).expand(len(key), -1, -1, -1) for part in self.layers[index])
+        return keys, values
+
+    def widened(self, mask: Tensor, columns: int) -> Tensor:
+        """The mask [1 or B, 1 or H, T, K], bool or added to the scores, with the prefix's columns in front."""
+        if self.seen is None:
+            return F.pad(mask, (columns, 0), value=mask.dtype == torch.bool)
+        seen = self.seen[:, None, None].expand(-1, *mask.shape[1:3], -1)
+        if mask.dtype != torch.bool:
+            seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
+        return torch.cat([seen, mask.expand(len(seen), -1, -1, -1)], dim=-1)
+
+
+def attend_with_prefix(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    prefix: Prefix | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]; without a prefix exactly transformers' sdpa."""
+    if prefix is None and softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None:
+        tokens = query.shape[2]
+        if tokens > 1:  # a cache of a fixed size has room behind the tokens
+            key, value = key[:, :, :tokens], value[:, :, :tokens]
+        keys = key.shape[2]
+        attention_mask = torch.ones(1, 1, tokens, keys, dtype=torch.bool, device=key.device).tril(keys - tokens)
+    if prefix is not None:
+        keys_BGPD, values_BGPD = prefix.of(module, key, value)
+        key, value = torch.cat([keys_BGPD, key], dim=2), torch.cat([values_BGPD, value], dim=2)
+        attention_mask = prefix.widened(attention_mask, keys_BGPD.shape[2])
+    if softcap is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return _attend_capped(query, key, value, attention_mask, softcap, **kwargs), None
+
+
+def _attend_capped(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    softcap: float,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Attention whose scores are c tanh(score / c), which no kernel computes."""
+    grouped = (key.shape[1], -1)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores_BHTK = (query.unflatten(1, grouped) @ key.unsqueeze(2).mT * scale).flatten(1, 2)
+    scores_BHTK = torch.tanh(scores_BHTK / softcap) * softcap
+    if mask.dtype == torch.bool:
+        scores_BHTK = scores_BHTK.masked_fill(~mask, torch.finfo(scores_BHTK.dtype).min)
+    else:
+        scores_BHTK = scores_BHTK + mask
+    weights_BHTK = F.dropout(F.softmax(scores_BHTK, dim=-1, dtype=torch.float32).to(query.dtype), dropout)
+    mixed_BHTD = (weights_BHTK.unflatten(1, grouped) @ value.unsqueeze(2)).flatten(1, 2)
+    return mixed_BHTD.transpose(1, 2).contiguous()
+
+
+def attend_samples(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    prefix: Prefix | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
+
+    Args:
+        sliding_window: each token sees at most so many tokens, itself included.
+        cu_seq_lens_q: [samples + 1] int64, where each sample starts, and the end.
+        context_lens: [samples] int64, how many tokens at the start of each sample all of its tokens see (a prefix
+            language model such as ChatGLM-6B reads its context in both directions); the others are causal.
+        prefix: in front of each sample.
+
+    Raises ValueError for what this implementation does not compute: a mask, no boundaries, capped scores.
+    """
+    if attention_mask is not None or cu_seq_lens_q is None or kwargs.get("softcap") is not None:
+        raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
+    bounds = list(pairwise(cu_seq_lens_q.tolist()))
+    contexts = [0] * len(bounds) if context_lens is None else context_lens.tolist()
+    front = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix.of(module, key, value)
+    grouped = query.shape[1] != key.shape[1]
+    parts = []
+    for (start, stop), context in zip(bounds, contexts, strict=True):
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        if prefix is not None:
+            k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
+        mask = _sample_mask(stop - start, front[0].shape[2], sliding_window, context, query.device)
+        causal = mask is None
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
+            )
+        )
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _sample_mask(
+    tokens: int, prefix: int, sliding_window: int | None, context: int, device: torch.device
+) -> Tensor | None:
+    """[T, P + T] bool, true where a token may look; None where that is itself and all before it, without a prefix."""
+    if not prefix and context <= 1 and (sliding_window is None or tokens <= sliding_window):
+        return None
+    key = torch.arange(tokens, device=device)
+    distance = key[:, None] - key
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    return F.pad(visible | (key < context), (prefix, 0), value=True)
+
+
+AttentionInterface.register(PREFIX, attend_with_prefix)
+AttentionMaskInterface.register(PREFIX, sdpa_mask)
+AttentionInterface.register(SAMPLES, attend_samples)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an attention function: of which layer, over keys [G, D] and values, and whether it is causal."""
+
+    layer: int | None
+    key_shape: tuple[int, int]
+    value_shape: tuple[int, int]
+    causal: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Recorder(Prefix):
+    """A prefix without keys that writes down who asks for it."""
+
+    calls: list[Call] = field(default_factory=list)
+
+    def of(self, module: nn.Module, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """No keys and no values."""
+        keys, values = ((part.shape[1], part.shape[3]) for part in (key, value))
+        self.calls.append(Call(getattr(module, "layer_idx", None), keys, values, getattr(module, "is_causal", True)))
+        return key[:, :, :0], value[:, :, :0]
+
+
+def record_attention(model: nn.Module) -> list[Call]:
+    """The calls of the attention function in a pass over a few tokens, through PREFIX; no call where it is not used.
+
+    Raises UnsupportedError for a model that PREFIX cannot serve: another result than with the attention it has, or a
+    forward pass that does not take the prefix.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedError(f"a prefix cannot go on {type(model).__name__}: expected a model of transformers")
+    recorder = _Recorder({})
+    inputs = {name: tensor[:1].to(model.device) for name, tensor in model.dummy_inputs.items()}
+    training, before = model.training, model.config._attn_implementation
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = model(**inputs, use_cache=False)[0].float()
+            model.set_attn_implementation(PREFIX)
+            got = model(**inputs, use_cache=False, prefix=recorder)[0].float()
+    except TypeError as error:
+        raise UnsupportedError(f"{type(model).__name__} does not take a prefix: {error}", hint=HINT) from error
+    finally:
+        model.set_attn_implementation(before)
+        model.train(training)
+    off, size = float((got - expected).abs().max()), float(expected.abs().max())
+    if not off <= (1e-3 if model.dtype == torch.float32 else 3e-2) * size:
+        raise UnsupportedError(
+            f"{type(model).__name__} computes something else than softmax attention: off by {off:.2g} of {size:.2g}",
+            hint=HINT,
+        )
+    return recorder.calls
