@@ -22,7 +22,7 @@ from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, u
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows
 from qgraft.adapters.selection import Rows
-from qgraft.attention import HINT, PREFIX, SAMPLES, Prefix, record_attention
+from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -80,7 +80,7 @@ def attach_encoder(
     accept_rows(model)
     if home is None:
         home = _make_home(model, base, own)
-    home.add(name, encoder.to(base.device).train(base.training))
+    home.add(name, encoder.to(base.device))
     use_adapter(model, name)
 
 
@@ -89,22 +89,27 @@ def layout_of(model: nn.Module) -> str:
     return str(getattr(model, "prefix_layout", "peft"))
 
 
-def probe_geometry(base: nn.Module) -> Geometry:
+def probe_geometry(base: Any) -> Geometry:
     """What the model's attention layers want keys and values to be. Raises UnsupportedError where there can be none."""
-    calls = record_attention(base)
+    calls, off = record_attention(base)
     layers = [call.layer for call in calls if call.layer is not None]
     shapes = {shape for call in calls for shape in (call.key_shape, call.value_shape)}
     problem = None
     if not calls:
-        problem = "has attention layers of its own"
+        problem = "has attention of its own, which takes no prefix"
     elif not all(call.causal for call in calls):
         problem = "is no decoder: it attends in both directions and has no cache of keys and values"
     elif len(set(layers)) < len(calls):
         problem = "has layers that attend twice or have no number, so that it is not clear what a layer's prefix is"
     elif len(shapes) > 1:
         problem = f"has keys and values of different shapes: {', '.join(map(str, sorted(shapes)))}"
+    elif not off <= (1e-3 if base.dtype == torch.float32 else 3e-2):
+        problem = f"attends otherwise than by a softmax over its keys: the result would be off by {off:.1%}"
     if problem:
-        raise UnsupportedError(f"a prefix cannot go on {type(base).__name__}: it {problem}", hint=HINT)
+        raise UnsupportedError(
+            f"a prefix cannot go on {type(base).__name__}: it {problem}",
+            hint="P-Tuning v2 is for decoders of transformers whose attention function can be exchanged",
+        )
     kv_heads, head_dim = shapes.pop()
     return Geometry(tuple(layers), kv_heads, head_dim)
 
@@ -136,7 +141,7 @@ def _check_length(base: Any, pre_seq_len: int) -> None:
 def _make_home(model: nn.Module, base: Any, geometry: Geometry) -> Prefixes:
     hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
     home = Prefixes(share(model), geometry, base.config._attn_implementation, hook)
-    setattr(base, HOME, home)
+    setattr(base, HOME, home.train(base.training))
     base.set_attn_implementation(PREFIX)
     return home
 

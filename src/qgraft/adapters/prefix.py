@@ -169,7 +169,7 @@ class Prefixes(nn.Module):
 
     def add(self, name: str, encoder: PrefixEncoder) -> None:
         """Put a new prefix on the model, inactive."""
-        self.encoders[name] = encoder
+        self.encoders[name] = encoder.train(self.training)
         self.selection.add(name, encoder)
 
     def remove(self, name: str) -> None:
