@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows
-from qgraft.adapters.selection import Rows
+from qgraft.adapters.selection import Rows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
@@ -73,13 +73,14 @@ def attach_encoder(
         raise AdapterError(f"prefix {name!r} was trained on {geometry}; this model has {own}")
     if config.layout != layout_of(model):
         raise AdapterError(f"prefix {name!r} has the layout {config.layout!r}; this model's is {layout_of(model)!r}")
-    encoder = PrefixEncoder(config, own, int(_text_config(base).hidden_size))
+    encoder = PrefixEncoder(config, own, base.get_input_embeddings().embedding_dim)
     if values is not None:
         encoder.load(values)
     freeze(model)
     accept_rows(model)
+    selection = share(model)
     if home is None:
-        home = _make_home(model, base, own)
+        home = _make_home(base, selection, own)
     home.add(name, encoder.to(base.device))
     use_adapter(model, name)
 
@@ -117,9 +118,10 @@ def probe_geometry(base: Any) -> Geometry:
 def counted_positions(model: nn.Module) -> int:
     """How many positions of the model's context the active prefixes take."""
     home = prefixes_of(model)
-    names = [] if home is None else [name for name in home.selection.weights if name in home.encoders]
-    configs = [] if home is None else [home.encoder(name).config for name in names]
-    return sum(config.pre_seq_len for config in configs if config.count_positions)
+    if home is None or not home.counted:
+        return 0
+    active = [home.encoder(name) for name in home.selection.weights if name in home.encoders]
+    return sum(encoder.config.pre_seq_len for encoder in active)
 
 
 def _base_of(model: nn.Module) -> Any:
@@ -127,21 +129,17 @@ def _base_of(model: nn.Module) -> Any:
     return getattr(model, "base_model", model)
 
 
-def _text_config(base: Any) -> Any:
-    return base.config.get_text_config()
-
-
 def _check_length(base: Any, pre_seq_len: int) -> None:
     config = getattr(base, "config", None)
-    context = None if config is None else getattr(_text_config(base), "max_position_embeddings", None)
+    context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(context, int) and pre_seq_len >= context:
         raise OptionError(f"pre_seq_len={pre_seq_len} leaves no room: the model's context is {context} tokens")
 
 
-def _make_home(model: nn.Module, base: Any, geometry: Geometry) -> Prefixes:
+def _make_home(base: Any, selection: Selection, geometry: Geometry) -> Prefixes:
     hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
-    home = Prefixes(share(model), geometry, base.config._attn_implementation, hook)
-    setattr(base, HOME, home.train(base.training))
+    home = Prefixes(selection, geometry, base.config._attn_implementation, hook).train(base.training)
+    setattr(base, HOME, home)
     base.set_attn_implementation(PREFIX)
     return home
 
@@ -149,8 +147,8 @@ def _make_home(model: nn.Module, base: Any, geometry: Geometry) -> Prefixes:
 def _pass_on(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before the forward of the base model: give it the active prefixes, and positions after them."""
     home: Prefixes = getattr(base, HOME)
-    made = _active_prefix(home)
-    if made is None:
+    prefix, taken = _active_prefix(home)
+    if prefix is None:
         return None
     if base.config._attn_implementation not in (PREFIX, SAMPLES):
         raise UnsupportedError(
@@ -158,9 +156,9 @@ def _pass_on(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
             hint=f"model.set_attn_implementation({PREFIX!r}), or take the prefix off",
         )
     known = list(inspect.signature(base.forward).parameters)
-    given = {**dict(zip(known, args, strict=False)), **kwargs, "prefix": made[0]}
-    if made[1] is not None and "position_ids" in known:
-        given["position_ids"] = _positions(given) + made[1]
+    given = {**dict(zip(known, args, strict=False)), **kwargs, "prefix": prefix}
+    if home.counted and "position_ids" in known:
+        given["position_ids"] = _positions(given) + taken
     return (), given
 
 
@@ -175,38 +173,34 @@ def _positions(given: Mapping[str, Any]) -> Tensor:
     return positions
 
 
-def _active_prefix(home: Prefixes) -> tuple[Prefix, int | Tensor | None] | None:
-    """The keys and values of what is active, and how many positions they take, [B, 1] where rows differ."""
+def _active_prefix(home: Prefixes) -> tuple[Prefix | None, int | Tensor]:
+    """The keys and values of what is active, and how many tokens they are as long as, [B, 1] where rows differ."""
     rows = home.selection.rows
     if rows is not None and not rows.uniform:
         return _prefix_of_rows(home, rows)
     active = home.selection.weights if rows is None else [name for name, _ in rows.groups]
-    names = [name for name in active if name in home.encoders]
-    if not names:
-        return None
-    stacked = torch.cat([home.key_values(name) for name in names], dim=2)  # [2L, G, P, D]
-    configs = [home.encoder(name).config for name in names]
-    counted = sum(config.pre_seq_len for config in configs if config.count_positions)
-    return Prefix(_by_layer(home.geometry, stacked[:, None])), counted or None
+    parts = [home.key_values(name) for name in active if name in home.encoders]
+    if not parts:
+        return None, 0
+    stacked = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [2L, G, P, D]
+    return Prefix(_by_layer(home.geometry, stacked[:, None])), stacked.shape[2]
 
 
-def _prefix_of_rows(home: Prefixes, rows: Rows) -> tuple[Prefix, Tensor | None] | None:
+def _prefix_of_rows(home: Prefixes, rows: Rows) -> tuple[Prefix | None, int | Tensor]:
     """Another prefix for each row, all as long as the longest; rows without one see none of it."""
     groups = [(name, index) for name, index in rows.groups if name in home.encoders]
     if not groups:
-        return None
+        return None, 0
     parts = [home.key_values(name) for name, _ in groups]
-    parts = [parts[0][:, :, :0], *parts]  # row 0 of the table: no prefix
+    parts = [parts[0][:, :, :0], *parts]  # the first of the table: no prefix
     which_B = torch.zeros(rows.batch, dtype=torch.long, device=parts[0].device)
     for number, (_, index) in enumerate(groups, start=1):
         which_B[index] = number
-    lengths = torch.tensor([part.shape[2] for part in parts], device=which_B.device)
-    longest = int(lengths.max())
+    lengths_B = torch.tensor([part.shape[2] for part in parts], device=which_B.device)[which_B]
+    longest = int(lengths_B.max())
     table = torch.stack([F.pad(part, (0, 0, 0, longest - part.shape[2])) for part in parts], dim=1)
-    seen_BP = torch.arange(longest, device=which_B.device) < lengths[which_B][:, None]
-    counted = home.encoder(groups[0][0]).config.count_positions  # the same for all prefixes of a model
-    prefix = Prefix(_by_layer(home.geometry, table[:, which_B]), seen_BP)
-    return prefix, lengths[which_B][:, None] if counted else None
+    seen_BP = torch.arange(longest, device=which_B.device) < lengths_B[:, None]
+    return Prefix(_by_layer(home.geometry, table[:, which_B]), seen_BP), lengths_B[:, None]
 
 
 def _by_layer(geometry: Geometry, stacked: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -183,6 +183,11 @@ class Prefixes(nn.Module):
         assert isinstance(encoder, PrefixEncoder)
         return encoder
 
+    @property
+    def counted(self) -> bool:
+        """Whether tokens are numbered from after the prefixes; it is the same for all of a model."""
+        return any(self.encoder(name).config.count_positions for name in self.encoders)
+
     def key_values(self, name: str) -> Tensor:
         """The keys and values of a prefix; while generate() runs, they are computed once."""
         computed = self.selection.evaluated
