@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
 from qgraft.adapters.attach import adapter_names, attach_lora, count_parameters, use_adapter
+from qgraft.adapters.attach_prefix import attach_prefix
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.training.arguments import TrainArguments
@@ -281,8 +282,7 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
     """An adapter of the kind and with the options of `arguments`."""
     name = arguments.adapter_name
     if arguments.finetuning_type == "p_tuning":
-        from qgraft.adapters.prefix import attach_prefix
-
+        assert arguments.pre_seq_len is not None
         attach_prefix(model, arguments.pre_seq_len, arguments.prefix_projection, arguments.prefix_dropout, name)
         return
     attach_lora(
