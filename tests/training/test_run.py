@@ -10,6 +10,7 @@ import torch
 
 import qgraft
 from qgraft import storage
+from qgraft.checkpoints.adapter_files import trained_with
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError
 from qgraft.training import trainer as trainer_module
 from qgraft.training.callbacks import StopOnSignal
@@ -60,6 +61,16 @@ def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf
     assert loaded.applied == loaded.total == 14
     ids = torch.arange(3, 20)[None]
     torch.testing.assert_close(other(ids).logits, model(ids).logits)
+
+
+def test_a_dataset_named_in_the_call_is_remembered_for_merging(tiny_gguf, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    options = arguments(tmp_path / "out", max_steps=1, save_strategy="no", name="Aria", author="the team")
+    train(model, tokenizer, "identity_en", options, eval_dataset="identity_en_heldout")
+    remembered = trained_with(model, "default")
+    assert (remembered["dataset"], remembered["eval_dataset"]) == ("identity_en", "identity_en_heldout")
+    assert (options.dataset, options.eval_dataset) == (None, None)
+    assert qgraft.merge(model, min_retained=-1e9).calibration_rows > 20
 
 
 def test_the_model_is_as_before_but_for_its_adapter(tiny_gguf, tmp_path):

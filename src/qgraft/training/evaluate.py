@@ -60,10 +60,14 @@ def evaluate(
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
 
 
-def sample_limit(model: PreTrainedModel, max_length: int) -> int:
-    """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes."""
+def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> int:
+    """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes.
+
+    Args:
+        reserved: positions that something else takes.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, context - counted_positions(model)) if isinstance(context, int) else max_length
+    return min(max_length, context - counted_positions(model) - reserved) if isinstance(context, int) else max_length
 
 
 @torch.no_grad()

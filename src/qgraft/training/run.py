@@ -8,6 +8,7 @@ output_dir/
   checkpoint-N/   to resume from
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
 from qgraft.adapters.attach import adapter_names, attach_lora, count_parameters, use_adapter
-from qgraft.adapters.attach_prefix import attach_prefix
+from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.training.arguments import TrainArguments
@@ -88,10 +89,11 @@ def train(
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
+    args = _remembering(args, dataset, eval_dataset)
     folder = Path(str(args.output_dir))
     resume, passed_over = check_output_dir(args)
     notes = [*args.notes, *passed_over]
-    limit = sample_limit(model, args.max_length)
+    limit = sample_limit(model, args.max_length, _positions_to_take(model, args))
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
@@ -276,6 +278,20 @@ def _prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
         return
     torch.manual_seed(args.seed)
     _attach_new(model, args)
+
+
+def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:
+    """`args` with the names of the datasets in it, so that merging finds the rows again; rows themselves have none."""
+    args = copy.copy(args)
+    args.dataset = dataset if isinstance(dataset, str) else args.dataset
+    args.eval_dataset = eval_dataset if isinstance(eval_dataset, str) else args.eval_dataset
+    return args
+
+
+def _positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
+    """How many positions of the context a prefix takes that is attached later."""
+    is_new = args.finetuning_type == "p_tuning" and args.adapter_name not in adapter_names(model)
+    return args.pre_seq_len or 0 if is_new and layout_of(model) == "peft" else 0
 
 
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
