@@ -8,6 +8,7 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
 
     load        from safetensors and from .bin: seconds, resident memory after it, peak
     train       LoRA r=8 on query_key_value, 3 steps of one sample of 256 tokens, gradient checkpointing
+    p_tuning    P-Tuning v2 with a prefix of 128 tokens, one step of one sample of 192 tokens, gradient checkpointing
     generate    16 tokens after a prompt of 32, the adapter active
     merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
     save        the model with these weights; it is loaded again and compared byte for byte
@@ -39,7 +40,7 @@ FIELDS = (
     "model", "phase", "seconds", "peak_mb", "resident_mb", "file_mb", "tokens_per_second",
     "date", "threads", "cpu", "qgraft", "torch", "transformers",
 )  # fmt: skip
-STEPS, SAMPLE, PROMPT, ANSWER = 3, 256, 32, 16
+STEPS, SAMPLE, PREFIX_SAMPLE, PROMPT, ANSWER = 3, 256, 192, 32, 16
 CONFIGS: dict[str, dict[str, Any]] = {  # as released
     "chatglm2": {
         "model_type": "chatglm", "num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096,
@@ -65,7 +66,7 @@ def main() -> None:
     """Write the checkpoints, run the phases, append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="chatglm2,chatglm")
-    parser.add_argument("--phases", default="load-safetensors,load-bin,train,generate,merge,save")
+    parser.add_argument("--phases", default="load-safetensors,load-bin,train,p_tuning,generate,merge,save")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -181,7 +182,7 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
     import psutil
 
     file = folder / ("bin/pytorch_model.bin" if phase == "load-bin" else "safetensors/model.safetensors")
-    run = {"train": train, "generate": generate, "merge": merge, "save": save}.get(phase)
+    run = {"train": train, "p_tuning": p_tuning, "generate": generate, "merge": merge, "save": save}.get(phase)
     import qgraft
 
     load = qgraft.load  # the imports behind it happen here
@@ -211,32 +212,47 @@ def sample_of(model: Any, length: int, seed: int) -> Any:
 
 
 def train(model: Any, folder: Path) -> dict[str, float]:
-    """Steps of the trainer's own loss on one sample each; the adapter is kept for the next phase."""
+    """LoRA; the adapter is kept for the next phases."""
+    import qgraft
+
+    qgraft.attach_lora(model, r=8, target_modules="query_key_value")
+    figures = steps(model, [sample_of(model, SAMPLE, seed) for seed in range(STEPS)])
+    qgraft.save_adapter(model, folder / "adapter")
+    return figures
+
+
+def p_tuning(model: Any, folder: Path) -> dict[str, float]:
+    """A prefix in front of every layer."""
+    import qgraft
+
+    qgraft.attach_prefix(model, pre_seq_len=128)
+    return steps(model, [sample_of(model, PREFIX_SAMPLE, 0)])
+
+
+def steps(model: Any, samples: list[Any]) -> dict[str, float]:
+    """A step of the trainer's own loss on each sample, with gradient checkpointing."""
     import torch
 
-    import qgraft
     from qgraft.training.batches import collate
     from qgraft.training.loss import batch_loss, padding_free
 
-    qgraft.attach_lora(model, r=8, target_modules="query_key_value")
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
-    samples = [sample_of(model, SAMPLE, seed) for seed in range(STEPS)]
     seconds = []
     with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem:
         assert problem is None, problem
         for sample in samples:
             began = time.perf_counter()
-            loss = batch_loss(model, collate([sample])) / (SAMPLE // 2)
+            loss = batch_loss(model, collate([sample])) / (len(sample.input_ids) // 2)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             seconds.append(time.perf_counter() - began)
             print(f"loss {loss.item():.3f}, {seconds[-1]:.1f} s", file=sys.stderr)
-    qgraft.save_adapter(model, folder / "adapter")
-    return {"seconds": sum(seconds), "tokens_per_second": STEPS * SAMPLE / sum(seconds)}
+    tokens = sum(len(sample.input_ids) for sample in samples)
+    return {"seconds": sum(seconds), "tokens_per_second": tokens / sum(seconds)}
 
 
 def generate(model: Any, folder: Path) -> dict[str, float]:
