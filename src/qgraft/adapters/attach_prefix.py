@@ -65,24 +65,41 @@ def attach_encoder(
     Raises AdapterError for values that do not fit the model; see also attach_prefix.
     """
     check_new_name(model, name)
-    base = _base_of(model)
-    _check_length(base, config.pre_seq_len)
-    home = prefixes_of(model)
-    own = probe_geometry(base) if home is None else home.geometry
+    own = model_geometry(model)
     if geometry is not None and geometry != own:
         raise AdapterError(f"prefix {name!r} was trained on {geometry}; this model has {own}")
     if config.layout != layout_of(model):
         raise AdapterError(f"prefix {name!r} has the layout {config.layout!r}; this model's is {layout_of(model)!r}")
-    encoder = PrefixEncoder(config, own, base.get_input_embeddings().embedding_dim)
+    encoder = make_encoder(model, config, own)
     if values is not None:
         encoder.load(values)
+    put_encoder(model, name, encoder)
+
+
+def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> PrefixEncoder:
+    """A prefix for the model, which is not on it yet. Raises OptionError where it leaves the model no context."""
+    base = _base_of(model)
+    _check_length(base, config.pre_seq_len)
+    return PrefixEncoder(config, geometry, base.get_input_embeddings().embedding_dim)
+
+
+def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
+    """Put what make_encoder made on the model as `name`, the active adapter."""
+    check_new_name(model, name)
+    base, home = _base_of(model), prefixes_of(model)
     freeze(model)
     accept_rows(model)
     selection = share(model)
     if home is None:
-        home = _make_home(base, selection, own)
+        home = _make_home(base, selection, encoder.geometry)
     home.add(name, encoder.to(base.device))
     use_adapter(model, name)
+
+
+def model_geometry(model: nn.Module) -> Geometry:
+    """What the model wants keys and values to be: found out by a pass over a few tokens where no prefix is on it yet."""
+    home = prefixes_of(model)
+    return probe_geometry(_base_of(model)) if home is None else home.geometry
 
 
 def layout_of(model: nn.Module) -> str:

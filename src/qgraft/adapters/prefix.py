@@ -130,8 +130,8 @@ class PrefixEncoder(nn.Module):
         values_PW = F.dropout(values_PW, self.config.prefix_dropout, self.training)
         return values_PW.unflatten(1, (-1, self.geometry.kv_heads, self.geometry.head_dim)).permute(1, 2, 0, 3)
 
-    def load(self, values: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a state dict. Raises AdapterError for other names or shapes, with all that differ."""
+    def differences(self, values: Mapping[str, Tensor]) -> list[str]:
+        """What is wrong with the names and shapes of a state dict, each one line that begins with a name."""
         own = dict(self.named_parameters())
         problems = [f"{name}: missing, expected {list(own[name].shape)}" for name in own.keys() - values.keys()]
         problems += [
@@ -142,14 +142,18 @@ class PrefixEncoder(nn.Module):
             for name, parameter in own.items()
             if name in values and values[name].shape != parameter.shape
         ]
-        if problems:
-            lines = "\n  ".join(sorted(problems))
+        return sorted(problems)
+
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of a state dict. Raises AdapterError for other names or shapes, with all that differ."""
+        if problems := self.differences(values):
+            lines = "\n  ".join(problems)
             raise AdapterError(
                 f"the prefix does not fit {self.geometry}, pre_seq_len {self.config.pre_seq_len}, prefix_projection "
                 f"{self.config.prefix_projection}, layout {self.config.layout}:\n  {lines}"
             )
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in self.named_parameters():
                 parameter.copy_(values[name])
 
 
