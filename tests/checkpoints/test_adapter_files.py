@@ -356,7 +356,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "DoRA": (options(use_dora=True), UnsupportedError, "a LoRA with use_dora"),
     "bias": (options(bias="all"), UnsupportedError, "a LoRA with bias"),
     "several": (options(bias="all", modules_to_save=["lm_head"]), UnsupportedError, "with modules_to_save, bias"),
-    "prefix": (options(peft_type="PREFIX_TUNING"), UnsupportedError, "peft_type 'PREFIX_TUNING'; supported: LORA"),
+    "another kind": (
+        options(peft_type="P_TUNING"), UnsupportedError, "peft_type 'P_TUNING'; supported: LORA, PREFIX_TUNING"
+    ),
+    "options of a prefix": (
+        options(peft_type="PREFIX_TUNING"), AdapterError, "num_virtual_tokens: got None, expected a positive number"
+    ),
     "PiSSA": (options(init_lora_weights="pissa_niter_4"), UnsupportedError, "init_lora_weights=pissa_niter_4"),
     "rank missing": (options(r=None), AdapterError, "r: got None, expected int"),
     "alpha of text": (options(lora_alpha="8"), AdapterError, "lora_alpha: got '8', expected a number"),

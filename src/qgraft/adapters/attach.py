@@ -214,11 +214,16 @@ def is_prefix(model: nn.Module, name: str) -> bool:
 def require_loras(model: nn.Module, names: Iterable[str], action: str) -> None:
     """Raise AdapterError when one of the attached adapters `names` is a prefix, which `action` cannot take."""
     if prefixes := _prefixes_among(selection_of(model), names):
-        raise AdapterError(
-            f"{action}: {', '.join(map(repr, prefixes))} is a prefix (P-Tuning v2): keys and values in front of the "
-            "attention, which change no weight, so there is no delta",
-            hint="choose LoRAs with use_adapter(); a prefix stays an adapter beside its base",
-        )
+        raise prefix_error(action, prefixes)
+
+
+def prefix_error(action: str, names: Iterable[str]) -> AdapterError:
+    """The error where `action` needs deltas and these adapters have none."""
+    return AdapterError(
+        f"{action}: {', '.join(map(repr, names))} is a prefix (P-Tuning v2): keys and values in front of the "
+        "attention, which change no weight, so there is no delta",
+        hint="choose LoRAs with use_adapter(); a prefix stays an adapter beside its base",
+    )
 
 
 def _prefixes_among(selection: Selection, names: Iterable[str]) -> list[str]:

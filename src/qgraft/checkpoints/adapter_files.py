@@ -1,8 +1,9 @@
-"""Adapter folders: PEFT's two files, sealed by a third.
+"""Adapter folders: PEFT's two files, sealed by a third. LoRAs (lora_files.py) and prefixes (prefix_files.py).
 
-    adapter_config.json          PEFT's options                                           readable by PEFT and by us
-    adapter_model.safetensors    base_model.model.<path>.lora_A.weight / .lora_B.weight   readable by PEFT and by us
-    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of both files, what it was
+    adapter_config.json          PEFT's options            readable by PEFT and by us
+    adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
+    prefix_encoder.safetensors   of prefixes with a projection: what is trained
+    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of the other files, what it was
                                  trained on and with, versions, metrics
 
 PEFT loads an adapter for another base, with missing layers or NaN inside, without a word; such an adapter then does
@@ -16,7 +17,6 @@ import datetime
 import json
 import pickle
 import platform
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -29,44 +29,43 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qgraft import storage
-from qgraft.adapters.attach import (
-    attach_layers,
-    find_targets,
-    is_named,
-    lora_modules,
-    lora_state_dict,
-    non_finite,
-    only_adapter,
-)
+from qgraft.adapters.attach import check_new_name, is_prefix, non_finite, only_adapter
 from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.gguf_lora import read_gguf_lora
-from qgraft.checkpoints.peft_config import (
-    check_kind,
-    check_values,
-    compiles,
-    layer_config,
-    peft_config,
-    stated_rank,
+from qgraft.checkpoints.lora_files import attach_pairs, fit_layers, lora_content, parse_state
+from qgraft.checkpoints.peft_config import CONFIG, check_kind, check_values
+from qgraft.checkpoints.prefix_files import (
+    ENCODER,
+    StoredPrefix,
+    check_prefix_config,
+    fit_prefix,
+    is_prefix_config,
+    prefix_content,
+    stored_prefix,
 )
-from qgraft.errors import AdapterError, OptionError, near_match
+from qgraft.checkpoints.shards import WORDS
+from qgraft.checkpoints.thudm_files import KEY, has_weights, is_weight_file, read_thudm, thudm_problem
+from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match
 
-CONFIG, WEIGHTS, SEAL = "adapter_config.json", "adapter_model.safetensors", "qgraft.json"
-_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+WEIGHTS, SEAL = "adapter_model.safetensors", "qgraft.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
 
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """What load_adapter did: `applied` of `total` layers, and what a reader should know."""
+    """What load_adapter did: `applied` of `total` layers, what a reader should know, and of a prefix, what it is."""
 
     name: str
     applied: int
     total: int
     notes: tuple[str, ...] = ()
+    about: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([f"adapter {self.name}: applied to {self.applied}/{self.total} layers", *self.notes])
+        applied = f"{self.about}applied to {self.applied}/{self.total} layers"
+        return "\n".join([f"adapter {self.name}: {applied}", *self.notes])
 
 
 def save_adapter(
@@ -76,7 +75,7 @@ def save_adapter(
     details: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Write the LoRA `name` (default: the only one) into `folder`, each file whole, the seal last.
+    """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`, each file whole, the seal last.
 
     Args:
         details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
@@ -86,18 +85,22 @@ def save_adapter(
     for another dtype, StorageError when it cannot be written.
     """
     name = only_adapter(model, name)
-    layers = {path: lora.config for path, lora in lora_modules(model, name)}
     base: BaseInfo | None = getattr(model, "qgraft_base", None)
-    config = peft_config(layers, _target_names(model, list(layers)), base.source if base else None)
     seal = {**(details or {}), "base": None if base is None else dataclasses.asdict(base)}
-    write_adapter(Path(folder), name, lora_state_dict(model, name), config, seal, dtype)
+    if is_prefix(model, name):
+        content = prefix_content(model, name)
+        files = {WEIGHTS: content.served, **({ENCODER: content.trained} if content.trained else {})}
+        write_adapter(Path(folder), name, files, content.options, {**seal, "prefix": content.about}, dtype)
+    else:
+        config, state = lora_content(model, name)
+        write_adapter(Path(folder), name, {WEIGHTS: state}, config, seal, dtype)
     _remember(model, name, seal)
 
 
 def write_adapter(
     folder: Path,
     name: str,
-    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Mapping[str, Tensor]],
     config: Mapping[str, Any],
     details: Mapping[str, Any],
     dtype: str = "float32",
@@ -106,12 +109,35 @@ def write_adapter(
 
     Args:
         name: for messages.
-        state: the tensors by PEFT's names.
+        tensors: of each file of weights, by their names in it; the last file holds what is trained.
         config: what adapter_config.json holds.
         details: what the seal holds beside versions and checksums; "base" among it.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
+    stored = {file: _converted(name, state, dtype) for file, state in tensors.items()}
+    kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors]
+    if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
+        storage.write_json(folder / SEAL, {"kind": kind, "files": dict.fromkeys(files, _UNWRITTEN)})
+    for file, state in stored.items():
+        write_safetensors(folder / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
+    storage.write_json(folder / CONFIG, config)
+    seal = {
+        **details,
+        "kind": kind,
+        "base": details.get("base"),
+        "parameters": sum(tensor.numel() for tensor in list(tensors.values())[-1].values()),
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "files": {file: storage.describe_file(folder / file) for file in files},
+    }
+    storage.write_json(folder / SEAL, seal)
+    if ENCODER not in files:
+        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
+
+
+def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors in `dtype` on the CPU. Raises AdapterError when they hold NaN or infinity there."""
     stored = {key: tensor.to("cpu", DTYPES[dtype]).contiguous() for key, tensor in state.items()}
     if broken := non_finite(stored):
         too_large = dtype != "float32" and not non_finite(state)
@@ -119,52 +145,90 @@ def write_adapter(
             f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first",
             hint=f"its values are too large for {dtype}: save it as float32" if too_large else None,
         )
-    weights = safetensors.torch.save(stored, metadata={"format": "pt"})
-    if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
-        storage.write_json(folder / SEAL, {"kind": "lora", "files": dict.fromkeys((CONFIG, WEIGHTS), _UNWRITTEN)})
-    storage.write_file(folder / WEIGHTS, weights)
-    storage.write_json(folder / CONFIG, config)
-    seal = {
-        **details,
-        "kind": "lora",
-        "base": details.get("base"),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
-        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "files": {file: storage.describe_file(folder / file) for file in (CONFIG, WEIGHTS)},
-    }
-    storage.write_json(folder / SEAL, seal)
+    return stored
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", force: bool = False) -> LoadedAdapter:
     """Attach the adapter in `folder` to the model as `name`, and make it the active one.
 
     Args:
-        folder: adapter folder, or a GGUF-LoRA file (gguf_lora.py).
+        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), or a prefix of THUDM's scripts, folder
+            or file (thudm_files.py).
         force: load what fits although something differs; the report's notes say what.
 
     Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes,
-    NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter that is not a plain LoRA.
+    another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
+    that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
     """
     folder = Path(folder)
+    check_new_name(model, name)
+    if _is_thudm(folder):
+        return _load_prefix(model, folder, _read_thudm(model, folder), None, name, force)
     config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
+    if is_prefix_config(config):
+        return _load_prefix(model, folder, stored_prefix(config, state, seal), seal, name, force)
     loras, problems = parse_state(state)
-    problems += _base_problems(model, folder, seal) + _target_problems(model, config, loras)
+    fitting, misfits = fit_layers(model, config, loras)
+    problems += _base_problems(model, seal) + misfits
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
-        raise AdapterError(
-            f"{folder} does not fit this model:\n  " + "\n  ".join(problems),
-            hint="load it on the base that it was trained on, or use force (--force) to load what fits",
+        raise _unfit(
+            folder, problems, "load it on the base that it was trained on, or use force (--force) to load what fits"
         )
-    fitting = {path: pair for path, pair in loras.items() if _shape_problem(model, path, pair) is None}
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(loras)} layers exists in this model")
-    _attach(model, name, config, fitting)
+    attach_pairs(model, name, config, fitting)
     _remember(model, name, seal)
+    return LoadedAdapter(name, len(fitting), len(loras), _notes(problems, seal))
+
+
+def _load_prefix(
+    model: nn.Module, folder: Path, stored: StoredPrefix, seal: Mapping[str, Any] | None, name: str, force: bool
+) -> LoadedAdapter:
+    fitted = fit_prefix(model, stored)
+    doubts = _base_problems(model, seal) + fitted.doubts
+    if fitted.misfits:
+        raise _unfit(folder, [*fitted.misfits, *doubts], "a prefix fits only models with the same layers and key heads")
+    if doubts and not force:
+        raise _unfit(
+            folder, doubts, "load it on the base that it was trained on, or use force (--force) to load it anyhow"
+        )
+    fitted.attach(model, name)
+    _remember(model, name, seal)
+    config, layers = fitted.encoder.config, len(fitted.encoder.geometry.layers)
+    about = f"prefix of {config.pre_seq_len} tokens{' with projection' * config.prefix_projection}, "
+    return LoadedAdapter(name, layers, layers, (*stored.notes, *_notes(doubts, seal)), about)
+
+
+def _unfit(folder: Path, problems: list[str], hint: str) -> AdapterError:
+    return AdapterError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems), hint=hint)
+
+
+def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ...]:
     notes = [f"forced although: {problem}" for problem in problems]
     if seal is None:
         notes.append(f"no {SEAL} beside it: which base it was trained on cannot be verified")
-    return LoadedAdapter(name, len(fitting), len(loras), tuple(notes))
+    return tuple(notes)
+
+
+def _is_thudm(path: Path) -> bool:
+    """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
+    return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
+
+
+def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
+    """The prefix that THUDM's scripts left there. Raises AdapterError where there is none, or it cannot be read."""
+    try:
+        stored = read_thudm(path)
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+    if stored is None:
+        missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
+        raise AdapterError(
+            f"{missing} {KEY}* among its tensors", hint="give the folder that save_adapter or PEFT wrote"
+        )
+    problem = thudm_problem(model)
+    return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
 
 
 def trained_with(model: nn.Module, name: str) -> dict[str, Any]:
@@ -201,16 +265,28 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
-    """(options, tensors, seal or None) of the adapter in `folder`, which is a plain LoRA and as it was sealed.
+    """(options, tensors, seal or None) of the adapter in `folder`, a plain LoRA or a prefix, as it was sealed.
 
-    Raises AdapterError, UnsupportedError; whether it fits a model is load_adapter's question.
+    The tensors of a prefix are PEFT's and, where it has a projection, those of prefix_encoder.safetensors. Raises
+    AdapterError, UnsupportedError; whether it fits a model is load_adapter's question.
     """
     config, seal = read_peft_config(folder), read_seal(folder)
-    check_kind(folder / CONFIG, config)
-    check_values(folder / CONFIG, config)
-    if seal is not None and (changed := storage.check_files(folder, sealed_files(folder / SEAL, seal))):
+    files = {} if seal is None else sealed_files(folder / SEAL, seal)
+    if changed := storage.check_files(folder, files):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
-    return config, read_tensors(folder), seal
+    if is_prefix_config(config):
+        check_prefix_config(folder / CONFIG, config)
+    else:
+        check_kind(folder / CONFIG, config)
+        check_values(folder / CONFIG, config)
+    state = read_tensors(folder)
+    return config, state | _read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
+
+
+def read_trained(folder: Path) -> dict[str, Tensor]:
+    """The tensors that a sealed adapter was trained in, by the names of adapter_state_dict. Raises as read_adapter."""
+    config, state, seal = read_adapter(folder)
+    return dict(stored_prefix(config, state, seal).values) if is_prefix_config(config) else state
 
 
 def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -224,38 +300,27 @@ def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names, from safetensors or a pickle of tensors only. Raises AdapterError."""
     pickled = folder / "adapter_model.bin"
+    if (folder / WEIGHTS).is_file():
+        return _read_safetensors(folder / WEIGHTS)
+    if not pickled.is_file():
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
     try:
-        if (folder / WEIGHTS).is_file():
-            return safetensors.torch.load_file(folder / WEIGHTS)
-        if pickled.is_file():
-            loaded = torch.load(pickled, map_location="cpu", weights_only=True)
-            if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-                raise AdapterError(f"{pickled}: expected a dict of tensors")
-            return loaded
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{folder}: the weights cannot be read: {error}") from error
-    raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
+        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{pickled}: the weights cannot be read: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise AdapterError(f"{pickled}: expected a dict of tensors")
+    return loaded
 
 
-def parse_state(state: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """({module path: {"A": [r, in], "B": [out, r]}}, what is wrong with the keys)."""
-    loras: dict[str, dict[str, Tensor]] = {}
-    problems = []
-    for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            problems.append(f"unexpected tensor {key}")
-        else:
-            loras.setdefault(match["path"], {})[match["part"]] = tensor
-    for path, pair in list(loras.items()):
-        if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
-            problems.append(f"missing tensor base_model.model.{path}.lora_{missing}.weight")
-            del loras[path]
-    return loras, problems
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
 
 
-def _base_problems(model: nn.Module, folder: Path, seal: dict[str, Any] | None) -> list[str]:
+def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str]:
     base: BaseInfo | None = getattr(model, "qgraft_base", None)
     trained = (seal or {}).get("base") or {}
     if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
@@ -264,61 +329,6 @@ def _base_problems(model: nn.Module, folder: Path, seal: dict[str, Any] | None) 
         f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}), "
         f"this one is {base.fingerprint} ({base.source})"
     ]
-
-
-def _target_problems(model: nn.Module, config: dict[str, Any], loras: dict[str, dict[str, Tensor]]) -> list[str]:
-    problems = []
-    for path, pair in loras.items():
-        if problem := _shape_problem(model, path, pair):
-            problems.append(problem)
-        elif pair["A"].shape[0] != (rank := stated_rank(config, path)):
-            problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
-    targets = config.get("target_modules")
-    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    if targets and loras and not narrowed:
-        expected = _targets_of(model, targets)
-        problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
-    return problems
-
-
-def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
-    """The linear layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
-    linears = find_targets(model, r"(?s).*")
-    if isinstance(targets, str):
-        return {path for path in linears if compiles(targets) and re.fullmatch(targets, path)}
-    return {path for path in linears for target in targets if is_named(path, target)}
-
-
-def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:
-    try:
-        layer: Any = model.get_submodule(path)
-    except AttributeError:
-        return f"the model has no layer {path}"
-    if not hasattr(layer, "in_features"):
-        return f"{path} is a {type(layer).__name__}, not a linear layer"
-    A, B = pair["A"], pair["B"]
-    if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
-        got = f"A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}"
-        return f"{path}: got {got}, expected two floating point matrices"
-    expected = [A.shape[0], layer.in_features], [layer.out_features, A.shape[0]]
-    if (list(A.shape), list(B.shape)) != expected:
-        return f"{path}: got A {list(A.shape)}, B {list(B.shape)}, expected {expected[0]}, {expected[1]}"
-    return None
-
-
-def _attach(model: nn.Module, name: str, config: dict[str, Any], loras: dict[str, dict[str, Tensor]]) -> None:
-    """Attach each layer with the rank of its tensors and the alpha of its pattern."""
-    layers = {path: layer_config(config, path, pair["A"].shape[0]) for path, pair in loras.items()}
-    attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
-
-
-def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The shortest names that select exactly these layers in PEFT: their last parts, or else their whole paths."""
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    for names in (leaves, sorted(paths)):
-        if set(find_targets(model, names)) == set(paths):
-            return names
-    return "|".join(re.escape(path) for path in sorted(paths))  # one of them is the end of another layer's path
 
 
 def _versions() -> dict[str, str]:

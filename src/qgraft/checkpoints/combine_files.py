@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgraft.adapters.attach import non_finite
+from qgraft.adapters.attach import non_finite, prefix_error
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
-from qgraft.checkpoints.adapter_files import CONFIG, SEAL, parse_state, read_adapter, write_adapter
-from qgraft.checkpoints.peft_config import layer_config, peft_config, stated_rank
+from qgraft.checkpoints.adapter_files import SEAL, WEIGHTS, read_adapter, write_adapter
+from qgraft.checkpoints.lora_files import parse_state
+from qgraft.checkpoints.peft_config import CONFIG, layer_config, peft_config, stated_rank
+from qgraft.checkpoints.prefix_files import is_prefix_config
 from qgraft.errors import AdapterError, OptionError, StorageError
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
@@ -45,6 +47,8 @@ def combine_files(
     names = _names(folders)
     _check_output(output, folders)
     read = {folder: read_adapter(folder) for folder in folders}
+    if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
+        raise prefix_error("combine", prefixes)
     layers, problems = {}, []
     for folder, (config, state, _) in read.items():
         layers[names[folder]], wrong = _factors(config, state)
@@ -63,7 +67,8 @@ def combine_files(
         for path, made in combined.items()
         for part in "AB"
     }
-    write_adapter(output, output.name, state, peft_config(configs, targets, (base or {}).get("source")), details, dtype)
+    options = peft_config(configs, targets, (base or {}).get("source"))
+    write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype)
     return report
 
 

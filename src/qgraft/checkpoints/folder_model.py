@@ -40,6 +40,8 @@ from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, emp
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
+from qgraft.checkpoints.thudm_files import KEY as PREFIX_KEY
+from qgraft.checkpoints.thudm_files import holds_only_prefix
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, get_format, hold_floats
 from qgraft.formats import quantize as quantize_weight
@@ -70,6 +72,11 @@ def load_folder(
         exact = (
             architecture_of(config) is not None
         )  # transformers' own may leave tensors out, ours have a place for all
+        if exact and holds_only_prefix(list(reader.tensors)):
+            raise CheckpointError(
+                f"{folder} holds a prefix (P-Tuning v2) and no model",
+                hint="give its base as the model, and this folder as the adapter (--adapter)",
+            )
         problems = [f"unexpected {name}" for name in unexpected] if exact else []
         model = assemble(config, reader, dtype, str(folder), problems)
     model.qgraft_base = BaseInfo(  # type: ignore[assignment]
@@ -90,14 +97,15 @@ def load_folder(
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:
     """What tells whether a folder is the one that a model was loaded from: its config, what its tensors are called and
-    like, and the values of these `vectors`. The matrices a model has in memory."""
+    like, and the values of these `vectors` and of a prefix. The matrices a model has in memory."""
     config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []
     with ExitStack() as stack:
         for path in shard_paths(folder):
             shard = open_shard(path, stack)
             for name in shard.names:
-                value = shard.tensor(name) if name in vectors else torch.empty(0)
+                sampled = name in vectors or name.startswith(PREFIX_KEY)
+                value = shard.tensor(name) if sampled else torch.empty(0)
                 entries.append((f"{path.name}: {name}", *shard.describe(name), value))
     return f"{config} {fingerprint(entries)}"
 
@@ -129,6 +137,8 @@ class _FolderReader:
         }
         self.places = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]  # recomputed
+        if architecture_of(model.config) is not None:
+            self.ignored.append(rf"^{re.escape(PREFIX_KEY)}")  # attached when the model is there
         self.entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []  # what the fingerprint is made of
         self.matrices: dict[str, Stored] = {}  # by module path
         self.vectors: list[str] = []

@@ -35,7 +35,7 @@ from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor, nn
 
 from qgraft import storage
-from qgraft.adapters.attach import lora_modules, non_finite, only_adapter
+from qgraft.adapters.attach import lora_modules, non_finite, only_adapter, require_loras
 from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
@@ -91,6 +91,7 @@ def export_gguf_lora(
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     path, name = Path(path), only_adapter(model, name)
+    require_loras(model, [name], "a GGUF-LoRA")
     origin = _gguf_origin(model)
     if path.exists() and path.samefile(origin.path):
         raise OptionError(f"{path} is the base model itself", hint="give the adapter a file of its own")

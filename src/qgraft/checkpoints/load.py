@@ -8,8 +8,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
+from qgraft.checkpoints.thudm_files import attach_own_prefix
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
-from qgraft.models.find import find_architecture
+from qgraft.models.find import architecture_of, find_architecture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -31,7 +32,8 @@ def load(
         device: where the packed weights go; "auto" is a GPU where there is one.
 
     Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and
-    its tokenizer (None for a folder without one). Raises CheckpointError, UnsupportedError or OptionError.
+    its tokenizer (None for a folder without one). A ChatGLM's folder that holds a prefix (P-Tuning v2) beside the
+    weights loads with it attached and active, named "default". Raises CheckpointError, UnsupportedError or OptionError.
     """
     device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
@@ -46,7 +48,10 @@ def load(
     else:
         loaded, tokenizer = load_gguf(path, compute_dtype)
     loaded.qgraft_tokenizer = tokenizer  # type: ignore[assignment]  # merging reads rows with it
-    return loaded.to(device), tokenizer  # type: ignore[arg-type]
+    loaded = loaded.to(device)  # type: ignore[arg-type]
+    if path.is_dir() and architecture_of(loaded.config):
+        attach_own_prefix(loaded, path)
+    return loaded, tokenizer
 
 
 def chatglm_format(model: str | Path, bits: int) -> str | None:

@@ -21,6 +21,8 @@ from typing import Any
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError
 
+CONFIG = "adapter_config.json"
+
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
@@ -73,7 +75,7 @@ def stated_rank(config: Mapping[str, Any], path: str) -> int:
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for the configuration, read from `path`, of anything but a plain LoRA."""
     if config.get("peft_type") != "LORA":
-        raise UnsupportedError(f"{path.parent}: peft_type {config.get('peft_type')!r}; supported: LORA")
+        raise UnsupportedError(f"{path.parent}: peft_type {config.get('peft_type')!r}; supported: LORA, PREFIX_TUNING")
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":
         used.append("bias")

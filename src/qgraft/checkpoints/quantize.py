@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from qgraft.adapters.attach import adapter_names, find_targets
+from qgraft.adapters.attach import adapter_names, find_targets, is_prefix
 from qgraft.checkpoints.assemble import BaseInfo, weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import HELD, current_fingerprint
@@ -27,10 +27,10 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
         format: a format that can be written: "chatglm-int4", "q4_1", ...
 
     Returns what a reader should know, each one sentence: the layers whose width the format has no blocks for, which
-    stay as they are. Raises UnsupportedError for a format that cannot be written, AdapterError while adapters are
-    attached: they were trained on the weights as they are.
+    stay as they are. Raises UnsupportedError for a format that cannot be written, AdapterError while LoRAs are
+    attached: they were trained on the weights as they are. A prefix stays, as in ChatGLM's own quantize().
     """
-    if attached := adapter_names(model):
+    if attached := [name for name in adapter_names(model) if not is_prefix(model, name)]:
         raise AdapterError(f"quantize: the adapter {', '.join(attached)} is on the model", hint="detach_lora() first")
     chosen = get_format(format)
     if chosen.quantize is None:

@@ -20,6 +20,7 @@ from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
+from qgraft.checkpoints.thudm_files import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
 from qgraft.formats import FORMATS, GGML_TYPES, Format, get_format
 
@@ -63,12 +64,14 @@ def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | No
             where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
             it; the first that fits a layer counts. Layers are requantized from their present values.
 
-    Raises AdapterError while adapters are active, CheckpointError when the container changed since it was loaded,
+    A prefix that came with the folder is in the copy as it is in the source.
+
+    Raises AdapterError while other adapters are active, CheckpointError when the container changed since it was loaded,
     OptionError, UnsupportedError for a format that the container cannot hold, StorageError.
     """
-    if active := active_adapters(model):
+    if unsaved := unsaved_adapters(model, list(active_adapters(model))):
         raise AdapterError(
-            f"the adapter {', '.join(active)} is active and would not be in the saved weights",
+            f"the adapter {', '.join(unsaved)} is active and would not be in the saved weights",
             hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
         )
     origin, target = find_origin(model), _absolute(path)

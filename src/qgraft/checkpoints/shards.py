@@ -137,6 +137,10 @@ def _open_bin(path: Path) -> Shard:
         if isinstance(state, Mapping) else [type(state).__name__]  # fmt: skip
     if odd:
         raise CheckpointError(f"{path}: expected a mapping of names to tensors, got {', '.join(odd[:8])}")
+    if large := [
+        f"{name!r}: {list(value.shape)}" for name, value in state.items() if value.nbytes > path.stat().st_size
+    ]:
+        raise CheckpointError(f"{path}: tensors that are larger than the file: {', '.join(large[:8])}")
     unknown = [f"{name}: {value.dtype}" for name, value in state.items() if value.dtype not in WORDS]
     if unknown:
         raise CheckpointError(f"{path}: tensors of a kind that is not read: {', '.join(unknown[:8])}")

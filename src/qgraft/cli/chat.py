@@ -77,17 +77,19 @@ def run(words: Sequence[str]) -> int:
 
     import torch
 
-    model, tokenizer, names = load_with_adapters(options)
+    model, tokenizer, _ = load_with_adapters(options)
     torch.manual_seed(options.seed)
     if options.prompt is not None:
         _answer(model, tokenizer, [("user", options.prompt)], options)
         return 0
-    return _converse(model, tokenizer, names, options)
+    return _converse(model, tokenizer, options)
 
 
-def _converse(model: Any, tokenizer: Any, names: list[str], options: argparse.Namespace) -> int:
+def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
+    from qgraft.adapters.attach import adapter_names
+
     messages: list[tuple[str, str]] = []
-    print_note(f"adapters: {', '.join(names) or 'none'}; /help shows the commands")
+    print_note(f"adapters: {', '.join(adapter_names(model)) or 'none'}; /help shows the commands")
     while True:
         try:
             line = input("> ").strip()

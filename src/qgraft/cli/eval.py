@@ -24,13 +24,13 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
-    from qgraft.adapters.attach import use_adapter
+    from qgraft.adapters.attach import adapter_names, use_adapter
     from qgraft.training.evaluate import evaluate
     from qgraft.training.reading import named_columns
 
-    model, tokenizer, names = load_with_adapters(options)
+    model, tokenizer, _ = load_with_adapters(options)
     results = {}
-    for name in [None, *names]:
+    for name in [None, *adapter_names(model)]:
         use_adapter(model, name)
         results[name or "base"] = evaluate(
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,

@@ -9,7 +9,7 @@ from typing import Any
 from qgraft.cli.options import Parser, free_name, print_note
 from qgraft.errors import OptionError
 
-TARGETS = ("gguf-lora", "peft")
+TARGETS = ("gguf-lora", "peft", "thudm")
 
 
 def run(words: Sequence[str]) -> int:
@@ -17,38 +17,46 @@ def run(words: Sequence[str]) -> int:
     parser = Parser(
         "export",
         "Write an adapter for other programs: as a GGUF-LoRA, which llama.cpp runs beside the base's file,\n"
-        "or as a folder that PEFT reads (from a GGUF-LoRA; qgraft's own folders are PEFT's already).",
+        "as a folder that PEFT reads (from a GGUF-LoRA; qgraft's own folders are PEFT's already), or, a prefix of a\n"
+        "ChatGLM, as THUDM's P-Tuning scripts save it.",
     )
-    parser.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder or GGUF-LoRA")
-    parser.add_argument("--model", required=True, help="the base: GGUF file, hub id (org/name:file.gguf), known model")
+    parser.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder, GGUF-LoRA, or THUDM's prefix")
+    parser.add_argument(
+        "--model", required=True, help="the base: GGUF file, folder, hub id (org/name:file.gguf), known model"
+    )
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to write")
-    parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf-lora) or folder (peft) to write")
-    parser.add_argument("--dtype", help="of the values: float16, float32; default: float16 (gguf-lora), float32 (peft)")
+    parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf-lora) or folder (others) to write")
+    parser.add_argument(
+        "--dtype", help="of the values: float16, float32; default: float16 (gguf-lora), float32 (others)"
+    )
     parser.add_argument("--force", action="store_true", help="load an adapter that does not fit, as far as it does")
     options = parser.parse_args(words)
     source, target = Path(options.adapter), Path(options.output)
     if target.exists() and source.exists() and target.samefile(source):
         raise OptionError(f"--output {target} is the adapter itself", hint="give another path")
 
+    from qgraft.adapters.attach import adapter_names
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
     model, _ = load(options.model, dtype="float32", device="cpu")
-    name = free_name(source.resolve().name, [])
+    name = free_name(source.resolve().name, adapter_names(model))
     print_note(str(load_adapter(model, source, name, force=options.force)))
     arguments = trained_with(model, name)
     if options.to == "gguf-lora":
-        print(_gguf_lora(model, target, options, arguments))
+        print(_gguf_lora(model, target, name, options, arguments))
+    elif options.to == "thudm":
+        print(_thudm(model, target, name, options.dtype or "float32"))
     else:
-        print(_peft(model, source, target, options.dtype or "float32", arguments))
+        print(_peft(model, source, target, name, options.dtype or "float32", arguments))
     return 0
 
 
-def _gguf_lora(model: Any, target: Path, options: argparse.Namespace, arguments: dict[str, Any]) -> str:
+def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]) -> str:
     from qgraft.checkpoints.gguf_lora import export_gguf_lora
 
     dtype = options.dtype or "float16"
-    done = export_gguf_lora(model, target, dtype=dtype, arguments=arguments)
+    done = export_gguf_lora(model, target, name, dtype, arguments)
     base = shlex.quote(str(model.qgraft_base.source))
     system = arguments.get("system")
     prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
@@ -60,10 +68,19 @@ def _gguf_lora(model: Any, target: Path, options: argparse.Namespace, arguments:
     )
 
 
-def _peft(model: Any, source: Path, target: Path, dtype: str, arguments: dict[str, Any]) -> str:
+def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
+    from qgraft.adapters.attach import count_parameters
+    from qgraft.checkpoints.thudm_files import export_thudm
+
+    nbytes = export_thudm(model, target, name, dtype)
+    values = count_parameters(model, name)
+    return f"{target}: prefix in THUDM's layout, {values:,} values in {dtype}, {nbytes:,} bytes"
+
+
+def _peft(model: Any, source: Path, target: Path, name: str, dtype: str, arguments: dict[str, Any]) -> str:
     from qgraft.checkpoints.adapter_files import read_seal, save_adapter
 
     details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
-    save_adapter(model, target, details=details, dtype=dtype)
+    save_adapter(model, target, name, details, dtype)
     parameters = (read_seal(target) or {}).get("parameters", 0)
     return f"{target}: PEFT adapter folder, {parameters:,} values in {dtype}"

@@ -31,10 +31,12 @@ def run(words: Sequence[str]) -> int:
 
 def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
     """What is at `path`, as JSON values. Raises CheckpointError when it is nothing that qgraft knows."""
-    from qgraft.checkpoints.adapter_files import CONFIG
+    from qgraft.checkpoints.peft_config import CONFIG
 
     if path.is_dir() and (path / CONFIG).is_file():
         return _adapter(path, tensors)
+    if thudm := _thudm(path, tensors):
+        return thudm
     if path.is_dir() and (path / "config.json").is_file():
         return _folder(path, tensors)
     if path.is_dir():
@@ -77,14 +79,17 @@ def _ranks(file: Any) -> dict[int, int]:
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft import storage
     from qgraft.checkpoints.adapter_files import SEAL, read_peft_config, read_seal, read_tensors, sealed_files
+    from qgraft.checkpoints.prefix_files import is_prefix_config
 
-    state, seal = read_tensors(path), read_seal(path)
+    state, seal, config = read_tensors(path), read_seal(path), read_peft_config(path)
     problems = storage.check_files(path, sealed_files(path / SEAL, seal)) if seal else []
+    prefix = {"pre_seq_len": config.get("num_virtual_tokens"), "prefix_projection": config.get("prefix_projection")}
     findings = {
-        "kind": "LoRA adapter",
+        "kind": "prefix (P-Tuning v2)" if is_prefix_config(config) else "LoRA adapter",
         "path": str(path),
-        "parameters": sum(t.numel() for t in state.values()),
-        "config": {key: value for key, value in read_peft_config(path).items() if value not in (None, {}, [])},
+        "parameters": (seal or {}).get("parameters") or sum(t.numel() for t in state.values()),
+        **(prefix if is_prefix_config(config) else {}),
+        "config": {key: value for key, value in config.items() if value not in (None, {}, [])},
         "seal": ("holds" if not problems else "; ".join(problems)) if seal else f"none ({SEAL} is missing)",
         **{key: value for key, value in (seal or {}).items() if key not in ("files", "kind", "parameters")},
     }
@@ -93,11 +98,39 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     return findings
 
 
+def _thudm(path: Path, tensors: bool) -> dict[str, Any]:
+    """A prefix of THUDM's scripts, without its model; nothing where it is something else."""
+    from qgraft.checkpoints.thudm_files import KEY, holds_only_prefix, read_thudm, tensor_names
+
+    if not holds_only_prefix(tensor_names(path)):
+        return {}
+    stored = read_thudm(path)
+    assert stored is not None
+    findings = {
+        "kind": "prefix (P-Tuning v2) of ChatGLM's scripts",
+        "path": str(path),
+        "parameters": sum(t.numel() for t in stored.values.values()),
+        **_prefix(stored),
+        "seal": "none (not known which base it was trained on)",
+        **({"problems": "; ".join(stored.problems)} if stored.problems else {}),
+    }
+    if tensors:
+        findings["tensors"] = {KEY + key: f"{t.dtype} {list(t.shape)}" for key, t in stored.values.items()}
+    return findings
+
+
+def _prefix(stored: Any) -> dict[str, Any]:
+    rows = stored.values.get("embedding.weight")
+    projection = any(name.startswith("trans.") for name in stored.values)
+    return {"pre_seq_len": None if rows is None else len(rows), "prefix_projection": projection}
+
+
 def _folder(path: Path, tensors: bool) -> dict[str, Any]:
     import torch
 
     from qgraft.checkpoints.folder_model import load_folder, read_config_json
     from qgraft.checkpoints.shards import open_shard, shard_paths
+    from qgraft.checkpoints.thudm_files import read_thudm
 
     listed: dict[str, tuple[tuple[int, ...], str]] = {}
     with ExitStack() as stack:
@@ -113,11 +146,13 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
                  **({"notes": "; ".join(base.notes)} if base.notes else {})}  # fmt: skip
     except QgraftError as error:
         about = {"does not load": str(error)}
+    prefix = read_thudm(path)
     findings = {
         "kind": "Hugging Face folder",
         "path": str(path),
         "bytes": sum(file.stat().st_size for file in shard_paths(path)),
         **about,
+        **({"prefix": _prefix(prefix)} if prefix else {}),
         "formats": _formats(listed, model),
         "config": read_config_json(path),
     }

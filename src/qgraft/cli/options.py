@@ -49,7 +49,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
-    """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied."""
+    """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied.
+
+    A prefix that came with the model is not among the names; it is active where no --adapter is given.
+    """
+    from qgraft.adapters.attach import adapter_names
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
@@ -57,8 +61,10 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")
     names: list[str] = []
+    if own := adapter_names(model):
+        print_note(f"adapter {own[0]}: the model's own prefix (P-Tuning v2), from its folder")
     for folder in options.adapter:
-        name = free_name(Path(folder).resolve().name, names)
+        name = free_name(Path(folder).resolve().name, adapter_names(model))
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
     if options.adapter:

@@ -25,7 +25,15 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
-from qgraft.adapters.attach import adapter_names, attach_lora, count_parameters, use_adapter
+from qgraft.adapters.attach import (
+    adapter_names,
+    attach_lora,
+    count_parameters,
+    is_prefix,
+    lora_modules,
+    prefix_encoder,
+    use_adapter,
+)
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
@@ -315,6 +323,7 @@ def _save(
     run = {
         "finished": report.finished,
         "steps": report.steps,
+        "adapter": _describe_adapter(model, args.adapter_name),
         "parameters": report.parameters,
         "metrics": report.metrics,
         "dataset": {
@@ -335,6 +344,16 @@ def _save(
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
         plots.plot_losses(folder / METRICS, folder / "loss.png")
+
+
+def _describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """What kind of adapter was trained, and with which options of its own."""
+    if is_prefix(model, name):
+        return {"kind": "prefix", **dataclasses.asdict(prefix_encoder(model, name).config)}
+    layers = dict(lora_modules(model, name))
+    configs = [dataclasses.asdict(lora.config) for lora in layers.values()]
+    common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
+    return {"kind": "lora", "layers": len(layers), **common}
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qgraft import storage
 from qgraft.adapters.attach import adapter_state_dict
-from qgraft.checkpoints.adapter_files import read_tensors, save_adapter
+from qgraft.checkpoints.adapter_files import read_trained, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
@@ -156,13 +156,13 @@ class LoraTrainer(Trainer):
             storage.remove_folder(path)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: PreTrainedModel | None = None) -> None:
-        saved = read_tensors(Path(resume_from_checkpoint))
+        saved = read_trained(Path(resume_from_checkpoint))
         current = adapter_state_dict(self.model, self.args.adapter_name)
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
             raise CheckpointError(
                 f"{resume_from_checkpoint} holds another adapter: {len(saved)} tensors of other names or shapes "
                 f"than the {len(current)} of this run",
-                hint="resume with the same r and target_modules, or start anew with another output_dir",
+                hint="resume with the same options of the adapter, or start anew with another output_dir",
             )
         with torch.no_grad():
             for key, tensor in saved.items():

@@ -1,0 +1,106 @@
+"""A LoRA between a model and the two files of its adapter folder: PEFT's options and PEFT's tensors.
+
+    base_model.model.<module path>.lora_A.weight   [r, in]
+    base_model.model.<module path>.lora_B.weight   [out, r]
+
+Writing takes both from the model. Reading compares both with the model before anything is attached, and finds all that
+differs; adapter_files.py decides what is to be done about it.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from qgraft.adapters.attach import attach_layers, find_targets, is_named, lora_modules, lora_state_dict
+from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.checkpoints.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
+
+Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
+
+_KEY = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight")
+
+
+def lora_content(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(PEFT's options, PEFT's tensors) of the LoRA `name`."""
+    layers = {path: lora.config for path, lora in lora_modules(model, name)}
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    options = peft_config(layers, _target_names(model, list(layers)), base.source if base else None)
+    return options, lora_state_dict(model, name)
+
+
+def parse_state(state: Mapping[str, Tensor]) -> tuple[Pairs, list[str]]:
+    """({module path: {"A": [r, in], "B": [out, r]}}, what is wrong with the keys)."""
+    loras: Pairs = {}
+    problems = []
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            problems.append(f"unexpected tensor {key}")
+        else:
+            loras.setdefault(match["path"], {})[match["part"]] = tensor
+    for path, pair in list(loras.items()):
+        if len(pair) == 1:
+            missing = "B" if "A" in pair else "A"
+            problems.append(f"missing tensor base_model.model.{path}.lora_{missing}.weight")
+            del loras[path]
+    return loras, problems
+
+
+def fit_layers(model: nn.Module, config: Mapping[str, Any], loras: Pairs) -> tuple[Pairs, list[str]]:
+    """(those that fit the model's layers, what differs)."""
+    fitting, problems = {}, []
+    for path, pair in loras.items():
+        if problem := _shape_problem(model, path, pair):
+            problems.append(problem)
+            continue
+        fitting[path] = pair
+        if pair["A"].shape[0] != (rank := stated_rank(config, path)):
+            problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
+    targets = config.get("target_modules")
+    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
+    if targets and loras and not narrowed:
+        expected = _targets_of(model, targets)
+        problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
+    return fitting, problems
+
+
+def attach_pairs(model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs) -> None:
+    """Attach each layer with the rank of its tensors and the alpha of its pattern."""
+    layers = {path: layer_config(config, path, pair["A"].shape[0]) for path, pair in loras.items()}
+    attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
+
+
+def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
+    """The linear layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
+    linears = find_targets(model, r"(?s).*")
+    if isinstance(targets, str):
+        return {path for path in linears if compiles(targets) and re.fullmatch(targets, path)}
+    return {path for path in linears for target in targets if is_named(path, target)}
+
+
+def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:
+    try:
+        layer: Any = model.get_submodule(path)
+    except AttributeError:
+        return f"the model has no layer {path}"
+    if not hasattr(layer, "in_features"):
+        return f"{path} is a {type(layer).__name__}, not a linear layer"
+    A, B = pair["A"], pair["B"]
+    if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
+        got = f"A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}"
+        return f"{path}: got {got}, expected two floating point matrices"
+    expected = [A.shape[0], layer.in_features], [layer.out_features, A.shape[0]]
+    if (list(A.shape), list(B.shape)) != expected:
+        return f"{path}: got A {list(A.shape)}, B {list(B.shape)}, expected {expected[0]}, {expected[1]}"
+    return None
+
+
+def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
+    """The shortest names that select exactly these layers in PEFT: their last parts, or else their whole paths."""
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    for names in (leaves, sorted(paths)):
+        if set(find_targets(model, names)) == set(paths):
+            return names
+    return "|".join(re.escape(path) for path in sorted(paths))  # one of them is the end of another layer's path
