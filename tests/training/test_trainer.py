@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from transformers import PreTrainedModel
 
@@ -64,10 +63,14 @@ def test_checkpointing_changes_nothing_and_draws_the_same_dropout(tiny_gguf, tmp
 
 def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
     model, trainer = run(tiny_gguf, tmp_path)
-    state = {name: torch.randn_like(tensor) for name, tensor in prefix_state_dict(model).items()}
-    safetensors.torch.save_file(state, tmp_path / "adapter_model.safetensors")
-    trainer._load_from_checkpoint(str(tmp_path))
-    assert all(torch.equal(tensor, state[name]) for name, tensor in prefix_state_dict(model).items())
-    safetensors.torch.save_file({"embedding.weight": torch.zeros(4, 2)}, tmp_path / "adapter_model.safetensors")
+    other, _ = qgraft.load(tiny_gguf("llama").path)
+    for projection in (True, False):
+        qgraft.detach_adapter(other)
+        qgraft.attach_prefix(other, 4, prefix_projection=projection)
+        qgraft.save_adapter(other, tmp_path / str(projection))
+        if projection:
+            trainer._load_from_checkpoint(str(tmp_path / "True"))
+            state = prefix_state_dict(other)
+            assert all(torch.equal(tensor, state[name]) for name, tensor in prefix_state_dict(model).items())
     with pytest.raises(CheckpointError, match="holds another adapter"):
-        trainer._load_from_checkpoint(str(tmp_path))
+        trainer._load_from_checkpoint(str(tmp_path / "False"))

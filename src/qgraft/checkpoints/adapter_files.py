@@ -280,7 +280,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         check_kind(folder / CONFIG, config)
         check_values(folder / CONFIG, config)
     state = read_tensors(folder)
-    return config, state | _read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
+    return config, state | read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:
@@ -301,7 +301,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names, from safetensors or a pickle of tensors only. Raises AdapterError."""
     pickled = folder / "adapter_model.bin"
     if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
+        return read_safetensors(folder / WEIGHTS)
     if not pickled.is_file():
         raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
     try:
@@ -313,7 +313,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return loaded
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. Raises AdapterError."""
     try:
         return safetensors.torch.load_file(path)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:

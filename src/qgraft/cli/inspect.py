@@ -78,8 +78,15 @@ def _ranks(file: Any) -> dict[int, int]:
 
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft import storage
-    from qgraft.checkpoints.adapter_files import SEAL, read_peft_config, read_seal, read_tensors, sealed_files
-    from qgraft.checkpoints.prefix_files import is_prefix_config
+    from qgraft.checkpoints.adapter_files import (
+        SEAL,
+        read_peft_config,
+        read_safetensors,
+        read_seal,
+        read_tensors,
+        sealed_files,
+    )
+    from qgraft.checkpoints.prefix_files import ENCODER, is_prefix_config
 
     state, seal, config = read_tensors(path), read_seal(path), read_peft_config(path)
     problems = storage.check_files(path, sealed_files(path / SEAL, seal)) if seal else []
@@ -94,6 +101,8 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
         **{key: value for key, value in (seal or {}).items() if key not in ("files", "kind", "parameters")},
     }
     if tensors:
+        if (path / ENCODER).is_file() and is_prefix_config(config):
+            state |= read_safetensors(path / ENCODER)
         findings["tensors"] = {key: f"{t.dtype} {list(t.shape)}" for key, t in state.items()}
     return findings
 

@@ -81,6 +81,7 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter that is named attached."""
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import chatglm_format, load
+    from qgraft.training.run import check_adapter
 
     name, quantize = str(arguments.model_name_or_path), arguments.quantize
     if arguments.quantization_bit is not None:
@@ -95,6 +96,7 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     if arguments.adapter_name_or_path:
         loaded = load_adapter(model, arguments.adapter_name_or_path, arguments.adapter_name, force=arguments.force)
         print_note(str(loaded))
+        check_adapter(model, arguments)
         if not arguments.do_train:
             prompt_as_in_training(arguments, trained_with(model, arguments.adapter_name))
     elif not arguments.do_train:

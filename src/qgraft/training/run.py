@@ -36,7 +36,7 @@ from qgraft.adapters.attach import (
 )
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.checkpoints.adapter_files import save_adapter
-from qgraft.errors import CheckpointError, DataError, StorageError
+from qgraft.errors import CheckpointError, DataError, OptionError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
@@ -282,6 +282,7 @@ def _split(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Samp
 def _prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     """Make args.adapter_name the one that trains. Seeded, so that a run's first weights depend on its seed alone."""
     if args.adapter_name in adapter_names(model):
+        check_adapter(model, args)
         use_adapter(model, args.adapter_name)
         return
     torch.manual_seed(args.seed)
@@ -300,6 +301,23 @@ def _positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
     """How many positions of the context a prefix takes that is attached later."""
     is_new = args.finetuning_type == "p_tuning" and args.adapter_name not in adapter_names(model)
     return args.pre_seq_len or 0 if is_new and layout_of(model) == "peft" else 0
+
+
+def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
+    """Raise OptionError where the attached adapter args.adapter_name is not what the options speak of."""
+    name, wanted = args.adapter_name, args.finetuning_type
+    if not is_prefix(model, name):
+        if wanted == "p_tuning":
+            raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
+        return
+    length = prefix_encoder(model, name).config.pre_seq_len
+    if wanted == "p_tuning" and args.pre_seq_len != length:
+        raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens")
+    if wanted == "lora" and not args.adapter_name_or_path:
+        raise OptionError(
+            f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
+            hint=f"--pre_seq_len {length} to train it, or --adapter_name lora for a LoRA without it",
+        )
 
 
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
