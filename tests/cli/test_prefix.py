@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ def _no_environment_left(monkeypatch):
         monkeypatch.setenv(name, os.environ.get(name, "20000" if name == "GOMP_SPINCOUNT" else "false"))
 
 
-@pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "my.jsonl"
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "my.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return path
 
@@ -33,14 +34,13 @@ def train(model, rows_file, out, *more):
     assert cli.main([*words, *options, *more]) == 0
 
 
-@pytest.fixture
-def trained(tiny_gguf, tmp_path, rows_file, capsys):
-    """(model path, folder of a prefix with projection, folder of a LoRA)."""
-    model = tiny_gguf("llama").path
-    train(model, rows_file, tmp_path / "prefix", "--pre_seq_len", "4", "--prefix_projection", "true")
-    train(model, rows_file, tmp_path / "lora")
-    capsys.readouterr()
-    return model, tmp_path / "prefix", tmp_path / "lora"
+@pytest.fixture(scope="module")
+def trained(tiny_gguf, tmp_path_factory, rows_file):
+    """(model path, folder of a prefix with projection, folder of a LoRA). Do not change what is in them."""
+    model, folder = tiny_gguf("llama").path, tmp_path_factory.mktemp("trained")
+    train(model, rows_file, folder / "prefix", "--pre_seq_len", "4", "--prefix_projection", "true")
+    train(model, rows_file, folder / "lora")
+    return model, folder / "prefix", folder / "lora"
 
 
 def evaluate(capsys, rows_file, *words):
@@ -72,8 +72,8 @@ def test_eval_and_chat_take_both_kinds(trained, rows_file, capsys, monkeypatch):
     assert "active: prefix=1, lora=1; attached" in told
 
 
-def test_inspect_a_prefix(trained, capsys):
-    _, prefix, _ = trained
+def test_inspect_a_prefix(trained, tmp_path, capsys):
+    prefix = shutil.copytree(trained[1], tmp_path / "prefix")
     found = inspect(capsys, prefix, "--tensors")
     assert found["kind"] == "prefix (P-Tuning v2)"
     assert (found["pre_seq_len"], found["prefix_projection"], found["seal"]) == (4, True, "holds")

@@ -126,7 +126,8 @@ def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, 
     config = encoder.config
     options: dict[str, Any] = {**_base_config(model), "pre_seq_len": config.pre_seq_len}
     with storage.publish_folder(folder) as staging:
-        torch.save(state, staging / BIN)
+        with open(staging / BIN, "wb") as file:  # given a path, torch raises something else for a full disk
+            torch.save(state, file)
         storage.write_json(staging / "config.json", {**options, "prefix_projection": config.prefix_projection})
     return (folder / BIN).stat().st_size
 

@@ -79,6 +79,7 @@ def _check(arguments: "TrainArguments") -> None:
 
 def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter that is named attached."""
+    from qgraft.adapters.attach import active_adapters
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import chatglm_format, load
     from qgraft.training.run import check_adapter
@@ -99,7 +100,7 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
         check_adapter(model, arguments)
         if not arguments.do_train:
             prompt_as_in_training(arguments, trained_with(model, arguments.adapter_name))
-    elif not arguments.do_train:
+    elif not arguments.do_train and not active_adapters(model):
         print_note("note: no adapter is given, so this is about the base")
     return model, tokenizer
 
