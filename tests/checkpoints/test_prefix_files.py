@@ -306,7 +306,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "edited values": (lambda f: flip_last_byte(f / WEIGHTS), AdapterError, f"(?s)changed since.*{WEIGHTS}: SHA-256"),
     "edited projection": (lambda f: flip_last_byte(f / ENCODER), AdapterError, f"(?s)changed since.*{ENCODER}: SHA"),
     "projection gone": (lambda f: (f / ENCODER).unlink(), AdapterError, f"(?s)changed since.*{ENCODER}: missing"),
-    "edited options": (lambda f: edit_json(f / CONFIG, token_dim=9), AdapterError, f"(?s)changed since.*{CONFIG}"),
+    "edited options": (lambda f: edit_json(f / CONFIG, num_virtual_tokens=9), AdapterError, f"(?s)changed since.*{CONFIG}"),
     "another base": (
         lambda f: edit_json(f / SEAL, base={"fingerprint": "qg1:0", "source": "elsewhere"}), AdapterError,
         r"trained on another base: qg1:0 \(elsewhere\)"

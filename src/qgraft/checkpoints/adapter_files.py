@@ -271,14 +271,14 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     AdapterError, UnsupportedError; whether it fits a model is load_adapter's question.
     """
     config, seal = read_peft_config(folder), read_seal(folder)
-    files = {} if seal is None else sealed_files(folder / SEAL, seal)
-    if changed := storage.check_files(folder, files):
-        raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     if is_prefix_config(config):
         check_prefix_config(folder / CONFIG, config)
     else:
         check_kind(folder / CONFIG, config)
         check_values(folder / CONFIG, config)
+    files = {} if seal is None else sealed_files(folder / SEAL, seal)
+    if changed := storage.check_files(folder, files):
+        raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     state = read_tensors(folder)
     return config, state | read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
 
