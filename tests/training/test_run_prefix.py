@@ -157,3 +157,16 @@ def test_options_that_speak_of_another_adapter_are_refused(tiny_gguf, tmp_path):
     with pytest.raises(OptionError, match="finetuning_type=p_tuning: the adapter 'lora' is a LoRA"):
         train(model, tokenizer, ROWS, arguments(tmp_path / "out", adapter_name="lora"))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_new_prefix_takes_its_positions_from_the_context(tiny_gguf, tmp_path):
+    """Samples are cut so that prefix and sample fit; once it is attached the limit is the same."""
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    model.config.max_position_embeddings = 40
+    options = {"pre_seq_len": 8, "max_steps": 1, "save_strategy": "no", "max_length": 100}
+    rows = [{"instruction": "a", "output": "b " * 60}] * 4
+    report = train(model, tokenizer, rows, arguments(tmp_path / "new", **options))
+    again = train(model, tokenizer, rows, arguments(tmp_path / "again", **options))
+    for each in (report, again):
+        assert "the model's context is 32 tokens" in each.notes[0]
+        assert each.accounting.truncated == 4

@@ -82,7 +82,7 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     from qgraft.adapters.attach import active_adapters
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import chatglm_format, load
-    from qgraft.training.run import check_adapter
+    from qgraft.training.adapter import check_adapter
 
     name, quantize = str(arguments.model_name_or_path), arguments.quantize
     if arguments.quantization_bit is not None:

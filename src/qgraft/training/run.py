@@ -20,23 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
-from qgraft.adapters.attach import (
-    adapter_names,
-    attach_lora,
-    count_parameters,
-    is_prefix,
-    lora_modules,
-    prefix_encoder,
-    use_adapter,
-)
-from qgraft.adapters.attach_prefix import attach_prefix, layout_of
+from qgraft.adapters.attach import count_parameters
 from qgraft.checkpoints.adapter_files import save_adapter
-from qgraft.errors import CheckpointError, DataError, OptionError, StorageError
+from qgraft.errors import CheckpointError, DataError, StorageError
+from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
@@ -101,11 +92,11 @@ def train(
     folder = Path(str(args.output_dir))
     resume, passed_over = check_output_dir(args)
     notes = [*args.notes, *passed_over]
-    limit = sample_limit(model, args.max_length, _positions_to_take(model, args))
+    limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
-    _prepare_adapter(model, args)
+    prepare_adapter(model, args)
     if resume is None:  # only now, when nothing that is given can be wrong any more
         _clear_earlier_run(folder)
     else:
@@ -279,58 +270,12 @@ def _split(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Samp
     return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
 
 
-def _prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
-    """Make args.adapter_name the one that trains. Seeded, so that a run's first weights depend on its seed alone."""
-    if args.adapter_name in adapter_names(model):
-        check_adapter(model, args)
-        use_adapter(model, args.adapter_name)
-        return
-    torch.manual_seed(args.seed)
-    _attach_new(model, args)
-
-
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:
     """`args` with the names of the datasets in it, so that merging finds the rows again; rows themselves have none."""
     args = copy.copy(args)
     args.dataset = dataset if isinstance(dataset, str) else args.dataset
     args.eval_dataset = eval_dataset if isinstance(eval_dataset, str) else args.eval_dataset
     return args
-
-
-def _positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
-    """How many positions of the context a prefix takes that is attached later."""
-    is_new = args.finetuning_type == "p_tuning" and args.adapter_name not in adapter_names(model)
-    return args.pre_seq_len or 0 if is_new and layout_of(model) == "peft" else 0
-
-
-def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
-    """Raise OptionError where the attached adapter args.adapter_name is not what the options speak of."""
-    name, wanted = args.adapter_name, args.finetuning_type
-    if not is_prefix(model, name):
-        if wanted == "p_tuning":
-            raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
-        return
-    length = prefix_encoder(model, name).config.pre_seq_len
-    if wanted == "p_tuning" and args.pre_seq_len != length:
-        raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens")
-    if wanted == "lora" and not args.adapter_name_or_path:
-        raise OptionError(
-            f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
-            hint=f"--pre_seq_len {length} to train it, or --adapter_name lora for a LoRA without it",
-        )
-
-
-def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
-    """An adapter of the kind and with the options of `arguments`."""
-    name = arguments.adapter_name
-    if arguments.finetuning_type == "p_tuning":
-        assert arguments.pre_seq_len is not None
-        attach_prefix(model, arguments.pre_seq_len, arguments.prefix_projection, arguments.prefix_dropout, name)
-        return
-    attach_lora(
-        model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
-        arguments.use_rslora, name,
-    )  # fmt: skip
 
 
 def _save(
@@ -341,7 +286,7 @@ def _save(
     run = {
         "finished": report.finished,
         "steps": report.steps,
-        "adapter": _describe_adapter(model, args.adapter_name),
+        "adapter": describe_adapter(model, args.adapter_name),
         "parameters": report.parameters,
         "metrics": report.metrics,
         "dataset": {
@@ -362,16 +307,6 @@ def _save(
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
         plots.plot_losses(folder / METRICS, folder / "loss.png")
-
-
-def _describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
-    """What kind of adapter was trained, and with which options of its own."""
-    if is_prefix(model, name):
-        return {"kind": "prefix", **dataclasses.asdict(prefix_encoder(model, name).config)}
-    layers = dict(lora_modules(model, name))
-    configs = [dataclasses.asdict(lora.config) for lora in layers.values()]
-    common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
-    return {"kind": "lora", "layers": len(layers), **common}
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:

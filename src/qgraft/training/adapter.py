@@ -1,0 +1,68 @@
+"""Which adapter a run trains: one that is on the model, or a new one of the kind and with the options that are asked for."""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qgraft.adapters.attach import adapter_names, attach_lora, is_prefix, lora_modules, prefix_encoder, use_adapter
+from qgraft.adapters.attach_prefix import attach_prefix, layout_of
+from qgraft.errors import OptionError
+from qgraft.training.arguments import TrainArguments
+
+
+def prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
+    """Make args.adapter_name the one that trains. Seeded, so that a run's first weights depend on its seed alone."""
+    if args.adapter_name in adapter_names(model):
+        check_adapter(model, args)
+        use_adapter(model, args.adapter_name)
+        return
+    torch.manual_seed(args.seed)
+    _attach_new(model, args)
+
+
+def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
+    """Raise OptionError where the attached adapter args.adapter_name is not what the options speak of."""
+    name, wanted = args.adapter_name, args.finetuning_type
+    if not is_prefix(model, name):
+        if wanted == "p_tuning":
+            raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
+        return
+    length = prefix_encoder(model, name).config.pre_seq_len
+    if wanted == "p_tuning" and args.pre_seq_len != length:
+        raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens")
+    if wanted == "lora" and not args.adapter_name_or_path:
+        raise OptionError(
+            f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
+            hint=f"--pre_seq_len {length} to train it, or --adapter_name lora for a LoRA without it",
+        )
+
+
+def positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
+    """How many positions of the context a prefix takes that is attached later."""
+    is_new = args.finetuning_type == "p_tuning" and args.adapter_name not in adapter_names(model)
+    return (args.pre_seq_len or 0) if is_new and layout_of(model) == "peft" else 0
+
+
+def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
+    """What kind of adapter was trained, and with which options of its own."""
+    if is_prefix(model, name):
+        return {"kind": "prefix", **dataclasses.asdict(prefix_encoder(model, name).config)}
+    layers = dict(lora_modules(model, name))
+    configs = [dataclasses.asdict(lora.config) for lora in layers.values()]
+    common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
+    return {"kind": "lora", "layers": len(layers), **common}
+
+
+def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
+    """An adapter of the kind and with the options of `arguments`."""
+    name = arguments.adapter_name
+    if arguments.finetuning_type == "p_tuning":
+        assert arguments.pre_seq_len is not None
+        attach_prefix(model, arguments.pre_seq_len, arguments.prefix_projection, arguments.prefix_dropout, name)
+        return
+    attach_lora(
+        model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
+        arguments.use_rslora, name,
+    )  # fmt: skip
