@@ -186,7 +186,7 @@ def test_prefixes_made_by_peft_load(
     assert prefix_encoder(model).config == PrefixConfig(LENGTH, prefix_dropout=0.0)
     save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "ours").eval()
-    assert torch.equal(logits(again, ids), logits(theirs, ids))
+    assert relative(logits(again, ids), logits(theirs, ids)) < 1e-5  # the projection, evaluated once more
 
 
 def test_without_the_seal_the_values_load_and_the_projection_does_not_count(tiny: Any, tmp_path: Path) -> None:
