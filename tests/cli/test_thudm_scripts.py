@@ -1,7 +1,6 @@
 """The scripts of ChatGLM-6B's and ChatGLM2-6B's ptuning folders, with the program's name changed.
 
-Steps and answers are shortened by words behind the scripts' own. A LoRA stands for the prefix where something is trained:
-what is tested here is the command line.
+Steps and answers are shortened by words behind the scripts' own, and the GPU is left alone; nothing else is changed.
 """
 
 import json
@@ -63,7 +62,7 @@ SCRIPTS = {  # what stands behind main.py
     "ChatGLM2-6B/ptuning/evaluate_finetune.sh": FULL,
 }
 GENERATIONS = {"chatglm": "ChatGLM-6B/ptuning", "chatglm2": "ChatGLM2-6B/ptuning"}
-HERE = ["--finetuning_type", "lora", "--use_cpu"]
+HERE = ["--use_cpu"]
 
 
 def words(script, **variables):
@@ -173,10 +172,11 @@ def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     scripts = GENERATIONS[generation]
     assert cli.main(train_words(generation)) == 0
     told = capsys.readouterr().err
-    assert "overwrite_cache has no effect" in told and "pre_seq_len has no effect" in told
+    assert "overwrite_cache has no effect" in told and "pre_seq_len" not in told
     out = tmp_path / "output" / f"adgen-{generation}-6b-pt-128-2e-2"
     saved = json.loads((out / "run.json").read_text())
     assert saved["steps"] == 2 and set(saved["base"]["formats"]) >= {"chatglm-int4"}
+    assert (saved["adapter"]["kind"], saved["adapter"]["pre_seq_len"]) == ("prefix", 128)
     kept = sorted(path.name for path in out.iterdir())
     assert "checkpoint-2" in kept
 
@@ -184,7 +184,7 @@ def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     assert cli.main(["train", *test, "--max_new_tokens", "5", *HERE]) == 0
     printed = capsys.readouterr()
     assert "BLEU-4" in printed.out and "ROUGE-L" in printed.out and "of 3 answers" in printed.out
-    assert "read 3 rows, kept 3" in printed.err and "applied to 8/8 layers" in printed.err
+    assert "read 3 rows, kept 3" in printed.err and "prefix of 128 tokens, applied to 2/2 layers" in printed.err
     assert sorted(path.name for path in out.iterdir()) == sorted(
         [*kept, "generated_predictions.txt", "predict_results.json"]
     )
@@ -197,11 +197,32 @@ def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     assert results["predict_samples"] == 3 and results["generation"] == drawn
 
 
+def test_evaluate_sh_on_what_the_original_train_sh_leaves(generation, tmp_path, capsys):
+    assert cli.main(train_words(generation)) == 0
+    out = tmp_path / "output" / f"adgen-{generation}-6b-pt-128-2e-2"
+    test = words(f"{GENERATIONS[generation]}/evaluate.sh", CHECKPOINT=out.name)
+    evaluate = ["train", *test, "--max_new_tokens", "5", *HERE]
+    assert cli.main(evaluate) == 0
+    ours = (out / "generated_predictions.txt").read_bytes()
+    model = ["--model", f"THUDM/{generation}-6b", "--force"]  # this one is not packed, and a seal names its base
+    export = ["export", *model, "--adapter", str(out), "--to", "thudm", "--output", str(tmp_path / "theirs")]
+    assert cli.main(export) == 0
+    shutil.rmtree(out / "checkpoint-2")
+    (tmp_path / "theirs").rename(out / "checkpoint-2")
+    capsys.readouterr()
+    assert cli.main(evaluate) == 0
+    told = capsys.readouterr().err
+    assert "prefix of 128 tokens, applied to 2/2 layers" in told and "cannot be verified" in told
+    assert (out / "generated_predictions.txt").read_bytes() == ours
+    assert cli.main([*evaluate, "--pre_seq_len", "64"]) == 2
+    assert "pre_seq_len=64: the prefix 'default' has 128 tokens" in capsys.readouterr().err
+
+
 def test_train_chat_sh(generation, tmp_path, capsys):
     chat = words(f"{GENERATIONS[generation]}/train_chat.sh")
     assert cli.main(["train", *chat, "--max_steps", "1", "--gradient_accumulation_steps", "2", *HERE]) == 0
     saved = json.loads((tmp_path / "chat-out" / "run.json").read_text())
-    assert saved["dataset"]["samples"] == 2 and saved["finished"]
+    assert saved["dataset"]["samples"] == 2 and saved["finished"] and saved["adapter"]["kind"] == "prefix"
 
 
 def test_evaluate_finetune_sh(generation, tmp_path, tiny_chatglm):
