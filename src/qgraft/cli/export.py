@@ -24,6 +24,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--model", required=True, help="the base: GGUF file, folder, hub id (org/name:file.gguf), known model"
     )
+    parser.add_argument("--quantize", metavar="FORMAT", help="pack a float base while loading, as in training")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to write")
     parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf-lora) or folder (others) to write")
     parser.add_argument(
@@ -39,7 +40,7 @@ def run(words: Sequence[str]) -> int:
     from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
-    model, _ = load(options.model, dtype="float32", device="cpu")
+    model, _ = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
     name = free_name(source.resolve().name, adapter_names(model))
     print_note(str(load_adapter(model, source, name, force=options.force)))
     arguments = trained_with(model, name)
