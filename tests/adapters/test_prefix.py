@@ -685,6 +685,8 @@ def test_the_prefix_takes_room_from_the_context_where_it_is_counted() -> None:
         assert (counted_positions(model), sample_limit(model, 1000), sample_limit(model, 20)) == (64 - left, left, 20)
         use_adapter(model, None)
         assert sample_limit(model, 1000) == 64
+    with pytest.raises(OptionError, match="a prefix of 63 tokens leaves no room for a sample"):
+        sample_limit(tiny("gpt2"), 1000, reserved=63)
 
 
 def test_another_attention_that_knows_no_prefix_is_an_error_not_a_no_op() -> None:

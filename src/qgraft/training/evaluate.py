@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach_prefix import counted_positions
+from qgraft.errors import OptionError
 from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
@@ -64,10 +65,20 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
     """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes.
 
     Args:
-        reserved: positions that something else takes.
+        reserved: positions that a prefix takes which is attached later.
+
+    Raises OptionError where prefixes leave no room for a question and its answer.
     """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return min(max_length, context - counted_positions(model) - reserved) if isinstance(context, int) else max_length
+    if not isinstance(context, int):
+        return max_length
+    taken = counted_positions(model) + reserved
+    if taken and context - taken < 2:
+        raise OptionError(
+            f"a prefix of {taken} tokens leaves no room for a sample: the model's context is {context} tokens",
+            hint="give a smaller pre_seq_len",
+        )
+    return min(max_length, context - taken)
 
 
 @torch.no_grad()
