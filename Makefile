@@ -12,7 +12,7 @@ demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
 
 test: $(READY)            ## the tests that need neither a network nor a GPU
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 test-slow: $(READY)       ## the others, but those for a GPU
 	$(BIN)/python -m pytest -q -m "slow and not cuda"
