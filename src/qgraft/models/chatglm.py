@@ -30,13 +30,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from qgraft.attention import SAMPLES
+from qgraft.models.causal_lm import CausalLM
 from qgraft.models.prefix_lm import (
     HINT,
     Marks,
@@ -320,7 +320,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         return visible_keys(rows_B2T, past, keys, sample_BT, given)
 
 
-class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, PrefixGenerationMixin):
+class ChatGLMForConditionalGeneration(CausalLM, ChatGLMPreTrainedModel, PrefixGenerationMixin):
     """The model with its output layer, which is the embedding again."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.word_embeddings.weight"}  # noqa: RUF012
@@ -330,44 +330,3 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, PrefixGenerationMi
         self.transformer = ChatGLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits [batch, tokens, vocabulary]; the arguments are those of ChatGLMModel, and:
-
-        Args:
-            labels: [batch, tokens], aligned with input_ids, -100 = not learned; the loss is computed in float32.
-            logits_to_keep: only of the last so many tokens, or of these indices; 0 for all.
-        """
-        outputs = self.transformer(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
