@@ -1,6 +1,7 @@
-"""What the tests of saving share: a disk that fills up."""
+"""What the tests of saving share: disks that fill up or break."""
 
 import errno
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -44,3 +45,25 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextMa
             yield
 
     return full
+
+
+@pytest.fixture
+def failing_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], AbstractContextManager[None]]:
+    """`with failing_after("fsync", 3):` os.fsync works three times and then reports a broken disk."""
+
+    @contextmanager
+    def failing(operation: str, allowed: int) -> Iterator[None]:
+        real, calls = getattr(os, operation), 0
+
+        def counted(*args: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > allowed:
+                raise OSError(5, "Input/output error")
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, operation, counted)
+            yield
+
+    return failing

@@ -1,7 +1,6 @@
 """save_adapter and load_adapter: PEFT is the oracle of the numbers; whatever PEFT would swallow is refused and listed."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -558,12 +557,11 @@ def variants(tiny: Any, tmp_path: Path) -> tuple[PreTrainedModel, PreTrainedMode
 @pytest.mark.parametrize("before", ["nothing", "sealed", "from PEFT"])
 @pytest.mark.parametrize("operation", ["replace", "fsync"])
 def test_a_save_that_stops_is_never_a_mixture(
-    tiny: Any, tmp_path: Path, random_ids: Maker, monkeypatch: pytest.MonkeyPatch, before: str, operation: str
+    tiny: Any, tmp_path: Path, random_ids: Maker, failing_after: Maker, before: str, operation: str
 ) -> None:
     old, new = variants(tiny, tmp_path)
     ids = random_ids(old)
     allowed = [logits(old, ids), logits(new, ids)]
-    real = getattr(os, operation)
     outcomes = []
     for stop in range(12):
         folder = tmp_path / f"{stop}"
@@ -571,22 +569,12 @@ def test_a_save_that_stops_is_never_a_mixture(
             save_adapter(old, folder)
         if before == "from PEFT":
             (folder / SEAL).unlink()
-        calls = 0
-
-        def failing(*args: Any, stop: int = stop) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > stop:
-                raise OSError(5, "Input/output error")
-            return real(*args)
-
-        monkeypatch.setattr(os, operation, failing)
         finished = True
         try:
-            save_adapter(new, folder)
+            with failing_after(operation, stop):
+                save_adapter(new, folder)
         except StorageError:
             finished = False
-        monkeypatch.setattr(os, operation, real)
         model, refused = load_base(tiny), ""
         try:
             load_adapter(model, folder)
