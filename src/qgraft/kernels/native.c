@@ -3,6 +3,7 @@
  * Two jobs, for the 32-element GGML blocks, the row-wise ChatGLM formats and 16-bit floats:
  *
  *   qgraft_dequantize    packed rows -> float32 rows, one row at a time; the caller multiplies panels of rows with sgemm
+ *                        (qgraft_dequantize_bf16: -> bfloat16 rows)
  *   qgraft_linear_small  y[M, out] = x[M, in] * W^T for a few rows of x: each packed row is read once, unpacked into a
  *                        buffer that stays in the first-level cache, and multiplied with all M rows of x
  *
@@ -176,6 +177,37 @@ int qgraft_dequantize(int format, const uint8_t *data, const float *scales, int6
 #pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 16384)
     for (int64_t r = 0; r < rows; r++)
         unpack_row(format, data + r * stride, columns, scales ? scales[r] : 1.0f, out + r * columns);
+    return 0;
+}
+
+enum { CHUNK = 1024 }; /* columns unpacked at a time where a row is not needed whole: a multiple of every block */
+
+/* Round to nearest, ties to even, as torch does; NaN stays NaN. */
+FOR_EACH_CPU static void to_bf16(const float *values, int64_t n, uint16_t *out) {
+    for (int64_t j = 0; j < n; j++) {
+        uint32_t bits;
+        memcpy(&bits, values + j, 4);
+        const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+        const uint32_t quiet = bits >> 16 | 0x40;
+        out[j] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+    }
+}
+
+/* As qgraft_dequantize, each float32 value rounded to bfloat16. */
+int qgraft_dequantize_bf16(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns,
+                           uint16_t *out, int threads) {
+    const int64_t stride = row_bytes(format, columns), step = row_bytes(format, CHUNK);
+    if (stride < 0) return -1;
+#pragma omp parallel for schedule(static) num_threads(threads) if (rows * columns > 16384)
+    for (int64_t r = 0; r < rows; r++) {
+        float values[CHUNK];
+        const uint8_t *p = data + r * stride;
+        for (int64_t j = 0; j < columns; j += CHUNK, p += step) {
+            const int64_t n = columns - j < CHUNK ? columns - j : CHUNK;
+            unpack_row(format, p, n, scales ? scales[r] : 1.0f, values);
+            to_bf16(values, n, out + r * columns + j);
+        }
+    }
     return 0;
 }
 
