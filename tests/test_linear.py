@@ -2,15 +2,25 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import LoraLinear
+import qgraft
+from qgraft.adapters.lora import LoraConfig, LoraLinear
 from qgraft.formats import FORMATS, PackedTensor, quantize
-from qgraft.linear import LinearLike, PackedWeight, QuantizedEmbedding, QuantizedLinear, grad_input, to_autocast
+from qgraft.linear import (
+    LinearLike,
+    PackedWeight,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    computing,
+    grad_input,
+    to_autocast,
+)
 
 WRITABLE = sorted(name for name, each in FORMATS.items() if each.quantize)
 CASTS = {
@@ -289,3 +299,41 @@ def test_from_params_keeps_the_tensors_of_a_checkpoint(bits: int) -> None:
 def test_from_params_refuses_what_is_no_checkpoint(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizedLinear.from_params(*arguments)
+
+
+def test_bf16_products_are_those_of_rounded_numbers_and_only_within_the_block() -> None:
+    layer = QuantizedLinear(make_packed("q4_1", 24, 64))
+    x = torch.randn(40, 64, requires_grad=True)
+    exact = layer(x)
+    with computing(layer, "bf16"):
+        y = layer(x)
+        few = layer(x[:3])
+    expected = x.detach().bfloat16().float() @ layer.dequantize(torch.bfloat16).float().T
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, expected, rtol=2**-8, atol=1e-6)
+    assert not torch.equal(y, exact)
+    assert torch.equal(layer(x), exact)
+    assert torch.equal(few, layer(x[:3])), "few rows are computed in float32"
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, layer.dequantize().sum(0).expand(40, -1), rtol=2**-6, atol=0.05)
+
+
+def test_bf16_does_not_swallow_a_delta_below_its_step() -> None:
+    """y is about 1, a delta of 1e-3 is a quarter of bfloat16's step there: added in bfloat16 it would change nothing."""
+    layer = LoraLinear(nn.Linear(64, 8, bias=False))
+    layer.base = QuantizedLinear(quantize(torch.full((8, 64), 1 / 64), "q8_0"))
+    layer.add("a", LoraConfig(r=1, lora_alpha=1), (torch.full((1, 64), 1 / 64), torch.full((8, 1), 1e-3)))
+    layer.active = {"a": 1.0}
+    x = torch.ones(20, 64)
+    with computing(layer, "bf16"):
+        delta = layer(x) - layer.base(x)
+    torch.testing.assert_close(delta, torch.full((20, 8), 1e-3), rtol=1e-2, atol=0)
+
+
+def test_bf16_leaves_the_output_layer_in_float32(tiny_gguf: Callable[..., Any]) -> None:
+    model, _ = qgraft.load(tiny_gguf("llama", tied=True).path)
+    with computing(model, "bf16"):
+        computes = {name: m.compute for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+    assert computes.pop("lm_head", "float32") == "float32"
+    assert set(computes.values()) == {"bf16"}
+    assert all(m.compute == "float32" for m in model.modules() if isinstance(m, QuantizedLinear))

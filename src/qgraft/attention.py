@@ -151,19 +151,21 @@ def attend_samples(
     contexts = [0] * len(bounds) if context_lens is None else context_lens.tolist()
     front = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix.of(module, key, value)
     grouped = query.shape[1] != key.shape[1]
+    lengths = [stop - start for start, stop in bounds]
+    # split, not slices: the gradient of each slice would be a tensor of zeros as large as the whole
+    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     parts = []
-    for (start, stop), context in zip(bounds, contexts, strict=True):
-        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+    for (q, k, v), context in zip(samples, contexts, strict=True):
         if prefix is not None:
             k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
-        mask = _sample_mask(stop - start, front[0].shape[2], sliding_window, context, query.device)
+        mask = _sample_mask(q.shape[2], front[0].shape[2], sliding_window, context, query.device)
         causal = mask is None
         parts.append(
             F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-            )
+            ).transpose(1, 2)
         )
-    return torch.cat(parts, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(parts, dim=1), None
 
 
 def _sample_mask(

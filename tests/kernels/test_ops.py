@@ -154,7 +154,8 @@ def test_native_panels_cover_every_row(
 ) -> None:
     """Panels that are smaller than a row, that divide the rows, that leave a rest, that are one whole weight."""
     use_kernels("native")
-    monkeypatch.setattr(native, "PANEL_WEIGHTS", panel_rows * 96 + 1)
+    monkeypatch.setattr(native, "PANEL_BYTES", 4 * panel_rows * 96 + 1)
+    monkeypatch.setattr(native, "BF16_PANEL_BYTES", 2 * panel_rows * 96 + 1)
     monkeypatch.setattr(native, "PANEL_ROWS", 1)
     packed = random_packed(format, 33, 96)
     w_OI = format_dequantize(packed, torch.float64)
@@ -170,7 +171,8 @@ def test_half_precision_input_gradient_keeps_growing_over_many_panels(
 ) -> None:
     """4096 rows of ones, one row a panel: a sum kept in bfloat16 would stop at 256, in float16 at 2048."""
     use_kernels("native")
-    monkeypatch.setattr(native, "PANEL_WEIGHTS", 1)
+    monkeypatch.setattr(native, "PANEL_BYTES", 1)
+    monkeypatch.setattr(native, "BF16_PANEL_BYTES", 1)
     monkeypatch.setattr(native, "PANEL_ROWS", 1)
     packed = PackedTensor("chatglm-int8", (4096, 2), torch.ones(4096, 2, dtype=torch.int8), torch.ones(4096).half())
     got = linear_grad_input(torch.ones(1, 4096, dtype=dtype), packed)

@@ -14,13 +14,14 @@ values and scaling are those of PEFT, so that its files and ours are the same.
 The whole layer is one autograd function. It saves x, A and B and nothing else: x A^T is computed again in the backward
 pass (2·r·in operations a token, a few thousandths of the layer), the dropout mask is drawn again from its seed, the
 base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written with ordinary
-modules, the same layer keeps x A^T, the masked x and an output-sized temporary.
+modules, the same layer keeps x A^T, the masked x and an output-sized temporary. Where x itself is cheap to compute from
+what is kept anyway (`recomputable`), not even x is saved.
 
 Adapter weights are float32 whatever the base computes in: Adam in half precision loses small updates.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -32,7 +33,7 @@ from torch.nn.functional import dropout as drop_inputs
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.linear import LinearLike, QuantizedLinear, grad_input, to_autocast
+from qgraft.linear import LinearLike, QuantizedLinear, grad_input, product_dtype, to_autocast
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,20 @@ class LoraConfig:
     def scaling(self) -> float:
         """What the product B·A is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+@dataclass(frozen=True, eq=False)
+class Recipe:
+    """How a tensor is computed again: `make(*tensors)`, cheaply, bit for bit what it was."""
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+def recomputable(x: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Let a LoraLinear that is given x save `tensors` instead, and compute x = make(*tensors) again when it needs it."""
+    x.qgraft_recipe = Recipe(make, tensors)  # type: ignore[attr-defined]
+    return x
 
 
 class Lora(nn.Module):
@@ -149,7 +164,9 @@ class LoraLinear(nn.Module):
             dropout = 0.0
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
         seed = int(torch.randint(2**62, ()).item()) if dropout else 0
-        return LoraFunction.apply(to_autocast(x), A, B, self.base, scaling, dropout, seed)
+        recipe: Recipe | None = getattr(x, "qgraft_recipe", None)
+        make, sources = (None, ()) if recipe is None else (recipe.make, recipe.tensors)
+        return LoraFunction.apply(to_autocast(x), A, B, self.base, scaling, dropout, seed, make, *sources)
 
     def _row_by_row(self, x: Tensor, rows: Rows) -> Tensor:
         """The base for the whole batch at once, then each adapter for all of its rows at once."""
@@ -213,41 +230,59 @@ class LoraFunction(torch.autograd.Function):
     With h = drop(x) A^T and g = dL/dy:
 
         dB = scaling · g^T h      gh = scaling · g B      dA = gh^T drop(x)      dx = g W + drop'(gh A)
+
+    The narrow products are written the way round that BLAS is fast at: rows of g and of x times few contiguous rows.
+    Where the base computes in bfloat16 (`QuantizedLinear.compute`), the products do, but the delta is added in float32:
+    it is mostly smaller than half a step of a bfloat16 y, to which adding it would change nothing.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, base: nn.Module, scaling: float, dropout: float, seed: int
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        base: nn.Module,
+        scaling: float,
+        dropout: float,
+        seed: int,
+        make: Callable[..., Tensor] | None = None,
+        *sources: Tensor,
     ) -> Tensor:
-        """x [..., in], A [r, in], B [out, r] -> y [..., out] in the dtype of x."""
-        ctx.base, ctx.scaling, ctx.dropout, ctx.seed = base, scaling, dropout, seed
-        ctx.save_for_backward(x, A, B)
-        y = base(x)
-        x_NI = x.reshape(-1, x.shape[-1])
-        h_NR = _drop(x_NI, dropout, seed) @ A.to(x.dtype).T
-        y.view(-1, y.shape[-1]).addmm_(h_NR, B.to(x.dtype).T, alpha=scaling)
-        return y
+        """x [..., in], A [r, in], B [out, r] -> y [..., out] in the dtype of x; x = make(*sources), where given."""
+        ctx.base, ctx.scaling, ctx.dropout, ctx.seed, ctx.make = base, scaling, dropout, seed, make
+        dtype = ctx.dtype = product_dtype(base, x)
+        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        ctx.save_for_backward(A, B, *(sources if make else (x_NI,)))
+        y_NO = base(x_NI).to(x.dtype)
+        h_NR = _drop(x_NI, dropout, seed) @ A.to(dtype).T
+        y_NO.addmm_(h_NR.to(x.dtype), B.to(x.dtype).T, alpha=scaling)
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable  # a second derivative is refused: it would have to keep what this function does not save
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [..., out] -> gradients of x, A and B."""
-        x, A, B = ctx.saved_tensors
+        A, B, *sources = ctx.saved_tensors
+        x = ctx.make(*sources) if ctx.make else sources[0]
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        x_NI, g_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        x_NI, g_NO = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
         dropped_NI = _drop(x_NI, ctx.dropout, ctx.seed)
-        gh_NR = (g_NO @ B.to(grad.dtype)) * ctx.scaling
+        gh_NR = (g_NO @ B.to(ctx.dtype).T.contiguous().T).mul_(ctx.scaling)
         grad_A = (gh_NR.T @ dropped_NI).to(A.dtype) if needs_A else None
-        grad_B = (g_NO.T @ (dropped_NI @ A.to(x.dtype).T)).to(B.dtype) * ctx.scaling if needs_B else None
+        grad_B = None
+        if needs_B:
+            h_NR = dropped_NI @ A.to(ctx.dtype).T
+            grad_B = (h_NR.T @ g_NO).to(B.dtype).mul_(ctx.scaling).T
         grad_x = None
         if needs_x:
-            grad_x = grad_input(ctx.base, g_NO)
+            gx_NI = grad_input(ctx.base, g_NO).to(grad.dtype)
             if ctx.dropout:
-                grad_x += _drop(gh_NR @ A.to(grad.dtype), ctx.dropout, ctx.seed)
+                gx_NI += _drop((gh_NR @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)
             else:
-                grad_x.addmm_(gh_NR, A.to(grad.dtype))
-            grad_x = grad_x.view(x.shape)
-        return grad_x, grad_A, grad_B, None, None, None, None
+                gx_NI.addmm_(gh_NR.to(grad.dtype), A.to(grad.dtype))
+            grad_x = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
+        return grad_x, grad_A, grad_B, None, None, None, None, None, *(None for _ in sources)
 
 
 def _drop(x_NI: Tensor, dropout: float, seed: int) -> Tensor:

@@ -32,7 +32,7 @@ def examine() -> dict[str, Any]:
     from qgraft.formats import FORMATS
     from qgraft.kernels import KERNELS_VARIABLE, choose, native_status
     from qgraft.kernels.choice import OPS
-    from qgraft.training.arguments import has_fast_bf16
+    from qgraft.training.precision import has_fast_bf16
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     choices = [choose(op, name, device) for device in devices for name in FORMATS for op in OPS]

@@ -25,7 +25,8 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
 }  # fmt: skip
 
 SMALL_BATCH = 8  # rows of x up to which reading each packed row once beats unpacking for sgemm
-PANEL_WEIGHTS = 512 * 576  # weights unpacked at a time: 1.2 MB of float32, about one core's second-level cache
+PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
+BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
 PANEL_ROWS = 256  # at least: for 13 696 inputs, panels of 21 rows would halve the speed of sgemm
 
 _scratch = threading.local()
@@ -43,7 +44,8 @@ def _library() -> ctypes.CDLL | None:
 
 def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    library.qgraft_dequantize.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
+    for unpack in (library.qgraft_dequantize, library.qgraft_dequantize_bf16):
+        unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
     library.qgraft_linear_small.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
@@ -59,7 +61,7 @@ def native_status() -> tuple[bool, str]:
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """w_OI in `dtype`; float32 values are bit for bit those of the reference."""
-    w_OI = torch.empty(packed.shape, dtype=torch.float32)
+    w_OI = torch.empty(packed.shape, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
     _unpack(packed, 0, packed.shape[0], w_OI)
     return w_OI.to(dtype)
 
@@ -80,20 +82,28 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
     g_BO = grad.reshape(-1, grad.shape[-1])
     # Half precision is summed over panels in float32: a bfloat16 sum stops growing once a part is below its last bit.
-    gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1], dtype=torch.promote_types(grad.dtype, torch.float32))
+    gx_BI = None
     for start, stop, w_PI in _panels(packed, grad.dtype):
-        if gx_BI.dtype == grad.dtype:
-            gx_BI.addmm_(g_BO[:, start:stop], w_PI)
+        g_BP = g_BO[:, start:stop]
+        if gx_BI is None:
+            part = g_BP @ w_PI
+            gx_BI = part if stop == packed.shape[0] else part.to(torch.promote_types(grad.dtype, torch.float32))
+        elif gx_BI.dtype == grad.dtype:
+            gx_BI.addmm_(g_BP, w_PI)
         else:
-            gx_BI += g_BO[:, start:stop] @ w_PI
+            gx_BI += g_BP @ w_PI
+    if gx_BI is None:  # a weight without rows
+        gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1])
     return gx_BI.to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
 
 
 def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
     """Yield (first row, last row + 1, w_PI): the weight in unpacked panels that share one scratch buffer."""
     rows, columns = packed.shape
-    step = max(1, min(rows, max(PANEL_ROWS, PANEL_WEIGHTS // columns)))
-    scratch = _scratch_buffer(step * columns)
+    unpacked = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    panel_weights = BF16_PANEL_BYTES // 2 if unpacked == torch.bfloat16 else PANEL_BYTES // 4
+    step = max(1, min(rows, max(PANEL_ROWS, panel_weights // columns)))
+    scratch = _scratch_buffer(step * columns * unpacked.itemsize).view(unpacked)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         w_PI = scratch[: (stop - start) * columns].view(stop - start, columns)
@@ -102,16 +112,19 @@ def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untype
 
 
 def _scratch_buffer(size: int) -> Tensor:
-    """A float32 buffer kept for each thread: allocating it anew would cost a page fault every 4 kB."""
+    """A buffer of bytes kept for each thread: allocating it anew would cost a page fault every 4 kB."""
     buffer: Tensor | None = getattr(_scratch, "buffer", None)
     if buffer is None or buffer.numel() < size:
-        buffer = _scratch.buffer = torch.empty(size, dtype=torch.float32)
-    return buffer
+        buffer = _scratch.buffer = torch.empty(size, dtype=torch.uint8)
+    return buffer[:size]
 
 
 def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
+    """Write rows of the weight to `out`, float32 or bfloat16."""
     data, scales = packed.data[start:stop].contiguous(), _row_scales(packed, start, stop)
-    code = _loaded().qgraft_dequantize(
+    library = _loaded()
+    unpack = library.qgraft_dequantize_bf16 if out.dtype == torch.bfloat16 else library.qgraft_dequantize
+    code = unpack(
         FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), stop - start, packed.shape[1],
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

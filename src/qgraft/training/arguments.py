@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args, get_type_hints
 
-import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
+from qgraft.training.precision import settle_precision
 
 MOST_USED = {  # of transformers' options, in the short help: name -> text
     "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
@@ -106,6 +106,7 @@ class TrainArguments(TrainingArguments):
     temperature: float | None = _option(None, "Of drawn tokens; 0.95 with ChatGLM, else 1; 0: the likeliest.")
     top_p: float | None = _option(None, "Draw from this share of the probability; 0.7 with ChatGLM, else 1.")
 
+    compute: str = _option("auto", "CPU: products with packed weights in float32, bf16, or the faster that is there.")
     max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
@@ -119,8 +120,10 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         self.notes: list[str] = []  # what was replaced or ignored; the command line prints it
         self._settle_work()
-        self._settle_precision()
         self._check()
+        self._compute_dtype = settle_precision(self)
+        if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):  # renamed in newer transformers
+            self.activation_checkpointing, self.gradient_checkpointing = True, None
         never = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no"
         if never and self.do_train and (self.eval_dataset or self.val_size):
             self.eval_strategy = "epoch"
@@ -145,36 +148,6 @@ class TrainArguments(TrainingArguments):
             self.notes.append(f"pre_seq_len has no effect: finetuning_type is {self.finetuning_type}")
         if self.predict_with_generate and not (self.do_eval or self.do_predict):
             self.notes.append("predict_with_generate has no effect: neither do_eval nor do_predict is asked for")
-
-    def _settle_precision(self) -> None:
-        """Replace a precision that makes no sense on this device by one that does, and note it.
-
-        bf16 is served by a model that computes in bfloat16 throughout, so transformers' autocast stays off for it.
-        """
-        self._compute_dtype = "auto"
-        on_gpu = torch.cuda.is_available() and not self.use_cpu
-        if self.fp16_full_eval:
-            self.fp16_full_eval = False
-            if self.do_train:
-                self.notes.append("fp16_full_eval has no effect: a run evaluates as it trains")
-            else:
-                self.fp16 = True
-        if not on_gpu and self.fp16:
-            self.fp16 = False
-            self.notes.append("fp16: this device is a CPU, which computes in float32 instead")
-        if self.bf16:
-            self.bf16 = False
-            if on_gpu or has_fast_bf16():
-                self._compute_dtype = "bfloat16"
-            else:
-                self.notes.append("bf16: this CPU has no bfloat16 arithmetic (many times slower); float32 it is")
-        elif on_gpu and self.fp16:  # training: float32 tensors, float16 arithmetic by autocast, with loss scaling
-            self._compute_dtype = "float32" if self.do_train else "float16"
-        if not on_gpu:
-            self.dataloader_pin_memory = False
-        renamed = hasattr(self, "activation_checkpointing")  # in newer releases of transformers
-        if self.gradient_checkpointing and renamed:
-            self.activation_checkpointing, self.gradient_checkpointing = True, None
 
     def _check(self) -> None:
         if self.stage != "sft":
@@ -210,11 +183,6 @@ class TrainArguments(TrainingArguments):
             problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
         if problems:
             raise OptionError("; ".join(problems))
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def parse_arguments(argv: Sequence[str]) -> TrainArguments:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.attention import SAMPLES
+from qgraft.linear import computing
 from qgraft.training.attention import attention_arguments, sample_attention
 from qgraft.training.batches import IGNORED, Batch, collate, split_batch
 from qgraft.training.tokenizing import Sample
@@ -89,7 +90,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         start, rows = 0, MIN_CHUNK_ROWS
         while start < len(states_NH):
             chunk = states_NH[start : start + rows].detach().requires_grad_(wanted)
-            with torch.set_grad_enabled(wanted):
+            with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
                 logits = head(chunk).float()
                 targets = targets_N[start : start + rows]
                 loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
@@ -123,7 +124,7 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
         return
     batch = collate(sorted(samples, key=lambda sample: len(sample.input_ids))[:2])
     batch = {key: value.to(model.device) for key, value in batch.items()}
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), evaluating(model), computing(model, "float32"):
         expected = sum(_own_loss(model, part) for part in split_batch(batch, budget=0))
         with sample_attention(model):
             fast = _agrees(model, batch, expected)
@@ -133,7 +134,7 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in evaluation mode (no dropout); afterwards in the mode it was in."""
     training = model.training
     model.eval()

@@ -27,10 +27,12 @@ from qgraft import plots, storage
 from qgraft.adapters.attach import count_parameters
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
+from qgraft.linear import computing
 from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
+from qgraft.training.lean import lean_modules
 from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template
@@ -101,18 +103,19 @@ def train(
         _clear_earlier_run(folder)
     else:
         _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
-    before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
-    if before is not None:
-        storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
     watch, stop = Watch(folder, console), StopOnSignal()
     use_cache = model.config.use_cache  # the Trainer turns it off
     try:
-        with padding_free(model, samples) as problem:
+        with computing(model, args.compute), padding_free(model, samples) as problem, lean_modules(model):
+            before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
+            if before is not None:
+                storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
             if problem:
                 notes.append(f"{problem}; every sample passes through the model alone")
             budget = 0 if problem else args.max_tokens_per_pass
             watch.trainer = trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+            after = _last_eval_loss(trainer) or (evaluate_samples(model, eval_samples).loss if eval_samples else None)
     finally:
         watch.close()
         stop.close()
@@ -122,8 +125,8 @@ def train(
     metrics: dict[str, float] = {"train_loss": output.training_loss, "seconds": watch.seconds}
     if before is not None:
         metrics["eval_loss_before"] = before.loss
-    if eval_samples:
-        metrics["eval_loss"] = _last_eval_loss(trainer) or evaluate_samples(model, eval_samples).loss
+    if after is not None:
+        metrics["eval_loss"] = after
     metrics |= {
         "tokens_per_second": watch.tokens_per_second,
         "tokens": trainer.tokens_seen,
@@ -153,7 +156,8 @@ def evaluate_held_out(
         raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
     limit, template = sample_limit(model, args.max_length), resolve_template(tokenizer, args.template)
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
-    return evaluate_samples(model, samples), accounting
+    with computing(model, args.compute):
+        return evaluate_samples(model, samples), accounting
 
 
 def _last_eval_loss(trainer: LoraTrainer) -> float | None:
@@ -285,6 +289,7 @@ def _save(
     folder = report.output_dir
     run = {
         "finished": report.finished,
+        "compute": args.compute,
         "steps": report.steps,
         "adapter": describe_adapter(model, args.adapter_name),
         "parameters": report.parameters,

@@ -1,0 +1,81 @@
+"""Which arithmetic a run computes in, from the options that ask for one and what the device has.
+
+    compute    on a CPU: how the products with packed weights are computed ("float32", "bf16", "int8"); everything else,
+               norms, attention, residual stream, loss, stays in float32. `auto` is bf16 where the CPU multiplies
+               bfloat16 in hardware (AVX512-BF16, AMX), four times as fast as float32 there, else float32.
+    bf16       transformers' name: on a CPU the same as compute=bf16; on a GPU the whole model is in bfloat16
+    fp16       on a GPU transformers' autocast with loss scaling; no CPU has it
+
+Without such hardware bfloat16 products are 8 to 290 times slower than float32, so asking for them by name is an error
+there, and `bf16`, which configurations for GPUs carry along, is answered by a note.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from qgraft.errors import OptionError, UnsupportedError, near_match
+
+if TYPE_CHECKING:
+    from qgraft.training.arguments import TrainArguments
+
+COMPUTES = ("auto", "float32", "bf16")
+
+
+def has_fast_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(here and torch.backends.mkldnn.is_available())
+
+
+def settle_precision(args: "TrainArguments") -> str:
+    """Replace a precision that makes no sense on this device by one that does, and note it in args.notes.
+
+    Sets args.compute to what it will be. Returns the dtype that the model is to be loaded in.
+
+    Raises OptionError for an unknown `compute`, UnsupportedError for one that this CPU does not have.
+    """
+    if args.compute not in COMPUTES:
+        raise OptionError(
+            f"compute={args.compute!r}: expected one of {', '.join(COMPUTES)}", hint=near_match(args.compute, COMPUTES)
+        )
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    if args.fp16_full_eval:
+        args.fp16_full_eval = False
+        if args.do_train:
+            args.notes.append("fp16_full_eval has no effect: a run evaluates as it trains")
+        else:
+            args.fp16 = True
+    dtype = _settle_on_gpu(args) if on_gpu else _settle_on_cpu(args)
+    args.bf16 = False  # transformers' autocast stays off for it
+    return dtype
+
+
+def _settle_on_gpu(args: "TrainArguments") -> str:
+    if args.compute != "auto":
+        args.notes.append(f"compute={args.compute} has no effect: it is for CPUs")
+    args.compute = "float32"
+    if args.bf16:
+        return "bfloat16"
+    if args.fp16:  # training: float32 tensors, float16 arithmetic by autocast, with loss scaling
+        return "float32" if args.do_train else "float16"
+    return "auto"
+
+
+def _settle_on_cpu(args: "TrainArguments") -> str:
+    args.dataloader_pin_memory = False
+    if args.bf16 and not has_fast_bf16():
+        args.notes.append("bf16: this CPU has no bfloat16 arithmetic (many times slower); float32 it is")
+    elif args.bf16 and args.compute == "auto":
+        args.compute = "bf16"
+    if args.compute == "bf16" and not has_fast_bf16():
+        raise UnsupportedError(
+            "compute=bf16: this CPU has no bfloat16 arithmetic, expected AVX512-BF16 or AMX",
+            hint="leave it out: auto takes the fastest that is there",
+        )
+    if args.compute == "auto":
+        args.compute = "bf16" if has_fast_bf16() else "float32"
+    if args.fp16:
+        args.fp16 = False
+        args.notes.append(f"fp16: no CPU computes in it; products are computed in {args.compute} instead")
+    return "auto"

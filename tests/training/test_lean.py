@@ -1,0 +1,115 @@
+"""Lean norms and MLPs: the same loss and gradients as transformers' own, from less memory."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+import qgraft
+from qgraft.training.batches import collate
+from qgraft.training.lean import ACTIVATIONS, GatedProduct, RmsNorm, gated, lean_modules
+from qgraft.training.loss import batch_loss, label_states, padding_free
+from qgraft.training.tokenizing import Sample
+
+SAMPLES = [
+    Sample(list(range(1, 41)), [-100] * 20 + list(range(21, 41)), ""),
+    Sample(list(range(5, 15)), [-100, *range(6, 15)], ""),
+]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients_are_those_of_the_models_own_modules(
+    name: str, checkpointing: bool, tiny_gguf: Callable[..., Any]
+) -> None:
+    model, _ = qgraft.load(tiny_gguf(name).path)
+    qgraft.attach_lora(model, r=4, lora_dropout=0.2)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    if checkpointing:
+        renamed = getattr(model, "activation_checkpointing_enable", None)
+        (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    model.train()
+    batch = collate(SAMPLES)
+
+    def gradients() -> tuple[float, list[Tensor], int]:
+        model.zero_grad()
+        _, saved = counting(lambda: label_states(model, batch)[0], [*model.parameters(), *model.buffers()])
+        torch.manual_seed(0)
+        loss = batch_loss(model, batch)
+        loss.backward()
+        return loss.item(), [p.grad.clone() for p in model.parameters() if p.grad is not None], saved
+
+    with padding_free(model, SAMPLES):
+        loss, expected, saved = gradients()
+        with lean_modules(model) as count:
+            lean_loss, got, lean_saved = gradients()
+        assert gradients()[2] == saved, "the modules must be as they were"
+    assert lean_loss == pytest.approx(loss, rel=1e-6)
+    assert len(got) == len(expected) > 0
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    if name == "gpt2":  # layer norms and an MLP without a gate
+        assert count == 0
+    else:
+        assert count > 0
+        assert checkpointing or lean_saved < 0.95 * saved
+
+
+def counting(run: Callable[[], Any], held: list[Tensor]) -> tuple[Any, int]:
+    """The result, and how many bytes the graph keeps, beside tensors that are held anyway."""
+    kept: dict[int, int] = {}
+    others = {tensor.untyped_storage().data_ptr() for tensor in held}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = run()
+    return result, sum(size for pointer, size in kept.items() if pointer not in others)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 16)])
+def test_norm_agrees_with_float64_and_gradcheck(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(shape[-1], dtype=torch.float64)
+    y, r = RmsNorm.apply(x, weight, 1e-5)
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (shape[-1],), weight, 1e-5))
+    torch.testing.assert_close(r, (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt())
+    assert torch.autograd.gradcheck(lambda x: RmsNorm.apply(x, weight, 1e-5)[0], (x,))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=["silu", "gelu-tanh", "gelu"])
+def test_gated_product_passes_gradcheck(activation: Any) -> None:
+    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    torch.testing.assert_close(GatedProduct.apply(gate, up, activation), gated(activation[0], gate, up))
+    assert torch.autograd.gradcheck(lambda gate, up: GatedProduct.apply(gate, up, activation), (gate, up))
+
+
+class OtherRMSNorm(LlamaRMSNorm):
+    """Called a norm like the others, but it adds one."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return super().forward(hidden_states) + 1
+
+
+def test_only_what_computes_the_formula_is_replaced() -> None:
+    norms = nn.ModuleList([LlamaRMSNorm(8), GemmaRMSNorm(8), OtherRMSNorm(8), LlamaRMSNorm(8)])
+    norms.requires_grad_(False)
+    norms[3].requires_grad_(True)  # trained: its weight needs a gradient
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+    x = torch.randn(3, 8)
+    expected = [norm(x) for norm in norms]
+    with lean_modules(norms) as count:
+        assert count == 2
+        assert [("forward" in vars(norm)) for norm in norms] == [True, True, False, False]
+        for norm, y in zip(norms, expected, strict=True):
+            torch.testing.assert_close(norm(x), y)
+    assert not any("forward" in vars(norm) for norm in norms)
