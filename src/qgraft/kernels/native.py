@@ -22,6 +22,7 @@ from qgraft.formats import PackedTensor
 
 FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference serves it
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
+    "q4_k": 9, "q5_k": 10, "q6_k": 11,
 }  # fmt: skip
 
 SMALL_BATCH = 8  # rows of x up to which reading each packed row once beats unpacking for sgemm

@@ -1,0 +1,12 @@
+/* The kernels for x86-64-v3: AVX2, FMA and F16C. */
+
+#include "native.h"
+
+#if HAVE_X86_LEVELS
+#pragma GCC target("arch=x86-64-v3")
+#include "rows.h"
+#include "simd.h"
+#include "small.h"
+
+const Level qgraft_v3 = {"x86-64-v3 (AVX2)", unpack_row, to_bf16, small};
+#endif

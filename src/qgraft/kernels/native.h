@@ -1,0 +1,97 @@
+/* What the C files share: format numbers, the functions of one CPU level, half-precision numbers.
+ *
+ * Three levels are built, each from the same headers, and one is chosen when the library is first used (native.c):
+ *
+ *   level_base.c   plain C, any CPU                rows.h + plain.h
+ *   level_v3.c     x86-64-v3: AVX2, FMA, F16C      rows.h + simd.h + small.h + int8.h
+ *   level_v4.c     x86-64-v4: AVX-512; VNNI where the CPU has it
+ */
+
+#ifndef QGRAFT_NATIVE_H
+#define QGRAFT_NATIVE_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAVE_X86_LEVELS 1
+#else
+#define HAVE_X86_LEVELS 0
+#endif
+
+#define ALWAYS_INLINE static inline __attribute__((always_inline))
+
+enum {
+    Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6, F16 = 7, BF16 = 8,
+    Q4_K = 9, Q5_K = 10, Q6_K = 11,
+    FORMATS = 12,
+};
+
+/* Rows first <= r < last of one product y [m, rows] = x [m, columns] W^T; y is written at y[i * rows + r]. */
+typedef struct {
+    int format;
+    const uint8_t *data;
+    const float *scales; /* [rows], NULL for formats without row scales */
+    int64_t stride, rows, columns, first, last;
+    int64_t m;
+    float *y;
+} Product;
+
+typedef struct {
+    const char *name;
+    void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
+    void (*to_bf16)(const float *values, int64_t n, uint16_t *out);
+    void (*small)(const Product *product, const float *x);
+} Level;
+
+extern const Level qgraft_base;
+#if HAVE_X86_LEVELS
+extern const Level qgraft_v3, qgraft_v4;
+#endif
+
+/* Bytes of `columns` weights of one row, -1 for an unknown format. */
+ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
+    switch (format) {
+        case Q4_0: return columns / 32 * 18;
+        case Q4_1: return columns / 32 * 20;
+        case Q5_0: return columns / 32 * 22;
+        case Q5_1: return columns / 32 * 24;
+        case Q8_0: return columns / 32 * 34;
+        case ROW_INT8: return columns;
+        case ROW_INT4: return columns / 2;
+        case F16: case BF16: return columns * 2;
+        case Q4_K: return columns / 256 * 144;
+        case Q5_K: return columns / 256 * 176;
+        case Q6_K: return columns / 256 * 210;
+    }
+    return -1;
+}
+
+/* IEEE half -> float, all values: subnormals, infinities, NaN. Without a hardware half type, and without branches, so
+ * that the loop over a row of halves is vectorized. */
+ALWAYS_INLINE float half_to_float(const uint8_t *p) {
+    uint16_t h;
+    memcpy(&h, p, 2);
+    const uint32_t magnitude = h & 0x7fff;
+    const uint32_t rebias = 112u << 23 << (magnitude >= 0x7c00); /* infinities and NaN keep all exponent bits */
+    const uint32_t normal = (magnitude << 13) + rebias;
+    const float tiny = (float)(int32_t)magnitude * 0x1p-24f; /* a subnormal, exactly */
+    uint32_t subnormal;
+    memcpy(&subnormal, &tiny, 4);
+    const uint32_t is_normal = 0u - (magnitude >= 0x0400);
+    const uint32_t bits = (normal & is_normal) | (subnormal & ~is_normal) | (uint32_t)(h & 0x8000) << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* q4_k, q5_k: 12 bytes -> 8 scales and 8 minimums of 6 bits, as in formats/kquants.py. */
+ALWAYS_INLINE void read_pairs(const uint8_t *p, uint8_t scales[8], uint8_t minimums[8]) {
+    uint32_t a, b, c;
+    memcpy(&a, p, 4), memcpy(&b, p + 4, 4), memcpy(&c, p + 8, 4);
+    const uint32_t s[2] = {a & 0x3f3f3f3f, (c & 0x0f0f0f0f) | (a >> 2 & 0x30303030)};
+    const uint32_t n[2] = {b & 0x3f3f3f3f, (c >> 4 & 0x0f0f0f0f) | (b >> 2 & 0x30303030)};
+    memcpy(scales, s, 8), memcpy(minimums, n, 8);
+}
+
+#endif

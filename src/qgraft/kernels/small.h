@@ -1,0 +1,91 @@
+/* y = x W^T for a few rows of x, in float32: packed weights go to registers and are multiplied there.
+ *
+ * A tile is R rows of W by T rows of x. Its R * T sums stay in registers while it goes along the columns: 32 weights of
+ * each of the R rows are unpacked (weights32) and multiplied with all T rows of x, so a packed byte is read once for
+ * every T rows of x and a vector of x once for R rows of W. Tiles at an edge compute their last row again instead of
+ * having code of their own; sums of surplus rows are dropped.
+ */
+
+ALWAYS_INLINE void tile(const int format, const int R, const int T, const Product *of, const float *x, int64_t r0,
+                        int64_t i0) {
+    const int64_t columns = of->columns, chunks = columns / 32;
+    const uint8_t *row[4];
+    const float *xs[8];
+    float scale[4], sub[4][16];
+    V sums[4][8];
+    for (int r = 0; r < R; r++) {
+        const int64_t at = r0 + r < of->last ? r0 + r : of->last - 1;
+        row[r] = of->data + at * of->stride;
+        scale[r] = of->scales ? of->scales[at] : 1.0f;
+    }
+    for (int t = 0; t < T; t++) xs[t] = x + (i0 + t < of->m ? i0 + t : of->m - 1) * columns;
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) sums[r][t] = v_zero();
+    for (int64_t c = 0; c < chunks; c++) {
+        V w[4][PARTS];
+        if (has_sub(format) && c % 8 == 0)
+            for (int r = 0; r < R; r++) read_sub(format, row[r] + row_bytes(format, c * 32), sub[r]);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) weights32(format, row[r], c, scale[r], sub[r], w[r]);
+#pragma GCC unroll 4
+        for (int i = 0; i < PARTS; i++)
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++) {
+                const V value = v_load(xs[t] + 32 * c + LANES * i);
+#pragma GCC unroll 4
+                for (int r = 0; r < R; r++) sums[r][t] = v_fma(w[r][i], value, sums[r][t]);
+            }
+    }
+    for (int r = 0; r < R && r0 + r < of->last; r++)
+        for (int t = 0; t < T && i0 + t < of->m; t++) of->y[(i0 + t) * of->rows + r0 + r] = v_sum(sums[r][t]);
+}
+
+/* The columns after the last whole chunk, which only formats without blocks have. */
+static void add_rest(const Product *of, const float *x, int64_t r) {
+    const int64_t whole = of->columns / 32 * 32, rest = of->columns - whole;
+    float w[32];
+    plain_row(of->format, of->data + r * of->stride + row_bytes(of->format, whole), rest,
+              of->scales ? of->scales[r] : 1.0f, w);
+    for (int64_t i = 0; i < of->m; i++) {
+        float sum = of->y[i * of->rows + r];
+        for (int64_t j = 0; j < rest; j++) sum += w[j] * x[i * of->columns + whole + j];
+        of->y[i * of->rows + r] = sum;
+    }
+}
+
+#define TILES(NAME)                                                               \
+    static void NAME(const Product *of, const float *x, int64_t r0, int64_t i0) { \
+        FOR_FORMAT(of->format, NAME##_TILE)                                       \
+    }
+#define tile_1_TILE(FORMAT) tile(FORMAT, ROWS_1, 1, of, x, r0, i0)
+#define tile_2_TILE(FORMAT) tile(FORMAT, ROWS_2, 2, of, x, r0, i0)
+#define tile_4_TILE(FORMAT) tile(FORMAT, ROWS_4, 4, of, x, r0, i0)
+#define tile_8_TILE(FORMAT) tile(FORMAT, ROWS_8, 8, of, x, r0, i0)
+
+/* Rows of W in a tile of 1, 2, 4 and 8 rows of x: what 32 vector registers hold, or 16. */
+#if defined(__AVX512BW__)
+enum { ROWS_1 = 4, ROWS_2 = 4, ROWS_4 = 4, ROWS_8 = 2 };
+#else
+enum { ROWS_1 = 2, ROWS_2 = 2, ROWS_4 = 1, ROWS_8 = 1 };
+#endif
+
+TILES(tile_1)
+TILES(tile_2)
+TILES(tile_4)
+TILES(tile_8)
+
+static void small(const Product *of, const float *x) {
+    const int64_t m = of->m;
+    const int64_t step = m <= 1 ? ROWS_1 : m <= 2 ? ROWS_2 : m <= 4 ? ROWS_4 : ROWS_8;
+    for (int64_t r = of->first; r < of->last; r += step) {
+        if (m <= 1) tile_1(of, x, r, 0);
+        else if (m <= 2) tile_2(of, x, r, 0);
+        else if (m <= 4) tile_4(of, x, r, 0);
+        else
+            for (int64_t i = 0; i < m; i += 8) tile_8(of, x, r, i);
+    }
+    if (of->columns % 32)
+        for (int64_t r = of->first; r < of->last; r++) add_rest(of, x, r);
+}
