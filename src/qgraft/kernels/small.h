@@ -76,15 +76,19 @@ TILES(tile_2)
 TILES(tile_4)
 TILES(tile_8)
 
+/* Rows of x go by in blocks that stay in the first-level cache while all rows of W pass. */
 static void small(const Product *of, const float *x) {
-    const int64_t m = of->m;
-    const int64_t step = m <= 1 ? ROWS_1 : m <= 2 ? ROWS_2 : m <= 4 ? ROWS_4 : ROWS_8;
-    for (int64_t r = of->first; r < of->last; r += step) {
-        if (m <= 1) tile_1(of, x, r, 0);
-        else if (m <= 2) tile_2(of, x, r, 0);
-        else if (m <= 4) tile_4(of, x, r, 0);
-        else
-            for (int64_t i = 0; i < m; i += 8) tile_8(of, x, r, i);
+    enum { BLOCK = 16 };
+    for (int64_t i = 0; i < of->m; i += BLOCK) {
+        const int64_t n = of->m - i < BLOCK ? of->m - i : BLOCK;
+        const int64_t step = n <= 1 ? ROWS_1 : n <= 2 ? ROWS_2 : n <= 4 ? ROWS_4 : ROWS_8;
+        for (int64_t r = of->first; r < of->last; r += step) {
+            if (n <= 1) tile_1(of, x, r, i);
+            else if (n <= 2) tile_2(of, x, r, i);
+            else if (n <= 4) tile_4(of, x, r, i);
+            else
+                for (int64_t k = i; k < i + n; k += 8) tile_8(of, x, r, k);
+        }
     }
     if (of->columns % 32)
         for (int64_t r = of->first; r < of->last; r++) add_rest(of, x, r);
