@@ -3,10 +3,11 @@
  *   qgraft_dequantize       packed rows -> float32 rows; the caller multiplies panels of rows with sgemm
  *   qgraft_dequantize_bf16  packed rows -> bfloat16 rows, likewise
  *   qgraft_linear_small     y [m, rows] = x [m, columns] W^T for a few rows of x, without unpacking to memory
+ *   qgraft_linear_int8      y = x W^T in 8-bit integers, for the formats of `has_int8`
  *   qgraft_cpu_level        which build of the functions below runs, for people
  *
  * This file checks formats, shares rows out to threads and picks the level; the loops are in the headers (native.h).
- * The environment variable QGRAFT_CPU (base, v3, v4) takes a lower level than the CPU has, for tests and comparisons.
+ * The environment variable QGRAFT_CPU (base, v3, v4: without VNNI) takes a lower level than the CPU has, for tests and comparisons.
  */
 
 #include <stdlib.h>
@@ -24,7 +25,8 @@ static const Level *choose_level(void) {
     if (!strcmp(wanted, "base")) return &qgraft_base;
 #if HAVE_X86_LEVELS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4") && strcmp(wanted, "v3")) return &qgraft_v4;
+    if (__builtin_cpu_supports("x86-64-v4") && strcmp(wanted, "v3"))
+        return __builtin_cpu_supports("avx512vnni") && strcmp(wanted, "v4") ? &qgraft_v4_vnni : &qgraft_v4;
     if (__builtin_cpu_supports("x86-64-v3")) return &qgraft_v3;
 #endif
     return &qgraft_base;
@@ -87,5 +89,37 @@ int qgraft_linear_small(int format, const uint8_t *data, const float *scales, in
         part.first = r, part.last = r + SHARE < rows ? r + SHARE : rows;
         use->small(&part, x);
     }
+    return 0;
+}
+
+static int has_int8(int format) {
+    return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
+}
+
+/* As qgraft_linear_small for any m, with x rounded to 8 bits (activations.h). -2: no memory for its codes. */
+int qgraft_linear_int8(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns,
+                       const float *x, int64_t m, float *y, int threads) {
+    enum { SHARE = 32 };
+    const Product whole = {format, data, scales, row_bytes(format, columns), rows, columns, 0, rows, m, y};
+    const int64_t groups = (columns + 63) / 64 * 2;
+    const Level *use = level();
+    if (!has_int8(format)) return -1;
+    if (m == 0) return 0;
+    float *steps = malloc((size_t)(m * groups) * (2 * sizeof(float) + 32));
+    if (!steps) return -2;
+    const Activations codes = {(int8_t *)(steps + 2 * m * groups), steps, steps + m * groups, groups};
+    if (threads < 2 || m * rows * columns <= PARALLEL_WEIGHTS) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < m; i++) use->quantize(format, x + i * columns, columns, i, &codes);
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r += SHARE) {
+            Product part = whole;
+            part.first = r, part.last = r + SHARE < rows ? r + SHARE : rows;
+            use->int8(&part, &codes);
+        }
+    }
+    free(steps);
     return 0;
 }

@@ -1,10 +1,13 @@
 /* What the C files share: format numbers, the functions of one CPU level, half-precision numbers.
  *
- * Three levels are built, each from the same headers, and one is chosen when the library is first used (native.c):
+ * One build serves every machine: it holds three levels, and one is chosen when the library is first used (native.c).
  *
- *   level_base.c   plain C, any CPU                rows.h + plain.h
- *   level_v3.c     x86-64-v3: AVX2, FMA, F16C      rows.h + simd.h + small.h + int8.h
- *   level_v4.c     x86-64-v4: AVX-512; VNNI where the CPU has it
+ *   level_base.c   any CPU, plain C
+ *   level_v3.c     x86-64-v3: AVX2, FMA, F16C
+ *   level_v4.c     x86-64-v4: AVX-512; its 8-bit products need VNNI as well, else those of v3 serve
+ *
+ * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
+ * simd.h (bit layouts in vectors), small.h (products in float32), activations.h and int8.h (products in 8 bits).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -37,16 +40,27 @@ typedef struct {
     float *y;
 } Product;
 
+/* x in 8 bits (activations.h): [m, groups] each, `groups` even; the columns after the last are codes 0 with step 0. */
+typedef struct {
+    int8_t *codes; /* 32 to a group */
+    float *steps, *sums;
+    int64_t groups;
+} Activations;
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
     void (*to_bf16)(const float *values, int64_t n, uint16_t *out);
     void (*small)(const Product *product, const float *x);
+    void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
+    void (*int8)(const Product *product, const Activations *x);
 } Level;
 
 extern const Level qgraft_base;
 #if HAVE_X86_LEVELS
-extern const Level qgraft_v3, qgraft_v4;
+extern const Level qgraft_v3, qgraft_v4, qgraft_v4_vnni;
+void qgraft_int8_v3(const Product *product, const Activations *x);
+void qgraft_int8_vnni(const Product *product, const Activations *x);
 #endif
 
 /* Bytes of `columns` weights of one row, -1 for an unknown format. */

@@ -47,7 +47,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for unpack in (library.qgraft_dequantize, library.qgraft_dequantize_bf16):
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
-    library.qgraft_linear_small.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    for function in (library.qgraft_linear_small, library.qgraft_linear_int8):
+        function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
 

@@ -24,3 +24,21 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W, computed in the dtype of g: [..., out] -> [..., in]."""
     return grad @ format_dequantize(packed, grad.dtype)
+
+
+def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T with x rounded to 8 bits in groups of 32 columns, summed in float64 and given as float32.
+
+    step = max |x| / 127 over a group and code = round(x * (127 / max |x|)); a group below 2^-100 counts as zero, one
+    with a NaN or an infinity makes its token NaN. The weights are not rounded: their codes times these codes are what
+    the native kernel sums as integers.
+    """
+    x_BI = x.reshape(-1, x.shape[-1]).to(torch.float32)
+    x_BG = torch.nn.functional.pad(x_BI, (0, -x.shape[-1] % 32)).view(len(x_BI), -1, 32)
+    largest_BG = x_BG.abs().amax(dim=-1, keepdim=True)
+    largest_BG = largest_BG.masked_fill(largest_BG < 2.0**-100, 0.0)
+    inverse_BG = torch.full_like(largest_BG, 127.0) / largest_BG  # 127.0 / t would be rounded twice: 1 / t, times 127
+    code_BG = (x_BG * inverse_BG).round().masked_fill(largest_BG == 0.0, 0.0)
+    rounded_BI = (code_BG.double() * (largest_BG / 127.0).double()).flatten(1)[:, : x.shape[-1]]
+    y_BO = rounded_BI @ format_dequantize(packed, torch.float64).T
+    return y_BO.to(torch.float32).view(*x.shape[:-1], packed.shape[0])
