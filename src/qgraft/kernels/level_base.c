@@ -57,4 +57,4 @@ static void int8_product(const Product *of, const Activations *x) {
         }
 }
 
-const Level qgraft_base = {"plain C", plain_row, to_bf16, small, quantize_token, int8_product};
+const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, quantize_token, int8_product};

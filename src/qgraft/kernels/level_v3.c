@@ -10,5 +10,5 @@
 #define INT8_PRODUCT qgraft_int8_v3
 #include "int8.h"
 
-const Level qgraft_v3 = {"x86-64-v3 (AVX2)", unpack_row, to_bf16, small, quantize_token, qgraft_int8_v3};
+const Level qgraft_v3 = {"x86-64-v3 (AVX2)", unpack_row, unpack_row_bf16, small, quantize_token, qgraft_int8_v3};
 #endif

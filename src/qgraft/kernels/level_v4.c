@@ -12,6 +12,6 @@
 #define INT8_PRODUCT qgraft_int8_vnni
 #include "int8.h"
 
-const Level qgraft_v4 = {"x86-64-v4 (AVX-512)", unpack_row, to_bf16, small, quantize_token, qgraft_int8_v3};
-const Level qgraft_v4_vnni = {"x86-64-v4 (AVX-512, VNNI)", unpack_row, to_bf16, small, quantize_token, qgraft_int8_vnni};
+const Level qgraft_v4 = {"x86-64-v4 (AVX-512)", unpack_row, unpack_row_bf16, small, quantize_token, qgraft_int8_v3};
+const Level qgraft_v4_vnni = {"x86-64-v4 (AVX-512, VNNI)", unpack_row, unpack_row_bf16, small, quantize_token, qgraft_int8_vnni};
 #endif

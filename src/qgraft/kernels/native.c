@@ -14,10 +14,7 @@
 
 #include "native.h"
 
-enum {
-    CHUNK = 1024,           /* columns unpacked at a time where a row is not needed whole: a multiple of every block */
-    PARALLEL_WEIGHTS = 65536 /* fewer are done before a second thread has woken up */
-};
+enum { PARALLEL_WEIGHTS = 65536 }; /* fewer are done before a second thread has woken up */
 
 static const Level *choose_level(void) {
     const char *wanted = getenv("QGRAFT_CPU");
@@ -55,19 +52,12 @@ int qgraft_dequantize(int format, const uint8_t *data, const float *scales, int6
 /* As qgraft_dequantize, each float32 value rounded to bfloat16. */
 int qgraft_dequantize_bf16(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns,
                            uint16_t *out, int threads) {
-    const int64_t stride = row_bytes(format, columns), step = row_bytes(format, CHUNK);
+    const int64_t stride = row_bytes(format, columns);
     const Level *use = level();
     if (stride < 0) return -1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * columns > PARALLEL_WEIGHTS)
-    for (int64_t r = 0; r < rows; r++) {
-        float values[CHUNK];
-        const uint8_t *p = data + r * stride;
-        for (int64_t j = 0; j < columns; j += CHUNK, p += step) {
-            const int64_t n = columns - j < CHUNK ? columns - j : CHUNK;
-            use->unpack_row(format, p, n, scales ? scales[r] : 1.0f, values);
-            use->to_bf16(values, n, out + r * columns + j);
-        }
-    }
+    for (int64_t r = 0; r < rows; r++)
+        use->unpack_row_bf16(format, data + r * stride, columns, scales ? scales[r] : 1.0f, out + r * columns);
     return 0;
 }
 

@@ -50,7 +50,7 @@ typedef struct {
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
-    void (*to_bf16)(const float *values, int64_t n, uint16_t *out);
+    void (*unpack_row_bf16)(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out);
     void (*small)(const Product *product, const float *x);
     void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
     void (*int8)(const Product *product, const Activations *x);

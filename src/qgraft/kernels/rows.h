@@ -175,3 +175,14 @@ static void to_bf16(const float *values, int64_t n, uint16_t *out) {
     }
 }
 
+
+/* As plain_row, each float rounded to bfloat16; unpacked in pieces of a multiple of every block. */
+static void plain_row_bf16(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out) {
+    enum { PIECE = 1024 };
+    float values[PIECE];
+    for (int64_t j = 0; j < columns; j += PIECE) {
+        const int64_t n = columns - j < PIECE ? columns - j : PIECE;
+        plain_row(format, row + row_bytes(format, j), n, scale, values);
+        to_bf16(values, n, out + j);
+    }
+}

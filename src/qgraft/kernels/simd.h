@@ -23,7 +23,6 @@ enum { LANES = 16, PARTS = 32 / LANES };
 #define v_store _mm512_storeu_ps
 #define v_mul _mm512_mul_ps
 #define v_fma _mm512_fmadd_ps
-#define v_sum _mm512_reduce_add_ps
 #define v_int _mm512_cvtepi32_ps
 #define v_bits _mm512_castsi512_ps
 #define i_set _mm512_set1_epi32
@@ -42,6 +41,26 @@ ALWAYS_INLINE V v_half(const uint8_t *p) {
     int16_t h;
     memcpy(&h, p, 2);
     return _mm512_cvtph_ps(_mm256_set1_epi16(h));
+}
+
+/* The sums of the lanes of a, b, c and d. */
+ALWAYS_INLINE __m128 v_sum4(V a, V b, V c, V d) {
+    const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    const V low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
+    const V abcd = _mm512_add_ps(low, high);
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* Rounded to bfloat16, ties to even; NaN stays NaN. */
+ALWAYS_INLINE void v_store_bf16(uint16_t *out, V v) {
+    const I bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const I up = _mm512_add_epi32(i_and(high, i_set(1)), i_set(0x7fff));
+    const I rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, up), 16);
+    const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    const I kept = _mm512_mask_or_epi32(rounded, nan, high, i_set(0x40));
+    _mm256_storeu_si256((__m256i *)out, _mm512_cvtepi32_epi16(kept));
 }
 
 /* Bit j of the lowest LANES bits -> 16 in lane j. */
@@ -85,10 +104,23 @@ ALWAYS_INLINE V v_half(const uint8_t *p) {
     return _mm256_cvtph_ps(_mm_set1_epi16(h));
 }
 
-ALWAYS_INLINE float v_sum(V v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+/* The sums of the lanes of a, b, c and d. */
+ALWAYS_INLINE __m128 v_sum4(V a, V b, V c, V d) {
+    const V ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const V cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const V low = _mm256_shuffle_ps(ab, cd, 0x44), high = _mm256_shuffle_ps(ab, cd, 0xee);
+    const V abcd = _mm256_add_ps(low, high);
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
+ALWAYS_INLINE void v_store_bf16(uint16_t *out, V v) {
+    const I bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+    const I up = _mm256_add_epi32(i_and(high, i_set(1)), i_set(0x7fff));
+    const I rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, up), 16);
+    const I nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const I kept = _mm256_blendv_epi8(rounded, i_or(high, i_set(0x40)), nan);
+    const __m128i narrow = _mm_packus_epi32(_mm256_castsi256_si128(kept), _mm256_extracti128_si256(kept, 1));
+    _mm_storeu_si128((__m128i *)out, narrow);
 }
 
 ALWAYS_INLINE I i_fifth(uint32_t bits) {
@@ -218,13 +250,18 @@ ALWAYS_INLINE void weights32(const int format, const uint8_t *row, int64_t c, fl
     }
 }
 
-ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t columns, float scale, float *out) {
+/* Whole chunks of a row -> floats, or bfloat16 numbers where `out` is NULL. */
+ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t columns, float scale, float *out,
+                                 uint16_t *halves) {
     float sub[16];
     for (int64_t c = 0; c < columns / 32; c++) {
         V w[PARTS];
         if (has_sub(format) && c % 8 == 0) read_sub(format, row + row_bytes(format, c * 32), sub);
         weights32(format, row, c, scale, sub, w);
-        for (int i = 0; i < PARTS; i++) v_store(out + 32 * c + LANES * i, w[i]);
+        for (int i = 0; i < PARTS; i++) {
+            if (out) v_store(out + 32 * c + LANES * i, w[i]);
+            else v_store_bf16(halves + 32 * c + LANES * i, w[i]);
+        }
     }
 }
 
@@ -247,8 +284,16 @@ ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t c
 
 static void unpack_row(int format, const uint8_t *row, int64_t columns, float scale, float *out) {
     const int64_t whole = columns / 32 * 32;
-#define UNPACK(FORMAT) unpack_chunks(FORMAT, row, whole, scale, out)
+#define UNPACK(FORMAT) unpack_chunks(FORMAT, row, whole, scale, out, NULL)
     FOR_FORMAT(format, UNPACK)
 #undef UNPACK
     if (whole < columns) plain_row(format, row + row_bytes(format, whole), columns - whole, scale, out + whole);
+}
+
+static void unpack_row_bf16(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out) {
+    const int64_t whole = columns / 32 * 32;
+#define UNPACK(FORMAT) unpack_chunks(FORMAT, row, whole, scale, NULL, out)
+    FOR_FORMAT(format, UNPACK)
+#undef UNPACK
+    if (whole < columns) plain_row_bf16(format, row + row_bytes(format, whole), columns - whole, scale, out + whole);
 }

@@ -12,17 +12,15 @@ ALWAYS_INLINE void tile(const int format, const int R, const int T, const Produc
     const uint8_t *row[4];
     const float *xs[8];
     float scale[4], sub[4][16];
-    V sums[4][8];
+    V sums[24]; /* of row r and token t: r * T + t */
     for (int r = 0; r < R; r++) {
         const int64_t at = r0 + r < of->last ? r0 + r : of->last - 1;
         row[r] = of->data + at * of->stride;
         scale[r] = of->scales ? of->scales[at] : 1.0f;
     }
     for (int t = 0; t < T; t++) xs[t] = x + (i0 + t < of->m ? i0 + t : of->m - 1) * columns;
-#pragma GCC unroll 4
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int t = 0; t < T; t++) sums[r][t] = v_zero();
+#pragma GCC unroll 24
+    for (int k = 0; k < R * T; k++) sums[k] = v_zero();
     for (int64_t c = 0; c < chunks; c++) {
         V w[4][PARTS];
         if (has_sub(format) && c % 8 == 0)
@@ -35,11 +33,15 @@ ALWAYS_INLINE void tile(const int format, const int R, const int T, const Produc
             for (int t = 0; t < T; t++) {
                 const V value = v_load(xs[t] + 32 * c + LANES * i);
 #pragma GCC unroll 4
-                for (int r = 0; r < R; r++) sums[r][t] = v_fma(w[r][i], value, sums[r][t]);
+                for (int r = 0; r < R; r++) sums[r * T + t] = v_fma(w[r][i], value, sums[r * T + t]);
             }
     }
+    float totals[24];
+#pragma GCC unroll 6
+    for (int k = 0; k < R * T; k += 4)
+        _mm_storeu_ps(totals + k, v_sum4(sums[k], sums[k + 1], sums[k + 2], sums[k + 3]));
     for (int r = 0; r < R && r0 + r < of->last; r++)
-        for (int t = 0; t < T && i0 + t < of->m; t++) of->y[(i0 + t) * of->rows + r0 + r] = v_sum(sums[r][t]);
+        for (int t = 0; t < T && i0 + t < of->m; t++) of->y[(i0 + t) * of->rows + r0 + r] = totals[r * T + t];
 }
 
 /* The columns after the last whole chunk, which only formats without blocks have. */
@@ -66,9 +68,9 @@ static void add_rest(const Product *of, const float *x, int64_t r) {
 
 /* Rows of W in a tile of 1, 2, 4 and 8 rows of x: what 32 vector registers hold, or 16. */
 #if defined(__AVX512BW__)
-enum { ROWS_1 = 4, ROWS_2 = 4, ROWS_4 = 4, ROWS_8 = 2 };
+enum { ROWS_1 = 4, ROWS_2 = 4, ROWS_4 = 4, ROWS_8 = 3 };
 #else
-enum { ROWS_1 = 2, ROWS_2 = 2, ROWS_4 = 1, ROWS_8 = 1 };
+enum { ROWS_1 = 4, ROWS_2 = 2, ROWS_4 = 1, ROWS_8 = 1 };
 #endif
 
 TILES(tile_1)
