@@ -1,12 +1,15 @@
 """Random packed weights of every format, and a switch for QGRAFT_KERNELS."""
 
+import ctypes
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from qgraft.formats import FORMATS, PackedTensor, quantize
-from qgraft.kernels import KERNELS_VARIABLE, choose
+from qgraft.kernels import KERNELS_VARIABLE, choose, native
 
 _HALVES = {  # byte offsets of the float16 numbers in a block; all other bytes of a block may be anything
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,),
@@ -50,3 +53,31 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Non
 
     yield use
     choose.cache_clear()
+
+
+LEVELS = {  # QGRAFT_CPU -> what qgraft_cpu_level then says
+    "base": "plain C", "v3": "x86-64-v3 (AVX2)", "v4": "x86-64-v4 (AVX-512)", "v4-vnni": "x86-64-v4 (AVX-512, VNNI)",
+}  # fmt: skip
+
+
+@pytest.fixture(params=LEVELS)
+def cpu_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Every level of the C library in turn, where this CPU has it: a copy of the library is loaded anew for each."""
+    own = native._library()
+    if own is None:
+        pytest.skip(f"native kernels are {native.native_status()[1]}")
+    monkeypatch.setenv("QGRAFT_CPU", request.param)
+    copy = shutil.copy(own._name, tmp_path / f"{request.param}.so")
+    library = native._declare(ctypes.CDLL(str(copy)))
+    if library.qgraft_cpu_level().decode() != LEVELS[request.param]:
+        pytest.skip(f"this CPU has no {LEVELS[request.param]}")
+    monkeypatch.setattr(native, "_library", lambda: library)
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    """torch.set_num_threads, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)

@@ -24,12 +24,14 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
     "q4_k": 9, "q5_k": 10, "q6_k": 11,
 }  # fmt: skip
+INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # as has_int8 in native.c
 
-SMALL_BATCH = 8  # rows of x up to which reading each packed row once beats unpacking for sgemm
+SMALL_BATCH = 16  # rows of x up to which reading each packed row once beats unpacking for sgemm
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
 BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
 PANEL_ROWS = 256  # at least: for 13 696 inputs, panels of 21 rows would halve the speed of sgemm
 
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the small loop computes, in float32
 _scratch = threading.local()
 
 
@@ -70,14 +72,20 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
 
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T: [..., in] -> [..., out] in the dtype of x."""
-    x_BI = x.reshape(-1, x.shape[-1])
-    if x_BI.shape[0] <= SMALL_BATCH and x.dtype == torch.float32:
-        y_BO = _linear_small(x_BI.contiguous(), packed)
-    else:
-        y_BO = x.new_empty(x_BI.shape[0], packed.shape[0])
-        for start, stop, w_PI in _panels(packed, x.dtype):
-            torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
+    batch = x.numel() // x.shape[-1]
+    if batch <= SMALL_BATCH and x.dtype in _FLOATS:
+        y = _product("qgraft_linear_small", x.to(torch.float32), packed)
+        return y if x.dtype == torch.float32 else y.to(x.dtype)
+    x_BI = x.reshape(batch, x.shape[-1])
+    y_BO = x.new_empty(batch, packed.shape[0])
+    for start, stop, w_PI in _panels(packed, x.dtype):
+        torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
     return y_BO.view(*x.shape[:-1], packed.shape[0])
+
+
+def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns; formats: INT8_FORMATS."""
+    return _product("qgraft_linear_int8", x, packed)
 
 
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
@@ -133,18 +141,21 @@ def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     assert code == 0, f"native dequantize returned {code} for {packed.format}"
 
 
-def _linear_small(x_BI: Tensor, packed: PackedTensor) -> Tensor:
+def _product(function: str, x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T by a C loop that reads packed rows: float32 x [..., in] -> [..., out]."""
     rows, columns = packed.shape
-    data, scales = packed.data.contiguous(), _row_scales(packed, 0, rows)
-    y_BO = x_BI.new_empty(x_BI.shape[0], rows)
-    code = _loaded().qgraft_linear_small(
-        FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), rows, columns,
-        x_BI.data_ptr(), x_BI.shape[0], y_BO.data_ptr(), torch.get_num_threads(),
+    x, data, scales = x.contiguous(), packed.data.contiguous(), packed.scale
+    if scales is not None:
+        scales = scales.to(torch.float32).contiguous()
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    code = getattr(_loaded(), function)(
+        FORMAT_IDS[packed.format], data.data_ptr(), None if scales is None else scales.data_ptr(), rows, columns,
+        x.data_ptr(), x.numel() // columns, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if code == -2:
-        raise MemoryError(f"native linear: no memory for a row of {columns} weights")
-    assert code == 0, f"native linear returned {code} for {packed.format}"
-    return y_BO
+        raise MemoryError(f"{function}: no memory for {x.numel()} activations")
+    assert code == 0, f"{function} returned {code} for {packed.format}"
+    return y
 
 
 def _row_scales(packed: PackedTensor, start: int, stop: int) -> Tensor | None:

@@ -34,7 +34,7 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     the native kernel sums as integers.
     """
     x_BI = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    x_BG = torch.nn.functional.pad(x_BI, (0, -x.shape[-1] % 32)).view(len(x_BI), -1, 32)
+    x_BG = torch.nn.functional.pad(x_BI, (0, -x.shape[-1] % 32)).unflatten(1, (-1, 32))
     largest_BG = x_BG.abs().amax(dim=-1, keepdim=True)
     largest_BG = largest_BG.masked_fill(largest_BG < 2.0**-100, 0.0)
     inverse_BG = torch.full_like(largest_BG, 127.0) / largest_BG  # 127.0 / t would be rounded twice: 1 / t, times 127
