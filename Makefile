@@ -37,7 +37,7 @@ docs: $(READY)            ## write docs/reference.md anew from --help
 	$(BIN)/python docs/make_reference.py
 
 # torch comes first and by its own line, so that a CPU build (TORCH="torch==2.13.0 --index-url ...") can be chosen.
-$(READY): pyproject.toml setup.py src/qgraft/kernels/native.c
+$(READY): pyproject.toml setup.py $(wildcard src/qgraft/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"

@@ -7,7 +7,7 @@ import torch
 
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.formats import FORMATS, quantize
-from qgraft.kernels import Choice, choose, linear, native, native_status, reference
+from qgraft.kernels import Choice, choose, linear, linear_int8, native, native_status, reference
 from qgraft.kernels.choice import OPS
 
 UseKernels = Callable[[str | None], None]
@@ -40,6 +40,17 @@ def test_native_serves_its_formats_on_the_cpu(value: str | None, use_kernels: Us
         choice = choose("linear", format, "cpu")
         assert choice.kernel == "native"
         assert choice.why.startswith("built, runs as ")
+
+
+@needs_native
+def test_formats_without_an_8_bit_loop_are_computed_in_float32_and_say_so(use_kernels: UseKernels) -> None:
+    use_kernels("auto")
+    for format in native.FORMAT_IDS:
+        choice = choose("linear_int8", format, "cpu")
+        assert choice.kernel == "native"
+        assert ("in float32" in choice.why) == (format not in native.INT8_FORMATS)
+        packed, x = quantize(torch.randn(5, 256), format), torch.randn(3, 256)
+        assert torch.equal(linear_int8(x, packed), linear(x, packed)) == (format not in native.INT8_FORMATS)
 
 
 def test_native_knows_only_formats_that_exist() -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import dequantize, linear, linear_grad_input, native, native_status, ops
+from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native, native_status, ops
+from qgraft.kernels.choice import OPS
 
 MakePacked = Callable[..., PackedTensor]
 UseKernels = Callable[[str | None], None]
@@ -262,6 +263,7 @@ def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, u
         x = torch.randn(*leading, width, requires_grad=True)
         grad = torch.randn(*leading, 3, requires_grad=True)
         checks.append((table.linear.default, (x, data, scale, format)))
+        checks.append((table.linear_int8.default, (x, data, scale, format)))
         checks.append((table.linear_grad_input.default, (grad, data, scale, format, width)))
     for op, arguments in checks:
         results = torch.library.opcheck(op, arguments)
@@ -279,6 +281,25 @@ def test_first_and_second_derivatives_of_both_ops(
     for op, value in ((linear, x), (linear_grad_input, grad)):
         assert torch.autograd.gradcheck(lambda v, op=op: op(v, packed), (value,))
         assert torch.autograd.gradgradcheck(lambda v, op=op: op(v, packed).square(), (value,))
+
+
+@pytest.mark.parametrize(("kernel", "format"), KERNELS)
+def test_8_bit_products_have_the_gradient_of_the_float_ones(
+    kernel: str, format: str, random_packed: MakePacked, use_kernels: UseKernels
+) -> None:
+    use_kernels(kernel)
+    packed = random_packed(format, 33, widths(format)[-1])
+    x = torch.randn(2, 3, packed.shape[1], requires_grad=True)
+    y, grad = linear_int8(x, packed), torch.randn(2, 3, 33)
+    exact = x.detach().double() @ format_dequantize(packed, torch.float64).T
+    assert y.shape == exact.shape
+    assert float((y.detach() - exact).norm() / exact.norm()) < 0.02
+    assert torch.equal(torch.autograd.grad(y, x, grad)[0], linear_grad_input(grad, packed))
+
+
+def test_8_bit_products_are_for_float32_only(random_packed: MakePacked) -> None:
+    with pytest.raises(ValueError, match=r"got torch.bfloat16, expected torch.float32"):
+        linear_int8(torch.randn(2, 32).bfloat16(), random_packed("q4_0", 3, 32))
 
 
 def test_linear_keeps_nothing_but_the_packed_bytes_for_its_backward(
@@ -372,4 +393,4 @@ def test_shape_functions_work_without_data() -> None:
 
 def test_table_of_kernels_has_every_op_in_each_kernel() -> None:
     for module in ops._KERNELS.values():
-        assert all(callable(getattr(module, op)) for op in ("dequantize", "linear", "linear_grad_input"))
+        assert all(callable(getattr(module, op)) for op in OPS)

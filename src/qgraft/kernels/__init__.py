@@ -1,16 +1,26 @@
-"""HOW packed weights are computed with: three registered torch ops and the kernels that serve them.
+"""HOW packed weights are computed with: registered torch ops and the kernels that serve them.
 
     ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
     choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
     reference.py  plain torch, for every format and device; the truth the others are tested against
     native.py     native.c through ctypes: unpack a panel of rows, multiply it with sgemm
-    native.c      the C loops
+    native.c      the C functions it calls: threads, and which level of CPU runs
+    level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
 """
 
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
 from qgraft.kernels.native import native_status
-from qgraft.kernels.ops import dequantize, linear, linear_grad_input
+from qgraft.kernels.ops import dequantize, linear, linear_grad_input, linear_int8
 
-__all__ = ["KERNELS_VARIABLE", "Choice", "choose", "dequantize", "linear", "linear_grad_input", "native_status"]
+__all__ = [
+    "KERNELS_VARIABLE",
+    "Choice",
+    "choose",
+    "dequantize",
+    "linear",
+    "linear_grad_input",
+    "linear_int8",
+    "native_status",
+]

@@ -11,7 +11,7 @@ from functools import cache
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import native
 
-OPS = ("dequantize", "linear", "linear_grad_input")
+OPS = ("dequantize", "linear", "linear_grad_input", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
 
 
@@ -45,6 +45,8 @@ def choose(op: str, format: str, device: str) -> Choice:
     if format not in native.FORMAT_IDS:
         return Choice(op, format, device, "reference", "plain torch; no native loop for this format yet")
     available, why = native.native_status()
+    if available and op == "linear_int8" and format not in native.INT8_FORMATS:
+        return Choice(op, format, device, "native", f"in float32: no 8-bit loop for this format yet; {why}")
     if available:
         return Choice(op, format, device, "native", why)
     if wanted == "native":

@@ -84,7 +84,9 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
-    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns; formats: INT8_FORMATS."""
+    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns; in float32 for formats not in INT8_FORMATS."""
+    if packed.format not in INT8_FORMATS:
+        return linear(x, packed)
     return _product("qgraft_linear_int8", x, packed)
 
 

@@ -1,12 +1,14 @@
-"""The op table: three torch ops on packed weights, with shapes for tracing and gradients.
+"""The op table: torch ops on packed weights, with shapes for tracing and gradients.
 
     qgraft::dequantize(data, scale?, format, in_features, dtype) -> w_OI
     qgraft::linear(x, data, scale?, format) -> y            y = x W^T
     qgraft::linear_grad_input(grad, data, scale?, format, in_features) -> gx     gx = g W
+    qgraft::linear_int8(x, data, scale?, format) -> y      linear with x rounded to 8 bits, float32 in and out
 
 The base is frozen, so a weight gradient does not exist; linear's input gradient is linear_grad_input and the other way
-round. Both storage families pass through the same three ops, `scale` being None for GGML blocks: one table instead of
-one for each family, since no kernel differs in anything but how it reads a row.
+round. The gradient of linear_int8 is that of linear: the rounding of x is passed through. Both storage families pass
+through the same ops, `scale` being None for GGML blocks: one table instead of one for each family, since no kernel
+differs in anything but how it reads a row.
 
 Argument checks run in eager code (`_packed`), not only in the shape functions, which eager calls never reach.
 """
@@ -31,6 +33,15 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype = torch.float32) -> Tens
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """x [..., in] -> y = x W^T [..., out] in the dtype of x; differentiable in x."""
     return torch.ops.qgraft.linear(x, packed.data, packed.scale, packed.format)
+
+
+def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
+    """As `linear` for float32 x, which is rounded to 8 bits in groups of 32 columns: the products are of integers.
+
+    Formats without such a kernel are computed in float32; `choose("linear_int8", ...)` says which. The gradient is that
+    of `linear`.
+    """
+    return torch.ops.qgraft.linear_int8(x, packed.data, packed.scale, packed.format)
 
 
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
@@ -72,6 +83,14 @@ def _linear_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Te
     return _kernel("linear", format, x.device).linear(x, packed)
 
 
+@torch.library.custom_op("qgraft::linear_int8", mutates_args=())
+def _linear_int8_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    packed = _packed(data, scale, format, x.shape[-1])
+    if x.dtype != torch.float32:
+        raise ValueError(f"linear_int8: got {x.dtype}, expected torch.float32")
+    return _kernel("linear_int8", format, x.device).linear_int8(x, packed)
+
+
 @torch.library.custom_op("qgraft::linear_grad_input", mutates_args=())
 def _linear_grad_input_op(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
     packed = _packed(data, scale, format, in_features)
@@ -86,6 +105,7 @@ def _(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: 
 
 
 @_linear_op.register_fake
+@_linear_int8_op.register_fake
 def _(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], data.shape[0])
 
@@ -112,4 +132,5 @@ def _linear_grad_input_backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _linear_op.register_autograd(_linear_backward, setup_context=_save_packed)
+_linear_int8_op.register_autograd(_linear_backward, setup_context=_save_packed)
 _linear_grad_input_op.register_autograd(_linear_grad_input_backward, setup_context=_save_packed)
