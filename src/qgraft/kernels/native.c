@@ -4,6 +4,7 @@
  *   qgraft_dequantize_bf16  packed rows -> bfloat16 rows, likewise
  *   qgraft_linear_small     y [m, rows] = x [m, columns] W^T for a few rows of x, without unpacking to memory
  *   qgraft_linear_int8      y = x W^T in 8-bit integers, for the formats of `has_int8`
+ *   qgraft_small_batch      up to how many rows of x that is the faster way
  *   qgraft_cpu_level        which build of the functions below runs, for people
  *
  * This file checks formats, shares rows out to threads and picks the level; the loops are in the headers (native.h).
@@ -36,6 +37,16 @@ static const Level *level(void) {
 }
 
 const char *qgraft_cpu_level(void) { return level()->name; }
+
+/* Rows of x up to which qgraft_linear_small beats unpacking panels for sgemm, as measured with torch's sgemm (MKL). It
+ * wins for any number of rows on AVX-512 CPUs of AMD, where MKL keeps to AVX2; elsewhere MKL is taken to do better. */
+int64_t qgraft_small_batch(void) {
+    if (level() == &qgraft_base) return 2;
+#if HAVE_X86_LEVELS
+    if (level() != &qgraft_v3 && __builtin_cpu_is("amd")) return INT64_MAX;
+#endif
+    return 16;
+}
 
 /* data [rows, row_bytes], scales [rows] (row-wise formats, else NULL) -> out [rows, columns]. 0, or -1 for a bad format. */
 int qgraft_dequantize(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns, float *out,

@@ -3,8 +3,8 @@
 For many rows of x the matrix product is the limit, not the unpacking (4 FLOPs a weight and token
 against one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in
 the second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
-repacked or transposed. For at most `SMALL_BATCH` rows of x (decoding) the memory traffic is the limit: one C loop
-reads each packed row once and multiplies it with all rows of x.
+repacked or transposed. For at most `small_batch()` rows of x (decoding)
+the memory traffic is the limit: a C loop multiplies packed weights in registers, without unpacking them to memory.
 
 ctypes, not a torch extension: the library then fits every torch release and builds without torch's headers.
 """
@@ -26,12 +26,11 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
 }  # fmt: skip
 INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # as has_int8 in native.c
 
-SMALL_BATCH = 16  # rows of x up to which reading each packed row once beats unpacking for sgemm
+HALF_BATCH = 16  # rows of half-precision x up to which the C loop, in float32, beats torch.mm in that precision
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
 BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
 PANEL_ROWS = 256  # at least: for 13 696 inputs, panels of 21 rows would halve the speed of sgemm
 
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)  # what the small loop computes, in float32
 _scratch = threading.local()
 
 
@@ -51,6 +50,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
     for function in (library.qgraft_linear_small, library.qgraft_linear_int8):
         function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    library.qgraft_small_batch.restype = i64
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
 
@@ -63,6 +63,12 @@ def native_status() -> tuple[bool, str]:
     return True, f"built, runs as {library.qgraft_cpu_level().decode()}"
 
 
+@cache
+def small_batch() -> int:
+    """Rows of float32 x up to which the C loop that reads packed rows beats unpacking for sgemm, on this CPU."""
+    return int(_loaded().qgraft_small_batch())
+
+
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """w_OI in `dtype`; float32 values are bit for bit those of the reference."""
     w_OI = torch.empty(packed.shape, dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
@@ -73,9 +79,10 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T: [..., in] -> [..., out] in the dtype of x."""
     batch = x.numel() // x.shape[-1]
-    if batch <= SMALL_BATCH and x.dtype in _FLOATS:
-        y = _product("qgraft_linear_small", x.to(torch.float32), packed)
-        return y if x.dtype == torch.float32 else y.to(x.dtype)
+    if x.dtype == torch.float32 and batch <= small_batch():
+        return _product("qgraft_linear_small", x, packed)
+    if x.dtype in (torch.bfloat16, torch.float16) and batch <= min(HALF_BATCH, small_batch()):
+        return _product("qgraft_linear_small", x.to(torch.float32), packed).to(x.dtype)
     x_BI = x.reshape(batch, x.shape[-1])
     y_BO = x.new_empty(batch, packed.shape[0])
     for start, stop, w_PI in _panels(packed, x.dtype):
