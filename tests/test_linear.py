@@ -63,7 +63,7 @@ def test_linear_and_its_gradient_are_those_of_nn_linear(format: str, with_bias: 
         y, y_twin, grad = layer(x), twin(x_twin), torch.randn(*leading, 6)
         y.backward(grad)
         y_twin.backward(grad)
-        torch.testing.assert_close(y, y_twin)
+        torch.testing.assert_close(y, y_twin, rtol=1e-5, atol=3e-5)
         torch.testing.assert_close(x.grad, x_twin.grad)
 
 
@@ -299,6 +299,19 @@ def test_from_params_keeps_the_tensors_of_a_checkpoint(bits: int) -> None:
 def test_from_params_refuses_what_is_no_checkpoint(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QuantizedLinear.from_params(*arguments)
+
+
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_8_bit_products_are_near_the_float32_ones_with_the_same_gradient(tokens: int) -> None:
+    layer = QuantizedLinear(make_packed("q4_1", columns=64), torch.randn(6))
+    x, grad = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 6)
+    exact = layer(x)
+    with computing(layer, "int8"):
+        y = layer(x)
+        assert layer(x.detach().double()).dtype == torch.float64
+    assert not torch.equal(y, exact)
+    torch.testing.assert_close(y, exact, rtol=0, atol=0.02 * float(exact.detach().abs().max()))
+    assert torch.equal(torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(exact, x, grad)[0])
 
 
 def test_bf16_products_are_those_of_rounded_numbers_and_only_within_the_block() -> None:

@@ -42,15 +42,22 @@ def test_native_serves_its_formats_on_the_cpu(value: str | None, use_kernels: Us
         assert choice.why.startswith("built, runs as ")
 
 
-@needs_native
-def test_formats_without_an_8_bit_loop_are_computed_in_float32_and_say_so(use_kernels: UseKernels) -> None:
-    use_kernels("auto")
-    for format in native.FORMAT_IDS:
-        choice = choose("linear_int8", format, "cpu")
-        assert choice.kernel == "native"
-        assert ("in float32" in choice.why) == (format not in native.INT8_FORMATS)
-        packed, x = quantize(torch.randn(5, 256), format), torch.randn(3, 256)
-        assert torch.equal(linear_int8(x, packed), linear(x, packed)) == (format not in native.INT8_FORMATS)
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_formats_without_8_bit_products_are_computed_in_float32_and_say_so(
+    kernels: str, use_kernels: UseKernels
+) -> None:
+    use_kernels(kernels)
+    for format, layout in FORMATS.items():
+        if layout.quantize is None:
+            continue
+        choice, packed, x = (
+            choose("linear_int8", format, "cpu"),
+            quantize(torch.randn(5, 256), format),
+            torch.randn(3, 256),
+        )
+        assert choice.compute == ("int8" if format in native.INT8_FORMATS else "float32")
+        assert choice.kernel == choose("linear", format, "cpu").kernel
+        assert torch.equal(linear_int8(x, packed), linear(x, packed)) == (choice.compute == "float32"), format
 
 
 def test_native_knows_only_formats_that_exist() -> None:

@@ -70,9 +70,11 @@ def _print(findings: dict[str, Any]) -> None:
     print(f"gpu    {findings['gpu'] or 'none'}")
     print(f"native {findings['native_kernels']['why']}")
     print(f"cache  {findings['cache']}\n")
-    print(f"{'device':<7}{'format':<14}{'dequantize':<12}{'linear':<12}{'grad_input':<12}why")
+    print(f"{'device':<7}{'format':<14}{'dequantize':<12}{'linear':<12}{'grad_input':<12}{'int8 in':<9}why")
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
     for choice in findings["kernels"]:
         rows.setdefault((choice["device"], choice["format"]), []).append(choice)
     for (device, name), choices in rows.items():
-        print(f"{device:<7}{name:<14}" + "".join(f"{c['kernel']:<12}" for c in choices) + choices[0]["why"])
+        *floats, int8 = choices
+        kernels = "".join(f"{c['kernel']:<12}" for c in floats)
+        print(f"{device:<7}{name:<14}{kernels}{int8['compute']:<9}{choices[0]['why']}")

@@ -17,13 +17,17 @@ KERNELS_VARIABLE = "QGRAFT_KERNELS"
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the table: `kernel` is "native" or "reference", `why` is for people."""
+    """One row of the table: `kernel` is "native" or "reference", `why` is for people.
+
+    `compute` is what the products of float32 are computed in: "int8" for linear_int8 and a format that has it.
+    """
 
     op: str
     format: str
     device: str
     kernel: str
     why: str
+    compute: str = "float32"
 
 
 @cache
@@ -38,20 +42,19 @@ def choose(op: str, format: str, device: str) -> Choice:
             f"{KERNELS_VARIABLE}={wanted!r}: expected auto, native or reference",
             hint=near_match(wanted, ("auto", "native", "reference")),
         )
+    compute = "int8" if op == "linear_int8" and format in native.INT8_FORMATS else "float32"
     if wanted == "reference":
-        return Choice(op, format, device, "reference", f"{KERNELS_VARIABLE}=reference")
+        return Choice(op, format, device, "reference", f"{KERNELS_VARIABLE}=reference", compute)
     if device != "cpu":
-        return Choice(op, format, device, "reference", "plain torch; no faster kernel for this device yet")
+        return Choice(op, format, device, "reference", "plain torch; no faster kernel for this device yet", compute)
     if format not in native.FORMAT_IDS:
-        return Choice(op, format, device, "reference", "plain torch; no native loop for this format yet")
+        return Choice(op, format, device, "reference", "plain torch; no native loop for this format yet", compute)
     available, why = native.native_status()
-    if available and op == "linear_int8" and format not in native.INT8_FORMATS:
-        return Choice(op, format, device, "native", f"in float32: no 8-bit loop for this format yet; {why}")
     if available:
-        return Choice(op, format, device, "native", why)
+        return Choice(op, format, device, "native", why, compute)
     if wanted == "native":
         raise UnsupportedError(
             f"{KERNELS_VARIABLE}=native, but the native kernels are {why}",
             hint="install gcc and reinstall qgraft, or unset the variable",
         )
-    return Choice(op, format, device, "reference", why)
+    return Choice(op, format, device, "reference", why, compute)

@@ -24,7 +24,7 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
     "q4_k": 9, "q5_k": 10, "q6_k": 11,
 }  # fmt: skip
-INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # as has_int8 in native.c
+INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in native.c
 
 HALF_BATCH = 16  # rows of half-precision x up to which the C loop, in float32, beats torch.mm in that precision
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
@@ -91,9 +91,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
-    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns; in float32 for formats not in INT8_FORMATS."""
-    if packed.format not in INT8_FORMATS:
-        return linear(x, packed)
+    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns, for INT8_FORMATS."""
     return _product("qgraft_linear_int8", x, packed)
 
 

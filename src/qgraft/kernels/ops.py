@@ -38,7 +38,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear` for float32 x, which is rounded to 8 bits in groups of 32 columns: the products are of integers.
 
-    Formats without such a kernel are computed in float32; `choose("linear_int8", ...)` says which. The gradient is that
+    Formats without such a kernel are computed in float32: `choose("linear_int8", ...).compute` says so. The gradient is that
     of `linear`.
     """
     return torch.ops.qgraft.linear_int8(x, packed.data, packed.scale, packed.format)
@@ -88,7 +88,9 @@ def _linear_int8_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) 
     packed = _packed(data, scale, format, x.shape[-1])
     if x.dtype != torch.float32:
         raise ValueError(f"linear_int8: got {x.dtype}, expected torch.float32")
-    return _kernel("linear_int8", format, x.device).linear_int8(x, packed)
+    choice = choose("linear_int8", format, x.device.type)
+    kernel = _KERNELS[choice.kernel]
+    return kernel.linear_int8(x, packed) if choice.compute == "int8" else kernel.linear(x, packed)
 
 
 @torch.library.custom_op("qgraft::linear_grad_input", mutates_args=())
