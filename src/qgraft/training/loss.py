@@ -4,7 +4,7 @@ Logits are the largest tensor of a small model's step: 512 tokens x 49 152 words
 implementation holds three or four of them. Most of these rows belong to prompt tokens that nobody learns. So the
 decoder runs on all tokens, the output layer only on hidden states whose next token is a label, and that in chunks: each
 chunk's logits, loss and gradient are computed and let go during the forward pass, which keeps one [labels, hidden]
-gradient.
+gradient. The gradient of the logits is written over them.
 (The idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross entropy, arXiv:2410.10989.)
 
 Some architectures transform their logits after the output layer; `output_head` applies it, and `padding_free` compares
@@ -26,7 +26,7 @@ from qgraft.training.attention import attention_arguments, sample_attention
 from qgraft.training.batches import IGNORED, Batch, collate, split_batch
 from qgraft.training.tokenizing import Sample
 
-CHUNK_BYTES = 24 << 20  # of float32 logits at a time: 128 rows of a 49k vocabulary
+CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most
 MIN_CHUNK_ROWS = 32
 
 Head = Callable[[Tensor], Tensor]
@@ -67,6 +67,8 @@ def output_head(model: PreTrainedModel) -> Head:
         return torch.tanh(logits_NV / softcap) * softcap if softcap else logits_NV
 
     head.parameters = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+    head.vocabulary = getattr(layer, "out_features", None)  # type: ignore[attr-defined]
+    head.keeps_logits = bool(softcap)  # type: ignore[attr-defined]  # for its own gradient
     return head
 
 
@@ -87,21 +89,21 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
         grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
-        start, rows = 0, MIN_CHUNK_ROWS
+        start, vocabulary = 0, getattr(head, "vocabulary", None)
         while start < len(states_NH):
+            rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary)) if vocabulary else MIN_CHUNK_ROWS
             chunk = states_NH[start : start + rows].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
-                logits = head(chunk).float()
-                targets = targets_N[start : start + rows]
-                loss = F.cross_entropy(logits, targets, reduction="sum", label_smoothing=label_smoothing)
+                logits = head(chunk)
+            vocabulary = logits.shape[-1]
+            own_CV = logits.detach().to(torch.float32, copy=getattr(head, "keeps_logits", True))
+            total += _loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
             if wanted:
-                chunk_grads = torch.autograd.grad(loss, (chunk, *parameters))
+                chunk_grads = torch.autograd.grad(logits, (chunk, *parameters), own_CV.to(logits.dtype))
                 grads[0][start : start + rows] = chunk_grads[0]
                 for grad, part in zip(grads[1:], chunk_grads[1:], strict=True):
                     grad += part
-            total += loss.detach()
             start += len(chunk)
-            rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * logits.shape[-1]))  # the vocabulary is known by now
         ctx.save_for_backward(*grads)
         return total
 
@@ -110,6 +112,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scales what the forward pass computed."""
         states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return states, None, None, None, *parameters
+
+
+def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
+    """The summed cross-entropy of float32 logits z, which are overwritten with its gradient.
+
+    loss = log sum exp(z) - (1 - s) z[target] - s mean(z)      gradient = softmax(z) - s / V, and s - 1 at the target
+    (label smoothing s as in torch: Szegedy et al. 2016, arXiv:1512.00567)
+    """
+    index_C1 = targets_C[:, None]
+    largest_C1 = logits_CV.amax(dim=1, keepdim=True)
+    kept = (1.0 - smoothing) * logits_CV.gather(1, index_C1)[:, 0]
+    if smoothing:
+        kept += smoothing * logits_CV.mean(dim=1)
+    sums_C1 = logits_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
+    losses_C = (sums_C1.log() + largest_C1)[:, 0] - kept
+    logits_CV.div_(sums_C1)
+    if smoothing:
+        logits_CV.sub_(smoothing / logits_CV.shape[1])
+    logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
+    return losses_C.sum()
 
 
 @contextmanager
