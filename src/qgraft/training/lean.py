@@ -1,12 +1,12 @@
 """Norms and gated MLPs that keep little for the backward pass, in the place of transformers' own while training.
 
     RMSNorm      y = w · x / rms(x)            kept: x and 1 / rms(x), one number a token
-    gated MLP    h = act(gate) · up            kept: gate and up
+    gated MLP    h = act(gate) · up            kept: gate and up, rounded to bfloat16 where products are
 
 Written with ordinary operations, transformers' RMSNorm keeps three tensors as large as x, and a gated MLP two more than
 gate and up; each passes over memory several times in both directions. The outputs y and h are inputs of linear layers,
 which would save them for their adapters: they are marked as `recomputable` from what is kept, so those save nothing.
-Together this halves the memory of a step's activations. Nothing is approximated.
+Together this halves the memory of a step's activations. In float32 nothing is approximated.
 
     dL/dx of the norm = r (g w  -  x r² mean(g w x)),  r = 1 / rms(x)
         (derivative of Zhang & Sennrich 2019, arXiv:1910.07467)
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qgraft.adapters.lora import recomputable
+from qgraft.linear import product_dtype
 from qgraft.training.loss import evaluating
 
 Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # act(x), dL/dx of (dL/dy, x)
@@ -75,22 +76,24 @@ class RmsNorm(torch.autograd.Function):
 
 
 class GatedProduct(torch.autograd.Function):
-    """h = act(gate) · up, all [..., H]."""
+    """h = act(gate) · up, all [..., H], saving `kept_gate` and `kept_up`, which are these or rounded copies of them."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, kept_gate: Tensor, kept_up: Tensor, activation: Activation
+    ) -> Tensor:
         """See the class."""
-        ctx.save_for_backward(gate, up)
+        ctx.save_for_backward(kept_gate, kept_up)
         ctx.activation = activation
         return gated(activation[0], gate, up)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dh -> dL/dgate, dL/dup."""
-        gate, up = ctx.saved_tensors
+        gate, up = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
         act, act_backward = ctx.activation
-        return act_backward(grad * up, gate), act(gate).mul_(grad), None
+        return act_backward(grad * up, gate), act(gate).mul_(grad), None, None, None
 
 
 def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
@@ -99,8 +102,9 @@ def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
 
 
 def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) · up."""
-    return act(gate).mul_(up)
+    """act(gate) · up, computed in float32 at least."""
+    dtype = torch.promote_types(gate.dtype, torch.float32)
+    return act(gate.to(dtype)).mul_(up)
 
 
 def _lean_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -141,8 +145,10 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     def forward(x: Tensor) -> Tensor:
         part: Any = module
         gate, up = part.gate_proj(x), part.up_proj(x)
-        h = GatedProduct.apply(gate, up, found)
-        return part.down_proj(recomputable(h, partial(gated, found[0]), gate, up))
+        dtype = product_dtype(getattr(part.down_proj, "base", part.down_proj), gate)
+        kept = gate.detach().to(dtype), up.detach().to(dtype)
+        h = GatedProduct.apply(gate, up, *kept, found)
+        return part.down_proj(recomputable(h, partial(gated, found[0]), *kept))
 
     return forward if _same(module, forward, [(2, width)]) else None
 
