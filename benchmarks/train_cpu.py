@@ -1,280 +1,261 @@
-"""LoRA training side by side: qgraft on the packed file, transformers + PEFT on its float32 copy.
+"""LoRA training side by side: qgraft on the packed file, transformers + PEFT on its float32 copy and on other formats.
 
-    python benchmarks/train_cpu.py                  # three rounds of each contestant, alternating; about 6 minutes
-    python benchmarks/train_cpu.py --rounds 5 --steps 24
+    python benchmarks/train_cpu.py                                  # three rounds, alternating; about half an hour
+    python benchmarks/train_cpu.py --dataset identity --contestants qgraft,peft --rounds 5 --steps 24
+    python benchmarks/train_cpu.py --packages FOLDER                # further packages for the peers that need them
 
-Every contestant runs in a process of its own and gets the same rows in the same order, the same first adapter weights, the
-same optimizer, learning rate and batch size (r=8 on all linear layers of SmolLM2-135M). A run whose final held-out loss
-differs from ours by more than 1 % fails the benchmark.
+Every contestant (peers.py says what each is) runs in a process of its own and gets the same rows in the same order, the same
+first adapter weights, the same optimizer, learning rate and batch size: r=8 on all linear layers of SmolLM2-135M.
 
-    qgraft         Q4_1 bytes, padding-free batches, logits at answers only
-    peft           transformers' Trainer and PEFT, float32, batches padded to the longest row: what everybody runs
-    peft-packed    the same with transformers' padding-free collator: the gain of kernels and memory without that of padding
+    identity   who the assistant is: 216 rows of much the same length, 16 % padding at batch 8
+    mixed      docstrings of Python's standard library, 38 to 400 tokens: 58 % padding at batch 8
+    dense      one row of 512 tokens a step, all of them learned: no gain but that of the kernels
 
-Written to benchmarks/results/train_cpu.csv: useful (non-padding) tokens a second while stepping, and the peak resident memory
-of the whole process. The machine is noisy: quote the ratios.
+Losses. Held-out losses are compared where the base is the same, bit for bit: all qgraft runs and both of PEFT in float32
+must be within 1 % of `peft`, `nf4-packed` within 1 % of `nf4`; otherwise the benchmark fails. The bases of NF4, HQQ, quanto
+and torchao are rounded again, each in another way, and the bfloat16 recipe rounds the activations as well: their losses are
+printed beside the others, and nothing follows from a difference.
+
+Shares of the limit. Operations of a step: 4 for each weight of a layer and each token (products with W and with W^T), 4 for
+each weight of the head and each token that is learned, 6 r (in + out) for each adapter and each token; attention and all
+else count nothing, padding neither. Divided by the time and by the machine's sgemm rate in the same round (machine.py).
+
+Written to benchmarks/results/train_cpu.csv and .png: tokens a second count no padding and no warm-up, peak memory is that of
+the whole process until the last step. The machine is noisy: quote the ratios.
 """
 
 import argparse
 import csv
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+import machine
+import peers
 
 RESULTS = Path(__file__).with_name("results") / "train_cpu.csv"
-CONTESTANTS = ("qgraft", "peft", "peft-packed")
-WARMUP_STEPS = 2
+# data set -> steps, samples in a batch
+WORK = {"identity": (10, 8), "mixed": (6, 8), "dense": (5, 1)}
+ONCE = ("nf4-bf16", "hqq", "quanto", "torchao")  # in the first round only, with fewer steps
+STEPS_ONCE = 4
+WARMUP_STEPS = 1
+PACKAGES = ("qgraft", "torch", "transformers", "peft", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
+Run = dict[str, Any]
 
 
 def main() -> None:
-    """Run all contestants in turn, compare, write the CSV."""
+    """Run all contestants in turn, compare, write the CSV, draw the chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--only", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help="of every contestant on every data set")
+    parser.add_argument("--batch", type=int, help="samples in a batch; dense has one")
+    parser.add_argument("--dataset", default="both", choices=(*WORK, "both", "all"), help="both: identity and mixed")
+    parser.add_argument("--contestants", default=",".join(default_contestants()), help="comma list")
+    parser.add_argument("--packages", help="a folder of packages (pip install --target) for the peers")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(run_contestant(options)))
+        print(json.dumps(machine_rates(options) if options.only == "sgemm" else run_contestant(options)))
         return
-    runs = []
+    names = options.contestants.split(",")
+    if unknown := set(names) - set(peers.CONTESTANTS):
+        parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(peers.CONTESTANTS)}")
+    datasets = {"both": ["identity", "mixed"], "all": list(WORK)}.get(options.dataset, [options.dataset])
+    runs: list[Run] = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare(Path(folder))
+        sizes = peers.prepare(Path(folder), datasets)
+        (Path(folder) / "sizes.json").write_text(json.dumps(sizes))
         for number in range(options.rounds):
-            for name in CONTESTANTS:
-                runs.append({"round": number, **in_own_process(name, folder, options)})
-                print({key: round(v, 4) if isinstance(v, float) else v for key, v in runs[-1].items()}, flush=True)
-    write(runs, options)
+            rates = machine.in_own_process(__file__, ["--only", "sgemm", "--folder", folder])
+            print(f"sgemm: {rates['large']:.0f} GFLOP/s, on the model's shapes {rates['shapes']:.0f}", flush=True)
+            for dataset in datasets:
+                for name in names:
+                    if number == 0 or name not in ONCE:
+                        runs += one_run(name, dataset, number, folder, options, sizes, rates)
+    write(runs, options.output)
+    draw(runs, options.output.with_suffix(".png"))
     report(runs)
 
 
-def prepare(folder: Path) -> None:
-    """The tokenized rows and the first adapter weights, shared by all contestants."""
-    import torch
+def default_contestants() -> list[str]:
+    """All but the one that is qgraft's default on this CPU."""
+    from qgraft.training.arguments import has_fast_bf16
 
-    import qgraft
-    from qgraft.training.evaluate import build_samples, read_dataset
-
-    model, tokenizer = qgraft.load("smollm2-135m")
-    torch.manual_seed(0)
-    qgraft.attach_lora(model, r=8, lora_alpha=16)
-    qgraft.save_adapter(model, folder / "adapter")
-    rows = {}
-    for part in ("identity", "identity_heldout"):
-        conversations, accounting = read_dataset(part, name="Aria", author="the Qgraft team")
-        samples = build_samples(tokenizer, conversations, accounting)
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(1)).tolist()
-        rows[part] = [{"input_ids": samples[i].input_ids, "labels": samples[i].labels} for i in order]
-    (folder / "rows.json").write_text(json.dumps(rows))
+    default = "qgraft-bf16" if has_fast_bf16() else "qgraft-float32"
+    return [name for name in peers.CONTESTANTS if name not in (default, "qgraft-bf16")]
 
 
-def in_own_process(name: str, folder: str, options: argparse.Namespace) -> dict:
-    """Run one contestant in a fresh interpreter; its last line of output is its result."""
-    command = [sys.executable, __file__, "--only", name, "--folder", folder]
-    command += ["--steps", str(options.steps), "--batch", str(options.batch)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return {"contestant": name, **json.loads(done.stdout.strip().splitlines()[-1])}
+def one_run(
+    name: str, dataset: str, number: int, folder: str, options: argparse.Namespace, sizes: Run, rates: Run
+) -> list[Run]:
+    """One contestant in a process of its own: its line of the CSV, or none where it could not run."""
+    steps, batch = WORK[dataset]
+    steps = options.steps or (min(steps, STEPS_ONCE) if name in ONCE else steps)
+    batch = options.batch if options.batch and dataset != "dense" else batch
+    words = ["--only", name, "--folder", folder, "--dataset", dataset, "--steps", str(steps), "--batch", str(batch)]
+    try:
+        result = machine.in_own_process(__file__, words, options.packages if name in ONCE else None)
+    except machine.ContestantError as error:
+        result = {"skipped": f"failed: {error}"}
+    if "skipped" in result:
+        print(f"{dataset}: {name} is left out: {result['skipped']}", flush=True)
+        return []
+    work, seconds = operations(result, sizes), result["seconds"]
+    run = {
+        "dataset": dataset, "round": number, "contestant": name, "steps": steps, "batch": batch,
+        "tokens_per_second": result["tokens"] / seconds, "seconds_per_step": seconds / (steps - WARMUP_STEPS),
+        "useful_share": result["tokens"] / result["padded_tokens"], "gflops": work / seconds / 1e9,
+        "sgemm_gflops": rates["large"], "share_of_sgemm": work / seconds / 1e9 / rates["large"],
+        "share_on_shapes": work / seconds / 1e9 / rates["shapes"],
+        **{key: result[key] for key in ("load_seconds", "peak_mb", "held_out_loss", "total_seconds")},
+    }  # fmt: skip
+    print({key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}, flush=True)
+    return [run]
 
 
-def run_contestant(options: argparse.Namespace) -> dict:
+def operations(result: Run, sizes: Run) -> float:
+    """What the steps need at least; see the module's docstring."""
+    token = 4 * sizes["body_weights"] + sizes["lora_flops"]
+    return float(result["tokens"] * token + result["labels"] * 4 * sizes["head_weights"])
+
+
+def machine_rates(options: argparse.Namespace) -> Run:
+    """The sgemm rates, measured in this process."""
+    sizes = json.loads((options.folder / "sizes.json").read_text())
+    return machine.sgemm_rates([tuple(layer) for layer in sizes["layers"]] + [(*sizes["head"], 1)])
+
+
+class Clock:
+    """Time and memory at the end of every optimizer step in this process, whoever makes it."""
+
+    def __init__(self) -> None:
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        self.times: list[float] = []
+        self.peak_mb = 0.0
+        register_optimizer_step_post_hook(self.tick)
+
+    def tick(self, *_: object) -> None:
+        """A step is done."""
+        self.times.append(time.perf_counter())
+        self.peak_mb = machine.peak_mb()
+
+
+def run_contestant(options: argparse.Namespace) -> Run:
     """Train for so many steps in this process; returns the measurements."""
-    from transformers import TrainerCallback
-
-    class Clock(TrainerCallback):
-        """Times steps after the warm-up."""
-
-        seconds, counted = 0.0, 0
-
-        def on_step_begin(self, args, state, control, **kwargs):
-            self.began = time.perf_counter()
-
-        def on_step_end(self, args, state, control, **kwargs):
-            if state.global_step > WARMUP_STEPS:
-                self.seconds += time.perf_counter() - self.began
-                self.counted += 1
-
-    folder = Path(options.folder)
-    rows = json.loads((folder / "rows.json").read_text())
-    clock = Clock()
-    began = time.perf_counter()
-    train = train_qgraft if options.only == "qgraft" else train_peft
-    load_seconds, loss = train(options, rows, folder, clock)
-    used = rows["identity"][: options.steps * options.batch][WARMUP_STEPS * options.batch :]
-    tokens = sum(len(row["input_ids"]) for row in used)
+    if missing := peers.missing_package(options.only):
+        return {"skipped": f"{missing} is not installed"}
+    shared = json.loads((options.folder / f"{options.dataset}.json").read_text())
+    clock, began = Clock(), time.perf_counter()
+    load_seconds, loss = peers.train(options.only, shared, options.folder, options.steps, options.batch)
+    assert len(clock.times) == options.steps
+    rows = shared["train"]["tokens"][: options.steps * options.batch]
+    assert len(rows) == options.steps * options.batch, "the data set is shorter than the run"
+    counted = rows[WARMUP_STEPS * options.batch :]
+    lengths = [len(row["input_ids"]) for row in counted]
+    batches = [lengths[start : start + options.batch] for start in range(0, len(lengths), options.batch)]
     return {
-        "tokens_per_second": tokens / clock.seconds,
-        "seconds_per_step": clock.seconds / clock.counted,
+        "seconds": clock.times[-1] - clock.times[WARMUP_STEPS - 1],
+        "tokens": sum(lengths),
+        "padded_tokens": sum(max(batch) * len(batch) for batch in batches),
+        "labels": sum(label != -100 for row in counted for label in row["labels"][1:]),
         "load_seconds": load_seconds,
-        "peak_mb": peak_mb(),
-        "held_out_loss": loss,
+        "peak_mb": clock.peak_mb,
+        "held_out_loss": loss(),
         "total_seconds": time.perf_counter() - began,
     }
 
 
-def train_qgraft(options: argparse.Namespace, rows: dict, folder: Path, clock: object) -> tuple[float, float]:
-    """Ours."""
-    from torch.utils.data import SequentialSampler
-
-    import qgraft
-    from qgraft.training.evaluate import evaluate_samples
-    from qgraft.training.loss import padding_free
-    from qgraft.training.tokenizing import Sample
-    from qgraft.training.trainer import LoraTrainer
-
-    class InOrder(LoraTrainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SequentialSampler(self.train_dataset)
-
-    began = time.perf_counter()
-    model, _ = qgraft.load("smollm2-135m")
-    load_seconds = time.perf_counter() - began
-    qgraft.load_adapter(model, folder / "adapter")
-    samples = {part: [Sample(row["input_ids"], row["labels"], "") for row in rows[part]] for part in rows}
-    args = qgraft.TrainArguments(**training_options(options, folder))
-    with padding_free(model, samples["identity"]):
-        InOrder(model, args, samples["identity"], [], args.max_tokens_per_pass, [clock]).train()
-    return load_seconds, evaluate_samples(model, samples["identity_heldout"]).loss
-
-
-def train_peft(options: argparse.Namespace, rows: dict, folder: Path, clock: object) -> tuple[float, float]:
-    """The usual stack, and its variant with a padding-free collator."""
-    import torch
-    from peft import PeftModel
-    from torch.utils.data import SequentialSampler
-    from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Trainer, TrainingArguments
-
-    from qgraft.checkpoints.pull import pull
-
-    class InOrder(Trainer):
-        def _get_train_sampler(self, train_dataset=None):
-            return SequentialSampler(self.train_dataset)
-
-    path = pull("smollm2-135m")
-    began = time.perf_counter()
-    base = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    load_seconds = time.perf_counter() - began
-    # transformers marks the floats it made as a quantized model that cannot be trained
-    base.is_quantized, base.hf_quantizer, base.quantization_method = False, None, None
-    model = PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True)
-    args = TrainingArguments(**training_options(options, folder), report_to="none", disable_tqdm=True)
-    collate = DataCollatorWithFlattening() if options.only == "peft-packed" else pad
-    InOrder(model, args, data_collator=collate, train_dataset=rows["identity"], callbacks=[clock]).train()
-    return load_seconds, held_out_loss(model, rows["identity_heldout"])
-
-
-def training_options(options: argparse.Namespace, folder: Path) -> dict:
-    """What all contestants are told."""
-    return {
-        "output_dir": str(folder / options.only),
-        "max_steps": options.steps,
-        "per_device_train_batch_size": options.batch,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "logging_steps": 1000,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "remove_unused_columns": False,
-    }
-
-
-def pad(rows: list[dict]) -> dict:
-    """The usual collator: rows padded to the longest one, an attention mask, labels -100 on padding."""
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
-    for row in rows:
-        missing = longest - len(row["input_ids"])
-        batch["input_ids"].append(row["input_ids"] + [0] * missing)
-        batch["attention_mask"].append([1] * len(row["input_ids"]) + [0] * missing)
-        batch["labels"].append(row["labels"] + [-100] * missing)
-    return {key: torch.tensor(value) for key, value in batch.items()}
-
-
-def held_out_loss(model: object, rows: list[dict]) -> float:
-    """Mean over all label tokens, each row alone, by transformers' own loss."""
-    import torch
-
-    total, count = 0.0, 0
-    model.eval()
-    for row in rows:
-        labels = torch.tensor([row["labels"]])
-        with torch.no_grad():
-            loss = model(input_ids=torch.tensor([row["input_ids"]]), labels=labels).loss
-        learned = int((labels[:, 1:] != -100).sum())
-        total, count = total + float(loss) * learned, count + learned
-    return total / count
-
-
-def peak_mb() -> float:
-    """The most memory the process has held resident, in MB."""
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
-
-
-def write(runs: list[dict], options: argparse.Namespace) -> None:
-    """Append the runs to the CSV with date, device and versions."""
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        **{package: version(package) for package in ("qgraft", "torch", "transformers", "peft")},
-        "steps": options.steps,
-        "batch": options.batch,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with open(RESULTS, "a", newline="") as file:
+def write(runs: list[Run], path: Path) -> None:
+    """The CSV, with date, device and versions."""
+    about = machine.describe(*PACKAGES)
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*about, *runs[0]])
-        if new:
-            writer.writeheader()
+        writer.writeheader()
         writer.writerows({**about, **run} for run in runs)
 
 
-def cpu_name() -> str:
-    """The CPU's model and widest vector unit that torch uses."""
-    import torch
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()} ({torch.backends.cpu.get_cpu_capability()})"
-
-
-def report(runs: list[dict]) -> None:
-    """Medians, and ours against each peer; fails when the losses differ by more than 1 %."""
-    medians = {
-        name: {
-            key: statistics.median(run[key] for run in runs if run["contestant"] == name)
-            for key in ("tokens_per_second", "peak_mb", "load_seconds", "held_out_loss")
-        }
-        for name in CONTESTANTS
+def medians(runs: list[Run], dataset: str) -> dict[str, dict[str, float]]:
+    """Contestant -> its medians on a data set."""
+    mine = [run for run in runs if run["dataset"] == dataset]
+    keys = ("tokens_per_second", "peak_mb", "load_seconds", "held_out_loss", "share_of_sgemm", "share_on_shapes")
+    return {
+        name: {key: statistics.median(run[key] for run in mine if run["contestant"] == name) for key in keys}
+        for name in dict.fromkeys(run["contestant"] for run in mine)
     }
-    ours = medians["qgraft"]
-    for name, figures in medians.items():
-        faster, smaller = ours["tokens_per_second"] / figures["tokens_per_second"], ours["peak_mb"] / figures["peak_mb"]
-        print(
-            f"{name:<12} {figures['tokens_per_second']:7.1f} tokens/s (ours x {faster:.2f})"
-            f"  peak {figures['peak_mb']:6.0f} MB (ours {smaller:.0%})"
-            f"  load {figures['load_seconds']:5.1f} s  held-out loss {figures['held_out_loss']:.4f}"
-        )
-    worst = max(abs(figures["held_out_loss"] / ours["held_out_loss"] - 1) for figures in medians.values())
-    print(f"largest difference of held-out losses: {worst:.2%}")
-    if worst > 0.01:
-        sys.exit("the losses differ by more than 1 %: the contestants did not do the same work")
+
+
+def report(runs: list[Run]) -> None:
+    """Medians, and ours against each peer; exits with an error where losses of the same base differ by more than 1 %."""
+    problems = []
+    for dataset in dict.fromkeys(run["dataset"] for run in runs):
+        table = medians(runs, dataset)
+        ours = table.get("qgraft", next(iter(table.values())))
+        print(f"\n{dataset}")
+        for name, figures in table.items():
+            faster = ours["tokens_per_second"] / figures["tokens_per_second"]
+            print(
+                f"{name:<15} {figures['tokens_per_second']:7.1f} tokens/s (ours x {faster:5.2f})"
+                f"  {figures['share_of_sgemm']:4.0%} of sgemm, {figures['share_on_shapes']:4.0%} of it on the shapes"
+                f"  peak {figures['peak_mb']:6.0f} MB (ours {ours['peak_mb'] / figures['peak_mb']:4.0%})"
+                f"  load {figures['load_seconds']:5.1f} s  held-out loss {figures['held_out_loss']:.4f}"
+            )
+        for group in (peers.SAME_BASE, peers.NF4):
+            problems += different_losses([run for run in runs if run["dataset"] == dataset], group)
+    if problems:
+        sys.exit("\n".join(["these contestants did not do the same work:", *problems]))
+
+
+def different_losses(runs: list[Run], group: tuple[str, ...]) -> list[str]:
+    """The runs of a group whose held-out loss is more than 1 % off the reference's, where as many steps were taken."""
+    mine = [run for run in runs if run["contestant"] in group]
+    references = [
+        run for run in mine if run["contestant"] == (peers.REFERENCE if peers.REFERENCE in group else group[0])
+    ]
+    if not references:
+        return []
+    expected = statistics.median(run["held_out_loss"] for run in references)
+    worst = max(mine, key=lambda run: abs(run["held_out_loss"] / expected - 1))
+    print(f"largest difference of losses on the base of {references[0]['contestant']}: "
+          f"{worst['held_out_loss'] / expected - 1:+.3%} ({worst['contestant']})")  # fmt: skip
+    return [
+        f"{run['dataset']}: {run['contestant']}: held-out loss {run['held_out_loss']:.4f}, expected {expected:.4f}"
+        for run in mine
+        if abs(run["held_out_loss"] / expected - 1) > 0.01
+    ]
+
+
+def draw(runs: list[Run], path: Path) -> None:
+    """Bars of tokens a second and of peak memory, a row of axes for each data set."""
+    from matplotlib.figure import Figure
+
+    datasets = list(dict.fromkeys(run["dataset"] for run in runs))
+    tables = {dataset: medians(runs, dataset) for dataset in datasets}
+    height = 1.0 + sum(0.6 + 0.3 * len(table) for table in tables.values())
+    figure = Figure(figsize=(11, height), dpi=120, layout="constrained")
+    axes = figure.subplots(len(datasets), 2, squeeze=False, height_ratios=[2 + len(t) for t in tables.values()])
+    for row, (dataset, table) in zip(axes, tables.items(), strict=True):
+        colors = ["#2f6fb0" if name.startswith("qgraft") else "#9aa5b1" for name in table]
+        for axis, key, unit, scale, style in (
+            (row[0], "tokens_per_second", "useful tokens a second", 1.0, "%.0f"),
+            (row[1], "peak_mb", "peak memory (GB)", 1e-3, "%.2f"),
+        ):
+            bars = axis.barh(list(table), [figures[key] * scale for figures in table.values()], color=colors)
+            axis.bar_label(bars, fmt=style, padding=3)
+            axis.invert_yaxis()
+            axis.margins(x=0.12)
+            axis.set_xlabel(unit)
+            axis.set_title(dataset)
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("LoRA r=8 on all linear layers of SmolLM2-135M, on a CPU")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":
