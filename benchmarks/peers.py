@@ -193,7 +193,7 @@ def train_peft(
 def load_peer(name: str, checkpoint: Path) -> Any:
     """The base model of a peer, from the float32 checkpoint."""
     import torch
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, HqqConfig, QuantoConfig, TorchAoConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
     dtype, config = torch.float32, None
     if name == "nf4-bf16":
@@ -202,15 +202,27 @@ def load_peer(name: str, checkpoint: Path) -> Any:
                                     bnb_4bit_use_double_quant=True)  # fmt: skip
     elif name in NF4:
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    elif name == "hqq":
-        config = HqqConfig(nbits=4, group_size=64)
     elif name == "quanto":
         config = QuantoConfig(weights="int4")
     elif name == "torchao":
         from torchao.quantization import Int8WeightOnlyConfig
 
         config = TorchAoConfig(Int8WeightOnlyConfig())
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, quantization_config=config)
+    return pack_with_hqq(model) if name == "hqq" else model
+
+
+def pack_with_hqq(model: Any) -> Any:
+    """HQQ's own layers in place of the model's; transformers 5 cannot load into them."""
+    import torch
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    config = BaseQuantizeConfig(nbits=4, group_size=64)
+    for path, module in list(model.model.named_modules()):
+        if isinstance(module, torch.nn.Linear):
+            packed = HQQLinear(module, config, compute_dtype=torch.float32, device="cpu")
+            model.model.set_submodule(path, packed)
+    return model
 
 
 def pad(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,179 @@
+"""Decoding one sequence on a CPU, side by side: qgraft, transformers, transformers + bitsandbytes, llama.cpp.
+
+    python benchmarks/decode_cpu.py                        # five rounds of each contestant, alternating
+    python benchmarks/decode_cpu.py --rounds 1 --contestants qgraft,llama.cpp
+
+Greedy, batch 1, SmolLM2-135M, the same prompt ids for all, torch's number of threads for all:
+
+    qgraft            the packed Q4_1 file, by what `qgraft chat` calls for an answer
+    qgraft-adapter    the same with a LoRA r=8 on all linear layers
+    transformers      generate() on the float32 model that the file stands for
+    nf4, nf4-bf16     generate() on bitsandbytes NF4, compute dtype float32 and bfloat16; on a CPU with AVX512-BF16 the
+                      library computes the layers of both in bfloat16
+    llama.cpp         through xllamacpp, the same file; its server, without its prompt cache
+
+    decode     64 tokens after a prompt of 32: the time of 65 tokens less that of one, so that the prompt does not count
+    prefill    one token after a prompt of 512
+
+Each contestant runs in a process of its own, warms up once and repeats each measurement three times; the best counts for
+the round, the median of the rounds for the table. Written to benchmarks/results/decode_cpu.csv.
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine
+import peers
+
+RESULTS = Path(__file__).with_name("results") / "decode_cpu.csv"
+CONTESTANTS = ("qgraft", "qgraft-adapter", "transformers", "nf4", "nf4-bf16", "llama.cpp")
+PACKAGES = ("qgraft", "torch", "transformers", "bitsandbytes", "xllamacpp")
+PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 64, 512
+REPEATS = 3
+Generate = Callable[[list[int], int], None]  # (prompt ids, new tokens)
+
+
+def main() -> None:
+    """Run all contestants in turn, print medians and ratios, write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma list")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--only", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, options.folder)))
+        return
+    names = options.contestants.split(",")
+    if unknown := set(names) - set(CONTESTANTS):
+        parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
+    runs = []
+    with tempfile.TemporaryDirectory() as folder:
+        peers.prepare(Path(folder), ["dense"])
+        for number in range(options.rounds):
+            for name in names:
+                run = machine.in_own_process(__file__, ["--only", name, "--folder", folder])
+                runs.append({"round": number, "contestant": name, **run})
+                print({key: round(v, 3) if isinstance(v, float) else v for key, v in runs[-1].items()}, flush=True)
+    about = machine.describe(*PACKAGES)
+    options.output.parent.mkdir(exist_ok=True)
+    with open(options.output, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*about, *runs[0]])
+        writer.writeheader()
+        writer.writerows({**about, **run} for run in runs)
+    report(runs)
+
+
+def report(runs: list[dict[str, Any]]) -> None:
+    """Medians, and ours against each."""
+    keys = ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_mb")
+    table = {
+        name: {key: statistics.median(run[key] for run in runs if run["contestant"] == name) for key in keys}
+        for name in dict.fromkeys(run["contestant"] for run in runs)
+    }
+    first = next(iter(table))
+    for name, figures in table.items():
+        decode, prefill = (table[first][key] / figures[key] for key in keys[:2])
+        print(
+            f"{name:<15} decode {figures[keys[0]]:7.1f} tokens/s ({first} x {decode:5.2f})"
+            f"   prefill {figures[keys[1]]:7.1f} tokens/s ({first} x {prefill:5.2f})   peak {figures['peak_mb']:5.0f} MB"
+        )
+
+
+def measure(name: str, folder: Path) -> dict[str, float]:
+    """Load the contestant in this process and time it."""
+    rows = json.loads((folder / "dense.json").read_text())["train"]["tokens"]
+    prompt, long = rows[0]["input_ids"][:PROMPT_TOKENS], rows[1]["input_ids"][:PREFILL_TOKENS]
+    assert len(long) == PREFILL_TOKENS
+    began = time.perf_counter()
+    generate = {"qgraft": load_qgraft, "qgraft-adapter": load_qgraft, "llama.cpp": load_llama_cpp}.get(
+        name, load_transformers
+    )(name, folder)
+    load_seconds = time.perf_counter() - began
+    generate(prompt, 4)
+    many, one = best_seconds(generate, prompt, NEW_TOKENS + 1), best_seconds(generate, prompt, 1)
+    return {
+        "decode_tokens_per_second": NEW_TOKENS / (many - one),
+        "prefill_tokens_per_second": PREFILL_TOKENS / best_seconds(generate, long, 1),
+        "first_token_seconds": one,
+        "load_seconds": load_seconds,
+        "peak_mb": machine.peak_mb(),
+    }
+
+
+def best_seconds(generate: Generate, prompt: list[int], tokens: int) -> float:
+    """The shortest of a few runs."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        generate(prompt, tokens)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def load_qgraft(name: str, folder: Path) -> Generate:
+    """Ours; the prompt's ids stand for what chat makes of a question."""
+    import qgraft
+    from qgraft.cli import options as chat
+    from qgraft.training import tokenizing
+
+    model, tokenizer = qgraft.load(peers.MODEL)
+    if name == "qgraft-adapter":
+        qgraft.load_adapter(model, folder / "adapter")
+    model.eval()
+
+    def generate(prompt: list[int], tokens: int) -> None:
+        tokenizing.encode_prompt = lambda *_, **__: prompt  # type: ignore[assignment]
+        chat.answer(model, tokenizer, [("user", "")], do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+
+    return generate
+
+
+def load_transformers(name: str, folder: Path) -> Generate:
+    """The peers that are models of transformers."""
+    import torch
+
+    model = peers.load_peer("peft" if name == "transformers" else name, folder / "float").eval()
+
+    def generate(prompt: list[int], tokens: int) -> None:
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens,
+                                 max_new_tokens=tokens)  # fmt: skip
+        assert out.shape[1] == len(prompt) + tokens
+
+    return generate
+
+
+def load_llama_cpp(name: str, folder: Path) -> Generate:
+    """llama.cpp's server within this process, one slot."""
+    import torch
+    import xllamacpp
+
+    import qgraft
+
+    params = xllamacpp.CommonParams()
+    params.model.path = str(qgraft.pull(peers.MODEL))
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = 1024, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+    params.warmup = params.fit_params = params.enable_chat_template = False
+    server = xllamacpp.Server(params)
+
+    def generate(prompt: list[int], tokens: int) -> None:
+        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+        answer = server.handle_completions(request)
+        assert answer["usage"]["completion_tokens"] == tokens, answer
+
+    return generate
+
+
+if __name__ == "__main__":
+    main()
