@@ -23,8 +23,11 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)           ## speed and memory beside transformers + PEFT; results go to benchmarks/results
-	$(BIN)/python benchmarks/train_cpu.py
+bench: $(READY)           ## speed and memory beside PEFT, bitsandbytes, llama.cpp and others, to benchmarks/results; an hour
+	$(BIN)/python -m pip install --quiet -e ".[dev,bench]"
+	$(BIN)/python benchmarks/train_cpu.py --dataset all
+	$(BIN)/python benchmarks/decode_cpu.py
+	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/adapters.py
 

@@ -1,6 +1,8 @@
 """The rows that the benchmarks of merging train on: the promised form, never the same question in both parts."""
 
 import importlib.util
+import inspect
+import pkgutil
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -58,6 +60,36 @@ def test_phonemes(tasks):
     assert len(held_out) == tasks.HELD_OUT_WORDS
     assert not set(train) & set(held_out)
     assert sorted(train + held_out) == sorted(words)
+
+
+def test_docstrings_are_what_python_says(tasks):
+    asked = []
+    for rows in tasks.docstrings():
+        asked.append([])
+        for question, answer in turns(rows):
+            (template,) = (
+                q for q in tasks.DOCSTRING_QUESTIONS if re.fullmatch(re.escape(q).replace(r"\{\}", ".+"), question)
+            )
+            start, _, end = template.partition("{}")
+            name = question[len(start) : len(question) - len(end)]
+            text = inspect.getdoc(pkgutil.resolve_name(name))
+            assert text.startswith(answer)
+            assert len(answer) <= tasks.LONGEST_DOCSTRING
+            assert answer == text or text[len(answer) :].lstrip(" ").startswith("\n")
+            asked[-1].append(name)
+    train, held_out = asked
+    assert len(held_out) == tasks.HELD_OUT_DOCSTRINGS
+    assert not set(train) & set(held_out)
+    assert len(train) > 800
+
+
+def test_docstrings_have_mixed_lengths_and_no_twins(tasks):
+    rows, held_out = tasks.docstrings()
+    answers = [answer for _, answer in turns(rows + held_out)]
+    assert len(set(answers)) == len(answers)
+    lengths = sorted(map(len, answers))
+    assert lengths[len(lengths) // 10] < 60 and lengths[-len(lengths) // 20] > 800
+    assert tasks.docstrings() == (rows, held_out)
 
 
 def test_every_task_has_its_arguments(tasks):
