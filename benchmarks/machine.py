@@ -105,7 +105,7 @@ def sgemm_rates(shapes: list[tuple[int, int, int]], tokens: int = TOKENS) -> dic
     return {"large": large / 1e9, "shapes": flops / seconds / 1e9}
 
 
-def _seconds(product: Callable[[], Any], least: float = 0.25) -> float:
+def _seconds(product: Callable[[], Any], least: float = 0.1) -> float:
     """The median time of a call, of as many as fit into `least` seconds and at least five."""
     product()
     times: list[float] = []

@@ -42,8 +42,8 @@ def missing_package(name: str) -> str | None:
     return needed if importlib.util.find_spec(parent) is None or importlib.util.find_spec(needed) is None else None
 
 
-def prepare(folder: Path, datasets: list[str]) -> dict[str, Any]:
-    """Write what all contestants share: rows, float checkpoint, first adapter weights. Returns the sizes of the model."""
+def prepare(folder: Path, datasets: list[str]) -> None:
+    """Write what all contestants share: rows, float checkpoint, first adapter weights, and the sizes of the model."""
     import torch
     from peft_nf4 import float_model
 
@@ -57,7 +57,7 @@ def prepare(folder: Path, datasets: list[str]) -> dict[str, Any]:
     qgraft.save_adapter(model, folder / "adapter")
     for dataset in datasets:
         (folder / f"{dataset}.json").write_text(json.dumps(shared_rows(dataset, tokenizer)))
-    return sizes(model)
+    (folder / "sizes.json").write_text(json.dumps(sizes(model)))
 
 
 def shared_rows(dataset: str, tokenizer: Any) -> dict[str, Any]:

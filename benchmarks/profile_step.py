@@ -42,7 +42,11 @@ UNPACKING = ("qgraft::", "bitsandbytes::", "aten::_weight_")
 LOSS = ("_ChunkedCrossEntropy", "aten::cross_entropy", "aten::nll_loss", "aten::log_softmax", "aten::_log_softmax")
 OPTIMIZER = ("Optimizer.", "aten::_foreach_norm", "aten::_foreach_mul_", "aten::_foreach_clamp", "aten::_fused_adamw")
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct")
-WITHOUT_WORK = set(["linear", "matmul", "t", "transpose", "view", "_unsafe_view", "reshape", "expand", "expand_as", "slice", "select", "as_strided", "unsqueeze", "squeeze", "permute", "detach", "alias", "empty", "empty_like", "empty_strided", "resize_", "contiguous", "to", "type_as", "lift_fresh", "item", "_local_scalar_dense", "narrow", "split"])  # fmt: skip
+WITHOUT_WORK = {
+    "linear", "matmul", "t", "transpose", "view", "_unsafe_view", "reshape", "expand", "expand_as", "slice", "select",
+    "as_strided", "unsqueeze", "squeeze", "permute", "detach", "alias", "empty", "empty_like", "empty_strided", "resize_",
+    "contiguous", "to", "type_as", "lift_fresh", "item", "_local_scalar_dense", "narrow", "split",
+}  # fmt: skip
 RANKS = tuple(peers.RANK * parts for parts in (1, 2, 3))  # layers that share an input may be stacked
 WARMUP_STEPS = 2
 

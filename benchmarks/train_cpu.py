@@ -1,8 +1,8 @@
 """LoRA training side by side: qgraft on the packed file, transformers + PEFT on its float32 copy and on other formats.
 
-    python benchmarks/train_cpu.py                                  # three rounds, alternating; about half an hour
+    python benchmarks/train_cpu.py                     # half an hour: qgraft, peft and nf4 in three rounds, the others once
     python benchmarks/train_cpu.py --dataset identity --contestants qgraft,peft --rounds 5 --steps 24
-    python benchmarks/train_cpu.py --packages FOLDER                # further packages for the peers that need them
+    python benchmarks/train_cpu.py --packages FOLDER   # where hqq, optimum-quanto and torchao lie, if nowhere else
 
 Every contestant (peers.py says what each is) runs in a process of its own and gets the same rows in the same order, the same
 first adapter weights, the same optimizer, learning rate and batch size: r=8 on all linear layers of SmolLM2-135M.
@@ -18,7 +18,8 @@ printed beside the others, and nothing follows from a difference.
 
 Shares of the limit. Operations of a step: 4 for each weight of a layer and each token (products with W and with W^T), 4 for
 each weight of the head and each token that is learned, 6 r (in + out) for each adapter and each token; attention and all
-else count nothing, padding neither. Divided by the time and by the machine's sgemm rate in the same round (machine.py).
+else count nothing, padding neither. Divided by the time and by the machine's sgemm rate (machine.py), which is measured in
+the same process right after the last step.
 
 Written to benchmarks/results/train_cpu.csv and .png: tokens a second count no padding and no warm-up, peak memory is that of
 the whole process until the last step. The machine is noisy: quote the ratios.
@@ -39,9 +40,10 @@ import peers
 
 RESULTS = Path(__file__).with_name("results") / "train_cpu.csv"
 # data set -> steps, samples in a batch
-WORK = {"identity": (10, 8), "mixed": (6, 8), "dense": (5, 1)}
-ONCE = ("nf4-bf16", "hqq", "quanto", "torchao")  # in the first round only, with fewer steps
-STEPS_ONCE = 4
+WORK = {"identity": (8, 8), "mixed": (5, 8), "dense": (5, 1)}
+EVERY_ROUND = ("qgraft", "peft", "nf4")  # unless others are asked for
+SLOW = ("nf4-bf16", "hqq", "quanto", "torchao")  # with fewer steps, unless a number is given
+STEPS_OF_SLOW = 4
 WARMUP_STEPS = 1
 PACKAGES = ("qgraft", "torch", "transformers", "peft", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
 Run = dict[str, Any]
@@ -54,42 +56,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every contestant on every data set")
     parser.add_argument("--batch", type=int, help="samples in a batch; dense has one")
     parser.add_argument("--dataset", default="both", choices=(*WORK, "both", "all"), help="both: identity and mixed")
-    parser.add_argument("--contestants", default=",".join(default_contestants()), help="comma list")
+    parser.add_argument("--contestants", help="comma list of those that run in every round; others do not run")
     parser.add_argument("--packages", help="a folder of packages (pip install --target) for the peers")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(machine_rates(options) if options.only == "sgemm" else run_contestant(options)))
+        print(json.dumps(run_contestant(options)))
         return
-    names = options.contestants.split(",")
+    names = options.contestants.split(",") if options.contestants else default_contestants()
     if unknown := set(names) - set(peers.CONTESTANTS):
         parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(peers.CONTESTANTS)}")
     datasets = {"both": ["identity", "mixed"], "all": list(WORK)}.get(options.dataset, [options.dataset])
     runs: list[Run] = []
     problems: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
-        sizes = peers.prepare(Path(folder), datasets)
-        (Path(folder) / "sizes.json").write_text(json.dumps(sizes))
+        peers.prepare(Path(folder), datasets)
         for number in range(options.rounds):
-            rates = machine.in_own_process(__file__, ["--only", "sgemm", "--folder", folder])
-            print(f"sgemm: {rates['large']:.0f} GFLOP/s, on the model's shapes {rates['shapes']:.0f}", flush=True)
             for dataset in datasets:
                 for name in names:
-                    if number == 0 or name not in ONCE:
-                        runs += one_run(name, dataset, number, folder, options, sizes, rates, problems)
+                    if number == 0 or options.contestants or name in EVERY_ROUND:
+                        runs += one_run(name, dataset, number, folder, options, problems)
     write(runs, options.output)
     draw(runs, options.output.with_suffix(".png"))
     report(runs, problems)
 
 
 def default_contestants() -> list[str]:
-    """All but the one that is qgraft's default on this CPU."""
+    """All but qgraft-bf16, the default where the CPU has it and slow elsewhere, and what is the default elsewhere."""
     from qgraft.training.arguments import has_fast_bf16
 
-    default = "qgraft-bf16" if has_fast_bf16() else "qgraft-float32"
-    return [name for name in peers.CONTESTANTS if name not in (default, "qgraft-bf16")]
+    doubled = ("qgraft-bf16",) if has_fast_bf16() else ("qgraft-bf16", "qgraft-float32")
+    return [name for name in peers.CONTESTANTS if name not in doubled]
 
 
 def one_run(
@@ -98,17 +97,15 @@ def one_run(
     number: int,
     folder: str,
     options: argparse.Namespace,
-    sizes: Run,
-    rates: Run,
     problems: list[str],
 ) -> list[Run]:
     """One contestant in a process of its own: its line of the CSV, or none where it could not run."""
     steps, batch = WORK[dataset]
-    steps = options.steps or (min(steps, STEPS_ONCE) if name in ONCE else steps)
+    steps = options.steps or (min(steps, STEPS_OF_SLOW) if name in SLOW else steps)
     batch = options.batch if options.batch and dataset != "dense" else batch
     words = ["--only", name, "--folder", folder, "--dataset", dataset, "--steps", str(steps), "--batch", str(batch)]
     try:
-        result = machine.in_own_process(__file__, words, options.packages if name in ONCE else None)
+        result = machine.in_own_process(__file__, words, options.packages if name in SLOW else None)
     except machine.ContestantError as error:
         print(error, file=sys.stderr)
         problems.append(f"{dataset}: {name} failed: {str(error).splitlines()[-1]}")
@@ -116,29 +113,17 @@ def one_run(
     if "skipped" in result:
         print(f"{dataset}: {name} is left out: {result['skipped']}", flush=True)
         return []
-    work, seconds = operations(result, sizes), result["seconds"]
+    seconds, rate = result["seconds"], result["operations"] / result["seconds"] / 1e9
     run = {
         "dataset": dataset, "round": number, "contestant": name, "steps": steps, "batch": batch,
         "tokens_per_second": result["tokens"] / seconds, "seconds_per_step": seconds / (steps - WARMUP_STEPS),
-        "useful_share": result["tokens"] / result["padded_tokens"], "gflops": work / seconds / 1e9,
-        "sgemm_gflops": rates["large"], "share_of_sgemm": work / seconds / 1e9 / rates["large"],
-        "share_on_shapes": work / seconds / 1e9 / rates["shapes"],
+        "useful_share": result["tokens"] / result["padded_tokens"], "gflops": rate,
+        "sgemm_gflops": result["sgemm"]["large"], "sgemm_gflops_shapes": result["sgemm"]["shapes"],
+        "share_of_sgemm": rate / result["sgemm"]["large"], "share_on_shapes": rate / result["sgemm"]["shapes"],
         **{key: result[key] for key in ("load_seconds", "peak_mb", "held_out_loss", "total_seconds")},
     }  # fmt: skip
     print({key: round(value, 4) if isinstance(value, float) else value for key, value in run.items()}, flush=True)
     return [run]
-
-
-def operations(result: Run, sizes: Run) -> float:
-    """What the steps need at least; see the module's docstring."""
-    token = 4 * sizes["body_weights"] + sizes["lora_flops"]
-    return float(result["tokens"] * token + result["labels"] * 4 * sizes["head_weights"])
-
-
-def machine_rates(options: argparse.Namespace) -> Run:
-    """The sgemm rates, measured in this process."""
-    sizes = json.loads((options.folder / "sizes.json").read_text())
-    return machine.sgemm_rates([tuple(layer) for layer in sizes["layers"]] + [(*sizes["head"], 1)])
 
 
 class Clock:
@@ -170,11 +155,16 @@ def run_contestant(options: argparse.Namespace) -> Run:
     counted = rows[WARMUP_STEPS * options.batch :]
     lengths = [len(row["input_ids"]) for row in counted]
     batches = [lengths[start : start + options.batch] for start in range(0, len(lengths), options.batch)]
+    labels = sum(label != -100 for row in counted for label in row["labels"][1:])
+    sizes = json.loads((options.folder / "sizes.json").read_text())
+    token = 4 * sizes["body_weights"] + sizes["lora_flops"]
+    shapes = [tuple(layer) for layer in sizes["layers"]] + [(*sizes["head"], 1)]
     return {
+        "operations": sum(lengths) * token + labels * 4 * sizes["head_weights"],
+        "sgemm": machine.sgemm_rates(shapes),
         "seconds": clock.times[-1] - clock.times[WARMUP_STEPS - 1],
         "tokens": sum(lengths),
         "padded_tokens": sum(max(batch) * len(batch) for batch in batches),
-        "labels": sum(label != -100 for row in counted for label in row["labels"][1:]),
         "load_seconds": load_seconds,
         "peak_mb": clock.peak_mb,
         "held_out_loss": loss(),
