@@ -3,7 +3,7 @@
     python benchmarks/decode_cpu.py                        # five rounds of each contestant, alternating
     python benchmarks/decode_cpu.py --rounds 1 --contestants qgraft,llama.cpp
 
-Greedy, batch 1, SmolLM2-135M, the same prompt ids for all, torch's number of threads for all:
+Greedy, batch 1, SmolLM2-135M, the same questions with the same ids for all, torch's number of threads for all:
 
     qgraft            the packed Q4_1 file, by what `qgraft chat` calls for an answer
     qgraft-adapter    the same with a LoRA r=8 on all linear layers
@@ -12,8 +12,8 @@ Greedy, batch 1, SmolLM2-135M, the same prompt ids for all, torch's number of th
                       library computes the layers of both in bfloat16
     llama.cpp         through xllamacpp, the same file; its server, without its prompt cache
 
-    decode     64 tokens after a prompt of 32: the time of 65 tokens less that of one, so that the prompt does not count
-    prefill    one token after a prompt of 512
+    decode     64 tokens after a short question: the time of 65 tokens less that of one, so the question does not count
+    prefill    one token after a question of about 512 tokens
 
 Each contestant runs in a process of its own, warms up once and repeats each measurement three times; the best counts for
 the round, the median of the rounds for the table. Written to benchmarks/results/decode_cpu.csv.
@@ -35,9 +35,11 @@ import peers
 RESULTS = Path(__file__).with_name("results") / "decode_cpu.csv"
 CONTESTANTS = ("qgraft", "qgraft-adapter", "transformers", "nf4", "nf4-bf16", "llama.cpp")
 PACKAGES = ("qgraft", "torch", "transformers", "bitsandbytes", "xllamacpp")
-PROMPT_TOKENS, NEW_TOKENS, PREFILL_TOKENS = 32, 64, 512
+QUESTION = "What does json.dumps do in Python?"
+NEW_TOKENS, PREFILL_TOKENS = 64, 512
 REPEATS = 3
-Generate = Callable[[list[int], int], None]  # (prompt ids, new tokens)
+Prompt = dict[str, Any]  # the "question", and the "ids" of the prompt that training makes of it
+Generate = Callable[[Prompt, int], None]  # (prompt, new tokens)
 
 
 def main() -> None:
@@ -57,7 +59,8 @@ def main() -> None:
         parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
     runs = []
     with tempfile.TemporaryDirectory() as folder:
-        peers.prepare(Path(folder), ["dense"])
+        peers.prepare(Path(folder), [])
+        (Path(folder) / "prompts.json").write_text(json.dumps(prompts()))
         for number in range(options.rounds):
             for name in names:
                 run = machine.in_own_process(__file__, ["--only", name, "--folder", folder])
@@ -88,28 +91,47 @@ def report(runs: list[dict[str, Any]]) -> None:
         )
 
 
+def prompts() -> list[Prompt]:
+    """A short question, and one of as many words as PREFILL_TOKENS hold."""
+    import tasks
+
+    import qgraft
+    from qgraft.training.tokenizing import encode_prompt, resolve_template
+
+    _, tokenizer = qgraft.load(peers.MODEL)
+    template = resolve_template(tokenizer, None)
+
+    def prompt(question: str) -> Prompt:
+        return {"question": question, "ids": encode_prompt(tokenizer, [("user", question)], template=template)}
+
+    words = " ".join(row["messages"][1]["content"] for row in tasks.docstrings()[0][:30]).split()
+    long = prompt(" ".join(words))
+    while len(long["ids"]) > PREFILL_TOKENS:
+        words.pop()
+        long = prompt(" ".join(words))
+    return [prompt(QUESTION), long]
+
+
 def measure(name: str, folder: Path) -> dict[str, float]:
     """Load the contestant in this process and time it."""
-    rows = json.loads((folder / "dense.json").read_text())["train"]["tokens"]
-    prompt, long = rows[0]["input_ids"][:PROMPT_TOKENS], rows[1]["input_ids"][:PREFILL_TOKENS]
-    assert len(long) == PREFILL_TOKENS
+    short, long = json.loads((folder / "prompts.json").read_text())
     began = time.perf_counter()
     generate = {"qgraft": load_qgraft, "qgraft-adapter": load_qgraft, "llama.cpp": load_llama_cpp}.get(
         name, load_transformers
     )(name, folder)
     load_seconds = time.perf_counter() - began
-    generate(prompt, 4)
-    many, one = best_seconds(generate, prompt, NEW_TOKENS + 1), best_seconds(generate, prompt, 1)
+    generate(short, 4)
+    many, one = best_seconds(generate, short, NEW_TOKENS + 1), best_seconds(generate, short, 1)
     return {
         "decode_tokens_per_second": NEW_TOKENS / (many - one),
-        "prefill_tokens_per_second": PREFILL_TOKENS / best_seconds(generate, long, 1),
+        "prefill_tokens_per_second": len(long["ids"]) / best_seconds(generate, long, 1),
         "first_token_seconds": one,
         "load_seconds": load_seconds,
         "peak_mb": machine.peak_mb(),
     }
 
 
-def best_seconds(generate: Generate, prompt: list[int], tokens: int) -> float:
+def best_seconds(generate: Generate, prompt: Prompt, tokens: int) -> float:
     """The shortest of a few runs."""
     times = []
     for _ in range(REPEATS):
@@ -120,19 +142,18 @@ def best_seconds(generate: Generate, prompt: list[int], tokens: int) -> float:
 
 
 def load_qgraft(name: str, folder: Path) -> Generate:
-    """Ours; the prompt's ids stand for what chat makes of a question."""
+    """Ours."""
     import qgraft
-    from qgraft.cli import options as chat
-    from qgraft.training import tokenizing
+    from qgraft.cli.options import answer
 
     model, tokenizer = qgraft.load(peers.MODEL)
     if name == "qgraft-adapter":
         qgraft.load_adapter(model, folder / "adapter")
     model.eval()
 
-    def generate(prompt: list[int], tokens: int) -> None:
-        tokenizing.encode_prompt = lambda *_, **__: prompt  # type: ignore[assignment]
-        chat.answer(model, tokenizer, [("user", "")], do_sample=False, min_new_tokens=tokens, max_new_tokens=tokens)
+    def generate(prompt: Prompt, tokens: int) -> None:
+        answer(model, tokenizer, [("user", prompt["question"])], do_sample=False, min_new_tokens=tokens,
+               max_new_tokens=tokens)  # fmt: skip
 
     return generate
 
@@ -143,12 +164,12 @@ def load_transformers(name: str, folder: Path) -> Generate:
 
     model = peers.load_peer("peft" if name == "transformers" else name, folder / "float").eval()
 
-    def generate(prompt: list[int], tokens: int) -> None:
-        ids = torch.tensor([prompt])
+    def generate(prompt: Prompt, tokens: int) -> None:
+        ids = torch.tensor([prompt["ids"]])
         with torch.inference_mode():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=tokens,
                                  max_new_tokens=tokens)  # fmt: skip
-        assert out.shape[1] == len(prompt) + tokens
+        assert out.shape[1] == ids.shape[1] + tokens
 
     return generate
 
@@ -167,8 +188,9 @@ def load_llama_cpp(name: str, folder: Path) -> Generate:
     params.warmup = params.fit_params = params.enable_chat_template = False
     server = xllamacpp.Server(params)
 
-    def generate(prompt: list[int], tokens: int) -> None:
-        request = {"prompt": prompt, "n_predict": tokens, "temperature": 0.0, "ignore_eos": True, "cache_prompt": False}
+    def generate(prompt: Prompt, tokens: int) -> None:
+        request = {"prompt": prompt["ids"], "n_predict": tokens, "temperature": 0.0, "ignore_eos": True,
+                   "cache_prompt": False}  # fmt: skip
         answer = server.handle_completions(request)
         assert answer["usage"]["completion_tokens"] == tokens, answer
 
