@@ -128,11 +128,8 @@ def category_of(event: Any, vocabulary: int) -> str | None:
     is_product = event.name.startswith(PRODUCTS)
     if within(OPTIMIZER):
         return "optimizer"
-    if (
-        "::" not in event.name
-        or event.name.startswith("autograd::")
-        or event.name.removeprefix("aten::") in WITHOUT_WORK.split()
-    ):
+    family, _, operator = event.name.partition("::")
+    if not operator or family == "autograd" or operator in WITHOUT_WORK:
         return None
     if within(LOSS) or any(vocabulary in shape for each in chain for shape in each.input_shapes or ()):
         return "loss and head"
