@@ -40,12 +40,12 @@ COLORS = ("#2f6fb0", "#e08a3c", "#6fa8dc", "#3a9a5b", "#b05fa0", "#8c6d46", "#c9
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "mkldnn::")
 UNPACKING = ("qgraft::", "bitsandbytes::", "aten::_weight_")
 LOSS = ("_ChunkedCrossEntropy", "aten::cross_entropy", "aten::nll_loss", "aten::log_softmax", "aten::_log_softmax")
-OPTIMIZER = ("Optimizer.", "aten::_foreach_norm", "aten::_foreach_mul_", "aten::_foreach_clamp", "aten::_fused_adamw")
+OPTIMIZER = ("Optimizer.", "aten::_foreach_", "aten::linalg_vector_norm", "aten::_fused_adamw")
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct")
 WITHOUT_WORK = {
     "linear", "matmul", "t", "transpose", "view", "_unsafe_view", "reshape", "expand", "expand_as", "slice", "select",
     "as_strided", "unsqueeze", "squeeze", "permute", "detach", "alias", "empty", "empty_like", "empty_strided", "resize_",
-    "contiguous", "to", "type_as", "lift_fresh", "item", "_local_scalar_dense", "narrow", "split",
+    "contiguous", "to", "type_as", "lift_fresh", "item", "_local_scalar_dense", "narrow", "split", "numpy_T",
 }  # fmt: skip
 RANKS = tuple(peers.RANK * parts for parts in (1, 2, 3))  # layers that share an input may be stacked
 WARMUP_STEPS = 2
@@ -129,7 +129,7 @@ def category_of(event: Any, vocabulary: int) -> str | None:
     if within(OPTIMIZER):
         return "optimizer"
     family, _, operator = event.name.partition("::")
-    if not operator or family == "autograd" or operator in WITHOUT_WORK:
+    if not operator or family in ("autograd", "torch") or (family == "aten" and operator in WITHOUT_WORK):
         return None
     if within(LOSS) or any(vocabulary in shape for each in chain for shape in each.input_shapes or ()):
         return "loss and head"
