@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
 from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
@@ -35,6 +36,7 @@ def attach_lora(
     target_modules: str | Sequence[str] = "all-linear",
     use_rslora: bool = False,
     name: str = "default",
+    layers_to_transform: LayerNumbers | None = None,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -45,13 +47,16 @@ def attach_lora(
             "layers.0.self_attn.q_proj"), a comma-separated list of them, or a regular expression that matches whole
             module paths, as in PEFT.
         name: how the adapter is called in use_adapter(); letters, digits, "_" and "-".
+        layers_to_transform: only targets in these layers of the decoder, "15-29", "15,16" or [15, 16]; None for all.
 
     Returns the options as a LoraConfig. Raises OptionError for a target that names no linear layer, AdapterError for a
     name that is taken.
     """
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets)
-    attach_layers(model, name, dict.fromkeys(find_targets(model, targets), config))
+    numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
+    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers)
+    paths = find_targets(model, targets)
+    attach_layers(model, name, dict.fromkeys(paths if numbers is None else within_layers(paths, numbers), config))
     return config
 
 

@@ -46,6 +46,7 @@ class LoraConfig:
         lora_dropout: share of the inputs of A that is zeroed in training.
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         target_modules: "all-linear", a regular expression, or names of linear layers.
+        layers_to_transform: numbers of the decoder's layers that have it; None for all.
     """
 
     r: int = 8
@@ -53,6 +54,7 @@ class LoraConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
+    layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.r < 1:

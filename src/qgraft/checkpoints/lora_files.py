@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qgraft.adapters.attach import attach_layers, find_targets, is_named, lora_modules, lora_state_dict
+from qgraft.adapters.layer_choice import layer_number
 from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.checkpoints.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
 
@@ -26,7 +27,8 @@ def lora_content(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str,
     """(PEFT's options, PEFT's tensors) of the LoRA `name`."""
     layers = {path: lora.config for path, lora in lora_modules(model, name)}
     base: BaseInfo | None = getattr(model, "qgraft_base", None)
-    options = peft_config(layers, _target_names(model, list(layers)), base.source if base else None)
+    targets, numbers = _target_names(model, list(layers))
+    options = peft_config(layers, targets, base.source if base else None, numbers)
     return options, lora_state_dict(model, name)
 
 
@@ -59,9 +61,10 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], loras: Pairs) -> tup
         if pair["A"].shape[0] != (rank := stated_rank(config, path)):
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
-    narrowed = config.get("layers_to_transform") is not None or config.get("exclude_modules")
-    if targets and loras and not narrowed:
+    if targets and loras and not config.get("exclude_modules"):
         expected = _targets_of(model, targets)
+        if isinstance(targets, list):
+            expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
     return fitting, problems
 
@@ -78,6 +81,14 @@ def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
     if isinstance(targets, str):
         return {path for path in linears if compiles(targets) and re.fullmatch(targets, path)}
     return {path for path in linears for target in targets if is_named(path, target)}
+
+
+def _in_layers(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's layers_to_transform, a number or a list, lets the module at `path` have an adapter."""
+    numbers = config.get("layers_to_transform")
+    if numbers is None or numbers == []:
+        return True
+    return layer_number(path, config.get("layers_pattern")) in ([numbers] if isinstance(numbers, int) else numbers)
 
 
 def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str | None:
@@ -97,10 +108,18 @@ def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor]) -> str 
     return None
 
 
-def _target_names(model: nn.Module, paths: list[str]) -> list[str] | str:
-    """The shortest names that select exactly these layers in PEFT: their last parts, or else their whole paths."""
+def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, list[int] | None]:
+    """The shortest names that select exactly these layers in PEFT, and the numbers that narrow them, if any do.
+
+    The names are the last parts of the paths, or else the whole paths.
+    """
     leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
-    for names in (leaves, sorted(paths)):
-        if set(find_targets(model, names)) == set(paths):
-            return names
-    return "|".join(re.escape(path) for path in sorted(paths))  # one of them is the end of another layer's path
+    selected = {path: layer_number(path) for path in find_targets(model, leaves)}
+    if selected.keys() == set(paths):
+        return leaves, None
+    numbers = {layer_number(path) for path in paths}
+    if None not in numbers and {path for path, number in selected.items() if number in numbers} == set(paths):
+        return leaves, sorted(number for number in numbers if number is not None)
+    if set(find_targets(model, paths)) == set(paths):
+        return sorted(paths), None
+    return "|".join(re.escape(path) for path in sorted(paths)), None  # one is the end of another layer's path

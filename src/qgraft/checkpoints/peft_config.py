@@ -14,7 +14,7 @@ said; the alpha that gives them the same scaling can.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +31,19 @@ _UNSUPPORTED = (
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base as well
 
 
-def peft_config(layers: Mapping[str, LoraConfig], targets: list[str] | str, source: str | None) -> dict[str, Any]:
+def peft_config(
+    layers: Mapping[str, LoraConfig],
+    targets: list[str] | str,
+    source: str | None,
+    numbers: Sequence[int] | None = None,
+) -> dict[str, Any]:
     """adapter_config.json: what PEFT needs to build the same adapter on the float model.
 
     Args:
         layers: module path -> options, at least one.
-        targets: PEFT's target_modules that select exactly these layers.
+        targets: PEFT's target_modules that select exactly these layers, together with `numbers`.
         source: the base's file or name.
+        numbers: PEFT's layers_to_transform; None for all layers of the decoder.
     """
     stabilized = _most_common(config.use_rslora for config in layers.values())
     r = _most_common(config.r for config in layers.values())
@@ -50,6 +56,7 @@ def peft_config(layers: Mapping[str, LoraConfig], targets: list[str] | str, sour
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
+        **({} if numbers is None else {"layers_to_transform": list(numbers)}),
         "lora_alpha": alpha,
         "lora_dropout": max(config.lora_dropout for config in layers.values()),
         "peft_type": "LORA",
@@ -99,6 +106,12 @@ def check_values(path: Path, config: Mapping[str, Any]) -> None:
         pairs = patterns.items() if isinstance(patterns, dict) else [("", None)]
         if not all(compiles(pattern) and isinstance(value, number) for pattern, value in pairs):
             problems.append(f"{key}: got {patterns!r}, expected numbers under regular expressions")
+    numbers = config.get("layers_to_transform")
+    if not isinstance(numbers, int | None) and not (isinstance(numbers, list) and all(type(n) is int for n in numbers)):
+        problems.append(f"layers_to_transform: got {numbers!r}, expected a list of integers")
+    names = config.get("layers_pattern") or []
+    if not all(isinstance(name, str) and compiles(name) for name in ([names] if isinstance(names, str) else names)):
+        problems.append(f"layers_pattern: got {names!r}, expected names of lists of layers")
     if problems:
         raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
 

@@ -64,5 +64,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         return
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
-        arguments.use_rslora, name,
+        arguments.use_rslora, name, arguments.layers_to_transform,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, cast, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
+from qgraft.adapters.layer_choice import parse_layers
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
@@ -67,6 +68,7 @@ class TrainArguments(TrainingArguments):
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
     lora_dropout: float = _option(0.0, "Share of the LoRA's inputs that is zeroed in training.")
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
+    layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
@@ -159,6 +161,8 @@ class TrainArguments(TrainingArguments):
         lengths = self.max_source_length, self.max_target_length
         if any(length is not None and length < 3 for length in (*lengths, self.val_max_target_length)):
             raise OptionError("max_source_length and max_target_length must be at least 3: special ids count")
+        if self.layers_to_transform is not None:
+            parse_layers(self.layers_to_transform)
         self._check_numbers()
         if not self.ignore_pad_token_for_loss and None in lengths:
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
@@ -211,8 +215,13 @@ def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
         elif name not in known:
             _unknown(name)
         else:
-            values[name] = ",".join(value) if name == "target_modules" and isinstance(value, list) else value
+            values[name] = _as_words(value) if name in ("target_modules", "layers_to_transform") else value
     return _build(values, notes)
+
+
+def _as_words(value: Any) -> Any:
+    """A comma list where YAML has a list, or one number."""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value) if isinstance(value, int) else value
 
 
 def option_help(everything: bool = False) -> str:
