@@ -5,6 +5,7 @@
     a folder     publish_folder  a staging folder is filled by anyone, then: fsync of every file, a manifest with the size
                                  and SHA-256 of each, and one rename; two where it replaces a folder
                  recover_folder  undoes the first of the two after a kill between them
+    while a run  scratch_file    room for intermediate results, taken at once; it has no name, so nothing is ever left of it
     reading      check_folder    what in a folder differs from its manifest
 
 rename() replaces a name in one step, but without fsync a power cut may leave the new name with none of the bytes; the
@@ -21,6 +22,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,68 @@ def publish_folder(target: Path) -> Iterator[Path]:
             _replace_folder(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+class ScratchFile:
+    """A file of intermediate results: any place of it can be written and read."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path, self._file = path, file
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        """Write `data`, contiguous bytes, at `offset`. Raises StorageError."""
+        with _named_errors(self.path, data.nbytes):
+            self._file.seek(offset)
+            while data:
+                data = data[self._file.write(data) :]
+
+    def read_at(self, offset: int, into: memoryview) -> None:
+        """Fill `into`, contiguous bytes, from `offset` on. Raises StorageError."""
+        with _named_errors(self.path):
+            self._file.seek(offset)
+            while into:
+                count = self._file.readinto(into)
+                if not count:
+                    raise OSError(errno.EIO, "the file ends too early")
+                into = into[count:]
+
+
+@contextmanager
+def scratch_file(path: Path, nbytes: int) -> Iterator[ScratchFile]:
+    """Within the block there are `nbytes` of the disk of `path` to write and read; afterwards nothing is left of them.
+
+    The room is taken before the block, so that a disk without it is found out now and not hours later. The file loses its
+    name as soon as it is open, so a killed process leaves nothing; where an open file cannot (Windows), the next call
+    removes what it left. Not mapped into memory: pages that are mapped count as memory of the process.
+
+    Raises StorageError.
+    """
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with _named_errors(path, nbytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for abandoned in _beside(path, "tmp"):
+            abandoned.unlink()
+        require_room(path, nbytes)
+        file = FileIO(temporary, "w+")
+    try:
+        with file:
+            with _named_errors(path, nbytes):
+                if os.name == "posix":
+                    temporary.unlink()
+                _take_room(file, nbytes)
+            yield ScratchFile(path, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _take_room(file: FileIO, nbytes: int) -> None:
+    """Make the file `nbytes` long, with room for all of them on the disk: a sparse file would run out of it later."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+        return
+    chunk = bytes(min(nbytes, 1 << 20))
+    for start in range(0, nbytes, len(chunk)):
+        file.write(chunk[: nbytes - start])
 
 
 def recover_folder(target: Path) -> bool:

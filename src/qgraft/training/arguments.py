@@ -110,6 +110,7 @@ class TrainArguments(TrainingArguments):
 
     compute: str = _option("auto", "CPU: products with packed weights in float32, bf16, or the faster that is there.")
     max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
+    cache_frozen_layers: bool = _option(False, "Keep on disk what enters the lowest adapter: faster later epochs.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
 
@@ -185,6 +186,10 @@ class TrainArguments(TrainingArguments):
             problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
         if self.quantization_bit is not None and self.quantize is not None:
             problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
+        if self.cache_frozen_layers and self.finetuning_type == "p_tuning":
+            problems.append("cache_frozen_layers: a prefix is in every layer, so none is frozen")
+        if self.cache_frozen_layers and self.fp16:
+            problems.append("cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16")
         if problems:
             raise OptionError("; ".join(problems))
 

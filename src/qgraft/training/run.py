@@ -15,7 +15,8 @@ import json
 import math
 import random
 import signal
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from qgraft.training.adapter import describe_adapter, positions_to_take, prepare
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
+from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import padding_free
 from qgraft.training.reading import Accounting, named_columns, read_dataset
@@ -99,20 +101,17 @@ def train(
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
     prepare_adapter(model, args)
-    if resume is None:  # only now, when nothing that is given can be wrong any more
-        _clear_earlier_run(folder)
-    else:
-        _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
     watch, stop = Watch(folder, console), StopOnSignal()
     use_cache = model.config.use_cache  # the Trainer turns it off
     try:
-        with computing(model, args.compute), padding_free(model, samples) as problem, lean_modules(model):
+        with _passes(model, args, samples, eval_samples, notes, console) as budget:
+            if resume is None:  # only now, when nothing that is given can be wrong any more
+                _clear_earlier_run(folder)
+            else:
+                _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
             before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
-            if problem:
-                notes.append(f"{problem}; every sample passes through the model alone")
-            budget = 0 if problem else args.max_tokens_per_pass
             watch.trainer = trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             after = _last_eval_loss(trainer) or (evaluate_samples(model, eval_samples).loss if eval_samples else None)
@@ -146,6 +145,34 @@ def train(
     )
     _save(model, args, report, samples, eval_samples)
     return report
+
+
+@contextmanager
+def _passes(
+    model: PreTrainedModel,
+    args: TrainArguments,
+    samples: list[Sample],
+    eval_samples: list[Sample],
+    notes: list[str],
+    console: Console | None,
+) -> Iterator[int]:
+    """Within the block samples take the fastest way through the model; yields the budget of split_batch."""
+    with (
+        computing(model, args.compute),
+        padding_free(model, samples) as problem,
+        lean_modules(model),
+        ExitStack() as stack,
+    ):
+        if problem:
+            notes.append(f"{problem}; every sample passes through the model alone")
+        if args.cache_frozen_layers:
+            folder = Path(str(args.output_dir))
+            cache = frozen_layers_cached(model, [*samples, *eval_samples], folder, alone=bool(problem))
+            said = stack.enter_context(cache)
+            notes += said
+            if console is not None:
+                console.print(*said, sep="\n", highlight=False)
+        yield 0 if problem else args.max_tokens_per_pass
 
 
 def evaluate_held_out(
