@@ -423,3 +423,47 @@ def test_free_bytes_are_asked_of_a_folder_that_exists(tmp_path: Path, monkeypatc
     with pytest.raises(StorageError, match="7 bytes free"):
         write_file(tmp_path / "a" / "b", b"")
     assert asked[0].exists()
+
+
+@pytest.mark.parametrize("fallocate", [True, False])
+def test_a_scratch_file_is_written_and_read_anywhere_and_never_seen(tmp_path, monkeypatch, fallocate):
+    if not fallocate:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    for name in (".states.tmp-1", ".states.tmp-99999999", ".states2.tmp-1"):
+        (tmp_path / name).write_bytes(b"left by a killed process")
+    with storage.scratch_file(tmp_path / "states", 3 << 20) as file:
+        assert names(tmp_path) == {".states2.tmp-1"}
+        file.write_at((3 << 20) - 3, memoryview(b"end"))
+        file.write_at(5, memoryview(b"begin"))
+        into = bytearray(8)
+        file.read_at((3 << 20) - 8, memoryview(into))
+        assert into == b"\0\0\0\0\0end"
+        file.read_at(4, memoryview(into))
+        assert into == b"\0begin\0\0"
+        with pytest.raises(StorageError, match="states: the file ends too early"):
+            file.read_at((3 << 20) - 4, memoryview(into))
+    assert names(tmp_path) == {".states2.tmp-1"}
+
+
+def test_a_scratch_file_takes_its_room_at_once(tmp_path):
+    with storage.scratch_file(tmp_path / "states", 1 << 20) as file:
+        assert os.fstat(file._file.fileno()).st_blocks * 512 >= 1 << 20
+
+
+def test_a_scratch_file_without_room_leaves_nothing(tmp_path, monkeypatch):
+    needed = 2 * shutil.disk_usage(tmp_path).free
+    with pytest.raises(StorageError, match="No space left"), storage.scratch_file(tmp_path / "states", needed):
+        pytest.fail("the block began")
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="No space left"), storage.scratch_file(tmp_path / "states", 10):
+        pytest.fail("the block began")
+    assert names(tmp_path) == set()
+
+
+def test_an_error_within_the_block_is_not_the_disks(tmp_path):
+    with pytest.raises(FileNotFoundError), storage.scratch_file(tmp_path / "states", 10):
+        (tmp_path / "absent").read_bytes()
