@@ -129,7 +129,7 @@ def test_run_json_says_what_was_trained(tiny_gguf, tmp_path):
     saved = json.loads((tmp_path / "l" / "run.json").read_text())
     assert saved["adapter"] == {
         "kind": "lora", "layers": 14, "r": 2, "lora_alpha": 16.0, "lora_dropout": 0.0, "use_rslora": False,
-        "target_modules": "all-linear",
+        "target_modules": "all-linear", "layers_to_transform": None,
     }  # fmt: skip
 
 

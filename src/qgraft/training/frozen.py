@@ -17,15 +17,16 @@ training or in an evaluation does not matter. A pass goes the short way when all
 
 Is it exact? The states are kept as they are, not rounded. The question is whether a sample's states depend on the
 others in its pass. Attention goes sample by sample (training/attention.py), everything else row by row; but a matrix
-product may sum a row in another order when there are more or fewer rows. Measured (torch 2.13, MKL's sgemm, AVX-512, 1
-and 2 threads, K of 32, 576 and 1536, N of 64 to 1536, M of 1 to 599, also into slices of a wider result): rows are
-bit-identical from M = 12 on, and differ in the last bits below; in bfloat16 (oneDNN) they are for every M. For at most
-8 rows our own kernel takes another path as well. So passes of fewer than `LEAST_TOKENS` go the long way, always. What other
-libraries do is not known, so it is found out at the start of each run, by trying: a few samples go through the model
-in two orders and numbers. Where a single bit differs, a note says that losses are equal to rounding only, and so it does
-where attention is not sample by sample but masked (models that cap their scores or do not hand the bounds on, GPUs):
-there the sums depend on where in the pass a sample stands. Everywhere else losses and adapter are those of a run without
-the cache, bit for bit.
+product may sum a row in another order when there are more or fewer rows. Measured (torch 2.13, MKL's sgemm, AVX-512, K
+of 32, 576 and 1536, N of 64 to 1536, M of 1 to 599, also into slices of a wider result): a row is the same bits for
+all M from 4 on with one thread, from 12 on with 2 to 8 threads, from 28 on with 16 (a thread that is left with 1 to 3
+rows sums them otherwise); in bfloat16 (oneDNN) for every M. For a few rows our own kernel takes another path as well.
+So passes of few tokens always go the long way (`least_tokens`), if samples share passes. What other libraries do is
+not known, so it is found out at the start of each run, by trying: a few samples go through the model in two orders and
+numbers. Where a single bit differs, a note says that losses are equal to rounding only, and so it does where attention
+is not sample by sample but masked (models that cap their scores or do not hand the bounds on, GPUs): there the sums
+depend on where in the pass a sample stands. Everywhere else losses and adapter were those of a run without the cache,
+bit for bit, in every pair of runs compared (tests/training/test_frozen_cache.py, benchmarks/frozen_cache.py).
 
 Not chosen: states in half precision (half the file, but other losses); the file mapped into memory (its pages would
 count as memory of the process, and a full disk would be a SIGBUS); a pass of its own before the first epoch, sample by
@@ -53,7 +54,6 @@ from qgraft.training.batches import Batch, collate
 from qgraft.training.loss import evaluating
 from qgraft.training.tokenizing import Sample
 
-LEAST_TOKENS = 32  # in a pass; see above
 PROBED_TOKENS = 128  # at most, in the passes that find out whether it is exact, if two samples have so few
 FILE = "frozen-states"
 
@@ -108,7 +108,7 @@ def frozen_layers_cached(
     first = first_adapted_layer(model)
     layers = decoder_layers(model)
     with ExitStack() as stack:
-        detour = stack.enter_context(_detour(model, layers[:first]))
+        detour = stack.enter_context(_detour(model, layers[:first], 1 if alone else least_tokens()))
         few = _few(samples)[: 1 if alone else None]
         states_TH = _probe(model, detour, few)
         apart = alone or detour.attention == SAMPLES
@@ -126,6 +126,11 @@ def frozen_layers_cached(
             notes.append(f"cache_frozen_layers: the states of a sample depend on its batch in their last bits ({why}), "
                          "so losses equal those of a run without the cache to rounding only")  # fmt: skip
         yield notes
+
+
+def least_tokens() -> int:
+    """How many tokens a pass has at least in which a row does not depend on their number; twice what was measured."""
+    return max(32, 4 * torch.get_num_threads())
 
 
 class Kept:
@@ -172,14 +177,15 @@ class _Detour:
     """What the layers below know of the present pass.
 
     Attributes:
+        least: passes of fewer tokens do not take part.
         given: the states that enter the first adapted layer; None where they have to be computed.
         keys: the samples of the pass where it may take part, else empty.
         kept: the states on disk; None until it is known that they may be kept.
         seen: before that, what the last layer below handed on, [1, tokens, hidden].
     """
 
-    def __init__(self, attention: str | None) -> None:
-        self.attention = attention
+    def __init__(self, attention: str | None, least: int) -> None:
+        self.attention, self.least = attention, least
         self.kept: Kept | None = None
         self.given: Tensor | None = None
         self.keys: list[Key] = []
@@ -192,7 +198,7 @@ class _Detour:
         plain = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
         if self.kept is None or ids is None or positions is None or not plain:
             return
-        if len(ids) != 1 or ids.shape != positions.shape or ids.shape[1] < LEAST_TOKENS:
+        if len(ids) != 1 or ids.shape != positions.shape or ids.shape[1] < self.least:
             return
         if decoder.config._attn_implementation != self.attention:  # somebody tries another one
             return
@@ -214,9 +220,9 @@ class _Detour:
 
 
 @contextmanager
-def _detour(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[_Detour]:
+def _detour(model: PreTrainedModel, layers: Sequence[nn.Module], least: int) -> Iterator[_Detour]:
     """Within the block these layers, the model's first ones, let states through that are given."""
-    detour = _Detour(model.config._attn_implementation)
+    detour = _Detour(model.config._attn_implementation, least)
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             own = vars(layer).get("forward")
@@ -314,7 +320,7 @@ def _places(samples: Sequence[Sample]) -> tuple[dict[Key, tuple[int, int]], int]
 
 
 def _few(samples: Sequence[Sample]) -> list[Sample]:
-    """Two or more of the shortest samples, with LEAST_TOKENS or more, if there are so many."""
+    """Two or more of the shortest samples, as many as PROBED_TOKENS hold."""
     few: list[Sample] = []
     for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
         if len(few) >= 2 and sum(len(each.input_ids) for each in few) + len(sample.input_ids) > PROBED_TOKENS:
