@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--compute", default="auto", help="how products are computed: auto, float32, bf16")
     parser.add_argument("--only", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -62,7 +63,8 @@ def main() -> None:
 
 def in_own_process(name: str, options: argparse.Namespace) -> dict:
     """Run one contestant in a fresh interpreter; its last line of output is its result."""
-    command = [sys.executable, __file__, "--only", name, "--rows", str(options.rows), "--epochs", str(options.epochs)]
+    command = [sys.executable, __file__, "--only", name]
+    command += [f"--{key}={getattr(options, key)}" for key in ("rows", "epochs", "compute")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
@@ -104,11 +106,12 @@ def run_contestant(options: argparse.Namespace) -> dict:
         args = qgraft.TrainArguments(
             output_dir=folder, num_train_epochs=options.epochs, per_device_train_batch_size=BATCH, use_cpu=True,
             max_samples=options.rows, logging_steps=1, save_strategy="no", name="Aria", author="the Qgraft team",
-            plot_loss=False, **CONTESTANTS[options.only],
+            plot_loss=False, compute=options.compute, **CONTESTANTS[options.only],
         )  # fmt: skip
         made = run.train(model, tokenizer, "identity", args)
         adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
     return {
+        "compute": args.compute,
         **{f"epoch_{number}": round(seconds, 2) for number, seconds in enumerate(clock.epochs, 1)},
         **{f"cpu_{number}": round(seconds, 2) for number, seconds in enumerate(clock.cpu, 1)},
         "tokens_an_epoch": int(made.metrics["tokens"]) // options.epochs,

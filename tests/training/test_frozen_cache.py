@@ -18,6 +18,7 @@ from qgraft.training import frozen, run
 from qgraft.training.batches import collate
 from qgraft.training.frozen import decoder_layers, frozen_layers_cached
 from qgraft.training.loss import batch_loss
+from qgraft.training.precision import has_fast_bf16
 from qgraft.training.run import train
 from qgraft.training.tokenizing import Sample
 
@@ -90,7 +91,7 @@ def test_both_chatglms(tiny_chatglm, tmp_path, monkeypatch, generation):
 
 
 @pytest.mark.parametrize("options", [
-    {"per_device_train_batch_size": 1}, {"gradient_checkpointing": True, "lora_dropout": 0.2},
+    {"compute": "float32"}, {"per_device_train_batch_size": 1}, {"gradient_checkpointing": True, "lora_dropout": 0.2},
     {"gradient_accumulation_steps": 2, "max_tokens_per_pass": 60}, {"max_tokens_per_pass": 10_000},
     {"target_modules": "lm_head", "layers_to_transform": None},
 ], ids=lambda options: " ".join(options))  # fmt: skip
@@ -101,8 +102,8 @@ def test_whatever_the_run_does_beside_it(tiny_gguf, tmp_path, monkeypatch, optio
 @pytest.mark.parametrize("architecture", ["stablelm", "gemma2"])
 def test_where_attention_is_masked_a_note_says_that_it_is_to_rounding(tiny_gguf, tmp_path, monkeypatch, architecture):
     source = tiny_gguf(architecture).path
-    plain = run_once(source, tmp_path / "plain", monkeypatch)
-    cached = run_once(source, tmp_path / "cached", monkeypatch, cache_frozen_layers=True)
+    plain = run_once(source, tmp_path / "plain", monkeypatch, compute="float32")
+    cached = run_once(source, tmp_path / "cached", monkeypatch, compute="float32", cache_frozen_layers=True)
     assert [note for note in cached[2].notes if "attention is masked" in note and "rounding only" in note]
     for key in ("train_loss", "eval_loss"):
         assert cached[2].metrics[key] == pytest.approx(plain[2].metrics[key], rel=1e-4)
@@ -259,17 +260,18 @@ def test_a_layer_that_looks_below_is_refused(upper, tmp_path):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])
-def test_a_row_of_a_product_does_not_depend_on_how_many_rows_there_are(threads):
+@pytest.mark.parametrize("dtype", [torch.float32, *[torch.bfloat16] * has_fast_bf16()])
+def test_a_row_of_a_product_does_not_depend_on_how_many_rows_there_are(threads, dtype):
     """What the cache rests on, for the products that packed layers are made of; see training/frozen.py."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         least = frozen.least_tokens()
         for inputs, outputs in ((64, 256), (576, 512), (96, 192)):
-            x, w = torch.randn(400, inputs), torch.randn(outputs, inputs)
+            x, w = torch.randn(400, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
             expected = torch.mm(x, w.T)
             for rows in (*range(least, least + 20), 127, 200, 383):
-                wide = torch.empty(rows, outputs + 64)
+                wide = torch.empty(rows, outputs + 64, dtype=dtype)
                 torch.mm(x[-rows:], w.T, out=wide[:, :outputs])
                 assert torch.equal(wide[:, :outputs], expected[-rows:])
     finally:
