@@ -68,7 +68,8 @@ def output_head(model: PreTrainedModel) -> Head:
 
     head.parameters = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
     head.vocabulary = getattr(layer, "out_features", None)  # type: ignore[attr-defined]
-    head.keeps_logits = bool(softcap)  # type: ignore[attr-defined]  # for its own gradient
+    # for its own gradient; what a LoRA's function returns may not be overwritten either
+    head.keeps_logits = bool(softcap or head.parameters)  # type: ignore[attr-defined]
     return head
 
 
