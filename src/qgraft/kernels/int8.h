@@ -159,6 +159,7 @@ ALWAYS_INLINE void int8_tile(const int format, const int R, const int T, const P
         for (int r = 0; r < R; r++) {
             const int64_t at = r0 + r < of->last ? r0 + r : of->last - 1;
             const uint8_t *row = of->data + at * of->stride + g * row_bytes(format, 32);
+            if (T == 1) _mm_prefetch((const char *)row + AHEAD, _MM_HINT_T0);
             w[r] = read_codes(format, row, of->columns - 32 * g, of->scales ? of->scales[at] : 1.0f);
         }
 #pragma GCC unroll 4

@@ -30,6 +30,10 @@ enum {
     FORMATS = 12,
 };
 
+/* Bytes that are fetched ahead of a row's where few tokens make memory the limit: several short rows at once are no
+ * pattern that a CPU fetches by itself. Beyond the end of the data nothing is fetched, and nothing is wrong. */
+enum { AHEAD = 8192 };
+
 /* Rows first <= r < last of one product y [m, rows] = x [m, columns] W^T; y is written at y[i * rows + r]. */
 typedef struct {
     int format;

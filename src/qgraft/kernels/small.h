@@ -26,7 +26,10 @@ ALWAYS_INLINE void tile(const int format, const int R, const int T, const Produc
         if (has_sub(format) && c % 8 == 0)
             for (int r = 0; r < R; r++) read_sub(format, row[r] + row_bytes(format, c * 32), sub[r]);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) weights32(format, row[r], c, scale[r], sub[r], w[r]);
+        for (int r = 0; r < R; r++) {
+            if (T <= 2) _mm_prefetch((const char *)row[r] + row_bytes(format, 32) * c + AHEAD, _MM_HINT_T0);
+            weights32(format, row[r], c, scale[r], sub[r], w[r]);
+        }
 #pragma GCC unroll 4
         for (int i = 0; i < PARTS; i++)
 #pragma GCC unroll 8
