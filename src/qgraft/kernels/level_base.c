@@ -1,5 +1,7 @@
 /* The kernels for any CPU, in plain C that the compiler vectorizes as far as the CPU family allows. */
 
+#include <stddef.h>
+
 #include "native.h"
 #include "activations.h"
 #include "rows.h"
@@ -57,4 +59,4 @@ static void int8_product(const Product *of, const Activations *x) {
         }
 }
 
-const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, quantize_token, int8_product};
+const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, quantize_token, int8_product};

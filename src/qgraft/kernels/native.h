@@ -7,7 +7,8 @@
  *   level_v4.c     x86-64-v4: AVX-512; its 8-bit products need VNNI as well, else those of v3 serve
  *
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
- * simd.h (bit layouts in vectors), small.h (products in float32), activations.h and int8.h (products in 8 bits).
+ * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients),
+ * activations.h and int8.h (products in 8 bits).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -56,6 +57,8 @@ typedef struct {
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
     void (*unpack_row_bf16)(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out);
     void (*small)(const Product *product, const float *x);
+    void (*forward)(const Product *product, const float *x);  /* for many rows of x; NULL where there is none */
+    void (*backward)(const Product *product, const float *g);
     void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
     void (*int8)(const Product *product, const Activations *x);
 } Level;

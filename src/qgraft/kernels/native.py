@@ -1,10 +1,12 @@
 """The native CPU kernels: native.c, loaded through ctypes, and sgemm between its panels.
 
-For many rows of x the matrix product is the limit, not the unpacking (4 FLOPs a weight and token
-against one unpacking a call). So a panel of a few hundred packed rows is unpacked into a scratch buffer that stays in
-the second-level cache, and torch's own sgemm multiplies it; forward and backward read the same packed bytes, nothing is
-repacked or transposed. For at most `small_batch()` rows of x (decoding)
-the memory traffic is the limit: a C loop multiplies packed weights in registers, without unpacking them to memory.
+Forward and backward read the same packed bytes; nothing is repacked or transposed. Two ways:
+
+    C loops    few rows of x (decoding): weights go from the packed row to registers, since memory traffic is the limit.
+               Many: panels of 64 by 128 weights are unpacked into the first-level cache (panels.h). In float32 for any
+               number of rows where that beats sgemm (`batch_limit`: AMD's AVX-512 CPUs, by a factor of two).
+    panels     elsewhere, and in bfloat16: a few hundred packed rows are unpacked into a scratch buffer that stays in
+               the second-level cache, and torch multiplies it.
 
 ctypes, not a torch extension: the library then fits every torch release and builds without torch's headers.
 """
@@ -48,9 +50,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for unpack in (library.qgraft_dequantize, library.qgraft_dequantize_bf16):
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
-    for function in (library.qgraft_linear_small, library.qgraft_linear_int8):
+    for function in (library.qgraft_linear, library.qgraft_linear_int8, library.qgraft_grad_input):
         function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
-    library.qgraft_small_batch.restype = i64
+    library.qgraft_batch_limit.restype = i64
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
 
@@ -64,9 +66,9 @@ def native_status() -> tuple[bool, str]:
 
 
 @cache
-def small_batch() -> int:
-    """Rows of float32 x up to which the C loop that reads packed rows beats unpacking for sgemm, on this CPU."""
-    return int(_loaded().qgraft_small_batch())
+def batch_limit(backward: bool = False) -> int:
+    """Rows of float32 x (of g) up to which the C loops on packed rows beat unpacking for sgemm, on this CPU."""
+    return int(_loaded().qgraft_batch_limit(backward))
 
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
@@ -79,10 +81,10 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T: [..., in] -> [..., out] in the dtype of x."""
     batch = x.numel() // x.shape[-1]
-    if x.dtype == torch.float32 and batch <= small_batch():
-        return _product("qgraft_linear_small", x, packed)
-    if x.dtype in (torch.bfloat16, torch.float16) and batch <= min(HALF_BATCH, small_batch()):
-        return _product("qgraft_linear_small", x.to(torch.float32), packed).to(x.dtype)
+    if x.dtype == torch.float32 and batch <= batch_limit():
+        return _product("qgraft_linear", x, packed)
+    if x.dtype in (torch.bfloat16, torch.float16) and batch <= min(HALF_BATCH, batch_limit()):
+        return _product("qgraft_linear", x.to(torch.float32), packed).to(x.dtype)
     x_BI = x.reshape(batch, x.shape[-1])
     y_BO = x.new_empty(batch, packed.shape[0])
     for start, stop, w_PI in _panels(packed, x.dtype):
@@ -98,6 +100,8 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
     g_BO = grad.reshape(-1, grad.shape[-1])
+    if grad.dtype == torch.float32 and g_BO.shape[0] <= batch_limit(backward=True):
+        return _product("qgraft_grad_input", grad, packed, packed.shape[::-1])
     # Half precision is summed over panels in float32: a bfloat16 sum stops growing once a part is below its last bit.
     gx_BI = None
     for start, stop, w_PI in _panels(packed, grad.dtype):
@@ -148,16 +152,17 @@ def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     assert code == 0, f"native dequantize returned {code} for {packed.format}"
 
 
-def _product(function: str, x: Tensor, packed: PackedTensor) -> Tensor:
-    """y = x W^T by a C loop that reads packed rows: float32 x [..., in] -> [..., out]."""
+def _product(function: str, x: Tensor, packed: PackedTensor, widths: tuple[int, int] | None = None) -> Tensor:
+    """y = x W^T or x W by a C loop that reads packed rows: float32 x [..., widths[1]] -> [..., widths[0]]."""
     rows, columns = packed.shape
+    width, in_width = widths or packed.shape
     x, data, scales = x.contiguous(), packed.data.contiguous(), packed.scale
     if scales is not None:
         scales = scales.to(torch.float32).contiguous()
-    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    y = torch.empty((*x.shape[:-1], width), dtype=torch.float32)
     code = getattr(_loaded(), function)(
         FORMAT_IDS[packed.format], data.data_ptr(), None if scales is None else scales.data_ptr(), rows, columns,
-        x.data_ptr(), x.numel() // columns, y.data_ptr(), torch.get_num_threads(),
+        x.data_ptr(), x.numel() // in_width, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     if code == -2:
         raise MemoryError(f"{function}: no memory for {x.numel()} activations")
