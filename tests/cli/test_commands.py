@@ -156,6 +156,32 @@ def test_train_from_yaml_with_overrides_and_aliases(tiny_gguf, tmp_path, rows_fi
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
 
 
+def test_several_configurations_train_at_once(tiny_gguf, tmp_path, rows_file, capsys):
+    model = tiny_gguf("llama").path
+    for name in ("law", "med"):
+        text = f"model_name_or_path: {model}\ndataset: {rows_file}\noutput_dir: {tmp_path / name}\nr: {len(name)}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    words = ["train", str(tmp_path / "law.yaml"), str(tmp_path / "med.yaml"), "max_steps=2", "use_cpu=true"]
+    assert cli.main([*words, "val_size=2", "do_train=true", "do_eval=true"]) == 0
+    said = capsys.readouterr()
+    assert "--- default: " in said.err and "--- default-2: " in said.err
+    assert said.out.count("trained ") == said.out.count("perplexity") == 2 and "2 of 2 jobs" in said.out
+    for name in ("law", "med"):
+        assert json.loads((tmp_path / name / "run.json").read_text())["steps"] == 2
+        assert (tmp_path / name / "adapter_model.safetensors").exists() and (
+            tmp_path / name / "eval_results.json"
+        ).exists()
+    assert cli.main([*words, "output_dir=" + str(tmp_path / "both")]) == 2
+    assert "is given to 2 jobs" in capsys.readouterr().err
+    assert cli.main([*words, "lerning_rate=1"]) == 2
+    told = capsys.readouterr().err
+    assert "law.yaml: unknown option" in told and "med.yaml: unknown option" in told
+    (tmp_path / "med.yaml").write_text((tmp_path / "med.yaml").read_text() + "learning_rate: 1e30\n")
+    outcome = cli.main([*words[:-2], "max_steps=5", "use_cpu=true", "overwrite_output_dir=true"])
+    said = capsys.readouterr()
+    assert outcome == 2 and "3 times in a row" in said.err and "1 of 2 jobs" in said.out
+
+
 def test_the_command_line_of_the_chatglm_tutorials_works_unchanged(tiny_gguf, tmp_path, capsys):
     data = tmp_path / "data"
     data.mkdir()

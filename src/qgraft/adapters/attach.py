@@ -77,7 +77,7 @@ def attach_layers(
     freeze(model)
     selection = share(model)
     for path, config in layers.items():
-        _wrapped(model, path, selection).add(name, config, values[path] if values else None)
+        wrapped(model, path, selection).add(name, config, values[path] if values else None)
     accept_rows(model)
     use_adapter(model, name)
 
@@ -363,7 +363,7 @@ def _remove_home(model: nn.Module, path: str, home: Prefixes) -> None:
     base.set_attn_implementation(home.attention)
 
 
-def _wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLinear:
+def wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLinear:
     """The LoraLinear at `path`, put there around the linear layer if it is not yet."""
     module = model.get_submodule(path)
     if isinstance(module, LoraLinear):

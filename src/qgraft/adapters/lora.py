@@ -153,6 +153,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
+        if self.selection.serve is not None:
+            return self.selection.serve(self, x)
         if self.selection.rows is not None:
             return self._row_by_row(x, self.selection.rows)
         return self._with(x, self.active.items())
@@ -257,7 +259,7 @@ class LoraFunction(torch.autograd.Function):
         x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
         ctx.save_for_backward(A, B, *(sources if make else (x_NI,)))
         y_NO = base(x_NI).to(x.dtype)
-        h_NR = _drop(x_NI, dropout, seed) @ A.to(dtype).T
+        h_NR = drop_by_seed(x_NI, dropout, seed) @ A.to(dtype).T
         y_NO.addmm_(h_NR.to(x.dtype), B.to(x.dtype).T, alpha=scaling)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
@@ -269,7 +271,7 @@ class LoraFunction(torch.autograd.Function):
         x = ctx.make(*sources) if ctx.make else sources[0]
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
         x_NI, g_NO = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-        dropped_NI = _drop(x_NI, ctx.dropout, ctx.seed)
+        dropped_NI = drop_by_seed(x_NI, ctx.dropout, ctx.seed)
         gh_NR = (g_NO @ B.to(ctx.dtype).T.contiguous().T).mul_(ctx.scaling)
         grad_A = (gh_NR.T @ dropped_NI).to(A.dtype) if needs_A else None
         grad_B = None
@@ -280,14 +282,14 @@ class LoraFunction(torch.autograd.Function):
         if needs_x:
             gx_NI = grad_input(ctx.base, g_NO).to(grad.dtype)
             if ctx.dropout:
-                gx_NI += _drop((gh_NR @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)
+                gx_NI += drop_by_seed((gh_NR @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)
             else:
                 gx_NI.addmm_(gh_NR.to(grad.dtype), A.to(grad.dtype))
             grad_x = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
         return grad_x, grad_A, grad_B, None, None, None, None, None, *(None for _ in sources)
 
 
-def _drop(x_NI: Tensor, dropout: float, seed: int) -> Tensor:
+def drop_by_seed(x_NI: Tensor, dropout: float, seed: int) -> Tensor:
     """Inverted dropout with the mask that `seed` stands for; x itself when dropout is 0."""
     if not dropout:
         return x_NI

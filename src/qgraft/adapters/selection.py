@@ -4,10 +4,10 @@ A switch therefore sets one dict and touches no module. The modules that share i
 `selection`: every LoraLinear (lora.py), and the Prefixes of the base model (prefix.py).
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -52,6 +52,7 @@ class Selection:
         parts: the modules of every attached adapter, under its name, in the order of attaching.
         weights: the active adapters and their weights.
         rows: where set, it stands in for `weights`: each row of the present batch has its own adapter.
+        serve: where set, it stands in for both: layer, input -> output (segments.py, while several jobs train).
         row_names: the adapters of the rows that generate() was called with, while it runs.
         evaluated: while generate() runs, the keys and values of the prefixes that were computed in it.
     """
@@ -59,6 +60,7 @@ class Selection:
     parts: dict[str, list[nn.Module]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     rows: Rows | None = None
+    serve: Callable[[Any, Tensor], Tensor] | None = None
     row_names: tuple[str | None, ...] | None = None
     evaluated: dict[str, Tensor] | None = None
 

@@ -17,23 +17,28 @@ if TYPE_CHECKING:
 DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE --output_dir FOLDER [options]
        qgraft train --do_predict --model_name_or_path MODEL --adapter_name_or_path FOLDER --test_dataset FILE
                     --output_dir FOLDER [options]
-       qgraft train CONFIG.yaml [option=value ...]
+       qgraft train CONFIG.yaml [CONFIG.yaml ...] [option=value ...]
 
 Train an adapter (a LoRA, or P-Tuning v2) on the packed weights of a model file, measure it, or let it answer test rows.
 CONFIG.yaml (or .json) holds the same options as the flags; later option=value words win. Names known from PEFT,
 LLaMA-Factory, ChatGLM-Efficient-Tuning and ChatGLM's ptuning/main.py are understood.
+
+Several configurations train their LoRAs on one base at once, in shared passes, each with the result that it has alone.
+They may differ in all that is not about the base: rows, rank, targets, learning rate, steps, seed, ...; option=value
+words apply to all of them.
 
 """
 
 
 def run(words: Sequence[str]) -> int:
     """Parse, load, do what is asked for, say what came of it."""
-    from qgraft.training.arguments import option_help, parse_arguments
+    from qgraft.training.arguments import option_help, parse_jobs
 
     if not words or words[0] in ("-h", "--help", "--help_all"):
         print(DESCRIPTION + option_help(everything="--help_all" in words), end="")
         return 0
-    return _work(parse_arguments(words))
+    jobs = parse_jobs(words)
+    return _work(jobs[0]) if len(jobs) == 1 else _work_together(jobs)
 
 
 def _work(arguments: "TrainArguments") -> int:
@@ -47,11 +52,56 @@ def _work(arguments: "TrainArguments") -> int:
         report = _train(model, tokenizer, arguments, console)
         if report.exit_code:
             return report.exit_code
+    _after_training(model, tokenizer, arguments, console, report)
+    return 0
+
+
+def _after_training(
+    model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console", report: "TrainReport | None"
+) -> None:
     if arguments.do_eval:
         _evaluate(model, tokenizer, arguments, console, report)
     if arguments.do_predict:
         _predict(model, tokenizer, arguments, console)
-    return 0
+
+
+def _work_together(jobs: "list[TrainArguments]") -> int:
+    """Train all jobs at once, then do for each what else it asks for. 2 when one failed, else as for one job."""
+    from rich.console import Console
+
+    from qgraft.adapters.attach import use_adapter
+    from qgraft.errors import QgraftError
+    from qgraft.training.jobs import check_jobs, name_jobs, train_jobs
+
+    jobs = name_jobs(jobs)
+    check_jobs(jobs)
+    for arguments in jobs:
+        _check(arguments)
+    console = Console(stderr=True)
+    model, tokenizer = _load(jobs[0])
+    for arguments in jobs[1:]:
+        _load_adapter(model, arguments)
+    outcomes = train_jobs(model, tokenizer, jobs, console=console)
+    code = 0
+    for arguments, outcome in zip(jobs, outcomes, strict=True):
+        print_note(f"--- {arguments.adapter_name}: {arguments.output_dir}")
+        if isinstance(outcome, QgraftError):
+            print_note(f"error: {outcome}")
+            code = code or 2
+            continue
+        _say(outcome, arguments)
+        code = outcome.exit_code or code
+        if not outcome.exit_code:
+            use_adapter(model, arguments.adapter_name)
+            _after_training(model, tokenizer, arguments, console, outcome)
+    done = [outcome.metrics for outcome in outcomes if not isinstance(outcome, QgraftError)]
+    if done:
+        seconds = max(metrics["seconds"] for metrics in done)
+        tokens = sum(metrics["tokens"] for metrics in done)
+        print(
+            f"{len(done)} of {len(jobs)} jobs in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s together"
+        )
+    return code
 
 
 def _check(arguments: "TrainArguments") -> None:
@@ -79,10 +129,7 @@ def _check(arguments: "TrainArguments") -> None:
 
 def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter that is named attached."""
-    from qgraft.adapters.attach import active_adapters
-    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import chatglm_format, load
-    from qgraft.training.adapter import check_adapter
 
     name, quantize = str(arguments.model_name_or_path), arguments.quantize
     if arguments.quantization_bit is not None:
@@ -94,6 +141,16 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     model, tokenizer = load(name, quantize=quantize, dtype=arguments.compute_dtype, device=arguments.device)
     if tokenizer is None:
         raise without_tokenizer(name, model, "this command")
+    _load_adapter(model, arguments)
+    return model, tokenizer
+
+
+def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
+    """Attach the adapter that is named, if one is."""
+    from qgraft.adapters.attach import active_adapters
+    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
+    from qgraft.training.adapter import check_adapter
+
     if arguments.adapter_name_or_path:
         loaded = load_adapter(model, arguments.adapter_name_or_path, arguments.adapter_name, force=arguments.force)
         print_note(str(loaded))
@@ -102,14 +159,21 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
             prompt_as_in_training(arguments, trained_with(model, arguments.adapter_name))
     elif not arguments.do_train and not active_adapters(model):
         print_note("note: no adapter is given, so this is about the base")
-    return model, tokenizer
 
 
 def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> "TrainReport":
-    from qgraft.training.run import describe_signal, train
+    from qgraft.training.run import train
+
+    report = train(model, tokenizer, None, arguments, console=console)
+    _say(report, arguments)
+    return report
+
+
+def _say(report: "TrainReport", arguments: "TrainArguments") -> None:
+    """Print what came of a run, and the notes that were not printed before it."""
+    from qgraft.training.run import describe_signal
 
     seen = len(arguments.notes)
-    report = train(model, tokenizer, None, arguments, console=console)
     for note in report.notes[seen:]:
         print_note(f"note: {note}")
     print_note(report.accounting.summary())
@@ -117,7 +181,6 @@ def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Co
         print_note(describe_signal(report))
     else:
         _print_report(report)
-    return report
 
 
 def _evaluate(

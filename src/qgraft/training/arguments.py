@@ -10,6 +10,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, cast, get_args, get_type_hints
 
@@ -48,6 +49,8 @@ MOST_USED = {  # of transformers' options, in the short help: name -> text
     "use_cpu": "Do not use the GPU.",
     "seed": "Of everything random.",
 }
+
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -199,7 +202,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
 
     Raises OptionError for an unknown option (with the closest names) or an impossible value.
     """
-    if argv and Path(argv[0]).suffix in (".yaml", ".yml", ".json"):
+    if argv and Path(argv[0]).suffix in CONFIG_SUFFIXES:
         return arguments_from_dict(_own_names(_read_config(Path(argv[0]))) | _own_names(_overrides(argv[1:])))
     words, notes = _translate_flags(argv)
     parser = _parser()
@@ -207,6 +210,25 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     if rest:
         _unknown(rest[0].lstrip("-").split("=")[0] if rest[0].startswith("-") else rest[0])
     return _build(vars(parsed), notes)
+
+
+def parse_jobs(argv: Sequence[str]) -> list[TrainArguments]:
+    """TrainArguments of each job: several configuration files, each followed by all of the option=value words.
+
+    Anything else is one job; see parse_arguments. Raises OptionError for all that is wrong in any of the files.
+    """
+    files = list(takewhile(lambda word: Path(word).suffix in CONFIG_SUFFIXES and "=" not in word, argv))
+    if len(files) < 2:
+        return [parse_arguments(argv)]
+    jobs, problems = [], []
+    for file in files:
+        try:
+            jobs.append(parse_arguments([file, *argv[len(files) :]]))
+        except OptionError as error:
+            problems.append(f"{file}: {error}")
+    if problems:
+        raise OptionError("\n".join(problems))
+    return jobs
 
 
 def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:

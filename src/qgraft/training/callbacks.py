@@ -31,10 +31,15 @@ class Watch(TrainerCallback):
     """Measures a run and shows it: one line a log on disk, a live bar on the terminal.
 
     `trainer` is set after the trainer exists; tokens a second count real tokens, of which batches hold no others.
+
+    Args:
+        display: where several runs show a line each, started and stopped by their caller; it stands in for the console.
+        label: what the run's line begins with there.
     """
 
-    def __init__(self, folder: Path, console: Console | None) -> None:
+    def __init__(self, folder: Path, console: Console | None, display: Progress | None = None, label: str = "") -> None:
         self.path, self.console = folder / METRICS, console
+        self.display, self.label = display, label
         self.trainer: Any = None
         self.seconds = 0.0
         self._bar: Progress | None = None
@@ -50,19 +55,11 @@ class Watch(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self._step_began = time.perf_counter()
-        if self.console is None:
-            return
-        self._bar = Progress(  # fits 80 columns
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=8),
-            TextColumn("epoch {task.fields[epoch]} loss {task.fields[loss]} eval {task.fields[eval_loss]}"),
-            TextColumn("{task.fields[rate]} tok/s {task.fields[memory]}"),
-            TimeRemainingColumn(compact=True),
-            TextColumn("left"),
-            console=self.console,
-        )
-        self._task = self._bar.add_task("train", total=state.max_steps, completed=state.global_step, **self._shown)
-        self._bar.start()
+        self._bar = self.display or (run_display(self.console) if self.console else None)
+        if self._bar is not None:
+            total, done = state.max_steps, state.global_step
+            self._task = self._bar.add_task(self.label, total=total, completed=done, **self._shown)
+            self._bar.start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -105,13 +102,31 @@ class Watch(TrainerCallback):
 
     def close(self) -> None:
         """Stop the bar; called again when a run ends by an error."""
-        if self._bar is not None:
+        if self._bar is not None and self._bar is not self.display:
             self._bar.stop()
-            self._bar = None
+        self._bar = None
 
     def _move(self, state: TrainerState) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step, **self._shown)
+
+
+def run_display(console: Console, labels: bool = False) -> Progress:
+    """A live display with a line for each run, not started yet. It fits 80 columns; labels come in front.
+
+    Several runs share the terminal's width, and the process its memory, so with labels the memory is left out.
+    """
+    memory = "" if labels else " {task.fields[memory]}"
+    return Progress(
+        *([TextColumn("{task.description}")] if labels else []),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        BarColumn(bar_width=8),
+        TextColumn("epoch {task.fields[epoch]} loss {task.fields[loss]} eval {task.fields[eval_loss]}"),
+        TextColumn("{task.fields[rate]} tok/s" + memory),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+        console=console,
+    )
 
 
 class StopOnSignal(TrainerCallback):
@@ -127,7 +142,11 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Listen; only possible in the main thread, elsewhere the process's own handlers stay."""
+        """Listen."""
+        self.listen()
+
+    def listen(self) -> None:
+        """Take the signals; only possible in the main thread, elsewhere the process's own handlers stay."""
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
                 self._before[number] = signal.signal(number, self._handle)
@@ -155,6 +174,22 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: Any) -> None:
         self.received = number
         self.close()  # the next signal acts as it always did
+
+
+class StopWith(StopOnSignal):
+    """Ends a run with the others beside which it trains: on the signal that `leader`, in the main thread, received."""
+
+    def __init__(self, leader: StopOnSignal) -> None:
+        super().__init__()
+        self._leader = leader
+
+    def listen(self) -> None:
+        """The leader listens."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask for a save and an end when the leader has received a signal."""
+        self.received = self._leader.received
+        super().on_step_end(args, state, control, **kwargs)
 
 
 def _memory_now() -> int:

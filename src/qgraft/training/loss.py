@@ -75,8 +75,15 @@ def output_head(model: PreTrainedModel) -> Head:
 
 def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:
     """sum_i -log softmax(head(state_i))[target_i], differentiable in the states and in the head's parameters."""
+    return weighted_cross_entropy(states_NH, targets_N, None, head, label_smoothing)[0]
+
+
+def weighted_cross_entropy(
+    states_NH: Tensor, targets_N: Tensor, weights_N: Tensor | None, head: Head, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(The sum of weight times cross-entropy, differentiable; the cross-entropy of each label [n], without gradient)."""
     parameters = getattr(head, "parameters", [])
-    return _ChunkedCrossEntropy.apply(states_NH, targets_N, head, label_smoothing, *parameters)
+    return _ChunkedCrossEntropy.apply(states_NH, targets_N, weights_N, head, label_smoothing, *parameters)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -84,12 +91,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float, *parameters: Tensor
-    ) -> Tensor:
-        """states [n, hidden], targets [n] int64 -> scalar float32."""
+        ctx: Any,
+        states_NH: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor | None,
+        head: Head,
+        label_smoothing: float,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """states [n, hidden], targets [n] int64, weights [n] or None for ones -> scalar float32, [n] float32."""
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
         grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
+        each_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
         start, vocabulary = 0, getattr(head, "vocabulary", None)
         while start < len(states_NH):
             rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary)) if vocabulary else MIN_CHUNK_ROWS
@@ -98,7 +112,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = head(chunk)
             vocabulary = logits.shape[-1]
             own_CV = logits.detach().to(torch.float32, copy=getattr(head, "keeps_logits", True))
-            total += _loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            each_C = _loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            each_N[start : start + rows] = each_C
+            if weights_N is not None:
+                weights_C = weights_N[start : start + rows]
+                each_C, own_CV = each_C * weights_C, own_CV.mul_(weights_C[:, None])
+            total += each_C.sum()
             if wanted:
                 chunk_grads = torch.autograd.grad(logits, (chunk, *parameters), own_CV.to(logits.dtype))
                 grads[0][start : start + rows] = chunk_grads[0]
@@ -106,17 +125,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad += part
             start += len(chunk)
         ctx.save_for_backward(*grads)
-        return total
+        ctx.mark_non_differentiable(each_N)
+        return total, each_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scales what the forward pass computed."""
         states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return states, None, None, None, *parameters
+        return states, None, None, None, None, *parameters
 
 
 def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
-    """The summed cross-entropy of float32 logits z, which are overwritten with its gradient.
+    """The cross-entropy [C] of each row of float32 logits z, which are overwritten with its gradient.
 
     loss = log sum exp(z) - (1 - s) z[target] - s mean(z)      gradient = softmax(z) - s / V, and s - 1 at the target
     (label smoothing s as in torch: Szegedy et al. 2016, arXiv:1512.00567)
@@ -132,7 +152,7 @@ def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) ->
     if smoothing:
         logits_CV.sub_(smoothing / logits_CV.shape[1])
     logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
-    return losses_C.sum()
+    return losses_C
 
 
 @contextmanager

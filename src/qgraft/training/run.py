@@ -15,7 +15,7 @@ import json
 import math
 import random
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,19 +92,57 @@ def train(
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
+    prepared = prepare(model, tokenizer, dataset, args, eval_dataset)
+    return execute(model, prepared, Watch(prepared.folder, console), StopOnSignal())
+
+
+@dataclass
+class Prepared:
+    """A run of which nothing that is given can be wrong any more, and which has changed nothing yet."""
+
+    args: TrainArguments
+    folder: Path
+    resume: Path | None
+    samples: list[Sample]
+    eval_samples: list[Sample]
+    accounting: Accounting
+    held_out: Accounting | None
+    notes: list[str]
+
+
+def prepare(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | None,
+    args: TrainArguments,
+    eval_dataset: Dataset | None = None,
+) -> Prepared:
+    """Check the options of a run and tokenize its rows; see train()."""
     args = _remembering(args, dataset, eval_dataset)
-    folder = Path(str(args.output_dir))
     resume, passed_over = check_output_dir(args)
     notes = [*args.notes, *passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
+    folder = Path(str(args.output_dir))
+    return Prepared(args, folder, resume, samples, eval_samples, accounting, held_out, notes)
+
+
+def execute(
+    model: PreTrainedModel,
+    prepared: Prepared,
+    watch: Watch,
+    stop: StopOnSignal,
+    make_trainer: Callable[..., LoraTrainer] = LoraTrainer,
+) -> TrainReport:
+    """Take the steps of a prepared run, and save what came of it."""
+    args, folder, resume, notes = prepared.args, prepared.folder, prepared.resume, prepared.notes
+    samples, eval_samples = prepared.samples, prepared.eval_samples
     prepare_adapter(model, args)
-    watch, stop = Watch(folder, console), StopOnSignal()
     use_cache = model.config.use_cache  # the Trainer turns it off
     try:
-        with _passes(model, args, samples, eval_samples, notes, console) as budget:
+        with _passes(model, args, samples, eval_samples, notes, watch.console) as budget:
             if resume is None:  # only now, when nothing that is given can be wrong any more
                 _clear_earlier_run(folder)
             else:
@@ -112,7 +150,7 @@ def train(
             before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
-            watch.trainer = trainer = LoraTrainer(model, args, samples, eval_samples, budget, [watch, stop])
+            watch.trainer = trainer = make_trainer(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             after = _last_eval_loss(trainer) or (evaluate_samples(model, eval_samples).loss if eval_samples else None)
     finally:
@@ -139,8 +177,8 @@ def train(
         signal=stop.received,
         parameters=count_parameters(model, args.adapter_name),
         metrics=metrics,
-        accounting=accounting,
-        held_out_accounting=held_out,
+        accounting=prepared.accounting,
+        held_out_accounting=prepared.held_out,
         notes=notes,
     )
     _save(model, args, report, samples, eval_samples)

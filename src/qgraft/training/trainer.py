@@ -25,7 +25,7 @@ from qgraft.adapters.attach import adapter_state_dict
 from qgraft.checkpoints.adapter_files import read_trained, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.batches import collate, count_labels, split_batch
+from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
@@ -62,6 +62,7 @@ class LoraTrainer(Trainer):
         self._skipped_in_a_row = 0
         self._finite = True
         self._staging: Path | None = None
+        self._flos_per_token: int | None = None
 
     # --- a step
 
@@ -72,15 +73,22 @@ class LoraTrainer(Trainer):
         self, model: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
     ) -> Tensor:
         """Forward and backward of one batch, part by part. Returns its share of the step's mean loss."""
-        model.train()
+        if not model.training:  # the walk over all modules costs milliseconds
+            model.train()
         batch = self._prepare_inputs(inputs)
         self.tokens_seen += batch["input_ids"].numel()
+        assert num_items_in_batch is not None
+        loss = self.learn(model, split_batch(batch, self.tokens_per_pass), num_items_in_batch)
+        self._finite = self._finite and bool(torch.isfinite(loss))
+        return loss
+
+    def learn(self, model: PreTrainedModel, parts: list[Batch], labels: Tensor) -> Tensor:
+        """Forward and backward of the parts of a batch, the loss divided by `labels`; NaN where it is not finite."""
         total = torch.zeros((), device=self.args.device)
-        for part in split_batch(batch, self.tokens_per_pass):
+        for part in parts:
             with self.compute_loss_context_manager():
-                loss = batch_loss(model, part, self.args.label_smoothing_factor) / num_items_in_batch
+                loss = batch_loss(model, part, self.args.label_smoothing_factor) / labels
             if not torch.isfinite(loss):
-                self._finite = False
                 return total.fill_(float("nan"))
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -108,6 +116,13 @@ class LoraTrainer(Trainer):
                 "in a row; the adapter was not changed by these steps",
                 hint="lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
             )
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As transformers counts them, but the parameters once: counting takes as long as the optimizer."""
+        if self._flos_per_token is None:
+            ids = {"input_ids": inputs["input_ids"][:, :1]}
+            self._flos_per_token = super().floating_point_ops(ids)
+        return self._flos_per_token * int(inputs["input_ids"].numel())
 
     # --- evaluation
 
