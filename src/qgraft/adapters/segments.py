@@ -29,6 +29,10 @@ from qgraft.adapters.selection import selection_of
 from qgraft.errors import UnsupportedError
 from qgraft.linear import grad_input, product_dtype, to_autocast
 
+NARROW = (
+    16  # ranks up to which a float32 product of a segment takes less time than rounding to bfloat16 and multiplying
+)
+
 
 @dataclass(eq=False)
 class Segment:
@@ -119,7 +123,9 @@ class SegmentsFunction(torch.autograd.Function):
         y_NO = base(x_NI).to(x.dtype)
         inner_RS = []
         for term, A, B in zip(terms, weights[::2], weights[1::2], strict=True):
-            h_RS = A.to(dtype) @ drop_by_seed(x_NI[term.start : term.stop], term.dropout, term.seed).T
+            inner = x.dtype if len(A) <= NARROW else dtype
+            own_SI = (x.reshape(x_NI.shape) if inner == x.dtype else x_NI)[term.start : term.stop]
+            h_RS = A.to(inner) @ drop_by_seed(own_SI, term.dropout, term.seed).T
             y_NO[term.start : term.stop].addmm_(h_RS.T.to(x.dtype), B.to(x.dtype).T, alpha=term.scaling)
             inner_RS.append(h_RS)
         ctx.save_for_backward(*weights, *inner_RS, *(sources if recipe else (x_NI,)))
@@ -132,16 +138,17 @@ class SegmentsFunction(torch.autograd.Function):
         count, saved = len(ctx.terms), ctx.saved_tensors  # which may be asked for once only
         weights, inner_RS, sources = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         x = ctx.make(*sources) if ctx.make else sources[0]
-        x_NI, g_NO = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
-        gx_NI = grad_input(ctx.base, g_NO).to(grad.dtype) if ctx.needs_input_grad[0] else None
+        x_NI, g_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        gx_NI = grad_input(ctx.base, g_NO.to(ctx.dtype)).to(grad.dtype) if ctx.needs_input_grad[0] else None
         grads: list[Tensor | None] = []
         for term, A, B, h_RS in zip(ctx.terms, weights[::2], weights[1::2], inner_RS, strict=True):
             rows = slice(term.start, term.stop)
-            gh_RS = (B.to(ctx.dtype).T @ g_NO[rows].T).mul_(term.scaling)
-            grads.append((gh_RS @ drop_by_seed(x_NI[rows], term.dropout, term.seed)).to(A.dtype))
-            grads.append((h_RS @ g_NO[rows]).to(B.dtype).mul_(term.scaling).T)
+            g_SO, own_SI = g_NO[rows].to(h_RS.dtype), x_NI[rows].to(h_RS.dtype)
+            gh_RS = (B.to(h_RS.dtype).T @ g_SO.T).mul_(term.scaling)
+            grads.append((gh_RS @ drop_by_seed(own_SI, term.dropout, term.seed)).to(A.dtype))
+            grads.append((h_RS @ g_SO).to(B.dtype).mul_(term.scaling).T)
             if gx_NI is not None and term.dropout:
-                gx_NI[rows] += drop_by_seed((gh_RS.T @ A.to(ctx.dtype)).to(grad.dtype), term.dropout, term.seed)
+                gx_NI[rows] += drop_by_seed((gh_RS.T @ A.to(h_RS.dtype)).to(grad.dtype), term.dropout, term.seed)
             elif gx_NI is not None:
                 gx_NI[rows].addmm_(gh_RS.T.to(grad.dtype), A.to(grad.dtype))
         grad_x = None if gx_NI is None else gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
