@@ -71,12 +71,17 @@ def _work_together(jobs: "list[TrainArguments]") -> int:
 
     from qgraft.adapters.attach import use_adapter
     from qgraft.errors import QgraftError
-    from qgraft.training.jobs import check_jobs, name_jobs, train_jobs
+    from qgraft.training.jobs import check_jobs, name_jobs, raise_all, train_jobs
 
     jobs = name_jobs(jobs)
     check_jobs(jobs)
+    wrong = []
     for arguments in jobs:
-        _check(arguments)
+        try:
+            _check(arguments)
+        except QgraftError as error:
+            wrong.append((arguments, error))
+    raise_all(wrong)
     console = Console(stderr=True)
     model, tokenizer = _load(jobs[0])
     for arguments in jobs[1:]:

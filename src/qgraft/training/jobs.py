@@ -136,11 +136,16 @@ def _prepare_all(
             prepared.append(prepare(model, tokenizer, None, args))
         except QgraftError as error:
             errors.append((args, error))
+    raise_all(errors)
+    return prepared
+
+
+def raise_all(errors: Sequence[tuple[TrainArguments, QgraftError]]) -> None:
+    """Raise one error that tells what is wrong with each of these jobs, if there is any."""
     if errors:
         kinds = {type(error) for _, error in errors}
         kind = kinds.pop() if len(kinds) == 1 else OptionError
         raise kind("\n".join(f"{args.output_dir}: {error}" for args, error in errors))
-    return prepared
 
 
 class _JointTrainer(LoraTrainer):
