@@ -10,25 +10,21 @@ of its own. The benchmark fails where the training loss of any job differs by mo
 agree to six digits; where products are computed in bfloat16, sums of another order round otherwise).
 
 Written to benchmarks/results/jobs.csv: useful tokens a second of all jobs together, over the steps and over the whole
-calls (first weights, the optimizers' making and the saving of adapters included, loading not), the processor time of the calls,
-and the peak resident memory of the process. The machine is noisy: quote the ratio. By default a pass takes 1024 tokens, so
-that one is enough for the batches of all jobs; "in turn" passes one batch at a time whatever the budget is.
+calls (first weights, the optimizers' making and the saving of adapters included, loading not), the processor time of the
+calls, and the peak resident memory of the process. The machine is noisy: quote the ratio. By default a pass takes 1024
+tokens, so that one is enough for the batches of all jobs; "in turn" passes one batch at a time whatever the budget is.
 """
 
 import argparse
 import csv
-import datetime
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-from train_cpu import cpu_name, peak_mb
+import machine
 
 RESULTS = Path(__file__).with_name("results") / "jobs.csv"
 CONTESTANTS = ("at once", "in turn")
@@ -57,13 +53,10 @@ def main() -> None:
 
 
 def in_own_process(name: str, options: argparse.Namespace) -> dict:
-    """Run one contestant in a fresh interpreter; its last line of output is its result."""
-    command = [sys.executable, __file__, "--only", name, "--jobs", str(options.jobs), "--steps", str(options.steps)]
-    command += ["--batch", str(options.batch), "--tokens_per_pass", str(options.tokens_per_pass)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return {"contestant": name, **json.loads(done.stdout.strip().splitlines()[-1])}
+    """Run one contestant in a fresh interpreter."""
+    words = ["--only", name, "--jobs", str(options.jobs), "--steps", str(options.steps), "--batch", str(options.batch)]
+    words += ["--tokens_per_pass", str(options.tokens_per_pass)]
+    return {"contestant": name, **machine.in_own_process(__file__, words)}
 
 
 def run_contestant(options: argparse.Namespace) -> dict:
@@ -92,7 +85,7 @@ def run_contestant(options: argparse.Namespace) -> dict:
         "tokens_per_second_of_calls": round(tokens / total, 1),
         "cpu_seconds_of_calls": round(cpu, 1),
         "seconds_per_step": round(seconds / options.steps, 3),
-        "peak_mb": round(peak_mb()),
+        "peak_mb": round(machine.peak_mb()),
         "losses": [report.metrics["train_loss"] for report in reports],
     }
 
@@ -112,10 +105,7 @@ def job_arguments(options: argparse.Namespace, folder: Path, index: int) -> obje
 def write(runs: list[dict], options: argparse.Namespace) -> None:
     """Append the runs to the CSV with date, device and versions."""
     about = {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        **{package: version(package) for package in ("qgraft", "torch", "transformers")},
+        **machine.describe("qgraft", "torch", "transformers"),
         "jobs": options.jobs,
         "steps": options.steps,
         "batch": options.batch,
