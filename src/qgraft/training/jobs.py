@@ -67,14 +67,17 @@ def train_jobs(
     nn.Module.to(model, jobs[0].device)
     display = run_display(console, labels=True) if console else None
     prepared = _prepare_all(model, tokenizer, jobs)
-    replicas = [replicate(model, args.adapter_name) for args in jobs]
+    every = [sample for each in prepared for sample in each.samples]
+    with padding_free(model, every) as problem:  # tried once: the replicas are made with the attention that was found
+        replicas = [replicate(model, args.adapter_name) for args in jobs]
+        shared = replicate(model, "")
     with _stopped_by_signals() as stop, _shown(display):
         runs: list[Run] = []
         try:
             for each, replica in zip(prepared, replicas, strict=True):
                 watch = Watch(each.folder, None, display, each.args.adapter_name)
                 runs.append(Turns(partial(_run_job, replica, each, watch, StopWith(stop))))
-            _drive(replicate(model, ""), runs, replicas, prepared)
+            _drive(shared, runs, replicas, prepared, 0 if problem else jobs[0].max_tokens_per_pass)
         finally:
             for run in runs:
                 run.end()
@@ -170,13 +173,15 @@ def _run_job(replica: PreTrainedModel, prepared: Prepared, watch: Watch, stop: S
 
 
 def _drive(
-    shared: PreTrainedModel, runs: Sequence[Run], replicas: Sequence[PreTrainedModel], prepared: Sequence[Prepared]
+    shared: PreTrainedModel,
+    runs: Sequence[Run],
+    replicas: Sequence[PreTrainedModel],
+    prepared: Sequence[Prepared],
+    budget: int,
 ) -> None:
     """Let the runs take their steps together, until all have ended. Raises what ended one that is no error of ours."""
     options = prepared[0].args
-    every = [sample for each in prepared for sample in each.samples]
-    with computing(shared, options.compute), padding_free(shared, every) as problem, lean_modules(shared):
-        budget = 0 if problem else options.max_tokens_per_pass
+    with computing(shared, options.compute), lean_modules(shared):
         joined = False
         while moving := _advance(runs):
             if not joined:  # by now the runs have attached their adapters, and their Trainers have set the replicas up
