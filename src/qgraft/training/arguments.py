@@ -251,6 +251,14 @@ def _as_words(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value) if isinstance(value, int) else value
 
 
+def changed_arguments(args: TrainArguments) -> dict[str, Any]:
+    """The options that differ from their defaults, as JSON values."""
+    defaults = TrainArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    options = [option.name for option in dataclasses.fields(args) if option.init]
+    changed = {name: getattr(args, name) for name in options if getattr(args, name) != getattr(defaults, name)}
+    return {name: getattr(value, "value", value) for name, value in changed.items()}
+
+
 def option_help(everything: bool = False) -> str:
     """The options for `qgraft train --help`: ours and the most used of transformers', or all with their full texts."""
     if everything:

@@ -114,8 +114,12 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
     problems += [f"output_dir {folder} is given to {folders.count(folder)} jobs"
                  for folder in dict.fromkeys(folders) if folders.count(folder) > 1]  # fmt: skip
     problems += [f"{args.output_dir}: do_train is off" for args in jobs if not args.do_train]
-    problems += [f"{args.output_dir}: {option} acts on the shared base" for args in jobs
-                 for option in ("fp16", "neftune_noise_alpha", "torch_compile") if getattr(args, option)]  # fmt: skip
+    problems += [
+        f"{args.output_dir}: {option} acts on the shared base"
+        for args in jobs
+        for option in ("fp16", "neftune_noise_alpha", "torch_compile", "cache_frozen_layers")
+        if getattr(args, option)
+    ]
     if problems:
         raise OptionError(
             "these jobs cannot train on one base at once:\n  " + "\n  ".join(problems),

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,7 +29,7 @@ from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.linear import computing
 from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
-from qgraft.training.arguments import TrainArguments
+from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
 from qgraft.training.frozen import frozen_layers_cached
@@ -377,14 +376,6 @@ def _save(
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
         plots.plot_losses(folder / METRICS, folder / "loss.png")
-
-
-def changed_arguments(args: TrainArguments) -> dict[str, Any]:
-    """The options that differ from their defaults, as JSON values."""
-    defaults = TrainArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
-    options = [option.name for option in dataclasses.fields(args) if option.init]
-    changed = {name: getattr(args, name) for name in options if getattr(args, name) != getattr(defaults, name)}
-    return {name: getattr(value, "value", value) for name, value in changed.items()}
 
 
 def _samples_sha256(samples: list[Sample]) -> str:
