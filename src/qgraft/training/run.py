@@ -133,7 +133,7 @@ def execute(
     prepared: Prepared,
     watch: Watch,
     stop: StopOnSignal,
-    make_trainer: Callable[..., LoraTrainer] = LoraTrainer,
+    make_trainer: Callable[..., LoraTrainer] | None = None,
 ) -> TrainReport:
     """Take the steps of a prepared run, and save what came of it."""
     args, folder, resume, notes = prepared.args, prepared.folder, prepared.resume, prepared.notes
@@ -149,7 +149,8 @@ def execute(
             before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
-            watch.trainer = trainer = make_trainer(model, args, samples, eval_samples, budget, [watch, stop])
+            make = make_trainer or LoraTrainer
+            watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             after = _last_eval_loss(trainer) or (evaluate_samples(model, eval_samples).loss if eval_samples else None)
     finally:
