@@ -29,7 +29,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from train_cpu import cpu_name, peak_mb
+from machine import cpu_name, peak_mb
 
 RESULTS = Path(__file__).with_name("results") / "frozen_cache.csv"
 CONTESTANTS = {

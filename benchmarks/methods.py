@@ -27,7 +27,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from train_cpu import cpu_name, pad, peak_mb
+from machine import cpu_name, peak_mb
+from peers import pad
 
 FOLDER = Path(__file__).with_name("results")
 LEARN, COST, CHART = FOLDER / "methods_learn.csv", FOLDER / "methods_cost.csv", FOLDER / "methods.png"
