@@ -40,7 +40,7 @@ def test_bf16_asked_for_by_name_needs_the_hardware(fast: bool) -> None:
 
 
 def test_an_unknown_compute_names_the_nearest() -> None:
-    with pytest.raises(OptionError, match="expected one of auto, float32, bf16") as caught:
+    with pytest.raises(OptionError, match="expected one of auto, float32, bf16, int8") as caught:
         arguments(compute="bfloat16")
     assert "bf16" in str(caught.value)
 

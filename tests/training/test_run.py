@@ -14,6 +14,7 @@ from qgraft.checkpoints.adapter_files import trained_with
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError
 from qgraft.training import trainer as trainer_module
 from qgraft.training.callbacks import StopOnSignal
+from qgraft.training.precision import has_fast_bf16
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)]
@@ -320,3 +321,18 @@ def test_a_sample_longer_than_the_context_is_cut_there_and_counted(tiny_gguf, tm
     assert report.accounting.truncated == 1
     assert list(report.accounting.dropped) == [f"no answer token within max_length {context}"]
     assert report.accounting.kept == len(rows) - 1
+
+
+@pytest.mark.parametrize("compute", ["bf16", "int8"])
+def test_the_loss_curve_of_rounded_products_is_that_of_float32_within_a_percent(compute, tiny_gguf, tmp_path):
+    if compute == "bf16" and not has_fast_bf16():
+        pytest.skip("this CPU has no bfloat16 arithmetic")
+    curves = []
+    for name in ("float32", compute):
+        run(tiny_gguf, tmp_path / name, compute=name, learning_rate=1e-2, max_steps=6, logging_steps=1, val_size=4)
+        log = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves.append([entry["loss"] for entry in log if "loss" in entry] + [log[-1].get("eval_loss", 0.0)])
+        assert json.loads((tmp_path / name / "run.json").read_text())["compute"] == name
+    assert curves[0] != curves[1], "the option must do something"
+    assert curves[1] == pytest.approx(curves[0], rel=0.01)
+    assert curves[0][-2] < 0.9 * curves[0][0], "there must be a curve"

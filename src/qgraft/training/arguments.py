@@ -111,7 +111,9 @@ class TrainArguments(TrainingArguments):
     temperature: float | None = _option(None, "Of drawn tokens; 0.95 with ChatGLM, else 1; 0: the likeliest.")
     top_p: float | None = _option(None, "Draw from this share of the probability; 0.7 with ChatGLM, else 1.")
 
-    compute: str = _option("auto", "CPU: products with packed weights in float32, bf16, or the faster that is there.")
+    compute: str = _option(
+        "auto", "CPU: products with packed weights in float32, bf16 or int8; auto: bf16 where there is hardware."
+    )
     max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
     cache_frozen_layers: bool = _option(False, "Keep on disk what enters the lowest adapter: faster later epochs.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")

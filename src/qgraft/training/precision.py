@@ -2,7 +2,8 @@
 
     compute    on a CPU: how the products with packed weights are computed ("float32", "bf16", "int8"); everything else,
                norms, attention, residual stream, loss, stays in float32. `auto` is bf16 where the CPU multiplies
-               bfloat16 in hardware (AVX512-BF16, AMX), four times as fast as float32 there, else float32.
+               bfloat16 in hardware (AVX512-BF16, AMX), else float32. int8 rounds the inputs of a layer to 8 bits in
+               groups of 32, in the forward pass only; never chosen by itself.
     bf16       transformers' name: on a CPU the same as compute=bf16; on a GPU the whole model is in bfloat16
     fp16       on a GPU transformers' autocast with loss scaling; no CPU has it
 
@@ -19,7 +20,7 @@ from qgraft.errors import OptionError, UnsupportedError, near_match
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-COMPUTES = ("auto", "float32", "bf16")
+COMPUTES = ("auto", "float32", "bf16", "int8")
 
 
 def has_fast_bf16() -> bool:
