@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {  # options beside those of the demo
     "lora": {"learning_rate": 1.5e-3, "num_train_epochs": 2},
     "prefix-128": {"pre_seq_len": 128, "learning_rate": 2e-2, "num_train_epochs": 6},
     "prefix-128-projection": {
-        "pre_seq_len": 128, "prefix_projection": True, "learning_rate": 2e-3, "num_train_epochs": 6,
+        "pre_seq_len": 128, "prefix_projection": True, "learning_rate": 2e-3, "num_train_epochs": 4,
     },
     "prefix-16": {"pre_seq_len": 16, "learning_rate": 2e-2, "num_train_epochs": 6},
 }  # fmt: skip

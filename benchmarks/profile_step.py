@@ -7,8 +7,7 @@ The contestants are those of train_cpu.py, each in a process of its own. A few s
 one optimizer step to the end of another, so everything that a step needs is in it. The time that each operator spends in
 itself, without those that it calls, goes to one category, by what it is and what it is called by:
 
-    base products     matrix products with frozen weights, forward and backward
-    unpacking         packed bytes to floats, rounding to what the products take, and the Python of the op around both
+    base products     matrix products with frozen weights, forward and backward, unpacking them included: one loop does both
     adapter           matrix products of which a side is the rank
     attention         scaled_dot_product_attention, both ways
     loss and head     whatever has the vocabulary as a dimension, and what the loss function calls
@@ -34,11 +33,11 @@ import peers
 RESULTS = Path(__file__).with_name("results") / "profile_step.csv"
 CONTESTANTS = "qgraft,qgraft-float32,peft"
 CATEGORIES = (
-    "base products", "unpacking", "adapter", "attention", "loss and head", "optimizer", "elementwise", "overhead",
+    "base products", "adapter", "attention", "loss and head", "optimizer", "elementwise", "overhead",
 )  # fmt: skip
-COLORS = ("#2f6fb0", "#e08a3c", "#6fa8dc", "#3a9a5b", "#b05fa0", "#8c6d46", "#c9b458", "#9aa5b1")
+COLORS = ("#2f6fb0", "#6fa8dc", "#3a9a5b", "#b05fa0", "#8c6d46", "#c9b458", "#9aa5b1")
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv", "aten::addmv", "mkldnn::")
-UNPACKING = ("qgraft::", "bitsandbytes::", "aten::_weight_")
+PACKED = ("qgraft::", "bitsandbytes::", "aten::_weight_")
 LOSS = ("_ChunkedCrossEntropy", "aten::cross_entropy", "aten::nll_loss", "aten::log_softmax", "aten::_log_softmax")
 OPTIMIZER = ("Optimizer.", "aten::_foreach_", "aten::linalg_vector_norm", "aten::_fused_adamw")
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct")
@@ -137,9 +136,7 @@ def category_of(event: Any, vocabulary: int) -> str | None:
         return "attention"
     if is_product and any(side in RANKS for shape in event.input_shapes or () for side in shape):
         return "adapter"
-    if is_product:
-        return "base products"
-    return "unpacking" if within(UNPACKING) else "elementwise"
+    return "base products" if is_product or within(PACKED) else "elementwise"
 
 
 def show(result: dict[str, Any]) -> None:
