@@ -14,6 +14,7 @@ COMMANDS = {
     "demo": "see it work: tune a real 4-bit model to a new identity",
     "pull": "fetch a known model",
     "train": "train an adapter on the packed weights of a model file",
+    "estimate": "say how much memory training will take",
     "chat": "talk to a model, with or without adapters",
     "eval": "measure the loss on held-out rows",
     "merge": "put adapters into the packed weights, and write the same kind of file",
@@ -35,6 +36,9 @@ Fine-tune the quantized model file you already have.
 
 def entry_point() -> None:
     """The console script."""
+    _be_a_good_neighbour()
+    if sys.argv[1:2] in (["train"], ["estimate"], ["demo"]):
+        import_trainer_alone()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -74,6 +78,21 @@ def _dispatch(words: Sequence[str]) -> int:
         hint = near_match(words[0], COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
         raise OptionError(f"unknown command {words[0]!r}", hint=hint)
     return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
+
+
+def import_trainer_alone() -> None:
+    """Import transformers' Trainer as if `datasets` and PEFT were not installed, which it never asks for here.
+
+    With them come pandas, pyarrow, bitsandbytes and torch's compiler: 120 MB. A dataset that needs `datasets` imports
+    it. Only in a process of our own: transformers remembers what it found.
+    """
+    absent = {name: None for name in ("datasets", "peft") if name not in sys.modules}
+    sys.modules.update(absent)  # type: ignore[arg-type]  # None: this import fails
+    try:
+        import_module("qgraft.training.run")
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _be_a_good_neighbour() -> None:

@@ -21,6 +21,7 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
+from qgraft.training.sizes import parse_size
 
 MOST_USED = {  # of transformers' options, in the short help: name -> text
     "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
@@ -116,6 +117,7 @@ class TrainArguments(TrainingArguments):
     )
     max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
     cache_frozen_layers: bool = _option(False, "Keep on disk what enters the lowest adapter: faster later epochs.")
+    memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
 
@@ -173,6 +175,8 @@ class TrainArguments(TrainingArguments):
         if not self.ignore_pad_token_for_loss and None in lengths:
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
+        if self.memory_limit not in (None, "auto"):
+            parse_size(self.memory_limit)
         if self.val_size < 0:
             raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
 

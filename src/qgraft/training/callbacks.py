@@ -71,7 +71,7 @@ class Watch(TrainerCallback):
         """Stop it; move the bar."""
         self.seconds += time.perf_counter() - self._step_began
         self._shown["rate"] = f"{self.tokens_per_second:.0f}"
-        self._shown["memory"] = f"{_memory_now() / 1e9:.2f} GB"
+        self._shown["memory"] = f"{memory_now() / 1e9:.2f} GB"
         self._shown["epoch"] = f"{state.epoch or 0:.1f}"
         self._move(state)
 
@@ -86,7 +86,7 @@ class Watch(TrainerCallback):
         """Append what is logged to metrics.jsonl and show the losses."""
         logs = dict(logs or {})
         entry = {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)}
-        entry["memory_bytes"] = _memory_now()
+        entry["memory_bytes"] = memory_now()
         entry["skipped_steps"] = self.trainer.skipped_steps
         storage.append_line(self.path, json.dumps(entry))
         for key in ("loss", "eval_loss"):
@@ -192,7 +192,8 @@ class StopWith(StopOnSignal):
         super().on_step_end(args, state, control, **kwargs)
 
 
-def _memory_now() -> int:
+def memory_now() -> int:
+    """What this process holds now, of the same memory as peak_memory_bytes."""
     if torch.cuda.is_available() and torch.cuda.memory_allocated():
         return torch.cuda.memory_allocated()
     return int(psutil.Process().memory_info().rss)

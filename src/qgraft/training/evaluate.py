@@ -82,13 +82,13 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 
 
 @torch.no_grad()
-def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample]) -> Evaluation:
-    """The loss on samples that are tokenized already. The model's training mode is kept."""
+def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Evaluation:
+    """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept."""
     total, labels = 0.0, 0
     with evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
         ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
-        for part in split_batch(collate(ordered), 0 if problem else EVAL_TOKENS):
+        for part in split_batch(collate(ordered), 0 if problem else tokens):
             total += float(batch_loss(model, {key: value.to(model.device) for key, value in part.items()}))
             labels += count_labels(part)
     loss = total / max(labels, 1)

@@ -35,6 +35,7 @@ from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import padding_free
+from qgraft.training.memory import evaluation_tokens, settle
 from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
@@ -141,18 +142,18 @@ def execute(
     prepare_adapter(model, args)
     use_cache = model.config.use_cache  # the Trainer turns it off
     try:
-        with _passes(model, args, samples, eval_samples, notes, watch.console) as budget:
+        with _passes(model, args, samples, eval_samples, notes, watch.console) as (budget, estimated):
             if resume is None:  # only now, when nothing that is given can be wrong any more
                 _clear_earlier_run(folder)
             else:
                 _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
-            before = evaluate_samples(model, eval_samples) if eval_samples and resume is None else None
+            before = _held_out(model, args, eval_samples) if resume is None else None
             if before is not None:
-                storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before.loss}))
+                storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before}))
             make = make_trainer or LoraTrainer
             watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-            after = _last_eval_loss(trainer) or (evaluate_samples(model, eval_samples).loss if eval_samples else None)
+            after = _last_eval_loss(trainer) or _held_out(model, args, eval_samples)
     finally:
         watch.close()
         stop.close()
@@ -161,13 +162,14 @@ def execute(
     state = trainer.state
     metrics: dict[str, float] = {"train_loss": output.training_loss, "seconds": watch.seconds}
     if before is not None:
-        metrics["eval_loss_before"] = before.loss
+        metrics["eval_loss_before"] = before
     if after is not None:
         metrics["eval_loss"] = after
     metrics |= {
         "tokens_per_second": watch.tokens_per_second,
         "tokens": trainer.tokens_seen,
         "peak_memory_bytes": peak_memory_bytes(),
+        **estimated,
         "skipped_steps": trainer.skipped_steps,
     }
     report = TrainReport(
@@ -193,8 +195,8 @@ def _passes(
     eval_samples: list[Sample],
     notes: list[str],
     console: Console | None,
-) -> Iterator[int]:
-    """Within the block samples take the fastest way through the model; yields the budget of split_batch."""
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Within the block samples take the fastest way through the model; yields the budget of split_batch, and metrics."""
     with (
         computing(model, args.compute),
         padding_free(model, samples) as problem,
@@ -203,6 +205,7 @@ def _passes(
     ):
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
+        budget, estimated = _settle(model, args, samples, problem is not None, notes, console)
         if args.cache_frozen_layers:
             folder = Path(str(args.output_dir))
             cache = frozen_layers_cached(model, [*samples, *eval_samples], folder, alone=bool(problem))
@@ -210,7 +213,7 @@ def _passes(
             notes += said
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)
-        yield 0 if problem else args.max_tokens_per_pass
+        yield budget, estimated
 
 
 def evaluate_held_out(
@@ -223,6 +226,25 @@ def evaluate_held_out(
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     with computing(model, args.compute):
         return evaluate_samples(model, samples), accounting
+
+
+def _settle(
+    model: PreTrainedModel, args: TrainArguments, samples: list[Sample], alone: bool, notes: list[str],
+    console: Console | None,
+) -> tuple[int, dict[str, float]]:  # fmt: skip
+    """(most tokens in a pass, 0 where every sample passes alone; metrics), with what a memory limit changes in `args`."""
+    if not args.memory_limit:
+        return 0 if alone else args.max_tokens_per_pass, {}
+    chosen = settle(model, args, samples, 0 if alone else args.max_tokens_per_pass)
+    notes.append(f"memory_limit {args.memory_limit}: {chosen}")
+    if console is not None:
+        console.print(notes[-1], markup=False, highlight=False)
+    return 0 if alone else args.max_tokens_per_pass, {"estimated_memory_bytes": chosen.total}
+
+
+def _held_out(model: PreTrainedModel, args: TrainArguments, samples: list[Sample]) -> float | None:
+    """The loss on held-out samples, where there are any."""
+    return evaluate_samples(model, samples, evaluation_tokens(args)).loss if samples else None
 
 
 def _last_eval_loss(trainer: LoraTrainer) -> float | None:

@@ -28,6 +28,7 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss
+from qgraft.training.memory import evaluation_tokens
 from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -130,7 +131,7 @@ class LoraTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """The mean loss over all label tokens of the held-out samples."""
-        result = evaluate_samples(self.model, eval_dataset or self.eval_dataset)
+        result = evaluate_samples(self.model, eval_dataset or self.eval_dataset, evaluation_tokens(self.args))
         metrics = {f"{metric_key_prefix}_{key}": value for key, value in result.as_dict().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

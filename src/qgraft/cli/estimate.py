@@ -1,0 +1,60 @@
+"""qgraft estimate: what training a model will hold in memory with each setting, and which one a limit leads to."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qgraft.cli.options import Parser, print_json
+
+DESCRIPTION = """Show how much memory training will hold, by its parts, with and without gradient checkpointing.
+Every option of `qgraft train` is understood: --r 16, --target_modules q_proj, --optim sgd, --pre_seq_len 128, ...
+With --memory_limit 6GB the setting that `qgraft train` would choose comes last."""
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, count, print."""
+    parser = Parser("estimate", DESCRIPTION)
+    parser.add_argument(
+        "--model", required=True, help="GGUF file, Hugging Face folder, hub id, or a known model's name"
+    )
+    parser.add_argument("--tokens", type=int, help="most tokens in a pass (default: max_tokens_per_pass, 384)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options, rest = parser.parse_known_args(words)
+
+    from qgraft.checkpoints.load import load
+    from qgraft.training.arguments import parse_arguments
+    from qgraft.training.memory import estimate
+
+    tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
+    arguments = parse_arguments([*rest, *tokens])
+    model, _ = load(options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device)
+    found = estimate(model, arguments)
+    if options.json:
+        print_json([{**asdict(each), "activations": each.activations, "total": each.total} for each in found])
+    else:
+        _print(found, bool(arguments.memory_limit))
+    return 0
+
+
+def _print(found: Sequence[Any], limited: bool) -> None:
+    """One column for each setting; the activations of a layer, and of all."""
+    from qgraft.training.sizes import format_size
+
+    print(f"{'setting':<22}" + "".join(f"{number:>12}" for number in range(1, len(found) + 1)))
+    rows: dict[str, list[str]] = {}
+    for each in found:
+        low, high = min(each.layers), max(each.layers)
+        rows.setdefault("tokens in a pass", []).append(str(each.setting.tokens_per_pass))
+        rows.setdefault("checkpointing", []).append("yes" if each.setting.checkpointing else "no")
+        rows.setdefault("time of a token", []).append(f"x {each.setting.cost:.2f}")
+        for name, size in each.parts().items():
+            rows.setdefault(name, []).append(format_size(size))
+            if name == "activations":
+                one = f"{high / 1e6:.1f} MB" if high - low < 1e5 else f"{low / 1e6:.0f}-{high / 1e6:.0f} MB"
+                rows.setdefault(f"  each of {len(each.layers)} layers", []).append(one)
+        rows.setdefault("peak memory", []).append(format_size(each.total))
+    for name, cells in rows.items():
+        print(f"{name:<22}" + "".join(f"{cell:>12}" for cell in cells))
+    print("\nThis is the peak with --memory_limit. Without it freed memory is kept for speed, up to as much again.")
+    if limited:
+        print(f"below the limit: {found[-1]}")

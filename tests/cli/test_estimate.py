@@ -1,0 +1,59 @@
+"""qgraft estimate: the table, the same numbers as JSON and from Python, limits and options."""
+
+import json
+
+import pytest
+
+import qgraft
+from qgraft.cli.main import main
+from qgraft.training.memory import estimate
+
+
+@pytest.fixture
+def path(tiny_gguf):
+    return str(tiny_gguf("llama").path)
+
+
+def test_the_json_is_what_the_library_says(path, capsys):
+    assert main(["estimate", "--model", path, "--r", "4", "--tokens", "100", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    model, _ = qgraft.load(path)
+    found = estimate(model, qgraft.TrainArguments(r=4, max_tokens_per_pass=100, use_cpu=True))
+    assert [each["setting"]["checkpointing"] for each in printed] == [False, True]
+    for shown, own in zip(printed, found, strict=True):
+        assert shown["layers"] == list(own.layers)
+        assert {key: shown[key] for key in ("base", "adapter", "outside", "working", "activations")} == {
+            "base": own.base, "adapter": own.adapter, "outside": own.outside, "working": own.working,
+            "activations": own.activations,
+        }  # fmt: skip
+        parts = ("process", "base", "adapter", "activations", "working")
+        assert shown["total"] == sum(shown[part] for part in parts)
+
+
+def test_the_table_has_a_column_for_each_setting_and_the_one_below_the_limit(path, capsys):
+    assert main(["estimate", "--model", path, "--tokens=100", "--memory_limit", "900GB", "--optim", "sgd"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line[:22].strip(): line[22:].split() for line in lines}
+    assert table["tokens in a pass"] == ["100", "100", "100"]
+    assert table["checkpointing"] == ["no", "yes", "no"]
+    assert {"process", "base", "adapter", "activations", "each of 2 layers", "working", "peak memory"} <= set(table)
+    assert lines[-1].startswith("below the limit: ") and "checkpointing off" in lines[-1]
+
+
+def test_a_prefix_can_be_estimated(path, capsys):
+    assert main(["estimate", "--model", path, "--pre_seq_len", "4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["adapter"] == 4 * (4 * 2 * 2 * 2 * 16 * 4)  # 4 x keys, values, layers
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--memory_limit", "1MB"], "smallest setting needs"),
+        (["--memory_limit", "6 apples"], "no amount of memory"),
+        (["--max_lenght", "6"], "max_length"),
+        (["--tokens", "0"], "at least 1"),
+    ],
+)
+def test_what_cannot_be_is_an_error(path, capsys, words, complaint):
+    assert main(["estimate", "--model", path, *words]) == 2
+    assert complaint in capsys.readouterr().err
