@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.errors import OptionError
+from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
@@ -93,3 +94,13 @@ def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample], tokens: 
             labels += count_labels(part)
     loss = total / max(labels, 1)
     return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)
+
+
+def evaluation_tokens(args: TrainArguments) -> int:
+    """How many tokens an evaluation of a run takes at once: with a limit no more than training does."""
+    return min(EVAL_TOKENS, args.max_tokens_per_pass) if args.memory_limit else EVAL_TOKENS
+
+
+def held_out_loss(model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample]) -> float | None:
+    """The loss on a run's held-out samples, where there are any."""
+    return evaluate_samples(model, samples, evaluation_tokens(args)).loss if samples else None

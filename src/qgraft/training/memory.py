@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from rich.console import Console
 from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapter_state_dict
@@ -36,7 +37,6 @@ from qgraft.training.activations import Activations, measure_activations, sample
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import memory_now
-from qgraft.training.evaluate import EVAL_TOKENS
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import padding_free
 from qgraft.training.sizes import format_size, parse_size
@@ -156,6 +156,20 @@ def settle(model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sampl
     return found
 
 
+def settle_noted(
+    model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample], budget: int, notes: list[str],
+    console: Console | None,
+) -> tuple[int, dict[str, float]]:  # fmt: skip
+    """settle() where there is a limit, said in `notes` and on the terminal; returns the budget, and metrics to report."""
+    if not args.memory_limit:
+        return budget, {}
+    chosen = settle(model, args, samples, budget)
+    notes.append(f"memory_limit {args.memory_limit}: {chosen}")
+    if console is not None:
+        console.print(notes[-1], markup=False, highlight=False)
+    return args.max_tokens_per_pass if budget else 0, {"estimated_memory_bytes": chosen.total}
+
+
 def apply_setting(args: TrainArguments, setting: Setting) -> None:
     """Write a setting into the options of a run."""
     args.max_tokens_per_pass = setting.tokens_per_pass
@@ -194,11 +208,6 @@ def fastest(counted: Counted, args: TrainArguments, least: int, most: int) -> Es
         f"memory_limit {args.memory_limit}: the smallest setting needs {smallest}",
         hint=f"the longest sample has {least} tokens; a smaller max_length or r needs less, or a model in fewer bits",
     )
-
-
-def evaluation_tokens(args: TrainArguments) -> int:
-    """How many tokens an evaluation of a run takes at once: with a limit no more than training does."""
-    return min(EVAL_TOKENS, args.max_tokens_per_pass) if args.memory_limit else EVAL_TOKENS
 
 
 def count(model: PreTrainedModel, args: TrainArguments) -> Counted:

@@ -31,11 +31,11 @@ from qgraft.linear import computing
 from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
-from qgraft.training.evaluate import Evaluation, evaluate_samples, sample_limit
+from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, sample_limit
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import padding_free
-from qgraft.training.memory import evaluation_tokens, settle
+from qgraft.training.memory import settle_noted
 from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
@@ -147,13 +147,13 @@ def execute(
                 _clear_earlier_run(folder)
             else:
                 _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
-            before = _held_out(model, args, eval_samples) if resume is None else None
+            before = held_out_loss(model, args, eval_samples) if resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before}))
             make = make_trainer or LoraTrainer
             watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-            after = _last_eval_loss(trainer) or _held_out(model, args, eval_samples)
+            after = _last_eval_loss(trainer) or held_out_loss(model, args, eval_samples)
     finally:
         watch.close()
         stop.close()
@@ -205,7 +205,8 @@ def _passes(
     ):
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
-        budget, estimated = _settle(model, args, samples, problem is not None, notes, console)
+        budget = 0 if problem else args.max_tokens_per_pass
+        budget, estimated = settle_noted(model, args, samples, budget, notes, console)
         if args.cache_frozen_layers:
             folder = Path(str(args.output_dir))
             cache = frozen_layers_cached(model, [*samples, *eval_samples], folder, alone=bool(problem))
@@ -226,25 +227,6 @@ def evaluate_held_out(
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     with computing(model, args.compute):
         return evaluate_samples(model, samples), accounting
-
-
-def _settle(
-    model: PreTrainedModel, args: TrainArguments, samples: list[Sample], alone: bool, notes: list[str],
-    console: Console | None,
-) -> tuple[int, dict[str, float]]:  # fmt: skip
-    """(most tokens in a pass, 0 where every sample passes alone; metrics), with what a memory limit changes in `args`."""
-    if not args.memory_limit:
-        return 0 if alone else args.max_tokens_per_pass, {}
-    chosen = settle(model, args, samples, 0 if alone else args.max_tokens_per_pass)
-    notes.append(f"memory_limit {args.memory_limit}: {chosen}")
-    if console is not None:
-        console.print(notes[-1], markup=False, highlight=False)
-    return 0 if alone else args.max_tokens_per_pass, {"estimated_memory_bytes": chosen.total}
-
-
-def _held_out(model: PreTrainedModel, args: TrainArguments, samples: list[Sample]) -> float | None:
-    """The loss on held-out samples, where there are any."""
-    return evaluate_samples(model, samples, evaluation_tokens(args)).loss if samples else None
 
 
 def _last_eval_loss(trainer: LoraTrainer) -> float | None:

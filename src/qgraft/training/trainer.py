@@ -26,9 +26,8 @@ from qgraft.checkpoints.adapter_files import read_trained, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
-from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.evaluate import evaluate_samples, evaluation_tokens
 from qgraft.training.loss import batch_loss
-from qgraft.training.memory import evaluation_tokens
 from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
