@@ -205,8 +205,7 @@ def _passes(
     ):
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
-        budget = 0 if problem else args.max_tokens_per_pass
-        budget, estimated = settle_noted(model, args, samples, budget, notes, console)
+        passes = settle_noted(model, args, samples, 0 if problem else args.max_tokens_per_pass, notes, console)
         if args.cache_frozen_layers:
             folder = Path(str(args.output_dir))
             cache = frozen_layers_cached(model, [*samples, *eval_samples], folder, alone=bool(problem))
@@ -214,7 +213,7 @@ def _passes(
             notes += said
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)
-        yield budget, estimated
+        yield passes
 
 
 def evaluate_held_out(
