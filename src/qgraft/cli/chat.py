@@ -77,12 +77,15 @@ def run(words: Sequence[str]) -> int:
 
     import torch
 
+    from qgraft.serving.decoding import fast_decoding
+
     model, tokenizer, _ = load_with_adapters(options)
     torch.manual_seed(options.seed)
-    if options.prompt is not None:
-        _answer(model, tokenizer, [("user", options.prompt)], options)
-        return 0
-    return _converse(model, tokenizer, options)
+    with fast_decoding(model):
+        if options.prompt is not None:
+            _answer(model, tokenizer, [("user", options.prompt)], options)
+            return 0
+        return _converse(model, tokenizer, options)
 
 
 def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:

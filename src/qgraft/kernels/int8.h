@@ -155,6 +155,8 @@ ALWAYS_INLINE void int8_tile(const int format, const int R, const int T, const P
         for (int t = 0; t < T; t++) sums[r][t] = f_zero();
     for (int64_t g = 0; 32 * g < of->columns; g += GROUPS) {
         Codes w[4];
+        const int64_t bytes = R * row_bytes(format, 32); /* of a group */
+        if (T == 1) fetch_ahead(of->data + r0 * of->stride + g * bytes, GROUPS * bytes);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             const int64_t at = r0 + r < of->last ? r0 + r : of->last - 1;

@@ -4,6 +4,7 @@
 
 #include "native.h"
 #include "activations.h"
+#include "attend.h"
 #include "rows.h"
 
 /* Each packed row is unpacked in pieces that stay in the first-level cache, and multiplied with all rows of x. */
@@ -59,4 +60,4 @@ static void int8_product(const Product *of, const Activations *x) {
         }
 }
 
-const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, quantize_token, int8_product};
+const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, quantize_token, int8_product, &vectors};

@@ -5,11 +5,12 @@
 #if HAVE_X86_LEVELS
 #pragma GCC target("arch=x86-64-v3")
 #include "rows.h"
+#include "attend.h"
 #include "simd.h"
 #include "small.h"
 #include "panels.h"
 #define INT8_PRODUCT qgraft_int8_v3
 #include "int8.h"
 
-const Level qgraft_v3 = {"x86-64-v3 (AVX2)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_v3};
+const Level qgraft_v3 = {"x86-64-v3 (AVX2)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_v3, &vectors};
 #endif

@@ -5,6 +5,7 @@
 #if HAVE_X86_LEVELS
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
 #include "rows.h"
+#include "attend.h"
 #include "simd.h"
 #include "small.h"
 #include "panels.h"
@@ -13,6 +14,6 @@
 #define INT8_PRODUCT qgraft_int8_vnni
 #include "int8.h"
 
-const Level qgraft_v4 = {"x86-64-v4 (AVX-512)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_v3};
-const Level qgraft_v4_vnni = {"x86-64-v4 (AVX-512, VNNI)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_vnni};
+const Level qgraft_v4 = {"x86-64-v4 (AVX-512)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_v3, &vectors};
+const Level qgraft_v4_vnni = {"x86-64-v4 (AVX-512, VNNI)", unpack_row, unpack_row_bf16, small, forward, backward, quantize_token, qgraft_int8_vnni, &vectors};
 #endif

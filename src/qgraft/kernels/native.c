@@ -8,6 +8,8 @@
  *   qgraft_batch_limit      up to how many rows of x they are faster than sgemm between unpacked panels
  *   qgraft_cpu_level        which build of the functions below runs, for people
  *
+ * decode.c has one more, qgraft_decode_step: one token through a whole decoder.
+ *
  * This file checks formats, shares rows out to threads and picks the level; the loops are in the headers (native.h).
  * The environment variable QGRAFT_CPU (base, v3, v4: without VNNI) takes a lower level than the CPU has, for tests and comparisons.
  */
@@ -36,6 +38,8 @@ static const Level *level(void) {
     if (!chosen) chosen = choose_level(); /* two threads at once choose the same */
     return chosen;
 }
+
+const Level *qgraft_level(void) { return level(); }
 
 const char *qgraft_cpu_level(void) { return level()->name; }
 
@@ -126,10 +130,6 @@ int qgraft_grad_input(int format, const uint8_t *data, const float *scales, int6
     if (m == 0) return 0;
     share_out(use->backward, &whole, g, rows, columns, PANEL, m * rows * columns > PARALLEL_WEIGHTS ? threads : 1);
     return 0;
-}
-
-static int has_int8(int format) {
-    return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
 }
 
 /* As qgraft_linear, with x rounded to 8 bits (activations.h). -2: no memory for its codes. */

@@ -8,7 +8,7 @@
  *
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
  * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients),
- * activations.h and int8.h (products in 8 bits).
+ * activations.h and int8.h (products in 8 bits), attend.h (what decode.c needs beside products).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -52,6 +52,15 @@ typedef struct {
     int64_t groups;
 } Activations;
 
+/* Loops over float32 numbers (attend.h). */
+typedef struct {
+    float (*dot)(const float *a, const float *b, int64_t n);
+    void (*rms_norm)(const float *x, const float *weight, int64_t n, float epsilon, float *out);
+    void (*gated)(float *gate, const float *up, int64_t n);
+    void (*attend)(const float *q, const float *keys, const float *values, int64_t length, int64_t channels, float scale,
+                   float *scores, float *out);
+} Vectors;
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
@@ -61,7 +70,10 @@ typedef struct {
     void (*backward)(const Product *product, const float *g);
     void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
     void (*int8)(const Product *product, const Activations *x);
+    const Vectors *vectors;
 } Level;
+
+const Level *qgraft_level(void); /* the one chosen */
 
 extern const Level qgraft_base;
 #if HAVE_X86_LEVELS
@@ -69,6 +81,13 @@ extern const Level qgraft_v3, qgraft_v4, qgraft_v4_vnni;
 void qgraft_int8_v3(const Product *product, const Activations *x);
 void qgraft_int8_vnni(const Product *product, const Activations *x);
 #endif
+
+/* Ask memory for what is AHEAD of these bytes, while they are multiplied. A row is too short for the CPU to see that the
+ * next one follows: without this a weight from memory takes twice as long, in a row of half a kilobyte four times. */
+ALWAYS_INLINE void fetch_ahead(const void *bytes, int64_t count) {
+    enum { AHEAD = 8192 };
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)bytes + AHEAD + j);
+}
 
 /* Bytes of `columns` weights of one row, -1 for an unknown format. */
 ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
@@ -86,6 +105,11 @@ ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
         case Q6_K: return columns / 256 * 210;
     }
     return -1;
+}
+
+/* Whether there are products in 8-bit integers (int8.h) for the format. */
+ALWAYS_INLINE int has_int8(int format) {
+    return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
 }
 
 /* IEEE half -> float, all values: subnormals, infinities, NaN. Without a hardware half type, and without branches, so

@@ -52,6 +52,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
     for function in (library.qgraft_linear, library.qgraft_linear_int8, library.qgraft_grad_input):
         function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    library.qgraft_decode_step.argtypes = [pointer, pointer, pointer, pointer, i64, i32]
     library.qgraft_batch_limit.restype = i64
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
@@ -116,6 +117,11 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     if gx_BI is None:  # a weight without rows
         gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1])
     return gx_BI.to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
+
+
+def decode_step(model: int, x: int, cos: int, sin: int, position: int) -> int:
+    """qgraft_decode_step of decode.c; decode.py makes what the addresses name. 0, or -2 without memory."""
+    return int(_loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
 
 
 def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]

@@ -23,6 +23,8 @@ ALWAYS_INLINE void tile(const int format, const int R, const int T, const Produc
     for (int k = 0; k < R * T; k++) sums[k] = v_zero();
     for (int64_t c = 0; c < chunks; c++) {
         V w[4][PARTS];
+        const int64_t bytes = R * row_bytes(format, 256) / 8; /* of a chunk */
+        if (T <= 2) fetch_ahead(row[0] + c * bytes, bytes); /* more rows of x take longer than reading */
         if (has_sub(format) && c % 8 == 0)
             for (int r = 0; r < R; r++) read_sub(format, row[r] + row_bytes(format, c * 32), sub[r]);
 #pragma GCC unroll 4

@@ -1,0 +1,114 @@
+"""One token through a whole decoder in one C call: decode.c's structures, and the tensors that they point to.
+
+C is given addresses, so what stands behind them must stay: each structure made here is listed in a `Held` together with
+the tensors whose memory it names.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qgraft.formats import PackedTensor, get_format
+from qgraft.kernels import native
+from qgraft.kernels.choice import choose
+
+Held = list[Any]  # what must live as long as the structures do
+_pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class Lora(ctypes.Structure):
+    """A [rank, columns] and B [rows, rank] of one adapter in one layer."""
+
+    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
+
+
+class Linear(ctypes.Structure):
+    """One packed layer with its bias and LoRAs."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("format", "rows", "columns", "int8", "loras")),
+        *((name, _pointer) for name in ("data", "scales", "bias")),
+        ("lora", ctypes.POINTER(Lora)),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """One layer of the decoder. keys and values: [groups, capacity, channels] float32."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+    ]
+
+
+class Model(ctypes.Structure):
+    """The decoder. rank: of its largest LoRA; capacity: of the buffers of keys and values."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("layers", "hidden", "inner", "heads", "groups", "channels", "rank", "capacity")),
+        ("epsilon", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("norm", _pointer),
+        ("layer", ctypes.POINTER(Layer)),
+    ]
+
+
+def available(format: str) -> bool:
+    """Whether weights of this format can be multiplied in C here."""
+    return choose("linear", format, "cpu").kernel == "native"
+
+
+def address(tensor: Tensor | None, held: Held) -> int | None:
+    """Where a contiguous float32 tensor on the CPU lies, or None for None. Raises ValueError for another tensor."""
+    if tensor is None:
+        return None
+    if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError(f"got {tensor.dtype} on {tensor.device}, expected contiguous float32 on the CPU")
+    held.append(tensor.detach())  # a tensor of its own: the memory stays, whatever the parameter is set to
+    return tensor.data_ptr()
+
+
+def lora(A: Tensor, B: Tensor, scaling: float, held: Held) -> Lora:
+    """The structure of one LoRA, A [rank, in] and B [out, rank]."""
+    return Lora(address(A, held), address(B, held), A.shape[0], scaling)
+
+
+def linear(packed: PackedTensor, bias: Tensor | None, loras: Sequence[Lora], held: Held, int8: bool = False) -> Linear:
+    """The structure of one packed layer; `int8` where it is to compute as ops.linear_int8 does.
+
+    Raises ValueError for what C does not multiply.
+    """
+    if not available(packed.format) or packed.data.device.type != "cpu" or not packed.data.is_contiguous():
+        raise ValueError(f"got a {packed.format} weight on {packed.data.device}, which no native kernel multiplies")
+    rows, columns = packed.shape
+    if packed.data.shape != (rows, get_format(packed.format).row_bytes(columns)):
+        raise ValueError(f"{packed.format} weight {packed.shape}: got data {list(packed.data.shape)}")
+    for name, tensor in (("scales", packed.scale), ("bias", bias)):
+        if tensor is not None and tensor.shape != (rows,):
+            raise ValueError(f"{packed.format} weight {packed.shape}: got {name} {list(tensor.shape)}")
+    scales = None if packed.scale is None else packed.scale.to(torch.float32).contiguous()
+    array = (Lora * len(loras))(*loras)
+    held += [packed.data.detach(), array]
+    return Linear(
+        native.FORMAT_IDS[packed.format], rows, columns, int8 and packed.format in native.INT8_FORMATS,
+        len(loras), packed.data.data_ptr(), address(scales, held),
+        address(bias, held), array,
+    )  # fmt: skip
+
+
+def step(model: Model, x: Tensor, cos: Tensor, sin: Tensor, position: int) -> None:
+    """Take one token through the model: x [hidden] is its embedding, and becomes its normed last state.
+
+    Args:
+        cos, sin: [channels], of its rotation.
+        position: how many keys and values there are; the token's own are written behind them.
+    """
+    held: Held = []
+    places = [address(tensor, held) or 0 for tensor in (x, cos, sin)]
+    code = native.decode_step(ctypes.addressof(model), places[0], places[1], places[2], position)
+    if code == -2:
+        raise MemoryError("qgraft_decode_step: no memory for the activations of one token")
+    assert code == 0, f"qgraft_decode_step returned {code}"
