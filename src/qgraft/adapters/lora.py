@@ -33,6 +33,7 @@ from torch.nn.functional import dropout as drop_inputs
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
+from qgraft.kernels import few_shapes
 from qgraft.linear import LinearLike, QuantizedLinear, grad_input, product_dtype, to_autocast
 
 
@@ -256,10 +257,11 @@ class LoraFunction(torch.autograd.Function):
         """x [..., in], A [r, in], B [out, r] -> y [..., out] in the dtype of x; x = make(*sources), where given."""
         ctx.base, ctx.scaling, ctx.dropout, ctx.seed, ctx.make = base, scaling, dropout, seed, make
         dtype = ctx.dtype = product_dtype(base, x)
-        x_NI = x.reshape(-1, x.shape[-1]).to(dtype)
+        rows = x.numel() // x.shape[-1]
+        x_NI = few_shapes(x.reshape(rows, x.shape[-1]).to(dtype))
         ctx.save_for_backward(A, B, *(sources if make else (x_NI,)))
-        y_NO = base(x_NI).to(x.dtype)
-        h_RN = A.to(dtype) @ drop_by_seed(x_NI, dropout, seed).T
+        y_NO = base(x_NI)[:rows].to(x.dtype)
+        h_RN = (A.to(dtype) @ drop_by_seed(x_NI, dropout, seed).T)[:, :rows]
         y_NO.addmm_(h_RN.to(x.dtype).T, B.to(x.dtype).T, alpha=scaling)
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
@@ -270,7 +272,8 @@ class LoraFunction(torch.autograd.Function):
         A, B, *sources = ctx.saved_tensors
         x = ctx.make(*sources) if ctx.make else sources[0]
         needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        x_NI, g_NO = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1]).to(ctx.dtype)
+        rows = grad.numel() // grad.shape[-1]
+        x_NI, g_NO = (few_shapes(t.reshape(-1, t.shape[-1]).to(ctx.dtype)) for t in (x, grad))
         dropped_NI = drop_by_seed(x_NI, ctx.dropout, ctx.seed)
         gh_RN = (B.to(ctx.dtype).T @ g_NO.T).mul_(ctx.scaling)
         grad_A = (gh_RN @ dropped_NI).to(A.dtype) if needs_A else None
@@ -280,11 +283,11 @@ class LoraFunction(torch.autograd.Function):
             grad_B = (h_RN @ g_NO).to(B.dtype).mul_(ctx.scaling).T
         grad_x = None
         if needs_x:
-            gx_NI = grad_input(ctx.base, g_NO).to(grad.dtype)
+            gx_NI = grad_input(ctx.base, g_NO)[:rows].to(grad.dtype)
             if ctx.dropout:
-                gx_NI += drop_by_seed((gh_RN.T @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)
+                gx_NI += drop_by_seed((gh_RN.T @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)[:rows]
             else:
-                gx_NI.addmm_(gh_RN.to(grad.dtype).T, A.to(grad.dtype))
+                gx_NI.addmm_(gh_RN[:, :rows].to(grad.dtype).T, A.to(grad.dtype))
             grad_x = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
         return grad_x, grad_A, grad_B, None, None, None, None, None, *(None for _ in sources)
 

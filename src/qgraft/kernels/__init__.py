@@ -3,7 +3,7 @@
     ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
     choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
     reference.py  plain torch, for every format and device; the truth the others are tested against
-    native.py     native.c through ctypes: unpack a panel of rows, multiply it with sgemm
+    native.py     native.c through ctypes; and sgemm between unpacked panels
     native.c      the C functions it calls: threads, and which level of CPU runs
     level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
@@ -11,7 +11,7 @@ The functions here take a PackedTensor; below them everything is tensors, as tor
 """
 
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
-from qgraft.kernels.native import native_status
+from qgraft.kernels.native import few_shapes, native_status
 from qgraft.kernels.ops import dequantize, linear, linear_grad_input, linear_int8
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Choice",
     "choose",
     "dequantize",
+    "few_shapes",
     "linear",
     "linear_grad_input",
     "linear_int8",

@@ -18,6 +18,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
@@ -86,11 +87,11 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
         return _product("qgraft_linear", x, packed)
     if x.dtype in (torch.bfloat16, torch.float16) and batch <= min(HALF_BATCH, batch_limit()):
         return _product("qgraft_linear", x.to(torch.float32), packed).to(x.dtype)
-    x_BI = x.reshape(batch, x.shape[-1])
-    y_BO = x.new_empty(batch, packed.shape[0])
+    x_BI = few_shapes(x.reshape(batch, x.shape[-1]))
+    y_BO = x.new_empty(x_BI.shape[0], packed.shape[0])
     for start, stop, w_PI in _panels(packed, x.dtype):
         torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
-    return y_BO.view(*x.shape[:-1], packed.shape[0])
+    return y_BO[:batch].view(*x.shape[:-1], packed.shape[0])
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
@@ -100,9 +101,10 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
 
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
-    g_BO = grad.reshape(-1, grad.shape[-1])
-    if grad.dtype == torch.float32 and g_BO.shape[0] <= batch_limit(backward=True):
+    batch = grad.numel() // grad.shape[-1]
+    if grad.dtype == torch.float32 and batch <= batch_limit(backward=True):
         return _product("qgraft_grad_input", grad, packed, packed.shape[::-1])
+    g_BO = few_shapes(grad.reshape(batch, grad.shape[-1]))
     # Half precision is summed over panels in float32: a bfloat16 sum stops growing once a part is below its last bit.
     gx_BI = None
     for start, stop, w_PI in _panels(packed, grad.dtype):
@@ -116,12 +118,22 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
             gx_BI += g_BP @ w_PI
     if gx_BI is None:  # a weight without rows
         gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1])
-    return gx_BI.to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
+    return gx_BI[:batch].to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
 
 
 def decode_step(model: int, x: int, cos: int, sin: int, position: int) -> int:
     """qgraft_decode_step of decode.c; decode.py makes what the addresses name. 0, or -2 without memory."""
     return int(_loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
+
+
+def few_shapes(x_BI: Tensor) -> Tensor:
+    """x; in bfloat16 with rows of zeros up to a multiple of 32.
+
+    oneDNN compiles a kernel for each number of rows and keeps a thousand of them: with batches of all lengths hundreds of
+    megabytes.
+    """
+    missing = -x_BI.shape[0] % 32
+    return F.pad(x_BI, (0, 0, 0, missing)) if x_BI.dtype == torch.bfloat16 and missing else x_BI
 
 
 def _panels(packed: PackedTensor, dtype: torch.dtype):  # type: ignore[no-untyped-def]
