@@ -14,6 +14,7 @@ Results go to benchmarks/results/methods_learn.csv, methods_cost.csv and methods
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
@@ -151,13 +152,16 @@ def cost(name: str) -> dict[str, float]:
 
 
 def qgraft_step(model: Any, name: str) -> Any:
-    """A function that takes one optimizer step on a batch of samples, as LoraTrainer does."""
+    """A function that takes one optimizer step on a batch of samples, as a run does."""
     import torch
 
     import qgraft
+    from qgraft.linear import computing
     from qgraft.training.attention import sample_attention
     from qgraft.training.batches import collate, count_labels, split_batch
+    from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss
+    from qgraft.training.precision import has_fast_bf16
 
     torch.manual_seed(0)
     if name.startswith("lora"):
@@ -169,10 +173,12 @@ def qgraft_step(model: Any, name: str) -> Any:
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    lean = contextlib.ExitStack()  # for as long as the process runs
+    lean.enter_context(lean_modules(model))
 
     def step(samples: list[Any]) -> None:
         batch = collate(samples)
-        with sample_attention(model):
+        with sample_attention(model), computing(model, "bf16" if has_fast_bf16() else "float32"):
             for part in split_batch(batch, 384):
                 (batch_loss(model, part) / count_labels(batch)).backward()
         optimizer.step()
