@@ -246,7 +246,9 @@ def plot() -> None:
             mine = [r for r in rows if r["contestant"] == name]
             speed, memory = (statistics.median(float(r[key]) for r in mine) for key in ("tokens_per_second", "peak_mb"))
             right.plot(memory / 1e3, speed, "o")
-            right.annotate(name, (memory / 1e3, speed), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            beside = (6, -12) if name.startswith("lora") else (6, 5)  # LoRA and prefix lie close to each other
+            right.annotate(name, (memory / 1e3, speed), textcoords="offset points", xytext=beside, fontsize=8)
+        right.margins(0.25)
         right.set(xlabel="peak memory, GB", ylabel="tokens/s", title="What it costs", xlim=(0, None), ylim=(0, None))
     figure.savefig(CHART)
 
