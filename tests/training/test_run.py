@@ -178,7 +178,8 @@ def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf
     assert adapter_bytes(part) == adapter_bytes(whole)
 
 
-def test_one_step_of_nan_is_skipped_and_counted(tiny_gguf, tmp_path, monkeypatch):
+@pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+def test_one_step_of_nan_is_skipped_and_counted(max_grad_norm, tiny_gguf, tmp_path, monkeypatch):
     original = trainer_module.batch_loss
     calls = []
 
@@ -188,7 +189,7 @@ def test_one_step_of_nan_is_skipped_and_counted(tiny_gguf, tmp_path, monkeypatch
         return value * float("nan") if len(calls) == 3 else value
 
     monkeypatch.setattr(trainer_module, "batch_loss", sometimes_nan)
-    _, report = run(tiny_gguf, tmp_path / "out", save_strategy="no")
+    _, report = run(tiny_gguf, tmp_path / "out", max_grad_norm=max_grad_norm, save_strategy="no")
     assert report.metrics["skipped_steps"] == 1
     tensors = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
     assert all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values())

@@ -31,6 +31,7 @@ from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
+UNCLIPPED = 1e38  # a norm that no gradient reaches
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -61,6 +62,8 @@ class LoraTrainer(Trainer):
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
         self._finite = True
+        if not self.args.max_grad_norm:  # no clipping; but it is there that NaN is looked for
+            self.args.max_grad_norm = UNCLIPPED
         self._staging: Path | None = None
         self._flos_per_token: int | None = None
 
