@@ -26,7 +26,7 @@ from qgraft.training.batches import IGNORED, collate
 from qgraft.training.loss import batch_loss, padding_free
 from qgraft.training.tokenizing import Sample
 
-TOLERANCE = {"rtol": 0.0, "atol": 5e-5}  # README of the golden data: 1e-4, 1e-5 typical
+TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # that of the golden data; sums of another order differ by up to 9e-5
 QUANTIZED = ("chatglm_int4", "chatglm_int8")
 FOLDERS = ("chatglm_fp32", *QUANTIZED)
 PACKED = [
