@@ -26,6 +26,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -145,13 +146,16 @@ def load_qgraft(name: str, folder: Path) -> Generate:
     """Ours."""
     import qgraft
     from qgraft.cli.options import answer
+    from qgraft.serving.decoding import fast_decoding
 
     model, tokenizer = qgraft.load(peers.MODEL)
     if name == "qgraft-adapter":
         qgraft.load_adapter(model, folder / "adapter")
     model.eval()
+    session = ExitStack()  # as long as `generate` lives, like a chat
+    session.enter_context(fast_decoding(model))
 
-    def generate(prompt: Prompt, tokens: int) -> None:
+    def generate(prompt: Prompt, tokens: int, session: ExitStack = session) -> None:
         answer(model, tokenizer, [("user", prompt["question"])], do_sample=False, min_new_tokens=tokens,
                max_new_tokens=tokens)  # fmt: skip
 

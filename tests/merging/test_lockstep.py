@@ -160,7 +160,7 @@ def test_the_padded_way_gives_nearly_the_same_weights(trained, monkeypatch):
     moved = 0
     for path, layer in lora_layers(model):
         base, free, padded_ = (dequantize(each, torch.float32) for each in (layer.packed, *(r[path] for r in results)))
-        assert (free - padded_).norm() <= 0.1 * (free - base).norm(), path  # a code flips where two are as good
+        assert (free - padded_).norm() <= 0.05 * (free - base).norm(), path
         moved += bool((free - base).norm() > 0)
     assert moved >= 10
 
