@@ -8,6 +8,7 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
 
     load        from safetensors and from .bin: seconds, resident memory after it, peak
     train       LoRA r=8 on query_key_value, 3 steps of one sample of 256 tokens, gradient checkpointing
+    train512    the same with one step of one sample of 512 tokens
     p_tuning    P-Tuning v2 with a prefix of 128 tokens, one step of one sample of 192 tokens, gradient checkpointing
     generate    16 tokens after a prompt of 32, the adapter active
     merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
@@ -31,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +42,7 @@ FIELDS = (
     "model", "phase", "seconds", "peak_mb", "resident_mb", "file_mb", "tokens_per_second",
     "date", "threads", "cpu", "qgraft", "torch", "transformers",
 )  # fmt: skip
-STEPS, SAMPLE, PREFIX_SAMPLE, PROMPT, ANSWER = 3, 256, 192, 32, 16
+STEPS, SAMPLE, LONG_SAMPLE, PREFIX_SAMPLE, PROMPT, ANSWER = 3, 256, 512, 192, 32, 16
 CONFIGS: dict[str, dict[str, Any]] = {  # as released
     "chatglm2": {
         "model_type": "chatglm", "num_layers": 28, "padded_vocab_size": 65024, "hidden_size": 4096,
@@ -66,7 +68,7 @@ def main() -> None:
     """Write the checkpoints, run the phases, append to the CSV."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="chatglm2,chatglm")
-    parser.add_argument("--phases", default="load-safetensors,load-bin,train,p_tuning,generate,merge,save")
+    parser.add_argument("--phases", default="load-safetensors,load-bin,train,train512,p_tuning,generate,merge,save")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -182,7 +184,14 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
     import psutil
 
     file = folder / ("bin/pytorch_model.bin" if phase == "load-bin" else "safetensors/model.safetensors")
-    run = {"train": train, "p_tuning": p_tuning, "generate": generate, "merge": merge, "save": save}.get(phase)
+    run = {
+        "train": train,
+        "train512": train512,
+        "p_tuning": p_tuning,
+        "generate": generate,
+        "merge": merge,
+        "save": save,
+    }.get(phase)
     import qgraft
 
     load = qgraft.load  # the imports behind it happen here
@@ -221,6 +230,14 @@ def train(model: Any, folder: Path) -> dict[str, float]:
     return figures
 
 
+def train512(model: Any, folder: Path) -> dict[str, float]:
+    """LoRA, a long sample."""
+    import qgraft
+
+    qgraft.attach_lora(model, r=8, target_modules="query_key_value")
+    return steps(model, [sample_of(model, LONG_SAMPLE, 0)])
+
+
 def p_tuning(model: Any, folder: Path) -> dict[str, float]:
     """A prefix in front of every layer."""
     import qgraft
@@ -233,16 +250,21 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     """A step of the trainer's own loss on each sample, with gradient checkpointing."""
     import torch
 
+    from qgraft.linear import computing
     from qgraft.training.batches import collate
+    from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss, padding_free
+    from qgraft.training.precision import has_fast_bf16
 
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
     seconds = []
-    with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem:
+    with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem, ExitStack() as stack:
         assert problem is None, problem
+        stack.enter_context(computing(model, "bf16" if has_fast_bf16() else "float32"))
+        stack.enter_context(lean_modules(model))
         for sample in samples:
             began = time.perf_counter()
             loss = batch_loss(model, collate([sample])) / (len(sample.input_ids) // 2)
