@@ -22,13 +22,13 @@ import hashlib
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import machine
 from machine import cpu_name, peak_mb
 
 RESULTS = Path(__file__).with_name("results") / "frozen_cache.csv"
@@ -62,13 +62,9 @@ def main() -> None:
 
 
 def in_own_process(name: str, options: argparse.Namespace) -> dict:
-    """Run one contestant in a fresh interpreter; its last line of output is its result."""
-    command = [sys.executable, __file__, "--only", name]
-    command += [f"--{key}={getattr(options, key)}" for key in ("rows", "epochs", "compute")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
-    return {"contestant": name, **json.loads(done.stdout.strip().splitlines()[-1])}
+    """Run one contestant in a fresh interpreter."""
+    words = ["--only", name, *(f"--{key}={getattr(options, key)}" for key in ("rows", "epochs", "compute"))]
+    return {"contestant": name, **machine.in_own_process(__file__, words)}
 
 
 def run_contestant(options: argparse.Namespace) -> dict:

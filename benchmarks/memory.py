@@ -13,12 +13,13 @@ import datetime
 import json
 import os
 import platform
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import machine
 
 RESULTS = Path(__file__).with_name("results") / "memory.csv"
 SETTINGS = [(tokens, ckpt, 8) for tokens in (128, 384, 1024) for ckpt in (0, 1)]
@@ -48,12 +49,8 @@ def main() -> None:
 
 
 def in_own_process(setting: tuple[int, ...], steps: int) -> dict[str, Any]:
-    """One run; its last line of output is its result."""
-    command = [sys.executable, __file__, "--in_process", "--steps", str(steps), "--only", *map(str, setting)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{setting} failed:\n{done.stderr[-3000:]}")
-    return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    """One run."""
+    return machine.in_own_process(__file__, ["--in_process", "--steps", str(steps), "--only", *map(str, setting)])
 
 
 def run(steps: int, tokens: int, checkpointing: int, r: int) -> dict[str, Any]:

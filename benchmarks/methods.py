@@ -20,14 +20,13 @@ import datetime
 import json
 import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import machine
 from machine import cpu_name, peak_mb
 from peers import pad
 
@@ -63,20 +62,20 @@ def main() -> None:
         parts = options.parts.split(",")
         if "learn" in parts:
             for name in options.methods.split(","):
-                append(LEARN, {"method": name, **in_own_process("learn", name)})
+                append(LEARN, {"method": name, **machine.in_own_process(__file__, ["--only", "learn", name])})
         if "cost" in parts:
             for number in range(options.rounds):
                 for name in CONTESTANTS:
-                    append(COST, {"round": number, "contestant": name, **in_own_process("cost", name)})
+                    append(
+                        COST,
+                        {
+                            "round": number,
+                            "contestant": name,
+                            **machine.in_own_process(__file__, ["--only", "cost", name]),
+                        },
+                    )
             report()
     plot()
-
-
-def in_own_process(part: str, name: str) -> dict[str, Any]:
-    """One measurement."""
-    command = [sys.executable, __file__, "--only", part, name]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def append(path: Path, result: dict[str, Any]) -> None:

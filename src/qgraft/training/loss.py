@@ -124,6 +124,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 for grad, part in zip(grads[1:], chunk_grads[1:], strict=True):
                     grad += part
             start += len(chunk)
+            del logits, own_CV  # or they would be there while the next chunk's are computed
         ctx.save_for_backward(*grads)
         ctx.mark_non_differentiable(each_N)
         return total, each_N
