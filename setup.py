@@ -13,10 +13,13 @@ OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 native = Extension(
     "qgraft.kernels._native",
-    sources=[f"src/qgraft/kernels/{name}.c" for name in ("native", "decode", "level_base", "level_v3", "level_v4")],
+    sources=[
+        f"src/qgraft/kernels/{name}.c"
+        for name in ("native", "linear", "decode", "level_base", "level_v3", "level_v4", "level_bf16")
+    ],
     depends=[
         f"src/qgraft/kernels/{name}.h"
-        for name in ("native", "rows", "simd", "small", "panels", "activations", "int8", "attend")
+        for name in ("native", "rows", "simd", "small", "panels", "low_rank", "activations", "int8", "attend")
     ],
     # -ffp-contract=off: dequantized values must equal the reference bit for bit, fused multiply-add or not
     extra_compile_args=["-O3", "-std=gnu11", "-ffp-contract=off", "-fno-math-errno", *OPENMP],

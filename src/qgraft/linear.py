@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.formats import PackedTensor
-from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8
+from qgraft.kernels import dequantize, linear, linear_bf16, linear_grad_input, linear_grad_input_bf16, linear_int8
+from qgraft.kernels.lora import Weight, reads
+from qgraft.kernels.native import has_bf16
 
-FEW_ROWS = 16  # of x: reading the weight is the limit then, and float32 products cost nothing
+_ROUNDED = {"bf16": linear_bf16, "int8": linear_int8}  # by QuantizedLinear.compute
 
 
 @runtime_checkable
@@ -66,8 +68,8 @@ class QuantizedLinear(nn.Module):
     """y = x W^T + b with a packed, frozen W. x [..., in] -> y [..., out] in the dtype of x.
 
     Attributes:
-        compute: how the products of a float32 x are computed: "float32", or "bf16": x and W rounded to bfloat16 (what
-            torch.autocast does), four times as fast on CPUs that multiply bfloat16 in hardware, or "int8": x rounded to
+        compute: how the products of a float32 x are computed: "float32", or "bf16": x and W rounded to bfloat16,
+            which is faster on CPUs that multiply bfloat16 in hardware, or "int8": x rounded to
             8 bits, for which decoding is a little faster; gradients are float32 then. Set by `computing`.
 
     Args:
@@ -128,10 +130,8 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         x = to_autocast(x)
-        if self.compute == "int8" and x.dtype == torch.float32:
-            y = linear_int8(x, self.packed)
-        else:
-            y = linear(x.to(product_dtype(self, x)), self.packed).to(x.dtype)
+        rounded = _ROUNDED.get(self.compute) if x.dtype == torch.float32 else None
+        y = (rounded or linear)(x, self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -201,20 +201,39 @@ def computing(model: nn.Module, compute: str) -> Iterator[None]:
 
 
 def product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that the layer multiplies x [..., in] in: that of x, but for what `computing` says."""
-    few = x.numel() <= FEW_ROWS * x.shape[-1]
-    if x.dtype == torch.float32 and not few and getattr(layer, "compute", None) == "bf16":
-        return torch.bfloat16
-    return x.dtype
+    """What the layer rounds x [..., in] to before it multiplies: its own dtype, but for what `computing` says."""
+    return torch.bfloat16 if x.dtype == torch.float32 and getattr(layer, "compute", "") == "bf16" else x.dtype
 
 
-def grad_input(layer: nn.Module, grad: Tensor) -> Tensor:
+def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
+    """The layer for a kernel that computes its product with x together with those of LoRAs, if one does."""
+    if not isinstance(layer, QuantizedLinear) or layer.compute == "int8" or not _fuses(layer, x, layer.compute):
+        return None
+    return Weight(layer.packed, None if layer.bias is None else layer.bias.to(torch.float32), layer.compute == "bf16")
+
+
+def fused_gradient(layer: nn.Module, grad: Tensor, compute: str) -> Weight | None:
+    """The same for its input gradient; `compute` is what the layer's was in the forward pass."""
+    if not isinstance(layer, QuantizedLinear) or not _fuses(layer, grad, compute):
+        return None
+    return Weight(layer.packed, None, compute == "bf16")
+
+
+def _fuses(layer: QuantizedLinear, x: Tensor, compute: str) -> bool:
+    return reads(layer.packed_weight.format, x) and (compute != "bf16" or has_bf16())
+
+
+def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tensor:
     """The input gradient g W of a frozen linear layer, [..., out] -> [..., in], without its autograd graph.
+
+    Args:
+        compute: what the layer's was in the forward pass.
 
     Raises TypeError for a module that is neither a QuantizedLinear nor an nn.Linear.
     """
     if isinstance(layer, QuantizedLinear):
-        return linear_grad_input(grad, layer.packed)
+        rounded = compute == "bf16" and grad.dtype == torch.float32
+        return (linear_grad_input_bf16 if rounded else linear_grad_input)(grad, layer.packed)
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

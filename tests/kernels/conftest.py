@@ -57,6 +57,7 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Non
 
 LEVELS = {  # QGRAFT_CPU -> what qgraft_cpu_level then says
     "base": "plain C", "v3": "x86-64-v3 (AVX2)", "v4": "x86-64-v4 (AVX-512)", "v4-vnni": "x86-64-v4 (AVX-512, VNNI)",
+    "v4-bf16": "x86-64-v4 (AVX-512, VNNI, BF16)",
 }  # fmt: skip
 
 
@@ -72,6 +73,8 @@ def cpu_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, t
     if library.qgraft_cpu_level().decode() != LEVELS[request.param]:
         pytest.skip(f"this CPU has no {LEVELS[request.param]}")
     monkeypatch.setattr(native, "_library", lambda: library)
+    for known in (native.has_panels, native.has_bf16):  # what is remembered of the other level
+        monkeypatch.setattr(native, known.__name__, known.__wrapped__)
     return request.param
 
 

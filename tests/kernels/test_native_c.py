@@ -58,7 +58,7 @@ def test_every_level_multiplies_few_rows_as_float64_does(cpu_level: str, batch: 
         for rows, columns in shapes(format):
             packed = random_packed(format, rows, columns)
             w_OI, x = format_dequantize(packed, torch.float64), torch.randn(batch, columns)
-            got = native._product("qgraft_linear", x, packed)
+            got = native._product(x, packed)
             bound = 2e-6 * (x.double().abs() @ w_OI.abs().T) + 1e-30
             assert bool(((got.double() - x.double() @ w_OI.T).abs() <= bound).all()), (format, rows, columns)
 
@@ -73,11 +73,11 @@ def test_every_level_multiplies_many_rows_as_float64_does(
             packed = random_packed(format, rows, columns)
             w_OI, x = format_dequantize(packed, torch.float64), torch.randn(batch, columns)
             threads(1)
-            got = native._product("qgraft_linear", x, packed)
+            got = native._product(x, packed)
             bound = 3e-6 * (x.double().abs() @ w_OI.abs().T) + 1e-30
             assert bool(((got.double() - x.double() @ w_OI.T).abs() <= bound).all()), (format, rows, columns)
             threads(3)
-            assert torch.equal(native._product("qgraft_linear", x, packed), got)
+            assert torch.equal(native._product(x, packed), got)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 5, 6, 7, 33, 300])
@@ -89,23 +89,23 @@ def test_every_level_takes_gradients_as_float64_does(
             packed = random_packed(format, rows, columns)
             w_OI, g = format_dequantize(packed, torch.float64), torch.randn(batch, rows)
             if cpu_level == "base":  # left to sgemm
-                assert native._loaded().qgraft_batch_limit(1) == 0
+                assert not native._loaded().qgraft_has_panels()
                 continue
             threads(1)
-            got = native._product("qgraft_grad_input", g, packed, (columns, rows))
+            got = native._product(g, packed, backward=True)
             bound = 3e-6 * (g.double().abs() @ w_OI.abs()) + 1e-30
             assert bool(((got.double() - g.double() @ w_OI).abs() <= bound).all()), (format, rows, columns)
             threads(3)
-            assert torch.equal(native._product("qgraft_grad_input", g, packed, (columns, rows)), got)
+            assert torch.equal(native._product(g, packed, backward=True), got)
 
 
 def test_a_row_does_not_depend_on_how_many_rows_there_are(cpu_level: str, random_packed: MakePacked) -> None:
     """What the cache of frozen layers rests on, see training/frozen.py."""
     packed = random_packed("q4_1", 130, 160)
     x = torch.randn(300, 160)
-    expected = native._product("qgraft_linear", x, packed)
+    expected = native._product(x, packed)
     for rows in (96, 97, 200, 211):
-        assert torch.equal(native._product("qgraft_linear", x[-rows:], packed), expected[-rows:])
+        assert torch.equal(native._product(x[-rows:], packed), expected[-rows:])
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 5, 8, 33])
@@ -165,7 +165,7 @@ def test_results_of_a_level_do_not_depend_on_the_number_of_threads(
         results = []
         for count in (1, 2):
             threads(count)
-            results.append((native.linear_int8(x, packed), native._product("qgraft_linear", x, packed)))
+            results.append((native.linear_int8(x, packed), native._product(x, packed)))
         assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 

@@ -27,7 +27,7 @@ LEADING = (
     (64,),
     (2, 3),
     (2, 0),
-)  # around native.batch_limit(), odd ones
+)  # around the loops for few and for many rows, odd ones
 
 needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
 NATIVE = [pytest.param("native", name, marks=needs_native, id=f"native-{name}") for name in native.FORMAT_IDS]
@@ -162,7 +162,7 @@ def test_native_panels_cover_every_row(
     use_kernels("native")
     monkeypatch.setattr(native, "PANEL_BYTES", 4 * panel_rows * 96 + 1)
     monkeypatch.setattr(native, "BF16_PANEL_BYTES", 2 * panel_rows * 96 + 1)
-    monkeypatch.setattr(native, "batch_limit", lambda backward=False: 0)
+    monkeypatch.setattr(native, "has_panels", lambda: False)  # as on a CPU without AVX2
     monkeypatch.setattr(native, "PANEL_ROWS", 1)
     packed = random_packed(format, 33, max(96, FORMATS[format].block_size))
     w_OI = format_dequantize(packed, torch.float64)
@@ -277,6 +277,8 @@ def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, u
         grad = torch.randn(*leading, 3, requires_grad=True)
         checks.append((table.linear.default, (x, data, scale, format)))
         checks.append((table.linear_int8.default, (x, data, scale, format)))
+        checks.append((table.linear_bf16.default, (x, data, scale, format)))
+        checks.append((table.linear_grad_input_bf16.default, (grad, data, scale, format, width)))
         checks.append((table.linear_grad_input.default, (grad, data, scale, format, width)))
     for op, arguments in checks:
         results = torch.library.opcheck(op, arguments)

@@ -11,19 +11,18 @@
 Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 for rank stabilization (arXiv:2312.03732). Names, initial
 values and scaling are those of PEFT, so that its files and ours are the same.
 
-The whole layer is one autograd function. It saves x, A and B and nothing else: x A^T is computed again in the backward
-pass (2·r·in operations a token, a few thousandths of the layer), the dropout mask is drawn again from its seed, the
-base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written with ordinary
-modules, the same layer keeps x A^T, the masked x and an output-sized temporary. Where x itself is cheap to compute from
-what is kept anyway (`recomputable`), not even x is saved.
+The whole layer is one autograd function. It saves x, A, B and x A^T (r numbers a token): the dropout mask is drawn again
+from its seed, the base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written
+with ordinary modules, the same layer keeps the masked x and an output-sized temporary, too. Where x itself is cheap to
+compute from what is kept anyway (`recomputable`), not even x is saved.
 
 Adapter weights are float32 whatever the base computes in: Adam in half precision loses small updates.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +32,8 @@ from torch.nn.functional import dropout as drop_inputs
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.kernels import few_shapes
-from qgraft.linear import LinearLike, QuantizedLinear, grad_input, product_dtype, to_autocast
+from qgraft.kernels.lora import Term, lora_backward, lora_forward
+from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, to_autocast
 
 
 @dataclass(frozen=True)
@@ -161,17 +160,32 @@ class LoraLinear(nn.Module):
         return self._with(x, self.active.items())
 
     def _with(self, x: Tensor, adapters: Iterable[tuple[str, float]]) -> Tensor:
+        tokens = x.numel() // x.shape[-1]
         active = [(cast(Lora, self.loras[name]), weight) for name, weight in adapters if name in self.loras]
-        if not active:
-            return self.base(x)
-        A, B, scaling, dropout = _combined(active)
-        if not self.training:
-            dropout = 0.0
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
-        seed = int(torch.randint(2**62, ()).item()) if dropout else 0
+        return self.with_segments(
+            x,
+            [
+                (lora, LayerSegment(0, tokens, lora.config.scaling * weight, *self._dropout(lora)))
+                for lora, weight in active
+            ],
+        )
+
+    def _dropout(self, lora: Lora) -> tuple[float, int]:
+        """(dropout, a seed for its mask)."""
+        dropout = lora.config.lora_dropout if self.training else 0.0
+        return dropout, int(torch.randint(2**62, ()).item()) if dropout else 0
+
+    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
+        """x [..., in] -> [..., out] with each of these adapters on its own tokens."""
+        if not served:
+            return self.base(x)
         recipe: Recipe | None = getattr(x, "qgraft_recipe", None)
-        make, sources = (None, ()) if recipe is None else (recipe.make, recipe.tensors)
-        return LoraFunction.apply(to_autocast(x), A, B, self.base, scaling, dropout, seed, make, *sources)
+        weights = [weight for lora, _ in served for weight in (lora.lora_A, lora.lora_B)]
+        segments = [segment for _, segment in served]
+        return LoraFunction.apply(
+            to_autocast(x), self.base, segments, recipe, *weights, *(recipe.tensors if recipe else ())
+        )
 
     def _row_by_row(self, x: Tensor, rows: Rows) -> Tensor:
         """The base for the whole batch at once, then each adapter for all of its rows at once."""
@@ -216,86 +230,74 @@ class LoraLinear(nn.Module):
         return tensor.device
 
 
-def _combined(active: list[tuple[Lora, float]]) -> tuple[Tensor, Tensor, float, float]:
-    """(A, B, scaling, dropout) of the active adapters as one: stacked A, and B with each adapter's factor in it.
+class LayerSegment(NamedTuple):
+    """How one adapter takes part in a layer's pass: on which tokens, with which factor and which mask."""
 
-    sum_i w_i s_i B_i A_i = [w_1 s_1 B_1, w_2 s_2 B_2, ...] · [A_1; A_2; ...]
-    """
-    if len(active) == 1:
-        (lora, weight) = active[0]
-        return lora.lora_A, lora.lora_B, lora.config.scaling * weight, lora.config.lora_dropout
-    A = torch.cat([lora.lora_A for lora, _ in active])
-    B = torch.cat([lora.lora_B * (lora.config.scaling * weight) for lora, weight in active], dim=1)
-    return A, B, 1.0, max(lora.config.lora_dropout for lora, _ in active)
+    start: int
+    stop: int
+    scaling: float
+    dropout: float
+    seed: int
 
 
 class LoraFunction(torch.autograd.Function):
-    """y = base(x) + scaling · (drop(x) A^T) B^T, saving only x, A and B. Gradients for x, A and B.
+    """y = base(x), and in the rows of each segment + s · (drop(x) A^T) B^T. Gradients for x and every A and B.
 
-    With h = drop(x) A^T and g = dL/dy:
-
-        dB = scaling · g^T h      gh = scaling · g B      dA = gh^T drop(x)      dx = g W + drop'(gh A)
-
-    The narrow products are written with the rank as rows (h^T = A x^T), which BLAS does up to three times as fast.
-    Where the base computes in bfloat16 (`QuantizedLinear.compute`), the products do, but the delta is added in float32:
-    it is mostly smaller than half a step of a bfloat16 y, to which adding it would change nothing.
+    It saves x, each A and B, and the narrow h = drop(x) A^T. The products are those of kernels/lora.py; where the base
+    computes in bfloat16 (`QuantizedLinear.compute`), the deltas are products in float32 still: they are mostly smaller than
+    half a step of a bfloat16 y, to which adding them would change nothing. A segment reads and writes its own rows only: NaN
+    in one adapter stays in its own tokens.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        A: Tensor,
-        B: Tensor,
-        base: nn.Module,
-        scaling: float,
-        dropout: float,
-        seed: int,
-        make: Callable[..., Tensor] | None = None,
-        *sources: Tensor,
+        ctx: Any, x: Tensor, base: nn.Module, segments: Sequence[LayerSegment], recipe: Recipe | None, *tensors: Tensor
     ) -> Tensor:
-        """x [..., in], A [r, in], B [out, r] -> y [..., out] in the dtype of x; x = make(*sources), where given."""
-        ctx.base, ctx.scaling, ctx.dropout, ctx.seed, ctx.make = base, scaling, dropout, seed, make
-        dtype = ctx.dtype = product_dtype(base, x)
-        rows = x.numel() // x.shape[-1]
-        x_NI = few_shapes(x.reshape(rows, x.shape[-1]).to(dtype))
-        ctx.save_for_backward(A, B, *(sources if make else (x_NI,)))
-        y_NO = base(x_NI)[:rows].to(x.dtype)
-        h_RN = (A.to(dtype) @ drop_by_seed(x_NI, dropout, seed).T)[:, :rows]
-        y_NO.addmm_(h_RN.to(x.dtype).T, B.to(x.dtype).T, alpha=scaling)
+        """x [..., in]; A [r, in], B [out, r] of each segment, then what the recipe of x needs -> y [..., out], dtype of x."""
+        weights, sources = tensors[: 2 * len(segments)], tensors[2 * len(segments) :]
+        ctx.base, ctx.segments, ctx.make = base, segments, recipe and recipe.make
+        ctx.compute = getattr(base, "compute", "float32")
+        x_NI = x.reshape(-1, x.shape[-1]).contiguous()
+        weight = fused_weight(base, x_NI)
+        y_NO, hs = lora_forward(x_NI, base(x_NI) if weight is None else weight, _terms(segments, weights, x_NI))
+        ctx.save_for_backward(*weights, *hs, *(sources if recipe else (x_NI,)))
         return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable  # a second derivative is refused: it would have to keep what this function does not save
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """g [..., out] -> gradients of x, A and B."""
-        A, B, *sources = ctx.saved_tensors
+        """g [..., out] -> gradients of x and of every A and B."""
+        count, saved = len(ctx.segments), ctx.saved_tensors  # which may be asked for once only
+        weights, hs, sources = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
         x = ctx.make(*sources) if ctx.make else sources[0]
-        needs_x, needs_A, needs_B = ctx.needs_input_grad[:3]
-        rows = grad.numel() // grad.shape[-1]
-        x_NI, g_NO = (few_shapes(t.reshape(-1, t.shape[-1]).to(ctx.dtype)) for t in (x, grad))
-        dropped_NI = drop_by_seed(x_NI, ctx.dropout, ctx.seed)
-        gh_RN = (B.to(ctx.dtype).T @ g_NO.T).mul_(ctx.scaling)
-        grad_A = (gh_RN @ dropped_NI).to(A.dtype) if needs_A else None
-        grad_B = None
-        if needs_B:
-            h_RN = A.to(ctx.dtype) @ dropped_NI.T
-            grad_B = (h_RN @ g_NO).to(B.dtype).mul_(ctx.scaling).T
-        grad_x = None
-        if needs_x:
-            gx_NI = grad_input(ctx.base, g_NO)[:rows].to(grad.dtype)
-            if ctx.dropout:
-                gx_NI += drop_by_seed((gh_RN.T @ A.to(ctx.dtype)).to(grad.dtype), ctx.dropout, ctx.seed)[:rows]
-            else:
-                gx_NI.addmm_(gh_RN[:, :rows].to(grad.dtype).T, A.to(grad.dtype))
-            grad_x = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
-        return grad_x, grad_A, grad_B, None, None, None, None, None, *(None for _ in sources)
+        x_NI = x.reshape(-1, x.shape[-1])
+        g_NO = grad.reshape(-1, grad.shape[-1]).to(x_NI.dtype).contiguous()
+        terms = _terms(ctx.segments, weights, x_NI)
+        base = None
+        if ctx.needs_input_grad[0]:
+            weight = fused_gradient(ctx.base, g_NO, ctx.compute)
+            base = grad_input(ctx.base, g_NO, ctx.compute) if weight is None else weight
+        gx_NI, grads = lora_backward(g_NO, base, terms, hs)
+        if gx_NI is not None:
+            for segment, term, own in zip(ctx.segments, terms, grads, strict=True):
+                if not term.adds:
+                    gx_SI = own.gh @ term.A.to(own.gh.dtype)
+                    gx_NI[segment.start : segment.stop] += drop_by_seed(gx_SI, segment.dropout, segment.seed)
+            gx_NI = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
+        return gx_NI, None, None, None, *(g for own in grads for g in own[:2]), *(None for _ in sources if ctx.make)
 
 
-def drop_by_seed(x_NI: Tensor, dropout: float, seed: int) -> Tensor:
+def _terms(segments: Sequence[LayerSegment], weights: Sequence[Tensor], x_NI: Tensor) -> list[Term]:
+    return [
+        Term(s.start, s.stop, s.scaling, A, B, drop_by_seed(x_NI[s.start : s.stop], s.dropout, s.seed), not s.dropout)
+        for s, A, B in zip(segments, weights[::2], weights[1::2], strict=True)
+    ]
+
+
+def drop_by_seed(x_SI: Tensor, dropout: float, seed: int) -> Tensor:
     """Inverted dropout with the mask that `seed` stands for; x itself when dropout is 0."""
     if not dropout:
-        return x_NI
-    generator = torch.Generator(x_NI.device).manual_seed(seed)
-    keep_NI = torch.empty_like(x_NI).bernoulli_(1.0 - dropout, generator=generator)
-    return x_NI * keep_NI.div_(1.0 - dropout)
+        return x_SI
+    generator = torch.Generator(x_SI.device).manual_seed(seed)
+    keep_SI = torch.empty_like(x_SI).bernoulli_(1.0 - dropout, generator=generator)
+    return x_SI * keep_SI.div_(1.0 - dropout)

@@ -3,25 +3,34 @@
     ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
     choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
     reference.py  plain torch, for every format and device; the truth the others are tested against
-    native.py     native.c through ctypes; and sgemm between unpacked panels
-    native.c      the C functions it calls: threads, and which level of CPU runs
+    native.py     linear.c and native.c through ctypes; and torch's products between unpacked panels
+    lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
+    linear.c      products in floating point; native.c: the others, and which level of CPU runs
     level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
 """
 
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
-from qgraft.kernels.native import few_shapes, native_status
-from qgraft.kernels.ops import dequantize, linear, linear_grad_input, linear_int8
+from qgraft.kernels.native import native_status
+from qgraft.kernels.ops import (
+    dequantize,
+    linear,
+    linear_bf16,
+    linear_grad_input,
+    linear_grad_input_bf16,
+    linear_int8,
+)
 
 __all__ = [
     "KERNELS_VARIABLE",
     "Choice",
     "choose",
     "dequantize",
-    "few_shapes",
     "linear",
+    "linear_bf16",
     "linear_grad_input",
+    "linear_grad_input_bf16",
     "linear_int8",
     "native_status",
 ]

@@ -11,7 +11,7 @@ from functools import cache
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import native
 
-OPS = ("dequantize", "linear", "linear_grad_input", "linear_int8")
+OPS = ("dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
 
 

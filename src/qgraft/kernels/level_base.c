@@ -60,4 +60,5 @@ static void int8_product(const Product *of, const Activations *x) {
         }
 }
 
-const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, quantize_token, int8_product, &vectors};
+const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, NULL, NULL, NULL, NULL, quantize_token,
+                          int8_product, &vectors};

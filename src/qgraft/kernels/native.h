@@ -1,14 +1,15 @@
 /* What the C files share: format numbers, the functions of one CPU level, half-precision numbers.
  *
- * One build serves every machine: it holds three levels, and one is chosen when the library is first used (native.c).
+ * One build serves every machine: it holds these levels, and one is chosen when the library is first used (native.c).
  *
  *   level_base.c   any CPU, plain C
  *   level_v3.c     x86-64-v3: AVX2, FMA, F16C
  *   level_v4.c     x86-64-v4: AVX-512; its 8-bit products need VNNI as well, else those of v3 serve
+ *   level_bf16.c   the same with VNNI and AVX512-BF16: products of bfloat16 numbers
  *
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
- * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients),
- * activations.h and int8.h (products in 8 bits), attend.h (what decode.c needs beside products).
+ * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients, in
+ * bfloat16, too), low_rank.h (what a LoRA adds), activations.h and int8.h (products in 8 bits), attend.h (what decode.c needs beside products).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -22,13 +23,15 @@
 #else
 #define HAVE_X86_LEVELS 0
 #endif
+#define HAVE_BF16_LEVEL (HAVE_X86_LEVELS && __GNUC__ >= 10)
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
 enum {
     Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6, F16 = 7, BF16 = 8,
     Q4_K = 9, Q5_K = 10, Q6_K = 11,
-    FORMATS = 12,
+    F32 = 12, /* for A and B of a LoRA */
+    FORMATS = 13,
 };
 
 /* Bytes that are fetched ahead of a row's where few tokens make memory the limit: several short rows at once are no
@@ -61,6 +64,14 @@ typedef struct {
                    float *scores, float *out);
 } Vectors;
 
+/* What a LoRA adds to products (low_rank.h). */
+typedef struct {
+    void (*add)(const float *in, int64_t m, int64_t rank, const float *low, int64_t low_stride, int64_t width, float *out,
+                int64_t out_stride);
+    void (*reduce)(const float *in, int64_t m, int64_t rank, const float *x, int64_t stride, int64_t width, float *out,
+                   int64_t out_stride);
+} LowRank;
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
@@ -68,6 +79,11 @@ typedef struct {
     void (*small)(const Product *product, const float *x);
     void (*forward)(const Product *product, const float *x);  /* for many rows of x; NULL where there is none */
     void (*backward)(const Product *product, const float *g);
+    /* The same with x and W (g and W) rounded to bfloat16: `pairs` [m, columns (rows) / 2, rounded up], two in each. */
+    void (*forward_bf16)(const Product *product, const float *x, const float *pairs);
+    void (*backward_bf16)(const Product *product, const float *g, const float *pairs);
+    void (*round_pairs)(const float *values, int64_t n, float *pairs);
+    const LowRank *low_rank;
     void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
     void (*int8)(const Product *product, const Activations *x);
     const Vectors *vectors;
@@ -78,6 +94,9 @@ const Level *qgraft_level(void); /* the one chosen */
 extern const Level qgraft_base;
 #if HAVE_X86_LEVELS
 extern const Level qgraft_v3, qgraft_v4, qgraft_v4_vnni;
+#if HAVE_BF16_LEVEL
+extern const Level qgraft_v4_bf16;
+#endif
 void qgraft_int8_v3(const Product *product, const Activations *x);
 void qgraft_int8_vnni(const Product *product, const Activations *x);
 #endif
@@ -100,6 +119,7 @@ ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
         case ROW_INT8: return columns;
         case ROW_INT4: return columns / 2;
         case F16: case BF16: return columns * 2;
+        case F32: return columns * 4;
         case Q4_K: return columns / 256 * 144;
         case Q5_K: return columns / 256 * 176;
         case Q6_K: return columns / 256 * 210;

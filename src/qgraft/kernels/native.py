@@ -1,12 +1,13 @@
-"""The native CPU kernels: native.c, loaded through ctypes, and sgemm between its panels.
+"""The native CPU kernels through ctypes: linear.c and native.c; and torch's products between panels where those have none.
 
-Forward and backward read the same packed bytes; nothing is repacked or transposed. Two ways:
+Forward and backward read the same packed bytes; nothing is repacked or transposed.
 
     C loops    few rows of x (decoding): weights go from the packed row to registers, since memory traffic is the limit.
-               Many: panels of 64 by 128 weights are unpacked into the first-level cache (panels.h). In float32 for any
-               number of rows where that beats sgemm (`batch_limit`: AMD's AVX-512 CPUs, by a factor of two).
-    panels     elsewhere, and in bfloat16: a few hundred packed rows are unpacked into a scratch buffer that stays in
-               the second-level cache, and torch multiplies it.
+               Many: panels of 64 by 128 weights are unpacked into the first-level cache and multiplied there (panels.h),
+               in float32 on CPUs with AVX2, in bfloat16 where they have AVX512-BF16.
+    panels     for x in half precision, for bfloat16 products with AMX, which oneDNN multiplies in, and for float32
+               on CPUs without AVX2: a few hundred packed rows are unpacked into a scratch buffer that stays in the
+               second-level cache, and torch multiplies it.
 
 ctypes, not a torch extension: the library then fits every torch release and builds without torch's headers.
 """
@@ -14,6 +15,7 @@ ctypes, not a torch extension: the library then fits every torch release and bui
 import ctypes
 import importlib.machinery
 import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,12 +31,35 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
 }  # fmt: skip
 INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in native.c
 
-HALF_BATCH = 16  # rows of half-precision x up to which the C loop, in float32, beats torch.mm in that precision
+FEW_PLAIN_ROWS = 2  # of x, up to which the plain C loop of CPUs without AVX2 beats torch.mm
+FEW_ROWS = 16  # of half-precision x, up to which the C loop in float32 beats torch.mm in that precision
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
 BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
 PANEL_ROWS = 256  # at least: for 13 696 inputs, panels of 21 rows would halve the speed of sgemm
 
 _scratch = threading.local()
+_pointer_t, _i64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class Term(ctypes.Structure):
+    """One LoRA on the tokens start:stop of a layer, as in linear.c, where each field is explained."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("start", "stop", "rank")),
+        ("scaling", ctypes.c_double),
+        *((name, _pointer_t) for name in ("A", "B", "x", "h", "gh", "grad_A", "grad_B")),
+        ("adds", _i64),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """A packed layer and what goes through it, as in linear.c."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("format", "rows", "columns", "m", "bf16", "terms")),
+        *((name, _pointer_t) for name in ("data", "scales", "bias", "input", "output", "scratch")),
+        ("term", ctypes.POINTER(Term)),
+    ]
 
 
 @cache
@@ -51,10 +76,9 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for unpack in (library.qgraft_dequantize, library.qgraft_dequantize_bf16):
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
-    for function in (library.qgraft_linear, library.qgraft_linear_int8, library.qgraft_grad_input):
-        function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    library.qgraft_linear_int8.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
+    library.qgraft_linear.argtypes = [ctypes.POINTER(Layer), i32, i32]
     library.qgraft_decode_step.argtypes = [pointer, pointer, pointer, pointer, i64, i32]
-    library.qgraft_batch_limit.restype = i64
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
 
@@ -68,9 +92,15 @@ def native_status() -> tuple[bool, str]:
 
 
 @cache
-def batch_limit(backward: bool = False) -> int:
-    """Rows of float32 x (of g) up to which the C loops on packed rows beat unpacking for sgemm, on this CPU."""
-    return int(_loaded().qgraft_batch_limit(backward))
+def has_panels() -> bool:
+    """Whether this CPU's C loops multiply many rows and take gradients, in float32: all but the plain level."""
+    return bool(_loaded().qgraft_has_panels())
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether bfloat16 products are computed in C here. With AMX torch's own (oneDNN) are faster."""
+    return bool(_loaded().qgraft_has_bf16()) and not torch.cpu._is_amx_tile_supported()
 
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
@@ -83,28 +113,45 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
 def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T: [..., in] -> [..., out] in the dtype of x."""
     batch = x.numel() // x.shape[-1]
-    if x.dtype == torch.float32 and batch <= batch_limit():
-        return _product("qgraft_linear", x, packed)
-    if x.dtype in (torch.bfloat16, torch.float16) and batch <= min(HALF_BATCH, batch_limit()):
-        return _product("qgraft_linear", x.to(torch.float32), packed).to(x.dtype)
-    x_BI = few_shapes(x.reshape(batch, x.shape[-1]))
+    if x.dtype == torch.float32 and (has_panels() or batch <= FEW_PLAIN_ROWS):
+        return _product(x, packed)
+    if x.dtype in (torch.bfloat16, torch.float16) and batch <= (FEW_ROWS if has_panels() else FEW_PLAIN_ROWS):
+        return _product(x.to(torch.float32), packed).to(x.dtype)
+    x_BI = _few_shapes(x.reshape(batch, x.shape[-1]))
     y_BO = x.new_empty(x_BI.shape[0], packed.shape[0])
     for start, stop, w_PI in _panels(packed, x.dtype):
         torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
     return y_BO[:batch].view(*x.shape[:-1], packed.shape[0])
 
 
+def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T with float32 x and W rounded to bfloat16; few rows are computed in float32, which takes no longer."""
+    if has_bf16():
+        return _product(x, packed, bf16=True)
+    return linear(x.to(torch.bfloat16), packed).to(torch.float32)
+
+
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns, for INT8_FORMATS."""
-    return _product("qgraft_linear_int8", x, packed)
+    rows, columns = packed.shape
+    x, data, scales = x.contiguous(), packed.data.contiguous(), _row_scales(packed)
+    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
+    code = _loaded().qgraft_linear_int8(
+        FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), rows, columns,
+        x.data_ptr(), x.numel() // columns, y.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    if code == -2:
+        raise MemoryError(f"linear_int8: no memory for {x.numel()} activations")
+    assert code == 0, f"linear_int8 returned {code} for {packed.format}"
+    return y
 
 
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W: [..., out] -> [..., in] in the dtype of g."""
     batch = grad.numel() // grad.shape[-1]
-    if grad.dtype == torch.float32 and batch <= batch_limit(backward=True):
-        return _product("qgraft_grad_input", grad, packed, packed.shape[::-1])
-    g_BO = few_shapes(grad.reshape(batch, grad.shape[-1]))
+    if grad.dtype == torch.float32 and has_panels():
+        return _product(grad, packed, backward=True)
+    g_BO = _few_shapes(grad.reshape(batch, grad.shape[-1]))
     # Half precision is summed over panels in float32: a bfloat16 sum stops growing once a part is below its last bit.
     gx_BI = None
     for start, stop, w_PI in _panels(packed, grad.dtype):
@@ -121,12 +168,19 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     return gx_BI[:batch].to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
 
 
+def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W with float32 g and W rounded to bfloat16."""
+    if has_bf16():
+        return _product(grad, packed, backward=True, bf16=True)
+    return linear_grad_input(grad.to(torch.bfloat16), packed).to(torch.float32)
+
+
 def decode_step(model: int, x: int, cos: int, sin: int, position: int) -> int:
     """qgraft_decode_step of decode.c; decode.py makes what the addresses name. 0, or -2 without memory."""
     return int(_loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
 
 
-def few_shapes(x_BI: Tensor) -> Tensor:
+def _few_shapes(x_BI: Tensor) -> Tensor:
     """x; in bfloat16 with rows of zeros up to a multiple of 32.
 
     oneDNN compiles a kernel for each number of rows and keeps a thousand of them: with batches of all lengths hundreds of
@@ -160,36 +214,59 @@ def _scratch_buffer(size: int) -> Tensor:
 
 def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     """Write rows of the weight to `out`, float32 or bfloat16."""
-    data, scales = packed.data[start:stop].contiguous(), _row_scales(packed, start, stop)
+    data, scales = packed.data[start:stop].contiguous(), _row_scales(packed)
     library = _loaded()
     unpack = library.qgraft_dequantize_bf16 if out.dtype == torch.bfloat16 else library.qgraft_dequantize
     code = unpack(
-        FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), stop - start, packed.shape[1],
-        out.data_ptr(), torch.get_num_threads(),
+        FORMAT_IDS[packed.format], data.data_ptr(), None if scales is None else scales[start:].data_ptr(), stop - start,
+        packed.shape[1], out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     assert code == 0, f"native dequantize returned {code} for {packed.format}"
 
 
-def _product(function: str, x: Tensor, packed: PackedTensor, widths: tuple[int, int] | None = None) -> Tensor:
-    """y = x W^T or x W by a C loop that reads packed rows: float32 x [..., widths[1]] -> [..., widths[0]]."""
-    rows, columns = packed.shape
-    width, in_width = widths or packed.shape
-    x, data, scales = x.contiguous(), packed.data.contiguous(), packed.scale
-    if scales is not None:
-        scales = scales.to(torch.float32).contiguous()
-    y = torch.empty((*x.shape[:-1], width), dtype=torch.float32)
-    code = getattr(_loaded(), function)(
-        FORMAT_IDS[packed.format], data.data_ptr(), None if scales is None else scales.data_ptr(), rows, columns,
-        x.data_ptr(), x.numel() // in_width, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    if code == -2:
-        raise MemoryError(f"{function}: no memory for {x.numel()} activations")
-    assert code == 0, f"{function} returned {code} for {packed.format}"
+def _product(x: Tensor, packed: PackedTensor, *, backward: bool = False, bf16: bool = False) -> Tensor:
+    """x W^T, or x W where `backward`, in C; float32."""
+    x = x.contiguous()
+    y = torch.empty((*x.shape[:-1], packed.shape[1 if backward else 0]), dtype=torch.float32)
+    run_layer(x.view(-1, x.shape[-1]), y, packed, backward=backward, bf16=bf16)
     return y
 
 
-def _row_scales(packed: PackedTensor, start: int, stop: int) -> Tensor | None:
-    return None if packed.scale is None else packed.scale[start:stop].to(torch.float32).contiguous()
+def run_layer(
+    x_NI: Tensor,
+    y: Tensor | None,
+    weight: PackedTensor | tuple[int, int],
+    *,
+    bias: Tensor | None = None,
+    terms: Sequence[Term] = (),
+    backward: bool = False,
+    bf16: bool = False,
+) -> None:
+    """qgraft_linear: y = x W^T + bias + what the terms add; or, where `backward`, gx from g and the terms' gradients.
+
+    Args:
+        x_NI: x or g, contiguous float32.
+        y: written, contiguous float32; None if no gx is wanted.
+        weight: W, or its shape where y holds the product with it already.
+    """
+    packed = weight if isinstance(weight, PackedTensor) else None
+    rows, columns = packed.shape if packed else weight  # type: ignore[misc]
+    data, scales = (packed.data.contiguous(), _row_scales(packed)) if packed else (None, None)
+    tokens, width = x_NI.shape
+    floats = (width // 2 + 1) * tokens if bf16 else 0
+    for term in terms:
+        floats += term.rank * (rows + 2 * (term.stop - term.start))
+    layer = Layer(
+        FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, bf16, len(terms), _pointer(data),
+        _pointer(scales), _pointer(bias), x_NI.data_ptr(), _pointer(y),
+        _scratch_buffer(4 * floats).data_ptr() if floats else None, (Term * len(terms))(*terms),
+    )  # fmt: skip
+    code = _loaded().qgraft_linear(layer, backward, torch.get_num_threads())
+    assert code == 0, f"qgraft_linear returned {code}"
+
+
+def _row_scales(packed: PackedTensor) -> Tensor | None:
+    return None if packed.scale is None else packed.scale.to(torch.float32).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

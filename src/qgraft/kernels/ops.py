@@ -4,11 +4,12 @@
     qgraft::linear(x, data, scale?, format) -> y            y = x W^T
     qgraft::linear_grad_input(grad, data, scale?, format, in_features) -> gx     gx = g W
     qgraft::linear_int8(x, data, scale?, format) -> y      linear with x rounded to 8 bits, float32 in and out
+    qgraft::linear_bf16, qgraft::linear_grad_input_bf16     both factors rounded to bfloat16, float32 in and out
 
 The base is frozen, so a weight gradient does not exist; linear's input gradient is linear_grad_input and the other way
-round. The gradient of linear_int8 is that of linear: the rounding of x is passed through. Both storage families pass
-through the same ops, `scale` being None for GGML blocks: one table instead of one for each family, since no kernel
-differs in anything but how it reads a row.
+round, in bfloat16, too. The gradient of linear_int8 is that of linear: the rounding of x is passed through. Both storage
+families pass through the same ops, `scale` being None for GGML blocks: one table instead of one for each family, since no
+kernel differs in anything but how it reads a row.
 
 Argument checks run in eager code (`_packed`), not only in the shape functions, which eager calls never reach.
 """
@@ -51,6 +52,11 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     return torch.ops.qgraft.linear(x, packed.data, packed.scale, packed.format)
 
 
+def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
+    """As `linear` for float32 x, with x and W rounded to bfloat16, their products summed in float32."""
+    return torch.ops.qgraft.linear_bf16(x, packed.data, packed.scale, packed.format)
+
+
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear` for float32 x, which is rounded to 8 bits in groups of 32 columns: the products are of integers.
 
@@ -63,6 +69,11 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     """g [..., out] -> g W [..., in] in the dtype of g; differentiable in g."""
     return torch.ops.qgraft.linear_grad_input(grad, packed.data, packed.scale, packed.format, packed.shape[1])
+
+
+def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """As `linear_grad_input` for float32 g, with g and W rounded to bfloat16, their products summed in float32."""
+    return torch.ops.qgraft.linear_grad_input_bf16(grad, packed.data, packed.scale, packed.format, packed.shape[1])
 
 
 def _packed(data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
@@ -99,11 +110,17 @@ def _linear_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Te
     return _kernel("linear", format, x.device).linear(x, packed)
 
 
+@_op("linear_bf16")
+def _linear_bf16_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
+    packed = _packed(data, scale, format, x.shape[-1])
+    _expect_float32("linear_bf16", x)
+    return _kernel("linear_bf16", format, x.device).linear_bf16(x, packed)
+
+
 @_op("linear_int8")
 def _linear_int8_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
     packed = _packed(data, scale, format, x.shape[-1])
-    if x.dtype != torch.float32:
-        raise ValueError(f"linear_int8: got {x.dtype}, expected torch.float32")
+    _expect_float32("linear_int8", x)
     choice = choose("linear_int8", format, x.device.type)
     kernel = _KERNELS[choice.kernel]
     return kernel.linear_int8(x, packed) if choice.compute == "int8" else kernel.linear(x, packed)
@@ -111,10 +128,27 @@ def _linear_int8_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) 
 
 @_op("linear_grad_input")
 def _linear_grad_input_op(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
+    packed = _packed_for(grad, data, scale, format, in_features)
+    return _kernel("linear_grad_input", format, grad.device).linear_grad_input(grad, packed)
+
+
+@_op("linear_grad_input_bf16")
+def _grad_input_bf16_op(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
+    packed = _packed_for(grad, data, scale, format, in_features)
+    _expect_float32("linear_grad_input_bf16", grad)
+    return _kernel("linear_grad_input_bf16", format, grad.device).linear_grad_input_bf16(grad, packed)
+
+
+def _packed_for(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
     packed = _packed(data, scale, format, in_features)
     if grad.shape[-1] != packed.shape[0]:
         raise ValueError(f"gradient of {grad.shape[-1]} outputs for a weight of {packed.shape[0]} outputs")
-    return _kernel("linear_grad_input", format, grad.device).linear_grad_input(grad, packed)
+    return packed
+
+
+def _expect_float32(op: str, x: Tensor) -> None:
+    if x.dtype != torch.float32:
+        raise ValueError(f"{op}: got {x.dtype}, expected torch.float32")
 
 
 @torch.library.register_fake("qgraft::dequantize", lib=_LIBRARY)
@@ -123,12 +157,14 @@ def _(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: 
 
 
 @torch.library.register_fake("qgraft::linear", lib=_LIBRARY)
+@torch.library.register_fake("qgraft::linear_bf16", lib=_LIBRARY)
 @torch.library.register_fake("qgraft::linear_int8", lib=_LIBRARY)
 def _(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
     return x.new_empty(*x.shape[:-1], data.shape[0])
 
 
 @torch.library.register_fake("qgraft::linear_grad_input", lib=_LIBRARY)
+@torch.library.register_fake("qgraft::linear_grad_input_bf16", lib=_LIBRARY)
 def _(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], in_features)
 
@@ -144,13 +180,26 @@ def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
     return torch.ops.qgraft.linear_grad_input(grad, data, scale, ctx.format, ctx.in_features), None, None, None
 
 
+def _linear_bf16_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    data, scale = ctx.saved_tensors
+    return torch.ops.qgraft.linear_grad_input_bf16(grad, data, scale, ctx.format, ctx.in_features), None, None, None
+
+
 def _linear_grad_input_backward(ctx, grad):  # type: ignore[no-untyped-def]
     data, scale = ctx.saved_tensors
     return torch.ops.qgraft.linear(grad, data, scale, ctx.format), None, None, None, None
 
 
-torch.library.register_autograd("qgraft::linear", _linear_backward, setup_context=_save_packed, lib=_LIBRARY)
-torch.library.register_autograd("qgraft::linear_int8", _linear_backward, setup_context=_save_packed, lib=_LIBRARY)
-torch.library.register_autograd(
-    "qgraft::linear_grad_input", _linear_grad_input_backward, setup_context=_save_packed, lib=_LIBRARY
-)
+def _linear_grad_input_bf16_backward(ctx, grad):  # type: ignore[no-untyped-def]
+    data, scale = ctx.saved_tensors
+    return torch.ops.qgraft.linear_bf16(grad, data, scale, ctx.format), None, None, None, None
+
+
+for _name, _backward in (
+    ("linear", _linear_backward),
+    ("linear_int8", _linear_backward),
+    ("linear_bf16", _linear_bf16_backward),
+    ("linear_grad_input", _linear_grad_input_backward),
+    ("linear_grad_input_bf16", _linear_grad_input_bf16_backward),
+):
+    torch.library.register_autograd("qgraft::" + _name, _backward, setup_context=_save_packed, lib=_LIBRARY)

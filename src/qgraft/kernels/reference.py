@@ -26,6 +26,16 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
     return grad @ format_dequantize(packed, grad.dtype)
 
 
+def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
+    """y = x W^T with x and W rounded to bfloat16, their products summed in float32."""
+    return x.bfloat16().float() @ format_dequantize(packed, torch.bfloat16).float().T
+
+
+def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W with g and W rounded to bfloat16, their products summed in float32."""
+    return grad.bfloat16().float() @ format_dequantize(packed, torch.bfloat16).float()
+
+
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T with x rounded to 8 bits in groups of 32 columns, summed in float64 and given as float32.
 

@@ -158,6 +158,7 @@ static void plain_row(int format, const uint8_t *row, int64_t columns, float sca
         case ROW_INT4: row_int4(row, columns, scale, out); break;
         case F16: row_f16(row, columns, out); break;
         case BF16: row_bf16(row, columns, out); break;
+        case F32: memcpy(out, row, (size_t)columns * sizeof(float)); break;
         case Q4_K: row_q4_k(row, columns, out); break;
         case Q5_K: row_q5_k(row, columns, out); break;
         case Q6_K: row_q6_k(row, columns, out); break;

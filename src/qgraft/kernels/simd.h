@@ -73,6 +73,53 @@ ALWAYS_INLINE I i_pairs(const uint8_t *p) {
     return _mm512_srlv_epi32(twice, _mm512_set1_epi64(4));
 }
 
+/* 16 vectors of 16 lanes -> in lane i of the j-th what was in lane j of the i-th. */
+ALWAYS_INLINE void transpose(V *r) {
+    V t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+#define PD(a) _mm512_castps_pd(a)
+#define PS(a) _mm512_castpd_ps(a)
+    for (int i = 0; i < 16; i += 4) { /* the j-th of a quarter: columns j, j + 4, j + 8, j + 12 of four rows */
+        r[i] = PS(_mm512_unpacklo_pd(PD(t[i]), PD(t[i + 2])));
+        r[i + 1] = PS(_mm512_unpackhi_pd(PD(t[i]), PD(t[i + 2])));
+        r[i + 2] = PS(_mm512_unpacklo_pd(PD(t[i + 1]), PD(t[i + 3])));
+        r[i + 3] = PS(_mm512_unpackhi_pd(PD(t[i + 1]), PD(t[i + 3])));
+    }
+#undef PD
+#undef PS
+    for (int j = 0; j < 4; j++) {
+        const V even = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88), odd = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
+        const V even2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
+        const V odd2 = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
+        r[j] = _mm512_shuffle_f32x4(even, even2, 0x88);
+        r[4 + j] = _mm512_shuffle_f32x4(odd, odd2, 0x88);
+        r[8 + j] = _mm512_shuffle_f32x4(even, even2, 0xdd);
+        r[12 + j] = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
+    }
+}
+
+#if defined(__AVX512BF16__)
+
+/* low, high: 16 floats each -> 32 bfloat16 numbers in this order. */
+ALWAYS_INLINE V v_bf16(V low, V high) { return _mm512_castsi512_ps((I)_mm512_cvtne2ps_pbh(high, low)); }
+
+/* The same, each of `low` in front of that of `high`. */
+ALWAYS_INLINE V v_bf16_pairs(V low, V high) {
+    const I order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20,
+                                     4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (I)_mm512_cvtne2ps_pbh(high, low)));
+}
+
+/* sum + a0 b0 + a1 b1 of the pairs of bfloat16 numbers in each lane. */
+ALWAYS_INLINE V v_fma_pairs(V a, V b, V sum) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_castps_si512(a), (__m512bh)_mm512_castps_si512(b));
+}
+
+#endif
+
 #else
 
 typedef __m256 V;
@@ -126,6 +173,25 @@ ALWAYS_INLINE void v_store_bf16(uint16_t *out, V v) {
 ALWAYS_INLINE I i_fifth(uint32_t bits) {
     const I bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     return i_and(_mm256_cmpeq_epi32(i_and(i_set((int)bits), bit), bit), i_set(16));
+}
+
+ALWAYS_INLINE void transpose(V *r) {
+    V t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) { /* the j-th of a half: columns j and j + 4 of four rows */
+        r[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        r[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        r[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        r[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int j = 0; j < 4; j++) {
+        const V low = _mm256_permute2f128_ps(r[j], r[4 + j], 0x20);
+        r[4 + j] = _mm256_permute2f128_ps(r[j], r[4 + j], 0x31);
+        r[j] = low;
+    }
 }
 
 /* 4 bytes -> 8 lanes, each byte twice: shifted by 4 in even lanes, as it is in odd ones. */
@@ -228,6 +294,9 @@ ALWAYS_INLINE void weights32(const int format, const uint8_t *row, int64_t c, fl
         case BF16:
             for (int i = 0; i < PARTS; i++) w[i] = v_bits(i_shl(i_u16(p + 2 * LANES * i), 16));
             break;
+        case F32:
+            for (int i = 0; i < PARTS; i++) w[i] = v_load((const float *)p + LANES * i);
+            break;
         case Q4_K:
             for (int i = 0; i < PARTS; i++) q[i] = i_shr(i_u8(p + 16 + k / 2 * 32 + LANES * i), 4 * (k & 1));
             scale_nibbles(q, 0, 1, v_set(sub[k]), v_set(sub[8 + k]), PARTS, w);
@@ -277,6 +346,7 @@ ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t c
         case ROW_INT4: CALL(ROW_INT4); break; \
         case F16: CALL(F16); break;     \
         case BF16: CALL(BF16); break;   \
+        case F32: CALL(F32); break;     \
         case Q4_K: CALL(Q4_K); break;   \
         case Q5_K: CALL(Q5_K); break;   \
         case Q6_K: CALL(Q6_K); break;   \

@@ -131,9 +131,9 @@ def frozen_layers_cached(
 def least_tokens() -> int:
     """How many tokens a pass has at least in which a row does not depend on their number.
 
-    For sgemm twice what was measured, 2 tokens for each thread; our own loops change their way at 96 (native.c).
+    For sgemm twice what was measured, 2 tokens for each thread; our own loops change their way at 20 (linear.c).
     """
-    return max(96, 4 * torch.get_num_threads())
+    return max(20, 4 * torch.get_num_threads())
 
 
 class Kept:

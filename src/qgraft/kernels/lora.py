@@ -1,0 +1,157 @@
+"""What LoRAs add to a frozen linear layer, and its gradients: the C kernel of linear.c, and plain torch beside it.
+
+    forward    h = x A^T                 y  = base(x) + s h B^T
+    backward   gh = s g B                gx = g W + gh A                 gA = gh^T x        gB = s g^T h
+
+Each LoRA is a `Term`: it serves tokens start:stop. The C kernel computes the product with W in the same call, where W is
+packed in a format that it reads (`Weight`); where it is not, y and gx come in with that product in them, and it adds the
+rest. Other dtypes, GPUs and CPUs without AVX2 are served by torch.
+
+Shapes: N tokens, S tokens of a term, I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qgraft.formats import PackedTensor
+from qgraft.kernels import native
+from qgraft.kernels.choice import choose
+
+
+class Weight(NamedTuple):
+    """A packed weight that the C kernel multiplies with, its bias, and whether in bfloat16 (see ops.linear_bf16)."""
+
+    packed: PackedTensor
+    bias: Tensor | None
+    bf16: bool
+
+
+class Term(NamedTuple):
+    """One LoRA on the tokens start:stop.
+
+    Attributes:
+        A: [R, I] float32.
+        B: [O, R] float32.
+        x: [S, I] what A multiplies, in the dtype of the layer's input: its rows start:stop, or these with some dropped.
+        adds: whether the backward pass adds gh A to gx; where x has been dropped from, the caller does.
+    """
+
+    start: int
+    stop: int
+    scaling: float
+    A: Tensor
+    B: Tensor
+    x: Tensor
+    adds: bool = True
+
+
+class Grads(NamedTuple):
+    """Gradients of one term, in float32, and gh [S, R], which goes back through A."""
+
+    A: Tensor
+    B: Tensor
+    gh: Tensor
+
+
+def reads(format: str, x: Tensor) -> bool:
+    """Whether the C kernel multiplies x with weights of this format."""
+    return _in_c(x) and choose("linear", format, "cpu").kernel == "native"
+
+
+def _in_c(x: Tensor) -> bool:
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return False
+    return choose("linear", "q4_1", "cpu").kernel == "native" and native.has_panels()
+
+
+def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
+    """(y [N, O], h [S, R] of each term).
+
+    Args:
+        base: the frozen weight, or the product with it, [N, O], which is overwritten.
+    """
+    _check(base, x_NI, 1)
+    y_NO = x_NI.new_empty(len(x_NI), base.packed.shape[0]) if isinstance(base, Weight) else base
+    if not isinstance(base, Weight) and not _in_c(x_NI):
+        return _add_terms(y_NO, terms)
+    hs = [x_NI.new_empty(len(term.x), len(term.A)) for term in terms]
+    pointers = [
+        native.Term(*_start(term), _rows(term.x), h.data_ptr(), None, None, None, 0)
+        for term, h in zip(terms, hs, strict=True)
+    ]
+    if isinstance(base, Weight):
+        native.run_layer(x_NI, y_NO, base.packed, bias=base.bias, terms=pointers, bf16=base.bf16)
+    else:
+        native.run_layer(x_NI, y_NO, (y_NO.shape[1], x_NI.shape[1]), terms=pointers)
+    return y_NO, hs
+
+
+def lora_backward(
+    g_NO: Tensor, base: Weight | Tensor | None, terms: Sequence[Term], hs: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Grads]]:
+    """(gx [N, I] or None, the gradients of each term).
+
+    Args:
+        base: the frozen weight; or g W [N, I], which is overwritten; None if no gx is wanted.
+        hs: as lora_forward gave them.
+    """
+    _check(base, g_NO, 0)
+    gx_NI = g_NO.new_empty(len(g_NO), base.packed.shape[1]) if isinstance(base, Weight) else base
+    if not isinstance(base, Weight) and not _in_c(g_NO):
+        return gx_NI, [_term_backward(g_NO, gx_NI, term, h) for term, h in zip(terms, hs, strict=True)]
+    grads = [
+        Grads(torch.empty_like(t.A), torch.empty_like(t.B), torch.empty_like(h)) for t, h in zip(terms, hs, strict=True)
+    ]
+    pointers = [
+        native.Term(
+            *_start(term), _rows(term.x), h.data_ptr(), grad.gh.data_ptr(), grad.A.data_ptr(),
+            grad.B.data_ptr(), term.adds,
+        )
+        for term, h, grad in zip(terms, hs, grads, strict=True)
+    ]  # fmt: skip
+    if isinstance(base, Weight):
+        native.run_layer(g_NO, gx_NI, base.packed, terms=pointers, backward=True, bf16=base.bf16)
+    else:
+        inputs = terms[0].A_RI.shape[1]
+        native.run_layer(g_NO, gx_NI, (g_NO.shape[1], inputs), terms=pointers, backward=True)
+    return gx_NI, grads
+
+
+def _check(base: Weight | Tensor | None, x: Tensor, side: int) -> None:
+    # the C loops trust the width of x: a wrong one would read past its end
+    if isinstance(base, Weight) and x.shape[1] != base.packed.shape[side]:
+        raise ValueError(f"got an input {list(x.shape)}, expected [tokens, {base.packed.shape[side]}]")
+
+
+def _start(term: Term) -> tuple[int, int, int, float, int, int]:
+    """The first fields of native.Term."""
+    return (
+        term.start, term.stop, len(term.A), term.scaling, _rows(term.A), _rows(term.B),
+    )  # fmt: skip
+
+
+def _rows(tensor: Tensor) -> int:
+    """Where its first element is; the C kernel takes rows one after another."""
+    assert tensor.is_contiguous() and tensor.dtype == torch.float32, f"{tensor.dtype} {list(tensor.shape)}, with gaps?"
+    return tensor.data_ptr()
+
+
+def _add_terms(y_NO: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
+    hs = []
+    for term in terms:
+        h_SR = term.x @ term.A.to(term.x.dtype).T
+        y_NO[term.start : term.stop].addmm_(h_SR, term.B.to(h_SR.dtype).T, alpha=term.scaling)
+        hs.append(h_SR)
+    return y_NO, hs
+
+
+def _term_backward(g_NO: Tensor, gx_NI: Tensor | None, term: Term, h_SR: Tensor) -> Grads:
+    g_SO = g_NO[term.start : term.stop]
+    gh_SR = (g_SO @ term.B.to(g_SO.dtype)).mul_(term.scaling)
+    if gx_NI is not None and term.adds:
+        gx_NI[term.start : term.stop].addmm_(gh_SR, term.A.to(gh_SR.dtype))
+    grad_B_OR = (g_SO.T @ h_SR).to(term.B.dtype).mul_(term.scaling)
+    return Grads((gh_SR.T @ term.x).to(term.A.dtype), grad_B_OR, gh_SR)

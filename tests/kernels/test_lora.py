@@ -1,0 +1,150 @@
+"""A packed layer with LoRAs in one C call, on every level of CPU, against the formulas in float64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qgraft.formats import FORMATS, PackedTensor
+from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels import native, native_status
+from qgraft.kernels.lora import Grads, Term, Weight, lora_backward, lora_forward
+
+MakePacked = Callable[..., PackedTensor]
+
+pytestmark = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+
+
+def make_terms(x_NI: Tensor, outputs: int, ranks: tuple[int, ...]) -> list[Term]:
+    """LoRAs on equal shares of the tokens, one after another; the last tokens are left without one."""
+    share, inputs = len(x_NI) // (len(ranks) + 1) if len(ranks) > 1 else len(x_NI), x_NI.shape[1]
+    return [
+        Term(
+            n * share, (n + 1) * share, 0.5 + n, torch.randn(r, inputs), torch.randn(outputs, r),
+            x_NI[n * share : (n + 1) * share],
+        )
+        for n, r in enumerate(ranks)
+    ]  # fmt: skip
+
+
+def by_formula(
+    x_NI: Tensor, g_NO: Tensor, w_OI: Tensor, bias: Tensor, terms: list[Term]
+) -> tuple[Tensor, Tensor, list[Grads]]:
+    """y, gx and each term's gradients in float64."""
+    x_NI, g_NO, w_OI = (tensor.double() for tensor in (x_NI, g_NO, w_OI))
+    y_NO, gx_NI, grads = x_NI @ w_OI.T + bias, g_NO @ w_OI, []
+    for term in terms:
+        rows, A, B = slice(term.start, term.stop), term.A.double(), term.B.double()
+        h, gh = x_NI[rows] @ A.T, term.scaling * g_NO[rows] @ B
+        y_NO[rows] += term.scaling * h @ B.T
+        gx_NI[rows] += gh @ A
+        grads.append(Grads(gh.T @ x_NI[rows], term.scaling * g_NO[rows].T @ h, gh))
+    return y_NO, gx_NI, grads
+
+
+def assert_close(got: Tensor, expected: Tensor, tolerance: float) -> None:
+    largest = float(expected.abs().max()) if expected.numel() else 1.0
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=tolerance * largest)
+
+
+def shapes(format: str) -> list[tuple[int, int]]:
+    """Outputs and inputs: less than, just, and more than blocks of 64 outputs and 32 inputs; several panels deep."""
+    block = FORMATS[format].block_size
+    return [(5, block), (64, max(block, 96)), (201, 512)] if block > 2 else [(5, 2), (64, 96), (201, 330)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 7, 21, 100, 230])
+@pytest.mark.parametrize("ranks", [(), (1,), (8,), (3, 17)], ids=str)
+def test_every_level_computes_the_formulas(
+    cpu_level: str, tokens: int, ranks: tuple[int, ...], random_packed: MakePacked, threads: Callable[[int], None]
+) -> None:
+    if not native.has_panels():
+        pytest.skip("the plain level leaves this to torch")
+    for format in ("q4_1", "q6_k", "chatglm-int4"):
+        for outputs, inputs in shapes(format):
+            packed, bias = random_packed(format, outputs, inputs), torch.randn(outputs)
+            x_NI, g_NO = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
+            terms = make_terms(x_NI, outputs, ranks)
+            y, gx, grads = by_formula(x_NI, g_NO, format_dequantize(packed, torch.float32), bias, terms)
+            results = []
+            for count in (1, 3):
+                threads(count)
+                got_y, hs = lora_forward(x_NI, Weight(packed, bias, False), terms)
+                got_gx, got_grads = lora_backward(g_NO, Weight(packed, None, False), terms, hs)
+                results.append([got_y, got_gx, *(tensor for own in got_grads for tensor in own)])
+            expected = [y, gx, *(tensor for own in grads for tensor in own)]
+            for one, three, right in zip(*results, expected, strict=True):
+                assert torch.equal(one, three), "the same bits whatever the threads"
+                assert_close(one, right, 3e-6)
+
+
+@pytest.mark.parametrize("tokens", [9, 10, 64, 230])
+def test_bfloat16_products_are_those_of_rounded_numbers(cpu_level: str, tokens: int, random_packed: MakePacked) -> None:
+    """Where whole blocks are: the last outputs and inputs, and few tokens, are computed in float32."""
+    if not native._loaded().qgraft_has_bf16():
+        pytest.skip("no bfloat16 on this level")
+    for format in native.FORMAT_IDS:
+        packed, bias = random_packed(format, 192, 512), torch.randn(192)
+        x_NI, g_NO = torch.randn(tokens, 512), torch.randn(tokens, 192)
+        terms = make_terms(x_NI, 192, (8,))
+        got_y, hs = lora_forward(x_NI, Weight(packed, bias, True), terms)
+        got_gx, grads = lora_backward(g_NO, Weight(packed, None, True), terms, hs)
+        w_OI, exact = format_dequantize(packed, torch.float32), by_formula
+        few = tokens < 10
+        rounded = [t if few else t.bfloat16().float() for t in (x_NI, g_NO, w_OI)]
+        y, gx, _ = exact(*rounded, bias, [])
+        delta, gx_delta, expected = exact(x_NI, g_NO, torch.zeros_like(w_OI), torch.zeros(192), terms)
+        assert_close(got_y, y + delta, 3e-6)
+        assert_close(got_gx, gx + gx_delta, 3e-6)
+        for own, right in zip(grads, expected, strict=True):
+            for got, wanted in zip(own, right, strict=True):
+                assert_close(got, wanted, 3e-6)
+
+
+def test_a_product_from_elsewhere_is_added_to(random_packed: MakePacked) -> None:
+    """What QuantizedLinear does for 8-bit products, and LoRA on nn.Linear."""
+    packed = random_packed("q4_1", 70, 96)
+    x_NI, g_NO = torch.randn(33, 96), torch.randn(33, 70)
+    terms, w_OI = make_terms(x_NI, 70, (4, 2)), format_dequantize(packed, torch.float32)
+    y, gx, grads = by_formula(x_NI, g_NO, w_OI, torch.zeros(70), terms)
+    got_y, hs = lora_forward(x_NI, x_NI @ w_OI.T, terms)
+    got_gx, got_grads = lora_backward(g_NO, g_NO @ w_OI, terms, hs)
+    none, same_grads = lora_backward(g_NO, None, terms, hs)
+    assert none is None
+    assert_close(got_y, y, 3e-6)
+    assert_close(got_gx, gx, 3e-6)
+    for own, same, right in zip(got_grads, same_grads, grads, strict=True):
+        for got, again, wanted in zip(own, same, right, strict=True):
+            assert_close(got, wanted, 3e-6)
+            assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_nan_stays_in_its_token_and_in_its_term(bf16: bool, random_packed: MakePacked) -> None:
+    packed = random_packed("q4_1", 128, 96)
+    x_NI, g_NO = torch.randn(60, 96), torch.randn(60, 128)
+    x_NI[3, 5] = g_NO[3, 5] = torch.nan
+    terms = make_terms(x_NI, 128, (4, 2))
+    y, hs = lora_forward(x_NI, Weight(packed, None, bf16), terms)
+    gx, grads = lora_backward(g_NO, Weight(packed, None, bf16), terms, hs)
+    for got in (y, gx):
+        assert got.isnan().any(dim=1).nonzero().flatten().tolist() == [3]
+    assert grads[0].A.isnan().any()
+    assert not any(tensor.isnan().any() for tensor in grads[1])
+
+
+def test_a_token_is_the_same_bits_whatever_else_is_in_the_pass(cpu_level: str, random_packed: MakePacked) -> None:
+    """What the cache of frozen layers rests on, see training/frozen.py: `least_tokens`."""
+    if not native.has_panels():
+        pytest.skip("the plain level leaves this to torch")
+    packed, x_NI = random_packed("q4_1", 130, 160), torch.randn(300, 160)
+    for bf16 in (False, native.has_bf16()):
+        (expected, _) = lora_forward(x_NI, Weight(packed, None, bf16), [])
+        for tokens in (20, 31, 97, 211):
+            assert torch.equal(lora_forward(x_NI[-tokens:], Weight(packed, None, bf16), [])[0], expected[-tokens:])
+
+
+def test_an_input_of_another_width_is_refused(random_packed: MakePacked) -> None:
+    with pytest.raises(ValueError, match=r"got an input \[3, 64\], expected \[tokens, 96\]"):
+        lora_forward(torch.randn(3, 64), Weight(random_packed("q4_1", 70, 96), None, False), [])
