@@ -6,10 +6,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.models.cohere import modeling_cohere
+from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.granite import modeling_granite
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral import modeling_mistral
+from transformers.models.phi3 import modeling_phi3
+from transformers.models.qwen2 import modeling_qwen2
+from transformers.models.qwen3 import modeling_qwen3
 
 import qgraft
+from qgraft.kernels.pointwise import in_c
 from qgraft.training.batches import collate
 from qgraft.training.lean import ACTIVATIONS, GatedProduct, RmsNorm, gated, lean_modules
 from qgraft.training.loss import batch_loss, label_states, padding_free
@@ -21,7 +30,7 @@ SAMPLES = [
 ]
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "stablelm", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_are_those_of_the_models_own_modules(
     name: str, checkpointing: bool, tiny_gguf: Callable[..., Any]
@@ -89,7 +98,7 @@ def test_norm_agrees_with_float64_and_gradcheck(shape: tuple[int, ...]) -> None:
 def test_gated_product_passes_gradcheck(activation: Any) -> None:
     gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     torch.testing.assert_close(
-        GatedProduct.apply(gate, up, gate.detach(), up.detach(), activation), gated(activation[0], gate, up)
+        GatedProduct.apply(gate, up, gate.detach(), up.detach(), activation), gated(activation, gate, up)
     )
     assert torch.autograd.gradcheck(
         lambda gate, up: GatedProduct.apply(gate, up, gate.detach(), up.detach(), activation), (gate, up)
@@ -117,3 +126,86 @@ def test_only_what_computes_the_formula_is_replaced() -> None:
         for norm, y in zip(norms, expected, strict=True):
             torch.testing.assert_close(norm(x), y)
     assert not any("forward" in vars(norm) for norm in norms)
+
+
+def attention_of(module: Any) -> nn.Module:
+    """A layer with the forward pass of the attention layers of `module`, and nothing else."""
+    kind = next(kind for name, kind in vars(module).items() if name.endswith("Attention"))
+    return type("Attention", (nn.Module,), {"forward": kind.forward})()
+
+
+NEOX = [
+    modeling_llama,
+    modeling_qwen2,
+    modeling_qwen3,
+    modeling_mistral,
+    modeling_gemma,
+    modeling_granite,
+    modeling_phi3,
+]
+
+
+@pytest.mark.parametrize("module", NEOX, ids=lambda module: module.__name__.rpartition("_")[2])
+@pytest.mark.parametrize("length", [1, 3, 33])
+def test_rotations_are_those_of_the_models_own_function(module: Any, length: int) -> None:
+    own = module.apply_rotary_pos_emb
+    width = 12 if module is modeling_phi3 else 16  # of 16: its rotation may be partial
+    q = torch.randn(1, length, 4 * 16, requires_grad=True)
+    k = torch.randn(1, length, 2 * 16, requires_grad=True)
+    cos, sin = torch.randn(1, length, width), torch.randn(1, length, width)
+    weights = torch.randn(1, 4, length, 16), torch.randn(1, 2, length, 16)
+
+    def run() -> list[Tensor]:
+        heads = [x.view(1, length, -1, 16).transpose(1, 2) for x in (q, k)]
+        outputs = module.apply_rotary_pos_emb(*heads, cos, sin)
+        return [*outputs, *torch.autograd.grad(outputs, (q, k), weights)]
+
+    expected = run()
+    with lean_modules(attention_of(module)):
+        assert module.apply_rotary_pos_emb is not own
+        with lean_modules(attention_of(module)):  # once is enough
+            got = run()
+        assert module.apply_rotary_pos_emb is not own
+        halves = [x.detach().view(1, length, -1, 16).transpose(1, 2).bfloat16() for x in (q, k)]
+        for mine, theirs in zip(
+            module.apply_rotary_pos_emb(*halves, cos.bfloat16(), sin.bfloat16()),
+            own(*halves, cos.bfloat16(), sin.bfloat16()),
+            strict=True,
+        ):
+            assert mine.dtype == torch.bfloat16 and torch.equal(mine, theirs)
+    assert module.apply_rotary_pos_emb is own
+    for mine, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_a_rotation_of_another_kind_is_left_alone() -> None:
+    own = modeling_cohere.apply_rotary_pos_emb  # it turns neighbouring channels
+    with lean_modules(attention_of(modeling_cohere)):
+        assert modeling_cohere.apply_rotary_pos_emb is own
+
+
+def test_the_models_own_function_is_back_after_an_error() -> None:
+    own = modeling_llama.apply_rotary_pos_emb
+    with pytest.raises(ZeroDivisionError), lean_modules(attention_of(modeling_llama)):
+        raise ZeroDivisionError
+    assert modeling_llama.apply_rotary_pos_emb is own
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3", "phi3", "stablelm", "nemotron"])
+def test_a_model_rotates_by_one_function_a_layer(name: str, tiny_gguf: Callable[..., Any]) -> None:
+    model, _ = qgraft.load(tiny_gguf(name).path)
+    qgraft.attach_lora(model, r=4)
+    with padding_free(model, SAMPLES), lean_modules(model):
+        states, _ = label_states(model, collate(SAMPLES))
+    assert node_names(states).count("RotationBackward") == (2 if in_c(states) else 0)
+
+
+def node_names(tensor: Tensor) -> list[str]:
+    """The names of all nodes of the graph that a tensor comes from."""
+    seen, todo = {}, [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen[node] = node.name()
+            todo += [other for other, _ in node.next_functions]
+    return list(seen.values())

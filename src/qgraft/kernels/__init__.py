@@ -6,6 +6,7 @@
     native.py     linear.c and native.c through ctypes; and torch's products between unpacked panels
     lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
     linear.c      products in floating point; native.c: the others, and which level of CPU runs
+    pointwise.py  what a training step computes beside products, by pointwise.c or in plain torch
     level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.

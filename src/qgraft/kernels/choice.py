@@ -30,6 +30,11 @@ class Choice:
     compute: str = "float32"
 
 
+def computes_in_c(device: str) -> bool:
+    """Whether what has no format runs in C on the device (pointwise.py): the one question for all of it."""
+    return choose("linear", next(iter(native.FORMAT_IDS)), device).kernel == "native"
+
+
 @cache
 def choose(op: str, format: str, device: str) -> Choice:
     """The kernel for `op` on weights of `format` on `device` ("cpu", "cuda").

@@ -6,6 +6,7 @@
 #include "activations.h"
 #include "attend.h"
 #include "rows.h"
+#include "pointwise.h"
 
 /* Each packed row is unpacked in pieces that stay in the first-level cache, and multiplied with all rows of x. */
 static void small(const Product *of, const float *x) {
@@ -60,5 +61,7 @@ static void int8_product(const Product *of, const Activations *x) {
         }
 }
 
-const Level qgraft_base = {"plain C", plain_row, plain_row_bf16, small, NULL, NULL, NULL, NULL, NULL, NULL, quantize_token,
-                          int8_product, &vectors};
+const Level qgraft_base = {
+    .name = "plain C", .unpack_row = plain_row, .unpack_row_bf16 = plain_row_bf16, .small = small,
+    .quantize = quantize_token, .int8 = int8_product, .vectors = &vectors, .pointwise = &pointwise,
+};

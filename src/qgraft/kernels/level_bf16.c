@@ -4,14 +4,10 @@
 
 #if HAVE_BF16_LEVEL
 #pragma GCC target("arch=x86-64-v4,avx512vnni,avx512bf16,prefer-vector-width=512")
-#include "activations.h"
-#include "attend.h"
-#include "rows.h"
-#include "simd.h"
-#include "small.h"
-#include "panels.h"
-#include "low_rank.h"
+#include "level.h"
 
-const Level qgraft_v4_bf16 = {"x86-64-v4 (AVX-512, VNNI, BF16)", unpack_row, unpack_row_bf16, small, forward, backward,
-                              forward_bf16, backward_bf16, round_pairs, &low_rank, quantize_token, qgraft_int8_vnni, &vectors};
+const Level qgraft_v4_bf16 = {
+    LEVEL("x86-64-v4 (AVX-512, VNNI, BF16)", qgraft_int8_vnni),
+    .forward_bf16 = forward_bf16, .backward_bf16 = backward_bf16, .round_pairs = round_pairs,
+};
 #endif

@@ -5,8 +5,8 @@
  *   qgraft_linear_int8      y [m, rows] = x [m, columns] W^T in 8-bit integers, for the formats of `has_int8`
  *   qgraft_cpu_level        which build of the functions runs, for people
  *
- * linear.c has qgraft_linear: products with packed weights in floating point, forward and backward, with LoRAs; decode.c
- * qgraft_decode_step: one token through a whole decoder.
+ * linear.c has qgraft_linear: products with packed weights in floating point, forward and backward, with LoRAs; pointwise.c
+ * what a training step computes beside them; decode.c qgraft_decode_step: one token through a whole decoder.
  *
  * This file checks formats, shares rows out to threads and picks the level; the loops are in the headers (native.h).
  * The environment variable QGRAFT_CPU (base, v3, v4, v4-vnni) takes a lower level than the CPU has, for tests and comparisons.

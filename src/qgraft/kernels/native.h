@@ -9,7 +9,8 @@
  *
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
  * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients, in
- * bfloat16, too), low_rank.h (what a LoRA adds), activations.h and int8.h (products in 8 bits), attend.h (what decode.c needs beside products).
+ * bfloat16, too), low_rank.h (what a LoRA adds), activations.h and int8.h (products in 8 bits), attend.h (what decode.c
+ * needs beside products), pointwise.h (what training does).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -72,6 +73,22 @@ typedef struct {
                    int64_t out_stride);
 } LowRank;
 
+enum { SILU = 0, GELU_TANH = 1 };
+
+/* Loops over the numbers of an activation (pointwise.h): of one row, of one piece, of all heads of one token. */
+typedef struct {
+    float (*norm)(const float *x, const float *weight, float epsilon, int64_t n, float *y);
+    void (*normalized)(const float *x, const float *weight, float r, int64_t n, float *y);
+    void (*norm_backward)(const float *g, const float *x, const float *weight, float r, int64_t n, float *gx);
+    void (*gated)(int activation, const float *gate, const float *up, int64_t n, float *h);
+    void (*gated_backward)(int activation, const float *g, const float *gate, const float *up, int64_t n, float *g_gate,
+                           float *g_up);
+    void (*to_bf16)(const float *values, int64_t n, uint16_t *out);
+    void (*from_bf16)(const uint8_t *halves, int64_t n, float *out);
+    void (*rotate)(int backward, const float *x, int64_t stride, int64_t heads, const float *cos, const float *sin,
+                   int64_t half, int64_t channels, float *out);
+} Pointwise;
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
@@ -87,6 +104,7 @@ typedef struct {
     void (*quantize)(int format, const float *x, int64_t columns, int64_t token, const Activations *to);
     void (*int8)(const Product *product, const Activations *x);
     const Vectors *vectors;
+    const Pointwise *pointwise;
 } Level;
 
 const Level *qgraft_level(void); /* the one chosen */

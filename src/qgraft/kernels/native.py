@@ -78,6 +78,14 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
     library.qgraft_linear_int8.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
     library.qgraft_linear.argtypes = [ctypes.POINTER(Layer), i32, i32]
+    library.qgraft_norm.argtypes = [pointer, pointer, ctypes.c_float, i64, i64, pointer, pointer, i32]
+    library.qgraft_normalized.argtypes = [pointer, pointer, pointer, i64, i64, pointer, i32]
+    library.qgraft_norm_backward.argtypes = [pointer, pointer, pointer, pointer, i64, i64, pointer, i32]
+    library.qgraft_gated.argtypes = [i32, pointer, pointer, i32, i64, pointer, pointer, pointer, i32]
+    library.qgraft_gated_backward.argtypes = [i32, pointer, pointer, pointer, i32, i64, pointer, pointer, i32]
+    library.qgraft_rotate.argtypes = [
+        i32, pointer, i64, i64, i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, i64, pointer, pointer, i32,
+    ]  # fmt: skip
     library.qgraft_decode_step.argtypes = [pointer, pointer, pointer, pointer, i64, i32]
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library

@@ -1,42 +1,39 @@
-"""Norms and gated MLPs that keep little for the backward pass, in the place of transformers' own while training.
+"""Norms, gated MLPs and rotations that keep little for the backward pass, in the place of transformers' own in training.
 
     RMSNorm      y = w · x / rms(x)            kept: x and 1 / rms(x), one number a token
     gated MLP    h = act(gate) · up            kept: gate and up, rounded to bfloat16 where products are
+    rotation     (q, k) by cos and sin         kept: these, which all layers share
 
-Written with ordinary operations, transformers' RMSNorm keeps three tensors as large as x, and a gated MLP two more than
-gate and up; each passes over memory several times in both directions. The outputs y and h are inputs of linear layers,
-which would save them for their adapters: they are marked as `recomputable` from what is kept, so those save nothing.
+Formulas, and the C functions that compute each in one pass over memory on a CPU, are in kernels/pointwise.py. Written
+with ordinary operations, transformers' RMSNorm keeps three tensors as large as x, and a gated MLP two more than gate and
+up; each passes over memory several times in both directions. The outputs y and h are inputs of linear layers, which
+would save them for their adapters: they are marked as `recomputable` from what is kept, so those save nothing.
 Together this halves the memory of a step's activations. In float32 nothing is approximated.
 
-    dL/dx of the norm = r (g w  -  x r² mean(g w x)),  r = 1 / rms(x)
-        (derivative of Zhang & Sennrich 2019, arXiv:1910.07467)
-
 Which modules are what they seem is found out by trying: a norm or an MLP is replaced only if its own output is the
-formula's. Others stay as they are. Not chosen: gradient checkpointing of whole layers, which computes the matrix
-products a second time.
+formula's. Others stay as they are. So is the function that attention layers call to rotate, `apply_rotary_pos_emb`: it
+stands in the Python module of their class, where it is replaced for the time.
+
+Not chosen: gradient checkpointing of whole layers, which computes the matrix products a second time.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import unwrap
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qgraft.adapters.lora import recomputable
+from qgraft.kernels import pointwise
+from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
 from qgraft.linear import product_dtype
 from qgraft.training.loss import evaluating
 
-Activation = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]  # act(x), dL/dx of (dL/dy, x)
-
-ACTIVATIONS: tuple[Activation, ...] = (
-    (F.silu, torch.ops.aten.silu_backward),
-    (partial(F.gelu, approximate="tanh"), partial(torch.ops.aten.gelu_backward, approximate="tanh")),
-    (F.gelu, torch.ops.aten.gelu_backward),
-)
+ROTATION = "apply_rotary_pos_emb"  # what transformers calls it in every modeling_*.py that has one
 
 
 @contextmanager
@@ -48,7 +45,8 @@ def lean_modules(model: nn.Module) -> Iterator[int]:
     for module, forward in changed:
         module.forward = forward
     try:
-        yield len(changed)
+        with _lean_rotations(model):
+            yield len(changed)
     finally:
         for module, _ in changed:
             del module.forward
@@ -60,51 +58,56 @@ class RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See the class."""
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        y, r = pointwise.norm(x, weight_H, eps)
         ctx.save_for_backward(x, weight_H, r)
         ctx.mark_non_differentiable(r)
-        return normalized(x, weight_H, r), r
+        ctx.set_materialize_grads(False)  # no zeros in the place of dL/dr
+        return y, r
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
         """dL/dy -> dL/dx."""
-        x, weight_H, r = ctx.saved_tensors
-        gw = grad * weight_H
-        mean = (gw * x).mean(dim=-1, keepdim=True)
-        return gw.mul_(r).addcmul_(x, mean * r**3, value=-1), None, None
+        if grad is None:
+            return None, None, None
+        return pointwise.norm_backward(grad, *ctx.saved_tensors), None, None
 
 
 class GatedProduct(torch.autograd.Function):
-    """h = act(gate) · up, all [..., H], saving `kept_gate` and `kept_up`, which are these or rounded copies of them."""
+    """h = act(gate) · up, all [..., H], saving `kept_gate` and `kept_up`: these, or room for rounded copies of them."""
 
     @staticmethod
     def forward(
         ctx: Any, gate: Tensor, up: Tensor, kept_gate: Tensor, kept_up: Tensor, activation: Activation
     ) -> Tensor:
         """See the class."""
+        h = gated(activation, gate, up, None if kept_gate.dtype == gate.dtype else (kept_gate, kept_up))
         ctx.save_for_backward(kept_gate, kept_up)
         ctx.activation = activation
-        return gated(activation[0], gate, up)
+        return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """dL/dh -> dL/dgate, dL/dup."""
-        gate, up = (tensor.to(grad.dtype) for tensor in ctx.saved_tensors)
-        act, act_backward = ctx.activation
-        return act_backward(grad * up, gate), act(gate).mul_(grad), None, None, None
+        return *pointwise.gated_backward(ctx.activation, grad, *ctx.saved_tensors), None, None, None
 
 
-def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
-    """w · x · r."""
-    return (x * r).mul_(weight_H)
+class Rotation(torch.autograd.Function):
+    """q [1, H, T, D], k [1, G, T, D] rotated by cos, sin [1, T, R]: R may be less than D."""
 
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        ctx.save_for_backward(cos, sin)
+        return pointwise.rotate(q, k, cos, sin)
 
-def gated(act: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
-    """act(gate) · up, computed in float32 at least."""
-    dtype = torch.promote_types(gate.dtype, torch.float32)
-    return act(gate.to(dtype)).mul_(up)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g_q: Tensor, g_k: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        """dL/dq, dL/dk of the rotated ones -> of those given."""
+        cos, sin = ctx.saved_tensors
+        return *pointwise.rotate(g_q, g_k, cos, sin, backward=True), None, None
 
 
 def _lean_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
@@ -137,20 +140,72 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     act = getattr(module, "act_fn", None)
     if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
         return None
-    found = next((a for a in ACTIVATIONS if act is not None and _same(act, a[0], [(256,)])), None)
+    found = next((a for a in ACTIVATIONS if act is not None and _same(act, a, [(256,)])), None)
     width = getattr(cast(Any, module).gate_proj, "in_features", None)
     if found is None or width is None:
         return None
+    make = partial(gated, found)
 
     def forward(x: Tensor) -> Tensor:
         part: Any = module
         gate, up = part.gate_proj(x), part.up_proj(x)
         dtype = product_dtype(getattr(part.down_proj, "base", part.down_proj), gate)
-        kept = gate.detach().to(dtype), up.detach().to(dtype)
+        if dtype == gate.dtype:
+            kept = gate.detach(), up.detach()
+        else:
+            kept = gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(gate.shape, dtype=dtype)
         h = GatedProduct.apply(gate, up, *kept, found)
-        return part.down_proj(recomputable(h, partial(gated, found[0]), *kept))
+        return part.down_proj(recomputable(h, make, *kept))
 
     return forward if _same(module, forward, [(2, width)]) else None
+
+
+@contextmanager
+def _lean_rotations(model: nn.Module) -> Iterator[None]:
+    """Within the block the functions that the model's attention layers rotate with are Rotation, where they compute it."""
+    attentions = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
+    places = {id(names): names for names in (unwrap(kind.forward).__globals__ for kind in attentions)}.values()
+    own = [(names, names[ROTATION]) for names in places if callable(names.get(ROTATION))]
+    lean = [(names, function, _lean_rotation(function)) for names, function in own]
+    changed = [(names, function, found) for names, function, found in lean if found is not None]
+    for names, _, found in changed:
+        names[ROTATION] = found
+    try:
+        yield
+    finally:
+        for names, function, _ in changed:
+            names[ROTATION] = function
+
+
+def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
+    """Rotation in the place of `own`, which it calls for what C does not compute; None where its results are others."""
+    if getattr(own, "is_lean", False):  # a block within another one
+        return None
+    part, whole = (_rotates(own, width) for width in (4, 8))
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        known = part or cos.shape[-1] == q.shape[-1]
+        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not pointwise.in_c(q, k, cos, sin):
+            return own(q, k, cos, sin, *args, **kwargs)
+        return Rotation.apply(q, k, cos, sin)
+
+    rotate.is_lean = True  # type: ignore[attr-defined]
+    return rotate if whole else None
+
+
+def _rotates(own: Callable[..., Any], width: int) -> bool:
+    """Whether `own` rotates the first `width` of 8 channels, with any cos and sin."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 4, 5, 8), (1, 2, 5, 8), (1, 5, width), (1, 5, width))
+    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
+    with torch.no_grad():
+        try:
+            expected, got = own(q, k, cos, sin), pointwise.rotate(q, k, cos, sin)
+        except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+            return False  # it takes other things than its name says
+    if not isinstance(expected, tuple) or len(expected) != 2:
+        return False
+    return all(_near(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
 
 
 def _same(module: Callable[..., Any], forward: Callable[..., Any], shapes: list[Any]) -> bool:
@@ -163,4 +218,11 @@ def _same(module: Callable[..., Any], forward: Callable[..., Any], shapes: list[
             expected, got = module(*inputs), forward(*inputs)
         except (TypeError, AttributeError):  # takes or holds other things than its name says
             return False
-    return isinstance(expected, Tensor) and torch.allclose(expected, got, rtol=1e-5, atol=1e-6)
+    return isinstance(expected, Tensor) and _near(got, expected)
+
+
+def _near(got: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same but for rounding, which in a sum is that of its largest part."""
+    if got.shape != expected.shape:
+        return False
+    return torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
