@@ -115,7 +115,7 @@ def lora_backward(
     if isinstance(base, Weight):
         native.run_layer(g_NO, gx_NI, base.packed, terms=pointers, backward=True, bf16=base.bf16)
     else:
-        inputs = terms[0].A_RI.shape[1]
+        inputs = terms[0].A.shape[1]
         native.run_layer(g_NO, gx_NI, (g_NO.shape[1], inputs), terms=pointers, backward=True)
     return gx_NI, grads
 
