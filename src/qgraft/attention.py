@@ -15,8 +15,8 @@ it between two passes, and a layer that gradient checkpointing runs again is giv
     SAMPLES   "qgraft_samples": for a padding-free batch on a CPU, each sample by itself instead of one masked square
               over all of them. transformers separates the samples by a mask [tokens, tokens], which makes PyTorch's CPU
               kernel compute all of the square and leave its fast causal path: 384 tokens in seven samples take three
-              times as long as the seven small triangles, forward and backward. Keys and values of grouped-query models
-              are not expanded either. The boundaries come as the argument that flash attention defines for them,
+              times as long as the seven small triangles, forward and backward. How they are computed is in
+              kernels/samples.py. The boundaries come as the argument that flash attention defines for them,
               `cu_seq_lens_q`.
 
 Not chosen: the prefix in the cache, as PEFT and the original ChatGLM have it. A cache grows when a layer is run again,
@@ -25,7 +25,6 @@ and there is none in training. Shapes: B batch, H heads, G key and value heads, 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qgraft.errors import UnsupportedError
+from qgraft.kernels import samples
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
 
@@ -147,39 +147,11 @@ def attend_samples(
     """
     if attention_mask is not None or cu_seq_lens_q is None or kwargs.get("softcap") is not None:
         raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
-    bounds = list(pairwise(cu_seq_lens_q.tolist()))
-    contexts = [0] * len(bounds) if context_lens is None else context_lens.tolist()
-    front = (key[:, :, :0], value[:, :, :0]) if prefix is None else prefix.of(module, key, value)
-    grouped = query.shape[1] != key.shape[1]
-    lengths = [stop - start for start, stop in bounds]
-    # split, not slices: the gradient of each slice would be a tensor of zeros as large as the whole
-    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
-    parts = []
-    for (q, k, v), context in zip(samples, contexts, strict=True):
-        if prefix is not None:
-            k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
-        mask = _sample_mask(q.shape[2], front[0].shape[2], sliding_window, context, query.device)
-        causal = mask is None
-        parts.append(
-            F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
-            ).transpose(1, 2)
-        )
-    return torch.cat(parts, dim=1), None
-
-
-def _sample_mask(
-    tokens: int, prefix: int, sliding_window: int | None, context: int, device: torch.device
-) -> Tensor | None:
-    """[T, P + T] bool, true where a token may look; None where that is itself and all before it, without a prefix."""
-    if not prefix and context <= 1 and (sliding_window is None or tokens <= sliding_window):
-        return None
-    key = torch.arange(tokens, device=device)
-    distance = key[:, None] - key
-    visible = distance >= 0
-    if sliding_window is not None:
-        visible &= distance < sliding_window
-    return F.pad(visible | (key < context), (prefix, 0), value=True)
+    out = samples.attend(
+        query, key, value, cu_seq_lens_q, scale=scaling, dropout=dropout, window=sliding_window, contexts=context_lens,
+        prefix=None if prefix is None else prefix.of(module, key, value),
+    )  # fmt: skip
+    return out, None
 
 
 AttentionInterface.register(PREFIX, attend_with_prefix)

@@ -7,6 +7,7 @@
     lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
     linear.c      products in floating point; native.c: the others, and which level of CPU runs
     pointwise.py  what a training step computes beside products, by pointwise.c or in plain torch
+    samples.py    attention within samples that share a row, samples.c through ctypes; the same in plain torch
     level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.

@@ -7,6 +7,7 @@
 #include "attend.h"
 #include "rows.h"
 #include "pointwise.h"
+#include "samples.h"
 
 /* Each packed row is unpacked in pieces that stay in the first-level cache, and multiplied with all rows of x. */
 static void small(const Product *of, const float *x) {
@@ -63,5 +64,6 @@ static void int8_product(const Product *of, const Activations *x) {
 
 const Level qgraft_base = {
     .name = "plain C", .unpack_row = plain_row, .unpack_row_bf16 = plain_row_bf16, .small = small,
-    .quantize = quantize_token, .int8 = int8_product, .vectors = &vectors, .pointwise = &pointwise,
+    .quantize = quantize_token, .int8 = int8_product, .vectors = &vectors,
+    .pointwise = &pointwise, .attention = &attention,
 };

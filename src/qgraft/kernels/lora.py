@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import native
-from qgraft.kernels.choice import choose
+from qgraft.kernels.choice import choose, computes_in_c
 
 
 class Weight(NamedTuple):
@@ -64,7 +64,7 @@ def reads(format: str, x: Tensor) -> bool:
 def _in_c(x: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return False
-    return choose("linear", "q4_1", "cpu").kernel == "native" and native.has_panels()
+    return computes_in_c("cpu") and native.has_panels()
 
 
 def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:

@@ -10,7 +10,8 @@
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
  * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients, in
  * bfloat16, too), low_rank.h (what a LoRA adds), activations.h and int8.h (products in 8 bits), attend.h (what decode.c
- * needs beside products), pointwise.h (what training does).
+ * needs beside products), pointwise.h (what training does), samples.h
+ * (attention of packed samples).
  */
 
 #ifndef QGRAFT_NATIVE_H
@@ -89,6 +90,31 @@ typedef struct {
                    int64_t half, int64_t channels, float *out);
 } Pointwise;
 
+/* Token t of head h is at data + t * token + h * head; its channels follow one another. */
+typedef struct {
+    const float *data;
+    int64_t token, head;
+} Strided;
+
+/* Attention of samples that share a row of tokens (samples.h). As the structure of samples.py, field by field. */
+typedef struct {
+    Strided q, k, v, front_k, front_v;                       /* front: a prefix, in front of the keys of every sample */
+    int64_t heads, groups, channels, tokens, samples, prefix, window; /* prefix, window: 0 for none */
+    const int64_t *bounds, *contexts; /* [samples + 1], [samples] or NULL: tokens at the start that all of a sample see */
+    double scale;
+} Attention;
+
+enum { ATTENTION_QUERIES = 24, ATTENTION_QUERIES_BACK = 48, ATTENTION_PANEL = 64 }; /* queries at a time; keys of a panel */
+
+/* What samples.c shares out. `packed`: the keys and values of a group, in parts of `size` numbers. */
+typedef struct {
+    void (*pack)(const Attention *of, int64_t sample, int64_t group, int backward, float *packed, int64_t size);
+    void (*forward)(const Attention *of, int64_t sample, int64_t head, const float *packed, int64_t size, float *scratch,
+                    float *out, float *lse);
+    void (*backward)(const Attention *of, int64_t sample, int64_t head, const float *packed, int64_t size, float *scratch,
+                     const float *g, const float *out, const float *lse, float *gq, float *gk, float *gv);
+} AttentionLoops;
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
@@ -105,6 +131,7 @@ typedef struct {
     void (*int8)(const Product *product, const Activations *x);
     const Vectors *vectors;
     const Pointwise *pointwise;
+    const AttentionLoops *attention;
 } Level;
 
 const Level *qgraft_level(void); /* the one chosen */

@@ -87,6 +87,8 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         i32, pointer, i64, i64, i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, i64, pointer, pointer, i32,
     ]  # fmt: skip
     library.qgraft_decode_step.argtypes = [pointer, pointer, pointer, pointer, i64, i32]
+    library.qgraft_attend_samples.argtypes = [pointer, pointer, pointer, i32]
+    library.qgraft_attend_samples_backward.argtypes = [*[pointer] * 9, i32]
     library.qgraft_cpu_level.restype = ctypes.c_char_p
     return library
 
