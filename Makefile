@@ -30,6 +30,8 @@ bench: $(READY)           ## speed and memory beside PEFT, bitsandbytes, llama.c
 	$(BIN)/python benchmarks/profile_step.py
 	$(BIN)/python benchmarks/load.py
 	$(BIN)/python benchmarks/adapters.py
+	$(BIN)/python benchmarks/jobs.py
+	$(BIN)/python benchmarks/frozen_cache.py
 
 bench-merge: $(READY)     ## what merging keeps, by format, rank and task; hours
 	$(BIN)/python -m pip install --quiet -e ".[dev,bench]"

@@ -14,6 +14,7 @@ from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.loss import batch_loss, evaluating, padding_free
 from qgraft.training.reading import read_dataset
 from qgraft.training.tokenizing import Recipe, Sample, build_samples, resolve_template
+from qgraft.training.turns import by_driver
 
 EVAL_TOKENS = 1024  # in one pass; without gradients activations are small
 
@@ -82,6 +83,7 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
     return min(max_length, context - taken)
 
 
+@by_driver
 @torch.no_grad()
 def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Evaluation:
     """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept."""

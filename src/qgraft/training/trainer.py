@@ -13,10 +13,10 @@ Everything else (schedules, accumulation, clipping, optimizers, callbacks) is tr
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -66,8 +66,19 @@ class LoraTrainer(Trainer):
             self.args.max_grad_norm = UNCLIPPED
         self._staging: Path | None = None
         self._flos_per_token: int | None = None
+        self._trained = nn.ParameterList()  # during train(): for what asks a model for its parameters and walks it all
 
     # --- a step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As usual; but gradients are cleared and clipped without walks over all modules, which took as long again."""
+        model = cast(nn.Module, self.model)
+        self._trained = nn.ParameterList(p for p in model.parameters() if p.requires_grad)
+        model.zero_grad = self._trained.zero_grad  # type: ignore[method-assign]
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            del model.zero_grad
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         return torch.tensor(sum(count_labels(batch) for batch in batch_samples), device=device)
@@ -99,7 +110,7 @@ class LoraTrainer(Trainer):
 
     def _clip_grad_norm(self, model: PreTrainedModel) -> Tensor:
         """Clip as usual; a step with NaN or infinity anywhere leaves no gradient, so the optimizer does nothing."""
-        norm = super()._clip_grad_norm(model)
+        norm = super()._clip_grad_norm(self._trained)
         scaled = self.accelerator.scaler is not None  # the scaler of float16 runs skips and counts on its own
         if not scaled:
             self._guard(model, norm)
