@@ -47,7 +47,7 @@ def tokens_through(model, layer):
     """A list that grows by the tokens of each pass through a layer."""
     seen = []
     first = next(module for module in decoder_layers(model)[layer].modules() if "Norm" in type(module).__name__)
-    first.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[-2]))
+    first.register_forward_pre_hook(lambda module, args: seen.append(args[0].numel() // args[0].shape[-1]))
     return seen
 
 
