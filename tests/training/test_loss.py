@@ -142,5 +142,6 @@ def test_batches_count_and_split_between_samples():
     assert [part["input_ids"].shape[1] for part in split_batch(batch, 16)] == [13, 11, 14]
     assert [part["input_ids"].shape[1] for part in split_batch(batch, 0)] == lengths
     assert len(split_batch(batch, 1000)) == 1
+    assert [part["input_ids"].shape[1] for part in split_batch(batch, 26)] == [24, 14], "as few as possible, then even"
     rejoined = torch.cat([part["labels"] for part in split_batch(batch, 16)], dim=1)
     assert torch.equal(rejoined, batch["labels"])

@@ -32,16 +32,31 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 def split_batch(batch: Batch, budget: int) -> list[Batch]:
-    """Parts of at most `budget` tokens each, cut between samples; a longer sample is a part of its own."""
+    """Parts of at most `budget` tokens each, cut between samples; a longer sample is a part of its own.
+
+    As few parts as possible, and of those cuts one whose largest part is smallest: it takes the least memory.
+    """
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     ends = [*starts[1:], batch["input_ids"].shape[1]]
+    samples = list(zip(starts, ends, strict=True))
+    bounds = _cut(samples, budget)
+    low, high = 0, max((end - start for start, end in bounds), default=0)
+    while low < high:
+        middle = (low + high) // 2
+        fewer = _cut(samples, middle)
+        low, high, bounds = (low, middle, fewer) if len(fewer) == len(bounds) else (middle + 1, high, bounds)
+    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in bounds]
+
+
+def _cut(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
+    """The bounds of parts, each of which takes as many samples as the budget allows."""
     bounds: list[tuple[int, int]] = []
-    for start, end in zip(starts, ends, strict=True):
+    for start, end in samples:
         if bounds and end - bounds[-1][0] <= budget:
             bounds[-1] = (bounds[-1][0], end)
         else:
             bounds.append((start, end))
-    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in bounds]
+    return bounds
 
 
 def count_labels(batch: Batch) -> int:
