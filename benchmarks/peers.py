@@ -137,6 +137,9 @@ def train_qgraft(
     from torch.utils.data import SequentialSampler
 
     import qgraft
+    from qgraft.cli.main import import_trainer_alone
+
+    import_trainer_alone()  # as the command does
     from qgraft.training.evaluate import evaluate_samples
     from qgraft.training.tokenizing import Sample
     from qgraft.training.trainer import LoraTrainer

@@ -7,9 +7,10 @@ The contestants are those of train_cpu.py, each in a process of its own. A few s
 one optimizer step to the end of another, so everything that a step needs is in it. The time that each operator spends in
 itself, without those that it calls, goes to one category, by what it is and what it is called by:
 
-    base products     matrix products with frozen weights, forward and backward, unpacking them included: one loop does both
-    adapter           matrix products of which a side is the rank
-    attention         scaled_dot_product_attention, both ways
+    base products     matrix products with frozen weights, forward and backward, unpacking them included: one loop does both;
+                      ours with what the LoRAs add, which is in the same call
+    adapter           other matrix products of which a side is the rank
+    attention         scaled_dot_product_attention or our own, both ways
     loss and head     whatever has the vocabulary as a dimension, and what the loss function calls
     optimizer         AdamW and the clipping of gradients
     elementwise       norms, activations, rotations, additions, copies
@@ -40,7 +41,19 @@ PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mv",
 PACKED = ("qgraft::", "bitsandbytes::", "aten::_weight_")
 LOSS = ("_ChunkedCrossEntropy", "aten::cross_entropy", "aten::nll_loss", "aten::log_softmax", "aten::_log_softmax")
 OPTIMIZER = ("Optimizer.", "aten::_foreach_", "aten::linalg_vector_norm", "aten::_fused_adamw")
-ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct")
+ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct", "attention::")
+NATIVE = {  # C functions, which the profiler does not see by itself -> what they are called here
+    "qgraft_linear": "qgraft::layer",
+    "qgraft_linear_int8": "qgraft::int8",
+    "qgraft_attend_samples": "attention::forward",
+    "qgraft_attend_samples_backward": "attention::backward",
+    "qgraft_norm": "pointwise::norm",
+    "qgraft_normalized": "pointwise::again",
+    "qgraft_norm_backward": "pointwise::norm_backward",
+    "qgraft_gated": "pointwise::gated",
+    "qgraft_gated_backward": "pointwise::gated_backward",
+    "qgraft_rotate": "pointwise::rotate",
+}
 WITHOUT_WORK = {
     "linear", "matmul", "t", "transpose", "view", "_unsafe_view", "reshape", "expand", "expand_as", "slice", "select",
     "as_strided", "unsqueeze", "squeeze", "permute", "detach", "alias", "empty", "empty_like", "empty_strided", "resize_",
@@ -100,6 +113,8 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
             profiler.stop()
 
     register_optimizer_step_post_hook(stepped)
+    if options.only.startswith("qgraft"):
+        name_native_functions()
     peers.train(options.only, shared, options.folder, ends, options.batch)
     wall = times[ends - 1] - times[begins - 1]
     seconds = dict.fromkeys(CATEGORIES, 0.0)
@@ -113,6 +128,25 @@ def profile(options: argparse.Namespace) -> dict[str, float]:
         "profiled_seconds_per_step": wall / options.steps,
         **{category: each / options.steps for category, each in seconds.items()},
     }
+
+
+def name_native_functions() -> None:
+    """Let the profiler see the C functions of qgraft."""
+    from torch.profiler import record_function
+
+    from qgraft.kernels import native
+
+    library = native._loaded()
+
+    def named(function: Any, name: str) -> Any:
+        def call(*arguments: Any) -> Any:
+            with record_function(name):
+                return function(*arguments)
+
+        return call
+
+    for function, name in NATIVE.items():
+        setattr(library, function, named(getattr(library, function), name))
 
 
 def category_of(event: Any, vocabulary: int) -> str | None:

@@ -64,9 +64,9 @@ def _version(package: str) -> str | None:
 def _print(findings: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {number or '-'}" for name, number in findings["packages"].items())
     cpu = findings["cpu"]
-    bf16 = "in hardware" if cpu["fast_bfloat16"] else "not in hardware, so never chosen"
+    bf16 = "in hardware: training multiplies in it" if cpu["fast_bfloat16"] else "not in hardware, so never chosen"
     print(f"python {findings['python']} on {findings['platform']}\n{packages}")
-    print(f"cpu    {cpu['capability']}, {cpu['threads']} threads, bfloat16 {bf16}; the default is float32")
+    print(f"cpu    {cpu['capability']}, {cpu['threads']} threads, bfloat16 {bf16}")
     print(f"gpu    {findings['gpu'] or 'none'}")
     print(f"native {findings['native_kernels']['why']}")
     print(f"cache  {findings['cache']}\n")
@@ -75,6 +75,7 @@ def _print(findings: dict[str, Any]) -> None:
     for choice in findings["kernels"]:
         rows.setdefault((choice["device"], choice["format"]), []).append(choice)
     for (device, name), choices in rows.items():
-        *floats, int8 = choices
-        kernels = "".join(f"{c['kernel']:<12}" for c in floats)
+        ops = {choice["op"]: choice for choice in choices}  # those in bfloat16 have the kernel of those in float32
+        kernels = "".join(f"{ops[op]['kernel']:<12}" for op in ("dequantize", "linear", "linear_grad_input"))
+        int8 = ops["linear_int8"]
         print(f"{device:<7}{name:<14}{kernels}{int8['compute']:<9}{choices[0]['why']}")

@@ -17,16 +17,17 @@ training or in an evaluation does not matter. A pass goes the short way when all
 
 Is it exact? The states are kept as they are, not rounded. The question is whether a sample's states depend on the
 others in its pass. Attention goes sample by sample (training/attention.py), everything else row by row; but a matrix
-product may sum a row in another order when there are more or fewer rows. Measured (torch 2.13, MKL's sgemm, AVX-512, K
-of 32, 576 and 1536, N of 64 to 1536, M of 1 to 599, also into slices of a wider result): a row is the same bits for
-all M from 4 on with one thread, from 12 on with 2 to 8 threads, from 28 on with 16 (a thread that is left with 1 to 3
-rows sums them otherwise); in bfloat16 (oneDNN) for every M. For a few rows our own kernel takes another path as well.
-So passes of few tokens always go the long way (`least_tokens`), if samples share passes. What other libraries do is
-not known, so it is found out at the start of each run, by trying: a few samples go through the model in two orders and
-numbers. Where a single bit differs, a note says that losses are equal to rounding only, and so it does where attention
-is not sample by sample but masked (models that cap their scores or do not hand the bounds on, GPUs): there the sums
-depend on where in the pass a sample stands. Everywhere else losses and adapter were those of a run without the cache,
-bit for bit, in every pair of runs compared (tests/training/test_frozen_cache.py, benchmarks/frozen_cache.py).
+product may sum a row in another order when there are more or fewer rows. Our own loops (kernels/linear.c) do so for few
+rows only, whatever the threads. Where torch multiplies instead, measured (torch 2.13, MKL's sgemm, AVX-512, K of 32,
+576 and 1536, N of 64 to 1536, M of 1 to 599, also into slices of a wider result): a row is the same bits for all M from
+4 on with one thread, from 12 on with 2 to 8 threads, from 28 on with 16 (a thread that is left with 1 to 3 rows sums
+them otherwise); in bfloat16 (oneDNN) for every M. So passes of few tokens always go the long way (`least_tokens`), if
+samples share passes. What other libraries do is not known, so it is found out at the start of each run, by trying: a
+few samples go through the model in two orders and numbers. Where a single bit differs, a note says that losses are
+equal to rounding only, and so it does where attention is not sample by sample but masked (models that cap their scores
+or do not hand the bounds on, GPUs): there the sums depend on where in the pass a sample stands. Everywhere else losses
+and adapter were those of a run without the cache, bit for bit, in every pair of runs compared
+(tests/training/test_frozen_cache.py, benchmarks/frozen_cache.py).
 
 Not chosen: states in half precision (half the file, but other losses); the file mapped into memory (its pages would
 count as memory of the process, and a full disk would be a SIGBUS); a pass of its own before the first epoch, sample by

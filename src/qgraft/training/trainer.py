@@ -75,6 +75,7 @@ class LoraTrainer(Trainer):
         model = cast(nn.Module, self.model)
         self._gradients = _Gradients([p for p in model.parameters() if p.requires_grad])
         model.zero_grad = self._gradients.clear  # type: ignore[method-assign]
+        model.zero_grad()
         try:
             return super().train(*args, **kwargs)
         finally:
