@@ -254,12 +254,14 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     from qgraft.training.batches import collate
     from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss, padding_free
+    from qgraft.training.memory import map_large_blocks
     from qgraft.training.precision import has_fast_bf16
 
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4)
+    map_large_blocks()  # as a run does
     seconds = []
     with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem, ExitStack() as stack:
         assert problem is None, problem

@@ -162,6 +162,7 @@ def settle_noted(
 ) -> tuple[int, dict[str, float]]:  # fmt: skip
     """settle() where there is a limit, said in `notes` and on the terminal; returns the budget, and metrics to report."""
     if not args.memory_limit:
+        map_large_blocks()
         return budget, {}
     chosen = settle(model, args, samples, budget)
     notes.append(f"memory_limit {args.memory_limit}: {chosen}")
@@ -175,6 +176,18 @@ def apply_setting(args: TrainArguments, setting: Setting) -> None:
     args.max_tokens_per_pass = setting.tokens_per_pass
     renamed = hasattr(args, "activation_checkpointing")  # in newer releases of transformers
     setattr(args, "activation_checkpointing" if renamed else "gradient_checkpointing", setting.checkpointing)
+
+
+def map_large_blocks() -> None:
+    """Let each block of more than 3 MB have memory of its own; only where glibc serves it.
+
+    In a model of 6 billion weights most tensors of a pass are larger. From the heap they leave holes behind that the next one
+    does not fit into: a run of 512 tokens held 6.7 GB instead of 4.7. Pages asked for anew cost it some 15 % of its time; a
+    small model has no such tensors.
+    """
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, 3 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 128 << 20)
 
 
 def give_back_freed_memory() -> None:
