@@ -350,3 +350,11 @@ def test_bf16_leaves_the_output_layer_in_float32(tiny_gguf: Callable[..., Any]) 
     assert computes.pop("lm_head", "float32") == "float32"
     assert set(computes.values()) == {"bf16"}
     assert all(m.compute == "float32" for m in model.modules() if isinstance(m, QuantizedLinear))
+
+
+def test_a_layer_refuses_data_of_another_size() -> None:
+    """The C loops trust these sizes: a wrong one would read past the end."""
+    good = make_packed("q4_1", 6, 64)
+    for data, message in ((good.data[:, :-1], r"got data \[6, 39\], expected \[out, 40\]"), (good.data[:5], "5 rows")):
+        with pytest.raises(ValueError, match=message):
+            QuantizedLinear(PackedTensor("q4_1", (6, 64), data, None))

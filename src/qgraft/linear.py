@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.formats import PackedTensor
-from qgraft.kernels import dequantize, linear, linear_bf16, linear_grad_input, linear_grad_input_bf16, linear_int8
+from qgraft.kernels import (
+    checked,
+    dequantize,
+    linear,
+    linear_bf16,
+    linear_grad_input,
+    linear_grad_input_bf16,
+    linear_int8,
+)
 from qgraft.kernels.lora import Weight, reads
 from qgraft.kernels.native import has_bf16
 
@@ -47,7 +55,10 @@ class PackedWeight(nn.Module):
         self.set(packed)
 
     def set(self, packed: PackedTensor) -> None:
-        """Hold `packed` from now on."""
+        """Hold `packed` from now on. Raises ValueError where its parts are not of its format's sizes."""
+        whole = checked(packed.data, packed.scale, packed.format, packed.shape[1])
+        if whole.shape != packed.shape:
+            raise ValueError(f"{packed.format} weight: got data of {whole.shape[0]} rows for a shape {packed.shape}")
         self.format, self.shape = packed.format, packed.shape
         self.register_buffer("data", packed.data)
         self.register_buffer("scale", packed.scale)

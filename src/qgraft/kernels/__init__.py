@@ -16,6 +16,7 @@ The functions here take a PackedTensor; below them everything is tensors, as tor
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
 from qgraft.kernels.native import native_status
 from qgraft.kernels.ops import (
+    checked,
     dequantize,
     linear,
     linear_bf16,
@@ -27,6 +28,7 @@ from qgraft.kernels.ops import (
 __all__ = [
     "KERNELS_VARIABLE",
     "Choice",
+    "checked",
     "choose",
     "dequantize",
     "linear",

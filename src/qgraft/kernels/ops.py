@@ -11,7 +11,7 @@ round, in bfloat16, too. The gradient of linear_int8 is that of linear: the roun
 families pass through the same ops, `scale` being None for GGML blocks: one table instead of one for each family, since no
 kernel differs in anything but how it reads a row.
 
-Argument checks run in eager code (`_packed`), not only in the shape functions, which eager calls never reach.
+Argument checks run in eager code (`checked`), not only in the shape functions, which eager calls never reach.
 """
 
 from collections.abc import Callable
@@ -76,7 +76,8 @@ def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     return torch.ops.qgraft.linear_grad_input_bf16(grad, packed.data, packed.scale, packed.format, packed.shape[1])
 
 
-def _packed(data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
+def checked(data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
+    """The packed tensor of these parts. Raises ValueError where their sizes are not those of the format."""
     # The native loops trust these sizes: a wrong one would read past the end of the data or of the scales.
     layout = get_format(format)
     width = layout.row_bytes(in_features)
@@ -99,27 +100,27 @@ def _kernel(op: str, format: str, device: torch.device) -> ModuleType:
 
 @_op("dequantize")
 def _dequantize_op(data: Tensor, scale: Tensor | None, format: str, in_features: int, dtype: torch.dtype) -> Tensor:
-    packed = _packed(data, scale, format, in_features)
+    packed = checked(data, scale, format, in_features)
     # never a view of `data`, which a custom op must not return: formats read into memory of their own
     return _kernel("dequantize", format, data.device).dequantize(packed, dtype)
 
 
 @_op("linear")
 def _linear_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    packed = _packed(data, scale, format, x.shape[-1])
+    packed = checked(data, scale, format, x.shape[-1])
     return _kernel("linear", format, x.device).linear(x, packed)
 
 
 @_op("linear_bf16")
 def _linear_bf16_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    packed = _packed(data, scale, format, x.shape[-1])
+    packed = checked(data, scale, format, x.shape[-1])
     _expect_float32("linear_bf16", x)
     return _kernel("linear_bf16", format, x.device).linear_bf16(x, packed)
 
 
 @_op("linear_int8")
 def _linear_int8_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
-    packed = _packed(data, scale, format, x.shape[-1])
+    packed = checked(data, scale, format, x.shape[-1])
     _expect_float32("linear_int8", x)
     choice = choose("linear_int8", format, x.device.type)
     kernel = _KERNELS[choice.kernel]
@@ -140,7 +141,7 @@ def _grad_input_bf16_op(grad: Tensor, data: Tensor, scale: Tensor | None, format
 
 
 def _packed_for(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:
-    packed = _packed(data, scale, format, in_features)
+    packed = checked(data, scale, format, in_features)
     if grad.shape[-1] != packed.shape[0]:
         raise ValueError(f"gradient of {grad.shape[-1]} outputs for a weight of {packed.shape[0]} outputs")
     return packed
