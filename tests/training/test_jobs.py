@@ -179,11 +179,11 @@ def test_an_interrupt_in_the_middle_leaves_no_thread_behind(tiny_gguf, rows, tmp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs_module, "learn_together", interrupted)
-    before = threading.active_count()
+    before, handler = threading.active_count(), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         run_together(tiny_gguf, rows, tmp_path)
     assert threading.active_count() == before
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_names_are_made_different(rows, tmp_path):
