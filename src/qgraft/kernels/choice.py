@@ -8,6 +8,9 @@ import os
 from dataclasses import dataclass
 from functools import cache
 
+import torch
+from torch import Tensor
+
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import native
 
@@ -30,9 +33,12 @@ class Choice:
     compute: str = "float32"
 
 
-def computes_in_c(device: str) -> bool:
-    """Whether what has no format runs in C on the device (pointwise.py): the one question for all of it."""
-    return choose("linear", next(iter(native.FORMAT_IDS)), device).kernel == "native"
+def in_c(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
+    """Whether C computes with these, where no weight's format decides: all of `dtype` on a CPU, and the library serves."""
+    for tensor in tensors:
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            return False
+    return choose("linear", next(iter(native.FORMAT_IDS)), "cpu").kernel == "native"
 
 
 @cache

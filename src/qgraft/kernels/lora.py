@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import native
-from qgraft.kernels.choice import choose, computes_in_c
+from qgraft.kernels.choice import choose, in_c
 
 
 class Weight(NamedTuple):
@@ -62,9 +62,7 @@ def reads(format: str, x: Tensor) -> bool:
 
 
 def _in_c(x: Tensor) -> bool:
-    if x.device.type != "cpu" or x.dtype != torch.float32:
-        return False
-    return computes_in_c("cpu") and native.has_panels()
+    return in_c(x) and native.has_panels()
 
 
 def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
@@ -74,18 +72,19 @@ def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> 
         base: the frozen weight, or the product with it, [N, O], which is overwritten.
     """
     _check(base, x_NI, 1)
-    y_NO = x_NI.new_empty(len(x_NI), base.packed.shape[0]) if isinstance(base, Weight) else base
-    if not isinstance(base, Weight) and not _in_c(x_NI):
-        return _add_terms(y_NO, terms)
+    weight: PackedTensor | tuple[int, int]
+    if isinstance(base, Weight):
+        y_NO, (weight, bias, bf16) = x_NI.new_empty(len(x_NI), base.packed.shape[0]), base
+    elif not _in_c(x_NI):
+        return _add_terms(base, terms)
+    else:
+        y_NO, weight, bias, bf16 = base, (base.shape[1], x_NI.shape[1]), None, False
     hs = [x_NI.new_empty(len(term.x), len(term.A)) for term in terms]
     pointers = [
         native.Term(*_start(term), _rows(term.x), h.data_ptr(), None, None, None, 0)
         for term, h in zip(terms, hs, strict=True)
     ]
-    if isinstance(base, Weight):
-        native.run_layer(x_NI, y_NO, base.packed, bias=base.bias, terms=pointers, bf16=base.bf16)
-    else:
-        native.run_layer(x_NI, y_NO, (y_NO.shape[1], x_NI.shape[1]), terms=pointers)
+    native.run_layer(x_NI, y_NO, weight, bias=bias, terms=pointers, bf16=bf16)
     return y_NO, hs
 
 
@@ -99,9 +98,14 @@ def lora_backward(
         hs: as lora_forward gave them.
     """
     _check(base, g_NO, 0)
-    gx_NI = g_NO.new_empty(len(g_NO), base.packed.shape[1]) if isinstance(base, Weight) else base
-    if not isinstance(base, Weight) and not _in_c(g_NO):
-        return gx_NI, [_term_backward(g_NO, gx_NI, term, h) for term, h in zip(terms, hs, strict=True)]
+    gx_NI: Tensor | None
+    weight: PackedTensor | tuple[int, int]
+    if isinstance(base, Weight):
+        gx_NI, (weight, _, bf16) = g_NO.new_empty(len(g_NO), base.packed.shape[1]), base
+    elif not _in_c(g_NO):
+        return base, [_term_backward(g_NO, base, term, h) for term, h in zip(terms, hs, strict=True)]
+    else:
+        gx_NI, weight, bf16 = base, (g_NO.shape[1], terms[0].A.shape[1]), False
     grads = [
         Grads(torch.empty_like(t.A), torch.empty_like(t.B), torch.empty_like(h)) for t, h in zip(terms, hs, strict=True)
     ]
@@ -112,11 +116,7 @@ def lora_backward(
         )
         for term, h, grad in zip(terms, hs, grads, strict=True)
     ]  # fmt: skip
-    if isinstance(base, Weight):
-        native.run_layer(g_NO, gx_NI, base.packed, terms=pointers, backward=True, bf16=base.bf16)
-    else:
-        inputs = terms[0].A.shape[1]
-        native.run_layer(g_NO, gx_NI, (g_NO.shape[1], inputs), terms=pointers, backward=True)
+    native.run_layer(g_NO, gx_NI, weight, terms=pointers, backward=True, bf16=bf16)
     return gx_NI, grads
 
 

@@ -176,31 +176,28 @@ def _save_packed(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(data, scale)
 
 
-def _linear_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    data, scale = ctx.saved_tensors
-    return torch.ops.qgraft.linear_grad_input(grad, data, scale, ctx.format, ctx.in_features), None, None, None
+def _by_grad_input(name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        data, scale = ctx.saved_tensors
+        op = getattr(torch.ops.qgraft, name)
+        return op(grad, data, scale, ctx.format, ctx.in_features), None, None, None
+
+    return backward
 
 
-def _linear_bf16_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    data, scale = ctx.saved_tensors
-    return torch.ops.qgraft.linear_grad_input_bf16(grad, data, scale, ctx.format, ctx.in_features), None, None, None
+def _by_linear(name: str):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        data, scale = ctx.saved_tensors
+        return getattr(torch.ops.qgraft, name)(grad, data, scale, ctx.format), None, None, None, None
 
-
-def _linear_grad_input_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    data, scale = ctx.saved_tensors
-    return torch.ops.qgraft.linear(grad, data, scale, ctx.format), None, None, None, None
-
-
-def _linear_grad_input_bf16_backward(ctx, grad):  # type: ignore[no-untyped-def]
-    data, scale = ctx.saved_tensors
-    return torch.ops.qgraft.linear_bf16(grad, data, scale, ctx.format), None, None, None, None
+    return backward
 
 
 for _name, _backward in (
-    ("linear", _linear_backward),
-    ("linear_int8", _linear_backward),
-    ("linear_bf16", _linear_bf16_backward),
-    ("linear_grad_input", _linear_grad_input_backward),
-    ("linear_grad_input_bf16", _linear_grad_input_bf16_backward),
+    ("linear", _by_grad_input("linear_grad_input")),
+    ("linear_int8", _by_grad_input("linear_grad_input")),
+    ("linear_bf16", _by_grad_input("linear_grad_input_bf16")),
+    ("linear_grad_input", _by_linear("linear")),
+    ("linear_grad_input_bf16", _by_linear("linear_bf16")),
 ):
     torch.library.register_autograd("qgraft::" + _name, _backward, setup_context=_save_packed, lib=_LIBRARY)

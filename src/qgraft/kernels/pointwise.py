@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qgraft.kernels import native
-from qgraft.kernels.choice import computes_in_c
+from qgraft.kernels.choice import in_c
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,6 @@ class Activation:
 
 
 ACTIVATIONS = (Activation("silu", number=0), Activation("gelu-tanh", "tanh", number=1), Activation("gelu"))
-
-
-def in_c(*tensors: Tensor) -> bool:
-    """Whether these are what the C functions take: float32 on a device that has them."""
-    for tensor in tensors:
-        if tensor.dtype != torch.float32 or not tensor.is_cpu:
-            return False
-    return computes_in_c("cpu")
 
 
 def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -170,6 +162,6 @@ def _norm_in_c(x: Tensor, weight_H: Tensor, *others: Tensor) -> bool:
 
 
 def _gated_in_c(act: Activation, gate: Tensor, up: Tensor) -> bool:
-    if act.number is None or gate.dtype != up.dtype or gate.dtype not in (torch.float32, torch.bfloat16):
+    if act.number is None or gate.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return gate.is_cpu and gate.shape == up.shape and computes_in_c("cpu")
+    return gate.shape == up.shape and in_c(gate, up, dtype=gate.dtype)

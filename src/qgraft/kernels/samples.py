@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qgraft.kernels import native
-from qgraft.kernels.choice import computes_in_c
+from qgraft.kernels import choice, native
 
 Pair = tuple[Tensor, Tensor]
 Inputs = Sequence[Any]  # query, key, value, a prefix's keys and values or two None, bounds, contexts or None
@@ -89,7 +88,7 @@ def in_c(
     """Whether samples.c computes this."""
     tensors = (query, key, value, *(prefix or ()))
     return (
-        all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
+        choice.in_c(*tensors)
         and bounds.device.type == "cpu"
         and not dropout
         and not torch.is_autocast_enabled("cpu")
@@ -97,7 +96,6 @@ def in_c(
         and query.shape[0] == 1
         and query.shape[1] % key.shape[1] == 0
         and all(part.shape == (1, key.shape[1], tensors[-1].shape[2], key.shape[3]) for part in prefix or ())
-        and computes_in_c("cpu")
     )
 
 

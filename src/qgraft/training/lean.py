@@ -29,6 +29,7 @@ from torch.autograd.function import once_differentiable
 
 from qgraft.adapters.lora import recomputable
 from qgraft.kernels import pointwise
+from qgraft.kernels.choice import in_c
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
 from qgraft.linear import product_dtype
 from qgraft.training.loss import evaluating
@@ -185,7 +186,7 @@ def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         known = part or cos.shape[-1] == q.shape[-1]
-        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not pointwise.in_c(q, k, cos, sin):
+        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not in_c(q, k, cos, sin):
             return own(q, k, cos, sin, *args, **kwargs)
         return Rotation.apply(q, k, cos, sin)
 

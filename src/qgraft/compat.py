@@ -1,0 +1,45 @@
+"""What differs between the releases of transformers that qgraft works with: the one place that knows it.
+
+    5.24    the keyword of the cache is `cache` in forward(), generate() and in outputs; before it was `past_key_values`
+
+Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
+in its signature the one that the installed release asks for: generate() looks there for what a model understands.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar
+
+from transformers import GenerationMixin
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_NAMES = ("cache", "past_key_values")
+_KNOWN = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+CACHE: str = next(name for name in _NAMES if name in _KNOWN)  # what the installed release calls it
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """The cache among the keyword arguments of a forward pass, under either name, or None."""
+    return next((arguments[name] for name in _NAMES if arguments.get(name) is not None), None)
+
+
+def cache_in(output: Any) -> Any:
+    """The cache in the output of a forward pass, or None."""
+    return getattr(output, CACHE)
+
+
+def takes_cache(function: Function) -> Function:
+    """Let a function with a parameter `cache` be called with the older name of it as well."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if "past_key_values" in kwargs:
+            kwargs["cache"] = kwargs.pop("past_key_values")
+        return function(*args, **kwargs)
+
+    own = inspect.signature(function)
+    parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in own.parameters.values()]
+    call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return call  # type: ignore[return-value]

@@ -1,0 +1,36 @@
+"""What transformers calls the cache: both names are taken, the installed release's is shown."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from qgraft.compat import CACHE, cache_in, given_cache, takes_cache
+
+
+@takes_cache
+def function(x, cache=None, **kwargs):
+    """A doc."""
+    return x, cache, kwargs
+
+
+def test_the_name_is_the_one_that_models_of_this_release_give_back():
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20
+    )
+    model, cache = AutoModelForCausalLM.from_config(config), DynamicCache(config=config)
+    out = model(torch.tensor([[1, 2]]), use_cache=True, **{CACHE: cache})
+    assert cache_in(out) is cache and CACHE in out
+    assert CACHE in inspect.signature(model.forward).parameters
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_function_takes_both_names(name):
+    assert function(1, **{name: 2}, other=3) == (1, 2, {"other": 3})
+    assert given_cache({name: 2, "input_ids": 1}) == 2
+
+
+def test_a_function_shows_the_name_that_generate_looks_for():
+    assert list(inspect.signature(function).parameters) == ["x", CACHE, "kwargs"]
+    assert function.__doc__ == "A doc." and given_cache({"input_ids": 1, "cache": None}) is None
