@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "qgraft"
 RANKS = [  # a lower rank never imports a higher one; rooms of the same rank never import each other
     {"errors", "storage", "plots"},
     {"formats"},
-    {"kernels"},
+    {"kernels", "compat"},
     {"linear", "attention"},
     {"models", "adapters"},
     {"checkpoints"},
@@ -21,7 +21,7 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FLOOR = {"errors", "storage"}
 ONLY_IN = {
     "triton": {"kernels"},
-    "transformers": {"attention", "models", "checkpoints", "training", "merging", "serving", "cli"},
+    "transformers": {"compat", "attention", "models", "checkpoints", "training", "merging", "serving", "cli"},
     "fastapi": {"serving"},
     "matplotlib": {"plots"},
     "datasets": {"training"},

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig
 
-from qgraft.compat import CACHE, cache_in, given_cache, takes_cache
+from qgraft.compat import CACHE, cache_in, cap_scores, given_cache, takes_cache
 
 
 @takes_cache
@@ -34,3 +34,19 @@ def test_a_function_takes_both_names(name):
 def test_a_function_shows_the_name_that_generate_looks_for():
     assert list(inspect.signature(function).parameters) == ["x", CACHE, "kwargs"]
     assert function.__doc__ == "A doc." and given_cache({"input_ids": 1, "cache": None}) is None
+
+
+def test_capped_scores_are_computed_as_written():
+    """Gemma 2's cap changes the logits, and by as much as its "eager" attention says, in every release."""
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    config = Gemma2Config(**small, num_key_value_heads=2, vocab_size=20, attn_logit_softcapping=0.5)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    ids = torch.arange(12)[None]
+    cap_scores(model)
+    got = model(ids).logits
+    model.set_attn_implementation("eager")
+    assert torch.equal(got, model(ids).logits)
+    model.model.layers[0].self_attn.attn_logit_softcapping = None
+    assert not torch.allclose(got, model(ids).logits, rtol=1e-2)

@@ -1,6 +1,7 @@
 """What differs between the releases of transformers that qgraft works with: the one place that knows it.
 
     5.24    the keyword of the cache is `cache` in forward(), generate() and in outputs; before it was `past_key_values`
+    5.23    "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
 
 Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
 in its signature the one that the installed release asks for: generate() looks there for what a model understands.
@@ -11,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
-from transformers import GenerationMixin
+from transformers import GenerationMixin, PreTrainedModel
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,3 +44,9 @@ def takes_cache(function: Function) -> Function:
     parameters = [p.replace(name=CACHE) if p.name == "cache" else p for p in own.parameters.values()]
     call.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
     return call  # type: ignore[return-value]
+
+
+def cap_scores(model: PreTrainedModel) -> None:
+    """Let a model whose configuration caps the attention's scores compute them by an implementation that does so."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")

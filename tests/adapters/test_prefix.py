@@ -35,6 +35,7 @@ from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix, counted
 from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
 from qgraft.adapters.selection import selection_of
 from qgraft.attention import PREFIX
+from qgraft.compat import CACHE
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -81,7 +82,8 @@ def tiny(architecture: str = "llama") -> Any:
 
 
 def enable_checkpointing(model: Any) -> None:
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def ids_for(model: Any, rows: int = 2, tokens: int = 9, seed: int = 1) -> Tensor:
@@ -359,7 +361,7 @@ def test_positions_go_on_from_a_cache_in_parts() -> None:
     model = tiny()
     attach_prefix(model, 4)
     ids, cache = ids_for(model), DynamicCache()
-    parts = [logits(model, ids[:, start : start + 3], past_key_values=cache) for start in (0, 3, 6)]
+    parts = [logits(model, ids[:, start : start + 3], **{CACHE: cache}) for start in (0, 3, 6)]
     torch.testing.assert_close(torch.cat(parts, dim=1), logits(model, ids), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(
         logits(model, ids, position_ids=torch.arange(9)[None]), logits(model, ids), rtol=1e-4, atol=1e-5

@@ -18,6 +18,7 @@ from transformers import DynamicCache
 from qgraft.adapters.attach import attach_layers, attach_lora, lora_modules
 from qgraft.adapters.lora import LoraConfig
 from qgraft.attention import SAMPLES
+from qgraft.compat import CACHE, cache_in
 from qgraft.formats import PackedTensor, dequantize, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, rotary_tables, rotate
@@ -133,7 +134,7 @@ def test_one_sequence_with_masks_and_positions_given_or_derived(build, folder, i
         same(out.logits, io["single.logits"])
         same(out.loss, io["single.loss"])
         same(torch.stack(out.hidden_states), io["single.hidden_states"])
-        same(cache_tensors(out.past_key_values), io["single.kv"])
+        same(cache_tensors(cache_in(out)), io["single.kv"])
 
 
 @reads(*(f"batch.{key}" for key in (
@@ -166,10 +167,10 @@ def test_steps_with_a_cache(build, folder, io):
     model, ids, positions = build(folder), io["single.input_ids"], io["single.position_ids"]
     prompt, cache, logits = int(io["decode.prefill_len"]), DynamicCache(), []
     with torch.no_grad():
-        logits.append(model(input_ids=ids[:, :prompt], past_key_values=cache).logits)
+        logits.append(model(input_ids=ids[:, :prompt], **{CACHE: cache}).logits)
         for token in range(prompt, ids.shape[1]):
             new = slice(token, token + 1)
-            logits.append(model(input_ids=ids[:, new], position_ids=positions[..., new], past_key_values=cache).logits)
+            logits.append(model(input_ids=ids[:, new], position_ids=positions[..., new], **{CACHE: cache}).logits)
     same(torch.cat(logits, dim=1), io["decode.logits"])
     same(cache_tensors(cache), io["decode.kv"])
 
@@ -253,8 +254,9 @@ def test_lora_on_query_key_value(build, folder, io, checkpointing):
     values = {path: (io[f"lora.A.{layer}"], io[f"lora.B.{layer}"]) for layer, path in enumerate(paths)}
     attach_layers(model, "golden", dict.fromkeys(paths, config), values)
     if checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         model.train()  # there is no dropout
-        model.gradient_checkpointing_enable()
+        enable()
     embedded = []
     model.transformer.word_embeddings.register_forward_hook(lambda _, __, out: embedded.append(out.requires_grad_()))
     out = model(input_ids=io["train.input_ids"], labels=io["train.labels"])
@@ -459,7 +461,7 @@ def test_several_tokens_at_once_continue_a_padded_cache(build):
         start = model(input_ids=ids[:, :9], attention_mask=seen[:, :9], use_cache=True)
         rest = model(
             input_ids=ids[:, 9:], attention_mask=seen, position_ids=positions[..., 9:],
-            past_key_values=start.past_key_values,
+            **{CACHE: cache_in(start)},
         )  # fmt: skip
     same(torch.cat([start.logits, rest.logits], dim=1)[seen.bool()], full[seen.bool()])
 
@@ -549,7 +551,7 @@ def test_sampling_draws_from_the_model_s_distribution(build):
 def test_generation_goes_on_from_a_filled_cache(build, golden):
     model, io = build(), golden("chatglm_fp32")[2]
     sequences, cache = io["gen.sequences"][:1], DynamicCache()
-    options = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
+    options = {"do_sample": False, "eos_token_id": None, CACHE: cache}
     first = model.generate(sequences[:, :9], max_new_tokens=3, **options)
     assert torch.equal(model.generate(first, max_new_tokens=5, **options), sequences)
 
@@ -651,10 +653,10 @@ def test_calls_that_leave_open_where_the_context_ends_are_refused(build, argumen
 def test_a_filled_cache_needs_positions_and_takes_no_context(build):
     model, cache = build(), DynamicCache()
     with torch.no_grad():
-        model(input_ids=torch.tensor([PROMPTS[0]]), past_key_values=cache)
+        model(input_ids=torch.tensor([PROMPTS[0]]), **{CACHE: cache})
         with pytest.raises(ValueError, match="a filled cache with no position_ids"):
-            model(input_ids=torch.tensor([[7]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), **{CACHE: cache})
         with pytest.raises(ValueError, match="a context must be given at once"):
-            model(input_ids=torch.tensor([[7]]), position_ids=torch.tensor([[[5], [0]]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[7]]), position_ids=torch.tensor([[[5], [0]]]), **{CACHE: cache})
     with pytest.raises(ValueError, match="got 1 ids, expected all 6 from the beginning"):
-        model.generate(torch.tensor([[7]]), attention_mask=torch.ones(1, 6), past_key_values=cache, max_new_tokens=1)
+        model.generate(torch.tensor([[7]]), attention_mask=torch.ones(1, 6), **{CACHE: cache}, max_new_tokens=1)

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, DynamicCache, GlmConfig, GlmForCaus
 
 from qgraft.adapters.attach import attach_layers, lora_modules
 from qgraft.adapters.lora import LoraConfig
+from qgraft.compat import CACHE, cache_in
 from qgraft.formats import PackedTensor, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, rotary_table, rotate
@@ -90,7 +91,7 @@ def run_case(model: Model, io: dict[str, Tensor], case: str) -> dict[str, Tensor
     last = model.transformer(io[f"{case}.input_ids"], use_cache=False, **given).last_hidden_state
     states = torch.stack(out.hidden_states)
     results = {"logits": out.logits, "loss": out.loss, "last_hidden": last, "hidden_states": states}
-    return {f"{case}.{key}": value for key, value in results.items()} | {f"{case}.kv": stacked(out.past_key_values)}
+    return {f"{case}.{key}": value for key, value in results.items()} | {f"{case}.kv": stacked(cache_in(out))}
 
 
 def run_block(model: Model, ids: Tensor) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def run_decoding(model: Model, io: dict[str, Tensor]) -> dict[str, Tensor]:
     out = model(ids[:, :start])
     logits = [out.logits]
     for index in range(start, ids.shape[1]):
-        out = model(ids[:, index : index + 1], past_key_values=out.past_key_values)
+        out = model(ids[:, index : index + 1], **{CACHE: cache_in(out)})
         logits.append(out.logits)
     positions: list[Tensor] = []
     hook = model.transformer.register_forward_pre_hook(
@@ -144,7 +145,7 @@ def run_decoding(model: Model, io: dict[str, Tensor]) -> dict[str, Tensor]:
     steps = torch.stack(made.logits, dim=1)
     best = steps.topk(2).values
     return {
-        "decode.logits": torch.cat(logits, dim=1), "decode.kv": stacked(out.past_key_values),
+        "decode.logits": torch.cat(logits, dim=1), "decode.kv": stacked(cache_in(out)),
         "gen.sequences": made.sequences, "gen.step_logits": steps, "gen.margin": best[..., 0] - best[..., 1],
         "gen.position_ids": positions[0],
     }  # fmt: skip
@@ -288,7 +289,7 @@ def test_cached_parts_equal_the_whole(seed: int, implementation: str):
     cuts = sorted({0, 17, *torch.randint(1, 17, (3,), generator=torch.Generator().manual_seed(seed)).tolist()})
     cache = DynamicCache(config=model.config)
     parts = [
-        model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+        model(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache}).logits
         for start, stop in pairwise(cuts)
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1)[mask.bool()], whole[mask.bool()], atol=2e-5, rtol=1e-5)

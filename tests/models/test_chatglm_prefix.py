@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from qgraft.adapters.attach import prefix_encoder
 from qgraft.adapters.attach_prefix import attach_encoder
 from qgraft.adapters.prefix import PrefixConfig
+from qgraft.compat import CACHE, cache_in
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 
@@ -61,7 +62,7 @@ def run_case(model: Any, io: dict[str, Tensor], case: str) -> dict[str, Tensor]:
     given = {key: io[f"{case}.{key}"] for key in ("attention_mask", "position_ids") if f"{case}.{key}" in io}
     ids = io[f"{case}.input_ids"]
     out = model(ids, labels=io[f"{case}.labels"], output_hidden_states=True, **given)
-    kv = torch.cat([prefix_kv(model).expand(-1, -1, -1, len(ids), -1, -1), tokens_kv(out.past_key_values)], dim=2)
+    kv = torch.cat([prefix_kv(model).expand(-1, -1, -1, len(ids), -1, -1), tokens_kv(cache_in(out))], dim=2)
     results = {
         "logits": out.logits, "loss": out.loss, "hidden_states": torch.stack(out.hidden_states), "kv": kv,
         "last_hidden": model.transformer(ids, use_cache=False, **given).last_hidden_state,
@@ -73,9 +74,9 @@ def run_decoding(model: Any, io: dict[str, Tensor]) -> dict[str, Tensor]:
     """A prefill and single steps with the cache; greedy generation of a left-padded batch."""
     ids, start, cache = io["single.input_ids"], int(io["decode.prefill_len"]), DynamicCache()
     positions = io.get("single.position_ids", torch.arange(ids.shape[1])[None])
-    logits = [model(ids[:, :start], past_key_values=cache).logits]
+    logits = [model(ids[:, :start], **{CACHE: cache}).logits]
     for index in range(start, ids.shape[1]):
-        step = {"position_ids": positions[..., index : index + 1], "past_key_values": cache}
+        step = {"position_ids": positions[..., index : index + 1], CACHE: cache}
         logits.append(model(ids[:, index : index + 1], **step).logits)
     made = model.generate(
         io["gen.input_ids"], attention_mask=io["gen.attention_mask"], position_ids=io["gen.position_ids"],
@@ -137,7 +138,9 @@ def test_every_prefix_tensor_is_loaded_and_has_a_gradient(folder: str, golden: C
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_checkpointing_leaves_the_originals_gradients(folder: str, golden: Callable[[str], Any]) -> None:
     model, io = golden_model(folder, golden), golden(folder)[2]
-    model.train().activation_checkpointing_enable({"use_reentrant": False})
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    model.train()
+    enable({"use_reentrant": False})
     prefix_encoder(model).eval()  # no dropout
     for name, grad in run_gradients(model, io).items():
         torch.testing.assert_close(grad, io[name], rtol=1e-5, atol=1e-5)

@@ -13,6 +13,7 @@ from gguf import GGMLQuantizationType as Q
 from transformers import DynamicCache
 
 import qgraft
+from qgraft.compat import CACHE
 from qgraft.kernels import native_status
 from qgraft.linear import QuantizedLinear, computing
 from qgraft.serving import decoding
@@ -47,12 +48,10 @@ def logits(model: Any, ids: torch.Tensor, prompt: int = 5, cache: DynamicCache |
     """Of the prompt's last token and of all that follow it, decoded one by one: [tokens, vocabulary]."""
     cache = cache or DynamicCache(config=model.config)
     with torch.inference_mode():
-        rows = [model(ids[:, :prompt], past_key_values=cache, use_cache=True).logits[0, -1]]
+        rows = [model(ids[:, :prompt], **{CACHE: cache}, use_cache=True).logits[0, -1]]
         for t in range(prompt, ids.shape[1]):
             mask = torch.ones(1, cache.get_seq_length() + 1, dtype=torch.long)
-            rows.append(
-                model(ids[:, t : t + 1], attention_mask=mask, past_key_values=cache, use_cache=True).logits[0, -1]
-            )
+            rows.append(model(ids[:, t : t + 1], attention_mask=mask, **{CACHE: cache}, use_cache=True).logits[0, -1])
     return torch.stack(rows)
 
 
@@ -297,15 +296,15 @@ def test_what_c_does_not_compute_is_left_to_transformers(load, random_ids, monke
     def outputs() -> list[Any]:
         cache, found = DynamicCache(config=model.config), []
         with torch.no_grad():
-            model(two[:, :8], past_key_values=cache)
-            found.append(model(two[:, 8:], past_key_values=cache).logits)
+            model(two[:, :8], **{CACHE: cache})
+            found.append(model(two[:, 8:], **{CACHE: cache}).logits)
             cache = DynamicCache(config=model.config)
-            model(one[:, :8], attention_mask=hidden[:, :8], past_key_values=cache)
-            found.append(model(one[:, 8:], attention_mask=hidden, past_key_values=cache).logits)
-            states = model(one[:, 8:], past_key_values=cache, output_hidden_states=True).hidden_states
+            model(one[:, :8], attention_mask=hidden[:, :8], **{CACHE: cache})
+            found.append(model(one[:, 8:], attention_mask=hidden, **{CACHE: cache}).logits)
+            states = model(one[:, 8:], **{CACHE: cache}, output_hidden_states=True).hidden_states
             found += [*states, model(one[:, :1]).logits]
         embedded = model.get_input_embeddings()(one[:, :1]).requires_grad_()
-        model(inputs_embeds=embedded, past_key_values=cache).logits.sum().backward()
+        model(inputs_embeds=embedded, **{CACHE: cache}).logits.sum().backward()
         return [*found, embedded.grad]
 
     want = outputs()

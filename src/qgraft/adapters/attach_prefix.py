@@ -23,6 +23,7 @@ from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, 
 from qgraft.adapters.rows import accept_rows
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
+from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
 
@@ -184,7 +185,7 @@ def _positions(given: Mapping[str, Any]) -> Tensor:
     positions: Tensor | None = given.get("position_ids")
     if positions is None:
         inputs = given["input_ids"] if given.get("inputs_embeds") is None else given["inputs_embeds"]
-        cache = given.get("past_key_values")
+        cache = given_cache(given)
         past = 0 if cache is None else cache.get_seq_length()
         positions = (torch.arange(inputs.shape[1], device=inputs.device) + past)[None]
     return positions

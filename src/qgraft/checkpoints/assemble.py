@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qgraft.compat import cap_scores
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -78,6 +79,7 @@ def assemble(
     UnsupportedError when there is no causal language model for the config.
     """
     model = empty_model(config, dtype)
+    cap_scores(model)
     problems = list(known_problems)
     _fill_modules(model, read, dtype, problems)
     _fill_parameters(model, read, dtype, problems)

@@ -36,6 +36,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from qgraft.attention import SAMPLES
+from qgraft.compat import CACHE, takes_cache
 from qgraft.models.causal_lm import CausalLM
 from qgraft.models.prefix_lm import (
     HINT,
@@ -60,7 +61,7 @@ class ChatGLMConfig(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = (CACHE,)
     attribute_map = {  # noqa: RUF012 (declared ClassVar by the base class)
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",
@@ -197,12 +198,12 @@ class Block(GradientCheckpointingLayer):
         x_BTC: Tensor,
         mask: Tensor | None,
         rotary: tuple[Tensor, Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, hidden] -> the same."""
         h_BTC = self.input_layernorm(x_BTC)
-        mixed_BTC, _ = self.attention(h_BTC, mask, rotary, past_key_values, **kwargs)
+        mixed_BTC, _ = self.attention(h_BTC, mask, rotary, cache, **kwargs)
         m_BTC = self.post_attention_layernorm(ALPHA * h_BTC + mixed_BTC)
         return ALPHA * m_BTC + self.mlp(m_BTC)
 
@@ -215,7 +216,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq"]  # noqa: RUF012 (computed, not loaded)
     _supports_sdpa = True  # but not flash attention, which has no such mask
     _supports_attention_backend = True
@@ -247,6 +248,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -254,7 +256,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -274,20 +276,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected one of input_ids and inputs_embeds, not both")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        past = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        past = 0 if cache is None else int(cache.get_seq_length())
         x_BTC = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         check_shapes(attention_mask, position_ids, x_BTC.shape[0], x_BTC.shape[1], past)
         rows_B2T, sample_BT = self._positions(input_ids, attention_mask, position_ids, past)
         if sample_BT is not None and self.config._attn_implementation == SAMPLES and "cu_seq_lens_q" in kwargs:
             mask, kwargs["context_lens"] = None, context_lengths(rows_B2T, sample_BT)
         else:
-            mask = self._mask(attention_mask, rows_B2T.expand(len(x_BTC), -1, -1), sample_BT, past, past_key_values)
+            mask = self._mask(attention_mask, rows_B2T.expand(len(x_BTC), -1, -1), sample_BT, past, cache)
         rotary = rotary_tables(rows_B2T, self.config.head_dim)
         for layer in self.layers:
-            x_BTC = layer(x_BTC, mask, rotary, past_key_values=past_key_values, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.final_layernorm(x_BTC), past_key_values=past_key_values)
+            x_BTC = layer(x_BTC, mask, rotary, cache=cache, **kwargs)
+        return BaseModelOutputWithPast(self.final_layernorm(x_BTC), cache)
 
     def _positions(
         self, input_ids: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None, past: int

@@ -38,6 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from qgraft.compat import CACHE, takes_cache
 from qgraft.models.causal_lm import CausalLM
 
 ROTARY_BASE = 10000
@@ -68,7 +69,7 @@ class ChatGLM2Config(PreTrainedConfig):
     """
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "num_hidden_layers": "num_layers", "vocab_size": "padded_vocab_size", "head_dim": "kv_channels",
         "num_key_value_heads": "multi_query_group_num", "intermediate_size": "ffn_hidden_size",
@@ -219,7 +220,7 @@ class ChatGLM2Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """x [B, T, hidden] -> the same shape, and the probabilities where the implementation gives them."""
@@ -227,8 +228,8 @@ class ChatGLM2Attention(nn.Module):
         qk = rotate(qkv[:, :, : -self.groups], *rotary)
         parts = (qk[:, :, : self.heads], qk[:, :, self.heads :], qkv[:, :, -self.groups :])
         query, key, value = (part.transpose(1, 2) for part in parts)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         kwargs["dropout"] = self.config.attention_dropout if self.training else 0.0
         kwargs["scaling"] = self.config.kv_channels**-0.5
@@ -276,7 +277,7 @@ class ChatGLM2PreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLM2Block"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_pos_emb\.inv_freq"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -309,6 +310,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)  # the last of the hidden states is the last block's own output
     def forward(
@@ -316,7 +318,7 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -332,16 +334,16 @@ class ChatGLM2Model(ChatGLM2PreTrainedModel):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         x = self.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(past, past + x.shape[1], device=x.device)[None]
-        mask = create_causal_mask(self.config, x, attention_mask, past_key_values, position_ids)
-        if use_cache and past_key_values is None:  # after the mask, which looks for samples only where no cache is
-            past_key_values = DynamicCache(config=self.config)
+        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids)
+        if use_cache and cache is None:  # after the mask, which looks for samples only where no cache is
+            cache = DynamicCache(config=self.config)
         rotary = rotary_table(position_ids, self.config)
-        kwargs.update(position_ids=position_ids, past_key_values=past_key_values)  # flash attention reads positions
+        kwargs.update(position_ids=position_ids, cache=cache)  # flash attention reads positions
         for block in self.encoder["layers"].children():
             x = block(x, rotary=rotary, attention_mask=mask, **kwargs)
-        return BaseModelOutputWithPast(self.encoder["final_layernorm"](x), past_key_values)
+        return BaseModelOutputWithPast(self.encoder["final_layernorm"](x), cache)
 
 
 class ChatGLM2ForConditionalGeneration(CausalLM, ChatGLM2PreTrainedModel, GenerationMixin):

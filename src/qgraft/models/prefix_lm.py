@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Cache, GenerationMixin
 
+from qgraft.compat import takes_cache
+
 HINT = "hint: end the prompt in [gMASK] <sop>, as the tokenizer does, or give position_ids [batch, 2, tokens]"
 
 
@@ -199,11 +201,12 @@ class PrefixGenerationMixin(GenerationMixin):
         base: Any = super()
         return base.generate(*args, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
+    @takes_cache
     def prepare_inputs_for_generation(
         self,
         input_ids: Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         is_first_iteration: bool | None = False,
@@ -221,7 +224,7 @@ class PrefixGenerationMixin(GenerationMixin):
         inputs: dict[str, Any] = base.prepare_inputs_for_generation(
             input_ids,
             next_sequence_length,
-            past_key_values,
+            cache,
             attention_mask,
             inputs_embeds,
             is_first_iteration,
@@ -229,7 +232,7 @@ class PrefixGenerationMixin(GenerationMixin):
         )
         step = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         new = step.shape[1]
-        total = new if past_key_values is None else new + int(past_key_values.get_seq_length())
+        total = new if cache is None else new + int(cache.get_seq_length())
         if two_rows is not None:
             rows = continue_positions(two_rows, total)
         elif input_ids.shape[1] == total:

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.adapters.selection import Selection
+from qgraft.compat import CACHE, given_cache
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import decode
 from qgraft.linear import QuantizedLinear, computing
@@ -93,10 +94,10 @@ class _Decoder:
         caches = [DynamicCache(config=self.base.config) for _ in range(2)]
         off = 0.0
         for cache in caches:
-            self.own(input_ids=ids[:, :2], past_key_values=cache, use_cache=True)
+            self.own(input_ids=ids[:, :2], use_cache=True, **{CACHE: cache})
         for token in (ids[:, 2:3], ids[:, 3:]):
-            want = self.own(input_ids=token, past_key_values=caches[0], use_cache=True).last_hidden_state
-            output = self._step({"input_ids": token, "past_key_values": caches[1], "use_cache": True})
+            want = self.own(input_ids=token, use_cache=True, **{CACHE: caches[0]}).last_hidden_state
+            output = self._step({"input_ids": token, CACHE: caches[1], "use_cache": True})
             if output is None:
                 raise UnsupportedError("its state or its cache is not one that C decodes with")
             got = output.last_hidden_state
@@ -114,7 +115,7 @@ class _Decoder:
     def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
         """The output for one token, or None where that is not for C."""
         ids, positions = given.get("input_ids"), given.get("position_ids")
-        cache: Any = given.get("past_key_values")
+        cache: Any = given_cache(given)
         if (
             not _is_plain(given, self.base.config)
             or self.base.training
@@ -142,7 +143,7 @@ class _Decoder:
         network.use(self.buffers.memory)
         decode.step(network.model, x.view(-1), cos.view(-1), sin.view(-1), past)
         self.buffers.advance(cache, past + 1)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+        return BaseModelOutputWithPast(x, cache)
 
     def _network(self) -> "_Network | None":
         """The structures of what the model is now; None where C cannot compute that."""
@@ -155,7 +156,7 @@ class _Decoder:
         return None if self.network.selection and self.network.selection.rows is not None else self.network
 
 
-_MAY_BE = {"input_ids", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict"}
+_MAY_BE = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"}
 
 
 def _is_plain(given: dict[str, Any], config: Any) -> bool:

@@ -49,6 +49,7 @@ from qgraft import storage
 from qgraft.adapters.attach import active_adapters, is_prefix, lora_layers
 from qgraft.adapters.lora import LoraLinear
 from qgraft.attention import SAMPLES
+from qgraft.compat import given_cache
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training.attention import attention_arguments
 from qgraft.training.batches import Batch, collate
@@ -199,7 +200,7 @@ class _Detour:
         """Before a pass: look whether its samples are there."""
         self.given, self.keys = None, []
         ids, positions = kwargs.get("input_ids"), kwargs.get("position_ids")
-        plain = kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None
+        plain = kwargs.get("attention_mask") is None and given_cache(kwargs) is None
         if self.kept is None or ids is None or positions is None or not plain:
             return
         if len(ids) != 1 or ids.shape != positions.shape or ids.shape[1] < self.least:
