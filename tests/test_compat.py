@@ -38,7 +38,13 @@ def test_a_function_shows_the_name_that_generate_looks_for():
 
 def test_capped_scores_are_computed_as_written():
     """Gemma 2's cap changes the logits, and by as much as its "eager" attention says, in every release."""
-    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, head_dim=8)
+    small = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+    }
     config = Gemma2Config(**small, num_key_value_heads=2, vocab_size=20, attn_logit_softcapping=0.5)
     model = AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
