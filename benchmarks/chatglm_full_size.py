@@ -252,8 +252,9 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
 
     from qgraft.linear import computing
     from qgraft.training.batches import collate
+    from qgraft.training.decoder import padding_free
     from qgraft.training.lean import lean_modules
-    from qgraft.training.loss import batch_loss, padding_free
+    from qgraft.training.loss import batch_loss
     from qgraft.training.memory import map_large_blocks
     from qgraft.training.precision import has_fast_bf16
 

@@ -7,8 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import (
+    bidirectional_mask_function,
+    causal_mask_function,
+    chunked_causal_mask_function,
+    sliding_window_bidirectional_mask_function,
+    sliding_window_causal_mask_function,
+)
 
-from qgraft.attention import Prefix, attend_samples, attend_with_prefix
+from qgraft.attention import Prefix, attend_samples, attend_with_prefix, note_mask
 
 HEADS, DIM, SCALE = 4, 8, 0.3
 
@@ -81,12 +88,48 @@ def test_samples_of_a_row_attend_to_the_prefix_and_to_themselves(
     if front:
         k, v = torch.cat([front[0], k], dim=2), torch.cat([front[1], v], dim=2)
     got, _ = attend_samples(
-        Layer(kv_heads), *inputs, None, scaling=SCALE, sliding_window=window,
+        Layer(kv_heads), *inputs, noted(total, window) if contexts is None else None, scaling=SCALE,
         cu_seq_lens_q=torch.tensor([0, 1, 8, 12, 24]),
         context_lens=None if contexts is None else torch.tensor(contexts),
         prefix=Prefix({1: (front[0], front[1])}) if front else None,
     )  # fmt: skip
     same_with_gradients(got, softmax_attention(q, k, v, visible[None]), [*inputs, *front])
+
+
+def noted(tokens: int, window: int | None = None, visible: Any = causal_mask_function) -> Tensor:
+    """What transformers' own functions for masks would make, seen by SAMPLES."""
+    if window is not None:
+        visible = sliding_window_causal_mask_function(window)
+    return note_mask(1, tokens, tokens, visible, local_size=window)
+
+
+@pytest.mark.parametrize(
+    ("visible", "local_size"),
+    [
+        (bidirectional_mask_function, None),
+        (causal_mask_function, 3),
+        (sliding_window_causal_mask_function(3), None),
+        (sliding_window_causal_mask_function(3), 4),
+        (sliding_window_bidirectional_mask_function(3), 3),
+        (chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)), 4),
+        (lambda batch, head, query, key: key <= query - 1, None),
+    ],
+)
+def test_samples_refuse_other_masks(visible: Any, local_size: int | None) -> None:
+    mask = note_mask(1, 24, 24, visible, local_size=local_size)
+    with pytest.raises(ValueError, match="neither causal nor a sliding window"):
+        attend_samples(Layer(2), *random_inputs(2, 24), mask, cu_seq_lens_q=torch.tensor([0, 1, 8, 12, 24]))
+
+
+def test_samples_refuse_a_mask_that_was_changed_or_made() -> None:
+    for mask in (noted(5)[:, :, :, :5].clone(), torch.ones(1, 1, 5, 5, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="within samples of a padding-free batch only"):
+            attend_samples(Layer(2), *random_inputs(2, 5), mask, cu_seq_lens_q=torch.tensor([0, 5]))
+    for changed in ({"batch_size": 2}, {"attention_mask": torch.ones(1, 5)}, {"kv_length": 6}, {"q_offset": 1}):
+        with pytest.raises(ValueError, match="one row of samples"):
+            note_mask(
+                **{"batch_size": 1, "q_length": 5, "kv_length": 5, "mask_function": causal_mask_function} | changed
+            )
 
 
 def causal(tokens: int, keys: int) -> Tensor:
@@ -174,6 +217,6 @@ def test_keys_take_the_dtype_of_the_layer() -> None:
 
 @pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1)}, {"cu_seq_lens_q": None}, {"softcap": 1.0}])
 def test_samples_refuse_what_they_do_not_compute(given: dict[str, Any]) -> None:
-    arguments = {"attention_mask": None, "cu_seq_lens_q": torch.tensor([0, 5]), **given}
+    arguments = {"attention_mask": noted(5), "cu_seq_lens_q": torch.tensor([0, 5]), **given}
     with pytest.raises(ValueError, match="within samples of a padding-free batch only"):
         attend_samples(Layer(2), *random_inputs(2, 5), **arguments)

@@ -17,14 +17,17 @@ it between two passes, and a layer that gradient checkpointing runs again is giv
               kernel compute all of the square and leave its fast causal path: 384 tokens in seven samples take three
               times as long as the seven small triangles, forward and backward. How they are computed is in
               kernels/samples.py. The boundaries come as the argument that flash attention defines for them,
-              `cu_seq_lens_q`.
+              `cu_seq_lens_q`. Which tokens a layer may see within its sample is what the model's own mask says: not the
+              mask itself is made, but a note of how it would be (`note_mask`), and one that is neither causal nor a
+              sliding window is refused.
 
 Not chosen: the prefix in the cache, as PEFT and the original ChatGLM have it. A cache grows when a layer is run again,
 and there is none in training. Shapes: B batch, H heads, G key and value heads, T tokens, K keys, P prefix, D channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -137,26 +140,96 @@ def attend_samples(
     """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
     Args:
-        sliding_window: each token sees at most so many tokens, itself included.
+        attention_mask: what note_mask made in its place, or None where `context_lens` says what is visible.
+        sliding_window: what the layer thinks of its window; the mask decides, as it does in transformers.
         cu_seq_lens_q: [samples + 1] int64, where each sample starts, and the end.
         context_lens: [samples] int64, how many tokens at the start of each sample all of its tokens see (a prefix
             language model such as ChatGLM-6B reads its context in both directions); the others are causal.
         prefix: in front of each sample.
 
-    Raises ValueError for what this implementation does not compute: a mask, no boundaries, capped scores.
+    Raises ValueError for what this implementation does not compute: other masks, no boundaries, capped scores.
     """
-    if attention_mask is not None or cu_seq_lens_q is None or kwargs.get("softcap") is not None:
+    noted: MaskNote | None = getattr(attention_mask, "qgraft_note", None)
+    if cu_seq_lens_q is None or kwargs.get("softcap") is not None or (noted is None) == (context_lens is None):
         raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
+    window = None if noted is None else noted.window(cu_seq_lens_q)
     out = samples.attend(
-        query, key, value, cu_seq_lens_q, scale=scaling, dropout=dropout, window=sliding_window, contexts=context_lens,
+        query, key, value, cu_seq_lens_q, scale=scaling, dropout=dropout, window=window, contexts=context_lens,
         prefix=None if prefix is None else prefix.of(module, key, value),
     )  # fmt: skip
     return out, None
 
 
+class MaskNote:
+    """How a mask would be that is not made: `visible(batch, head, query, key)` on indices, and its window if it has one."""
+
+    def __init__(self, visible: Callable[..., Tensor], local_size: int | None) -> None:
+        self.visible, self.local_size = visible, local_size
+        self.checked = False
+
+    def window(self, bounds: Tensor) -> int | None:
+        """The sliding window of a mask that lets a token see itself and, within that, what is before it in its sample.
+
+        Looked at are the first and last token of each sample and those around the window's end, over all of their
+        sample: nowhere else does a window, a chunk or a look ahead begin. What is outside of a sample is not asked for.
+
+        Args:
+            bounds: [samples + 1] int64.
+
+        Raises ValueError for every other mask.
+        """
+        if not self.checked:
+            query_N, key_N = _checked_places(bounds, self.local_size)
+            nothing = torch.zeros_like(query_N)
+            visible_N = self.visible(nothing, nothing, query_N, key_N)
+            distance_N = query_N - key_N
+            expected_N = (distance_N >= 0) & (distance_N < (self.local_size or len(query_N) + 1))
+            if not torch.equal(visible_N.broadcast_to(expected_N.shape), expected_N):
+                raise ValueError(f"{SAMPLES}: a mask that is neither causal nor a sliding window")
+            self.checked = True
+        return self.local_size
+
+
+def _checked_places(bounds: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """(query, key) indices, each [n]: a few tokens of every sample, with all tokens of their sample as keys."""
+    queries, keys = [], []
+    for start, stop in pairwise(bounds.tolist()):
+        places = {0, 1, stop - start - 1, *((window - 1, window, window + 1) if window else ())}
+        rows = torch.tensor([start + place for place in sorted(places) if place < stop - start], device=bounds.device)
+        columns = torch.arange(start, stop, device=bounds.device)
+        queries.append(rows.repeat_interleave(len(columns)))
+        keys.append(columns.repeat(len(rows)))
+    return torch.cat(queries), torch.cat(keys)
+
+
+def note_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor:
+    """What stands for a mask [1, 1, T, T] in SAMPLES: one number in memory, with a MaskNote.
+
+    It has the shape of a mask because models look at that; one that cuts or changes it loses the note, and is refused.
+    Raises ValueError for a batch of several rows, with padding, or with a cache.
+    """
+    if attention_mask is not None or batch_size != 1 or q_length != kv_length or int(q_offset) or int(kv_offset):
+        raise ValueError(f"{SAMPLES} is for one row of samples without padding and cache")
+    mask = torch.ones(1, dtype=torch.bool, device=device).expand(1, 1, q_length, kv_length)
+    mask.qgraft_note = MaskNote(mask_function, local_size)  # type: ignore[attr-defined]
+    return mask
+
+
 AttentionInterface.register(PREFIX, attend_with_prefix)
 AttentionMaskInterface.register(PREFIX, sdpa_mask)
 AttentionInterface.register(SAMPLES, attend_samples)
+AttentionMaskInterface.register(SAMPLES, note_mask)
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,9 @@ from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from qgraft.training.batches import IGNORED, collate
+from qgraft.training.decoder import padding_free
 from qgraft.training.evaluate import sample_limit
-from qgraft.training.loss import batch_loss, padding_free
+from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
 
 Maker = Callable[..., Any]

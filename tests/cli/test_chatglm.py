@@ -27,7 +27,8 @@ from qgraft.linear import QuantizedLinear
 from qgraft.merging.calibration import neutral_samples
 from qgraft.models.find import NATIVE, Architecture
 from qgraft.training.batches import collate, split_batch
-from qgraft.training.loss import batch_loss, padding_free
+from qgraft.training.decoder import padding_free
+from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import IGNORED, Sample
 
 FIRST, SECOND = NATIVE

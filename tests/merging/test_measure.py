@@ -8,7 +8,7 @@ from torch import Tensor
 import qgraft
 from qgraft.adapters.attach import adapters_off
 from qgraft.merging.measure import CHUNK_ROWS, mean_divergence, mean_loss, states_of
-from qgraft.training.loss import output_head
+from qgraft.training.decoder import output_head
 from qgraft.training.tokenizing import Sample
 
 

@@ -24,7 +24,8 @@ from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, rotary_tables, rotate
 from qgraft.models.prefix_lm import Marks, context_positions, visible_keys
 from qgraft.training.batches import IGNORED, collate
-from qgraft.training.loss import batch_loss, padding_free
+from qgraft.training.decoder import padding_free
+from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # that of the golden data; sums of another order differ by up to 9e-5

@@ -20,8 +20,9 @@ from transformers.models.qwen3 import modeling_qwen3
 import qgraft
 from qgraft.kernels.pointwise import in_c
 from qgraft.training.batches import collate
+from qgraft.training.decoder import label_states, padding_free
 from qgraft.training.lean import ACTIVATIONS, GatedProduct, RmsNorm, gated, lean_modules
-from qgraft.training.loss import batch_loss, label_states, padding_free
+from qgraft.training.loss import batch_loss
 from qgraft.training.tokenizing import Sample
 
 SAMPLES = [

@@ -9,7 +9,8 @@ import qgraft
 from qgraft.attention import SAMPLES
 from qgraft.training import loss as loss_module
 from qgraft.training.batches import IGNORED, collate, count_labels, split_batch
-from qgraft.training.loss import batch_loss, padding_free, summed_cross_entropy
+from qgraft.training.decoder import padding_free
+from qgraft.training.loss import batch_loss, summed_cross_entropy
 from qgraft.training.tokenizing import Sample
 
 MASKED = {"gemma2", "nemotron", "stablelm"}  # these cap their scores or do not pass the bounds of samples on

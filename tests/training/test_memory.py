@@ -14,7 +14,8 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training import loss
 from qgraft.training.activations import SIZES, Activations, Growth, LiveBytes, measure_activations, sample_of
 from qgraft.training.batches import collate
-from qgraft.training.loss import label_states, padding_free, summed_cross_entropy
+from qgraft.training.decoder import label_states, padding_free
+from qgraft.training.loss import summed_cross_entropy
 from qgraft.training.memory import SPARE, Counted, Setting, base_bytes, estimate, fastest, limit_bytes
 from qgraft.training.run import train
 from qgraft.training.sizes import UNITS, format_size, parse_size

@@ -11,8 +11,8 @@ import qgraft
 from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
 from qgraft.errors import CheckpointError
 from qgraft.training.batches import IGNORED
+from qgraft.training.decoder import padding_free
 from qgraft.training.evaluate import evaluate_samples
-from qgraft.training.loss import padding_free
 from qgraft.training.tokenizing import Sample
 from qgraft.training.trainer import LoraTrainer
 

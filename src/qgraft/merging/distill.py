@@ -31,7 +31,7 @@ from qgraft.formats.grid import combine
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
-from qgraft.training.loss import Head, label_states, output_head, padding_free
+from qgraft.training.decoder import Head, label_states, output_head, padding_free
 from qgraft.training.tokenizing import Sample
 
 PASSES = 3

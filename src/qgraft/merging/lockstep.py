@@ -33,7 +33,7 @@ from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
 from qgraft.training.attention import attention_arguments
 from qgraft.training.batches import collate
-from qgraft.training.loss import padding_free
+from qgraft.training.decoder import padding_free
 from qgraft.training.tokenizing import Sample
 
 _NO_INPUTS = "method nearest and method grid need no inputs"

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qgraft.training.batches import collate, split_batch
-from qgraft.training.loss import Head, label_states, padding_free, summed_cross_entropy
+from qgraft.training.decoder import Head, label_states, padding_free
+from qgraft.training.loss import summed_cross_entropy
 from qgraft.training.tokenizing import Sample
 
 PASS_TOKENS = 1024

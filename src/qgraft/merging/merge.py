@@ -45,7 +45,7 @@ from qgraft.merging.layer import CHAINS, check_method, is_writable
 from qgraft.merging.report import MergeReport
 from qgraft.merging.work import Work, in_place
 from qgraft.training.callbacks import peak_memory_bytes
-from qgraft.training.loss import evaluating
+from qgraft.training.decoder import evaluating
 
 
 @dataclass

@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qgraft.errors import UnsupportedError
 from qgraft.training import loss
 from qgraft.training.batches import IGNORED, collate
+from qgraft.training.decoder import label_states, output_head
 from qgraft.training.tokenizing import Sample
 
 SIZES = (32, 64, 96)  # tokens of the passes; equally far apart
@@ -204,7 +205,7 @@ def _measure_pass(model: PreTrainedModel, layers: list[nn.Module], tokens: int) 
             hooks.callback(before.remove)
             hooks.callback(layer.register_forward_hook(lambda *_: where.clear()).remove)
         hooks.enter_context(torch.autograd.graph.saved_tensors_hooks(save, lambda _: nothing))
-        states, _ = loss.label_states(model, collate([sample_of(model, tokens)]))
+        states, _ = label_states(model, collate([sample_of(model, tokens)]))
     found.outside += 2 * tokens * states.shape[-1] * states.element_size()  # every token a label: states and gradient
     heaviest = max(calls, key=lambda number: found.layers[number])
     found.work = _work(layers[heaviest], *calls[heaviest], found.layers[heaviest])
@@ -241,7 +242,7 @@ def _head_bytes(model: PreTrainedModel, rows: int) -> int:
     states = torch.zeros(rows, layer.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64, device=model.device)
     with torch.enable_grad(), LiveBytes() as live:
-        loss.summed_cross_entropy(states, targets, loss.output_head(model))
+        loss.summed_cross_entropy(states, targets, output_head(model))
     return live.peak
 
 

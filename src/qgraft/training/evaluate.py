@@ -11,7 +11,8 @@ from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.errors import OptionError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
-from qgraft.training.loss import batch_loss, evaluating, padding_free
+from qgraft.training.decoder import evaluating, padding_free
+from qgraft.training.loss import batch_loss
 from qgraft.training.reading import read_dataset
 from qgraft.training.tokenizing import Recipe, Sample, build_samples, resolve_template
 from qgraft.training.turns import by_driver

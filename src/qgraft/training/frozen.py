@@ -53,7 +53,7 @@ from qgraft.compat import given_cache
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training.attention import attention_arguments
 from qgraft.training.batches import Batch, collate
-from qgraft.training.loss import evaluating
+from qgraft.training.decoder import evaluating
 from qgraft.training.tokenizing import Sample
 
 PROBED_TOKENS = 128  # at most, in the passes that find out whether it is exact, if two samples have so few

@@ -32,8 +32,8 @@ from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
+from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
-from qgraft.training.loss import padding_free
 from qgraft.training.run import Prepared, TrainReport, execute, prepare
 from qgraft.training.together import HandIn, learn_together
 from qgraft.training.trainer import LoraTrainer

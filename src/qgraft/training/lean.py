@@ -32,7 +32,7 @@ from qgraft.kernels import pointwise
 from qgraft.kernels.choice import in_c
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
 from qgraft.linear import product_dtype
-from qgraft.training.loss import evaluating
+from qgraft.training.decoder import evaluating
 
 ROTATION = "apply_rotary_pos_emb"  # what transformers calls it in every modeling_*.py that has one
 

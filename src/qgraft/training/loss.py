@@ -7,29 +7,20 @@ chunk's logits, loss and gradient are computed and let go during the forward pas
 gradient. The gradient of the logits is written over them.
 (The idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross entropy, arXiv:2410.10989.)
 
-Some architectures transform their logits after the output layer; `output_head` applies it, and `padding_free` compares
-this whole path with the model's own forward pass before a run starts.
+What the states are, and what comes after the output layer, is in decoder.py.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.attention import SAMPLES
-from qgraft.linear import computing
-from qgraft.training.attention import attention_arguments, sample_attention
-from qgraft.training.batches import IGNORED, Batch, collate, split_batch
-from qgraft.training.tokenizing import Sample
+from qgraft.training.batches import Batch
+from qgraft.training.decoder import Head, label_states, output_head
 
 CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most
 MIN_CHUNK_ROWS = 32
-
-Head = Callable[[Tensor], Tensor]
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
@@ -40,37 +31,6 @@ def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.
     """
     states_NH, labels_N = label_states(model, batch)
     return summed_cross_entropy(states_NH, labels_N, output_head(model), label_smoothing)
-
-
-def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The last hidden states [labels, hidden] that predict the labels of a padding-free batch, and the labels."""
-    positions = batch["position_ids"]
-    states_1TH = model.base_model(
-        input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **attention_arguments(model, positions)
-    ).last_hidden_state
-    labels_T = batch["labels"][0]
-    chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
-    return states_1TH[0, chosen_N], labels_T[chosen_N]
-
-
-def output_head(model: PreTrainedModel) -> Head:
-    """The function from hidden states [n, hidden] to logits [n, vocabulary] of a causal language model."""
-    layer = model.get_output_embeddings()
-    config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
-
-    def head(states_NH: Tensor) -> Tensor:
-        logits_NV = layer(states_NH)
-        if factor != 1.0:  # Cohere multiplies, Granite divides
-            logits_NV = logits_NV * factor
-        return torch.tanh(logits_NV / softcap) * softcap if softcap else logits_NV
-
-    head.parameters = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
-    head.vocabulary = getattr(layer, "out_features", None)  # type: ignore[attr-defined]
-    # for its own gradient; what a LoRA's function returns may not be overwritten either
-    head.keeps_logits = bool(softcap or head.parameters)  # type: ignore[attr-defined]
-    return head
 
 
 def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:
@@ -154,54 +114,3 @@ def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) ->
         logits_CV.sub_(smoothing / logits_CV.shape[1])
     logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
     return losses_C
-
-
-@contextmanager
-def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[str | None]:
-    """Within the block batch_loss computes what the model itself computes for single samples, the fastest way that does.
-
-    Found out by trying, on the two shortest samples: attention sample by sample; else transformers' own mask; else the
-    value yielded is a sentence that says what differs, and the caller must put one sample in each pass.
-    """
-    if model.config._attn_implementation == SAMPLES:  # an evaluation within a run: found out already
-        yield None
-        return
-    batch = collate(sorted(samples, key=lambda sample: len(sample.input_ids))[:2])
-    batch = {key: value.to(model.device) for key, value in batch.items()}
-    with torch.no_grad(), evaluating(model), computing(model, "float32"):
-        expected = sum(_own_loss(model, part) for part in split_batch(batch, budget=0))
-        with sample_attention(model):
-            fast = _agrees(model, batch, expected)
-        problem = None if fast or _agrees(model, batch, expected) else _difference(model, batch, expected)
-    with sample_attention(model) if fast else nullcontext():
-        yield problem
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is in evaluation mode (no dropout); afterwards in the mode it was in."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
-
-
-def _agrees(model: PreTrainedModel, batch: Batch, expected: float) -> bool:
-    tolerance = 1e-3 if model.dtype == torch.float32 else 3e-2
-    try:
-        return abs(float(batch_loss(model, batch)) - expected) <= tolerance * max(1.0, abs(expected))
-    except (TypeError, ValueError):  # an architecture that does not pass the bounds on, or caps its scores
-        return False
-
-
-def _difference(model: PreTrainedModel, batch: Batch, expected: float) -> str:
-    packed = float(batch_loss(model, batch))
-    return f"{type(model).__name__} does not keep samples apart (loss {packed:.4f} against {expected:.4f})"
-
-
-def _own_loss(model: nn.Module, part: Batch) -> float:
-    """The summed loss of one sample by the model's own forward pass."""
-    logits_TV = model(input_ids=part["input_ids"], use_cache=False).logits[0].float()
-    return float(F.cross_entropy(logits_TV, part["labels"][0], ignore_index=IGNORED, reduction="sum"))

@@ -37,8 +37,8 @@ from qgraft.training.activations import Activations, measure_activations, sample
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import memory_now
+from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
-from qgraft.training.loss import padding_free
 from qgraft.training.sizes import format_size, parse_size
 from qgraft.training.tokenizing import Sample
 

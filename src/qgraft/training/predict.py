@@ -30,8 +30,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft import storage
 from qgraft.errors import DataError, StorageError
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.decoder import evaluating
 from qgraft.training.evaluate import sample_limit
-from qgraft.training.loss import evaluating
 from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.scores import load_libraries, mean_scores
 from qgraft.training.tokenizing import Recipe, WritesPrompts, check_recipe, encode_prompt, resolve_template

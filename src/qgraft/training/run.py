@@ -31,10 +31,10 @@ from qgraft.linear import computing
 from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
+from qgraft.training.decoder import padding_free
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, sample_limit
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
-from qgraft.training.loss import padding_free
 from qgraft.training.memory import settle_noted
 from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.segments import Segment, serving_segments
 from qgraft.training.batches import Batch, count_labels
-from qgraft.training.loss import label_states, output_head, weighted_cross_entropy
+from qgraft.training.decoder import label_states, output_head
+from qgraft.training.loss import weighted_cross_entropy
 
 
 @dataclass(eq=False)
