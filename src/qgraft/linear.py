@@ -7,8 +7,12 @@ PackedWeight, so moving the model to another device moves the bytes once.
 `LinearLike` is all that adapters and merging may ask of a layer; no bits, dtypes or class names elsewhere.
 """
 
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Protocol, Self, runtime_checkable
 
 import torch
@@ -42,6 +46,43 @@ class LinearLike(Protocol):
 
     def replace(self, packed: PackedTensor) -> None:
         """Put other packed bytes of the same shape in place of the weight."""
+
+
+# Layers that compute x W^T + b and nothing else, by exact type: a subclass may do what its name does not say.
+_LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
+# Models of transformers whose code reads the weights of layers only where this option of their configuration is set.
+_READS_IF = {"bloom": "slow_but_exact"}
+
+
+def qualified_name(module: nn.Module) -> str:
+    """Where the class of a module is, and what it is called."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether this is a float layer that computes x W^T + b and nothing else."""
+    return qualified_name(module) in _LINEARS
+
+
+def weight_is_read(model: nn.Module, path: str) -> bool:
+    """Whether the code of the model reads the weight of the layer at `path`, instead of calling the layer.
+
+    Such a layer cannot be replaced by one that holds its weight in another way, and a LoRA on it would be passed by.
+    (Mamba hands `self.out_proj.weight` to its kernels.) What the code says is taken for what it does.
+    """
+    parent, _, name = path.rpartition(".")
+    owner = model.get_submodule(parent)
+    option = _READS_IF.get(getattr(getattr(owner, "config", None), "model_type", ""))
+    if not type(owner).__module__.startswith("transformers.models.") or (option and not getattr(owner.config, option)):
+        return False
+    return name in _read_weights(type(owner).__module__)
+
+
+@cache
+def _read_weights(module: str) -> frozenset[str]:
+    """The names of layers whose weights are read in a Python module, for more than their dtype or device."""
+    source = inspect.getsource(sys.modules[module])
+    return frozenset(re.findall(r"\bself\.(?:\w+\.)*(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)", source))
 
 
 class PackedWeight(nn.Module):
@@ -161,10 +202,14 @@ class QuantizedEmbedding(nn.Module):
     """
 
     def __init__(
-        self, weight: PackedTensor, dtype: torch.dtype, scale: float = 1.0, padding_idx: int | None = None
+        self,
+        weight: PackedTensor | PackedWeight,
+        dtype: torch.dtype,
+        scale: float = 1.0,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
-        self.packed_weight = PackedWeight(weight)
+        self.packed_weight = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
         self.num_embeddings, self.embedding_dim = self.packed_weight.shape
         self.dtype, self.scale, self.padding_idx = dtype, scale, padding_idx
 

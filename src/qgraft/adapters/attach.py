@@ -23,7 +23,7 @@ from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
 from qgraft.adapters.selection import Selection, selection_of
 from qgraft.errors import AdapterError, OptionError, near_match
-from qgraft.linear import QuantizedLinear
+from qgraft.linear import QuantizedLinear, is_plain_linear, weight_is_read
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -306,9 +306,16 @@ def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none."""
-    kinds = (LoraLinear, QuantizedLinear, nn.Linear)
-    return {path: module for path, module in _modules(model) if path and isinstance(module, kinds)}
+    """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none.
+
+    Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read).
+    """
+    found = {
+        path: module
+        for path, module in _modules(model)
+        if path and (isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module))
+    }
+    return {path: module for path, module in found.items() if not weight_is_read(model, path)}
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

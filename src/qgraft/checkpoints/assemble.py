@@ -1,12 +1,16 @@
 """Build a transformers model around packed weights, without ever holding a float copy of it.
 
 The model class is instantiated with its parameters on the meta device (shapes, no memory). Then every linear layer and
-embedding whose weight the checkpoint holds as a packed tensor is replaced by a QuantizedLinear or QuantizedEmbedding,
-and the few remaining parameters (norms, biases) are read as floats. A checkpoint is seen here only as a function from
-a parameter's name to its tensor, so a GGUF file and a folder of safetensors share all of this.
+embedding is replaced by a QuantizedLinear or QuantizedEmbedding that holds the checkpoint's packed tensor, and all other
+parameters and buffers (norms, biases, routers, experts) are read as floats. A checkpoint is seen here only as a function
+from a parameter's name to its tensor, so a GGUF file and a folder of safetensors share all of this.
+
+Replaced is what is known to compute x W^T + b, or to look up rows, by its exact type (`packable`). A subclass keeps its
+class and gets floats: some scale what they look up, some count positions from 2, some return two tensors.
 """
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -19,8 +23,15 @@ from transformers.pytorch_utils import Conv1D
 
 from qgraft.compat import cap_scores
 from qgraft.errors import CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.formats import PackedTensor, dequantize, hold_floats
+from qgraft.linear import (
+    PackedWeight,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    is_plain_linear,
+    qualified_name,
+    weight_is_read,
+)
 from qgraft.models.find import architecture_of
 
 MOST_PROBLEMS = 500  # listed; more than that is another model's file
@@ -28,6 +39,16 @@ MOST_PROBLEMS = 500  # listed; more than that is another model's file
 # Reads the parameter called so in the transformers model; None when the checkpoint has no such tensor. A linear layer's
 # or embedding's weight comes as a PackedTensor, everything else as a floating point tensor.
 Reader = Callable[[str], PackedTensor | Tensor | None]
+Same = Mapping[str, str]  # parameter -> the one that it is the same tensor as, which the checkpoint has
+
+# Embeddings whose only addition is a factor, and the attribute that it is in: all of the Gemmas
+_SCALED = {
+    f"transformers.models.{kind}.modeling_{kind}.{name}TextScaledWordEmbedding": "scalar_embed_scale"
+    for kind, name in (
+        *(("gemma", "Gemma"), ("gemma2", "Gemma2"), ("gemma3", "Gemma3"), ("gemma3n", "Gemma3n")),
+        *(("gemma4", "Gemma4"), ("gemma4_unified", "Gemma4Unified"), ("vaultgemma", "VaultGemma")),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -71,18 +92,27 @@ class TokenizerErrors:
 
 
 def assemble(
-    config: PreTrainedConfig, read: Reader, dtype: torch.dtype, source: str, known_problems: Sequence[str] = ()
+    config: PreTrainedConfig,
+    read: Reader,
+    dtype: torch.dtype,
+    source: str,
+    known_problems: Sequence[str] = (),
+    same: Same | None = None,
 ) -> PreTrainedModel:
     """The model of `config` with its weights from `read`, computing in `dtype`, in evaluation mode, fully frozen.
+
+    Args:
+        same: the tied parameters; without it those that the model's class and config say are tied.
 
     Raises CheckpointError when tensors are missing or have other shapes, or something is wrong already (all listed);
     UnsupportedError when there is no causal language model for the config.
     """
     model = empty_model(config, dtype)
     cap_scores(model)
+    same = dict(model.all_tied_weights_keys) if same is None else same
     problems = list(known_problems)
-    _fill_modules(model, read, dtype, problems)
-    _fill_parameters(model, read, dtype, problems)
+    _fill_modules(model, read, dtype, problems, same)
+    _fill_parameters(model, read, dtype, problems, same)
     if problems:
         shown = "\n  ".join(problems[:MOST_PROBLEMS])
         more = f"\n  ... and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
@@ -92,6 +122,14 @@ def assemble(
     model.all_tied_weights_keys = {}
     model.requires_grad_(False)
     return model.eval()
+
+
+def packable(model: nn.Module, path: str) -> bool:
+    """Whether the layer at `path` can hold a packed weight instead of a float one and compute the same."""
+    module = model.get_submodule(path)
+    kinds = (nn.Embedding, Conv1D)
+    known = is_plain_linear(module) or type(module) in kinds or qualified_name(module) in _SCALED
+    return known and not weight_is_read(model, path)
 
 
 def weight_formats(model: nn.Module) -> dict[str, int]:
@@ -118,53 +156,68 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             raise UnsupportedError(f"architecture {config.model_type!r}: {error}") from error
 
 
-def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str]) -> None:
-    output = model.get_output_embeddings()
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    for path, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear | Conv1D | nn.Embedding) or (module is output and tied):
-            continue
-        weight = read(f"{path}.weight")
+def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:
+    held: dict[str, PackedWeight] = {}  # by the name it was read under: tied layers share it
+    for path in [path for path, _ in model.named_modules() if path and packable(model, path)]:
+        module: Any = model.get_submodule(path)
+        name = same.get(f"{path}.weight", f"{path}.weight")
+        weight = held.get(name)
         if weight is None:
-            problems.append(f"missing {path}.weight {list(module.weight.shape)}")
-            continue
-        expected = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
-        if not isinstance(weight, PackedTensor) or weight.shape != expected:  # only matrices come packed
-            problems.append(f"{path}.weight: got shape {list(weight.shape)}, expected {list(expected)}")
-            continue
+            found = read(name)
+            if found is None:
+                problems.append(f"missing {path}.weight {list(module.weight.shape)}")
+                continue
+            packed = found if isinstance(found, PackedTensor) or found.dim() != 2 else hold_floats(found)
+            expected = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
+            if not isinstance(packed, PackedTensor) or packed.shape != expected:  # only matrices come packed
+                problems.append(f"{path}.weight: got shape {list(packed.shape)}, expected {list(expected)}")
+                continue
+            weight = held[name] = PackedWeight(packed)
         model.set_submodule(path, _packed_module(module, weight, dtype))
-    if tied and output is not None:
-        _tie_output(model)
 
 
-def _packed_module(module: nn.Module, weight: PackedTensor, dtype: torch.dtype) -> nn.Module:
+def _packed_module(module: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        # Gemma's embedding class multiplies each row by a constant
-        scale = float(getattr(module, "scalar_embed_scale", 1.0))
+        scale = float(getattr(module, _SCALED.get(qualified_name(module), ""), 1.0))
         return QuantizedEmbedding(weight, dtype, scale, module.padding_idx)
     bias: Any = module.bias  # on the meta device; read with the other parameters
     return QuantizedLinear(weight, None if bias is None else torch.empty_like(bias))
 
 
-def _tie_output(model: PreTrainedModel) -> None:
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
-    if isinstance(embedding, QuantizedEmbedding):
-        path = next(path for path, module in model.named_modules() if module is output)
-        model.set_submodule(path, QuantizedLinear(embedding.packed_weight))
-
-
-def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str]) -> None:
-    for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta:
-            continue
+def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:
+    """The parameters that are left, and the buffers that a checkpoint may hold; those that it does not hold are computed."""
+    filled: dict[str, nn.Parameter] = {}  # by the name it was read under
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
+        if not parameter.is_meta or (leaf == "weight" and packable(model, owner)):  # the latter is reported already
+            continue
         module: Any = model.get_submodule(owner)
-        if leaf == "weight" and isinstance(module, nn.Linear | Conv1D | nn.Embedding):
-            continue  # reported already
-        value = read(name)
-        if value is None:
-            problems.append(f"missing {name} {list(parameter.shape)}")
-        elif not isinstance(value, Tensor) or value.shape != parameter.shape:
-            problems.append(f"{name}: got shape {list(value.shape)}, expected {list(parameter.shape)}")
-        else:
-            setattr(module, leaf, nn.Parameter(value.to(dtype), requires_grad=False))
+        stored = same.get(name, name)
+        if stored not in filled:
+            value = read(stored)
+            if value is None:
+                problems.append(f"missing {name} {list(parameter.shape)}")
+                continue
+            if value.shape != parameter.shape:
+                problems.append(f"{name}: got shape {list(value.shape)}, expected {list(parameter.shape)}")
+                continue
+            kept = _kept_dtype(model, name, dtype)
+            value = dequantize(value, kept) if isinstance(value, PackedTensor) else value.to(kept)
+            filled[stored] = nn.Parameter(value, requires_grad=False)
+        setattr(module, leaf, filled[stored])
+    saved = model.state_dict().keys()
+    for name, buffer in list(model.named_buffers()):
+        if name in saved and not name.endswith((".packed_weight.data", ".packed_weight.scale")):
+            value = read(name)
+            if isinstance(value, Tensor) and value.shape == buffer.shape:
+                buffer.copy_(value)
+            elif value is not None:
+                problems.append(f"{name}: got shape {list(value.shape)}, expected {list(buffer.shape)}")
+
+
+def _kept_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a parameter: `dtype`, but for those that the architecture wants in float32 whatever it computes in."""
+    patterns = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    return torch.float32 if any(re.search(pattern.replace("*", r"\w+"), name) for pattern in patterns) else dtype

@@ -36,8 +36,9 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, weight_formats
+from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
 from qgraft.checkpoints.thudm_files import KEY as PREFIX_KEY
@@ -67,27 +68,26 @@ def load_folder(
     config = _config(folder)
     tokenizer, tokenizer_notes = _tokenizer(folder, config)
     with ExitStack() as stack:
-        reader = _FolderReader(open_shards(folder, stack), quantize, empty_model(config, dtype))
-        unexpected = reader.unexpected()
         exact = (
             architecture_of(config) is not None
         )  # transformers' own may leave tensors out, ours have a place for all
+        reader = _FolderReader(open_shards(folder, stack), quantize, empty_model(config, dtype), exact)
+        unexpected = reader.unexpected()
         if exact and holds_only_prefix(list(reader.tensors)):
             raise CheckpointError(
                 f"{folder} holds a prefix (P-Tuning v2) and no model",
                 hint="give its base as the model, and this folder as the adapter (--adapter)",
             )
         problems = [f"unexpected {name}" for name in unexpected] if exact else []
-        model = assemble(config, reader, dtype, str(folder), problems)
+        model = assemble(config, reader, dtype, str(folder), problems, reader.same())
     model.qgraft_base = BaseInfo(  # type: ignore[assignment]
         source=str(folder),
         container="folder",
         architecture=config.model_type,
-        fingerprint=fingerprint(reader.entries),
+        fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
         notes=(*reader.notes, *_unexpected_note(unexpected), *tokenizer_notes),
     )
-    _mark_repeated(model, reader)
     digest = folder_digest(folder, reader.vectors)
     model.qgraft_origin = Origin(  # type: ignore[assignment]
         folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors)
@@ -110,62 +110,92 @@ def folder_digest(folder: Path, vectors: Collection[str]) -> str:
     return f"{config} {fingerprint(entries)}"
 
 
-def _mark_repeated(model: PreTrainedModel, reader: "_FolderReader") -> None:
-    """A tied output layer's weight may be in the file as well; a save writes there what the model has."""
-    output = model.get_output_embeddings()
-    path = next((path for path, module in model.named_modules() if module is output), None)
-    if path is not None and path not in reader.matrices and f"{path}.weight" in reader.tensors:
-        reader.matrices[path] = Stored(f"{path}.weight", repeated=True)
-
-
 class _FolderReader:
     """Answers assemble()'s questions from open weight files, packing weights as they pass."""
 
     def __init__(
-        self,
-        tensors: dict[str, Callable[[], Tensor]],
-        quantize: str | None,
-        model: PreTrainedModel,
+        self, tensors: dict[str, Callable[[], Tensor]], quantize: str | None, model: PreTrainedModel, exact: bool
     ) -> None:
-        self.tensors, self.quantize = tensors, quantize
+        self.tensors, self.quantize, self.model = tensors, quantize, model
+        self.names = (same_names if exact else transformers_names)(model, tensors)
         self.bits = getattr(model.config, "quantization_bit", None) or None
         output = model.get_output_embeddings()
-        kinds = (nn.Linear, Conv1D, nn.Embedding)
-        self.layers = {f"{path}.weight": m for path, m in model.named_modules() if isinstance(m, kinds)}
+        paths = [path for path, _ in model.named_modules() if path and packable(model, path)]
+        self.layers: dict[str, Any] = {f"{path}.weight": model.get_submodule(path) for path in paths}
         self.quantized_names = {
             name for name, m in self.layers.items() if m is not output and not isinstance(m, nn.Embedding)
         }
-        self.places = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]  # recomputed
-        if architecture_of(model.config) is not None:
+        if exact:
             self.ignored.append(rf"^{re.escape(PREFIX_KEY)}")  # attached when the model is there
-        self.entries: list[tuple[str, tuple[int, ...], str, Tensor]] = []  # what the fingerprint is made of
+        # what the fingerprint is made of, by the parameter that was asked for
+        self.entries: dict[str, list[tuple[str, tuple[int, ...], str, Tensor]]] = {}
         self.matrices: dict[str, Stored] = {}  # by module path
-        self.vectors: list[str] = []
+        self.vectors: list[str] = []  # the tensors that are read as floats
         self.notes: list[str] = []
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
-        if name not in self.tensors:
+        if name in self.names.made:
+            return self._make(name)
+        if name not in self.names.stored:
             return None
-        value = self.tensors[name]()
-        if value.dim() != 2:
-            self.vectors.append(name)
-            self.entries.append((name, tuple(value.shape), str(value.dtype), value))
+        stored = self.names.stored[name]
+        value = self.tensors[stored]()
+        if value.dim() != 2 or name not in self.layers:
+            self._note_vector(name, stored, value)
             return value
-        transposed = isinstance(self.layers.get(name), Conv1D)
-        self.matrices[name.removesuffix(".weight")] = Stored(name, transposed=transposed)
-        if value.dtype == torch.int8 and name in self.layers:
+        transposed = isinstance(self.layers[name], Conv1D)
+        self.matrices[name.removesuffix(".weight")] = Stored(stored, transposed=transposed)
+        if value.dtype == torch.int8:
             packed = self._read_rowwise(name, value)
         else:
             packed = self._pack(name, value.T.contiguous() if transposed else value)
-        self.entries += matrix_entries(name, packed)
+        self.entries[name] = matrix_entries(stored, packed)
         return packed
+
+    def _make(self, name: str) -> PackedTensor | Tensor:
+        """What transformers computes of several tensors: floats, also where a layer holds it."""
+        made = self.names.made[name]
+        for stored, _ in made.sources:
+            self._note_vector(stored, stored, self.tensors[stored]())
+        value = made.value(name, self.model, self.tensors)
+        if name not in self.layers or value.dim() != 2:
+            return value
+        return self._pack(name, value.T.contiguous() if isinstance(self.layers[name], Conv1D) else value)
+
+    def _note_vector(self, name: str, stored: str, value: Tensor) -> None:
+        if name not in self.entries:
+            self.vectors.append(stored)
+            self.entries[name] = [(stored, tuple(value.shape), str(value.dtype), value)]
+
+    def same(self) -> dict[str, str]:
+        """{parameter: the one that it is tied to and that is read}, as transformers ties them.
+
+        Where a folder has both, and they differ, they are two parameters, whatever the configuration says.
+        """
+        ties = self.model.all_tied_weights_keys
+        found: dict[str, str] = {}
+        for target, source in ties.items():
+            if target in self.names and source in self.names:
+                one, other = (self.names.stored.get(name) for name in (target, source))
+                if one is None or other is None or not torch.equal(self.tensors[one](), self.tensors[other]()):
+                    self.notes.append(f"{target} and {source} differ in the folder, so they are not tied")
+                    continue
+                found[target] = source
+                if target in self.layers:
+                    self.matrices[target.removesuffix(".weight")] = Stored(one, repeated=True)  # a save writes it, too
+            elif target in self.names:
+                found[source] = target
+            else:
+                others = [other for other, its in ties.items() if its == source and other in self.names]
+                found[target] = source if source in self.names or not others else others[0]
+        return found
 
     def unexpected(self) -> list[str]:
         """The file's tensors that the model has no place for, without those that it computes itself."""
         scales = {f"{name}_scale" for name in self.layers}
-        unknown = sorted(self.tensors.keys() - self.places - scales)
-        return [name for name in unknown if not any(re.search(pattern, name) for pattern in self.ignored)]
+        unknown = [name for name in self.names.unexpected if name not in scales]
+        return sorted(name for name in unknown if not any(re.search(pattern, name) for pattern in self.ignored))
 
     def _read_rowwise(self, name: str, data: Tensor) -> PackedTensor:
         """An int8 matrix with its scales: 8 bits where it is as wide as the layer, 4 where it is half as wide."""
