@@ -35,7 +35,9 @@ SHAPE = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
     "intermediate_size": FFN, "max_position_embeddings": LENGTH,
 }  # fmt: skip
-GEMMA = {"head_dim": 16, "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA = {
+    "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHAPE, **GEMMA}),
@@ -115,7 +117,7 @@ def write_tiny(
     """
     tied = tied or architecture == "gemma2"  # the tables of the gguf package have no output layer for it
     model = float_model(architecture, tied, config or {}, seed)
-    names = gguf.get_tensor_name_map(_arch(architecture), LAYERS)
+    names = gguf.get_tensor_name_map(_arch(architecture), model.config.num_hidden_layers)
     keys = {
         **model_metadata(model, architecture),
         **(vocabulary(architecture) if tokenizer else {}),
@@ -169,7 +171,7 @@ def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: in
 def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> dict[str, Any]:
     """What llama.cpp's converter writes about the shape of a model."""
     c = model.config
-    head_dim = getattr(c, "head_dim", None) or HIDDEN // HEADS
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     grouped = {f"{architecture}.attention.head_count_kv": c.num_key_value_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
                                            "layer_norm_epsilon") if getattr(c, k, None))  # fmt: skip
@@ -178,7 +180,7 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": FFN,
+        "feed_forward_length": getattr(c, "intermediate_size", None) or FFN,
         "attention.head_count": c.num_attention_heads,
         f"attention.layer_norm{rms}_epsilon": float(epsilon),
     }
@@ -187,8 +189,8 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys["rope.freq_base"] = float(rope["rope_theta"])
         keys["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
-    if "gemma" in architecture:
-        keys["attention.sliding_window"] = c.sliding_window
+    if "gemma" in architecture or architecture == "phi3":
+        keys["attention.sliding_window"] = c.sliding_window or 0
     return {"general.name": "tiny", **{f"{architecture}.{k}": v for k, v in keys.items()}, **grouped}
 
 

@@ -127,13 +127,17 @@ class QuantizedLinear(nn.Module):
     Args:
         weight: the packed weight, or a PackedWeight to share (a tied output layer).
         bias: [out] floating point, or None.
+        dtype: what the model computes in, which some ask their layers for.
     """
 
     bias: nn.Parameter | None
     compute = "float32"
 
-    def __init__(self, weight: PackedTensor | PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(
+        self, weight: PackedTensor | PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.packed_weight = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
         self.out_features, self.in_features = self.packed_weight.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
@@ -168,6 +172,18 @@ class QuantizedLinear(nn.Module):
     def packed(self) -> PackedTensor:
         """The stored bytes."""
         return self.packed_weight.get()
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in] in the dtype that the model computes in, without values: for code that asks for shape and dtype.
+
+        Whoever computes with it gets torch's error for a tensor on the meta device; the values are in `dequantize`.
+        """
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        return super()._apply(fn, recurse)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] in `dtype`."""

@@ -204,6 +204,11 @@ class LoraLinear(nn.Module):
         return y
 
     @property
+    def weight(self) -> Tensor:
+        """Shape and dtype of the base's weight, without values, which would lack what the adapters add."""
+        return torch.empty_like(self.base.weight, device="meta")
+
+    @property
     def is_packed(self) -> bool:
         """Whether the base's weight is a packed tensor."""
         return isinstance(self.base, QuantizedLinear)

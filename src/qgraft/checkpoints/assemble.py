@@ -181,7 +181,7 @@ def _packed_module(module: nn.Module, weight: PackedWeight, dtype: torch.dtype) 
         scale = float(getattr(module, _SCALED.get(qualified_name(module), ""), 1.0))
         return QuantizedEmbedding(weight, dtype, scale, module.padding_idx)
     bias: Any = module.bias  # on the meta device; read with the other parameters
-    return QuantizedLinear(weight, None if bias is None else torch.empty_like(bias))
+    return QuantizedLinear(weight, None if bias is None else torch.empty_like(bias), dtype)
 
 
 def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:

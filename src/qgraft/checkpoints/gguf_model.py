@@ -55,6 +55,9 @@ ARCHITECTURES = {  # general.architecture of the file
     "starcoder2": Rules(),
 }
 
+# Layers of the 27B models, whose attention is scaled by 1 / sqrt(width / heads) and not by 1 / sqrt(head_dim)
+_LARGEST = {"gemma2": 46, "gemma3": 62}
+
 ROPE_FACTORS = "rope_freqs.weight"
 _TOKENIZERS = ("gpt2", "llama")  # byte-level BPE, sentencepiece
 _OPTIONAL_SIZES = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size")
@@ -166,8 +169,19 @@ def _complete(config: PreTrainedConfig, file: GgufFile) -> None:
     """Set what the metadata says and transformers' reader leaves at its default; which keys, depends on the class."""
 
     def get(key: str) -> Any:
-        return file.metadata.get(f"{file.metadata['general.architecture']}.{key}")
+        return file.metadata.get(f"{architecture}.{key}")
 
+    architecture = file.metadata["general.architecture"]
+    if architecture in _LARGEST:  # no key states it; llama.cpp knows the model by its number of layers
+        largest = get("block_count") == _LARGEST[architecture]
+        width = get("embedding_length") // get("attention.head_count") if largest else get("attention.key_length")
+        config.query_pre_attn_scalar = width or config.query_pre_attn_scalar
+    if window := get("attention.sliding_window"):
+        if not hasattr(config, "sliding_window"):
+            raise UnsupportedError(
+                f"{file.path}: attention.sliding_window {_brief(window)}: {architecture} has no window here"
+            )
+        config.sliding_window = window
     if config.model_type == "gpt2" and get("context_length"):
         config.n_positions = get("context_length")
     if (key_length := get("attention.key_length")) and getattr(config, "head_dim", None):

@@ -6,7 +6,8 @@ The decoder without its output layer is `base_model`; what is done to the logits
 model (capped, scaled, divided), and known here by the names of their options (`output_head`). Whether that is all is
 found out by the model's own forward pass on the longest sample of the run (`padding_free`): per label, not in sum, so
 that a window or a scaled position shows. Where it is not, or where a model has no such decoder, the model's own logits
-are used: `label_states` then gives logits, and `output_head` hands them through.
+are used: `label_states` then gives logits, and `output_head` hands them through. A model that counts positions in a way of
+its own (RoBERTa's kind begins behind the padding token's id) is not told any.
 
 In which way the samples of a batch share a pass is found out there too: attention sample by sample, else transformers'
 mask, else one sample in each pass. All three are right; which is the fastest that a model keeps to is what is tried.
@@ -36,6 +37,7 @@ JUDGED = 256  # labels of a sample whose losses are compared: of 2048 tokens, th
 EXACT, ROUNDED = 2e-3, 3e-2  # how far a loss may be off in float32 and in half precision, relative to it or to 1
 
 _BY_OWN_FORWARD: WeakSet[nn.Module] = WeakSet()  # models whose logits are not head(states)
+_BY_OWN_POSITIONS: WeakSet[nn.Module] = WeakSet()  # of these, the ones that count positions otherwise than from 0
 
 
 def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -48,8 +50,8 @@ def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels_T = batch["labels"][0]
     chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
-    inputs = {key: batch[key] for key in ("input_ids", "position_ids")}
-    inputs |= attention_arguments(model, batch["position_ids"])
+    told = ("input_ids",) if model in _BY_OWN_POSITIONS else ("input_ids", "position_ids")
+    inputs = {key: batch[key] for key in told} | attention_arguments(model, batch["position_ids"])
     if model in _BY_OWN_FORWARD:
         return _own_logits(model, inputs, chosen_N), labels_T[chosen_N]
     states_1TH = model.base_model(use_cache=False, **inputs).last_hidden_state
@@ -115,25 +117,35 @@ def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
     """(Whether attention goes sample by sample, what differs where samples cannot share a pass)."""
     parts = split_batch(batch, budget=0)
     expected = [_own_losses(model, part) for part in parts]
+
+    def packed() -> bool:
+        return _agrees(model, batch, expected)
+
+    def alone() -> bool:
+        return all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True))
+
+    apart = f"{type(model).__name__} does not keep samples apart"
     if isinstance(model.base_model, PreTrainedModel) and model.base_model is not model:
         with sample_attention(model):
-            if model.config._attn_implementation == SAMPLES and _agrees(model, batch, expected):
+            if model.config._attn_implementation == SAMPLES and packed():
                 return True, None
-        if _agrees(model, batch, expected):
+        if packed():
             return False, None
-        alone = all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True))
-    else:
-        alone = False
-    if not alone:
-        _BY_OWN_FORWARD.add(model)
-        if _agrees(model, batch, expected):
-            return False, None
-        if not all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True)):
-            _BY_OWN_FORWARD.discard(model)
-            raise UnsupportedError(
-                f"{type(model).__name__} computes another loss with position_ids than without them: it cannot be trained here"
-            )
-    return False, f"{type(model).__name__} does not keep samples apart"
+        if alone():
+            return False, apart
+    _BY_OWN_FORWARD.add(model)
+    if packed():
+        return False, None
+    if alone():
+        return False, apart
+    _BY_OWN_POSITIONS.add(model)
+    if alone():
+        return False, f"{type(model).__name__} counts positions in a way of its own"
+    for ways in (_BY_OWN_FORWARD, _BY_OWN_POSITIONS):
+        ways.discard(model)
+    raise UnsupportedError(
+        f"{type(model).__name__}: the loss of a sample comes out otherwise in a second pass, so it cannot be trained here"
+    )
 
 
 @contextmanager

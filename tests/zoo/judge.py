@@ -1,0 +1,129 @@
+"""What qgraft makes of one architecture, measured by transformers' own model of the same weights."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from kinds import WORDS
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import qgraft
+from qgraft.formats import dequantize
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.serving.decoding import fast_decoding
+from qgraft.training.batches import IGNORED, collate
+from qgraft.training.decoder import padding_free
+from qgraft.training.lean import lean_modules
+from qgraft.training.loss import batch_loss
+from qgraft.training.tokenizing import Sample
+
+NEW_TOKENS = 24
+LENGTHS = (7, 9, 40)  # the last one is longer than every window
+
+
+def ids_of(length: int, seed: int) -> list[int]:
+    return torch.randint(3, WORDS - 10, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def samples() -> list[Sample]:
+    rows = [ids_of(length, seed) for seed, length in enumerate(LENGTHS)]
+    return [Sample(ids, [IGNORED] * (len(ids) // 2) + ids[len(ids) // 2 :], "") for ids in rows]
+
+
+def judge(model: PreTrainedModel, folder: Path) -> None:
+    """Assert that the model, written to a folder, is computed exactly. Raises QgraftError where it is refused."""
+    model.save_pretrained(folder / "float")
+    reference = AutoModelForCausalLM.from_pretrained(folder / "float", dtype=torch.float32).eval()
+    same(logits(qgraft.load(folder / "float", device="cpu")[0]), logits(reference), "logits of the float folder")
+    packed, _ = qgraft.load(folder / "float", device="cpu", quantize="q8_0")
+    reference = dequantized(reference, packed)
+    same(logits(packed), logits(reference), "logits, packed")
+    answers_alike(packed, reference)
+    written_and_read(packed, folder)
+    trains_alike(packed)
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([ids_of(40, 5)]), use_cache=False).logits
+
+
+def same(got: Tensor, expected: Tensor, what: str, tolerance: float = 2e-4) -> None:
+    off = float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    assert got.shape == expected.shape and off <= tolerance, f"{what}: off by {off:.2g} of the largest"
+
+
+def dequantized(reference: PreTrainedModel, packed: nn.Module) -> PreTrainedModel:
+    """transformers' model with the values that the packed weights stand for."""
+    for path, module in packed.named_modules():
+        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+            weight: Any = reference.get_submodule(path).weight
+            value = dequantize(module.packed_weight.get(), torch.float32)
+            weight.data = value if isinstance(reference.get_submodule(path), nn.Linear | nn.Embedding) else value.T
+    return reference
+
+
+def answers_alike(packed: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """Greedy tokens, from a prompt longer than the window, with fast decoding on."""
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    prompt = torch.tensor([ids_of(20, 9)])
+    expected = reference.generate(prompt, **options)
+    with fast_decoding(packed):
+        got = packed.generate(prompt, **options)
+    assert torch.equal(got, expected), f"greedy tokens: {got[0, 20:].tolist()} for {expected[0, 20:].tolist()}"
+
+
+def written_and_read(packed: PreTrainedModel, folder: Path) -> None:
+    """A float folder that was loaded is saved as it was."""
+    model, _ = qgraft.load(folder / "float", device="cpu")
+    qgraft.save(model, folder / "saved")
+    same(logits(qgraft.load(folder / "saved", device="cpu")[0]), logits(model), "logits after saving", 1e-6)
+
+
+def trains_alike(model: PreTrainedModel) -> None:
+    """Loss and gradients of LoRAs on three samples: as a run computes them, and by the model's own forward pass."""
+    qgraft.attach_lora(model, r=2)
+    generator = torch.Generator().manual_seed(3)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    expected = gradients(model, trained, lambda: own_loss(model))
+    with padding_free(model, samples()) as problem:
+        for lean in (nullcontext(), lean_modules(model)):
+            with lean:
+                if problem is None:
+                    alike(gradients(model, trained, lambda: batch_loss(model, collate(samples()))), expected, "packed")
+                alone = lambda: sum(batch_loss(model, collate([sample])) for sample in samples())  # noqa: E731
+                alike(gradients(model, trained, alone), expected, "alone")
+
+
+def own_loss(model: nn.Module) -> Tensor:
+    total = torch.zeros(())
+    for sample in samples():
+        rows = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1].float()
+        labels = torch.tensor(sample.labels[1:])
+        total = total + F.cross_entropy(rows, labels, ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+def gradients(
+    model: nn.Module, trained: dict[str, nn.Parameter], loss: Callable[[], Any]
+) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad()
+    value = loss()
+    value.backward()
+    found = {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in trained.items()}
+    return float(value), found
+
+
+def alike(got: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], what: str) -> None:
+    assert abs(got[0] - expected[0]) <= 1e-4 * abs(expected[0]), f"loss {what}: {got[0]:.4f} for {expected[0]:.4f}"
+    largest = max(float(grad.abs().max()) for grad in expected[1].values())
+    for name, grad in expected[1].items():
+        off = float((got[1][name] - grad).abs().max()) / largest
+        assert off <= 1e-3, f"gradient {what} of {name}: off by {off:.2g} of the largest"

@@ -1,0 +1,80 @@
+"""A tiny model of every causal architecture that transformers knows."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+KINDS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+WORDS, WINDOW = 120, 8
+MOST_WEIGHTS = 3_000_000
+
+# What the fields of configurations are called; those that a configuration has are set.
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "lru_width"), 64),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "dim_ff"), 96),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
+    **dict.fromkeys(("decoder_attention_heads", "encoder_attention_heads", "attention_heads"), 4),
+    **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "v_head_dim", "global_head_dim"), 16),
+    **dict.fromkeys(("qk_rope_head_dim", "qk_nope_head_dim"), 8),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 32),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "padded_vocab_size"), WORDS),
+    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "seq_length"), 128),
+    **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "attention_chunk_size"), WINDOW),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"), 2),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size"), 32),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "moe_num_shared_experts"), 1),
+    **dict.fromkeys(("linear_num_value_heads", "linear_num_key_heads"), 2),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("pad_token_id",), 0), **dict.fromkeys(("bos_token_id",), 1), **dict.fromkeys(("eos_token_id",), 2),
+    "rotary_dim": 8, "is_decoder": True, "is_encoder_decoder": False, "use_sliding_window": True, "max_window_layers": 0,
+    "hidden_size_per_layer_input": 32, "scale_embedding": True,
+}  # fmt: skip
+
+# Where that is not enough: sizes that must fit each other, lists as long as there are layers.
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+OTHERS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "mamba2": MAMBA2,
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "lm_head_multiplier": 20.0},
+    "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 0.5, "attention_window_size": 64},
+    "qwen2_moe": {"layer_types": ["sliding_attention", "full_attention"]},
+    "qwen3_moe": {"decoder_sparse_step": 1},
+    "jamba": {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+}
+
+
+def config_of(kind: str) -> PreTrainedConfig:
+    """A tiny configuration; raises whatever transformers raises for sizes that do not fit."""
+    config_class: Any = CONFIG_MAPPING[kind]
+    default = config_class()
+    text = default.get_text_config(decoder=True)
+    computed = {name for name in SIZES if isinstance(getattr(type(text), name, None), property)}
+    names = {name: value for name, value in SIZES.items() if hasattr(text, name) and name not in computed}
+    return type(text)(**(names | OTHERS.get(kind, {})))
+
+
+def tiny_model(kind: str) -> PreTrainedModel:
+    """A model with weights that matter: logits that differ by several, every bias and norm other than 0 and 1."""
+    config = config_of(kind)
+    with torch.device("meta"):
+        weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if weights > MOST_WEIGHTS:
+        raise ValueError(
+            f"{weights:,} weights, expected a tiny model: sizes of parts of its configuration are not known here"
+        )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() >= 2:
+                nn.init.normal_(parameter, std=0.15)
+            elif parameter.is_floating_point() and not name.endswith(("A_log", "dt_bias", ".D")):
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
