@@ -85,6 +85,11 @@ def _read_weights(module: str) -> frozenset[str]:
     return frozenset(re.findall(r"\bself\.(?:\w+\.)*(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)", source))
 
 
+def nothing(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """NaN [rows, columns] of one number's memory."""
+    return torch.full((1, 1), torch.nan, dtype=dtype, device=device).expand(rows, columns)
+
+
 class PackedWeight(nn.Module):
     """The buffers of one packed tensor. Casting the model (`.half()`) leaves stored bytes and scales as they are."""
 
@@ -175,11 +180,11 @@ class QuantizedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in] in the dtype that the model computes in, without values: for code that asks for shape and dtype.
+        """[out, in] in the dtype that the model computes in, for code that asks for shape, dtype and device.
 
-        Whoever computes with it gets torch's error for a tensor on the meta device; the values are in `dequantize`.
+        Its values are NaN, and take no memory: nobody shall compute with it. They are in `dequantize`.
         """
-        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+        return nothing(self.out_features, self.in_features, self.dtype, self.packed_weight.data.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -228,6 +233,11 @@ class QuantizedEmbedding(nn.Module):
         self.packed_weight = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
         self.num_embeddings, self.embedding_dim = self.packed_weight.shape
         self.dtype, self.scale, self.padding_idx = dtype, scale, padding_idx
+
+    @property
+    def weight(self) -> Tensor:
+        """As that of a QuantizedLinear, [num_embeddings, embedding_dim]."""
+        return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.data.device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""

@@ -37,8 +37,30 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 # Where that is not enough: sizes that must fit each other, lists as long as there are layers.
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16}
 OTHERS: dict[str, dict[str, Any]] = {
+    **{key: {"head_dim": 8} for key in ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu")},
+    **{key: {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2} for key in ("deepseek_v32", "glm_moe_dsa")},
+    **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), LINEAR),
+    "bailing_hybrid": LINEAR,
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "zaya": {"num_experts_per_tok": 1},
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "roc_bert": {
+        "pronunciation_vocab_size": 50,
+        "shape_vocab_size": 50,
+        "shape_embed_dim": 16,
+        "pronunciation_embed_dim": 16,
+    },
+    "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 8), "attn_layers": ["local", "local"]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": MAMBA2,
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": [1]},

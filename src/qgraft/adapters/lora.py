@@ -33,7 +33,7 @@ from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.lora import Term, lora_backward, lora_forward
-from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, to_autocast
+from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,8 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """Shape and dtype of the base's weight, without values, which would lack what the adapters add."""
-        return torch.empty_like(self.base.weight, device="meta")
+        """As that of a QuantizedLinear: the base's values would lack what the adapters add."""
+        return nothing(self.out_features, self.in_features, self.base.weight.dtype, self._device())
 
     @property
     def is_packed(self) -> bool:
@@ -266,7 +266,8 @@ class LoraFunction(torch.autograd.Function):
         weight = fused_weight(base, x_NI)
         y_NO, hs = lora_forward(x_NI, base(x_NI) if weight is None else weight, _terms(segments, weights, x_NI))
         ctx.save_for_backward(*weights, *hs, *(sources if recipe else (x_NI,)))
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        # in place and no view: some models add to what a layer gives them (Falcon), which autograd forbids for views
+        return y_NO.resize_(*x.shape[:-1], y_NO.shape[-1])
 
     @staticmethod
     @once_differentiable  # a second derivative is refused: it would have to keep what this function does not save

@@ -161,14 +161,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _agrees(model: PreTrainedModel, batch: Batch, expected: Sequence[Tensor]) -> bool:
     """Whether the losses of the judged labels of all samples are those of the model itself."""
-    try:
-        rows, labels_N = label_states(model, batch)
-    except (TypeError, ValueError):  # an architecture that does not pass the bounds on, or masks or caps otherwise
-        return False
     judged_N = torch.cat(
         [_judged(part["labels"][0]) + offset for part, offset in _with_offsets(split_batch(batch, budget=0))]
     )
-    logits_NV = output_head(model)(rows[judged_N]).float()
+    try:
+        rows, labels_N = label_states(model, batch)
+        logits_NV = output_head(model)(rows[judged_N]).float()
+    except (RuntimeError, TypeError, ValueError):
+        return (
+            False  # it does not pass the bounds on, masks or caps otherwise, or has more than a layer behind the states
+        )
     off_N = (F.cross_entropy(logits_NV, labels_N[judged_N], reduction="none") - torch.cat(list(expected))).abs()
     scale_N = torch.cat(list(expected)).clamp(min=1.0)
     if model.dtype == torch.float32:

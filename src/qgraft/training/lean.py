@@ -126,7 +126,8 @@ def _lean_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        return _norm(weight_H, eps, x) if x.dtype == torch.float32 else type(module).forward(module, x)
+        known = x.dtype == torch.float32 and x.shape[-1] == len(weight_H)
+        return _norm(weight_H, eps, x) if known else type(module).forward(module, x)
 
     return forward
 
