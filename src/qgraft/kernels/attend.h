@@ -1,5 +1,5 @@
-/* What a decoding step computes beside products with packed weights, all in float32: norms, the gated activation,
- * attention of one head, and the narrow products of a LoRA. Plain loops, which the compiler vectorizes for its level.
+/* What a decoding step computes beside products with packed weights and what pointwise.h has, all in float32: attention of
+ * one head, and the narrow products of a LoRA. Plain loops, which the compiler vectorizes for its level.
  */
 
 #ifndef QGRAFT_ATTEND_H
@@ -40,21 +40,6 @@ ALWAYS_INLINE float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * power;
 }
 
-/* out = x / sqrt(mean x^2 + epsilon) * weight; out may be x. */
-static void rms_norm(const float *x, const float *weight, int64_t n, float epsilon, float *out) {
-    const float factor = 1.0f / __builtin_sqrtf(dot(x, x, n) / (float)n + epsilon);
-    for (int64_t j = 0; j < n; j++) out[j] = weight[j] * (x[j] * factor);
-}
-
-/* gate = silu(gate) * up, silu(x) = x / (1 + exp(-x)). */
-static void gated(float *gate, const float *up, int64_t n) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; j++) {
-        const float x = gate[j], e = exp_negative(x < 0.0f ? x : -x);
-        gate[j] = (x < 0.0f ? e : 1.0f) / (1.0f + e) * x * up[j];
-    }
-}
-
 /* Four rows of K or V at once: q, or the sums, then pass through the registers a quarter as often. */
 static void dot4(const float *q, const float *rows, int64_t channels, float scale, float *scores) {
     const float *b = rows + channels, *c = b + channels, *d = c + channels;
@@ -73,26 +58,28 @@ static void add4(const float *shares, const float *rows, int64_t channels, float
     for (int64_t j = 0; j < channels; j++) out[j] += (s0 * rows[j] + s1 * b[j]) + (s2 * c[j] + s3 * d[j]);
 }
 
-/* out [channels] = softmax(scale q K^T) V over `length` keys and values [length, channels]; scores [length]: scratch. */
-static void attend(const float *q, const float *keys, const float *values, int64_t length, int64_t channels, float scale,
-                   float *scores, float *out) {
-    const int64_t fours = length / 4 * 4;
-    float largest = -__builtin_inff(), sum = 0.0f;
+/* out [channels] = softmax(scale q K^T) V over `past` keys and values [past, channels] and the newest, which other threads
+ * may be about to write behind them; scores [past + 1]: scratch. */
+static void attend(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
+                   const float *newest_value, int64_t channels, float scale, float *scores, float *out) {
+    const int64_t fours = past / 4 * 4;
+    scores[past] = scale * dot(q, newest_key, channels);
+    float largest = scores[past], sum = 0.0f;
     for (int64_t t = 0; t < fours; t += 4) dot4(q, keys + t * channels, channels, scale, scores + t);
-    for (int64_t t = fours; t < length; t++) scores[t] = scale * dot(q, keys + t * channels, channels);
-    for (int64_t t = 0; t < length; t++) largest = scores[t] > largest ? scores[t] : largest;
+    for (int64_t t = fours; t < past; t++) scores[t] = scale * dot(q, keys + t * channels, channels);
+    for (int64_t t = 0; t < past; t++) largest = scores[t] > largest ? scores[t] : largest;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t < length; t++) {
+    for (int64_t t = 0; t <= past; t++) {
         scores[t] = exp_negative(scores[t] - largest);
         sum += scores[t];
     }
-    memset(out, 0, (size_t)channels * sizeof(float));
+    for (int64_t j = 0; j < channels; j++) out[j] = scores[past] * newest_value[j];
     for (int64_t t = 0; t < fours; t += 4) add4(scores + t, values + t * channels, channels, out);
-    for (int64_t t = fours; t < length; t++)
+    for (int64_t t = fours; t < past; t++)
         for (int64_t j = 0; j < channels; j++) out[j] += scores[t] * values[t * channels + j];
     for (int64_t j = 0; j < channels; j++) out[j] /= sum;
 }
 
-static const Vectors vectors = {dot, rms_norm, gated, attend};
+static const Vectors vectors = {dot, attend};
 
 #endif

@@ -141,40 +141,39 @@ static void project(const Thread *of, const Linear *linear, const float *x, floa
         for (int64_t r = first; r < last; r++) y[r] += to[r];
 }
 
-/* out = norm(head), where there is one, rotated: each pair (j, j + channels / 2) by its angle. */
+/* out = norm(head), where there is one, rotated by the token's angles. */
 static void rotate(const Thread *of, const float *head, const float *norm, float *out) {
-    const int64_t half = of->model->channels / 2;
-    memcpy(out, head, (size_t)(2 * half) * sizeof(float));
-    if (norm) of->use->vectors->rms_norm(out, norm, 2 * half, (float)of->model->epsilon, out);
-    for (int64_t j = 0; j < half; j++) {
-        const float a = out[j], b = out[half + j];
-        out[j] = a * of->cos[j] - b * of->sin[j];
-        out[half + j] = b * of->cos[half + j] + a * of->sin[half + j];
-    }
+    const Pointwise *use = of->use->pointwise;
+    const int64_t channels = of->model->channels;
+    if (norm) use->norm(head, norm, (float)of->model->epsilon, channels, out);
+    use->rotate(0, norm ? out : head, 0, 1, of->cos, of->sin, channels / 2, channels, out);
 }
 
-/* The thread's heads. Threads whose heads share a key write the same numbers to it, which all of them need now. */
+/* The thread's heads. Heads that share a key may be with several threads: each rotates it for itself, and the thread of
+ * the first of them writes it down for the tokens to come, where nobody reads in this step. */
 static void attend_heads(const Thread *of, const Layer *layer) {
     const Model *model = of->model;
-    const int64_t channels = model->channels, heads = model->heads;
+    const int64_t channels = model->channels, heads = model->heads, shared = heads / model->groups;
     const size_t bytes = (size_t)channels * sizeof(float);
     for (int64_t h = heads * of->index / of->count; h < heads * (of->index + 1) / of->count; h++) {
-        const int64_t group = h / (heads / model->groups), start = group * model->capacity * channels;
+        const int64_t group = h / shared, start = group * model->capacity * channels;
         float *key = of->head + channels, *keys = layer->keys + start, *values = layer->values + start;
+        const float *value = of->v + group * channels;
         rotate(of, of->q + h * channels, layer->q_norm, of->head);
         rotate(of, of->k + group * channels, layer->k_norm, key);
-        memcpy(keys + of->position * channels, key, bytes);
-        memcpy(values + of->position * channels, of->v + group * channels, bytes);
-        of->use->vectors->attend(of->head, keys, values, of->position + 1, channels, (float)model->scale, of->scores,
+        of->use->vectors->attend(of->head, keys, values, of->position, key, value, channels, (float)model->scale, of->scores,
                                  of->mixed + h * channels);
+        if (h % shared) continue;
+        memcpy(keys + of->position * channels, key, bytes);
+        memcpy(values + of->position * channels, value, bytes);
     }
 }
 
 static void run_layer(const Thread *of, const Layer *layer) {
     const Model *model = of->model;
-    const Vectors *vectors = of->use->vectors;
+    const Pointwise *use = of->use->pointwise;
     int64_t first, last;
-    vectors->rms_norm(of->x, layer->attention_norm, model->hidden, (float)model->epsilon, of->normed);
+    use->norm(of->x, layer->attention_norm, (float)model->epsilon, model->hidden, of->normed);
     project(of, &layer->q, of->normed, of->q, NULL, 0);
     project(of, &layer->k, of->normed, of->k, NULL, 0);
     project(of, &layer->v, of->normed, of->v, NULL, 0);
@@ -183,11 +182,11 @@ static void run_layer(const Thread *of, const Layer *layer) {
     meet(of);
     project(of, &layer->o, of->mixed, of->x, of->normed, 1);
     meet(of);
-    vectors->rms_norm(of->x, layer->mlp_norm, model->hidden, (float)model->epsilon, of->normed);
+    use->norm(of->x, layer->mlp_norm, (float)model->epsilon, model->hidden, of->normed);
     project(of, &layer->gate, of->normed, of->gate, NULL, 0);
     project(of, &layer->up, of->normed, of->up, NULL, 0);
     share_of(of, model->inner, &first, &last);
-    if (first < last) vectors->gated(of->gate + first, of->up + first, last - first);
+    if (first < last) use->gated(SILU, of->gate + first, of->up + first, last - first, of->gate + first);
     meet(of);
     project(of, &layer->down, of->gate, of->x, of->normed, 1);
     meet(of);
@@ -223,7 +222,7 @@ int qgraft_decode_step(const Model *model, float *x, const float *cos, const flo
         };
         for (int64_t i = 0; i < model->layers; i++) run_layer(&thread, model->layer + i);
     }
-    qgraft_level()->vectors->rms_norm(x, model->norm, model->hidden, (float)model->epsilon, x);
+    qgraft_level()->pointwise->norm(x, model->norm, (float)model->epsilon, model->hidden, x);
     free(memory);
     return 0;
 }

@@ -122,7 +122,8 @@ ALWAYS_INLINE int zero_code(const int format) { return format == Q4_1 ? 0 : form
 ALWAYS_INLINE F block_half(const uint8_t *a, const uint8_t *b) {
     uint16_t halves[2];
     memcpy(halves, a, 2), memcpy(halves + 1, b, 2);
-    const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128(halves[0] | halves[1] << 16));
+    const uint32_t both = halves[0] | (uint32_t)halves[1] << 16; /* as an int the second would shift into the sign */
+    const __m128 pair = _mm_cvtph_ps(_mm_cvtsi32_si128((int)both));
     float values[4];
     _mm_storeu_ps(values, pair);
     return f_groups(values);

@@ -33,7 +33,6 @@ enum {
     Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6, F16 = 7, BF16 = 8,
     Q4_K = 9, Q5_K = 10, Q6_K = 11,
     F32 = 12, /* for A and B of a LoRA */
-    FORMATS = 13,
 };
 
 /* Bytes that are fetched ahead of a row's where few tokens make memory the limit: several short rows at once are no
@@ -60,10 +59,8 @@ typedef struct {
 /* Loops over float32 numbers (attend.h). */
 typedef struct {
     float (*dot)(const float *a, const float *b, int64_t n);
-    void (*rms_norm)(const float *x, const float *weight, int64_t n, float epsilon, float *out);
-    void (*gated)(float *gate, const float *up, int64_t n);
-    void (*attend)(const float *q, const float *keys, const float *values, int64_t length, int64_t channels, float scale,
-                   float *scores, float *out);
+    void (*attend)(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
+                   const float *newest_value, int64_t channels, float scale, float *scores, float *out);
 } Vectors;
 
 /* What a LoRA adds to products (low_rank.h). */
@@ -76,7 +73,8 @@ typedef struct {
 
 enum { SILU = 0, GELU_TANH = 1 };
 
-/* Loops over the numbers of an activation (pointwise.h): of one row, of one piece, of all heads of one token. */
+/* Loops over the numbers of an activation (pointwise.h): of one row, of one piece, of all heads of one token. Results may
+ * stand where the inputs did. */
 typedef struct {
     float (*norm)(const float *x, const float *weight, float epsilon, int64_t n, float *y);
     void (*normalized)(const float *x, const float *weight, float r, int64_t n, float *y);
@@ -149,7 +147,6 @@ void qgraft_int8_vnni(const Product *product, const Activations *x);
 /* Ask memory for what is AHEAD of these bytes, while they are multiplied. A row is too short for the CPU to see that the
  * next one follows: without this, products of one row of x with weights from memory took two to five times as long. */
 ALWAYS_INLINE void fetch_ahead(const void *bytes, int64_t count) {
-    enum { AHEAD = 8192 };
     for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)bytes + AHEAD + j);
 }
 
