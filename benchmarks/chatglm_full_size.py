@@ -250,13 +250,13 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     """A step of the trainer's own loss on each sample, with gradient checkpointing."""
     import torch
 
+    from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
     from qgraft.training.batches import collate
     from qgraft.training.decoder import padding_free
     from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss
     from qgraft.training.memory import map_large_blocks
-    from qgraft.training.precision import has_fast_bf16
 
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})

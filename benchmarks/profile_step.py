@@ -134,9 +134,9 @@ def name_native_functions() -> None:
     """Let the profiler see the C functions of qgraft."""
     from torch.profiler import record_function
 
-    from qgraft.kernels import native
+    from qgraft.kernels.library import loaded
 
-    library = native._loaded()
+    library = loaded()
 
     def named(function: Any, name: str) -> Any:
         def call(*arguments: Any) -> Any:

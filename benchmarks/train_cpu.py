@@ -85,7 +85,7 @@ def main() -> None:
 
 def default_contestants() -> list[str]:
     """All but qgraft-bf16, the default where the CPU has it and slow elsewhere, and what is the default elsewhere."""
-    from qgraft.training.precision import has_fast_bf16
+    from qgraft.kernels.choice import has_fast_bf16
 
     doubled = ("qgraft-bf16",) if has_fast_bf16() else ("qgraft-bf16", "qgraft-float32")
     return [name for name in peers.CONTESTANTS if name not in doubled]

@@ -6,6 +6,7 @@
     ├── AdapterError         an adapter that does not fit: wrong base, missing tensors, other shapes, NaN
     ├── DataError            a dataset that cannot be read or holds nothing to learn from
     ├── OptionError          an option with an unknown name or an impossible value
+    ├── InstallationError    parts of the installation that do not fit together: to be built or installed again
     ├── StorageError         a file that could not be written (disk full, no permission, folder not empty)
     ├── TrainingError        a run that must not go on (loss is NaN, no gradient anywhere)
     └── MergeError           a merge that would keep too little of what the adapter learned; nothing was changed
@@ -45,6 +46,10 @@ class DataError(QgraftError):
 
 class OptionError(QgraftError):
     """An option with an unknown name or an impossible value."""
+
+
+class InstallationError(QgraftError):
+    """Parts of the installation that do not fit together."""
 
 
 class StorageError(QgraftError):

@@ -1,15 +1,12 @@
-"""Random packed weights of every format, and a switch for QGRAFT_KERNELS."""
+"""Random packed weights of every format, and switches for what is chosen once a process: kernels, the CPU level."""
 
-import ctypes
-import shutil
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
 from qgraft.formats import FORMATS, PackedTensor, quantize
-from qgraft.kernels import KERNELS_VARIABLE, choose, native
+from qgraft.kernels import KERNELS_VARIABLE, choose, library, native_status
 
 _HALVES = {  # byte offsets of the float16 numbers in a block; all other bytes of a block may be anything
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,),
@@ -55,27 +52,41 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Non
     choose.cache_clear()
 
 
-LEVELS = {  # QGRAFT_CPU -> what qgraft_cpu_level then says
-    "base": "plain C", "v3": "x86-64-v3 (AVX2)", "v4": "x86-64-v4 (AVX-512)", "v4-vnni": "x86-64-v4 (AVX-512, VNNI)",
-    "v4-bf16": "x86-64-v4 (AVX-512, VNNI, BF16)",
-}  # fmt: skip
+@pytest.fixture
+def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Set environment variables (None: unset) and let the library be loaded anew, as a process that starts with them."""
+
+    def reload(**variables: str | None) -> None:
+        for name, value in variables.items():
+            if value is None:
+                monkeypatch.delenv(name, raising=False)
+            else:
+                monkeypatch.setenv(name, value)
+        forget()
+
+    yield reload
+    monkeypatch.undo()
+    forget()
 
 
-@pytest.fixture(params=LEVELS)
-def cpu_level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """Every level of the C library in turn, where this CPU has it: a copy of the library is loaded anew for each."""
-    own = native._library()
-    if own is None:
-        pytest.skip(f"native kernels are {native.native_status()[1]}")
-    monkeypatch.setenv("QGRAFT_CPU", request.param)
-    copy = shutil.copy(own._name, tmp_path / f"{request.param}.so")
-    library = native._declare(ctypes.CDLL(str(copy)))
-    if library.qgraft_cpu_level().decode() != LEVELS[request.param]:
-        pytest.skip(f"this CPU has no {LEVELS[request.param]}")
-    monkeypatch.setattr(native, "_library", lambda: library)
-    for known in (native.has_panels, native.has_bf16):  # what is remembered of the other level
-        monkeypatch.setattr(native, known.__name__, known.__wrapped__)
-    return request.param
+def forget() -> None:
+    """Of the library and its level all that is remembered; the next call sets the level again."""
+    for known in (library.load, library.level, library.forced_level, choose):
+        known.cache_clear()
+
+
+@pytest.fixture(params=library.LEVELS)
+def cpu_level(request: pytest.FixtureRequest, reload: Callable[..., None]) -> str:
+    """Every level of the C library in turn that this CPU has, or the one that QGRAFT_CPU_LEVEL asks for."""
+    level = request.param
+    if not native_status()[0]:
+        pytest.skip(f"native kernels are {native_status()[1]}")
+    if level not in library.levels(library.loaded()):
+        pytest.skip(f"this CPU has no {level}")
+    if (forced := library.forced_level()) not in (None, level):
+        pytest.skip(f"{library.LEVEL_VARIABLE}={forced}")
+    reload(QGRAFT_CPU_LEVEL=level, QGRAFT_KERNELS="native")
+    return level
 
 
 @pytest.fixture

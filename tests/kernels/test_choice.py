@@ -7,7 +7,7 @@ import torch
 
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.formats import FORMATS, quantize
-from qgraft.kernels import Choice, choose, linear, linear_int8, native, native_status, reference
+from qgraft.kernels import Choice, choose, library, linear, linear_int8, native, native_status, reference
 from qgraft.kernels.choice import OPS
 
 UseKernels = Callable[[str | None], None]
@@ -18,7 +18,7 @@ needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernel
 @pytest.fixture
 def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if no C compiler had been there when qgraft was installed."""
-    monkeypatch.setattr(native, "_library", lambda: None)
+    monkeypatch.setattr(library, "load", lambda: None)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])

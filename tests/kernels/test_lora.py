@@ -59,8 +59,6 @@ def shapes(format: str) -> list[tuple[int, int]]:
 def test_every_level_computes_the_formulas(
     cpu_level: str, tokens: int, ranks: tuple[int, ...], random_packed: MakePacked, threads: Callable[[int], None]
 ) -> None:
-    if not native.has_panels():
-        pytest.skip("the plain level leaves this to torch")
     for format in ("q4_1", "q6_k", "chatglm-int4"):
         for outputs, inputs in shapes(format):
             packed, bias = random_packed(format, outputs, inputs), torch.randn(outputs)
@@ -75,14 +73,15 @@ def test_every_level_computes_the_formulas(
                 results.append([got_y, got_gx, *(tensor for own in got_grads for tensor in own)])
             expected = [y, gx, *(tensor for own in grads for tensor in own)]
             for one, three, right in zip(*results, expected, strict=True):
-                assert torch.equal(one, three), "the same bits whatever the threads"
+                if native.has_panels():  # else torch computes
+                    assert torch.equal(one, three), "the same bits whatever the threads"
                 assert_close(one, right, 3e-6)
 
 
 @pytest.mark.parametrize("tokens", [9, 10, 64, 230])
 def test_bfloat16_products_are_those_of_rounded_numbers(cpu_level: str, tokens: int, random_packed: MakePacked) -> None:
     """Where whole blocks are: the last outputs and inputs, and few tokens, are computed in float32."""
-    if not native._loaded().qgraft_has_bf16():
+    if not native.has_bf16():
         pytest.skip("no bfloat16 on this level")
     for format in native.FORMAT_IDS:
         packed, bias = random_packed(format, 192, 512), torch.randn(192)

@@ -10,6 +10,7 @@ from torch import Tensor
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import native, native_status
+from qgraft.kernels.library import loaded
 from qgraft.kernels.reference import linear_int8
 
 MakePacked = Callable[..., PackedTensor]
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.skipif(not native_status()[0], reason=f"native kernels 
 
 
 def dequantize_bf16(packed: PackedTensor, threads: int = 1) -> Tensor:
-    library = native._loaded()
+    library = loaded()
     pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     function = library.qgraft_dequantize_bf16
     function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
@@ -88,8 +89,8 @@ def test_every_level_takes_gradients_as_float64_does(
         for rows, columns in (*shapes(format), (200, 512)):
             packed = random_packed(format, rows, columns)
             w_OI, g = format_dequantize(packed, torch.float64), torch.randn(batch, rows)
-            if cpu_level == "base":  # left to sgemm
-                assert not native._loaded().qgraft_has_panels()
+            if cpu_level == "plain":  # left to sgemm
+                assert not native.has_panels()
                 continue
             threads(1)
             got = native._product(g, packed, backward=True)
@@ -183,4 +184,4 @@ def test_bf16_rounds_ties_to_even_and_keeps_nan_and_infinity(cpu_level: str) -> 
 
 
 def test_bf16_of_an_unknown_format_is_an_error_code() -> None:
-    assert native._loaded().qgraft_dequantize_bf16(99, None, None, 1, 32, None, 1) == -1
+    assert loaded().qgraft_dequantize_bf16(99, None, None, 1, 32, None, 1) == -1

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qgraft.kernels import native, native_status, pointwise
+from qgraft.kernels import native_status, pointwise
+from qgraft.kernels.library import loaded
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation
 
 SHAPES = [(1, 7), (3, 64), (33, 576), (2, 5, 100), (0, 8)]
@@ -224,8 +225,8 @@ def test_what_c_does_not_take_goes_to_torch() -> None:
 def test_c_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the functions asks for the library; or a mistake in the dispatch would only show as slowness."""
     calls = []
-    library = native._loaded()
-    monkeypatch.setattr(native, "_loaded", lambda: calls.append(1) or library)
+    library = loaded()
+    monkeypatch.setattr(pointwise, "loaded", lambda: calls.append(1) or library)
     x, act = torch.randn(3, 8), ACTIVATIONS[0]
     _, r = pointwise.norm(x, x[0], 1e-6)
     pointwise.normalized(x, x[0], r)

@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 import qgraft
 from qgraft.errors import OptionError, StorageError, UnsupportedError
+from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import frozen, run
 from qgraft.training.batches import collate
 from qgraft.training.frozen import decoder_layers, frozen_layers_cached
 from qgraft.training.loss import batch_loss
-from qgraft.training.precision import has_fast_bf16
 from qgraft.training.run import train
 from qgraft.training.tokenizing import Sample
 

@@ -1,7 +1,6 @@
 """Which arithmetic a run computes in."""
 
 import pytest
-import torch
 
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training import precision
@@ -43,9 +42,3 @@ def test_an_unknown_compute_names_the_nearest() -> None:
     with pytest.raises(OptionError, match="expected one of auto, float32, bf16, int8") as caught:
         arguments(compute="bfloat16")
     assert "bf16" in str(caught.value)
-
-
-def test_what_the_cpu_says_is_what_torch_knows_of_it() -> None:
-    capable = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if "avx512_bf16" in capable:
-        assert precision.has_fast_bf16() == (capable["avx512_bf16"] or capable.get("amx_tile", False))

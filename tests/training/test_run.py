@@ -12,9 +12,9 @@ import qgraft
 from qgraft import storage
 from qgraft.checkpoints.adapter_files import trained_with
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError
+from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import trainer as trainer_module
 from qgraft.training.callbacks import StopOnSignal
-from qgraft.training.precision import has_fast_bf16
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)]

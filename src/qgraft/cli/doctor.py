@@ -1,12 +1,18 @@
-"""qgraft doctor: versions, CPU features, and which kernel serves which op and format, and why."""
+"""qgraft doctor: versions, CPU features, and which kernel serves which op and format, and why.
+
+What stops every other command, a library made from other sources or a misspelt variable, is told here with the rest.
+"""
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, TypeVar
 
 from qgraft.cli.options import Parser, print_json
+from qgraft.errors import QgraftError
+
+T = TypeVar("T")
 
 PACKAGES = ("qgraft", "torch", "transformers", "accelerate", "gguf", "safetensors", "datasets", "peft", "triton")
 
@@ -21,7 +27,7 @@ def run(words: Sequence[str]) -> int:
         print_json(findings)
     else:
         _print(findings)
-    return 0
+    return 1 if findings["problem"] else 0
 
 
 def examine() -> dict[str, Any]:
@@ -30,12 +36,14 @@ def examine() -> dict[str, Any]:
 
     from qgraft.checkpoints.pull import cache_folder
     from qgraft.formats import FORMATS
-    from qgraft.kernels import KERNELS_VARIABLE, choose, native_status
-    from qgraft.kernels.choice import OPS
-    from qgraft.training.precision import has_fast_bf16
+    from qgraft.kernels import KERNELS_VARIABLE, LEVEL_VARIABLE, choose, native_status
+    from qgraft.kernels.choice import OPS, has_fast_bf16
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    choices = [choose(op, name, device) for device in devices for name in FORMATS for op in OPS]
+    status = _answer(native_status)
+    available, why = (False, str(status)) if isinstance(status, QgraftError) else status
+    choices = _answer(lambda: [choose(op, name, device) for device in devices for name in FORMATS for op in OPS])
+    fast_bf16 = _answer(has_fast_bf16)
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -43,15 +51,25 @@ def examine() -> dict[str, Any]:
         "cpu": {
             "capability": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
-            "fast_bfloat16": has_fast_bf16(),
+            "fast_bfloat16": fast_bf16 is True,
         },
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compute_dtype": {"cpu": "float32", "cuda": "bfloat16 where the GPU has it, else float16"},
-        "native_kernels": dict(zip(("available", "why"), native_status(), strict=True)),
+        "native_kernels": {"available": available, "why": why},
         "kernels_variable": {KERNELS_VARIABLE: os.environ.get(KERNELS_VARIABLE, "auto")},
+        "cpu_level_variable": {LEVEL_VARIABLE: os.environ.get(LEVEL_VARIABLE, "the highest that is there")},
         "cache": str(cache_folder()),
-        "kernels": [choice.__dict__ for choice in choices],
+        "problem": str(choices) if isinstance(choices, QgraftError) else None,
+        "kernels": [] if isinstance(choices, QgraftError) else [choice.__dict__ for choice in choices],
     }
+
+
+def _answer(ask: Callable[[], T]) -> T | QgraftError:
+    """What is answered, or the error that it would stop with."""
+    try:
+        return ask()
+    except QgraftError as error:
+        return error
 
 
 def _version(package: str) -> str | None:
@@ -70,6 +88,9 @@ def _print(findings: dict[str, Any]) -> None:
     print(f"gpu    {findings['gpu'] or 'none'}")
     print(f"native {findings['native_kernels']['why']}")
     print(f"cache  {findings['cache']}\n")
+    if findings["problem"]:
+        print(f"error: {findings['problem']}")
+        return
     print(f"{'device':<7}{'format':<14}{'dequantize':<12}{'linear':<12}{'grad_input':<12}{'int8 in':<9}why")
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
     for choice in findings["kernels"]:

@@ -3,6 +3,7 @@
     ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
     choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
     reference.py  plain torch, for every format and device; the truth the others are tested against
+    library.py    the C library: where it lies, what it was made from, which level of CPU it runs as
     native.py     linear.c and native.c through ctypes; and torch's products between unpacked panels
     lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
     linear.c      products in floating point; native.c: the others, and which level of CPU runs
@@ -14,7 +15,7 @@ The functions here take a PackedTensor; below them everything is tensors, as tor
 """
 
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
-from qgraft.kernels.native import native_status
+from qgraft.kernels.library import LEVEL_VARIABLE, native_status
 from qgraft.kernels.ops import (
     checked,
     dequantize,
@@ -27,6 +28,7 @@ from qgraft.kernels.ops import (
 
 __all__ = [
     "KERNELS_VARIABLE",
+    "LEVEL_VARIABLE",
     "Choice",
     "checked",
     "choose",

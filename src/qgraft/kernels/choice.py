@@ -1,7 +1,7 @@
 """Which kernel serves which op, format and device. Chosen once, shown by `qgraft doctor`, never changed silently.
 
 The environment variable QGRAFT_KERNELS forces a choice: `reference` (plain torch everywhere), `native` (an error where
-the native library is not built) or `auto`, the default.
+the native library is not built) or `auto`, the default. QGRAFT_CPU_LEVEL is for the library itself (library.py).
 """
 
 import os
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
-from qgraft.kernels import native
+from qgraft.kernels import library, native
 
 OPS = ("dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
@@ -41,11 +41,17 @@ def in_c(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     return choose("linear", next(iter(native.FORMAT_IDS)), "cpu").kernel == "native"
 
 
+def has_fast_bf16() -> bool:
+    """Whether products of bfloat16 numbers are computed in hardware here, so that they are faster than those of float32."""
+    return in_c() and (native.has_bf16() or native.has_amx())
+
+
 @cache
 def choose(op: str, format: str, device: str) -> Choice:
     """The kernel for `op` on weights of `format` on `device` ("cpu", "cuda").
 
-    Raises OptionError for an unknown QGRAFT_KERNELS, UnsupportedError when it asks for a kernel that is not there.
+    Raises OptionError for an unknown QGRAFT_KERNELS or QGRAFT_CPU_LEVEL, UnsupportedError for a kernel that is not there,
+    InstallationError for a library that was made from other sources.
     """
     wanted = os.environ.get(KERNELS_VARIABLE, "auto")
     if wanted not in ("auto", "native", "reference"):
@@ -60,7 +66,7 @@ def choose(op: str, format: str, device: str) -> Choice:
         return Choice(op, format, device, "reference", "plain torch; no faster kernel for this device yet", compute)
     if format not in native.FORMAT_IDS:
         return Choice(op, format, device, "reference", "plain torch; no native loop for this format yet", compute)
-    available, why = native.native_status()
+    available, why = library.native_status()
     if available:
         return Choice(op, format, device, "native", why, compute)
     if wanted == "native":

@@ -60,6 +60,8 @@ typedef struct {
     const Layer *layer;
 } Model;
 
+const int64_t qgraft_decode_sizes[] = {sizeof(Lora), sizeof(Linear), sizeof(Layer), sizeof(Model)};
+
 typedef struct {
     atomic_int arrived, rounds, asleep;
 } Barrier;

@@ -63,7 +63,7 @@ static void int8_product(const Product *of, const Activations *x) {
 }
 
 const Level qgraft_base = {
-    .name = "plain C", .unpack_row = plain_row, .unpack_row_bf16 = plain_row_bf16, .small = small,
+    .name = "plain", .unpack_row = plain_row, .unpack_row_bf16 = plain_row_bf16, .small = small,
     .quantize = quantize_token, .int8 = int8_product, .vectors = &vectors,
     .pointwise = &pointwise, .attention = &attention,
 };

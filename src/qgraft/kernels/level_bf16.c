@@ -2,12 +2,12 @@
 
 #include "native.h"
 
-#if HAVE_BF16_LEVEL
+#if HAVE_X86_LEVELS
 #pragma GCC target("arch=x86-64-v4,avx512vnni,avx512bf16,prefer-vector-width=512")
 #include "level.h"
 
 const Level qgraft_v4_bf16 = {
-    LEVEL("x86-64-v4 (AVX-512, VNNI, BF16)", qgraft_int8_vnni),
+    LEVEL("avx512-bf16", qgraft_int8_vnni),
     .forward_bf16 = forward_bf16, .backward_bf16 = backward_bf16, .round_pairs = round_pairs,
 };
 #endif

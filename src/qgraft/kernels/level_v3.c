@@ -8,5 +8,5 @@
 #define INT8_PRODUCT qgraft_int8_v3
 #include "int8.h"
 
-const Level qgraft_v3 = {LEVEL("x86-64-v3 (AVX2)", qgraft_int8_v3)};
+const Level qgraft_v3 = {LEVEL("avx2", qgraft_int8_v3)};
 #endif

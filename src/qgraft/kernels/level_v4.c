@@ -10,6 +10,6 @@
 #define INT8_PRODUCT qgraft_int8_vnni
 #include "int8.h"
 
-const Level qgraft_v4 = {LEVEL("x86-64-v4 (AVX-512)", qgraft_int8_v3)};
-const Level qgraft_v4_vnni = {LEVEL("x86-64-v4 (AVX-512, VNNI)", qgraft_int8_vnni)};
+const Level qgraft_v4 = {LEVEL("avx512", qgraft_int8_v3)};
+const Level qgraft_v4_vnni = {LEVEL("avx512-vnni", qgraft_int8_vnni)};
 #endif

@@ -37,7 +37,9 @@ typedef struct {
     const Term *term;
 } Layer;
 
-enum { TOKENS = 32, COLUMNS = 64, MANY = 20, MANY_BF16 = 10, PART = 96 };
+const int64_t qgraft_linear_sizes[] = {sizeof(Term), sizeof(Layer)};
+
+enum { TOKENS = 32, COLUMNS = 64, MANY = 20, PART = 96 };
 
 /* Where the parts of `scratch` begin: pairs of all tokens; of term k: s B^T [rank, rows], then backward's h^T and gh^T. */
 static float *term_scratch(const Layer *of, int64_t width, int64_t k) {
@@ -159,7 +161,7 @@ int qgraft_linear(const Layer *layer, int backward, int threads) {
     Layer of = *layer;
     if ((backward || of.terms) && !use->low_rank) return -1;
     if (of.data && row_bytes((int)of.format, of.columns) < 0) return -1;
-    of.bf16 = of.bf16 && use->forward_bf16 && of.m >= MANY_BF16;
+    of.bf16 = of.bf16 && use->forward_bf16;
     if (of.rows * of.columns * of.m <= PARALLEL_WORK) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -168,7 +170,3 @@ int qgraft_linear(const Layer *layer, int backward, int threads) {
     }
     return 0;
 }
-
-/* Whether this CPU level multiplies many rows and takes gradients here, and whether in bfloat16, too. */
-int qgraft_has_panels(void) { return qgraft_level()->low_rank != NULL; }
-int qgraft_has_bf16(void) { return qgraft_level()->forward_bf16 != NULL; }

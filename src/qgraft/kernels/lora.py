@@ -5,7 +5,7 @@
 
 Each LoRA is a `Term`: it serves tokens start:stop. The C kernel computes the product with W in the same call, where W is
 packed in a format that it reads (`Weight`); where it is not, y and gx come in with that product in them, and it adds the
-rest. Other dtypes, GPUs and CPUs without AVX2 are served by torch.
+rest. Other dtypes, GPUs and CPUs without AVX2 are served by the ops of ops.py and by torch.
 
 Shapes: N tokens, S tokens of a term, I inputs, O outputs, R rank.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from qgraft.formats import PackedTensor
 from qgraft.kernels import native
 from qgraft.kernels.choice import choose, in_c
+from qgraft.kernels.ops import linear, linear_bf16, linear_grad_input, linear_grad_input_bf16
 
 
 class Weight(NamedTuple):
@@ -65,6 +66,11 @@ def _in_c(x: Tensor) -> bool:
     return in_c(x) and native.has_panels()
 
 
+def _fuses(base: Weight, x: Tensor) -> bool:
+    """Whether the C kernel computes the product with this weight together with the rest."""
+    return reads(base.packed.format, x) and (native.has_bf16() or not base.bf16)
+
+
 def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
     """(y [N, O], h [S, R] of each term).
 
@@ -73,6 +79,8 @@ def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> 
     """
     _check(base, x_NI, 1)
     weight: PackedTensor | tuple[int, int]
+    if isinstance(base, Weight) and not _fuses(base, x_NI):
+        base = _product(x_NI, base)
     if isinstance(base, Weight):
         y_NO, (weight, bias, bf16) = x_NI.new_empty(len(x_NI), base.packed.shape[0]), base
     elif not _in_c(x_NI):
@@ -100,6 +108,8 @@ def lora_backward(
     _check(base, g_NO, 0)
     gx_NI: Tensor | None
     weight: PackedTensor | tuple[int, int]
+    if isinstance(base, Weight) and not _fuses(base, g_NO):
+        base = (linear_grad_input_bf16 if base.bf16 else linear_grad_input)(g_NO, base.packed)
     if isinstance(base, Weight):
         gx_NI, (weight, _, bf16) = g_NO.new_empty(len(g_NO), base.packed.shape[1]), base
     elif not _in_c(g_NO):
@@ -118,6 +128,11 @@ def lora_backward(
     ]  # fmt: skip
     native.run_layer(g_NO, gx_NI, weight, terms=pointers, backward=True, bf16=bf16)
     return gx_NI, grads
+
+
+def _product(x_NI: Tensor, base: Weight) -> Tensor:
+    y_NO = (linear_bf16 if base.bf16 else linear)(x_NI, base.packed)
+    return y_NO if base.bias is None else y_NO + base.bias
 
 
 def _check(base: Weight | Tensor | None, x: Tensor, side: int) -> None:

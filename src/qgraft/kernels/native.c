@@ -3,59 +3,92 @@
  *   qgraft_dequantize       packed rows -> float32 rows; the caller multiplies panels of rows with sgemm
  *   qgraft_dequantize_bf16  packed rows -> bfloat16 rows, likewise
  *   qgraft_linear_int8      y [m, rows] = x [m, columns] W^T in 8-bit integers, for the formats of `has_int8`
- *   qgraft_cpu_level        which build of the functions runs, for people
+ *   qgraft_level_name       the levels that this CPU has;  qgraft_use_level: the one to run
+ *   qgraft_sources          the hash of the sources that this library was made from (abi.py)
  *
  * linear.c has qgraft_linear: products with packed weights in floating point, forward and backward, with LoRAs; pointwise.c
  * what a training step computes beside them; decode.c qgraft_decode_step: one token through a whole decoder.
  *
- * This file checks formats, shares rows out to threads and picks the level; the loops are in the headers (native.h).
- * The environment variable QGRAFT_CPU (base, v3, v4, v4-vnni) takes a lower level than the CPU has, for tests and comparisons.
+ * This file checks formats, shares rows out to threads and holds the level; the loops are in the headers (native.h).
  */
 
+#include <stdatomic.h>
 #include <stdlib.h>
 
 #include "native.h"
 
+#ifndef QGRAFT_SOURCES
+#error "built without the hash of its sources, which setup.py gives"
+#endif
+
 enum { PARALLEL_WEIGHTS = 65536 }; /* fewer are done before a second thread has woken up */
+enum { LEVELS = 5 };
+
+const char *qgraft_sources(void) { return QGRAFT_SOURCES; }
+
+/* Whether the compiler made levels of vectors. */
+int qgraft_has_vectors(void) { return HAVE_X86_LEVELS; }
 
 #if HAVE_X86_LEVELS
-static const Level *best_v4(const char *wanted) {
-    if (!__builtin_cpu_supports("avx512vnni")) return &qgraft_v4;
-#if HAVE_BF16_LEVEL
-    if (__builtin_cpu_supports("avx512bf16") && strcmp(wanted, "v4-vnni")) return &qgraft_v4_bf16;
-#endif
-    return &qgraft_v4_vnni;
+/* What gcc may use for x86-64-v3 and v4; gcc 11 does not know these names here. */
+#define HAS __builtin_cpu_supports
+static int has_v3(void) {
+    return HAS("avx2") && HAS("fma") && HAS("f16c") && HAS("bmi") && HAS("bmi2") && HAS("lzcnt") && HAS("movbe");
+}
+
+static int has_v4(void) {
+    return HAS("avx512f") && HAS("avx512bw") && HAS("avx512cd") && HAS("avx512dq") && HAS("avx512vl");
 }
 #endif
 
-static const Level *choose_level(void) {
-    const char *wanted = getenv("QGRAFT_CPU");
-    wanted = wanted ? wanted : "";
-    if (!strcmp(wanted, "base")) return &qgraft_base;
+/* The levels that this CPU has, plainest first; how many. */
+static int levels_here(const Level *here[LEVELS]) {
+    int count = 0;
+    here[count++] = &qgraft_base;
 #if HAVE_X86_LEVELS
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("x86-64-v4") && strcmp(wanted, "v3"))
-        return strcmp(wanted, "v4") ? best_v4(wanted) : &qgraft_v4;
-    if (__builtin_cpu_supports("x86-64-v3")) return &qgraft_v3;
+    if (!has_v3()) return count;
+    here[count++] = &qgraft_v3;
+    if (!has_v4()) return count;
+    here[count++] = &qgraft_v4;
+    if (!HAS("avx512vnni")) return count;
+    here[count++] = &qgraft_v4_vnni;
+    if (HAS("avx512bf16")) here[count++] = &qgraft_v4_bf16;
 #endif
-    return &qgraft_base;
+    return count;
 }
 
-static const Level *level(void) {
-    static const Level *chosen;
-    if (!chosen) chosen = choose_level(); /* two threads at once choose the same */
-    return chosen;
+static _Atomic(const Level *) chosen; /* NULL: the best one, which two threads at once find alike */
+
+const Level *qgraft_level(void) {
+    const Level *use = atomic_load_explicit(&chosen, memory_order_relaxed);
+    if (!use) {
+        const Level *here[LEVELS];
+        use = here[levels_here(here) - 1];
+        atomic_store_explicit(&chosen, use, memory_order_relaxed);
+    }
+    return use;
 }
 
-const Level *qgraft_level(void) { return level(); }
+/* The name of the level at `index` of those that this CPU has, plainest first; NULL beyond the last. */
+const char *qgraft_level_name(int index) {
+    const Level *here[LEVELS];
+    return index >= 0 && index < levels_here(here) ? here[index]->name : NULL;
+}
 
-const char *qgraft_cpu_level(void) { return level()->name; }
+/* Take the level at `index` from now on; no function may be running. 0, or -1 where there is none. */
+int qgraft_use_level(int index) {
+    const Level *here[LEVELS];
+    if (index < 0 || index >= levels_here(here)) return -1;
+    atomic_store_explicit(&chosen, here[index], memory_order_relaxed);
+    return 0;
+}
 
 /* data [rows, row_bytes], scales [rows] (row-wise formats, else NULL) -> out [rows, columns]. 0, or -1 for a bad format. */
 int qgraft_dequantize(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns, float *out,
                       int threads) {
     const int64_t stride = row_bytes(format, columns);
-    const Level *use = level();
+    const Level *use = qgraft_level();
     if (stride < 0) return -1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * columns > PARALLEL_WEIGHTS)
     for (int64_t r = 0; r < rows; r++)
@@ -67,7 +100,7 @@ int qgraft_dequantize(int format, const uint8_t *data, const float *scales, int6
 int qgraft_dequantize_bf16(int format, const uint8_t *data, const float *scales, int64_t rows, int64_t columns,
                            uint16_t *out, int threads) {
     const int64_t stride = row_bytes(format, columns);
-    const Level *use = level();
+    const Level *use = qgraft_level();
     if (stride < 0) return -1;
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && rows * columns > PARALLEL_WEIGHTS)
     for (int64_t r = 0; r < rows; r++)
@@ -81,7 +114,7 @@ int qgraft_linear_int8(int format, const uint8_t *data, const float *scales, int
     enum { SHARE = 32 };
     const Product whole = {format, data, scales, row_bytes(format, columns), rows, columns, 0, rows, m, y};
     const int64_t groups = (columns + 63) / 64 * 2;
-    const Level *use = level();
+    const Level *use = qgraft_level();
     if (!has_int8(format)) return -1;
     if (m == 0) return 0;
     float *steps = malloc((size_t)(m * groups) * (2 * sizeof(float) + 32));

@@ -1,11 +1,12 @@
 /* What the C files share: format numbers, the functions of one CPU level, half-precision numbers.
  *
- * One build serves every machine: it holds these levels, and one is chosen when the library is first used (native.c).
+ * One build serves every machine: it holds these levels, and one is chosen when the library is loaded (native.c).
  *
- *   level_base.c   any CPU, plain C
- *   level_v3.c     x86-64-v3: AVX2, FMA, F16C
- *   level_v4.c     x86-64-v4: AVX-512; its 8-bit products need VNNI as well, else those of v3 serve
- *   level_bf16.c   the same with VNNI and AVX512-BF16: products of bfloat16 numbers
+ *   level_base.c   plain          any CPU
+ *   level_v3.c     avx2           x86-64-v3: AVX2, FMA, F16C
+ *   level_v4.c     avx512         x86-64-v4; its 8-bit products are those of avx2
+ *                  avx512-vnni    the same with VNNI: 8-bit products of its own
+ *   level_bf16.c   avx512-bf16    the same with AVX512-BF16: products of bfloat16 numbers
  *
  * The vector levels are the same headers, compiled for the one CPU and the other: rows.h (bit layouts in plain C),
  * simd.h (bit layouts in vectors), small.h (float32 products with few rows of x), panels.h (with many, and gradients, in
@@ -20,12 +21,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+/* The levels of vectors need gcc 11, which can compile for x86-64-v3 and v4; clang has no `#pragma GCC target`. */
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 11 && !defined(__clang__)
 #define HAVE_X86_LEVELS 1
 #else
 #define HAVE_X86_LEVELS 0
 #endif
-#define HAVE_BF16_LEVEL (HAVE_X86_LEVELS && __GNUC__ >= 10)
 
 #define ALWAYS_INLINE static inline __attribute__((always_inline))
 
@@ -134,12 +135,12 @@ typedef struct {
 
 const Level *qgraft_level(void); /* the one chosen */
 
+/* sizeof of the structures that Python fills in, in the order in which their file defines them: for a test. */
+extern const int64_t qgraft_linear_sizes[2], qgraft_attention_sizes[2], qgraft_decode_sizes[4];
+
 extern const Level qgraft_base;
 #if HAVE_X86_LEVELS
-extern const Level qgraft_v3, qgraft_v4, qgraft_v4_vnni;
-#if HAVE_BF16_LEVEL
-extern const Level qgraft_v4_bf16;
-#endif
+extern const Level qgraft_v3, qgraft_v4, qgraft_v4_vnni, qgraft_v4_bf16;
 void qgraft_int8_v3(const Product *product, const Activations *x);
 void qgraft_int8_vnni(const Product *product, const Activations *x);
 #endif

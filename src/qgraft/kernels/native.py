@@ -13,17 +13,15 @@ ctypes, not a torch extension: the library then fits every torch release and bui
 """
 
 import ctypes
-import importlib.machinery
 import threading
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
+from qgraft.kernels.library import level, loaded
 
 FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference serves it
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
@@ -32,6 +30,7 @@ FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference s
 INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in native.c
 
 FEW_PLAIN_ROWS = 2  # of x, up to which the plain C loop of CPUs without AVX2 beats torch.mm
+BF16_ROWS = 10  # of x or g, from which on rounding them and W to bfloat16 saves time; fewer are computed in float32
 FEW_ROWS = 16  # of half-precision x, up to which the C loop in float32 beats torch.mm in that precision
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
 BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
@@ -62,55 +61,19 @@ class Layer(ctypes.Structure):
     ]
 
 
-@cache
-def _library() -> ctypes.CDLL | None:
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_native{suffix}"
-        if path.exists():
-            return _declare(ctypes.CDLL(str(path)))
-    return None
-
-
-def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
-    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for unpack in (library.qgraft_dequantize, library.qgraft_dequantize_bf16):
-        unpack.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
-    library.qgraft_linear_int8.argtypes = [i32, pointer, pointer, i64, i64, pointer, i64, pointer, i32]
-    library.qgraft_linear.argtypes = [ctypes.POINTER(Layer), i32, i32]
-    library.qgraft_norm.argtypes = [pointer, pointer, ctypes.c_float, i64, i64, pointer, pointer, i32]
-    library.qgraft_normalized.argtypes = [pointer, pointer, pointer, i64, i64, pointer, i32]
-    library.qgraft_norm_backward.argtypes = [pointer, pointer, pointer, pointer, i64, i64, pointer, i32]
-    library.qgraft_gated.argtypes = [i32, pointer, pointer, i32, i64, pointer, pointer, pointer, i32]
-    library.qgraft_gated_backward.argtypes = [i32, pointer, pointer, pointer, i32, i64, pointer, pointer, i32]
-    library.qgraft_rotate.argtypes = [
-        i32, pointer, i64, i64, i64, pointer, i64, i64, i64, pointer, pointer, i64, i64, i64, pointer, pointer, i32,
-    ]  # fmt: skip
-    library.qgraft_decode_step.argtypes = [pointer, pointer, pointer, pointer, i64, i32]
-    library.qgraft_attend_samples.argtypes = [pointer, pointer, pointer, i32]
-    library.qgraft_attend_samples_backward.argtypes = [*[pointer] * 9, i32]
-    library.qgraft_cpu_level.restype = ctypes.c_char_p
-    return library
-
-
-def native_status() -> tuple[bool, str]:
-    """(available, one line that says why) for `qgraft doctor` and the choice of kernels."""
-    library = _library()
-    if library is None:
-        return False, "not built: no C compiler was found when qgraft was installed"
-    return True, f"built, runs as {library.qgraft_cpu_level().decode()}"
-
-
-@cache
 def has_panels() -> bool:
     """Whether this CPU's C loops multiply many rows and take gradients, in float32: all but the plain level."""
-    return bool(_loaded().qgraft_has_panels())
+    return level() != "plain"
 
 
-@cache
 def has_bf16() -> bool:
-    """Whether bfloat16 products are computed in C here. With AMX torch's own (oneDNN) are faster."""
-    return bool(_loaded().qgraft_has_bf16()) and not torch.cpu._is_amx_tile_supported()
+    """Whether bfloat16 products are computed in C here."""
+    return level() == "avx512-bf16"
+
+
+def has_amx() -> bool:
+    """Whether torch's bfloat16 products (oneDNN) are the fastest here: they have tiles for them."""
+    return level() == "amx"
 
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
@@ -135,10 +98,16 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
-    """y = x W^T with float32 x and W rounded to bfloat16; few rows are computed in float32, which takes no longer."""
+    """y = x W^T with float32 x and W rounded to bfloat16, their products summed in float32."""
     if has_bf16():
         return _product(x, packed, bf16=True)
-    return linear(x.to(torch.bfloat16), packed).to(torch.float32)
+    if has_amx():  # oneDNN gives its sums in bfloat16
+        return linear(x.to(torch.bfloat16), packed).to(torch.float32)
+    rounded_BI = x.reshape(x.numel() // x.shape[-1], x.shape[-1]).bfloat16().float()
+    y_BO = x.new_empty(len(rounded_BI), packed.shape[0])
+    for start, stop, w_PI in _panels(packed, torch.bfloat16):
+        torch.mm(rounded_BI, w_PI.float().T, out=y_BO[:, start:stop])
+    return y_BO.view(*x.shape[:-1], packed.shape[0])
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
@@ -146,7 +115,7 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     rows, columns = packed.shape
     x, data, scales = x.contiguous(), packed.data.contiguous(), _row_scales(packed)
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    code = _loaded().qgraft_linear_int8(
+    code = loaded().qgraft_linear_int8(
         FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), rows, columns,
         x.data_ptr(), x.numel() // columns, y.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -179,15 +148,21 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
-    """dL/dx = g W with float32 g and W rounded to bfloat16."""
+    """dL/dx = g W with float32 g and W rounded to bfloat16, their products summed in float32."""
     if has_bf16():
         return _product(grad, packed, backward=True, bf16=True)
-    return linear_grad_input(grad.to(torch.bfloat16), packed).to(torch.float32)
+    if has_amx():
+        return linear_grad_input(grad.to(torch.bfloat16), packed).to(torch.float32)
+    rounded_BO = grad.reshape(grad.numel() // grad.shape[-1], grad.shape[-1]).bfloat16().float()
+    gx_BI = grad.new_zeros(len(rounded_BO), packed.shape[1])
+    for start, stop, w_PI in _panels(packed, torch.bfloat16):
+        gx_BI.addmm_(rounded_BO[:, start:stop], w_PI.float())
+    return gx_BI.view(*grad.shape[:-1], packed.shape[1])
 
 
 def decode_step(model: int, x: int, cos: int, sin: int, position: int) -> int:
     """qgraft_decode_step of decode.c; decode.py makes what the addresses name. 0, or -2 without memory."""
-    return int(_loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
+    return int(loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
 
 
 def _few_shapes(x_BI: Tensor) -> Tensor:
@@ -225,7 +200,7 @@ def _scratch_buffer(size: int) -> Tensor:
 def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     """Write rows of the weight to `out`, float32 or bfloat16."""
     data, scales = packed.data[start:stop].contiguous(), _row_scales(packed)
-    library = _loaded()
+    library = loaded()
     unpack = library.qgraft_dequantize_bf16 if out.dtype == torch.bfloat16 else library.qgraft_dequantize
     code = unpack(
         FORMAT_IDS[packed.format], data.data_ptr(), None if scales is None else scales[start:].data_ptr(), stop - start,
@@ -258,11 +233,13 @@ def run_layer(
         x_NI: x or g, contiguous float32.
         y: written, contiguous float32; None if no gx is wanted.
         weight: W, or its shape where y holds the product with it already.
+        bf16: round x and W (g and W) to bfloat16, unless there are few rows.
     """
     packed = weight if isinstance(weight, PackedTensor) else None
     rows, columns = packed.shape if packed else weight  # type: ignore[misc]
     data, scales = (packed.data.contiguous(), _row_scales(packed)) if packed else (None, None)
     tokens, width = x_NI.shape
+    bf16 = bf16 and tokens >= BF16_ROWS
     floats = (width // 2 + 1) * tokens if bf16 else 0
     for term in terms:
         floats += term.rank * (rows + 2 * (term.stop - term.start))
@@ -271,7 +248,7 @@ def run_layer(
         _pointer(scales), _pointer(bias), x_NI.data_ptr(), _pointer(y),
         _scratch_buffer(4 * floats).data_ptr() if floats else None, (Term * len(terms))(*terms),
     )  # fmt: skip
-    code = _loaded().qgraft_linear(layer, backward, torch.get_num_threads())
+    code = loaded().qgraft_linear(ctypes.byref(layer), backward, torch.get_num_threads())
     assert code == 0, f"qgraft_linear returned {code}"
 
 
@@ -281,9 +258,3 @@ def _row_scales(packed: PackedTensor) -> Tensor | None:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-def _loaded() -> ctypes.CDLL:
-    library = _library()
-    assert library is not None, "native kernels were chosen but are not built"
-    return library

@@ -53,7 +53,10 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
-    """As `linear` for float32 x, with x and W rounded to bfloat16, their products summed in float32."""
+    """As `linear` for float32 x, with x and W rounded to bfloat16, their products summed in float32.
+
+    Fewer than native.BF16_ROWS rows are computed in float32, by every kernel: it takes no longer.
+    """
     return torch.ops.qgraft.linear_bf16(x, packed.data, packed.scale, packed.format)
 
 
@@ -72,7 +75,7 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
-    """As `linear_grad_input` for float32 g, with g and W rounded to bfloat16, their products summed in float32."""
+    """As `linear_grad_input` for float32 g, which is rounded to bfloat16 as `linear_bf16` rounds x."""
     return torch.ops.qgraft.linear_grad_input_bf16(grad, packed.data, packed.scale, packed.format, packed.shape[1])
 
 
@@ -115,7 +118,8 @@ def _linear_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Te
 def _linear_bf16_op(x: Tensor, data: Tensor, scale: Tensor | None, format: str) -> Tensor:
     packed = checked(data, scale, format, x.shape[-1])
     _expect_float32("linear_bf16", x)
-    return _kernel("linear_bf16", format, x.device).linear_bf16(x, packed)
+    kernel = _kernel("linear_bf16", format, x.device)
+    return kernel.linear(x, packed) if _few(x) else kernel.linear_bf16(x, packed)
 
 
 @_op("linear_int8")
@@ -137,7 +141,12 @@ def _linear_grad_input_op(grad: Tensor, data: Tensor, scale: Tensor | None, form
 def _grad_input_bf16_op(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> Tensor:
     packed = _packed_for(grad, data, scale, format, in_features)
     _expect_float32("linear_grad_input_bf16", grad)
-    return _kernel("linear_grad_input_bf16", format, grad.device).linear_grad_input_bf16(grad, packed)
+    kernel = _kernel("linear_grad_input_bf16", format, grad.device)
+    return kernel.linear_grad_input(grad, packed) if _few(grad) else kernel.linear_grad_input_bf16(grad, packed)
+
+
+def _few(x: Tensor) -> bool:
+    return x.numel() < native.BF16_ROWS * x.shape[-1]
 
 
 def _packed_for(grad: Tensor, data: Tensor, scale: Tensor | None, format: str, in_features: int) -> PackedTensor:

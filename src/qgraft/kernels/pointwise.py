@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qgraft.kernels import native
 from qgraft.kernels.choice import in_c
+from qgraft.kernels.library import loaded
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return normalized(x, weight_H, r), r
     x, weight_H, width = x.contiguous(), weight_H.contiguous(), x.shape[-1]
     y, r = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
-    native._loaded().qgraft_norm(
+    loaded().qgraft_norm(
         x.data_ptr(), weight_H.data_ptr(), eps, r.numel(), width, y.data_ptr(), r.data_ptr(), torch.get_num_threads()
     )
     return y, r
@@ -67,7 +67,7 @@ def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
         return (x * r).mul_(weight_H)
     x, weight_H = x.contiguous(), weight_H.contiguous()
     y = torch.empty_like(x)
-    native._loaded().qgraft_normalized(
+    loaded().qgraft_normalized(
         x.data_ptr(), weight_H.data_ptr(), r.data_ptr(), r.numel(), x.shape[-1], y.data_ptr(), torch.get_num_threads()
     )
     return y
@@ -81,7 +81,7 @@ def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tenso
         return gw.mul_(r).addcmul_(x, mean * r**3, value=-1)
     grad, x, weight_H = grad.contiguous(), x.contiguous(), weight_H.contiguous()
     gx = torch.empty_like(x)
-    native._loaded().qgraft_norm_backward(
+    loaded().qgraft_norm_backward(
         grad.data_ptr(), x.data_ptr(), weight_H.data_ptr(), r.data_ptr(), r.numel(), x.shape[-1], gx.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
@@ -101,7 +101,7 @@ def gated(act: Activation, gate: Tensor, up: Tensor, rounded: tuple[Tensor, Tens
         return act(gate.to(dtype)).mul_(up)
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate, dtype=torch.float32)
-    native._loaded().qgraft_gated(
+    loaded().qgraft_gated(
         act.number, gate.data_ptr(), up.data_ptr(), gate.dtype == torch.bfloat16, h.numel(), h.data_ptr(),
         rounded and rounded[0].data_ptr(), rounded and rounded[1].data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -115,7 +115,7 @@ def gated_backward(act: Activation, grad: Tensor, gate: Tensor, up: Tensor) -> t
         return act.backward(grad * up, gate), act(gate).mul_(grad)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     g_gate, g_up = torch.empty_like(grad), torch.empty_like(grad)
-    native._loaded().qgraft_gated_backward(
+    loaded().qgraft_gated_backward(
         act.number, grad.data_ptr(), gate.data_ptr(), up.data_ptr(), gate.dtype == torch.bfloat16, grad.numel(),
         g_gate.data_ptr(), g_up.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
@@ -140,7 +140,7 @@ def rotate(
     q_out, k_out = q.new_empty((1, tokens, heads, channels)), q.new_empty((1, tokens, groups, channels))
     _, q_head, q_token, _ = q.stride()
     _, k_head, k_token, _ = k.stride()
-    native._loaded().qgraft_rotate(
+    loaded().qgraft_rotate(
         backward, q.data_ptr(), q_head, q_token, heads, k.data_ptr(), k_head, k_token, groups, cos.data_ptr(),
         sin.data_ptr(), width, tokens, channels, q_out.data_ptr(), k_out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip

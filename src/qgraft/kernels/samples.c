@@ -17,6 +17,8 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+const int64_t qgraft_attention_sizes[] = {sizeof(Strided), sizeof(Attention)};
+
 enum { FLOATS = 16, PARALLEL_PRODUCTS = 1 << 18 }; /* fewer are done before a second thread has woken up */
 
 typedef struct {

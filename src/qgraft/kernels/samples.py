@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from qgraft.kernels import choice, native
+from qgraft.kernels.library import loaded
 
 Pair = tuple[Tensor, Tensor]
 Inputs = Sequence[Any]  # query, key, value, a prefix's keys and values or two None, bounds, contexts or None
@@ -177,7 +178,7 @@ class _Attend(torch.autograd.Function):
         gq = torch.empty_like(out)
         gk, gv = (out.new_empty(1, out.shape[1], *key.shape[1::2]) for _ in range(2))
         front_gk, front_gv = (None if front is None else out.new_empty(front.shape) for _ in range(2))
-        code = native._loaded().qgraft_attend_samples_backward(
+        code = loaded().qgraft_attend_samples_backward(
             ctypes.byref(call), grad.data_ptr(), out.data_ptr(), lse_HT.data_ptr(), gq.data_ptr(), gk.data_ptr(),
             gv.data_ptr(), native._pointer(front_gk), native._pointer(front_gv), torch.get_num_threads(),
         )  # fmt: skip
@@ -189,7 +190,7 @@ def _forward(inputs: Inputs, numbers: Numbers, lse_HT: Tensor | None) -> Tensor:
     query, held = inputs[0], list[Tensor]()
     call = _describe(inputs, numbers, held)
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-    code = native._loaded().qgraft_attend_samples(
+    code = loaded().qgraft_attend_samples(
         ctypes.byref(call), out.data_ptr(), native._pointer(lse_HT), torch.get_num_threads()
     )
     _check(code, inputs)

@@ -16,17 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
+from qgraft.kernels.choice import has_fast_bf16
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
 COMPUTES = ("auto", "float32", "bf16", "int8")
-
-
-def has_fast_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
-    here = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return bool(here and torch.backends.mkldnn.is_available())
 
 
 def settle_precision(args: "TrainArguments") -> str:
@@ -71,8 +66,8 @@ def _settle_on_cpu(args: "TrainArguments") -> str:
         args.compute = "bf16"
     if args.compute == "bf16" and not has_fast_bf16():
         raise UnsupportedError(
-            "compute=bf16: this CPU has no bfloat16 arithmetic, expected AVX512-BF16 or AMX",
-            hint="leave it out: auto takes the fastest that is there",
+            "compute=bf16: there is no bfloat16 arithmetic here, expected a CPU with AVX512-BF16 or AMX and the C kernels",
+            hint="leave it out: auto takes the fastest that is there; qgraft doctor shows what is",
         )
     if args.compute == "auto":
         args.compute = "bf16" if has_fast_bf16() else "float32"
