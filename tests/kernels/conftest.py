@@ -53,6 +53,14 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Non
 
 
 @pytest.fixture
+def native_kernels(use_kernels: Callable[[str | None], None]) -> None:
+    """The C library serves, whatever QGRAFT_KERNELS says; or the test is skipped where it is not built."""
+    if not native_status()[0]:
+        pytest.skip(f"native kernels are {native_status()[1]}")
+    use_kernels("native")
+
+
+@pytest.fixture
 def reload(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Set environment variables (None: unset) and let the library be loaded anew, as a process that starts with them."""
 
@@ -76,17 +84,31 @@ def forget() -> None:
 
 
 @pytest.fixture(params=library.LEVELS)
-def cpu_level(request: pytest.FixtureRequest, reload: Callable[..., None]) -> str:
+def cpu_level(request: pytest.FixtureRequest, native_kernels: None, reload: Callable[..., None]) -> str:
     """Every level of the C library in turn that this CPU has, or the one that QGRAFT_CPU_LEVEL asks for."""
-    level = request.param
-    if not native_status()[0]:
-        pytest.skip(f"native kernels are {native_status()[1]}")
+    take_level(request.param, reload)
+    return request.param
+
+
+@pytest.fixture(params=["reference", *library.LEVELS])
+def cpu_level_or_reference(request: pytest.FixtureRequest, reload: Callable[..., None]) -> str:
+    """The same, and plain torch."""
+    if request.param == "reference":
+        reload(QGRAFT_KERNELS="reference")
+    else:
+        take_level(request.param, reload)
+    return request.param
+
+
+def take_level(level: str, reload: Callable[..., None]) -> None:
+    available, why = native_status()
+    if not available:
+        pytest.skip(f"native kernels are {why}")
     if level not in library.levels(library.loaded()):
         pytest.skip(f"this CPU has no {level}")
     if (forced := library.forced_level()) not in (None, level):
         pytest.skip(f"{library.LEVEL_VARIABLE}={forced}")
     reload(QGRAFT_CPU_LEVEL=level, QGRAFT_KERNELS="native")
-    return level
 
 
 @pytest.fixture

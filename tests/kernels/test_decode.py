@@ -10,6 +10,8 @@ from torch import Tensor
 from qgraft.formats import PackedTensor, get_format
 from qgraft.kernels import decode
 
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
 HIDDEN, INNER, HEADS, GROUPS, CHANNELS, CAPACITY, LAYERS = 64, 96, 4, 2, 32, 40, 2
 WIDE, NARROW = HEADS * CHANNELS, GROUPS * CHANNELS
 SHAPES = {

@@ -193,7 +193,7 @@ def test_formats_with_8_bit_products_are_those_of_c() -> None:
 # --- the level
 
 
-@needs_native
+@pytest.mark.usefixtures("native_kernels")
 def test_the_highest_level_runs_unless_another_is_asked_for(reload: Reload) -> None:
     reload(QGRAFT_CPU_LEVEL=None)
     here = library.levels(library.loaded())

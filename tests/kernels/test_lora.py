@@ -8,12 +8,12 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import native, native_status
+from qgraft.kernels import native
 from qgraft.kernels.lora import Grads, Term, Weight, lora_backward, lora_forward
 
 MakePacked = Callable[..., PackedTensor]
 
-pytestmark = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def make_terms(x_NI: Tensor, outputs: int, ranks: tuple[int, ...]) -> list[Term]:

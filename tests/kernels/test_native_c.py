@@ -9,13 +9,13 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import native, native_status
+from qgraft.kernels import native
 from qgraft.kernels.library import loaded
 from qgraft.kernels.reference import linear_int8
 
 MakePacked = Callable[..., PackedTensor]
 
-pytestmark = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 
 def dequantize_bf16(packed: PackedTensor, threads: int = 1) -> Tensor:

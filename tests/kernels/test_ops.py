@@ -1,5 +1,6 @@
 """The three ops on packed weights: both kernels against float64, and against each other bit for bit."""
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -409,3 +410,20 @@ def test_shape_functions_work_without_data() -> None:
 def test_table_of_kernels_has_every_op_in_each_kernel() -> None:
     for module in ops._KERNELS.values():
         assert all(callable(getattr(module, op)) for op in OPS)
+
+
+@pytest.mark.parametrize("rows", [(2,), (40,), (3, 14)], ids=str)
+@pytest.mark.parametrize("op", [op for op in OPS if op != "dequantize"])
+def test_a_result_may_be_changed_in_place(
+    cpu_level_or_reference: str, op: str, rows: tuple[int, ...], random_packed: MakePacked
+) -> None:
+    """As the loss does with logits. Autograd forbids it where an op gives a view; the plain level once did."""
+    dtypes = (torch.float32, torch.bfloat16) if op in ("linear", "linear_grad_input") else (torch.float32,)
+    for format, dtype in itertools.product(("q4_1", "chatglm-int8"), dtypes):
+        packed = random_packed(format, 70, 96)
+        x = torch.randn(*rows, 70 if "grad" in op else 96).to(dtype).requires_grad_()
+        once, twice = getattr(ops, op)(x, packed), getattr(ops, op)(x, packed)
+        twice.mul_(2)
+        assert torch.equal(twice, 2 * once)
+        (got,), (expected,) = (torch.autograd.grad(y.sum(), x) for y in (twice, 2 * once))
+        assert torch.equal(got, expected)

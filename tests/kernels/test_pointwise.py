@@ -221,7 +221,7 @@ def test_what_c_does_not_take_goes_to_torch() -> None:
         pointwise.rotate(q, k, angles, angles)
 
 
-@needs_native
+@pytest.mark.usefixtures("native_kernels")
 def test_c_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the functions asks for the library; or a mistake in the dispatch would only show as slowness."""
     calls = []

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgraft.kernels import native_status, samples
+from qgraft.kernels import samples
 from qgraft.kernels.samples import attend, attend_reference
 
-pytestmark = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+pytestmark = pytest.mark.usefixtures("native_kernels")
 
 LENGTHS = [17, 1, 130, 2, 65]
 

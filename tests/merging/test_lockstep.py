@@ -111,9 +111,12 @@ def test_the_streams_are_the_adapters_model_and_the_base_while_nothing_merges(tr
     assert (a[path] - m[path]).norm() > 0.02 * m[path].norm()  # the streams do differ
 
 
-def test_stream_m_is_what_the_merged_model_computes(trained, monkeypatch):
+@pytest.mark.parametrize("way", ["one row", "padded"])
+def test_stream_m_is_what_the_merged_model_computes(trained, monkeypatch, way):
     """Every layer is solved on the inputs that the finished merged model has there."""
     model, _ = trained().load()
+    if way == "padded":
+        pad(monkeypatch)
     samples, held = (random_samples(model.config.vocab_size, *each) for each in ((LENGTHS, 0), (HELD_LENGTHS, 1)))
     a = inputs_of(model, [*samples, *held])
     got = recorded(monkeypatch, lockstep.merge_layer)
@@ -148,21 +151,33 @@ def test_layers_without_the_adapter_compute_as_they_are(trained, monkeypatch):
     check_inputs(got, a, m, sum(LENGTHS))
 
 
-def test_the_padded_way_gives_nearly_the_same_weights(trained, monkeypatch):
+def test_the_padded_way_solves_the_same_problems(trained, monkeypatch):
+    """Its attention sums in another order, so inputs differ in their last bits.
+
+    Scales move with them by a rounding here and there (12 thousandths of the way at most, over six sets of samples). A
+    descent over codes does not: it takes the best step of many that are equally good, so one last bit can lead to other
+    codes, and these to other inputs of all later layers. What it reaches is as good: errors within 0.013 of each other
+    where not merging is 1. On other levels of CPU other bits are the last ones; hence the room.
+    """
     model, _ = trained().load()
     lengths = [(60, 75, 90, 110, 120, 80, 70), (55, 65)]  # enough for layers of 256 inputs
     samples, held = (random_samples(model.config.vocab_size, each, n) for n, each in enumerate(lengths))
-    results = []
+    results: dict[str, list[Any]] = {"scales": [], "auto": []}
     for padded in (False, True):
         if padded:
             pad(monkeypatch)
-        results.append(merge_in_step(model, deltas_of(model), samples, held, "auto", lambda _: None)[0])
+        for method, found in results.items():
+            found.append(merge_in_step(model, deltas_of(model), samples, held, method, lambda _: None))
     moved = 0
+    (free, _), (padded_, _) = results["scales"]
     for path, layer in lora_layers(model):
-        base, free, padded_ = (dequantize(each, torch.float32) for each in (layer.packed, *(r[path] for r in results)))
-        assert (free - padded_).norm() <= 0.05 * (free - base).norm(), path
-        moved += bool((free - base).norm() > 0)
+        base, one, other = (dequantize(each, torch.float32) for each in (layer.packed, free[path], padded_[path]))
+        assert (one - other).norm() <= 0.05 * (one - base).norm(), path
+        moved += bool((one - base).norm() > 0)
     assert moved >= 10
+    for one, other in zip(*(reports for _, reports in results["auto"]), strict=True):
+        assert one.path == other.path
+        assert abs(one.error - other.error) < 0.05, one.path
 
 
 @pytest.mark.parametrize("method", ["auto", "scales", "codes", "feedback"])

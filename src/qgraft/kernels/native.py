@@ -94,7 +94,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     y_BO = x.new_empty(x_BI.shape[0], packed.shape[0])
     for start, stop, w_PI in _panels(packed, x.dtype):
         torch.mm(x_BI, w_PI.T, out=y_BO[:, start:stop])
-    return y_BO[:batch].view(*x.shape[:-1], packed.shape[0])
+    return _own(y_BO, *x.shape[:-1], packed.shape[0])
 
 
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
@@ -107,7 +107,7 @@ def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
     y_BO = x.new_empty(len(rounded_BI), packed.shape[0])
     for start, stop, w_PI in _panels(packed, torch.bfloat16):
         torch.mm(rounded_BI, w_PI.float().T, out=y_BO[:, start:stop])
-    return y_BO.view(*x.shape[:-1], packed.shape[0])
+    return _own(y_BO, *x.shape[:-1], packed.shape[0])
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
@@ -144,7 +144,7 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
             gx_BI += g_BP @ w_PI
     if gx_BI is None:  # a weight without rows
         gx_BI = grad.new_zeros(g_BO.shape[0], packed.shape[1])
-    return gx_BI[:batch].to(grad.dtype).view(*grad.shape[:-1], packed.shape[1])
+    return _own(gx_BI.to(grad.dtype), *grad.shape[:-1], packed.shape[1])
 
 
 def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
@@ -157,12 +157,17 @@ def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     gx_BI = grad.new_zeros(len(rounded_BO), packed.shape[1])
     for start, stop, w_PI in _panels(packed, torch.bfloat16):
         gx_BI.addmm_(rounded_BO[:, start:stop], w_PI.float())
-    return gx_BI.view(*grad.shape[:-1], packed.shape[1])
+    return _own(gx_BI, *grad.shape[:-1], packed.shape[1])
 
 
 def decode_step(model: int, x: int, cos: int, sin: int, position: int) -> int:
     """qgraft_decode_step of decode.c; decode.py makes what the addresses name. 0, or -2 without memory."""
     return int(loaded().qgraft_decode_step(model, x, cos, sin, position, torch.get_num_threads()))
+
+
+def _own(y_NO: Tensor, *shape: int) -> Tensor:
+    """y without its surplus rows, in its shape. Not as a view: autograd lets nobody change the view that an op gave."""
+    return y_NO.resize_(shape)
 
 
 def _few_shapes(x_BI: Tensor) -> Tensor:

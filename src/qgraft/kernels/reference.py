@@ -50,5 +50,5 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     inverse_BG = torch.full_like(largest_BG, 127.0) / largest_BG  # 127.0 / t would be rounded twice: 1 / t, times 127
     code_BG = (x_BG * inverse_BG).round().masked_fill(largest_BG == 0.0, 0.0)
     rounded_BI = (code_BG.double() * (largest_BG / 127.0).double()).flatten(1)[:, : x.shape[-1]]
-    y_BO = rounded_BI @ format_dequantize(packed, torch.float64).T
-    return y_BO.to(torch.float32).view(*x.shape[:-1], packed.shape[0])
+    y = rounded_BI.reshape(x.shape) @ format_dequantize(packed, torch.float64).T
+    return y.to(torch.float32)  # a copy, and no view, which could not be changed in place
