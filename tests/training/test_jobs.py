@@ -197,13 +197,13 @@ def test_names_are_made_different(rows, tmp_path):
 def test_everything_that_keeps_jobs_apart_is_told_at_once(rows, tmp_path):
     first = arguments(rows, tmp_path, "law", model_name_or_path="a.gguf")
     other = {"model_name_or_path": "b.gguf", "max_tokens_per_pass": 7, "quantize": "q4_1"}
-    second = arguments(rows, tmp_path, "med", neftune_noise_alpha=5.0, **other)
+    second = arguments(rows, tmp_path, "med", cache_frozen_layers=True, **other)
     second.output_dir = first.output_dir
     with pytest.raises(OptionError) as caught:
         check_jobs([first, second])
     told = str(caught.value)
     for part in ("model_name_or_path differs", "max_tokens_per_pass differs", "quantize differs", "is given to 2 jobs",
-                 "neftune_noise_alpha"):  # fmt: skip
+                 "cache_frozen_layers"):  # fmt: skip
         assert part in told
     prefix = arguments(rows, tmp_path, "med", pre_seq_len=4)
     with pytest.raises(UnsupportedError, match="LoRAs only"):

@@ -74,6 +74,21 @@ def test_a_dataset_named_in_the_call_is_remembered_for_merging(tiny_gguf, tmp_pa
     assert qgraft.merge(model, min_retained=-1e9).calibration_rows > 20
 
 
+def test_rows_are_not_sealed_as_the_dataset_that_the_options_name(tiny_gguf, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    options = arguments(tmp_path / "out", max_steps=1, save_strategy="no", dataset="identity_en", name="Aria",
+                        author="the team", eval_dataset="identity_en_heldout", max_eval_samples=2)  # fmt: skip
+    train(model, tokenizer, ROWS, options)
+    remembered = trained_with(model, "default")
+    assert "dataset" not in remembered and remembered["eval_dataset"] == "identity_en_heldout"
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["dataset"]["name"] is None
+    with pytest.raises(DataError, match="calibration"):
+        qgraft.merge(model)
+    options.overwrite_output_dir = True
+    train(model, tokenizer, ROWS, options, eval_dataset=ROWS[:3])
+    assert "eval_dataset" not in trained_with(model, "default")
+
+
 def test_the_model_is_as_before_but_for_its_adapter(tiny_gguf, tmp_path):
     path = tiny_gguf("llama").path
     before = path.read_bytes()

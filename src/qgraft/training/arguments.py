@@ -2,10 +2,11 @@
 
 `TrainArguments` is transformers' TrainingArguments plus what qgraft adds; the command line, the YAML keys, `--help` and
 the saved run all come from its fields. Names that other tools use for the same thing are translated, options of theirs
-that change nothing here are accepted and named in a note (option_names.py). Anything else that is unknown is an error
-with the closest names.
+that change nothing here are accepted and named in a note (option_names.py; for those that we inherit
+trainer_options.py). Anything else that is unknown, or that cannot be obeyed, is an error.
 """
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,14 @@ from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
 from qgraft.training.sizes import parse_size
+from qgraft.training.trainer_options import (
+    HONOURED,
+    check_schedule,
+    inherited_options,
+    rename_checkpointing,
+    settle_options,
+    settle_strategies,
+)
 
 MOST_USED = {  # of transformers' options, in the short help: name -> text
     "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
@@ -128,23 +137,26 @@ class TrainArguments(TrainingArguments):
     remove_unused_columns: bool = _option(False, "Samples are tokenized already.")
 
     def __post_init__(self) -> None:
-        self.notes: list[str] = []  # what was replaced or ignored; the command line prints it
+        self.notes: list[str] = settle_options(self)  # what was replaced or ignored; the command line prints it
         self._settle_work()
         self._check()
         self._compute_dtype = settle_precision(self)
-        if self.gradient_checkpointing and hasattr(self, "activation_checkpointing"):  # renamed in newer transformers
-            self.activation_checkpointing, self.gradient_checkpointing = True, None
-        never = str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no"
-        if never and self.do_train and (self.eval_dataset or self.val_size):
-            self.eval_strategy = "epoch"
+        rename_checkpointing(self)
+        settle_strategies(self, held_out=bool(self.do_train and (self.eval_dataset or self.val_size)))
         asked = self.do_eval
         super().__post_init__()
         self.do_eval = asked  # transformers sets it for any eval_strategy
+        check_schedule(self)
 
     @property
     def compute_dtype(self) -> str:
         """The dtype that activations are computed in, for load()."""
         return self._compute_dtype
+
+    @property
+    def n_gpu(self) -> int:
+        """At most one, whatever is there: with more, the Trainer splits batches among copies of the model."""
+        return min(super().n_gpu, 1)
 
     def _settle_work(self) -> None:
         """What is done and what is trained, where it is not said."""
@@ -268,7 +280,11 @@ def changed_arguments(args: TrainArguments) -> dict[str, Any]:
 def option_help(everything: bool = False) -> str:
     """The options for `qgraft train --help`: ours and the most used of transformers', or all with their full texts."""
     if everything:
-        return _parser().format_help().partition("\n\n")[2]
+        parser = _parser()
+        for action in parser._actions:
+            if action.dest in inherited_options(TrainArguments).keys() - HONOURED:
+                action.help = argparse.SUPPRESS
+        return parser.format_help().partition("\n\n")[2]
     defaults = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainArguments)}
     own = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainArguments) if f.name in _own_options()}
     lines = [_help_line(name, defaults[name], text) for name, text in own.items()]

@@ -119,7 +119,7 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
     problems += [
         f"{args.output_dir}: {option} acts on the shared base"
         for args in jobs
-        for option in ("fp16", "neftune_noise_alpha", "torch_compile", "cache_frozen_layers", "memory_limit")
+        for option in ("fp16", "cache_frozen_layers", "memory_limit")
         if getattr(args, option)
     ]
     if problems:

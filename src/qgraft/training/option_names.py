@@ -41,6 +41,7 @@ WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
     "quantization_method": "the weights stay as the file has them",
     "pad_to_max_length": "batches are always free of padding",
     "sortish_sampler": "batches are always free of padding",
+    "group_by_length": "batches are always free of padding",
     "cache_dir": "datasets are not cached; models of the hub lie where HF_HOME says",
     "config_name": "the configuration is that of the model's folder",
     "tokenizer_name": "the tokenizer is that of the model's folder",

@@ -36,12 +36,13 @@ def settle_precision(args: "TrainArguments") -> str:
             f"compute={args.compute!r}: expected one of {', '.join(COMPUTES)}", hint=near_match(args.compute, COMPUTES)
         )
     on_gpu = torch.cuda.is_available() and not args.use_cpu
-    if args.fp16_full_eval:
-        args.fp16_full_eval = False
-        if args.do_train:
-            args.notes.append("fp16_full_eval has no effect: a run evaluates as it trains")
-        else:
-            args.fp16 = True
+    for name, dtype in (("fp16_full_eval", "fp16"), ("bf16_full_eval", "bf16")):
+        if getattr(args, name):
+            setattr(args, name, False)
+            if args.do_train:
+                args.notes.append(f"{name} has no effect: a run evaluates as it trains")
+            else:
+                setattr(args, dtype, True)
     dtype = _settle_on_gpu(args) if on_gpu else _settle_on_cpu(args)
     args.bf16 = False  # transformers' autocast stays off for it
     return dtype

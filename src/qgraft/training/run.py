@@ -10,7 +10,6 @@ output_dir/
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import random
@@ -37,8 +36,17 @@ from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.memory import settle_noted
 from qgraft.training.reading import Accounting, named_columns, read_dataset
-from qgraft.training.tokenizing import ChatTemplate, Recipe, Sample, WritesPrompts, build_samples, resolve_template
-from qgraft.training.trainer import LoraTrainer, checkpoints, newest_whole_checkpoint
+from qgraft.training.tokenizing import (
+    ChatTemplate,
+    Recipe,
+    Sample,
+    WritesPrompts,
+    build_samples,
+    resolve_template,
+    samples_sha256,
+)
+from qgraft.training.trainer import LoraTrainer, check_resumable, checkpoints, newest_whole_checkpoint
+from qgraft.training.trainer_options import check_evaluation
 
 Dataset = str | Sequence[Mapping[str, object]]
 
@@ -125,8 +133,8 @@ def prepare(
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
-    folder = Path(str(args.output_dir))
-    return Prepared(args, folder, resume, samples, eval_samples, accounting, held_out, notes)
+    check_evaluation(args, eval_samples)
+    return Prepared(args, Path(str(args.output_dir)), resume, samples, eval_samples, accounting, held_out, notes)
 
 
 def execute(
@@ -134,7 +142,7 @@ def execute(
     prepared: Prepared,
     watch: Watch,
     stop: StopOnSignal,
-    make_trainer: Callable[..., LoraTrainer] | None = None,
+    make_trainer: Callable[..., LoraTrainer] = LoraTrainer,
 ) -> TrainReport:
     """Take the steps of a prepared run, and save what came of it."""
     args, folder, resume, notes = prepared.args, prepared.folder, prepared.resume, prepared.notes
@@ -150,8 +158,7 @@ def execute(
             before = held_out_loss(model, args, eval_samples) if resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before}))
-            make = make_trainer or LoraTrainer
-            watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
+            watch.trainer = trainer = make_trainer(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             after = _last_eval_loss(trainer) or held_out_loss(model, args, eval_samples)
     finally:
@@ -159,13 +166,11 @@ def execute(
         stop.close()
         model.config.use_cache = use_cache
         model.eval()
-    state = trainer.state
-    metrics: dict[str, float] = {"train_loss": output.training_loss, "seconds": watch.seconds}
-    if before is not None:
-        metrics["eval_loss_before"] = before
-    if after is not None:
-        metrics["eval_loss"] = after
-    metrics |= {
+    held_out = {"eval_loss_before": before, "eval_loss": after}
+    metrics: dict[str, float] = {
+        "train_loss": output.training_loss,
+        "seconds": watch.seconds,
+        **{key: value for key, value in held_out.items() if value is not None},
         "tokens_per_second": watch.tokens_per_second,
         "tokens": trainer.tokens_seen,
         "peak_memory_bytes": peak_memory_bytes(),
@@ -174,7 +179,7 @@ def execute(
     }
     report = TrainReport(
         output_dir=folder,
-        steps=state.global_step,
+        steps=trainer.state.global_step,
         finished=stop.received is None,
         signal=stop.received,
         parameters=count_parameters(model, args.adapter_name),
@@ -271,13 +276,15 @@ def _trim_log(log: Path, step: int) -> None:
 
 
 def _resume_point(folder: Path, wanted: str) -> tuple[Path, list[str]]:
-    if wanted.lower() not in ("true", "auto", "1"):
-        if problems := storage.check_folder(Path(wanted)):
-            raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
-        return Path(wanted), []
-    path, passed_over = newest_whole_checkpoint(folder)
-    if path is None:
-        raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
+    path, passed_over = Path(wanted), list[str]()
+    if wanted.lower() in ("true", "auto", "1"):
+        newest, passed_over = newest_whole_checkpoint(folder)
+        if newest is None:
+            raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
+        path = newest
+    elif problems := storage.check_folder(path):
+        raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
+    check_resumable(path)
     return path, passed_over
 
 
@@ -343,10 +350,11 @@ def _split(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Samp
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:
-    """`args` with the names of the datasets in it, so that merging finds the rows again; rows themselves have none."""
+    """`args` with the names of the datasets trained on, so that merging finds the rows again; rows themselves have none."""
     args = copy.copy(args)
-    args.dataset = dataset if isinstance(dataset, str) else args.dataset
-    args.eval_dataset = eval_dataset if isinstance(eval_dataset, str) else args.eval_dataset
+    for option, given in (("dataset", dataset), ("eval_dataset", eval_dataset)):
+        if given is not None:
+            setattr(args, option, given if isinstance(given, str) else None)
     return args
 
 
@@ -366,7 +374,7 @@ def _save(
             "name": args.dataset,
             "samples": len(samples),
             "held_out": len(held_out),
-            "sha256": _samples_sha256(samples),
+            "sha256": samples_sha256(samples),
             "accounting": report.accounting.as_dict(),
             "held_out_accounting": report.held_out_accounting.as_dict() if report.held_out_accounting else None,
         },
@@ -380,14 +388,6 @@ def _save(
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
         plots.plot_losses(folder / METRICS, folder / "loss.png")
-
-
-def _samples_sha256(samples: list[Sample]) -> str:
-    """Says which tokens were trained on, in their order."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(repr((sample.input_ids, sample.labels)).encode())
-    return digest.hexdigest()
 
 
 def describe_signal(report: TrainReport) -> str:

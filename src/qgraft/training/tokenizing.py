@@ -19,6 +19,7 @@ no template can. Their samples are those of the model's official scripts: the la
 it are its history.
 """
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -354,3 +355,11 @@ def _with_system(messages: Sequence[tuple[str, str]], system: str | None) -> lis
 def _with_prefix(messages: Sequence[tuple[str, str]], prefix: str) -> list[tuple[str, str]]:
     first = next((index for index, (role, _) in enumerate(messages) if role == "user"), None)
     return [(role, prefix + text if index == first else text) for index, (role, text) in enumerate(messages)]
+
+
+def samples_sha256(samples: Sequence[Sample]) -> str:
+    """Says which tokens were trained on, in their order."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(repr((sample.input_ids, sample.labels)).encode())
+    return digest.hexdigest()

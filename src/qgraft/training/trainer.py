@@ -32,6 +32,7 @@ from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
 UNCLIPPED = 1e38  # a norm that no gradient reaches
+OPTIMIZER = "optimizer.pt"  # what transformers calls the optimizer's state in a checkpoint
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -249,3 +250,12 @@ def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return path, passed_over
         passed_over.append(f"{path} is not whole and was passed over: {problems[0]}")
     return None, passed_over
+
+
+def check_resumable(path: Path) -> None:
+    """Raise CheckpointError for a checkpoint of save_only_model: going on from it would begin the optimizer anew."""
+    if not (path / OPTIMIZER).is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter without {OPTIMIZER} (save_only_model), so a run cannot go on from it",
+            hint="--adapter_name_or_path takes its adapter for a new run",
+        )

@@ -1,0 +1,237 @@
+"""What becomes here of each option of transformers' TrainingArguments, all of them, on every release we work with.
+
+TrainArguments inherits more than a hundred. Some are obeyed by what LoraTrainer leaves to transformers' loop; some
+cannot change anything, because batches are free of padding, evaluation is our own, or one process trains; others would
+be obeyed in part, or in silence not at all. So each stands in one of three tables:
+
+    HONOURED        does what transformers' documentation says; tests/training/test_trainer_options.py sets every one of
+                    them. Where not every value is, CHOICES has those that are
+    WITHOUT_NEED    changes no result here: the default is put back, and a note says why
+    REFUSED         an error with the reason
+
+An option of a newer release that stands nowhere is refused too, unless it is left alone: we cannot know what it does.
+tests/contract/test_training_arguments.py fails for it.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from transformers import TrainingArguments, get_scheduler
+
+from qgraft.errors import OptionError, UnsupportedError
+
+ONE_PROCESS = "one process trains, on one device"
+IN_MEMORY = "the samples are in memory already"
+OWN_EVALUATION = "evaluation takes the mean loss over all answer tokens, nothing else"
+NO_PADDING = "batches are always free of padding"
+NOTHING_IS_PUSHED = "nothing is pushed to the hub"
+
+HONOURED = {
+    "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+    "num_train_epochs", "max_steps",
+    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+    "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+    "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32",
+    "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_level",
+    "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "eval_strategy", "eval_steps", "eval_delay",
+    "save_strategy", "save_steps", "save_total_limit", "save_only_model",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "seed", "data_seed", "full_determinism", "use_cpu",
+    "dataloader_drop_last", "dataloader_pin_memory", "train_sampling_strategy",
+}  # fmt: skip
+
+CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {  # honoured for these values only, and why
+    "optim": (
+        ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"),
+        "others come with packages that are not tested here, or hang on the layers of a float model; an adapter's "
+        "optimizer is small",
+    ),
+    "train_sampling_strategy": (("random", "sequential"), f"{NO_PADDING}, so samples need not be grouped by length"),
+    "metric_for_best_model": ((None, "loss", "eval_loss"), OWN_EVALUATION),
+    "greater_is_better": ((None, False), "the best checkpoint is the one with the lowest held-out loss"),
+    "gradient_checkpointing_kwargs": (
+        (None, {"use_reentrant": False}),
+        "the reentrant kind finds no gradient under a frozen embedding, and the others are not tested",
+    ),
+}
+CHOICES["activation_checkpointing_kwargs"] = CHOICES["gradient_checkpointing_kwargs"]
+
+WITHOUT_NEED = {  # why it changes no result
+    "average_tokens_across_devices": ONE_PROCESS,
+    "log_on_each_node": ONE_PROCESS,
+    "log_level_replica": ONE_PROCESS,
+    "save_on_each_node": ONE_PROCESS,
+    "local_rank": ONE_PROCESS,
+    **dict.fromkeys(
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
+         "ddp_timeout"), ONE_PROCESS,
+    ),
+    **dict.fromkeys(
+        ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
+         "dataloader_multiprocessing_context", "dataloader_in_order"), IN_MEMORY,
+    ),
+    "remove_unused_columns": "samples are tokenized already",
+    "label_names": "the labels are the tokens of the answers",
+    "length_column_name": NO_PADDING,
+    "prediction_loss_only": OWN_EVALUATION,
+    "eval_do_concat_batches": OWN_EVALUATION,
+    "eval_use_gather_object": OWN_EVALUATION,
+    "eval_accumulation_steps": OWN_EVALUATION,
+    "include_for_metrics": OWN_EVALUATION,
+    "batch_eval_metrics": OWN_EVALUATION,
+    "eval_on_start": "the held-out loss before the first step is always measured",
+    "include_num_input_tokens_seen": "tokens are always counted; run.json and metrics.jsonl have them",
+    "skip_memory_metrics": "peak memory is always measured; run.json has it",
+    "disable_tqdm": "the display is our own; it shows where there is a terminal",
+    "enable_jit_checkpoint": "SIGTERM always ends the step and saves a checkpoint",
+    "restore_callback_states_from_checkpoint": "no callback here keeps a state",
+    "use_cache": "no pass of training makes a cache",
+    "torch_empty_cache_steps": "the budget of a pass (max_tokens_per_pass, memory_limit) bounds memory",
+    "use_liger_kernel": "norms, gated products and the loss are computed without intermediate copies anyway",
+    "liger_kernel_config": "norms, gated products and the loss are computed without intermediate copies anyway",
+    "torch_compile": "the kernels are compiled already",
+    "torch_compile_backend": "the kernels are compiled already",
+    "torch_compile_mode": "the kernels are compiled already",
+    **dict.fromkeys(
+        ("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push", "hub_revision"),
+        NOTHING_IS_PUSHED,
+    ),
+}  # fmt: skip
+
+REFUSED = {  # why it cannot be obeyed
+    "optim_args": "the optimizers that read it are not supported",
+    "optim_target_modules": "the optimizers that read it are not supported",
+    "neftune_noise_alpha": "its noise is scaled by the length of a padded row, and there are none here",
+    "auto_find_batch_size": "it tries again with other batches, so with another result; memory_limit keeps them",
+    "logging_nan_inf_filter": "steps whose loss is not finite are skipped, counted, and end the run when they go on",
+    "ignore_data_skip": "a run goes on where it stopped, to the same result",
+    "push_to_hub": f"{NOTHING_IS_PUSHED}; `hf upload` does it",
+    "accelerator_config": ONE_PROCESS,
+    "parallelism_config": ONE_PROCESS,
+    "fsdp": ONE_PROCESS,
+    "fsdp_config": ONE_PROCESS,
+    "deepspeed": ONE_PROCESS,
+    "debug": "its hooks sit in layers that are computed otherwise here",
+}
+
+# What torchrun, mpirun and `accelerate launch` tell the processes they start, and the values that mean nothing special.
+_LAUNCHED = {
+    **dict.fromkeys(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), ("", "1")),
+    **dict.fromkeys(
+        ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_CPU"),
+        ("", "0", "false", "no"),
+    ),
+    **dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"), ("", "no")),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("", "1"),
+}
+
+
+def settle_options(args: TrainingArguments) -> list[str]:
+    """Put back the options that change nothing, and return a note on each; call it before TrainingArguments reads them.
+
+    Raises UnsupportedError for all that cannot be obeyed, at once; and in a process that a launcher started.
+    """
+    check_one_process()
+    notes, problems = [], []
+    for name, default in inherited_options(type(args)).items():
+        value = _plain(getattr(args, name))
+        if value == _plain(default):
+            continue
+        if name in WITHOUT_NEED:
+            notes.append(f"{name} has no effect: {WITHOUT_NEED[name]}")
+            setattr(args, name, default)
+        elif name in CHOICES and value not in CHOICES[name][0]:
+            known = ", ".join(str(choice) for choice in CHOICES[name][0] if choice is not None)
+            problems.append(f"{name}={value}: {CHOICES[name][1]}; supported: {known}")
+        elif name not in HONOURED:
+            why = REFUSED.get(name, "an option of a newer transformers than qgraft was tested with")
+            problems.append(f"{name}={value}: {why}")
+    if problems:
+        raise UnsupportedError(
+            "options of transformers that cannot be obeyed here:\n  " + "\n  ".join(problems),
+            hint="leave them out; `qgraft train --help_all` lists those that are obeyed",
+        )
+    return notes
+
+
+def inherited_options(kind: type[TrainingArguments]) -> dict[str, Any]:
+    """The options that transformers declares, with the defaults they have in `kind`."""
+    declared = {option.name for option in dataclasses.fields(TrainingArguments) if option.init}
+    return {option.name: _default(option) for option in dataclasses.fields(kind) if option.name in declared}
+
+
+def check_one_process(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UnsupportedError where a launcher started this process beside others, or set options over ours.
+
+    Before anything is loaded: each process would train on all rows and write the same files, and what a launcher says in
+    the environment (precision, compiler, accumulation) would change a run whose options say nothing of it.
+    """
+    said = {name: environment.get(name, "").strip() for name in _LAUNCHED}
+    wrong = [f"{name}={value}" for name, value in said.items() if value.lower() not in _LAUNCHED[name]]
+    if wrong:
+        raise UnsupportedError(
+            f"started by a launcher that set {', '.join(wrong)}: training takes one process, one device and its own options",
+            hint="start `qgraft train` by itself; CUDA_VISIBLE_DEVICES=1 chooses another GPU",
+        )
+
+
+def rename_checkpointing(args: Any) -> None:
+    """Give gradient_checkpointing and its kwargs the names that newer releases of transformers have for them."""
+    for suffix in ("", "_kwargs"):
+        old, new = f"gradient_checkpointing{suffix}", f"activation_checkpointing{suffix}"
+        if getattr(args, old) and hasattr(args, new):
+            setattr(args, new, getattr(args, old))
+            setattr(args, old, None)
+
+
+def settle_strategies(args: Any, *, held_out: bool) -> None:
+    """Evaluate each epoch where there are held-out rows and nothing is said; the best checkpoint has the lowest loss."""
+    if _plain(args.eval_strategy) == "no" and held_out:
+        args.eval_strategy = "epoch"
+    if _plain(args.save_strategy) == "best" and args.metric_for_best_model is None:
+        args.metric_for_best_model = "loss"
+
+
+def check_schedule(args: Any) -> None:
+    """Raise OptionError for a schedule that its options do not fit: without this it ends the run before its first step."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
+    try:
+        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
+    except (ValueError, TypeError) as error:
+        name = args.lr_scheduler_type.value
+        raise OptionError(
+            f"lr_scheduler_type={name}, lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}"
+        ) from error
+
+
+def check_evaluation(args: Any, held_out: Sequence[object]) -> None:
+    """Raise OptionError for options that need held-out rows where there are none."""
+    needing = [f"eval_strategy={args.eval_strategy.value}"] if args.eval_strategy.value != "no" else []
+    needing += ["save_strategy=best"] if args.save_strategy.value == "best" else []
+    if needing and not held_out:
+        raise OptionError(
+            f"{', '.join(needing)}: there are no held-out rows",
+            hint="give --eval_dataset held_out.jsonl, or --val_size 0.1 to hold out a share",
+        )
+
+
+def _default(option: "dataclasses.Field[Any]") -> Any:
+    factory = option.default_factory
+    return option.default if factory is dataclasses.MISSING else factory()
+
+
+def _plain(value: Any) -> Any:
+    """`value` as it is compared: an enum's value, what JSON text means, None for what is empty."""
+    if isinstance(value, Enum):
+        value = value.value
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    return None if value in ("", [], {}, "none", ["none"]) else value
