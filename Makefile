@@ -1,12 +1,14 @@
 # Everything a developer does is a verb here. `make demo` and `make test` need only python3.11, pip, git (and gcc for speed).
 
 PYTHON ?= python3.11
-TORCH ?= torch==2.13.0
+LOCK := requirements/lock.txt
+TORCH ?= $(shell grep '^torch==' $(LOCK))
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow lint types bench bench-merge docs clean
+.PHONY: demo test test-slow contract contract-oldest contract-newest lock lint types bench bench-merge docs clean
 
 demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
@@ -16,6 +18,17 @@ test: $(READY)            ## the tests that need neither a network nor a GPU
 
 test-slow: $(READY)       ## the others, but those for a GPU
 	$(BIN)/python -m pytest -q -m "slow and not cuda"
+
+contract: contract-oldest contract-newest  ## with the oldest and the newest releases that pyproject.toml allows
+
+contract-oldest: $(READY) .venv-oldest/.ready
+	$(call contract,.venv-oldest)
+
+contract-newest: $(READY) .venv-newest/.ready
+	$(call contract,.venv-newest)
+
+lock:                     ## find the newest and the oldest releases anew, into requirements/
+	$(PYTHON) requirements/renew.py --torch "$(TORCH)"
 
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -41,12 +54,39 @@ bench-merge: $(READY)     ## what merging keeps, by format, rank and task; hours
 docs: $(READY)            ## write docs/reference.md anew from --help
 	$(BIN)/python docs/make_reference.py
 
-# torch comes first and by its own line, so that a CPU build (TORCH="torch==2.13.0 --index-url ...") can be chosen.
-$(READY): pyproject.toml setup.py $(wildcard src/qgraft/kernels/*.[ch])
+# The releases are those of the lock, so that what was tested is installed, today and in a year; the build is not isolated,
+# so that setuptools is too. torch comes first and by its own line: TORCH="torch==2.13.0 --index-url ..." chooses another
+# build of it, or another release; that is why its line is taken out of the constraints.
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/*.[ch])
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	grep -v '^torch==' $(LOCK) > $(VENV)/constraints.txt
+	$(BIN)/python $(INSTALL) -c $(VENV)/constraints.txt $(TORCH) setuptools
+	$(BIN)/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e ".[dev]"
 	touch $@
 
+# The environments of `make contract` hold all but qgraft itself, which is run from its sources, with the C library that
+# $(READY) built beside them.
+.venv-oldest/.ready: requirements/oldest.txt | $(READY)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D) || python3 -m venv $(@D)
+	grep -v '^torch==' $< > $(@D)/pins.txt
+	$(@D)/bin/python $(INSTALL) -c $(@D)/pins.txt $(TORCH)
+	$(@D)/bin/python $(INSTALL) -r $(@D)/pins.txt
+	touch $@
+
+.venv-newest/.ready: pyproject.toml requirements/renew.py | $(READY)
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D) || python3 -m venv $(@D)
+	$(@D)/bin/python requirements/renew.py --ranges > $(@D)/ranges.txt
+	$(@D)/bin/python $(INSTALL) $(TORCH)
+	$(@D)/bin/python $(INSTALL) -r $(@D)/ranges.txt
+	touch $@
+
+CONTRACT := contract models adapters serving training
+
+define contract
+	PYTHONPATH=src OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 $(CONTRACT:%=tests/%)
+endef
+
 clean:
-	rm -rf $(VENV) build src/*.egg-info src/qgraft/kernels/_native*
+	rm -rf $(VENV) .venv-oldest .venv-newest build src/*.egg-info src/qgraft/kernels/_native*

@@ -6,7 +6,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src" / "qgraft"
 
 RANKS = [  # a lower rank never imports a higher one; rooms of the same rank never import each other
-    {"errors", "storage", "plots"},
+    {"errors", "storage", "plots", "releases"},
     {"formats"},
     {"kernels", "compat"},
     {"linear", "attention"},
@@ -17,8 +17,8 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
-# `errors` and `storage` are a floor of their own: everything, also their neighbours of rank 0, may stand on them.
-FLOOR = {"errors", "storage"}
+# `errors`, `storage` and `releases` are a floor of their own: everything, also their neighbours of rank 0, may stand on them.
+FLOOR = {"errors", "storage", "releases"}
 ONLY_IN = {
     "triton": {"kernels"},
     "transformers": {"compat", "attention", "models", "checkpoints", "training", "merging", "serving", "cli"},

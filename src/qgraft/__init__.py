@@ -116,7 +116,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'qgraft' has no attribute {name!r}")
-    value = getattr(import_module(f"qgraft.{_HOMES[name]}"), name)
+    try:
+        value = getattr(import_module(f"qgraft.{_HOMES[name]}"), name)
+    except ImportError as error:
+        import_module("qgraft.releases").explain(error)
+        raise
     globals()[name] = value
     return value
 

@@ -28,7 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qgraft import storage
+from qgraft import __version__, storage
 from qgraft.adapters.attach import check_new_name, is_prefix, non_finite, only_adapter
 from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.checkpoints.folder_write import write_safetensors
@@ -333,5 +333,5 @@ def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str
 
 
 def _versions() -> dict[str, str]:
-    packages = ("qgraft", "torch", "transformers")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    libraries = {package: version(package) for package in ("torch", "transformers")}
+    return {"python": platform.python_version(), "qgraft": __version__, **libraries}

@@ -11,6 +11,7 @@ from qgraft.checkpoints.pull import KNOWN_MODELS, pull
 from qgraft.checkpoints.thudm_files import attach_own_prefix
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.models.find import architecture_of, find_architecture
+from qgraft.releases import check_releases
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -33,8 +34,10 @@ def load(
 
     Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and
     its tokenizer (None for a folder without one). A ChatGLM's folder that holds a prefix (P-Tuning v2) beside the
-    weights loads with it attached and active, named "default". Raises CheckpointError, UnsupportedError or OptionError.
+    weights loads with it attached and active, named "default". Warns, once, of releases of transformers and others that
+    qgraft was not tested with. Raises CheckpointError, UnsupportedError or OptionError.
     """
+    check_releases()
     device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
     path = _resolve(str(model))

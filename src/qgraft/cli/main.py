@@ -77,7 +77,13 @@ def _dispatch(words: Sequence[str]) -> int:
     if words[0] not in COMMANDS:
         hint = near_match(words[0], COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
         raise OptionError(f"unknown command {words[0]!r}", hint=hint)
-    return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
+    try:
+        return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
+    except ImportError as error:
+        from qgraft.releases import explain
+
+        explain(error)
+        raise
 
 
 def import_trainer_alone() -> None:

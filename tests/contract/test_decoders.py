@@ -1,0 +1,166 @@
+"""How transformers puts a causal language model together: base model, layers, head, norms, rotations, hooks."""
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import can_return_tuple
+
+
+def test_the_base_model_gives_the_states_that_the_output_layer_takes(kind, tiny, ids):
+    model = tiny(kind)
+    base = model.base_model
+    assert base is not model and base is getattr(model, model.base_model_prefix)
+    states = base(input_ids=ids, position_ids=torch.arange(10)[None], use_cache=False).last_hidden_state
+    logits = model.get_output_embeddings()(states)
+    if softcap := getattr(model.config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / softcap) * softcap
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    "name,kind", [("final_logit_softcapping", "Gemma2"), ("logit_scale", "Cohere"), ("logits_scaling", "Granite")]
+)
+def test_what_is_done_to_logits_stands_in_the_configuration_under_this_name(name, kind):
+    assert hasattr(getattr(transformers, f"{kind}Config")(), name)
+
+
+def test_the_layers_are_one_list_of_checkpointed_layers(kind, tiny):
+    model = tiny(kind)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == 3]
+    assert lists[0] is model.base_model.layers
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert layers == list(model.base_model.layers)
+    assert model.config.get_text_config().num_hidden_layers == 3
+
+
+def test_a_forward_on_the_instance_of_a_layer_is_called_with_the_states_first(kind, tiny, ids):
+    model, seen = tiny(kind), []
+    layer = model.base_model.layers[1]
+    own = layer.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+        return own(*args, **kwargs)
+
+    layer.forward = forward
+    expected = model(ids, use_cache=False).logits
+    del layer.forward
+    assert seen and seen[0].shape == (1, 10, 32), "layers are no longer called through their forward with the states"
+    torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
+
+
+def test_a_layer_gives_states_or_a_tuple_that_begins_with_them(kind, tiny, ids):
+    model, given = tiny(kind), []
+    hook = model.base_model.layers[0].register_forward_hook(lambda *call: given.append(call[2]))
+    model(ids, use_cache=False)
+    hook.remove()
+    states = given[0][0] if isinstance(given[0], tuple) else given[0]
+    assert states.shape == (1, 10, 32)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"])
+def test_norms_are_called_rmsnorm_and_keep_their_epsilon_under_one_of_two_names(kind, tiny):
+    norm = tiny(kind).base_model.norm
+    assert type(norm).__name__.endswith("RMSNorm")
+    assert isinstance(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)), float)
+    assert [name for name, _ in norm.named_parameters()] == ["weight"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llamas_kin_is_made_of_these_parts(kind, tiny):
+    base = tiny(kind).base_model
+    assert {name for name, _ in base.named_children()} >= {"embed_tokens", "layers", "norm", "rotary_emb"}
+    layer = base.layers[0]
+    assert {name for name, _ in layer.named_children()} == {
+        "self_attn", "mlp", "input_layernorm", "post_attention_layernorm",
+    }  # fmt: skip
+    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= {name for name, _ in layer.self_attn.named_children()}
+    assert {name for name, _ in layer.mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    assert layer.self_attn.head_dim == 8 and layer.self_attn.scaling == 8**-0.5
+    assert hasattr(layer.input_layernorm, "variance_epsilon")
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_gemmas_gated_product_has_the_names_of_llamas(kind, tiny):
+    mlp = tiny(kind).base_model.layers[0].mlp
+    assert {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in mlp.named_children()}
+
+
+def test_attention_rotates_by_a_global_function_of_its_module(kind, tiny):
+    attention = next(m for m in tiny(kind).modules() if "Attention" in type(m).__name__)
+    names = inspect.unwrap(type(attention).forward).__globals__
+    rotate = names.get("apply_rotary_pos_emb")
+    assert callable(rotate), "queries and keys are no longer rotated by `apply_rotary_pos_emb` of the model's own file"
+    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    angles = torch.randn(1, 5, 4).repeat(1, 1, 2)
+    got_q, _ = rotate(q, k, angles.cos(), angles.sin())
+    half = torch.cat([-q[..., 4:], q[..., :4]], -1)
+    torch.testing.assert_close(got_q, q * angles.cos()[:, None] + half * angles.sin()[:, None])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_the_rotary_embedding_gives_cos_and_sin_for_positions(kind, tiny):
+    rotary = tiny(kind).base_model.rotary_emb
+    cos, sin = rotary(torch.zeros(1, 1, 32), position_ids=torch.tensor([[7]]))
+    angle = 7 * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close(cos[0, 0, :4], angle.cos())
+    torch.testing.assert_close(sin[0, 0, 4:], angle.sin())
+
+
+def test_rotary_frequencies_are_the_buffer_inv_freq_with_the_original_beside(tiny):
+    rotary = tiny("llama").base_model.rotary_emb
+    assert isinstance(rotary.inv_freq, torch.Tensor) and rotary.inv_freq.shape == (4,)
+    assert torch.equal(rotary.inv_freq, rotary.original_inv_freq)
+    rotary.inv_freq = rotary.inv_freq / 2
+    cos, _ = rotary(torch.zeros(1, 1, 32), position_ids=torch.tensor([[2]]))
+    torch.testing.assert_close(cos[0, 0, 0], torch.tensor(1.0).cos())
+
+
+def test_checkpointing_sets_a_flag_and_a_function_on_each_layer(tiny):
+    model = tiny("llama")
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # renamed in 5.23
+    enable({"use_reentrant": False})
+    for layer in model.base_model.layers:
+        assert vars(layer)["gradient_checkpointing"] is True
+        assert callable(vars(layer)["_gradient_checkpointing_func"])
+
+
+def test_models_say_whether_they_keep_a_state_and_which_arguments_they_take(kind, tiny):
+    model = tiny(kind)
+    assert model._is_stateful is False
+    assert {"input_ids", "attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
+
+
+def test_a_state_space_model_says_that_it_keeps_a_state():
+    assert transformers.MambaForCausalLM._is_stateful is True
+
+
+def test_outputs_hold_states_and_cache_in_this_order():
+    first, second, *_ = inspect.signature(BaseModelOutputWithPast).parameters
+    assert first == "last_hidden_state" and second in ("past_key_values", "cache"), f"the cache is called {second} now"
+    assert list(inspect.signature(CausalLMOutputWithPast).parameters)[:3] == ["loss", "logits", second]
+
+
+def test_can_return_tuple_gives_an_output_or_a_tuple_of_it():
+    class Holder:
+        config = transformers.LlamaConfig()
+
+        @can_return_tuple
+        def forward(self) -> CausalLMOutputWithPast:
+            return CausalLMOutputWithPast(logits=torch.ones(1))
+
+    assert isinstance(Holder().forward(), CausalLMOutputWithPast)
+    assert Holder().forward(return_dict=False) == (torch.ones(1),)
+
+
+def test_conv1d_holds_its_weight_transposed():
+    layer = Conv1D(5, 3)
+    assert layer.weight.shape == (3, 5) and layer.bias.shape == (5,)
+    torch.testing.assert_close(layer(torch.ones(1, 3)), layer.weight.sum(0)[None] + layer.bias)
