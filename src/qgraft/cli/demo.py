@@ -5,6 +5,8 @@ side with the losses on held-out examples.
 """
 
 import argparse
+import os
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,7 +122,15 @@ def _formats(model: Any) -> str:
 def _next_steps(path: str, folder: Path) -> str:
     return f"""
 {folder} holds the adapter (readable by PEFT too), loss.png, run.json and metrics.jsonl. Next:
-
+{_activate()}
   qgraft chat    --model {path} --adapter {folder}
   qgraft inspect {folder}
   qgraft train   --model_name_or_path {path} --dataset your.jsonl --output_dir out"""
+
+
+def _activate() -> str:
+    """A line that puts `qgraft` on the PATH, where it stands in an environment that is not active (`make demo`)."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    if os.environ.get("VIRTUAL_ENV") == sys.prefix or not script.is_file():
+        return ""
+    return f"\n  . {os.path.relpath(script)}"
