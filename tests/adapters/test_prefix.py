@@ -392,7 +392,7 @@ def test_the_network_is_evaluated_once_while_an_answer_is_generated() -> None:
     passes = []
     prefix_encoder(model).trans.register_forward_hook(lambda *_: passes.append(1))
     generate(model, ids_for(model))
-    assert len(passes) == 1 and selection_of(model).evaluated is None
+    assert len(passes) == 1 and selection_of(model).now().evaluated is None
     logits(model, ids_for(model))
     assert len(passes) == 2
 

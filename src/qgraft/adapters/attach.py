@@ -6,12 +6,16 @@ of an architecture's name. Prefixes are put on by attach_prefix.py.
 
 What is active stands in one Selection that all adapters of the model share (selection.py), so a switch sets one dict,
 and `requires_grad` where it changes; what this file does takes no longer for the hundredth adapter than for the first.
+
+Adapters may be attached, chosen and detached while other threads answer with the model, once it has its first one: calls
+that have begun go by what was active then. An adapter that such a call uses cannot be detached, and the model cannot get
+its first prefix, or lose its last, while there are calls: it attends otherwise with one.
 """
 
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +25,7 @@ from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_laye
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
 from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
-from qgraft.adapters.selection import Selection, selection_of
+from qgraft.adapters.selection import SHARED, Selection, selection_of
 from qgraft.errors import AdapterError, OptionError, near_match
 from qgraft.linear import QuantizedLinear, is_plain_linear, weight_is_read
 
@@ -74,11 +78,12 @@ def attach_layers(
     Raises OptionError for an impossible name, AdapterError for one that is taken.
     """
     check_new_name(model, name)
+    selection_of(model).check_free()
     freeze(model)
     selection = share(model)
     for path, config in layers.items():
         wrapped(model, path, selection).add(name, config, values[path] if values else None)
-    accept_rows(model)
+    accept_rows(model, selection)
     use_adapter(model, name)
 
 
@@ -101,22 +106,24 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
     """Take the adapter `name` (default: every adapter), LoRA or prefix, off the model.
 
     A layer left without LoRAs is the base's own again; without prefixes the model attends as it did before.
-    Raises AdapterError for an unknown name. Does nothing on a model without adapters.
+    Raises AdapterError for an unknown name, or one that a call in another thread is using. Does nothing on a model
+    without adapters.
     """
     selection = selection_of(model)
     if name is not None:
         selection.require([name])
-    for path, module in list(_modules(model)):
-        if isinstance(module, LoraLinear):
-            for adapter in list(module.loras) if name is None else [name]:
-                module.remove(adapter)
-            if not module.loras:
-                _set_module(model, path, module.base)
-        elif isinstance(module, Prefixes):
-            for adapter in list(module.encoders) if name is None else [name]:
-                module.remove(adapter)
-            if not module.encoders:
-                _remove_home(model, path, module)
+    holders = [(path, module) for path, module in _modules(model) if isinstance(module, LoraLinear | Prefixes)]
+    names = list(selection.parts) if name is None else [name]
+    homes = [(path, home) for path, home in holders if isinstance(home, Prefixes) and set(home.encoders) <= set(names)]
+    with selection.taken("relieved of its last prefix") if homes else nullcontext():
+        selection.forget({name: [part for _, holder in holders for part in holder.parts_of(name)] for name in names})
+        for path, holder in holders:
+            for adapter in names:
+                holder.remove(adapter)
+            if isinstance(holder, LoraLinear) and not holder.loras:
+                _set_module(model, path, holder.base)
+        for path, home in homes:
+            _remove_home(model, path, home)
     if not selection.parts:
         refuse_rows(model)
 
@@ -125,10 +132,13 @@ detach_lora = detach_adapter  # its name in the tutorials, beside attach_lora an
 
 
 def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
-    """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None).
+    """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None), for all threads.
 
-    The active adapters are the ones that train: their weights require gradients, all others do not.
-    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix.
+    It is a default: a call of the model that has begun, or is within adapters_off(), goes on by its own, and one with
+    `adapter_names` names its own. The active adapters are the ones that train: their weights require gradients, all
+    others do not.
+    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix,
+    UnsupportedError while another thread trains or merges.
     """
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
     selection = selection_of(model)
@@ -151,13 +161,12 @@ def check_weights(weights: Mapping[str, float]) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base; afterwards what was active is active again."""
-    selection = selection_of(model)
-    before, selection.weights = selection.weights, {}
-    try:
+    """Within the block the model is the base, in this thread or asyncio task alone; afterwards adapters are active again.
+
+    A thread that is started in the block does not know of it.
+    """
+    with selection_of(model).within(None, weights={}):
         yield
-    finally:
-        selection.weights = {name: weight for name, weight in before.items() if name in selection.parts}
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -166,8 +175,8 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def active_adapters(model: nn.Module) -> dict[str, float]:
-    """The active adapters with their weights."""
-    return dict(selection_of(model).weights)
+    """The adapters with their weights that a call from here would go by."""
+    return dict(selection_of(model).now().weights)
 
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -350,6 +359,8 @@ def share(model: nn.Module) -> Selection:
     """One Selection for the whole model, also where parts of it had adapters attached, each with its own."""
     selection = selection_of(model)
     for _, module in _modules(model):
+        if SHARED in vars(module):
+            setattr(module, SHARED, selection)
         if isinstance(module, LoraLinear | Prefixes) and module.selection is not selection:
             module.selection = selection
             held = module.loras if isinstance(module, LoraLinear) else module.encoders

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows
-from qgraft.adapters.selection import Rows, Selection
+from qgraft.adapters.selection import Rows, Selection, selection_of
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
@@ -66,6 +66,7 @@ def attach_encoder(
     Raises AdapterError for values that do not fit the model; see also attach_prefix.
     """
     check_new_name(model, name)
+    selection_of(model).check_free()
     own = model_geometry(model)
     if geometry is not None and geometry != own:
         raise AdapterError(f"prefix {name!r} was trained on {geometry}; this model has {own}")
@@ -89,18 +90,22 @@ def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
     check_new_name(model, name)
     base, home = _base_of(model), prefixes_of(model)
     freeze(model)
-    accept_rows(model)
     selection = share(model)
     if home is None:
-        home = _make_home(base, selection, encoder.geometry)
+        with selection.taken("given its first prefix"):
+            home = _make_home(base, selection, encoder.geometry)
     home.add(name, encoder.to(base.device))
+    accept_rows(model, selection)
     use_adapter(model, name)
 
 
 def model_geometry(model: nn.Module) -> Geometry:
     """What the model wants keys and values to be: found out by a pass over a few tokens where no prefix is on it yet."""
     home = prefixes_of(model)
-    return probe_geometry(_base_of(model)) if home is None else home.geometry
+    if home is not None:
+        return home.geometry
+    with selection_of(model).taken("examined for its first prefix"):  # by another attention
+        return probe_geometry(_base_of(model))
 
 
 def layout_of(model: nn.Module) -> str:
@@ -138,7 +143,7 @@ def counted_positions(model: nn.Module) -> int:
     home = prefixes_of(model)
     if home is None or not home.counted:
         return 0
-    active = [home.encoder(name) for name in home.selection.weights if name in home.encoders]
+    active = [home.encoder(name) for name in home.selection.now().weights if name in home.encoders]
     return sum(encoder.config.pre_seq_len for encoder in active)
 
 
@@ -193,11 +198,10 @@ def _positions(given: Mapping[str, Any]) -> Tensor:
 
 def _active_prefix(home: Prefixes) -> tuple[Prefix | None, int | Tensor]:
     """The keys and values of what is active, and how many tokens they are as long as, [B, 1] where rows differ."""
-    rows = home.selection.rows
-    if rows is not None and not rows.uniform:
-        return _prefix_of_rows(home, rows)
-    active = home.selection.weights if rows is None else [name for name, _ in rows.groups]
-    parts = [home.key_values(name) for name in active if name in home.encoders]
+    active = home.selection.now()
+    if active.uniform is None and active.rows is not None:
+        return _prefix_of_rows(home, active.rows)
+    parts = [home.key_values(name) for name in active.uniform or () if name in home.encoders]
     if not parts:
         return None, 0
     stacked = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)  # [2L, G, P, D]

@@ -20,7 +20,7 @@ Adapter weights are float32 whatever the base computes in: Adam in half precisio
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -133,8 +133,8 @@ class LoraLinear(nn.Module):
 
     @property
     def active(self) -> dict[str, float]:
-        """The active adapters of the model, name -> weight."""
-        return self.selection.weights
+        """The active adapters of the model, name -> weight. Set, they are the default from now on."""
+        return dict(self.selection.now().weights)
 
     @active.setter
     def active(self, weights: dict[str, float]) -> None:
@@ -149,19 +149,24 @@ class LoraLinear(nn.Module):
     def remove(self, name: str) -> None:
         """Take the adapter `name` off the layer, if it is on it."""
         if name in self.loras:
-            self.selection.forget(name, self.loras.pop(name))
+            self.selection.forget({name: self.parts_of(name)})
+            del self.loras[name]
+
+    def parts_of(self, name: str) -> list[nn.Module]:
+        """The modules of the adapter `name` here."""
+        return [self.loras[name]] if name in self.loras else []
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         if self.selection.serve is not None:
             return self.selection.serve(self, x)
-        if self.selection.rows is not None:
-            return self._row_by_row(x, self.selection.rows)
-        return self._with(x, self.active.items())
+        active = self.selection.now()
+        weights = active.uniform
+        return self._row_by_row(x, active.rows) if weights is None else self._with(x, weights)
 
-    def _with(self, x: Tensor, adapters: Iterable[tuple[str, float]]) -> Tensor:
+    def _with(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
         tokens = x.numel() // x.shape[-1]
-        active = [(cast(Lora, self.loras[name]), weight) for name, weight in adapters if name in self.loras]
+        active = [(lora, weight) for name, weight in weights.items() if (lora := self._lora(name)) is not None]
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
         return self.with_segments(
             x,
@@ -170,6 +175,10 @@ class LoraLinear(nn.Module):
                 for lora, weight in active
             ],
         )
+
+    def _lora(self, name: str) -> Lora | None:
+        """The layer's LoRA of this name, in one look: another thread may be taking it off."""
+        return cast(Lora | None, self.loras._modules.get(name))
 
     def _dropout(self, lora: Lora) -> tuple[float, int]:
         """(dropout, a seed for its mask)."""
@@ -187,16 +196,14 @@ class LoraLinear(nn.Module):
             to_autocast(x), self.base, segments, recipe, *weights, *(recipe.tensors if recipe else ())
         )
 
-    def _row_by_row(self, x: Tensor, rows: Rows) -> Tensor:
+    def _row_by_row(self, x: Tensor, rows: Rows | None) -> Tensor:
         """The base for the whole batch at once, then each adapter for all of its rows at once."""
-        if rows.uniform:
-            return self._with(x, [(name, 1.0) for name, _ in rows.groups])
+        assert rows is not None
         rows.check(x)
         x = to_autocast(x)
         y = self.base(x)
         for name, index in rows.groups:
-            if name in self.loras:
-                lora = cast(Lora, self.loras[name])
+            if (lora := self._lora(name)) is not None:
                 dropped = drop_inputs(x.index_select(0, index), lora.config.lora_dropout, self.training)
                 h = dropped @ lora.lora_A.to(x.dtype).T
                 add = y.index_add if y.requires_grad else y.index_add_  # autograd forbids it in place

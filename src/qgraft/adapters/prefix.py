@@ -179,7 +179,12 @@ class Prefixes(nn.Module):
     def remove(self, name: str) -> None:
         """Take the prefix `name` off, if there is one of this name."""
         if name in self.encoders:
-            self.selection.forget(name, self.encoders.pop(name))
+            self.selection.forget({name: self.parts_of(name)})
+            del self.encoders[name]
+
+    def parts_of(self, name: str) -> list[nn.Module]:
+        """The modules of the adapter `name` here."""
+        return [self.encoders[name]] if name in self.encoders else []
 
     def encoder(self, name: str) -> PrefixEncoder:
         """The prefix of this name."""
@@ -190,11 +195,11 @@ class Prefixes(nn.Module):
     @property
     def counted(self) -> bool:
         """Whether tokens are numbered from after the prefixes; it is the same for all of a model."""
-        return any(self.encoder(name).config.count_positions for name in self.encoders)
+        return any(self.encoder(name).config.count_positions for name in list(self.encoders))
 
     def key_values(self, name: str) -> Tensor:
-        """The keys and values of a prefix; while generate() runs, they are computed once."""
-        computed = self.selection.evaluated
+        """The keys and values of a prefix; within one call of generate() they are computed once."""
+        computed = self.selection.now().evaluated
         if computed is None or self.training:
             return self.encoder(name).key_values()
         if name not in computed:

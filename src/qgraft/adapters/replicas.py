@@ -35,4 +35,4 @@ def adopt_lora(model: nn.Module, replica: nn.Module, name: str) -> None:
     for path, lora in lora_modules(replica, name):
         wrapped(model, path, selection).loras[name] = lora
         selection.add(name, lora)
-    accept_rows(model)
+    accept_rows(model, selection)

@@ -1,52 +1,69 @@
-"""One batch whose rows use different adapters: model(..., adapter_names=["law", None, "med"]), None being the base.
+"""A call of a model: what it goes by from its beginning to its end, and another adapter for each row of its batch.
+
+    model(..., adapter_names=["law", None, "med"])      None is the base
 
     y = base(x)                                   once, for the whole batch
     y[rows of law] += s · (x[rows of law] A^T) B^T    once for each adapter, not for each row
 
 Each row comes out as it would alone. The keyword belongs to the model's own forward although transformers' classes do
-not know it: a hook before the forward takes it out and says to the layers' shared Selection which rows are whose, a
-hook after it, which runs on errors too, takes that back. generate() refuses keywords that its model does not know, and
-calls the forward many times; so the model gets a `generate` of its own that takes the same keyword. Where a search
+not know it: a hook before the forward takes it out and lets a call begin (selection.py), to which the layers look for
+what is active; a hook after it lets the call end. A decoder that is called without its output layer, as in training,
+takes calls as well. generate() refuses keywords that its model does not know, and calls the forward many times, which
+must all go by the same; so the model gets a `generate` of its own, which is one call around these. Where a search
 repeats each row (beams, num_return_sequences), the names are repeated with it.
 
-Training works through it for the adapters that are active as well (their weights require gradients), not with gradient
-checkpointing: that runs layers again after the forward has ended.
+Training works through `adapter_names` for the adapters that are active as well (their weights require gradients), not
+with gradient checkpointing: that runs layers again after the call has ended.
 
 Not chosen: the keyword as an attribute to set before the call, which one can forget to unset; a wrapper class around
-the model, as in PEFT, which everything else would have to see through.
+the model, as in PEFT, which everything else would have to see through; a forward of the model's own in the place of the
+hooks, which would also see Ctrl-C: accelerate's hooks and its mixed precision put theirs there and take it away again.
 """
 
+import inspect
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.selection import Rows, Selection, selection_of
+from qgraft.adapters.selection import SHARED, Rows, Selection, end, selection_of
 from qgraft.errors import OptionError, UnsupportedError
 
 KEYWORD = "adapter_names"
 _HOOKS = "_adapter_names_hooks"
+# Models of transformers that keep what they know of a sequence in their modules, not in a cache.
+_KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 
-def accept_rows(model: nn.Module) -> None:
-    """Let the model's forward, and its generate() if it has one, take `adapter_names`. Once is enough."""
-    if _HOOKS in vars(model):
-        return
-    before = model.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
-    after = model.register_forward_hook(_leave, always_call=True)
-    setattr(model, _HOOKS, (before, after))
+def accept_rows(model: nn.Module, selection: Selection) -> None:
+    """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
+    for module in _entrances(model):
+        setattr(module, SHARED, selection)
+        if _HOOKS not in vars(module):
+            before = module.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
+            after = module.register_forward_hook(_leave, always_call=True)
+            setattr(module, _HOOKS, (before, after))
     if hasattr(model, "generate") and "generate" not in vars(model):
         model.generate = _Generate(model)  # type: ignore[assignment]
 
 
 def refuse_rows(model: nn.Module) -> None:
     """Undo accept_rows."""
-    for hook in vars(model).pop(_HOOKS, ()):
-        hook.remove()
+    for module in _entrances(model):
+        for hook in vars(module).pop(_HOOKS, ()):
+            hook.remove()
+        vars(module).pop(SHARED, None)
     if isinstance(vars(model).get("generate"), _Generate):
         del model.generate
+
+
+def _entrances(model: nn.Module) -> tuple[nn.Module, ...]:
+    decoder = getattr(model, "base_model", model)
+    return (model,) if decoder is model else (model, decoder)
 
 
 class _Generate:
@@ -63,43 +80,70 @@ class _Generate:
         selection, names = selection_of(model), None
         if adapter_names is not None:
             names = _checked(adapter_names, _batch_of((inputs,), kwargs).shape[0], selection)
-        with selection.generating(names):
+        call = selection.within(inspect.currentframe(), row_names=names, evaluated={})  # no parameter changes in it
+        with _alone_if_needed(model, selection, kwargs), call:
             return generate(model, inputs, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Generate, (self._model(),)  # a copy of the model gets one that points to the copy
 
 
+def _alone_if_needed(model: Any, selection: Selection, options: Mapping[str, Any]) -> Any:
+    """The model taken for this thread where generate() keeps something in it: another call would mix it up."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    decoder = getattr(model, "base_model", model)
+    if kind in _KEEP_STATE or "rope_deltas" in vars(decoder):  # positions of pictures, counted on from the prompt
+        return selection.taken("answering, and keeps the state of its answer in its layers,")
+    if options.get("assistant_early_exit") is not None:  # which leaves layers out of the configuration for a while
+        return selection.taken("answering by assistant_early_exit")
+    return nullcontext()
+
+
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-    """Before the forward: tell the layers which rows are whose."""
+    """Before the forward: let a call begin, with the rows that are whose."""
+    if getattr(model, "_is_replica", False):
+        raise UnsupportedError(
+            "torch.nn.DataParallel calls its replicas in threads that do not know what is active in the caller's",
+            hint="run one process for each GPU",
+        )
     selection = selection_of(model)
-    if selection.rows is not None and selection.rows.entrance is not model:
-        return None  # within the forward of a model that this one is a part of
-    selection.rows = None  # torch runs no hook after a KeyboardInterrupt
+    around, wanted = selection.now(), kwargs.get(KEYWORD)
     rest = {key: value for key, value in kwargs.items() if key != KEYWORD}
-    wanted = kwargs.get(KEYWORD)
-    if wanted is None and selection.row_names is None:
-        return args, rest
-    inputs = _batch_of(args, kwargs)
-    if wanted is None:
-        names = _repeated(selection.row_names or (), inputs.shape[0])
-    else:
-        names = _checked(wanted, inputs.shape[0], selection)
+    if wanted is None and around.entrance not in (None, model) and around.lasts():
+        return args, rest  # within the forward of a model that this one is a part of
+    names, rows = None, None
+    if wanted is not None:
+        names = _checked(wanted, _batch_of(args, kwargs).shape[0], selection)
+    elif around.row_names is not None:
+        names = _repeated(around.row_names, _batch_of(args, kwargs).shape[0])
+    if names is not None:
+        rows = _rows_of(model, names, _batch_of(args, kwargs))
+    selection.begin(_caller(), entrance=model, rows=rows)
+    return args, rest
+
+
+def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    """After the forward, or what became of it: the call has ended."""
+    end(_caller())
+
+
+def _caller() -> FrameType:
+    """The function of torch that calls hooks and forward; torch.compile puts functions of its own before it."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_filename != torch.nn.modules.module.__file__:
+        frame = frame.f_back
+    assert frame is not None, "a hook of a model's forward, called by something else than torch"
+    return frame
+
+
+def _rows_of(model: nn.Module, names: Sequence[str | None], inputs: Tensor) -> Rows:
     if model.training and torch.is_grad_enabled() and _is_checkpointed(model):
         raise UnsupportedError(
             f"{KEYWORD} with gradient checkpointing: the layers run again when the rows are forgotten",
             hint="train without gradient_checkpointing, or one adapter at a time",
         )
     dims = inputs.dim() if inputs.is_floating_point() else inputs.dim() + 1
-    selection.rows = Rows(model, len(names), dims, _groups(names, inputs.device))
-    return args, rest
-
-
-def _leave(model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    """After the forward, or what became of it: the layers go by the active adapters again."""
-    selection = selection_of(model)
-    if selection.rows is not None and selection.rows.entrance is model:
-        selection.rows = None
+    return Rows(len(names), dims, _groups(names, inputs.device))
 
 
 def _batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:

@@ -50,18 +50,20 @@ class Segment:
 def serving_segments(model: nn.Module, segments: Sequence[Segment]) -> Iterator[None]:
     """Within the block every wrapped layer takes one row of tokens, each served by the adapter of its segment.
 
-    The backward pass belongs into the block, too: gradient checkpointing runs layers again in it.
+    The backward pass belongs into the block, too: gradient checkpointing runs layers again in it. Other threads are
+    refused meanwhile.
     """
     selection = selection_of(model)
 
     def serve(layer: LoraLinear, x: Tensor) -> Tensor:
         return _layer_with_segments(layer, x, segments)
 
-    selection.serve = serve
-    try:
-        yield
-    finally:
-        selection.serve = None
+    with selection.taken("trained with several adapters"):
+        selection.serve = serve
+        try:
+            yield
+        finally:
+            selection.serve = None
 
 
 def _layer_with_segments(layer: LoraLinear, x: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -1,17 +1,42 @@
-"""What is active on a model: one Selection that the modules of all its adapters share, whatever their kind.
+"""What is active: a default for all threads, and for each call what was active when it began.
 
-A switch therefore sets one dict and touches no module. The modules that share it hold it as their attribute
-`selection`: every LoraLinear (lora.py), and the Prefixes of the base model (prefix.py).
+    use_adapter(model, "law")            the default: what a call goes by for which nothing else is said
+    with adapters_off(model): ...        for the calls of this thread (or asyncio task) alone
+    model(..., adapter_names=[...])      for this call alone, row by row
+    model(...), model.generate(...)      from its first layer, or token, to its last it goes by what was active at its
+                                         beginning, whatever other threads choose meanwhile
+
+The default and the adapters' modules stand in one `Selection` that all adapters of a model share, whatever their kind.
+The modules hold it as their attribute `selection`: every LoraLinear (lora.py), and the Prefixes of the base model
+(prefix.py). What a call goes by is an `Active` in a context variable, so each thread sees its own; a new thread, such as
+one that a streamer starts, begins with the default. A layer asks `selection.now()`.
+
+Some work is on the whole model and cannot be told apart by calls: training turns dropout on and exchanges the attention,
+merging exchanges weights. It takes the model for its thread (`Selection.taken`), and is refused while other threads call
+the model; their calls are refused while it lasts. An adapter that another thread's call goes by cannot be taken off.
+Nothing waits for anything, so nothing can lock up.
+
+Not chosen: a lock around each call, with which a server answers one request at a time; threading.local, which an asyncio
+server shares among its requests.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from qgraft.errors import AdapterError, UnsupportedError, near_match
+
+SHARED = "adapter_selection"  # where a model that takes calls (rows.py) keeps its Selection
+_NOW: ContextVar["Active | None"] = ContextVar("qgraft_active", default=None)
+_CHANGING = threading.Lock()  # held for moments, while calls begin and end and selections change
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,13 +44,11 @@ class Rows:
     """Which adapter serves which rows of one batch.
 
     Attributes:
-        entrance: the module that was called with the batch.
         batch: how many rows there are.
         dims: dimensions of a layer's input: one more than token ids have.
         groups: (adapter, its rows, int64); a row in none of them is the base's.
     """
 
-    entrance: nn.Module
     batch: int
     dims: int
     groups: tuple[tuple[str, Tensor], ...]
@@ -44,25 +67,76 @@ class Rows:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class Active:
+    """What the adapters of a model add to its base in a call, or a block, and what that is within.
+
+    Attributes:
+        weights: the active adapters and their weights.
+        rows: where set, it stands in for `weights`: each row of the batch has its own adapter.
+        row_names: of a call of generate(), the adapters of the rows it was called with.
+        evaluated: within a call of generate(), the keys and values of the prefixes that were computed in it.
+        entrance: the module whose forward the call is; None for generate() and blocks.
+        frame: of the function that the call lasts as long as; None for a block, which always ends by itself.
+        thread: where it was begun.
+        outer: what it is within, of this model or another one.
+    """
+
+    selection: "Selection"
+    weights: Mapping[str, float]
+    rows: Rows | None = None
+    row_names: tuple[str | None, ...] | None = None
+    evaluated: dict[str, Tensor] | None = None
+    entrance: nn.Module | None = None
+    frame: FrameType | None = None
+    thread: int = field(default_factory=threading.get_ident)
+    outer: "Active | None" = None
+
+    @property
+    def uniform(self) -> Mapping[str, float] | None:
+        """The adapters with their weights where they are the same for all of the batch, else None."""
+        if self.rows is None:
+            return self.weights
+        return {name: 1.0 for name, _ in self.rows.groups} if self.rows.uniform else None
+
+    def uses(self, name: str) -> bool:
+        """Whether the call may come to the adapter `name`."""
+        groups = () if self.rows is None else (group for group, _ in self.rows.groups)
+        return name in self.weights or name in groups or name in (self.row_names or ())
+
+    def lasts(self) -> bool:
+        """Whether it has not ended, asked within it. A call that Ctrl-C ended stays behind: torch runs no hook then."""
+        return self.frame is None or _leads_to(self.frame, inspect.currentframe())
+
+    def runs(self) -> bool:
+        """Whether it has not ended, asked in any thread."""
+        return self.frame is None or _leads_to(self.frame, sys._current_frames().get(self.thread))
+
+    def differs(self) -> bool:
+        """Whether it is more than the default of its selection, so that it matters whether it lasts."""
+        only_forward = self.row_names is None and self.evaluated is None and self.rows is None
+        return not only_forward or self.weights is not self.selection.weights
+
+
 @dataclass(eq=False)
 class Selection:
-    """What the adapters of one model add to the base now.
+    """The adapters of one model, and which of them are active where nothing else is said.
 
     Attributes:
         parts: the modules of every attached adapter, under its name, in the order of attaching.
-        weights: the active adapters and their weights.
-        rows: where set, it stands in for `weights`: each row of the present batch has its own adapter.
-        serve: where set, it stands in for both: layer, input -> output (segments.py, while several jobs train).
-        row_names: the adapters of the rows that generate() was called with, while it runs.
-        evaluated: while generate() runs, the keys and values of the prefixes that were computed in it.
+        weights: the default, the active adapters and their weights; another dict after each choice.
+        serve: where set, it stands in for all choices: layer, input -> output (segments.py, while several jobs train).
+            It is of the model and not of the call, because gradient checkpointing runs layers again in the backward pass,
+            which on a GPU is another thread; the model is taken meanwhile.
+        holder: the thread that has taken the model for itself, and what it does.
+        running: the calls that have not ended.
     """
 
     parts: dict[str, list[nn.Module]] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
-    rows: Rows | None = None
     serve: Callable[[Any, Tensor], Tensor] | None = None
-    row_names: tuple[str | None, ...] | None = None
-    evaluated: dict[str, Tensor] | None = None
+    holder: tuple[int, str] | None = None
+    running: set[Active] = field(default_factory=set)
 
     def require(self, names: Iterable[str]) -> None:
         """Raise AdapterError when one of these names is not attached."""
@@ -77,34 +151,139 @@ class Selection:
         """Put one more module of the adapter `name` on the list."""
         self.parts.setdefault(name, []).append(part)
 
-    def forget(self, name: str, gone: nn.Module) -> None:
-        """Strike one module of an adapter off the list, and the adapter with its last one."""
-        self.parts[name] = [part for part in self.parts[name] if part is not gone]
-        if not self.parts[name]:
-            del self.parts[name]
-            self.weights.pop(name, None)
+    def forget(self, gone: Mapping[str, Sequence[nn.Module]]) -> None:
+        """Strike modules of adapters off the list, and an adapter with its last one.
+
+        Raises AdapterError, with nothing changed, where a call in another thread is using one of these adapters.
+        """
+        with _CHANGING:
+            self.check_free()
+            others = self._calls_of_others()
+            if used := [name for name in gone if any(call.uses(name) for call in others)]:
+                raise AdapterError(
+                    f"adapter {', '.join(map(repr, used))} cannot be taken off: a call in another thread is using it",
+                    hint="detach it when that call has ended",
+                )
+            for name, modules in gone.items():
+                struck = set(modules)
+                self.parts[name] = [part for part in self.parts.get(name, ()) if part not in struck]
+                if not self.parts[name]:
+                    del self.parts[name]
+            self.weights = {name: weight for name, weight in self.weights.items() if name in self.parts}
 
     def choose(self, weights: Mapping[str, float]) -> None:
-        """Make these adapters active: they train from now on, those that were active do not."""
-        for name in self.weights.keys() | weights.keys():
-            for part in self.parts.get(name, ()):
-                # half a millisecond faster than part.requires_grad_(), for a LoRA
-                parameters = part.parameters() if part._modules else part._parameters.values()
-                for parameter in parameters:
-                    cast(Tensor, parameter).requires_grad = name in weights
-        self.weights = dict(weights)
+        """Make these adapters the default: they train from now on, those that were do not."""
+        with _CHANGING:
+            self.check_free()
+            for name in self.weights.keys() | weights.keys():
+                for part in self.parts.get(name, ()):
+                    # half a millisecond faster than part.requires_grad_(), for a LoRA
+                    parameters = part.parameters() if part._modules else part._parameters.values()
+                    for parameter in parameters:
+                        cast(Tensor, parameter).requires_grad = name in weights
+            self.weights = dict(weights)
+
+    def now(self) -> Active:
+        """What is active here: in the call or the block that this is within, else the default."""
+        active = _NOW.get()
+        while active is not None:
+            if active.selection is self and (not active.differs() or active.lasts()):
+                return active
+            active = active.outer
+        return Active(self, self.weights)
+
+    def begin(self, frame: FrameType | None, **more: Any) -> Active:
+        """Let a call begin that lasts as long as this frame. It goes by what is active now, but for `more`: fields of Active.
+
+        Raises UnsupportedError where another thread has taken the model.
+        """
+        around, outer = self.now(), _lasting(_NOW.get())
+        given = {"weights": around.weights, "evaluated": around.evaluated, **more}
+        active = Active(self, frame=frame, outer=outer, **given)
+        with _CHANGING:
+            self.check_free()
+            if frame is not None:
+                self.running.add(active)
+        _NOW.set(active)
+        return active
 
     @contextmanager
-    def generating(self, row_names: tuple[str | None, ...] | None) -> Iterator[None]:
-        """Within the block generate() runs; no parameter changes."""
-        self.row_names, self.evaluated = row_names, {}
+    def within(self, frame: FrameType | None, **more: Any) -> Iterator[None]:
+        """The block is such a call; see begin(). Without a frame it is no call, but what the calls in it go by."""
+        token, active = _NOW.set(_NOW.get()), None
+        try:
+            active = self.begin(frame, **more)
+            yield
+        finally:
+            _NOW.reset(token)
+            self.running.discard(active)
+
+    @contextmanager
+    def taken(self, doing: str) -> Iterator[None]:
+        """Within the block the model is this thread's alone.
+
+        Args:
+            doing: what is done with it, as in "the model is being trained".
+
+        Raises UnsupportedError where another thread has taken it, or calls it.
+        """
+        with _CHANGING:
+            self.check_free()
+            if self._calls_of_others():
+                raise UnsupportedError(
+                    f"the model cannot be {doing} while another thread calls it", hint="wait until its calls have ended"
+                )
+            before, self.holder = self.holder, (threading.get_ident(), doing)
         try:
             yield
         finally:
-            self.row_names = self.evaluated = None
+            self.holder = before
+
+    def check_free(self) -> None:
+        """Raise UnsupportedError where another thread has taken the model for itself."""
+        holder = self.holder
+        if holder is not None and holder[0] != threading.get_ident():
+            raise UnsupportedError(
+                f"the model is being {holder[1]} in another thread, which needs it for itself",
+                hint="call it when that has ended, or load the file once more: the memory of its weights is shared",
+            )
+
+    def _calls_of_others(self) -> list[Active]:
+        """The calls that other threads are in."""
+        return [call for call in self.running if call.thread != threading.get_ident() and call.runs()]
+
+    def __getstate__(self) -> dict[str, Any]:  # nobody is in a copy of the model
+        return {**vars(self), "serve": None, "holder": None, "running": set()}
+
+
+def end(frame: FrameType | None) -> None:
+    """Let the call end that this frame began, if it did."""
+    innermost = _lasting(_NOW.get())
+    if innermost is not None and frame is not None and innermost.frame is frame:
+        innermost.selection.running.discard(innermost)
+        innermost = innermost.outer
+    _NOW.set(innermost)
+
+
+def _lasting(active: Active | None) -> Active | None:
+    """The innermost call or block that has not ended; those within it are cleared away."""
+    while active is not None and not active.lasts():
+        active.selection.running.discard(active)
+        active = active.outer
+    return active
+
+
+def _leads_to(frame: FrameType, here: FrameType | None) -> bool:
+    """Whether the function that is executed in `frame` has called, in the end, the one in `here`."""
+    while here is not None and here is not frame:
+        here = here.f_back
+    return here is not None
 
 
 def selection_of(model: nn.Module) -> Selection:
     """The selection that the model's adapters share; a new one where it has none."""
+    own = vars(model).get(SHARED)
+    if isinstance(own, Selection):
+        return own
     held = (vars(module).get("selection") for module in model.modules())
     return next((selection for selection in held if isinstance(selection, Selection)), Selection())
