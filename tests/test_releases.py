@@ -31,7 +31,7 @@ def test_the_ranges_of_pyproject_are_the_releases_that_are_tested(library):
     assert ranges == {library + range_of(library)}
 
 
-@pytest.mark.parametrize("library", TESTED.keys() - {"torch"})
+@pytest.mark.parametrize("library", [library for library in TESTED if library != "torch"])
 def test_the_locks_hold_the_ends_of_the_ranges(library):
     oldest, newest = TESTED[library]
     assert f"{pins('oldest.txt')[library]}.".startswith(f"{oldest}."), "make lock"

@@ -38,38 +38,34 @@ SIZES: dict[str, Any] = {
 
 # Where that is not enough: sizes that must fit each other, lists as long as there are layers.
 LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+INDEXED = {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 4, "num_key_value_heads": 4}
 MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 16}
+LATENT = {"head_dim": 8}  # of the rotated part of a head, as transformers counts it in multi-head latent attention
 OTHERS: dict[str, dict[str, Any]] = {
-    **{key: {"head_dim": 8} for key in ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu")},
-    **{key: {"head_dim": 8, "index_head_dim": 16, "index_n_heads": 2} for key in ("deepseek_v32", "glm_moe_dsa")},
+    **dict.fromkeys(("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu"), LATENT),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa"), INDEXED),
     **dict.fromkeys(("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next"), LINEAR),
     **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), LINEAR),
     "bailing_hybrid": LINEAR,
-    "granitemoehybrid": {
-        "layer_types": ["mamba", "attention"],
-        "mamba_n_heads": 8,
-        "mamba_d_head": 16,
-        "mamba_d_state": 16,
-    },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "zaya": {"num_experts_per_tok": 1},
-    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
-    "roc_bert": {
-        "pronunciation_vocab_size": 50,
-        "shape_vocab_size": 50,
-        "shape_embed_dim": 16,
-        "pronunciation_embed_dim": 16,
-    },
-    "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 8), "attn_layers": ["local", "local"]},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
-    "mamba2": MAMBA2,
     "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16, "attn_layer_indices": [1]},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "lm_head_multiplier": 20.0},
-    "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 0.5, "attention_window_size": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"], "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16,
+    },
+    "jamba": {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "mamba2": MAMBA2,
     "qwen2_moe": {"layer_types": ["sliding_attention", "full_attention"]},
     "qwen3_moe": {"decoder_sparse_step": 1},
-    "jamba": {"mamba_d_state": 8, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},
-}
+    "recurrent_gemma": {"num_hidden_layers": 3, "logits_soft_cap": 0.5, "attention_window_size": 64},
+    "reformer": {"axial_pos_embds_dim": (32, 32), "axial_pos_shape": (16, 8), "attn_layers": ["local", "local"]},
+    "roc_bert": {
+        "pronunciation_vocab_size": 50, "shape_vocab_size": 50, "shape_embed_dim": 16, "pronunciation_embed_dim": 16,
+    },
+    "zamba2": {"layer_types": ["linear_attention", "hybrid"]},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def config_of(kind: str) -> PreTrainedConfig:

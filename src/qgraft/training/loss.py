@@ -13,9 +13,10 @@ What the states are, and what comes after the output layer, is in decoder.py.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qgraft.errors import UnsupportedError
 from qgraft.training.batches import Batch
 from qgraft.training.decoder import Head, label_states, output_head
 
@@ -31,6 +32,15 @@ def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.
     """
     states_NH, labels_N = label_states(model, batch)
     return summed_cross_entropy(states_NH, labels_N, output_head(model), label_smoothing)
+
+
+def check_gradient(model: nn.Module, loss: Tensor) -> None:
+    """Raise UnsupportedError where nothing that is trained reaches the loss: training would do nothing."""
+    if not loss.requires_grad:
+        raise UnsupportedError(
+            f"{type(model).__name__}: no gradient reaches the adapter",
+            hint="its layers compute their gradients in a way of their own, or the adapter is on none that is used",
+        )
 
 
 def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:

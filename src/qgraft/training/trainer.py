@@ -27,7 +27,7 @@ from qgraft.errors import CheckpointError, TrainingError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.evaluate import evaluate_samples, evaluation_tokens
-from qgraft.training.loss import batch_loss
+from qgraft.training.loss import batch_loss, check_gradient
 from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -104,6 +104,7 @@ class LoraTrainer(Trainer):
         for part in parts:
             with self.compute_loss_context_manager():
                 loss = batch_loss(model, part, self.args.label_smoothing_factor) / labels
+            check_gradient(model, loss)
             if not torch.isfinite(loss):
                 return total.fill_(float("nan"))
             self.accelerator.backward(loss)
