@@ -95,4 +95,8 @@ def tiny_model(kind: str) -> PreTrainedModel:
                 nn.init.normal_(parameter, std=0.15)
             elif parameter.is_floating_point() and not name.endswith(("A_log", "dt_bias", ".D")):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name in model.state_dict().keys() - dict(model.named_parameters(remove_duplicate=False)).keys():
+            buffer = model.get_buffer(name)  # one that a folder holds, such as the corrections of a router
+            if buffer.is_floating_point():
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
