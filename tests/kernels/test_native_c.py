@@ -1,6 +1,8 @@
 """The C library itself, called through ctypes: every level that this CPU has, every format, bfloat16 rows."""
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -185,3 +187,20 @@ def test_bf16_rounds_ties_to_even_and_keeps_nan_and_infinity(cpu_level: str) -> 
 
 def test_bf16_of_an_unknown_format_is_an_error_code() -> None:
     assert loaded().qgraft_dequantize_bf16(99, None, None, 1, 32, None, 1) == -1
+
+
+def test_sanitizers_see_a_read_past_the_end() -> None:
+    """That `make sanitize` finds what it is for."""
+    if not hasattr(loaded(), "__asan_init"):
+        pytest.skip("this library is built without sanitizers")
+    code = """
+import torch
+from qgraft.kernels.library import loaded
+data, out = torch.zeros(34, dtype=torch.uint8), torch.empty(64)
+loaded().qgraft_dequantize(4, data.data_ptr(), None, {rows}, 32, out.data_ptr(), 1)
+"""
+    for rows in (1, 2):
+        command = [sys.executable, "-c", code.format(rows=rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (rows == 1)
+        assert ("AddressSanitizer: heap-buffer-overflow" in done.stderr) == (rows == 2)

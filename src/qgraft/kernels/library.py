@@ -59,7 +59,8 @@ def load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        raise InstallationError(f"{path}: cannot be loaded: {error}", hint=_hint()) from None
+        hint = "install libgomp (libgomp1 on Debian and Ubuntu)" if "libgomp" in str(error) else _hint()
+        raise InstallationError(f"{path}: cannot be loaded: {error}", hint=hint) from None
     _check_sources(library, path)
     declare(library)
     names = levels(library)
