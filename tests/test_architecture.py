@@ -9,7 +9,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"errors", "storage", "plots", "releases"},
     {"formats"},
     {"kernels", "compat"},
-    {"linear", "attention"},
+    {"linear", "attention", "rotary"},
     {"models", "adapters"},
     {"checkpoints"},
     {"training"},

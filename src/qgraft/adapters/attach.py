@@ -7,9 +7,8 @@ of an architecture's name. Prefixes are put on by attach_prefix.py.
 What is active stands in one Selection that all adapters of the model share (selection.py), so a switch sets one dict,
 and `requires_grad` where it changes; what this file does takes no longer for the hundredth adapter than for the first.
 
-Adapters may be attached, chosen and detached while other threads answer with the model, once it has its first one: calls
-that have begun go by what was active then. An adapter that such a call uses cannot be detached, and the model cannot get
-its first prefix, or lose its last, while there are calls: it attends otherwise with one.
+Once a model has an adapter, others may be attached, chosen and detached while threads answer with it. An adapter that a
+call uses cannot be detached, and the first prefix cannot come, or the last one go, while there are calls.
 """
 
 import math

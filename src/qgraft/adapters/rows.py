@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from qgraft.adapters.selection import SHARED, Rows, Selection, end, selection_of
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.rotary import by_call
 
 KEYWORD = "adapter_names"
 _HOOKS = "_adapter_names_hooks"
@@ -41,6 +42,7 @@ _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 def accept_rows(model: nn.Module, selection: Selection) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
+    by_call(model)
     for module in _entrances(model):
         setattr(module, SHARED, selection)
         if _HOOKS not in vars(module):
@@ -101,7 +103,7 @@ def _alone_if_needed(model: Any, selection: Selection, options: Mapping[str, Any
 
 def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
     """Before the forward: let a call begin, with the rows that are whose."""
-    if getattr(model, "_is_replica", False):
+    if vars(model).get("_is_replica"):
         raise UnsupportedError(
             "torch.nn.DataParallel calls its replicas in threads that do not know what is active in the caller's",
             hint="run one process for each GPU",
@@ -109,7 +111,7 @@ def _enter(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> t
     selection = selection_of(model)
     around, wanted = selection.now(), kwargs.get(KEYWORD)
     rest = {key: value for key, value in kwargs.items() if key != KEYWORD}
-    if wanted is None and around.entrance not in (None, model) and around.lasts():
+    if wanted is None and around.entrance is not None and around.entrance is not model and around.lasts():
         return args, rest  # within the forward of a model that this one is a part of
     names, rows = None, None
     if wanted is not None:

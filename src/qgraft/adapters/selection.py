@@ -27,12 +27,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import wraps
 from types import FrameType
-from typing import Any, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from torch import Tensor, nn
 
 from qgraft.errors import AdapterError, UnsupportedError, near_match
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
 
 SHARED = "adapter_selection"  # where a model that takes calls (rows.py) keeps its Selection
 _NOW: ContextVar["Active | None"] = ContextVar("qgraft_active", default=None)
@@ -287,3 +291,18 @@ def selection_of(model: nn.Module) -> Selection:
         return own
     held = (vars(module).get("selection") for module in model.modules())
     return next((selection for selection in held if isinstance(selection, Selection)), Selection())
+
+
+def alone(doing: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
+    """Let a function whose first argument is the `model` take it for its thread; see Selection.taken."""
+
+    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+        @wraps(function)
+        def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+            model: Any = args[0] if args else kwargs["model"]
+            with selection_of(model).taken(doing):
+                return function(*args, **kwargs)
+
+        return wrapper
+
+    return decorate

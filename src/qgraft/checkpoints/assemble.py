@@ -33,6 +33,7 @@ from qgraft.linear import (
     weight_is_read,
 )
 from qgraft.models.find import architecture_of
+from qgraft.rotary import by_call
 
 MOST_PROBLEMS = 500  # listed; more than that is another model's file
 
@@ -109,6 +110,7 @@ def assemble(
     """
     model = empty_model(config, dtype)
     cap_scores(model)
+    by_call(model)
     same = dict(model.all_tied_weights_keys) if same is None else same
     problems = list(known_problems)
     _fill_modules(model, read, dtype, problems, same)

@@ -35,6 +35,7 @@ from qgraft.adapters.attach import (
     use_adapter,
 )
 from qgraft.adapters.lora import Lora, LoraLinear
+from qgraft.adapters.selection import alone
 from qgraft.checkpoints.adapter_files import trained_with
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import HELD, current_fingerprint
@@ -58,6 +59,7 @@ class _Merges:
     weights: dict[str, float] = field(default_factory=dict)
 
 
+@alone("merged")
 def merge(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -132,6 +134,7 @@ def merge(
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
 
 
+@alone("unmerged")
 def unmerge(model: PreTrainedModel) -> None:
     """Put the original bytes back, and the adapters on the model again, active with the weights they were merged with.
 

@@ -5,7 +5,7 @@ times as long, so within the block the decoder's forward pass is one call of dec
 
     one row, one new token       float32, on the CPU, no gradient, no autocast, evaluation mode
     a DynamicCache with tokens   within every sliding window; no attention mask that hides any of them
-    a decoder of Llama's kind    llama, mistral, qwen2, qwen3: found out by its parts, and by trial
+    a decoder of four families   llama, mistral, qwen2, qwen3, by their exact classes (network.py)
     all weights packed           in formats that the C kernels read; any number of LoRAs active, no prefix
 
 Everything else, the prompt above all, is transformers' own pass. The cache is transformers' too: its layers' keys and
@@ -13,15 +13,16 @@ values are views of buffers with room for more tokens, in which C writes behind 
 give the layers other tensors; these are copied into new buffers when the next token is decoded, and nothing that
 somebody may still look at is written over.
 
-What C reads are addresses. Before each token it is checked that the modules still hold the tensors that the addresses
-are of, so adapters may be switched, attached and detached, and weights replaced, at any time.
+Several threads may answer at once. Each conversation has its own cache and so its own buffers; each choice of adapters
+its own structures; and a token is one call that uses all cores, so one thread at a time decodes one.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
-from typing import Any, cast
+from functools import update_wrapper
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,131 +30,146 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qgraft.adapters.lora import Lora, LoraLinear
-from qgraft.adapters.selection import Selection
-from qgraft.compat import CACHE, given_cache
+from qgraft.attention import PREFIX
+from qgraft.compat import given_cache
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import decode
-from qgraft.linear import QuantizedLinear, computing
+from qgraft.serving.network import Network
 
 ROOM = 256  # tokens that a new buffer of keys and values has room for
-AGREES = 1e-4  # of the largest number: how far the two ways may be apart in the trial
-_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
-_PARTS = {"self_attn": _ATTENTION, "mlp": {"gate_proj", "up_proj", "down_proj"}}
-_NORMS = ("input_layernorm", "post_attention_layernorm")
+CHOICES = 8  # choices of adapters whose structures are kept
+_ATTENTIONS = ("eager", "sdpa", PREFIX)
+_INSTALLING = threading.Lock()
 
 
 @contextmanager
 def fast_decoding(model: PreTrainedModel) -> Iterator[str | None]:
     """Within the block `model` decodes single tokens in C, where that computes what its own forward pass does.
 
-    Found out by looking at its parts, and by decoding two tokens both ways. Yields None where C is in use, else a
-    sentence that says why not; the model then is as it was.
+    Several threads may be in such a block. Yields None where C is in use, else a sentence that says why not; the model
+    then is as it was.
     """
     base: Any = model.base_model
-    before = vars(base).get("forward")
-    decoder = _Decoder(base)
-    problem = decoder.problem()
-    if problem is None:
-        base.forward = wraps(decoder.own)(partial(decoder.forward))  # with the signature of its own
-    try:
+    problem = why_not(base)
+    if problem is not None:
         yield problem
+        return
+    with _INSTALLING:
+        decoder = vars(base).get("forward") or _Decoder(base)
+        decoder.users += 1
+    try:
+        yield None
     finally:
-        if problem is None:
-            del base.forward
-            if before is not None:
-                base.forward = before
+        with _INSTALLING:
+            decoder.leave()
+
+
+def why_not(base: nn.Module) -> str | None:
+    """Why C cannot decode for this decoder as it is now, or None."""
+    name, forward = type(base).__name__, vars(base).get("forward")
+    if forward is not None and not isinstance(forward, _Decoder):
+        return f"{name}: its forward pass was replaced, which C would pass by"
+    try:
+        Network(base)
+    except (UnsupportedError, ValueError) as error:
+        return f"{name}: {error}"
+    return None
 
 
 class _Decoder:
-    """The forward pass of one base model: in C or its own."""
+    """The forward pass of a base model, in C or its own, in the place of it while there are users."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
         self.own: Callable[..., Any] = base.forward
-        self.lock = threading.Lock()  # two threads may answer with one model
-        self.network: _Network | None = None
-        self.buffers: _Buffers | None = None
+        self.users = 0
+        self.lock = threading.RLock()
+        self.networks: dict[tuple[tuple[str, float], ...], Network] = {}
+        self.latest: Network | None = None
+        self.buffers: WeakKeyDictionary[DynamicCache, _Buffers] = WeakKeyDictionary()
+        update_wrapper(self, self.own)  # with the signature of its own
+        base.forward = self
 
-    def problem(self) -> str | None:
-        """Why C cannot decode for this model, or None."""
-        name = type(self.base).__name__
-        try:
-            self.network = _Network(self.base)
-            with torch.inference_mode(), computing(self.base, "float32"):  # else a rounding may go the other way
-                off = self._trial()
-        except (UnsupportedError, TypeError, ValueError) as error:
-            return f"{name}: {error}"
-        finally:
-            self.buffers = None
-        return None if off <= AGREES else f"{name} computes otherwise than Llama: a state would be off by {off:.2g}"
+    def leave(self) -> None:
+        """One user less; without any the model's forward pass is its own again."""
+        self.users -= 1
+        if not self.users and vars(self.base).get("forward") is self:
+            del self.base.forward
 
-    def _trial(self) -> float:
-        """Two tokens after two others, both ways: how far the states are apart, relative to the largest number."""
-        ids = torch.arange(4).remainder(self.base.config.vocab_size)[None]
-        caches = [DynamicCache(config=self.base.config) for _ in range(2)]
-        off = 0.0
-        for cache in caches:
-            self.own(input_ids=ids[:, :2], use_cache=True, **{CACHE: cache})
-        for token in (ids[:, 2:3], ids[:, 3:]):
-            want = self.own(input_ids=token, use_cache=True, **{CACHE: caches[0]}).last_hidden_state
-            output = self._step({"input_ids": token, CACHE: caches[1], "use_cache": True})
-            if output is None:
-                raise UnsupportedError("its state or its cache is not one that C decodes with")
-            got = output.last_hidden_state
-            off = max(off, float((got - want).abs().max() / want.abs().max()))
-        return off
+    def __reduce__(self) -> Any:
+        return _itself, (self.own,)  # a copy of the model has its own forward pass
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the base model's own."""
-        output = None
-        if not args:
-            with self.lock:
-                output = self._step(kwargs)
+        output = None if args or not self.users else self._step(kwargs)
         return self.own(*args, **kwargs) if output is None else output
 
     def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
         """The output for one token, or None where that is not for C."""
-        ids, positions = given.get("input_ids"), given.get("position_ids")
-        cache: Any = given_cache(given)
-        if (
-            not _is_plain(given, self.base.config)
-            or self.base.training
-            or torch.is_grad_enabled()
-            or torch.is_autocast_enabled("cpu")
-        ):
+        base, cache, positions = self.base, given_cache(given), given.get("position_ids")
+        if not _is_plain(given, base.config) or not _computes_plainly(base):
             return None
-        past = _length(cache, len(self.base.layers))
-        window = getattr(self.base.config, "sliding_window", None)
+        past, window = _length(cache, len(base.layers)), getattr(base.config, "sliding_window", None)
         if past is None or not _sees_all(given.get("attention_mask"), past + 1) or (window and past >= window):
             return None
-        network = self._network()
-        if network is None:
+        x = base.embed_tokens(given["input_ids"]).clone()  # C writes over it
+        cos, sin = base.rotary_emb(x, position_ids=torch.tensor([[past]]) if positions is None else positions)
+        if not x.dtype == cos.dtype == torch.float32:
             return None
-        x = self.base.embed_tokens(ids)
-        if positions is None:
-            positions = torch.tensor([[past]])
-        cos, sin = self.base.rotary_emb(x, position_ids=positions)
-        if not x.dtype == cos.dtype == torch.float32 or cos.shape != (1, 1, network.channels):
-            return None
-        if self.buffers is None or not self.buffers.hold(cache, past):
-            self.buffers = _Buffers.copy_of(cache, past, network)
-            if self.buffers is None:
+        with self.lock:
+            network = self._network()
+            if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
                 return None
-        network.use(self.buffers.memory)
-        decode.step(network.model, x.view(-1), cos.view(-1), sin.view(-1), past)
-        self.buffers.advance(cache, past + 1)
+            buffers = self._buffers(cache, past, network)
+            if buffers is None:
+                return None
+            network.use(buffers.memory)
+            decode.step(network.model, x.view(-1), cos.view(-1), sin.view(-1), past)
+            buffers.advance(cache, past + 1)
         return BaseModelOutputWithPast(x, cache)
 
-    def _network(self) -> "_Network | None":
-        """The structures of what the model is now; None where C cannot compute that."""
-        if self.network is None or self.network.is_stale():
-            self.network = None
+    def _network(self) -> Network | None:
+        """The structures of what the model is, and what is active, now; None where C cannot compute that."""
+        selection = self.latest and self.latest.selection
+        weights = selection.now().uniform if selection else {}
+        if weights is None:  # an adapter for each row
+            return None
+        network = self.networks.get(tuple(weights.items()))
+        if network is None or not network.holds():
+            if network is not None:  # the others neither; and they keep what was detached in memory
+                self.networks.clear()
             try:
-                self.network = _Network(self.base)
+                network = Network(self.base)
             except (UnsupportedError, ValueError):  # an adapter was attached, or weights moved, that C does not take
                 return None
-        return None if self.network.selection and self.network.selection.rows is not None else self.network
+            while len(self.networks) >= CHOICES:
+                del self.networks[next(iter(self.networks))]
+            self.networks[tuple(network.weights.items())] = self.latest = network
+        return network
+
+    def _buffers(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
+        buffers = self.buffers.get(cache)
+        if buffers is None or not buffers.hold(cache, past):
+            buffers = _Buffers.copy_of(cache, past, network)
+            if buffers is not None:
+                self.buffers[cache] = buffers
+        return buffers
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _computes_plainly(base: Any) -> bool:
+    """Whether the decoder's pass, asked for now, is one without gradients, in float32, through all of its layers."""
+    config = base.config
+    return not (
+        base.training
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or config._attn_implementation not in _ATTENTIONS
+        or config.num_hidden_layers != len(base.layers)  # assistant_early_exit
+    )
 
 
 _MAY_BE = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"}
@@ -205,7 +221,7 @@ class _Buffers:
         self.views: tuple[Tensor, ...] = ()  # what the cache's layers hold: keys and values of the first layer, ...
 
     @classmethod
-    def copy_of(cls, cache: Any, length: int, network: "_Network") -> "_Buffers | None":
+    def copy_of(cls, cache: Any, length: int, network: Network) -> "_Buffers | None":
         """New buffers with what the cache holds; None where that is not of the decoder's shape."""
         shape = (1, network.groups, length, network.channels)
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
@@ -236,140 +252,3 @@ class _Buffers:
         self.views = self.memory.narrow(3, 0, length).unbind(0)
         for index, layer in enumerate(cache.layers):
             layer.keys, layer.values = self.views[2 * index], self.views[2 * index + 1]
-
-
-class _Network:
-    """The C structures of a base model with its active LoRAs, and what has to be so for them to stay right.
-
-    Raises UnsupportedError or ValueError for a model that is not of Llama's kind, or not all packed.
-    """
-
-    def __init__(self, base: Any) -> None:
-        self.held: decode.Held = []
-        self.watched: list[tuple[dict[str, Any], str, Any, int | None]] = []
-        self.selection: Selection | None = None
-        self.weights: dict[str, float] = {}
-        self.rank = 0
-        self.epsilons: set[float] = set()
-        _check_parts(base)
-        attention, mlp = base.layers[0].self_attn, base.layers[0].mlp
-        self.channels, self.hidden = int(attention.head_dim), int(attention.q_proj.in_features)
-        heads = attention.q_proj.out_features // self.channels
-        self.groups = attention.k_proj.out_features // self.channels
-        layers = [self._layer(layer) for layer in base.layers]
-        self.array = (decode.Layer * len(layers))(*layers)
-        norm = self._norm(base, "norm", self.hidden)
-        if len(self.epsilons) != 1 or heads % max(self.groups, 1) or self.channels % 2:
-            raise UnsupportedError("its norms or heads are not alike")
-        self.model = decode.Model(
-            len(layers), self.hidden, mlp.gate_proj.out_features, heads, self.groups, self.channels,
-            self.rank, 0, self.epsilons.pop(), attention.scaling, norm, self.array,
-        )  # fmt: skip
-        self._check_shapes()
-        self.memory: Tensor | None = None
-
-    def is_stale(self) -> bool:
-        """Whether the model holds other modules or tensors than the structures were made of."""
-        if self.selection is not None and self.selection.weights != self.weights:
-            return True
-        for holder, name, value, place in self.watched:  # of 210 layers: a twentieth of a millisecond
-            found: Any = holder.get(name)
-            if found is not value or (place is not None and found.data_ptr() != place):
-                return True
-        return False
-
-    def use(self, memory: Tensor) -> None:
-        """Write keys and values here: [2 layers, 1, groups, capacity, channels]."""
-        if memory is not self.memory:
-            self.memory, self.model.capacity = memory, memory.shape[3]
-            for index, layer in enumerate(self.array):
-                layer.keys, layer.values = memory[2 * index].data_ptr(), memory[2 * index + 1].data_ptr()
-
-    def _layer(self, layer: Any) -> decode.Layer:
-        attention, mlp = layer.self_attn, layer.mlp
-        return decode.Layer(
-            *(self._linear(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
-            *(self._linear(mlp, name) for name in ("gate_proj", "up_proj", "down_proj")),
-            *(self._norm(layer, name, self.hidden) for name in _NORMS),
-            *(
-                self._norm(attention, name, self.channels) if hasattr(attention, name) else None
-                for name in ("q_norm", "k_norm")
-            ),
-        )
-
-    def _linear(self, parent: nn.Module, name: str) -> decode.Linear:
-        layer, loras = self._watch(parent._modules, name), []
-        if isinstance(layer, LoraLinear):
-            loras = self._loras(layer)
-            layer = layer.base
-        if not isinstance(layer, QuantizedLinear):
-            raise UnsupportedError(f"{name} is a {type(layer).__name__}, expected packed weights")
-        for tensor in ("data", "scale"):
-            self._watch(layer.packed_weight._buffers, tensor)
-        bias = self._watch(layer._parameters, "bias")
-        int8 = (self._watch(vars(layer), "compute") or layer.compute) == "int8"
-        return decode.linear(layer.packed, bias, loras, self.held, int8)
-
-    def _loras(self, layer: LoraLinear) -> list[decode.Lora]:
-        if self.selection is None:
-            self.selection, self.weights = layer.selection, dict(layer.selection.weights)
-        if layer.selection is not self.selection:
-            raise UnsupportedError("its layers do not share one selection of adapters")
-        loras = []
-        for name, weight in self.weights.items():
-            lora = self._watch(layer.loras._modules, name)
-            if lora is not None:
-                A, B = (self._watch(lora._parameters, part) for part in ("lora_A", "lora_B"))
-                scaling = cast(Lora, lora).config.scaling * weight
-                self.rank = max(self.rank, len(A))
-                loras.append(decode.lora(A, B, scaling, self.held))
-        return loras
-
-    def _norm(self, parent: nn.Module, name: str, size: int) -> int | None:
-        norm: Any = self._watch(parent._modules, name)
-        if {key: tuple(value.shape) for key, value in norm.named_parameters()} != {"weight": (size,)} or not hasattr(
-            norm, "variance_epsilon"
-        ):
-            raise UnsupportedError(f"{name} is a {type(norm).__name__}, expected one of Llama's with {size} weights")
-        self.epsilons.add(norm.variance_epsilon)
-        return decode.address(self._watch(norm._parameters, "weight"), self.held)
-
-    def _watch(self, holder: Any, name: str) -> Any:
-        """What a module holds under this name; the structures are stale when it is something else."""
-        value = holder.get(name)
-        self.watched.append((holder, name, value, value.data_ptr() if isinstance(value, Tensor) else None))
-        return value
-
-    def _check_shapes(self) -> None:
-        """Raise UnsupportedError where the layers are not all of the first one's shape: C would read past an end."""
-        m = self.model
-        wide, narrow = m.heads * m.channels, m.groups * m.channels
-        expected = {
-            "q": (wide, m.hidden), "k": (narrow, m.hidden), "v": (narrow, m.hidden), "o": (m.hidden, wide),
-            "gate": (m.inner, m.hidden), "up": (m.inner, m.hidden), "down": (m.hidden, m.inner),
-        }  # fmt: skip
-        for layer in self.array:
-            for name, shape in expected.items():
-                linear = getattr(layer, name)
-                if (linear.rows, linear.columns) != shape:
-                    raise UnsupportedError(f"{name} has the shape {(linear.rows, linear.columns)}, expected {shape}")
-
-
-def _check_parts(base: Any) -> None:
-    """Raise UnsupportedError for a base model that is not made of the parts of Llama's, or does more than it shows."""
-    children = {name for name, _ in base.named_children()}
-    if not children >= {"embed_tokens", "layers", "norm", "rotary_emb"}:
-        raise UnsupportedError(f"it is made of {', '.join(sorted(children))}, expected Llama's parts")
-    for layer in base.layers:
-        kinds = {name for name, _ in layer.named_children()}
-        if kinds != {*_PARTS, *_NORMS}:
-            raise UnsupportedError(f"a layer is made of {', '.join(sorted(kinds))}, expected Llama's parts")
-        for name, parts in _PARTS.items():
-            inner = {child for child, _ in getattr(layer, name).named_children()} - {"act_fn", "q_norm", "k_norm"}
-            if inner != parts:
-                raise UnsupportedError(f"{name} is made of {', '.join(sorted(inner))}, expected Llama's parts")
-    for path, module in (*base.layers.named_modules(prefix="layers"), ("norm", base.norm)):
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        # transformers' own collect states where these are asked for, and such a pass is not for C
-        if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks):
-            raise UnsupportedError(f"{path} has a forward hook, which C would pass by")

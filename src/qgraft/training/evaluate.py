@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach_prefix import counted_positions
+from qgraft.adapters.selection import alone
 from qgraft.errors import OptionError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
@@ -86,6 +87,7 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 
 @by_driver
 @torch.no_grad()
+@alone("evaluated")
 def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Evaluation:
     """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept."""
     total, labels = 0.0, 0

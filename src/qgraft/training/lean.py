@@ -17,6 +17,7 @@ stands in the Python module of their class, where it is replaced for the time.
 Not chosen: gradient checkpointing of whole layers, which computes the matrix products a second time.
 """
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -39,18 +40,28 @@ ROTATION = "apply_rotary_pos_emb"  # what transformers calls it in every modelin
 
 @contextmanager
 def lean_modules(model: nn.Module) -> Iterator[int]:
-    """Within the block such modules of `model` compute by the functions below; yields how many they are."""
+    """Within the block such modules of `model` compute by the functions below; yields how many they are.
+
+    A module whose forward pass somebody else has replaced (accelerate's hooks do) is left as it is.
+    """
     with evaluating(model):  # dropout would tell every module from its formula
-        forwards = [(module, _lean_norm(module) or _lean_mlp(module)) for module in model.modules()]
+        forwards = [(module, _lean_norm(module) or _lean_mlp(module)) for module in model.modules() if not _own(module)]
     changed = [(module, forward) for module, forward in forwards if forward is not None]
     for module, forward in changed:
+        forward.is_lean = True  # type: ignore[attr-defined]
         module.forward = forward
     try:
         with _lean_rotations(model):
-            yield len(changed)
+            yield sum(getattr(_own(module), "is_lean", False) for module in model.modules())
     finally:
-        for module, _ in changed:
-            del module.forward
+        for module, forward in changed:
+            if _own(module) is forward:
+                del module.forward
+
+
+def _own(module: nn.Module) -> Any:
+    """What stands in the place of the forward pass of the module's class, if anything does."""
+    return vars(module).get("forward")
 
 
 class RmsNorm(torch.autograd.Function):
@@ -164,25 +175,44 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 @contextmanager
 def _lean_rotations(model: nn.Module) -> Iterator[None]:
-    """Within the block the functions that the model's attention layers rotate with are Rotation, where they compute it."""
+    """Within the block the functions that the model's attention layers rotate with are Rotation, where they compute it.
+
+    Several such blocks may last at once, within each other or in different threads: the last one puts the functions back.
+    """
     attentions = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
-    places = {id(names): names for names in (unwrap(kind.forward).__globals__ for kind in attentions)}.values()
-    own = [(names, names[ROTATION]) for names in places if callable(names.get(ROTATION))]
-    lean = [(names, function, _lean_rotation(function)) for names, function in own]
-    changed = [(names, function, found) for names, function, found in lean if found is not None]
-    for names, _, found in changed:
-        names[ROTATION] = found
+    places = {id(names): names for names in (unwrap(kind.forward).__globals__ for kind in attentions)}
+    used: list[int] = []
     try:
+        with _REPLACING:
+            for place, names in places.items():
+                if place in _REPLACED or (callable(names.get(ROTATION)) and _replace_rotation(names)):
+                    _REPLACED[place][1] += 1
+                    used.append(place)
         yield
     finally:
-        for names, function, _ in changed:
-            names[ROTATION] = function
+        with _REPLACING:
+            for place in used:
+                _REPLACED[place][1] -= 1
+                if not _REPLACED[place][1]:
+                    places[place][ROTATION] = _REPLACED.pop(place)[0]
+
+
+_REPLACED: dict[
+    int, list[Any]
+] = {}  # id of a Python module's names -> its own function, and how many blocks use Rotation
+_REPLACING = threading.Lock()
+
+
+def _replace_rotation(names: dict[str, Any]) -> bool:
+    """Put Rotation in the place of the function, if it computes that."""
+    own, found = names[ROTATION], _lean_rotation(names[ROTATION])
+    if found is not None:
+        names[ROTATION], _REPLACED[id(names)] = found, [own, 0]
+    return found is not None
 
 
 def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
     """Rotation in the place of `own`, which it calls for what C does not compute; None where its results are others."""
-    if getattr(own, "is_lean", False):  # a block within another one
-        return None
     part, whole = (_rotates(own, width) for width in (4, 8))
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +221,6 @@ def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
             return own(q, k, cos, sin, *args, **kwargs)
         return Rotation.apply(q, k, cos, sin)
 
-    rotate.is_lean = True  # type: ignore[attr-defined]
     return rotate if whole else None
 
 

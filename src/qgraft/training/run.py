@@ -24,6 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
 from qgraft.adapters.attach import count_parameters
+from qgraft.adapters.selection import selection_of
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.linear import computing
@@ -101,7 +102,9 @@ def train(
     Raises DataError, OptionError, StorageError, TrainingError.
     """
     prepared = prepare(model, tokenizer, dataset, args, eval_dataset)
-    return execute(model, prepared, Watch(prepared.folder, console), StopOnSignal())
+    prepare_adapter(model, prepared.args)
+    with selection_of(model).taken("trained"):
+        return execute(model, prepared, Watch(prepared.folder, console), StopOnSignal())
 
 
 @dataclass
@@ -229,7 +232,7 @@ def evaluate_held_out(
         raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
     limit, template = sample_limit(model, args.max_length), resolve_template(tokenizer, args.template)
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
-    with computing(model, args.compute):
+    with selection_of(model).taken("evaluated"), computing(model, args.compute):
         return evaluate_samples(model, samples), accounting
 
 
