@@ -95,9 +95,9 @@ def _alone_if_needed(model: Any, selection: Selection, options: Mapping[str, Any
     kind = getattr(getattr(model, "config", None), "model_type", None)
     decoder = getattr(model, "base_model", model)
     if kind in _KEEP_STATE or "rope_deltas" in vars(decoder):  # positions of pictures, counted on from the prompt
-        return selection.taken("answering, and keeps the state of its answer in its layers,")
+        return selection.taken("used for an answer whose state it keeps in its layers")
     if options.get("assistant_early_exit") is not None:  # which leaves layers out of the configuration for a while
-        return selection.taken("answering by assistant_early_exit")
+        return selection.taken("used for an answer with assistant_early_exit")
     return nullcontext()
 
 

@@ -214,13 +214,16 @@ class Selection:
     @contextmanager
     def within(self, frame: FrameType | None, **more: Any) -> Iterator[None]:
         """The block is such a call; see begin(). Without a frame it is no call, but what the calls in it go by."""
-        token, active = _NOW.set(_NOW.get()), None
+        token = _NOW.set(_NOW.get())
         try:
             active = self.begin(frame, **more)
-            yield
+            try:
+                yield
+            finally:
+                _clear(_NOW.get(), active)
+                self.running.discard(active)
         finally:
             _NOW.reset(token)
-            self.running.discard(active)
 
     @contextmanager
     def taken(self, doing: str) -> Iterator[None]:
@@ -253,8 +256,10 @@ class Selection:
             )
 
     def _calls_of_others(self) -> list[Active]:
-        """The calls that other threads are in."""
-        return [call for call in self.running if call.thread != threading.get_ident() and call.runs()]
+        """The calls that other threads are in. Those of threads that were broken off are cleared away."""
+        others = [call for call in list(self.running) if call.thread != threading.get_ident()]
+        self.running.difference_update(call for call in others if not call.runs())
+        return [call for call in others if call in self.running]
 
     def __getstate__(self) -> dict[str, Any]:  # nobody is in a copy of the model
         return {**vars(self), "serve": None, "holder": None, "running": set()}
@@ -271,10 +276,18 @@ def end(frame: FrameType | None) -> None:
 
 def _lasting(active: Active | None) -> Active | None:
     """The innermost call or block that has not ended; those within it are cleared away."""
-    while active is not None and not active.lasts():
+    lasting = active
+    while lasting is not None and not lasting.lasts():
+        lasting = lasting.outer
+    _clear(active, lasting)
+    return lasting
+
+
+def _clear(active: Active | None, until: Active | None) -> None:
+    """Clear away the calls that were broken off within `until`."""
+    while active is not None and active is not until:
         active.selection.running.discard(active)
         active = active.outer
-    return active
 
 
 def _leads_to(frame: FrameType, here: FrameType | None) -> bool:
