@@ -460,7 +460,10 @@ def test_replicas_of_data_parallel_are_refused(model: Any) -> None:
 def recurrent() -> Any:
     """Its modules hold the state of the sequence that is being answered."""
     config = transformers.RecurrentGemmaConfig(
-        **{**SHAPE, "num_key_value_heads": 1, "num_hidden_layers": 3}, lru_width=32, attention_window_size=16, head_dim=8
+        **{**SHAPE, "num_key_value_heads": 1, "num_hidden_layers": 3},
+        lru_width=32,
+        attention_window_size=16,
+        head_dim=8,
     )
     model = transformers.RecurrentGemmaForCausalLM(config).eval()
     qgraft.attach_lora(model, r=2, target_modules="linear_out", name="tax")

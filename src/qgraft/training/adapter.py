@@ -1,6 +1,8 @@
 """Which adapter a run trains: one that is on the model, or a new one of the kind and with the options that are asked for."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapter_names, attach_lora, is_prefix, lora_modules, prefix_encoder, use_adapter
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
+from qgraft.adapters.selection import selection_of
 from qgraft.errors import OptionError
 from qgraft.training.arguments import TrainArguments
 
@@ -20,6 +23,14 @@ def prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
         return
     torch.manual_seed(args.seed)
     _attach_new(model, args)
+
+
+@contextmanager
+def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterator[None]:
+    """Within the block args.adapter_name trains, and no other thread may call the model."""
+    prepare_adapter(model, args)
+    with selection_of(model).taken("trained"):
+        yield
 
 
 def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:

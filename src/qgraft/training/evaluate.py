@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.adapters.selection import alone
 from qgraft.errors import OptionError
+from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.decoder import evaluating, padding_free
@@ -88,10 +90,17 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 @by_driver
 @torch.no_grad()
 @alone("evaluated")
-def evaluate_samples(model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS) -> Evaluation:
-    """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept."""
+def evaluate_samples(
+    model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS, compute: str | None = None
+) -> Evaluation:
+    """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept.
+
+    Args:
+        compute: how products are computed, see QuantizedLinear; None for as they are.
+    """
     total, labels = 0.0, 0
-    with evaluating(model), padding_free(model, samples) as problem:
+    products = nullcontext() if compute is None else computing(model, compute)
+    with products, evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
         ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
         for part in split_batch(collate(ordered), 0 if problem else tokens):

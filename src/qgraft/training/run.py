@@ -24,11 +24,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
 from qgraft.adapters.attach import count_parameters
-from qgraft.adapters.selection import selection_of
 from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.linear import computing
-from qgraft.training.adapter import describe_adapter, positions_to_take, prepare_adapter
+from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.decoder import padding_free
@@ -102,8 +101,7 @@ def train(
     Raises DataError, OptionError, StorageError, TrainingError.
     """
     prepared = prepare(model, tokenizer, dataset, args, eval_dataset)
-    prepare_adapter(model, prepared.args)
-    with selection_of(model).taken("trained"):
+    with adapter_in_training(model, prepared.args):
         return execute(model, prepared, Watch(prepared.folder, console), StopOnSignal())
 
 
@@ -232,8 +230,7 @@ def evaluate_held_out(
         raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
     limit, template = sample_limit(model, args.max_length), resolve_template(tokenizer, args.template)
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
-    with selection_of(model).taken("evaluated"), computing(model, args.compute):
-        return evaluate_samples(model, samples), accounting
+    return evaluate_samples(model, samples, compute=args.compute), accounting
 
 
 def _last_eval_loss(trainer: LoraTrainer) -> float | None:
