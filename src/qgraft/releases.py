@@ -23,7 +23,8 @@ TESTED = {  # library -> the oldest and the newest release, as far as the digits
     "gguf": ("0.17", "0.19"),
     "safetensors": ("0.8", "0.8"),
     "huggingface-hub": ("1.5", "2.4"),
-    "peft": ("0.19", "0.21"),
+    "sentencepiece": ("0.2.2", "0.2.3"),  # 0.2.1 cuts some texts into other pieces
+    "peft": ("0.21", "0.21"),  # earlier releases combine adapters otherwise
 }
 
 TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "name(parameters)"

@@ -297,6 +297,11 @@ def test_checkpointing_goes_by_both_names(name, run):
     assert any(getattr(module, "gradient_checkpointing", False) for module in found.trainer.model.modules())
 
 
+def test_flags_that_are_not_given_are_not_spoken_of(tmp_path):
+    assert parse_arguments(["--output_dir", str(tmp_path), "--use_cpu"]).notes == []
+    assert arguments_from_dict({"output_dir": str(tmp_path), "use_cpu": True, "eval_strategy": False}).notes == []
+
+
 def test_checkpointing_by_flags_takes_its_kwargs_as_json(tmp_path):
     words = ["--output_dir", str(tmp_path), "--use_cpu", "--gradient_checkpointing"]
     parse_arguments([*words, "--gradient_checkpointing_kwargs", '{"use_reentrant": false}'])

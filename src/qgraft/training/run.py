@@ -143,7 +143,7 @@ def execute(
     prepared: Prepared,
     watch: Watch,
     stop: StopOnSignal,
-    make_trainer: Callable[..., LoraTrainer] = LoraTrainer,
+    make_trainer: Callable[..., LoraTrainer] | None = None,
 ) -> TrainReport:
     """Take the steps of a prepared run, and save what came of it."""
     args, folder, resume, notes = prepared.args, prepared.folder, prepared.resume, prepared.notes
@@ -159,7 +159,8 @@ def execute(
             before = held_out_loss(model, args, eval_samples) if resume is None else None
             if before is not None:
                 storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before}))
-            watch.trainer = trainer = make_trainer(model, args, samples, eval_samples, budget, [watch, stop])
+            make = make_trainer or LoraTrainer
+            watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
             output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
             after = _last_eval_loss(trainer) or held_out_loss(model, args, eval_samples)
     finally:
@@ -213,9 +214,8 @@ def _passes(
             notes.append(f"{problem}; every sample passes through the model alone")
         passes = settle_noted(model, args, samples, 0 if problem else args.max_tokens_per_pass, notes, console)
         if args.cache_frozen_layers:
-            folder = Path(str(args.output_dir))
-            cache = frozen_layers_cached(model, [*samples, *eval_samples], folder, alone=bool(problem))
-            said = stack.enter_context(cache)
+            folder, every = Path(str(args.output_dir)), [*samples, *eval_samples]
+            said = stack.enter_context(frozen_layers_cached(model, every, folder, alone=bool(problem)))
             notes += said
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)

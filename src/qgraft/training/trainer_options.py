@@ -194,7 +194,7 @@ def rename_checkpointing(args: Any) -> None:
 
 def settle_strategies(args: Any, *, held_out: bool) -> None:
     """Evaluate each epoch where there are held-out rows and nothing is said; the best checkpoint has the lowest loss."""
-    if _plain(args.eval_strategy) == "no" and held_out:
+    if _plain(args.eval_strategy) is None and held_out:
         args.eval_strategy = "epoch"
     if _plain(args.save_strategy) == "best" and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"
@@ -229,9 +229,11 @@ def _default(option: "dataclasses.Field[Any]") -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """`value` as it is compared: an enum's value, what JSON text means, None for what is empty."""
+    """`value` as it is compared: an enum's value, what JSON text means, None for what is empty or off."""
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, str) and value.startswith("{"):
         value = json.loads(value)
-    return None if value in ("", [], {}, "none", ["none"]) else value
+    if value is False or value in ("", [], {}, "none", ["none"], "no"):  # off, in the words of different options
+        return None
+    return value
