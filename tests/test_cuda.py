@@ -1,11 +1,35 @@
-"""The same results on a GPU, through the reference kernels. Run with `pytest -m cuda` where there is one."""
+"""The same results on a GPU, by its own kernels and by the reference. Run with `pytest -m cuda` where there is one."""
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import qgraft
+from qgraft.attention import SAMPLES
 from qgraft.formats import FORMATS, PackedTensor, quantize
-from qgraft.kernels import choose, dequantize, linear, linear_grad_input
+from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels import (
+    KERNELS_VARIABLE,
+    choose,
+    dequantize,
+    gpu_rows,
+    linear,
+    linear_grad_input,
+    pointwise,
+    samples,
+    triton_ops,
+    varlen,
+)
+from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
+from qgraft.training.batches import collate
+from qgraft.training.decoder import padding_free
+from qgraft.training.lean import lean_modules
+from qgraft.training.loss import _loss_to_gradient, batch_loss
+from qgraft.training.tokenizing import Sample
 
 pytestmark = [
     pytest.mark.cuda,
@@ -13,31 +37,181 @@ pytestmark = [
 ]
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
+EPS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+@pytest.fixture(params=["triton", "reference"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Both that a GPU has. Triton must be there: a fallback would pass all of this."""
+    monkeypatch.setenv(KERNELS_VARIABLE, request.param)
+    choose.cache_clear()
+    yield request.param
+    choose.cache_clear()
+
+
+def any_bytes(name: str, rows: int, columns: int) -> PackedTensor:
+    """Codes and scales of any bytes, small and finite scales where a row has one."""
+    layout = FORMATS[name]
+    data = torch.randint(0, 256, (rows, layout.row_bytes(columns)), dtype=torch.uint8)
+    if layout.family == "rowwise":
+        return PackedTensor(name, (rows, columns), data.view(torch.int8), torch.randn(rows).mul_(0.01).half())
+    return PackedTensor(name, (rows, columns), data)
+
+
+def on_gpu(packed: PackedTensor) -> PackedTensor:
+    scale = None if packed.scale is None else packed.scale.cuda()
+    return PackedTensor(packed.format, packed.shape, packed.data.cuda(), scale)
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    nan = expected.isnan()
+    return torch.equal(got.isnan(), nan) and torch.equal(got[~nan], expected[~nan])
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_any_bytes_unpack_as_on_the_cpu(name: str, kernels: str) -> None:
+    packed = any_bytes(name, 131, 1280)
+    moved = on_gpu(packed)
+    assert choose("dequantize", name, "cuda").kernel == kernels
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert same(dequantize(moved, dtype).cpu(), format_dequantize(packed, dtype)), dtype
 
 
 @pytest.mark.parametrize("name", sorted(name for name, each in FORMATS.items() if each.quantize is not None))
-def test_every_op_equals_the_cpu(name):
-    torch.manual_seed(0)
-    width = max(64, FORMATS[name].block_size)
-    packed = quantize(torch.randn(33, width), name)
-    scale = None if packed.scale is None else packed.scale.cuda()
-    on_gpu = PackedTensor(name, packed.shape, packed.data.cuda(), scale)
-    assert choose("linear", name, "cuda").kernel == "reference"
-    assert torch.equal(dequantize(on_gpu).cpu(), dequantize(packed))
-    x, grad = torch.randn(5, width), torch.randn(5, 33)
-    torch.testing.assert_close(linear(x.cuda(), on_gpu).cpu(), linear(x, packed), rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        linear_grad_input(grad.cuda(), on_gpu).cpu(), linear_grad_input(grad, packed), rtol=1e-3, atol=1e-3
-    )
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+def test_products_are_those_of_float64(name: str, tokens: int, kernels: str) -> None:
+    packed = quantize(torch.randn(133, 768), name)
+    moved, w_OI = on_gpu(packed), format_dequantize(packed, torch.float64)
+    for dtype, tolerance in EPS.items():
+        x, g = torch.randn(tokens, 768).to(dtype), torch.randn(tokens, 133).to(dtype)
+        for got, expected in (
+            (linear(x.cuda(), moved), x.double() @ w_OI.T),
+            (linear_grad_input(g.cuda(), moved), g.double() @ w_OI),
+        ):
+            assert got.dtype == dtype
+            assert float((got.cpu().double() - expected).norm() / expected.norm()) < 2 * max(tolerance, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["q4_1", "q6_k", "chatglm-int4", "bf16"])
+def test_a_layer_with_a_lora_is_one_product(name: str, dtype: torch.dtype, kernels: str) -> None:
+    packed, x, g = quantize(torch.randn(200, 512), name), torch.randn(90, 512).to(dtype), torch.randn(90, 200).to(dtype)
+    A, B, w_OI = torch.randn(5, 512), torch.randn(200, 5), format_dequantize(packed, torch.float64)
+    term, base = Term(0, 90, 0.5, A.cuda(), B.cuda(), x.cuda()), Weight(on_gpu(packed), None, False)
+    y, hs = lora_forward(x.cuda(), base, [term])
+    gx, (grads,) = lora_backward(g.cuda(), base, [term], hs)
+    h, gh = x.double() @ A.double().T, 0.5 * g.double() @ B.double()
+    assert gx is not None and grads.A.dtype == grads.B.dtype == torch.float32
+    for got, expected in (
+        (y, x.double() @ w_OI.T + 0.5 * h @ B.double().T),
+        (gx, g.double() @ w_OI + gh @ A.double()),
+        (grads.A, gh.T @ x.double()),
+        (grads.B, 0.5 * g.double().T @ h),
+    ):
+        assert float((got.cpu().double() - expected).norm() / expected.norm()) < 2 * EPS[dtype]
+
+
+@pytest.mark.parametrize("dtype", EPS)
+def test_rows_are_those_of_the_reference(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, g = (torch.randn(5, 3, 300, device="cuda").to(dtype) for _ in range(2))
+    weight = torch.rand(300, device="cuda").to(dtype)
+    q = torch.randn(1, 7, 6 * 64, device="cuda").to(dtype).view(1, 7, 6, 64).transpose(1, 2)
+    cos, sin = (torch.randn(1, 7, 48, device="cuda").to(dtype) for _ in range(2))
+
+    def everything() -> list[Tensor]:
+        y, r = pointwise.norm(x, weight, 1e-5)
+        out = [y, r, pointwise.normalized(x, weight, r), pointwise.norm_backward(g, x, weight, r)]
+        for act in pointwise.ACTIVATIONS:
+            out += [pointwise.gated(act, x, g), *pointwise.gated_backward(act, g, x, g)]
+        return [*out, *pointwise.rotate(q, q[:, :2], cos, sin), *pointwise.rotate(q, q[:, :2], cos, sin, backward=True)]
+
+    results = []
+    for value in ("triton", "reference"):
+        monkeypatch.setenv(KERNELS_VARIABLE, value)
+        choose.cache_clear()
+        assert gpu_rows.serves(x) == (value == "triton")
+        results.append(everything())
+    choose.cache_clear()
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == expected.dtype and got.shape == expected.shape
+        torch.testing.assert_close(got.float(), expected.float(), rtol=2 * EPS[dtype], atol=2 * EPS[dtype])
+    assert torch.equal(results[0][0], results[0][2]), "computed again, the same bits"
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_of_logits_is_that_of_float64(dtype: torch.dtype, smoothing: float) -> None:
+    logits, targets = (torch.randn(9, 32001, device="cuda") * 5).to(dtype), torch.randint(0, 32001, (9,)).cuda()
+    gradient = logits.double()
+    losses = _loss_to_gradient(gradient, targets, smoothing)
+    got = gpu_rows.loss_to_gradient(logits, targets, smoothing)
+    torch.testing.assert_close(got.double(), losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), gradient, rtol=EPS[dtype], atol=1e-7)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 100])
+@pytest.mark.parametrize(("groups", "channels"), [(4, 64), (2, 128), (1, 40)])
+def test_packed_samples_attend_as_each_alone(window: int | None, groups: int, channels: int) -> None:
+    """torch's varlen kernel against its attention sample by sample in float32, values and gradients."""
+    lengths = [130, 1, 64, 205]
+    bounds, tokens = torch.tensor([0, 130, 131, 195, 400]), sum(lengths)
+    shapes = [(1, tokens, heads * channels) for heads in (4, groups, groups)]
+    leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
+    g = torch.randn(1, tokens, 4, channels, device="cuda").bfloat16()
+    q, k, v = (x.unflatten(2, (-1, channels)).transpose(1, 2) for x in leaves)
+    assert varlen.serves(q, k, v), varlen.status()[1]
+    out = samples.attend(q, k, v, bounds, window=window, scale=0.2)
+    got = [out, *torch.autograd.grad(out, leaves, g)]
+    wide = [x.detach().float().requires_grad_() for x in leaves]
+    q, k, v = (x.unflatten(2, (-1, channels)).transpose(1, 2) for x in wide)
+    out = samples.attend_reference(q, k, v, bounds, window=window, scale=0.2)
+    expected = [out, *torch.autograd.grad(out, wide, g.float())]
+    for mine, theirs in zip(got, expected, strict=True):  # a token that sees itself only has no gradient of its score
+        assert float((mine.float() - theirs).norm()) < 2e-2 * max(float(theirs.norm()), float(g.norm()))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3"])
-def test_logits_equal_the_cpu(architecture, tiny_gguf):
+def test_logits_equal_the_cpu(architecture: str, tiny_gguf: Callable[..., Any]) -> None:
     path = tiny_gguf(architecture).path
     on_cpu, _ = qgraft.load(path, device="cpu")
-    on_gpu, _ = qgraft.load(path, device="cuda", dtype="float32")
+    moved, _ = qgraft.load(path, device="cuda", dtype="float32")
     ids = torch.arange(3, 20)[None]
-    torch.testing.assert_close(on_gpu(ids.cuda()).logits.cpu(), on_cpu(ids).logits, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(moved(ids.cuda()).logits.cpu(), on_cpu(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "checkpointing"),
+    [("llama", True), *((name, False) for name in ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3"))],
+)
+def test_a_packed_step_in_bfloat16_is_near_the_cpus_in_float32(
+    architecture: str, checkpointing: bool, tiny_gguf: Callable[..., Any]
+) -> None:
+    """Loss and gradients, through varlen attention, Triton and the wide product, whatever each architecture takes of it."""
+    path = tiny_gguf(architecture).path
+    rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (40, 9, 70)]
+    results = []
+    for device, dtype in (("cpu", "float32"), ("cuda", "bfloat16")):
+        model, _ = qgraft.load(path, device=device, dtype=dtype)
+        qgraft.attach_lora(model, r=4)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.05)
+        if checkpointing:
+            renamed = getattr(model, "activation_checkpointing_enable", None)
+            (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.train()
+        with padding_free(model, rows) as problem, lean_modules(model):
+            assert problem is None
+            if architecture == "llama":
+                assert model.config._attn_implementation == SAMPLES
+            loss = batch_loss(model, collate(rows))
+            loss.backward()
+        grads = [p.grad.float().cpu().flatten() for p in model.parameters() if p.requires_grad]
+        results.append((loss.item(), torch.cat(grads)))
+    (loss, gradient), (got_loss, got) = results
+    assert got_loss == pytest.approx(loss, rel=0.02)
+    assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.98
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
@@ -58,3 +232,8 @@ def test_a_run_on_the_gpu_learns_and_its_adapter_works_on_the_cpu(options, tiny_
     on_cpu, _ = qgraft.load(path, device="cpu")
     assert qgraft.load_adapter(on_cpu, tmp_path / "out").applied == 14
     assert torch.isfinite(on_cpu(torch.arange(3, 20)[None]).logits).all()
+
+
+def test_triton_is_there() -> None:
+    """Where it is not, everything above that it does would only be slow."""
+    assert triton_ops.triton_status()[0], triton_ops.triton_status()[1]

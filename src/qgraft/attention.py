@@ -12,14 +12,14 @@ it is put in front of keys and values after the rotation and after the cache. So
 it between two passes, and a layer that gradient checkpointing runs again is given the same tensors again.
 
     PREFIX    "qgraft_prefix": transformers' own "sdpa", masks and all, and a prefix. Capped scores as well (Gemma 2).
-    SAMPLES   "qgraft_samples": for a padding-free batch on a CPU, each sample by itself instead of one masked square
+    SAMPLES   "qgraft_samples": for a padding-free batch, each sample by itself instead of one masked square
               over all of them. transformers separates the samples by a mask [tokens, tokens], which makes PyTorch's CPU
               kernel compute all of the square and leave its fast causal path: 384 tokens in seven samples take three
-              times as long as the seven small triangles, forward and backward. How they are computed is in
-              kernels/samples.py. The boundaries come as the argument that flash attention defines for them,
-              `cu_seq_lens_q`. Which tokens a layer may see within its sample is what the model's own mask says: not the
-              mask itself is made, but a note of how it would be (`note_mask`), and one that is neither causal nor a
-              sliding window is refused.
+              times as long as the seven small triangles, forward and backward; on a GPU it is worse. How they are
+              computed is in kernels/samples.py. The boundaries come as the argument that flash attention defines for
+              them, `cu_seq_lens_q`, on the CPU. Which tokens a layer may see within its sample is what the model's own
+              mask says: not the mask itself is made, but a note of how it would be (`note_mask`), and one that is neither
+              causal nor a sliding window is refused.
 
 Not chosen: the prefix in the cache, as PEFT and the original ChatGLM have it. A cache grows when a layer is run again,
 and there is none in training. Shapes: B batch, H heads, G key and value heads, T tokens, K keys, P prefix, D channels.
@@ -163,8 +163,10 @@ def attend_samples(
 class MaskNote:
     """How a mask would be that is not made: `visible(batch, head, query, key)` on indices, and its window if it has one."""
 
-    def __init__(self, visible: Callable[..., Tensor], local_size: int | None) -> None:
-        self.visible, self.local_size = visible, local_size
+    def __init__(
+        self, visible: Callable[..., Tensor], local_size: int | None, device: torch.device | str = "cpu"
+    ) -> None:
+        self.visible, self.local_size, self.device = visible, local_size, device
         self.checked = False
 
     def window(self, bounds: Tensor) -> int | None:
@@ -179,7 +181,7 @@ class MaskNote:
         Raises ValueError for every other mask.
         """
         if not self.checked:
-            query_N, key_N = _checked_places(bounds, self.local_size)
+            query_N, key_N = (place.to(self.device) for place in _checked_places(bounds, self.local_size))
             nothing = torch.zeros_like(query_N)
             visible_N = self.visible(nothing, nothing, query_N, key_N)
             distance_N = query_N - key_N
@@ -222,7 +224,7 @@ def note_mask(
     if attention_mask is not None or batch_size != 1 or q_length != kv_length or int(q_offset) or int(kv_offset):
         raise ValueError(f"{SAMPLES} is for one row of samples without padding and cache")
     mask = torch.ones(1, dtype=torch.bool, device=device).expand(1, 1, q_length, kv_length)
-    mask.qgraft_note = MaskNote(mask_function, local_size)  # type: ignore[attr-defined]
+    mask.qgraft_note = MaskNote(mask_function, local_size, device)  # type: ignore[attr-defined]
     return mask
 
 

@@ -291,7 +291,8 @@ def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
     """The layer for a kernel that computes its product with x together with those of LoRAs, if one does."""
     if not isinstance(layer, QuantizedLinear) or layer.compute == "int8" or not _fuses(layer, x, layer.compute):
         return None
-    return Weight(layer.packed, None if layer.bias is None else layer.bias.to(torch.float32), layer.compute == "bf16")
+    bias = None if layer.bias is None else layer.bias.to(torch.promote_types(x.dtype, layer.bias.dtype))
+    return Weight(layer.packed, bias, layer.compute == "bf16")
 
 
 def fused_gradient(layer: nn.Module, grad: Tensor, compute: str) -> Weight | None:

@@ -7,7 +7,17 @@ import torch
 
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.formats import FORMATS, quantize
-from qgraft.kernels import Choice, choose, library, linear, linear_int8, native, native_status, reference
+from qgraft.kernels import (
+    Choice,
+    choose,
+    library,
+    linear,
+    linear_int8,
+    native,
+    native_status,
+    reference,
+    triton_ops,
+)
 from qgraft.kernels.choice import OPS
 
 UseKernels = Callable[[str | None], None]
@@ -28,7 +38,7 @@ def test_every_op_format_and_device_has_a_kernel_and_a_reason(op: str, device: s
     for format in FORMATS:
         choice = choose(op, format, device)
         assert (choice.op, choice.format, choice.device) == (op, format, device)
-        assert choice.kernel in ("native", "reference")
+        assert choice.kernel in ("native", "triton", "reference")
         assert choice.why.strip()
 
 
@@ -90,7 +100,7 @@ def test_typo_in_the_variable_is_an_error_with_a_hint(use_kernels: UseKernels) -
     use_kernels("nativ")
     with pytest.raises(OptionError) as caught:
         choose("linear", "q4_1", "cpu")
-    assert caught.value.message == "QGRAFT_KERNELS='nativ': expected auto, native or reference"
+    assert caught.value.message == "QGRAFT_KERNELS='nativ': expected auto, native, triton or reference"
     assert caught.value.hint == "did you mean native?"
 
 
@@ -101,12 +111,63 @@ def test_typo_in_the_variable_stops_the_op_itself(use_kernels: UseKernels) -> No
         linear(torch.randn(2, 32), packed)
 
 
-@pytest.mark.parametrize("value", [None, "native"])
-def test_cuda_is_served_by_plain_torch(value: str | None, use_kernels: UseKernels) -> None:
-    use_kernels(value)
+@pytest.fixture
+def gpu_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """As if there were a GPU, for which triton compiles or does not."""
+
+    def make(available: bool) -> None:
+        monkeypatch.setattr(triton_ops, "triton_status", lambda: (available, "said so"))
+
+    return make
+
+
+def test_cuda_is_served_by_triton_where_it_is_there_and_by_plain_torch_elsewhere(
+    use_kernels: UseKernels, gpu_with: Callable[[bool], None]
+) -> None:
+    for available, kernel in ((True, "triton"), (False, "reference")):
+        gpu_with(available)
+        use_kernels(None)
+        for format in FORMATS:
+            choice = choose("linear", format, "cuda")
+            assert (choice.kernel, choice.why) == (kernel, "said so")
+
+
+def test_native_leaves_a_gpu_to_plain_torch(use_kernels: UseKernels, gpu_with: Callable[[bool], None]) -> None:
+    gpu_with(True)
+    use_kernels("native")
     choice = choose("linear", "q4_1", "cuda")
     assert choice.kernel == "reference"
     assert "device" in choice.why
+
+
+def test_triton_that_is_asked_for_and_missing_is_an_error(
+    use_kernels: UseKernels, gpu_with: Callable[[bool], None]
+) -> None:
+    gpu_with(False)
+    use_kernels("triton")
+    with pytest.raises(UnsupportedError) as caught:
+        choose("linear", "q4_1", "cuda")
+    assert caught.value.message == "QGRAFT_KERNELS=triton, but: said so"
+    assert caught.value.hint is not None and "compiler" in caught.value.hint
+    assert choose("linear", "q4_1", "cpu").kernel in ("native", "reference"), "the CPU has nothing to do with it"
+
+
+@pytest.mark.parametrize("missing", ["gcc", "Python.h"])
+def test_triton_without_what_its_launchers_are_built_with_is_not_chosen(
+    missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would fail at the first launch, hours into nothing."""
+    monkeypatch.setattr(triton_ops, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    if missing == "gcc":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setattr(triton_ops.shutil, "which", lambda name: None)
+    else:
+        monkeypatch.setenv("CC", "gcc")
+        monkeypatch.setattr(triton_ops.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    available, why = triton_ops.triton_status.__wrapped__()
+    assert not available and ("C compiler" if missing == "gcc" else "Python's headers") in why
 
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - set(native.FORMAT_IDS)))

@@ -9,7 +9,16 @@ from torch import Tensor
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import native
-from qgraft.kernels.lora import Grads, Term, Weight, lora_backward, lora_forward
+from qgraft.kernels.lora import (
+    Grads,
+    Term,
+    Weight,
+    casts_kept,
+    lora_backward,
+    lora_forward,
+    summed_backward,
+    summed_forward,
+)
 
 MakePacked = Callable[..., PackedTensor]
 
@@ -147,3 +156,64 @@ def test_a_token_is_the_same_bits_whatever_else_is_in_the_pass(cpu_level: str, r
 def test_an_input_of_another_width_is_refused(random_packed: MakePacked) -> None:
     with pytest.raises(ValueError, match=r"got an input \[3, 64\], expected \[tokens, 96\]"):
         lora_forward(torch.randn(3, 64), Weight(random_packed("q4_1", 70, 96), None, False), [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [(1,), (8,), (17,), (3, 17)], ids=str)
+@pytest.mark.parametrize("format", ["q4_1", "q6_k", "chatglm-int4", "f16"])
+def test_the_sum_in_half_precision_computes_the_formulas(
+    format: str, ranks: tuple[int, ...], dtype: torch.dtype, random_packed: MakePacked
+) -> None:
+    """What a GPU runs in half precision, here with plain torch on the CPU."""
+    packed = random_packed(format, 201, 512)
+    x_NI, g_NO, bias = torch.randn(100, 512).to(dtype), torch.randn(100, 201).to(dtype), torch.randn(201).to(dtype)
+    terms = make_terms(x_NI, 201, ranks)
+    y, gx, grads = by_formula(x_NI, g_NO, format_dequantize(packed, torch.float64), bias, terms)
+    tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    got_y, hs = summed_forward(x_NI, Weight(packed, bias, False), terms)
+    got_gx, got_grads = summed_backward(g_NO, Weight(packed, None, False), terms, hs)
+    assert got_gx is not None and got_y.dtype == got_gx.dtype == dtype
+    assert_close(got_y, y, tolerance)
+    assert_close(got_gx, gx, tolerance)
+    for mine, theirs in zip(got_grads, grads, strict=True):
+        assert mine.A.dtype == mine.B.dtype == torch.float32
+        for a, b in zip(mine, theirs, strict=True):
+            assert_close(a, b, tolerance)
+
+
+def test_the_sum_keeps_a_delta_that_rounding_would_lose(random_packed: MakePacked) -> None:
+    """A thousandth of y: added to a rounded y most of it is gone, in one sum none."""
+    packed, x_NI = random_packed("q4_1", 256, 512), torch.randn(200, 512).bfloat16()
+    base = x_NI.double() @ format_dequantize(packed, torch.bfloat16).double().T
+    term = Term(0, 200, 1.0, torch.randn(8, 512) / 512**0.5, torch.randn(256, 8) * float(base.std()) * 3e-4, x_NI)
+    h = (x_NI @ term.A.bfloat16().T).double()
+    delta = h @ term.B.bfloat16().double().T
+
+    def kept(y: Tensor, y_base: Tensor) -> float:
+        """The share of the delta that is in y - y_base, in the direction of the delta."""
+        return float(((y.double() - y_base.double()) * delta).sum() / delta.square().sum())
+
+    y, _ = summed_forward(x_NI, Weight(packed, None, False), [term])
+    exact = base + delta
+    assert float((y.double() - exact).norm() / exact.norm()) < 2e-3
+    assert kept(y, base) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_broken_lora_stays_in_its_own_rows_of_the_sum(random_packed: MakePacked) -> None:
+    packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(90, 96).bfloat16()
+    terms = make_terms(x_NI, 64, (4, 4))
+    expected, _ = summed_forward(x_NI, Weight(packed, None, False), terms)
+    terms[0].B[3, 1] = torch.nan
+    y, _ = summed_forward(x_NI, Weight(packed, None, False), terms)
+    assert bool(y[:30].isnan().any()) and torch.equal(y[30:], expected[30:])
+
+
+def test_casts_are_kept_within_a_block_and_no_longer(random_packed: MakePacked) -> None:
+    packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(30, 96).bfloat16()
+    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, False)
+    first, _ = summed_forward(x_NI, base, [term])
+    with casts_kept():
+        assert torch.equal(summed_forward(x_NI, base, [term])[0], first)
+        term.B.mul_(2)  # what no step of training does between its passes
+        assert torch.equal(summed_forward(x_NI, base, [term])[0], first)
+    assert not torch.equal(summed_forward(x_NI, base, [term])[0], first)

@@ -85,7 +85,7 @@ def check_gated(act: Activation, shape: tuple[int, ...]) -> None:
     assert torch.equal(rounded[0], gate.bfloat16()) and torch.equal(rounded[1], up.bfloat16())
     assert torch.equal(pointwise.gated(act, gate, up), h)
     for kept in ((gate, up), rounded):
-        near(pointwise.gated(act, *kept), exact_gated(act, kept[0].double(), kept[1].double()), up)
+        near(pointwise.gated(act, *kept, dtype=torch.float32), exact_gated(act, kept[0].double(), kept[1].double()), up)
         exact = gradients(lambda gate, up: exact_gated(act, gate, up), kept, (grad,))
         g_gate, g_up = pointwise.gated_backward(act, grad, *kept)
         near(g_gate, exact[0], grad, up)
@@ -141,6 +141,28 @@ def test_every_level_agrees_with_float64(cpu_level: str) -> None:
     for tokens in (1, 3, 33):
         check_rotation(4, 2, tokens, 64, 64)
         check_rotation(3, 1, tokens, 22, 14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=NAMES)
+def test_half_precision_stays_and_is_rounded_once(dtype: torch.dtype, act: Activation) -> None:
+    """A float32 result would make everything behind it float32: on a GPU that is ten times slower."""
+    x, up, grad, weight = (*torch.randn(4, 9, 256, dtype=dtype).unbind()[:3], torch.rand(256, dtype=dtype) + 0.5)
+    wide, step = [t.double() for t in (x, up, grad)], torch.finfo(dtype).eps
+
+    def one_rounding(got: Tensor, exact: Tensor) -> None:
+        assert got.dtype == dtype
+        assert bool(((got.double() - exact).abs() <= 0.51 * step * exact.abs() + 2e-6 * exact.abs().max()).all())
+
+    h = pointwise.gated(act, x, up)
+    one_rounding(h, exact_gated(act, *wide[:2]))
+    assert torch.equal(pointwise.gated(act, x, up, dtype=torch.float32).to(dtype), h)
+    assert all(g.dtype == dtype for g in pointwise.gated_backward(act, grad, x, up))
+    y, r = pointwise.norm(x, weight, 1e-5)
+    assert r.dtype == torch.float32 and torch.equal(pointwise.normalized(x, weight, r), y)
+    one_rounding(y, F.rms_norm(wide[0], (256,), weight.double(), 1e-5))
+    exact = gradients(lambda x: F.rms_norm(x, (256,), weight.double(), 1e-5), (x,), (grad,))[0]
+    one_rounding(pointwise.norm_backward(grad, x, weight, r), exact)
 
 
 @needs_native
@@ -210,7 +232,7 @@ def test_a_row_is_the_same_bits_whatever_is_around_it_and_whatever_threads_there
 def test_what_c_does_not_take_goes_to_torch() -> None:
     half, double = torch.randn(3, 8).half(), torch.randn(3, 8).double()
     assert not pointwise.in_c(half) and not pointwise.in_c(torch.ones(1), double)
-    assert pointwise.gated(ACTIVATIONS[0], half, half).dtype == torch.float32
+    assert pointwise.gated(ACTIVATIONS[0], half, half).dtype == torch.float16
     assert pointwise.norm(double, double[0], 1e-6)[0].dtype == torch.float64
     with pytest.raises(RuntimeError):  # torch's own message, where C would read past the end
         pointwise.norm(torch.randn(3, 8), torch.randn(7), 1e-6)

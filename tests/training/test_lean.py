@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers.models.cohere import modeling_cohere
 from transformers.models.gemma import modeling_gemma
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -104,6 +105,30 @@ def test_gated_product_passes_gradcheck(activation: Any) -> None:
     assert torch.autograd.gradcheck(
         lambda gate, up: GatedProduct.apply(gate, up, gate.detach(), up.detach(), activation), (gate, up)
     )
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "gpt2"])
+def test_no_module_of_a_bf16_model_in_training_sees_or_makes_float32(name: str, tiny_gguf: Callable[..., Any]) -> None:
+    """One that does makes all that follows compute in float32, since the residual stream takes it up."""
+    model, _ = qgraft.load(tiny_gguf(name).path, dtype="bfloat16")
+    qgraft.attach_lora(model, r=4)
+    model.train()
+    found: dict[str, set[torch.dtype]] = {}
+
+    def note(path: str, *values: Any) -> None:
+        tensors = [t for t in tree_leaves(values) if isinstance(t, Tensor) and t.is_floating_point()]
+        found.setdefault(path, set()).update(t.dtype for t in tensors)
+
+    for path, module in model.named_modules():
+        module.register_forward_hook(lambda _, args, out, path=path: note(path, args, out))
+        if not list(module.children()) and not isinstance(module, nn.Embedding):
+            module.register_full_backward_hook(lambda _, into, out, path=path: note(path + " (gradient)", into, out))
+    with padding_free(model, SAMPLES), lean_modules(model):
+        found.clear()
+        batch_loss(model, collate(SAMPLES)).backward()
+    others = {path: dtypes for path, dtypes in found.items() if dtypes - {torch.bfloat16}}
+    assert others == {} and len(found) > 20
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 class OtherRMSNorm(LlamaRMSNorm):

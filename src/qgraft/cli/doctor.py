@@ -38,6 +38,8 @@ def examine() -> dict[str, Any]:
     from qgraft.formats import FORMATS
     from qgraft.kernels import KERNELS_VARIABLE, LEVEL_VARIABLE, choose, native_status
     from qgraft.kernels.choice import OPS, has_fast_bf16
+    from qgraft.kernels.triton_ops import triton_status
+    from qgraft.kernels.varlen import status as varlen_status
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     status = _answer(native_status)
@@ -56,6 +58,8 @@ def examine() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "compute_dtype": {"cpu": "float32", "cuda": "bfloat16 where the GPU has it, else float16"},
         "native_kernels": {"available": available, "why": why},
+        "triton_kernels": dict(zip(("available", "why"), triton_status(), strict=True)),
+        "gpu_attention": dict(zip(("available", "why"), varlen_status(), strict=True)),
         "kernels_variable": {KERNELS_VARIABLE: os.environ.get(KERNELS_VARIABLE, "auto")},
         "cpu_level_variable": {LEVEL_VARIABLE: os.environ.get(LEVEL_VARIABLE, "the highest that is there")},
         "cache": str(cache_folder()),
@@ -87,6 +91,9 @@ def _print(findings: dict[str, Any]) -> None:
     print(f"cpu    {cpu['capability']}, {cpu['threads']} threads, bfloat16 {bf16}")
     print(f"gpu    {findings['gpu'] or 'none'}")
     print(f"native {findings['native_kernels']['why']}")
+    print(f"triton {findings['triton_kernels']['why']}")
+    if findings["gpu"]:
+        print(f"samples that share a pass on the GPU: {findings['gpu_attention']['why']}")
     print(f"cache  {findings['cache']}\n")
     if findings["problem"]:
         print(f"error: {findings['problem']}")

@@ -1,7 +1,9 @@
 """Which kernel serves which op, format and device. Chosen once, shown by `qgraft doctor`, never changed silently.
 
-The environment variable QGRAFT_KERNELS forces a choice: `reference` (plain torch everywhere), `native` (an error where
-the native library is not built) or `auto`, the default. QGRAFT_CPU_LEVEL is for the library itself (library.py).
+The environment variable QGRAFT_KERNELS forces a choice: `reference` (plain torch everywhere), `native` (C on the CPU, an
+error where the library is not built; plain torch on a GPU), `triton` (on a GPU, an error where it cannot be; the CPU is
+served as ever) or `auto`, the default: each device the fastest that it has. QGRAFT_CPU_LEVEL is for the library itself
+(library.py).
 """
 
 import os
@@ -12,15 +14,16 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
-from qgraft.kernels import library, native
+from qgraft.kernels import library, native, triton_ops
 
 OPS = ("dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
+VALUES = ("auto", "native", "triton", "reference")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the table: `kernel` is "native" or "reference", `why` is for people.
+    """One row of the table: `kernel` is "native", "triton" or "reference", `why` is for people.
 
     `compute` is what the products of float32 are computed in: "int8" for linear_int8 and a format that has it.
     """
@@ -54,24 +57,42 @@ def choose(op: str, format: str, device: str) -> Choice:
     InstallationError for a library that was made from other sources.
     """
     wanted = os.environ.get(KERNELS_VARIABLE, "auto")
-    if wanted not in ("auto", "native", "reference"):
+    if wanted not in VALUES:
         raise OptionError(
-            f"{KERNELS_VARIABLE}={wanted!r}: expected auto, native or reference",
-            hint=near_match(wanted, ("auto", "native", "reference")),
+            f"{KERNELS_VARIABLE}={wanted!r}: expected {', '.join(VALUES[:-1])} or {VALUES[-1]}",
+            hint=near_match(wanted, VALUES),
         )
     compute = "int8" if op == "linear_int8" and format in native.INT8_FORMATS else "float32"
     if wanted == "reference":
         return Choice(op, format, device, "reference", f"{KERNELS_VARIABLE}=reference", compute)
+    if device == "cuda" or (wanted == "triton" and triton_ops.interpreted()):
+        return Choice(op, format, device, *_on_gpu(format, wanted), compute)
     if device != "cpu":
         return Choice(op, format, device, "reference", "plain torch; no faster kernel for this device yet", compute)
-    if format not in native.FORMAT_IDS:
-        return Choice(op, format, device, "reference", "plain torch; no native loop for this format yet", compute)
-    available, why = library.native_status()
-    if available:
-        return Choice(op, format, device, "native", why, compute)
+    return Choice(op, format, device, *_on_cpu(format, wanted), compute)
+
+
+def _on_gpu(format: str, wanted: str) -> tuple[str, str]:
     if wanted == "native":
+        return "reference", f"plain torch: {KERNELS_VARIABLE}=native is for the CPU and leaves this device to it"
+    if format not in triton_ops.FORMATS:
+        return "reference", "plain torch; no triton kernel for this format yet"
+    available, why = triton_ops.triton_status()
+    if wanted == "triton" and not available:
+        raise UnsupportedError(
+            f"{KERNELS_VARIABLE}=triton, but: {why}",
+            hint="`pip install triton` and a C compiler, or unset the variable",
+        )
+    return ("triton" if available else "reference"), why
+
+
+def _on_cpu(format: str, wanted: str) -> tuple[str, str]:
+    if format not in native.FORMAT_IDS:
+        return "reference", "plain torch; no native loop for this format yet"
+    available, why = library.native_status()
+    if wanted == "native" and not available:
         raise UnsupportedError(
             f"{KERNELS_VARIABLE}=native, but the native kernels are {why}",
             hint="install gcc and reinstall qgraft, or unset the variable",
         )
-    return Choice(op, format, device, "reference", why, compute)
+    return ("native" if available else "reference"), why

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, get_format
-from qgraft.kernels import native, reference
+from qgraft.kernels import native, reference, triton_ops
 from qgraft.kernels.choice import choose
 
-_KERNELS: dict[str, ModuleType] = {"native": native, "reference": reference}
+_KERNELS: dict[str, ModuleType] = {"native": native, "triton": triton_ops, "reference": reference}
 
 # Not torch.library.custom_op: its wrapper takes 2 us more of each call, and a small product of decoding takes 5.
 _LIBRARY = torch.library.Library("qgraft", "DEF")

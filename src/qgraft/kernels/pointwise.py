@@ -10,7 +10,8 @@ rotation turns each pair of channels (j, j + half) by an angle that grows with t
 arXiv:2104.09864); cos and sin may differ between the halves and carry a factor (YaRN), so its gradient is written for
 any of them.
 
-Each is one call of pointwise.c where tensors are float32 on a CPU, and the plain torch beside it elsewhere: in torch
+Each is one call of pointwise.c where tensors are float32 on a CPU, one Triton kernel on a GPU that has it (gpu_rows.py), and
+the plain torch beside it elsewhere: in torch
 these are three to forty operations each, and with a few hundred tokens in a pass each costs more than its arithmetic.
 A row's result is the same bits whatever other rows there are.
 """
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qgraft.kernels import gpu_rows
 from qgraft.kernels.choice import in_c
 from qgraft.kernels.library import loaded
 
@@ -49,9 +51,13 @@ ACTIVATIONS = (Activation("silu", number=0), Activation("gelu-tanh", "tanh", num
 
 
 def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """x [..., H] -> y [..., H], r [..., 1]."""
+    """x [..., H] -> y [..., H] in the dtype of x, rounded once, and r [..., 1] in float32 at least."""
+    if _norm_on_gpu(x, weight_H):
+        return gpu_rows.norm(x, weight_H, eps)
     if not _norm_in_c(x, weight_H):
-        r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        wide = _wide(x.dtype)
+        squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
+        r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
         return normalized(x, weight_H, r), r
     x, weight_H, width = x.contiguous(), weight_H.contiguous(), x.shape[-1]
     y, r = torch.empty_like(x), x.new_empty((*x.shape[:-1], 1))
@@ -63,8 +69,10 @@ def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
     """y of `norm` again, bit for bit."""
+    if _norm_on_gpu(x, weight_H, r):
+        return gpu_rows.norm(x, weight_H, 0.0, r)[0]
     if not _norm_in_c(x, weight_H, r):
-        return (x * r).mul_(weight_H)
+        return (x * r).mul_(weight_H).to(x.dtype)
     x, weight_H = x.contiguous(), weight_H.contiguous()
     y = torch.empty_like(x)
     loaded().qgraft_normalized(
@@ -75,10 +83,12 @@ def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
 
 def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
     """dL/dy -> dL/dx."""
+    if _norm_on_gpu(x, weight_H, r, grad):
+        return gpu_rows.norm_backward(grad, x, weight_H, r)
     if not _norm_in_c(x, weight_H, r, grad):
-        gw = grad * weight_H
-        mean = (gw * x).mean(dim=-1, keepdim=True)
-        return gw.mul_(r).addcmul_(x, mean * r**3, value=-1)
+        gw, x_wide = grad.to(r.dtype) * weight_H, x.to(r.dtype)
+        mean = (gw * x_wide).mean(dim=-1, keepdim=True)
+        return gw.mul_(r).addcmul_(x_wide, mean * r**3, value=-1).to(x.dtype)
     grad, x, weight_H = grad.contiguous(), x.contiguous(), weight_H.contiguous()
     gx = torch.empty_like(x)
     loaded().qgraft_norm_backward(
@@ -88,28 +98,39 @@ def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tenso
     return gx
 
 
-def gated(act: Activation, gate: Tensor, up: Tensor, rounded: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """h = act(gate) up, computed in float32 at least: gate, up [..., H] in one dtype -> h [..., H].
+def gated(
+    act: Activation,
+    gate: Tensor,
+    up: Tensor,
+    rounded: tuple[Tensor, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """h = act(gate) up, computed in float32 at least and rounded once: gate, up [..., H] in one dtype -> h [..., H].
 
     Args:
         rounded: where gate and up are written too, contiguous tensors of their shape in bfloat16.
+        dtype: of h; None for that of gate. Copies rounded to bfloat16 give a float32 h where the layer computes in float32.
     """
+    dtype = dtype or gate.dtype
+    if rounded is None and gate.shape == up.shape and gpu_rows.serves(gate, up):
+        return gpu_rows.gated(ACTIVATIONS.index(act), gate, up, dtype)
     if not _gated_in_c(act, gate, up):
         for source, copy in zip((gate, up), rounded or (), strict=False):
             copy.copy_(source)
-        dtype = torch.promote_types(gate.dtype, torch.float32)
-        return act(gate.to(dtype)).mul_(up)
+        return act(gate.to(_wide(gate.dtype))).mul_(up).to(dtype)
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate, dtype=torch.float32)
     loaded().qgraft_gated(
         act.number, gate.data_ptr(), up.data_ptr(), gate.dtype == torch.bfloat16, h.numel(), h.data_ptr(),
         rounded and rounded[0].data_ptr(), rounded and rounded[1].data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return h
+    return h.to(dtype)
 
 
 def gated_backward(act: Activation, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """dL/dh -> dL/dgate, dL/dup in the dtype of dL/dh; gate and up may be rounded copies."""
+    if grad.shape == gate.shape == up.shape and gpu_rows.serves(grad, gate, up):
+        return gpu_rows.gated_backward(ACTIVATIONS.index(act), grad, gate, up)
     if not (_gated_in_c(act, gate, up) and grad.dtype == torch.float32):
         gate, up = gate.to(grad.dtype), up.to(grad.dtype)
         return act.backward(grad * up, gate), act(gate).mul_(grad)
@@ -132,7 +153,11 @@ def rotate(
     """
     (batch, heads, tokens, channels), groups, width = q_1HTD.shape, k_1GTD.shape[1], cos_1TR.shape[-1]
     fits = batch == 1 and cos_1TR.shape == sin_1TR.shape == (1, tokens, width) and width % 2 == 0 and width <= channels
-    if not fits or k_1GTD.shape[2:] != q_1HTD.shape[2:] or not in_c(q_1HTD, k_1GTD, cos_1TR, sin_1TR):
+    fits = fits and k_1GTD.shape[2:] == q_1HTD.shape[2:]
+    if fits and gpu_rows.serves(q_1HTD, k_1GTD, cos_1TR, sin_1TR):
+        q, k = (gpu_rows.rotate(x, cos_1TR, sin_1TR, backward) for x in (q_1HTD, k_1GTD))
+        return q, k
+    if not fits or not in_c(q_1HTD, k_1GTD, cos_1TR, sin_1TR):
         return _rotated(q_1HTD, cos_1TR, sin_1TR, backward), _rotated(k_1GTD, cos_1TR, sin_1TR, backward)
     q = q_1HTD if q_1HTD.stride(3) == 1 else q_1HTD.contiguous()
     k = k_1GTD if k_1GTD.stride(3) == 1 else k_1GTD.contiguous()
@@ -155,6 +180,20 @@ def _rotated(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, backward: bool) -
     if backward:
         return torch.cat((x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1, rest), dim=-1)
     return torch.cat((x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2, rest), dim=-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of numbers of this dtype are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def rotates(*tensors: Tensor) -> bool:
+    """Whether `rotate` is one call for tensors of these devices and dtypes."""
+    return in_c(*tensors) or gpu_rows.serves(*tensors)
+
+
+def _norm_on_gpu(x: Tensor, weight_H: Tensor, *others: Tensor) -> bool:
+    return weight_H.shape == x.shape[-1:] and x.shape[-1] <= gpu_rows.WIDEST and gpu_rows.serves(x, weight_H, *others)
 
 
 def _norm_in_c(x: Tensor, weight_H: Tensor, *others: Tensor) -> bool:

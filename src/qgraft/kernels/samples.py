@@ -5,13 +5,14 @@
 
     a0  x . . .                 . . .      C            float32 on a CPU: samples.c, forward and backward one call each, no
     a1  x x . .                 . . .                   mask, nothing of the square but what is seen
-    a2  x x x .                 . . .      reference    everywhere else: torch's attention, sample by sample. Calls, masks
-    a3  x x x x                 . . .                   and copies for each sample cost more than the arithmetic where
-    b0  . . . .                 x . .                   samples have a hundred tokens
+    a2  x x x .                 . . .      varlen       half precision on a GPU: torch's kernel for it (varlen.py)
+    a3  x x x x                 . . .      reference    everywhere else: torch's attention, sample by sample. Calls, masks
+    b0  . . . .                 x . .                   and copies for each sample cost more than the arithmetic where
+                                                        samples have a hundred tokens
 
-Both give a sample the same bits whatever the others are. Saved for the gradients: what comes in, the result and the
-logarithm of each softmax's sum. Shapes: H heads, G groups of heads that share keys and values, T tokens, P prefix, D
-channels.
+C and the reference give a sample the same bits whatever the others are. Saved for the gradients: what comes in, the
+result and the logarithm of each softmax's sum. Shapes: H heads, G groups of heads that share keys and values, T tokens, P
+prefix, D channels.
 """
 
 import ctypes
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from qgraft.kernels import choice, native
+from qgraft.kernels import choice, native, varlen
 from qgraft.kernels.library import loaded
 
 Pair = tuple[Tensor, Tensor]
@@ -65,12 +66,14 @@ def attend(
     """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
     Args:
-        bounds: [samples + 1], where each sample starts, and the end.
+        bounds: [samples + 1], where each sample starts, and the end; on the CPU, or a GPU is waited for.
         scale: of the scores; None for D^-0.5.
         window: each token sees at most so many tokens, itself included.
         contexts: [samples], how many tokens at the start of a sample all of its tokens see.
         prefix: keys and values [1, G, P, D] in front of every sample.
     """
+    if not dropout and contexts is None and prefix is None and varlen.serves(query, key, value):
+        return varlen.attend(query, key, value, bounds, scale, window)
     if not in_c(query, key, value, bounds, dropout, prefix):
         return attend_reference(query, key, value, bounds, scale, dropout, window, contexts, prefix)
     numbers = (query.shape[-1] ** -0.5 if scale is None else scale, window)

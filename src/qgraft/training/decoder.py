@@ -16,6 +16,7 @@ mask, else one sample in each pass. All three are right; which is the fastest th
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from qgraft.attention import SAMPLES
 from qgraft.errors import UnsupportedError
-from qgraft.linear import computing
+from qgraft.linear import QuantizedLinear, computing
 from qgraft.training.attention import attention_arguments, sample_attention
 from qgraft.training.batches import IGNORED, Batch, collate, split_batch
 from qgraft.training.tokenizing import Sample
@@ -43,6 +44,9 @@ _BY_OWN_POSITIONS: WeakSet[nn.Module] = WeakSet()  # of these, the ones that cou
 def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """What output_head makes logits of, one row for each label of a padding-free batch, and the labels.
 
+    A batch on the CPU goes to the model's device here, after what must be known of it was read: where labels are and where
+    samples begin. Asked of a batch on a GPU, that waits until the GPU has done all it was given before.
+
     Args:
         batch: input_ids, position_ids, labels, each [1, tokens]; labels are aligned with the token that predicts them.
 
@@ -50,12 +54,17 @@ def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """
     labels_T = batch["labels"][0]
     chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
-    told = ("input_ids",) if model in _BY_OWN_POSITIONS else ("input_ids", "position_ids")
-    inputs = {key: batch[key] for key in told} | attention_arguments(model, batch["position_ids"])
+    arguments = attention_arguments(model, batch["position_ids"])
+    chosen_N, labels_N, ids, positions = (
+        tensor.to(model.device, non_blocking=True)
+        for tensor in (chosen_N, labels_T[chosen_N], batch["input_ids"], batch["position_ids"])
+    )
+    told = {} if model in _BY_OWN_POSITIONS else {"position_ids": positions}
+    inputs = {"input_ids": ids, **told, **arguments}
     if model in _BY_OWN_FORWARD:
-        return _own_logits(model, inputs, chosen_N), labels_T[chosen_N]
+        return _own_logits(model, inputs, chosen_N), labels_N
     states_1TH = model.base_model(use_cache=False, **inputs).last_hidden_state
-    return states_1TH[0, chosen_N], labels_T[chosen_N]
+    return states_1TH[0].index_select(0, chosen_N), labels_N
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -67,7 +76,7 @@ def output_head(model: PreTrainedModel) -> Head:
     softcap = getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)  # Gemma 2
     factor = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
 
-    def head(states_NH: Tensor) -> Tensor:
+    def head(states_NH: Tensor, layer: Head = layer) -> Tensor:
         logits_NV = layer(states_NH)
         if factor != 1.0:  # Cohere multiplies, Granite divides
             logits_NV = logits_NV * factor
@@ -75,9 +84,16 @@ def output_head(model: PreTrainedModel) -> Head:
 
     head.parameters = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
     head.vocabulary = getattr(layer, "out_features", None)  # type: ignore[attr-defined]
+    if isinstance(layer, QuantizedLinear):
+        head.unpacked = lambda dtype: partial(head, layer=_unpacked(layer, dtype))  # type: ignore[attr-defined]
     # for its own gradient; what a LoRA's function returns may not be overwritten either
     head.keeps_logits = bool(softcap or head.parameters)  # type: ignore[attr-defined]
     return head
+
+
+def _unpacked(layer: QuantizedLinear, dtype: torch.dtype) -> Head:
+    """The layer as a function with its weight unpacked in `dtype`, for as long as the function lives."""
+    return partial(F.linear, weight=layer.dequantize(dtype), bias=None if layer.bias is None else layer.bias.to(dtype))
 
 
 def _hand_through(logits_NV: Tensor) -> Tensor:

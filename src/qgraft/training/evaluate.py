@@ -14,13 +14,12 @@ from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import collate, count_labels, split_batch
+from qgraft.training.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
 from qgraft.training.decoder import evaluating, padding_free
 from qgraft.training.loss import batch_loss
 from qgraft.training.reading import read_dataset
 from qgraft.training.tokenizing import Recipe, Sample, build_samples, resolve_template
 from qgraft.training.turns import by_driver
-
-EVAL_TOKENS = 1024  # in one pass; without gradients activations are small
 
 
 @dataclass(frozen=True)
@@ -91,28 +90,24 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 @torch.no_grad()
 @alone("evaluated")
 def evaluate_samples(
-    model: PreTrainedModel, samples: Sequence[Sample], tokens: int = EVAL_TOKENS, compute: str | None = None
+    model: PreTrainedModel, samples: Sequence[Sample], tokens: int | None = None, compute: str | None = None
 ) -> Evaluation:
     """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept.
 
     Args:
         compute: how products are computed, see QuantizedLinear; None for as they are.
     """
+    tokens = tokens or (GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS)
     total, labels = 0.0, 0
     products = nullcontext() if compute is None else computing(model, compute)
     with products, evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
         ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
         for part in split_batch(collate(ordered), 0 if problem else tokens):
-            total += float(batch_loss(model, {key: value.to(model.device) for key, value in part.items()}))
+            total += float(batch_loss(model, part))
             labels += count_labels(part)
     loss = total / max(labels, 1)
     return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)
-
-
-def evaluation_tokens(args: TrainArguments) -> int:
-    """How many tokens an evaluation of a run takes at once: with a limit no more than training does."""
-    return min(EVAL_TOKENS, args.max_tokens_per_pass) if args.memory_limit else EVAL_TOKENS
 
 
 def held_out_loss(model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample]) -> float | None:

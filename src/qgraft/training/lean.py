@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from qgraft.adapters.lora import recomputable
 from qgraft.kernels import pointwise
-from qgraft.kernels.choice import in_c
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
 from qgraft.linear import product_dtype
 from qgraft.training.decoder import evaluating
@@ -123,21 +122,24 @@ class Rotation(torch.autograd.Function):
 
 
 def _lean_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward pass in place of that of an RMSNorm whose weight is frozen float32; None for all other modules."""
+    """The forward pass in place of that of an RMSNorm whose weight is frozen; None for all other modules.
+
+    An input of another dtype than the weight's goes the module's own way: what dtype comes out is the module's business.
+    """
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     own: Any = getattr(module, "weight", None)
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(own, Tensor) or not isinstance(eps, float):
         return None
-    if own.requires_grad or own.dtype != torch.float32 or own.dim() != 1:
+    if own.requires_grad or not own.is_floating_point() or own.dtype == torch.float64 or own.dim() != 1:
         return None
     weight_H = next(
-        (w for w in (own, own + 1) if _same(module, partial(_norm, w, eps), [own.shape])), None
+        (w for w in (own, own.float() + 1) if _same(module, partial(_norm, w, eps), [own.shape])), None
     )  # Gemma: w + 1
     if weight_H is None:
         return None
 
     def forward(x: Tensor) -> Tensor:
-        known = x.dtype == torch.float32 and x.shape[-1] == len(weight_H)
+        known = x.dtype == own.dtype and x.shape[-1] == len(weight_H)
         return _norm(weight_H, eps, x) if known else type(module).forward(module, x)
 
     return forward
@@ -157,7 +159,6 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
     width = getattr(cast(Any, module).gate_proj, "in_features", None)
     if found is None or width is None:
         return None
-    make = partial(gated, found)
 
     def forward(x: Tensor) -> Tensor:
         part: Any = module
@@ -168,7 +169,7 @@ def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
         else:
             kept = gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(gate.shape, dtype=dtype)
         h = GatedProduct.apply(gate, up, *kept, found)
-        return part.down_proj(recomputable(h, make, *kept))
+        return part.down_proj(recomputable(h, partial(gated, found, dtype=h.dtype), *kept))
 
     return forward if _same(module, forward, [(2, width)]) else None
 
@@ -217,7 +218,7 @@ def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
 
     def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
         known = part or cos.shape[-1] == q.shape[-1]
-        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not in_c(q, k, cos, sin):
+        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not pointwise.rotates(q, k, cos, sin):
             return own(q, k, cos, sin, *args, **kwargs)
         return Rotation.apply(q, k, cos, sin)
 
@@ -247,7 +248,7 @@ def _same(module: Callable[..., Any], forward: Callable[..., Any], shapes: list[
     with torch.no_grad():
         try:
             expected, got = module(*inputs), forward(*inputs)
-        except (TypeError, AttributeError):  # takes or holds other things than its name says
+        except (TypeError, AttributeError, RuntimeError):  # takes or holds other things than its name says
             return False
     return isinstance(expected, Tensor) and _near(got, expected)
 

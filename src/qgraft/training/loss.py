@@ -17,10 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.errors import UnsupportedError
+from qgraft.kernels import gpu_rows
 from qgraft.training.batches import Batch
 from qgraft.training.decoder import Head, label_states, output_head
 
 CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most
+GPU_CHUNK_BYTES = 1 << 30  # likewise on a GPU: 8192 rows of a 32k vocabulary; but no more than
+GPU_CHUNK_SHARE = 32  # this part of its memory
 MIN_CHUNK_ROWS = 32
 
 
@@ -28,7 +31,8 @@ def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.
     """The cross-entropy summed over the labels of a padding-free batch, a float32 scalar.
 
     Args:
-        batch: input_ids, position_ids, labels, each [1, tokens]; labels are aligned with the token that predicts them.
+        batch: input_ids, position_ids, labels, each [1, tokens], on the CPU or where the model is (see label_states);
+            labels are aligned with the token that predicts them.
     """
     states_NH, labels_N = label_states(model, batch)
     return summed_cross_entropy(states_NH, labels_N, output_head(model), label_smoothing)
@@ -41,6 +45,13 @@ def check_gradient(model: nn.Module, loss: Tensor) -> None:
             f"{type(model).__name__}: no gradient reaches the adapter",
             hint="its layers compute their gradients in a way of their own, or the adapter is on none that is used",
         )
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of float32 logits that the loss computes at a time on this device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // GPU_CHUNK_SHARE)
 
 
 def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:
@@ -74,15 +85,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
         grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
         each_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
-        start, vocabulary = 0, getattr(head, "vocabulary", None)
+        start, vocabulary, most = 0, getattr(head, "vocabulary", None), chunk_bytes(states_NH.device)
+        once = getattr(head, "unpacked", None) if states_NH.is_cuda else None
+        logits_of = head if once is None else once(states_NH.dtype)  # a GPU unpacks the whole layer for each product
         while start < len(states_NH):
-            rows = max(MIN_CHUNK_ROWS, CHUNK_BYTES // (4 * vocabulary)) if vocabulary else MIN_CHUNK_ROWS
+            rows = max(MIN_CHUNK_ROWS, most // (4 * vocabulary)) if vocabulary else MIN_CHUNK_ROWS
             chunk = states_NH[start : start + rows].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
-                logits = head(chunk)
+                logits = logits_of(chunk)
             vocabulary = logits.shape[-1]
-            own_CV = logits.detach().to(torch.float32, copy=getattr(head, "keeps_logits", True))
-            each_C = _loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            on_gpu = gpu_rows.serves(logits) and logits.stride(1) == 1
+            dtype = logits.dtype if on_gpu else torch.float32
+            own_CV = logits.detach().to(dtype, copy=getattr(head, "keeps_logits", True))
+            to_gradient = gpu_rows.loss_to_gradient if on_gpu else _loss_to_gradient
+            each_C = to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
             each_N[start : start + rows] = each_C
             if weights_N is not None:
                 weights_C = weights_N[start : start + rows]

@@ -24,9 +24,11 @@ from qgraft import storage
 from qgraft.adapters.attach import adapter_state_dict
 from qgraft.checkpoints.adapter_files import read_trained, save_adapter
 from qgraft.errors import CheckpointError, TrainingError
+from qgraft.kernels.lora import casts_kept
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch, collate, count_labels, split_batch
-from qgraft.training.evaluate import evaluate_samples, evaluation_tokens
+from qgraft.training.budget import evaluation_tokens
+from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss, check_gradient
 from qgraft.training.tokenizing import Sample
 
@@ -62,7 +64,7 @@ class LoraTrainer(Trainer):
         self.tokens_seen = 0  # in this process
         self.skipped_steps = 0
         self._skipped_in_a_row = 0
-        self._finite = True
+        self._finite = torch.ones((), dtype=torch.bool, device=self.args.device)
         if not self.args.max_grad_norm:  # no clipping; but it is there that NaN is looked for
             self.args.max_grad_norm = UNCLIPPED
         self._staging: Path | None = None
@@ -83,7 +85,15 @@ class LoraTrainer(Trainer):
             del model.zero_grad
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        return torch.tensor(sum(count_labels(batch) for batch in batch_samples), device=device)
+        return torch.tensor(sum(count_labels(batch) for batch in batch_samples)).to(device, non_blocking=True)
+
+    def get_train_dataloader(self) -> Any:
+        """As usual, but batches stay on the CPU: label_states moves them."""
+        placed, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placed
 
     def training_step(
         self, model: PreTrainedModel, inputs: dict[str, Tensor], num_items_in_batch: Tensor | None = None
@@ -91,21 +101,28 @@ class LoraTrainer(Trainer):
         """Forward and backward of one batch, part by part. Returns its share of the step's mean loss."""
         if not model.training:  # the walk over all modules costs milliseconds
             model.train()
-        batch = self._prepare_inputs(inputs)
+        batch = inputs  # stays on the CPU, see label_states
         self.tokens_seen += batch["input_ids"].numel()
         assert num_items_in_batch is not None
         loss = self.learn(model, split_batch(batch, self.tokens_per_pass), num_items_in_batch)
-        self._finite = self._finite and bool(torch.isfinite(loss))
+        self._finite = self._finite & torch.isfinite(loss)
         return loss
 
     def learn(self, model: PreTrainedModel, parts: list[Batch], labels: Tensor) -> Tensor:
-        """Forward and backward of the parts of a batch, the loss divided by `labels`; NaN where it is not finite."""
+        """Forward and backward of the parts of a batch, the loss divided by `labels`; not finite where a part's is not.
+
+        A GPU is not waited for between two parts: gradients of a loss that is not finite go with the step (`_guard`).
+        """
+        with casts_kept():
+            return self._learn(model, parts, labels)
+
+    def _learn(self, model: PreTrainedModel, parts: list[Batch], labels: Tensor) -> Tensor:
         total = torch.zeros((), device=self.args.device)
         for part in parts:
             with self.compute_loss_context_manager():
                 loss = batch_loss(model, part, self.args.label_smoothing_factor) / labels
             check_gradient(model, loss)
-            if not torch.isfinite(loss):
+            if not loss.is_cuda and not torch.isfinite(loss):
                 return total.fill_(float("nan"))
             self.accelerator.backward(loss)
             total += loss.detach()
@@ -121,10 +138,11 @@ class LoraTrainer(Trainer):
         return norm
 
     def _guard(self, model: PreTrainedModel, norm: Tensor | float) -> None:
-        if self._finite and bool(torch.isfinite(torch.as_tensor(norm))):
+        finite = bool(self._finite & torch.isfinite(torch.as_tensor(norm)))
+        self._finite = torch.ones_like(self._finite)
+        if finite:
             self._skipped_in_a_row = 0
             return
-        self._finite = True
         self.skipped_steps += 1
         self._skipped_in_a_row += 1
         for parameter in model.parameters():

@@ -1,0 +1,263 @@
+# mypy: disable-error-code="no-untyped-def, no-redef"
+"""Triton: how each packed format is read on a GPU, and the two kernels that read it. Imported by triton_ops.py only.
+
+A unit is two runs of neighbouring weights that share bytes or lie side by side: part 0 and part 1, RUN weights each. One
+description of it, `unit`, serves unpacking and the product with few rows.
+
+    format        bytes of a block  RUN  units     part 0 -> columns       part 1 -> columns
+    q4_0 q4_1            18 20       16    1       low nibble   j          high nibble   j + 16
+    q5_0 q5_1            22 24       16    1       the same, with a fifth bit each
+    q8_0                  34         16    1       byte         j          byte          j + 16
+    q4_k q5_k           144 176      32    4       low nibble   j          high nibble   j + 32
+    q2_k q3_k q6_k     84 110 210    16    8       lower bits   j          higher bits   j + 64
+    chatglm-int4          16         16    1       high nibble  2 j        low nibble    2 j + 1      a row's scale beside it
+    chatglm-int8          32         16    1       byte         j          byte          j + 16       its end anywhere
+
+Every product of a scale and a code is exact in float32 or rounded once, so that a fused multiply-add gives the same bits as
+the reference: d has 11 bits, a code 4 to 8, the integer of a sub-group 4 to 8.
+
+`EXACT` is Triton's interpreter, which the tests run these kernels in without a GPU. There bfloat16 is made by cutting bits
+off, so numbers are rounded in float32 first (`rounded`); on a GPU the branch is compiled away.
+"""
+
+import triton
+import triton.language as tl
+
+jit = triton.jit
+
+
+@jit
+def rounded(x, DT: tl.constexpr, EXACT: tl.constexpr):
+    """float32 x as DT, to nearest, ties to even."""
+    if EXACT and tl.bfloat16 == DT:
+        b = x.to(tl.uint32, bitcast=True)
+        r = (b + 0x7FFF + ((b >> 16) & 1)) & 0xFFFF0000
+        r = tl.where(x == x, r, b | 0x400000)
+        return r.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return x.to(DT)
+
+
+@jit
+def column(F: tl.constexpr, g, j):
+    """Where weight j of part 0 of unit g lies in its row."""
+    if F == "q4_k" or F == "q5_k":
+        return g * 64 + j
+    elif F == "q2_k" or F == "q3_k" or F == "q6_k":
+        return (g // 8) * 256 + ((g % 8) // 4) * 128 + ((g % 4) // 2) * 32 + (g % 2) * 16 + j
+    elif F == "chatglm-int4":
+        return g * 32 + 2 * j
+    else:
+        return g * 32 + j
+
+
+@jit
+def apart(F: tl.constexpr):
+    """From part 0's column to part 1's."""
+    if F == "q4_k" or F == "q5_k":
+        return 32
+    elif F == "q2_k" or F == "q3_k" or F == "q6_k":
+        return 64
+    elif F == "chatglm-int4":
+        return 1
+    else:
+        return 16
+
+
+@jit
+def byte(p8, at, ok):
+    """One stored byte as int32."""
+    return tl.load(p8 + at, mask=ok, other=0).to(tl.int32)
+
+
+@jit
+def signed(q):
+    """The int8 that the byte q is."""
+    return q - ((q & 128) << 1)
+
+
+@jit
+def half(p16, at, ok):
+    """The float16 at byte `at`, which is even, as float32."""
+    return tl.load(p16 + at // 2, mask=ok, other=0).to(tl.float32)
+
+
+@jit
+def six_bit_pair(p8, at, s, ok):
+    """(scale, minimum) of sub-group s of q4_k or q5_k; `at` is where their 12 bytes begin."""
+    low = s < 4
+    a = byte(p8, at + tl.where(low, s, s - 4), ok)  # bytes 0..3
+    b = byte(p8, at + tl.where(low, s + 4, s), ok)  # bytes 4..7
+    c = byte(p8, at + tl.where(low, s + 8, s + 4), ok)  # bytes 8..11
+    scale = tl.where(low, a & 63, (c & 15) | ((a >> 2) & 48))
+    minimum = tl.where(low, b & 63, (c >> 4) | ((b >> 2) & 48))
+    return scale.to(tl.float32), minimum.to(tl.float32)
+
+
+@jit
+def six_bit_scale(p8, at, s, ok):
+    """The scale of sub-group s of q3_k; `at` is where the 12 bytes begin."""
+    low = byte(p8, at + s % 8, ok)
+    high = byte(p8, at + 8 + s % 4, ok)
+    code = ((low >> (4 * (s // 8))) & 15) | (((high >> (2 * (s // 4))) & 3) << 4)
+    return (code - 32).to(tl.float32)
+
+
+@jit
+def unit_of_4(F: tl.constexpr, p8, p16, row, g, j, ok):
+    """`unit` of q4_k and q5_k."""
+    SIZE: tl.constexpr = 144 if F == "q4_k" else 176
+    at = row + (g // 4) * SIZE
+    u = g % 4
+    d = half(p16, at, ok)
+    dmin = half(p16, at + 2, ok)
+    s0, m0 = six_bit_pair(p8, at + 4, 2 * u, ok)
+    s1, m1 = six_bit_pair(p8, at + 4, 2 * u + 1, ok)
+    q = byte(p8, at + (SIZE - 128) + u * 32 + j, ok & (j < 32))
+    q0 = q & 15
+    q1 = q >> 4
+    if F == "q5_k":
+        h = byte(p8, at + 16 + j, ok & (j < 32))
+        q0 = q0 | (((h >> (2 * u)) & 1) << 4)
+        q1 = q1 | (((h >> (2 * u + 1)) & 1) << 4)
+    return (d * s0) * q0.to(tl.float32) - dmin * m0, (d * s1) * q1.to(tl.float32) - dmin * m1
+
+
+@jit
+def unit_of_8(F: tl.constexpr, p8, p16, row, g, j, ok):
+    """`unit` of q2_k, q3_k and q6_k."""
+    SIZE: tl.constexpr = 84 if F == "q2_k" else (110 if F == "q3_k" else 210)
+    at = row + (g // 8) * SIZE
+    side = (g % 8) // 4  # which 128 of the block's 256 weights
+    quarter = (g % 4) // 2
+    e = g % 2
+    s = side * 8 + quarter * 2 + e  # sub-group of part 0; that of part 1 is four further
+    if F == "q6_k":
+        d = half(p16, at + 208, ok)
+        s0 = signed(byte(p8, at + 192 + s, ok)).to(tl.float32)
+        s1 = signed(byte(p8, at + 196 + s, ok)).to(tl.float32)
+        q = byte(p8, at + side * 64 + quarter * 32 + e * 16 + j, ok & (j < 16))
+        h = byte(p8, at + 128 + side * 32 + e * 16 + j, ok & (j < 16))
+        q0 = ((q & 15) | (((h >> (2 * quarter)) & 3) << 4)) - 32
+        q1 = ((q >> 4) | (((h >> (4 + 2 * quarter)) & 3) << 4)) - 32
+        return (d * s0) * q0.to(tl.float32), (d * s1) * q1.to(tl.float32)
+    elif F == "q2_k":
+        d = half(p16, at + 80, ok)
+        dmin = half(p16, at + 82, ok)
+        b0 = byte(p8, at + s, ok)
+        b1 = byte(p8, at + s + 4, ok)
+        q = byte(p8, at + 16 + side * 32 + e * 16 + j, ok & (j < 16))
+        q0 = ((q >> (2 * quarter)) & 3).to(tl.float32)
+        q1 = ((q >> (4 + 2 * quarter)) & 3).to(tl.float32)
+        w0 = (d * (b0 & 15).to(tl.float32)) * q0 - dmin * (b0 >> 4).to(tl.float32)
+        w1 = (d * (b1 & 15).to(tl.float32)) * q1 - dmin * (b1 >> 4).to(tl.float32)
+        return w0, w1
+    else:
+        tl.static_assert(F == "q3_k")
+        d = half(p16, at + 108, ok)
+        s0 = six_bit_scale(p8, at + 96, s, ok)
+        s1 = six_bit_scale(p8, at + 96, s + 4, ok)
+        q = byte(p8, at + 32 + side * 32 + e * 16 + j, ok & (j < 16))
+        h = byte(p8, at + e * 16 + j, ok & (j < 16))  # a bit that is 0 takes 4 off
+        k = side * 4 + quarter
+        q0 = ((q >> (2 * quarter)) & 3) - ((((h >> k) & 1) ^ 1) << 2)
+        q1 = ((q >> (4 + 2 * quarter)) & 3) - ((((h >> (k + 2)) & 1) ^ 1) << 2)
+        return (d * s0) * q0.to(tl.float32), (d * s1) * q1.to(tl.float32)
+
+
+@jit
+def unit(F: tl.constexpr, p8, p16, scale, row, g, j, K, ok):
+    """float32 weights (part 0, part 1) of unit g of each row.
+
+    Shapes broadcast: row [rows, 1, 1] int64, g [1, units, 1], j [1, 1, RUN]; `ok` where row and unit exist. Row `row` begins
+    `row` * its bytes in; the caller gives that product and, in `scale`, a pointer to the row's scale.
+    """
+    if F == "q2_k" or F == "q3_k" or F == "q6_k":
+        return unit_of_8(F, p8, p16, row, g, j, ok)
+    elif F == "q4_k" or F == "q5_k":
+        return unit_of_4(F, p8, p16, row, g, j, ok)
+    elif F == "q4_0" or F == "q4_1":
+        SIZE: tl.constexpr = 18 if F == "q4_0" else 20
+        at = row + g * SIZE
+        d = half(p16, at, ok)
+        q = byte(p8, at + (SIZE - 16) + j, ok & (j < 16))
+        if F == "q4_0":
+            return d * ((q & 15) - 8).to(tl.float32), d * ((q >> 4) - 8).to(tl.float32)
+        else:
+            m = half(p16, at + 2, ok)
+            return d * (q & 15).to(tl.float32) + m, d * (q >> 4).to(tl.float32) + m
+    elif F == "q5_0" or F == "q5_1":
+        SIZE: tl.constexpr = 22 if F == "q5_0" else 24
+        at = row + g * SIZE
+        d = half(p16, at, ok)
+        q = byte(p8, at + (SIZE - 16) + j, ok & (j < 16))
+        h0 = byte(p8, at + (SIZE - 20) + j // 8, ok & (j < 16))
+        h1 = byte(p8, at + (SIZE - 18) + j // 8, ok & (j < 16))
+        q0 = (q & 15) | (((h0 >> (j % 8)) & 1) << 4)
+        q1 = (q >> 4) | (((h1 >> (j % 8)) & 1) << 4)
+        if F == "q5_0":
+            return d * (q0 - 16).to(tl.float32), d * (q1 - 16).to(tl.float32)
+        else:
+            m = half(p16, at + 2, ok)
+            return d * q0.to(tl.float32) + m, d * q1.to(tl.float32) + m
+    elif F == "q8_0":
+        at = row + g * 34
+        d = half(p16, at, ok)
+        q0 = signed(byte(p8, at + 2 + j, ok & (j < 16)))
+        q1 = signed(byte(p8, at + 18 + j, ok & (j < 16)))
+        return d * q0.to(tl.float32), d * q1.to(tl.float32)
+    elif F == "chatglm-int4":
+        d = tl.load(scale, mask=ok, other=0)
+        q = byte(p8, row + g * 16 + j, ok & (g * 32 + 2 * j < K))
+        return d * (((q >> 4) ^ 8) - 8).to(tl.float32), d * (((q & 15) ^ 8) - 8).to(tl.float32)
+    else:
+        tl.static_assert(F == "chatglm-int8")
+        d = tl.load(scale, mask=ok, other=0)
+        q0 = signed(byte(p8, row + g * 32 + j, ok & (g * 32 + j < K)))
+        q1 = signed(byte(p8, row + g * 32 + 16 + j, ok & (g * 32 + 16 + j < K)))
+        return d * q0.to(tl.float32), d * q1.to(tl.float32)
+
+
+@jit
+def dequantize_kernel(
+    p8, p16, scale, out, rows, units, row_bytes, K, ld,
+    F: tl.constexpr, RUN: tl.constexpr, BR: tl.constexpr, NU: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """out [rows, K], rows `ld` numbers apart. One program: BR rows, NU units of each."""
+    r = (tl.program_id(0) * BR + tl.arange(0, BR))[:, None, None]
+    g = (tl.program_id(1) * NU + tl.arange(0, NU))[None, :, None]
+    j = tl.arange(0, RUN)[None, None, :]
+    ok = (r < rows) & (g < units)
+    w0, w1 = unit(F, p8, p16, scale + r, r.to(tl.int64) * row_bytes, g, j, K, ok)
+    DT: tl.constexpr = out.dtype.element_ty
+    start = out + r.to(tl.int64) * ld
+    if F == "chatglm-int4":  # neighbours, which go to memory together instead of every second number
+        c = g * 32 + tl.arange(0, 32)[None, None, :]
+        tl.store(start + c, rounded(tl.interleave(w0, w1), DT, EXACT), mask=ok & (c < K))
+    else:
+        c = column(F, g, j)
+        tl.store(start + c, rounded(w0, DT, EXACT), mask=ok & (c < K))
+        tl.store(start + c + apart(F), rounded(w1, DT, EXACT), mask=ok & (c + apart(F) < K))
+
+
+@jit
+def gemv_kernel(
+    x, p8, p16, scale, y, rows, units, row_bytes, K,
+    F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """y[m] = W x[m] for m = program_id(1): W goes from its bytes to registers, the sum is float32, rounded once."""
+    m = tl.program_id(1).to(tl.int64)
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    r = n[:, None, None]
+    j = tl.arange(0, RUN)[None, None, :]
+    acc = tl.zeros((BN, NU, RUN), tl.float32)
+    for start in range(0, units, NU):
+        g = (start + tl.arange(0, NU))[None, :, None]
+        ok = (r < rows) & (g < units)
+        w0, w1 = unit(F, p8, p16, scale + r, r.to(tl.int64) * row_bytes, g, j, K, ok)
+        c = column(F, g, j)
+        x0 = tl.load(x + m * K + c, mask=(g < units) & (c < K), other=0).to(tl.float32)
+        x1 = tl.load(x + m * K + c + apart(F), mask=(g < units) & (c + apart(F) < K), other=0).to(tl.float32)
+        acc += w0 * x0 + w1 * x1
+    total = tl.sum(tl.sum(acc, axis=2), axis=1)
+    tl.store(y + m * rows + n, rounded(total, y.dtype.element_ty, EXACT), mask=n < rows)

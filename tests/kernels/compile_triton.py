@@ -1,0 +1,109 @@
+"""Compile the Triton kernels for a GPU that is not there: python tests/kernels/compile_triton.py 90 [FORMAT ...]
+
+Prints registers, spilled bytes and shared memory of each; exits with 1 where one does not compile, spills, or needs more
+shared memory than a block of that GPU has. The tools come with triton.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qgraft.kernels import triton_blocks, triton_ops, triton_rows
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
+Case = tuple[str, Any, dict[str, Any], dict[str, Any], int]
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], warps: int, level: int) -> Any:
+    """As the launcher would: pointers, and whole numbers that 16 divides, are known to be so."""
+    signature, attributes, values = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[index,] = "constexpr", constants[name]
+            continue
+        given = arguments[name]
+        signature[name] = "i32" if isinstance(given, int) else given
+        if (isinstance(given, int) and given % 16 == 0) or (isinstance(given, str) and given.startswith("*")):
+            attributes[index,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", level, 32), options={"num_warps": warps})
+
+
+def resources(kernel: Any) -> tuple[int, int, int]:
+    """(registers of a thread, bytes spilled, bytes of shared memory)."""
+    code = kernel.asm["ptx"]
+    target = re.search(r"\.target (sm_\w+)", code)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(code)
+        words = [str(PTXAS), "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path) + ".cubin"]
+        log = subprocess.run(words, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", log)
+    assert registers is not None, log
+    return int(registers[1]), sum(map(int, re.findall(r"(\d+) bytes spill", log))), int(kernel.metadata.shared)
+
+
+def cases(formats: tuple[str, ...]) -> Iterator[Case]:
+    """Each kernel as it is launched for a model of 7 billion weights."""
+    for format in formats:
+        size, run, units = triton_ops.UNITS[format]
+        block = size * 4096 // (2 * run * units)
+        p16, scale = ("*u8", "*fp32") if format.startswith("chatglm") else ("*fp16", "*u8")
+        shared = {
+            "p8": "*u8",
+            "p16": p16,
+            "scale": scale,
+            "rows": 4096,
+            "units": 2048 // run,
+            "row_bytes": block,
+            "K": 4096,
+        }
+        same = {"F": format, "RUN": run, "EXACT": False}
+        yield ("unpack " + format, triton_blocks.dequantize_kernel, shared | {"out": "*bf16", "ld": 4112},
+               same | {"BR": 4, "NU": 1024 // run}, 8)  # fmt: skip
+        yield ("gemv " + format, triton_blocks.gemv_kernel, shared | {"x": "*bf16", "y": "*bf16"},
+               same | {"BN": 4, "NU": 512 // run}, 4)  # fmt: skip
+    wide = {"BLOCK": 4096, "EXACT": False}
+    norm = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "r": "*fp32", "H": 4096, "eps": "fp32"}
+    yield "norm", triton_rows.norm_kernel, norm, wide | {"KNOWN": False}, 8
+    yield ("norm backward", triton_rows.norm_backward_kernel,
+           {"g": "*bf16", "x": "*bf16", "w": "*bf16", "r": "*fp32", "gx": "*bf16", "H": 4096}, wide, 8)  # fmt: skip
+    for act in (0, 1, 2):
+        flat = {"BLOCK": 1024, "EXACT": False, "ACT": act}
+        gated = {"gate": "*bf16", "up": "*bf16", "n": 1 << 20}
+        yield f"gated {act}", triton_rows.gated_kernel, gated | {"h": "*bf16"}, flat, 4
+        yield (f"gated backward {act}", triton_rows.gated_backward_kernel,
+               gated | {"g": "*bf16", "g_gate": "*bf16", "g_up": "*bf16"}, flat, 4)  # fmt: skip
+    turned = {"x": "*bf16", "y": "*bf16", "cos": "*bf16", "sin": "*bf16", "stride_head": 128, "stride_token": 4096,
+              "heads": 32, "channels": 128, "width": 128}  # fmt: skip
+    for rest in (0, 64):
+        yield (f"rotate, {rest} copied", triton_rows.rotate_kernel, turned,
+               {"BACKWARD": False, "BH": 16, "HALF": 64, "REST": rest, "EXACT": False}, 4)  # fmt: skip
+    yield ("loss", triton_rows.loss_kernel,
+           {"z": "*bf16", "target": "*i64", "losses": "*fp32", "V": 32000, "stride": 32000, "smoothing": "fp32"},
+           {"BLOCK": 4096, "EXACT": False}, 8)  # fmt: skip
+
+
+def main(words: list[str]) -> int:
+    """0 where all is well."""
+    level, formats, bad = int(words[0]), tuple(words[1:]) or tuple(triton_ops.UNITS), 0
+    for name, kernel, arguments, constants, warps in cases(formats):
+        registers, spilled, shared = resources(compiled(kernel, arguments, constants, warps, level))
+        wrong = bool(spilled) or shared > SHARED[level]
+        bad += wrong
+        print(f"sm_{level} {name:22} {registers:4} registers {spilled:5} spilled {shared:6} shared{' <--' * wrong}")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,250 @@
+"""The Triton kernels under Triton's interpreter, on a CPU. Not collected by itself: test_triton.py runs it in a process.
+
+TRITON_INTERPRET must be set before triton is imported, and QGRAFT_KERNELS=triton makes the ops use it for CPU tensors.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize as gguf_dequantize
+from torch import Tensor
+
+import qgraft
+from qgraft.formats import FORMATS, PackedTensor
+from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels import (
+    KERNELS_VARIABLE,
+    choose,
+    dequantize,
+    gpu_rows,
+    linear,
+    linear_grad_input,
+    pointwise,
+    triton_ops,
+)
+from qgraft.kernels.pointwise import ACTIVATIONS
+from qgraft.training.batches import collate
+from qgraft.training.decoder import padding_free
+from qgraft.training.lean import lean_modules
+from qgraft.training.loss import _loss_to_gradient, batch_loss
+from qgraft.training.tokenizing import Sample
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # numpy, of NaN and infinity
+]
+MakePacked = Callable[..., PackedTensor]
+GGML = sorted(name for name in triton_ops.UNITS if not name.startswith("chatglm"))
+EPS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+def same(got: Tensor, expected: Tensor) -> bool:
+    """Bit for bit, but for the payload of NaN."""
+    nan = got.isnan()
+    return got.dtype == expected.dtype and torch.equal(nan, expected.isnan()) and torch.equal(got[~nan], expected[~nan])
+
+
+def any_bytes(format: str, rows: int, columns: int) -> PackedTensor:
+    """Any at all: NaN, infinities and subnormals are scales, too."""
+    layout = FORMATS[format]
+    data = torch.randint(0, 256, (rows, layout.row_bytes(columns)), dtype=torch.uint8)
+    return PackedTensor(format, (rows, columns), data)
+
+
+def test_triton_is_what_serves() -> None:
+    assert triton_ops.interpreted()
+    for format in FORMATS:
+        assert choose("linear", format, "cpu").kernel == "triton"
+
+
+@pytest.mark.parametrize("format", GGML)
+def test_blocks_of_any_bytes_unpack_as_in_gguf(format: str) -> None:
+    packed = any_bytes(format, 67, 5 * 256)
+    with np.errstate(all="ignore"):
+        exact = gguf_dequantize(packed.data.numpy(), GGMLQuantizationType[format.upper()])
+    expected = torch.from_numpy(np.ascontiguousarray(exact))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert same(dequantize(packed, dtype), expected.to(dtype)), dtype
+
+
+@pytest.mark.parametrize("format", triton_ops.FORMATS)
+@pytest.mark.parametrize("rows", [1, 65])
+def test_every_format_unpacks_as_the_reference(format: str, rows: int, random_packed: MakePacked) -> None:
+    columns = {"chatglm-int4": 1278, "chatglm-int8": 1277}.get(format, 1280)  # a row may end anywhere
+    packed = random_packed(format, rows, columns)
+    for scale in {packed.scale, None if packed.scale is None else packed.scale.float() * 1.001}:
+        packed = PackedTensor(format, packed.shape, packed.data, scale)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            assert same(dequantize(packed, dtype), format_dequantize(packed, dtype)), (dtype, scale)
+
+
+@pytest.mark.parametrize("format", triton_ops.FORMATS)
+def test_nothing_but_the_weight_is_written(format: str, random_packed: MakePacked) -> None:
+    """Into part of a larger matrix."""
+    packed = random_packed(format, 66, 512)
+    out = torch.full((70, 530), 7.0, dtype=torch.bfloat16)
+    triton_ops.unpack_into(packed, out[:66, :512])
+    assert same(out[:66, :512].contiguous(), format_dequantize(packed, torch.bfloat16))
+    assert bool((out[66:] == 7).all() and (out[:, 512:] == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("format", "tokens"), [*((name, 2) for name in sorted(triton_ops.UNITS)), ("q4_1", 1), ("q4_1", 3)]
+)
+def test_products_are_those_of_float64(format: str, tokens: int, random_packed: MakePacked) -> None:
+    """One or two rows of half precision go through gemv, which does not round the weights."""
+    packed = random_packed(format, 67, 512)
+    w_OI = format_dequantize(packed, torch.float64)
+    for dtype, tolerance in EPS.items():
+        x, g = torch.randn(tokens, 512).to(dtype), torch.randn(tokens, 67).to(dtype)
+        for got, expected in (
+            (linear(x, packed), x.double() @ w_OI.T),
+            (linear_grad_input(g, packed), g.double() @ w_OI),
+        ):
+            assert got.dtype == dtype
+            assert float((got.double() - expected).norm() / expected.norm()) < 2 * tolerance
+
+
+def test_no_rows_and_no_tokens(random_packed: MakePacked) -> None:
+    packed = random_packed("q4_1", 0, 64)
+    assert dequantize(packed).shape == (0, 64) and linear(torch.randn(2, 64).bfloat16(), packed).shape == (2, 0)
+    assert linear(torch.randn(0, 64).bfloat16(), random_packed("q4_1", 5, 64)).shape == (0, 5)
+
+
+# --- rows: against float64
+
+
+def near(got: Tensor, exact: Tensor, size: float, dtype: torch.dtype) -> None:
+    """One rounding of what float32 has."""
+    assert got.dtype == dtype and got.shape == exact.shape
+    bound = 0.51 * EPS[dtype] * exact.abs() if dtype != torch.float32 else 0.0
+    assert bool(((got.double() - exact).abs() <= bound + 4e-6 * size + 1e-30).all())
+
+
+def derivative(function: Callable[..., Any], inputs: list[Tensor], grads: Any) -> tuple[Tensor, ...]:
+    leaves = [x.double().requires_grad_() for x in inputs]
+    return torch.autograd.grad(function(*leaves), leaves, grads)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 64), (2, 5, 100), (4, 1536), (0, 8)])
+def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad, weight = (torch.randn(shape) * 3).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
+    assert gpu_rows.serves(x, weight)
+    y, r = pointwise.norm(x, weight, 1e-5)
+    assert r.dtype == torch.float32 and torch.equal(pointwise.normalized(x, weight, r), y)
+    if not x.numel():
+        return
+    near(y, F.rms_norm(x.double(), shape[-1:], weight.double(), 1e-5), 10.0, dtype)
+    (exact,) = derivative(lambda x: F.rms_norm(x, shape[-1:], weight.double(), 1e-5), [x], grad.double())
+    near(pointwise.norm_backward(grad, x, weight, r), exact, 10.0 * float(r.max()), dtype)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("act", ACTIVATIONS, ids=[act.name for act in ACTIVATIONS])
+def test_gated_products(act: Any, dtype: torch.dtype) -> None:
+    gate, up, grad = ((torch.randn(5, 333) * 4).to(dtype) for _ in range(3))
+    gate[0, :3] = torch.tensor([80.0, -80.0, 0.0])
+
+    def exact(gate: Tensor, up: Tensor) -> Tensor:
+        return (F.silu(gate) if act.name == "silu" else F.gelu(gate, approximate=act.approximate)) * up
+
+    near(pointwise.gated(act, gate, up), exact(gate.double(), up.double()), 100.0, dtype)
+    assert pointwise.gated(act, gate, up, dtype=torch.float32).dtype == torch.float32
+    expected = derivative(exact, [gate, up], grad.double())
+    for got, theirs in zip(pointwise.gated_backward(act, grad, gate, up), expected, strict=True):
+        near(got, theirs, 300.0, dtype)
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 2, 2), (4, 2, 3, 64, 64), (9, 3, 5, 80, 20), (2, 2, 5, 7, 6), (18, 1, 4, 6, 0)]
+)
+def test_rotations(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    heads, groups, tokens, channels, width = sizes
+    q = torch.randn(1, tokens, heads * channels).to(dtype).view(1, tokens, heads, channels).transpose(1, 2)
+    k = torch.randn(1, groups, tokens, channels).to(dtype)  # the other order in memory
+    cos, sin = torch.randn(1, tokens, width).to(dtype), torch.randn(1, tokens, width).to(dtype)
+    assert pointwise.rotates(q, k, cos, sin)
+    for backward in (False, True):
+        for got, x in zip(pointwise.rotate(q, k, cos, sin, backward), (q, k), strict=True):
+            exact = pointwise._rotated(x.double(), cos.double(), sin.double(), backward)
+            near(got, exact, 10.0, dtype)
+            assert got.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", EPS)
+def test_the_loss_of_logits_and_its_gradient(dtype: torch.dtype, smoothing: float) -> None:
+    logits, targets = (torch.randn(7, 9001) * 5).to(dtype), torch.randint(0, 9001, (7,))
+    wide_logits = logits.double()
+    losses = _loss_to_gradient(wide_logits, targets, smoothing)  # in float64
+    reference = F.cross_entropy(logits.double(), targets, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, reference)
+    got = logits.clone()
+    got_losses = gpu_rows.loss_to_gradient(got, targets, smoothing)
+    torch.testing.assert_close(got_losses.double(), losses, rtol=1e-5, atol=1e-5)
+    near(got, wide_logits, 1.0, dtype)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_stays_in_its_row_and_is_seen(bad: float) -> None:
+    logits, targets = torch.randn(3, 500).bfloat16(), torch.tensor([1, 2, 3])
+    clean = logits.clone()
+    expected = gpu_rows.loss_to_gradient(clean, targets, 0.0)
+    logits[1, 77] = bad
+    losses = gpu_rows.loss_to_gradient(logits, targets, 0.0)
+    assert not losses[1].isfinite() and not logits[1].isfinite().all()
+    assert torch.equal(losses[[0, 2]], expected[[0, 2]]) and torch.equal(logits[[0, 2]], clean[[0, 2]])
+    x, weight = torch.randn(3, 40).bfloat16(), torch.randn(40).bfloat16()
+    y, _ = pointwise.norm(x, weight, 1e-5)
+    x[1, 7] = bad
+    z, _ = pointwise.norm(x, weight, 1e-5)
+    assert torch.equal(z[[0, 2]], y[[0, 2]]) and bool(z[1, 7].isnan())
+
+
+# --- all of it
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("qwen3", "bfloat16"),
+        *(
+            pytest.param(*each, marks=pytest.mark.slow)
+            for each in (("llama", "float32"), ("gemma3", "bfloat16"), ("gemma3", "float32"))
+        ),
+    ],
+)
+def test_a_step_of_training_is_that_of_the_reference(
+    name: str, dtype: str, tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients of a packed batch, with every module in the lean form that it takes."""
+    rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (9, 4)]
+    results = []
+    for kernels in ("triton", "reference"):
+        monkeypatch.setenv(KERNELS_VARIABLE, kernels)
+        choose.cache_clear()
+        model, _ = qgraft.load(tiny_gguf(name).path, dtype=dtype)
+        qgraft.attach_lora(model, r=2)
+        torch.manual_seed(0)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.05)
+        model.train()
+        with padding_free(model, rows), lean_modules(model) as count:
+            assert count
+            loss = batch_loss(model, collate(rows))
+            loss.backward()
+        grads = [p.grad.flatten() for p in model.parameters() if p.requires_grad]
+        results.append((loss.item(), torch.cat(grads)))
+    choose.cache_clear()
+    (loss, gradient), (expected_loss, expected) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-5 if dtype == "float32" else 1e-2)
+    off = float((gradient - expected).norm() / expected.norm())
+    assert off < (1e-4 if dtype == "float32" else 0.1)

@@ -1,0 +1,38 @@
+"""Triton without a GPU: its interpreter on every kernel, and its compiler for three generations of GPUs.
+
+Both need triton installed (`pip install triton`, which on Linux comes with torch for CUDA), neither needs a driver.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+]
+HERE = Path(__file__).parent
+
+
+def run(*words: str, **variables: str) -> None:
+    """A process of its own: triton reads its variables when it is imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | variables
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-3000:]
+
+
+def test_every_kernel_under_the_interpreter() -> None:
+    file = str(HERE / "interpreted_triton.py")
+    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and not slow",
+        "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
+
+
+@pytest.mark.parametrize("level", [80, 90, 120])
+def test_kernels_compile_without_spills(level: int, tmp_path: Path) -> None:
+    """One format of each kind, and the kernels of rows; all formats with `python tests/kernels/compile_triton.py`."""
+    formats = ("q4_1", "q6_k") if level == 90 else ("q4_k",)
+    run(str(HERE / "compile_triton.py"), str(level), *formats, TRITON_CACHE_DIR=str(tmp_path))
