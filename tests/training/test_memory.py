@@ -14,9 +14,20 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training import loss
 from qgraft.training.activations import SIZES, Activations, Growth, LiveBytes, measure_activations, sample_of
 from qgraft.training.batches import collate
+from qgraft.training.budget import GPU_TOKENS, training_tokens
 from qgraft.training.decoder import label_states, padding_free
 from qgraft.training.loss import summed_cross_entropy
-from qgraft.training.memory import SPARE, Counted, Setting, base_bytes, estimate, fastest, limit_bytes
+from qgraft.training.memory import (
+    GPU_UNPACKING,
+    SPARE,
+    Counted,
+    Setting,
+    base_bytes,
+    estimate,
+    fastest,
+    limit_bytes,
+    settle_noted,
+)
 from qgraft.training.run import train
 from qgraft.training.sizes import UNITS, format_size, parse_size
 
@@ -264,3 +275,42 @@ def test_checkpointing_is_turned_on_where_the_limit_asks_for_it(tiny_gguf, tmp_p
     assert report.finished
     assert report.metrics["estimated_memory_bytes"] < free["activations"]
     assert any("gradient checkpointing on" in note for note in report.notes)
+
+
+# --- a GPU, whose memory says how large a pass is
+
+
+def test_on_a_gpu_the_memory_decides_where_nobody_says_how_large_a_pass_is(model, monkeypatch):
+    """The choice itself, on a CPU that is taken for a GPU."""
+    args = arguments(r=2, per_device_train_batch_size=4)
+    assert training_tokens(args) == 384
+    samples = [sample_of(model, n) for n in (40, 50, 60, 70, 80)]
+    notes = []
+    assert settle_noted(model, args, samples, False, notes, None) == (384, {}) and not notes
+    monkeypatch.setattr("qgraft.training.budget.on_gpu", lambda _: True)
+    monkeypatch.setattr("qgraft.training.memory.on_gpu", lambda _: True)
+    assert training_tokens(args) == GPU_TOKENS
+    with padding_free(model, samples):
+        budget, metrics = settle_noted(model, args, samples, False, notes, None)
+        assert budget == args.max_tokens_per_pass == 260  # the four longest: a batch is never larger
+        assert metrics["estimated_memory_bytes"] > 0 and "memory_limit auto: " in notes[0]
+        asked = arguments(r=2, max_tokens_per_pass=100)
+        assert settle_noted(model, asked, samples, False, notes, None) == (100, {})
+    assert len(notes) == 1
+    assert Setting(2000, unpacking=GPU_UNPACKING).cost > Setting(2000).cost
+
+
+def test_a_model_that_cannot_be_counted_gets_small_passes_on_a_gpu(model, monkeypatch):
+    monkeypatch.setattr("qgraft.training.budget.on_gpu", lambda _: True)
+    monkeypatch.setattr("qgraft.training.memory.on_gpu", lambda _: True)
+
+    def refuse(*_):
+        raise UnsupportedError("no layers")
+
+    monkeypatch.setattr("qgraft.training.memory.settle", refuse)
+    notes = []
+    args = arguments(r=2)
+    assert settle_noted(model, args, [], False, notes, None) == (2048, {})
+    assert notes == ["no layers; passes of 2048 tokens"]
+    with pytest.raises(UnsupportedError):
+        settle_noted(model, arguments(r=2, memory_limit="1GB"), [], False, notes, None)

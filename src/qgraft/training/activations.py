@@ -141,6 +141,26 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class AllocatedBytes:
+    """The same of a GPU, where the allocator counts: what kernels need inside of them as well. Reset by each block."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.before, self.peak = device, 0, 0
+
+    def __enter__(self) -> "AllocatedBytes":
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self.before = torch.cuda.memory_allocated(self.device)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+def counting_live(device: torch.device) -> LiveBytes | AllocatedBytes:
+    """A block whose `peak` are the most bytes that tensors made in it took on this device."""
+    return AllocatedBytes(device) if device.type == "cuda" else LiveBytes()
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -215,8 +235,9 @@ def _measure_pass(model: PreTrainedModel, layers: list[nn.Module], tokens: int) 
 def _work(layer: nn.Module, args: Any, kwargs: Any, kept: int) -> int:
     """The most that a layer's forward and backward pass hold, less what the layer keeps between them."""
     args, kwargs = tree_map(_as_leaf, (args, kwargs))
-    given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
-    with torch.enable_grad(), LiveBytes() as live:
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    given = [t for t in tensors if t.requires_grad]
+    with torch.enable_grad(), counting_live(tensors[0].device) as live:
         output = next(t for t in tree_leaves(layer(*args, **kwargs)) if isinstance(t, Tensor))
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         if output.requires_grad:
@@ -232,7 +253,8 @@ def _as_leaf(value: Any) -> Any:
 
 def _chunked_rows(model: PreTrainedModel) -> int:
     """Labels of a small chunk and two full ones: while one is computed the one before may still be there."""
-    chunk = max(loss.MIN_CHUNK_ROWS, loss.CHUNK_BYTES // (4 * model.get_output_embeddings().out_features))
+    most = loss.chunk_bytes(model.device)
+    chunk = max(loss.MIN_CHUNK_ROWS, most // (4 * model.get_output_embeddings().out_features))
     return loss.MIN_CHUNK_ROWS + 2 * chunk
 
 
@@ -241,7 +263,7 @@ def _head_bytes(model: PreTrainedModel, rows: int) -> int:
     layer = model.get_output_embeddings()
     states = torch.zeros(rows, layer.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64, device=model.device)
-    with torch.enable_grad(), LiveBytes() as live:
+    with torch.enable_grad(), counting_live(states.device) as live:
         loss.summed_cross_entropy(states, targets, output_head(model))
     return live.peak
 

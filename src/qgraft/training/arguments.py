@@ -124,7 +124,7 @@ class TrainArguments(TrainingArguments):
     compute: str = _option(
         "auto", "CPU: products with packed weights in float32, bf16 or int8; auto: bf16 where there is hardware."
     )
-    max_tokens_per_pass: int = _option(384, "Token budget: larger batches pass in parts, with the same gradients.")
+    max_tokens_per_pass: int = _option(0, "Larger batches pass in parts, same gradients. 0: 384, on a GPU what fits.")
     cache_frozen_layers: bool = _option(False, "Keep on disk what enters the lowest adapter: faster later epochs.")
     memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
@@ -176,8 +176,8 @@ class TrainArguments(TrainingArguments):
             raise UnsupportedError(f"stage={self.stage!r}: only sft (supervised fine-tuning) is there")
         if self.finetuning_type not in ("lora", "p_tuning"):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
-        if self.max_tokens_per_pass < 1 or self.max_length < 2:
-            raise OptionError("max_tokens_per_pass must be at least 1 and max_length at least 2")
+        if self.max_tokens_per_pass < 0 or self.max_length < 2:
+            raise OptionError("max_tokens_per_pass must be at least 1, or 0 for the usual, and max_length at least 2")
         lengths = self.max_source_length, self.max_target_length
         if any(length is not None and length < 3 for length in (*lengths, self.val_max_target_length)):
             raise OptionError("max_source_length and max_target_length must be at least 3: special ids count")

@@ -31,6 +31,7 @@ from qgraft.errors import OptionError, QgraftError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.batches import Batch
+from qgraft.training.budget import training_tokens
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
 from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
@@ -79,7 +80,7 @@ def train_jobs(
             for each, replica in zip(prepared, replicas, strict=True):
                 watch = Watch(each.folder, None, display, each.args.adapter_name)
                 runs.append(Turns(partial(_run_job, replica, each, watch, StopWith(stop))))
-            _drive(shared, runs, replicas, prepared, 0 if problem else jobs[0].max_tokens_per_pass)
+            _drive(shared, runs, replicas, prepared, 0 if problem else training_tokens(jobs[0]))
         finally:
             for run in runs:
                 run.end()

@@ -21,7 +21,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapter_state_dict
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.training.activations import Activations, measure_activations, sample_of
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.budget import on_gpu, training_tokens
 from qgraft.training.callbacks import memory_now
 from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
@@ -45,8 +46,10 @@ from qgraft.training.tokenizing import Sample
 # In units of a forward and backward pass of many tokens that keeps its activations, on two cores with AVX-512
 RECOMPUTING = 0.5
 UNPACKING = 40  # tokens whose products take the time of unpacking all weights and of a pass's other fixed work
+GPU_UNPACKING = 2000  # likewise on an H100, where the fixed work is what the CPU does to start kernels
 
 UNSEEN = 40 << 20  # the Trainer's own, and what ops allocate inside of them: measured by benchmarks/memory.py
+UNCOUNTED = 2048  # tokens of a pass on a GPU through a model whose memory cannot be counted
 LEAST_TOKENS = 64  # in a pass that an estimate without rows considers
 SPARE = 0.1  # of a limit that the estimate leaves free, because it may be so far off
 AUTO_SHARE = 0.9  # of the memory there is, for memory_limit: auto
@@ -61,11 +64,12 @@ class Setting:
 
     tokens_per_pass: int
     checkpointing: bool = False
+    unpacking: int = UNPACKING
 
     @property
     def cost(self) -> float:
         """The time of a token, in units of one in a large pass with none of this."""
-        return (1.0 + RECOMPUTING * self.checkpointing) * (1.0 + UNPACKING / self.tokens_per_pass)
+        return (1.0 + RECOMPUTING * self.checkpointing) * (1.0 + self.unpacking / self.tokens_per_pass)
 
     def __str__(self) -> str:
         return f"{self.tokens_per_pass} tokens a pass, gradient checkpointing {'on' if self.checkpointing else 'off'}"
@@ -125,7 +129,7 @@ class Counted:
 
 
 def estimate(model: PreTrainedModel, args: TrainArguments) -> list[Estimate]:
-    """What training will hold at most with passes of args.max_tokens_per_pass, for each kind of setting, fastest first.
+    """What training will hold at most with passes of training_tokens(args), for each kind of setting, fastest first.
 
     With args.memory_limit the setting that it leads to comes last. Nothing is trained; the adapter is attached if it
     is not yet. Raises OptionError where nothing fits.
@@ -134,7 +138,7 @@ def estimate(model: PreTrainedModel, args: TrainArguments) -> list[Estimate]:
     samples = [sample_of(model, 16), sample_of(model, 17)]
     with computing(model, args.compute), padding_free(model, samples), lean_modules(model):
         counted = count(model, args)
-    tokens = args.max_tokens_per_pass
+    tokens = training_tokens(args)
     found = [counted.estimate(kind) for kind in sorted(_kinds(args, tokens), key=lambda kind: kind.cost)]
     if args.memory_limit:
         found.append(fastest(counted, args, min(LEAST_TOKENS, tokens), tokens))
@@ -157,18 +161,33 @@ def settle(model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sampl
 
 
 def settle_noted(
-    model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample], budget: int, notes: list[str],
+    model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample], alone: bool, notes: list[str],
     console: Console | None,
 ) -> tuple[int, dict[str, float]]:  # fmt: skip
-    """settle() where there is a limit, said in `notes` and on the terminal; returns the budget, and metrics to report."""
-    if not args.memory_limit:
+    """settle() where there is a limit, said in `notes` and on the terminal; returns the budget, and metrics to report.
+
+    The memory of a GPU is one where nobody says how large a pass is: too small a pass leaves it idle, too large a one ends
+    the run. A model whose memory cannot be counted gets passes of UNCOUNTED tokens there.
+
+    Args:
+        alone: whether each sample passes through the model by itself.
+    """
+    budget = 0 if alone else training_tokens(args)
+    by_itself = on_gpu(args) and not args.max_tokens_per_pass and not args.memory_limit
+    if not args.memory_limit and not by_itself:
         map_large_blocks()
         return budget, {}
-    chosen = settle(model, args, samples, budget)
-    notes.append(f"memory_limit {args.memory_limit}: {chosen}")
+    try:
+        chosen = settle(model, args, samples, budget)
+    except UnsupportedError as error:
+        if not by_itself:
+            raise
+        notes.append(f"{error.message}; passes of {UNCOUNTED} tokens")
+        return min(budget, UNCOUNTED), {}
+    notes.append(f"memory_limit {args.memory_limit or 'auto'}: {chosen}")
     if console is not None:
         console.print(notes[-1], markup=False, highlight=False)
-    return args.max_tokens_per_pass if budget else 0, {"estimated_memory_bytes": chosen.total}
+    return training_tokens(args) if budget else 0, {"estimated_memory_bytes": chosen.total}
 
 
 def apply_setting(args: TrainArguments, setting: Setting) -> None:
@@ -191,7 +210,9 @@ def map_large_blocks() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let this process return large blocks to the system as soon as they are freed; only where glibc serves it."""
+    """Let this process return large blocks to the system as soon as they are freed, where glibc serves it; a GPU's, now."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BLOCK)
         libc.mallopt(_M_TRIM_THRESHOLD, _LARGE_BLOCK)
@@ -203,22 +224,22 @@ def fastest(counted: Counted, args: TrainArguments, least: int, most: int) -> Es
 
     Raises OptionError where nothing fits.
     """
-    limit = (1 - SPARE) * limit_bytes(str(args.memory_limit), counted.process + counted.base)
+    limit = (1 - SPARE) * limit_bytes(args.memory_limit or "auto", counted.process + counted.base)
     fitting = []
     for kind in _kinds(args, least):
         low, high = least, most
         while low < high:  # the largest pass that fits
             middle = (low + high + 1) // 2
-            fits = counted.estimate(Setting(middle, kind.checkpointing)).total <= limit
+            fits = counted.estimate(replace(kind, tokens_per_pass=middle)).total <= limit
             low, high = (middle, high) if fits else (low, middle - 1)
-        found = counted.estimate(Setting(low, kind.checkpointing))
+        found = counted.estimate(replace(kind, tokens_per_pass=low))
         if found.total <= limit:
             fitting.append(found)
     if fitting:
         return min(fitting, key=lambda found: found.setting.cost)
     smallest = min((counted.estimate(kind) for kind in _kinds(args, least)), key=lambda found: found.total)
     raise OptionError(
-        f"memory_limit {args.memory_limit}: the smallest setting needs {smallest}",
+        f"memory_limit {args.memory_limit or 'auto'}: the smallest setting needs {smallest}",
         hint=f"the longest sample has {least} tokens; a smaller max_length or r needs less, or a model in fewer bits",
     )
 
@@ -226,7 +247,7 @@ def fastest(counted: Counted, args: TrainArguments, least: int, most: int) -> Es
 def count(model: PreTrainedModel, args: TrainArguments) -> Counted:
     """Measure a model with its adapter on, in a run inside of padding_free. From then on freed memory goes back."""
     give_back_freed_memory()
-    measured = measure_activations(model, args.max_tokens_per_pass)
+    measured = measure_activations(model, training_tokens(args))
     give_back_freed_memory()  # what counting took is not the run's
     weights = sum(t.numel() * t.element_size() for t in adapter_state_dict(model, args.adapter_name).values())
     base = base_bytes(model)
@@ -259,7 +280,8 @@ def limit_bytes(limit: str, held: int) -> int:
 def _kinds(args: TrainArguments, tokens: int) -> Iterator[Setting]:
     """All combinations; checkpointing is not turned off where it is asked for."""
     asked = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
-    yield from (Setting(tokens, checkpointing) for checkpointing in ((True,) if asked else (False, True)))
+    unpacking = GPU_UNPACKING if on_gpu(args) else UNPACKING
+    yield from (Setting(tokens, checkpointing, unpacking) for checkpointing in ((True,) if asked else (False, True)))
 
 
 def _optimizer_states(args: TrainArguments) -> float:

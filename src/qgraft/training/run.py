@@ -212,7 +212,7 @@ def _passes(
     ):
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
-        passes = settle_noted(model, args, samples, 0 if problem else args.max_tokens_per_pass, notes, console)
+        passes = settle_noted(model, args, samples, bool(problem), notes, console)
         if args.cache_frozen_layers:
             folder, every = Path(str(args.output_dir)), [*samples, *eval_samples]
             said = stack.enter_context(frozen_layers_cached(model, every, folder, alone=bool(problem)))
