@@ -14,6 +14,7 @@ import qgraft.adapters.lora as lora_module
 from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraFunction, LoraLinear
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import quantize
+from qgraft.kernels.lora import casts_kept, kept_casts
 from qgraft.linear import QuantizedLinear
 
 IN, OUT = 32, 6
@@ -406,3 +407,29 @@ def test_impossible_options_are_refused_by_name_and_value(options: dict[str, flo
 def test_scaling() -> None:
     assert LoraConfig(r=16, lora_alpha=8).scaling == 0.5
     assert LoraConfig(r=16, lora_alpha=8, use_rslora=True).scaling == 2.0
+
+
+# ---------------------------------------------------------------- half precision, as on a GPU
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("names", [("default",), ("default", "other")], ids=["one", "two"])
+def test_half_precision_is_one_sum_with_gradients_in_float32(
+    names: tuple[str, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU that is taken for a GPU: values near those of float32, the same bits with casts that a step keeps."""
+    monkeypatch.setattr("qgraft.kernels.lora._sums", lambda x: x.dtype == torch.bfloat16)
+    layer, x, grad = make_layer(names=names, lora_dropout=dropout), torch.randn(2, 50, IN), torch.randn(2, 50, OUT)
+    with torch.random.fork_rng():
+        expected = gradients(layer, x, grad)
+    with torch.random.fork_rng():
+        got = gradients(layer, x.bfloat16(), grad.bfloat16())
+    with casts_kept(), torch.random.fork_rng():
+        kept = gradients(layer, x.bfloat16(), grad.bfloat16())
+        assert len(kept_casts() or {}) == 2 * len(names)
+    for exact, mine, again in zip(expected, got, kept, strict=True):
+        assert torch.equal(mine, again)
+        assert (
+            dropout or float((mine.float() - exact).detach().norm() / exact.detach().norm()) < 2e-2
+        )  # masks are drawn in the dtype
+    assert all(g.dtype == torch.float32 for g in got[2:]) and got[0].dtype == got[1].dtype == torch.bfloat16

@@ -159,6 +159,7 @@ def test_triton_without_what_its_launchers_are_built_with_is_not_chosen(
     """It would fail at the first launch, hours into nothing."""
     monkeypatch.setattr(triton_ops, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     if missing == "gcc":
         monkeypatch.delenv("CC", raising=False)

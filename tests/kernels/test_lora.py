@@ -1,6 +1,7 @@
 """A packed layer with LoRAs in one C call, on every level of CPU, against the formulas in float64."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from qgraft.kernels.lora import (
     Term,
     Weight,
     casts_kept,
+    kept_casts,
     lora_backward,
     lora_forward,
     summed_backward,
@@ -217,3 +219,21 @@ def test_casts_are_kept_within_a_block_and_no_longer(random_packed: MakePacked) 
         term.B.mul_(2)  # what no step of training does between its passes
         assert torch.equal(summed_forward(x_NI, base, [term])[0], first)
     assert not torch.equal(summed_forward(x_NI, base, [term])[0], first)
+
+
+def test_casts_are_those_of_their_thread_and_of_the_pass_forward(random_packed: MakePacked) -> None:
+    """Blocks of two threads that overlap: neither sees what the other keeps, nor does one outlive its block."""
+    packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(30, 96).bfloat16()
+    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, False)
+    with casts_kept():
+        summed_forward(x_NI, base, [term])
+        here = kept_casts()
+        assert here is not None and len(here) == 2
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(kept_casts).result() is None
+            thread.submit(casts_kept().__enter__).result()
+        assert kept_casts() is here
+        with casts_kept(here):  # as a backward pass does in a thread of autograd
+            summed_forward(x_NI, base, [term])
+        assert len(here) == 2
+    assert kept_casts() is None

@@ -21,6 +21,7 @@ Adapter weights are float32 whatever the base computes in: Adam in half precisio
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
@@ -32,7 +33,7 @@ from torch.nn.functional import dropout as drop_inputs
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.kernels.lora import Term, lora_backward, lora_forward
+from qgraft.kernels.lora import Term, casts_kept, kept_casts, lora_backward, lora_forward
 from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
 
 
@@ -268,7 +269,7 @@ class LoraFunction(torch.autograd.Function):
         """x [..., in]; A [r, in], B [out, r] of each segment, then what the recipe of x needs -> y [..., out], dtype of x."""
         weights, sources = tensors[: 2 * len(segments)], tensors[2 * len(segments) :]
         ctx.base, ctx.segments, ctx.make = base, segments, recipe and recipe.make
-        ctx.compute = getattr(base, "compute", "float32")
+        ctx.compute, ctx.casts = getattr(base, "compute", "float32"), kept_casts()
         x_NI = x.reshape(-1, x.shape[-1]).contiguous()
         weight = fused_weight(base, x_NI)
         y_NO, hs = lora_forward(x_NI, base(x_NI) if weight is None else weight, _terms(segments, weights, x_NI))
@@ -290,7 +291,8 @@ class LoraFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             weight = fused_gradient(ctx.base, g_NO, ctx.compute)
             base = grad_input(ctx.base, g_NO, ctx.compute) if weight is None else weight
-        gx_NI, grads = lora_backward(g_NO, base, terms, hs)
+        with nullcontext() if ctx.casts is None else casts_kept(ctx.casts):
+            gx_NI, grads = lora_backward(g_NO, base, terms, hs)
         if gx_NI is not None:
             for segment, term, own in zip(ctx.segments, terms, grads, strict=True):
                 if not term.adds:

@@ -20,6 +20,7 @@ Shapes: N tokens, S tokens of a term, I inputs, O outputs, R rank.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ from qgraft.kernels.ops import linear, linear_bf16, linear_grad_input, linear_gr
 
 HALVES = (torch.bfloat16, torch.float16)
 
-_casts: dict[tuple[int, torch.dtype, float], tuple[Tensor, Tensor]] | None = None  # within casts_kept
+Casts = dict[tuple[int, torch.dtype, float], tuple[Tensor, Tensor]]
+_casts: ContextVar[Casts | None] = ContextVar("casts of A and B", default=None)
 
 
 class Weight(NamedTuple):
@@ -157,24 +159,32 @@ def lora_backward(
 
 
 @contextmanager
-def casts_kept() -> Iterator[None]:
-    """Within the block A and B are made half precision once: for a step of training, whose passes do not change them."""
-    global _casts
-    before, _casts = _casts, {}
+def casts_kept(casts: Casts | None = None) -> Iterator[None]:
+    """Within the block A and B are made half precision once: for a step of training, whose passes do not change them.
+
+    It holds in this thread. Autograd has threads of its own, so a backward pass takes up what `kept_casts` gave forward.
+    """
+    token = _casts.set({} if casts is None else casts)
     try:
         yield
     finally:
-        _casts = before
+        _casts.reset(token)
+
+
+def kept_casts() -> Casts | None:
+    """What the block around keeps; None outside of one."""
+    return _casts.get()
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
     """weight * scaling in `dtype`."""
-    key, known = (weight.data_ptr(), dtype, scaling), None
-    if _casts is not None and (known := _casts.get(key)) is not None:
+    casts = _casts.get()
+    key = (weight.data_ptr(), dtype, scaling)
+    if casts is not None and (known := casts.get(key)) is not None:
         return known[1]
     cast = (weight if scaling == 1.0 else weight * scaling).to(dtype)
-    if _casts is not None:
-        _casts[key] = weight, cast  # with the weight, or another tensor could take its address
+    if casts is not None:
+        casts[key] = weight, cast  # with the weight, or another tensor could take its address
     return cast
 
 

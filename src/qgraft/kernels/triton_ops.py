@@ -44,8 +44,8 @@ def triton_status() -> tuple[bool, str]:
     """(available, one line that says why) for `qgraft doctor` and the choice of kernels."""
     if find_spec("triton") is None:
         return False, "plain torch: triton is not installed"
-    if not interpreted() and not torch.cuda.is_available():
-        return False, "plain torch: no GPU that triton compiles for"
+    if not interpreted() and (torch.version.cuda is None or not torch.cuda.is_available()):
+        return False, "plain torch: no NVIDIA GPU, the one kind that the kernels were tried on"
     if not interpreted() and torch.cuda.get_device_capability() < (8, 0):
         return False, "plain torch: this GPU is older than compute capability 8.0"
     if not interpreted() and (missing := _missing_for_launchers()):

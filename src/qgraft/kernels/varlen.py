@@ -62,6 +62,8 @@ def status() -> tuple[bool, str]:
     missing = {"scale", "window_size"} - arguments
     if missing:
         return False, f"varlen_attn of torch {torch.__version__} has no {', '.join(sorted(missing))}: sample by sample"
+    if torch.version.hip is not None:
+        return False, "this GPU is not one of NVIDIA, the one kind that was tried: sample by sample"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         return False, "this GPU is older than compute capability 8.0, which FlashAttention needs: sample by sample"
     return (
