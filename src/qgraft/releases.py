@@ -36,6 +36,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "Trainer._get_num_items_in_batch(batch_samples,device) Trainer._prepare_inputs Trainer._clip_grad_norm(model) "
     "Trainer._save Trainer._get_output_dir Trainer._save_checkpoint Trainer._load_from_checkpoint "
     "Trainer._load_best_model Trainer.compute_loss_context_manager TrainingArguments.n_gpu",
+    "transformers.activations": "ACT2FN",
     "transformers.cache_utils": "DynamicLayer DynamicSlidingWindowLayer",
     "transformers.conversion_mapping": "get_model_conversion_mapping",
     "transformers.core_model_loading": "WeightConverter.convert WeightConverter.add_tensor WeightRenaming "

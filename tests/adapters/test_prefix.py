@@ -192,7 +192,8 @@ def test_only_the_prefix_trains_and_taking_it_off_leaves_the_model_as_it_was(arc
     model.eval()
     assert not torch.allclose(logits(model, ids), base)
     with adapters_off(model):
-        torch.testing.assert_close(logits(model, ids), base, rtol=1e-5, atol=1e-5)
+        # capped scores are computed otherwise than by the model's own attention, in another order of additions
+        torch.testing.assert_close(logits(model, ids), base, rtol=1e-5, atol=5e-5)
         assert (implementation != "sdpa") or torch.equal(logits(model, ids), base)
     detach_adapter(model, "a")
     assert torch.equal(logits(model, ids), base) and adapter_names(model) == []
