@@ -42,8 +42,7 @@ _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 def accept_rows(model: nn.Module, selection: Selection) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
-    if SHARED not in vars(model):
-        by_call(model)
+    by_call(model)
     for module in _entrances(model):
         setattr(module, SHARED, selection)
         if _HOOKS not in vars(module):
