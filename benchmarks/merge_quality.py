@@ -127,7 +127,7 @@ def run_one(case: dict[str, str]) -> dict[str, Any]:
 
 def convert(model: Any, format_: str) -> None:
     """The linear layers, but the output layer, in another format."""
-    from qgraft.adapters.attach import find_targets
+    from qgraft.adapters.targets import find_targets
     from qgraft.formats import get_format, quantize
 
     for path in find_targets(model, "all-linear"):

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
 import qgraft
-from qgraft.adapters.attach import find_targets, lora_modules
+from qgraft.adapters.attach import lora_modules
 from qgraft.adapters.layer_choice import layer_number, parse_layers
+from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError
 
 

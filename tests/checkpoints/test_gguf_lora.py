@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora, find_targets, lora_modules
+from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora, lora_modules
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.adapter_files import load_adapter
 from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.gguf_lora import FINGERPRINT, export_gguf_lora

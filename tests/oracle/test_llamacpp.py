@@ -17,8 +17,9 @@ from gguf import GGMLQuantizationType as Q
 from torch import nn
 
 import qgraft
-from qgraft.adapters.attach import attach_layers, find_targets, lora_modules, use_adapter
+from qgraft.adapters.attach import attach_layers, lora_modules, use_adapter
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.adapter_files import load_adapter
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_lora import export_gguf_lora

@@ -25,8 +25,9 @@ from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
 from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
 from qgraft.adapters.selection import SHARED, Selection, selection_of
-from qgraft.errors import AdapterError, OptionError, near_match
-from qgraft.linear import QuantizedLinear, is_plain_linear, weight_is_read
+from qgraft.adapters.targets import find_targets, modules_outside_adapters
+from qgraft.errors import AdapterError, OptionError
+from qgraft.linear import QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -111,7 +112,9 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
     selection = selection_of(model)
     if name is not None:
         selection.require([name])
-    holders = [(path, module) for path, module in _modules(model) if isinstance(module, LoraLinear | Prefixes)]
+    holders = [
+        (path, module) for path, module in modules_outside_adapters(model) if isinstance(module, LoraLinear | Prefixes)
+    ]
     names = list(selection.parts) if name is None else [name]
     homes = [(path, home) for path, home in holders if isinstance(home, Prefixes) and set(home.encoders) <= set(names)]
     with selection.taken("relieved of its last prefix") if homes else nullcontext():
@@ -257,7 +260,7 @@ def only_adapter(model: nn.Module, name: str | None) -> str:
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
     """(module path, layer) of every wrapped layer, in the order of the model."""
-    for path, module in _modules(model):
+    for path, module in modules_outside_adapters(model):
         if isinstance(module, LoraLinear):
             yield path, module
 
@@ -271,84 +274,9 @@ def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
             yield path, lora
 
 
-def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
-    """The paths of the linear layers that `target_modules` names; see attach_lora. Raises OptionError for none."""
-    layers = _linear_layers(model)
-    linears = list(layers)
-    if target_modules in ("all-linear", "all"):
-        getter = getattr(model, "get_output_embeddings", None)
-        output = getter() if getter else None
-        inner = [path for path, layer in layers.items() if layer is not output]
-        if not inner:
-            raise OptionError(f"target_modules={target_modules!r}: the model has no linear layer but its output layer")
-        return inner
-    if isinstance(target_modules, str) and not re.fullmatch(r"[\w.,\s-]+", target_modules):
-        return _match_regex(linears, target_modules)
-    names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
-    wanted = [name.strip() for name in names if name.strip()]
-    missing = [name for name in wanted if not any(is_named(path, name) for path in linears)]
-    if missing or not wanted:
-        _raise_unknown_targets(missing, linears)
-    return [path for path in linears if any(is_named(path, name) for name in wanted)]
-
-
-def _match_regex(linears: list[str], pattern: str) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise OptionError(f"target_modules={pattern!r} is not a regular expression: {error}") from error
-    matched = [path for path in linears if compiled.fullmatch(path)]
-    if not matched:
-        _raise_unknown_targets([pattern], linears)
-    return matched
-
-
-def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in linears})
-    close = [hint for name in missing if (hint := near_match(name, leaves))]
-    raise OptionError(
-        f"target_modules: no linear layer is named {', '.join(missing) or '(nothing)'}; "
-        f"the model has: {', '.join(leaves) or 'none'}",
-        hint=" ".join(close) or 'use one of these names, or "all-linear"',
-    )
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none.
-
-    Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read).
-    """
-    found = {
-        path: module
-        for path, module in _modules(model)
-        if path and (isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module))
-    }
-    return {path: module for path, module in found.items() if not weight_is_read(model, path)}
-
-
-def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() without what is inside of adapters: of a hundred LoRAs that is 20 000 modules."""
-    seen: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield path, module
-        if not isinstance(module, LoraLinear | Prefixes):
-            stem = f"{path}." if path else ""
-            waiting += reversed([(stem + name, child) for name, child in module.named_children()])
-
-
-def is_named(path: str, name: str) -> bool:
-    """Whether `name` is the module path or its last parts, as in PEFT."""
-    return path == name or path.endswith(f".{name}")
-
-
 def freeze(model: nn.Module) -> None:
     """Let nothing of the base train; wrapping a layer freezes that layer, and adapters are use_adapter's affair."""
-    for _, module in _modules(model):
+    for _, module in modules_outside_adapters(model):
         if not isinstance(module, LoraLinear):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
@@ -357,7 +285,7 @@ def freeze(model: nn.Module) -> None:
 def share(model: nn.Module) -> Selection:
     """One Selection for the whole model, also where parts of it had adapters attached, each with its own."""
     selection = selection_of(model)
-    for _, module in _modules(model):
+    for _, module in modules_outside_adapters(model):
         if SHARED in vars(module):
             setattr(module, SHARED, selection)
         if isinstance(module, LoraLinear | Prefixes) and module.selection is not selection:
@@ -370,7 +298,7 @@ def share(model: nn.Module) -> Selection:
 
 def prefixes_of(model: nn.Module) -> Prefixes | None:
     """What holds the model's prefixes, if it has any."""
-    return next((module for _, module in _modules(model) if isinstance(module, Prefixes)), None)
+    return next((module for _, module in modules_outside_adapters(model) if isinstance(module, Prefixes)), None)
 
 
 def _remove_home(model: nn.Module, path: str, home: Prefixes) -> None:

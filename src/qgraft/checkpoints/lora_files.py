@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import attach_layers, find_targets, is_named, lora_modules, lora_state_dict
+from qgraft.adapters.attach import attach_layers, lora_modules, lora_state_dict
 from qgraft.adapters.layer_choice import layer_number
+from qgraft.adapters.targets import find_targets, is_named
 from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.checkpoints.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
 

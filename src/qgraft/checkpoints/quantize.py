@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from qgraft.adapters.attach import adapter_names, find_targets, is_prefix
+from qgraft.adapters.attach import adapter_names, is_prefix
+from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.assemble import BaseInfo, weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import HELD, current_fingerprint

@@ -15,7 +15,8 @@ from pathlib import Path
 from torch import nn
 
 from qgraft import storage
-from qgraft.adapters.attach import active_adapters, find_targets
+from qgraft.adapters.attach import active_adapters
+from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
