@@ -1,5 +1,6 @@
 """How transformers puts a causal language model together: base model, layers, head, norms, rotations, hooks."""
 
+import importlib
 import inspect
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
@@ -121,6 +123,44 @@ def test_rotary_frequencies_are_the_buffer_inv_freq_with_the_original_beside(tin
     rotary.inv_freq = rotary.inv_freq / 2
     cos, _ = rotary(torch.zeros(1, 1, 32), position_ids=torch.tensor([[2]]))
     torch.testing.assert_close(cos[0, 0, 0], torch.tensor(1.0).cos())
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_changes_with_the_length_says_so_and_can_be_begun_anew(kind, tiny):
+    own = {"dynamic": {"factor": 2.0}, "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 2.0}}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 64, **own[kind]}
+    rotary = tiny(
+        "llama", max_position_embeddings=128 if kind == "longrope" else 64, rope_parameters=rope
+    ).base_model.rotary_emb
+    assert kind in str(rotary.rope_type)
+    first = dict(rotary.named_buffers())["original_inv_freq"].clone()
+    short = rotary(torch.zeros(1, 4, 32), position_ids=torch.arange(4)[None])
+    rotary(torch.zeros(1, 100, 32), position_ids=torch.arange(100)[None])
+    assert torch.equal(rotary.original_inv_freq, first), "the frequencies as they were made are no longer kept"
+    rotary.inv_freq = first.clone()
+    for name in [name for name in vars(rotary) if name.endswith("max_seq_len_cached")]:
+        setattr(rotary, name, rotary.original_max_seq_len)
+    again = type(rotary).forward(rotary, torch.zeros(1, 4, 32), position_ids=torch.arange(4)[None])
+    assert torch.equal(again[0], short[0]) and torch.equal(again[1], short[1])
+
+
+@pytest.mark.parametrize(
+    "kind,name", [("llama", "Llama"), ("mistral", "Mistral"), ("qwen2", "Qwen2"), ("qwen3", "Qwen3")]
+)
+def test_the_parts_of_llamas_kin_are_classes_of_their_own_module_with_these_names(kind, name, tiny):
+    model = tiny(kind)
+    module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
+    layer = model.base_model.layers[0]
+    parts = {
+        "Model": model.base_model, "DecoderLayer": layer, "Attention": layer.self_attn, "MLP": layer.mlp,
+        "RMSNorm": layer.input_layernorm, "RotaryEmbedding": model.base_model.rotary_emb,
+    }  # fmt: skip
+    assert {part: type(one) for part, one in parts.items()} == {
+        part: getattr(module, f"{name}{part}") for part in parts
+    }
+    configuration = importlib.import_module(f"transformers.models.{kind}.configuration_{kind}")
+    assert type(model.config) is getattr(configuration, f"{name}Config") and model.config.hidden_act == "silu"
+    assert type(layer.mlp.act_fn) in (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def test_checkpointing_sets_a_flag_and_a_function_on_each_layer(tiny):
