@@ -35,6 +35,8 @@ def main() -> int:
         print(f"== {name}: {' '.join(f'{key}={value}' for key, value in variables.items())}", flush=True)
         start = time.monotonic()
         command = [sys.executable, "-m", "pytest", "-q", "-rfE", *(sys.argv[1:] or ["-n", "2"]), *TESTS]
+        if name != "reference":
+            command += ["-k", "not reference-"]  # what each level would repeat
         code = subprocess.run(command, env={**os.environ, **variables}, check=False).returncode
         print(f"== {name}: {'failed' if code else 'passed'} in {time.monotonic() - start:.0f} s", flush=True)
         failed += [name] * bool(code)

@@ -1,5 +1,6 @@
 """Random packed weights of every format, and switches for what is chosen once a process: kernels, the CPU level."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -52,11 +53,18 @@ def use_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | Non
     choose.cache_clear()
 
 
+def skip_without_native() -> None:
+    available, why = native_status()
+    if not available:
+        pytest.skip(f"native kernels are {why}")
+    if os.environ.get(KERNELS_VARIABLE) == "reference":
+        pytest.skip(f"{KERNELS_VARIABLE}=reference")
+
+
 @pytest.fixture
 def native_kernels(use_kernels: Callable[[str | None], None]) -> None:
-    """The C library serves, whatever QGRAFT_KERNELS says; or the test is skipped where it is not built."""
-    if not native_status()[0]:
-        pytest.skip(f"native kernels are {native_status()[1]}")
+    """The C library serves; or the test is skipped where it is not built, or not wanted."""
+    skip_without_native()
     use_kernels("native")
 
 
@@ -101,9 +109,7 @@ def cpu_level_or_reference(request: pytest.FixtureRequest, reload: Callable[...,
 
 
 def take_level(level: str, reload: Callable[..., None]) -> None:
-    available, why = native_status()
-    if not available:
-        pytest.skip(f"native kernels are {why}")
+    skip_without_native()
     if level not in library.levels(library.loaded()):
         pytest.skip(f"this CPU has no {level}")
     if (forced := library.forced_level()) not in (None, level):
