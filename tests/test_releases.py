@@ -51,11 +51,12 @@ def test_the_version_of_the_package_is_the_same_in_both_places():
 
 
 def test_releases_within_the_range_are_tested_and_others_are_not():
-    inside = {"transformers": "5.24.3", "torch": "2.13.0+cpu", "peft": "0.21.2", "safetensors": "0.8.0"}
+    inside = {"transformers": "5.24.3", "torch": "2.13.0+cpu", "peft": "0.21.2", "safetensors": "0.8.0", "gguf": "0.17.1"}
     assert untested(inside) == {}
     assert untested({"transformers": "5.25.0.dev0", "torch": "2.10.1"}) == {
         "transformers": "transformers 5.25.0.dev0 (tested: 5.17 to 5.24)", "torch": "torch 2.10.1 (tested: 2.11 to 2.13)",
     }  # fmt: skip
+    assert untested({"gguf": "0.17.0"})["gguf"] == "gguf 0.17.0 (tested: 0.17.1 to 0.19)"
     assert untested({"safetensors": "1.0"})["safetensors"] == "safetensors 1.0 (tested: 0.8)"
     assert range_of("transformers") == ">=5.17,<5.25"
 

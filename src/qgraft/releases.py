@@ -20,7 +20,7 @@ TESTED = {  # library -> the oldest and the newest release, as far as the digits
     "torch": ("2.11", "2.13"),
     "transformers": ("5.17", "5.24"),
     "accelerate": ("1.10", "1.15"),
-    "gguf": ("0.17", "0.19"),
+    "gguf": ("0.17.1", "0.19"),  # 0.17.0 takes no sentencepiece above 0.2.0
     "safetensors": ("0.8", "0.8"),
     "huggingface-hub": ("1.5", "2.4"),
     "sentencepiece": ("0.2.2", "0.2.3"),  # 0.2.1 cuts some texts into other pieces
@@ -77,7 +77,8 @@ def untested(releases: Mapping[str, str]) -> dict[str, str]:
     phrases = {}
     for name, release in releases.items():
         oldest, newest = TESTED[name]
-        if not _numbers(oldest) <= _numbers(release)[: len(_numbers(newest))] <= _numbers(newest):
+        here = _numbers(release)
+        if here < _numbers(oldest) or here[: len(_numbers(newest))] > _numbers(newest):
             tested = oldest if oldest == newest else f"{oldest} to {newest}"
             phrases[name] = f"{name} {release} (tested: {tested})"
     return phrases
