@@ -51,7 +51,13 @@ def test_the_version_of_the_package_is_the_same_in_both_places():
 
 
 def test_releases_within_the_range_are_tested_and_others_are_not():
-    inside = {"transformers": "5.24.3", "torch": "2.13.0+cpu", "peft": "0.21.2", "safetensors": "0.8.0", "gguf": "0.17.1"}
+    inside = {
+        "transformers": "5.24.3",
+        "torch": "2.13.0+cpu",
+        "peft": "0.21.2",
+        "safetensors": "0.8.0",
+        "gguf": "0.17.1",
+    }
     assert untested(inside) == {}
     assert untested({"transformers": "5.25.0.dev0", "torch": "2.10.1"}) == {
         "transformers": "transformers 5.25.0.dev0 (tested: 5.17 to 5.24)", "torch": "torch 2.10.1 (tested: 2.11 to 2.13)",
