@@ -18,7 +18,7 @@ from triton.compiler import ASTSource
 
 from qgraft.kernels import triton_blocks, triton_ops, triton_rows
 
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
 Case = tuple[str, Any, dict[str, Any], dict[str, Any], int]
 
@@ -38,7 +38,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], constants: dict[str, Any], 
     return triton.compile(source, target=GPUTarget("cuda", level, 32), options={"num_warps": warps})
 
 
-def resources(kernel: Any) -> tuple[int, int, int]:
+def resources(kernel: Any, level: int) -> tuple[int, int, int]:
     """(registers of a thread, bytes spilled, bytes of shared memory)."""
     code = kernel.asm["ptx"]
     target = re.search(r"\.target (sm_\w+)", code)
@@ -46,7 +46,8 @@ def resources(kernel: Any) -> tuple[int, int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(code)
-        words = [str(PTXAS), "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path) + ".cubin"]
+        assembler = TOOLS / ("ptxas-blackwell" if level >= 100 else "ptxas")
+        words = [str(assembler), "-v", f"--gpu-name={target[1]}", str(path), "-o", str(path) + ".cubin"]
         log = subprocess.run(words, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", log)
     assert registers is not None, log
@@ -98,7 +99,7 @@ def main(words: list[str]) -> int:
     """0 where all is well."""
     level, formats, bad = int(words[0]), tuple(words[1:]) or tuple(triton_ops.UNITS), 0
     for name, kernel, arguments, constants, warps in cases(formats):
-        registers, spilled, shared = resources(compiled(kernel, arguments, constants, warps, level))
+        registers, spilled, shared = resources(compiled(kernel, arguments, constants, warps, level), level)
         wrong = bool(spilled) or shared > SHARED[level]
         bad += wrong
         print(f"sm_{level} {name:22} {registers:4} registers {spilled:5} spilled {shared:6} shared{' <--' * wrong}")
