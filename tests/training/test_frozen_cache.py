@@ -144,14 +144,23 @@ def upper(tiny_gguf):
 SAMPLES = [Sample([5 + i % 50, 9, 11, *range(20, 40 + i)], [-100, *range(20, 42 + i)], "") for i in range(6)]
 
 
+def hooks(model):
+    """All hooks on the first layer and on the decoder."""
+    return [
+        list(module._forward_hooks) + list(module._forward_pre_hooks)
+        for module in (decoder_layers(model)[0], model.base_model)
+    ]
+
+
 def test_the_file_has_no_name_while_it_is_used_and_equal_samples_share_a_place(upper, tmp_path):
+    before = hooks(upper)
     with frozen_layers_cached(upper, SAMPLES, tmp_path / "new") as notes:
         assert list((tmp_path / "new").iterdir()) == []
         with frozen_layers_cached(upper, [*SAMPLES, *SAMPLES], tmp_path / "twice") as doubled:
             tokens = sum(len(sample.input_ids) for sample in SAMPLES)
             assert f"{tokens} tokens x 256 bytes" in notes[0] and f"{tokens} tokens" in doubled[0]
     assert "forward" not in vars(decoder_layers(upper)[0])
-    assert not decoder_layers(upper)[0]._forward_pre_hooks and not upper.base_model._forward_hooks
+    assert hooks(upper) == before
 
 
 def test_a_forward_that_was_there_before_comes_back(upper, tmp_path):
