@@ -1,6 +1,8 @@
 """fast_decoding() against transformers' own forward pass."""
 
+import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
@@ -46,7 +48,7 @@ def load(tiny_gguf: Callable[..., Any]) -> Callable[..., Any]:
 
 def logits(model: Any, ids: torch.Tensor, prompt: int = 5, cache: DynamicCache | None = None) -> torch.Tensor:
     """Of the prompt's last token and of all that follow it, decoded one by one: [tokens, vocabulary]."""
-    cache = cache or DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config) if cache is None else cache
     with torch.inference_mode():
         rows = [model(ids[:, :prompt], **{CACHE: cache}, use_cache=True).logits[0, -1]]
         for t in range(prompt, ids.shape[1]):
@@ -331,15 +333,18 @@ def test_a_prefix_is_left_to_transformers_until_it_is_off(load, random_ids, monk
     assert_same(got, logits(model, ids))
 
 
-def test_the_rows_of_a_batch_are_left_to_the_layers(load, random_ids, monkeypatch):
+def test_a_row_with_its_adapter_is_decoded_in_c_and_several_are_left_to_the_layers(load, random_ids, monkeypatch):
     model = load()
     attach(model, "law")
-    ids = random_ids(model, 1, 6)
-    options = {"attention_mask": torch.ones_like(ids), "adapter_names": [None], "max_new_tokens": 6}
-    want = model.generate(ids, **options)
-    with fast_decoding(model), counted(monkeypatch) as steps:
-        assert model.generate(ids, **options).tolist() == want.tolist()
-    assert steps == []
+    attach(model, "med")
+    ids = random_ids(model, 2, 6)
+    for names in (["law"], [None], ["law", "med"]):
+        rows = ids[: len(names)]
+        options = {"attention_mask": torch.ones_like(rows), "max_new_tokens": 6, "min_new_tokens": 6}
+        want = model.generate(rows, adapter_names=names, **options)
+        with fast_decoding(model), counted(monkeypatch) as steps:
+            assert model.generate(rows, adapter_names=names, **options).tolist() == want.tolist()
+        assert len(steps) == (5 if len(names) == 1 else 0)
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3", "gpt2", "nemotron", "phi3", "stablelm", "starcoder2"])
@@ -352,15 +357,162 @@ def test_other_architectures_are_refused_with_a_reason(load, random_ids, archite
         assert torch.equal(logits(model, ids), want)
 
 
-def test_a_model_that_computes_otherwise_is_found_out_by_trial(load):
-    model = load("llama", config={"hidden_act": "relu"})
-    model.config.hidden_act = "relu"
-    for layer in model.base_model.layers:
-        layer.mlp.act_fn = torch.nn.ReLU()
-    with fast_decoding(model) as problem:
-        assert problem is not None and "otherwise" in problem
-
-
 def test_floats_are_refused(tiny_gguf):
     with fast_decoding(tiny_gguf("llama").model) as problem:
         assert problem is not None and "packed" in problem
+
+
+# ---------------------------------------------------------------- long texts, and what only shows in them
+
+
+SHAPE = {
+    "vocab_size": 100, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 128, "pad_token_id": None,
+}  # fmt: skip
+ROPES = {
+    "default": {},
+    "linear": {"factor": 2.5},
+    "dynamic": {"factor": 2.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0},
+    "llama3": {
+        "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+    },
+    "longrope": {
+        "short_factor": [1.0 + i / 16 for i in range(16)], "long_factor": [2.0 + i for i in range(16)],
+        "original_max_position_embeddings": 16, "factor": 4.0,
+    },
+}  # fmt: skip
+
+
+def packed(kind: str, **options: Any) -> Any:
+    """A packed model of a class of transformers, with weights large enough that every token moves the logits."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**SHAPE, **options})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(4)
+    return qgraft.quantize(model, "q8_0") or model
+
+
+@pytest.mark.parametrize("prompt", [3, 24])
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_every_rotation_beyond_the_length_it_was_made_for(random_ids, monkeypatch, kind, rope, prompt):
+    """Tokens from within the original 16 positions, or for "dynamic" 20, and from far beyond them."""
+    options = {"max_position_embeddings": 20} if rope == "dynamic" else {}
+    model = packed(kind, rope_parameters={"rope_type": rope, "rope_theta": 1e4, **ROPES[rope]}, **options)
+    ids = random_ids(model, 1, 60)
+    want = logits(copy.deepcopy(model), ids, prompt)  # "dynamic" goes on from the longest text there was
+    with fast_decoding(model) as problem, counted(monkeypatch) as steps:
+        got = logits(model, ids, prompt)
+    assert (problem, steps) == (None, list(range(prompt, 60)))
+    assert_same(got, want)
+
+
+WINDOWS = {
+    "Mistral": {"sliding_window": 12},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    "Qwen3": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+}
+
+
+@pytest.mark.parametrize("prompt", [5, 11, 30])
+@pytest.mark.parametrize("with_config", [True, False], ids=["sliding cache", "whole cache"])
+@pytest.mark.parametrize("kind", WINDOWS)
+def test_beyond_a_window_transformers_decodes(random_ids, monkeypatch, kind, with_config, prompt):
+    model = packed(kind, **WINDOWS[kind])
+    ids = random_ids(model, 1, 40)
+
+    def cache() -> DynamicCache:
+        return DynamicCache(config=model.config) if with_config else DynamicCache()
+
+    want = logits(model, ids, prompt, cache())
+    with fast_decoding(model) as problem, counted(monkeypatch) as steps:
+        got = logits(model, ids, prompt, cache())
+    assert problem is None
+    assert steps == list(range(prompt, 11 if with_config else 12))
+    assert_same(got, want)
+
+
+def test_scaled_positions_are_refused(random_ids):
+    """Ministral 3 is made of Llama's parts, and scales queries by their positions beyond the original 16."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0}
+    model = packed("Ministral3", rope_parameters={**ROPES["yarn"], **rope}, sliding_window=None)
+    ids = random_ids(model, 1, 60)
+    want = logits(model, ids)
+    with fast_decoding(model) as problem:
+        assert problem is not None and problem.startswith("Ministral3Model: C decodes LlamaModel, MistralModel")
+        assert torch.equal(logits(model, ids), want)
+
+
+# ---------------------------------------------------------------- more than one user
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_eight_threads_each_with_its_adapter_and_its_conversation(load, random_ids, monkeypatch, threads):
+    model = load("qwen2")
+    names = ["law", "med", "tax", None]
+    for name in names[:3]:
+        attach(model, name, scale=0.3)
+    qgraft.attach_prefix(model, pre_seq_len=3, name="prefix")
+    prompts = [random_ids(model, 1, 5 + index % 3, index) for index in range(8)]
+    users = [[*names, "prefix"][index % 5] for index in range(8)]
+
+    def answer(index: int) -> torch.Tensor:
+        told = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        ids, user = prompts[index], users[index]
+        return torch.stack(
+            model.generate(ids, attention_mask=torch.ones_like(ids), adapter_names=[user], **told).logits
+        )
+
+    wrong: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # new threads take it over
+    with fast_decoding(model) as problem, counted(monkeypatch) as steps:
+        want = [answer(index) for index in range(8)]
+        alone = len(steps)
+
+        def ask(index: int) -> None:
+            for _ in range(12):
+                with fast_decoding(model):
+                    wrong.extend([index] * (not torch.equal(answer(index), want[index])))
+
+        try:
+            with ThreadPoolExecutor(8) as pool:
+                list(pool.map(ask, range(8)))
+        finally:
+            torch.set_num_threads(before)
+    assert (problem, wrong) == (None, [])
+    assert alone > 20 and len(steps) == 13 * alone  # all but the prefix's tokens
+    assert not any(torch.equal(a, b) for a, b in pairwise(want))
+
+
+def test_the_last_user_puts_the_forward_pass_back(load, random_ids, monkeypatch):
+    model = load()
+    ids = random_ids(model, 1, 8)
+    want = logits(model, ids)
+    first, second = fast_decoding(model), fast_decoding(model)
+    with counted(monkeypatch) as steps:
+        assert first.__enter__() is None and second.__enter__() is None
+        first.__exit__(None, None, None)
+        assert_same(logits(model, ids), want)
+        assert len(steps) == 3
+        second.__exit__(None, None, None)
+        assert torch.equal(logits(model, ids), want)
+        assert len(steps) == 3
+    assert "forward" not in vars(model.base_model)
+
+
+def test_a_copy_decodes_by_its_own_weights(load, random_ids, monkeypatch):
+    model = load()
+    ids = random_ids(model, 1, 8)
+    with fast_decoding(model), counted(monkeypatch) as steps:
+        other = copy.deepcopy(model)
+        for layer in other.base_model.layers:
+            layer.mlp.down_proj.replace(_random("q8_0", (64, 256)))
+        got = logits(other, ids)
+        assert steps == []
+        assert not torch.allclose(got, logits(model, ids), rtol=1e-2, atol=1e-2)
+    with fast_decoding(other):
+        assert_same(logits(other, ids), got)
