@@ -1,6 +1,7 @@
 """merge() and unmerge(): what is kept, what stays as it was, and what happens when something goes wrong half-way."""
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -583,3 +584,20 @@ def test_rows_of_several_adapters_are_put_together(trained, rows, tmp_path, monk
         merge(model, tokenizer)
     texts = [tokenizer.decode(sample.input_ids) for sample in seen]
     assert [("Alpha" in text, "Beta" in text) for text in texts] == [(True, False)] * 10 + [(False, True)] * 10
+
+
+def test_other_threads_may_not_call_a_model_that_is_merged(trained, rows):
+    """Its weights are exchanged again and again meanwhile."""
+    (model, _), refused = trained().load(), []
+    ids = torch.arange(4, 12)[None]
+
+    def ask(*_: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            refused.append(type(pool.submit(model, ids).exception()))
+
+    hook = model.base_model.layers[0].mlp.register_forward_hook(ask)
+    merge(model, calibration=rows, method="nearest", min_retained=ANY)
+    hook.remove()
+    assert set(refused) == {UnsupportedError}
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(model, ids).result().logits, model(ids).logits)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.models.cohere import modeling_cohere
@@ -208,6 +209,55 @@ def test_a_rotation_of_another_kind_is_left_alone() -> None:
     own = modeling_cohere.apply_rotary_pos_emb  # it turns neighbouring channels
     with lean_modules(attention_of(modeling_cohere)):
         assert modeling_cohere.apply_rotary_pos_emb is own
+
+
+def test_a_block_within_a_block_leaves_what_the_outer_one_put_there() -> None:
+    norms = nn.ModuleList([LlamaRMSNorm(8), LlamaRMSNorm(8)]).requires_grad_(False)
+    with lean_modules(norms) as count:
+        outer = [vars(norm)["forward"] for norm in norms]
+        with lean_modules(norms) as inner:
+            assert inner == count == 2
+        assert [vars(norm)["forward"] for norm in norms] == outer
+    assert not any("forward" in vars(norm) for norm in norms)
+
+
+def test_a_forward_pass_that_somebody_replaced_is_kept_and_runs() -> None:
+    """As accelerate's hooks replace it, to fetch weights or move inputs."""
+    norm, calls = LlamaRMSNorm(8).requires_grad_(False), []
+    own = norm.forward
+
+    def hooked(x: Tensor) -> Tensor:
+        calls.append(1)
+        return own(x)
+
+    norm.forward = hooked
+    with lean_modules(norm) as count:
+        assert count == 0
+        norm(torch.randn(3, 8))
+    assert vars(norm)["forward"] is hooked and calls == [1]
+
+
+def test_accelerates_hooks_are_kept() -> None:
+    norm = LlamaRMSNorm(8).requires_grad_(False)
+    add_hook_to_module(norm, ModelHook())
+    with lean_modules(norm):
+        norm(torch.randn(3, 8))
+    remove_hook_from_module(norm)
+    x = torch.randn(3, 8)
+    assert torch.equal(norm(x), LlamaRMSNorm(8)(x))
+
+
+def test_the_last_of_several_runs_puts_the_function_back() -> None:
+    """Runs in threads do not end in the order in which they began."""
+    own = modeling_llama.apply_rotary_pos_emb
+    first, second = lean_modules(attention_of(modeling_llama)), lean_modules(attention_of(modeling_llama))
+    first.__enter__()
+    second.__enter__()
+    lean = modeling_llama.apply_rotary_pos_emb
+    first.__exit__(None, None, None)
+    assert modeling_llama.apply_rotary_pos_emb is lean is not own
+    second.__exit__(None, None, None)
+    assert modeling_llama.apply_rotary_pos_emb is own
 
 
 def test_the_models_own_function_is_back_after_an_error() -> None:

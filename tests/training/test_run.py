@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import safetensors.torch
@@ -11,7 +12,7 @@ import torch
 import qgraft
 from qgraft import storage
 from qgraft.checkpoints.adapter_files import trained_with
-from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError
+from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import trainer as trainer_module
 from qgraft.training.callbacks import StopOnSignal
@@ -352,3 +353,27 @@ def test_the_loss_curve_of_rounded_products_is_that_of_float32_within_a_percent(
     assert curves[0] != curves[1], "the option must do something"
     assert curves[1] == pytest.approx(curves[0], rel=0.01)
     assert curves[0][-2] < 0.9 * curves[0][0], "there must be a curve"
+
+
+@pytest.mark.parametrize("work", ["train", "evaluate"])
+def test_other_threads_may_not_call_a_model_that_is_trained_or_evaluated(tiny_gguf, tmp_path, work):
+    """It drops inputs, attends within samples and rounds products meanwhile: an answer would be another one."""
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    qgraft.attach_lora(model, r=2)
+    ids, refused = torch.arange(3, 9)[None], []
+
+    def ask(*_):
+        with ThreadPoolExecutor(1) as pool:
+            refused.append(type(pool.submit(model, ids).exception()))
+
+    want = model(ids).logits
+    hook = model.base_model.layers[0].mlp.register_forward_hook(ask)
+    if work == "train":
+        train(model, tokenizer, ROWS, arguments(tmp_path / "out", max_steps=1, save_strategy="no"))
+    else:
+        qgraft.evaluate(model, tokenizer, ROWS)
+    hook.remove()
+    assert set(refused) == {UnsupportedError}
+    with ThreadPoolExecutor(1) as pool:
+        after = pool.submit(model, ids).result().logits
+    assert torch.equal(after, want) == (work == "evaluate")
