@@ -42,7 +42,8 @@ _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 def accept_rows(model: nn.Module, selection: Selection) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
-    by_call(model)
+    if SHARED not in vars(model):  # once a model, not once an adapter
+        by_call(model)
     for module in _entrances(model):
         setattr(module, SHARED, selection)
         if _HOOKS not in vars(module):
