@@ -48,14 +48,17 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows[kind] = outcome(kind, Path(folder))
         print(f"{kind}: {rows[kind]}", flush=True)
+    write(rows, transformers.__version__)
+
+
+def write(rows: dict[str, str], version: str) -> None:
+    """The page; exits with an error where an outcome is that something is wrong."""
     counts = [
         sum(text.startswith(word) for text in rows.values()) for word in ("exact", "refused", "not tried", "wrong")
     ]
     if counts.pop():
         sys.exit("something is wrong: the table is left as it is")
-    head = HEAD.format(
-        version=transformers.__version__, **dict(zip(("exact", "refused", "others"), counts, strict=True))
-    )
+    head = HEAD.format(version=version, **dict(zip(("exact", "refused", "others"), counts, strict=True)))
     lines = [f"| `{kind}` | {text} |" for kind, text in rows.items()]
     (HERE / "architectures.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
 
