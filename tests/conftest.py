@@ -399,6 +399,19 @@ def tiny_chatglm(
 
 
 @pytest.fixture(scope="session")
+def gemma_scaled() -> Callable[..., Any]:
+    """Gives a Gemma that transformers read from a GGUF the scale of the one it was made of: no key states it."""
+
+    def scale(read: Any, made: Any) -> Any:
+        for module in read.modules():
+            if hasattr(module, "scaling") and hasattr(made.config, "query_pre_attn_scalar"):
+                module.scaling = made.config.query_pre_attn_scalar**-0.5
+        return read
+
+    return scale
+
+
+@pytest.fixture(scope="session")
 def random_ids() -> Callable[..., torch.Tensor]:
     """ids_for, for test files (which cannot import from here)."""
     return ids_for

@@ -80,9 +80,15 @@ def weight_is_read(model: nn.Module, path: str) -> bool:
 
 @cache
 def _read_weights(module: str) -> frozenset[str]:
-    """The names of layers whose weights are read in a Python module, for more than their dtype or device."""
-    source = inspect.getsource(sys.modules[module])
-    return frozenset(re.findall(r"\bself\.(?:\w+\.)*(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)", source))
+    """The names of layers whose weights are read in a Python module, for more than their dtype or device.
+
+    What begins with `module.` is not: so the functions call what they initialize.
+    """
+    source = re.sub(
+        r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module])
+    )  # names in strings are no code
+    chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)"
+    return frozenset(re.findall(chain, source))
 
 
 def nothing(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -95,7 +95,9 @@ def test_the_real_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
-def test_changed_layers(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, architecture: str, tied: bool) -> None:
+def test_changed_layers(
+    tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, gemma_scaled: Maker, architecture: str, tied: bool
+) -> None:
     tiny, copy = tiny_gguf(architecture, tied=tied), tmp_path / "copy.gguf"
     model = load(tiny.path)
     changed = [path for path, layer in linears(model).items() if FORMATS[layer.packed.format].quantize is not None]
@@ -113,6 +115,7 @@ def test_changed_layers(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, arc
         assert np.array_equal(tensor.data, old[name].data) == (parameters[name] not in changed), name
 
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=copy.name, dtype=torch.float32).eval()
+    gemma_scaled(theirs, tiny.model)
     for path in changed:
         weight = theirs.get_submodule(path).weight
         ours = model.get_submodule(path).dequantize()
