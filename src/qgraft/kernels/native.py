@@ -23,11 +23,11 @@ from torch import Tensor
 from qgraft.formats import PackedTensor
 from qgraft.kernels.library import level, loaded
 
-FORMAT_IDS = {  # as in native.c; float32 needs no unpacking, so the reference serves it
+FORMAT_IDS = {  # as in native.h; float32 needs no unpacking, so the reference serves it
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
     "q4_k": 9, "q5_k": 10, "q6_k": 11,
 }  # fmt: skip
-INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in native.c
+INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in native.h
 
 FEW_PLAIN_ROWS = 2  # of x, up to which the plain C loop of CPUs without AVX2 beats torch.mm
 BF16_ROWS = 10  # of x or g, from which on rounding them and W to bfloat16 saves time; fewer are computed in float32
