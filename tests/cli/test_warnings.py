@@ -20,7 +20,7 @@ for words in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_nothing_that_people_do_every_day_prints_a_warning(architecture, tiny_gguf, tmp_path):
     model, rows = str(tiny_gguf(architecture).path), tmp_path / "rows.jsonl"
     lines = [{"prompt": f"hello {i} world the cat", "response": f"the cat {i % 3} sat " * 2} for i in range(24)]
