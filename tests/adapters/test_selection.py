@@ -311,6 +311,21 @@ def test_a_call_within_a_call_is_one_of_its_own(model: Any) -> None:
     assert torch.equal(inner[0], other) and torch.equal(inner[1], plain)
 
 
+def test_a_model_that_helps_another_goes_by_its_own_adapters(model: Any) -> None:
+    helper, seen = copy.deepcopy(model), []
+    use_adapter(helper, "med")
+    ids = ids_of(1, 6)
+    answer = model.generate(ids, adapter_names=["tax"], max_new_tokens=6, do_sample=False)
+
+    def note(*_: Any) -> None:
+        seen.append((active_adapters(helper), selection_of(model).now().row_names))
+
+    helper.model.layers[0].mlp.register_forward_hook(note)
+    told = {"max_new_tokens": 6, "do_sample": False, "assistant_model": helper}
+    assert torch.equal(model.generate(ids, adapter_names=["tax"], **told), answer)
+    assert seen and all(each == ({"med": 1.0}, ("tax",)) for each in seen)
+
+
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "generate"])
 def test_nothing_is_left_of_a_call_that_was_broken_off(model: Any, error: type[BaseException], where: str) -> None:
@@ -405,6 +420,16 @@ def test_adapters_that_are_not_in_use_come_and_go(model: Any) -> None:
     hook.remove()
     assert torch.equal(got, want)
     assert adapter_names(model) == ["law", "tax", "prefix", "new"]
+
+
+def test_threads_that_attach_at_once_all_do(model: Any) -> None:
+    """Two that wrapped the same layer would lose one of the wrappers, and the adapter on it."""
+    detach_adapter(model)
+    all_at_once([lambda name=name: qgraft.attach_lora(model, r=2, name=name) for name in "abcdefgh"])  # type: ignore[misc]
+    assert sorted(adapter_names(model)) == list("abcdefgh")
+    assert all(list(layer.loras) == adapter_names(model) for _, layer in lora_layers(model))
+    all_at_once([lambda name=name: detach_adapter(model, name) for name in "abcdefgh"])  # type: ignore[misc]
+    assert not list(lora_layers(model)) and "generate" not in vars(model)
 
 
 def test_the_last_prefix_stays_while_there_are_calls(model: Any) -> None:

@@ -24,7 +24,7 @@ from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_laye
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
 from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
-from qgraft.adapters.selection import SHARED, Selection, selection_of
+from qgraft.adapters.selection import SHARED, Selection, one_at_a_time, selection_of
 from qgraft.adapters.targets import find_targets, modules_outside_adapters
 from qgraft.errors import AdapterError, OptionError
 from qgraft.linear import QuantizedLinear
@@ -64,6 +64,7 @@ def attach_lora(
     return config
 
 
+@one_at_a_time
 def attach_layers(
     model: nn.Module,
     name: str,
@@ -102,6 +103,7 @@ def is_reserved(name: str) -> bool:
     return hasattr(nn.ModuleDict(), name)
 
 
+@one_at_a_time
 def detach_adapter(model: nn.Module, name: str | None = None) -> None:
     """Take the adapter `name` (default: every adapter), LoRA or prefix, off the model.
 

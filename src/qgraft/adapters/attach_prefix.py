@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows
-from qgraft.adapters.selection import Rows, Selection, selection_of
+from qgraft.adapters.selection import Rows, Selection, one_at_a_time, selection_of
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
@@ -49,6 +49,7 @@ def attach_prefix(
     return config
 
 
+@one_at_a_time
 def attach_encoder(
     model: nn.Module,
     name: str,
@@ -85,6 +86,7 @@ def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> 
     return PrefixEncoder(config, geometry, base.get_input_embeddings().embedding_dim)
 
 
+@one_at_a_time
 def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
     """Put what make_encoder made on the model as `name`, the active adapter."""
     check_new_name(model, name)

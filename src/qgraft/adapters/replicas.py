@@ -13,6 +13,7 @@ from torch import nn
 
 from qgraft.adapters.attach import adapter_names, detach_adapter, lora_modules, share, wrapped
 from qgraft.adapters.rows import accept_rows
+from qgraft.adapters.selection import one_at_a_time
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -27,6 +28,7 @@ def replicate(model: Model, keep: str) -> Model:
     return replica
 
 
+@one_at_a_time
 def adopt_lora(model: nn.Module, replica: nn.Module, name: str) -> None:
     """Put the LoRA `name` that was attached to a replica on the model, inactive: the same modules in both."""
     if name in adapter_names(model):

@@ -65,8 +65,8 @@ def refuse_rows(model: nn.Module) -> None:
 
 
 def _entrances(model: nn.Module) -> tuple[nn.Module, ...]:
-    decoder = getattr(model, "base_model", model)
-    return (model,) if decoder is model else (model, decoder)
+    decoder = getattr(model, "base_model", None)
+    return (model, decoder) if isinstance(decoder, nn.Module) and decoder is not model else (model,)
 
 
 class _Generate:
@@ -94,8 +94,9 @@ class _Generate:
 def _alone_if_needed(model: Any, selection: Selection, options: Mapping[str, Any]) -> Any:
     """The model taken for this thread where generate() keeps something in it: another call would mix it up."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    decoder = getattr(model, "base_model", model)
-    if kind in _KEEP_STATE or "rope_deltas" in vars(decoder):  # positions of pictures, counted on from the prompt
+    if kind in _KEEP_STATE or any(
+        "rope_deltas" in vars(module) for module in _entrances(model)
+    ):  # positions of pictures, counted on from the prompt
         return selection.taken("used for an answer whose state it keeps in its layers")
     if options.get("assistant_early_exit") is not None:  # which leaves layers out of the configuration for a while
         return selection.taken("used for an answer with assistant_early_exit")

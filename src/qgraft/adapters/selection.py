@@ -14,7 +14,7 @@ one that a streamer starts, begins with the default. A layer asks `selection.now
 Some work is on the whole model and cannot be told apart by calls: training turns dropout on and exchanges the attention,
 merging exchanges weights. It takes the model for its thread (`Selection.taken`), and is refused while other threads call
 the model; their calls are refused while it lasts. An adapter that another thread's call goes by cannot be taken off.
-Nothing waits for anything, so nothing can lock up.
+No call waits for anything, so nothing can lock up; threads that attach and detach do so one after another.
 
 Not chosen: a lock around each call, with which a server answers one request at a time; threading.local, which an asyncio
 server shares among its requests.
@@ -40,7 +40,8 @@ Result = TypeVar("Result")
 
 SHARED = "adapter_selection"  # where a model that takes calls (rows.py) keeps its Selection
 _NOW: ContextVar["Active | None"] = ContextVar("qgraft_active", default=None)
-_CHANGING = threading.Lock()  # held for moments, while calls begin and end and selections change
+_CHANGING = threading.Lock()  # held for moments, while calls begin and selections change
+_ATTACHING = threading.RLock()  # held while adapters are put on models and taken off
 
 
 @dataclass(frozen=True, eq=False)
@@ -304,6 +305,17 @@ def selection_of(model: nn.Module) -> Selection:
         return own
     held = (vars(module).get("selection") for module in model.modules())
     return next((selection for selection in held if isinstance(selection, Selection)), Selection())
+
+
+def one_at_a_time(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Let threads wait for each other in a function that puts adapters on a model or takes them off."""
+
+    @wraps(function)
+    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        with _ATTACHING:
+            return function(*args, **kwargs)
+
+    return wrapper
 
 
 def alone(doing: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
