@@ -84,9 +84,8 @@ def _read_weights(module: str) -> frozenset[str]:
 
     What begins with `module.` is not: so the functions call what they initialize.
     """
-    source = re.sub(
-        r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module])
-    )  # names in strings are no code
+    # names in strings are no code
+    source = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module]))
     chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)"
     return frozenset(re.findall(chain, source))
 

@@ -58,12 +58,13 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read).
     """
-    found = {
+    return {
         path: module
         for path, module in modules_outside_adapters(model)
-        if path and (isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module))
+        if path
+        and (isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module))
+        and not weight_is_read(model, path)
     }
-    return {path: module for path, module in found.items() if not weight_is_read(model, path)}
 
 
 def is_named(path: str, name: str) -> bool:
@@ -72,7 +73,7 @@ def is_named(path: str, name: str) -> bool:
 
 
 def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """namedmodules_outside_adapters() without what is inside of adapters: of a hundred LoRAs that is 20 000 modules."""
+    """named_modules() without what is inside of adapters: of a hundred LoRAs that is 20 000 modules."""
     seen: set[nn.Module] = set()
     waiting = [("", model)]
     while waiting:

@@ -122,9 +122,8 @@ def assemble(
     # Output and input embeddings share their PackedWeight already; transformers must not tie floats on top of that.
     model._tied_weights_keys = {}
     model.all_tied_weights_keys = {}
-    if (
-        next(model.parameters(), None) is None
-    ):  # packed and without biases and norms (OLMo): where is it, in what dtype?
+    if next(model.parameters(), None) is None:
+        # All packed, without biases and weights of norms (OLMo): transformers asks parameters for device and dtype
         model.register_parameter("computes_in", nn.Parameter(torch.empty(0, dtype=dtype)))
     model.requires_grad_(False)
     return model.eval()

@@ -128,7 +128,7 @@ class _FolderReader:
         self.ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]  # recomputed
         if exact:
             self.ignored.append(rf"^{re.escape(PREFIX_KEY)}")  # attached when the model is there
-        # what the fingerprint is made of, by the parameter that was asked for
+        # what the fingerprint is made of, by the tensor's name
         self.entries: dict[str, list[tuple[str, tuple[int, ...], str, Tensor]]] = {}
         self.matrices: dict[str, Stored] = {}  # by module path
         self.vectors: list[str] = []  # the tensors that are read as floats
@@ -142,7 +142,7 @@ class _FolderReader:
         stored = self.names.stored[name]
         value = self.tensors[stored]()
         if value.dim() != 2 or name not in self.layers:
-            self._note_vector(name, stored, value)
+            self._note_vector(stored, value)
             return value
         transposed = isinstance(self.layers[name], Conv1D)
         self.matrices[name.removesuffix(".weight")] = Stored(stored, transposed=transposed)
@@ -150,23 +150,24 @@ class _FolderReader:
             packed = self._read_rowwise(name, value)
         else:
             packed = self._pack(name, value.T.contiguous() if transposed else value)
-        self.entries[name] = matrix_entries(stored, packed)
+        self.entries[stored] = matrix_entries(stored, packed)
         return packed
 
     def _make(self, name: str) -> PackedTensor | Tensor:
         """What transformers computes of several tensors: floats, also where a layer holds it."""
         made = self.names.made[name]
         for stored, _ in made.sources:
-            self._note_vector(stored, stored, self.tensors[stored]())
+            if stored not in self.entries:  # of a rule that makes several parameters, each is asked for
+                self._note_vector(stored, self.tensors[stored]())
         value = made.value(name, self.model, self.tensors)
         if name not in self.layers or value.dim() != 2:
             return value
         return self._pack(name, value.T.contiguous() if isinstance(self.layers[name], Conv1D) else value)
 
-    def _note_vector(self, name: str, stored: str, value: Tensor) -> None:
-        if name not in self.entries:
+    def _note_vector(self, stored: str, value: Tensor) -> None:
+        if stored not in self.entries:
             self.vectors.append(stored)
-            self.entries[name] = [(stored, tuple(value.shape), str(value.dtype), value)]
+            self.entries[stored] = [(stored, tuple(value.shape), str(value.dtype), value)]
 
     def same(self) -> dict[str, str]:
         """{parameter: the one that it is tied to and that is read}, as transformers ties them.

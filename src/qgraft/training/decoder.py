@@ -184,11 +184,11 @@ def _agrees(model: PreTrainedModel, batch: Batch, expected: Sequence[Tensor]) ->
         rows, labels_N = label_states(model, batch)
         logits_NV = output_head(model)(rows[judged_N]).float()
     except (RuntimeError, TypeError, ValueError):
-        return (
-            False  # it does not pass the bounds on, masks or caps otherwise, or has more than a layer behind the states
-        )
-    off_N = (F.cross_entropy(logits_NV, labels_N[judged_N], reduction="none") - torch.cat(list(expected))).abs()
-    scale_N = torch.cat(list(expected)).clamp(min=1.0)
+        # It does not pass the bounds on, masks or caps otherwise, or has more than a layer behind the states
+        return False
+    expected_N = torch.cat(list(expected))
+    off_N = (F.cross_entropy(logits_NV, labels_N[judged_N], reduction="none") - expected_N).abs()
+    scale_N = expected_N.clamp(min=1.0)
     if model.dtype == torch.float32:
         return bool((off_N <= EXACT * scale_N).all())
     return float(off_N.mean()) <= ROUNDED * float(scale_N.mean())
