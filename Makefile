@@ -91,21 +91,22 @@ $(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/*.[ch])
 	touch $@
 
 # The environments of `make contract` hold all but qgraft itself, which is run from its sources, with the C library that
-# $(READY) built beside them.
+# $(READY) built beside them. What is installed in them is compiled when it is imported: most of it never is.
 .venv-oldest/.ready: requirements/oldest.txt | $(READY)
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D) || python3 -m venv $(@D)
 	grep -v '^torch==' $< > $(@D)/pins.txt
-	$(@D)/bin/python $(INSTALL) -c $(@D)/pins.txt $(TORCH)
-	$(@D)/bin/python $(INSTALL) -r $(@D)/pins.txt
+	$(@D)/bin/python $(INSTALL) --no-compile -c $(@D)/pins.txt $(TORCH)
+	$(@D)/bin/python $(INSTALL) --no-compile --no-deps -r $(@D)/pins.txt
+	$(@D)/bin/python -m pip check
 	touch $@
 
 .venv-newest/.ready: pyproject.toml requirements/renew.py | $(READY)
 	rm -rf $(@D)
 	$(PYTHON) -m venv $(@D) || python3 -m venv $(@D)
 	$(@D)/bin/python requirements/renew.py --ranges > $(@D)/ranges.txt
-	$(@D)/bin/python $(INSTALL) $(TORCH)
-	$(@D)/bin/python $(INSTALL) -r $(@D)/ranges.txt
+	$(@D)/bin/python $(INSTALL) --no-compile $(TORCH)
+	$(@D)/bin/python $(INSTALL) --no-compile -r $(@D)/ranges.txt
 	touch $@
 
 CONTRACT := contract models adapters serving training
