@@ -35,7 +35,7 @@ from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix, counted
 from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
 from qgraft.adapters.selection import selection_of
 from qgraft.attention import PREFIX
-from qgraft.compat import CACHE
+from qgraft.compat import CACHE, cap_scores
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
@@ -79,6 +79,7 @@ def tiny(architecture: str = "llama") -> Any:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.15)
+    cap_scores(model)
     return model
 
 
