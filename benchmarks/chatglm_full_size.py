@@ -212,7 +212,7 @@ def sample_of(model: Any, length: int, seed: int) -> Any:
     """A sample of random ids, the second half learned; the first generation's has its [gMASK] sop in the middle."""
     import torch
 
-    from qgraft.training.tokenizing import IGNORED, Sample
+    from qgraft.data.tokenizing import IGNORED, Sample
 
     ids = torch.randint(100, 60000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
     if hasattr(model.config, "gmask_token_id"):
@@ -250,9 +250,9 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     """A step of the trainer's own loss on each sample, with gradient checkpointing."""
     import torch
 
+    from qgraft.data.batches import collate
     from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
-    from qgraft.training.batches import collate
     from qgraft.training.decoder import padding_free
     from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss

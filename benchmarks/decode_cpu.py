@@ -97,7 +97,7 @@ def prompts() -> list[Prompt]:
     import tasks
 
     import qgraft
-    from qgraft.training.tokenizing import encode_prompt, resolve_template
+    from qgraft.data.tokenizing import encode_prompt, resolve_template
 
     _, tokenizer = qgraft.load(peers.MODEL)
     template = resolve_template(tokenizer, None)

@@ -59,15 +59,15 @@ def checkpoint(model: Any) -> None:
 def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[Any, Callable[[], Tensor], Any, str]:
     """(the model, its loss of a step, a block to be in, a note)."""
     import qgraft
+    from qgraft.data.batches import collate, split_batch
+    from qgraft.data.tokenizing import Sample
     from qgraft.formats import quantize
     from qgraft.kernels import choose
     from qgraft.kernels.lora import casts_kept
     from qgraft.linear import QuantizedLinear
-    from qgraft.training.batches import collate, split_batch
     from qgraft.training.decoder import padding_free
     from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss
-    from qgraft.training.tokenizing import Sample
 
     swap(model, lambda layer: QuantizedLinear(quantize(layer.weight.detach(), "q4_1")))
     qgraft.attach_lora(model, r=16, lora_alpha=16)

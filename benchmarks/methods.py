@@ -155,10 +155,10 @@ def qgraft_step(model: Any, name: str) -> Any:
     import torch
 
     import qgraft
+    from qgraft.data.batches import collate, count_labels, split_batch
     from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
     from qgraft.training.attention import sample_attention
-    from qgraft.training.batches import collate, count_labels, split_batch
     from qgraft.training.lean import lean_modules
     from qgraft.training.loss import batch_loss
 

@@ -140,8 +140,8 @@ def train_qgraft(
     from qgraft.cli.main import import_trainer_alone
 
     import_trainer_alone()  # as the command does
+    from qgraft.data.tokenizing import Sample
     from qgraft.training.evaluate import evaluate_samples
-    from qgraft.training.tokenizing import Sample
     from qgraft.training.trainer import LoraTrainer
 
     tokens = shared["train"]["tokens"]

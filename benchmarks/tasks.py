@@ -26,7 +26,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import qgraft
-from qgraft.training.reading import read_dataset
+from qgraft.data.reading import read_dataset
 
 Row = dict[str, list[dict[str, str]]]
 Split = tuple[list[Row], list[Row]]  # to train on, held out

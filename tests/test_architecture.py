@@ -12,6 +12,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"linear", "attention", "rotary"},
     {"models", "adapters"},
     {"checkpoints"},
+    {"data"},
     {"training"},
     {"merging", "serving"},
     {"cli"},
@@ -21,10 +22,10 @@ RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 FLOOR = {"errors", "storage", "releases"}
 ONLY_IN = {
     "triton": {"kernels"},
-    "transformers": {"compat", "attention", "models", "checkpoints", "training", "merging", "serving", "cli"},
+    "transformers": {"compat", "attention", "models", "checkpoints", "data", "training", "merging", "serving", "cli"},
     "fastapi": {"serving"},
     "matplotlib": {"plots"},
-    "datasets": {"training"},
+    "datasets": {"data"},
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qgraft.training.reading import read_dataset
+from qgraft.data.reading import read_dataset
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "tasks.py"
 # The phonemes of ARPABET as the dictionary writes them: vowels carry their stress, consonants do not.

@@ -10,6 +10,8 @@ from torch import Tensor
 
 import qgraft
 from qgraft.attention import SAMPLES
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import (
@@ -25,11 +27,9 @@ from qgraft.kernels import (
     varlen,
 )
 from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
-from qgraft.training.batches import collate
 from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import _loss_to_gradient, batch_loss
-from qgraft.training.tokenizing import Sample
 
 pytestmark = [
     pytest.mark.cuda,

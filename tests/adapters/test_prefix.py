@@ -36,15 +36,15 @@ from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
 from qgraft.adapters.selection import selection_of
 from qgraft.attention import PREFIX
 from qgraft.compat import CACHE, cap_scores
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from qgraft.training.batches import IGNORED, collate
 from qgraft.training.decoder import padding_free
 from qgraft.training.evaluate import sample_limit
 from qgraft.training.loss import batch_loss
-from qgraft.training.tokenizing import Sample
 
 Maker = Callable[..., Any]
 SHAPE = {

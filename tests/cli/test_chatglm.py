@@ -22,14 +22,14 @@ import qgraft
 from qgraft.adapters.lora import LoraLinear
 from qgraft.cli import main as cli
 from qgraft.cli.chat import WordPrinter
+from qgraft.data.batches import collate, split_batch
+from qgraft.data.tokenizing import IGNORED, Sample
 from qgraft.errors import CheckpointError, DataError
 from qgraft.linear import QuantizedLinear
 from qgraft.merging.calibration import neutral_samples
 from qgraft.models.find import NATIVE, Architecture
-from qgraft.training.batches import collate, split_batch
 from qgraft.training.decoder import padding_free
 from qgraft.training.loss import batch_loss
-from qgraft.training.tokenizing import IGNORED, Sample
 
 FIRST, SECOND = NATIVE
 GENERATIONS = {"chatglm": FIRST, "chatglm2": SECOND}

@@ -15,6 +15,8 @@ from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
 
 import qgraft
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import (
@@ -28,11 +30,9 @@ from qgraft.kernels import (
     triton_ops,
 )
 from qgraft.kernels.pointwise import ACTIVATIONS
-from qgraft.training.batches import collate
 from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
 from qgraft.training.loss import _loss_to_gradient, batch_loss
-from qgraft.training.tokenizing import Sample
 
 pytestmark = [
     pytest.mark.triton,

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qgraft
+from qgraft.data.tokenizing import IGNORED, Sample
 from qgraft.errors import DataError, OptionError
 from qgraft.merging import calibration
 from qgraft.merging.calibration import Calibration, choose_samples, find_rows, neutral_samples
-from qgraft.training.tokenizing import IGNORED, Sample
 
 
 class Letters:

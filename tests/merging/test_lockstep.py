@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.attach import adapters_off, attach_lora, detach_lora, lora_layers
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, quantize
 from qgraft.linear import QuantizedLinear
@@ -17,7 +18,6 @@ from qgraft.merging import lockstep
 from qgraft.merging.layer import Inputs, LayerReport
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.merge import merge
-from qgraft.training.tokenizing import Sample
 
 LENGTHS, HELD_LENGTHS = (17, 40, 9, 33), (21, 12)
 Solve = Callable[..., tuple[PackedTensor, LayerReport]]

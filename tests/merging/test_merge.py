@@ -15,12 +15,12 @@ import qgraft
 from qgraft.adapters.attach import attach_layers, lora_layers, lora_modules
 from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.save import save
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, CheckpointError, DataError, MergeError, OptionError, UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.merging import calibration, layer, measure, work
 from qgraft.merging import merge as merge_module
 from qgraft.merging.merge import merge, unmerge
-from qgraft.training.tokenizing import Sample
 
 Maker = Callable[..., Any]
 ANY = -100.0  # of min_retained: whatever is kept

@@ -19,14 +19,14 @@ from qgraft.adapters.attach import attach_layers, attach_lora, lora_modules
 from qgraft.adapters.lora import LoraConfig
 from qgraft.attention import SAMPLES
 from qgraft.compat import CACHE, cache_in
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor, dequantize, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, rotary_tables, rotate
 from qgraft.models.prefix_lm import Marks, context_positions, visible_keys
-from qgraft.training.batches import IGNORED, collate
 from qgraft.training.decoder import padding_free
 from qgraft.training.loss import batch_loss
-from qgraft.training.tokenizing import Sample
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # that of the golden data; sums of another order differ by up to 9e-5
 QUANTIZED = ("chatglm_int4", "chatglm_int8")

@@ -15,13 +15,13 @@ from transformers import AttentionInterface, DynamicCache, GlmConfig, GlmForCaus
 from qgraft.adapters.attach import attach_layers, lora_modules
 from qgraft.adapters.lora import LoraConfig
 from qgraft.compat import CACHE, cache_in
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, rotary_table, rotate
 from qgraft.training.attention import sample_attention
-from qgraft.training.batches import collate
 from qgraft.training.loss import batch_loss
-from qgraft.training.tokenizing import Sample
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDERS = ("chatglm2_fp32", "chatglm2_int4", "chatglm2_int8")

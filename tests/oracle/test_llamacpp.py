@@ -24,7 +24,7 @@ from qgraft.checkpoints.adapter_files import load_adapter
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
-from qgraft.training.tokenizing import encode_prompt
+from qgraft.data.tokenizing import encode_prompt
 
 Maker = Callable[..., Any]
 STEPS = 6

@@ -19,12 +19,12 @@ from transformers import (
 )
 
 from qgraft.attention import SAMPLES
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.training import decoder
-from qgraft.training.batches import IGNORED, collate
 from qgraft.training.decoder import label_states, output_head, padding_free
 from qgraft.training.loss import batch_loss, check_gradient
-from qgraft.training.tokenizing import Sample
 
 SMALL: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -13,14 +13,14 @@ import transformers
 from transformers import TrainerCallback
 
 import qgraft
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, StorageError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import frozen, run
-from qgraft.training.batches import collate
 from qgraft.training.frozen import decoder_layers, frozen_layers_cached
 from qgraft.training.loss import batch_loss
 from qgraft.training.run import train
-from qgraft.training.tokenizing import Sample
 
 ROWS = [{"instruction": f"question {i} " * (1 + i % 5), "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(14)]
 ARCHITECTURES = ["llama", "gemma3", "phi3", "qwen3"]

@@ -20,12 +20,12 @@ from transformers.models.qwen2 import modeling_qwen2
 from transformers.models.qwen3 import modeling_qwen3
 
 import qgraft
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.kernels.pointwise import in_c
-from qgraft.training.batches import collate
 from qgraft.training.decoder import label_states, padding_free
 from qgraft.training.lean import ACTIVATIONS, GatedProduct, RmsNorm, gated, lean_modules
 from qgraft.training.loss import batch_loss
-from qgraft.training.tokenizing import Sample
 
 SAMPLES = [
     Sample(list(range(1, 41)), [-100] * 20 + list(range(21, 41)), ""),

@@ -7,11 +7,11 @@ from torch import nn
 
 import qgraft
 from qgraft.attention import SAMPLES
+from qgraft.data.batches import IGNORED, collate, count_labels, split_batch
+from qgraft.data.tokenizing import Sample
 from qgraft.training import loss as loss_module
-from qgraft.training.batches import IGNORED, collate, count_labels, split_batch
 from qgraft.training.decoder import padding_free
 from qgraft.training.loss import batch_loss, summed_cross_entropy
-from qgraft.training.tokenizing import Sample
 
 MASKED = {"gemma2", "nemotron", "stablelm"}  # these cap their scores or do not pass the bounds of samples on
 ARCHITECTURES = ["gemma2", "gemma3", "gpt2", "llama", "nemotron", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"]

@@ -10,10 +10,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import qgraft
+from qgraft.data.batches import collate
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training import loss
 from qgraft.training.activations import SIZES, Activations, Growth, LiveBytes, measure_activations, sample_of
-from qgraft.training.batches import collate
 from qgraft.training.budget import GPU_TOKENS, training_tokens
 from qgraft.training.decoder import label_states, padding_free
 from qgraft.training.loss import summed_cross_entropy

@@ -12,15 +12,15 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 import qgraft
+from qgraft.data.reading import read_dataset
+from qgraft.data.tokenizing import Recipe, encode_conversation, encode_prompt
 from qgraft.errors import DataError, OptionError, StorageError, UnsupportedError
 from qgraft.training import predict as predict_module
 from qgraft.training import scores as scores_module
 from qgraft.training.arguments import arguments_from_dict
 from qgraft.training.predict import answer_rows, generation_settings, predict, takes_padding
-from qgraft.training.reading import read_dataset
 from qgraft.training.run import evaluate_held_out
 from qgraft.training.scores import SCORES, mean_scores, score
-from qgraft.training.tokenizing import Recipe, encode_conversation, encode_prompt
 
 ROOT = Path(__file__).parents[2]
 ROWS = [

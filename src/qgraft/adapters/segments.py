@@ -1,6 +1,6 @@
 """One packed row whose tokens use different LoRAs: what several jobs need that train on one base at once.
 
-    tokens        a0 a1 a2 a3 | b0 b1 b2 | c0 c1 ...       a padding-free batch is one row (training/batches.py)
+    tokens        a0 a1 a2 a3 | b0 b1 b2 | c0 c1 ...       a padding-free batch is one row (data/batches.py)
     y             = base(x)                                once, for all tokens
     y[0:4]       += s_a · (x[0:4] A_a^T) B_a^T             each adapter over its own segment
     y[4:7]       += s_b · (x[4:7] A_b^T) B_b^T

@@ -25,8 +25,8 @@ def run(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
 
     from qgraft.adapters.attach import adapter_names, use_adapter
+    from qgraft.data.reading import named_columns
     from qgraft.training.evaluate import evaluate
-    from qgraft.training.reading import named_columns
 
     model, tokenizer, _ = load_with_adapters(options)
     results = {}

@@ -113,7 +113,7 @@ def answer(
     """The model's next answer to (role, content) turns, prompted as in training; `generation` goes to generate()."""
     import torch
 
-    from qgraft.training.tokenizing import decode_answer, encode_prompt, resolve_template
+    from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
 
     ids = encode_prompt(tokenizer, messages, template=resolve_template(tokenizer, template), system=system)
     input_ids = torch.tensor([ids], device=model.device)

@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.adapters.lora import LoraLinear
+from qgraft.data.batches import Batch, collate, count_labels, split_batch
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
-from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.decoder import Head, label_states, output_head, padding_free
-from qgraft.training.tokenizing import Sample
 
 PASSES = 3
 PASS_TOKENS = 128  # at a time: bounds the memory of activations

@@ -27,14 +27,14 @@ from transformers import PreTrainedModel
 from qgraft.adapters.attach import lora_layers
 from qgraft.adapters.lora import LoraLinear
 from qgraft.attention import SAMPLES
+from qgraft.data.batches import collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
 from qgraft.training.attention import attention_arguments
-from qgraft.training.batches import collate
 from qgraft.training.decoder import padding_free
-from qgraft.training.tokenizing import Sample
 
 _NO_INPUTS = "method nearest and method grid need no inputs"
 

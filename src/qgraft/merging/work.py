@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapters_off
 from qgraft.adapters.lora import LoraLinear
+from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.distill import distill
@@ -18,7 +19,6 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import mean_divergence, mean_loss, states_of
 from qgraft.merging.report import Kept
 from qgraft.training.decoder import output_head
-from qgraft.training.tokenizing import Sample
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
 DISTILL_RATE = 1e-3  # relative to the scales of a row

@@ -25,11 +25,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.training import loss
-from qgraft.training.batches import IGNORED, collate
 from qgraft.training.decoder import label_states, output_head
-from qgraft.training.tokenizing import Sample
 
 SIZES = (32, 64, 96)  # tokens of the passes; equally far apart
 

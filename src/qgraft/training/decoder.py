@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.attention import SAMPLES
+from qgraft.data.batches import IGNORED, Batch, collate, split_batch
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
 from qgraft.training.attention import attention_arguments, sample_attention
-from qgraft.training.batches import IGNORED, Batch, collate, split_batch
-from qgraft.training.tokenizing import Sample
 
 Head = Callable[[Tensor], Tensor]
 

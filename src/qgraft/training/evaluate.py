@@ -10,15 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.adapters.selection import alone
+from qgraft.data.batches import collate, count_labels, split_batch
+from qgraft.data.reading import read_dataset
+from qgraft.data.tokenizing import Recipe, Sample, build_samples, resolve_template
 from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.batches import collate, count_labels, split_batch
 from qgraft.training.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
 from qgraft.training.decoder import evaluating, padding_free
 from qgraft.training.loss import batch_loss
-from qgraft.training.reading import read_dataset
-from qgraft.training.tokenizing import Recipe, Sample, build_samples, resolve_template
 from qgraft.training.turns import by_driver
 
 

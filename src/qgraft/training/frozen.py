@@ -50,11 +50,11 @@ from qgraft.adapters.attach import active_adapters, is_prefix, lora_layers
 from qgraft.adapters.lora import LoraLinear
 from qgraft.attention import SAMPLES
 from qgraft.compat import given_cache
+from qgraft.data.batches import Batch, collate
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.training.attention import attention_arguments
-from qgraft.training.batches import Batch, collate
 from qgraft.training.decoder import evaluating
-from qgraft.training.tokenizing import Sample
 
 PROBED_TOKENS = 128  # at most, in the passes that find out whether it is exact, if two samples have so few
 FILE = "frozen-states"

@@ -27,10 +27,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach import adapter_names, require_loras, use_adapter
 from qgraft.adapters.replicas import adopt_lora, replicate
+from qgraft.data.batches import Batch
 from qgraft.errors import OptionError, QgraftError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.batches import Batch
 from qgraft.training.budget import training_tokens
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
 from qgraft.training.decoder import padding_free

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qgraft.data.batches import Batch
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import gpu_rows
-from qgraft.training.batches import Batch
 from qgraft.training.decoder import Head, label_states, output_head
 
 CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most

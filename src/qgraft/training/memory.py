@@ -31,6 +31,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapter_state_dict
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.training.activations import Activations, measure_activations, sample_of
@@ -41,7 +42,6 @@ from qgraft.training.callbacks import memory_now
 from qgraft.training.decoder import padding_free
 from qgraft.training.lean import lean_modules
 from qgraft.training.sizes import format_size, parse_size
-from qgraft.training.tokenizing import Sample
 
 # In units of a forward and backward pass of many tokens that keeps its activations, on two cores with AVX-512
 RECOMPUTING = 0.5

@@ -28,13 +28,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
+from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.tokenizing import Recipe, WritesPrompts, check_recipe, encode_prompt, resolve_template
 from qgraft.errors import DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.decoder import evaluating
 from qgraft.training.evaluate import sample_limit
-from qgraft.training.reading import Accounting, named_columns, read_dataset
 from qgraft.training.scores import load_libraries, mean_scores
-from qgraft.training.tokenizing import Recipe, WritesPrompts, check_recipe, encode_prompt, resolve_template
 
 Dataset = str | Sequence[Mapping[str, object]]
 

@@ -25,6 +25,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft import plots, storage
 from qgraft.adapters.attach import count_parameters
 from qgraft.checkpoints.adapter_files import save_adapter
+from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.tokenizing import (
+    ChatTemplate,
+    Recipe,
+    Sample,
+    WritesPrompts,
+    build_samples,
+    resolve_template,
+    samples_sha256,
+)
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.linear import computing
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
@@ -35,16 +45,6 @@ from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.memory import settle_noted
-from qgraft.training.reading import Accounting, named_columns, read_dataset
-from qgraft.training.tokenizing import (
-    ChatTemplate,
-    Recipe,
-    Sample,
-    WritesPrompts,
-    build_samples,
-    resolve_template,
-    samples_sha256,
-)
 from qgraft.training.trainer import LoraTrainer, check_resumable, checkpoints, newest_whole_checkpoint
 from qgraft.training.trainer_options import check_evaluation
 

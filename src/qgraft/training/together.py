@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qgraft.adapters.segments import Segment, serving_segments
-from qgraft.training.batches import Batch, count_labels
+from qgraft.data.batches import Batch, count_labels
 from qgraft.training.decoder import label_states, output_head
 from qgraft.training.loss import weighted_cross_entropy
 

@@ -23,14 +23,14 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qgraft import storage
 from qgraft.adapters.attach import adapter_state_dict
 from qgraft.checkpoints.adapter_files import read_trained, save_adapter
+from qgraft.data.batches import Batch, collate, count_labels, split_batch
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.kernels.lora import casts_kept
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.batches import Batch, collate, count_labels, split_batch
 from qgraft.training.budget import evaluation_tokens
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss, check_gradient
-from qgraft.training.tokenizing import Sample
 
 MAX_SKIPPED_IN_A_ROW = 3
 UNCLIPPED = 1e38  # a norm that no gradient reaches

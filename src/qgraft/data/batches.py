@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from qgraft.training.tokenizing import IGNORED, Sample
+from qgraft.data.tokenizing import IGNORED, Sample
 
 Batch = dict[str, Tensor]  # input_ids, position_ids, labels: int64 [1, tokens]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "src" / "qgraft" / "training" / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "src" / "qgraft" / "data" / "examples"
 NAME, AUTHOR = "{{name}}", "{{author}}"
 LANGUAGES = ("en", "zh")
 TRAINING = tuple(f"identity_{lang}" for lang in LANGUAGES)

@@ -22,9 +22,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qgraft.data.files import SUFFIXES, Row, file_rows, load_json, read_text
+from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, RowError, turns_of_row
 from qgraft.errors import DataError, OptionError, near_match
-from qgraft.training.files import SUFFIXES, Row, file_rows, load_json, read_text
-from qgraft.training.rows import COLUMNS, SCHEMAS, Layout, RowError, turns_of_row
 
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
 
@@ -203,7 +203,7 @@ def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
 
 def _built_in_rows(name: str) -> Iterator[Row]:
     for part in BUILT_IN[name]:
-        with resources.as_file(resources.files("qgraft.training") / "examples" / f"{part}.jsonl") as path:
+        with resources.as_file(resources.files("qgraft.data") / "examples" / f"{part}.jsonl") as path:
             yield from file_rows(path)
 
 

@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from jinja2 import TemplateError
 
+from qgraft.data.reading import Accounting, Conversation
 from qgraft.errors import DataError, OptionError, UnsupportedError, near_match
-from qgraft.training.reading import Accounting, Conversation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from qgraft.data.reading import Accounting, read_dataset
 from qgraft.errors import DataError, OptionError
-from qgraft.training.reading import Accounting, read_dataset
 
 QA = [("user", "q"), ("assistant", "a")]
 GOOD = {"instruction": "q", "output": "a"}

@@ -11,8 +11,8 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from qgraft.data.rows import COLUMNS, SCHEMAS
 from qgraft.errors import DataError
-from qgraft.training.rows import COLUMNS, SCHEMAS
 
 Row = tuple[object, str]  # what was found, and where: "self.jsonl:17"
 

@@ -2,9 +2,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qgraft.errors import DataError, OptionError, UnsupportedError
-from qgraft.training.reading import Accounting, Conversation
-from qgraft.training.tokenizing import (
+from qgraft.data.reading import Accounting, Conversation
+from qgraft.data.tokenizing import (
     CHATML_TEMPLATE,
     IGNORED,
     PLAIN_TEMPLATE,
@@ -15,6 +14,7 @@ from qgraft.training.tokenizing import (
     encode_prompt,
     resolve_template,
 )
+from qgraft.errors import DataError, OptionError, UnsupportedError
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "</s>"]
 TWO_TURNS = Conversation((("user", "Hi"), ("assistant", "Hello"), ("user", "Who?"), ("assistant", "Me")), "a.jsonl:1")

@@ -10,13 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qgraft
-from qgraft.errors import DataError, OptionError
-from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
-from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
-from qgraft.training.arguments import arguments_from_dict
-from qgraft.training.reading import Accounting, Conversation, read_dataset
-from qgraft.training.run import train
-from qgraft.training.tokenizing import (
+from qgraft.data.reading import Accounting, Conversation, read_dataset
+from qgraft.data.tokenizing import (
     IGNORED,
     Recipe,
     build_samples,
@@ -25,6 +20,11 @@ from qgraft.training.tokenizing import (
     encode_prompt,
     resolve_template,
 )
+from qgraft.errors import DataError, OptionError
+from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
+from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
+from qgraft.training.arguments import arguments_from_dict
+from qgraft.training.run import train
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {"ice_text.model": ChatGLMTokenizer, "tokenizer.model": ChatGLM2Tokenizer}
