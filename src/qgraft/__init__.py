@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         attach_lora,
         detach_adapter,
         detach_lora,
+        load_lora_state_dict,
         lora_state_dict,
         use_adapter,
     )
@@ -65,6 +66,7 @@ _HOMES = {  # public name -> the module it lives in
     "evaluate": "training.evaluate",
     "load": "checkpoints.load",
     "load_adapter": "checkpoints.adapter_files",
+    "load_lora_state_dict": "adapters.attach",
     "lora_state_dict": "adapters.attach",
     "merge": "merging.merge",
     "merge_lora": "merging.merge",
@@ -100,6 +102,7 @@ __all__ = [
     "evaluate",
     "load",
     "load_adapter",
+    "load_lora_state_dict",
     "lora_state_dict",
     "merge",
     "merge_lora",

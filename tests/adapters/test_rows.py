@@ -328,9 +328,9 @@ class Flattening(nn.Module):
 def test_layers_that_do_not_see_the_rows_are_refused() -> None:
     model = Flattening()
     attach_lora(model, target_modules="inner", name="law")
-    with pytest.raises(UnsupportedError, match=r"got an input \[6, 4\], expected 2 rows in 3 dimensions"):
+    with pytest.raises(UnsupportedError, match=r"gave \[6, 4\], expected 2 rows in 3 dimensions"):
         model(torch.ones(2, 3, 4), adapter_names=["law", None])
-    with pytest.raises(UnsupportedError, match=r"got an input \[2, 4\], expected 2 rows in 3 dimensions"):
+    with pytest.raises(UnsupportedError, match=r"gave \[2, 4\], expected 2 rows in 3 dimensions"):
         model(torch.ones(2, 1, 4), adapter_names=["law", None])
     x = torch.randn(2, 3, 4)
     assert torch.equal(model(x, adapter_names=["law", "law"]), model(x))  # one adapter for all needs no telling apart

@@ -345,12 +345,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "number": (weights_become(f"{UP}.lora_A.weight", torch.tensor(1.0)), AdapterError, r"got A \[\]"),
     "integers": (weights_become(f"{UP}.lora_A.weight", torch.ones(4, 64, dtype=torch.int32)), AdapterError, "floating point"),
-    "not a linear layer": (
+    "neither a linear layer nor an embedding": (
         lambda f: edit_weights(
             f, lambda s: s.update({f"{PREFIX}model.norm.lora_{part}.weight": torch.ones(4, 4) for part in "AB"})
         ),
         AdapterError,
-        "model.norm is a LlamaRMSNorm, not a linear layer",
+        "model.norm is a LlamaRMSNorm, neither a linear layer nor an embedding",
     ),
     "DoRA": (options(use_dora=True), UnsupportedError, "a LoRA with use_dora"),
     "bias": (options(bias="all"), UnsupportedError, "a LoRA with bias"),

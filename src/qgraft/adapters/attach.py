@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
-from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLayer, LoraLinear
+from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
 from qgraft.adapters.selection import SHARED, Selection, one_at_a_time, selection_of
 from qgraft.adapters.targets import find_targets, modules_outside_adapters
 from qgraft.errors import AdapterError, OptionError
-from qgraft.linear import QuantizedLinear
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -115,7 +116,7 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
     if name is not None:
         selection.require([name])
     holders = [
-        (path, module) for path, module in modules_outside_adapters(model) if isinstance(module, LoraLinear | Prefixes)
+        (path, module) for path, module in modules_outside_adapters(model) if isinstance(module, LoraLayer | Prefixes)
     ]
     names = list(selection.parts) if name is None else [name]
     homes = [(path, home) for path, home in holders if isinstance(home, Prefixes) and set(home.encoders) <= set(names)]
@@ -124,7 +125,7 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
         for path, holder in holders:
             for adapter in names:
                 holder.remove(adapter)
-            if isinstance(holder, LoraLinear) and not holder.loras:
+            if isinstance(holder, LoraLayer) and not holder.loras:
                 _set_module(model, path, holder.base)
         for path, home in homes:
             _remove_home(model, path, home)
@@ -189,16 +190,50 @@ def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tens
     Args:
         name: the adapter; may be left out when only one is attached.
 
-    Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32.
+    Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32; of an
+    embedding `...lora_embedding_A` [r, vocabulary] and `...lora_embedding_B` [width, r].
     Raises AdapterError when there is no adapter, or several and no name, or when it is a prefix.
     """
     name = only_adapter(model, name)
     require_loras(model, [name], "lora_state_dict")
     state: dict[str, Tensor] = {}
     for path, lora in lora_modules(model, name):
-        state[f"base_model.model.{path}.lora_A.weight"] = lora.lora_A.detach()
-        state[f"base_model.model.{path}.lora_B.weight"] = lora.lora_B.detach()
+        of_embedding = isinstance(model.get_submodule(path), LoraEmbedding)
+        state[tensor_name(path, "A", of_embedding)] = lora.lora_A.detach()
+        state[tensor_name(path, "B", of_embedding)] = lora.lora_B.detach()
     return state
+
+
+def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
+    """Put the weights that lora_state_dict gave back into an attached LoRA, all of them or none.
+
+    Args:
+        state: tensors by the names of lora_state_dict, of any floating point dtype.
+        name: the adapter; may be left out when only one is attached.
+
+    A state dict holds no lora_alpha: the options are those of the attached adapter. Raises AdapterError that lists all
+    that is missing, unexpected, of another size or not finite.
+    """
+    own = lora_state_dict(model, name)
+    problems = [f"missing tensor {key}" for key in own.keys() - state.keys()]
+    problems += [f"unexpected tensor {key}" for key in state.keys() - own.keys()]
+    for key in own.keys() & state.keys():
+        if state[key].shape != own[key].shape or not state[key].is_floating_point():
+            got = f"{state[key].dtype} {list(state[key].shape)}"
+            problems.append(f"{key}: got {got}, expected floats {list(own[key].shape)}")
+        elif non_finite({key: state[key]}):
+            problems.append(f"{key}: NaN or infinity")
+    if problems:
+        listed = "\n  ".join(sorted(problems)[:20] + ["..."] * (len(problems) > 20))
+        raise AdapterError(f"these tensors do not fit the adapter {only_adapter(model, name)!r}:\n  {listed}",
+                           hint="attach_lora() with the options that it was trained with comes first")  # fmt: skip
+    for key, tensor in own.items():
+        tensor.copy_(state[key])
+
+
+def tensor_name(path: str, part: str, of_embedding: bool = False) -> str:
+    """PEFT's name of the A or B of a LoRA on the layer at this module path."""
+    return f"base_model.model.{path}." + (f"lora_embedding_{part}" if of_embedding else f"lora_{part}.weight")
 
 
 def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -260,16 +295,23 @@ def only_adapter(model: nn.Module, name: str | None) -> str:
     return name
 
 
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(module path, layer) of every wrapped layer, in the order of the model."""
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(module path, layer) of every wrapped layer, in the order of the model; an embedding may be among them."""
     for path, module in modules_outside_adapters(model):
-        if isinstance(module, LoraLinear):
+        if isinstance(module, LoraLayer):
             yield path, module
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(module path, layer) of every wrapped linear layer, in the order of the model."""
+    for path, layer in adapted_layers(model):
+        if isinstance(layer, LoraLinear):
+            yield path, layer
 
 
 def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
     """(module path, Lora) of every layer that the adapter `name` is on."""
-    for path, layer in lora_layers(model):
+    for path, layer in adapted_layers(model):
         if name in layer.loras:
             lora = layer.loras[name]
             assert isinstance(lora, Lora)
@@ -279,7 +321,7 @@ def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
 def freeze(model: nn.Module) -> None:
     """Let nothing of the base train; wrapping a layer freezes that layer, and adapters are use_adapter's affair."""
     for _, module in modules_outside_adapters(model):
-        if not isinstance(module, LoraLinear):
+        if not isinstance(module, LoraLayer):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
@@ -290,9 +332,9 @@ def share(model: nn.Module) -> Selection:
     for _, module in modules_outside_adapters(model):
         if SHARED in vars(module):
             setattr(module, SHARED, selection)
-        if isinstance(module, LoraLinear | Prefixes) and module.selection is not selection:
+        if isinstance(module, LoraLayer | Prefixes) and module.selection is not selection:
             module.selection = selection
-            held = module.loras if isinstance(module, LoraLinear) else module.encoders
+            held = module.loras if isinstance(module, LoraLayer) else module.encoders
             for name, part in held.items():
                 selection.add(name, part)
     return selection
@@ -310,13 +352,17 @@ def _remove_home(model: nn.Module, path: str, home: Prefixes) -> None:
     base.set_attn_implementation(home.attention)
 
 
-def wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLinear:
-    """The LoraLinear at `path`, put there around the linear layer if it is not yet."""
+def wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLayer:
+    """The LoraLinear or LoraEmbedding at `path`, put there around the base's layer if it is not yet."""
     module = model.get_submodule(path)
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLayer):
         return module
-    assert isinstance(module, QuantizedLinear | nn.Linear)
-    layer = LoraLinear(module, selection)
+    layer: LoraLayer
+    if isinstance(module, QuantizedEmbedding | nn.Embedding):
+        layer = LoraEmbedding(module, selection)
+    else:
+        assert isinstance(module, QuantizedLinear | nn.Linear)
+        layer = LoraLinear(module, selection)
     layer.train(module.training)
     _set_module(model, path, layer)
     return layer

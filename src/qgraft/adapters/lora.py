@@ -113,20 +113,24 @@ class Lora(nn.Module):
         return (self.lora_B @ self.lora_A) * self.config.scaling
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with any number of named adapters on it, some of them active.
+class LoraLayer(nn.Module):
+    """A layer of the base with any number of named adapters on it, some of them active.
 
-    Itself a LinearLike: the questions about the weight go to the wrapped layer. With no active adapter the output is
-    the base's, bit for bit.
+    With no active adapter the output is the base's, bit for bit. What the adapters see of an input, and where what they
+    add goes, is said by the kind: `tokens_of`, `with_segments` and `_add_to_rows`.
 
     Args:
+        base: the wrapped layer, frozen from now on.
+        sizes: (in_features, out_features) of the adapters' A and B.
         selection: that of the model, which says what is active; a layer on its own has its own.
     """
 
-    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
+    base: nn.Module
+
+    def __init__(self, base: nn.Module, sizes: tuple[int, int], selection: Selection | None = None) -> None:
         super().__init__()
         self.base = base
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = sizes
         self.loras = nn.ModuleDict()
         self.selection = selection or Selection()
         for parameter in base.parameters():
@@ -158,15 +162,27 @@ class LoraLinear(nn.Module):
         return [self.loras[name]] if name in self.loras else []
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """What the base makes of x, with what the active adapters add."""
         if self.selection.serve is not None:
             return self.selection.serve(self, x)
         active = self.selection.now()
         weights = active.uniform
         return self._row_by_row(x, active.rows) if weights is None else self._with(x, weights)
 
+    def tokens_of(self, x: Tensor) -> int:
+        """How many tokens the input x is of."""
+        raise NotImplementedError
+
+    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
+        """The output for x with each of these adapters on its own tokens."""
+        raise NotImplementedError
+
+    def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
+        """y with what the adapter adds in the rows `index` of the batch."""
+        raise NotImplementedError
+
     def _with(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
-        tokens = x.numel() // x.shape[-1]
+        tokens = self.tokens_of(x)
         active = [(lora, weight) for name, weight in weights.items() if (lora := self._lora(name)) is not None]
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
         return self.with_segments(
@@ -186,6 +202,35 @@ class LoraLinear(nn.Module):
         dropout = lora.config.lora_dropout if self.training else 0.0
         return dropout, int(torch.randint(2**62, ()).item()) if dropout else 0
 
+    def _row_by_row(self, x: Tensor, rows: Rows | None) -> Tensor:
+        """The base for the whole batch at once, then each adapter for all of its rows at once."""
+        assert rows is not None
+        y = self.base(x)
+        rows.check(y)
+        for name, index in rows.groups:
+            if (lora := self._lora(name)) is not None:
+                y = self._add_to_rows(y, x, index, lora)
+        return y
+
+    def _device(self) -> torch.device:
+        raise NotImplementedError
+
+
+class LoraLinear(LoraLayer):
+    """A linear layer with adapters on it; x [..., in] -> [..., out].
+
+    Itself a LinearLike: the questions about the weight go to the wrapped layer.
+    """
+
+    base: QuantizedLinear | nn.Linear
+
+    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
+        super().__init__(base, (base.in_features, base.out_features), selection)
+
+    def tokens_of(self, x: Tensor) -> int:
+        """How many tokens x [..., in] is of."""
+        return x.numel() // x.shape[-1]
+
     def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
         """x [..., in] -> [..., out] with each of these adapters on its own tokens."""
         if not served:
@@ -198,18 +243,13 @@ class LoraLinear(nn.Module):
         )
 
     def _row_by_row(self, x: Tensor, rows: Rows | None) -> Tensor:
-        """The base for the whole batch at once, then each adapter for all of its rows at once."""
-        assert rows is not None
-        rows.check(x)
-        x = to_autocast(x)
-        y = self.base(x)
-        for name, index in rows.groups:
-            if (lora := self._lora(name)) is not None:
-                dropped = drop_inputs(x.index_select(0, index), lora.config.lora_dropout, self.training)
-                h = dropped @ lora.lora_A.to(x.dtype).T
-                add = y.index_add if y.requires_grad else y.index_add_  # autograd forbids it in place
-                y = add(0, index, h @ lora.lora_B.to(x.dtype).T, alpha=lora.config.scaling)
-        return y
+        return super()._row_by_row(to_autocast(x), rows)
+
+    def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
+        dropped = drop_inputs(x.index_select(0, index), lora.config.lora_dropout, self.training)
+        h = dropped @ lora.lora_A.to(x.dtype).T
+        add = y.index_add if y.requires_grad else y.index_add_  # autograd forbids it in place
+        return add(0, index, h @ lora.lora_B.to(x.dtype).T, alpha=lora.config.scaling)
 
     @property
     def weight(self) -> Tensor:

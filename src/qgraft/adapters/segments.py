@@ -19,7 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import LayerSegment, Lora, LoraLinear
+from qgraft.adapters.lora import LayerSegment, Lora, LoraLayer
 from qgraft.adapters.selection import selection_of
 from qgraft.errors import UnsupportedError
 
@@ -55,7 +55,7 @@ def serving_segments(model: nn.Module, segments: Sequence[Segment]) -> Iterator[
     """
     selection = selection_of(model)
 
-    def serve(layer: LoraLinear, x: Tensor) -> Tensor:
+    def serve(layer: LoraLayer, x: Tensor) -> Tensor:
         return _layer_with_segments(layer, x, segments)
 
     with selection.taken("trained with several adapters"):
@@ -66,9 +66,9 @@ def serving_segments(model: nn.Module, segments: Sequence[Segment]) -> Iterator[
             selection.serve = None
 
 
-def _layer_with_segments(layer: LoraLinear, x: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """x [1, tokens, in] -> [1, tokens, out]."""
-    if x.numel() != segments[-1].stop * x.shape[-1]:
+def _layer_with_segments(layer: LoraLayer, x: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """The output for x, [1, tokens, in] of a linear layer or ids [1, tokens] of an embedding."""
+    if layer.tokens_of(x) != segments[-1].stop:
         raise UnsupportedError(
             f"several jobs at once: a layer got an input {list(x.shape)}, expected {segments[-1].stop} tokens",
             hint="this architecture does not pass every token through every layer; train one adapter at a time",

@@ -63,11 +63,11 @@ class Rows:
         """Whether one adapter, or none, serves the whole batch."""
         return all(len(index) == self.batch for _, index in self.groups)
 
-    def check(self, x: Tensor) -> None:
-        """Raise UnsupportedError for a layer's input in which the rows of the batch cannot be told apart."""
-        if x.shape[0] != self.batch or x.dim() != self.dims:
+    def check(self, y: Tensor) -> None:
+        """Raise UnsupportedError for a layer's output in which the rows of the batch cannot be told apart."""
+        if y.shape[0] != self.batch or y.dim() != self.dims:
             raise UnsupportedError(
-                f"adapter_names: a layer got an input {list(x.shape)}, expected {self.batch} rows in {self.dims} dimensions",
+                f"adapter_names: a layer gave {list(y.shape)}, expected {self.batch} rows in {self.dims} dimensions",
                 hint="this architecture mixes the rows of a batch; answer one adapter's rows at a time, with use_adapter",
             )
 

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-from qgraft.adapters.lora import LoraLinear
+from qgraft.adapters.lora import LoraLayer, LoraLinear
+from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import Prefixes
 from qgraft.errors import OptionError, near_match
-from qgraft.linear import QuantizedLinear, is_plain_linear, weight_is_read
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear, is_plain_linear, weight_is_read
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
@@ -67,6 +68,16 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """All layers that a LoRA of a file can be on, by their paths: the linear ones and the embeddings."""
+    return _linear_layers(model) | {path: m for path, m in modules_outside_adapters(model) if path and is_embedding(m)}
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether this is a table whose rows are looked up, with adapters on it or not."""
+    return isinstance(module, LoraEmbedding | QuantizedEmbedding) or type(module) is nn.Embedding
+
+
 def is_named(path: str, name: str) -> bool:
     """Whether `name` is the module path or its last parts, as in PEFT."""
     return path == name or path.endswith(f".{name}")
@@ -82,6 +93,6 @@ def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]
             continue
         seen.add(module)
         yield path, module
-        if not isinstance(module, LoraLinear | Prefixes):
+        if not isinstance(module, LoraLayer | Prefixes):
             stem = f"{path}." if path else ""
             waiting += reversed([(stem + name, child) for name, child in module.named_children()])

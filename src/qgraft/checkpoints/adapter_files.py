@@ -33,7 +33,7 @@ from qgraft.adapters.attach import check_new_name, is_prefix, non_finite, only_a
 from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.gguf_lora import read_gguf_lora
-from qgraft.checkpoints.lora_files import attach_pairs, fit_layers, lora_content, parse_state
+from qgraft.checkpoints.lora_files import attach_pairs, bare_options, fit_layers, holds_lora, lora_content, parse_state
 from qgraft.checkpoints.peft_config import CONFIG, check_kind, check_values
 from qgraft.checkpoints.prefix_files import (
     ENCODER,
@@ -45,10 +45,10 @@ from qgraft.checkpoints.prefix_files import (
     stored_prefix,
 )
 from qgraft.checkpoints.shards import WORDS
-from qgraft.checkpoints.thudm_files import KEY, has_weights, is_weight_file, read_thudm, thudm_problem
+from qgraft.checkpoints.thudm_files import KEY, has_weights, is_weight_file, read_thudm, tensor_names, thudm_problem
 from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match
 
-WEIGHTS, SEAL = "adapter_model.safetensors", "qgraft.json"
+WEIGHTS, PICKLED, SEAL = "adapter_model.safetensors", "adapter_model.bin", "qgraft.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
 
@@ -148,38 +148,54 @@ def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, 
     return stored
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default", force: bool = False) -> LoadedAdapter:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    force: bool = False,
+    *,
+    lora_alpha: float | None = None,
+) -> LoadedAdapter:
     """Attach the adapter in `folder` to the model as `name`, and make it the active one.
 
     Args:
-        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), or a prefix of THUDM's scripts, folder
-            or file (thudm_files.py).
+        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), a prefix of THUDM's scripts, folder
+            or file (thudm_files.py), or a file of a LoRA's tensors alone: torch.save(lora_state_dict(model), "lora.pt").
         force: load what fits although something differs; the report's notes say what.
+        lora_alpha: that of a file of tensors alone, which holds none.
 
     Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes,
     another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
     that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
     """
     folder = Path(folder)
+    if folder.name in (WEIGHTS, PICKLED) and folder.with_name(CONFIG).is_file():
+        folder = folder.parent
     check_new_name(model, name)
-    if _is_thudm(folder):
+    bare = is_weight_file(folder) and _holds_lora(folder)
+    if lora_alpha is not None and not bare:
+        raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
+    if bare:
+        config, state, seal = read_bare_lora(folder, lora_alpha)
+    elif _is_thudm(folder):
         return _load_prefix(model, folder, _read_thudm(model, folder), None, name, force)
-    config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
+    else:
+        config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
     if is_prefix_config(config):
         return _load_prefix(model, folder, stored_prefix(config, state, seal), seal, name, force)
-    loras, problems = parse_state(state)
-    fitting, misfits = fit_layers(model, config, loras)
-    problems += _base_problems(model, seal) + misfits
+    stored = parse_state(state)
+    fitting, misfits = fit_layers(model, config, stored)
+    problems = stored.problems + _base_problems(model, seal) + misfits
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise _unfit(
             folder, problems, "load it on the base that it was trained on, or use force (--force) to load what fits"
         )
     if not fitting:
-        raise AdapterError(f"{folder}: none of its {len(loras)} layers exists in this model")
+        raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     attach_pairs(model, name, config, fitting)
     _remember(model, name, seal)
-    return LoadedAdapter(name, len(fitting), len(loras), _notes(problems, seal))
+    return LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
 
 
 def _load_prefix(
@@ -214,6 +230,13 @@ def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ..
 def _is_thudm(path: Path) -> bool:
     """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
     return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
+
+
+def _holds_lora(path: Path) -> bool:
+    try:
+        return holds_lora(tensor_names(path))
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
 
 
 def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
@@ -299,17 +322,35 @@ def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The adapter's tensors by PEFT's names, from safetensors or a pickle of tensors only. Raises AdapterError."""
-    pickled = folder / "adapter_model.bin"
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
-    if not pickled.is_file():
+    if not (folder / PICKLED).is_file():
         raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
+    return read_pickle(folder / PICKLED)
+
+
+def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """(PEFT's options, tensors, no seal) of a file that holds the tensors of a LoRA and nothing else."""
+    if lora_alpha is None:
+        raise AdapterError(
+            f"{path} holds a LoRA's tensors and none of its options: by which lora_alpha is it scaled?",
+            hint=f"load_adapter(model, {path.name!r}, lora_alpha=16), with what attach_lora() was given (16 where nothing "
+            "was); save_adapter() writes a folder that says it",
+        )
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    config = bare_options(state, lora_alpha)
+    check_values(path, config)
+    return config, state, None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of torch's, of which nothing is executed. Raises AdapterError."""
     try:
-        loaded = torch.load(pickled, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{pickled}: the weights cannot be read: {error}") from error
+        raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise AdapterError(f"{pickled}: expected a dict of tensors")
+        raise AdapterError(f"{path}: expected a dict of tensors")
     return loaded
 
 

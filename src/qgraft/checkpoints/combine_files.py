@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgraft.adapters.attach import non_finite, prefix_error
+from qgraft.adapters.attach import non_finite, prefix_error, tensor_name
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.adapter_files import SEAL, WEIGHTS, read_adapter, write_adapter
-from qgraft.checkpoints.lora_files import parse_state
+from qgraft.checkpoints.lora_files import StoredLoras, parse_state
 from qgraft.checkpoints.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.checkpoints.prefix_files import is_prefix_config
 from qgraft.errors import AdapterError, OptionError, StorageError
@@ -49,9 +49,11 @@ def combine_files(
     read = {folder: read_adapter(folder) for folder in folders}
     if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
         raise prefix_error("combine", prefixes)
-    layers, problems = {}, []
+    layers, embeddings, problems = {}, set(), []
     for folder, (config, state, _) in read.items():
-        layers[names[folder]], wrong = _factors(config, state)
+        stored = parse_state(state)
+        layers[names[folder]], wrong = _factors(config, stored)
+        embeddings |= stored.embeddings
         problems += [f"{folder}: {problem}" for problem in wrong]
     if problems:
         raise AdapterError("the adapters cannot be combined:\n  " + "\n  ".join(problems))
@@ -63,7 +65,7 @@ def combine_files(
     targets = _targets([config for config, _, _ in read.values()], sorted(combined))
     details = {**_details(report, folders, density, seed), "arguments": _shared_arguments(seals), "base": base}
     state = {
-        f"base_model.model.{path}.lora_{part}.weight": getattr(made, part)
+        tensor_name(path, part, path in embeddings): getattr(made, part)
         for path, made in combined.items()
         for part in "AB"
     }
@@ -94,12 +96,11 @@ def _check_output(output: Path, folders: Mapping[Path, float]) -> None:
         raise StorageError(f"{output} holds an adapter already", hint="give another folder as the output, or delete it")
 
 
-def _factors(config: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[str, Factors], list[str]]:
+def _factors(config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Factors], list[str]]:
     """({module path: A, B and scaling}, what is wrong with the tensors)."""
-    loras, problems = parse_state(state)
-    problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
-    layers = {}
-    for path, pair in loras.items():
+    problems, layers = list(stored.problems), {}
+    for path, pair in stored.pairs.items():
+        problems += [f"{tensor_name(path, part)}: NaN or infinity" for part in non_finite(pair)]
         A, B = pair["A"], pair["B"]
         fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.is_floating_point() and B.is_floating_point()
         if not fits:
@@ -110,7 +111,7 @@ def _factors(config: Mapping[str, Any], state: Mapping[str, Any]) -> tuple[dict[
             problems.append(f"{path}: rank {A.shape[0]}, but {CONFIG} says r={rank}")
         else:
             layers[path] = Factors(A.float(), B.float(), layer_config(config, path, A.shape[0]).scaling)
-    if not loras:
+    if not stored.pairs:
         problems.append("no layer in it")
     return layers, problems
 

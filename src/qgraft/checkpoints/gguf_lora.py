@@ -35,7 +35,7 @@ from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor, nn
 
 from qgraft import storage
-from qgraft.adapters.attach import lora_modules, non_finite, only_adapter, require_loras
+from qgraft.adapters.attach import lora_modules, non_finite, only_adapter, require_loras, tensor_name
 from qgraft.adapters.lora import LoraConfig
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
@@ -141,7 +141,7 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
         elif not name.endswith("_norm.weight"):
             state[f"{name} {list(info.shape)}"] = torch.empty(0)
     for layer, pair in pairs.items():
-        state |= {f"base_model.model.{layer}.lora_{part}.weight": value for part, value in pair.items()}
+        state |= {tensor_name(layer, part): value for part, value in pair.items()}
     return _options(alpha, pairs), state, _seal(file)
 
 
@@ -186,6 +186,9 @@ def _file_tensors(model: nn.Module, name: str, origin: Origin, alpha: float, dty
         stored = origin.matrices.get(path)
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
+            continue
+        if not is_linear(model, path):
+            problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")
             continue
         B = lora.lora_B.detach().cpu()
         if (own := _own_alpha(lora.config)) != alpha:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import LoraLinear
+from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, convert, get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -138,7 +138,7 @@ def changed_source(origin: Origin, what: str) -> CheckpointError:
 
 def _weight_at(model: nn.Module, path: str) -> PackedTensor:
     module = model.get_submodule(path)
-    if isinstance(module, LoraLinear):
+    if isinstance(module, LoraLayer):
         module = module.base
     if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
         raise CheckpointError(

@@ -26,7 +26,8 @@ CONFIG = "adapter_config.json"
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
     "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
-    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
+    "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
+    "ensure_weight_tying",
 )  # fmt: skip
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base as well
 
@@ -89,7 +90,10 @@ def check_kind(path: Path, config: Mapping[str, Any]) -> None:
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_INITS):
         used.append(f"init_lora_weights={config['init_lora_weights']}")
     if used:
-        raise UnsupportedError(f"{path.parent}: a LoRA with {', '.join(used)}; supported: a plain one")
+        raise UnsupportedError(
+            f"{path.parent}: a LoRA with {', '.join(used)}; supported: a plain one",
+            hint="merge it into its float base with PEFT (merge_and_unload), and quantize the merged model",
+        )
 
 
 def check_values(path: Path, config: Mapping[str, Any]) -> None:

@@ -54,7 +54,7 @@ class Shard:
 
 def open_shard(path: Path, stack: ExitStack) -> Shard:
     """The weight file at `path`, open until `stack` closes. Raises CheckpointError."""
-    return _open_bin(path) if path.suffix == ".bin" else _open_safetensors(path, stack)
+    return _open_safetensors(path, stack) if path.suffix == ".safetensors" else _open_bin(path)
 
 
 def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor]]:

@@ -159,7 +159,7 @@ def has_weights(folder: Path) -> bool:
 
 def is_weight_file(path: Path) -> bool:
     """Whether it is a file of tensors, by its name."""
-    return path.is_file() and path.suffix in (".bin", ".safetensors")
+    return path.is_file() and path.suffix in (".bin", ".pt", ".pth", ".safetensors")
 
 
 def _options(path: Path) -> tuple[dict[str, Any], list[str]]:

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach import (
     active_adapters,
+    adapted_layers,
     adapter_names,
     attach_layers,
     detach_lora,
@@ -210,9 +211,11 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
         state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}
         if broken := non_finite(state):
             raise AdapterError(f"merge: NaN or infinity in {len(broken)} tensors of {name!r}, {broken[0]} first")
-    layers = {path: layer for path, layer in lora_layers(model) if any(name in layer.loras for name in weights)}
+    adapted = {path: layer for path, layer in adapted_layers(model) if any(name in layer.loras for name in weights)}
+    layers = {path: layer for path, layer in adapted.items() if isinstance(layer, LoraLinear)}
     output: Any = model.get_output_embeddings()
-    problems, held = [], {name for name, each in FORMATS.items() if each.quantize is not None}
+    held = {name for name, each in FORMATS.items() if each.quantize is not None}
+    problems = [f"{path} is the embedding" for path in adapted if path not in layers]
     for path, layer in layers.items():
         if layer is output:
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")

@@ -46,8 +46,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft import storage
-from qgraft.adapters.attach import active_adapters, is_prefix, lora_layers
-from qgraft.adapters.lora import LoraLinear
+from qgraft.adapters.attach import active_adapters, adapted_layers, is_prefix
+from qgraft.adapters.lora import LoraLayer
 from qgraft.attention import SAMPLES
 from qgraft.compat import given_cache
 from qgraft.data.batches import Batch, collate
@@ -67,8 +67,8 @@ def first_adapted_layer(model: PreTrainedModel) -> int:
     layers, names = decoder_layers(model), list(active_adapters(model))
     if prefixes := [name for name in names if is_prefix(model, name)]:
         raise OptionError(f"cache_frozen_layers: {', '.join(prefixes)} is a prefix, which is in every layer")
-    adapted = {layer for _, layer in lora_layers(model) if any(name in layer.loras for name in names)}
-    within = [{module for module in layer.modules() if isinstance(module, LoraLinear)} for layer in layers]
+    adapted = {layer for _, layer in adapted_layers(model) if any(name in layer.loras for name in names)}
+    within = [{module for module in layer.modules() if isinstance(module, LoraLayer)} for layer in layers]
     first = next((index for index, modules in enumerate(within) if modules & adapted), len(layers))
     outside = adapted - set().union(*within) - {model.get_output_embeddings()}
     if first == 0 or outside or not adapted:
