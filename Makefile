@@ -33,7 +33,7 @@ contract-newest: $(READY) .venv-newest/.ready  ## while these are the lock's, `m
 lock:                     ## find the newest and the oldest releases anew, into requirements/
 	$(PYTHON) requirements/renew.py --torch "$(TORCH)"
 
-test-levels: $(READY)     ## the kernel, linear and merging tests on every level that this CPU has, and in plain torch
+test-levels: $(READY)     ## the kernel, linear and merging tests on every level below this CPU's own, and in plain torch
 	OMP_NUM_THREADS=1 $(BIN)/python .ci/levels.py
 
 # -fno-wrapv: most Pythons compile with -fwrapv, which would make overflows and shifts into the sign defined.
