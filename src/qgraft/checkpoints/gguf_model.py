@@ -24,11 +24,12 @@ import torch
 from gguf import MODEL_ARCH_NAMES, GGUFValueType, GGUFWriter, TensorNameMap, get_tensor_name_map
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, weight_formats
+from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor, dequantize
@@ -104,30 +105,6 @@ def gguf_digest(file: GgufFile) -> str:
 def gguf_fingerprint(file: GgufFile) -> str:
     """The fingerprint of the base that a GGUF file holds: over its tensors, not its metadata."""
     return fingerprint((info.name, info.shape, info.format, file.tensor(info.name)) for info in file.tensors.values())
-
-
-def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
-    """The tokenizer that transformers builds from the file's vocabulary, with the file's chat template."""
-    if "tokenizer.ggml.tokens" not in file.metadata:
-        raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
-    kind = file.metadata.get("tokenizer.ggml.model")
-    if kind not in _TOKENIZERS:  # older versions of transformers take any kind for the architecture's usual one
-        raise UnsupportedError(f"{file.path}: tokenizer.ggml.model {_brief(kind)}; supported: {', '.join(_TOKENIZERS)}")
-    with TokenizerErrors(file.path):
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(str(file.path.parent), gguf_file=file.path.name)
-    _set_special_tokens(tokenizer, file)
-    return tokenizer
-
-
-def _set_special_tokens(tokenizer: PreTrainedTokenizerBase, file: GgufFile) -> None:
-    """The file's own ids; older versions of transformers make up "<s>" and "</s>" that the embedding has no rows for."""
-    tokens = file.metadata["tokenizer.ggml.tokens"]
-    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        stated, got = file.metadata.get(f"tokenizer.ggml.{key}_token_id"), getattr(tokenizer, f"{role}_token_id")
-        if stated is not None and got != stated:
-            setattr(tokenizer, f"{role}_token", tokens[stated])
-        elif stated is None and got is not None and got >= len(tokens):
-            setattr(tokenizer, f"{role}_token", None)
 
 
 def gguf_config(file: GgufFile) -> PreTrainedConfig:

@@ -1,0 +1,223 @@
+"""The tokenizer of a GGUF file, from the file's own keys: llama.cpp's ids, or refused.
+
+    tokenizer.ggml.model   gpt2    byte-level BPE: `merges` in their order, cut as `pre` says (pretokenizers.py)
+                           llama   sentencepiece: `scores` instead of merges (sentencepiece_merges.py)
+                           gemma4  BPE over UTF-8 with a low line for a blank, as sentencepiece writes its pieces
+    tokens, token_type     texts and kinds (gguf_vocabulary.py)
+    *_token_id             which of them begins a text, ends it, fills it up
+    add_bos_token, ...     whether a text alone gets them
+    add_space_prefix       sentencepiece: a blank in front of each stretch of text, also of one behind a special token
+    tokenizer.chat_template
+
+What comes out is a plain PreTrainedTokenizerFast: `save_pretrained` writes a folder that needs none of this. transformers'
+own reader of GGUF files was not chosen: it goes by the architecture instead of `pre`, passes over `add_space_prefix`, and
+makes up special tokens, all without a word.
+
+Texts that mean a special token are always read as that token, as a chat template needs them; llama.cpp can also be told
+not to (`parse_special = false`).
+"""
+
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_vocabulary import CUT_OUT, ROLES, SPECIAL, Vocabulary, read_vocabulary
+from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS, UNREAD, PreTokenizer
+from qgraft.checkpoints.sentencepiece_merges import Pair, merges_by_score
+from qgraft.errors import CheckpointError, DataError, UnsupportedError, near_match
+
+MODELS = ("gpt2", "llama", "gemma4")
+_LOW_LINE = "\u2581"  # sentencepiece's blank
+_PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
+
+
+class GgufTokenizer(PreTrainedTokenizerFast):
+    """transformers' class, which says of half a surrogate pair only that it is not a str."""
+
+    def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
+        _check_unicode(text)
+        return super().__call__(text, *args, **options)
+
+    def encode(self, text: Any, *args: Any, **options: Any) -> list[int]:
+        _check_unicode(text)
+        return list(super().encode(text, *args, **options))
+
+
+GgufTokenizer.__name__ = PreTrainedTokenizerFast.__name__  # what save_pretrained writes; anybody can read that
+
+
+def _check_unicode(text: Any) -> None:
+    for part in text if isinstance(text, list | tuple) else [text]:
+        try:
+            if isinstance(part, str):
+                part.encode()
+        except UnicodeEncodeError as error:
+            got = f"character {error.start} of the text is half a surrogate pair (U+{ord(part[error.start]):04X})"
+            raise DataError(f"{got}, expected Unicode text", hint="decode the text's source as UTF-8 again") from error
+
+
+class _Handed:
+    """Gives transformers the tokenizer itself where it would copy it: a second for the largest vocabularies."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+        return self.tokenizer
+
+
+def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
+    """The tokenizer in `file`, with its chat template.
+
+    Raises CheckpointError where its parts do not fit together, UnsupportedError where it is of a kind not read here.
+    """
+    vocabulary = read_vocabulary(file)
+    if vocabulary.model not in MODELS:
+        raise UnsupportedError(f"{file.path}: tokenizer.ggml.model {vocabulary.model!r}; supported: {', '.join(MODELS)}")
+    pre = None if vocabulary.model == "llama" else _pre_tokenizer(file)
+    tokenizer = _sentencepiece(file, vocabulary) if pre is None else _byte_pairs(file, vocabulary, pre)
+    added, roles = _added_tokens(file, vocabulary), _roles(tokenizer, vocabulary)
+    for role in roles:
+        added.setdefault(roles[role], AddedToken(roles[role], normalized=False)).special |= role in ("bos", "eos")
+    tokenizer.add_tokens(list(added.values()))
+    flags = _begins_and_ends(file, roles, pre)
+    return GgufTokenizer(
+        tokenizer_object=_Handed(tokenizer),
+        clean_up_tokenization_spaces=False,  # llama.cpp's server and chat print what was written, too
+        chat_template=file.metadata.get("tokenizer.chat_template") or None,
+        **flags,
+        **{f"{role}_token": added[token] for role, token in roles.items()},
+    )
+
+
+def _roles(tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, str]:
+    """The tokens with a role, but words that a text may hold: some files fill up with "!".
+
+    transformers cuts every token with a role out of a text, so such a word would be cut out of all texts.
+    """
+    roles = {}
+    for role, number in vocabulary.roles.items():
+        token = vocabulary.tokens[number]
+        if vocabulary.kinds[number] in CUT_OUT or [each.id for each in tokenizer.model.tokenize(token)] != [number]:
+            roles[role] = token
+    return roles
+
+
+def _begins_and_ends(file: GgufFile, roles: dict[str, str], pre: PreTokenizer | None) -> dict[str, bool]:
+    """Whether a text gets the bos token before it and the eos token behind it, as transformers' options say it."""
+    flags = {
+        "bos": _flag(file, "add_bos_token", pre is None or pre.add_bos),
+        "eos": _flag(file, "add_eos_token", False),
+        "sep": _flag(file, "add_sep_token", False),  # what llama.cpp puts between two texts, never behind one
+    }
+    if pre is PRE_TOKENIZERS["gemma4"]:
+        flags["bos"] = True  # whatever the file says: the first ones said false
+    for role, wanted in flags.items():
+        if wanted and role not in roles:
+            raise CheckpointError(
+                f"{file.path}: texts are to get a {role} token (tokenizer.ggml.add_{role}_token), but "
+                f"tokenizer.ggml.{ROLES[role]}_token_id names no token apart from words",
+                hint="convert the model again, or correct the key with gguf-set-metadata",
+            )
+    return {"add_bos_token": flags["bos"], "add_eos_token": flags["eos"]}
+
+
+def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
+    """What `tokenizer.ggml.pre` says; llama.cpp takes "default" where it is missing or empty."""
+    name = file.metadata.get("tokenizer.ggml.pre") or "default"
+    if file.metadata["tokenizer.ggml.model"] == "gemma4":
+        name = "gemma4"
+    if name in PRE_TOKENIZERS:
+        return PRE_TOKENIZERS[name]
+    if name in UNREAD:
+        raise UnsupportedError(f"{file.path}: tokenizer.ggml.pre {name!r} is not read: {UNREAD[name]}")
+    raise UnsupportedError(
+        f"{file.path}: tokenizer.ggml.pre {name!r}; supported: {', '.join(sorted(PRE_TOKENIZERS))}",
+        hint=near_match(str(name), PRE_TOKENIZERS) or "it says how text is cut; with another one the ids would be wrong",
+    )
+
+
+def _byte_pairs(file: GgufFile, vocabulary: Vocabulary, pre: PreTokenizer) -> Tokenizer:
+    merges = _merges(file, vocabulary)
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw)  # type: ignore[arg-type]
+    )
+    splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in pre.splits]
+    if pre.raw:
+        tokenizer.normalizer = normalizers.Replace(" ", _LOW_LINE)
+        tokenizer.decoder = decoders.Sequence([decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+        tokenizer.decoder = decoders.ByteLevel()
+        if pre.nfc:
+            tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    return tokenizer
+
+
+def _merges(file: GgufFile, vocabulary: Vocabulary) -> list[Pair]:
+    """The file's merges, "left right" each; of equal ones the first counts. Both tokens and their union must be tokens."""
+    stated: list[str] | None = file.metadata.get("tokenizer.ggml.merges")
+    if stated is None and file.metadata.get("tokenizer.ggml.pre") != "kimi-k2":  # which llama.cpp lets go without
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.merges is missing", hint="convert the model again")
+    known, pairs = vocabulary.ids, {}
+    for number, merge in enumerate(stated or ()):
+        at = merge.find(" ", 1)
+        left, right = merge[:at], merge[at + 1 :]
+        if at < 0 or left not in known or right not in known or left + right not in known:
+            raise CheckpointError(
+                f"{file.path}: cannot build the tokenizer: tokenizer.ggml.merges: number {number} is {merge[:60]!r}, "
+                "expected two tokens of the vocabulary that together are a third"
+            )
+        pairs[left, right] = None
+    return list(pairs)
+
+
+def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
+    scores: list[float] | None = file.metadata.get("tokenizer.ggml.scores")
+    if scores is None:
+        scores = [0.0] * len(vocabulary.tokens)  # llama.cpp's reading
+    merges = merges_by_score(vocabulary, scores)
+    unknown = vocabulary.text("unk")
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))  # type: ignore[arg-type]
+    blanks: list[normalizers.Normalizer] = [normalizers.Replace(" ", _LOW_LINE)]
+    back: list[decoders.Decoder] = [decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if _flag(file, "add_space_prefix", True):
+        blanks.insert(0, normalizers.Prepend(_LOW_LINE))
+        back.append(decoders.Strip(" ", left=1, right=0))
+    tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(blanks), decoders.Sequence(back)
+    return tokenizer
+
+
+def _added_tokens(file: GgufFile, vocabulary: Vocabulary) -> dict[str, AddedToken]:
+    """The tokens that are cut out of a text, with the blanks that they take with them."""
+    name = str(file.metadata.get("general.name", "")).lower()
+    before = _takes_blanks_before(str(file.metadata.get("tokenizer.ggml.pre", "")), name)
+    phi3 = "phi-3" in name or "phi3" in name
+    return {
+        token: AddedToken(
+            token,
+            special=kind in SPECIAL,
+            normalized=False,
+            lstrip=token == before,
+            rstrip=phi3 and token not in _PHI3_KEEPS,
+        )
+        for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True)
+        if kind in CUT_OUT
+    }
+
+
+def _takes_blanks_before(pre: str, name: str) -> str | None:
+    """The token that takes the blanks before it; no key says so, llama.cpp knows these models by name."""
+    if any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
+        return "<mask>"
+    return "[MASK]" if "modern-bert" in name else None
+
+
+def _flag(file: GgufFile, name: str, default: bool) -> bool:
+    value = file.metadata.get(f"tokenizer.ggml.{name}", default)
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.{name}: got {value!r}, expected true or false")
+    return value
