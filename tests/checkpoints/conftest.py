@@ -1,7 +1,8 @@
-"""What the tests of saving share: disks that fill up or break."""
+"""What the tests of saving share: disks that fill up or break. Those of tokenizers import vocabularies.py beside it."""
 
 import errno
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import pytest
 
 from qgraft import storage
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class FullDisk:

@@ -75,12 +75,14 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     """
     vocabulary = read_vocabulary(file)
     if vocabulary.model not in MODELS:
-        raise UnsupportedError(f"{file.path}: tokenizer.ggml.model {vocabulary.model!r}; supported: {', '.join(MODELS)}")
+        raise UnsupportedError(
+            f"{file.path}: tokenizer.ggml.model {vocabulary.model!r}; supported: {', '.join(MODELS)}"
+        )
     pre = None if vocabulary.model == "llama" else _pre_tokenizer(file)
     tokenizer = _sentencepiece(file, vocabulary) if pre is None else _byte_pairs(file, vocabulary, pre)
     added, roles = _added_tokens(file, vocabulary), _roles(tokenizer, vocabulary)
-    for role in roles:
-        added.setdefault(roles[role], AddedToken(roles[role], normalized=False)).special |= role in ("bos", "eos")
+    for token in roles.values():  # transformers makes them special in any case, at the latest when it loads them again
+        added.setdefault(token, AddedToken(token, normalized=False)).special = True
     tokenizer.add_tokens(list(added.values()))
     flags = _begins_and_ends(file, roles, pre)
     return GgufTokenizer(
@@ -135,19 +137,20 @@ def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
         raise UnsupportedError(f"{file.path}: tokenizer.ggml.pre {name!r} is not read: {UNREAD[name]}")
     raise UnsupportedError(
         f"{file.path}: tokenizer.ggml.pre {name!r}; supported: {', '.join(sorted(PRE_TOKENIZERS))}",
-        hint=near_match(str(name), PRE_TOKENIZERS) or "it says how text is cut; with another one the ids would be wrong",
+        hint=near_match(str(name), PRE_TOKENIZERS)
+        or "it says how text is cut; with another one the ids would be wrong",
     )
 
 
 def _byte_pairs(file: GgufFile, vocabulary: Vocabulary, pre: PreTokenizer) -> Tokenizer:
     merges = _merges(file, vocabulary)
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw)  # type: ignore[arg-type]
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw))
     splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in pre.splits]
     if pre.raw:
         tokenizer.normalizer = normalizers.Replace(" ", _LOW_LINE)
-        tokenizer.decoder = decoders.Sequence([decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()])
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
     else:
         splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
         tokenizer.decoder = decoders.ByteLevel()
@@ -162,7 +165,7 @@ def _merges(file: GgufFile, vocabulary: Vocabulary) -> list[Pair]:
     stated: list[str] | None = file.metadata.get("tokenizer.ggml.merges")
     if stated is None and file.metadata.get("tokenizer.ggml.pre") != "kimi-k2":  # which llama.cpp lets go without
         raise CheckpointError(f"{file.path}: tokenizer.ggml.merges is missing", hint="convert the model again")
-    known, pairs = vocabulary.ids, {}
+    known, pairs = vocabulary.ids, dict[Pair, None]()
     for number, merge in enumerate(stated or ()):
         at = merge.find(" ", 1)
         left, right = merge[:at], merge[at + 1 :]
@@ -181,7 +184,7 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
         scores = [0.0] * len(vocabulary.tokens)  # llama.cpp's reading
     merges = merges_by_score(vocabulary, scores)
     unknown = vocabulary.text("unk")
-    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))  # type: ignore[arg-type]
+    tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     blanks: list[normalizers.Normalizer] = [normalizers.Replace(" ", _LOW_LINE)]
     back: list[decoders.Decoder] = [decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if _flag(file, "add_space_prefix", True):

@@ -70,7 +70,11 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
     if "tokenizer.ggml.tokens" not in file.metadata:
         raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
     stated: list[str] = file.metadata["tokenizer.ggml.tokens"]
-    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(stated)]
+    tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(stated)]  # llama.cpp's name for them
+    if any("\0" in token for token in tokens):
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.tokens: got a token with a zero byte, where llama.cpp cuts it off"
+        )
     ids = dict(zip(tokens, range(len(tokens)), strict=True))
     if len(ids) < len(tokens):
         number, token = next((number, token) for number, token in enumerate(tokens) if ids[token] != number)
@@ -105,5 +109,7 @@ def _corrected(stated: Sequence[int], ids: Mapping[str, int], metadata: Mapping[
 
 def _roles(metadata: Mapping[str, Any], model: str, kinds: Sequence[int]) -> dict[str, int]:
     roles = dict(_SENTENCEPIECE_IDS) if model == "llama" else {}
-    roles |= {role: metadata[key] for role, name in ROLES.items() if (key := f"tokenizer.ggml.{name}_token_id") in metadata}
+    roles |= {
+        role: metadata[key] for role, name in ROLES.items() if (key := f"tokenizer.ggml.{name}_token_id") in metadata
+    }
     return {role: number for role, number in roles.items() if number < len(kinds)}

@@ -33,7 +33,9 @@ def _like_gpt4(numbers: str, *, short: str = _SHORT + "|", word: str = _WORD, bl
     return rf"{short}{word}|{numbers}|{_SIGNS}[\r\n]*|{blanks}"
 
 
-def _like_gpt4o(numbers: str, short: str = _SHORT + "?", upper: str = _UPPER, lower: str = _LOWER, end: str = "/") -> str:
+def _like_gpt4o(
+    numbers: str, short: str = _SHORT + "?", upper: str = _UPPER, lower: str = _LOWER, end: str = "/"
+) -> str:
     """That of o200k: words also end where small letters are followed by capitals."""
     front = r"[^\r\n\p{L}\p{N}]?"
     words = rf"{front}[{upper}]*[{lower}]+{short}|{front}[{upper}]+[{lower}]*{short}"
@@ -96,7 +98,9 @@ _DEEPSEEK_V3 = PreTokenizer((r"\p{N}{1,3}", f"[{_CJK}{_KANA}]+", _DEEPSEEK3))
 _GPT4O = PreTokenizer((_like_gpt4o(r"\p{N}{1,3}"),))
 _BLOOM = PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",))
 _GEMMA4 = PreTokenizer((_LINES,), ignore_merges=True, add_bos=True, raw=True)
-_JAIS2_BLANKS = r"\s*[\r\n]+|" + "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
+_JAIS2_BLANKS = (
+    r"\s*[\r\n]+|" + "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
+)
 
 _ENTRIES: dict[str, PreTokenizer] = {  # names that mean the same, separated by blanks
     "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),

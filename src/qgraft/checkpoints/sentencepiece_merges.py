@@ -24,6 +24,7 @@ this holds where two of them lie over each other. Where that cannot be, the voca
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,7 +176,7 @@ def _last_pairs(pieces: _Pieces) -> Ints:
     plain[pieces.tokens :] = True
     made = plain.copy()
     known = dict(zip(pieces.texts[: pieces.tokens], pieces.scores.tolist(), strict=False))
-    for start, end in zip(pieces.ends[:-1].tolist(), pieces.ends[1:].tolist(), strict=True):
+    for start, end in pairwise(pieces.ends.tolist()):
         pairs = np.arange(start, end)
         whole, left, right = pieces.whole[pairs], pieces.left[pairs], pieces.right[pairs]
         possible = made[left] & made[right]
@@ -216,7 +217,7 @@ def _last_cut(text: str, known: Mapping[str, float]) -> int:
     """Where the last two pieces of `text` meet, joined as sentencepiece does; 0 where it does not become one piece."""
     parts = list(text)
     while len(parts) > 2:
-        scores = [known.get(a + b, -np.inf) for a, b in zip(parts, parts[1:], strict=False)]
+        scores = [known.get(a + b, -np.inf) for a, b in pairwise(parts)]
         best = max(scores)
         if best == -np.inf:
             return 0
@@ -240,7 +241,7 @@ def _ties(scores: NDArray[np.float64]) -> list[tuple[int, int]]:
     """The stretches of several equal values in `scores`."""
     borders = np.flatnonzero(np.diff(scores) != 0) + 1
     edges = [0, *borders.tolist(), len(scores)]
-    return [(start, end) for start, end in zip(edges, edges[1:], strict=False) if end - start > 1]
+    return [(start, end) for start, end in pairwise(edges) if end - start > 1]
 
 
 def _in_order(vocabulary: Vocabulary, pieces: _Pieces, made: Ints, left: Ints, right: Ints) -> Ints:
@@ -254,8 +255,9 @@ def _in_order(vocabulary: Vocabulary, pieces: _Pieces, made: Ints, left: Ints, r
             raise CycleError("joined further at once")
         return np.array(list(TopologicalSorter(follows).static_order()))
     except CycleError as error:
-        names = ", ".join(repr(pieces.texts[number]) for number in made[:4].tolist())
+        some = ", ".join(repr(pieces.texts[number]) for number in made[:4].tolist())
         raise UnsupportedError(
-            f"{vocabulary.path}: tokenizer.ggml.scores: {len(made)} tokens have the score {score:g} ({names}, ...), and which "
-            "is joined first depends on the text", hint="convert the model again; tokens of its vocabulary need scores",
+            f"{vocabulary.path}: tokenizer.ggml.scores: {len(made)} tokens have the score {score:g} ({some}, ...), "
+            "and which is joined first depends on the text",
+            hint="BPE gives each token a score of its own; these may be a unigram model's scores, or none",
         ) from error
