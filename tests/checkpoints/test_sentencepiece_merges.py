@@ -166,7 +166,7 @@ def test_without_scores_all_are_equal(tmp_path: Path) -> None:
     texts = ["abcd", "a b", "aab"]
     assert ours(apart, texts) == llamacpp([(apart, texts)])[0]["ids"]
     over = write(tmp_path / "over.gguf", sentencepiece([LINE, *"ab", "ab", "ba"]) | {"scores": None})
-    with pytest.raises(UnsupportedError, match="7 tokens|2 tokens have the score 0"):
+    with pytest.raises(UnsupportedError, match="2 tokens have the score 0"):
         ours(over, texts)
 
 
