@@ -4,7 +4,8 @@ import inspect
 from typing import Any
 
 import pytest
-from transformers import AddedToken, BatchEncoding, PreTrainedTokenizer
+from tokenizers import Tokenizer, models
+from transformers import AddedToken, AutoTokenizer, BatchEncoding, PreTrainedTokenizer, PreTrainedTokenizerFast
 from transformers.utils import PaddingStrategy
 
 
@@ -83,3 +84,30 @@ def test_a_chat_template_is_an_attribute_that_is_text_or_none():
     assert tokenizer.chat_template is None
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
+
+
+def test_a_tokenizers_object_is_copied_before_it_is_used():
+    """`copy.deepcopy`, which lets an object hand out itself: nothing else is asked of what is given as tokenizer_object."""
+
+    class Handed:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Tokenizer:
+            return built
+
+    built = Tokenizer(models.BPE({"a": 0, "b": 1, "<s>": 2, "</s>": 3}, []))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Handed(), bos_token=AddedToken("<s>", special=True, normalized=False), add_bos_token=True
+    )
+    assert tokenizer.backend_tokenizer is built
+    assert tokenizer("ab").input_ids == [2, 0, 1], "add_bos_token makes the post-processor"
+    assert tokenizer("ab", add_special_tokens=False).input_ids == [0, 1]
+    assert tokenizer.eos_token is None, "special tokens are made up"
+
+
+def test_a_subclass_saves_the_name_that_its_class_says(tmp_path):
+    class Ours(PreTrainedTokenizerFast):
+        pass
+
+    Ours.__name__ = PreTrainedTokenizerFast.__name__
+    built = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    Ours(tokenizer_object=built).save_pretrained(tmp_path)
+    assert type(AutoTokenizer.from_pretrained(tmp_path)) is PreTrainedTokenizerFast

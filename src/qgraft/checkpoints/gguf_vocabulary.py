@@ -71,7 +71,7 @@ def read_vocabulary(file: GgufFile) -> Vocabulary:
         raise CheckpointError(f"{file.path}: no tokenizer inside (tokenizer.ggml.tokens is missing)")
     stated: list[str] = file.metadata["tokenizer.ggml.tokens"]
     tokens = [token or f"[EMPTY_{number}]" for number, token in enumerate(stated)]  # llama.cpp's name for them
-    if any("\0" in token for token in tokens):
+    if "\0" in "".join(tokens):
         raise CheckpointError(
             f"{file.path}: tokenizer.ggml.tokens: got a token with a zero byte, where llama.cpp cuts it off"
         )

@@ -35,6 +35,8 @@ from qgraft.errors import UnsupportedError
 Pair = tuple[str, str]
 Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
+Finder = Callable[[Hashes], tuple[NDArray[np.bool_], Ints]]
+_LOW_LINE = "\u2581"
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 
 
@@ -47,7 +49,7 @@ class _Pieces:
         tokens: how many of them are tokens of more than one character.
         whole, left, right: [pairs] each way to cut a token into two pieces, as indexes; the shortest tokens first.
         ends: [longest + 1] where the pairs of tokens of that length end.
-        keys, order: [pairs] left and right as one number, sorted, and which pair each is.
+        find: says of hashes of (left, right) which are pairs, and where.
     """
 
     texts: list[str]
@@ -57,14 +59,12 @@ class _Pieces:
     left: Ints
     right: Ints
     ends: Ints
-    keys: Ints
-    order: Ints
+    find: Finder
 
     def joined(self, left: Ints, right: Ints) -> NDArray[np.float64]:
         """The score of what `left` and `right` are together, -inf where that is no token."""
-        keys = left * len(self.texts) + right
-        at = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
-        return np.where(self.keys[at] == keys, self.scores[self.whole[self.order[at]]], -np.inf)
+        found, at = self.find(_mixed(left * len(self.texts) + right))
+        return np.where(found, self.scores[self.whole[at]], -np.inf)
 
 
 def merges_by_score(vocabulary: Vocabulary, scores: Sequence[float]) -> list[Pair]:
@@ -81,15 +81,16 @@ def merges_by_score(vocabulary: Vocabulary, scores: Sequence[float]) -> list[Pai
     for start, end in _ties(pieces.scores[made]):
         order = start + _in_order(vocabulary, pieces, made[start:end], left[start:end], right[start:end])
         made[start:end], left[start:end], right[start:end] = made[order], left[order], right[order]
-    texts = pieces.texts
-    return [(texts[a], texts[b]) for a, b in zip(left.tolist(), right.tolist(), strict=True)]
+    text = pieces.texts.__getitem__
+    return list(zip(map(text, left.tolist()), map(text, right.tolist()), strict=True))
 
 
 def _pieces(vocabulary: Vocabulary, scores: Sequence[float]) -> _Pieces:
+    # Blanks are low lines by then, and what is cut out of a text is no longer there, but where a low line was a blank.
     numbers = [
         number
         for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))
-        if len(token) > 1 and _can_be_made(token, kind)
+        if len(token) > 1 and (kind not in CUT_OUT or _LOW_LINE in token) and kind != BYTE and " " not in token
     ]
     tokens = [vocabulary.tokens[number] for number in numbers]
     text = "".join(tokens)
@@ -101,14 +102,8 @@ def _pieces(vocabulary: Vocabulary, scores: Sequence[float]) -> _Pieces:
     shortest = np.argsort(lengths[whole], kind="stable")
     whole, left, right = whole[shortest], left[shortest], right[shortest]
     ends = np.searchsorted(lengths[whole], np.arange(lengths.max(initial=1) + 1), side="right")
-    keys = left * (len(tokens) + len(letters)) + right
-    order = np.argsort(keys)
-    return _Pieces([*tokens, *letters], values, len(tokens), whole, left, right, ends, keys[order], order)
-
-
-def _can_be_made(token: str, kind: int) -> bool:
-    """Whether merging can lead to it: blanks are low lines by then, and what is cut out of a text is no longer there."""
-    return " " not in token and kind != BYTE and (kind not in CUT_OUT or "\u2581" in token)
+    find = _finder(_mixed(left * (len(tokens) + len(letters)) + right))
+    return _Pieces([*tokens, *letters], values, len(tokens), whole, left, right, ends, find)
 
 
 def _cuts(text: NDArray[np.uint32], lengths: Ints, letters: str) -> tuple[Ints, Ints, Ints]:
@@ -138,7 +133,7 @@ def _cuts(text: NDArray[np.uint32], lengths: Ints, letters: str) -> tuple[Ints, 
     return whole[found], left[found], right[found]
 
 
-def _finder(known: Hashes) -> Callable[[Hashes], tuple[NDArray[np.bool_], Ints]]:
+def _finder(known: Hashes) -> Finder:
     """A function that says which of the wanted hashes are known, and where: a table by their last bits.
 
     What shares those bits with a later one is searched for in a sorted list, which is ten times as slow.
@@ -161,9 +156,9 @@ def _finder(known: Hashes) -> Callable[[Hashes], tuple[NDArray[np.bool_], Ints]]
     return find
 
 
-def _mixed(characters: NDArray[np.uint32]) -> Hashes:
-    """Numbers that have nothing to do with each other, for characters that do (the finalizer of MurmurHash3)."""
-    mixed = characters.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+def _mixed(numbers: NDArray[np.uint32] | Ints) -> Hashes:
+    """Other numbers, one for each, whose last bits have nothing to do with each other (the finalizer of MurmurHash3)."""
+    mixed = numbers.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
         mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
     return mixed ^ (mixed >> np.uint64(33))
