@@ -252,6 +252,12 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QgraftError], str]] = {
     "merge of strangers": ({**BPE, "merges": ["a b", "zz qq"]}, CheckpointError, "number 1 is 'zz qq'"),
     "merge to no token": ({**BPE, "merges": ["b a"]}, CheckpointError, "together are a third"),
     "flag of text": ({**SPM, "add_space_prefix": "yes"}, CheckpointError, "got 'yes', expected true or false"),
+    "pre of numbers": ({**BPE, "pre": [1, 2]}, CheckpointError, r"tokenizer.ggml.pre: got \[1, 2\], expected text"),
+    "model of numbers": ({**BPE, "model": [1, 2]}, UnsupportedError, r"tokenizer.ggml.model \[1, 2\]; supported"),
+    "score that is no number": (
+        {**SPM, "scores": [float("nan"), *SPM["scores"][1:]]}, CheckpointError, "expected finite numbers"
+    ),
+    "infinite score": ({**SPM, "scores": [float("inf"), *SPM["scores"][1:]]}, CheckpointError, "expected finite numbers"),
     "no bos": ({**BPE, "add_bos_token": True, "bos_token_id": None}, CheckpointError, "are to get a bos token"),
     "no eos": ({**BPE, "add_eos_token": True, "eos_token_id": None}, CheckpointError, "tokenizer.ggml.eos_token_id names no"),
     "no sep": ({**BPE, "add_sep_token": True}, CheckpointError, "tokenizer.ggml.seperator_token_id names no token"),

@@ -136,6 +136,7 @@ def test_a_real_vocabulary(tmp_path: Path) -> None:
     assert ours(path, texts) == llamacpp([(path, texts)])[0]["ids"]
 
 
+@pytest.mark.slow
 def test_a_real_vocabulary_of_the_unigram_kind_is_refused(tmp_path: Path) -> None:
     """Its scores are probabilities, in no order of joining, and some are equal."""
     path = real("tokenizer_chatglm/ice_text.model", tmp_path / "real.gguf")
@@ -178,3 +179,19 @@ def test_pairs_with_one_score_are_joined_from_the_left(tmp_path: Path) -> None:
     )
     texts = ["abcd", "bcd", "abc", "abcdabcd", "bcdabcab"]
     assert ours(path, texts) == llamacpp([(path, texts)])[0]["ids"]
+
+
+def test_work_on_hostile_vocabularies_is_bounded(tmp_path: Path) -> None:
+    """Tokens whose parts have worse scores are joined letter by letter, which takes the square of their length."""
+    runs = ["a" * length for length in range(2, 600)]
+    path = write(tmp_path / "runs.gguf", sentencepiece(["a", *runs], [0.0, *map(float, range(len(runs)))]))
+    with pytest.raises(UnsupportedError, match="too many tokens have parts of worse scores"):
+        ours(path, [""])
+    long = write(tmp_path / "long.gguf", sentencepiece(["a", *("b" * 900_000 + str(number) for number in range(20))]))
+    with pytest.raises(UnsupportedError, match=r"got 180000\d\d characters, expected at most 16777216"):
+        ours(long, [""])
+    tied = [f"{a}{b}" for a in map(chr, range(0x4E00, 0x4E40)) for b in map(chr, range(0x5000, 0x5040))]
+    letters = sorted(set("".join(tied)))
+    flat = write(tmp_path / "flat.gguf", sentencepiece([*letters, *tied], [-1.0] * len(letters) + [0.0] * len(tied)))
+    with pytest.raises(UnsupportedError, match="4096 tokens have the score 0"):
+        ours(flat, [""])

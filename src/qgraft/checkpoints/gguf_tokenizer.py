@@ -17,6 +17,8 @@ Texts that mean a special token are always read as that token, as a chat templat
 not to (`parse_special = false`).
 """
 
+import math
+import reprlib
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -88,7 +90,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     return GgufTokenizer(
         tokenizer_object=_Handed(tokenizer),
         clean_up_tokenization_spaces=False,  # llama.cpp's server and chat print what was written, too
-        chat_template=file.metadata.get("tokenizer.chat_template") or None,
+        chat_template=_text(file, "tokenizer.chat_template") or None,
         **flags,
         **{f"{role}_token": added[token] for role, token in roles.items()},
     )
@@ -128,7 +130,7 @@ def _begins_and_ends(file: GgufFile, roles: dict[str, str], pre: PreTokenizer | 
 
 def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
     """What `tokenizer.ggml.pre` says; llama.cpp takes "default" where it is missing or empty."""
-    name = file.metadata.get("tokenizer.ggml.pre") or "default"
+    name = _text(file, "tokenizer.ggml.pre") or "default"
     if file.metadata["tokenizer.ggml.model"] == "gemma4":
         name = "gemma4"
     if name in PRE_TOKENIZERS:
@@ -136,9 +138,8 @@ def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
     if name in UNREAD:
         raise UnsupportedError(f"{file.path}: tokenizer.ggml.pre {name!r} is not read: {UNREAD[name]}")
     raise UnsupportedError(
-        f"{file.path}: tokenizer.ggml.pre {name!r}; supported: {', '.join(sorted(PRE_TOKENIZERS))}",
-        hint=near_match(str(name), PRE_TOKENIZERS)
-        or "it says how text is cut; with another one the ids would be wrong",
+        f"{file.path}: tokenizer.ggml.pre {reprlib.repr(name)}; supported: {', '.join(sorted(PRE_TOKENIZERS))}",
+        hint=near_match(name, PRE_TOKENIZERS) or "it says how text is cut; with another one the ids would be wrong",
     )
 
 
@@ -182,6 +183,8 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
     scores: list[float] | None = file.metadata.get("tokenizer.ggml.scores")
     if scores is None:
         scores = [0.0] * len(vocabulary.tokens)  # llama.cpp's reading
+    if not all(map(math.isfinite, scores)):
+        raise CheckpointError(f"{file.path}: tokenizer.ggml.scores: got one that is no number, expected finite numbers")
     merges = merges_by_score(vocabulary, scores)
     unknown = vocabulary.text("unk")
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
@@ -196,8 +199,8 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
 
 def _added_tokens(file: GgufFile, vocabulary: Vocabulary) -> dict[str, AddedToken]:
     """The tokens that are cut out of a text, with the blanks that they take with them."""
-    name = str(file.metadata.get("general.name", "")).lower()
-    before = _takes_blanks_before(str(file.metadata.get("tokenizer.ggml.pre", "")), name)
+    name = _text(file, "general.name").lower()
+    before = _takes_blanks_before(_text(file, "tokenizer.ggml.pre"), name)
     phi3 = "phi-3" in name or "phi3" in name
     return {
         token: AddedToken(
@@ -223,4 +226,11 @@ def _flag(file: GgufFile, name: str, default: bool) -> bool:
     value = file.metadata.get(f"tokenizer.ggml.{name}", default)
     if not isinstance(value, bool):
         raise CheckpointError(f"{file.path}: tokenizer.ggml.{name}: got {value!r}, expected true or false")
+    return value
+
+
+def _text(file: GgufFile, key: str) -> str:
+    value = file.metadata.get(key, "")
+    if not isinstance(value, str):
+        raise CheckpointError(f"{file.path}: {key}: got {reprlib.repr(value)}, expected text")
     return value

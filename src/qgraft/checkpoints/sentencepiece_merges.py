@@ -37,6 +37,9 @@ Ints = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 Finder = Callable[[Hashes], tuple[NDArray[np.bool_], Ints]]
 _LOW_LINE = "\u2581"
+MOST_TIED = 2048  # tokens of one score
+MOST_CHARACTERS = 1 << 24  # of all tokens; the largest vocabularies have a tenth of it
+MOST_STEPS = 1 << 21  # of joining letter by letter, for all tokens that need it: some seconds; Gemma needs 447
 _BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 
 
@@ -73,14 +76,12 @@ def merges_by_score(vocabulary: Vocabulary, scores: Sequence[float]) -> list[Pai
     Raises UnsupportedError where the order of a list cannot say what the scores say.
     """
     pieces = _pieces(vocabulary, scores)
-    last = _last_pairs(pieces)
+    last = _last_pairs(vocabulary, pieces)
     made = np.flatnonzero(last >= 0)
     made = made[np.argsort(-pieces.scores[made], kind="stable")]
     left, right = pieces.left[last[made]], pieces.right[last[made]]
     _check_letters(vocabulary, pieces, made, left, right)
-    for start, end in _ties(pieces.scores[made]):
-        order = start + _in_order(vocabulary, pieces, made[start:end], left[start:end], right[start:end])
-        made[start:end], left[start:end], right[start:end] = made[order], left[order], right[order]
+    _put_ties_in_order(vocabulary, pieces, made, left, right)
     text = pieces.texts.__getitem__
     return list(zip(map(text, left.tolist()), map(text, right.tolist()), strict=True))
 
@@ -94,6 +95,9 @@ def _pieces(vocabulary: Vocabulary, scores: Sequence[float]) -> _Pieces:
     ]
     tokens = [vocabulary.tokens[number] for number in numbers]
     text = "".join(tokens)
+    if len(text) > MOST_CHARACTERS:
+        raise UnsupportedError(f"{vocabulary.path}: tokenizer.ggml.tokens: got {len(text)} characters, expected at most "
+                               f"{MOST_CHARACTERS}")  # fmt: skip
     letters = sorted(set(text))
     values = np.fromiter((scores[number] for number in numbers), np.float64, len(numbers))
     values = np.concatenate([values, np.full(len(letters), np.inf)])
@@ -164,13 +168,14 @@ def _mixed(numbers: NDArray[np.uint32] | Ints) -> Hashes:
     return mixed ^ (mixed >> np.uint64(33))
 
 
-def _last_pairs(pieces: _Pieces) -> Ints:
+def _last_pairs(vocabulary: Vocabulary, pieces: _Pieces) -> Ints:
     """For each piece which pair it is joined of, -1 where merging never leads to it, or it is a character."""
     last = np.full(len(pieces.texts), -1)
     plain = np.zeros(len(pieces.texts), bool)  # made of parts with better scores only, these as well
     plain[pieces.tokens :] = True
     made = plain.copy()
     known = dict(zip(pieces.texts[: pieces.tokens], pieces.scores.tolist(), strict=False))
+    steps = 0
     for start, end in pairwise(pieces.ends.tolist()):
         pairs = np.arange(start, end)
         whole, left, right = pieces.whole[pairs], pieces.left[pairs], pieces.right[pairs]
@@ -181,6 +186,10 @@ def _last_pairs(pieces: _Pieces) -> Ints:
         last[whole[easy]] = pairs[easy]
         plain[whole[easy]] = made[whole[easy]] = True
         for piece in np.unique(whole[possible & ~made[whole]]).tolist():
+            steps += len(pieces.texts[piece]) ** 2
+            if steps > MOST_STEPS:
+                got = f"{vocabulary.path}: tokenizer.ggml.scores: too many tokens have parts of worse scores"
+                raise UnsupportedError(got, hint="BPE gives a token a worse score than its parts")
             cut = _last_cut(pieces.texts[piece], known)
             of_piece = pairs[(whole == piece) & possible]
             found = [pair for pair in of_piece.tolist() if len(pieces.texts[pieces.left[pair]]) == cut]
@@ -239,20 +248,38 @@ def _ties(scores: NDArray[np.float64]) -> list[tuple[int, int]]:
     return [(start, end) for start, end in pairwise(edges) if end - start > 1]
 
 
-def _in_order(vocabulary: Vocabulary, pieces: _Pieces, made: Ints, left: Ints, right: Ints) -> Ints:
-    """The order of pairs with one score in which the first of two that overlap is the left one."""
-    score = pieces.scores[made[0]]
-    used = np.isin(pieces.left, made) | np.isin(pieces.right, made)
-    follows = {number: np.flatnonzero((right == first) & (np.arange(len(made)) != number)).tolist()
+def _best_uses(pieces: _Pieces) -> NDArray[np.float64]:
+    """For each piece the best score of what it is a part of."""
+    best = np.full(len(pieces.texts), -np.inf)
+    for part in (pieces.left, pieces.right):
+        np.maximum.at(best, part, pieces.scores[pieces.whole])
+    return best
+
+
+def _in_order(left: Ints, right: Ints) -> Ints | None:
+    """The order of pairs with one score in which the first of two that overlap is the left one; None where none is."""
+    follows = {number: np.flatnonzero((right == first) & (np.arange(len(left)) != number)).tolist()
                for number, first in enumerate(left.tolist())}  # fmt: skip
     try:
-        if (pieces.scores[pieces.whole[used]] >= score).any():
-            raise CycleError("joined further at once")
         return np.array(list(TopologicalSorter(follows).static_order()))
-    except CycleError as error:
-        some = ", ".join(repr(pieces.texts[number]) for number in made[:4].tolist())
-        raise UnsupportedError(
-            f"{vocabulary.path}: tokenizer.ggml.scores: {len(made)} tokens have the score {score:g} ({some}, ...), "
-            "and which is joined first depends on the text",
-            hint="BPE gives each token a score of its own; these may be a unigram model's scores, or none",
-        ) from error
+    except CycleError:
+        return None
+
+
+def _put_ties_in_order(vocabulary: Vocabulary, pieces: _Pieces, made: Ints, left: Ints, right: Ints) -> None:
+    ties = _ties(pieces.scores[made])
+    uses = _best_uses(pieces) if ties else pieces.scores
+    for start, end in ties:
+        tied, score = made[start:end], pieces.scores[made[start]]
+        # What is joined further at once takes neighbours that others of this score were next to: no order holds then.
+        possible = end - start <= MOST_TIED and not (uses[tied] >= score).any()
+        order = _in_order(left[start:end], right[start:end]) if possible else None
+        if order is None:
+            some = ", ".join(repr(pieces.texts[number]) for number in tied[:4].tolist())
+            raise UnsupportedError(
+                f"{vocabulary.path}: tokenizer.ggml.scores: {len(tied)} tokens have the score {score:g} ({some}, ...), "
+                "and which is joined first depends on the text",
+                hint="BPE gives each token a score of its own; these may be a unigram model's scores, or none",
+            )
+        for array in (made, left, right):
+            array[start:end] = array[start:end][order]
