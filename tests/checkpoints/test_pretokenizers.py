@@ -93,12 +93,18 @@ def test_ids_are_llamacpps_for_every_name(tmp_path: Path, merges: list[tuple[str
     assert wrong(name, path, texts, llamacpp([(path, texts)])[0]["ids"]) == []
 
 
-def test_texts_begin_with_bos_where_llamacpps_do(tmp_path: Path, merges: list[tuple[str, str]]) -> None:
+def test_what_else_a_name_says(tmp_path: Path, merges: list[tuple[str, str]]) -> None:
+    """Whether texts begin with bos, and whether a word that is a token is that token though no merges make it."""
     pytest.importorskip("xllamacpp")
-    paths = [write(tmp_path / f"{n}.gguf", byte_pairs(name, merges[:5])) for n, name in enumerate(BYTE_LEVEL)]
-    found = [answer["ids"] for answer in llamacpp([(path, ["ab", ""]) for path in paths], special=True)]
-    assert [ours(path, ["ab", ""], special=True) for path in paths] == found
-    assert sum(ids[1] == [1] for ids in found) > 5
+    texts, paths = ["ab unmade", "", "unmade"], []
+    for number, name in enumerate(BYTE_LEVEL):
+        keys = byte_pairs(name, merges[:5])
+        keys |= {"tokens": [*keys["tokens"], "Ġunmade", "unmade"], "token_type": [*keys["token_type"], 1, 1]}
+        paths.append(write(tmp_path / f"{number}.gguf", keys))
+    found = [answer["ids"] for answer in llamacpp([(path, texts) for path in paths], special=True)]
+    assert [ours(path, texts, special=True) for path in paths] == found
+    begin, whole = [ids[1] == [1] for ids in found], [len(ids[2]) < 3 for ids in found]
+    assert sum(begin) > 5 and sum(whole) > 5 and sum(whole) < 30 and begin != whole
 
 
 @pytest.mark.parametrize("pre", [None, ""])
