@@ -114,7 +114,7 @@ def test_a_mask_takes_the_blanks_before_it(tmp_path: Path, pre: str, name: str, 
 
 @pytest.mark.parametrize(
     ("model", "pre", "newlines"),
-    [("gemma4", None, 0), ("gemma4", "x", 5), ("gpt2", "sarvam-moe", 0), ("gpt2", "gemma4", 3)],
+    [("gemma4", None, 0), ("gemma4", "x", 5), ("gpt2", "sarvam-moe", 0), ("gpt2", "gemma4", 3), ("gemma4", None, 1)],
 )
 def test_byte_pairs_in_utf8(tmp_path: Path, model: str, pre: str | None, newlines: int) -> None:
     made = [*TEXTS, *made_texts(60)]
@@ -130,7 +130,13 @@ def test_byte_pairs_in_utf8(tmp_path: Path, model: str, pre: str | None, newline
         "model": model, "pre": pre, "tokens": tokens, "merges": [" ".join(each) for each in merges], "bos_token_id": 2,
         "token_type": [3, 3, 3, 3, 4] + [6] * 256 + [1] * (len(tokens) - 261), "eos_token_id": 1, "add_bos_token": False,
     }  # fmt: skip
-    texts = [*made, *(f"<bos>{text}<tool>{text}" for text in TEXTS)]
+    texts = [
+        *made,
+        *(f"<bos>{text}<tool>{text}" for text in TEXTS),
+        *("\n" * n for n in range(12)),
+        "<0x41>",
+        "a\n\n<0x41>\n",
+    ]
     got, expected = pair(tmp_path, keys, texts, special=True)
     assert got == expected
     tokenizer = tokenizer_of(tmp_path / "tiny.gguf")
@@ -261,6 +267,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[QgraftError], str]] = {
     "no bos": ({**BPE, "add_bos_token": True, "bos_token_id": None}, CheckpointError, "are to get a bos token"),
     "no eos": ({**BPE, "add_eos_token": True, "eos_token_id": None}, CheckpointError, "tokenizer.ggml.eos_token_id names no"),
     "no sep": ({**BPE, "add_sep_token": True}, CheckpointError, "tokenizer.ggml.seperator_token_id names no token"),
+    "lone newlines": (
+        {**SPM, "model": "gemma4", "merges": ["h e"], "tokens": [*SPM["tokens"][:-1], "\n\n\n"]},
+        UnsupportedError, "a run of 3 newlines is a token, expected tokens for two shorter runs",
+    ),
     "bos a word": ({**BPE, "add_bos_token": True, "bos_token_id": 50}, CheckpointError, "names no token apart from words"),
 }  # fmt: skip
 

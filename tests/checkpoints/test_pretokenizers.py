@@ -97,7 +97,7 @@ def test_what_else_a_name_says(tmp_path: Path, merges: list[tuple[str, str]]) ->
     """Whether texts begin with bos, and whether a word that is a token is that token though no merges make it."""
     pytest.importorskip("xllamacpp")
     texts, paths = ["ab unmade", "", "unmade"], []
-    for number, name in enumerate(BYTE_LEVEL):
+    for number, name in enumerate(PRE_TOKENIZERS):
         keys = byte_pairs(name, merges[:5])
         keys |= {"tokens": [*keys["tokens"], "Ġunmade", "unmade"], "token_type": [*keys["token_type"], 1, 1]}
         paths.append(write(tmp_path / f"{number}.gguf", keys))

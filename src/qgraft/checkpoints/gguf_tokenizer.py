@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_vocabulary import CUT_OUT, ROLES, SPECIAL, Vocabulary, read_vocabulary
-from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS, UNREAD, PreTokenizer
+from qgraft.checkpoints.pretokenizers import LINES, PRE_TOKENIZERS, UNREAD, PreTokenizer
 from qgraft.checkpoints.sentencepiece_merges import Pair, merges_by_score
 from qgraft.errors import CheckpointError, DataError, UnsupportedError, near_match
 
@@ -144,9 +144,11 @@ def _pre_tokenizer(file: GgufFile) -> PreTokenizer:
 
 
 def _byte_pairs(file: GgufFile, vocabulary: Vocabulary, pre: PreTokenizer) -> Tokenizer:
-    merges = _merges(file, vocabulary)
+    merges, cuts = _merges(file, vocabulary), pre.splits
+    if pre is PRE_TOKENIZERS["gemma4"]:
+        merges, cuts = _with_newlines(vocabulary, merges)
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw))
-    splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in pre.splits]
+    splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in cuts]
     if pre.raw:
         tokenizer.normalizer = normalizers.Replace(" ", _LOW_LINE)
         tokenizer.decoder = decoders.Sequence(
@@ -177,6 +179,25 @@ def _merges(file: GgufFile, vocabulary: Vocabulary) -> list[Pair]:
             )
         pairs[left, right] = None
     return list(pairs)
+
+
+def _with_newlines(vocabulary: Vocabulary, merges: list[Pair]) -> tuple[list[Pair], tuple[str, ...]]:
+    """The merges and cuts that make a run of newlines one token where it is one, as llama.cpp does it for Gemma 4.
+
+    Its files have such tokens but no merges to them. Here shorter runs are joined to longer ones; a run that is no token as
+    a whole is cut into single newlines, or that would join it in part.
+    """
+    lengths = {len(token) for token in vocabulary.tokens if not token.strip("\n")}
+    more = [("\n" * a, "\n" * b) for total in sorted(lengths) for a in range(1, total) for b in [total - a]
+            if {a, b} <= lengths]  # fmt: skip
+    made = sorted({len(left + right) for left, right in more}, reverse=True)
+    if any("\n" in left for left, _ in merges) or lengths <= {1}:
+        return merges, (LINES,)
+    if lone := lengths - {1, *made}:
+        got = f"{vocabulary.path}: tokenizer.ggml.tokens: a run of {min(lone)} newlines is a token"
+        raise UnsupportedError(f"{got}, expected tokens for two shorter runs that make it")
+    runs = "|".join(rf"\n{{{length}}}" for length in made)
+    return [*merges, *more], (rf"(?<!\n)(?:{runs})(?!\n)|\n|[^\n]+",)
 
 
 def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:

@@ -68,7 +68,7 @@ _OF_YOUTU = (
     f"|[\u3105-\u312f]+|[{_CJK}{_KANA}]+"
 )
 _NOT_HAN = r"&&[^\p{Han}]"
-_LINES = r"[^\n]+|[\n]+"
+LINES = r"[^\n]+|[\n]+"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ _QWEN2 = PreTokenizer((_like_gpt4(r"\p{N}"),))
 _DEEPSEEK_V3 = PreTokenizer((r"\p{N}{1,3}", f"[{_CJK}{_KANA}]+", _DEEPSEEK3))
 _GPT4O = PreTokenizer((_like_gpt4o(r"\p{N}{1,3}"),))
 _BLOOM = PreTokenizer((r" ?[^(\s|.,!?…。，、।۔،)]+",))
-_GEMMA4 = PreTokenizer((_LINES,), ignore_merges=True, add_bos=True, raw=True)
+_GEMMA4 = PreTokenizer((LINES,), add_bos=True, raw=True)
 _JAIS2_BLANKS = (
     r"\s*[\r\n]+|" + "|".join(rf"\s{{{n}}}(?!\S)" for n in (512, 256, 128, 64, 32, 16, 8, 4, "1,2")) + r"|\s{1}"
 )
@@ -113,7 +113,8 @@ _ENTRIES: dict[str, PreTokenizer] = {  # names that mean the same, separated by 
     "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": replace(
         _LLAMA3, ignore_merges=True, add_bos=True
     ),
-    "dbrx smaug-bpe glm4 chatglm-bpe": _LLAMA3,
+    "dbrx smaug-bpe chatglm-bpe": _LLAMA3,
+    "glm4": replace(_LLAMA3, ignore_merges=True),
     "minicpm5": PreTokenizer((r"\p{N}{1,3}", _like_gpt4(r"\p{N}+")), ignore_merges=True),
     "jais-2": PreTokenizer((_like_gpt4(r"\p{N}{1,3}", blanks=_JAIS2_BLANKS),)),
     "qwen2": replace(_QWEN2, nfc=True),
@@ -125,7 +126,7 @@ _ENTRIES: dict[str, PreTokenizer] = {  # names that mean the same, separated by 
         nfc=True,
     ),
     "ufakzeka": PreTokenizer((_like_gpt4(r"\p{N}", short=""),)),
-    "laguna": PreTokenizer((_LINES, _like_gpt4(r"\p{N}"))),
+    "laguna": PreTokenizer((LINES, _like_gpt4(r"\p{N}"))),
     "seed-coder": PreTokenizer((rf"{_SHORT}|{_WORD}|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_BLANKS}",)),
     "bailingmoe bailingmoe2 llada-moe": PreTokenizer(
         (
@@ -172,7 +173,7 @@ _ENTRIES: dict[str, PreTokenizer] = {  # names that mean the same, separated by 
     "poro-chat": _BLOOM,
     "viking": replace(_BLOOM, splits=(*_BLOOM.splits, r"\p{N}")),
     "gemma4 granite-embed-multi-311m": _GEMMA4,
-    "sarvam-moe": PreTokenizer((_LINES,), raw=True),
+    "sarvam-moe": PreTokenizer((LINES,), raw=True),
 }  # fmt: skip
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: entry for names, entry in _ENTRIES.items() for name in names.split()}
