@@ -1,0 +1,175 @@
+"""The configuration of a GGUF file's model, built from its keys by our own table (gguf_keys.py).
+
+What llama.cpp computes where a key is absent, is computed here: its defaults, not those of transformers' classes. Where
+llama.cpp itself departs from the model that a file was made of, the authors' model is followed:
+
+    Phi-3's window                    llama.cpp has it off
+    yarn's beta and attention factor  llama.cpp passes over them (gguf_rope.py)
+    longrope's long and short lists   llama.cpp goes by the session (gguf_rope.py)
+    a list of layers with windows     llama.cpp reads a number only, and otherwise takes its default
+
+Things that no key states are known from tensors (biases, a tied output, StableLM's parallel residual) or from the number
+of layers (the attention scale of the largest Gemmas).
+"""
+
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+
+from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_header import Header
+from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW, Keys, key_report
+from qgraft.checkpoints.gguf_rope import rope_parameters
+from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
+
+_SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 where the key is absent
+_PERIODS = {"gemma2": 2, "gemma3": 6}  # every so many layers one without a window
+_MOST_NAMED = 8
+
+
+def gguf_config(file: GgufFile) -> PreTrainedConfig:
+    """The configuration that the file's metadata states.
+
+    Raises CheckpointError for values that cannot be, UnsupportedError for keys that would change the computation in a way
+    that is not served.
+    """
+    header = Header(file)
+    keys = TABLE[header.architecture]
+    _check_sizes(header, file)
+    _check_keys(header)
+    values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
+    if header.architecture in _PERIODS:
+        values |= _gemma(header, file)
+    elif keys.rotates:
+        values["rope_parameters"] = rope_parameters(header, file)
+    if header.architecture in ("phi3", "starcoder2") and header.get(WINDOW):
+        values["sliding_window"] = header.count(WINDOW)
+    if "original_max_position_embeddings" in values.get("rope_parameters", {}) and keys.model_type == "phi3":
+        values["original_max_position_embeddings"] = values["rope_parameters"]["original_max_position_embeddings"]
+    try:
+        config = AutoConfig.for_model(keys.model_type, **values)
+    except (ArithmeticError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
+        problem = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {problem}") from error
+    config.name_or_path = str(file.path)
+    return config
+
+
+def unknown_keys_note(header: Header) -> tuple[str, ...]:
+    """One sentence on the keys of the file that the table does not know; nothing where it knows all."""
+    unknown = key_report(header).unknown
+    if not unknown:
+        return ()
+    more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+    return (f"metadata keys unknown to qgraft, without effect: {', '.join(unknown[:_MOST_NAMED])}{more}",)
+
+
+def _check_sizes(header: Header, file: GgufFile) -> None:
+    """Widths and counts are integers that the tensors can bear out, before anything is built in their size."""
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    widest = max((max(info.shape) for info in file.tensors.values()), default=0)
+    required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+    optional = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+    problems: list[QgraftError] = []
+    for key in (*required, *(key for key in optional if header.get(key) is not None)):
+        try:
+            header.count(key, most=len(blocks) if key == "block_count" else widest)
+        except (CheckpointError, UnsupportedError) as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "\n  ".join(problem.message.removeprefix(f"{file.path}: ") for problem in problems)
+        raise CheckpointError(f"{file.path}: the metadata does not fit the tensors:\n  {listed}")
+    _check_vocabulary(file)
+
+
+def _check_vocabulary(file: GgufFile) -> None:
+    embedding, tokens = file.tensors.get("token_embd.weight"), file.metadata.get("tokenizer.ggml.tokens")
+    if embedding is not None and tokens is not None and len(tokens) != embedding.shape[0]:
+        raise CheckpointError(
+            f"{file.path}: tokenizer.ggml.tokens: got {len(tokens)} tokens, expected {embedding.shape[0]}, the rows of "
+            "token_embd.weight"
+        )
+
+
+def _check_keys(header: Header) -> None:
+    """Refuse, all at once, what would change the computation and is not served."""
+    refused = key_report(header).refused
+    lines = [f"{name}: got {header.metadata[name]!r:.80}, expected {expected}" for name, expected in refused.items()]
+    if lines:
+        raise UnsupportedError(f"{header.path}: metadata that is not served:\n  " + "\n  ".join(lines))
+
+
+def _plain(header: Header, keys: Keys) -> dict[str, Any]:
+    """The fields that one key sets."""
+    values: dict[str, Any] = {}
+    defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
+    for key, field in keys.fields.items():
+        if key.endswith("epsilon"):
+            values[field] = header.number(key)
+        elif key.endswith("softcapping"):
+            default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0
+            cap = header.number(key, default, least=0 if header.architecture == "gemma2" else -1e-9)
+            values[field] = cap or None
+        else:
+            values[field] = header.count(key, defaults.get(key))
+    return values
+
+
+def _from_tensors(header: Header, file: GgufFile) -> dict[str, Any]:
+    """What the presence and shape of tensors says."""
+    names = {name.split(".", 2)[2] for name in file.tensors if name.startswith("blk.")}
+    embedding = file.tensors.get("token_embd.weight")
+    values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
+    if embedding is not None:
+        values["vocab_size"] = embedding.shape[0]
+    if header.architecture == "stablelm":
+        values |= {
+            "use_qkv_bias": "attn_q.bias" in names,
+            "qk_layernorm": "attn_q_norm.weight" in names,
+            "use_parallel_residual": "ffn_norm.weight" not in names,
+        }
+    if header.architecture in ("llama", "nemotron"):
+        values |= {"attention_bias": "attn_q.bias" in names, "mlp_bias": "ffn_up.bias" in names}
+    return values
+
+
+def _token_ids(file: GgufFile) -> dict[str, int | None]:
+    """The ids of special tokens; sentencepiece's are 1 and 2 where the file states none, as in llama.cpp."""
+    usual = {"bos": 1, "eos": 2} if file.metadata.get("tokenizer.ggml.model") == "llama" else {}
+    return {
+        f"{role}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id", usual.get(role))
+        for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+    }
+
+
+def _gemma(header: Header, file: GgufFile) -> dict[str, Any]:
+    """Attention scale, windows and rotations of Gemma 2 and 3."""
+    windows = _windows(header)
+    values: dict[str, Any] = {
+        "query_pre_attn_scalar": header.attention_width,
+        "sliding_window": header.count(WINDOW, 4096) if any(windows) else header.count("context_length"),
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in windows],
+    }
+    rope = rope_parameters(header, file)
+    if header.architecture == "gemma2":
+        return values | {"rope_parameters": rope}
+    local = {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", 10000.0, least=0)}
+    return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _windows(header: Header) -> list[bool]:
+    """For each layer whether it has a window."""
+    layers, pattern = header.count("block_count"), header.get(PATTERN)
+    if header.architecture == "gemma3" and not header.get(WINDOW):
+        return [False] * layers
+    if isinstance(pattern, list):
+        if len(pattern) != layers or not all(each in (0, 1) for each in pattern):
+            raise header.wrong(PATTERN, f"{layers} times true or false")
+        return [bool(each) for each in pattern]
+    period = _PERIODS[header.architecture] if pattern is None else pattern
+    if type(period) is not int or period < 0:
+        raise header.wrong(PATTERN, "a number of layers, or a list of true and false")
+    return [period == 0 or layer % period < period - 1 for layer in range(layers)]

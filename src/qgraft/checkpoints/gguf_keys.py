@@ -1,0 +1,252 @@
+"""What each metadata key of a GGUF file means for the computation: one table for each architecture.
+
+A key `llama.rope.freq_base` belongs to the architecture "llama"; here it is called "rope.freq_base". Every key of a file is
+
+    used             it sets a field of transformers' configuration (`fields`), or code reads it (`used`)
+    without effect   nothing that is computed depends on it, here as in llama.cpp (`ignored`, IGNORED and OTHER_GROUPS)
+    refused          it would change the computation in a way that is not served; a value that says what is computed
+                     anyway passes (`musts` and MUSTS)
+    unknown          in none of the tables; named in a note, so that a newer key does not vanish
+
+Source: `load_hparams` and each architecture's `load_arch_hparams` in llama.cpp (llama-model.cpp, models/*.cpp) with the
+names in llama-arch.cpp, and what its converter writes. Which keys have an effect there was tried on tiny files: every name
+that the library knows, on every architecture, with a value that is not the default.
+
+Not chosen: transformers' GGUF reader. It passes over every key that it does not know, and over rope scaling, windows and
+soft caps of those that it does; and it walks each string of the vocabulary to read a dozen numbers.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from qgraft.checkpoints.gguf_header import Header, is_number
+
+Meaning = TypeVar("Meaning")
+WINDOW = "attention.sliding_window"
+PATTERN = "attention.sliding_window_pattern"
+
+
+@dataclass(frozen=True)
+class Must:
+    """A key that is refused unless what it says is computed anyway: when that is, and in words."""
+
+    holds: Callable[[Header, Any], bool]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Keys:
+    """How the metadata of one architecture becomes the configuration of a transformers model.
+
+    Attributes:
+        model_type: transformers' name of the configuration.
+        fields: key -> field of the configuration that it sets.
+        used: key -> what code does with it.
+        ignored: key -> why it is without effect here, beside IGNORED.
+        musts: keys that are refused unless they say what is computed, beside MUSTS.
+        rotates: whether positions are rotations (not gpt2's table).
+        partial: whether a part of a head may be rotated.
+    """
+
+    model_type: str
+    fields: Mapping[str, str]
+    used: Mapping[str, str]
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    musts: Mapping[str, Must] = field(default_factory=dict)
+    rotates: bool = True
+    partial: bool = False
+
+
+def _one_of(*values: float) -> Must:
+    words = " or ".join(str(value) for value in values)
+    return Must(lambda _, got: all(_near(each, values) for each in (got if isinstance(got, list) else [got])), words)
+
+
+def _near(got: Any, values: tuple[float, ...]) -> bool:
+    if isinstance(got, bool) or isinstance(values[0], bool):
+        return got in values and isinstance(got, bool)
+    return is_number(got) and any(math.isclose(got, value, rel_tol=1e-5) for value in values)
+
+
+def _same(what: str, value: Callable[[Header], float]) -> Must:
+    return Must(lambda header, got: _near(got, (value(header),)), what)
+
+
+def _whole_context(header: Header, window: Any) -> bool:
+    """A window that nothing of the context is outside of, or none."""
+    return window in (0, None) or (is_number(window) and window >= header.count("context_length"))
+
+
+_NO_EXPERTS = Must(lambda header, _: header.get("expert_count") in (0, None), "nothing: expert_count is not 0")
+_NO_WINDOW = Must(_whole_context, "0, or at least context_length: no layer has a window here")
+
+MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
+    "attention.causal": _one_of(True),
+    "attention.clamp_kqv": _one_of(0),
+    "attention.key_length": _same(
+        "embedding_length / attention.head_count", lambda header: header.width // header.heads
+    ),
+    "attention.key_length_swa": _same("attention.key_length", lambda header: header.head_dim),
+    "attention.max_alibi_bias": _one_of(0),
+    "attention.scale": Must(
+        lambda header, got: _near(got, (0, header.attention_width**-0.5)), "0, or the scale that is computed"
+    ),
+    "attention.temperature_scale": _one_of(0),
+    "attention.value_length": _same("attention.key_length", lambda header: header.head_dim),
+    "attention.value_length_swa": _same("attention.key_length", lambda header: header.head_dim),
+    WINDOW: _NO_WINDOW,
+    "attn_logit_softcapping": _one_of(0),
+    "embedding_length_out": _same("embedding_length", lambda header: header.width),
+    "embedding_scale": _one_of(0, 1),
+    "expert_count": _one_of(0),
+    "expert_used_count": _one_of(0),
+    "expert_*": _NO_EXPERTS,
+    "final_logit_softcapping": _one_of(0),
+    "logit_scale": _one_of(0, 1),
+    "nextn_predict_layers": _one_of(0),
+    "residual_scale": _one_of(0, 1),
+    "rope.dimension_count": _same("attention.key_length", lambda header: header.head_dim),
+    "rope.dimension_count_swa": _same("rope.dimension_count", lambda header: header.rotated),
+    "rope.dimension_sections": _one_of(0),
+    "rope.scaling.alpha": _one_of(0, 1),
+    "rope.scaling.yarn_ext_factor": _one_of(1),
+    "rope.scaling.yarn_log_multiplier": _one_of(0),
+    "use_parallel_residual": _one_of(False),
+}
+
+IGNORED = {  # of every architecture
+    PATTERN: "no layer has a window",
+    "pooling_type": "for embeddings of texts",
+    "rope.freq_base_swa": "no layer has a window",
+    "rope.scaling.finetuned": "says how the model was trained",
+    "tensor_data_layout": "says where the file came from",
+    "vocab_size": "the rows of token_embd.weight are counted",
+}
+OTHER_GROUPS = {  # keys that begin so belong to no architecture
+    "general.": "names, licence, sizes, type of the file",
+    "quantize.": "how the file was quantized",
+    "split.": "parts of the file",
+    "tokenizer.": "of the tokenizer",
+}
+
+_SIZES = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+}
+_RMS, _LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+_HEAD_DIM = {"attention.key_length": "head_dim"}
+_ROPE = {
+    "rope.freq_base": "base of the rotations, 10000 where it is absent",
+    "rope.scaling.type": "none, linear, yarn or longrope; linear where it is absent",
+    "rope.scaling.factor": "positions are divided by it",
+    "rope.scale_linear": "older name of rope.scaling.factor",
+    "rope.scaling.attn_factor": "factor on rotated queries and keys",
+    "rope.scaling.original_context_length": "of yarn and longrope; context_length where it is absent",
+    "rope.scaling.yarn_attn_factor": "attention_factor of yarn (llama.cpp passes over it)",
+    "rope.scaling.yarn_beta_fast": "beta_fast of yarn (llama.cpp passes over it)",
+    "rope.scaling.yarn_beta_slow": "beta_slow of yarn (llama.cpp passes over it)",
+}
+_PART = {"rope.dimension_count": "elements of a head that are rotated"}
+_WINDOWS = {
+    WINDOW: "tokens that a layer with a window sees",
+    PATTERN: "a number n: every n-th layer has no window; or a list: which layers have one",
+}
+_ONE_WINDOW = {WINDOW: "tokens that every layer sees (llama.cpp passes over it)"}
+_SAME_BASE = {"rope.freq_base_swa": _same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
+_SAME_LAYERS = {
+    PATTERN: Must(
+        lambda header, got: not header.get(WINDOW) or (all(got) if isinstance(got, list) else got == 0),
+        "0: all layers have the same window",
+    )
+}
+
+TABLE: dict[str, Keys] = {  # by general.architecture
+    "gemma2": Keys(
+        "gemma2",
+        {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "attn_logit_softcapping": "attn_logit_softcapping",
+         "final_logit_softcapping": "final_logit_softcapping"},
+        {**_ROPE, **_WINDOWS},
+        musts=_SAME_BASE,
+    ),
+    "gemma3": Keys(
+        "gemma3_text",
+        {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "final_logit_softcapping": "final_logit_softcapping"},
+        {**_ROPE, **_WINDOWS, "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+    ),
+    "gpt2": Keys(
+        "gpt2",
+        {"context_length": "n_positions", "embedding_length": "n_embd", "block_count": "n_layer",
+         "feed_forward_length": "n_inner", "attention.head_count": "n_head", _LAYER: "layer_norm_epsilon"},
+        {},
+        ignored={"rope.*": "positions are a table"},
+        musts={"attention.head_count_kv": _same("attention.head_count", lambda header: header.heads)},
+        rotates=False,
+    ),
+    "llama": Keys("llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),  # mistral files, too
+    "nemotron": Keys(
+        "nemotron", {**_SIZES, _LAYER: "norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True
+    ),
+    "phi3": Keys(
+        "phi3", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_PART, **_ONE_WINDOW},
+        musts={**_SAME_BASE, **_SAME_LAYERS}, partial=True,
+    ),
+    "qwen2": Keys("qwen2", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE),
+    "qwen3": Keys("qwen3", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
+    "stablelm": Keys(
+        "stablelm", {**_SIZES, _LAYER: "layer_norm_eps"}, {**_ROPE, **_PART},
+        ignored={"use_parallel_residual": "whether there are ffn_norm tensors decides"}, partial=True,
+    ),
+    "starcoder2": Keys(
+        "starcoder2", {**_SIZES, _LAYER: "norm_epsilon"}, {**_ROPE, **_ONE_WINDOW},
+        musts={**_SAME_BASE, **_SAME_LAYERS},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class KeyReport:
+    """The keys of one file: used; without effect, with the reason; refused, with what was expected; unknown."""
+
+    used: dict[str, str] = field(default_factory=dict)
+    without_effect: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+
+
+def key_report(header: Header) -> KeyReport:
+    """Sort the keys of a file whose architecture is in the table."""
+    keys, report = TABLE[header.architecture], KeyReport()
+    for name, value in header.metadata.items():
+        key = name.removeprefix(f"{header.architecture}.")
+        if key == name:
+            group = next((group for group in OTHER_GROUPS if name.startswith(group)), None)
+            if group is None:
+                report.unknown.append(name)
+            else:
+                report.without_effect[name] = OTHER_GROUPS[group]
+        elif key in keys.fields or key in keys.used:
+            report.used[name] = keys.fields.get(key) or keys.used[key]
+        elif (must := _find(keys.musts, key)) or (not _find(keys.ignored, key) and (must := _find(MUSTS, key))):
+            if must.holds(header, value):
+                report.without_effect[name] = "says what is computed anyway"
+            else:
+                report.refused[name] = must.expected
+        elif reason := _find(keys.ignored, key) or IGNORED.get(key):
+            report.without_effect[name] = reason
+        else:
+            report.unknown.append(name)
+    return report
+
+
+def _find(table: Mapping[str, Meaning], key: str) -> Meaning | None:
+    """What the table says of the key, by its name or by a name that ends in *."""
+    if key in table:
+        return table[key]
+    return next((meaning for name, meaning in table.items() if name.endswith("*") and fnmatchcase(key, name)), None)
