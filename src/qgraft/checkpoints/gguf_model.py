@@ -111,6 +111,8 @@ class _TensorReader:
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
         stem, _, suffix = name.rpartition(".")
+        if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
+            return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
         gguf_stem = self.names.get_name(stem)
         gguf_name = f"{gguf_stem}.{suffix}"
         if gguf_stem is None or gguf_name not in self.file.tensors:
@@ -126,6 +128,17 @@ class _TensorReader:
         if order is not None:
             value = value[order]
         return value - self.rules.norm_offset if "norm" in gguf_name and suffix == "weight" else value
+
+    def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
+        """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""
+        stem, _, suffix = name.rpartition(".")
+        gguf_name = f"{self.names.get_name(stem)}.{suffix}"
+        if gguf_name not in self.file.tensors:
+            return None
+        self.used.add(gguf_name)
+        rows = floats(self.file, gguf_name)
+        heads = self.config.num_key_value_heads if ".attn_k_norm." in gguf_name else self.config.num_attention_heads
+        return rows[head] if rows.shape[0] == heads else rows  # a wrong shape; assemble() reports it with the others
 
     def _row_order(self, gguf_name: str, rows: int) -> Tensor | None:
         """Which stored row is row i of transformers' q or k; None where the orders agree.

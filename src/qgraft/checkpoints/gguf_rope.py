@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.errors import CheckpointError
 from qgraft.formats import PackedTensor, dequantize
 
@@ -95,7 +96,7 @@ def _partial(header: Header) -> dict[str, float]:
     part = rotated / head_dim
     if int(head_dim * part) < rotated:  # transformers cuts off what rounding took
         part = math.nextafter(part, 2.0)
-    return {"partial_rotary_factor": part} if rotated != head_dim else {}
+    return {"partial_rotary_factor": part} if TABLE[header.architecture].partial else {}
 
 
 def _attn_factor(header: Header) -> float:
