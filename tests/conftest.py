@@ -128,8 +128,14 @@ def write_tiny(
         if value is not None:
             _add(writer, key, value)
     tiny = TinyGguf(path, model)
+    of_heads: dict[str, list[np.ndarray]] = {}  # StableLM's norms of each head are rows of one tensor
     for index, (name, parameter) in enumerate(model.named_parameters()):
         stem, _, suffix = name.rpartition(".")
+        if ".norms." in stem:
+            of_heads.setdefault(f"{names.get_name(stem.partition('.norms.')[0])}.{suffix}", []).append(
+                parameter.numpy()
+            )
+            continue
         gguf_name = f"{names.get_name(stem)}.{suffix}"
         stored, kind = _encode(
             gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index
@@ -140,7 +146,8 @@ def write_tiny(
         tiny.parameters[gguf_name] = name
         if gguf_name not in drop and gguf_name not in (extra or {}):
             writer.add_tensor(gguf_name, stored, raw_dtype=kind)
-    for gguf_name, value in (extra or {}).items():
+    stacked = {gguf_name: np.stack(rows) for gguf_name, rows in of_heads.items()}
+    for gguf_name, value in {**stacked, **(extra or {})}.items():
         writer.add_tensor(gguf_name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -180,7 +187,7 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": getattr(c, "intermediate_size", None) or FFN,
+        "feed_forward_length": getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or FFN,
         "attention.head_count": c.num_attention_heads,
         f"attention.layer_norm{rms}_epsilon": float(epsilon),
     }
@@ -288,9 +295,10 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
 
 
 def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np.ndarray, Q]:
-    """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks."""
+    """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks; all
+    in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if array.ndim == 1 or gguf_name == "position_embd.weight":
+    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight":
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,13 +78,30 @@ def greedy(
         "model": str(path), "loras": [str(lora)] if lora else [], "exact": exact, "prompt": list(prompt), "n": n,
         "top": top, "stop": list(stop), "forced": list(forced),
     }  # fmt: skip
+    result = _run(job)
+    top = torch.tensor(result["top"], dtype=torch.float64)
+    return Continuation(result["ids"], top[..., 0].long(), top[..., 1])
+
+
+def _run(job: dict[str, Any]) -> Any:
     done = subprocess.run(
         [sys.executable, str(RUNNER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, f"llama.cpp failed:\n{done.stdout[-500:]}\n{done.stderr[-2000:]}"
-    result = json.loads(done.stdout.splitlines()[-1])
-    top = torch.tensor(result["top"], dtype=torch.float64)
-    return Continuation(result["ids"], top[..., 0].long(), top[..., 1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="session")
+def llamacpp_behind() -> Callable[..., list[dict[int, float]]]:
+    """See `behind`."""
+    pytest.importorskip("xllamacpp")
+    return behind
+
+
+def behind(files: Sequence[tuple[Path, Sequence[int], int]]) -> list[dict[int, float]]:
+    """For each (file, prompt, context of the session) llama.cpp's log-probability of every token behind the prompt."""
+    job = {"files": [[str(path), list(prompt), context] for path, prompt, context in files]}
+    return [{int(token): logprob for token, logprob in each} for each in _run(job)]
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 in      {"model": path, "loras": [path], "exact": bool, "prompt": [ids], "n": int, "top": int, "stop": [ids],
          "forced": [ids]}
 out     {"ids": [id], "top": [[[id, log-probability], ...], ...]}    of each step the `top` likeliest tokens, in order
+in      {"files": [[path, [ids], context]]}
+out     [[[id, log-probability], ...], ...]     of each file all tokens behind its prompt, computed exactly
 
 A step's token is the likeliest one, or the next one of `forced`; one of `stop` is the last. A crash of llama.cpp (it
 aborts on some bad files) ends this process, not the tests. "exact" keeps keys and values in float32 and leaves flash
@@ -22,11 +24,11 @@ import xllamacpp
 CONTEXT = 1024
 
 
-def parameters(job: dict[str, Any]) -> xllamacpp.CommonParams:
+def parameters(job: dict[str, Any], context: int = CONTEXT) -> xllamacpp.CommonParams:
     params = xllamacpp.CommonParams()
     params.model.path = job["model"]
     params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in job["loras"]]
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = CONTEXT, 1, 0
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = context, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = params.fit_params = False
     params.enable_chat_template = False  # prompts come as token ids
@@ -47,8 +49,17 @@ def step(server: xllamacpp.Server, prompt: list[int], top: int, clean: int) -> l
     return [[other["id"], other["logprob"]] for entry in content for other in entry["top_logprobs"]]
 
 
+def behind(path: str, prompt: list[int], context: int) -> list[list[float]]:
+    """The log-probabilities of all tokens behind `prompt`."""
+    server = xllamacpp.Server(parameters({"model": path, "loras": [], "exact": True}, context))
+    return next(found for token in range(3, 300) if (found := step(server, prompt, 1_000_000, token)))
+
+
 def main() -> None:
     job = json.load(sys.stdin)
+    if "files" in job:
+        print("\n" + json.dumps([behind(*each) for each in job["files"]]))
+        return
     server = xllamacpp.Server(parameters(job))
     ids, top, forced = job["prompt"], job["top"], job["forced"]
     clean = next(token for token in range(3, 300) if step(server, ids, 1, token))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
@@ -21,7 +20,6 @@ from qgraft.adapters.attach import attach_layers, lora_modules, use_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.adapter_files import load_adapter
-from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
 from qgraft.data.tokenizing import encode_prompt
@@ -35,17 +33,9 @@ CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
 
 
 def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
-    """A tiny model whose tensors are all float32, those included that the fixture always quantizes."""
+    """A tiny model whose tensors are all float32."""
     config = CONFIG.get(architecture, {})
-    tiny = make_gguf(folder / "mixed.gguf", architecture, types=(Q.F32,), config=config)
-    random = np.random.default_rng(0)
-    quantized = {
-        info.name: (random.standard_normal(info.shape) * (1.0 if "token" in info.name else 0.12)).astype(np.float32)
-        for info in read_gguf(tiny.path).tensors.values()
-        if info.format != "f32"
-    }
-    make_gguf(folder / "float32.gguf", architecture, types=(Q.F32,), config=config, extra=quantized)
-    return folder / "float32.gguf"
+    return make_gguf(folder / "float32.gguf", architecture, types=(Q.F32,), config=config).path
 
 
 def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = None) -> None:

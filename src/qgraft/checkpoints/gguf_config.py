@@ -3,10 +3,9 @@
 What llama.cpp computes where a key is absent, is computed here: its defaults, not those of transformers' classes. Where
 llama.cpp itself departs from the model that a file was made of, the authors' model is followed:
 
-    Phi-3's window                    llama.cpp has it off
+    the window of Phi-3, StarCoder2   llama.cpp attends to everything
     yarn's beta and attention factor  llama.cpp passes over them (gguf_rope.py)
     longrope's long and short lists   llama.cpp goes by the session (gguf_rope.py)
-    a list of layers with windows     llama.cpp reads a number only, and otherwise takes its default
 
 Things that no key states are known from tensors (biases, a tied output, StableLM's parallel residual) or from the number
 of layers (the attention scale of the largest Gemmas).
@@ -108,11 +107,10 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
     defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
     for key, field in keys.fields.items():
         if key.endswith("epsilon"):
-            values[field] = header.number(key)
+            values[field] = header.number(key, zero=True)
         elif key.endswith("softcapping"):
             default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0
-            cap = header.number(key, default, least=0 if header.architecture == "gemma2" else -1e-9)
-            values[field] = cap or None
+            values[field] = header.number(key, default, zero=not default) or None
         else:
             values[field] = header.count(key, defaults.get(key))
     return values
@@ -156,7 +154,7 @@ def _gemma(header: Header, file: GgufFile) -> dict[str, Any]:
     rope = rope_parameters(header, file)
     if header.architecture == "gemma2":
         return values | {"rope_parameters": rope}
-    local = {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", 10000.0, least=0)}
+    local = {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", 10000.0)}
     return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
 
 

@@ -7,7 +7,7 @@ absent, the default is llama.cpp's.
 import math
 import reprlib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.errors import CheckpointError, UnsupportedError
@@ -17,7 +17,7 @@ from qgraft.errors import CheckpointError, UnsupportedError
 _LARGEST = {"gemma2": 46, "gemma3": 62}
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether a metadata value is a finite number (true and false are not)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -44,13 +44,12 @@ class Header:
         got = reprlib.repr(self.get(key))
         return UnsupportedError(f"{self.path}: {self.architecture}.{key}: got {got}, expected {expected}", hint=hint)
 
-    def number(self, key: str, default: float | None = None, *, least: float = -math.inf) -> float:
-        """A number greater than `least`; without a default the key must be there."""
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A positive number, or zero where that is allowed; without a default the key must be there."""
         value = default if self.get(key) is None else self.get(key)
-        if not is_number(value) or value <= least:  # type: ignore[operator]
-            more = "" if least == -math.inf else f" greater than {least:g}"
-            raise self.wrong(key, f"a number{more}")
-        return float(value)  # type: ignore[arg-type]
+        if not is_number(value) or value < 0 or (value == 0 and not zero):
+            raise self.wrong(key, "a number from 0 on" if zero else "a number greater than 0")
+        return float(value)
 
     def count(self, key: str, default: int | None = None, most: int | None = None) -> int:
         """An integer from 1 to `most`; a list of one for each layer, where all layers have the same."""

@@ -80,7 +80,20 @@ def _whole_context(header: Header, window: Any) -> bool:
     return window in (0, None) or (is_number(window) and window >= header.count("context_length"))
 
 
-_NO_EXPERTS = Must(lambda header, _: header.get("expert_count") in (0, None), "nothing: expert_count is not 0")
+def _if_yarn(must: Must) -> Must:
+    """A key that only yarn has a use for."""
+
+
+    def holds(header: Header, got: Any) -> bool:
+        return header.get("rope.scaling.type") != "yarn" or must.holds(header, got)
+
+    return Must(holds, must.expected)
+
+
+_NO_EXPERTS = Must(
+    lambda header, got: got == 0 or header.get("expert_count") in (0, None),
+    "no experts, as in a file whose expert_count is 0",
+)
 _NO_WINDOW = Must(_whole_context, "0, or at least context_length: no layer has a window here")
 
 MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
@@ -101,8 +114,7 @@ MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
     "attn_logit_softcapping": _one_of(0),
     "embedding_length_out": _same("embedding_length", lambda header: header.width),
     "embedding_scale": _one_of(0, 1),
-    "expert_count": _one_of(0),
-    "expert_used_count": _one_of(0),
+    "expert_count": Must(lambda _, got: got == 0, "0: experts are not served in a GGUF file"),
     "expert_*": _NO_EXPERTS,
     "final_logit_softcapping": _one_of(0),
     "logit_scale": _one_of(0, 1),
@@ -112,8 +124,8 @@ MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
     "rope.dimension_count_swa": _same("rope.dimension_count", lambda header: header.rotated),
     "rope.dimension_sections": _one_of(0),
     "rope.scaling.alpha": _one_of(0, 1),
-    "rope.scaling.yarn_ext_factor": _one_of(1),
-    "rope.scaling.yarn_log_multiplier": _one_of(0),
+    "rope.scaling.yarn_ext_factor": _if_yarn(_one_of(1)),
+    "rope.scaling.yarn_log_multiplier": _if_yarn(_one_of(0)),
     "use_parallel_residual": _one_of(False),
 }
 

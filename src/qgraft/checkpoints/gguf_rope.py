@@ -44,9 +44,7 @@ def scaling(header: Header, file: GgufFile) -> tuple[str, float]:
     As llama.cpp: linear where no type is stated, a factor of 0 is none, and the older key counts without the newer one.
     """
     key = "rope.scaling.factor" if header.get("rope.scaling.factor") is not None else "rope.scale_linear"
-    factor = header.number(key, 1.0) or 1.0
-    if factor < 0:
-        raise header.wrong(key, "a positive number")
+    factor = header.number(key, 1.0, zero=True) or 1.0
     kind = header.get("rope.scaling.type") or "linear"
     served = ["none", "linear", *(["yarn"] if header.architecture != "phi3" else []),
               *(["longrope"] if header.architecture in ("llama", "phi3") else [])]  # fmt: skip
@@ -74,7 +72,7 @@ def rope_parameters(header: Header, file: GgufFile) -> dict[str, Any]:
     kind, factor = scaling(header, file)
     rope: dict[str, Any] = {
         "rope_type": "default",
-        "rope_theta": header.number("rope.freq_base", 10000.0, least=0),
+        "rope_theta": header.number("rope.freq_base", 10000.0),
         **_partial(header),
     }
     original = header.count("rope.scaling.original_context_length", header.count("context_length"))
@@ -100,17 +98,17 @@ def _partial(header: Header) -> dict[str, float]:
 
 
 def _attn_factor(header: Header) -> float:
-    return header.number("rope.scaling.attn_factor", 1.0, least=0)
+    return header.number("rope.scaling.attn_factor", 1.0)
 
 
 def _yarn(header: Header, factor: float) -> dict[str, Any]:
-    own = header.number("rope.scaling.yarn_attn_factor", 1 + 0.1 * math.log(max(factor, 1.0)), least=0)
+    own = header.number("rope.scaling.yarn_attn_factor", 1 + 0.1 * math.log(max(factor, 1.0)))
     return {
         "rope_type": "yarn",
         "factor": factor,
         "attention_factor": own * _attn_factor(header),
-        "beta_fast": header.number("rope.scaling.yarn_beta_fast", 32.0, least=0),
-        "beta_slow": header.number("rope.scaling.yarn_beta_slow", 1.0, least=0),
+        "beta_fast": header.number("rope.scaling.yarn_beta_fast", 32.0),
+        "beta_slow": header.number("rope.scaling.yarn_beta_slow", 1.0),
     }
 
 

@@ -64,10 +64,26 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
         **({"ranks": _ranks(file)} if adapter else {"fingerprint": gguf_fingerprint(file)}),
         "formats": formats,
         "metadata": {key: _short(value) for key, value in file.metadata.items()},
+        **({} if adapter else {"keys": _keys(file)}),
     }
     if tensors:
         findings["tensors"] = {i.name: f"{i.format} {list(i.shape)}" for i in file.tensors.values()}
     return findings
+
+
+def _keys(file: Any) -> dict[str, Any]:
+    """What each metadata key is for: used, without effect, refused, unknown; only the lists that are not empty."""
+    from qgraft.checkpoints.gguf_header import Header
+    from qgraft.checkpoints.gguf_keys import TABLE, key_report
+
+    if file.metadata.get("general.architecture") not in TABLE:
+        return {"does not load": f"the architecture is none of {', '.join(TABLE)}"}
+    try:
+        report = key_report(Header(file))
+    except QgraftError as error:
+        return {"does not load": error.message}
+    lists = {"used": report.used, "without effect": report.without_effect, "refused": report.refused}
+    return {name: keys for name, keys in {**lists, "unknown": report.unknown}.items() if keys}
 
 
 def _ranks(file: Any) -> dict[int, int]:

@@ -60,6 +60,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")
+    print_notes(model)
     names: list[str] = []
     if own := adapter_names(model):
         print_note(f"adapter {own[0]}: the model's own prefix (P-Tuning v2), from its folder")
@@ -125,6 +126,12 @@ def answer(
 def print_note(text: str) -> None:
     """A line for people, on stderr: stdout is for results."""
     print(text, file=sys.stderr)
+
+
+def print_notes(model: Any) -> None:
+    """What a reader should know of how a base was loaded."""
+    for note in model.qgraft_base.notes:
+        print_note(f"{model.qgraft_base.source}: {note}")
 
 
 def print_json(value: Any) -> None:

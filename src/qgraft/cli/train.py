@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgraft.cli.options import print_note, prompt_as_in_training, without_tokenizer
+from qgraft.cli.options import print_note, print_notes, prompt_as_in_training, without_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -146,6 +146,7 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     model, tokenizer = load(name, quantize=quantize, dtype=arguments.compute_dtype, device=arguments.device)
     if tokenizer is None:
         raise without_tokenizer(name, model, "this command")
+    print_notes(model)
     _load_adapter(model, arguments)
     return model, tokenizer
 

@@ -1,0 +1,171 @@
+"""Metadata keys and rotary tensors of tiny float32 files, each judged by llama.cpp's log-probabilities.
+
+Each case has a control: the plain file's model, which must be far from what llama.cpp computes of the file with the key.
+Otherwise a key that nobody reads would pass. llama.cpp runs all files in one process.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+
+from qgraft.checkpoints.gguf_config import gguf_config
+from qgraft.checkpoints.gguf_file import read_gguf
+from qgraft.checkpoints.gguf_keys import IGNORED, TABLE
+from qgraft.checkpoints.gguf_model import load_gguf
+
+LENGTH, CONTEXT = 96, 256
+TOLERANCE, CONTROL = 1e-2, 5e-2
+LAYER_NORM = ("gpt2", "nemotron", "stablelm", "starcoder2")
+ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates)
+GEMMA = {
+    "num_hidden_layers": 6,  # the last without a window
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+}
+YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
+ATTN = {"rope.scaling.attn_factor": 1.3}
+FACTORS = (1 + 3 * np.random.default_rng(0).random(8)).astype(np.float32)
+LONGROPE = {"rope_factors_long.weight": FACTORS, "rope_factors_short.weight": FACTORS**0.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Keys and tensors that a plain file of the architecture does not have."""
+
+    architecture: str
+    keys: dict[str, Any]
+    tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    length: int = LENGTH
+
+
+ROTATIONS = {  # tried on every architecture
+    "base": {"rope.freq_base": 123.0},
+    "scale_linear": {"rope.scale_linear": 4.0},
+    "linear with attn_factor": {"rope.scaling.factor": 4.0, **ATTN},
+    "yarn with attn_factor": {**YARN, **ATTN},
+}
+MORE = {  # the same code for all of them
+    "linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+    "factor without a type": {"rope.scaling.factor": 4.0},
+    "both factors": {"rope.scale_linear": 8.0, "rope.scaling.factor": 4.0},
+    "attn_factor": ATTN,
+    "yarn": YARN,
+    "yarn without a context": {key: value for key, value in YARN.items() if not key.endswith("length")},
+}
+
+
+CASES = {
+    **{
+        f"{name}: {label}": Case(name, keys)
+        for name in ROTATING
+        for label, keys in {**ROTATIONS, **(MORE if name in ("llama", "gemma3") else {})}.items()
+        if not (name == "phi3" and "yarn" in label)  # transformers has no yarn for it
+    },
+    **{f"{name}: a part": Case(name, {"rope.dimension_count": 8 if name != "nemotron" else 4})
+       for name in ("nemotron", "phi3", "stablelm")},
+    **{f"{name}: no count": Case(name, {"rope.dimension_count": None}) for name in ("nemotron", "stablelm")},
+    **{
+        f"{name}: epsilon": Case(name, {f"attention.layer_norm_{'' if name in LAYER_NORM else 'rms_'}epsilon": 0.3})
+        for name in TABLE
+    },
+    **{f"{name}: {label}": Case(name, keys) for name in ("gemma2", "gemma3") for label, keys in {
+        "window": {"attention.sliding_window": 5}, "pattern": {"attention.sliding_window_pattern": 3},
+        "pattern as a list": {"attention.sliding_window_pattern": [False, True, True, False, True, False]},
+        "final cap": {"final_logit_softcapping": 3.0},
+    }.items()},
+    "gemma2: attention cap": Case("gemma2", {"attn_logit_softcapping": 1.0}),
+    "gemma2: no window stated": Case("gemma2", {"attention.sliding_window": None}),
+    "gemma3: no window": Case("gemma3", {"attention.sliding_window": 0}),
+    "gemma3: window's base": Case("gemma3", {"rope.freq_base_swa": 123.0}),
+    "llama: rope_freqs": Case("llama", {}, {"rope_freqs.weight": FACTORS}),
+    "llama: rope_freqs, linear, attn_factor": Case(
+        "llama", {"rope.scaling.factor": 4.0, **ATTN}, {"rope_freqs.weight": FACTORS}
+    ),
+    "llama: rope_freqs, yarn": Case("llama", YARN, {"rope_freqs.weight": FACTORS}),
+    "llama: longrope": Case(
+        "llama", {**ATTN, "rope.scaling.type": "longrope", "rope.scaling.original_context_length": 64}, LONGROPE
+    ),
+    "phi3: longrope, long text": Case("phi3", {**ATTN, "rope.scaling.original_context_length": 64}, LONGROPE),
+    "phi3: longrope, short text": Case("phi3", {**ATTN, "rope.scaling.original_context_length": CONTEXT}, LONGROPE),
+    "phi3: longrope with its type": Case(
+        "phi3", {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 64}, LONGROPE
+    ),
+    "phi3: longrope with a factor": Case(
+        "phi3", {"rope.scaling.factor": 2.0, "rope.scaling.original_context_length": 64}, LONGROPE
+    ),
+}  # fmt: skip
+WITHOUT_EFFECT = {
+    "none with a factor": Case("llama", {"rope.scaling.type": "none", "rope.scaling.factor": 4.0}),
+    "factor of 0": Case("qwen2", {"rope.scaling.factor": 0.0}),
+    "yarn without a factor": Case("qwen3", {"rope.scaling.type": "yarn"}),
+    "no base": Case("llama", {"rope.freq_base": None}),
+    "no lengths": Case("llama", {"attention.key_length": None, "attention.value_length": None}),
+    "lists": Case("qwen2", {"attention.head_count": [4, 4], "attention.head_count_kv": [2, 2]}),
+    "another size of the vocabulary": Case("llama", {"vocab_size": 7}),
+    "parallel residual by key only": Case("stablelm", {"use_parallel_residual": True}),
+    "rotations of gpt2": Case("gpt2", {"rope.freq_base": 5.0, "rope.scaling.factor": 4.0, "rope.dimension_count": 8}),
+    **{key: Case("llama", {key: value}) for key, value in {
+        "attention.sliding_window_pattern": 3, "pooling_type": 3, "rope.freq_base_swa": 123.0,
+        "rope.scaling.finetuned": True, "tensor_data_layout": "x", "vocab_size": 7, "attention.new_key": 3.0,
+        "logit_scale": 1.0, "attention.causal": True, "expert_count": 0, "attention.clamp_kqv": 0.0,
+    }.items()},
+}  # fmt: skip
+
+
+def prompt_of(length: int) -> list[int]:
+    return torch.randint(10, 250, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.fixture(scope="module")
+def judged(make_gguf: Callable[..., Any], llamacpp_behind: Any, tmp_path_factory: Any) -> dict[str, tuple[Any, Any]]:
+    """Of each case its file and llama.cpp's log-probabilities; of each architecture those of the plain file."""
+    folder = tmp_path_factory.mktemp("keys")
+    cases = {**CASES, **WITHOUT_EFFECT, **{name: Case(name, {}) for name in TABLE}}
+    files = []
+    for index, case in enumerate(cases.values()):
+        name, config = case.architecture, GEMMA if case.architecture.startswith("gemma") else {}
+        metadata = {f"{name}.{key}": value for key, value in case.keys.items()}
+        path = folder / f"{index}.gguf"
+        make_gguf(path, name, config=config, metadata=metadata, extra=case.tensors, types=(Q.F32,))
+        files.append((path, prompt_of(case.length), CONTEXT))
+    theirs = llamacpp_behind(files)
+    return {label: (path, found) for label, (path, _, _), found in zip(cases, files, theirs, strict=True)}
+
+
+def gap(path: Any, prompt: list[int], theirs: dict[int, float]) -> float:
+    """The largest difference of our log-probabilities behind the prompt to llama.cpp's."""
+    model, _ = load_gguf(path, torch.float32)
+    with torch.no_grad():
+        ours = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+    return max(abs(float(ours[token]) - logprob) for token, logprob in theirs.items())
+
+
+@pytest.mark.parametrize("label", CASES)
+def test_a_key_does_what_it_does_in_llamacpp(judged, label):
+    case, (path, theirs) = CASES[label], judged[label]
+    prompt = prompt_of(case.length)
+    assert gap(path, prompt, theirs) < TOLERANCE
+    assert gap(judged[case.architecture][0], prompt, theirs) > CONTROL, "the key does too little"
+
+
+@pytest.mark.parametrize("label", WITHOUT_EFFECT)
+def test_a_key_without_effect_has_none_in_llamacpp(judged, label):
+    case, (path, theirs) = WITHOUT_EFFECT[label], judged[label]
+    assert theirs == judged[case.architecture][1]
+    assert gap(path, prompt_of(case.length), theirs) < TOLERANCE
+
+
+def test_every_key_that_is_ignored_was_judged():
+    assert IGNORED.keys() <= WITHOUT_EFFECT.keys()
+
+
+def test_the_older_keys_say_the_same(judged):
+    first, second = (gguf_config(read_gguf(judged[label][0])) for label in ("llama: linear", "llama: scale_linear"))
+    second.name_or_path = first.name_or_path
+    assert first.to_dict() == second.to_dict()
