@@ -4,8 +4,10 @@ Each case has a control: the plain file's model, which must be far from what lla
 Otherwise a key that nobody reads would pass. llama.cpp runs all files in one process.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ TOLERANCE, CONTROL = 1e-2, 5e-2
 LAYER_NORM = ("gpt2", "nemotron", "stablelm", "starcoder2")
 ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates)
 GEMMA = {
-    "num_hidden_layers": 6,  # the last without a window
+    "num_hidden_layers": 6,  # the last without a window in Gemma 3
     "head_dim": 16,
     "query_pre_attn_scalar": 16,
     "sliding_window": 8,
@@ -45,14 +47,14 @@ class Case:
 
 
 ROTATIONS = {  # tried on every architecture
-    "base": {"rope.freq_base": 123.0},
-    "scale_linear": {"rope.scale_linear": 4.0},
-    "linear with attn_factor": {"rope.scaling.factor": 4.0, **ATTN},
+    "base, factor, attn_factor": {"rope.freq_base": 123.0, "rope.scale_linear": 4.0, **ATTN},
     "yarn with attn_factor": {**YARN, **ATTN},
 }
 MORE = {  # the same code for all of them
+    "base": {"rope.freq_base": 123.0},
     "linear": {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
     "factor without a type": {"rope.scaling.factor": 4.0},
+    "scale_linear": {"rope.scale_linear": 4.0},
     "both factors": {"rope.scale_linear": 8.0, "rope.scaling.factor": 4.0},
     "attn_factor": ATTN,
     "yarn": YARN,
@@ -138,27 +140,32 @@ def judged(make_gguf: Callable[..., Any], llamacpp_behind: Any, tmp_path_factory
     return {label: (path, found) for label, (path, _, _), found in zip(cases, files, theirs, strict=True)}
 
 
-def gap(path: Any, prompt: list[int], theirs: dict[int, float]) -> float:
-    """The largest difference of our log-probabilities behind the prompt to llama.cpp's."""
+@functools.cache
+def logprobs(path: Path, length: int) -> torch.Tensor:
+    """Ours of every token behind the prompt."""
     model, _ = load_gguf(path, torch.float32)
     with torch.no_grad():
-        ours = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+        return torch.log_softmax(model(torch.tensor([prompt_of(length)])).logits[0, -1].double(), -1)
+
+
+def gap(path: Path, length: int, theirs: dict[int, float]) -> float:
+    """The largest difference of our log-probabilities behind the prompt to llama.cpp's."""
+    ours = logprobs(path, length)
     return max(abs(float(ours[token]) - logprob) for token, logprob in theirs.items())
 
 
 @pytest.mark.parametrize("label", CASES)
 def test_a_key_does_what_it_does_in_llamacpp(judged, label):
     case, (path, theirs) = CASES[label], judged[label]
-    prompt = prompt_of(case.length)
-    assert gap(path, prompt, theirs) < TOLERANCE
-    assert gap(judged[case.architecture][0], prompt, theirs) > CONTROL, "the key does too little"
+    assert gap(path, case.length, theirs) < TOLERANCE
+    assert gap(judged[case.architecture][0], case.length, theirs) > CONTROL, "the key does too little"
 
 
 @pytest.mark.parametrize("label", WITHOUT_EFFECT)
 def test_a_key_without_effect_has_none_in_llamacpp(judged, label):
     case, (path, theirs) = WITHOUT_EFFECT[label], judged[label]
     assert theirs == judged[case.architecture][1]
-    assert gap(path, prompt_of(case.length), theirs) < TOLERANCE
+    assert gap(path, case.length, theirs) < TOLERANCE
 
 
 def test_every_key_that_is_ignored_was_judged():
