@@ -77,8 +77,8 @@ bench-merge: $(READY)     ## what merging keeps, by format, rank and task; hours
 	$(BIN)/python benchmarks/merge_quality.py
 	$(BIN)/python benchmarks/merge_quality.py --formats nf4 --methods peft-nf4 --ranks 8
 
-docs: $(READY)            ## write docs/reference.md anew from --help
-	$(BIN)/python docs/make_reference.py
+docs: $(READY)            ## write docs/reference.md and docs/gguf-keys.md anew
+	$(BIN)/python docs/make_reference.py && $(BIN)/python docs/make_gguf_keys.py
 
 # The releases are those of the lock, so that what was tested is installed, today and in a year; the build is not isolated,
 # so that setuptools is too. torch comes first and by its own line: TORCH="torch==2.13.0 --index-url ..." chooses another

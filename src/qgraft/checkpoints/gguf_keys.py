@@ -83,11 +83,10 @@ def _whole_context(header: Header, window: Any) -> bool:
 def _if_yarn(must: Must) -> Must:
     """A key that only yarn has a use for."""
 
-
     def holds(header: Header, got: Any) -> bool:
         return header.get("rope.scaling.type") != "yarn" or must.holds(header, got)
 
-    return Must(holds, must.expected)
+    return Must(holds, f"{must.expected}, where rope.scaling.type is yarn")
 
 
 _NO_EXPERTS = Must(
