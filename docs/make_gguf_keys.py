@@ -22,8 +22,8 @@ llama.cpp departs from the model that a file was made of, qgraft computes as the
 * `rope.scaling.yarn_beta_fast`, `yarn_beta_slow` and `yarn_attn_factor`: what the authors chose, as the converter wrote it.
   llama.cpp passes over them for these architectures, and computes with 32, 1 and 1 + ln(factor) / 10.
 * `rope_factors_long.weight` and `rope_factors_short.weight` (longrope): a text longer than
-  `rope.scaling.original_context_length` is rotated by the long list, a shorter one by the short list. In llama.cpp the context
-  of the session decides: in a long session short texts are rotated by the long list, too.
+  `rope.scaling.original_context_length` is rotated by the long list, a shorter one by the short list. In llama.cpp the
+  context of the session decides: in a long session short texts are rotated by the long list, too.
 
 Known from tensors, because no key states it: `output.weight` (absent: the output layer is the embedding),
 `rope_freqs.weight` (a divisor for each frequency: Llama 3.1), biases of llama and nemotron, StableLM's biases, its norms
