@@ -51,6 +51,7 @@ def test_logits_equal_the_float_models(
     model, _ = load_gguf(tiny.path, torch.float32)
     got, expected = logits(model, ids), logits(tiny.model, ids)
     theirs = AutoModelForCausalLM.from_pretrained(tiny.path.parent, gguf_file=tiny.path.name, dtype=torch.float32)
+    theirs.set_attn_implementation(tiny.model.config._attn_implementation)
     assert relative(logits(gemma_scaled(theirs.eval(), tiny.model), ids), expected) < 1e-5, (
         "the oracle disagrees with the weights it was written from"
     )

@@ -1,4 +1,4 @@
-"""A GGUF file as a transformers model: configuration and tokenizer from transformers, weights left packed.
+"""A GGUF file as a transformers model, with its weights left packed.
 
 Three translations happen here, all of them on names and rows, never on values of packed weights:
 
