@@ -10,7 +10,8 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import qgraft
-from qgraft.data.reading import Accounting, Conversation, read_dataset
+from qgraft.data.messages import Conversation, as_pairs
+from qgraft.data.reading import Accounting, read_dataset
 from qgraft.data.tokenizing import (
     IGNORED,
     Recipe,
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 CLASSES = {"ice_text.model": ChatGLMTokenizer, "tokenizer.model": ChatGLM2Tokenizer}
 FOLDERS = {"ice_text.model": "tokenizer_chatglm", "tokenizer.model": "tokenizer_chatglm2"}
 SETTINGS = ("max_source_length", "max_target_length", "ignore_pad_token_for_loss", "use_history")
-TWO = Conversation((("user", "你好"), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2")), "a:1")
+TWO = Conversation.of("a:1", ("user", "你好"), ("assistant", "Hello!"), ("user", "1+1?"), ("assistant", "2"))
 
 
 @pytest.fixture(scope="module", params=CLASSES)
@@ -81,9 +82,9 @@ def test_golden_evaluation_examples(real):
     tokenizer, examples, evaluations = real
     for case in evaluations:
         conversations, _ = read(examples[:5], case["use_history"])
-        prompts = [tokenizer.prompt_text(conversation.messages[:-1]) for conversation in conversations]
+        prompts = [tokenizer.prompt_text(as_pairs(conversation.messages[:-1])) for conversation in conversations]
         batch = tokenizer(prompts, max_length=case["max_source_length"], truncation=True, padding=True)
-        answers = [conversation.messages[-1][1] for conversation in conversations]
+        answers = [conversation.messages[-1].content for conversation in conversations]
         labels = tokenizer(answers, max_length=case["max_target_length"], truncation=True)
         assert batch["input_ids"] == case["input_ids"] and labels["input_ids"] == case["labels"]
         assert batch["position_ids"] == case["position_ids"]
@@ -94,17 +95,17 @@ def test_golden_evaluation_examples(real):
 def test_only_the_last_answer_is_learned_and_the_note_says_so(tiny):
     template = resolve_template(tiny)
     assert "last answer is learned" in template.note
-    sample = encode_conversation(tiny, TWO, template=template)
-    assert (sample.input_ids, sample.labels) == tiny.sample_ids(TWO.messages)
+    (sample,) = encode_conversation(tiny, TWO, template=template)
+    assert (sample.input_ids, sample.labels) == tiny.sample_ids(as_pairs(TWO.messages))
     assert tiny.decode([label for label in sample.labels if label != IGNORED]) == "2"
-    assert encode_conversation(tiny, TWO, mask_history=True) == sample
+    assert encode_conversation(tiny, TWO, mask_history=True) == [sample]
 
 
 def test_a_sample_begins_with_the_prompt_that_serving_sends(tiny):
     prompt = encode_prompt(tiny, TWO.messages[:3], system="Be brief.")
-    sample = encode_conversation(tiny, TWO, system="Be brief.")
+    (sample,) = encode_conversation(tiny, TWO, system="Be brief.")
     assert sample.input_ids[: len(prompt)] == prompt
-    assert encode_prompt(tiny, [("system", "Be brief."), *TWO.messages[:3]]) == prompt
+    assert encode_prompt(tiny, [("system", "Be brief."), *as_pairs(TWO.messages[:3])]) == prompt
 
 
 def test_answers_are_decoded_as_the_released_chat_does(tiny):
@@ -127,7 +128,7 @@ def test_what_these_samples_cannot_be_is_refused(tiny):
     with pytest.raises(OptionError, match="train_on_prompt"):
         encode_conversation(tiny, TWO, train_on_prompt=True)
     with pytest.raises(DataError, match=r"a:1: .*tool"):
-        encode_conversation(tiny, Conversation((("user", "q"), ("tool", "t"), ("assistant", "a")), "a:1"))
+        encode_conversation(tiny, Conversation.of("a:1", ("user", "q"), ("tool", "t"), ("assistant", "a")))
 
 
 @pytest.mark.parametrize("recipe", [Recipe(max_source_length=9), Recipe(9, 9, learn_padding=True)])
@@ -155,7 +156,7 @@ def test_rows_without_question_or_answer_are_dropped_and_counted(tiny):
 
 
 def test_samples_longer_than_max_length_are_cut_or_dropped(tiny):
-    whole = encode_conversation(tiny, TWO)
+    (whole,) = encode_conversation(tiny, TWO)
     prompt = whole.labels.count(IGNORED)
     accounting = Accounting(read=1, kept=1)
     (cut,) = build_samples(tiny, [TWO], accounting, max_length=prompt + 1)
@@ -182,7 +183,7 @@ def test_a_run_takes_the_official_options(tiny, model, tmp_path):
             "max_target_length": 8, "per_device_train_batch_size": 2}  # fmt: skip
     report, saved = run(model, tiny, tmp_path / "a", rows, **told)
     conversations, _ = read_dataset(rows, columns={"prompt": "ask", "response": "reply", "history": "past"})
-    made = [tiny.sample_ids(each.messages, 12, 8, numbered=True) for each in conversations]
+    made = [tiny.sample_ids(as_pairs(each.messages), 12, 8, numbered=True) for each in conversations]
     assert report.metrics["tokens"] == sum(len(ids) for ids, _ in made)
     assert saved["arguments"]["max_source_length"] == 12
     assert any("last answer" in note for note in report.notes)
@@ -204,5 +205,5 @@ def test_impossible_lengths_are_refused(tmp_path, options):
 def test_ignoring_padding_is_the_default_and_changes_nothing(tiny, tmp_path):
     given = arguments_from_dict({"output_dir": str(tmp_path), "use_cpu": True, "ignore_pad_token_for_loss": True})
     assert given.notes == []
-    labels = np.array(encode_conversation(tiny, TWO, recipe=Recipe(40, 40)).labels)
+    labels = np.array(encode_conversation(tiny, TWO, recipe=Recipe(40, 40))[0].labels)
     assert tiny.pad_token_id not in labels

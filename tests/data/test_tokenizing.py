@@ -2,12 +2,11 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qgraft.data.reading import Accounting, Conversation
+from qgraft.data.messages import Conversation, Message, as_pairs
+from qgraft.data.reading import Accounting
+from qgraft.data.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, ChatTemplate
 from qgraft.data.tokenizing import (
-    CHATML_TEMPLATE,
     IGNORED,
-    PLAIN_TEMPLATE,
-    ChatTemplate,
     Sample,
     build_samples,
     encode_conversation,
@@ -17,7 +16,7 @@ from qgraft.data.tokenizing import (
 from qgraft.errors import DataError, OptionError, UnsupportedError
 
 SPECIAL = ["<s>", "<|im_start|>", "<|im_end|>", "</s>"]
-TWO_TURNS = Conversation((("user", "Hi"), ("assistant", "Hello"), ("user", "Who?"), ("assistant", "Me")), "a.jsonl:1")
+TWO_TURNS = Conversation.of("a.jsonl:1", ("user", "Hi"), ("assistant", "Hello"), ("user", "Who?"), ("assistant", "Me"))
 STRIPPING = CHATML_TEMPLATE.replace("message['content']", "message['content'] | trim")
 # Like Qwen3: the last answer gets an empty reasoning block, earlier ones lose it.
 REASONING = (
@@ -51,6 +50,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
+def encoded(tokenizer: PreTrainedTokenizerFast, conversation: Conversation, **options) -> Sample:
+    """The one sample of a conversation."""
+    (sample,) = encode_conversation(tokenizer, conversation, **options)
+    return sample
+
+
 def learned(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
     assert len(sample.input_ids) == len(sample.labels)
     assert all(label in (IGNORED, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
@@ -58,7 +63,7 @@ def learned(tokenizer: PreTrainedTokenizerFast, sample: Sample) -> str:
 
 
 def test_answers_are_learned_with_their_end_token_and_nothing_else(tokenizer):
-    sample = encode_conversation(tokenizer, TWO_TURNS)
+    sample = encoded(tokenizer, TWO_TURNS)
     assert learned(tokenizer, sample) == "Hello<|im_end|>Me<|im_end|>"
     assert tokenizer.decode(sample.input_ids) == (
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n"
@@ -68,31 +73,31 @@ def test_answers_are_learned_with_their_end_token_and_nothing_else(tokenizer):
 
 
 def test_newline_after_the_end_token_is_input_only(tokenizer):
-    sample = encode_conversation(tokenizer, TWO_TURNS)
+    sample = encoded(tokenizer, TWO_TURNS)
     assert tokenizer.decode(sample.input_ids[-1:]) == "\n"
     assert sample.labels[-2:] == [tokenizer.eos_token_id, IGNORED]
 
 
 def test_mask_history_learns_the_last_answer(tokenizer):
-    sample = encode_conversation(tokenizer, TWO_TURNS, mask_history=True)
+    sample = encoded(tokenizer, TWO_TURNS, mask_history=True)
     assert learned(tokenizer, sample) == "Me<|im_end|>"
-    assert sample.input_ids == encode_conversation(tokenizer, TWO_TURNS).input_ids
+    assert sample.input_ids == encoded(tokenizer, TWO_TURNS).input_ids
 
 
 def test_train_on_prompt_learns_everything(tokenizer):
-    sample = encode_conversation(tokenizer, TWO_TURNS, train_on_prompt=True)
+    sample = encoded(tokenizer, TWO_TURNS, train_on_prompt=True)
     assert sample.labels == sample.input_ids
 
 
 def test_train_on_prompt_and_mask_history_exclude_each_other(tokenizer):
     with pytest.raises(OptionError, match="exclude each other"):
-        encode_conversation(tokenizer, TWO_TURNS, train_on_prompt=True, mask_history=True)
+        encoded(tokenizer, TWO_TURNS, train_on_prompt=True, mask_history=True)
 
 
 def test_system_is_put_in_front_only_where_there_is_none(tokenizer):
-    with_system = Conversation((("system", "Own."), *TWO_TURNS.messages), "a.jsonl:2")
-    given = tokenizer.decode(encode_conversation(tokenizer, TWO_TURNS, system="Be kind.").input_ids)
-    own = tokenizer.decode(encode_conversation(tokenizer, with_system, system="Be kind.").input_ids)
+    with_system = Conversation((Message("system", "Own."), *TWO_TURNS.messages), "a.jsonl:2")
+    given = tokenizer.decode(encoded(tokenizer, TWO_TURNS, system="Be kind.").input_ids)
+    own = tokenizer.decode(encoded(tokenizer, with_system, system="Be kind.").input_ids)
     assert given.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user")
     assert own.startswith("<|im_start|>system\nOwn.<|im_end|>\n")
     assert "kind" not in own
@@ -100,71 +105,96 @@ def test_system_is_put_in_front_only_where_there_is_none(tokenizer):
 
 @pytest.mark.parametrize("template", [CHATML_TEMPLATE, PLAIN_TEMPLATE, NO_END, STRIPPING, REASONING])
 @pytest.mark.parametrize("bos", [False, True])
-def test_training_begins_with_the_ids_of_the_prompt_at_serving(template, bos):
+def test_each_answer_is_learned_behind_the_ids_of_its_prompt_at_serving(template, bos):
     tokenizer = make_tokenizer(template)
     tokenizer._add_bos_token = bos
-    sample = encode_conversation(tokenizer, TWO_TURNS)
-    prompt = encode_prompt(tokenizer, TWO_TURNS.messages[:1])
-    assert sample.input_ids[: len(prompt)] == prompt
-    assert (prompt[0] == tokenizer.bos_token_id) == bos
-    assert sample.labels[: len(prompt)] == [IGNORED] * len(prompt)
-    assert sample.labels[len(prompt)] != IGNORED
+    samples = encode_conversation(tokenizer, TWO_TURNS)
+    for count in (1, 3):
+        prompt = encode_prompt(tokenizer, TWO_TURNS.messages[:count])
+        assert (prompt[0] == tokenizer.bos_token_id) == bos
+        (sample,) = (
+            each for each in samples if each.input_ids[: len(prompt)] == prompt and _learns_at(each, len(prompt))
+        )
+        assert sample.labels[len(prompt) - 1] == IGNORED
+    assert learned_in_all(tokenizer, samples).count("Hello") == 1
+
+
+def _learns_at(sample: Sample, place: int) -> bool:
+    return any(label != IGNORED for label in sample.labels[place : place + 20])
+
+
+def learned_in_all(tokenizer: PreTrainedTokenizerFast, samples: list[Sample]) -> str:
+    return "".join(learned(tokenizer, sample) for sample in samples)
 
 
 def test_bos_is_not_added_twice():
     tokenizer = make_tokenizer("{{ bos_token }}" + CHATML_TEMPLATE)
     tokenizer._add_bos_token = True
-    sample = encode_conversation(tokenizer, TWO_TURNS)
+    sample = encoded(tokenizer, TWO_TURNS)
     assert sample.input_ids.count(tokenizer.bos_token_id) == 1
     assert sample.input_ids[0] == tokenizer.bos_token_id
 
 
 def test_plain_template_for_tokenizers_without_one():
     tokenizer = make_tokenizer(None, "</s>")
-    sample = encode_conversation(tokenizer, TWO_TURNS, system="S")
-    assert tokenizer.decode(sample.input_ids) == "S\n\nUser: Hi\nAssistant: Hello</s>\nUser: Who?\nAssistant: Me</s>\n"
-    assert learned(tokenizer, sample) == "Hello</s>Me</s>"
+    first, second = encode_conversation(tokenizer, TWO_TURNS, system="S")
+    assert tokenizer.decode(first.input_ids) == "S\n\nUser: Hi\nAssistant: Hello</s>\n"
+    assert tokenizer.decode(second.input_ids) == (
+        "S\n\nUser: Hi\nAssistant: Hello</s>\nUser: Who?\nAssistant: Me</s>\n"
+    )
+    assert [learned(tokenizer, sample) for sample in (first, second)] == ["Hello</s>", "Me</s>"]
+
+
+def test_a_prompt_that_ends_in_a_blank_has_earlier_answers_in_other_tokens():
+    """ "A: " + "Hello" is learned; a server that sends the answer back has " H" in one token. Both are kept exactly."""
+    tokenizer = make_tokenizer(None, "</s>")
+    first, second = encode_conversation(tokenizer, TWO_TURNS)
+    prompt = encode_prompt(tokenizer, TWO_TURNS.messages[:3])
+    assert second.input_ids[: len(prompt)] == prompt != first.input_ids[: len(prompt)]
+    (joined,) = encode_conversation(tokenizer, TWO_TURNS, train_on_prompt=True)
+    assert joined.input_ids == joined.labels == second.input_ids
 
 
 def test_missing_end_token_is_appended_to_the_last_answer_and_learned():
-    tokenizer = make_tokenizer(NO_END, "</s>")
-    sample = encode_conversation(tokenizer, TWO_TURNS)
-    assert tokenizer.decode(sample.input_ids) == "Q: Hi\nA: Hello\n\nQ: Who?\nA: Me</s>"
+    tokenizer = make_tokenizer(NO_END.replace("A: ", "A:"), "</s>")
+    sample = encoded(tokenizer, TWO_TURNS)
+    assert tokenizer.decode(sample.input_ids) == "Q: Hi\nA:Hello\n\nQ: Who?\nA:Me</s>"
     assert learned(tokenizer, sample) == "HelloMe</s>"
 
 
 def test_other_end_tokens_count_when_named():
     tokenizer = make_tokenizer(CHATML_TEMPLATE, "</s>")
     im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert learned(tokenizer, encode_conversation(tokenizer, TWO_TURNS)).endswith("Me<|im_end|></s>")
-    sample = encode_conversation(tokenizer, TWO_TURNS, eos_ids=[im_end])
+    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS)).endswith("Me<|im_end|></s>")
+    sample = encoded(tokenizer, TWO_TURNS, eos_ids=[im_end])
     assert learned(tokenizer, sample) == "Hello<|im_end|>Me<|im_end|>"
 
 
 def test_tokenizer_without_end_token_is_refused():
     with pytest.raises(UnsupportedError, match="no end token"):
-        encode_conversation(make_tokenizer(eos=None), TWO_TURNS)
+        encoded(make_tokenizer(eos=None), TWO_TURNS)
 
 
 def test_end_token_inside_an_answer_ends_what_is_learned(tokenizer):
-    tricky = Conversation((("user", "Hi"), ("assistant", "A<|im_end|>B")), "x:1")
-    assert learned(tokenizer, encode_conversation(tokenizer, tricky)) == "A<|im_end|>"
+    tricky = Conversation.of("x:1", ("user", "Hi"), ("assistant", "A<|im_end|>B"))
+    assert learned(tokenizer, encoded(tokenizer, tricky)) == "A<|im_end|>"
 
 
 def test_template_that_strips_content():
     tokenizer = make_tokenizer(STRIPPING)
-    padded = Conversation((("user", " Hi \n"), ("assistant", "\nHello ")), "x:1")
-    assert learned(tokenizer, encode_conversation(tokenizer, padded)) == "Hello<|im_end|>"
+    padded = Conversation.of("x:1", ("user", " Hi \n"), ("assistant", "\nHello "))
+    assert learned(tokenizer, encoded(tokenizer, padded)) == "Hello<|im_end|>"
 
 
 def test_template_that_rewrites_history():
+    """Each answer as it is last; the empty block that the template puts there is input."""
     tokenizer = make_tokenizer(REASONING)
-    sample = encode_conversation(tokenizer, TWO_TURNS)
-    assert learned(tokenizer, sample) == "Hello<|im_end|><think></think>Me<|im_end|>"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": role, "content": content} for role, content in TWO_TURNS.messages], tokenize=False
-    )
-    assert tokenizer.decode(sample.input_ids) == rendered
+    samples = encode_conversation(tokenizer, TWO_TURNS)
+    assert [learned(tokenizer, sample) for sample in samples] == ["Hello<|im_end|>", "Me<|im_end|>"]
+    for count, sample in zip((2, 4), samples, strict=True):
+        chat = [{"role": role, "content": content} for role, content in as_pairs(TWO_TURNS.messages[:count])]
+        assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(chat, tokenize=False)
+    assert encode_conversation(tokenizer, TWO_TURNS, mask_history=True) == samples[1:]
 
 
 def test_template_whose_prompt_does_not_begin_the_answer_is_an_error():
@@ -172,14 +202,14 @@ def test_template_whose_prompt_does_not_begin_the_answer_is_an_error():
     with pytest.raises(
         DataError, match=r"a\.jsonl:1: the chat template \(tokenizer\) writes the prompt of answer 1"
     ) as e:
-        encode_conversation(tokenizer, TWO_TURNS)
+        encoded(tokenizer, TWO_TURNS)
     assert "another template" in (e.value.hint or "")
 
 
 def test_template_that_refuses_a_conversation_names_it():
     tokenizer = make_tokenizer("{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"a\.jsonl:1: chat template \(tokenizer\) fails: no system role"):
-        encode_conversation(tokenizer, TWO_TURNS)
+        encoded(tokenizer, TWO_TURNS)
 
 
 def test_sentencepiece_answers_get_no_second_blank():
@@ -194,7 +224,7 @@ def test_sentencepiece_answers_get_no_second_blank():
         "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST]' + m['content'] + '[/INST]' }}"
         "{% else %}{{ m['content'] + '</s>' }}{% endif %}{% endfor %}"
     )
-    sample = encode_conversation(tokenizer, Conversation(TWO_TURNS.messages[:2], "x:1"))
+    sample = encoded(tokenizer, Conversation(TWO_TURNS.messages[:2], "x:1"))
     assert tokenizer.convert_ids_to_tokens([t for t in sample.labels if t != IGNORED]) == [*"Hello", "</s>"]
 
 
@@ -226,22 +256,22 @@ def test_unknown_templates_are_errors(tmp_path, tokenizer):
     with pytest.raises(OptionError, match="cannot be read"):
         resolve_template(tokenizer, str(tmp_path / "none.jinja"))
     with pytest.raises(DataError, match="fails"):
-        encode_conversation(tokenizer, TWO_TURNS, template=ChatTemplate("{% if %}", "bad.jinja"))
+        encoded(tokenizer, TWO_TURNS, template=ChatTemplate("{% if %}", "bad.jinja"))
 
 
 def conversation(answer: str, number: int) -> Conversation:
-    return Conversation((("user", "Hi"), ("assistant", answer)), f"a.jsonl:{number}")
+    return Conversation.of(f"a.jsonl:{number}", ("user", "Hi"), ("assistant", answer))
 
 
 def test_build_samples_counts_what_it_cuts_and_drops(tokenizer):
     short, long = conversation("Me", 1), conversation("e" * 50, 2)
-    hopeless = Conversation((("user", "q" * 60), ("assistant", "Me")), "a.jsonl:3")
-    whole = encode_conversation(tokenizer, long)
+    hopeless = Conversation.of("a.jsonl:3", ("user", "q" * 60), ("assistant", "Me"))
+    whole = encoded(tokenizer, long)
     limit = len(whole.input_ids) - 10
     accounting = Accounting(read=4, kept=3, dropped={"no answer": 1}, examples={"no answer": ["a.jsonl:4"]})
     samples = build_samples(tokenizer, [short, long, hopeless], accounting, template="auto", max_length=limit)
     assert samples == [
-        encode_conversation(tokenizer, short),
+        encoded(tokenizer, short),
         Sample(whole.input_ids[:limit], whole.labels[:limit], long.source),
     ]
     assert (accounting.kept, accounting.truncated, accounting.truncated_tokens) == (2, 1, 10)
@@ -274,4 +304,4 @@ def test_the_first_answer_token_decides(tokenizer, room):
 def test_duplicates_are_kept_and_no_limit_is_no_limit(tokenizer):
     accounting = Accounting(read=2, kept=2)
     assert len(build_samples(tokenizer, [conversation("e" * 500, 1)] * 2, accounting)) == 2
-    assert accounting == Accounting(read=2, kept=2)
+    assert (accounting.read, accounting.kept, accounting.dropped) == (2, 2, {})

@@ -3,6 +3,7 @@
     tokens      a0 a1 a2 a3 | b0 b1 b2 | c0 c1 ...
     positions    0  1  2  3 |  0  1  2 |  0  1 ...       transformers separates the samples where a position is 0
     labels      a1 a2 a3  - | b1 b2  - | c1 c2 ...       already shifted: the token that each position predicts
+    weights     of the labels, shifted likewise; only where a sample has some that are not 1
 
 Random batches of short instructions are 40 to 60 % padding in the usual layout; here they have none. A batch is the
 `per_device_train_batch_size` samples that one would expect, so steps and epochs mean what they mean everywhere; when
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from qgraft.data.tokenizing import IGNORED, Sample
 
-Batch = dict[str, Tensor]  # input_ids, position_ids, labels: int64 [1, tokens]
+Batch = dict[str, Tensor]  # input_ids, position_ids, labels: int64 [1, tokens]; weights: float32, or not there
 
-__all__ = ["IGNORED", "Batch", "collate", "count_labels", "split_batch"]
+__all__ = ["IGNORED", "Batch", "collate", "count_labels", "label_weights", "split_batch", "weigh_labels"]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -28,7 +29,15 @@ def collate(samples: Sequence[Sample]) -> Batch:
     positions = [position for sample in samples for position in range(len(sample.input_ids))]
     labels = [label for sample in samples for label in (*sample.labels[1:], IGNORED)]
     columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    return {key: torch.tensor([values], dtype=torch.int64) for key, values in columns.items()}
+    batch = {key: torch.tensor([values], dtype=torch.int64) for key, values in columns.items()}
+    if any(sample.weights is not None for sample in samples):
+        weights = [weight for sample in samples for weight in (*_weights(sample)[1:], 0.0)]
+        batch["weights"] = torch.tensor([weights], dtype=torch.float32)
+    return batch
+
+
+def _weights(sample: Sample) -> list[float]:
+    return sample.weights or [float(label != IGNORED) for label in sample.labels]
 
 
 def split_batch(batch: Batch, budget: int) -> list[Batch]:
@@ -62,3 +71,15 @@ def _cut(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
 def count_labels(batch: Batch) -> int:
     """How many tokens of the batch are learned."""
     return int((batch["labels"] != IGNORED).sum())
+
+
+def label_weights(batch: Batch) -> Tensor | None:
+    """What the loss of each label is multiplied by, [labels] float32; None where each counts once."""
+    weights = batch.get("weights")
+    return None if weights is None else weights[0][batch["labels"][0] != IGNORED]
+
+
+def weigh_labels(batch: Batch) -> float:
+    """What a loss summed over the labels of the batch is divided by for their mean: the sum of their weights."""
+    weights = label_weights(batch)
+    return float(count_labels(batch)) if weights is None else float(weights.double().sum())

@@ -8,22 +8,24 @@ row is, its own keys tell, so that one file may mix these:
     pairs    {"prompt" | "query" | "question" | "content": "...",
               "response" | "answer" | "completion" | "target" | "summary": "..."}
     sharegpt {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
-    OpenAI   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+    OpenAI   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "tools": [...]}
 
 The user's text of alpaca is instruction + "\\n" + input, and answers in `history` are learned too, both as in
-LLaMA-Factory.   names -> files: this file   files -> rows: files.py   row -> turns: rows.py
+LLaMA-Factory.   names -> files: this file   files -> rows: files.py   row -> messages: rows.py
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qgraft.data.calls import RowError
 from qgraft.data.files import SUFFIXES, Row, file_rows, load_json, read_text
-from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, RowError, turns_of_row
+from qgraft.data.messages import Conversation
+from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, read_row
 from qgraft.errors import DataError, OptionError, near_match
 
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
@@ -39,17 +41,12 @@ _PLACEHOLDER = re.compile(r"\{\{(name|author|NAME|AUTHOR)\}\}|<(NAME|AUTHOR)>|\[
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\S+))?")
 
 
-@dataclass(frozen=True)
-class Conversation:
-    """(role, content) turns, roles system, user, assistant or tool, ending in an assistant turn; and their place."""
-
-    messages: tuple[tuple[str, str], ...]
-    source: str
-
-
 @dataclass
 class Accounting:
-    """Where every row went: kept + dropped = read. Truncated ones are kept, but lost tokens at the end."""
+    """Where every row went: kept + dropped = read. Truncated ones are kept, but lost tokens at the end.
+
+    `ignored` counts the rows that have a key without effect; `notes` are sentences about the rows that were kept.
+    """
 
     read: int = 0
     kept: int = 0
@@ -57,6 +54,8 @@ class Accounting:
     examples: dict[str, list[str]] = field(default_factory=dict)
     truncated: int = 0
     truncated_tokens: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, source: str) -> None:
         """Count one row that is not learned from."""
@@ -64,6 +63,17 @@ class Accounting:
             reason = "other reasons"
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         self.examples[reason] = [*self.examples.get(reason, []), source][:3]
+
+    def ignore(self, keys: Iterable[str]) -> None:
+        """Count keys of one row that change nothing."""
+        for key in keys:
+            if key in self.ignored or len(self.ignored) < 50:
+                self.ignored[key] = self.ignored.get(key, 0) + 1
+
+    def said(self) -> list[str]:
+        """What a reader of the run should know: `notes`, and the keys without effect."""
+        keys = ", ".join(f"{key} ({count})" for key, count in self.ignored.items())
+        return [*self.notes, *([f"keys of rows that have no effect: {keys}"] if keys else [])]
 
     def check(self) -> None:
         """Raise DataError unless every row read is either kept or dropped."""
@@ -80,12 +90,12 @@ class Accounting:
         return "; ".join(f"{reason}: {count} (first {self.examples[reason][0]})" for reason, count in order)
 
     def summary(self) -> str:
-        """One or two lines to print."""
+        """A few lines to print."""
         dropped = sum(self.dropped.values())
         text = f"read {self.read} rows, kept {self.kept}, dropped {dropped}"
         if self.truncated:
             text += f", truncated {self.truncated} (by {self.truncated_tokens} tokens in all)"
-        return f"{text}\ndropped: {self.reasons()}" if dropped else text
+        return "\n".join([text, *([f"dropped: {self.reasons()}"] if dropped else []), *self.said()])
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ def read_dataset(
             Face names "org/name[:split]", looked up in this order; or the rows themselves.
         dataset_dir: folder of dataset_info.json and of the files it names; "data" where that exists.
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
-        columns: which column holds "prompt", "query", "response", "history", "system" or "messages".
+        columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages".
         max_samples: read only so many rows of each entry of `names`.
     """
     if unknown := [part for part in columns or {} if part not in COLUMNS]:
@@ -150,11 +160,14 @@ def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> 
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
     for row, source in islice(item.rows, limit):
         try:
-            turns = turns_of_row(row, item.layout)
+            given = read_row(row, item.layout)
         except RowError as error:
             failed.append((str(error), source))
         else:
-            found.append(Conversation(tuple((role, _filled(text, fill, source)) for role, text in turns), source))
+            messages = (replace(each, content=_filled(each.content, fill, source),
+                                reasoning=_filled(each.reasoning, fill, source)) for each in given.messages)  # fmt: skip
+            found.append(Conversation(tuple(messages), source, given.tools))
+            total.ignore(given.ignored)
     counts = total if found else Accounting()
     counts.read += len(found) + len(failed)
     counts.kept += len(found)

@@ -1,15 +1,27 @@
-"""From one row of a dataset to the turns of a conversation, whichever of the known layouts the row has.
+"""From one row of a dataset to the messages of a conversation, whichever of the known layouts the row has.
 
 A row tells its layout by its own keys (reading.py lists them), unless somebody told: `Layout`. What fits none, or holds
 no answer to learn, raises RowError with the reason that the accounting counts.
+
+Keys of a message beside its role and content, under the names that other tools read:
+
+    weight                                0: the answer is read, not learned; other numbers multiply its loss
+    train, loss, trainable                false: the answer is read, not learned
+    reasoning_content, reasoning, thinking   what an answer thought before
+    tool_calls, function_call             what an answer calls, with or without content (calls.py)
+    tool_call_id, name                    of a tool's result
+    tools, functions                      of any message, as the column of the row
+
+Any other key is named in the end, with the number of rows that have it: it changes nothing.
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Number
 
-Turns = list[tuple[str, str]]
+from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
+from qgraft.data.messages import Message, Tool
 
 COLUMNS = {  # part of a row: the columns that may hold it; the first one that is filled counts
     "prompt": ("instruction", "prompt", "query", "question", "content"),
@@ -18,14 +30,30 @@ COLUMNS = {  # part of a row: the columns that may hold it; the first one that i
     "history": ("history",),
     "system": ("system",),
     "messages": ("messages", "conversations"),
+    "tools": ("tools", "functions"),
 }
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function"), "tool"),
+    **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
-_TAGS = {"user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool"}
+_TAGS = {
+    "user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool",
+    "system_tag": "system",
+}  # fmt: skip
+_SWITCHES = ("train", "loss", "trainable")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+_EFFECTIVE = {
+    "weight",
+    *_SWITCHES,
+    *_REASONING,
+    "tool_calls",
+    "function_call",
+    "tool_call_id",
+    "name",
+    *COLUMNS["tools"],
+}
 _FOLLOWS = {"system": {""}, "user": {"", "system", "assistant"}, "assistant": {"user", "tool"}}
 _FOLLOWS["tool"] = {"assistant", "tool"}
 SCHEMAS = (
@@ -35,8 +63,13 @@ SCHEMAS = (
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one as \ud800; no tokenizer takes it
 
 
-class RowError(Exception):
-    """Why one row is dropped; never leaves this module."""
+@dataclass(frozen=True)
+class Read:
+    """What a row holds: messages that end in an answer, tools, and the keys that change nothing."""
+
+    messages: list[Message]
+    tools: tuple[Tool, ...] = ()
+    ignored: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,7 +83,7 @@ class Layout:
     def find(self, row: Mapping[str, object], part: str) -> str | None:
         """The column of `row` that holds this part, or None."""
         told = self.columns.get(part)
-        if told is None and "prompt" in self.columns and part in ("query", "history", "system"):
+        if told is None and "prompt" in self.columns and part in ("query", "history", "system", "tools"):
             return None  # as in LLaMA-Factory: who names the columns names all of them
         present = [key for key in ([told] if told else COLUMNS[part]) if key in row]
         if told and not present and part in ("prompt", "response", "messages"):
@@ -64,53 +97,109 @@ class Layout:
         return "" if key is None else text_of(row[key], called)
 
 
-def turns_of_row(row: object, layout: Layout) -> Turns:
-    """The (role, text) turns of a row, ending in an answer; RowError says why there are none."""
+def read_row(row: object, layout: Layout) -> Read:
+    """The messages of a row, ending in an answer; RowError says why there are none."""
     if not isinstance(row, Mapping):
         raise RowError(f"row is a {type(row).__name__}, not an object")
     if None in row:
         raise RowError("more cells than the header")
     key = None if layout.formatting == "alpaca" else layout.find(row, "messages")
-    if layout.formatting in ("sharegpt", "openai") or (key and not _is_empty(row[key])):
-        turns = _turns_of_messages(row[key] if key else [], layout.tags)
+    listed = layout.formatting in ("sharegpt", "openai") or bool(key and not _is_empty(row[key]))
+    column = layout.find(row, "tools")
+    tools = () if column is None else tools_of(row[column])
+    if listed:
+        messages, own_tools, ignored = _of_messages(row[key] if key else [], layout.tags)
+        tools = tools or own_tools
     else:
-        turns = _turns_of_pair(row, layout)
+        messages, ignored = _of_pair(row, layout), set()
     system = layout.text(row, "system", "system")
-    if system and turns[:1] and turns[0][0] != "system":
-        turns.insert(0, ("system", system))
-    return _checked([(role, text) for role, text in turns if role != "system" or text.strip()])
+    if system and messages[:1] and messages[0].role != "system":
+        messages.insert(0, Message("system", system))
+    messages = _checked([each for each in messages if each.role != "system" or each.content.strip()])
+    parts = ("messages", "system", "tools") if listed else ("prompt", "query", "response", "history", "system", "tools")
+    return Read(messages, tools, frozenset([*ignored, *_unread(row, (layout.find(row, part) for part in parts))]))
 
 
-def _turns_of_pair(row: Mapping[str, object], layout: Layout) -> Turns:
+def _unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
+    """The filled columns that are none of these."""
+    known = set(read)
+    return [str(key)[:40] for key in row if key not in known and not _is_empty(row[key]) and row[key] != []]
+
+
+def _of_pair(row: Mapping[str, object], layout: Layout) -> list[Message]:
     if not any(layout.find(row, part) for part in ("prompt", "query", "response")):
         raise RowError(f"unknown keys: {', '.join(sorted(str(key)[:40] for key in row)[:6]) or 'none'}")
     asked = [layout.text(row, part, "question") for part in ("prompt", "query")]
     key = layout.find(row, "history")
-    turns: Turns = []
+    messages: list[Message] = []
     for pair in _list(row[key], "history") if key else []:
         said = _list(pair, "history entry")
         if len(said) != 2:
             raise RowError("history is not a list of [question, answer]")
-        turns += [("user", text_of(said[0], "history question")), ("assistant", text_of(said[1], "history answer"))]
-    turns.append(("user", "\n".join(text for text in asked if text.strip())))
-    return [*turns, ("assistant", layout.text(row, "response", "answer"))]
+        messages += [Message("user", text_of(said[0], "history question")),
+                     Message("assistant", text_of(said[1], "history answer"))]  # fmt: skip
+    messages.append(Message("user", "\n".join(text for text in asked if text.strip())))
+    return [*messages, Message("assistant", layout.text(row, "response", "answer"))]
 
 
-def _turns_of_messages(messages: object, tags: Mapping[str, str]) -> Turns:
-    roles = _ROLES | {tags[tag]: role for tag, role in {**_TAGS, "system_tag": "system"}.items() if tag in tags}
-    turns = []
+def _of_messages(messages: object, tags: Mapping[str, str]) -> tuple[list[Message], tuple[Tool, ...], set[str]]:
+    """Messages, the tools that one of them brings, and keys that change nothing."""
+    roles = _ROLES | {tags[tag]: role for tag, role in _TAGS.items() if tag in tags}
+    found: list[Message] = []
+    tools: tuple[Tool, ...] = ()
+    ignored: set[str] = set()
     for message in _list(messages, "messages"):
         if not isinstance(message, Mapping):
             raise RowError(f"message is a {type(message).__name__}, not an object")
-        role = message.get(tags.get("role_tag") or ("from" if "from" in message else "role"))
-        content = message.get(tags.get("content_tag") or ("value" if "value" in message else "content"))
+        role_key = tags.get("role_tag") or ("from" if "from" in message else "role")
+        content_key = tags.get("content_tag") or ("value" if "value" in message else "content")
+        role = message.get(role_key)
         if not isinstance(role, str) or role not in roles:
             raise RowError(f"unknown role {str(role)[:40]!r}")
-        if _is_empty(content) and message.get("tool_calls"):
-            raise RowError("tool_calls without content are not read")
-        parts = content if isinstance(content, list) else [content]
-        turns.append((roles[role], "".join(_part(part) for part in parts)))
-    return turns
+        tools = tools or next((tools_of(message[key]) for key in COLUMNS["tools"] if message.get(key)), ())
+        written = role == tags.get("function_tag", "function_call")
+        found.append(_message(roles[role], message.get(content_key), message, written))
+        ignored |= {
+            f"messages[].{key}" for key in _unread(message, {role_key, content_key, *_effective(found[-1].role)})
+        }
+    return found, tools, ignored
+
+
+def _effective(role: str) -> set[str]:
+    """The keys that change something in a message of this role."""
+    if role == "assistant":
+        return _EFFECTIVE - {"tool_call_id"}
+    return {"tool_call_id", "name", *COLUMNS["tools"]}
+
+
+def _message(role: str, content: object, keys: Mapping[str, object], written_call: bool) -> Message:
+    """One message with what its keys say; a `written_call` is JSON in its content, if it is a call."""
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    message = Message(role, "".join(_part(part) for part in parts))
+    name, call_id = (text_of(keys.get(key), key) or None for key in ("name", "tool_call_id"))
+    if role != "assistant":
+        return replace(message, name=name, call_id=call_id)
+    calls = (*calls_of(keys.get("tool_calls")), *calls_of(keys.get("function_call")))
+    if written_call and not calls and (written := written_calls(message.content)):
+        calls, message = written, replace(message, content="")
+    reasoning = next((text for key in _REASONING if (text := text_of(keys.get(key), key)).strip()), "")
+    return replace(message, name=name, calls=calls, reasoning=reasoning, weight=_weight(keys))
+
+
+def _weight(keys: Mapping[str, object]) -> float:
+    """What an answer's loss is multiplied by."""
+    for switch in _SWITCHES:
+        value = keys.get(switch)
+        if not _is_empty(value) and (not isinstance(value, Number) or value not in (0, 1)):
+            raise RowError(f"{switch} is {str(value)[:20]!r}, expected true or false")
+        if value is not None and value == 0:
+            return 0.0
+    weight = keys.get("weight")
+    if _is_empty(weight):
+        return 1.0
+    if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        raise RowError(f"weight is {str(weight)[:20]!r}, expected a number, 0 or above")
+    return float(weight)
 
 
 def _part(part: object) -> str:
@@ -120,17 +209,17 @@ def _part(part: object) -> str:
     return text_of(part.get("text") if isinstance(part, Mapping) else part, "content")
 
 
-def _checked(turns: Turns) -> Turns:
+def _checked(messages: list[Message]) -> list[Message]:
     before = ""
-    for role, text in turns:
-        if before not in _FOLLOWS[role]:
-            raise RowError(f"roles do not alternate: {role} after {before or 'the start'}")
-        if role != "tool" and not text.strip():
-            raise RowError("no answer" if role == "assistant" else "empty question")
-        before = role
+    for message in messages:
+        if before not in _FOLLOWS[message.role]:
+            raise RowError(f"roles do not alternate: {message.role} after {before or 'the start'}")
+        if message.role != "tool" and not message.content.strip() and not message.calls:
+            raise RowError("no answer" if message.role == "assistant" else "empty question")
+        before = message.role
     if before != "assistant":
-        raise RowError("does not end in an assistant turn" if turns else "no messages")
-    return turns
+        raise RowError("does not end in an assistant turn" if messages else "no messages")
+    return messages
 
 
 def _is_empty(value: object) -> bool:

@@ -1,15 +1,9 @@
-"""From conversations to token ids, and which of them are learned.
+"""From conversations to token ids, how much each of them is learned, and how long they may be.
 
-A conversation is rendered once as a whole, and once up to each answer as the prompt that a server would send there:
-
-    whole     <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
-    prompt    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n
-    learned                                                        Hello<|im_end|>
-
-Each prompt must be a prefix of the whole, or training would teach answers to prompts that serving never sends. Text is
-cut into segments at those places and each segment is tokenized as what follows the text before it, so that the ids of
-the prompt are the ids at serving (`encode_prompt`). Looking for the answer's tokens in the ids of the whole was not
-chosen: merges across the border would change the last ids of the prompt.
+Which text is learned after which prompt is decided in masks.py. Here each piece of text is tokenized as what follows the
+text before it, so that the ids in front of an answer are those of the prompt at serving (`encode_prompt`); where a later
+prompt would come out in other ids, its answer begins a sample of its own. Looking for the answer's tokens in the ids of the
+whole text was not chosen: merges across the border would change the last ids of the prompt.
 
 An answer is learned up to and with its first end token. What a template puts after that (a newline) is input only: the
 model never writes it.
@@ -21,152 +15,84 @@ it are its history.
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
-from jinja2 import TemplateError
-
-from qgraft.data.reading import Accounting, Conversation
-from qgraft.errors import DataError, OptionError, UnsupportedError, near_match
+from qgraft.data.masks import RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
+from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
+from qgraft.data.reading import Accounting
+from qgraft.data.rendering import Writer
+from qgraft.data.scripted import OWN_PROMPTS, Recipe, WritesPrompts, check_recipe, scripted_ids
+from qgraft.data.templates import SYSTEM_TEXTS, ChatTemplate, named_template
+from qgraft.errors import DataError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + (eos_token or '') + '\\n' }}"
-    "{% else %}{{ message['role'] | capitalize + ': ' + message['content'] + '\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
-)
-"""For tokenizers without a template: "SYSTEM\\n\\nUser: ...\\nAssistant: ...EOS\\n", a tool's turn as "Tool: ..."."""
-
-CHATML_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-
-OWN_PROMPTS = (
-    "the tokenizer writes the model's own prompts; of a conversation the last answer is learned, the rounds before it are "
-    "its history"
-)
-
-BUILT_IN = {"plain": PLAIN_TEMPLATE, "default": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
-# LLaMA-Factory's names for what the tokenizers of these models bring themselves.
-FAMILIES = re.compile(
-    r"(alpaca|baichuan|bluelm|chatglm|codegeex|cohere|command|deepseek|falcon|gemma|glm|gpt|granite|hunyuan|intern|llama"
-    r"|minicpm|ministral|mistral|olmo|openchat|orion|phi|qwen|smollm|solar|starchat|telechat|vicuna|xverse|yi"
-    r"|yuan|zephyr)[\w.-]*"
-)
-
-
-@dataclass(frozen=True)
-class ChatTemplate:
-    """A jinja chat template and where it is from; `note` says what the user should be told about the choice, or ""."""
-
-    text: str
-    origin: str
-    note: str = ""
-
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids and their labels: the same ids where learned, -100 elsewhere; as long as the ids, not shifted."""
+    """Token ids and their labels: the same ids where learned, -100 elsewhere; as long as the ids, not shifted.
+
+    `weights` says what the loss of each label is multiplied by, None for 1 each; 0 where nothing is learned.
+    """
 
     input_ids: list[int]
     labels: list[int]
     source: str
+    weights: list[float] | None = None
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What ChatGLM's official scripts can be told beside our own options; see models/prompt_tokenizer.py."""
+def resolve_template(
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None = None,
+    *,
+    enable_thinking: bool | None = None,
+    system_text: str = "question",
+) -> ChatTemplate:
+    """The chat template for an option's value, see named_template(), and what it is told.
 
-    max_source_length: int | None = None
-    max_target_length: int | None = None
-    numbered: bool = False
-    learn_padding: bool = False
-    source_prefix: str = ""  # with other tokenizers in front of the first question
+    Args:
+        enable_thinking: what templates of reasoning models read under this name; None leaves it to them.
+        system_text: what becomes of a system text where the template has no system role, see ChatTemplate.
 
-
-@runtime_checkable
-class WritesPrompts(Protocol):
-    """A tokenizer that needs no chat template; models/prompt_tokenizer.py says what each method returns."""
-
-    def prompt_ids(
-        self, messages: Sequence[tuple[str, str]], max_source_length: int | None = None, *, source_prefix: str = ""
-    ) -> list[int]: ...
-
-    def generated_length(self, max_source_length: int | None, max_target_length: int | None) -> int: ...
-
-    def sample_ids(
-        self,
-        messages: Sequence[tuple[str, str]],
-        max_source_length: int | None = None,
-        max_target_length: int | None = None,
-        *,
-        numbered: bool = False,
-        learn_padding: bool = False,
-        source_prefix: str = "",
-    ) -> tuple[list[int], list[int]]: ...
-
-    def clean_answer(self, text: str) -> str: ...
-
-
-def resolve_template(tokenizer: "PreTrainedTokenizerBase", template: str | None = None) -> ChatTemplate:
-    """The chat template for an option's value.
-
-    None or "auto" is the tokenizer's own, or else "plain"; "plain" and "chatml" are built in; a name ending in .jinja
-    is a file; a model family of LLaMA-Factory ("llama3") is the tokenizer's own, which must then exist. A tokenizer
-    that writes prompts itself has no other.
+    A tokenizer that writes prompts itself has no template.
     """
+    if system_text not in SYSTEM_TEXTS:
+        raise OptionError(f"system_text is {system_text!r}, expected {' or '.join(SYSTEM_TEXTS)}")
     if isinstance(tokenizer, WritesPrompts):
         if template not in (None, "auto") and not re.fullmatch(r"chatglm(?!3)[\w.-]*", str(template).lower()):
             raise OptionError(f"template {template!r}: this tokenizer puts special ids between pieces of text, which no "
                               "template can write", hint="leave template out")  # fmt: skip
         return ChatTemplate("", "tokenizer", OWN_PROMPTS)
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if template is None or template == "auto":
-        if own:
-            return ChatTemplate(own, "tokenizer")
-        return ChatTemplate(PLAIN_TEMPLATE, "plain", "the tokenizer has no chat template; the plain one is used")
-    if template in BUILT_IN:
-        return ChatTemplate(BUILT_IN[template], "plain" if template == "default" else template)
-    if template.endswith(".jinja"):
-        try:
-            return ChatTemplate(Path(template).read_text(encoding="utf-8"), template)
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"template {template} cannot be read: {error}") from error
-    if not FAMILIES.fullmatch(template.lower()):
-        hint = near_match(template, [*BUILT_IN, "auto", "llama3", "qwen", "gemma", "phi", "mistral", "chatglm2"])
-        raise OptionError(f"unknown template {template!r}, expected auto, {', '.join(BUILT_IN)} or a .jinja file",
-                          hint=hint)  # fmt: skip
-    if not own:
-        raise OptionError(f"template {template!r} is the tokenizer's own, and this tokenizer has none",
-                          hint="take plain, chatml or a .jinja file")  # fmt: skip
-    return ChatTemplate(own, "tokenizer", f"template {template!r}: the tokenizer's own template is used")
+    chosen = named_template(tokenizer, template)
+    if enable_thinking is not None and not Writer(tokenizer, chosen).reads_thinking:
+        said = "enable_thinking has no effect: the chat template does not read it"
+        chosen = replace(chosen, note=f"{chosen.note}; {said}" if chosen.note else said)
+    return replace(chosen, enable_thinking=enable_thinking, system_text=system_text)
 
 
 def encode_prompt(
     tokenizer: "PreTrainedTokenizerBase",
-    messages: Sequence[tuple[str, str]],
+    messages: Sequence[Message | Pair],
     *,
     template: ChatTemplate | None = None,
     system: str | None = None,
     recipe: Recipe | None = None,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """The ids of a prompt that asks for the next answer, as training saw them."""
     template, recipe = template or resolve_template(tokenizer), recipe or Recipe()
-    turns = _with_system(messages, system)
+    turns = _with_system(as_messages(messages), system)
     if isinstance(tokenizer, WritesPrompts):
-        return tokenizer.prompt_ids(turns, recipe.max_source_length, source_prefix=recipe.source_prefix)
-    turns = _with_prefix(turns, recipe.source_prefix)
-    return _with_bos(tokenizer, _ids(tokenizer, _render(tokenizer, template, turns, True)))
+        return tokenizer.prompt_ids(as_pairs(turns), recipe.max_source_length, source_prefix=recipe.source_prefix)
+    writer = Writer(tokenizer, template)
+    text = writer.prompt(writer.settled(_with_prefix(turns, recipe.source_prefix)), tools)
+    return _with_bos(tokenizer, _ids(tokenizer, text))
 
 
 def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
@@ -175,51 +101,66 @@ def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
     return tokenizer.clean_answer(text) if isinstance(tokenizer, WritesPrompts) else text
 
 
+@dataclass(frozen=True)
+class Learning:
+    """What of conversations is learned, and what is put in front of them.
+
+    Attributes:
+        system: stands in front of conversations that have no system text.
+        train_on_prompt: all ids are learned.
+        mask_history: the last answer alone is.
+        mask_reasoning: what answers thought before is not.
+        eos_ids: more ids that end an answer, beside the tokenizer's own; an answer whose template writes no end token gets
+            the tokenizer's.
+    """
+
+    system: str | None = None
+    train_on_prompt: bool = False
+    mask_history: bool = False
+    mask_reasoning: bool = False
+    eos_ids: Sequence[int] = ()
+    recipe: Recipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.train_on_prompt and (self.mask_history or self.mask_reasoning):
+            masked = "mask_history" if self.mask_history else "mask_reasoning"
+            raise OptionError(f"train_on_prompt and {masked} exclude each other: learn all tokens, or answers only")
+
+
+class LearningOptions(TypedDict, total=False):
+    """The fields of Learning, as keyword arguments."""
+
+    system: str | None
+    train_on_prompt: bool
+    mask_history: bool
+    mask_reasoning: bool
+    eos_ids: Sequence[int]
+    recipe: Recipe | None
+
+
 def encode_conversation(
     tokenizer: "PreTrainedTokenizerBase",
     conversation: Conversation,
     *,
     template: ChatTemplate | None = None,
-    system: str | None = None,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
-    eos_ids: Sequence[int] = (),
-    recipe: Recipe | None = None,
-) -> Sample:
-    """One training sample: all answers are learned, with `mask_history` the last only, with `train_on_prompt` all ids.
+    **learning: Unpack[LearningOptions],
+) -> list[Sample]:
+    """The training samples of a conversation: one, or more where the template rewrites answers once others follow.
 
-    `system` stands in front of conversations that have none. `eos_ids` are more ids that end an answer, beside the
-    tokenizer's own; an answer whose template writes no end token gets the tokenizer's. With a tokenizer that writes
-    prompts itself only the last answer is learned, as `recipe` says.
+    `learning` are the fields of Learning. Raises ConversationError where the template cannot write what the conversation
+    says, or nothing is learned.
     """
-    if train_on_prompt and mask_history:
-        raise OptionError("train_on_prompt and mask_history exclude each other: learn all tokens, or the last answer")
-    ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *eos_ids]
-    if not ends:
-        raise UnsupportedError("the tokenizer has no end token, so that no answer would ever end", hint="give eos_ids")
-    template = template or resolve_template(tokenizer)
-    messages = _with_system(conversation.messages, system)
+    chosen = template or resolve_template(tokenizer)
     try:
-        if isinstance(tokenizer, WritesPrompts):
-            return Sample(*_scripted(tokenizer, messages, recipe or Recipe(), train_on_prompt), conversation.source)
-        messages = _with_prefix(messages, recipe.source_prefix if recipe else "")
-        segments = _segments(tokenizer, template, messages, ends, mask_history)
+        return _Encoder(tokenizer, chosen, Learning(**learning)).samples(conversation)
     except DataError as error:
-        raise DataError(f"{conversation.source}: {error.message}", hint=error.hint) from error
-    ids: list[int] = []
-    labels: list[int] = []
-    before = ""
-    for number, (text, is_answer) in enumerate(segments, 1):
-        new = _ids(tokenizer, text, before)
-        if number == len(segments) and not set(new) & set(ends):
-            new.append(ends[0])
-        learned = next((n + 1 for n, token in enumerate(new) if token in ends), len(new)) if is_answer else 0
-        ids += new
-        labels += new[:learned] + [IGNORED] * (len(new) - learned)
-        before = text
-    ids = _with_bos(tokenizer, ids)
-    labels = [IGNORED] * (len(ids) - len(labels)) + labels
-    return Sample(ids, list(ids) if train_on_prompt else labels, conversation.source)
+        raise ConversationError(f"{conversation.source}: {error.message}", hint=error.hint) from error
+
+
+def answer_text(tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, template: ChatTemplate) -> str:
+    """The last answer as the template writes it, calls and reasoning included, without special tokens."""
+    sample = encode_conversation(tokenizer, conversation, template=template, mask_history=True)[-1]
+    return decode_answer(tokenizer, [label for label in sample.labels if label != IGNORED])
 
 
 def build_samples(
@@ -228,106 +169,163 @@ def build_samples(
     accounting: Accounting,
     *,
     template: ChatTemplate | str | None = None,
-    system: str | None = None,
     max_length: int | None = None,
-    train_on_prompt: bool = False,
-    mask_history: bool = False,
     truncate: bool = True,
-    eos_ids: Sequence[int] = (),
-    recipe: Recipe | None = None,
+    **learning: Unpack[LearningOptions],
 ) -> list[Sample]:
-    """The samples of at most `max_length` ids; `accounting` moves what is cut or too long from kept to its place."""
-    check_recipe(tokenizer, recipe or Recipe())
+    """The samples of at most `max_length` ids; `accounting` moves what is cut or gives no sample to its place.
+
+    `learning` are the fields of Learning.
+    """
+    asked = Learning(**learning)
+    check_recipe(tokenizer, asked.recipe or Recipe())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
-    samples = []
+    encoder, samples, hint = _Encoder(tokenizer, chosen, asked), list[Sample](), "give a larger max_length"
+    remarks: Counter[str] = Counter()
     for conversation in conversations:
-        sample = encode_conversation(tokenizer, conversation, template=chosen, system=system, eos_ids=eos_ids, recipe=recipe,
-                                     train_on_prompt=train_on_prompt, mask_history=mask_history)  # fmt: skip
-        excess = 0 if max_length is None else len(sample.input_ids) - max_length
-        # The first label has no id before it to be predicted from, so it is not one that remains.
-        learns = excess <= 0 or any(label != IGNORED for label in sample.labels[1:max_length])
-        if excess > 0 and not (truncate and learns):
-            what = "longer than" if learns else "no answer token within"
+        try:
+            found = encoder.samples(conversation)
+            fitting = [cut for sample in found if (cut := _cut(sample, max_length, truncate)) is not None]
+            if not fitting:
+                learns = max_length is not None and any(_learns(sample, max_length) for sample in found)
+                raise ConversationError(
+                    f"{'longer than' if learns else 'no answer token within'} max_length {max_length}"
+                )
+        except DataError as error:  # one row never ends a run: ChatGLM's rounds, what a template refuses
             accounting.kept -= 1
-            accounting.drop(f"{what} max_length {max_length}", conversation.source)
+            accounting.drop(error.message, conversation.source)
+            hint = error.hint or hint
             continue
-        if excess > 0:
-            sample = Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source)
+        finally:
+            remarks.update(encoder.remarks())
+        if lost := sum(len(s.input_ids) for s in found) - sum(len(s.input_ids) for s in fitting):
             accounting.truncated += 1
-            accounting.truncated_tokens += excess
-        samples.append(sample)
+            accounting.truncated_tokens += lost
+        samples += fitting
     accounting.check()
+    accounting.notes += [f"{sentence} (rows: {count})" for sentence, count in sorted(remarks.items())]
     if not samples:
-        raise DataError(f"no sample is left to train on: {accounting.summary()}", hint="give a larger max_length")
+        raise DataError(f"no sample is left to train on: {accounting.summary()}", hint=hint)
     return samples
 
 
-def check_recipe(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> None:
-    """Raise OptionError for what only ChatGLM's samples can be, with another tokenizer."""
-    general = replace(recipe, numbered=False, source_prefix="") == Recipe()
-    if not general and not isinstance(tokenizer, WritesPrompts):
-        raise OptionError("max_source_length, max_target_length and ignore_pad_token_for_loss=false are for ChatGLM's "
-                          "tokenizers, and this is another", hint="max_length bounds the whole sample")  # fmt: skip
+def _learns(sample: Sample, length: int) -> bool:
+    """Whether a label remains; the first one has no id before it to be predicted from, so it is not one."""
+    return any(label != IGNORED for label in sample.labels[1:length])
 
 
-def _scripted(
-    tokenizer: WritesPrompts, messages: Sequence[tuple[str, str]], recipe: Recipe, train_on_prompt: bool
-) -> tuple[list[int], list[int]]:
-    if train_on_prompt:
-        raise OptionError("train_on_prompt: samples of ChatGLM learn their last answer only",
-                          hint="leave it out; the first generation even sees all of a prompt at once")  # fmt: skip
-    return tokenizer.sample_ids(
-        messages, recipe.max_source_length, recipe.max_target_length,
-        numbered=recipe.numbered, learn_padding=recipe.learn_padding, source_prefix=recipe.source_prefix,
-    )  # fmt: skip
+def _cut(sample: Sample, max_length: int | None, truncate: bool) -> Sample | None:
+    """The sample, cut to `max_length`; None where it may not be cut or no answer token would remain."""
+    if max_length is None or len(sample.input_ids) <= max_length:
+        return sample
+    if not truncate or not _learns(sample, max_length):
+        return None
+    weights = None if sample.weights is None else sample.weights[:max_length]
+    return Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source, weights)
 
 
-def _segments(
-    tokenizer: "PreTrainedTokenizerBase",
-    template: ChatTemplate,
-    messages: Sequence[tuple[str, str]],
-    ends: Sequence[int],
-    last_only: bool,
-) -> list[tuple[str, bool]]:
-    """The rendered text in pieces, with whether a piece is an answer. Joined they are the whole, up to its last answer.
+class _Encoder:
+    """Makes samples; what it finds out about the template is asked once."""
 
-    Some templates rewrite an answer once others follow (they drop its reasoning): it then counts as the whole has it.
-    """
-    end_texts = [str(text) for text in tokenizer.convert_ids_to_tokens(list(ends))]
-    answers = [index for index, (role, _) in enumerate(messages) if role == "assistant"]
-    whole = _render(tokenizer, template, messages, False)
-    segments: list[tuple[str, bool]] = []
-    at = 0
-    for index in answers[-1:] if last_only else answers:
-        prompt = _render(tokenizer, template, messages[:index], True)
-        answered = _render(tokenizer, template, messages[: index + 1], False)
-        found = [whole.find(text, len(prompt)) + len(text) for text in end_texts if whole.find(text, len(prompt)) >= 0]
-        end = len(answered) if whole.startswith(answered) else min(found, default=0)
-        answer = whole[len(prompt) : end]
-        if not whole.startswith(prompt) or not at <= len(prompt) or not answer.strip():
-            raise DataError(
-                f"the chat template ({template.origin}) writes the prompt of answer {answers.index(index) + 1} as "
-                f"{prompt[-60:]!r} and the answered conversation as {whole[max(0, len(prompt) - 60) :][:120]!r}; "
-                "the first must begin the second", hint="give another template, or mask_history if it changes history",
-            )  # fmt: skip
-        if not any(text in answer for text in end_texts):
-            answer = answer.rstrip()  # blanks that the template put, not the model: an end token belongs here
-        segments += [(whole[at : len(prompt)], False), (answer, True)]
-        at = len(prompt) + len(answer)
-    return segments
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, learning: Learning) -> None:
+        ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *learning.eos_ids]
+        if not ends:
+            raise UnsupportedError(
+                "the tokenizer has no end token, so that no answer would ever end", hint="give eos_ids"
+            )
+        self.tokenizer, self.learning, self.ends = tokenizer, learning, ends
+        self.writer = None if isinstance(tokenizer, WritesPrompts) else Writer(tokenizer, template)
+        texts = () if self.writer is None else tuple(map(str, tokenizer.convert_ids_to_tokens(ends)))
+        self._known: dict[tuple[str, str], list[int]] = {}  # of this conversation
+        self.choice = Choice(learning.mask_history, learning.mask_reasoning, texts)
 
+    def remarks(self) -> set[str]:
+        """What somebody should know about the last conversation."""
+        return set() if self.writer is None else self.writer.remarks()
 
-def _render(
-    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, messages: Sequence[tuple[str, str]], prompt: bool
-) -> str:
-    turns = [{"role": role, "content": content} for role, content in messages]
-    try:
-        text = tokenizer.apply_chat_template(
-            turns, chat_template=template.text, add_generation_prompt=prompt, tokenize=False
+    def samples(self, conversation: Conversation) -> list[Sample]:
+        """The samples of a conversation; raises DataError where there is none."""
+        messages = _with_system(conversation.messages, self.learning.system)
+        if self.writer is None:
+            return [self._scripted(conversation, messages)]
+        messages = _with_prefix(messages, self.learning.recipe.source_prefix if self.learning.recipe else "")
+        answers = learned_answers(self.writer, messages, conversation.tools, self.choice)
+        self._known.clear()
+        groups: list[list[Answer]] = []
+        for answer in answers:
+            going_on = self._going_on(groups[-1], answer) if groups else None
+            groups[-1:] = [*groups[-1:], [answer]] if going_on is None else [[*going_on, answer]]
+        if not self.learning.train_on_prompt:
+            return [self._sample(group, conversation.source) for group in groups]
+        if any(message.weight != 1 for message in messages):
+            raise ConversationError("weights of answers, and train_on_prompt learns every token")
+        ids = self._sample(groups[-1], "").input_ids
+        return [Sample(ids, list(ids), conversation.source)]
+
+    def _going_on(self, group: list[Answer], answer: Answer) -> list[Answer] | None:
+        """The answers of a sample as the prompt of the next one has them; None where its text or ids are others."""
+        assert self.writer is not None
+        before = continued(group[-1], answer.prompt, self.choice, self.writer.tail)
+        if before is None:
+            self.writer.remark(SEVERAL)
+            return None
+        same = [*group[:-1], before]
+        text = "".join(text for text, _ in _segments(same))
+        ids, _ = self._encoded([*_segments(same), (answer.prompt[len(text) :], 0.0)])
+        if ids != self._encoded([(answer.prompt, 0.0)])[0]:
+            self.writer.remark(RETOKENIZED)
+            return None
+        return same
+
+    def _sample(self, group: list[Answer], source: str) -> Sample:
+        """The sample of these answers, each behind its prompt; the last one has an end."""
+        ids, weights = self._encoded(_segments(group))
+        if not group[-1].ends:
+            ids, weights = [*ids, self.ends[0]], [*weights, group[-1].weight]
+        ids = _with_bos(self.tokenizer, ids)
+        weights = [0.0] * (len(ids) - len(weights)) + weights
+        labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
+        return Sample(ids, labels, source, None if set(weights) <= {0.0, 1.0} else weights)
+
+    def _encoded(self, segments: Sequence[tuple[str, float]]) -> tuple[list[int], list[float]]:
+        """The ids of pieces of text one after another, and what each weighs: an answer up to its first end token."""
+        ids: list[int] = []
+        weights: list[float] = []
+        before = ""
+        for text, weight in segments:
+            if (before, text) not in self._known:
+                self._known[before, text] = _ids(self.tokenizer, text, before)
+            new = self._known[before, text]
+            learned = next((n + 1 for n, token in enumerate(new) if token in self.ends), len(new)) if weight else 0
+            ids += new
+            weights += [weight] * learned + [0.0] * (len(new) - learned)
+            before = text
+        return ids, weights
+
+    def _scripted(self, conversation: Conversation, messages: Sequence[Message]) -> Sample:
+        """The sample of a tokenizer that writes it itself."""
+        assert isinstance(self.tokenizer, WritesPrompts)
+        weight = messages[-1].weight
+        if conversation.tools:
+            raise ConversationError("tools: the tokenizer writes the model's own prompts, without tools")
+        if not weight:
+            raise ConversationError("no answer is learned: its weight is 0")
+        ids, labels = scripted_ids(
+            self.tokenizer, as_pairs(messages), self.learning.recipe or Recipe(), self.learning.train_on_prompt
         )
-    except (TemplateError, TypeError, ValueError) as error:  # also what the template itself raises: "no system role"
-        raise DataError(f"chat template ({template.origin}) fails: {error}", hint="give another template") from error
-    return str(text)
+        weights = None if weight == 1 else [0.0 if label == IGNORED else weight for label in labels]
+        return Sample(ids, labels, conversation.source, weights)
+
+
+def _segments(group: Sequence[Answer]) -> list[tuple[str, float]]:
+    """The text of answers and of what is between them, in pieces, with what each weighs."""
+    segments: list[tuple[str, float]] = []
+    length = 0
+    for answer in group:
+        segments.append((answer.prompt[length:], 0.0))
+        segments += [(piece.text, answer.weight if piece.learned else 0.0) for piece in answer.pieces()]
+        length = len(answer.prompt) + answer.cut
+    return segments
 
 
 def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, before: str = "") -> list[int]:
@@ -347,19 +345,22 @@ def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]
     return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
-def _with_system(messages: Sequence[tuple[str, str]], system: str | None) -> list[tuple[str, str]]:
-    first = [("system", system)] if system and messages[0][0] != "system" else []
+def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    first = [Message("system", system)] if system and messages[0].role != "system" else []
     return [*first, *messages]
 
 
-def _with_prefix(messages: Sequence[tuple[str, str]], prefix: str) -> list[tuple[str, str]]:
-    first = next((index for index, (role, _) in enumerate(messages) if role == "user"), None)
-    return [(role, prefix + text if index == first else text) for index, (role, text) in enumerate(messages)]
+def _with_prefix(messages: Sequence[Message], prefix: str) -> list[Message]:
+    first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
+    return [
+        replace(each, content=prefix + each.content) if index == first else each for index, each in enumerate(messages)
+    ]
 
 
 def samples_sha256(samples: Sequence[Sample]) -> str:
-    """Says which tokens were trained on, in their order."""
+    """Says which tokens were trained on, in their order, and with which weights."""
     digest = hashlib.sha256()
     for sample in samples:
-        digest.update(repr((sample.input_ids, sample.labels)).encode())
+        weights = () if sample.weights is None else (sample.weights,)
+        digest.update(repr((sample.input_ids, sample.labels, *weights)).encode())
     return digest.hexdigest()

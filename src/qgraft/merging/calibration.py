@@ -87,9 +87,11 @@ def find_rows(
         columns = named_columns(arguments) if known else None
         rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"],
                                         columns=columns)  # fmt: skip
-        template = resolve_template(tokenizer, told["template"])
+        template = resolve_template(tokenizer, told["template"], enable_thinking=arguments.get("enable_thinking"),
+                                    system_text=arguments.get("system_text", "question"))  # fmt: skip
         return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
                              max_length=sample_limit(model, LONGEST),
+                             mask_reasoning=bool(arguments.get("mask_reasoning")),
                              recipe=Recipe(numbered="history" in (columns or ())))  # fmt: skip
 
     first: Mapping[str, Any] = trained[0] if trained else {}

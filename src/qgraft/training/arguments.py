@@ -19,46 +19,20 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.adapters.layer_choice import parse_layers
+from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
 from qgraft.training.sizes import parse_size
 from qgraft.training.trainer_options import (
     HONOURED,
+    MOST_USED,
     check_schedule,
     inherited_options,
     rename_checkpointing,
     settle_options,
     settle_strategies,
 )
-
-MOST_USED = {  # of transformers' options, in the short help: name -> text
-    "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
-    "do_train": "Train; what is done where none of these three is given.",
-    "do_eval": "Measure the loss on eval_dataset and write eval_results.json.",
-    "do_predict": "Answer the rows of test_dataset, write generated_predictions.txt, report BLEU-4 and ROUGE.",
-    "num_train_epochs": "Passes over the dataset.",
-    "max_steps": "Optimizer steps; overrides the passes when positive.",
-    "per_device_train_batch_size": "Samples in a batch.",
-    "per_device_eval_batch_size": "Rows that are answered at once by do_predict.",
-    "gradient_accumulation_steps": "Batches in an optimizer step.",
-    "lr_scheduler_type": "linear, cosine, constant, ...",
-    "warmup_steps": "Steps until the peak learning rate (a share of all steps when below 1).",
-    "weight_decay": "Of AdamW.",
-    "max_grad_norm": "Gradients are clipped to this norm.",
-    "optim": "Optimizer.",
-    "eval_strategy": "no, steps or epoch.",
-    "eval_steps": "Steps between evaluations.",
-    "save_strategy": "no, steps or epoch.",
-    "save_steps": "Steps between checkpoints.",
-    "load_best_model_at_end": "Keep the checkpoint with the lowest held-out loss.",
-    "resume_from_checkpoint": "true: go on from the newest whole checkpoint in output_dir; or a checkpoint's folder.",
-    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
-    "bf16": "Compute in bfloat16, where the device has it.",
-    "fp16": "Compute in float16 with loss scaling, on a GPU.",
-    "use_cpu": "Do not use the GPU.",
-    "seed": "Of everything random.",
-}
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -108,6 +82,9 @@ class TrainArguments(TrainingArguments):
     source_prefix: str = _option("", "Text in front of every prompt.")
     train_on_prompt: bool = _option(False, "Learn the prompts too, not the answers only.")
     mask_history: bool = _option(False, "Learn only the last answer of a conversation.")
+    mask_reasoning: bool = _option(False, "Do not learn what answers think before they answer.")
+    enable_thinking: bool | None = _option(None, "What the chat template of a reasoning model is told under this name.")
+    system_text: str = _option("question", "Under a template without system role: in front of the question, or drop.")
     prompt_column: str | None = _option(None, "Column of the question, where the rows' own names are not recognized.")
     response_column: str | None = _option(None, "Column of the answer.")
     history_column: str | None = _option(None, "Column of earlier rounds, [[question, answer], ...].")
@@ -189,6 +166,8 @@ class TrainArguments(TrainingArguments):
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
         if self.memory_limit not in (None, "auto"):
             parse_size(self.memory_limit)
+        if self.system_text not in SYSTEM_TEXTS:
+            raise OptionError(f"system_text={self.system_text!r}: expected {' or '.join(SYSTEM_TEXTS)}")
         if self.val_size < 0:
             raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
 

@@ -1,19 +1,21 @@
-"""The loss of a model on held-out samples: the mean over all label tokens, not the mean of batch means."""
+"""The loss of a model on held-out samples: the mean over all label tokens, each by its weight, not of batch means."""
 
 import math
+import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.adapters.selection import alone
-from qgraft.data.batches import collate, count_labels, split_batch
+from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
 from qgraft.data.reading import read_dataset
-from qgraft.data.tokenizing import Recipe, Sample, build_samples, resolve_template
-from qgraft.errors import OptionError
+from qgraft.data.tokenizing import ChatTemplate, Recipe, Sample, build_samples, resolve_template
+from qgraft.errors import DataError, OptionError
 from qgraft.linear import computing
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
@@ -50,6 +52,7 @@ def evaluate(
     columns: Mapping[str, str] | None = None,
     max_length: int = 2048,
     train_on_prompt: bool = False,
+    enable_thinking: bool | None = None,
 ) -> Evaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
@@ -58,12 +61,20 @@ def evaluate(
     Raises DataError when the dataset cannot be read or holds no answers.
     """
     conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns)
+    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     samples = build_samples(
-        tokenizer, conversations, accounting, template=resolve_template(tokenizer, template), system=system,
+        tokenizer, conversations, accounting, template=chosen, system=system,
         max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
         recipe=Recipe(numbered="history" in (columns or ())),
     )  # fmt: skip
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
+
+
+def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> ChatTemplate:
+    """The chat template that a run's options ask for."""
+    return resolve_template(
+        tokenizer, args.template, enable_thinking=args.enable_thinking, system_text=args.system_text
+    )
 
 
 def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> int:
@@ -86,6 +97,18 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
     return min(max_length, context - taken)
 
 
+def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Training and held-out samples; all of a row are on one side."""
+    rows = [list(group) for _, group in groupby(samples, key=lambda sample: sample.source)]
+    count = math.ceil(len(rows) * val_size) if val_size < 1 else int(val_size)
+    if count >= len(rows):
+        raise DataError(f"val_size={val_size} leaves no sample to train on: there are {len(rows)}")
+    chosen = set(random.Random(seed).sample(range(len(rows)), count))
+    sides = [[row for number, row in enumerate(rows) if (number in chosen) == held_out] for held_out in (False, True)]
+    training, held = ([sample for row in side for sample in row] for side in sides)
+    return training, held
+
+
 @by_driver
 @torch.no_grad()
 @alone("evaluated")
@@ -98,7 +121,7 @@ def evaluate_samples(
         compute: how products are computed, see QuantizedLinear; None for as they are.
     """
     tokens = tokens or (GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS)
-    total, labels = 0.0, 0
+    total, labels, weight = 0.0, 0, 0.0
     products = nullcontext() if compute is None else computing(model, compute)
     with products, evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
@@ -106,7 +129,8 @@ def evaluate_samples(
         for part in split_batch(collate(ordered), 0 if problem else tokens):
             total += float(batch_loss(model, part))
             labels += count_labels(part)
-    loss = total / max(labels, 1)
+            weight += weigh_labels(part)
+    loss = total / (weight or 1.0)
     return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)
 
 

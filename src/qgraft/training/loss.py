@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.data.batches import Batch
+from qgraft.data.batches import Batch, label_weights
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import gpu_rows
 from qgraft.training.decoder import Head, label_states, output_head
@@ -28,14 +28,16 @@ MIN_CHUNK_ROWS = 32
 
 
 def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
-    """The cross-entropy summed over the labels of a padding-free batch, a float32 scalar.
+    """The cross-entropy summed over the labels of a padding-free batch, each times its weight, a float32 scalar.
 
     Args:
         batch: input_ids, position_ids, labels, each [1, tokens], on the CPU or where the model is (see label_states);
-            labels are aligned with the token that predicts them.
+            labels are aligned with the token that predicts them. Its weights, if it has any, likewise.
     """
     states_NH, labels_N = label_states(model, batch)
-    return summed_cross_entropy(states_NH, labels_N, output_head(model), label_smoothing)
+    weights_N = label_weights(batch)
+    weights_N = None if weights_N is None else weights_N.to(states_NH.device, non_blocking=True)
+    return weighted_cross_entropy(states_NH, labels_N, weights_N, output_head(model), label_smoothing)[0]
 
 
 def check_gradient(model: nn.Module, loss: Tensor) -> None:

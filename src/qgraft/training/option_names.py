@@ -28,20 +28,33 @@ ALIASES = {  # name elsewhere -> ours
     "generation_num_beams": "num_beams",
     "model_author": "author",
     "model_name": "name",
+    "train_on_last_turn_only": "mask_history",
+    "train_on_inputs": "train_on_prompt",
+    "sequence_len": "max_length",
+    "max_seq_len": "max_length",
 }
+
+_PACKING = (
+    "packing", "neat_packing", "sample_packing", "eval_sample_packing", "eval_packing", "padding_free", "packing_strategy",
+    "packing_length", "multipack_real_batches",
+)  # fmt: skip
+PACKED = (
+    "samples always pass one after another in one row, without padding, and never see each other; "
+    "per_device_train_batch_size counts samples, and max_tokens_per_pass how many tokens go through at a time"
+)
+UNPADDED = "batches hold no padding"
+UNSORTED = "batches hold no padding that sorting by length could save; rows come in random order"
 
 WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
     "overwrite_cache": "datasets are tokenized anew in seconds, nothing is cached",
     "preprocessing_num_workers": "tokenizing runs in one process",
-    "packing": "batches are always free of padding",
-    "neat_packing": "batches are always free of padding",
+    **dict.fromkeys(_PACKING, PACKED),
     "flash_attn": "attention is PyTorch's own",
     "trust_remote_code": "code from model folders is never run",
     "use_fast_tokenizer": "the fast tokenizer is always used",
     "quantization_method": "the weights stay as the file has them",
-    "pad_to_max_length": "batches are always free of padding",
-    "sortish_sampler": "batches are always free of padding",
-    "group_by_length": "batches are always free of padding",
+    **dict.fromkeys(("pad_to_max_length", "pad_to_sequence_len", "pad_to_multiple_of"), UNPADDED),
+    **dict.fromkeys(("sortish_sampler", "group_by_length", "length_column_name"), UNSORTED),
     "cache_dir": "datasets are not cached; models of the hub lie where HF_HOME says",
     "config_name": "the configuration is that of the model's folder",
     "tokenizer_name": "the tokenizer is that of the model's folder",

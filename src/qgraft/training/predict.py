@@ -28,12 +28,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
+from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, named_columns, read_dataset
-from qgraft.data.tokenizing import Recipe, WritesPrompts, check_recipe, encode_prompt, resolve_template
+from qgraft.data.templates import ChatTemplate
+from qgraft.data.tokenizing import Recipe, WritesPrompts, answer_text, check_recipe, encode_prompt
 from qgraft.errors import DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.decoder import evaluating
-from qgraft.training.evaluate import sample_limit
+from qgraft.training.evaluate import sample_limit, template_of
 from qgraft.training.scores import load_libraries, mean_scores
 
 Dataset = str | Sequence[Mapping[str, object]]
@@ -204,7 +206,7 @@ def _questions(
     max_samples: int | None,
 ) -> tuple[list[_Question], Accounting, list[str]]:
     """The prompts that fit into the model's context; those that do not move from kept to dropped."""
-    template, context = resolve_template(tokenizer, args.template), sample_limit(model, _UNBOUNDED)
+    template, context = template_of(tokenizer, args), sample_limit(model, _UNBOUNDED)
     longest = args.val_max_target_length or args.max_target_length
     recipe = Recipe(args.max_source_length, longest, source_prefix=args.source_prefix)
     check_recipe(tokenizer, recipe)
@@ -214,25 +216,30 @@ def _questions(
     )  # fmt: skip
     questions = []
     for conversation in conversations:
-        asked, (_, expected) = conversation.messages[:-1], conversation.messages[-1]
         try:
-            ids = encode_prompt(tokenizer, asked, template=template, system=args.system, recipe=recipe)
-        except DataError as error:
-            raise DataError(f"{conversation.source}: {error.message}", hint=error.hint) from error
-        if len(ids) < context:
-            questions.append(_Question(ids, _expected_text(tokenizer, expected, longest)))
-        else:
+            ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, recipe=recipe,
+                                tools=conversation.tools)  # fmt: skip
+            if len(ids) >= context:
+                raise DataError(f"a prompt as long as the model's context of {context} tokens")
+        except DataError as error:  # one row never ends a run
             accounting.kept -= 1
-            accounting.drop(f"a prompt as long as the model's context of {context} tokens", conversation.source)
+            accounting.drop(error.message, conversation.source)
+            continue
+        questions.append(_Question(ids, _expected_text(tokenizer, conversation, template, longest)))
     accounting.check()
     if not questions:
         raise DataError(f"no row is left to answer: {accounting.summary()}", hint="give shorter questions")
-    return questions, accounting, [template.note] if template.note else []
+    return questions, accounting, [*([template.note] if template.note else []), *accounting.said()]
 
 
-def _expected_text(tokenizer: PreTrainedTokenizerBase, text: str, longest: int | None) -> str:
+def _expected_text(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, template: ChatTemplate, longest: int | None
+) -> str:
+    """The last answer's text; with calls or reasoning apart as the template writes them."""
+    said = conversation.messages[-1]
     if not isinstance(tokenizer, WritesPrompts):
-        return text.strip()
+        return (said.content if said.is_plain else answer_text(tokenizer, conversation, template)).strip()
+    text = said.content
     ids = tokenizer(text, truncation=longest is not None, max_length=longest, verbose=False)["input_ids"]
     return _text(tokenizer, list(ids))
 

@@ -11,8 +11,6 @@ output_dir/
 import copy
 import dataclasses
 import json
-import math
-import random
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,7 +30,6 @@ from qgraft.data.tokenizing import (
     Sample,
     WritesPrompts,
     build_samples,
-    resolve_template,
     samples_sha256,
 )
 from qgraft.errors import CheckpointError, DataError, StorageError
@@ -41,7 +38,7 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, posit
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.decoder import padding_free
-from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, sample_limit
+from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, hold_out, sample_limit, template_of
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.memory import settle_noted
@@ -228,7 +225,7 @@ def evaluate_held_out(
     """The loss of the model, with its active adapters, on args.eval_dataset; the same samples as train() would take."""
     if not args.eval_dataset:
         raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
-    limit, template = sample_limit(model, args.max_length), resolve_template(tokenizer, args.template)
+    limit, template = sample_limit(model, args.max_length), template_of(tokenizer, args)
     samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     return evaluate_samples(model, samples, compute=args.compute), accounting
 
@@ -299,19 +296,21 @@ def _prepare_samples(
     chosen = dataset if dataset is not None else args.dataset
     if not chosen:
         raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
-    template = resolve_template(tokenizer, args.template)
+    template = template_of(tokenizer, args)
     if template.note:
         notes.append(template.note)
     if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
         notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
                      "a first question bare")  # fmt: skip
     samples, accounting = _samples(tokenizer, chosen, args, limit, template, held_out=False)
+    notes += accounting.said()
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
         eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, limit, template, held_out=True)
+        notes += [f"held-out rows: {sentence}" for sentence in held_out_accounting.said()]
         return samples, eval_samples, accounting, held_out_accounting
     if args.val_size:
-        samples, eval_samples = _split(samples, args.val_size, args.seed)
+        samples, eval_samples = hold_out(samples, args.val_size, args.seed)
         notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
         return samples, eval_samples, accounting, None
     return samples, [], accounting, None
@@ -334,19 +333,11 @@ def _samples(
     )  # fmt: skip
     samples = build_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
-        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history,
+        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
         recipe=Recipe(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
                       learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
     )  # fmt: skip
     return samples, accounting
-
-
-def _split(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    count = math.ceil(len(samples) * val_size) if val_size < 1 else int(val_size)
-    if count >= len(samples):
-        raise DataError(f"val_size={val_size} leaves no sample to train on: there are {len(samples)}")
-    chosen = set(random.Random(seed).sample(range(len(samples)), count))
-    return [s for i, s in enumerate(samples) if i not in chosen], [samples[i] for i in sorted(chosen)]
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:

@@ -4,7 +4,7 @@ What a job hands in are the parts that its batch would pass through the model in
 jobs as the token budget allows, one after another in one row, so the packed weights are unpacked once for all of them:
 
     tokens    part of a (65) | part of b (80) | part of c (41) | ...   up to max_tokens_per_pass
-    loss      sum over jobs of (cross-entropy of its labels / its own number of labels)
+    loss      sum over jobs of (cross-entropy of its labels, weighed / what its own labels weigh)
 
 A token's loss reaches only the adapter of its segment (adapters/segments.py), attention goes sample by sample, and all
 else is row by row; so each job gets the gradient that it would have alone, to the rounding of sums. Where a loss is not
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qgraft.adapters.segments import Segment, serving_segments
-from qgraft.data.batches import Batch, count_labels
+from qgraft.data.batches import Batch, count_labels, label_weights
 from qgraft.training.decoder import label_states, output_head
 from qgraft.training.loss import weighted_cross_entropy
 
@@ -31,7 +31,7 @@ class HandIn:
     Attributes:
         adapter: the job's adapter on the shared model.
         parts: of its batch, each at most the job's budget; each passes the model by itself, in their order.
-        labels: how many labels its optimizer step learns; the loss is divided by it.
+        labels: what the labels weigh that its optimizer step learns; the loss is divided by it.
         generator: where its dropout is drawn from.
         loss: the sum so far; NaN once a part's is not finite, and its later parts are left out.
     """
@@ -63,13 +63,15 @@ def learn_together(model: PreTrainedModel, handed: Sequence[HandIn], budget: int
 
 def _pass(model: PreTrainedModel, chosen: Sequence[tuple[HandIn, Batch]], label_smoothing: float) -> None:
     """Forward and backward of one part of each of these jobs."""
-    batch = {key: torch.cat([part[key] for _, part in chosen], dim=1) for key in chosen[0][1]}
+    keys = ("input_ids", "position_ids", "labels")
+    batch = {key: torch.cat([part[key] for _, part in chosen], dim=1) for key in keys}
     counts = torch.tensor([count_labels(part) for _, part in chosen], device=model.device)
     weights_J = torch.stack([1.0 / job.labels.float() for job, _ in chosen])
     before = [job.generator.get_state() for job, _ in chosen]
     with serving_segments(model, _segments(chosen)):
         states_NH, targets_N = label_states(model, batch)
-        weights_N = weights_J.repeat_interleave(counts)
+        own_N = torch.cat([_own_weights(part) for _, part in chosen]).to(model.device)
+        weights_N = weights_J.repeat_interleave(counts) * own_N
         loss, each_N = weighted_cross_entropy(states_NH, targets_N, weights_N, output_head(model), label_smoothing)
         if torch.isfinite(loss):
             loss.backward()
@@ -78,8 +80,15 @@ def _pass(model: PreTrainedModel, chosen: Sequence[tuple[HandIn, Batch]], label_
             job.generator.set_state(state)
             _pass(model, [(job, part)], label_smoothing)
         return
-    for (job, _), each, weight in zip(chosen, each_N.split(counts.tolist()), weights_J, strict=True):
+    weighed = (each_N * own_N).split(counts.tolist())
+    for (job, _), each, weight in zip(chosen, weighed, weights_J, strict=True):
         job.loss += each.sum() * weight
+
+
+def _own_weights(part: Batch) -> Tensor:
+    """The weights of a part's labels, [labels]."""
+    weights = label_weights(part)
+    return torch.ones(count_labels(part)) if weights is None else weights
 
 
 def _segments(chosen: Sequence[tuple[HandIn, Batch]]) -> list[Segment]:

@@ -1,7 +1,7 @@
 """LoraTrainer: transformers' Trainer with four things of ours.
 
     batches       padding-free, in parts of at most `max_tokens_per_pass` tokens; the loss is the mean over all label
-                  tokens of an optimizer step, whatever the parts
+                  tokens of an optimizer step, each times its weight, whatever the parts: sum w l / sum w
     checkpoints   only the adapter, optimizer, scheduler and generators; staged, sealed with a manifest, published by
                   one rename (transformers writes them in place: a kill leaves a folder that cannot be resumed)
     resuming      from the newest checkpoint whose manifest holds
@@ -23,7 +23,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from qgraft import storage
 from qgraft.adapters.attach import adapter_state_dict
 from qgraft.checkpoints.adapter_files import read_trained, save_adapter
-from qgraft.data.batches import Batch, collate, count_labels, split_batch
+from qgraft.data.batches import Batch, collate, split_batch, weigh_labels
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.kernels.lora import casts_kept
@@ -85,7 +85,7 @@ class LoraTrainer(Trainer):
             del model.zero_grad
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        return torch.tensor(sum(count_labels(batch) for batch in batch_samples)).to(device, non_blocking=True)
+        return torch.tensor(sum(weigh_labels(batch) for batch in batch_samples)).to(device, non_blocking=True)
 
     def get_train_dataloader(self) -> Any:
         """As usual, but batches stay on the CPU: label_states moves them."""

@@ -31,6 +31,34 @@ OWN_EVALUATION = "evaluation takes the mean loss over all answer tokens, nothing
 NO_PADDING = "batches are always free of padding"
 NOTHING_IS_PUSHED = "nothing is pushed to the hub"
 
+MOST_USED = {  # of transformers' options, in the short help: name -> text
+    "output_dir": "Where the adapter, logs, plot, checkpoints and predictions go.",
+    "do_train": "Train; what is done where none of these three is given.",
+    "do_eval": "Measure the loss on eval_dataset and write eval_results.json.",
+    "do_predict": "Answer the rows of test_dataset, write generated_predictions.txt, report BLEU-4 and ROUGE.",
+    "num_train_epochs": "Passes over the dataset.",
+    "max_steps": "Optimizer steps; overrides the passes when positive.",
+    "per_device_train_batch_size": "Samples in a batch.",
+    "per_device_eval_batch_size": "Rows that are answered at once by do_predict.",
+    "gradient_accumulation_steps": "Batches in an optimizer step.",
+    "lr_scheduler_type": "linear, cosine, constant, ...",
+    "warmup_steps": "Steps until the peak learning rate (a share of all steps when below 1).",
+    "weight_decay": "Of AdamW.",
+    "max_grad_norm": "Gradients are clipped to this norm.",
+    "optim": "Optimizer.",
+    "eval_strategy": "no, steps or epoch.",
+    "eval_steps": "Steps between evaluations.",
+    "save_strategy": "no, steps or epoch.",
+    "save_steps": "Steps between checkpoints.",
+    "load_best_model_at_end": "Keep the checkpoint with the lowest held-out loss.",
+    "resume_from_checkpoint": "true: go on from the newest whole checkpoint in output_dir; or a checkpoint's folder.",
+    "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
+    "bf16": "Compute in bfloat16, where the device has it.",
+    "fp16": "Compute in float16 with loss scaling, on a GPU.",
+    "use_cpu": "Do not use the GPU.",
+    "seed": "Of everything random.",
+}
+
 HONOURED = {
     "output_dir", "do_train", "do_eval", "do_predict", "resume_from_checkpoint",
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -1,0 +1,208 @@
+"""Which text of a conversation is learned: each answer from its own rendering as the last one.
+
+    prompt      <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\n                        what a server sends
+    answered    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
+    body                                                              Hello<|im_end|>\\n
+    learned                                                           Hello<|im_end|>
+
+So an answer is learned after the prompt that serving sends for it, whatever the template makes of it once others follow:
+reasoning models' templates strip what earlier answers thought. Where the text goes on from one answer to the next prompt,
+both are in one sample; where the template has rewritten what was before, the next answer begins a sample of its own.
+
+A body is learned up to and with its first end token, or as the template's `{% generation %}` marks say. Of what a model
+thinks first, an empty block that the template alone has put there is input: learned, it would teach not to think.
+
+Where a template strips the reasoning even from the last answer (DeepSeek-R1's), or opens the thinking in its prompt and
+writes no such answer, the body is the row's own text behind the prompt, with what the template writes behind an answer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from qgraft.data.messages import ConversationError, Message, Tool
+from qgraft.data.rendering import Writer, reasoning_of, without_reasoning
+from qgraft.data.templates import VARIANTS_HINT
+
+_THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKING|>", "<|END_THINKING|>"),
+             ("<seed:think>", "</seed:think>"))  # fmt: skip
+EMPTY_BLOCK = (
+    "the chat template puts an empty thinking block in front of answers without reasoning; it is input, not learned "
+    "(--enable_thinking false has prompts end in one, where the template reads that)"
+)
+OWN_WORDS = "the chat template strips the reasoning of answers; it is learned as the rows have it"
+NO_END = "the chat template's {% generation %} marks leave out the token that ends an answer, so it is not learned"
+SEVERAL = (
+    "the chat template rewrites earlier answers when others follow: several samples, each learning what is last in it"
+)
+
+RETOKENIZED = (
+    "later prompts have earlier answers in other tokens than they are learned in (the prompt ends in a blank): several "
+    "samples, each behind the ids of its prompt"
+)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text, and whether it is learned."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer behind its prompt.
+
+    Attributes:
+        body: what the template writes behind the prompt, to the end.
+        ranges: (start, stop) in the body of what is learned.
+        cut: where the body ends in a sample; what is behind is no part of it.
+        ends: whether the body holds an end token, learned or not.
+        weight: what its loss is multiplied by.
+    """
+
+    prompt: str
+    body: str
+    ranges: tuple[tuple[int, int], ...]
+    cut: int
+    ends: bool
+    weight: float
+
+    def pieces(self) -> list[Piece]:
+        """The body up to its cut."""
+        found, at = [], 0
+        for start, stop in self.ranges:
+            found += [Piece(self.body[at:start], False), Piece(self.body[start:stop], True)]
+            at = stop
+        return [piece for piece in [*found, Piece(self.body[at : self.cut], False)] if piece.text]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a conversation is learned: the last answer alone, answers without what they thought; texts that end one."""
+
+    last_only: bool = False
+    mask_reasoning: bool = False
+    end_texts: tuple[str, ...] = ()
+
+
+def learned_answers(writer: Writer, messages: Sequence[Message], tools: Sequence[Tool], choice: Choice) -> list[Answer]:
+    """The answers to learn, in their order; raises ConversationError where the template cannot write what is said."""
+    messages = writer.settled(messages)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    learned = [index for index in (answers[-1:] if choice.last_only else answers) if messages[index].weight]
+    if not learned:
+        raise ConversationError("no answer is learned: its weight is 0")
+    prompts = [writer.prompt(messages[:index], tools) for index in learned]
+    writer.check_asked(prompts[-1], messages[: learned[-1]], tools)
+    return [
+        _answer(writer, prompt, messages[: index + 1], tools, choice, answers.index(index) + 1)
+        for index, prompt in zip(learned, prompts, strict=True)
+    ]
+
+
+def continued(answer: Answer, prompt: str, choice: Choice, tail: str | None) -> Answer | None:
+    """The answer as it stands in a later prompt, which goes on from it; None where the prompt has it otherwise.
+
+    What a template puts behind the last answer only (Phi-3: the tokenizer's end token) is no part of it.
+    """
+    whole = answer.prompt + answer.body
+    if prompt.startswith(whole):
+        return answer
+    common = _common(whole, prompt)
+    if not tail or not answer.body.endswith(tail) or len(common) < len(whole) - len(tail):
+        return None
+    body = common[len(answer.prompt) :]
+    start = answer.ranges[0][0]
+    stop, ends = _end(body, start, choice.end_texts)
+    ranges = tuple((first, min(last, stop)) for first, last in answer.ranges if first < stop)
+    return replace(answer, body=body, ranges=ranges, cut=len(body) if ends else stop, ends=ends)
+
+
+def _common(one: str, other: str) -> str:
+    """What both texts begin with."""
+    most = min(len(one), len(other))
+    return one[: next((at for at in range(most) if one[at] != other[at]), most)]
+
+
+def _answer(
+    writer: Writer, prompt: str, messages: Sequence[Message], tools: Sequence[Tool], choice: Choice, number: int
+) -> Answer:
+    said, rendered = messages[-1], writer.answered(messages, tools)
+    body, marked = rendered.text[len(prompt) :], rendered.marked
+    begins = rendered.text.startswith(prompt)
+    if begins and writer.writes_reasoning(body, said):
+        writer.check_said(body, messages, tools)
+    elif (own := _own_words(writer, prompt, said)) is not None:
+        body, marked = own, None
+    elif begins:
+        raise ConversationError("the chat template writes no reasoning", hint=VARIANTS_HINT)
+    else:
+        raise ConversationError(
+            f"the chat template ({writer.template.origin}) writes the prompt of answer {number} with {prompt[-20:]!r} at its "
+            "end, and the answered conversation otherwise; the first must begin the second", hint=VARIANTS_HINT
+        )  # fmt: skip
+    start = _unlearned(writer, body, prompt, said, choice.mask_reasoning)
+    stop, ends = _end(body, start, choice.end_texts)
+    ranges: tuple[tuple[int, int], ...] = ((start, stop),)
+    if marked is not None:
+        inside = [(max(first - len(prompt), start), last - len(prompt)) for first, last in marked]
+        ranges = tuple((first, last) for first, last in inside if first < last)
+        if ends and not any(first < stop <= last for first, last in ranges):
+            writer.remark(NO_END)
+    if not "".join(body[first:last] for first, last in ranges).strip():
+        raise ConversationError("the chat template writes nothing of an answer", hint=VARIANTS_HINT)
+    return Answer(prompt, body, ranges, len(body) if ends else max(last for _, last in ranges), ends, said.weight)
+
+
+def _own_words(writer: Writer, prompt: str, said: Message) -> str | None:
+    """The row's own text as the model would write it behind the prompt; None where the template cannot be so helped."""
+    if said.calls or "</think>" not in writer.template.text or writer.tail is None:
+        return None
+    opened = prompt.rstrip().endswith("<think>")
+    words = without_reasoning(said.content)
+    if reasoning_of(said).strip():
+        writer.remark(OWN_WORDS)
+        thought = f"<think>\n{said.reasoning.strip(chr(10))}\n</think>\n\n{words.lstrip(chr(10))}"
+        text = thought if said.reasoning else said.content
+        if opened and "<think>" in text:
+            text = text.partition("<think>")[2]
+        return (text.lstrip("\n") if opened and prompt.endswith("\n") else text) + writer.tail
+    if opened:
+        return ("" if prompt.endswith("\n") else "\n") + "\n</think>\n\n" + words.lstrip("\n") + writer.tail
+    return None
+
+
+def _unlearned(writer: Writer, body: str, prompt: str, said: Message, mask_reasoning: bool) -> int:
+    """How much of the beginning of a body is not learned: an empty thinking block, or what was thought."""
+    stop, empty = _block(body, prompt)
+    if empty and "</think>" not in said.content:
+        writer.remark(EMPTY_BLOCK)
+        return stop
+    if not mask_reasoning:
+        return 0
+    thought = reasoning_of(said).strip()
+    return stop or (body.index(thought) + len(thought) if thought and thought in body else 0)
+
+
+def _block(body: str, prompt: str) -> tuple[int, bool]:
+    """(Where the block of what was thought ends, blanks behind it included; whether it is empty); 0 where there is none."""
+    for opening, closing in _THOUGHTS:
+        lead = len(body) - len(body.lstrip())
+        if prompt.rstrip().endswith(opening):
+            start = 0
+        elif body.startswith(opening, lead):
+            start = lead + len(opening)
+        else:
+            continue
+        stop = body.find(closing, start)
+        if stop >= 0:
+            after = stop + len(closing)
+            return after + len(body[after:]) - len(body[after:].lstrip()), not body[start:stop].strip()
+    return 0, False
+
+
+def _end(body: str, start: int, end_texts: Sequence[str]) -> tuple[int, bool]:
+    """(Where what is learned stops: behind the first end token, else before the blanks at the end; whether there is one)."""
+    found = [at + len(text) for text in end_texts if (at := body.find(text, start)) >= 0]
+    return (min(found), True) if found else (max(len(body.rstrip()), start), False)
