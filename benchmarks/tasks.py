@@ -26,6 +26,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import qgraft
+from qgraft.data.messages import as_pairs
 from qgraft.data.reading import read_dataset
 
 Row = dict[str, list[dict[str, str]]]
@@ -136,7 +137,7 @@ def train_adapter(
 def _built_in(name: str) -> list[Row]:
     conversations, _ = read_dataset(name, name="Aria", author="the Qgraft team")
     return [
-        {"messages": [{"role": role, "content": text} for role, text in conversation.messages]}
+        {"messages": [{"role": role, "content": text} for role, text in as_pairs(conversation.messages)]}
         for conversation in conversations
     ]
 

@@ -28,13 +28,13 @@ def turns(rows):
     """(question, answer) of every row, as training reads them."""
     conversations, accounting = read_dataset(rows)
     assert accounting.kept == len(rows)
-    return [tuple(text for _, text in conversation.messages) for conversation in conversations]
+    return [tuple(message.content for message in conversation.messages) for conversation in conversations]
 
 
 def test_identity_is_what_the_demo_trains_on(tasks):
     for rows, name in zip(tasks.identity(), ("identity", "identity_heldout"), strict=True):
         shipped, _ = read_dataset(name, name="Aria", author="the Qgraft team")
-        assert turns(rows) == [tuple(text for _, text in conversation.messages) for conversation in shipped]
+        assert turns(rows) == [tuple(message.content for message in conversation.messages) for conversation in shipped]
 
 
 def test_words_are_distinct_plain_and_of_the_promised_length(tasks):

@@ -12,8 +12,9 @@ from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from rouge_chinese import Rouge
 
 import qgraft
+from qgraft.data.messages import as_messages, as_pairs
 from qgraft.data.reading import read_dataset
-from qgraft.data.tokenizing import Recipe, encode_conversation, encode_prompt
+from qgraft.data.tokenizing import Recipe, encode_conversation, encode_prompt, resolve_template
 from qgraft.errors import DataError, OptionError, StorageError, UnsupportedError
 from qgraft.training import predict as predict_module
 from qgraft.training import scores as scores_module
@@ -140,8 +141,8 @@ def test_prompts_are_cut_and_labels_normalized_as_the_scripts_do(tmp_path):
                 ids = encode_prompt(tokenizer, conversation.messages[:-1], recipe=Recipe(case["max_source_length"]))
                 assert [pad] * (len(padded) - len(ids)) + ids == padded
                 expected = tokenizer.decode(labels, skip_special_tokens=True, clean_up_tokenization_spaces=True).strip()
-                answer = conversation.messages[-1][1]
-                assert predict_module._expected_text(tokenizer, answer, case["max_target_length"]) == expected
+                template, longest = resolve_template(tokenizer), case["max_target_length"]
+                assert predict_module._expected_text(tokenizer, conversation, template, longest) == expected
 
 
 def test_the_official_settings_are_chatglms_defaults_and_flags_win(chatglm, tiny_gguf, tmp_path):
@@ -217,14 +218,14 @@ def test_a_text_in_front_of_every_prompt(chatglm, tiny_gguf, tmp_path):
     (conversation,), _ = read_dataset(ROWS[:1], columns={"prompt": "content", "response": "summary"})
     recipe = Recipe(source_prefix="介绍: ")
     prompt = encode_prompt(tokenizer, conversation.messages[:-1], recipe=recipe)
-    text = "介绍: " + tokenizer.prompt_text(conversation.messages[:-1])
+    text = "介绍: " + tokenizer.prompt_text(as_pairs(conversation.messages[:-1]))
     assert prompt == tokenizer(text)["input_ids"]
-    assert encode_conversation(tokenizer, conversation, recipe=recipe).input_ids[: len(prompt)] == prompt
+    assert encode_conversation(tokenizer, conversation, recipe=recipe)[0].input_ids[: len(prompt)] == prompt
     _, other = qgraft.load(tiny_gguf("llama").path, device="cpu")
     joined = [("user", "介绍: 你好"), ("assistant", "你好，世界！")]
     assert encode_prompt(other, conversation.messages[:-1], recipe=recipe) == encode_prompt(other, joined[:1])
     sample = encode_conversation(other, conversation, recipe=recipe)
-    assert sample == encode_conversation(other, replace(conversation, messages=tuple(joined)))
+    assert sample == encode_conversation(other, replace(conversation, messages=as_messages(joined)))
 
 
 # --- files

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qgraft.cli.options import Parser, answer, load_with_adapters, print_note
+from qgraft.cli.options import Parser, answer, load_with_adapters, print_note, true_or_false
 from qgraft.errors import DataError, OptionError, QgraftError
 
 HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
@@ -66,7 +66,8 @@ def run(words: Sequence[str]) -> int:
     parser.add_model()
     parser.add_argument("--prompt", help="ask this one question and leave")
     parser.add_argument("--system", help="system prompt")
-    parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
+    parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
     parser.add_argument(
@@ -155,6 +156,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         messages,
         template=options.template,
         system=options.system,
+        enable_thinking=options.enable_thinking,
         max_new_tokens=options.max_new_tokens,
         streamer=WordPrinter(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))),
         **sampling,

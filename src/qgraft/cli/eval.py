@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qgraft.cli.options import Parser, load_with_adapters, print_json
+from qgraft.cli.options import Parser, load_with_adapters, print_json, true_or_false
 
 
 def run(words: Sequence[str]) -> int:
@@ -13,7 +13,8 @@ def run(words: Sequence[str]) -> int:
         "--dataset", required=True, help="comma list of files, dataset_info.json entries, built-in sets"
     )
     parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
-    parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
+    parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
     parser.add_argument("--system", help="system prompt for rows that have none")
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
     parser.add_argument("--author", help="what {{author}} in the dataset becomes")
@@ -35,7 +36,7 @@ def run(words: Sequence[str]) -> int:
         results[name or "base"] = evaluate(
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
-            columns=named_columns(vars(options)),
+            columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})

@@ -84,11 +84,18 @@ def without_tokenizer(source: object, model: Any, who: str) -> OptionError:
     return OptionError(f"{source} has no tokenizer, which {who} needs{why}", hint=hint)
 
 
+def true_or_false(text: str) -> bool:
+    """The value of an option like --enable_thinking."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
+    return text.lower() == "true"
+
+
 def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
-    """Take --system and --template, where they are not given, from what the adapter was trained with, and say so."""
-    for key in ("system", "template"):
+    """Take what prompts depend on, where it is not given, from what the adapter was trained with, and say so."""
+    for key in ("system", "template", "enable_thinking"):
         value = trained.get(key)
-        if isinstance(value, str) and getattr(options, key) is None:
+        if isinstance(value, str | bool) and getattr(options, key) is None:
             setattr(options, key, value)
             print_note(f"--{key} as in training: {value}")
 
@@ -109,6 +116,7 @@ def answer(
     *,
     template: str | None = None,
     system: str | None = None,
+    enable_thinking: bool | None = None,
     **generation: Any,
 ) -> str:
     """The model's next answer to (role, content) turns, prompted as in training; `generation` goes to generate()."""
@@ -116,7 +124,8 @@ def answer(
 
     from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
 
-    ids = encode_prompt(tokenizer, messages, template=resolve_template(tokenizer, template), system=system)
+    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
+    ids = encode_prompt(tokenizer, messages, template=chosen, system=system)
     input_ids = torch.tensor([ids], device=model.device)
     with torch.inference_mode():
         output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **generation)

@@ -101,28 +101,28 @@ def learned_answers(writer: Writer, messages: Sequence[Message], tools: Sequence
     ]
 
 
-def continued(answer: Answer, prompt: str, choice: Choice, tail: str | None) -> Answer | None:
+def continued(answer: Answer, prompt: str, choice: Choice, tails: Sequence[str]) -> Answer | None:
     """The answer as it stands in a later prompt, which goes on from it; None where the prompt has it otherwise.
 
-    What a template puts behind the last answer only (Phi-3: the tokenizer's end token) is no part of it.
+    What a template puts behind the last answer only (Phi-3: the tokenizer's end token) is no part of it, if there is an end
+    before.
+
+    Args:
+        tails: what the template may leave out of a body's end, from the shortest to the longest.
     """
     whole = answer.prompt + answer.body
     if prompt.startswith(whole):
         return answer
-    common = _common(whole, prompt)
-    if not tail or not answer.body.endswith(tail) or len(common) < len(whole) - len(tail):
+    kept = (whole.removesuffix(tail) for tail in tails if answer.body.endswith(tail))
+    if (common := next((text for text in kept if prompt.startswith(text)), None)) is None:
         return None
     body = common[len(answer.prompt) :]
     start = answer.ranges[0][0]
     stop, ends = _end(body, start, choice.end_texts)
+    if answer.ends and not ends:
+        return None
     ranges = tuple((first, min(last, stop)) for first, last in answer.ranges if first < stop)
     return replace(answer, body=body, ranges=ranges, cut=len(body) if ends else stop, ends=ends)
-
-
-def _common(one: str, other: str) -> str:
-    """What both texts begin with."""
-    most = min(len(one), len(other))
-    return one[: next((at for at in range(most) if one[at] != other[at]), most)]
 
 
 def _answer(
@@ -132,6 +132,9 @@ def _answer(
     body, marked = rendered.text[len(prompt) :], rendered.marked
     begins = rendered.text.startswith(prompt)
     if begins and writer.writes_reasoning(body, said):
+        writer.check_said(body, messages, tools)
+    elif (closed := _closed(writer, prompt, rendered.text, said)) is not None:
+        body, marked = closed, None
         writer.check_said(body, messages, tools)
     elif (own := _own_words(writer, prompt, said)) is not None:
         body, marked = own, None
@@ -148,8 +151,10 @@ def _answer(
     if marked is not None:
         inside = [(max(first - len(prompt), start), last - len(prompt)) for first, last in marked]
         ranges = tuple((first, last) for first, last in inside if first < last)
-        if ends and not any(first < stop <= last for first, last in ranges):
+        closed = any(writer.is_token_at(body, last) for _, last in ranges[-1:])
+        if ends and not closed and not any(first < stop <= last for first, last in ranges):
             writer.remark(NO_END)
+        ends = ends or closed
     if not "".join(body[first:last] for first, last in ranges).strip():
         raise ConversationError("the chat template writes nothing of an answer", hint=VARIANTS_HINT)
     return Answer(prompt, body, ranges, len(body) if ends else max(last for _, last in ranges), ends, said.weight)
@@ -159,18 +164,27 @@ def _own_words(writer: Writer, prompt: str, said: Message) -> str | None:
     """The row's own text as the model would write it behind the prompt; None where the template cannot be so helped."""
     if said.calls or "</think>" not in writer.template.text or writer.tail is None:
         return None
+    if not reasoning_of(said).strip():
+        return None
+    writer.remark(OWN_WORDS)
     opened = prompt.rstrip().endswith("<think>")
     words = without_reasoning(said.content)
-    if reasoning_of(said).strip():
-        writer.remark(OWN_WORDS)
-        thought = f"<think>\n{said.reasoning.strip(chr(10))}\n</think>\n\n{words.lstrip(chr(10))}"
-        text = thought if said.reasoning else said.content
-        if opened and "<think>" in text:
-            text = text.partition("<think>")[2]
-        return (text.lstrip("\n") if opened and prompt.endswith("\n") else text) + writer.tail
-    if opened:
-        return ("" if prompt.endswith("\n") else "\n") + "\n</think>\n\n" + words.lstrip("\n") + writer.tail
-    return None
+    thought = f"<think>\n{said.reasoning.strip(chr(10))}\n</think>\n\n{words.lstrip(chr(10))}"
+    text = thought if said.reasoning else said.content
+    if opened and "<think>" in text:
+        text = text.partition("<think>")[2]
+    return (text.lstrip("\n") if opened and prompt.endswith("\n") else text) + writer.tail
+
+
+def _closed(writer: Writer, prompt: str, whole: str, said: Message) -> str | None:
+    """The body of an answer without reasoning behind a prompt that opens the thinking: closed, and then as it is written."""
+    before, opening, blanks = prompt.rpartition("<think>")
+    if not opening or "</think>" not in writer.template.text:
+        return None
+    if blanks.strip() or reasoning_of(said).strip() or not whole.startswith(before):
+        return None
+    stop, _ = _block(whole[len(before) :], "")
+    return ("" if blanks else "\n") + "\n</think>\n\n" + whole[len(before) + stop :]
 
 
 def _unlearned(writer: Writer, body: str, prompt: str, said: Message, mask_reasoning: bool) -> int:

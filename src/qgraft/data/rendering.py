@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.sandbox import CLOSE, FAILURES, OPEN, render
-from qgraft.data.templates import ChatTemplate
+from qgraft.data.templates import VARIANTS_HINT, ChatTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,9 +97,12 @@ class Writer:
                 continue
             other = replace(message, content=message.content + "x")
             if self.prompt([*messages[:index], other, *messages[index + 1 :]], tools) == prompt:
-                raise ConversationError(f"the chat template leaves out turns of role {message.role}")
-        if any(tool["function"]["name"] not in prompt for tool in tools):
-            raise ConversationError("the chat template writes no tools")
+                raise ConversationError(
+                    f"the chat template leaves out turns of role {message.role}", hint=VARIANTS_HINT
+                )
+        unsaid = any(tool["function"]["name"] not in prompt for tool in tools)
+        if unsaid or (tools and self.prompt(messages) == prompt):
+            raise ConversationError("the chat template writes no tools", hint=VARIANTS_HINT)
         for key, values in (("name", [m.name for m in messages]), ("tool_call_id", [m.call_id for m in messages])):
             if any(value is not None and value not in prompt for value in values):
                 self.remark(f"the chat template writes no {key}; it has no effect")
@@ -110,7 +113,7 @@ class Writer:
         words = without_reasoning(said.content).strip()
         if words not in body and self._ignores(messages, tools, replace(said, content=said.content + "x")):
             beside = " beside tool_calls" if said.calls else ""
-            raise ConversationError(f"the chat template leaves out what an answer says{beside}")
+            raise ConversationError(f"the chat template leaves out what an answer says{beside}", hint=VARIANTS_HINT)
         for number, call in enumerate(said.calls):
             others = [replace(call, name=call.name + "x")] if call.name not in body else []
             if json.loads(call.arguments):
@@ -118,7 +121,7 @@ class Writer:
             for other in others:
                 calls = (*said.calls[:number], other, *said.calls[number + 1 :])
                 if self._ignores(messages, tools, replace(said, calls=calls)):
-                    raise ConversationError("the chat template writes no tool_calls")
+                    raise ConversationError("the chat template writes no tool_calls", hint=VARIANTS_HINT)
             if json.dumps(json.dumps(json.loads(call.arguments))) in body:
                 raise ConversationError("the chat template writes the arguments of tool_calls as quoted text")
 
@@ -146,6 +149,17 @@ class Writer:
         return tail if found else None
 
     @cached_property
+    def tails(self) -> list[str]:
+        """What may be left out of the tail, from one of the tokenizer's special tokens on to its end; the shortest first."""
+        tail = self.tail or ""
+        starts = [at for token in self._knows for at in range(len(tail)) if tail.startswith(token, at)]
+        return [tail[at:] for at in sorted(set(starts), reverse=True)]
+
+    def is_token_at(self, body: str, stop: int) -> bool:
+        """Whether one of the tokenizer's special tokens ends at this place, blanks aside."""
+        return body[:stop].rstrip().endswith(tuple(self._knows))
+
+    @cached_property
     def reads_thinking(self) -> bool:
         """Whether the template asks for the option enable_thinking."""
         return "enable_thinking" in self.template.text
@@ -171,7 +185,7 @@ class Writer:
             quoted = json.dumps(_PROBE_CALL.arguments)[1:-1] in text or "{'probe_key'" in text
             if _PROBE_CALL.name in text and "probe_key" in text and "probe value" in text and not quoted:
                 return form
-        return _Form()
+        return _Form("")
 
     def _can(self, messages: Sequence[Message]) -> bool:
         try:
@@ -200,7 +214,7 @@ class Writer:
         except FAILURES as error:  # also what the template itself raises: "no system role"
             why = str(error).partition("\n")[0][:200] or type(error).__name__
             raise ConversationError(f"chat template ({self.template.origin}) fails: {why}",
-                                    hint="give another template") from error  # fmt: skip
+                                    hint=VARIANTS_HINT) from error  # fmt: skip
 
     def _as_dict(self, message: Message, form: _Form | None) -> dict[str, Any]:
         """A message under the names that transformers' documentation gives its parts."""

@@ -180,7 +180,8 @@ def build_samples(
     asked = Learning(**learning)
     check_recipe(tokenizer, asked.recipe or Recipe())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
-    encoder, samples, hint = _Encoder(tokenizer, chosen, asked), list[Sample](), "give a larger max_length"
+    encoder, samples = _Encoder(tokenizer, chosen, asked), list[Sample]()
+    hint: str | None = None
     remarks: Counter[str] = Counter()
     for conversation in conversations:
         try:
@@ -188,9 +189,8 @@ def build_samples(
             fitting = [cut for sample in found if (cut := _cut(sample, max_length, truncate)) is not None]
             if not fitting:
                 learns = max_length is not None and any(_learns(sample, max_length) for sample in found)
-                raise ConversationError(
-                    f"{'longer than' if learns else 'no answer token within'} max_length {max_length}"
-                )
+                what = "longer than" if learns else "no answer token within"
+                raise ConversationError(f"{what} max_length {max_length}", hint="give a larger max_length")
         except DataError as error:  # one row never ends a run: ChatGLM's rounds, what a template refuses
             accounting.kept -= 1
             accounting.drop(error.message, conversation.source)
@@ -265,7 +265,7 @@ class _Encoder:
     def _going_on(self, group: list[Answer], answer: Answer) -> list[Answer] | None:
         """The answers of a sample as the prompt of the next one has them; None where its text or ids are others."""
         assert self.writer is not None
-        before = continued(group[-1], answer.prompt, self.choice, self.writer.tail)
+        before = continued(group[-1], answer.prompt, self.choice, self.writer.tails)
         if before is None:
             self.writer.remark(SEVERAL)
             return None

@@ -77,7 +77,9 @@ class TrainArguments(TrainingArguments):
     max_target_length: int | None = _option(None, "ChatGLM: longest answer, cut at the right, then ended.")
     val_max_target_length: int | None = _option(None, "The same of held-out and test rows alone.")
     ignore_pad_token_for_loss: bool = _option(True, "ChatGLM, false: learn padding up to both lengths, as its scripts.")
-    template: str | None = _option(None, "Chat template: auto (the model's own), plain, chatml, or a .jinja file.")
+    template: str | None = _option(
+        None, "Chat template: auto (the model's own), plain, a training variant, or a .jinja file."
+    )
     system: str | None = _option(None, "System prompt for rows that have none.")
     source_prefix: str = _option("", "Text in front of every prompt.")
     train_on_prompt: bool = _option(False, "Learn the prompts too, not the answers only.")
