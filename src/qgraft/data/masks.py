@@ -58,6 +58,7 @@ class Answer:
         ranges: (start, stop) in the body of what is learned.
         cut: where the body ends in a sample; what is behind is no part of it.
         ends: whether the body holds an end token, learned or not.
+        marked: whether the ranges are the template's own marks, to be learned as they are.
         weight: what its loss is multiplied by.
     """
 
@@ -66,6 +67,7 @@ class Answer:
     ranges: tuple[tuple[int, int], ...]
     cut: int
     ends: bool
+    marked: bool
     weight: float
 
     def pieces(self) -> list[Piece]:
@@ -131,7 +133,7 @@ def _answer(
     said, rendered = messages[-1], writer.answered(messages, tools)
     body, marked = rendered.text[len(prompt) :], rendered.marked
     begins = rendered.text.startswith(prompt)
-    if begins and writer.writes_reasoning(body, said):
+    if begins and writer.writes_reasoning(body, messages, tools):
         writer.check_said(body, messages, tools)
     elif (closed := _closed(writer, prompt, rendered.text, said)) is not None:
         body, marked = closed, None
@@ -151,13 +153,21 @@ def _answer(
     if marked is not None:
         inside = [(max(first - len(prompt), start), last - len(prompt)) for first, last in marked]
         ranges = tuple((first, last) for first, last in inside if first < last)
-        closed = any(writer.is_token_at(body, last) for _, last in ranges[-1:])
-        if ends and not closed and not any(first < stop <= last for first, last in ranges):
+        at_token = any(writer.is_token_at(body, last) for _, last in ranges[-1:])
+        if ends and not at_token and not any(first < stop <= last for first, last in ranges):
             writer.remark(NO_END)
-        ends = ends or closed
+        ends = ends or at_token
     if not "".join(body[first:last] for first, last in ranges).strip():
         raise ConversationError("the chat template writes nothing of an answer", hint=VARIANTS_HINT)
-    return Answer(prompt, body, ranges, len(body) if ends else max(last for _, last in ranges), ends, said.weight)
+    return Answer(
+        prompt,
+        body,
+        ranges,
+        len(body) if ends else max(last for _, last in ranges),
+        ends,
+        marked is not None,
+        said.weight,
+    )
 
 
 def _own_words(writer: Writer, prompt: str, said: Message) -> str | None:

@@ -31,6 +31,7 @@ from qgraft.errors import DataError, OptionError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+Segment = tuple[str, float, bool]  # text, what its tokens weigh, whether those behind an end token do too
 IGNORED = -100  # the label that torch's cross entropy leaves out
 
 
@@ -270,9 +271,9 @@ class _Encoder:
             self.writer.remark(SEVERAL)
             return None
         same = [*group[:-1], before]
-        text = "".join(text for text, _ in _segments(same))
-        ids, _ = self._encoded([*_segments(same), (answer.prompt[len(text) :], 0.0)])
-        if ids != self._encoded([(answer.prompt, 0.0)])[0]:
+        text = "".join(text for text, _, _ in _segments(same))
+        ids, _ = self._encoded([*_segments(same), (answer.prompt[len(text) :], 0.0, False)])
+        if ids != self._encoded([(answer.prompt, 0.0, False)])[0]:
             self.writer.remark(RETOKENIZED)
             return None
         return same
@@ -287,16 +288,17 @@ class _Encoder:
         labels = [token if weight else IGNORED for token, weight in zip(ids, weights, strict=True)]
         return Sample(ids, labels, source, None if set(weights) <= {0.0, 1.0} else weights)
 
-    def _encoded(self, segments: Sequence[tuple[str, float]]) -> tuple[list[int], list[float]]:
+    def _encoded(self, segments: Sequence[Segment]) -> tuple[list[int], list[float]]:
         """The ids of pieces of text one after another, and what each weighs: an answer up to its first end token."""
         ids: list[int] = []
         weights: list[float] = []
         before = ""
-        for text, weight in segments:
+        for text, weight, exact in segments:
             if (before, text) not in self._known:
                 self._known[before, text] = _ids(self.tokenizer, text, before)
             new = self._known[before, text]
-            learned = next((n + 1 for n, token in enumerate(new) if token in self.ends), len(new)) if weight else 0
+            ending = () if exact else self.ends
+            learned = next((n + 1 for n, token in enumerate(new) if token in ending), len(new)) if weight else 0
             ids += new
             weights += [weight] * learned + [0.0] * (len(new) - learned)
             before = text
@@ -317,13 +319,13 @@ class _Encoder:
         return Sample(ids, labels, conversation.source, weights)
 
 
-def _segments(group: Sequence[Answer]) -> list[tuple[str, float]]:
+def _segments(group: Sequence[Answer]) -> list[Segment]:
     """The text of answers and of what is between them, in pieces, with what each weighs."""
-    segments: list[tuple[str, float]] = []
+    segments: list[Segment] = []
     length = 0
     for answer in group:
-        segments.append((answer.prompt[length:], 0.0))
-        segments += [(piece.text, answer.weight if piece.learned else 0.0) for piece in answer.pieces()]
+        segments.append((answer.prompt[length:], 0.0, False))
+        segments += [(piece.text, answer.weight if piece.learned else 0.0, answer.marked) for piece in answer.pieces()]
         length = len(answer.prompt) + answer.cut
     return segments
 
