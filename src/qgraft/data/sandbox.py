@@ -36,7 +36,7 @@ from jinja2.visitor import NodeTransformer
 
 ALLOWANCE = 50_000_000  # characters a rendering may move: seconds of the worst template; a chat takes thousands of them
 LONGEST = 4_000_000  # characters of a text
-TICK, ENTRY = 100, 8  # what a step costs, and an entry of a list, which takes that much longer to look at
+TICK, ENTRY = 250, 8  # what a step costs, and an entry of a list, which takes that much longer to look at
 _COUNTED = {
     "center",
     "ljust",
