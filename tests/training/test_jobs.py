@@ -36,6 +36,12 @@ def rows(tmp_path_factory):
         found = [
             {"instruction": f"{name} {i}", "output": f"answer {i % 3} " * (1 + i % (number + 2))} for i in range(18)
         ]
+        if name == "art":  # its answers weigh 0.5 to 2 each
+            found = [
+                {"messages": [{"role": "user", "content": row["instruction"]},
+                              {"role": "assistant", "content": row["output"], "weight": (1 + i % 4) / 2}]}
+                for i, row in enumerate(found)
+            ]  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in found))
     return folder
 

@@ -7,10 +7,11 @@ from torch import nn
 
 import qgraft
 from qgraft.attention import SAMPLES
-from qgraft.data.batches import IGNORED, collate, count_labels, split_batch
+from qgraft.data.batches import IGNORED, collate, count_labels, split_batch, weigh_labels
 from qgraft.data.tokenizing import Sample
 from qgraft.training import loss as loss_module
 from qgraft.training.decoder import padding_free
+from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loss import batch_loss, summed_cross_entropy
 
 MASKED = {"gemma2", "nemotron", "stablelm"}  # these cap their scores or do not pass the bounds of samples on
@@ -146,3 +147,55 @@ def test_batches_count_and_split_between_samples():
     assert [part["input_ids"].shape[1] for part in split_batch(batch, 26)] == [24, 14], "as few as possible, then even"
     rejoined = torch.cat([part["labels"] for part in split_batch(batch, 16)], dim=1)
     assert torch.equal(rejoined, batch["labels"])
+
+
+def weighed_samples() -> list[Sample]:
+    """Samples of which some labels weigh 0.25 to 3, and one that has no weights of its own."""
+    samples = []
+    for number, sample in enumerate(make_samples(seed=5)):
+        weights = [
+            0.0 if label == IGNORED else 0.25 + (place + number) % 12 / 4 for place, label in enumerate(sample.labels)
+        ]
+        samples.append(Sample(sample.input_ids, sample.labels, sample.source, weights if number else None))
+    return samples
+
+
+def plain_weighted_loss(model: nn.Module, samples: list[Sample]) -> tuple[torch.Tensor, float]:
+    """(sum of weight times cross-entropy over all labels, sum of weights) in float64, from the model's own logits."""
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    for sample in samples:
+        log_p = model(input_ids=torch.tensor([sample.input_ids])).logits[0].double().log_softmax(-1)
+        for place, label in enumerate(sample.labels[1:]):
+            if label != IGNORED:
+                each = 1.0 if sample.weights is None else sample.weights[place + 1]
+                total, weight = total - each * log_p[place, label], weight + each
+    return total, weight
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_weights_of_labels_reach_loss_and_gradients_of_packed_samples(architecture, tiny_gguf):
+    model, _ = qgraft.load(tiny_gguf(architecture).path)
+    qgraft.attach_lora(model, r=2)
+    torch.manual_seed(1)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        nn.init.normal_(parameter, std=0.05)
+    samples = weighed_samples()
+    expected, weight = plain_weighted_loss(model, samples)
+    wanted = torch.autograd.grad(expected, trained)
+    with padding_free(model, samples):
+        batch = collate(samples)
+        total = batch_loss(model, batch)
+        found = torch.autograd.grad(total, trained)
+    assert weigh_labels(batch) == pytest.approx(weight)
+    torch.testing.assert_close(total.double(), expected, rtol=1e-4, atol=1e-4)
+    for grad, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(grad, other, rtol=2e-3, atol=2e-4)
+
+
+def test_a_held_out_loss_is_the_weighted_mean(tiny_gguf):
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    with torch.no_grad():
+        total, weight = plain_weighted_loss(model, weighed_samples())
+    for tokens in (1, 1000):  # in parts, and at once
+        assert evaluate_samples(model, weighed_samples(), tokens).loss == pytest.approx(float(total) / weight, rel=1e-5)

@@ -35,6 +35,31 @@ def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
+def test_samples_of_one_row_are_held_out_together_and_notes_are_said(tiny_gguf, tmp_path):
+    """Under a template that rewrites earlier answers a row gives several samples; what the rows' keys did is in the notes."""
+    file = tmp_path / "rewriting.jinja"
+    file.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and not loop.last %}old "
+        "{% endif %}{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    rows = [
+        {
+            "id": n,
+            "messages": [
+                {"role": role, "content": f"{role} {n} {k}"} for k in range(3) for role in ("user", "assistant")
+            ],
+        }
+        for n in range(6)
+    ]
+    _, report = run(tiny_gguf, tmp_path / "out", rows, val_size=2, template=str(file), max_steps=1, save_strategy="no")
+    saved = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert saved["dataset"]["samples"] == 12 and saved["dataset"]["held_out"] == 6
+    assert saved["dataset"]["accounting"]["kept"] == 6
+    assert any("rewrites earlier answers" in note and "(rows: 6)" in note for note in report.notes)
+    assert any(note == "keys of rows that have no effect: id (6)" for note in report.notes)
+
+
 def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf, tmp_path):
     model, report = run(tiny_gguf, tmp_path / "out", val_size=4, save_strategy="no")
     folder = tmp_path / "out"

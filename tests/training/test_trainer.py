@@ -74,3 +74,40 @@ def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
             assert all(torch.equal(tensor, state[name]) for name, tensor in prefix_state_dict(model).items())
     with pytest.raises(CheckpointError, match="holds another adapter"):
         trainer._load_from_checkpoint(str(tmp_path / "False"))
+
+
+@pytest.mark.parametrize("tokens_per_pass", [8, 1000])
+@pytest.mark.parametrize("batch, accumulated", [(6, 1), (2, 3)])
+def test_a_step_learns_the_weighted_mean_whatever_its_parts(tiny_gguf, tmp_path, batch, accumulated, tokens_per_pass):
+    """One step of plain gradient descent on all samples; the gradient computed by hand in float64 from the own logits."""
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    qgraft.attach_lora(model, r=2)
+    torch.manual_seed(0)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        torch.nn.init.normal_(parameter, std=0.05)
+    before = {name: p.detach().clone() for name, p in trained.items()}
+    samples = [
+        Sample(each.input_ids, each.labels, each.source,
+               [0.0 if label == IGNORED else (n + 1) / 2 for label in each.labels] if n % 2 else None)
+        for n, each in enumerate(make_samples(6))
+    ]  # fmt: skip
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    for number, sample in enumerate(samples):
+        log_p = model(input_ids=torch.tensor([sample.input_ids])).logits[0].double().log_softmax(-1)
+        each = (number + 1) / 2 if number % 2 else 1.0
+        places = [place for place, label in enumerate(sample.labels[1:]) if label != IGNORED]
+        total = total - each * sum(log_p[place, sample.labels[place + 1]] for place in places)
+        weight += each * len(places)
+    wanted = torch.autograd.grad(total / weight, list(trained.values()))
+    args = qgraft.TrainArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=batch, gradient_accumulation_steps=accumulated,
+        learning_rate=1.0, lr_scheduler_type="constant", optim="sgd", max_grad_norm=0.0, use_cpu=True, save_strategy="no",
+        compute="float32", logging_steps=1,
+    )  # fmt: skip
+    with padding_free(model, samples):
+        trainer = LoraTrainer(model, args, samples, [], tokens_per_pass, [])
+        trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total.detach()) / weight, rel=1e-3)
+    for (name, parameter), grad in zip(trained.items(), wanted, strict=True):
+        torch.testing.assert_close(before[name] - parameter, grad, rtol=3e-3, atol=3e-5, msg=name)

@@ -160,16 +160,18 @@ def _of_messages(messages: object, tags: Mapping[str, str]) -> tuple[list[Messag
         written = role == tags.get("function_tag", "function_call")
         found.append(_message(roles[role], message.get(content_key), message, written))
         ignored |= {
-            f"messages[].{key}" for key in _unread(message, {role_key, content_key, *_effective(found[-1].role)})
+            f"messages[].{key}"
+            for key in _unread(message, {role_key, content_key, *_effective(found[-1].role, message)})
         }
     return found, tools, ignored
 
 
-def _effective(role: str) -> set[str]:
-    """The keys that change something in a message of this role."""
+def _effective(role: str, message: Mapping[str, object]) -> set[str]:
+    """The keys of a message that mean something here; what is no answer is not learned, as `train: false` says of it."""
     if role == "assistant":
         return _EFFECTIVE - {"tool_call_id"}
-    return {"tool_call_id", "name", *COLUMNS["tools"]}
+    masks = {key for key in ("weight", *_SWITCHES) if message.get(key) == 0}
+    return {"tool_call_id", "name", *COLUMNS["tools"], *masks}
 
 
 def _message(role: str, content: object, keys: Mapping[str, object], written_call: bool) -> Message:
