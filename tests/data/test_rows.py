@@ -121,10 +121,8 @@ def test_tools_of_the_row_or_of_a_message(where, tools):
 
 
 def test_keys_without_effect_are_named_once_with_their_number():
-    rows = [
-        {"messages": [{**USER, "weight": 0}, {"role": "assistant", "content": "a", "score": 5}], "id": n}
-        for n in range(3)
-    ]
+    chat = [{**USER, "weight": 1, "train": False}, {"role": "assistant", "content": "a", "score": 5}]
+    rows = [{"messages": chat, "id": n} for n in range(3)]
     _, accounting = read_dataset(
         [*rows, {"prompt": "q", "response": "a", "answer": "unread", "source": "", "tags": []}]
     )

@@ -54,7 +54,7 @@ WITHOUT_EFFECT = {  # name elsewhere -> why it changes nothing here
     "use_fast_tokenizer": "the fast tokenizer is always used",
     "quantization_method": "the weights stay as the file has them",
     **dict.fromkeys(("pad_to_max_length", "pad_to_sequence_len", "pad_to_multiple_of"), UNPADDED),
-    **dict.fromkeys(("sortish_sampler", "group_by_length", "length_column_name"), UNSORTED),
+    **dict.fromkeys(("sortish_sampler", "group_by_length"), UNSORTED),
     "cache_dir": "datasets are not cached; models of the hub lie where HF_HOME says",
     "config_name": "the configuration is that of the model's folder",
     "tokenizer_name": "the tokenizer is that of the model's folder",
