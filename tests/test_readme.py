@@ -12,7 +12,8 @@ from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PAGES = ["README.md", "README_zh.md", "docs/guide-train.md", "docs/guide-merge.md", "docs/guide-chatglm.md",
-         "docs/guide-chatglm_zh.md", "docs/guide-train_zh.md", "docs/guide-ptuning.md", "docs/guide-ptuning_zh.md"]  # fmt: skip
+         "docs/guide-chatglm_zh.md", "docs/guide-train_zh.md", "docs/guide-ptuning.md",
+         "docs/guide-ptuning_zh.md"]  # fmt: skip
 
 
 def blocks(page: str, language: str) -> list[str]:

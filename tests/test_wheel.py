@@ -70,7 +70,9 @@ def test_a_wheel_holds_all_that_serves_and_serves_without_a_compiler(
         names = set(archive.namelist())
         library = archive.read("qgraft/kernels/_native.so")
     package = ROOT / "src" / "qgraft"
-    expected = [path for pattern in ("*.py", "*.[ch]", "*.jsonl", "*.jinja", "py.typed") for path in package.rglob(pattern)]
+    expected = [
+        path for pattern in ("*.py", "*.[ch]", "*.jsonl", "*.jinja", "py.typed") for path in package.rglob(pattern)
+    ]
     assert len(expected) > 100 and {str(path.relative_to(ROOT / "src")) for path in expected} <= names
     assert sources_hash(FOLDER).encode() in library
     assert all(level.encode() + b"\0" in library for level in LEVELS if level != "amx")  # which torch computes

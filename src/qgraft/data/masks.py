@@ -71,8 +71,12 @@ class Answer:
     weight: float
 
     def pieces(self) -> list[Piece]:
-        """The body up to its cut."""
-        found, at = [], 0
+        """The body up to its cut. What follows an end token that is no mark's is told apart by its ids."""
+        if not self.marked:
+            start = self.ranges[0][0]
+            pieces = [Piece(self.body[:start], False), Piece(self.body[start : self.cut], True)]
+            return [piece for piece in pieces if piece.text]
+        found, at = list[Piece](), 0
         for start, stop in self.ranges:
             found += [Piece(self.body[at:start], False), Piece(self.body[start:stop], True)]
             at = stop
@@ -133,11 +137,11 @@ def _answer(
     said, rendered = messages[-1], writer.answered(messages, tools)
     body, marked = rendered.text[len(prompt) :], rendered.marked
     begins = rendered.text.startswith(prompt)
-    if begins and writer.writes_reasoning(body, messages, tools):
-        writer.check_said(body, messages, tools)
+    if begins and writer.writes_reasoning(body, rendered.text, messages, tools):
+        writer.check_said(body, rendered.text, messages, tools)
     elif (closed := _closed(writer, prompt, rendered.text, said)) is not None:
         body, marked = closed, None
-        writer.check_said(body, messages, tools)
+        writer.check_said(body, rendered.text, messages, tools)
     elif (own := _own_words(writer, prompt, said)) is not None:
         body, marked = own, None
     elif begins:

@@ -108,12 +108,12 @@ class Writer:
             if any(value is not None and value not in prompt for value in values):
                 self.remark(f"the chat template writes no {key}; it has no effect")
 
-    def check_said(self, body: str, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
-        """Raise ConversationError where the text of the last answer leaves out its words or its calls."""
+    def check_said(self, body: str, whole: str, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """Raise ConversationError where the last answer's text, at the end of the whole, leaves out its words or calls."""
         said = messages[-1]
         words = without_reasoning(said.content)
         other = replace(said, content=said.content + "x")
-        if words.strip() and not _stands_in(words, body) and self._ignores(messages, tools, other):
+        if words.strip() and not _stands_in(words, body) and self._ignores(whole, messages, tools, other):
             beside = " beside tool_calls" if said.calls else ""
             raise ConversationError(f"the chat template leaves out what an answer says{beside}", hint=VARIANTS_HINT)
         for number, call in enumerate(said.calls):
@@ -122,20 +122,20 @@ class Writer:
                 others.append(replace(call, arguments="{}"))
             for changed in others:
                 calls = (*said.calls[:number], changed, *said.calls[number + 1 :])
-                if self._ignores(messages, tools, replace(said, calls=calls)):
+                if self._ignores(whole, messages, tools, replace(said, calls=calls)):
                     raise ConversationError("the chat template writes no tool_calls", hint=VARIANTS_HINT)
             if json.dumps(json.dumps(json.loads(call.arguments))) in body:
                 raise ConversationError("the chat template writes the arguments of tool_calls as quoted text")
 
-    def writes_reasoning(self, body: str, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
-        """Whether the text of the last answer holds what it thought, if anything."""
+    def writes_reasoning(self, body: str, whole: str, messages: Sequence[Message], tools: Sequence[Tool]) -> bool:
+        """Whether the last answer's text, at the end of the whole, holds what it thought, if anything."""
         said = messages[-1]
         thought = reasoning_of(said)
         if not thought.strip() or _stands_in(thought, body):
             return True
         kept = said.content if said.reasoning else said.content.replace(thought, f"{thought}x", 1)
         other = replace(said, reasoning=said.reasoning and said.reasoning + "x", content=kept)
-        return thought.strip() in body and not self._ignores(messages, tools, other)
+        return thought.strip() in body and not self._ignores(whole, messages, tools, other)
 
     @cached_property
     def has_system(self) -> bool:
@@ -202,9 +202,9 @@ class Writer:
             return False
         return True
 
-    def _ignores(self, messages: Sequence[Message], tools: Sequence[Tool], other: Message) -> bool:
+    def _ignores(self, whole: str, messages: Sequence[Message], tools: Sequence[Tool], other: Message) -> bool:
         """Whether the text stays what it is with another last answer."""
-        return self.answered([*messages[:-1], other], tools).text == self.answered(messages, tools).text
+        return self.answered([*messages[:-1], other], tools).text == whole
 
     def _render(
         self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool, form: _Form | None = None

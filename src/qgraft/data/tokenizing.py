@@ -93,7 +93,7 @@ def encode_prompt(
         return tokenizer.prompt_ids(as_pairs(turns), recipe.max_source_length, source_prefix=recipe.source_prefix)
     writer = Writer(tokenizer, template)
     text = writer.prompt(writer.settled(_with_prefix(turns, recipe.source_prefix)), tools)
-    return _with_bos(tokenizer, _ids(tokenizer, text))
+    return _with_bos(tokenizer, _plain_ids(tokenizer, text))
 
 
 def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
@@ -237,7 +237,7 @@ class _Encoder:
         self.tokenizer, self.learning, self.ends = tokenizer, learning, ends
         self.writer = None if isinstance(tokenizer, WritesPrompts) else Writer(tokenizer, template)
         texts = () if self.writer is None else tuple(map(str, tokenizer.convert_ids_to_tokens(ends)))
-        self._known: dict[tuple[str, str], list[int]] = {}  # of this conversation
+        self._known: dict[str, list[int]] = {}  # of this conversation
         self.choice = Choice(learning.mask_history, learning.mask_reasoning, texts)
 
     def remarks(self) -> set[str]:
@@ -294,15 +294,24 @@ class _Encoder:
         weights: list[float] = []
         before = ""
         for text, weight, exact in segments:
-            if (before, text) not in self._known:
-                self._known[before, text] = _ids(self.tokenizer, text, before)
-            new = self._known[before, text]
+            new = self._following(text, before)
             ending = () if exact else self.ends
             learned = next((n + 1 for n, token in enumerate(new) if token in ending), len(new)) if weight else 0
             ids += new
             weights += [weight] * learned + [0.0] * (len(new) - learned)
             before = text
         return ids, weights
+
+    def _following(self, text: str, before: str) -> list[int]:
+        """The ids of `text` as it follows `before`: sentencepiece puts a blank in front of whatever comes first."""
+        head, both = self._ids(before), self._ids(before + text)
+        return both[len(head) :] if both[: len(head)] == head else self._ids(text)
+
+    def _ids(self, text: str) -> list[int]:
+        """The ids of a text alone; what the tokenizer was asked for this conversation is kept."""
+        if text not in self._known:
+            self._known[text] = _plain_ids(self.tokenizer, text)
+        return self._known[text]
 
     def _scripted(self, conversation: Conversation, messages: Sequence[Message]) -> Sample:
         """The sample of a tokenizer that writes it itself."""
@@ -330,15 +339,9 @@ def _segments(group: Sequence[Answer]) -> list[Segment]:
     return segments
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, before: str = "") -> list[int]:
-    """The ids of `text` as it follows `before`: sentencepiece puts a blank in front of whatever comes first."""
-
-    def encode(part: str) -> list[int]:
-        return list(tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"])
-
-    head = encode(before) if before else []
-    both = encode(before + text)
-    return both[len(head) :] if both[: len(head)] == head else encode(text)
+def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The ids of a text as it is, without the special ones that a tokenizer puts around it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:
