@@ -614,7 +614,8 @@ def test_a_question_that_holds_the_mark_of_the_answer(folder, rows, tmp_path, ca
     bad = tmp_path / "bad.jsonl"
     bad.write_text(json.dumps({"prompt": "<sop>", "response": "x"}))
     assert train(path, "--dataset", bad, "--output_dir", tmp_path / "o") == 2
-    assert "bad.jsonl:1: a question" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "dropped: a question or its history holds <sop>" in told and "(first bad.jsonl:1)" in told
     second = loaded(folder("chatglm2", "int4"))[1]
     assert second.prompt_ids([("user", "what is <sop>?")])
 

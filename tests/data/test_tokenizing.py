@@ -194,7 +194,9 @@ def test_template_that_rewrites_history():
     for count, sample in zip((2, 4), samples, strict=True):
         chat = [{"role": role, "content": content} for role, content in as_pairs(TWO_TURNS.messages[:count])]
         assert tokenizer.decode(sample.input_ids) == tokenizer.apply_chat_template(chat, tokenize=False)
-    assert encode_conversation(tokenizer, TWO_TURNS, mask_history=True) == samples[1:]
+    (last,) = encode_conversation(tokenizer, TWO_TURNS, mask_history=True)
+    assert (last.input_ids, last.labels) == (samples[1].input_ids, samples[1].labels)
+    assert [sample.part for sample in samples] == [0, 1]
 
 
 def test_template_whose_prompt_does_not_begin_the_answer_is_an_error():

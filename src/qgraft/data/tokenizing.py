@@ -39,13 +39,15 @@ IGNORED = -100  # the label that torch's cross entropy leaves out
 class Sample:
     """Token ids and their labels: the same ids where learned, -100 elsewhere; as long as the ids, not shifted.
 
-    `weights` says what the loss of each label is multiplied by, None for 1 each; 0 where nothing is learned.
+    `weights` says what the loss of each label is multiplied by, None for 1 each; 0 where nothing is learned. `part`
+    counts the samples of one row from 0.
     """
 
     input_ids: list[int]
     labels: list[int]
     source: str
     weights: list[float] | None = None
+    part: int = 0
 
 
 def resolve_template(
@@ -202,7 +204,7 @@ def build_samples(
         if lost := sum(len(s.input_ids) for s in found) - sum(len(s.input_ids) for s in fitting):
             accounting.truncated += 1
             accounting.truncated_tokens += lost
-        samples += fitting
+        samples += [replace(sample, part=part) for part, sample in enumerate(fitting)]
     accounting.check()
     accounting.notes += [f"{sentence} (rows: {count})" for sentence, count in sorted(remarks.items())]
     if not samples:
@@ -257,7 +259,8 @@ class _Encoder:
             going_on = self._going_on(groups[-1], answer) if groups else None
             groups[-1:] = [*groups[-1:], [answer]] if going_on is None else [[*going_on, answer]]
         if not self.learning.train_on_prompt:
-            return [self._sample(group, conversation.source) for group in groups]
+            samples = [self._sample(group, conversation.source) for group in groups]
+            return [replace(sample, part=part) for part, sample in enumerate(samples)]
         if any(message.weight != 1 for message in messages):
             raise ConversationError("weights of answers, and train_on_prompt learns every token")
         ids = self._sample(groups[-1], "").input_ids

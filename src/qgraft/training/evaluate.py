@@ -5,7 +5,6 @@ import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,7 +98,11 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 
 def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
     """Training and held-out samples; all of a row are on one side."""
-    rows = [list(group) for _, group in groupby(samples, key=lambda sample: sample.source)]
+    rows: list[list[Sample]] = []
+    for sample in samples:
+        if not sample.part:
+            rows.append([])
+        rows[-1].append(sample)
     count = math.ceil(len(rows) * val_size) if val_size < 1 else int(val_size)
     if count >= len(rows):
         raise DataError(f"val_size={val_size} leaves no sample to train on: there are {len(rows)}")
