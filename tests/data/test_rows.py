@@ -127,8 +127,8 @@ def test_keys_without_effect_are_named_once_with_their_number():
         [*rows, {"prompt": "q", "response": "a", "answer": "unread", "source": "", "tags": []}]
     )
     assert accounting.ignored == {"id": 3, "messages[].weight": 3, "messages[].score": 3, "answer": 1}
-    said = accounting.summary().splitlines()
-    assert len(said) == 2 and said[1].startswith("keys of rows that have no effect: ") and "id (3)" in said[1]
+    (said,) = accounting.said()
+    assert said.startswith("keys of rows that have no effect: ") and "id (3)" in said
     _, accounting = read_dataset([{**rows[0], f"key{n}": 1} for n in range(90)])
     assert len(accounting.ignored) == 50
 

@@ -90,12 +90,12 @@ class Accounting:
         return "; ".join(f"{reason}: {count} (first {self.examples[reason][0]})" for reason, count in order)
 
     def summary(self) -> str:
-        """A few lines to print."""
+        """One or two lines to print; `said` has more to tell."""
         dropped = sum(self.dropped.values())
         text = f"read {self.read} rows, kept {self.kept}, dropped {dropped}"
         if self.truncated:
             text += f", truncated {self.truncated} (by {self.truncated_tokens} tokens in all)"
-        return "\n".join([text, *([f"dropped: {self.reasons()}"] if dropped else []), *self.said()])
+        return f"{text}\ndropped: {self.reasons()}" if dropped else text
 
 
 @dataclass(frozen=True)

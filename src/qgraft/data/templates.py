@@ -123,5 +123,5 @@ def _of_family(tokenizer: "PreTrainedTokenizerBase", template: str, own: str, wi
         return ours
     if not own:
         raise OptionError(f"template {template!r} is the tokenizer's own, and this tokenizer has none",
-                          hint="take plain, chatml or a .jinja file")  # fmt: skip
+                          hint=VARIANTS_HINT)  # fmt: skip
     return chosen
