@@ -213,6 +213,20 @@ def test_a_turn_that_a_template_leaves_out_is_refused(chat_tokenizer):
         encode_conversation(tokenizer, rows)
 
 
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [("glm4", "<|observation|>\n12 C"), ("qwen3", "<tool_response>\n12 C\n</tool_response>"),
+     ("llama3_1", '<|start_header_id|>ipython<|end_header_id|>\n\n"12 C"<|eot_id|>'),
+     ("hermes", "<|im_start|>tool\n12 C<|im_end|>")],
+)  # fmt: skip
+def test_a_tools_turn_has_the_role_that_the_template_knows(chat_tokenizer, original, name, written):
+    tokenizer = chat_tokenizer(END.get(name, "</s>"), original(name))
+    for role in ("tool", "observation", "ipython", "function"):
+        turns = [("user", "q"), ("assistant", "call"), (role, "12 C"), ("assistant", "b")]
+        (conversation,), _ = read_dataset([{"messages": [{"role": said, "content": text} for said, text in turns]}])
+        assert written in tokenizer.decode(encode_conversation(tokenizer, conversation)[-1].input_ids)
+
+
 def test_a_system_text_without_a_role_stands_in_the_first_question_or_is_refused(chat_tokenizer, original):
     tokenizer = chat_tokenizer("<end_of_turn>", original("gemma"))
     row = Conversation.of("a:1", ("system", "Be brief."), ("user", "q"), ("assistant", "a"))

@@ -116,6 +116,8 @@ def test_every_schema_is_recognized_by_its_keys(row, expected):
         ({"messages": "q"}, "messages is a str, not a list"),
         ({"messages": messages(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "a"))},
          "content of type 'image_url'"),
+        ({"messages": [*messages(*QA), {"role": "tool", "content": {"x": 1}}, *messages(("assistant", "b"))]},
+         "content is an object without text"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},
          "a tool call is a int, not an object"),
     ],

@@ -14,6 +14,7 @@ A template is rendered in the sandbox of sandbox.py.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +28,12 @@ from qgraft.data.templates import VARIANTS_HINT, ChatTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ROLE_TEST = (
+    r"role\W{{0,4}}(==|!=|in)[^%]*?['\"]{}['\"]"  # message.role == 'tool', message['role'] in ["tool", "ipython"]
+)
+_ROLE_TOKEN = (
+    r"<\|(\{\{-?|['\"] ?\+) ?\w+(\.|\[['\"])role"  # GLM-4: <|{{ item['role'] }}|>, the role's name is the token
+)
 _TOOL_ROLES = ("tool", "observation", "ipython", "function")
 _PROBE_CALL = Call(
     "probe_function", '{"probe_key": "probe value"}', "a1B2c3D4e"
@@ -174,10 +181,9 @@ class Writer:
 
     @cached_property
     def _tool_role(self) -> str:
-        text = self.template.text
-        named = [role for role in _TOOL_ROLES if f"'{role}'" in text or f'"{role}"' in text]
-        if not named and "<|observation|>" in self._knows and "<|tool|>" not in self._knows:
-            return "observation"  # GLM-4: the role's name is the token
+        named = [role for role in _TOOL_ROLES if re.search(_ROLE_TEST.format(role), self.template.text)]
+        if not named and "<|observation|>" in self._knows and re.search(_ROLE_TOKEN, self.template.text):
+            return "observation"
         return named[0] if named else "tool"
 
     @cached_property

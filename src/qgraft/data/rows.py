@@ -208,6 +208,8 @@ def _part(part: object) -> str:
     """Text of one part of a content: a string or {"type": "text", "text": "..."}."""
     if isinstance(part, Mapping) and part.get("type", "text") != "text":
         raise RowError(f"content of type {str(part.get('type'))[:40]!r}")
+    if isinstance(part, Mapping) and "text" not in part:
+        raise RowError("content is an object without text")
     return text_of(part.get("text") if isinstance(part, Mapping) else part, "content")
 
 
