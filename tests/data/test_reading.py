@@ -440,15 +440,15 @@ def test_every_row_is_accounted_for(rows, most):
     accounting.check()
 
 
+MESSAGE_KEYS = ["role", "from", "value", "content", "messages", "output", "history", "weight", "train", "tool_calls",
+                "function_call", "function", "name", "arguments", "tools", "thinking", "tool_call_id"]  # fmt: skip
 json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "from", "value", "content", "messages", "output", "history"]), inner)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(MESSAGE_KEYS), inner),
     max_leaves=12,
 )
-ROW_KEYS = ["instruction", "input", "output", "history", "messages", "conversations", "system", "prompt", "response"]
+ROW_KEYS = ["instruction", "input", "output", "history", "messages", "conversations", "system", "prompt", "response", "tools",
+            "functions"]  # fmt: skip
 
 
 @settings(max_examples=200, deadline=None)
@@ -458,7 +458,10 @@ def test_no_row_breaks_the_reading(rows):
     accounting.check()
     assert accounting.read == len(rows) + 1
     assert accounting.kept == len(conversations)
-    assert all(c.messages[-1].role == "assistant" and c.messages[-1].content.strip() for c in conversations)
+    assert all(
+        c.messages[-1].role == "assistant" and (c.messages[-1].content.strip() or c.messages[-1].calls)
+        for c in conversations
+    )
 
 
 def test_accounting_that_does_not_add_up():

@@ -213,6 +213,24 @@ def test_active_adapters_answer(chatglm, tmp_path):
         qgraft.detach_lora(model)
 
 
+def test_rows_that_cannot_be_asked_are_counted_and_calls_are_expected_as_the_template_writes_them(tiny_gguf, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")
+    template = tmp_path / "calls.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content or '') }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments | tojson }}{% endfor %}"
+        "{{ '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    asked = {"role": "user", "content": "q"}
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    answers = [{"content": "a"}, {"content": "a", "thinking": "t"}, {"tool_calls": [call]}]
+    rows = [{"messages": [asked, {"role": "assistant", **answer}]} for answer in answers]
+    args = arguments(tmp_path, template=str(template))
+    questions, accounting, notes = predict_module._questions(model, tokenizer, rows, args, None)
+    assert [question.expected for question in questions] == ["a", 'f{"x": 1}']
+    assert accounting.dropped == {"the chat template writes no reasoning": 1} and accounting.kept == 2 and notes == []
+
+
 def test_a_text_in_front_of_every_prompt(chatglm, tiny_gguf, tmp_path):
     _, tokenizer = chatglm
     (conversation,), _ = read_dataset(ROWS[:1], columns={"prompt": "content", "response": "summary"})

@@ -69,7 +69,7 @@ class TooCostly(jinja2.TemplateError):
 
 @dataclass
 class _Allowance:
-    left: int = ALLOWANCE
+    left: int
 
     def spend(self, amount: int) -> None:
         self.left -= amount
@@ -82,7 +82,7 @@ _allowance: ContextVar[_Allowance | None] = ContextVar("allowance", default=None
 
 @contextmanager
 def _allowed() -> Iterator[None]:
-    token = _allowance.set(_Allowance())
+    token = _allowance.set(_Allowance(ALLOWANCE))
     try:
         yield
     finally:

@@ -162,7 +162,7 @@ def encode_conversation(
 
 def answer_text(tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, template: ChatTemplate) -> str:
     """The last answer as the template writes it, calls and reasoning included, without special tokens."""
-    sample = encode_conversation(tokenizer, conversation, template=template, mask_history=True)[-1]
+    sample = _Encoder(tokenizer, template, Learning(mask_history=True)).samples(conversation)[-1]
     return decode_answer(tokenizer, [label for label in sample.labels if label != IGNORED])
 
 

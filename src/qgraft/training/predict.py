@@ -221,11 +221,12 @@ def _questions(
                                 tools=conversation.tools)  # fmt: skip
             if len(ids) >= context:
                 raise DataError(f"a prompt as long as the model's context of {context} tokens")
+            expected = _expected_text(tokenizer, conversation, template, longest)
         except DataError as error:  # one row never ends a run
             accounting.kept -= 1
             accounting.drop(error.message, conversation.source)
             continue
-        questions.append(_Question(ids, _expected_text(tokenizer, conversation, template, longest)))
+        questions.append(_Question(ids, expected))
     accounting.check()
     if not questions:
         raise DataError(f"no row is left to answer: {accounting.summary()}", hint="give shorter questions")
