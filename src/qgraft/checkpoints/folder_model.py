@@ -88,11 +88,23 @@ def load_folder(
         formats=weight_formats(model),
         notes=(*reader.notes, *_unexpected_note(unexpected), *tokenizer_notes),
     )
+    if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
+        model.generation_config.eos_token_id = ends
     digest = folder_digest(folder, reader.vectors)
     model.qgraft_origin = Origin(  # type: ignore[assignment]
         folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors)
     )
     return model, tokenizer
+
+
+def _stated_end_tokens(folder: Path) -> list[int]:
+    """Those of generation_config.json: where a turn ends often stands there only, beside the end of a text."""
+    path = folder / "generation_config.json"
+    told = _json_object(path).get("eos_token_id") if path.is_file() else None
+    ids = told if isinstance(told, list) else [] if told is None else [told]
+    if odd := [token for token in ids if type(token) is not int or token < 0]:
+        raise CheckpointError(f"{path}: eos_token_id: got {odd[0]!r}, expected ids of tokens")
+    return ids
 
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:
@@ -267,9 +279,13 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base as the model, and this folder as the adapter"
         raise CheckpointError(f"{folder}: no config.json", hint=hint)
+    return _json_object(path)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, expected an object")

@@ -9,6 +9,8 @@ from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
 from qgraft.checkpoints.thudm_files import attach_own_prefix
+from qgraft.data.ends import end_token_ids
+from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.models.find import architecture_of, find_architecture
 from qgraft.releases import check_releases
@@ -51,10 +53,21 @@ def load(
     else:
         loaded, tokenizer = load_gguf(path, compute_dtype)
     loaded.qgraft_tokenizer = tokenizer  # type: ignore[assignment]  # merging reads rows with it
+    if tokenizer is not None and architecture_of(loaded.config) is None:
+        _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):
         attach_own_prefix(loaded, path)
     return loaded, tokenizer
+
+
+def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generate() stop where a turn ends, also where the file names only the end of a text; see data/ends.py."""
+    generation = model.generation_config
+    if generation is not None:
+        own = tokenizer.chat_template
+        template = ChatTemplate(own, "tokenizer") if isinstance(own, str) else None
+        generation.eos_token_id = end_token_ids(tokenizer, generation.eos_token_id, template) or None
 
 
 def chatglm_format(model: str | Path, bits: int) -> str | None:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qgraft.cli.options import Parser, answer, load_with_adapters, print_note, true_or_false
+from qgraft.cli.options import Parser, load_with_adapters, print_note, true_or_false
 from qgraft.errors import DataError, OptionError, QgraftError
 
 HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
@@ -147,10 +147,12 @@ def parse_mixture(text: str) -> dict[str, float]:
 
 def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options: argparse.Namespace) -> str:
     """Generate one answer, printed word by word; returns it."""
+    from qgraft.serving.answering import answer
+
     sampling = {"do_sample": False} if options.temperature <= 0 else {
         "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
     }  # fmt: skip
-    return answer(
+    said = answer(
         model,
         tokenizer,
         messages,
@@ -158,6 +160,9 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         system=options.system,
         enable_thinking=options.enable_thinking,
         max_new_tokens=options.max_new_tokens,
-        streamer=WordPrinter(lambda ids: str(tokenizer.decode(ids, skip_special_tokens=True))),
+        streaming=WordPrinter,
         **sampling,
     )
+    if said.note:
+        print_note(said.note)
+    return said.text

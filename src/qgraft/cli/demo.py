@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraft.cli.options import Parser, answer, print_note, without_tokenizer
+from qgraft.cli.options import Parser, print_note, without_tokenizer
 
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 
@@ -83,10 +83,11 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 
 def _ask(model: Any, tokenizer: Any, question: str, console: Any) -> str:
+    from qgraft.serving.answering import answer
     from qgraft.serving.decoding import fast_decoding
 
     with console.status(f"asking: {question}"), fast_decoding(model):
-        return answer(model, tokenizer, [("user", question)], max_new_tokens=48, do_sample=False).strip()
+        return answer(model, tokenizer, [("user", question)], max_new_tokens=48, do_sample=False).text.strip()
 
 
 def _show(before: list[str], after: list[str], report: Any, seconds: float) -> None:

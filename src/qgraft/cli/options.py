@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -107,29 +106,6 @@ def free_name(wanted: str, taken: list[str]) -> str:
     wanted = wanted.removesuffix(".gguf").removesuffix(".lora")
     name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in wanted)[:60] or "adapter"
     return f"{name}-{len(taken) + 1}" if name in taken or is_reserved(name) else name
-
-
-def answer(
-    model: Any,
-    tokenizer: Any,
-    messages: Sequence[tuple[str, str]],
-    *,
-    template: str | None = None,
-    system: str | None = None,
-    enable_thinking: bool | None = None,
-    **generation: Any,
-) -> str:
-    """The model's next answer to (role, content) turns, prompted as in training; `generation` goes to generate()."""
-    import torch
-
-    from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
-
-    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
-    ids = encode_prompt(tokenizer, messages, template=chosen, system=system)
-    input_ids = torch.tensor([ids], device=model.device)
-    with torch.inference_mode():
-        output = model.generate(input_ids, attention_mask=torch.ones_like(input_ids), **generation)
-    return decode_answer(tokenizer, output[0, len(ids) :].tolist())
 
 
 def print_note(text: str) -> None:

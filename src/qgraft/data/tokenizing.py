@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from qgraft.data.ends import end_token_ids
 from qgraft.data.masks import RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
 from qgraft.data.reading import Accounting
@@ -231,7 +232,7 @@ class _Encoder:
     """Makes samples; what it finds out about the template is asked once."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, learning: Learning) -> None:
-        ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *learning.eos_ids]
+        ends = end_token_ids(tokenizer, learning.eos_ids, template)
         if not ends:
             raise UnsupportedError(
                 "the tokenizer has no end token, so that no answer would ever end", hint="give eos_ids"

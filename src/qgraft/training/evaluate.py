@@ -84,16 +84,25 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
 
     Raises OptionError where prefixes leave no room for a question and its answer.
     """
+    context = context_length(model, reserved)
+    return max_length if context is None else min(max_length, context)
+
+
+def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:
+    """How many tokens the model sees at most beside the active prefixes; None where it sets no limit.
+
+    Raises as sample_limit does.
+    """
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(context, int):
-        return max_length
+        return None
     taken = counted_positions(model) + reserved
     if taken and context - taken < 2:
         raise OptionError(
             f"a prefix of {taken} tokens leaves no room for a sample: the model's context is {context} tokens",
             hint="give a smaller pre_seq_len",
         )
-    return min(max_length, context - taken)
+    return context - taken
 
 
 def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:

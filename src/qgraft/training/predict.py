@@ -28,6 +28,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
+from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
@@ -152,7 +153,9 @@ def answer_rows(
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     room = _room(tokenizer, args)
-    answers = _answers(model, tokenizer, questions, settings, at_once, room, console)
+    stated = None if model.generation_config is None else model.generation_config.eos_token_id
+    ends = end_token_ids(tokenizer, stated, template_of(tokenizer, args))
+    answers = _answers(model, tokenizer, questions, settings, at_once, room, ends, console)
     seconds = time.perf_counter() - began
     pairs = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]
     return Predictions(pairs, mean_scores(pairs), settings | room.as_dict(), accounting, seconds, notes)
@@ -258,10 +261,11 @@ def _answers(
     settings: Mapping[str, Any],
     at_once: int,
     room: _Room,
+    ends: Sequence[int],
     console: Console | None,
 ) -> list[str]:
     """An answer to each question, in their order."""
-    ends, context = _end_ids(model, tokenizer), sample_limit(model, _UNBOUNDED)
+    context = sample_limit(model, _UNBOUNDED)
     # Neighbours in length waste least; the longest come first, so that memory that is short runs out at once.
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].ids))
     answers = [""] * len(questions)
@@ -273,9 +277,9 @@ def _answers(
             batch = order[start : start + at_once]
             prompts = [questions[index].ids for index in batch]
             new = room.after(len(prompts[0]), context)
-            told = {**settings, "max_new_tokens": new, "eos_token_id": ends or None}
+            told = {**settings, "max_new_tokens": new, "eos_token_id": list(ends) or None}
             for index, ids in zip(batch, _generate(model, tokenizer, prompts, told), strict=True):
-                answers[index] = _text(tokenizer, _until_end(ids, ends))
+                answers[index] = _text(tokenizer, until_end(ids, ends))
             progress.advance(task, len(batch))
     return answers
 
@@ -293,14 +297,3 @@ def _generate(
     with torch.inference_mode():
         output_BT = generate(ids_BT, **mask, pad_token_id=pad, **told)
     return [row[longest:] for row in output_BT.tolist()]
-
-
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids that end an answer: the model's and the tokenizer's."""
-    told = getattr(model.generation_config, "eos_token_id", None)
-    ends = [*(told if isinstance(told, list) else [told]), tokenizer.eos_token_id]
-    return sorted({int(token) for token in ends if token is not None})
-
-
-def _until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
-    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]

@@ -1,0 +1,76 @@
+"""Where an answer ends: the tokens that end generation, and behind which nothing is learned, printed or remembered.
+
+Files are often wrong about it. A base model's `</s>` stays the end token of a chat model whose template ends turns with
+`<|im_end|>`; Llama 3 has one token for the end of a text and another for the end of a turn; converters forget the keys.
+Generation then runs on through made-up questions. So an end token is what any of three sources says:
+
+    ids      of the file's keys (eos, eot, eom), generation_config.json, config.json and the tokenizer
+    texts    tokens that are ends by their names; the list is llama.cpp's (llama-vocab.cpp, special_eog_ids), but for its
+             tokens of filling in the middle, which end no turn; and the starts of a next turn that GLM's models write
+    template the first token of its own that the chat template writes behind an answer: the end of the turn, or where it
+             writes none, the start of the next one
+
+A text counts only where it is a token of its own (special or user-defined), never a word that merges make.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from qgraft.data.messages import ConversationError, Message
+from qgraft.data.rendering import Writer
+from qgraft.data.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ENDS = (
+    "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>", "<turn|>",
+    "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
+    "[EOT]", "[EOS]", "<eos>", "</s>", "<|user|>", "<|observation|>",
+)  # fmt: skip
+# What ends nothing in a vocabulary that has all of the others: parts of an answer that has several (gpt-oss, Solar Open),
+# and a word of Gemma 4's.
+_NOT_WITH = {"<|end|>": ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}), "</s>": ({"<|tool_response>"},)}
+_QUESTION, _ANSWER = "Is this the question?", "This is the answer."
+
+
+def end_token_ids(
+    tokenizer: "PreTrainedTokenizerBase",
+    stated: int | Iterable[int] | None = None,
+    template: ChatTemplate | None = None,
+) -> list[int]:
+    """The ids of the tokens that end an answer, the tokenizer's own end token first.
+
+    Args:
+        stated: what the model's configuration says, one or several.
+        template: the chat template; None, or one without text, for a tokenizer that writes prompts itself.
+    """
+    told = [stated] if isinstance(stated, int) else list(stated or ())
+    ids = [tokenizer.eos_token_id, *told, *_by_text(tokenizer)]
+    ids.append(_by_template(tokenizer, template) if template and template.text else None)
+    return list(dict.fromkeys(int(token) for token in ids if token is not None))
+
+
+def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """The ids before the first end token."""
+    return ids[: next((index for index, token in enumerate(ids) if token in ends), len(ids))]
+
+
+def _by_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    own = tokenizer.get_added_vocab()
+    there = {text for text in ENDS if text in own}
+    ends = [text for text in ENDS if text in there and not any(others <= there for others in _NOT_WITH.get(text, ()))]
+    return [own[text] for text in ends]
+
+
+def _by_template(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
+    """The token of its own that the template writes right behind an answer; None where it writes a word, or fails."""
+    turns = [Message("user", "Hello."), Message("assistant", _ANSWER), Message("user", _QUESTION)]
+    try:
+        text = Writer(tokenizer, template).prompt(turns)
+    except ConversationError:  # what is wrong with it is said where a prompt is written
+        return None
+    behind = text.partition(_ANSWER)[2].partition(_QUESTION)[0].lstrip()
+    own = tokenizer.get_added_vocab()
+    found = [token for token in own if token and behind.startswith(token)]
+    return own[max(found, key=len)] if found else None

@@ -1,0 +1,80 @@
+"""One answer to a conversation: the prompt as in training, generate(), and the text up to where the answer ends.
+
+Nothing goes beyond the model's context: positions behind it were never trained, and some models have no number for them.
+A prompt that fills it is refused; an answer that reaches its end ends there, and says so.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.data.ends import end_token_ids, until_end
+from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
+from qgraft.errors import DataError
+from qgraft.training.evaluate import context_length
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without what ends it.
+        note: what a reader should know: that it stops because the model's context is full. Else "".
+    """
+
+    text: str
+    note: str = ""
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[tuple[str, str]],
+    *,
+    template: str | None = None,
+    system: str | None = None,
+    enable_thinking: bool | None = None,
+    max_new_tokens: int = 256,
+    streaming: Callable[[Callable[[list[int]], str]], Any] | None = None,
+    **generation: Any,
+) -> Answer:
+    """The model's next answer to (role, content) turns.
+
+    Args:
+        template, system, enable_thinking: as in training, see resolve_template and encode_prompt.
+        max_new_tokens: the longest answer.
+        streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
+        generation: goes to generate().
+
+    Raises DataError for a prompt that fills the model's context, and as encode_prompt does.
+    """
+    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
+    prompt = encode_prompt(tokenizer, messages, template=chosen, system=system)
+    context = context_length(model)
+    if context is not None and len(prompt) >= context:
+        raise DataError(
+            f"the prompt is {len(prompt)} tokens, and the model's context is {context} with the answer",
+            hint="ask a shorter question, or begin a new conversation",
+        )
+    room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
+    ends = end_token_ids(tokenizer, model.generation_config.eos_token_id, chosen)
+
+    def shown(ids: list[int]) -> str:
+        return str(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))
+
+    told = {**generation, "max_new_tokens": room, "eos_token_id": ends or None}
+    input_ids = torch.tensor([prompt], device=model.device)
+    generate: Any = model.generate
+    with torch.inference_mode():
+        output = generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), streamer=streaming and streaming(shown), **told
+        )
+    said = output[0, len(prompt) :].tolist()
+    ids = until_end(said, ends)
+    full = len(ids) == len(said) == room < max_new_tokens
+    note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
+    return Answer(decode_answer(tokenizer, ids), note)
