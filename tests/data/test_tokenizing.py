@@ -31,15 +31,17 @@ NO_END = (  # like ChatGLM2
 )
 
 
-def make_tokenizer(template: str | None = CHATML_TEMPLATE, eos: str | None = "<|im_end|>") -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    template: str | None = CHATML_TEMPLATE, eos: str | None = "<|im_end|>", special: list[str] = SPECIAL
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE with a handful of merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("H", "i"), ("l", "l"), ("Ġ", "H"), ("ĠH", "i"), ("Ċ", "Ċ")]
-    pieces = [*SPECIAL, *alphabet, *("".join(pair) for pair in merges)]
+    pieces = [*special, *alphabet, *("".join(pair) for pair in merges)]
     core = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(piece, special=True) for piece in SPECIAL])
+    core.add_special_tokens([AddedToken(piece, special=True) for piece in special])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token=eos)
     tokenizer.chat_template = template
     return tokenizer
@@ -162,17 +164,21 @@ def test_missing_end_token_is_appended_to_the_last_answer_and_learned():
     assert learned(tokenizer, sample) == "HelloMe</s>"
 
 
-def test_other_end_tokens_count_when_named():
+def test_the_end_of_a_turn_is_known_where_the_tokenizer_names_another_end():
     tokenizer = make_tokenizer(CHATML_TEMPLATE, "</s>")
-    im_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS)).endswith("Me<|im_end|></s>")
-    sample = encoded(tokenizer, TWO_TURNS, eos_ids=[im_end])
-    assert learned(tokenizer, sample) == "Hello<|im_end|>Me<|im_end|>"
+    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS)) == "Hello<|im_end|>Me<|im_end|>"
+
+
+def test_other_end_tokens_count_when_named():
+    tokenizer = make_tokenizer(CHATML_TEMPLATE.replace("<|im_end|>", " over"), "</s>")
+    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS)) == "Hello overMe over</s>"
+    over = tokenizer(" over", add_special_tokens=False)["input_ids"][-1]
+    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS, eos_ids=[over])) == "Hello overMe over"
 
 
 def test_tokenizer_without_end_token_is_refused():
     with pytest.raises(UnsupportedError, match="no end token"):
-        encoded(make_tokenizer(eos=None), TWO_TURNS)
+        encoded(make_tokenizer(eos=None, special=["<s>"]), TWO_TURNS)
 
 
 def test_end_token_inside_an_answer_ends_what_is_learned(tokenizer):

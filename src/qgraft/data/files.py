@@ -5,23 +5,27 @@ Files are read with the standard library and pyarrow, not with `datasets.load_da
 its line, gives all rows the keys of all, and keeps a copy of each file in a cache.
 """
 
-import csv
-import io
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
-from qgraft.data.rows import COLUMNS, SCHEMAS
+from qgraft.data.rows import COLUMNS
+from qgraft.data.tables import Row, table_rows
 from qgraft.errors import DataError
 
-Row = tuple[object, str]  # what was found, and where: "self.jsonl:17"
+SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
+_SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
+_SAVE_AS = 'open it and save it as "CSV UTF-8", with the names of the columns in the first line'
+_ENCODINGS = (("UTF-16", (b"\xff\xfe", b"\xfe\xff")), ("a zip archive, such as an .xlsx", (b"PK\x03\x04",)))
 
-SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 
+def file_rows(path: Path, notes: list[str]) -> Iterator[Row]:
+    """The rows of a .json, .jsonl, .csv, .tsv or .parquet file; DataError for a broken file or one without rows.
 
-def file_rows(path: Path) -> Iterator[Row]:
-    """The rows of a .json, .jsonl, .csv or .parquet file; DataError for a broken file or one without rows."""
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(read_text(path), path)
+    `notes` gets what a reader should know about how the file was read.
+    """
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(read_text(path), path, notes)
     found = None
     for found in rows:
         yield found
@@ -29,10 +33,20 @@ def file_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} holds no rows")
 
 
-def _text_rows(text: str, path: Path) -> Iterator[Row]:
+def check_suffix(path: Path) -> None:
+    """Raise DataError for a file whose name says that it holds no rows that are read here."""
+    if path.suffix in _SHEETS:
+        raise DataError(f"{path}: a spreadsheet, expected text", hint=_SAVE_AS)
+    if path.suffix not in SUFFIXES:
+        raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder of such files")
+
+
+def _text_rows(text: str, path: Path, notes: list[str]) -> Iterator[Row]:
     if not text.strip():
         raise DataError(f"{path} is empty")
-    return {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}[path.suffix](text, path)
+    if path.suffix in (".csv", ".tsv"):
+        return table_rows(text, path, list(chain.from_iterable(COLUMNS.values())), notes)
+    return {".json": _json_rows, ".jsonl": _jsonl_rows}[path.suffix](text, path)
 
 
 def read_text(path: Path) -> str:
@@ -45,7 +59,22 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         where = f"byte {error.start}, line {data.count(10, 0, error.start) + 1}"
-        raise DataError(f"{path}: {where}: not UTF-8: {error.reason}", hint="save the file as UTF-8") from error
+        raise DataError(f"{path}: {where}: not UTF-8: {error.reason}", hint=_encoding_hint(data, path)) from error
+
+
+def _encoding_hint(data: bytes, path: Path) -> str:
+    """What the file seems to be instead, and how to make UTF-8 of it."""
+    for name, starts in _ENCODINGS:
+        if data.startswith(starts):
+            return f"it is {name}: {_SAVE_AS}" if path.suffix in (".csv", ".tsv") else f"it is {name}: save it as UTF-8"
+    guess = "CP1252"  # of Windows in Western Europe: any text is readable in it, if not always right
+    try:
+        chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in data.decode("gb18030"))
+        guess = "GB18030" if chinese > 2 else guess
+    except UnicodeDecodeError:
+        pass
+    again = f"iconv -f {guess} -t UTF-8 {path.name} > utf8{path.suffix}"
+    return f"save the file as UTF-8; it may be {guess}, as spreadsheets on Windows write it: {again}"
 
 
 def load_json(text: str, path: Path, line: int = 1) -> object:
@@ -94,25 +123,6 @@ def _list_rows(text: str, path: Path) -> Iterator[Row]:
         line, seen = line + text.count("\n", seen, start), start
         row, start = decoder.raw_decode(text, start)
         yield row, f"{path.name}:{line}"
-
-
-def _csv_rows(text: str, path: Path) -> Iterator[Row]:
-    # Not strict, the csv module lets an open quote swallow all rows after it in silence.
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        header = [cell.strip() for cell in next(reader)]
-        if not any(header):
-            raise DataError(f"{path}: line 1 must name the columns", hint=SCHEMAS)
-        if twice := sorted({cell for cell in header if header.count(cell) > 1}):
-            raise DataError(f"{path}: line 1: columns named twice: {twice}")
-        line = reader.line_num + 1
-        for cells in reader:
-            row = dict(zip(header, [None if c in ("NaN", "nan", "None") else c for c in cells], strict=False))
-            if cells:
-                yield ({None: cells} if any(cells[len(header) :]) else row), f"{path.name}:{line}"
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(f"{path}: line {reader.line_num}: not CSV: {error}") from error
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

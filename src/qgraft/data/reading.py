@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from qgraft.data.calls import RowError
-from qgraft.data.files import SUFFIXES, Row, file_rows, load_json, read_text
+from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
 from qgraft.data.messages import Conversation
-from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, read_row
+from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, column_flags, read_row
+from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match
 
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
@@ -106,6 +107,7 @@ class _Item:
     rows: Iterator[Row]
     layout: Layout
     limit: int | None = None
+    notes: list[str] = field(default_factory=list)  # of its files, once they are read
 
 
 def named_columns(options: Mapping[str, Any]) -> dict[str, str] | None:
@@ -157,12 +159,14 @@ def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> 
     """The conversations of one entry; it must give some, whatever the other entries give."""
     found: list[Conversation] = []
     failed: list[tuple[str, str]] = []
+    unread: object = None
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
     for row, source in islice(item.rows, limit):
         try:
             given = read_row(row, item.layout)
         except RowError as error:
             failed.append((str(error), source))
+            unread = row
         else:
             messages = (replace(each, content=_filled(each.content, fill, source),
                                 reasoning=_filled(each.reasoning, fill, source)) for each in given.messages)  # fmt: skip
@@ -175,7 +179,8 @@ def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> 
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        raise DataError(f"{item.name}: {why}", hint=SCHEMAS)
+        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or SCHEMAS)
+    total.notes += item.notes
     return found
 
 
@@ -204,7 +209,7 @@ def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
         return _Item(name, _built_in_rows(name), Layout())
     for path in (Path(name).expanduser(), folder / name):
         if path.exists():
-            return _Item(name, _path_rows(path), layout)
+            return _path_item(name, path, layout)
     nearby = [*Path(name).parent.glob("*"), *folder.glob("*")]
     known = [*BUILT_IN, *sorted(info), *sorted({str(path) for path in nearby if path.suffix in SUFFIXES})]
     hint = near_match(name, known) or f"there are {', '.join(known[:20])}"
@@ -217,18 +222,18 @@ def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
 def _built_in_rows(name: str) -> Iterator[Row]:
     for part in BUILT_IN[name]:
         with resources.as_file(resources.files("qgraft.data") / "examples" / f"{part}.jsonl") as path:
-            yield from file_rows(path)
+            yield from file_rows(path, [])
 
 
-def _path_rows(path: Path) -> Iterator[Row]:
-    """Rows of a file, or of all files of a folder in the order of their names."""
+def _path_item(name: str, path: Path, layout: Layout, limit: int | None = None) -> _Item:
+    """A file, or all files of a folder in the order of their names."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != "dataset_info.json")
-    if not files or files[0].suffix not in SUFFIXES:
-        raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder of such files")
-    for file in files:
-        yield from file_rows(file)
+    for file in files or [path]:
+        check_suffix(file)
+    notes: list[str] = []
+    return _Item(name, (row for file in files for row in file_rows(file, notes)), layout, limit, notes)
 
 
 def _info_item(name: str, entry: object, folder: Path, layout: Layout) -> _Item:
@@ -247,7 +252,7 @@ def _info_item(name: str, entry: object, folder: Path, layout: Layout) -> _Item:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise DataError(f"{where}: num_samples is {limit!r}, expected a number above 0")
     if isinstance(file_name := told.get("file_name"), str):
-        return _Item(name, _path_rows(folder / file_name), layout, limit)
+        return _path_item(name, folder / file_name, layout, limit)
     if isinstance(hub := told.get("hf_hub_url"), str):
         places = {"name": told.get("subset"), "split": told.get("split"), "data_dir": told.get("folder")}
         return _Item(name, _hub_rows(hub, f"see {where}", **places), layout, limit)

@@ -16,12 +16,14 @@ Any other key is named in the end, with the number of rows that have it: it chan
 """
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Number
 
 from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
+from qgraft.data.tables import same_name
 
 COLUMNS = {  # part of a row: the columns that may hold it; the first one that is filled counts
     "prompt": ("instruction", "prompt", "query", "question", "content"),
@@ -85,7 +87,8 @@ class Layout:
         told = self.columns.get(part)
         if told is None and "prompt" in self.columns and part in ("query", "history", "system", "tools"):
             return None  # as in LLaMA-Factory: who names the columns names all of them
-        present = [key for key in ([told] if told else COLUMNS[part]) if key in row]
+        names = [told] if told else COLUMNS[part]
+        present = [key for name in names if (key := _column(row, name)) is not None]
         if told and not present and part in ("prompt", "response", "messages"):
             raise RowError(f"no column {told!r}")
         # A table of mixed rows has all columns in each row: the present ones may be empty.
@@ -120,6 +123,33 @@ def read_row(row: object, layout: Layout) -> Read:
     return Read(messages, tools, frozenset([*ignored, *_unread(row, (layout.find(row, part) for part in parts))]))
 
 
+def _column(row: Mapping[str, object], name: str) -> str | None:
+    """The column of this name, or else the first that differs from it in case, blanks or dashes only."""
+    if name in row:
+        return name
+    wanted = same_name(name)
+    return next((key for key in row if isinstance(key, str) and same_name(key) == wanted), None)
+
+
+def column_flags(row: object, layout: Layout) -> str | None:
+    """The options that name the columns of a row that holds texts under names that are not known; None where it does not."""
+    if not isinstance(row, Mapping):
+        return None
+    texts = [key for key in row if isinstance(key, str) and isinstance(row[key], str)]
+    try:
+        found = {part: layout.find(row, part) for part in ("prompt", "response")}
+    except RowError:  # a column was named that is not there
+        found = {"prompt": None, "response": None}
+    others = iter([key for key in texts if key not in found.values()])
+    named = {part: key or next(others, None) for part, key in found.items()}
+    if None in named.values() or all(found.values()):
+        return None
+    flags = " ".join(f"--{part}_column {shlex.quote(str(key))}" for part, key in named.items())
+    return (
+        f"the columns are {', '.join(map(str, texts[:12]))}; name those to learn: {flags} (in Python columns={named})"
+    )
+
+
 def _unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
     """The filled columns that are none of these."""
     known = set(read)
@@ -128,6 +158,8 @@ def _unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
 
 def _of_pair(row: Mapping[str, object], layout: Layout) -> list[Message]:
     if not any(layout.find(row, part) for part in ("prompt", "query", "response")):
+        if _column(row, "chosen") and _column(row, "rejected"):
+            raise RowError("holds preferences (chosen, rejected); qgraft learns answers")
         raise RowError(f"unknown keys: {', '.join(sorted(str(key)[:40] for key in row)[:6]) or 'none'}")
     asked = [layout.text(row, part, "question") for part in ("prompt", "query")]
     key = layout.find(row, "history")
@@ -236,7 +268,7 @@ def _is_empty(value: object) -> bool:
 def text_of(value: object, called: str) -> str:
     if value is not None and not isinstance(value, (str, Number)):
         raise RowError(f"{called} is a {type(value).__name__}")
-    text = "" if _is_empty(value) else str(value)
+    text = "" if _is_empty(value) else str(value).lower() if isinstance(value, bool) else str(value)  # as JSON has it
     if _HALF_PAIR.search(text):
         raise RowError(f"{called} holds half a surrogate pair")
     return text

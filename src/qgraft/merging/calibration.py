@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.reading import named_columns, read_dataset
 from qgraft.data.tokenizing import IGNORED, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError
-from qgraft.training.evaluate import sample_limit
+from qgraft.training.evaluate import sample_limit, stated_ends
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text
@@ -91,7 +91,7 @@ def find_rows(
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
         return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
                              max_length=sample_limit(model, LONGEST),
-                             mask_reasoning=bool(arguments.get("mask_reasoning")),
+                             mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(model),
                              recipe=Recipe(numbered="history" in (columns or ())))  # fmt: skip
 
     first: Mapping[str, Any] = trained[0] if trained else {}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
 from qgraft.errors import DataError
-from qgraft.training.evaluate import context_length
+from qgraft.training.evaluate import context_length, stated_ends
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def answer(
             hint="ask a shorter question, or begin a new conversation",
         )
     room = max_new_tokens if context is None else min(max_new_tokens, context - len(prompt))
-    ends = end_token_ids(tokenizer, model.generation_config.eos_token_id, chosen)
+    ends = end_token_ids(tokenizer, stated_ends(model), chosen)
 
     def shown(ids: list[int]) -> str:
         return str(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))

@@ -64,7 +64,7 @@ def evaluate(
     samples = build_samples(
         tokenizer, conversations, accounting, template=chosen, system=system,
         max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
-        recipe=Recipe(numbered="history" in (columns or ())),
+        recipe=Recipe(numbered="history" in (columns or ())), eos_ids=stated_ends(model),
     )  # fmt: skip
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
 
@@ -86,6 +86,12 @@ def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> 
     """
     context = context_length(model, reserved)
     return max_length if context is None else min(max_length, context)
+
+
+def stated_ends(model: PreTrainedModel) -> list[int]:
+    """The ids of end tokens that the model's files state, beside the tokenizer's; see data/ends.py."""
+    told = None if model.generation_config is None else model.generation_config.eos_token_id
+    return [told] if isinstance(told, int) else list(told or ())
 
 
 def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:

@@ -36,7 +36,7 @@ from qgraft.data.tokenizing import Recipe, WritesPrompts, answer_text, check_rec
 from qgraft.errors import DataError, StorageError
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.decoder import evaluating
-from qgraft.training.evaluate import sample_limit, template_of
+from qgraft.training.evaluate import sample_limit, stated_ends, template_of
 from qgraft.training.scores import load_libraries, mean_scores
 
 Dataset = str | Sequence[Mapping[str, object]]
@@ -153,8 +153,7 @@ def answer_rows(
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     room = _room(tokenizer, args)
-    stated = None if model.generation_config is None else model.generation_config.eos_token_id
-    ends = end_token_ids(tokenizer, stated, template_of(tokenizer, args))
+    ends = end_token_ids(tokenizer, stated_ends(model), template_of(tokenizer, args))
     answers = _answers(model, tokenizer, questions, settings, at_once, room, ends, console)
     seconds = time.perf_counter() - began
     pairs = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]

@@ -12,7 +12,7 @@ import copy
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft import plots, storage
 from qgraft.adapters.attach import count_parameters
 from qgraft.checkpoints.adapter_files import save_adapter
-from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import (
-    ChatTemplate,
-    Recipe,
     Sample,
-    WritesPrompts,
-    build_samples,
     samples_sha256,
 )
 from qgraft.errors import CheckpointError, DataError, StorageError
@@ -38,14 +34,19 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, posit
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
 from qgraft.training.decoder import padding_free
-from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, hold_out, sample_limit, template_of
+from qgraft.training.evaluate import (
+    Evaluation,
+    evaluate_samples,
+    held_out_loss,
+    sample_limit,
+    template_of,
+)  # fmt: skip
 from qgraft.training.frozen import frozen_layers_cached
 from qgraft.training.lean import lean_modules
 from qgraft.training.memory import settle_noted
+from qgraft.training.samples import Dataset, prepare_samples, read_samples
 from qgraft.training.trainer import LoraTrainer, check_resumable, checkpoints, newest_whole_checkpoint
 from qgraft.training.trainer_options import check_evaluation
-
-Dataset = str | Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def prepare(
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
-    samples, eval_samples, accounting, held_out = _prepare_samples(tokenizer, dataset, eval_dataset, args, limit, notes)
+    parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
+    samples, eval_samples, accounting, held_out = parts
     check_evaluation(args, eval_samples)
     return Prepared(args, Path(str(args.output_dir)), resume, samples, eval_samples, accounting, held_out, notes)
 
@@ -226,7 +228,7 @@ def evaluate_held_out(
     if not args.eval_dataset:
         raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
     limit, template = sample_limit(model, args.max_length), template_of(tokenizer, args)
-    samples, accounting = _samples(tokenizer, args.eval_dataset, args, limit, template, held_out=True)
+    samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     return evaluate_samples(model, samples, compute=args.compute), accounting
 
 
@@ -283,61 +285,6 @@ def _resume_point(folder: Path, wanted: str) -> tuple[Path, list[str]]:
         raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
     check_resumable(path)
     return path, passed_over
-
-
-def _prepare_samples(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset | None,
-    eval_dataset: Dataset | None,
-    args: TrainArguments,
-    limit: int,
-    notes: list[str],
-) -> tuple[list[Sample], list[Sample], Accounting, Accounting | None]:
-    chosen = dataset if dataset is not None else args.dataset
-    if not chosen:
-        raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
-    template = template_of(tokenizer, args)
-    if template.note:
-        notes.append(template.note)
-    if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
-        notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
-                     "a first question bare")  # fmt: skip
-    samples, accounting = _samples(tokenizer, chosen, args, limit, template, held_out=False)
-    notes += accounting.said()
-    held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
-    if held_out:
-        eval_samples, held_out_accounting = _samples(tokenizer, held_out, args, limit, template, held_out=True)
-        notes += [f"held-out rows: {sentence}" for sentence in held_out_accounting.said()]
-        return samples, eval_samples, accounting, held_out_accounting
-    if args.val_size:
-        samples, eval_samples = hold_out(samples, args.val_size, args.seed)
-        notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
-        return samples, eval_samples, accounting, None
-    return samples, [], accounting, None
-
-
-def _samples(
-    tokenizer: PreTrainedTokenizerBase,
-    dataset: Dataset,
-    args: TrainArguments,
-    limit: int,
-    template: ChatTemplate,
-    *,
-    held_out: bool,
-) -> tuple[list[Sample], Accounting]:
-    most = args.max_eval_samples if held_out else args.max_train_samples
-    longest = args.val_max_target_length if held_out else None
-    conversations, accounting = read_dataset(
-        dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
-        max_samples=most or args.max_samples,
-    )  # fmt: skip
-    samples = build_samples(
-        tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
-        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
-        recipe=Recipe(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
-                      learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
-    )  # fmt: skip
-    return samples, accounting
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:

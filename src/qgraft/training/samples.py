@@ -1,0 +1,76 @@
+"""The samples of a run: its rows read and tokenized as its options say, and some of them held out."""
+
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.templates import ChatTemplate
+from qgraft.data.tokenizing import Recipe, Sample, WritesPrompts, build_samples
+from qgraft.errors import DataError
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.evaluate import hold_out, stated_ends, template_of
+
+Dataset = str | Sequence[Mapping[str, object]]
+
+
+def prepare_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset | None,
+    eval_dataset: Dataset | None,
+    args: TrainArguments,
+    limit: int,
+    notes: list[str],
+) -> tuple[list[Sample], list[Sample], Accounting, Accounting | None]:
+    """(samples, held-out samples, where the rows of both went); `notes` gets what a reader of the run should know."""
+    chosen = dataset if dataset is not None else args.dataset
+    if not chosen:
+        raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
+    template = template_of(tokenizer, args)
+    if template.note:
+        notes.append(template.note)
+    if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
+        notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
+                     "a first question bare")  # fmt: skip
+    samples, accounting = read_samples(model, tokenizer, chosen, args, limit, template, held_out=False)
+    notes += accounting.said()
+    held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
+    if held_out:
+        eval_samples, held_out_accounting = read_samples(
+            model, tokenizer, held_out, args, limit, template, held_out=True
+        )
+        notes += [f"held-out rows: {sentence}" for sentence in held_out_accounting.said()]
+        return samples, eval_samples, accounting, held_out_accounting
+    if args.val_size:
+        samples, eval_samples = hold_out(samples, args.val_size, args.seed)
+        notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
+        return samples, eval_samples, accounting, None
+    return samples, [], accounting, None
+
+
+def read_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    args: TrainArguments,
+    limit: int,
+    template: ChatTemplate,
+    *,
+    held_out: bool,
+) -> tuple[list[Sample], Accounting]:
+    """The samples of one dataset, of at most `limit` tokens, as the options of a run ask for them."""
+    most = args.max_eval_samples if held_out else args.max_train_samples
+    longest = args.val_max_target_length if held_out else None
+    conversations, accounting = read_dataset(
+        dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
+        max_samples=most or args.max_samples,
+    )  # fmt: skip
+    samples = build_samples(
+        tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
+        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
+        eos_ids=stated_ends(model),
+        recipe=Recipe(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
+                      learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
+    )  # fmt: skip
+    return samples, accounting
