@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TextStreamer
@@ -12,6 +13,7 @@ from transformers import TextStreamer
 from qgraft.errors import CheckpointError, DataError, OptionError
 from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
 from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
+from qgraft.models.prefix_lm import Marks, context_positions
 
 ROOT = Path(__file__).parents[2]
 CLASSES = {"ice_text.model": ChatGLMTokenizer, "tokenizer.model": ChatGLM2Tokenizer}
@@ -249,6 +251,15 @@ def test_encodings_can_be_padded_later(tiny):
     later = tiny.pad([tiny(text, padding=True) for text in texts])
     assert {key: later[key] for key in direct} == dict(direct)
     assert np.array_equal(tiny(texts, padding=True, return_tensors="np")["attention_mask"], direct["attention_mask"])
+
+
+@pytest.mark.parametrize("text", ["a [MASK] in the text", "[MASK]", "你好"])
+def test_padding_counts_positions_as_the_model_does(first, text):
+    """THUDM's tokenizer stops at a [MASK] in the text, its model at [gMASK]: alone and in a batch a row would differ."""
+    ids = first(text)["input_ids"]
+    batch = first([text, "晚上睡不着应该怎么办？多运动，少喝咖啡。" * 2], padding=True)
+    own = context_positions(torch.tensor([ids]), Marks(first.bos_token_id, first.gmask_token_id, first.mask_token_id))
+    assert [row[-len(ids) :] for row in batch["position_ids"][0]] == own[0].tolist()
 
 
 def test_an_encoding_without_padding_has_no_mask_in_the_first_generation(first, second):

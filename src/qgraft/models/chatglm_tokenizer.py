@@ -129,14 +129,15 @@ class ChatGLMTokenizer(PromptTokenizer):
     def _mask_and_positions(self, ids: list[int]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Before <sop> every query sees every key; from it on, causal. Row 0 stops at the mask, row 1 counts from <sop>.
 
-        The tokenizer prefers [MASK] to [gMASK] where the ids hold both, the released model the other way round.
+        The mask is [gMASK] where there is one, as for the model: THUDM's tokenizer takes a [MASK] in the text instead, so
+        that with its model a row means one thing alone and another in a padded batch.
         """
         n = len(ids)
         context = ids.index(self.bos_token_id) if self.bos_token_id in ids else n
         hidden_QK = ~np.tril(np.ones((n, n), dtype=bool))
         hidden_QK[:, :context] = False
         positions_2Q = np.stack([np.arange(n), np.maximum(np.arange(n) - context + 1, 0)])
-        mask = self.mask_token_id if self.mask_token_id in ids else self.gmask_token_id
+        mask = self.gmask_token_id if self.gmask_token_id in ids else self.mask_token_id
         if mask in ids:
             positions_2Q[0, context:] = ids.index(mask)
         return hidden_QK[None], positions_2Q
