@@ -56,6 +56,10 @@ class Message:
     name: str | None = None
     weight: float = 1.0
 
+    def __getitem__(self, index: int) -> str:
+        """As a (role, content) pair: `role, content = message`."""
+        return (self.role, self.content)[index]
+
     @property
     def is_plain(self) -> bool:
         """Whether a role and a text are all there is to it."""
