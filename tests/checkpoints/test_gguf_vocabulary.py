@@ -7,10 +7,10 @@ import pytest
 from vocabularies import byte_pairs, llamacpp, sentencepiece, write
 
 from qgraft.checkpoints.gguf_file import read_gguf
+from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.gguf_vocabulary import (
     BYTE,
     CONTROL,
-    END_TEXTS,
     FILL_IN_TEXTS,
     NORMAL,
     UNKNOWN,
@@ -18,6 +18,7 @@ from qgraft.checkpoints.gguf_vocabulary import (
     USER_DEFINED,
     read_vocabulary,
 )
+from qgraft.data.ends import ENDS, end_token_ids
 from qgraft.errors import CheckpointError
 
 BITS = {UNKNOWN: 1, UNUSED: 2, NORMAL: 4, CONTROL: 8, USER_DEFINED: 16, BYTE: 32}  # llama.cpp's llama_token_attr
@@ -37,7 +38,7 @@ def vocabulary(tokens: list[str], kind: int, **keys: Any) -> dict[str, Any]:
 
 
 CASES = {
-    "ends": vocabulary([t for t in END_TEXTS if t not in ("<|endoftext|>", "<|im_end|>", "<|tool_response>")], NORMAL),
+    "ends": vocabulary([t for t in ENDS if t not in ("<|endoftext|>", "<|im_end|>", "<|tool_response>")], NORMAL),
     "ends, user-defined": vocabulary(["<|eot_id|>", "<end_of_turn>", "</s>", "<|end|>"], USER_DEFINED),
     "fill-in": vocabulary(ONE_OF_EACH, NORMAL),
     "fill-in with a key": vocabulary(ONE_OF_EACH, NORMAL, fim_pre_token_id=9, suffix_token_id=8, fim_pad_token_id=7),
@@ -69,8 +70,20 @@ def test_kinds_are_llamacpps(tmp_path: Path) -> None:
             )
 
 
+def test_what_ends_an_answer_is_llamacpps(tmp_path: Path) -> None:
+    """Beside it only GLM's starts of a next turn count here, and llama.cpp counts its tokens of filling in the middle."""
+    pytest.importorskip("xllamacpp")
+    names = [name for name in CASES if "fill-in" not in name and name not in ("no kinds", "unknown kinds")]
+    others = [text for text in ENDS if text not in CASES["words"]["tokens"]]
+    more = {f"only {text}": vocabulary([text], USER_DEFINED) for text in others}
+    cases = {name: CASES[name] for name in names} | more
+    paths = [write(tmp_path / f"{number}.gguf", keys) for number, keys in enumerate(cases.values())]
+    for name, path, answer in zip(cases, paths, llamacpp([(path, []) for path in paths]), strict=True):
+        assert sorted(end_token_ids(gguf_tokenizer(read_gguf(path)))) == answer["ends"], name
+
+
 def test_more_ends_than_one_and_fill_in_by_text() -> None:
-    assert len(set(END_TEXTS)) == len(END_TEXTS) and len(set(FILL_IN)) == len(FILL_IN)
+    assert len(set(ENDS)) == len(ENDS) and len(set(FILL_IN)) == len(FILL_IN)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from qgraft.data.ends import ENDS, end_token_ids, until_end
+from qgraft.data.ends import ENDS, STARTS, end_token_ids, until_end
 from qgraft.data.templates import ChatTemplate
 
 WORDS = {"[UNK]": 0, "<s>": 1, "<eos_of_text>": 2, "hello": 3}
@@ -48,13 +48,13 @@ def tokenizer_with(tokens: list[str], special: bool = True, **roles: str | None)
 def test_the_template_tells(case: str, special: bool) -> None:
     template, end = TEMPLATES[case]
     tokenizer = tokenizer_with(TOKENS, special)
-    by_text = [text for text in ENDS if text in TOKENS]
+    by_text = [text for text in (*ENDS, *STARTS) if text in TOKENS]
     ends = tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer, None, ChatTemplate(template, case)))
     assert ends[0] == "<eos_of_text>" and ends == list(dict.fromkeys(ends))
     assert set(ends) == {"<eos_of_text>", *by_text, *([end] if end else [])}
 
 
-@pytest.mark.parametrize("text", ENDS)
+@pytest.mark.parametrize("text", [*ENDS, *STARTS])
 def test_texts_tell(text: str) -> None:
     tokenizer = tokenizer_with([text, "<other>"])
     assert end_token_ids(tokenizer) == [2, tokenizer.convert_tokens_to_ids(text)]

@@ -1,7 +1,8 @@
 """What llama.cpp makes of texts with the vocabularies of GGUF files, in a process of its own: JSON in, JSON out.
 
 in      [{"model": path, "texts": [text], "special": bool}, ...]       special: with bos and eos as the file says
-out     [{"ids": [[id], ...], "kinds": [attributes of each token]} or {"error": what it logged}, ...]
+out     [{"ids": [[id], ...], "kinds": [attributes of each token], "ends": [tokens that end generation]}
+         or {"error": what it logged}, ...]
 
 Only the vocabulary is loaded (milliseconds), through the C interface that the library of the xllamacpp package exports:
 its server would load a model for each file. `Parameters` is llama_model_params as bytes, because that structure grows from
@@ -37,6 +38,7 @@ def library() -> ctypes.CDLL:
         "llama_model_free": (None, [pointer]),
         "llama_vocab_n_tokens": (number, [pointer]),
         "llama_vocab_get_attr": (number, [pointer, number]),
+        "llama_vocab_is_eog": (ctypes.c_bool, [pointer, number]),
         "llama_tokenize": (number, [pointer, ctypes.c_char_p, number, pointer, number, ctypes.c_bool, ctypes.c_bool]),
         "llama_log_set": (None, [Log, pointer]),
     }
@@ -72,8 +74,10 @@ def main() -> None:
             continue
         vocabulary = llama.llama_model_get_vocab(model)
         ids = [tokenize(llama, vocabulary, text, job["special"]) for text in job["texts"]]
-        kinds = [llama.llama_vocab_get_attr(vocabulary, i) for i in range(llama.llama_vocab_n_tokens(vocabulary))]
-        answers.append({"ids": ids, "kinds": kinds})
+        tokens = range(llama.llama_vocab_n_tokens(vocabulary))
+        kinds = [llama.llama_vocab_get_attr(vocabulary, token) for token in tokens]
+        ends = [token for token in tokens if llama.llama_vocab_is_eog(vocabulary, token)]
+        answers.append({"ids": ids, "kinds": kinds, "ends": ends})
         llama.llama_model_free(model)
     sys.stdout.write("\n" + json.dumps(answers))
 

@@ -21,17 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.data.ends import ENDS
 from qgraft.errors import CheckpointError
 
 UNDEFINED, NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(7)  # as in the file
 SPECIAL = (CONTROL, UNKNOWN)
 CUT_OUT = (CONTROL, UNKNOWN, USER_DEFINED)
 
-END_TEXTS = (  # tokens that end a turn or a text, whatever the file says of them
-    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>",
-    "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<end_of_utterance>",
-    "<eos>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~[",
-)  # fmt: skip
 FILL_IN_TEXTS = {  # the key of the id -> the texts that are looked for where the file has no such key
     ("fim_pre", "prefix"): ("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
                             "<|code_prefix|>", "<|prefix|>"),
@@ -97,7 +93,7 @@ def _corrected(stated: Sequence[int], ids: Mapping[str, int], metadata: Mapping[
     for keys, texts in FILL_IN_TEXTS.items():
         if not any(f"tokenizer.ggml.{key}_token_id" in metadata for key in keys):
             put(CONTROL, *sorted((text for text in texts if text in ids), key=ids.__getitem__)[:1])
-    put(CONTROL, *END_TEXTS)
+    put(CONTROL, *ENDS)  # they end a turn or a text, whatever the file says of them
     put(USER_DEFINED, *_PRINTED)
     calls = "<|call|>" in ids or "<|calls|>" in ids
     if calls and ("<|return|>" in ids or "<|flush|>" in ids):

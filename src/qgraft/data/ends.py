@@ -26,11 +26,9 @@ if TYPE_CHECKING:
 ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "<|endoftext|>", "<end_of_turn>", "<|end|>", "<turn|>",
     "<|return|>", "<|call|>", "<|calls|>", "<|flush|>", "<|tool_response>", "<end_of_utterance>", "<EOT>", "_<EOT>",
-    "[EOT]", "[EOS]", "<eos>", "</s>", "<|user|>", "<|observation|>",
+    "[EOT]", "[EOS]", "<eos>", "</s>", "<｜end▁of▁sentence｜>", "[e~[",
 )  # fmt: skip
-# What ends nothing in a vocabulary that has all of the others: parts of an answer that has several (gpt-oss, Solar Open),
-# and a word of Gemma 4's.
-_NOT_WITH = {"<|end|>": ({"<|return|>", "<|call|>"}, {"<|flush|>", "<|calls|>"}), "</s>": ({"<|tool_response>"},)}
+STARTS = ("<|user|>", "<|observation|>")
 _QUESTION, _ANSWER = "Is this the question?", "This is the answer."
 
 
@@ -58,8 +56,11 @@ def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
 
 def _by_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     own = tokenizer.get_added_vocab()
-    there = {text for text in ENDS if text in own}
-    ends = [text for text in ENDS if text in there and not any(others <= there for others in _NOT_WITH.get(text, ()))]
+    ends = dict.fromkeys(text for text in (*ENDS, *STARTS) if text in own)
+    if ends.keys() & {"<|return|>", "<|flush|>"} and ends.keys() & {"<|call|>", "<|calls|>"}:
+        ends.pop("<|end|>", None)  # ends a part of the answer there, not the answer (gpt-oss, Solar Open)
+    if "<|tool_response>" in ends:
+        ends.pop("</s>", None)  # Gemma 4's vocabulary has it as a word among others
     return [own[text] for text in ends]
 
 
