@@ -30,6 +30,22 @@ from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGenerat
 from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
 from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
 
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`spread(n)`: of a test's cases n run by default, evenly spread over them in their order; the others are slow."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("spread") is not None:
+            cases.setdefault((item.path, getattr(item, "originalname", item.name)), []).append(item)
+    for found in cases.values():
+        marker = found[0].get_closest_marker("spread")
+        kept = {round(k * (len(found) - 1) / max(marker.args[0] - 1, 1)) for k in range(marker.args[0])}
+        for number, item in enumerate(found):
+            if number not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
 HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, LENGTH = 64, 2, 4, 2, 256, 128
 SHAPE = {
     "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,

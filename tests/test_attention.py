@@ -140,6 +140,7 @@ def additive(mask: Tensor) -> Tensor:
     return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
 
 
+@pytest.mark.spread(38)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize(

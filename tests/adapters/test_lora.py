@@ -79,6 +79,7 @@ def test_output_and_gradients_are_those_of_the_formula_in_float64(kind: str, lea
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("kind", BASES)
 def test_gradcheck_of_the_function(kind: str, dropout: float) -> None:

@@ -278,6 +278,7 @@ def own_loss(model: Any, samples: Sequence[Sample]) -> Tensor:
     return total
 
 
+@pytest.mark.spread(8)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("projection", [False, True])
 @pytest.mark.parametrize("architecture", MODELS)
@@ -424,6 +425,7 @@ def each_alone(model: Any, names: Sequence[str | None], run: Callable[[int], Ten
     return torch.cat(rows)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("architecture", [name for name in MODELS if name != "gpt2"])  # whose Conv1D takes no LoRA
 def test_each_row_is_what_it_is_alone(architecture: str) -> None:
     model = with_both(architecture)

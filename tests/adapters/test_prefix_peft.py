@@ -95,6 +95,7 @@ def test_same_logits_gradients_and_tokens(architecture: str, projection: bool) -
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("architecture", MODELS)
 def test_same_answers(architecture: str, padded: bool) -> None:

@@ -110,6 +110,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("case", OPTIONS)
 def test_peft_computes_the_same(tiny: Any, tmp_path: Path, random_ids: Maker, case: str) -> None:
     model = with_adapter(tiny, **OPTIONS[case])
@@ -178,6 +179,7 @@ def peft_model(tiny: Any, **options: Any) -> peft.PeftModel:
     return model
 
 
+@pytest.mark.spread(5)
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("case", PEFT_OPTIONS)
 def test_adapters_made_by_peft_load(tiny: Any, tmp_path: Path, random_ids: Maker, case: str, safe: bool) -> None:
@@ -554,6 +556,7 @@ def variants(tiny: Any, tmp_path: Path) -> tuple[PreTrainedModel, PreTrainedMode
     return old, new
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("before", ["nothing", "sealed", "from PEFT"])
 @pytest.mark.parametrize("operation", ["replace", "fsync"])
 def test_a_save_that_stops_is_never_a_mixture(

@@ -75,6 +75,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "shards"])
 def test_a_folder_computes_what_the_original_computes(tmp_path: Path, name: str, layout: str) -> None:
     model = load(folder_of(tmp_path / "m", name, layout))
@@ -96,6 +97,7 @@ def test_packed_bytes_are_those_of_the_file(tmp_path: Path, name: str) -> None:
             assert torch.equal(layer.packed.scale, weights[f"{path}.weight_scale"])
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("how", ["while loading", "in memory"])
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("generation", GENERATIONS)
@@ -123,6 +125,7 @@ def test_quantizing_gives_the_originals_bits(tmp_path: Path, generation: str, ki
     torch.testing.assert_close(logits, original, atol=1e-4, rtol=0)
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "shards"])
 def test_save_writes_the_same_tensors_as_safetensors(tmp_path: Path, name: str, layout: str) -> None:
     source = folder_of(tmp_path / "source", name, layout)

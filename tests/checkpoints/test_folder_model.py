@@ -61,6 +61,7 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.spread(5)
 @pytest.mark.parametrize("quantized", [None, *QUANTIZED])
 @pytest.mark.parametrize("stored", DTYPES)
 def test_weights_and_logits(tmp_path: Path, random_ids: Maker, stored: str, quantized: str | None) -> None:

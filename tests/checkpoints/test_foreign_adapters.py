@@ -75,6 +75,7 @@ def change(folder: Path, edit: Callable[[dict[str, Tensor]], None]) -> None:
     save_file(state, folder / WEIGHTS, {"format": "pt"})
 
 
+@pytest.mark.spread(3)
 @pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
 @pytest.mark.parametrize("case", CASES)
 def test_the_logits_are_pefts(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, case: str) -> None:

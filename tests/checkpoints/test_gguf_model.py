@@ -42,6 +42,7 @@ def packed_modules(model: nn.Module) -> dict[str, QuantizedLinear | QuantizedEmb
     }
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
 def test_logits_equal_the_float_models(
     tiny_gguf: Maker, random_ids: Maker, gemma_scaled: Maker, architecture: str, tied: bool
@@ -262,6 +263,7 @@ def test_generation_stops_at_end_of_text_and_of_turn(
     assert load_gguf(tiny.path, torch.float32)[0].generation_config.eos_token_id == expected
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_tokenizer_is_llamacpps(tiny_gguf: Maker, architecture: str) -> None:
     """test_gguf_tokenizer.py asks more. transformers' reader goes by the architecture: no blank in front for a Gemma, and in

@@ -112,6 +112,7 @@ def test_a_mask_takes_the_blanks_before_it(tmp_path: Path, pre: str, name: str, 
     assert got == expected
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(
     ("model", "pre", "newlines"),
     [("gemma4", None, 0), ("gemma4", "x", 5), ("gpt2", "sarvam-moe", 0), ("gpt2", "gemma4", 3), ("gemma4", None, 1)],

@@ -90,6 +90,7 @@ def edit_json(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "phi3", "gpt2", "starcoder2"])
 def test_peft_serves_the_folder(
     tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, architecture: str, projection: bool
@@ -164,6 +165,7 @@ def test_dropout_is_not_in_what_is_served(tiny: Any, tmp_path: Path, projection:
     assert torch.equal(served, expected)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("safe", [True, False])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_prefixes_made_by_peft_load(
@@ -446,6 +448,7 @@ def test_what_needs_deltas_says_why_not(tiny: Any, saved: Path, tmp_path: Path) 
     assert not (tmp_path / "new").exists() and not (tmp_path / "p.gguf").exists()
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("before", ["nothing", "sealed", "without projection", "from PEFT"])
 @pytest.mark.parametrize("operation", ["replace", "fsync"])
 def test_a_save_that_stops_is_never_a_mixture(

@@ -66,6 +66,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
 def test_an_unchanged_model_gives_an_identical_file(
     tiny_gguf: Maker, tmp_path: Path, architecture: str, tied: bool
@@ -94,6 +95,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     assert current_fingerprint(model) == load(tmp_path / "copy.gguf").qgraft_base.fingerprint
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize(("architecture", "tied"), CASES)
 def test_changed_layers(
     tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, gemma_scaled: Maker, architecture: str, tied: bool
@@ -197,6 +199,7 @@ def test_wrapped_layers(tiny_gguf: Maker, tmp_path: Path) -> None:
 # ---------------------------------------------------------------- other formats
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("wanted", "kind", "file_type"), [("q8_0", Q.Q8_0, 7), ("f16", Q.F16, 1), ("q4_0", Q.Q4_0, 2)])
 def test_every_linear_layer_in_another_format(

@@ -330,6 +330,7 @@ def test_only_on_a_chatglm(tmp_path: Path, tiny_gguf: Maker) -> None:
 # ---------------------------------------------------------------- in a whole checkpoint
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "shards"])
 def test_a_model_loads_with_its_prefix(tmp_path: Path, name: str, layout: str) -> None:
     folder = whole(tmp_path / "whole", name, layout)
@@ -347,6 +348,7 @@ def test_a_model_loads_with_its_prefix(tmp_path: Path, name: str, layout: str) -
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("layout", ["bin", "safetensors", "shards"])
 def test_save_copies_the_prefix_as_it_is(tmp_path: Path, name: str, layout: str) -> None:
     folder = whole(tmp_path / "whole", name, layout)

@@ -185,6 +185,7 @@ def messages_of(row: dict[str, Any]) -> list[tuple[str, str]]:
 # --- inspect
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4", "int4-bin"])
 def test_inspect_counts_weights_in_their_formats(folder, generation, kind, capsys):
     path = folder(generation, kind)
@@ -235,6 +236,7 @@ def configure(path: Path, **values: Any) -> None:
 # --- train
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4", "int4-bin"])
 def test_training_by_flags(trained, folder, generation, kind, capsys):
     out = trained(generation, kind)
@@ -273,6 +275,7 @@ def test_the_built_in_set_alpaca_rows_and_checkpointed_activations(folder, rows,
         torch.testing.assert_close(again[key], value, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("budget", [0, 64, 10_000])
 @pytest.mark.parametrize("kind", ["fp16", "int4"])
 def test_packed_samples_have_the_gradients_of_single_ones(folder, generation, kind, budget):
@@ -330,6 +333,7 @@ def test_a_conversation_with_and_without_the_adapter(trained, folder, generation
     assert printed.out == expected
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["fp16", "int8", "int4"])
 def test_eval_is_the_mean_loss_of_the_models_own_forward_pass(trained, folder, rows, generation, kind, capsys):
     path, out = folder(generation, kind), trained(generation, kind)
@@ -353,6 +357,7 @@ def test_eval_is_the_mean_loss_of_the_models_own_forward_pass(trained, folder, r
 # --- merge, combine, export
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_a_merge_keeps_what_the_adapter_learned(trained, folder, rows, tmp_path, generation, kind, capsys):
     """The rows are found by the columns that the training named."""
@@ -449,6 +454,7 @@ def test_doctor_knows_the_formats(capsys):
 # --- the helpers of the tutorials
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_the_helpers_of_the_tutorials(folder, generation, kind):
     model, tokenizer = loaded(folder(generation, kind))

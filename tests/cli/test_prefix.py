@@ -113,6 +113,7 @@ def test_export_a_prefix_for_peft(trained, tmp_path, capsys):
     assert "it is of a ChatGLM, and this is a LlamaForCausalLM" in capsys.readouterr().err
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("projection", ["false", "true"])
 @pytest.mark.parametrize("generation", ["chatglm", "chatglm2"])
 def test_there_and_back_between_qgraft_and_the_scripts(

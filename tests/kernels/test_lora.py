@@ -65,6 +65,7 @@ def shapes(format: str) -> list[tuple[int, int]]:
     return [(5, block), (64, max(block, 96)), (201, 512)] if block > 2 else [(5, 2), (64, 96), (201, 330)]
 
 
+@pytest.mark.spread(44)
 @pytest.mark.parametrize("tokens", [0, 1, 7, 21, 100, 230])
 @pytest.mark.parametrize("ranks", [(), (1,), (8,), (3, 17)], ids=str)
 def test_every_level_computes_the_formulas(

@@ -78,6 +78,7 @@ def test_dequantize_returns_memory_of_its_own(format: str, random_packed: MakePa
     assert torch.equal(packed.data, before)
 
 
+@pytest.mark.spread(9)
 @pytest.mark.parametrize(("kernel", "format"), KERNELS)
 def test_linear_and_its_input_gradient_agree_with_float64_over_odd_shapes(
     kernel: str, format: str, random_packed: MakePacked, use_kernels: UseKernels
@@ -262,6 +263,7 @@ def test_every_half_is_read_as_torch_reads_it(use_kernels: UseKernels) -> None:
     assert torch.equal(got[number, 0].view(torch.int32), halves[number].float().view(torch.int32))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("kernel", "format"), FEW)
 def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, use_kernels: UseKernels) -> None:
     """Schema, autograd registration and shape functions agree with what the kernels do."""
@@ -286,6 +288,7 @@ def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, u
         assert set(results.values()) == {"SUCCESS"}, op
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("kernel", "format"), FEW)
 def test_first_and_second_derivatives_of_both_ops(
     kernel: str, format: str, random_packed: MakePacked, use_kernels: UseKernels

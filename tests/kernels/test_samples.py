@@ -52,6 +52,7 @@ def test_every_level_attends_as_float64_does(cpu_level: str, channels: int, head
     same_as_float64(inputs(LENGTHS, heads, groups, channels))
 
 
+@pytest.mark.spread(81)
 @pytest.mark.parametrize("prefix", [0, 1, 70])
 @pytest.mark.parametrize("contexts", [None, [17, 1, 40, 0, 64], [0, 9, 70, 1, 200]])
 @pytest.mark.parametrize("window", [None, 1, 7, 64, 100])

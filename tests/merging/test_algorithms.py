@@ -127,6 +127,7 @@ def test_descent_never_rises_from_codes_below_the_writers_range(format_):
     assert int(merged.codes.min()) >= int(codes.min()) and int(merged.codes.max()) <= grid.high
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("format_", WRITABLE)
 def test_without_a_delta_nothing_moves(format_):
     grid, problem, delta = a_problem(format_)

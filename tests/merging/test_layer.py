@@ -43,6 +43,7 @@ def held_error(weight: Tensor, packed: PackedTensor, delta: Tensor, inputs: Inpu
     return float((held_m @ weight.double().T - wanted).norm() / (held_m @ base.T - wanted).norm())
 
 
+@pytest.mark.spread(12)
 @pytest.mark.parametrize("format_", GRIDS)
 @pytest.mark.parametrize("method", [*CHAINS])
 def test_the_outputs_come_closer_and_the_report_says_how_close(format_, method):
@@ -69,6 +70,7 @@ def test_the_outputs_come_closer_and_the_report_says_how_close(format_, method):
         assert torch.equal(before.codes, after.codes)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("format_", GRIDS)
 def test_a_step_that_does_worse_on_tokens_it_has_not_seen_is_not_taken(format_):
     """Held-out tokens on which the base is exactly right already: only the base's own bytes are as good."""

@@ -93,6 +93,7 @@ def check_inputs(got: dict[str, Inputs], a: dict[str, Tensor], m: dict[str, Tens
             assert float((tensor - expected).norm() / expected.norm()) < 2e-5, (path, name)
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("way", ["one row", "padded"])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
 def test_the_streams_are_the_adapters_model_and_the_base_while_nothing_merges(trained, monkeypatch, architecture, way):
@@ -180,6 +181,7 @@ def test_the_padded_way_solves_the_same_problems(trained, monkeypatch):
         assert abs(one.error - other.error) < 0.05, one.path
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("method", ["auto", "scales", "codes", "feedback"])
 def test_a_layer_that_the_pass_does_not_reach_is_named(trained, rows, method):
     model, tokenizer = trained().load()

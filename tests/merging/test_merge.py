@@ -83,6 +83,7 @@ def plain(model: nn.Module) -> bool:
 # ---------------------------------------------------------------- what is kept
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma2", "phi3", "gpt2"])
 def test_a_merge_keeps_what_rounding_loses_and_the_file_is_of_the_same_kind(
     trained, rows, tmp_path, monkeypatch, architecture
@@ -163,6 +164,7 @@ def test_the_report_says_what_was_done(trained, rows):
     assert kinds == sorted(kinds) and set(kinds) == {"0", "1"}  # in the order of the pass
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("method", [name for name in layer.METHODS if name != "auto"])
 def test_every_method_merges_and_says_its_name(trained, rows, method):
     model, tokenizer = trained().load()
@@ -376,6 +378,7 @@ class Bomb:
 PLACES = {"in a layer": (layer.CHAINS, "auto"), "distilling": (work, "distill"), "at the end": (merge_module, None)}
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("place", [*PLACES])
 @pytest.mark.parametrize(("error", "to"), [(KeyboardInterrupt, None), (RuntimeError, "q8_0")])
 def test_an_exception_half_way_leaves_the_model_as_it_was(trained, rows, monkeypatch, place, error, to):

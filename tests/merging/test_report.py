@@ -88,6 +88,7 @@ def test_printing_ends_with_the_gain_and_the_notes():
     assert printed(replace(REPORT, notes=(path,)), width=80).endswith(path + "\n")
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("report", [REPORT, BARE, replace(REPORT, kept=replace(KEPT, base=0.9)),
                                     replace(BARE, layers=[replace(LAYERS[0], error=None)])])  # fmt: skip
 def test_the_picture_is_drawn(report, tmp_path):

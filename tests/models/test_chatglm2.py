@@ -189,6 +189,7 @@ def computed(golden: Callable[[str], Any]) -> dict[str, dict[str, Tensor]]:
     return results
 
 
+@pytest.mark.spread(40)
 @pytest.mark.parametrize(("folder", "name"), [(folder, name) for folder in FOLDERS for name in names(folder)])
 def test_equals_the_original(folder: str, name: str, computed: Any, golden: Callable[[str], Any]):
     io = golden(folder)[2]

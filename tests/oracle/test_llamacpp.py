@@ -48,6 +48,7 @@ def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = Non
             lora.lora_B.normal_(0, 0.2)
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 def test_float32_files_give_our_logprobs_to_rounding(
     architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path

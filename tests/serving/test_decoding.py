@@ -395,6 +395,7 @@ def packed(kind: str, **options: Any) -> Any:
     return qgraft.quantize(model, "q8_0") or model
 
 
+@pytest.mark.spread(15)
 @pytest.mark.parametrize("prompt", [3, 24])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
@@ -417,6 +418,7 @@ WINDOWS = {
 }
 
 
+@pytest.mark.spread(6)
 @pytest.mark.parametrize("prompt", [5, 11, 30])
 @pytest.mark.parametrize("with_config", [True, False], ids=["sliding cache", "whole cache"])
 @pytest.mark.parametrize("kind", WINDOWS)

@@ -74,6 +74,7 @@ def assert_same_bits(source, tmp_path, monkeypatch, **options):
     return plain, cached
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_losses_and_adapter_are_the_same_bits(tiny_gguf, tmp_path, monkeypatch, architecture):
     plain, cached = assert_same_bits(tiny_gguf(architecture).path, tmp_path, monkeypatch)
@@ -88,6 +89,7 @@ def test_both_chatglms(tiny_chatglm, tmp_path, monkeypatch, generation):
     assert cached[0] < 0.6 * plain[0]
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("options", [
     {"compute": "float32"}, {"per_device_train_batch_size": 1}, {"gradient_checkpointing": True, "lora_dropout": 0.2},
     {"gradient_accumulation_steps": 2, "max_tokens_per_pass": 60}, {"max_tokens_per_pass": 10_000},

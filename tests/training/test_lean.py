@@ -33,6 +33,7 @@ SAMPLES = [
 ]
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi3", "stablelm", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients_are_those_of_the_models_own_modules(
@@ -108,6 +109,7 @@ def test_gated_product_passes_gradcheck(activation: Any) -> None:
     )
 
 
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "stablelm", "gpt2"])
 def test_no_module_of_a_bf16_model_in_training_sees_or_makes_float32(name: str, tiny_gguf: Callable[..., Any]) -> None:
     """One that does makes all that follows compute in float32, since the residual stream takes it up."""

@@ -76,6 +76,7 @@ def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
         trainer._load_from_checkpoint(str(tmp_path / "False"))
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("tokens_per_pass", [8, 1000])
 @pytest.mark.parametrize("batch, accumulated", [(6, 1), (2, 3)])
 def test_a_step_learns_the_weighted_mean_whatever_its_parts(tiny_gguf, tmp_path, batch, accumulated, tokens_per_pass):

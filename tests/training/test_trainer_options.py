@@ -226,6 +226,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.spread(4)
 @pytest.mark.parametrize("kind", [kind.value for kind in SchedulerType])
 def test_the_learning_rate_follows_every_schedule(kind, run):
     by_loss = kind in ("reduce_lr_on_plateau", "greedy")
@@ -263,6 +264,7 @@ def test_every_optimizer_that_is_supported_is_tried():
     assert set(CHOICES["optim"][0]) == OPTIMIZERS.keys()
 
 
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_lowers_the_loss(name, run):
     found = run(optim=name, max_steps=12, learning_rate=0.5 if name == "sgd" else 1e-2, weight_decay=0.01)
