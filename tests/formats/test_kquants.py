@@ -46,6 +46,7 @@ def test_error_is_a_part_of_a_step(name: str, format: str, most: float) -> None:
     assert error < most * w_OI.square().mean().sqrt()
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("format", WRITABLE)
 def test_each_block_is_quantized_by_itself(format: str) -> None:
     """More blocks than are searched at once, and the same blocks one row after the other."""

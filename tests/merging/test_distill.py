@@ -132,6 +132,7 @@ def divergence(model: Any, merged: dict[str, PackedTensor], samples: Any, target
     return mean_divergence(targets, states, output_head(model))
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2 has biases
 def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained, rows, architecture):
     model, tokenizer = trained(architecture).load()

@@ -488,6 +488,7 @@ def test_layers_that_cannot_take_a_delta_are_all_named(trained, rows):
 # ---------------------------------------------------------------- other formats
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("to", ["q8_0", "f16"])
 def test_another_format_keeps_more_and_unmerge_brings_the_old_one_back(trained, rows, tmp_path, to):
     model, tokenizer = trained().load()

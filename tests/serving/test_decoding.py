@@ -451,6 +451,7 @@ def test_scaled_positions_are_refused(random_ids):
 # ---------------------------------------------------------------- more than one user
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("threads", [1, 2])
 def test_eight_threads_each_with_its_adapter_and_its_conversation(load, random_ids, monkeypatch, threads):
     model = load("qwen2")

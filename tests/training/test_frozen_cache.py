@@ -83,6 +83,7 @@ def test_losses_and_adapter_are_the_same_bits(tiny_gguf, tmp_path, monkeypatch, 
     assert not [path for path in (tmp_path / "cached").iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("generation", ["chatglm", "chatglm2"])
 def test_both_chatglms(tiny_chatglm, tmp_path, monkeypatch, generation):
     plain, cached = assert_same_bits(tiny_chatglm(generation), tmp_path, monkeypatch, quantize="chatglm-int8")
@@ -99,6 +100,7 @@ def test_whatever_the_run_does_beside_it(tiny_gguf, tmp_path, monkeypatch, optio
     assert_same_bits(tiny_gguf("llama").path, tmp_path, monkeypatch, **options)
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("architecture", ["stablelm", "gemma2"])
 def test_where_attention_is_masked_a_note_says_that_it_is_to_rounding(tiny_gguf, tmp_path, monkeypatch, architecture):
     source = tiny_gguf(architecture).path

@@ -131,6 +131,7 @@ def test_the_model_is_as_before_but_for_its_adapter(tiny_gguf, tmp_path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize(
     "options", [{}, {"lora_dropout": 0.2, "gradient_accumulation_steps": 2, "max_tokens_per_pass": 60}]
 )
@@ -196,6 +197,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_gguf, tmp_path):
     assert report.metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf, tmp_path, number):
     whole, part = tmp_path / "whole", tmp_path / "part"

@@ -48,6 +48,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("case", OPTIONS)
 def test_a_resumed_run_ends_in_the_same_bytes(tiny_gguf, tmp_path, case):
     whole, part, options = tmp_path / "whole", tmp_path / "part", OPTIONS[case]
