@@ -323,7 +323,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "weights gone": (lambda f: (f / WEIGHTS).unlink(), AdapterError, f"(?s)changed since.*{WEIGHTS}: missing"),
     "weights and seal gone": (unsealed(lambda f: (f / WEIGHTS).unlink()), AdapterError, f"holds no {WEIGHTS}"),
     "options gone": (lambda f: (f / CONFIG).unlink(), AdapterError, f"holds no {CONFIG}"),
-    "no folder": (shutil.rmtree, AdapterError, f"holds no {CONFIG}"),
+    "no folder": (shutil.rmtree, AdapterError, "no such file or folder"),
     "options not JSON": (lambda f: (f / CONFIG).write_text("{"), AdapterError, f"{CONFIG} is not JSON"),
     "options a list": (lambda f: (f / CONFIG).write_text("[]"), AdapterError, "got a JSON list, expected an object"),
     "seal not JSON": (lambda f: (f / SEAL).write_text("?"), AdapterError, f"{SEAL} is not JSON"),

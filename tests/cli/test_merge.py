@@ -185,7 +185,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tiny_gguf, tmp_path, cap
         (["--output", "x.gguf", "--adapter", "a", "--weight", "1", "--weight", "2"], "got 2 --weight for 1 --adapter"),
         (["--output", "x.gguf", "--adapter", "a", "--min_retained", "0"], "did you mean --min-retained"),
         (["--output", "x.gguf", "--adapter", "a", "--min-retained", "much"], "invalid float value"),
-        (["--output", "x.gguf", "--adapter", "a"], "a holds no adapter_config.json"),
+        (["--output", "x.gguf", "--adapter", "a"], "a: no such file or folder"),
     ],
 )
 def test_mistakes_end_in_a_message(trained, tmp_path, capsys, monkeypatch, words, told):

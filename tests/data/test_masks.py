@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from qgraft.data.masks import EMPTY_BLOCK, NO_END, OWN_WORDS, RETOKENIZED, SEVERAL
+from qgraft.data.masks import CUT_SHORT, EMPTY_BLOCK, NO_END, OWN_WORDS, RETOKENIZED, SEVERAL, THINKS_ANYWAY
 from qgraft.data.messages import Call, Conversation, ConversationError, Message
 from qgraft.data.reading import Accounting, read_dataset
-from qgraft.data.rendering import MOVED_SYSTEM
+from qgraft.data.rendering import MOVED_SYSTEM, REWRITTEN
 from qgraft.data.templates import ChatTemplate, variant
 from qgraft.data.tokenizing import IGNORED, build_samples, encode_conversation, encode_prompt, resolve_template
 from qgraft.errors import DataError
@@ -350,3 +350,76 @@ def test_a_file_with_a_row_of_each_kind_is_accounted_for(chat_tokenizer, origina
     assert accounting.read == len(ONE_OF_EACH) == accounting.kept + sum(accounting.dropped.values())
     assert accounting.kept == len(kept)
     assert accounting.said()[-1] == "keys of rows that have no effect: id (1)"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("<think>T</think>A", "A<|im_end|>"),
+        ("\n<think>\nT\n</think>\n\nA", "A<|im_end|>"),
+        ("A", "A<|im_end|>"),
+        ("Well <think>T</think> A", None),
+        ("T</think>A", None),
+        ("<think>T</think>A<think>Y</think>B", None),
+        ("Use `<think>` here, then `</think>`.", None),
+        ("<think>T no end", None),
+    ],
+)
+def test_reasoning_is_masked_where_it_is_one_block_at_the_beginning(chat_tokenizer, original, content, expected):
+    """Otherwise nobody can say what is reasoning: the row is dropped, and counted."""
+    tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
+    asked = Conversation.of("a:1", ("user", "Q"), ("assistant", content))
+    if expected is None:
+        with pytest.raises(ConversationError, match="mask_reasoning: thinking tags elsewhere"):
+            encode_conversation(tokenizer, asked, mask_reasoning=True)
+    else:
+        assert learned(tokenizer, encode_conversation(tokenizer, asked, mask_reasoning=True)) == [expected]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "r1-distill"])
+def test_words_before_the_reasoning_are_not_lost_in_silence(chat_tokenizer, name):
+    tokenizer = chat_tokenizer("<|im_end|>", "")
+    chosen = ChatTemplate(variant(name), name)
+    asked = Conversation.of("a:1", ("user", "Q"), ("assistant", "Well <think>T</think> A"))
+    with pytest.raises(ConversationError, match="leaves out a part of an answer: 'Well'"):
+        encode_conversation(tokenizer, asked, template=chosen)
+    both = Conversation((Message("user", "Q"), Message("assistant", "<think>X1Y2</think>A1", reasoning="T1")), "a:1")
+    try:
+        (text,) = learned(tokenizer, encode_conversation(tokenizer, both, template=chosen))
+    except ConversationError:
+        return
+    assert "X1Y2" in text and "T1" in text and "A1" in text
+
+
+def test_what_changes_an_answer_is_said(chat_tokenizer, original):
+    tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
+    upper = ChatTemplate(original("hermes").replace("message['content']", "(message['content'] | upper)"), "upper")
+    assert upper.text != original("hermes")
+    for template, content, remark in (
+        (upper, "Hello you", REWRITTEN),
+        (None, "say <|im_end|> ok", CUT_SHORT),
+        (None, "say ok", None),
+    ):
+        accounting = Accounting(read=1, kept=1)
+        asked = Conversation.of("a:1", ("user", "Q"), ("assistant", content))
+        build_samples(tokenizer, [asked], accounting, template=template)
+        assert [note.rpartition(" (rows")[0] for note in accounting.notes] == ([remark] if remark else [])
+
+
+def test_thinking_behind_a_prompt_that_asks_for_none_is_said(chat_tokenizer, original):
+    tokenizer = chat_tokenizer("<|im_end|>", original("qwen3"))
+    accounting = Accounting(read=1, kept=1)
+    template = resolve_template(tokenizer, None, enable_thinking=False)
+    build_samples(tokenizer, [thinking("T")], accounting, template=template)
+    assert any(note.startswith(THINKS_ANYWAY) for note in accounting.notes)
+
+
+def test_a_system_column_beside_a_system_message_is_named():
+    messages = [
+        {"role": "system", "content": "X"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    conversations, accounting = read_dataset([{"system": "S", "messages": messages}])
+    assert conversations[0].messages[0].content == "X"
+    assert "system (beside a system message)" in " ".join(accounting.said())

@@ -31,7 +31,7 @@ def reason(messages, **keys):
 @pytest.mark.parametrize(
     ("keys", "weight"),
     [({}, 1), ({"weight": 0}, 0), ({"weight": 1}, 1), ({"weight": 0.25}, 0.25), ({"weight": 3}, 3), ({"weight": None}, 1),
-     ({"weight": True}, 1), ({"weight": False}, 0), ({"weight": math.nan}, 1), ({"train": False}, 0), ({"train": True}, 1),
+     ({"weight": True}, 1), ({"weight": False}, 0), ({"train": False}, 0), ({"train": True}, 1),
      ({"loss": False}, 0), ({"loss": 0}, 0), ({"trainable": False}, 0), ({"trainable": None}, 1), ({"loss": 1.0}, 1),
      ({"train": False, "weight": 2}, 0), ({"train": True, "weight": 2}, 2)],
 )  # fmt: skip
@@ -42,6 +42,7 @@ def test_what_an_answer_weighs(keys, weight):
 @pytest.mark.parametrize(
     ("keys", "why"),
     [({"weight": -1}, "weight is '-1'"), ({"weight": "0"}, "weight is '0'"), ({"weight": math.inf}, "weight is 'inf'"),
+     ({"weight": math.nan}, "weight is 'nan'"), ({"weight": 1e39}, r"expected a number from 0 to 1,000,000"),
      ({"train": "no"}, "train is 'no', expected true or false"), ({"loss": 0.5}, "loss is '0.5'"),
      ({"trainable": [0]}, r"trainable is '\[0\]'"), ({"weight": {}}, "weight is '{}'"),
      ({"reasoning_content": ["t"]}, "reasoning_content is a list"), ({"tool_calls": 3}, "tool_calls is a int, not a list"),

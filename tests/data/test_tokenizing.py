@@ -157,11 +157,13 @@ def test_a_prompt_that_ends_in_a_blank_has_earlier_answers_in_other_tokens():
     assert joined.input_ids == joined.labels == second.input_ids
 
 
-def test_missing_end_token_is_appended_to_the_last_answer_and_learned():
+def test_missing_end_token_is_appended_to_each_answer_and_learned():
+    """Each in a sample of its own: behind an earlier answer the template goes on without one."""
     tokenizer = make_tokenizer(NO_END.replace("A: ", "A:"), "</s>")
-    sample = encoded(tokenizer, TWO_TURNS)
-    assert tokenizer.decode(sample.input_ids) == "Q: Hi\nA:Hello\n\nQ: Who?\nA:Me</s>"
-    assert learned(tokenizer, sample) == "HelloMe</s>"
+    first, second = encode_conversation(tokenizer, TWO_TURNS)
+    assert tokenizer.decode(first.input_ids) == "Q: Hi\nA:Hello</s>"
+    assert tokenizer.decode(second.input_ids) == "Q: Hi\nA:Hello\n\nQ: Who?\nA:Me</s>"
+    assert (learned(tokenizer, first), learned(tokenizer, second)) == ("Hello</s>", "Me</s>")
 
 
 def test_the_end_of_a_turn_is_known_where_the_tokenizer_names_another_end():
@@ -171,7 +173,8 @@ def test_the_end_of_a_turn_is_known_where_the_tokenizer_names_another_end():
 
 def test_other_end_tokens_count_when_named():
     tokenizer = make_tokenizer(CHATML_TEMPLATE.replace("<|im_end|>", " over"), "</s>")
-    assert learned(tokenizer, encoded(tokenizer, TWO_TURNS)) == "Hello overMe over</s>"
+    samples = encode_conversation(tokenizer, TWO_TURNS)
+    assert [learned(tokenizer, each) for each in samples] == ["Hello over</s>", "Me over</s>"]
     over = tokenizer(" over", add_special_tokens=False)["input_ids"][-1]
     assert learned(tokenizer, encoded(tokenizer, TWO_TURNS, eos_ids=[over])) == "Hello overMe over"
 

@@ -172,6 +172,8 @@ def load_adapter(
     if folder.name in (WEIGHTS, PICKLED) and folder.with_name(CONFIG).is_file():
         folder = folder.parent
     check_new_name(model, name)
+    if not folder.exists():
+        raise AdapterError(f"{folder}: no such file or folder", hint="give the folder that save_adapter or PEFT wrote")
     bare = is_weight_file(folder) and _holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")

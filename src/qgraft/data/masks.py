@@ -30,11 +30,16 @@ EMPTY_BLOCK = (
     "(--enable_thinking false has prompts end in one, where the template reads that)"
 )
 OWN_WORDS = "the chat template strips the reasoning of answers; it is learned as the rows have it"
+CUT_SHORT = "an answer holds the text of an end token; what is behind it is not learned"
+THINKS_ANYWAY = "enable_thinking is false, and answers with reasoning are learned behind prompts that ask for none"
 NO_END = "the chat template's {% generation %} marks leave out the token that ends an answer, so it is not learned"
 SEVERAL = (
     "the chat template rewrites earlier answers when others follow: several samples, each learning what is last in it"
 )
-
+ENDLESS = (
+    "the chat template writes no token that ends an earlier answer: several samples, each with the tokenizer's end token "
+    "behind its answer"
+)
 RETOKENIZED = (
     "later prompts have earlier answers in other tokens than they are learned in (the prompt ends in a blank): several "
     "samples, each behind the ids of its prompt"
@@ -153,6 +158,10 @@ def _answer(
         )  # fmt: skip
     start = _unlearned(writer, body, prompt, said, choice.mask_reasoning)
     stop, ends = _end(body, start, choice.end_texts)
+    if any(text in said.content for text in choice.end_texts):
+        writer.remark(CUT_SHORT)
+    if writer.template.enable_thinking is False and writer.reads_thinking and reasoning_of(said).strip():
+        writer.remark(THINKS_ANYWAY)
     ranges: tuple[tuple[int, int], ...] = ((start, stop),)
     if marked is not None:
         inside = [(max(first - len(prompt), start), last - len(prompt)) for first, last in marked]
@@ -178,7 +187,7 @@ def _own_words(writer: Writer, prompt: str, said: Message) -> str | None:
     """The row's own text as the model would write it behind the prompt; None where the template cannot be so helped."""
     if said.calls or "</think>" not in writer.template.text or writer.tail is None:
         return None
-    if not reasoning_of(said).strip():
+    if not reasoning_of(said).strip() or (said.reasoning and "<think>" in said.content):
         return None
     writer.remark(OWN_WORDS)
     opened = prompt.rstrip().endswith("<think>")
@@ -210,7 +219,12 @@ def _unlearned(writer: Writer, body: str, prompt: str, said: Message, mask_reaso
     if not mask_reasoning:
         return 0
     thought = reasoning_of(said).strip()
-    return stop or (body.index(thought) + len(thought) if thought and thought in body else 0)
+    start = stop or (body.index(thought) + len(thought) if thought and thought in body else 0)
+    if any(tag in body[start:] for tags in _THOUGHTS for tag in tags):
+        raise ConversationError(
+            "mask_reasoning: thinking tags elsewhere than around one block at an answer's beginning"
+        )
+    return start
 
 
 def _block(body: str, prompt: str) -> tuple[int, bool]:

@@ -41,6 +41,8 @@ _PROBE_CALL = Call(
 _PROBE = Message("assistant", "probe answer")
 _ASKED = Message("user", "probe question")
 CHANCE = 12  # characters that do not stand in a template's own words by chance
+_TAGS = re.compile(r"</?think>")
+REWRITTEN = "the chat template changes the words of answers; they are learned as it writes them"
 MOVED_SYSTEM = "the chat template has no system role: system texts stand in front of the first question"
 
 
@@ -123,6 +125,11 @@ class Writer:
         if words.strip() and not _stands_in(words, body) and self._ignores(whole, messages, tools, other):
             beside = " beside tool_calls" if said.calls else ""
             raise ConversationError(f"the chat template leaves out what an answer says{beside}", hint=VARIANTS_HINT)
+        if words.strip() not in body:
+            self.remark(REWRITTEN)
+        elif lost := [part.strip() for part in _TAGS.split(said.content) if part.strip() not in body]:
+            raise ConversationError(f"the chat template leaves out a part of an answer: {lost[0][:40]!r}",
+                                    hint=VARIANTS_HINT)  # fmt: skip
         for number, call in enumerate(said.calls):
             others = [replace(call, name=call.name + "x")]
             if json.loads(call.arguments):

@@ -44,6 +44,7 @@ _TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool",
     "system_tag": "system",
 }  # fmt: skip
+MOST_WEIGHT = 1_000_000  # of an answer; losses are summed in float32
 _SWITCHES = ("train", "loss", "trainable")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _EFFECTIVE = {
@@ -118,6 +119,8 @@ def read_row(row: object, layout: Layout) -> Read:
     system = layout.text(row, "system", "system")
     if system and messages[:1] and messages[0].role != "system":
         messages.insert(0, Message("system", system))
+    elif system and messages[:1] and messages[0].content != system:
+        ignored = {*ignored, "system (beside a system message)"}
     messages = _checked([each for each in messages if each.role != "system" or each.content.strip()])
     parts = ("messages", "system", "tools") if listed else ("prompt", "query", "response", "history", "system", "tools")
     return Read(messages, tools, frozenset([*ignored, *_unread(row, (layout.find(row, part) for part in parts))]))
@@ -229,10 +232,10 @@ def _weight(keys: Mapping[str, object]) -> float:
         if value is not None and value == 0:
             return 0.0
     weight = keys.get("weight")
-    if _is_empty(weight):
+    if weight is None or weight == "":
         return 1.0
-    if not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
-        raise RowError(f"weight is {str(weight)[:20]!r}, expected a number, 0 or above")
+    if not isinstance(weight, (int, float)) or not 0 <= weight <= MOST_WEIGHT:
+        raise RowError(f"weight is {str(weight)[:20]!r}, expected a number from 0 to {MOST_WEIGHT:,}")
     return float(weight)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from qgraft.data.ends import end_token_ids
-from qgraft.data.masks import RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
+from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
 from qgraft.data.reading import Accounting
 from qgraft.data.rendering import Writer
@@ -270,6 +270,9 @@ class _Encoder:
     def _going_on(self, group: list[Answer], answer: Answer) -> list[Answer] | None:
         """The answers of a sample as the prompt of the next one has them; None where its text or ids are others."""
         assert self.writer is not None
+        if not group[-1].ends:
+            self.writer.remark(ENDLESS)
+            return None
         before = continued(group[-1], answer.prompt, self.choice, self.writer.tails)
         if before is None:
             self.writer.remark(SEVERAL)
