@@ -14,8 +14,8 @@ INSTALL := -m pip install --quiet --disable-pip-version-check
 demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
 
-test: $(READY)            ## the tests that need neither a network nor a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+test: $(READY)            ## the tests that need neither a network nor a GPU; those of other people's libraries are in `make contract`
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/contract
 
 test-slow: $(READY)       ## the others, but those for a GPU
 	$(BIN)/python -m pytest -q -m "slow and not cuda"

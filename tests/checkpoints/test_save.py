@@ -82,6 +82,7 @@ def test_an_unchanged_model_gives_an_identical_file(
     assert names(tmp_path) == {"copy.gguf"}
 
 
+@pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
     path = cache_folder() / Path(KNOWN_MODELS["smollm2-135m"].member).name
     if not path.is_file():

@@ -263,6 +263,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(trained, folder, rows, tmp_path, g
         assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
 
 
+@pytest.mark.spread(1)
 def test_the_built_in_set_alpaca_rows_and_checkpointed_activations(folder, rows, tmp_path, generation, capsys):
     data = ["--dataset", f"identity,{rows.with_name('alpaca.json')}", "--name", "Aria", "--author", "ACME"]
     for name, more in (("plain", []), ("again", ["--gradient_checkpointing", "true"])):

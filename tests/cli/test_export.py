@@ -99,6 +99,7 @@ def test_a_folder_goes_to_another_folder_with_its_seal(trained, tmp_path):
         ({"model": "other"}, "this model is 'qwen2'"),
     ],
 )
+@pytest.mark.spread(3)
 def test_mistakes_are_told_and_nothing_is_written(change, expected, trained, tiny_gguf, tmp_path, capsys):
     model, out = trained
     lora = tmp_path / "law.lora.gguf"

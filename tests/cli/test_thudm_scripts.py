@@ -168,6 +168,7 @@ def test_later_words_win_over_a_file_whatever_each_calls_the_option(tmp_path):
 # --- what is done
 
 
+@pytest.mark.spread(1)
 def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     scripts = GENERATIONS[generation]
     assert cli.main(train_words(generation)) == 0
@@ -197,6 +198,7 @@ def test_train_sh_then_evaluate_sh(generation, tmp_path, capsys):
     assert results["predict_samples"] == 3 and results["generation"] == drawn
 
 
+@pytest.mark.spread(1)
 def test_evaluate_sh_on_what_the_original_train_sh_leaves(generation, tmp_path, capsys):
     assert cli.main(train_words(generation)) == 0
     out = tmp_path / "output" / f"adgen-{generation}-6b-pt-128-2e-2"
@@ -234,6 +236,7 @@ def test_evaluate_finetune_sh(generation, tmp_path, tiny_chatglm):
     assert folder.is_dir()
 
 
+@pytest.mark.spread(1)
 def test_training_measuring_and_answering_in_one_go(generation, tmp_path, capsys):
     out = tmp_path / f"output/adgen-{generation}-6b-pt-128-2e-2"
     more = ["--do_eval", "--do_predict", "--max_new_tokens", "3", "--max_eval_samples", "2", "--save_strategy", "no"]

@@ -172,6 +172,7 @@ def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained,
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_distilled_numbers_are_taken_only_if_the_judging_rows_gain(trained, rows, monkeypatch):
     monkeypatch.setitem(CHAINS, "auto", ())  # leaves the base's numbers, so that there is much to gain
     model, tokenizer = trained().load()

@@ -189,6 +189,7 @@ def test_nearest_and_grid_need_no_rows_and_measure_nothing_without(trained):
         assert plain(model)
 
 
+@pytest.mark.slow
 def test_the_rest_of_a_row_wise_folder_stays_and_its_merge_is_kept(tiny_gguf, rows, tmp_path):
     tiny = tiny_gguf("llama")
     tokenizer = qgraft.load(tiny.path)[1]
@@ -206,6 +207,7 @@ def test_the_rest_of_a_row_wise_folder_stays_and_its_merge_is_kept(tiny_gguf, ro
     assert torch.equal(logits_of(again), logits_of(model))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(trained, rows):
     results = []
     for seed in (1, 1, 2):

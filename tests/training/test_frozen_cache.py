@@ -112,6 +112,7 @@ def test_where_attention_is_masked_a_note_says_that_it_is_to_rounding(tiny_gguf,
     assert cached[0] < 0.7 * plain[0]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_in_the_same_bits(tiny_gguf, tmp_path, monkeypatch):
     options = {"save_strategy": "steps", "save_steps": 3}
     *_, whole = run_once(tiny_gguf("llama").path, tmp_path / "whole", monkeypatch, **options)

@@ -123,6 +123,7 @@ def test_neither_their_number_nor_their_order_matters(tiny_gguf, rows, alone, tm
     assert_as_alone(tmp_path, tmp_path / "budget", "law")  # dropout is drawn for each pass, so it is another one
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_with_gradient_checkpointing(tiny_gguf, rows, tmp_path):
     options = {"gradient_checkpointing": True, "lora_dropout": 0.3, "max_steps": 4, "save_strategy": "no"}
     run_together(tiny_gguf, rows, tmp_path / "jobs", ("law", "med"), **options)

@@ -244,6 +244,7 @@ def run(tiny_gguf, folder, **options):
     return train(model, tokenizer, ROWS, arguments(output_dir=str(folder), **options))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_limit_trains_the_same_and_reports_its_estimate(tiny_gguf, tmp_path):
     run(tiny_gguf, tmp_path / "without", max_tokens_per_pass=100, val_size=4)
     report = run(tiny_gguf, tmp_path / "with", max_tokens_per_pass=100, val_size=4, memory_limit="900GB")

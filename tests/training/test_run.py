@@ -222,6 +222,7 @@ def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
+@pytest.mark.spread(1)
 def test_one_step_of_nan_is_skipped_and_counted(max_grad_norm, tiny_gguf, tmp_path, monkeypatch):
     original = trainer_module.batch_loss
     calls = []
@@ -368,6 +369,7 @@ def test_a_sample_longer_than_the_context_is_cut_there_and_counted(tiny_gguf, tm
 
 
 @pytest.mark.parametrize("compute", ["bf16", "int8"])
+@pytest.mark.slow
 def test_the_loss_curve_of_rounded_products_is_that_of_float32_within_a_percent(compute, tiny_gguf, tmp_path):
     if compute == "bf16" and not has_fast_bf16():
         pytest.skip("this CPU has no bfloat16 arithmetic")

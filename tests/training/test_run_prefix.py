@@ -74,6 +74,7 @@ def test_a_resumed_run_ends_in_the_same_bytes(tiny_gguf, tmp_path, case):
     assert middle != adapter_bytes(whole)[0]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf, tmp_path):
     whole, part = tmp_path / "whole", tmp_path / "part"
     run(tiny_gguf, whole, save_strategy="no", prefix_projection=True)
@@ -112,6 +113,7 @@ def test_checkpoints_are_whole_and_hold_no_base(tiny_gguf, tmp_path):
 
 
 @pytest.mark.parametrize("change", [{"pre_seq_len": 5}, {"prefix_projection": False}, {"finetuning_type": "lora"}])
+@pytest.mark.spread(1)
 def test_resuming_with_another_adapter_is_refused(tiny_gguf, tmp_path, change):
     run(tiny_gguf, tmp_path / "out", prefix_projection=True)
     with pytest.raises(CheckpointError, match="another adapter"):

@@ -166,6 +166,7 @@ def test_settled_options_can_be_settled_again(tmp_path):
 # --- those that are honoured
 
 
+@pytest.mark.slow
 def test_samples_come_in_their_order_with_sequential_sampling(run):
     first = run(train_sampling_strategy="sequential", max_steps=5, seed=1).batches
     assert [len(batch) for batch in first] == [4] * 5
@@ -185,6 +186,7 @@ def test_an_incomplete_batch_is_dropped_if_asked(run):
     assert [len(batch) for batch in run(**options, dataloader_drop_last=True).batches] == [8, 8]
 
 
+@pytest.mark.slow
 def test_logging_is_when_it_is_asked_for(run):
     options = {"max_steps": -1, "num_train_epochs": 2, "per_device_train_batch_size": 4}
     assert run(**options, logging_strategy="epoch").steps("loss") == [5, 10]
