@@ -107,10 +107,10 @@ def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, An
 
 def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[Pairs, list[str]]:
     """(those that fit the model's layers, what differs)."""
-    loras, fitting = stored.pairs, {}
-    problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(model, path, copy))]
+    loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
+    problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
     for path, pair in loras.items():
-        if problem := _shape_problem(model, path, pair, path in stored.embeddings):
+        if problem := _shape_problem(model, layers, path, pair, path in stored.embeddings):
             problems.append(problem)
             continue
         fitting[path] = pair
@@ -118,7 +118,7 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
     if targets and loras and not config.get("exclude_modules"):
-        expected = _targets_of(model, targets)
+        expected = _targets_of(layers, targets)
         if isinstance(targets, list):
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
@@ -131,9 +131,8 @@ def attach_pairs(model: nn.Module, name: str, config: Mapping[str, Any], loras: 
     attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
 
 
-def _targets_of(model: nn.Module, targets: str | list[str]) -> set[str]:
+def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:
     """The layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
-    layers = adaptable_layers(model)
     if isinstance(targets, str):
         return {path for path in layers if compiles(targets) and re.fullmatch(targets, path)}
     return {path for path in layers for target in targets if is_named(path, target)}
@@ -147,8 +146,9 @@ def _in_layers(path: str, config: Mapping[str, Any]) -> bool:
     return layer_number(path, config.get("layers_pattern")) in ([numbers] if isinstance(numbers, int) else numbers)
 
 
-def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor], of_embedding: bool) -> str | None:
-    layers = adaptable_layers(model)
+def _shape_problem(
+    model: nn.Module, layers: Mapping[str, nn.Module], path: str, pair: dict[str, Tensor], of_embedding: bool
+) -> str | None:
     if path not in layers:
         there = dict(model.named_modules()).get(path)
         if there is None:
@@ -172,9 +172,9 @@ def _shape_problem(model: nn.Module, path: str, pair: dict[str, Tensor], of_embe
     return None
 
 
-def _copy_problem(model: nn.Module, path: str, copy: Tensor) -> str | None:
+def _copy_problem(layers: Mapping[str, nn.Module], path: str, copy: Tensor) -> str | None:
     """What tells a copy of the base's layer at `path` from that layer; None where it is the same, but for its rounding."""
-    layer = adaptable_layers(model).get(path)
+    layer = layers.get(path)
     if layer is None:
         return f"unexpected tensor: a weight of {path}, which the model does not have"
     weight, bits = _weight_of(layer)
