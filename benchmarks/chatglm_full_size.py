@@ -253,10 +253,10 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     from qgraft.data.batches import collate
     from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
-    from qgraft.training.decoder import padding_free
-    from qgraft.training.lean import lean_modules
-    from qgraft.training.loss import batch_loss
-    from qgraft.training.memory import map_large_blocks
+    from qgraft.memory.settings import map_large_blocks
+    from qgraft.passes.decoder import padding_free
+    from qgraft.passes.fused import lean_modules
+    from qgraft.passes.loss import batch_loss
 
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
     (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})

@@ -146,7 +146,7 @@ def load_qgraft(name: str, folder: Path) -> Generate:
     """Ours."""
     import qgraft
     from qgraft.cli.options import answer
-    from qgraft.serving.decoding import fast_decoding
+    from qgraft.passes.decoding import fast_decoding
 
     model, tokenizer = qgraft.load(peers.MODEL)
     if name == "qgraft-adapter":

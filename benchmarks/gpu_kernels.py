@@ -21,7 +21,7 @@ from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import dequantize, linear, pointwise, triton_ops
 from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
-from qgraft.training.loss import _loss_to_gradient
+from qgraft.passes.loss import _loss_to_gradient
 
 ROWS: list[dict[str, Any]] = []
 

@@ -65,9 +65,9 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
     from qgraft.kernels import choose
     from qgraft.kernels.lora import casts_kept
     from qgraft.linear import QuantizedLinear
-    from qgraft.training.decoder import padding_free
-    from qgraft.training.lean import lean_modules
-    from qgraft.training.loss import batch_loss
+    from qgraft.passes.decoder import padding_free
+    from qgraft.passes.fused import lean_modules
+    from qgraft.passes.loss import batch_loss
 
     swap(model, lambda layer: QuantizedLinear(quantize(layer.weight.detach(), "q4_1")))
     qgraft.attach_lora(model, r=16, lora_alpha=16)
@@ -105,7 +105,7 @@ def _both(first: Any, second: Any) -> Any:
 def estimated_gib(model: Any, options: argparse.Namespace) -> float:
     """What `qgraft estimate` says of this run, to stand beside what it took."""
     import qgraft
-    from qgraft.training.memory import Setting, count
+    from qgraft.memory.settings import Setting, count
 
     arguments = qgraft.TrainArguments(output_dir="unused", r=16, max_tokens_per_pass=options.tokens_per_pass)
     setting = Setting(min(options.tokens, options.tokens_per_pass), options.checkpointing)

@@ -92,7 +92,7 @@ def in_own_process(name: str, options: argparse.Namespace) -> dict:
 def run_contestant(options: argparse.Namespace) -> dict:
     """Train the jobs in this process; returns the measurements."""
     import qgraft
-    from qgraft.training.jobs import train_jobs
+    from qgraft.jobs.train import train_jobs
 
     model, tokenizer = qgraft.load("smollm2-135m")
     chosen = range(options.first, options.first + options.jobs)

@@ -59,7 +59,8 @@ def run(steps: int, tokens: int, checkpointing: int, r: int) -> dict[str, Any]:
 
     import_trainer_alone()
     import qgraft
-    from qgraft.training.memory import Setting, apply_setting, estimate
+    from qgraft.memory.settings import Setting, apply_setting, estimate
+    from qgraft.training.adapter import prepare_adapter
     from qgraft.training.run import train
 
     model, tokenizer = qgraft.load("smollm2-135m")
@@ -71,6 +72,7 @@ def run(steps: int, tokens: int, checkpointing: int, r: int) -> dict[str, Any]:
             name="Aria", author="the Qgraft team", per_device_train_batch_size=2 + tokens // 32, plot_loss=False,
         )  # fmt: skip
         apply_setting(args, setting)
+        prepare_adapter(model, args)
         found = next(each for each in estimate(model, args) if each.setting == setting)
         report = train(model, tokenizer, "identity", args)
     peak = report.metrics["peak_memory_bytes"]

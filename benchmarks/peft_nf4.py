@@ -20,8 +20,8 @@ def merge_with_peft(
 
     from qgraft.merging.calibration import find_rows
     from qgraft.merging.measure import mean_divergence, mean_loss, states_of
-    from qgraft.training.callbacks import peak_memory_bytes
-    from qgraft.training.decoder import output_head
+    from qgraft.passes.decoder import output_head
+    from qgraft.sizes import peak_memory_bytes
 
     chosen = find_rows(model, tokenizer, rows, held_out, [], {}, seed=0)
     assert chosen is not None

@@ -27,9 +27,9 @@ from qgraft.kernels import (
     varlen,
 )
 from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
-from qgraft.training.decoder import padding_free
-from qgraft.training.lean import lean_modules
-from qgraft.training.loss import _loss_to_gradient, batch_loss
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.fused import lean_modules
+from qgraft.passes.loss import _loss_to_gradient, batch_loss
 
 pytestmark = [
     pytest.mark.cuda,

@@ -76,8 +76,14 @@ def test_python_examples_use_public_names(page):
 
 
 @pytest.mark.parametrize("page", ["README.md", "README_zh.md"])
-def test_the_tree_names_every_file_and_no_other(page):
-    tree = next(block for block in blocks(page, "") if "src/qgraft/" in block)
+def test_the_table_of_rooms_names_every_room(page):
+    table = (ROOT / page).read_text(encoding="utf-8").split("| `cli/` |")[0].rpartition("|---|---|")[2]
+    rooms = {path.parent.name for path in (ROOT / "src" / "qgraft").glob("*/__init__.py")}
+    assert rooms - {"cli"} == set(re.findall(r"`(\w+)/`", table)) & rooms
+
+
+def test_the_tree_names_every_file_and_no_other():
+    tree = next(block for block in blocks("docs/architecture.md", "") if "src/qgraft/" in block)
     named = set(re.findall(r"[\w]+\.(?:py|c)\b", tree))
     tracked = subprocess.run(["git", "ls-files", "src/qgraft"], cwd=ROOT, capture_output=True, text=True, check=True)
     files = {Path(line).name for line in tracked.stdout.splitlines() if line.endswith((".py", ".c"))}

@@ -26,6 +26,7 @@ from qgraft.errors import (
 )
 
 if TYPE_CHECKING:
+    from qgraft.adapter_files.folder import load_adapter, save_adapter
     from qgraft.adapters.attach import (
         active_adapters,
         adapter_names,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     )
     from qgraft.adapters.attach_prefix import attach_prefix
     from qgraft.adapters.combine import combine
-    from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import pull
     from qgraft.checkpoints.quantize import quantize
@@ -65,7 +65,7 @@ _HOMES = {  # public name -> the module it lives in
     "detach_lora": "adapters.attach",
     "evaluate": "training.evaluate",
     "load": "checkpoints.load",
-    "load_adapter": "checkpoints.adapter_files",
+    "load_adapter": "adapter_files.folder",
     "load_lora_state_dict": "adapters.attach",
     "lora_state_dict": "adapters.attach",
     "merge": "merging.merge",
@@ -73,7 +73,7 @@ _HOMES = {  # public name -> the module it lives in
     "pull": "checkpoints.pull",
     "quantize": "checkpoints.quantize",
     "save": "checkpoints.save",
-    "save_adapter": "checkpoints.adapter_files",
+    "save_adapter": "adapter_files.folder",
     "train": "training.run",
     "unmerge": "merging.merge",
     "use_adapter": "adapters.attach",

@@ -52,7 +52,7 @@ def test_only_the_named_layers_are_wrapped_and_peft_loads_the_file(tiny_gguf, tm
     for lora in dict(lora_modules(model, "default")).values():
         torch.nn.init.normal_(lora.lora_B)
     qgraft.save_adapter(model, tmp_path / "upper")
-    said = qgraft.checkpoints.adapter_files.read_peft_config(tmp_path / "upper")
+    said = qgraft.adapter_files.folder.read_peft_config(tmp_path / "upper")
     assert said["layers_to_transform"] == [1]
     assert set(said["target_modules"]) == {path.rsplit(".", 1)[-1] for path in paths}
     theirs = peft.PeftModel.from_pretrained(type(tiny.model).from_pretrained(None, config=tiny.model.config,

@@ -42,9 +42,9 @@ from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
-from qgraft.training.decoder import padding_free
-from qgraft.training.evaluate import sample_limit
-from qgraft.training.loss import batch_loss
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.limits import sample_limit
+from qgraft.passes.loss import batch_loss
 
 Maker = Callable[..., Any]
 SHAPE = {

@@ -23,9 +23,9 @@ from qgraft.adapters.attach import (
     prefix_state_dict,
     use_adapter,
 )
-from qgraft.adapters.segments import Segment, serving_segments
 from qgraft.adapters.selection import selection_of
 from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.jobs.segments import Segment, serving_segments
 
 SHAPE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -28,8 +28,8 @@ from qgraft.errors import CheckpointError, DataError
 from qgraft.linear import QuantizedLinear
 from qgraft.merging.calibration import neutral_samples
 from qgraft.models.find import NATIVE, Architecture
-from qgraft.training.decoder import padding_free
-from qgraft.training.loss import batch_loss
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.loss import batch_loss
 
 FIRST, SECOND = NATIVE
 GENERATIONS = {"chatglm": FIRST, "chatglm2": SECOND}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from qgraft.adapter_files.folder import load_adapter, save_adapter
 from qgraft.adapters.attach import active_adapters, attach_lora, lora_modules
-from qgraft.checkpoints.adapter_files import load_adapter, save_adapter
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.cli import chat
 from qgraft.cli import main as cli

@@ -6,7 +6,8 @@ import pytest
 
 import qgraft
 from qgraft.cli.main import main
-from qgraft.training.memory import estimate
+from qgraft.memory.settings import estimate
+from qgraft.training.adapter import prepare_adapter
 
 
 @pytest.fixture
@@ -18,7 +19,9 @@ def test_the_json_is_what_the_library_says(path, capsys):
     assert main(["estimate", "--model", path, "--r", "4", "--tokens", "100", "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     model, _ = qgraft.load(path)
-    found = estimate(model, qgraft.TrainArguments(r=4, max_tokens_per_pass=100, use_cpu=True))
+    args = qgraft.TrainArguments(r=4, max_tokens_per_pass=100, use_cpu=True)
+    prepare_adapter(model, args)
+    found = estimate(model, args)
     assert [each["setting"]["checkpointing"] for each in printed] == [False, True]
     for shown, own in zip(printed, found, strict=True):
         assert shown["layers"] == list(own.layers)

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import qgraft
+from qgraft.adapter_files.folder import load_adapter
 from qgraft.adapters.attach import lora_modules
-from qgraft.checkpoints.adapter_files import load_adapter
 from qgraft.cli import main as cli
 
 

@@ -30,9 +30,9 @@ from qgraft.kernels import (
     triton_ops,
 )
 from qgraft.kernels.pointwise import ACTIVATIONS
-from qgraft.training.decoder import padding_free
-from qgraft.training.lean import lean_modules
-from qgraft.training.loss import _loss_to_gradient, batch_loss
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.fused import lean_modules
+from qgraft.passes.loss import _loss_to_gradient, batch_loss
 
 pytestmark = [
     pytest.mark.triton,

@@ -146,7 +146,7 @@ def test_nan_stays_in_its_token_and_in_its_term(bf16: bool, random_packed: MakeP
 
 
 def test_a_token_is_the_same_bits_whatever_else_is_in_the_pass(cpu_level: str, random_packed: MakePacked) -> None:
-    """What the cache of frozen layers rests on, see training/frozen.py: `least_tokens`."""
+    """What the cache of frozen layers rests on, see passes/frozen_cache.py: `least_tokens`."""
     if not native.has_panels():
         pytest.skip("the plain level leaves this to torch")
     packed, x_NI = random_packed("q4_1", 130, 160), torch.randn(300, 160)

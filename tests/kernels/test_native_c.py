@@ -103,7 +103,7 @@ def test_every_level_takes_gradients_as_float64_does(
 
 
 def test_a_row_does_not_depend_on_how_many_rows_there_are(cpu_level: str, random_packed: MakePacked) -> None:
-    """What the cache of frozen layers rests on, see training/frozen.py."""
+    """What the cache of frozen layers rests on, see passes/frozen_cache.py."""
     packed = random_packed("q4_1", 130, 160)
     x = torch.randn(300, 160)
     expected = native._product(x, packed)

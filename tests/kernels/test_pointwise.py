@@ -203,7 +203,7 @@ def test_what_is_not_finite_stays_in_its_row(cpu_level: str, bad: float) -> None
 def test_a_row_is_the_same_bits_whatever_is_around_it_and_whatever_threads_there_are(
     cpu_level: str, threads: Callable[[int], None]
 ) -> None:
-    """What the cache of frozen layers rests on, see training/frozen.py."""
+    """What the cache of frozen layers rests on, see passes/frozen_cache.py."""
     room, weight = torch.randn(90 * 577 + 1), torch.randn(577)
     x, g = room[1:].view(90, 577), torch.randn(90, 577)  # no row is aligned to a vector
     cos, sin = torch.randn(1, 90, 64), torch.randn(1, 90, 64)

@@ -90,7 +90,7 @@ def test_any_layout_of_the_inputs() -> None:
 
 @pytest.mark.parametrize("prefix", [0, 5])
 def test_a_sample_is_the_same_bits_in_every_pass(cpu_level: str, prefix: int) -> None:
-    """What the cache of frozen layers rests on, see training/frozen.py."""
+    """What the cache of frozen layers rests on, see passes/frozen_cache.py."""
     tensors = inputs(LENGTHS, 6, 2, 40, prefix)
     g = torch.randn(1, sum(LENGTHS), 6, 40)
     whole = with_gradients(attend, tensors, g, bounds=bounds_of(LENGTHS))[:4]

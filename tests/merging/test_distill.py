@@ -17,7 +17,7 @@ from qgraft.merging.distill import _RealFunction, _RealLinear, distill
 from qgraft.merging.layer import CHAINS, has_grid
 from qgraft.merging.measure import mean_divergence, states_of
 from qgraft.merging.merge import merge, unmerge
-from qgraft.training.decoder import output_head
+from qgraft.passes.decoder import output_head
 
 SHAPES = {  # odd shapes where the blocks of the format allow them: (out, in)
     "q4_0": (7, 96), "q4_1": (5, 160), "q5_1": (1, 32), "q4_k": (3, 512), "q5_k": (9, 256), "q6_k": (5, 256),

@@ -9,7 +9,7 @@ import qgraft
 from qgraft.adapters.attach import adapters_off
 from qgraft.data.tokenizing import Sample
 from qgraft.merging.measure import CHUNK_ROWS, mean_divergence, mean_loss, states_of
-from qgraft.training.decoder import output_head
+from qgraft.passes.decoder import output_head
 
 
 def samples_of(vocabulary: int) -> list[Sample]:

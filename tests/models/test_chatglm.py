@@ -25,8 +25,8 @@ from qgraft.formats import PackedTensor, dequantize, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration, rotary_tables, rotate
 from qgraft.models.prefix_lm import Marks, context_positions, visible_keys
-from qgraft.training.decoder import padding_free
-from qgraft.training.loss import batch_loss
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.loss import batch_loss
 
 TOLERANCE = {"rtol": 0.0, "atol": 1e-4}  # that of the golden data; sums of another order differ by up to 9e-5
 QUANTIZED = ("chatglm_int4", "chatglm_int8")

@@ -16,11 +16,11 @@ from gguf import GGMLQuantizationType as Q
 from torch import nn
 
 import qgraft
+from qgraft.adapter_files.folder import load_adapter
+from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.adapters.attach import attach_layers, lora_modules, use_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.targets import find_targets
-from qgraft.checkpoints.adapter_files import load_adapter
-from qgraft.checkpoints.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
 from qgraft.data.tokenizing import encode_prompt
 

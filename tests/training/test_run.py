@@ -11,7 +11,7 @@ import torch
 
 import qgraft
 from qgraft import storage
-from qgraft.checkpoints.adapter_files import trained_with
+from qgraft.adapter_files.folder import trained_with
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import trainer as trainer_module

@@ -12,7 +12,7 @@ from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
 from qgraft.data.batches import IGNORED
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError
-from qgraft.training.decoder import padding_free
+from qgraft.passes.decoder import padding_free
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.trainer import LoraTrainer
 

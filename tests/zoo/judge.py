@@ -18,10 +18,10 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import QgraftError
 from qgraft.formats import dequantize
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
-from qgraft.serving.decoding import fast_decoding
-from qgraft.training.decoder import padding_free
-from qgraft.training.lean import lean_modules
-from qgraft.training.loss import batch_loss, check_gradient
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
+from qgraft.passes.fused import lean_modules
+from qgraft.passes.loss import batch_loss, check_gradient
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 LENGTHS = (7, 9, 40)  # the last one is longer than every window

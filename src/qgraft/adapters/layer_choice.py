@@ -7,7 +7,7 @@ The layer of a module is the first number behind a name in its path, as PEFT rea
     lm_head                                none: with layers_to_transform it gets no adapter
 
 Adapters in the upper layers only train in less time: the backward pass ends at the lowest of them, and what enters it
-is the same in every epoch (training/frozen.py).
+is the same in every epoch (passes/frozen_cache.py).
 """
 
 import re

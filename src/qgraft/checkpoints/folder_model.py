@@ -41,8 +41,8 @@ from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
-from qgraft.checkpoints.thudm_files import KEY as PREFIX_KEY
-from qgraft.checkpoints.thudm_files import holds_only_prefix
+from qgraft.checkpoints.thudm_prefix import KEY as PREFIX_KEY
+from qgraft.checkpoints.thudm_prefix import holds_only_prefix
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, get_format, hold_floats
 from qgraft.formats import quantize as quantize_weight

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
-from qgraft.checkpoints.thudm_files import attach_own_prefix
+from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError

@@ -21,7 +21,7 @@ from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
-from qgraft.checkpoints.thudm_files import unsaved_adapters
+from qgraft.checkpoints.thudm_prefix import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
 from qgraft.formats import FORMATS, GGML_TYPES, Format, get_format
 

@@ -78,7 +78,7 @@ def run(words: Sequence[str]) -> int:
 
     import torch
 
-    from qgraft.serving.decoding import fast_decoding
+    from qgraft.passes.decoding import fast_decoding
 
     model, tokenizer, _ = load_with_adapters(options)
     torch.manual_seed(options.seed)

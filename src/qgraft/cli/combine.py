@@ -34,7 +34,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
-    from qgraft.checkpoints.combine_files import combine_files
+    from qgraft.adapter_files.combine import combine_files
 
     report = combine_files(
         parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,

@@ -83,8 +83,8 @@ def _arguments(options: argparse.Namespace) -> Any:
 
 
 def _ask(model: Any, tokenizer: Any, question: str, console: Any) -> str:
+    from qgraft.passes.decoding import fast_decoding
     from qgraft.serving.answering import answer
-    from qgraft.serving.decoding import fast_decoding
 
     with console.status(f"asking: {question}"), fast_decoding(model):
         return answer(model, tokenizer, [("user", question)], max_new_tokens=48, do_sample=False).text.strip()

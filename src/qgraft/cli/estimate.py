@@ -26,12 +26,14 @@ def run(words: Sequence[str]) -> int:
         raise OptionError(f"--tokens {options.tokens}: expected at least 1")
 
     from qgraft.checkpoints.load import load
+    from qgraft.memory.settings import estimate
+    from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
-    from qgraft.training.memory import estimate
 
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
     model, _ = load(options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device)
+    prepare_adapter(model, arguments)
     found = estimate(model, arguments)
     if options.json:
         print_json([{**asdict(each), "activations": each.activations, "total": each.total} for each in found])
@@ -42,7 +44,7 @@ def run(words: Sequence[str]) -> int:
 
 def _print(found: Sequence[Any], limited: bool) -> None:
     """One column for each setting; the activations of a layer, and of all."""
-    from qgraft.training.sizes import format_size
+    from qgraft.sizes import format_size
 
     print(f"{'setting':<22}" + "".join(f"{number:>12}" for number in range(1, len(found) + 1)))
     rows: dict[str, list[str]] = {}

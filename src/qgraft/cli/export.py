@@ -36,8 +36,8 @@ def run(words: Sequence[str]) -> int:
     if target.exists() and source.exists() and target.samefile(source):
         raise OptionError(f"--output {target} is the adapter itself", hint="give another path")
 
+    from qgraft.adapter_files.folder import load_adapter, trained_with
     from qgraft.adapters.attach import adapter_names
-    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
     model, _ = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
@@ -54,7 +54,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]) -> str:
-    from qgraft.checkpoints.gguf_lora import export_gguf_lora
+    from qgraft.adapter_files.gguf_lora import export_gguf_lora
 
     dtype = options.dtype or "float16"
     done = export_gguf_lora(model, target, name, dtype, arguments)
@@ -70,8 +70,8 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
 
 
 def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
+    from qgraft.adapter_files.thudm import export_thudm
     from qgraft.adapters.attach import count_parameters
-    from qgraft.checkpoints.thudm_files import export_thudm
 
     nbytes = export_thudm(model, target, name, dtype)
     values = count_parameters(model, name)
@@ -79,7 +79,7 @@ def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
 
 
 def _peft(model: Any, source: Path, target: Path, name: str, dtype: str, arguments: dict[str, Any]) -> str:
-    from qgraft.checkpoints.adapter_files import read_seal, save_adapter
+    from qgraft.adapter_files.folder import read_seal, save_adapter
 
     details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
     save_adapter(model, target, name, details, dtype)

@@ -31,7 +31,7 @@ def run(words: Sequence[str]) -> int:
 
 def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
     """What is at `path`, as JSON values. Raises CheckpointError when it is nothing that qgraft knows."""
-    from qgraft.checkpoints.peft_config import CONFIG
+    from qgraft.adapter_files.peft_config import CONFIG
 
     if path.is_dir() and (path / CONFIG).is_file():
         return _adapter(path, tensors)
@@ -45,8 +45,8 @@ def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
 
 
 def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
+    from qgraft.adapter_files.gguf_lora import is_gguf_lora
     from qgraft.checkpoints.gguf_file import read_gguf
-    from qgraft.checkpoints.gguf_lora import is_gguf_lora
     from qgraft.checkpoints.gguf_model import gguf_fingerprint
 
     file = read_gguf(path)
@@ -94,7 +94,7 @@ def _ranks(file: Any) -> dict[int, int]:
 
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft import storage
-    from qgraft.checkpoints.adapter_files import (
+    from qgraft.adapter_files.folder import (
         SEAL,
         read_peft_config,
         read_safetensors,
@@ -102,7 +102,7 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
         read_tensors,
         sealed_files,
     )
-    from qgraft.checkpoints.prefix_files import ENCODER, is_prefix_config
+    from qgraft.adapter_files.prefix import ENCODER, is_prefix_config
 
     state, seal, config = read_tensors(path), read_seal(path), read_peft_config(path)
     problems = storage.check_files(path, sealed_files(path / SEAL, seal)) if seal else []
@@ -125,7 +125,7 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
 
 def _thudm(path: Path, tensors: bool) -> dict[str, Any]:
     """A prefix of THUDM's scripts, without its model; nothing where it is something else."""
-    from qgraft.checkpoints.thudm_files import KEY, holds_only_prefix, read_thudm, tensor_names
+    from qgraft.checkpoints.thudm_prefix import KEY, holds_only_prefix, read_thudm, tensor_names
 
     if not holds_only_prefix(tensor_names(path)):
         return {}
@@ -155,7 +155,7 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
 
     from qgraft.checkpoints.folder_model import load_folder, read_config_json
     from qgraft.checkpoints.shards import open_shard, shard_paths
-    from qgraft.checkpoints.thudm_files import read_thudm
+    from qgraft.checkpoints.thudm_prefix import read_thudm
 
     listed: dict[str, tuple[tuple[int, ...], str]] = {}
     with ExitStack() as stack:

@@ -52,8 +52,8 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
 
     A prefix that came with the model is not among the names; it is active where no --adapter is given.
     """
+    from qgraft.adapter_files.folder import load_adapter, trained_with
     from qgraft.adapters.attach import adapter_names
-    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.checkpoints.load import load
 
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)

@@ -71,7 +71,7 @@ def _work_together(jobs: "list[TrainArguments]") -> int:
 
     from qgraft.adapters.attach import use_adapter
     from qgraft.errors import QgraftError
-    from qgraft.training.jobs import check_jobs, name_jobs, raise_all, train_jobs
+    from qgraft.jobs.train import check_jobs, name_jobs, raise_all, train_jobs
 
     jobs = name_jobs(jobs)
     check_jobs(jobs)
@@ -153,8 +153,8 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
 
 def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
     """Attach the adapter that is named, if one is."""
+    from qgraft.adapter_files.folder import load_adapter, trained_with
     from qgraft.adapters.attach import active_adapters
-    from qgraft.checkpoints.adapter_files import load_adapter, trained_with
     from qgraft.training.adapter import check_adapter
 
     if arguments.adapter_name_or_path:

@@ -2,7 +2,7 @@
 
 In plain torch these are three to forty operations each, every one a launch and a pass over memory: 400 ms of a step of 8192
 tokens of a model of 7 billion weights, beside 450 ms of products (computed from bytes and rates of an H100). `serves` says
-whether these run; pointwise.py and training/loss.py hold the plain torch for everything else.
+whether these run; pointwise.py and passes/loss.py hold the plain torch for everything else.
 """
 
 from functools import cache

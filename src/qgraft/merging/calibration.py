@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.reading import named_columns, read_dataset
 from qgraft.data.tokenizing import IGNORED, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError
-from qgraft.training.evaluate import sample_limit, stated_ends
+from qgraft.passes.limits import sample_limit, stated_ends
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text

@@ -32,7 +32,7 @@ from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
-from qgraft.training.decoder import Head, label_states, output_head, padding_free
+from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 
 PASSES = 3
 PASS_TOKENS = 128  # at a time: bounds the memory of activations

@@ -33,8 +33,8 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
-from qgraft.training.attention import attention_arguments
-from qgraft.training.decoder import padding_free
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.sample_attention import attention_arguments
 
 _NO_INPUTS = "method nearest and method grid need no inputs"
 

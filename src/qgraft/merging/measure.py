@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import Sample
-from qgraft.training.decoder import Head, label_states, padding_free
-from qgraft.training.loss import summed_cross_entropy
+from qgraft.passes.decoder import Head, label_states, padding_free
+from qgraft.passes.loss import summed_cross_entropy
 
 PASS_TOKENS = 1024
 CHUNK_ROWS = 128  # of logits at a time

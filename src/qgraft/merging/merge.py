@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapter_files.folder import trained_with
 from qgraft.adapters.attach import (
     active_adapters,
     adapted_layers,
@@ -37,7 +38,6 @@ from qgraft.adapters.attach import (
 )
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.adapters.selection import alone
-from qgraft.checkpoints.adapter_files import trained_with
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import HELD, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
@@ -46,8 +46,8 @@ from qgraft.merging.calibration import Dataset, find_rows
 from qgraft.merging.layer import CHAINS, check_method, is_writable
 from qgraft.merging.report import MergeReport
 from qgraft.merging.work import Work, in_place
-from qgraft.training.callbacks import peak_memory_bytes
-from qgraft.training.decoder import evaluating
+from qgraft.passes.decoder import evaluating
+from qgraft.sizes import peak_memory_bytes
 
 
 @dataclass

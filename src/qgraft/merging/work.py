@@ -18,7 +18,7 @@ from qgraft.merging.layer import CHAINS, LayerReport, has_grid, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import mean_divergence, mean_loss, states_of
 from qgraft.merging.report import Kept
-from qgraft.training.decoder import output_head
+from qgraft.passes.decoder import output_head
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
 DISTILL_RATE = 1e-3  # relative to the scales of a row

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
 from qgraft.errors import DataError
-from qgraft.training.evaluate import context_length, stated_ends
+from qgraft.passes.limits import context_length, stated_ends
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from transformers import HfArgumentParser, TrainingArguments
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, near_match
+from qgraft.sizes import parse_size
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
-from qgraft.training.sizes import parse_size
 from qgraft.training.trainer_options import (
     HONOURED,
     MOST_USED,

@@ -1,30 +1,19 @@
 """What watches a run: the live display, the log on disk, and the signals that end it in order."""
 
 import json
-import resource
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qgraft import storage
+from qgraft.sizes import memory_now
 
 METRICS = "metrics.jsonl"
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held: GPU memory where one is used, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes there, kilobytes on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class Watch(TrainerCallback):
@@ -190,10 +179,3 @@ class StopWith(StopOnSignal):
         """Ask for a save and an end when the leader has received a signal."""
         self.received = self._leader.received
         super().on_step_end(args, state, control, **kwargs)
-
-
-def memory_now() -> int:
-    """What this process holds now, of the same memory as peak_memory_bytes."""
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
-        return torch.cuda.memory_allocated()
-    return int(psutil.Process().memory_info().rss)

@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.adapters.selection import alone
 from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import ChatTemplate, Recipe, Sample, build_samples, resolve_template
-from qgraft.errors import DataError, OptionError
+from qgraft.errors import DataError
 from qgraft.linear import computing
+from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
+from qgraft.passes.decoder import evaluating, padding_free
+from qgraft.passes.limits import sample_limit, stated_ends
+from qgraft.passes.loss import batch_loss
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
-from qgraft.training.decoder import evaluating, padding_free
-from qgraft.training.loss import batch_loss
 from qgraft.training.turns import by_driver
 
 
@@ -74,41 +74,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> Cha
     return resolve_template(
         tokenizer, args.template, enable_thinking=args.enable_thinking, system_text=args.system_text
     )
-
-
-def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> int:
-    """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes.
-
-    Args:
-        reserved: positions that a prefix takes which is attached later.
-
-    Raises OptionError where prefixes leave no room for a question and its answer.
-    """
-    context = context_length(model, reserved)
-    return max_length if context is None else min(max_length, context)
-
-
-def stated_ends(model: PreTrainedModel) -> list[int]:
-    """The ids of end tokens that the model's files state, beside the tokenizer's; see data/ends.py."""
-    told = None if model.generation_config is None else model.generation_config.eos_token_id
-    return [told] if isinstance(told, int) else list(told or ())
-
-
-def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:
-    """How many tokens the model sees at most beside the active prefixes; None where it sets no limit.
-
-    Raises as sample_limit does.
-    """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(context, int):
-        return None
-    taken = counted_positions(model) + reserved
-    if taken and context - taken < 2:
-        raise OptionError(
-            f"a prefix of {taken} tokens leaves no room for a sample: the model's context is {context} tokens",
-            hint="give a smaller pre_seq_len",
-        )
-    return context - taken
 
 
 def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:

@@ -34,9 +34,10 @@ from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import Recipe, WritesPrompts, answer_text, check_recipe, encode_prompt
 from qgraft.errors import DataError, StorageError
+from qgraft.passes.decoder import evaluating
+from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.decoder import evaluating
-from qgraft.training.evaluate import sample_limit, stated_ends, template_of
+from qgraft.training.evaluate import template_of
 from qgraft.training.scores import load_libraries, mean_scores
 
 Dataset = str | Sequence[Mapping[str, object]]

@@ -1,7 +1,7 @@
 """train(): one call from a model, a tokenizer and a dataset to a sealed adapter in a folder.
 
 output_dir/
-  adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (checkpoints/adapter_files.py)
+  adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (adapter_files/folder.py)
   run.json        options, row accounting, base, losses, speed, memory, versions
   metrics.jsonl   one line a log
   loss.png        training and held-out loss
@@ -21,8 +21,8 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import plots, storage
+from qgraft.adapter_files.folder import save_adapter
 from qgraft.adapters.attach import count_parameters
-from qgraft.checkpoints.adapter_files import save_adapter
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import (
     Sample,
@@ -30,20 +30,21 @@ from qgraft.data.tokenizing import (
 )
 from qgraft.errors import CheckpointError, DataError, StorageError
 from qgraft.linear import computing
+from qgraft.memory.settings import settle_noted
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.frozen_cache import frozen_layers_cached
+from qgraft.passes.fused import lean_modules
+from qgraft.passes.limits import sample_limit
+from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
-from qgraft.training.callbacks import METRICS, StopOnSignal, Watch, peak_memory_bytes
-from qgraft.training.decoder import padding_free
+from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.evaluate import (
     Evaluation,
     evaluate_samples,
     held_out_loss,
-    sample_limit,
     template_of,
 )  # fmt: skip
-from qgraft.training.frozen import frozen_layers_cached
-from qgraft.training.lean import lean_modules
-from qgraft.training.memory import settle_noted
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
 from qgraft.training.trainer import LoraTrainer, check_resumable, checkpoints, newest_whole_checkpoint
 from qgraft.training.trainer_options import check_evaluation

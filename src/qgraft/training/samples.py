@@ -8,8 +8,9 @@ from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import Recipe, Sample, WritesPrompts, build_samples
 from qgraft.errors import DataError
+from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.evaluate import hold_out, stated_ends, template_of
+from qgraft.training.evaluate import hold_out, template_of
 
 Dataset = str | Sequence[Mapping[str, object]]
 

@@ -21,16 +21,16 @@ from transformers import PreTrainedModel, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from qgraft import storage
+from qgraft.adapter_files.folder import read_trained, save_adapter
 from qgraft.adapters.attach import adapter_state_dict
-from qgraft.checkpoints.adapter_files import read_trained, save_adapter
 from qgraft.data.batches import Batch, collate, split_batch, weigh_labels
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError
 from qgraft.kernels.lora import casts_kept
+from qgraft.memory.budget import evaluation_tokens
+from qgraft.passes.loss import batch_loss, check_gradient
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.budget import evaluation_tokens
 from qgraft.training.evaluate import evaluate_samples
-from qgraft.training.loss import batch_loss, check_gradient
 
 MAX_SKIPPED_IN_A_ROW = 3
 UNCLIPPED = 1e38  # a norm that no gradient reaches

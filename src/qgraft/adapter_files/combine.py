@@ -1,0 +1,163 @@
+"""Combine adapters from their folders into a new folder: no base is loaded, the files say all that is needed.
+
+The arithmetic is adapters/combine.py's. Here: the adapters must have been trained on the same base, by the fingerprints
+in their seals; the new folder is written like any other adapter (folder.py), its seal carries that base over and
+says what was combined. What all inputs share of the dataset and the prompt (template, system ...) goes into the seal as
+well, so that the new adapter is prompted as they were.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qgraft.adapter_files.folder import SEAL, WEIGHTS, read_adapter, write_adapter
+from qgraft.adapter_files.lora import StoredLoras, parse_state
+from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.prefix import is_prefix_config
+from qgraft.adapters.attach import non_finite, prefix_error, tensor_name
+from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
+from qgraft.adapters.lora import LoraConfig
+from qgraft.errors import AdapterError, OptionError, StorageError
+
+_OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
+
+
+def combine_files(
+    adapters: Mapping[str | Path, float],
+    output: str | Path,
+    method: str = "linear",
+    r: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    dtype: str = "float32",
+    force: bool = False,
+) -> CombineReport:
+    """Combine the adapters in these folders, folder -> weight, and write the result to the folder `output`.
+
+    Args:
+        method, r, density, seed: see adapters.combine.combine.
+        dtype: of the stored weights: float32, float16 or bfloat16.
+        force: combine although the base of an adapter is another one or not known.
+
+    Raises AdapterError that lists all that is wrong with the inputs, OptionError, UnsupportedError, StorageError when
+    `output` holds an adapter already or cannot be written.
+    """
+    output = Path(output)
+    folders = {Path(folder): weight for folder, weight in adapters.items()}
+    names = _names(folders)
+    _check_output(output, folders)
+    read = {folder: read_adapter(folder) for folder in folders}
+    if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
+        raise prefix_error("combine", prefixes)
+    layers, embeddings, problems = {}, set(), []
+    for folder, (config, state, _) in read.items():
+        stored = parse_state(state)
+        layers[names[folder]], wrong = _factors(config, stored)
+        embeddings |= stored.embeddings
+        problems += [f"{folder}: {problem}" for problem in wrong]
+    if problems:
+        raise AdapterError("the adapters cannot be combined:\n  " + "\n  ".join(problems))
+    seals = {folder: seal for folder, (_, _, seal) in read.items()}
+    base = _common_base(seals, force)
+    weights = {names[folder]: weight for folder, weight in folders.items()}
+    combined, report = combine_layers(layers, weights, output.name, method, r, density, seed)
+    configs = {path: LoraConfig(made.rank, lora_alpha=made.rank) for path, made in combined.items()}
+    targets = _targets([config for config, _, _ in read.values()], sorted(combined))
+    details = {**_details(report, folders, density, seed), "arguments": _shared_arguments(seals), "base": base}
+    state = {
+        tensor_name(path, part, path in embeddings): getattr(made, part)
+        for path, made in combined.items()
+        for part in "AB"
+    }
+    options = peft_config(configs, targets, (base or {}).get("source"))
+    write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype)
+    return report
+
+
+def _names(folders: Mapping[Path, float]) -> dict[Path, str]:
+    """What to call the adapters in a report: folders by their names, or by their paths where two have one name."""
+    if not folders:
+        raise OptionError("combine: got no adapters, expected at least one folder")
+    same = [str(folder) for folder in folders if [f.resolve() for f in folders].count(folder.resolve()) > 1]
+    if same:
+        raise OptionError(
+            f"an adapter is given twice: {', '.join(same)}", hint="give it once, with the sum of the weights"
+        )
+    short = [folder.resolve().name for folder in folders]
+    return {
+        folder: name if short.count(name) == 1 else str(folder) for folder, name in zip(folders, short, strict=True)
+    }
+
+
+def _check_output(output: Path, folders: Mapping[Path, float]) -> None:
+    if output.resolve() in [folder.resolve() for folder in folders]:
+        raise OptionError(f"{output} is one of the adapters to combine", hint="give another folder as the output")
+    if (output / CONFIG).exists() or (output / SEAL).exists():
+        raise StorageError(f"{output} holds an adapter already", hint="give another folder as the output, or delete it")
+
+
+def _factors(config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Factors], list[str]]:
+    """({module path: A, B and scaling}, what is wrong with the tensors)."""
+    problems, layers = list(stored.problems), {}
+    for path, pair in stored.pairs.items():
+        problems += [f"{tensor_name(path, part)}: NaN or infinity" for part in non_finite(pair)]
+        A, B = pair["A"], pair["B"]
+        fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.is_floating_point() and B.is_floating_point()
+        if not fits:
+            problems.append(
+                f"{path}: got A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}, expected a LoRA's pair"
+            )
+        elif A.shape[0] != (rank := stated_rank(config, path)):
+            problems.append(f"{path}: rank {A.shape[0]}, but {CONFIG} says r={rank}")
+        else:
+            layers[path] = Factors(A.float(), B.float(), layer_config(config, path, A.shape[0]).scaling)
+    if not stored.pairs:
+        problems.append("no layer in it")
+    return layers, problems
+
+
+def _common_base(seals: Mapping[Path, dict[str, Any] | None], force: bool) -> dict[str, Any] | None:
+    """The base that the inputs were trained on. Raises AdapterError where it is not one, unless forced."""
+    bases = {folder: (seal or {}).get("base") or None for folder, seal in seals.items()}
+    known = {str(base.get("fingerprint")): base for base in bases.values() if base}
+    if (None in bases.values() or len(known) > 1) and not force:
+        lines = [
+            f"{folder}: {base.get('fingerprint')} ({base.get('source')})" if base else f"{folder}: not known"
+            for folder, base in bases.items()
+        ]
+        raise AdapterError(
+            "the adapters were not trained on one base, as far as is known:\n  " + "\n  ".join(lines),
+            hint="combine adapters of the same base, or use force (--force) where you know that it is",
+        )
+    return next(iter(known.values())) if len(known) == 1 else None
+
+
+def _targets(configs: list[dict[str, Any]], paths: list[str]) -> list[str]:
+    """PEFT's target_modules for these layers: the names that the inputs give theirs, or else all whole paths."""
+    lists = [config.get("target_modules") for config in configs]
+    narrowed = any(config.get("layers_to_transform") is not None or config.get("exclude_modules") for config in configs)
+    if narrowed or not all(isinstance(names, list) for names in lists):
+        return paths
+    return sorted({str(name) for names in lists for name in names or ()})
+
+
+def _shared_arguments(seals: Mapping[Path, dict[str, Any] | None]) -> dict[str, Any]:
+    """What all inputs were trained with alike, of the arguments that say which rows, and how a prompt looks."""
+    trained = [(seal or {}).get("arguments") for seal in seals.values()]
+    known = [arguments if isinstance(arguments, dict) else {} for arguments in trained]
+    return {
+        key: known[0][key]
+        for key in _OF_ROWS
+        if key in known[0] and all(arguments.get(key) == known[0][key] for arguments in known)
+    }
+
+
+def _details(report: CombineReport, folders: Mapping[Path, float], density: float, seed: int) -> dict[str, Any]:
+    """What the seal says about the combination."""
+    details: dict[str, Any] = {
+        "combined": {str(folder): weight for folder, weight in folders.items()},
+        "method": report.method,
+    }
+    if report.method in PRUNING:
+        details |= {"density": density, "seed": seed}
+    return details | ({"truncation_error": report.error} if report.cuts else {})

@@ -1,0 +1,381 @@
+"""Adapter folders: PEFT's two files, sealed by a third. LoRAs (lora.py) and prefixes (prefix.py).
+
+    adapter_config.json          PEFT's options            readable by PEFT and by us
+    adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
+    prefix_encoder.safetensors   of prefixes with a projection: what is trained
+    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of the other files, what it was
+                                 trained on and with, versions, metrics
+
+PEFT loads an adapter for another base, with missing layers or NaN inside, without a word; such an adapter then does
+nothing or harm. Here loading compares everything with the model, lists all that differs at once, and refuses;
+`force=True` loads what fits and reports the rest. A folder without the seal (made by PEFT) loads as well; its base
+cannot be verified and the report says so.
+"""
+
+import dataclasses
+import datetime
+import json
+import pickle
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from qgraft import __version__, storage
+from qgraft.adapter_files.gguf_lora import read_gguf_lora
+from qgraft.adapter_files.lora import attach_pairs, bare_options, fit_layers, holds_lora, lora_content, parse_state
+from qgraft.adapter_files.peft_config import CONFIG, check_kind, check_values
+from qgraft.adapter_files.prefix import (
+    ENCODER,
+    check_prefix_config,
+    is_prefix_config,
+    prefix_content,
+    stored_prefix,
+)
+from qgraft.adapter_files.thudm import thudm_problem
+from qgraft.adapters.attach import check_new_name, is_prefix, non_finite, only_adapter
+from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
+from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.checkpoints.folder_write import write_safetensors
+from qgraft.checkpoints.shards import WORDS
+from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
+from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match
+
+WEIGHTS, PICKLED, SEAL = "adapter_model.safetensors", "adapter_model.bin", "qgraft.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
+
+
+@dataclass(frozen=True)
+class LoadedAdapter:
+    """What load_adapter did: `applied` of `total` layers, what a reader should know, and of a prefix, what it is."""
+
+    name: str
+    applied: int
+    total: int
+    notes: tuple[str, ...] = ()
+    about: str = ""
+
+    def __str__(self) -> str:
+        applied = f"{self.about}applied to {self.applied}/{self.total} layers"
+        return "\n".join([f"adapter {self.name}: {applied}", *self.notes])
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str | None = None,
+    details: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+) -> None:
+    """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`, each file whole, the seal last.
+
+    Args:
+        details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
+        dtype: of the stored weights; "float16" or "bfloat16" halve the file. They load as float32.
+
+    Raises AdapterError when there is no such adapter or its weights hold NaN or do not fit into `dtype`, OptionError
+    for another dtype, StorageError when it cannot be written.
+    """
+    name = only_adapter(model, name)
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    seal = {**(details or {}), "base": None if base is None else dataclasses.asdict(base)}
+    if is_prefix(model, name):
+        content = prefix_content(model, name)
+        files = {WEIGHTS: content.served, **({ENCODER: content.trained} if content.trained else {})}
+        write_adapter(Path(folder), name, files, content.options, {**seal, "prefix": content.about}, dtype)
+    else:
+        config, state = lora_content(model, name)
+        write_adapter(Path(folder), name, {WEIGHTS: state}, config, seal, dtype)
+    _remember(model, name, seal)
+
+
+def write_adapter(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    config: Mapping[str, Any],
+    details: Mapping[str, Any],
+    dtype: str = "float32",
+) -> None:
+    """Write an adapter that is on no model; see save_adapter.
+
+    Args:
+        name: for messages.
+        tensors: of each file of weights, by their names in it; the last file holds what is trained.
+        config: what adapter_config.json holds.
+        details: what the seal holds beside versions and checksums; "base" among it.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
+    stored = {file: _converted(name, state, dtype) for file, state in tensors.items()}
+    kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors]
+    if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
+        storage.write_json(folder / SEAL, {"kind": kind, "files": dict.fromkeys(files, _UNWRITTEN)})
+    for file, state in stored.items():
+        write_safetensors(folder / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
+    storage.write_json(folder / CONFIG, config)
+    seal = {
+        **details,
+        "kind": kind,
+        "base": details.get("base"),
+        "parameters": sum(tensor.numel() for tensor in list(tensors.values())[-1].values()),
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "files": {file: storage.describe_file(folder / file) for file in files},
+    }
+    storage.write_json(folder / SEAL, seal)
+    if ENCODER not in files:
+        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
+
+
+def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
+    """The tensors in `dtype` on the CPU. Raises AdapterError when they hold NaN or infinity there."""
+    stored = {key: tensor.to("cpu", DTYPES[dtype]).contiguous() for key, tensor in state.items()}
+    if broken := non_finite(stored):
+        too_large = dtype != "float32" and not non_finite(state)
+        raise AdapterError(
+            f"adapter {name!r} is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first",
+            hint=f"its values are too large for {dtype}: save it as float32" if too_large else None,
+        )
+    return stored
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    force: bool = False,
+    *,
+    lora_alpha: float | None = None,
+) -> LoadedAdapter:
+    """Attach the adapter in `folder` to the model as `name`, and make it the active one.
+
+    Args:
+        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), a prefix of THUDM's scripts, folder
+            or file (checkpoints/thudm_prefix.py), or a file of a LoRA's tensors alone, which
+            torch.save(lora_state_dict(model), "lora.pt") writes.
+        force: load what fits although something differs; the report's notes say what.
+        lora_alpha: that of a file of tensors alone, which holds none.
+
+    Raises AdapterError that lists everything that differs: another base, missing or unexpected tensors, other shapes,
+    another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
+    that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
+    """
+    folder = Path(folder)
+    if folder.name in (WEIGHTS, PICKLED) and folder.with_name(CONFIG).is_file():
+        folder = folder.parent
+    check_new_name(model, name)
+    if not folder.exists():
+        raise AdapterError(f"{folder}: no such file or folder", hint="give the folder that save_adapter or PEFT wrote")
+    bare = is_weight_file(folder) and _holds_lora(folder)
+    if lora_alpha is not None and not bare:
+        raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
+    if bare:
+        config, state, seal = read_bare_lora(folder, lora_alpha)
+    elif _is_thudm(folder):
+        return _load_prefix(model, folder, _read_thudm(model, folder), None, name, force)
+    else:
+        config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
+    if is_prefix_config(config):
+        return _load_prefix(model, folder, stored_prefix(config, state, seal), seal, name, force)
+    stored = parse_state(state)
+    fitting, misfits = fit_layers(model, config, stored)
+    problems = stored.problems + _base_problems(model, seal) + misfits
+    problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
+    if problems and not force:
+        raise _unfit(
+            folder, problems, "load it on the base that it was trained on, or use force (--force) to load what fits"
+        )
+    if not fitting:
+        raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
+    attach_pairs(model, name, config, fitting)
+    _remember(model, name, seal)
+    return LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
+
+
+def _load_prefix(
+    model: nn.Module, folder: Path, stored: StoredPrefix, seal: Mapping[str, Any] | None, name: str, force: bool
+) -> LoadedAdapter:
+    fitted = fit_prefix(model, stored)
+    doubts = _base_problems(model, seal) + fitted.doubts
+    if fitted.misfits:
+        raise _unfit(folder, [*fitted.misfits, *doubts], "a prefix fits only models with the same layers and key heads")
+    if doubts and not force:
+        raise _unfit(
+            folder, doubts, "load it on the base that it was trained on, or use force (--force) to load it anyhow"
+        )
+    fitted.attach(model, name)
+    _remember(model, name, seal)
+    config, layers = fitted.encoder.config, len(fitted.encoder.geometry.layers)
+    about = f"prefix of {config.pre_seq_len} tokens{' with projection' * config.prefix_projection}, "
+    return LoadedAdapter(name, layers, layers, (*stored.notes, *_notes(doubts, seal)), about)
+
+
+def _unfit(folder: Path, problems: list[str], hint: str) -> AdapterError:
+    return AdapterError(f"{folder} does not fit this model:\n  " + "\n  ".join(problems), hint=hint)
+
+
+def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ...]:
+    notes = [f"forced although: {problem}" for problem in problems]
+    if seal is None:
+        notes.append(f"no {SEAL} beside it: which base it was trained on cannot be verified")
+    return tuple(notes)
+
+
+def _is_thudm(path: Path) -> bool:
+    """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
+    return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
+
+
+def _holds_lora(path: Path) -> bool:
+    try:
+        return holds_lora(tensor_names(path))
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+
+
+def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
+    """The prefix that THUDM's scripts left there. Raises AdapterError where there is none, or it cannot be read."""
+    try:
+        stored = read_thudm(path)
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+    if stored is None:
+        missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
+        raise AdapterError(
+            f"{missing} {KEY}* among its tensors", hint="give the folder that save_adapter or PEFT wrote"
+        )
+    problem = thudm_problem(model)
+    return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
+
+
+def trained_with(model: nn.Module, name: str) -> dict[str, Any]:
+    """The arguments that the adapter `name` was trained with, as its seal has them; empty where they are not known."""
+    return dict(getattr(model, "qgraft_trained", {}).get(name, {}))
+
+
+def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> None:
+    arguments = (seal or {}).get("arguments")
+    known = {**getattr(model, "qgraft_trained", {}), name: arguments if isinstance(arguments, dict) else {}}
+    model.qgraft_trained = known  # type: ignore[assignment]
+
+
+def read_seal(folder: Path) -> dict[str, Any] | None:
+    """The contents of qgraft.json, or None where there is none. Raises AdapterError when it is not JSON."""
+    return _read_json(folder / SEAL) if (folder / SEAL).is_file() else None
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
+    if not (folder / CONFIG).is_file():
+        raise AdapterError(f"{folder} holds no {CONFIG}", hint="give the folder that save_adapter or PEFT wrote")
+    return _read_json(folder / CONFIG)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise AdapterError(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """(options, tensors, seal or None) of the adapter in `folder`, a plain LoRA or a prefix, as it was sealed.
+
+    The tensors of a prefix are PEFT's and, where it has a projection, those of prefix_encoder.safetensors. Raises
+    AdapterError, UnsupportedError; whether it fits a model is load_adapter's question.
+    """
+    config, seal = read_peft_config(folder), read_seal(folder)
+    if is_prefix_config(config):
+        check_prefix_config(folder / CONFIG, config)
+    else:
+        check_kind(folder / CONFIG, config)
+        check_values(folder / CONFIG, config)
+    files = {} if seal is None else sealed_files(folder / SEAL, seal)
+    if changed := storage.check_files(folder, files):
+        raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
+    state = read_tensors(folder)
+    return config, state | read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
+
+
+def read_trained(folder: Path) -> dict[str, Tensor]:
+    """The tensors that a sealed adapter was trained in, by the names of adapter_state_dict. Raises as read_adapter."""
+    config, state, seal = read_adapter(folder)
+    return dict(stored_prefix(config, state, seal).values) if is_prefix_config(config) else state
+
+
+def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the seal at `path` says of the files beside it, for storage.check_files. Raises AdapterError for no seal."""
+    files = seal.get("files")
+    if not isinstance(files, dict) or not isinstance(seal.get("base") or {}, dict):
+        raise AdapterError(f"{path} is not a seal: expected objects under `files` and `base`")
+    return dict(files)
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """The adapter's tensors by PEFT's names, from safetensors or a pickle of tensors only. Raises AdapterError."""
+    if (folder / WEIGHTS).is_file():
+        return read_safetensors(folder / WEIGHTS)
+    if not (folder / PICKLED).is_file():
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
+    return read_pickle(folder / PICKLED)
+
+
+def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any], dict[str, Tensor], None]:
+    """(PEFT's options, tensors, no seal) of a file that holds the tensors of a LoRA and nothing else."""
+    if lora_alpha is None:
+        raise AdapterError(
+            f"{path} holds a LoRA's tensors and none of its options: by which lora_alpha is it scaled?",
+            hint=f"load_adapter(model, {path.name!r}, lora_alpha=16), with what attach_lora() was given (16 where nothing "
+            "was); save_adapter() writes a folder that says it",
+        )
+    state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    config = bare_options(state, lora_alpha)
+    check_values(path, config)
+    return config, state, None
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file of torch's, of which nothing is executed. Raises AdapterError."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
+    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
+        raise AdapterError(f"{path}: expected a dict of tensors")
+    return loaded
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file. Raises AdapterError."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
+
+
+def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str]:
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    trained = (seal or {}).get("base") or {}
+    if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
+        return []
+    return [
+        f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}), "
+        f"this one is {base.fingerprint} ({base.source})"
+    ]
+
+
+def _versions() -> dict[str, str]:
+    libraries = {package: version(package) for package in ("torch", "transformers")}
+    return {"python": platform.python_version(), "qgraft": __version__, **libraries}

@@ -1,0 +1,278 @@
+"""llama.cpp's GGUF-LoRA: an adapter in one file, which llama.cpp runs beside the base's file. Written and read here.
+
+    general.type = "adapter"   general.architecture = the base's   general.file_type   adapter.type = "lora"
+    adapter.lora.alpha         f32, one for all tensors
+    <tensor>.lora_a [r, in]    <tensor>.lora_b [out, r]    for a tensor of the base, as in blk.0.attn_q.weight.lora_a
+
+For each pair llama.cpp computes
+
+    y = W x + scale · B (A x)        scale = alpha / r, r being the columns of this B;  1 where alpha is 0 or missing
+
+It knows no rank-stabilized scaling and no alpha of single layers. So `alpha` is the s·r that most layers have, which is
+lora_alpha, or lora_alpha · sqrt(r) where rank-stabilized, and where a layer's own s·r differs, the quotient goes into B.
+An adapter trained here is so written as it is: no value is rounded but to the file's dtype. Rows of B go in the order
+that the file has the rows of its tensor in: B_file[row_order] = B.
+
+Keys that begin with "qgraft" are ours, and llama.cpp passes over them: `qgraft.base.fingerprint` lets load_adapter
+notice another base, where llama.cpp compares only architecture and shapes; `qgraft.prompt.system` and `.template` are
+what the adapter was trained with. Norms in such a file are passed over, as llama.cpp does.
+
+Sources: src/llama-adapter.h (get_scale), src/llama-adapter.cpp (the checks) and convert_lora_to_gguf.py of llama.cpp.
+Not chosen: the names without ".weight" that one fork writes; llama.cpp finds no tensor for them.
+"""
+
+import math
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
+from torch import Tensor, nn
+
+from qgraft import storage
+from qgraft.adapter_files.peft_config import peft_config
+from qgraft.adapters.attach import lora_modules, non_finite, only_adapter, require_loras, tensor_name
+from qgraft.adapters.lora import LoraConfig
+from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.checkpoints.gguf_model import gguf_fingerprint
+from qgraft.checkpoints.gguf_write import open_source
+from qgraft.checkpoints.origin import Origin, find_origin, is_linear
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+from qgraft.formats import dequantize
+
+DTYPES = {
+    "float32": (torch.float32, LlamaFileType.ALL_F32),
+    "float16": (torch.float16, LlamaFileType.MOSTLY_F16),
+}
+FINGERPRINT, PROMPT, PROMPT_KEYS = "qgraft.base.fingerprint", "qgraft.prompt", ("system", "template")
+_NAME = re.compile(r"(?P<base>.+)\.lora_(?P<part>[ab])")
+
+
+@dataclass(frozen=True)
+class ExportedLora:
+    """What export_gguf_lora wrote: pairs for `layers` layers, `parameters` numbers, `nbytes` of file."""
+
+    path: Path
+    architecture: str
+    layers: int
+    parameters: int
+    nbytes: int
+    alpha: float
+
+
+def is_gguf_lora(file: GgufFile) -> bool:
+    """Whether a GGUF file says that it is an adapter, of whatever kind."""
+    return bool(file.metadata.get(Keys.General.TYPE) == GGUFType.ADAPTER)
+
+
+def export_gguf_lora(
+    model: nn.Module,
+    path: str | Path,
+    name: str | None = None,
+    dtype: str = "float16",
+    arguments: Mapping[str, Any] | None = None,
+) -> ExportedLora:
+    """Write the LoRA `name` (default: the only one) to `path` in llama.cpp's layout, whole or not at all.
+
+    Args:
+        model: from a GGUF file; its tensors give the pairs their names.
+        dtype: "float16", which llama.cpp's users expect, or "float32", which keeps every bit.
+        arguments: of the training; its system prompt and template are written, so that `qgraft chat` uses them.
+
+    Raises AdapterError for layers without a tensor in the file, for NaN and on merged weights, UnsupportedError for a
+    base from a folder, OptionError for an unknown dtype or the base's own file as `path`, CheckpointError for a base
+    file that changed since it was loaded, StorageError.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
+    path, name = Path(path), only_adapter(model, name)
+    require_loras(model, [name], "a GGUF-LoRA")
+    origin = _gguf_origin(model)
+    if path.exists() and path.samefile(origin.path):
+        raise OptionError(f"{path} is the base model itself", hint="give the adapter a file of its own")
+    base = open_source(origin)
+    _check_unmerged(model, base)
+    alpha = _common_alpha(lora.config for _, lora in lora_modules(model, name))
+    tensors = _file_tensors(model, name, origin, alpha, DTYPES[dtype][0])
+    architecture = str(base.metadata[Keys.General.ARCHITECTURE])
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            writer = GGUFWriter(Path(folder) / "lora.gguf", architecture)
+            _add_metadata(writer, model, name, base, alpha, DTYPES[dtype][1])
+            _add_prompt(writer, arguments or {})
+            _write(writer, tensors)
+            data = (Path(folder) / "lora.gguf").read_bytes()
+        except OSError as error:
+            raise StorageError(f"cannot write a temporary file in {folder}: {error.strerror or error}") from error
+    storage.write_file(path, data)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    return ExportedLora(path, architecture, len(tensors) // 2, numbers, len(data), alpha)
+
+
+def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
+    """The GGUF-LoRA at `path` as an adapter folder for `model` would hold it: (PEFT's options, tensors, seal).
+
+    The tensors have PEFT's names, float32 values and rows in the model's order; those that belong to no linear layer of
+    the model are listed under their own names, for the caller to refuse. The seal is None where the file names no base.
+
+    Raises CheckpointError for a file that is no whole GGUF, AdapterError for one that is no LoRA or of another
+    architecture, UnsupportedError for a kind of LoRA or a base that this cannot serve.
+    """
+    origin = _gguf_origin(model)
+    file = read_gguf(path)
+    alpha = _check_kind(file)
+    got, expected = (f.metadata.get(Keys.General.ARCHITECTURE) for f in (file, open_source(origin)))
+    if got != expected:
+        raise AdapterError(f"{path}: made for the architecture {got!r}, this model is {expected!r}")
+    places = {s.name: (p, s.row_order) for p, s in origin.matrices.items() if not s.repeated and is_linear(model, p)}
+    pairs: dict[str, dict[str, Tensor]] = {}  # module path -> "A" and "B"
+    state: dict[str, Tensor] = {}
+    for name, info in file.tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is not None and match["base"] in places and len(info.shape) == 2:
+            layer, order = places[match["base"]]
+            part = match["part"].upper()
+            pairs.setdefault(layer, {})[part] = _matrix(file, name, order if part == "B" else None)
+        elif not name.endswith("_norm.weight"):
+            state[f"{name} {list(info.shape)}"] = torch.empty(0)
+    for layer, pair in pairs.items():
+        state |= {tensor_name(layer, part): value for part, value in pair.items()}
+    return _options(alpha, pairs), state, _seal(file)
+
+
+def _gguf_origin(model: nn.Module) -> Origin:
+    origin = find_origin(model)
+    if origin.container != "gguf":
+        raise UnsupportedError(
+            f"a GGUF-LoRA for {origin.path}: its tensors are named after those of a GGUF file, and this base is a folder",
+            hint="load the base from its GGUF file, or use the adapter folder, which PEFT and qgraft read",
+        )
+    return origin
+
+
+def _check_unmerged(model: Any, base: GgufFile) -> None:
+    """llama.cpp will have the file, so the adapter must be on the file's weights."""
+    if gguf_fingerprint(base) != model.qgraft_base.fingerprint:
+        raise AdapterError(
+            f"the model's weights are no longer those of {base.path}: an adapter was merged into them",
+            hint="save the merged model and load that file, or unmerge",
+        )
+
+
+def _own_alpha(config: LoraConfig) -> float:
+    """The alpha of one layer, s·r, as the file's float32 holds it."""
+    exact = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
+    return float(torch.tensor(exact, dtype=torch.float32))
+
+
+def _common_alpha(configs: Iterable[LoraConfig]) -> float:
+    """The alpha that leaves B as it is in most layers; not 0, which llama.cpp takes for none. Raises AdapterError."""
+    alpha = Counter(_own_alpha(config) for config in configs).most_common(1)[0][0]
+    if not math.isfinite(alpha):
+        raise AdapterError(f"lora_alpha: got {alpha}, expected a finite number")
+    return alpha or 1.0
+
+
+def _file_tensors(model: nn.Module, name: str, origin: Origin, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+    """{tensor name in the file: values, rows in the file's order, with what differs from `alpha` in B}."""
+    tensors: dict[str, Tensor] = {}
+    problems = []
+    for path, lora in lora_modules(model, name):
+        stored = origin.matrices.get(path)
+        if stored is None or stored.repeated:
+            problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
+            continue
+        if not is_linear(model, path):
+            problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")
+            continue
+        B = lora.lora_B.detach().cpu()
+        if (own := _own_alpha(lora.config)) != alpha:
+            B = (B.double() * (own / alpha)).float()
+        if stored.row_order is not None:
+            B = B[stored.row_order.argsort()]
+        tensors[stored.name + ".lora_a"] = lora.lora_A.detach().cpu().to(dtype).contiguous()
+        tensors[stored.name + ".lora_b"] = B.to(dtype).contiguous()
+    if problems:
+        listed = "\n  ".join(problems)
+        raise AdapterError(
+            f"adapter {name!r} cannot be a GGUF-LoRA:\n  {listed}",
+            hint="llama.cpp has no LoRA on an output layer that is the embedding; train without it",
+        )
+    if broken := non_finite(tensors):
+        reason = f"NaN or infinity in {len(broken)} tensors as {dtype}".replace("torch.", "")
+        fits = "values above 65504 need float32" if dtype == torch.float16 else None
+        raise AdapterError(f"adapter {name!r} is not written: {reason}, {broken[0]} first", hint=fits)
+    return tensors
+
+
+def _add_metadata(
+    writer: GGUFWriter, model: Any, name: str, base: GgufFile, alpha: float, file_type: LlamaFileType
+) -> None:
+    writer.add_type(GGUFType.ADAPTER)
+    writer.add_name(name)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, str(base.metadata.get(Keys.General.NAME) or base.path.stem))
+    writer.add_file_type(file_type)
+    writer.add_string(Keys.Adapter.TYPE, "lora")
+    writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
+    writer.add_string(FINGERPRINT, model.qgraft_base.fingerprint)
+
+
+def _add_prompt(writer: GGUFWriter, arguments: Mapping[str, Any]) -> None:
+    for key in PROMPT_KEYS:
+        if isinstance(value := arguments.get(key), str):
+            writer.add_string(f"{PROMPT}.{key}", value)
+
+
+def _write(writer: GGUFWriter, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _check_kind(file: GgufFile) -> float:
+    """The file's alpha (0.0 where it has none), after checking that the file is a plain LoRA."""
+    if not is_gguf_lora(file):
+        got = file.metadata.get(Keys.General.TYPE, "model")
+        raise AdapterError(f"{file.path} is a GGUF {got!r}, not an adapter", hint="give it as the model (--model)")
+    if (kind := file.metadata.get(Keys.Adapter.TYPE)) != "lora":
+        raise UnsupportedError(f"{file.path}: {Keys.Adapter.TYPE} {kind!r}; supported: 'lora'")
+    if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
+        raise UnsupportedError(
+            f"{file.path}: a LoRA that waits for its invocation tokens (aLoRA); supported: a plain one"
+        )
+    alpha = file.metadata.get(Keys.Adapter.LORA_ALPHA, 0.0)
+    if not isinstance(alpha, float) or not math.isfinite(alpha):
+        raise AdapterError(f"{file.path}: {Keys.Adapter.LORA_ALPHA}: got {alpha!r}, expected a finite float")
+    return alpha
+
+
+def _matrix(file: GgufFile, name: str, order: Tensor | None) -> Tensor:
+    """The tensor as float32, its rows in the model's order; as it is where it has another number of rows."""
+    value = dequantize(file.packed(name), torch.float32)
+    return value if order is None or len(order) != len(value) else value[order]
+
+
+def _options(alpha: float, pairs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+    """PEFT's options with which alpha / r is what llama.cpp multiplies each pair by."""
+    ranks = {layer: len(pair["A"]) for layer, pair in pairs.items() if len(pair) == 2}
+    layers = {layer: LoraConfig(rank, alpha or float(rank)) for layer, rank in ranks.items()}
+    return peft_config(layers, sorted(layers), None) if layers else {"r": 1, "lora_alpha": alpha}
+
+
+def _seal(file: GgufFile) -> dict[str, Any] | None:
+    """What of qgraft.json is in the file: the base's fingerprint and name, and how prompts were made in training."""
+    fingerprint = file.metadata.get(FINGERPRINT)
+    if not isinstance(fingerprint, str):
+        return None
+    name = file.metadata.get(Keys.General.BASE_MODEL_NAME.format(id=0))
+    arguments = {key: file.metadata[f"{PROMPT}.{key}"] for key in PROMPT_KEYS if f"{PROMPT}.{key}" in file.metadata}
+    return {"base": {"fingerprint": fingerprint, "source": name}, "arguments": arguments}

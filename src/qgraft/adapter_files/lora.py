@@ -1,0 +1,217 @@
+"""A LoRA between a model and the two files of its adapter folder: PEFT's options and PEFT's tensors.
+
+    base_model.model.<module path>.lora_A.weight      [r, in]
+    base_model.model.<module path>.lora_B.weight      [out, r]
+    base_model.model.<module path>.lora_embedding_A   [r, vocabulary]     of an embedding
+    base_model.model.<module path>.lora_embedding_B   [width, r]
+
+Writing takes both from the model. Reading compares both with the model before anything is attached, and finds all that
+differs; folder.py decides what is to be done about it.
+
+Beside a LoRA on the embedding or the output layer PEFT puts a copy of that layer of the base,
+`<module path>.base_layer.weight`, or `<module path>.weight` where the vocabulary was resized. It is not trained, and is
+passed over where it is the base's; a larger vocabulary, or another base's, is a difference.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qgraft.adapter_files.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
+from qgraft.adapters.attach import attach_layers, lora_modules, lora_state_dict, tensor_name
+from qgraft.adapters.layer_choice import layer_number
+from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
+from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.formats import PackedTensor, dequantize
+
+Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
+)
+_COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
+_COMPARED_ROWS = 256  # of a copy of a layer with all of its rows, of which there may be 262,144
+# How far, relative to the base's weight, a copy may be from it: bfloat16 rounds by 0.004, two bits by 0.3.
+_FLOATS_APART, _PACKED_APART = 0.01, 0.5
+
+
+@dataclass(frozen=True)
+class StoredLoras:
+    """What the tensors of a LoRA's file are.
+
+    Attributes:
+        pairs: A and B by the module path of the layer.
+        embeddings: the paths that are said to be embeddings.
+        copies: weights of the base by the module path.
+        problems: what is wrong with the names.
+    """
+
+    pairs: Pairs
+    embeddings: set[str]
+    copies: dict[str, Tensor]
+    problems: list[str]
+
+
+def lora_content(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(PEFT's options, PEFT's tensors) of the LoRA `name`."""
+    layers = {path: lora.config for path, lora in lora_modules(model, name)}
+    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    targets, numbers = _target_names(model, list(layers))
+    options = peft_config(layers, targets, base.source if base else None, numbers)
+    return options, lora_state_dict(model, name)
+
+
+def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
+    """The tensors of a file by what they are."""
+    stored = StoredLoras({}, set(), {}, [])
+    loras = stored.pairs
+    for key, tensor in state.items():
+        match = _KEY.fullmatch(key)
+        if match is not None and bool(match["of"]) != bool(match["weight"]):
+            loras.setdefault(match["path"], {})[match["part"]] = tensor
+            stored.embeddings.update([match["path"]] if match["of"] else [])
+        elif match is None and (copied := _COPY.fullmatch(key)):
+            stored.copies[copied["path"]] = tensor
+        else:
+            stored.problems.append(f"unexpected tensor {key}")
+    for path, pair in list(loras.items()):
+        if len(pair) == 1:
+            missing = "B" if "A" in pair else "A"
+            stored.problems.append(f"missing tensor {tensor_name(path, missing, path in stored.embeddings)}")
+            del loras[path]
+    return stored
+
+
+def holds_lora(names: Iterable[str]) -> bool:
+    """Whether any of these tensors is of a LoRA, by PEFT's names."""
+    return any(_KEY.fullmatch(name) for name in names)
+
+
+def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, Any]:
+    """PEFT's options of a LoRA of which only the tensors are known, and its alpha."""
+    ranks = {path: pair["A"].shape[0] for path, pair in parse_state(state).pairs.items() if pair["A"].dim()}
+    patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
+    return {
+        "peft_type": "LORA",
+        "r": max(ranks.values(), default=1),
+        "lora_alpha": lora_alpha,
+        "rank_pattern": patterns,
+    }
+
+
+def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[Pairs, list[str]]:
+    """(those that fit the model's layers, what differs)."""
+    loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
+    problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
+    for path, pair in loras.items():
+        if problem := _shape_problem(model, layers, path, pair, path in stored.embeddings):
+            problems.append(problem)
+            continue
+        fitting[path] = pair
+        if pair["A"].shape[0] != (rank := stated_rank(config, path)):
+            problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
+    targets = config.get("target_modules")
+    if targets and loras and not config.get("exclude_modules"):
+        expected = _targets_of(layers, targets)
+        if isinstance(targets, list):
+            expected = {path for path in expected if path in targets or _in_layers(path, config)}
+        problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
+    return fitting, problems
+
+
+def attach_pairs(model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs) -> None:
+    """Attach each layer with the rank of its tensors and the alpha of its pattern."""
+    layers = {path: layer_config(config, path, pair["A"].shape[0]) for path, pair in loras.items()}
+    attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
+
+
+def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:
+    """The layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
+    if isinstance(targets, str):
+        return {path for path in layers if compiles(targets) and re.fullmatch(targets, path)}
+    return {path for path in layers for target in targets if is_named(path, target)}
+
+
+def _in_layers(path: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT's layers_to_transform, a number or a list, lets the module at `path` have an adapter."""
+    numbers = config.get("layers_to_transform")
+    if numbers is None or numbers == []:
+        return True
+    return layer_number(path, config.get("layers_pattern")) in ([numbers] if isinstance(numbers, int) else numbers)
+
+
+def _shape_problem(
+    model: nn.Module, layers: Mapping[str, nn.Module], path: str, pair: dict[str, Tensor], of_embedding: bool
+) -> str | None:
+    if path not in layers:
+        there = dict(model.named_modules()).get(path)
+        if there is None:
+            return f"the model has no layer {path}"
+        return f"{path} is a {type(there).__name__}, neither a linear layer nor an embedding"
+    layer: Any = layers[path]
+    if of_embedding != is_embedding(layer):
+        got, expected = ("an embedding", "a linear layer") if of_embedding else ("a linear layer", "an embedding")
+        return f"{path}: got the LoRA of {got}, and the model has {expected} there"
+    A, B = pair["A"], pair["B"]
+    if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
+        got = f"A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}"
+        return f"{path}: got {got}, expected two floating point matrices"
+    out, width = (
+        (layer.embedding_dim, layer.num_embeddings) if of_embedding else (layer.out_features, layer.in_features)
+    )
+    expected_sizes = [A.shape[0], width], [out, A.shape[0]]
+    if (list(A.shape), list(B.shape)) != expected_sizes:
+        got = f"A {list(A.shape)}, B {list(B.shape)}"
+        return f"{path}: got {got}, expected {expected_sizes[0]}, {expected_sizes[1]}"
+    return None
+
+
+def _copy_problem(layers: Mapping[str, nn.Module], path: str, copy: Tensor) -> str | None:
+    """What tells a copy of the base's layer at `path` from that layer; None where it is the same, but for its rounding."""
+    layer = layers.get(path)
+    if layer is None:
+        return f"unexpected tensor: a weight of {path}, which the model does not have"
+    weight, bits = _weight_of(layer)
+    if list(copy.shape) != list(weight.shape) or not copy.is_floating_point():
+        got, expected = f"{copy.dtype} {list(copy.shape)}", list(weight.shape)
+        return f"{path}: got a copy of the base's weight {got}, expected {expected}: was its vocabulary extended?"
+    index = torch.linspace(0, len(copy) - 1, min(len(copy), _COMPARED_ROWS)).long()
+    ours = dequantize(weight.rows(index), torch.float32) if isinstance(weight, PackedTensor) else weight[index].float()
+    apart = float((copy[index].float() - ours.cpu()).norm() / ours.norm().clamp(min=1e-30))
+    if apart <= max(_FLOATS_APART, min(_PACKED_APART, 2.0 ** (2 - bits))):  # rounding to n bits moves by about 2^-n
+        return None
+    return f"{path}: the copy of the base's weight is another than this base's (relative difference {apart:.2g})"
+
+
+def _weight_of(layer: nn.Module) -> tuple[PackedTensor | Tensor, float]:
+    """(the weight of the base's layer, its bits)."""
+    base: Any = layer.base if isinstance(layer, LoraLayer) else layer
+    if not hasattr(base, "packed_weight"):
+        return base.weight.detach(), 16.0
+    packed: PackedTensor = base.packed_weight.get()
+    return packed, 8.0 * packed.nbytes / math.prod(packed.shape)
+
+
+def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, list[int] | None]:
+    """The shortest names that select exactly these layers in PEFT, and the numbers that narrow them, if any do.
+
+    The names are the last parts of the paths, or else the whole paths.
+    """
+    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    layers = adaptable_layers(model)
+    named = {path for path in layers for leaf in leaves if is_named(path, leaf)}
+    selected = {path: layer_number(path) for path in named}
+    if selected.keys() == set(paths):
+        return leaves, None
+    numbers = {layer_number(path) for path in paths}
+    if None not in numbers and {path for path, number in selected.items() if number in numbers} == set(paths):
+        return leaves, sorted(number for number in numbers if number is not None)
+    if {path for path in layers for whole in paths if is_named(path, whole)} == set(paths):
+        return sorted(paths), None
+    return "|".join(re.escape(path) for path in sorted(paths)), None  # one is the end of another layer's path

@@ -1,0 +1,61 @@
+"""export_thudm(): a prefix as THUDM's P-Tuning scripts for ChatGLM store it; see checkpoints/thudm_prefix.py."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qgraft import storage
+from qgraft.adapters.attach import non_finite, only_adapter, prefix_encoder
+from qgraft.adapters.attach_prefix import layout_of
+from qgraft.checkpoints.origin import Origin
+from qgraft.checkpoints.thudm_prefix import KEY
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+
+LAYOUTS = ("chatglm", "chatglm2")
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
+BIN = "pytorch_model.bin"
+
+
+def thudm_problem(model: nn.Module) -> str | None:
+    """Why the model can have no prefix of this kind; None for a ChatGLM."""
+    return None if layout_of(model) in LAYOUTS else f"it is of a ChatGLM, and this is a {type(model).__name__}"
+
+
+def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, dtype: str = "float32") -> int:
+    """Write the prefix `name` (default: the only adapter) as THUDM's scripts do; returns the bytes of the weights.
+
+    Args:
+        folder: a new one; it is there whole or not at all.
+        dtype: "float32", as the scripts save it, or "float16".
+
+    Raises AdapterError for a LoRA or NaN, UnsupportedError for a model that is no ChatGLM, OptionError, StorageError.
+    """
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
+    folder, name = Path(folder), only_adapter(model, name)
+    encoder = prefix_encoder(model, name)
+    if problem := thudm_problem(model):
+        raise UnsupportedError(f"a prefix in THUDM's layout: {problem}", hint="--to peft writes it for other programs")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise StorageError(f"cannot write {folder}: it is there already", hint="give the name of a new folder")
+    state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}
+    if broken := non_finite(state):
+        raise AdapterError(f"prefix {name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")
+    config = encoder.config
+    options: dict[str, Any] = {**_base_config(model), "pre_seq_len": config.pre_seq_len}
+    with storage.publish_folder(folder) as staging:
+        with open(staging / BIN, "wb") as file:  # given a path, torch raises something else for a full disk
+            torch.save(state, file)
+        storage.write_json(staging / "config.json", {**options, "prefix_projection": config.prefix_projection})
+    return (folder / BIN).stat().st_size
+
+
+def _base_config(model: Any) -> dict[str, Any]:
+    """config.json of the base, as it is in its folder."""
+    origin = getattr(model, "qgraft_origin", None)
+    if isinstance(origin, Origin) and (origin.path / "config.json").is_file():
+        return dict(json.loads((origin.path / "config.json").read_text(encoding="utf-8")))
+    return dict(model.config.to_dict())

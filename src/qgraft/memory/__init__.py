@@ -1,0 +1,6 @@
+"""What a run will hold, and the setting that fits.
+
+measure.py   bytes that a pass keeps, counted on the model itself
+settings.py  the estimate of a run, and the fastest setting below a limit
+budget.py    how many tokens go through a model at a time where nobody says it
+"""

@@ -1,0 +1,254 @@
+"""fast_decoding(): the tokens of one sequence at the speed of the C kernels, with transformers' generate() around them.
+
+A token of a small model is 200 products of some 20 microseconds each. Called one by one from Python they take three
+times as long, so within the block the decoder's forward pass is one call of decode.c, wherever that computes the same:
+
+    one row, one new token       float32, on the CPU, no gradient, no autocast, evaluation mode
+    a DynamicCache with tokens   within every sliding window; no attention mask that hides any of them
+    a decoder of four families   llama, mistral, qwen2, qwen3, by their exact classes (decoding_network.py)
+    all weights packed           in formats that the C kernels read; any number of LoRAs active, no prefix
+
+Everything else, the prompt above all, is transformers' own pass. The cache is transformers' too: its layers' keys and
+values are views of buffers with room for more tokens, in which C writes behind the last one. torch.cat, crop and the like
+give the layers other tensors; these are copied into new buffers when the next token is decoded, and nothing that
+somebody may still look at is written over.
+
+Several threads may answer at once. Each conversation has its own cache and so its own buffers; each choice of adapters
+its own structures; and a token is one call that uses all cores, so one thread at a time decodes one.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import update_wrapper
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from qgraft.attention import PREFIX
+from qgraft.compat import given_cache
+from qgraft.errors import UnsupportedError
+from qgraft.kernels import decode
+from qgraft.passes.decoding_network import Network
+
+ROOM = 256  # tokens that a new buffer of keys and values has room for
+CHOICES = 8  # choices of adapters whose structures are kept
+_ATTENTIONS = ("eager", "sdpa", PREFIX)
+_INSTALLING = threading.Lock()
+
+
+@contextmanager
+def fast_decoding(model: PreTrainedModel) -> Iterator[str | None]:
+    """Within the block `model` decodes single tokens in C, where that computes what its own forward pass does.
+
+    Several threads may be in such a block. Yields None where C is in use, else a sentence that says why not; the model
+    then is as it was.
+    """
+    base: Any = model.base_model
+    problem = why_not(base)
+    if problem is not None:
+        yield problem
+        return
+    with _INSTALLING:
+        decoder = vars(base).get("forward") or _Decoder(base)
+        decoder.users += 1
+    try:
+        yield None
+    finally:
+        with _INSTALLING:
+            decoder.leave()
+
+
+def why_not(base: nn.Module) -> str | None:
+    """Why C cannot decode for this decoder as it is now, or None."""
+    name, forward = type(base).__name__, vars(base).get("forward")
+    if forward is not None and not isinstance(forward, _Decoder):
+        return f"{name}: its forward pass was replaced, which C would pass by"
+    try:
+        Network(base)
+    except (UnsupportedError, ValueError) as error:
+        return f"{name}: {error}"
+    return None
+
+
+class _Decoder:
+    """The forward pass of a base model, in C or its own, in the place of it while there are users."""
+
+    def __init__(self, base: Any) -> None:
+        self.base = base
+        self.own: Callable[..., Any] = base.forward
+        self.users = 0
+        self.lock = threading.RLock()
+        self.networks: dict[tuple[tuple[str, float], ...], Network] = {}
+        self.latest: Network | None = None
+        self.buffers: WeakKeyDictionary[DynamicCache, _Buffers] = WeakKeyDictionary()
+        update_wrapper(self, self.own)  # with the signature of its own
+        base.forward = self
+
+    def leave(self) -> None:
+        """One user less; without any the model's forward pass is its own again."""
+        self.users -= 1
+        if not self.users and vars(self.base).get("forward") is self:
+            del self.base.forward
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.own,)  # a copy of the model has its own forward pass
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base model's own."""
+        output = None if args or not self.users else self._step(kwargs)
+        return self.own(*args, **kwargs) if output is None else output
+
+    def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
+        """The output for one token, or None where that is not for C."""
+        base, cache, positions = self.base, given_cache(given), given.get("position_ids")
+        if not _is_plain(given, base.config) or not _computes_plainly(base):
+            return None
+        past, window = _length(cache, len(base.layers)), getattr(base.config, "sliding_window", None)
+        if past is None or not _sees_all(given.get("attention_mask"), past + 1) or (window and past >= window):
+            return None
+        x = base.embed_tokens(given["input_ids"]).clone()  # C writes over it
+        cos, sin = base.rotary_emb(x, position_ids=torch.tensor([[past]]) if positions is None else positions)
+        if not x.dtype == cos.dtype == torch.float32:
+            return None
+        with self.lock:
+            network = self._network()
+            if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
+                return None
+            buffers = self._buffers(cache, past, network)
+            if buffers is None:
+                return None
+            network.use(buffers.memory)
+            decode.step(network.model, x.view(-1), cos.view(-1), sin.view(-1), past)
+            buffers.advance(cache, past + 1)
+        return BaseModelOutputWithPast(x, cache)
+
+    def _network(self) -> Network | None:
+        """The structures of what the model is, and what is active, now; None where C cannot compute that."""
+        selection = self.latest and self.latest.selection
+        weights = selection.now().uniform if selection else {}
+        if weights is None:  # an adapter for each row
+            return None
+        network = self.networks.get(tuple(weights.items()))
+        if network is None or not network.holds():
+            if network is not None:  # the others neither; and they keep what was detached in memory
+                self.networks.clear()
+            try:
+                network = Network(self.base)
+            except (UnsupportedError, ValueError):  # an adapter was attached, or weights moved, that C does not take
+                return None
+            while len(self.networks) >= CHOICES:
+                del self.networks[next(iter(self.networks))]
+            self.networks[tuple(network.weights.items())] = self.latest = network
+        return network
+
+    def _buffers(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
+        buffers = self.buffers.get(cache)
+        if buffers is None or not buffers.hold(cache, past):
+            buffers = _Buffers.copy_of(cache, past, network)
+            if buffers is not None:
+                self.buffers[cache] = buffers
+        return buffers
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def _computes_plainly(base: Any) -> bool:
+    """Whether the decoder's pass, asked for now, is one without gradients, in float32, through all of its layers."""
+    config = base.config
+    return not (
+        base.training
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or config._attn_implementation not in _ATTENTIONS
+        or config.num_hidden_layers != len(base.layers)  # assistant_early_exit
+    )
+
+
+_MAY_BE = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "return_dict"}
+
+
+def _is_plain(given: dict[str, Any], config: Any) -> bool:
+    """Whether these arguments of a forward pass ask for one more token of one row, and for nothing else."""
+    ids, positions = given.get("input_ids"), given.get("position_ids")
+    asked = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+    for name, value in asked.items():
+        got = given.get(name)
+        if bool(getattr(config, name, value) if got is None else got) is not value:
+            return False
+    return (
+        isinstance(ids, Tensor)
+        and ids.shape == (1, 1)
+        and ids.device.type == "cpu"
+        and (positions is None or positions.shape == (1, 1))
+        and all(name in _MAY_BE or value is None or value is False for name, value in given.items())
+    )
+
+
+def _sees_all(mask: Any, length: int) -> bool:
+    """Whether a forward pass with this attention mask lets the token see all `length` tokens."""
+    if mask is None:
+        return True
+    return isinstance(mask, Tensor) and mask.shape == (1, length) and bool(mask.all())
+
+
+def _length(cache: Any, layers: int) -> int | None:
+    """How many tokens are in a cache whose layers C can go on with; None for another cache, and for an empty one."""
+    if type(cache) is not DynamicCache or len(cache.layers) != layers or getattr(cache, "offloading", False):
+        return None
+    length = cache.get_seq_length()
+    for layer in cache.layers:
+        if type(layer) is DynamicSlidingWindowLayer:
+            if layer.record_past or length + 1 >= layer.sliding_window:
+                return None
+        elif type(layer) is not DynamicLayer:
+            return None
+    return length or None
+
+
+class _Buffers:
+    """Keys and values of all layers with room for more tokens, [2 layers, 1, groups, capacity, channels]."""
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.views: tuple[Tensor, ...] = ()  # what the cache's layers hold: keys and values of the first layer, ...
+
+    @classmethod
+    def copy_of(cls, cache: Any, length: int, network: Network) -> "_Buffers | None":
+        """New buffers with what the cache holds; None where that is not of the decoder's shape."""
+        shape = (1, network.groups, length, network.channels)
+        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        if any(tensor.shape != shape or tensor.dtype != torch.float32 for tensor in held):
+            return None
+        memory = torch.empty(len(held), 1, network.groups, length + ROOM, network.channels)
+        for part, tensor in zip(memory, held, strict=True):
+            part[:, :, :length] = tensor
+        buffers = cls(memory)
+        buffers._set(cache, length)
+        return buffers
+
+    def hold(self, cache: Any, length: int) -> bool:
+        """Whether these buffers are what the cache looks at, with room for one more token behind its `length`."""
+        views = iter(self.views)
+        return length < self.memory.shape[3] and all(
+            layer.keys is next(views) and layer.values is next(views) for layer in cache.layers
+        )
+
+    def advance(self, cache: Any, length: int) -> None:
+        """Let the cache see the first `length` tokens."""
+        self._set(cache, length)
+        for layer in cache.layers:
+            if isinstance(layer, DynamicSlidingWindowLayer):
+                layer.cumulative_length = length
+
+    def _set(self, cache: Any, length: int) -> None:
+        self.views = self.memory.narrow(3, 0, length).unbind(0)
+        for index, layer in enumerate(cache.layers):
+            layer.keys, layer.values = self.views[2 * index], self.views[2 * index + 1]

@@ -1,0 +1,41 @@
+"""How long a text may be that goes through a model, and where the model's files say that it ends."""
+
+from transformers import PreTrainedModel
+
+from qgraft.adapters.attach_prefix import counted_positions
+from qgraft.errors import OptionError
+
+
+def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> int:
+    """The longest sample: max_length, but never more than the model's context leaves beside the active prefixes.
+
+    Args:
+        reserved: positions that a prefix takes which is attached later.
+
+    Raises OptionError where prefixes leave no room for a question and its answer.
+    """
+    context = context_length(model, reserved)
+    return max_length if context is None else min(max_length, context)
+
+
+def stated_ends(model: PreTrainedModel) -> list[int]:
+    """The ids of end tokens that the model's files state, beside the tokenizer's; see data/ends.py."""
+    told = None if model.generation_config is None else model.generation_config.eos_token_id
+    return [told] if isinstance(told, int) else list(told or ())
+
+
+def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:
+    """How many tokens the model sees at most beside the active prefixes; None where it sets no limit.
+
+    Raises as sample_limit does.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int):
+        return None
+    taken = counted_positions(model) + reserved
+    if taken and context - taken < 2:
+        raise OptionError(
+            f"a prefix of {taken} tokens leaves no room for a sample: the model's context is {context} tokens",
+            hint="give a smaller pre_seq_len",
+        )
+    return context - taken

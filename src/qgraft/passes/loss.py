@@ -1,0 +1,144 @@
+"""The loss over label positions only, in chunks that never hold the whole logits matrix.
+
+Logits are the largest tensor of a small model's step: 512 tokens x 49 152 words x 4 bytes = 100 MB, and a plain
+implementation holds three or four of them. Most of these rows belong to prompt tokens that nobody learns. So the
+decoder runs on all tokens, the output layer only on hidden states whose next token is a label, and that in chunks: each
+chunk's logits, loss and gradient are computed and let go during the forward pass, which keeps one [labels, hidden]
+gradient. The gradient of the logits is written over them.
+(The idea of taking the gradient in the forward pass is Liger Kernel's fused linear cross entropy, arXiv:2410.10989.)
+
+What the states are, and what comes after the output layer, is in decoder.py.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from qgraft.data.batches import Batch, label_weights
+from qgraft.errors import UnsupportedError
+from qgraft.kernels import gpu_rows
+from qgraft.passes.decoder import Head, label_states, output_head
+
+CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most
+GPU_CHUNK_BYTES = 1 << 30  # likewise on a GPU: 8192 rows of a 32k vocabulary; but no more than
+GPU_CHUNK_SHARE = 32  # this part of its memory
+MIN_CHUNK_ROWS = 32
+
+
+def batch_loss(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy summed over the labels of a padding-free batch, each times its weight, a float32 scalar.
+
+    Args:
+        batch: input_ids, position_ids, labels, each [1, tokens], on the CPU or where the model is (see label_states);
+            labels are aligned with the token that predicts them. Its weights, if it has any, likewise.
+    """
+    states_NH, labels_N = label_states(model, batch)
+    weights_N = label_weights(batch)
+    weights_N = None if weights_N is None else weights_N.to(states_NH.device, non_blocking=True)
+    return weighted_cross_entropy(states_NH, labels_N, weights_N, output_head(model), label_smoothing)[0]
+
+
+def check_gradient(model: nn.Module, loss: Tensor) -> None:
+    """Raise UnsupportedError where nothing that is trained reaches the loss: training would do nothing."""
+    if not loss.requires_grad:
+        raise UnsupportedError(
+            f"{type(model).__name__}: no gradient reaches the adapter",
+            hint="its layers compute their gradients in a way of their own, or the adapter is on none that is used",
+        )
+
+
+def chunk_bytes(device: torch.device) -> int:
+    """Bytes of float32 logits that the loss computes at a time on this device."""
+    if device.type != "cuda":
+        return CHUNK_BYTES
+    return min(GPU_CHUNK_BYTES, torch.cuda.get_device_properties(device).total_memory // GPU_CHUNK_SHARE)
+
+
+def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label_smoothing: float = 0.0) -> Tensor:
+    """sum_i -log softmax(head(state_i))[target_i], differentiable in the states and in the head's parameters."""
+    return weighted_cross_entropy(states_NH, targets_N, None, head, label_smoothing)[0]
+
+
+def weighted_cross_entropy(
+    states_NH: Tensor, targets_N: Tensor, weights_N: Tensor | None, head: Head, label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(The sum of weight times cross-entropy, differentiable; the cross-entropy of each label [n], without gradient)."""
+    parameters = getattr(head, "parameters", [])
+    return _ChunkedCrossEntropy.apply(states_NH, targets_N, weights_N, head, label_smoothing, *parameters)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The loss, and with it the gradients, computed chunk by chunk in the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_NH: Tensor,
+        targets_N: Tensor,
+        weights_N: Tensor | None,
+        head: Head,
+        label_smoothing: float,
+        *parameters: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """states [n, hidden], targets [n] int64, weights [n] or None for ones -> scalar float32, [n] float32."""
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
+        grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
+        each_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
+        start, vocabulary, most = 0, getattr(head, "vocabulary", None), chunk_bytes(states_NH.device)
+        once = getattr(head, "unpacked", None) if states_NH.is_cuda else None
+        logits_of = head if once is None else once(states_NH.dtype)  # a GPU unpacks the whole layer for each product
+        while start < len(states_NH):
+            rows = max(MIN_CHUNK_ROWS, most // (4 * vocabulary)) if vocabulary else MIN_CHUNK_ROWS
+            chunk = states_NH[start : start + rows].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
+                logits = logits_of(chunk)
+            vocabulary = logits.shape[-1]
+            on_gpu = gpu_rows.serves(logits) and logits.stride(1) == 1
+            dtype = logits.dtype if on_gpu else torch.float32
+            own_CV = logits.detach().to(dtype, copy=getattr(head, "keeps_logits", True))
+            to_gradient = gpu_rows.loss_to_gradient if on_gpu else _loss_to_gradient
+            each_C = to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            each_N[start : start + rows] = each_C
+            if weights_N is not None:
+                weights_C = weights_N[start : start + rows]
+                each_C, own_CV = each_C * weights_C, own_CV.mul_(weights_C[:, None])
+            total += each_C.sum()
+            if wanted:
+                chunk_grads = torch.autograd.grad(logits, (chunk, *parameters), own_CV.to(logits.dtype))
+                grads[0][start : start + rows] = chunk_grads[0]
+                for grad, part in zip(grads[1:], chunk_grads[1:], strict=True):
+                    grad += part
+            start += len(chunk)
+            del logits, own_CV  # or they would be there while the next chunk's are computed
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(each_N)
+        return total, each_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales what the forward pass computed."""
+        states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
+        return states, None, None, None, None, *parameters
+
+
+def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
+    """The cross-entropy [C] of each row of float32 logits z, which are overwritten with its gradient.
+
+    loss = log sum exp(z) - (1 - s) z[target] - s mean(z)      gradient = softmax(z) - s / V, and s - 1 at the target
+    (label smoothing s as in torch: Szegedy et al. 2016, arXiv:1512.00567)
+    """
+    index_C1 = targets_C[:, None]
+    largest_C1 = logits_CV.amax(dim=1, keepdim=True)
+    kept = (1.0 - smoothing) * logits_CV.gather(1, index_C1)[:, 0]
+    if smoothing:
+        kept += smoothing * logits_CV.mean(dim=1)
+    sums_C1 = logits_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
+    losses_C = (sums_C1.log() + largest_C1)[:, 0] - kept
+    logits_CV.div_(sums_C1)
+    if smoothing:
+        logits_CV.sub_(smoothing / logits_CV.shape[1])
+    logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
+    return losses_C
