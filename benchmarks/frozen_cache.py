@@ -95,8 +95,6 @@ def run_contestant(options: argparse.Namespace) -> dict:
             self.losses += [logs["loss"]] if "loss" in logs else []
 
     clock = Clock()
-    trainer = run.LoraTrainer
-    run.LoraTrainer = lambda *given: trainer(*given[:-1], [*given[-1], clock])  # type: ignore[misc,assignment]
     model, tokenizer = qgraft.load("smollm2-135m")
     with tempfile.TemporaryDirectory() as folder:
         args = qgraft.TrainArguments(
@@ -104,7 +102,7 @@ def run_contestant(options: argparse.Namespace) -> dict:
             max_samples=options.rows, logging_steps=1, save_strategy="no", name="Aria", author="the Qgraft team",
             plot_loss=False, compute=options.compute, **CONTESTANTS[options.only],
         )  # fmt: skip
-        made = run.train(model, tokenizer, "identity", args)
+        made = run.train(model, tokenizer, "identity", args, callbacks=[clock])
         adapter = (Path(folder) / "adapter_model.safetensors").read_bytes()
     return {
         "compute": args.compute,

@@ -55,9 +55,6 @@ def in_own_process(setting: tuple[int, ...], steps: int) -> dict[str, Any]:
 
 def run(steps: int, tokens: int, checkpointing: int, r: int) -> dict[str, Any]:
     """Estimate, then train, in this process."""
-    from qgraft.cli.main import import_trainer_alone
-
-    import_trainer_alone()
     import qgraft
     from qgraft.memory.settings import Setting, apply_setting, estimate
     from qgraft.training.adapter import prepare_adapter

@@ -134,23 +134,10 @@ def train_qgraft(
     name: str, shared: dict[str, Any], folder: Path, options: dict[str, Any]
 ) -> tuple[float, Callable[[], float]]:
     """Ours: what `qgraft train` runs. Only the order of the rows is fixed."""
-    from torch.utils.data import SequentialSampler
-
     import qgraft
-    from qgraft.cli.main import import_trainer_alone
-
-    import_trainer_alone()  # as the command does
-    from qgraft.data.tokenizing import Sample
+    from qgraft.data.tokenizing import Sample, samples_sha256
     from qgraft.training.evaluate import evaluate_samples
-    from qgraft.training.trainer import LoraTrainer
 
-    tokens = shared["train"]["tokens"]
-
-    def in_order(self: Any, train_dataset: Any = None) -> Any:
-        assert [sample.input_ids for sample in self.train_dataset] == [row["input_ids"] for row in tokens]
-        return SequentialSampler(self.train_dataset)
-
-    LoraTrainer._get_train_sampler = in_order  # type: ignore[method-assign]
     load = qgraft.load  # what it imports is imported here
     began = time.perf_counter()
     model, tokenizer = load(MODEL)
@@ -159,9 +146,12 @@ def train_qgraft(
     compute = name.partition("-")[2]
     args = qgraft.TrainArguments(
         **options, **shared["options"], **({"compute": compute} if compute else {}), plot_loss=False,
-        overwrite_output_dir=True,
+        overwrite_output_dir=True, train_sampling_strategy="sequential",
     )  # fmt: skip
     qgraft.train(model, tokenizer, shared["train"]["messages"], args)
+    saved = json.loads((Path(args.output_dir) / "run.json").read_text())
+    tokens = [Sample(row["input_ids"], row["labels"], "") for row in shared["train"]["tokens"]]
+    assert saved["dataset"]["sha256"] == samples_sha256(tokens), "the peers learn other tokens"
     held_out = [Sample(row["input_ids"], row["labels"], "") for row in shared["held_out"]["tokens"]]
     return load_seconds, lambda: evaluate_samples(model, held_out).loss
 

@@ -17,6 +17,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"training"},
     {"jobs", "merging", "serving"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(RANKS) for room in rooms}
 # `errors`, `storage` and `releases` are a floor of their own: everything, also their neighbours of rank 0, may stand on them.

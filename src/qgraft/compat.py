@@ -1,18 +1,20 @@
 """What differs between the releases of transformers that qgraft works with: the one place that knows it.
 
     5.24    the keyword of the cache is `cache` in forward(), generate() and in outputs; before it was `past_key_values`
-    5.23    "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
+    5.23    gradient checkpointing is called activation checkpointing, of a model and among the options
+            "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
 
 Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
 in its signature the one that the installed release asks for: generate() looks there for what a model understands.
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar
 
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, TrainingArguments
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -50,3 +52,26 @@ def cap_scores(model: PreTrainedModel) -> None:
     """Let a model whose configuration caps the attention's scores compute them by an implementation that does so."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+
+
+def asks_for_checkpointing(args: TrainingArguments) -> bool:
+    """Whether these options ask for activations to be computed again in the backward pass, under either name."""
+    return bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+
+
+@contextmanager
+def activation_checkpointing(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Within the block the model computes activations again, where the options ask for it; afterwards as before.
+
+    Raises ValueError for a model that cannot.
+    """
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if not asks_for_checkpointing(args) or getattr(model, f"is_{name}_checkpointing"):
+        yield
+        return
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+    getattr(model, f"{name}_checkpointing_enable")(kwargs or {"use_reentrant": False})
+    try:
+        yield
+    finally:
+        getattr(model, f"{name}_checkpointing_disable")()

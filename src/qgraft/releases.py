@@ -29,13 +29,11 @@ TESTED = {  # library -> the oldest and the newest release, as far as the digits
 
 TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "name(parameters)"
     "accelerate": "init_empty_weights(include_buffers)",
-    "accelerate.state": "PartialState._shared_state AcceleratorState._shared_state GradientState._shared_state",
     "huggingface_hub.errors": "HfHubHTTPError HFValidationError LocalEntryNotFoundError StrictDataclassError",
     "transformers": "PreTrainedModel._from_config PreTrainedModel._is_stateful PreTrainedModel.dummy_inputs "
     "PreTrainedModel.set_attn_implementation PreTrainedTokenizer._pad(padding_strategy,padding_side) "
-    "Trainer._get_num_items_in_batch(batch_samples,device) Trainer._prepare_inputs Trainer._clip_grad_norm(model) "
-    "Trainer._save Trainer._get_output_dir Trainer._save_checkpoint Trainer._load_from_checkpoint "
-    "Trainer._load_best_model Trainer.compute_loss_context_manager TrainingArguments.n_gpu",
+    "TrainingArguments.n_gpu TrainingArguments.get_warmup_steps(num_training_steps) "
+    "TrainingArguments.get_process_log_level TrainerState.compute_steps(args,max_steps)",
     "transformers.activations": "ACT2FN",
     "transformers.cache_utils": "DynamicLayer DynamicSlidingWindowLayer",
     "transformers.conversion_mapping": "get_model_conversion_mapping",
@@ -47,7 +45,11 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast",
     "transformers.modeling_utils": "ALL_ATTENTION_FUNCTIONS.get_interface",
     "transformers.pytorch_utils": "Conv1D",
-    "transformers.trainer_callback": "PrinterCallback ProgressCallback",
+    "transformers.integrations": "get_reporting_integration_callbacks(report_to)",
+    "transformers.optimization": "Adafactor",
+    "transformers.trainer_callback": "DefaultFlowCallback ExportableState.state",
+    "transformers.trainer_utils": "IntervalStrategy SaveStrategy",
+    "transformers.training_args": "OptimizerNames",
     "transformers.utils": "PaddingStrategy can_return_tuple",
     "transformers.utils.generic": "merge_with_config_defaults",
     "transformers.utils.output_capturing": "capture_outputs",

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 
 import pytest
 import safetensors.torch
@@ -14,8 +13,8 @@ from qgraft.errors import DataError, OptionError, StorageError, TrainingError, U
 from qgraft.jobs import train as jobs_module
 from qgraft.jobs.train import check_jobs, name_jobs, train_jobs
 from qgraft.training.callbacks import StopWith
+from qgraft.training.checkpoints import checkpoints
 from qgraft.training.run import train
-from qgraft.training.trainer import checkpoints
 
 JOBS = {  # ranks, rows, lengths, targets, seeds, batch sizes, dropout; "med" ends first, "art" accumulates
     "law": {"r": 2, "max_steps": 6, "seed": 1, "per_device_train_batch_size": 4, "lora_dropout": 0.2},
@@ -181,16 +180,19 @@ def test_an_adapter_that_is_on_the_model_is_trained_on(tiny_gguf, rows, tmp_path
         torch.testing.assert_close(value, trained[key], rtol=0, atol=0)
 
 
-def test_an_interrupt_in_the_middle_leaves_no_thread_behind(tiny_gguf, rows, tmp_path, monkeypatch):
+def test_an_interrupt_in_the_middle_leaves_the_model_as_it_was(tiny_gguf, rows, tmp_path, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs_module, "learn_together", interrupted)
-    before, handler = threading.active_count(), signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(signal.SIGINT)
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     with pytest.raises(KeyboardInterrupt):
-        run_together(tiny_gguf, rows, tmp_path)
-    assert threading.active_count() == before
+        train_jobs(model, tokenizer, [arguments(rows, tmp_path, name) for name in JOBS])
     assert signal.getsignal(signal.SIGINT) is handler
+    assert not model.training and model.config.use_cache
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model(torch.arange(3, 9)[None]).logits.isfinite().all()
 
 
 def test_names_are_made_different(rows, tmp_path):

@@ -8,9 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qgraft
-from qgraft.adapters.attach import adapter_names, lora_modules
+from qgraft.adapters.attach import lora_modules
 from qgraft.errors import UnsupportedError
-from qgraft.jobs.replicas import adopt_lora, replicate
 from qgraft.jobs.segments import Segment, serving_segments
 
 NAMES = ("law", "med", "art")
@@ -130,24 +129,3 @@ def test_an_input_of_other_tokens_is_refused_and_the_model_is_as_before():
     with pytest.raises(UnsupportedError, match="expected 9 tokens"), serving_segments(model, segments_of((3, 4, 2))):
         model(x[:, :5])
     torch.testing.assert_close(model(x), before, rtol=0, atol=0)
-
-
-def test_a_replica_shares_every_tensor_and_keeps_one_adapter(tiny_gguf):
-    model, _ = qgraft.load(tiny_gguf("llama").path)
-    for name in ("law", "med"):
-        qgraft.attach_lora(model, r=2, name=name)
-    replica = replicate(model, "med")
-    assert adapter_names(replica) == ["med"] and adapter_names(model) == ["law", "med"]
-    held = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    assert {tensor.data_ptr() for tensor in (*replica.parameters(), *replica.buffers())} <= held
-    qgraft.attach_lora(replica, r=3, name="art")
-    replica.eval()
-    assert adapter_names(model) == ["law", "med"]
-    adopt_lora(model, replica, "art")
-    assert adapter_names(model) == ["law", "med", "art"] and list(qgraft.active_adapters(model)) == ["med"]
-    with torch.no_grad():
-        for _, lora in lora_modules(replica, "art"):
-            lora.lora_B.normal_()
-    qgraft.use_adapter(model, "art")
-    ids = torch.arange(3, 20)[None]
-    torch.testing.assert_close(model(ids).logits, replica(ids).logits, rtol=0, atol=0)

@@ -14,8 +14,9 @@ from qgraft import storage
 from qgraft.adapter_files.folder import trained_with
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
-from qgraft.training import trainer as trainer_module
+from qgraft.training import objective as objective_module
 from qgraft.training.callbacks import StopOnSignal
+from qgraft.training.checkpoints import checkpoints, newest_whole_checkpoint
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)]
@@ -166,7 +167,7 @@ def test_resuming_passes_over_a_broken_checkpoint(tiny_gguf, tmp_path):
     damaged = bytearray((newest / "optimizer.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (newest / "optimizer.pt").write_bytes(damaged)
-    assert trainer_module.newest_whole_checkpoint(part)[0] == part / "checkpoint-4"
+    assert newest_whole_checkpoint(part)[0] == part / "checkpoint-4"
     _, report = run(tiny_gguf, part, resume_from_checkpoint="true")
     assert sum("passed over" in note for note in report.notes) == 1
     assert adapter_bytes(part) == adapter_bytes(whole)
@@ -174,7 +175,7 @@ def test_resuming_passes_over_a_broken_checkpoint(tiny_gguf, tmp_path):
 
 def test_checkpoints_are_sealed_rotated_and_hold_no_base(tiny_gguf, tmp_path):
     run(tiny_gguf, tmp_path / "out", save_total_limit=2)
-    kept = trainer_module.checkpoints(tmp_path / "out")
+    kept = checkpoints(tmp_path / "out")
     assert [path.name for path in kept] == ["checkpoint-4", "checkpoint-6"]
     for path in kept:
         assert storage.check_folder(path) == []
@@ -185,7 +186,7 @@ def test_checkpoints_are_sealed_rotated_and_hold_no_base(tiny_gguf, tmp_path):
 
 def test_resuming_with_other_options_of_the_adapter_is_refused(tiny_gguf, tmp_path):
     run(tiny_gguf, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="another adapter"):
+    with pytest.raises(CheckpointError, match="adapter: r: was 2, now 4"):
         run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true", r=4)
 
 
@@ -215,7 +216,7 @@ def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf
         _, report = run(tiny_gguf, part, save_strategy="no")
     assert signal.getsignal(number) is before
     assert (report.finished, report.signal, report.exit_code) == (False, number, 128 + number)
-    assert [path.name for path in trainer_module.checkpoints(part)] == [f"checkpoint-{report.steps}"]
+    assert [path.name for path in checkpoints(part)] == [f"checkpoint-{report.steps}"]
     assert not (part / "adapter_model.safetensors").exists()
     run(tiny_gguf, part, save_strategy="no", resume_from_checkpoint="true")
     assert adapter_bytes(part) == adapter_bytes(whole)
@@ -224,7 +225,7 @@ def test_a_signal_saves_and_leaves_and_resuming_ends_in_the_same_bytes(tiny_gguf
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.spread(1)
 def test_one_step_of_nan_is_skipped_and_counted(max_grad_norm, tiny_gguf, tmp_path, monkeypatch):
-    original = trainer_module.batch_loss
+    original = objective_module.batch_loss
     calls = []
 
     def sometimes_nan(*args, **kwargs):
@@ -232,7 +233,7 @@ def test_one_step_of_nan_is_skipped_and_counted(max_grad_norm, tiny_gguf, tmp_pa
         value = original(*args, **kwargs)
         return value * float("nan") if len(calls) == 3 else value
 
-    monkeypatch.setattr(trainer_module, "batch_loss", sometimes_nan)
+    monkeypatch.setattr(objective_module, "batch_loss", sometimes_nan)
     _, report = run(tiny_gguf, tmp_path / "out", max_grad_norm=max_grad_norm, save_strategy="no")
     assert report.metrics["skipped_steps"] == 1
     tensors = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -240,7 +241,7 @@ def test_one_step_of_nan_is_skipped_and_counted(max_grad_norm, tiny_gguf, tmp_pa
 
 
 def test_a_gradient_of_nan_is_skipped_too(tiny_gguf, tmp_path, monkeypatch):
-    original = trainer_module.batch_loss
+    original = objective_module.batch_loss
     calls = []
 
     def infinite_gradient(*args, **kwargs):
@@ -250,14 +251,14 @@ def test_a_gradient_of_nan_is_skipped_too(tiny_gguf, tmp_path, monkeypatch):
             value.register_hook(lambda grad: grad * float("inf"))
         return value
 
-    monkeypatch.setattr(trainer_module, "batch_loss", infinite_gradient)
+    monkeypatch.setattr(objective_module, "batch_loss", infinite_gradient)
     _, report = run(tiny_gguf, tmp_path / "out", save_strategy="no")
     assert report.metrics["skipped_steps"] == 1
 
 
 def test_three_steps_of_nan_end_the_run_and_leave_the_adapter_finite(tiny_gguf, tmp_path, monkeypatch):
-    original = trainer_module.batch_loss
-    monkeypatch.setattr(trainer_module, "batch_loss", lambda *a, **k: original(*a, **k) * float("nan"))
+    original = objective_module.batch_loss
+    monkeypatch.setattr(objective_module, "batch_loss", lambda *a, **k: original(*a, **k) * float("nan"))
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     with pytest.raises(TrainingError, match="3 times in a row"):
         train(model, tokenizer, ROWS, arguments(tmp_path / "out", save_strategy="no"))
@@ -328,7 +329,7 @@ def test_a_full_disk_ends_with_the_path_and_leaves_no_adapter(tiny_gguf, tmp_pat
     with pytest.raises(StorageError, match="No space left"):
         train(model, tokenizer, ROWS, arguments(tmp_path / "out", save_steps=2))
     monkeypatch.setattr(os, "fsync", real)
-    assert trainer_module.checkpoints(tmp_path / "out") == []
+    assert checkpoints(tmp_path / "out") == []
     assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 

@@ -11,8 +11,8 @@ import qgraft
 from qgraft import storage
 from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
 from qgraft.errors import CheckpointError, OptionError
-from qgraft.training import trainer as trainer_module
 from qgraft.training.callbacks import StopOnSignal
+from qgraft.training.checkpoints import checkpoints
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)]
@@ -104,7 +104,7 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tiny_gguf, tmp_path):
 
 def test_checkpoints_are_whole_and_hold_no_base(tiny_gguf, tmp_path):
     run(tiny_gguf, tmp_path / "out", prefix_projection=True)
-    for path in trainer_module.checkpoints(tmp_path / "out"):
+    for path in checkpoints(tmp_path / "out"):
         assert storage.check_folder(path) == []
         assert {*FILES, ENCODER} < {file.name for file in path.iterdir()}
         assert sum(file.stat().st_size for file in path.iterdir()) < 400_000
@@ -116,7 +116,7 @@ def test_checkpoints_are_whole_and_hold_no_base(tiny_gguf, tmp_path):
 @pytest.mark.spread(1)
 def test_resuming_with_another_adapter_is_refused(tiny_gguf, tmp_path, change):
     run(tiny_gguf, tmp_path / "out", prefix_projection=True)
-    with pytest.raises(CheckpointError, match="another adapter"):
+    with pytest.raises(CheckpointError, match="is of another run"):
         run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true", **{"prefix_projection": True, **change})
 
 

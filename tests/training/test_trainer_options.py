@@ -17,14 +17,14 @@ import qgraft
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.training import trainer_options
 from qgraft.training.arguments import arguments_from_dict, changed_arguments, option_help, parse_arguments
+from qgraft.training.loop import Step, TrainingLoop
 from qgraft.training.run import train
-from qgraft.training.trainer import LoraTrainer
 from qgraft.training.trainer_options import (
     CHOICES,
     HONOURED,
     REFUSED,
     WITHOUT_NEED,
-    check_one_process,
+    check_launcher,
     inherited_options,
 )
 
@@ -39,23 +39,29 @@ def arguments(folder: Path, **options: Any) -> qgraft.TrainArguments:
 
 
 class Run:
-    """A whole run, with what its trainer saw."""
+    """A whole run, with what its loop saw."""
 
     def __init__(self, tiny_gguf: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
         self.batches: list[list[list[int]]] = []
-        self.trainer: LoraTrainer | None = None
-        original = LoraTrainer.training_step
+        self.loop: TrainingLoop | None = None
+        self.checkpointing = False
+        original = TrainingLoop.learn
 
-        def training_step(trainer: LoraTrainer, model: Any, inputs: Any, count: Any = None) -> torch.Tensor:
-            self.trainer = trainer
-            ends = inputs["position_ids"][0].eq(0).nonzero().flatten().tolist()[1:]
-            self.batches.append([ids.tolist() for ids in inputs["input_ids"][0].tensor_split(ends)])
-            return original(trainer, model, inputs, count)
+        def learn(loop: TrainingLoop, step: Step) -> None:
+            self.loop = loop
+            self.checkpointing = any(
+                getattr(module, "gradient_checkpointing", False) for module in loop.model.modules()
+            )
+            self.batches.append([])
+            for batch in step.batches:
+                ends = batch["position_ids"][0].eq(0).nonzero().flatten().tolist()[1:]
+                self.batches[-1] += [ids.tolist() for ids in batch["input_ids"][0].tensor_split(ends)]
+            original(loop, step)
 
         torch.manual_seed(0)
         model, tokenizer = qgraft.load(tiny_gguf("llama").path)
         with monkeypatch.context() as patch:
-            patch.setattr(LoraTrainer, "training_step", training_step)
+            patch.setattr(TrainingLoop, "learn", learn)
             self.report = train(model, tokenizer, ROWS, arguments(folder, **options))
         lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").exists() else []
         self.logged = [json.loads(line) for line in lines]
@@ -272,14 +278,14 @@ def test_every_optimizer_lowers_the_loss(name, run):
     found = run(optim=name, max_steps=12, learning_rate=0.5 if name == "sgd" else 1e-2, weight_decay=0.01)
     losses = [entry["loss"] for entry in found.logged if "loss" in entry]
     assert sum(losses[-4:]) < sum(losses[:4])
-    optimizer = found.trainer.optimizer.optimizer
+    optimizer = found.loop.optimization.optimizer
     assert type(optimizer) is OPTIMIZERS[name]
     assert {group["weight_decay"] for group in optimizer.param_groups if group["params"]} == {0.01}
 
 
 def test_the_numbers_of_adam_are_those_given(run):
     found = run(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
-    group = found.trainer.optimizer.optimizer.param_groups[0]
+    group = found.loop.optimization.optimizer.param_groups[0]
     assert group["betas"] == (0.8, 0.95) and group["eps"] == 1e-6
 
 
@@ -298,7 +304,8 @@ def test_checkpointing_goes_by_both_names(name, run):
         pytest.skip("this release of transformers has one name for it")
     kwargs = {f"{name}_kwargs": {"use_reentrant": False}}
     found = run(**{name: True}, **kwargs)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in found.trainer.model.modules())
+    assert found.checkpointing
+    assert not any(getattr(module, "gradient_checkpointing", False) for module in found.loop.model.modules())
 
 
 def test_flags_that_are_not_given_are_not_spoken_of(tmp_path):
@@ -376,33 +383,31 @@ def test_pinning_memory_is_off_on_a_cpu(tmp_path):
     assert arguments(tmp_path, dataloader_pin_memory=True).dataloader_pin_memory is False
 
 
-# --- one process, one device
+# --- processes and devices
 
 
-def test_with_two_gpus_the_model_is_not_split_among_them(tiny_gguf, tmp_path):
-    model, _ = qgraft.load(tiny_gguf("llama").path)
+def test_with_two_gpus_one_process_takes_one(tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 2  # what transformers finds where two are visible
-    trainer = LoraTrainer(model, args, [], [], 16, [])
     assert (args.n_gpu, args.train_batch_size) == (1, args.per_device_train_batch_size)
-    assert trainer._wrap_model(model) is model
-    assert not isinstance(trainer.model_wrapped, nn.DataParallel)
 
 
 @pytest.mark.parametrize(
     "name,value",
-    [("WORLD_SIZE", "2"), ("OMPI_COMM_WORLD_SIZE", "4"), ("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_USE_CPU", "True"),
+    [("OMPI_COMM_WORLD_SIZE", "4"), ("ACCELERATE_USE_FSDP", "true"),
      ("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")],
 )  # fmt: skip
-def test_one_of_several_processes_is_refused_before_anything_is_loaded(name, value, monkeypatch, tmp_path):
+def test_what_a_launcher_asks_for_beside_the_options_is_refused_before_anything_is_loaded(
+    name, value, monkeypatch, tmp_path
+):
     monkeypatch.setenv(name, value)
-    with pytest.raises(UnsupportedError, match=f"{name}={value}.*one process"):
+    with pytest.raises(UnsupportedError, match=f"{name}={value}.*its own options"):
         arguments(tmp_path)
 
 
 def test_a_launcher_that_starts_one_process_is_none_of_our_business():
-    check_one_process({"WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"})
-    check_one_process({})
+    check_launcher({"WORLD_SIZE": "1", "ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False"})
+    check_launcher({})
 
 
 def test_enums_are_compared_by_their_values(tmp_path):

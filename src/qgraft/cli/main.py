@@ -37,8 +37,6 @@ Fine-tune the quantized model file you already have.
 def entry_point() -> None:
     """The console script."""
     _be_a_good_neighbour()
-    if sys.argv[1:2] in (["train"], ["estimate"], ["demo"]):
-        import_trainer_alone()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -84,21 +82,6 @@ def _dispatch(words: Sequence[str]) -> int:
 
         explain(error)
         raise
-
-
-def import_trainer_alone() -> None:
-    """Import transformers' Trainer as if `datasets` and PEFT were not installed, which it never asks for here.
-
-    With them come pandas, pyarrow, bitsandbytes and torch's compiler: 120 MB. A dataset that needs `datasets` imports
-    it. Only in a process of our own: transformers remembers what it found.
-    """
-    absent = {name: None for name in ("datasets", "peft") if name not in sys.modules}
-    sys.modules.update(absent)  # type: ignore[arg-type]  # None: this import fails
-    try:
-        import_module("qgraft.training.run")
-    finally:
-        for name in absent:
-            del sys.modules[name]
 
 
 def _be_a_good_neighbour() -> None:

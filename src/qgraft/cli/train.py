@@ -1,7 +1,9 @@
 """qgraft train: flags or a configuration file in, a sealed adapter out; or answers to test rows, with their scores."""
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,16 +46,31 @@ def run(words: Sequence[str]) -> int:
 def _work(arguments: "TrainArguments") -> int:
     from rich.console import Console
 
-    _check(arguments)
-    console = Console(stderr=True)
-    model, tokenizer = _load(arguments)
-    report = None
-    if arguments.do_train:
-        report = _train(model, tokenizer, arguments, console)
-        if report.exit_code:
-            return report.exit_code
-    _after_training(model, tokenizer, arguments, console, report)
+    from qgraft.training.processes import Processes, leave
+
+    first = Processes.of(arguments).first
+    try:
+        with nullcontext() if first else _silent():
+            _check(arguments)
+            console = Console(stderr=True)
+            model, tokenizer = _load(arguments)
+            report = None
+            if arguments.do_train:
+                report = _train(model, tokenizer, arguments, console)
+                if report.exit_code:
+                    return report.exit_code
+            if first:
+                _after_training(model, tokenizer, arguments, console, report)
+    finally:
+        leave()
     return 0
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within the block nothing is printed: of several processes the first one speaks. Errors are told by all."""
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
 
 
 def _after_training(

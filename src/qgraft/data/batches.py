@@ -20,7 +20,16 @@ from qgraft.data.tokenizing import IGNORED, Sample
 
 Batch = dict[str, Tensor]  # input_ids, position_ids, labels: int64 [1, tokens]; weights: float32, or not there
 
-__all__ = ["IGNORED", "Batch", "collate", "count_labels", "label_weights", "split_batch", "weigh_labels"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "collate",
+    "count_labels",
+    "label_weights",
+    "split_batch",
+    "weigh_labels",
+    "weigh_samples",
+]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -83,3 +92,9 @@ def weigh_labels(batch: Batch) -> float:
     """What a loss summed over the labels of the batch is divided by for their mean: the sum of their weights."""
     weights = label_weights(batch)
     return float(count_labels(batch)) if weights is None else float(weights.double().sum())
+
+
+def weigh_samples(samples: Sequence[Sample]) -> float:
+    """The same of samples that are no batch yet."""
+    weights = [weight for sample in samples for weight in _weights(sample)[1:]]
+    return float(torch.tensor(weights, dtype=torch.float32).double().sum())

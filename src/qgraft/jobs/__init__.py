@@ -3,5 +3,4 @@
 train.py       train_jobs(): whole runs whose steps are taken together
 joint_step.py  one forward and backward pass for the batches of several jobs
 segments.py    one packed row whose tokens use different LoRAs
-replicas.py    the modules of a model once more, around the same weights
 """

@@ -26,19 +26,19 @@ from qgraft.passes.loss import weighted_cross_entropy
 
 @dataclass(eq=False)
 class HandIn:
-    """What a job wants to learn in one step of its gradient accumulation, and what came of it.
+    """What a job wants to learn in one optimizer step, and what came of it.
 
     Attributes:
         adapter: the job's adapter on the shared model.
-        parts: of its batch, each at most the job's budget; each passes the model by itself, in their order.
-        labels: what the labels weigh that its optimizer step learns; the loss is divided by it.
+        parts: its batches, each at most the job's budget; each passes the model by itself, in their order.
+        count: what the labels weigh that its optimizer step learns; the loss is divided by it.
         generator: where its dropout is drawn from.
         loss: the sum so far; NaN once a part's is not finite, and its later parts are left out.
     """
 
     adapter: str
     parts: list[Batch]
-    labels: Tensor
+    count: float
     generator: torch.Generator
     loss: Tensor
 
@@ -66,7 +66,7 @@ def _pass(model: PreTrainedModel, chosen: Sequence[tuple[HandIn, Batch]], label_
     keys = ("input_ids", "position_ids", "labels")
     batch = {key: torch.cat([part[key] for _, part in chosen], dim=1) for key in keys}
     counts = torch.tensor([count_labels(part) for _, part in chosen], device=model.device)
-    weights_J = torch.stack([1.0 / job.labels.float() for job, _ in chosen])
+    weights_J = torch.tensor([1.0 / job.count for job, _ in chosen], device=model.device)
     before = [job.generator.get_state() for job, _ in chosen]
     with serving_segments(model, _segments(chosen)):
         states_NH, targets_N = label_states(model, batch)

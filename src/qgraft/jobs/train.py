@@ -1,44 +1,44 @@
 """Several adapters trained on one base at once: `qgraft train a.yaml b.yaml c.yaml`, train_jobs() in Python.
 
 Each job is a whole run as train() makes it: its own rows, schedule, optimizer, clipping, evaluations, checkpoints and
-report, in its own thread (turns.py) and on its own replica of the model (jobs/replicas.py), which shares the weights.
-Only what costs most is done for all jobs together: when each has handed in the batch of its next step, one pass computes
-all their gradients (joint_step.py). A job that ends leaves; the others go on. So each job comes out as it would alone, up
-to the rounding of sums in another order; data order and dropout masks are the same ones.
+report, with its own loop and its own random numbers. Only what costs most is done for all jobs together: when each has
+begun its next step, one pass computes the gradients of all (joint_step.py); then each ends its step.
 
-A job that fails (NaN three times in a row, a full disk) ends alone. Ctrl-C and SIGTERM end all, each with its checkpoint.
+    a   begin_step ...............  end_step: optimizer, log, evaluate, save
+    b               begin_step ...           end_step
+                               one pass
 
-Not chosen: one loop of our own over all optimizers, which would have to do again what the Trainer does between two steps.
+A job that ends leaves; the others go on. So each job comes out as it would alone, up to the rounding of sums in another
+order; data order and dropout masks are the same ones. A job that fails (NaN three times in a row, a full disk) ends
+alone. Ctrl-C and SIGTERM end all, each with its checkpoint.
 """
 
 import copy
-import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.attach import adapter_names, require_loras, use_adapter
-from qgraft.data.batches import Batch
+from qgraft.adapters.selection import selection_of
+from qgraft.compat import activation_checkpointing
 from qgraft.errors import OptionError, QgraftError, UnsupportedError
 from qgraft.jobs.joint_step import HandIn, learn_together
-from qgraft.jobs.replicas import adopt_lora, replicate
 from qgraft.linear import computing
 from qgraft.memory.budget import training_tokens
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import lean_modules
+from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
-from qgraft.training.run import Prepared, TrainReport, execute, prepare
-from qgraft.training.trainer import LoraTrainer
-from qgraft.training.turns import Turns
+from qgraft.training.random_state import RandomState
+from qgraft.training.run import Prepared, Run, TrainReport, prepare
 
 SHARED = (  # options that concern the base and the passes through it
     "model_name_or_path", "quantize", "quantization_bit", "compute", "compute_dtype", "use_cpu", "max_tokens_per_pass",
@@ -46,7 +46,7 @@ SHARED = (  # options that concern the base and the passes through it
     "activation_checkpointing_kwargs", "label_smoothing_factor",
 )  # fmt: skip
 Outcome = TrainReport | QgraftError
-Run = Turns[HandIn, Tensor, TrainReport]
+Result = TypeVar("Result")
 
 
 def train_jobs(
@@ -69,26 +69,18 @@ def train_jobs(
     nn.Module.to(model, jobs[0].device)
     display = run_display(console, labels=True) if console else None
     prepared = _prepare_all(model, tokenizer, jobs)
-    every = [sample for each in prepared for sample in each.samples]
-    # tried once: the replicas are made with the attention that was found
-    with _heap_frozen(), padding_free(model, every) as problem:
-        replicas = [replicate(model, args.adapter_name) for args in jobs]
-        shared = replicate(model, "")
-    with _stopped_by_signals() as stop, _shown(display), _heap_frozen():
-        runs: list[Run] = []
+    with _stopped_by_signals() as stop, _shown(display):
+        every = [Job(model, each, display, stop) for each in prepared]
         try:
-            for each, replica in zip(prepared, replicas, strict=True):
-                watch = Watch(each.folder, None, display, each.args.adapter_name)
-                runs.append(Turns(partial(_run_job, replica, each, watch, StopWith(stop))))
-            _drive(shared, runs, replicas, prepared, 0 if problem else training_tokens(jobs[0]))
+            for job in every:
+                job.turn(lambda job=job: prepare_adapter(model, job.args))  # type: ignore[misc]
+            _train(model, [job for job in every if job.outcome is None])
         finally:
-            for run in runs:
-                run.end()
-    for args, replica in zip(jobs, replicas, strict=True):
-        if args.adapter_name in adapter_names(replica):
-            adopt_lora(model, replica, args.adapter_name)
-            use_adapter(model, args.adapter_name)
-    return [_outcome(run) for run in runs]
+            for job in every:
+                job.run.close()
+    attached = [args.adapter_name for args in jobs if args.adapter_name in adapter_names(model)]
+    use_adapter(model, attached[-1] if attached else None)
+    return [job.outcome for job in every if job.outcome is not None]
 
 
 def name_jobs(jobs: Sequence[TrainArguments]) -> list[TrainArguments]:
@@ -123,6 +115,7 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
         for option in ("fp16", "cache_frozen_layers", "memory_limit")
         if getattr(args, option)
     ]
+    problems += [f"{args.output_dir}: started in {args.world_size} processes" for args in jobs if args.world_size > 1]
     if problems:
         raise OptionError(
             "these jobs cannot train on one base at once:\n  " + "\n  ".join(problems),
@@ -158,73 +151,101 @@ def raise_all(errors: Sequence[tuple[TrainArguments, QgraftError]]) -> None:
         raise kind("\n".join(f"{args.output_dir}: {error}" for args, error in errors))
 
 
-class _JointTrainer(LoraTrainer):
-    """A LoraTrainer that hands its batches in instead of taking its steps alone."""
+class Job:
+    """One run among several.
 
-    def __init__(self, run: Run, *args: Any) -> None:
-        super().__init__(*args)
-        self._run, self._name = run, str(args[1].adapter_name)
+    Attributes:
+        random: what it draws from in its turns.
+        outcome: what came of it, once it has ended.
+    """
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As usual, once all runs are set up: the time of their first step is then that of a step."""
-        self._run.pause()
-        return super().train(*args, **kwargs)
+    def __init__(
+        self, model: PreTrainedModel, prepared: Prepared, display: Progress | None, stop: StopOnSignal
+    ) -> None:
+        self.args, self.outcome, self.random = prepared.args, None, RandomState.now()
+        self._model = model
+        watch = Watch(prepared.folder, None, display, prepared.args.adapter_name)
+        self.run = Run(model, prepared, watch, StopWith(stop), alone=self._alone)
 
-    def learn(self, model: PreTrainedModel, parts: list[Batch], labels: Tensor) -> Tensor:
-        """The gradients of the parts, computed together with those of the other jobs; see LoraTrainer."""
+    outcome: Outcome | None
+
+    def turn(self, work: Callable[[], Result]) -> Result | None:
+        """What `work` gives; or None where it raises an error of ours, which ends this job alone."""
+        with self.random.drawn_from():
+            try:
+                return work()
+            except QgraftError as error:
+                self.outcome = error
+                self.run.close()
+                return None
+
+    def hand_in(self) -> HandIn | None:
+        """The batches of the next step, with a generator that drops what the job alone would drop."""
+        step = self.turn(self.run.loop.begin_step)
+        if step is None:
+            return None
         generator = torch.Generator()
-        generator.set_state(torch.get_rng_state())
-        zero = torch.zeros((), device=self.args.device)
-        loss = self._run.hand_in(HandIn(self._name, parts, labels, generator, zero))
-        torch.set_rng_state(generator.get_state())
-        return loss
+        generator.set_state(self.random.torch)
+        zero = torch.zeros((), device=self._model.device)
+        return HandIn(self.args.adapter_name, step.batches, step.count, generator, zero)
+
+    def take_back(self, handed: HandIn) -> None:
+        """End the step whose gradients are there, and the run with its last one."""
+        self.random.torch = handed.generator.get_state()
+        self.run.loop.note(handed.loss)
+        self.turn(self.run.loop.end_step)
+        if self.outcome is None and self.run.loop.ended:
+            self.finish()
+
+    def finish(self) -> None:
+        """Write what came of the run."""
+        report = self.turn(self.run.finish)
+        if report is not None:
+            self.outcome = report
+            self.run.close()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """The model with this job's adapter alone, whatever others train on it."""
+        with selection_of(self._model).within(None, weights={self.args.adapter_name: 1.0}):
+            yield
 
 
-def _run_job(replica: PreTrainedModel, prepared: Prepared, watch: Watch, stop: StopWith, run: Run) -> TrainReport:
-    return execute(replica, prepared, watch, stop, partial(_JointTrainer, run))
+def _train(model: PreTrainedModel, jobs: Sequence[Job]) -> None:
+    """Take the steps of the jobs together, until all have ended."""
+    if not jobs:
+        return
+    use_adapter(model, {job.args.adapter_name: 1.0 for job in jobs})  # so all of them learn
+    every, options = [sample for job in jobs for sample in job.run.prepared.samples], jobs[0].args
+    with (
+        selection_of(model).taken("trained"),
+        computing(model, options.compute),
+        padding_free(model, every) as problem,
+        lean_modules(model),
+        activation_checkpointing(model, options),
+        _without_cache(model),
+    ):
+        budget = 0 if problem else training_tokens(options)
+        for job in jobs:
+            job.run.prepared.notes += [f"{problem}; every sample passes through the model alone"] if problem else []
+            job.turn(lambda job=job: job.run.start(budget, {}))  # type: ignore[misc]
+            if job.outcome is None and job.run.loop.ended:
+                job.finish()
+        while moving := [job for job in jobs if job.outcome is None]:
+            handed = [(job, step) for job in moving if (step := job.hand_in()) is not None]
+            model.train()
+            learn_together(model, [step for _, step in handed], budget, options.label_smoothing_factor)
+            for job, step in handed:
+                job.take_back(step)
 
 
-def _drive(
-    shared: PreTrainedModel,
-    runs: Sequence[Run],
-    replicas: Sequence[PreTrainedModel],
-    prepared: Sequence[Prepared],
-    budget: int,
-) -> None:
-    """Let the runs take their steps together, until all have ended. Raises what ended one that is no error of ours."""
-    options = prepared[0].args
-    with computing(shared, options.compute), lean_modules(shared):
-        _advance(runs)  # until they are set up
-        joined = False
-        while moving := _advance(runs):
-            if not joined:  # by now the runs have attached their adapters, and their Trainers have set the replicas up
-                _join(shared, [replicas[index] for index in moving], [prepared[index].args for index in moving])
-                joined = True
-            handed = [job for run in runs if (job := run.handed) is not None]
-            learn_together(shared, handed, budget, options.label_smoothing_factor)
-            for run in runs:
-                run.answer = None if run.handed is None else run.handed.loss
-
-
-def _advance(runs: Sequence[Run]) -> list[int]:
-    """Move every run to its next batch, or its end. Returns which have a batch."""
-    for run in runs:
-        if not run.ended:
-            run.advance()
-        if run.error is not None and not isinstance(run.error, QgraftError):
-            raise run.error
-    return [index for index, run in enumerate(runs) if not run.ended]
-
-
-def _join(shared: PreTrainedModel, replicas: Sequence[PreTrainedModel], jobs: Sequence[TrainArguments]) -> None:
-    """Put the adapters of the replicas on the model of the shared passes, and let it train as they do."""
-    for replica, args in zip(replicas, jobs, strict=True):
-        adopt_lora(shared, replica, args.adapter_name)
-    for path, module in replicas[0].named_modules():
-        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
-            if name in vars(module):
-                setattr(shared.get_submodule(path), name, vars(module)[name])
-    shared.train()
+@contextmanager
+def _without_cache(model: PreTrainedModel) -> Iterator[None]:
+    before, model.config.use_cache = model.config.use_cache, False
+    try:
+        yield
+    finally:
+        model.config.use_cache = before
 
 
 @contextmanager
@@ -238,26 +259,9 @@ def _stopped_by_signals() -> Iterator[StopOnSignal]:
 
 
 @contextmanager
-def _heap_frozen() -> Iterator[None]:
-    """Within the block garbage is looked for among new objects only: in all of them it takes 0.3 s, once a Trainer."""
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@contextmanager
 def _shown(display: Progress | None) -> Iterator[None]:
     try:
         yield
     finally:
         if display is not None:
             display.stop()
-
-
-def _outcome(run: Run) -> Outcome:
-    if run.result is not None:
-        return run.result
-    assert isinstance(run.error, QgraftError)
-    return run.error

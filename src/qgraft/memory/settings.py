@@ -150,8 +150,8 @@ def settle(model: PreTrainedModel, args: RunOptions, samples: Sequence[Sample], 
     Raises OptionError where nothing fits.
     """
     lengths = sorted(len(sample.input_ids) for sample in samples)
-    batch, longest = sum(lengths[-args.per_device_train_batch_size :]), lengths[-1]
-    found = fastest(count(model, args), args, longest, max(longest, min(budget, batch)))
+    step, longest = sum(lengths[-args.per_device_train_batch_size * args.gradient_accumulation_steps :]), lengths[-1]
+    found = fastest(count(model, args), args, longest, max(longest, min(budget, step)))
     apply_setting(args, found.setting)
     return found
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from qgraft.adapters.attach import adapter_names, attach_lora, is_prefix, lora_modules, prefix_encoder, use_adapter
@@ -31,6 +32,11 @@ def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterato
     prepare_adapter(model, args)
     with selection_of(model).taken("trained"):
         yield
+
+
+def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
+    """The parameters of the adapter `name`, in an order that does not depend on what else is on the model."""
+    return [parameter for part in selection_of(model).parts[name] for parameter in part.parameters()]
 
 
 def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:

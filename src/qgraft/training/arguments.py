@@ -32,6 +32,7 @@ from qgraft.training.trainer_options import (
     rename_checkpointing,
     settle_options,
     settle_strategies,
+    tracking_callbacks,
 )
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -126,6 +127,7 @@ class TrainArguments(TrainingArguments):
         super().__post_init__()
         self.do_eval = asked  # transformers sets it for any eval_strategy
         check_schedule(self)
+        tracking_callbacks(self)  # those of a package that is missing say so now
 
     @property
     def compute_dtype(self) -> str:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qgraft import storage
 from qgraft.sizes import memory_now
+from qgraft.training.checkpoints import Progress
 
 METRICS = "metrics.jsonl"
 
@@ -19,25 +21,38 @@ METRICS = "metrics.jsonl"
 class Watch(TrainerCallback):
     """Measures a run and shows it: one line a log on disk, a live bar on the terminal.
 
-    `trainer` is set after the trainer exists; tokens a second count real tokens, of which batches hold no others.
+    `progress` is that of the loop, once it has begun; tokens a second count real tokens, of which batches hold no others.
 
     Args:
         display: where several runs show a line each, started and stopped by their caller; it stands in for the console.
         label: what the run's line begins with there.
+        writes: whether this process keeps the log.
     """
 
-    def __init__(self, folder: Path, console: Console | None, display: Progress | None = None, label: str = "") -> None:
-        self.path, self.console = folder / METRICS, console
+    def __init__(
+        self,
+        folder: Path,
+        console: Console | None,
+        display: Display | None = None,
+        label: str = "",
+        writes: bool = True,
+    ) -> None:
+        self.path, self.console, self.writes = folder / METRICS, console, writes
         self.display, self.label = display, label
-        self.trainer: Any = None
+        self.progress = Progress()
         self.seconds = 0.0
-        self._bar: Progress | None = None
+        self._before = 0  # tokens, when this process began
+        self._bar: Display | None = None
         self._shown: dict[str, Any] = {"loss": "-", "eval_loss": "-", "rate": "-", "memory": "-", "epoch": "0.0"}
 
     @property
     def tokens_per_second(self) -> float:
         """Over the training steps so far, evaluation and saving left out."""
-        return self.trainer.tokens_seen / self.seconds if self.seconds else 0.0
+        return (self.progress.tokens - self._before) / self.seconds if self.seconds else 0.0
+
+    def watch(self, progress: Progress) -> None:
+        """Begin with a run that has done so much."""
+        self.progress, self._before = progress, progress.tokens
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -76,8 +91,9 @@ class Watch(TrainerCallback):
         logs = dict(logs or {})
         entry = {"step": state.global_step, **logs, "tokens_per_second": round(self.tokens_per_second, 1)}
         entry["memory_bytes"] = memory_now()
-        entry["skipped_steps"] = self.trainer.skipped_steps
-        storage.append_line(self.path, json.dumps(entry))
+        entry["skipped_steps"] = self.progress.skipped
+        if self.writes:
+            storage.append_line(self.path, json.dumps(entry))
         for key in ("loss", "eval_loss"):
             if key in logs:
                 self._shown[key] = f"{logs[key]:.3f}"
@@ -100,13 +116,13 @@ class Watch(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step, **self._shown)
 
 
-def run_display(console: Console, labels: bool = False) -> Progress:
+def run_display(console: Console, labels: bool = False) -> Display:
     """A live display with a line for each run, not started yet. It fits 80 columns; labels come in front.
 
     Several runs share the terminal's width, and the process its memory, so with labels the memory is left out.
     """
     memory = "" if labels else " {task.fields[memory]}"
-    return Progress(
+    return Display(
         *([TextColumn("{task.description}")] if labels else []),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=8),

@@ -20,7 +20,7 @@ from qgraft.passes.decoder import evaluating, padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.loss import batch_loss
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.turns import by_driver
+from qgraft.training.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -92,31 +92,39 @@ def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sa
     return training, held
 
 
-@by_driver
 @torch.no_grad()
 @alone("evaluated")
 def evaluate_samples(
-    model: PreTrainedModel, samples: Sequence[Sample], tokens: int | None = None, compute: str | None = None
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    tokens: int | None = None,
+    compute: str | None = None,
+    processes: Processes = ALONE,
 ) -> Evaluation:
     """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept.
 
     Args:
         compute: how products are computed, see QuantizedLinear; None for as they are.
+        processes: those that share the work, each with all samples.
     """
     tokens = tokens or (GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS)
     total, labels, weight = 0.0, 0, 0.0
     products = nullcontext() if compute is None else computing(model, compute)
     with products, evaluating(model), padding_free(model, samples) as problem:
         # neighbours of similar length waste least where attention is masked
-        ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
-        for part in split_batch(collate(ordered), 0 if problem else tokens):
+        ordered = sorted(processes.share(samples), key=lambda sample: len(sample.input_ids))
+        for part in split_batch(collate(ordered), 0 if problem else tokens) if ordered else ():
             total += float(batch_loss(model, part))
             labels += count_labels(part)
             weight += weigh_labels(part)
+    sums = torch.tensor([total, labels, weight], dtype=torch.float64, device=model.device)
+    total, labels, weight = processes.add(sums).tolist()
     loss = total / (weight or 1.0)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), labels)
+    return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), int(labels))
 
 
-def held_out_loss(model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample]) -> float | None:
+def held_out_loss(
+    model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample], processes: Processes = ALONE
+) -> float | None:
     """The loss on a run's held-out samples, where there are any."""
-    return evaluate_samples(model, samples, evaluation_tokens(args)).loss if samples else None
+    return evaluate_samples(model, samples, evaluation_tokens(args), processes=processes).loss if samples else None

@@ -12,23 +12,22 @@ import copy
 import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 
 from qgraft import plots, storage
 from qgraft.adapter_files.folder import save_adapter
 from qgraft.adapters.attach import count_parameters
 from qgraft.data.reading import Accounting
-from qgraft.data.tokenizing import (
-    Sample,
-    samples_sha256,
-)
-from qgraft.errors import CheckpointError, DataError, StorageError
+from qgraft.data.tokenizing import Sample, samples_sha256
+from qgraft.errors import DataError, OptionError
 from qgraft.linear import computing
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
@@ -39,15 +38,14 @@ from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
-from qgraft.training.evaluate import (
-    Evaluation,
-    evaluate_samples,
-    held_out_loss,
-    template_of,
-)  # fmt: skip
+from qgraft.training.checkpoints import Bound
+from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
+from qgraft.training.events import Callback
+from qgraft.training.loop import TrainingLoop
+from qgraft.training.output_dir import check_output_dir, clear_earlier_run, trim_log
+from qgraft.training.processes import ALONE, Processes
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
-from qgraft.training.trainer import LoraTrainer, check_resumable, checkpoints, newest_whole_checkpoint
-from qgraft.training.trainer_options import check_evaluation
+from qgraft.training.trainer_options import check_evaluation, tracking_callbacks
 
 
 @dataclass(frozen=True)
@@ -86,6 +84,7 @@ def train(
     args: TrainArguments,
     *,
     eval_dataset: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
     console: Console | None = None,
 ) -> TrainReport:
     """Train an adapter and save it in args.output_dir.
@@ -95,13 +94,27 @@ def train(
     Args:
         dataset: what read_dataset takes, or rows; None for args.dataset.
         eval_dataset: held-out rows likewise; None for args.eval_dataset or a split of val_size.
+        callbacks: transformers' TrainerCallbacks, for example EarlyStoppingCallback.
         console: where the live display goes; None for none.
+
+    In one of several processes that a launcher started (torchrun), trains with the others; the first of them writes.
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
-    prepared = prepare(model, tokenizer, dataset, args, eval_dataset)
+    prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
+    processes = Processes.of(args)
     with adapter_in_training(model, prepared.args):
-        return execute(model, prepared, Watch(prepared.folder, console), StopOnSignal())
+        watch, stop = Watch(prepared.folder, console, writes=processes.first), StopOnSignal()
+        run = Run(model, prepared, watch, stop, processes)
+        try:
+            with passes(model, prepared, console) as (tokens, estimated):
+                run.start(tokens, estimated)
+                while not run.loop.ended:
+                    run.loop.learn(run.loop.begin_step())
+                    run.loop.end_step()
+                return run.finish()
+        finally:
+            run.close()
 
 
 @dataclass
@@ -116,6 +129,8 @@ class Prepared:
     accounting: Accounting
     held_out: Accounting | None
     notes: list[str]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    callbacks: Sequence[Callback] = ()
 
 
 def prepare(
@@ -124,6 +139,7 @@ def prepare(
     dataset: Dataset | None,
     args: TrainArguments,
     eval_dataset: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Prepared:
     """Check the options of a run and tokenize its rows; see train()."""
     args = _remembering(args, dataset, eval_dataset)
@@ -135,75 +151,139 @@ def prepare(
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
     check_evaluation(args, eval_samples)
-    return Prepared(args, Path(str(args.output_dir)), resume, samples, eval_samples, accounting, held_out, notes)
-
-
-def execute(
-    model: PreTrainedModel,
-    prepared: Prepared,
-    watch: Watch,
-    stop: StopOnSignal,
-    make_trainer: Callable[..., LoraTrainer] | None = None,
-) -> TrainReport:
-    """Take the steps of a prepared run, and save what came of it."""
-    args, folder, resume, notes = prepared.args, prepared.folder, prepared.resume, prepared.notes
-    samples, eval_samples = prepared.samples, prepared.eval_samples
-    prepare_adapter(model, args)
-    use_cache = model.config.use_cache  # the Trainer turns it off
-    try:
-        with _passes(model, args, samples, eval_samples, notes, watch.console) as (budget, estimated):
-            if resume is None:  # only now, when nothing that is given can be wrong any more
-                _clear_earlier_run(folder)
-            else:
-                _trim_log(folder / METRICS, int(resume.name.rpartition("-")[2]))
-            before = held_out_loss(model, args, eval_samples) if resume is None else None
-            if before is not None:
-                storage.append_line(folder / METRICS, json.dumps({"step": 0, "eval_loss": before}))
-            make = make_trainer or LoraTrainer
-            watch.trainer = trainer = make(model, args, samples, eval_samples, budget, [watch, stop])
-            output = trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-            after = _last_eval_loss(trainer) or held_out_loss(model, args, eval_samples)
-    finally:
-        watch.close()
-        stop.close()
-        model.config.use_cache = use_cache
-        model.eval()
-    held_out = {"eval_loss_before": before, "eval_loss": after}
-    metrics: dict[str, float] = {
-        "train_loss": output.training_loss,
-        "seconds": watch.seconds,
-        **{key: value for key, value in held_out.items() if value is not None},
-        "tokens_per_second": watch.tokens_per_second,
-        "tokens": trainer.tokens_seen,
-        "peak_memory_bytes": peak_memory_bytes(),
-        **estimated,
-        "skipped_steps": trainer.skipped_steps,
-    }
-    report = TrainReport(
-        output_dir=folder,
-        steps=trainer.state.global_step,
-        finished=stop.received is None,
-        signal=stop.received,
-        parameters=count_parameters(model, args.adapter_name),
-        metrics=metrics,
-        accounting=prepared.accounting,
-        held_out_accounting=prepared.held_out,
-        notes=notes,
+    every = [*tracking_callbacks(args), *callbacks]
+    if any(isinstance(each, EarlyStoppingCallback) for each in every):
+        _settle_early_stopping(args)
+    return Prepared(
+        args, Path(str(args.output_dir)), resume, samples, eval_samples, accounting, held_out, notes, tokenizer, every
     )
-    _save(model, args, report, samples, eval_samples)
-    return report
+
+
+class Run:
+    """A prepared run around its loop: what comes before the first step and after the last.
+
+    Attributes:
+        loop: once it is started.
+    """
+
+    loop: TrainingLoop
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prepared: Prepared,
+        watch: Watch,
+        stop: StopOnSignal,
+        processes: Processes = ALONE,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`alone()` holds while the model is evaluated, see TrainingLoop."""
+        self.model, self.prepared, self.watch, self.stop = model, prepared, watch, stop
+        self.processes, self._alone = processes, alone
+        self._use_cache = model.config.use_cache
+
+    def start(self, tokens: int, estimated: dict[str, float]) -> None:
+        """Make room in output_dir, measure the held-out loss, begin with passes of at most so many tokens."""
+        prepared, args = self.prepared, self.prepared.args
+        self._estimated, self._before = estimated, None
+        bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
+        self.processes.check_same(bound.fixed)
+        if (
+            prepared.resume is None and self.processes.first
+        ):  # only now, when nothing that is given can be wrong any more
+            clear_earlier_run(prepared.folder)
+        elif self.processes.first:
+            trim_log(prepared.folder / METRICS, int(str(prepared.resume).rpartition("-")[2]))
+        if prepared.resume is None:
+            with self._alone():
+                self._before = held_out_loss(self.model, args, prepared.eval_samples, self.processes)
+        if self._before is not None and self.processes.first:
+            line = {"step": 0, "eval_loss": self._before}
+            storage.append_line(prepared.folder / METRICS, json.dumps(line))
+        self.model.config.use_cache = False
+        self.loop = TrainingLoop(
+            self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=bound,
+            callbacks=[*prepared.callbacks, self.watch], stop=self.stop, tokenizer=prepared.tokenizer,
+            processes=self.processes, alone=self._alone,
+        )  # fmt: skip
+        self.loop.start(prepared.resume)
+        self.watch.watch(self.loop.progress)
+        prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
+
+    def finish(self) -> TrainReport:
+        """Measure, and write what came of it."""
+        prepared, loop = self.prepared, self.loop
+        loop.finish()
+        after, signalled = self._last_eval_loss(), loop.events.signalled
+        if after is None and not signalled:  # who stops a run does not wait for a measurement
+            with self._alone():
+                after = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        held_out = {"eval_loss_before": self._before, "eval_loss": after}
+        metrics: dict[str, float] = {
+            "train_loss": loop.train_loss,
+            "seconds": self.watch.seconds,
+            **{key: value for key, value in held_out.items() if value is not None},
+            "tokens_per_second": self.watch.tokens_per_second,
+            "tokens": loop.progress.tokens,
+            "peak_memory_bytes": peak_memory_bytes(),
+            **self._estimated,
+            "skipped_steps": loop.progress.skipped,
+        }
+        report = TrainReport(
+            output_dir=prepared.folder,
+            steps=loop.events.state.global_step,
+            finished=not signalled,
+            signal=(self.stop.received or signal.SIGTERM) if signalled else None,
+            parameters=count_parameters(self.model, prepared.args.adapter_name),
+            metrics=metrics,
+            accounting=prepared.accounting,
+            held_out_accounting=prepared.held_out,
+            notes=prepared.notes,
+        )
+        if self.processes.first:
+            _save(self.model, prepared.args, report, prepared.samples, prepared.eval_samples)
+        return report
+
+    def close(self) -> None:
+        """Leave the model, the terminal and the signals as they were, however the run ended."""
+        if hasattr(self, "loop"):
+            self.loop.close()
+        self.watch.close()
+        self.stop.close()
+        self.model.config.use_cache = self._use_cache
+        self.model.eval()
+
+    def _fixed(self) -> dict[str, Any]:
+        """What a run cannot go on without, and its processes must have in common."""
+        args = self.prepared.args
+        names = ("seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last", "optim")
+        options = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
+        size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes.count
+        adapter = describe_adapter(self.model, args.adapter_name)
+        base = getattr(self.model, "qgraft_base", None)
+        return {
+            "base (fingerprint)": None if base is None else base.fingerprint,
+            "samples of a step": size,
+            "rows (SHA-256 of the samples)": samples_sha256(self.prepared.samples),
+            **json.loads(json.dumps({**options, **{f"adapter: {key}": value for key, value in adapter.items()}})),
+        }
+
+    def _last_eval_loss(self) -> float | None:
+        """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
+        state = self.loop.events.state
+        if self.prepared.args.load_best_model_at_end:
+            return None
+        measured = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step]
+        return float(measured[-1]["eval_loss"]) if measured else None
 
 
 @contextmanager
-def _passes(
-    model: PreTrainedModel,
-    args: TrainArguments,
-    samples: list[Sample],
-    eval_samples: list[Sample],
-    notes: list[str],
-    console: Console | None,
+def passes(
+    model: PreTrainedModel, prepared: Prepared, console: Console | None
 ) -> Iterator[tuple[int, dict[str, float]]]:
-    """Within the block samples take the fastest way through the model; yields the budget of split_batch, and metrics."""
+    """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
+    args, samples, notes = prepared.args, prepared.samples, prepared.notes
+    prepare_adapter(model, args)
     with (
         computing(model, args.compute),
         padding_free(model, samples) as problem,
@@ -212,14 +292,24 @@ def _passes(
     ):
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
-        passes = settle_noted(model, args, samples, bool(problem), notes, console)
+        found = settle_noted(model, args, samples, bool(problem), notes, console)
         if args.cache_frozen_layers:
-            folder, every = Path(str(args.output_dir)), [*samples, *eval_samples]
-            said = stack.enter_context(frozen_layers_cached(model, every, folder, alone=bool(problem)))
+            every = [*samples, *prepared.eval_samples]
+            said = stack.enter_context(frozen_layers_cached(model, every, prepared.folder, alone=bool(problem)))
             notes += said
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)
-        yield passes
+        yield found
+
+
+def _settle_early_stopping(args: TrainArguments) -> None:
+    """Let EarlyStoppingCallback go by the held-out loss. Raises OptionError where that is never measured."""
+    if args.eval_strategy == IntervalStrategy.NO:
+        raise OptionError(
+            "EarlyStoppingCallback: the held-out loss is never measured",
+            hint="eval_strategy='steps' with eval_steps, or 'epoch'",
+        )
+    args.metric_for_best_model, args.greater_is_better = "loss", False
 
 
 def evaluate_held_out(
@@ -231,61 +321,6 @@ def evaluate_held_out(
     limit, template = sample_limit(model, args.max_length), template_of(tokenizer, args)
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     return evaluate_samples(model, samples, compute=args.compute), accounting
-
-
-def _last_eval_loss(trainer: LoraTrainer) -> float | None:
-    """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
-    if trainer.args.load_best_model_at_end:
-        return None
-    measured = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
-    return float(measured[-1]["eval_loss"]) if measured else None
-
-
-def check_output_dir(args: TrainArguments) -> tuple[Path | None, list[str]]:
-    """The checkpoint to resume from (None for a new run), and a sentence for each newer one that is not whole.
-
-    Raises StorageError when the folder holds another run, CheckpointError when there is nothing to resume from.
-    """
-    folder = Path(str(args.output_dir))
-    if args.resume_from_checkpoint:
-        return _resume_point(folder, str(args.resume_from_checkpoint))
-    if folder.exists() and not folder.is_dir():
-        raise StorageError(f"output_dir {folder} is a file, expected a folder")
-    earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
-    if earlier and not args.overwrite_output_dir:
-        raise StorageError(
-            f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
-            hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
-        )
-    return None, []
-
-
-def _clear_earlier_run(folder: Path) -> None:
-    """Delete what a new run would be mixed up with: older checkpoints and the log."""
-    for path in checkpoints(folder):
-        storage.remove_folder(path)
-    (folder / METRICS).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _trim_log(log: Path, step: int) -> None:
-    """Drop what an interrupted run logged after the checkpoint: those steps are taken again."""
-    if log.is_file():
-        kept = [entry for entry in plots.read_metrics(log) if entry["step"] <= step]
-        storage.write_file(log, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
-
-
-def _resume_point(folder: Path, wanted: str) -> tuple[Path, list[str]]:
-    path, passed_over = Path(wanted), list[str]()
-    if wanted.lower() in ("true", "auto", "1"):
-        newest, passed_over = newest_whole_checkpoint(folder)
-        if newest is None:
-            raise CheckpointError("\n".join([f"no checkpoint to resume from in {folder}", *passed_over]))
-        path = newest
-    elif problems := storage.check_folder(path):
-        raise CheckpointError(f"{wanted} is not a whole checkpoint: {problems[0]}")
-    check_resumable(path)
-    return path, passed_over
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:

@@ -1,8 +1,8 @@
 """What becomes here of each option of transformers' TrainingArguments, all of them, on every release we work with.
 
-TrainArguments inherits more than a hundred. Some are obeyed by what LoraTrainer leaves to transformers' loop; some
-cannot change anything, because batches are free of padding, evaluation is our own, or one process trains; others would
-be obeyed in part, or in silence not at all. So each stands in one of three tables:
+TrainArguments inherits more than a hundred. Some the loop obeys; some cannot change anything, because batches are free of
+padding, evaluation is our own, or processes share one gradient; others would be obeyed in part, or in silence not at all.
+So each stands in one of three tables:
 
     HONOURED        does what transformers' documentation says; tests/training/test_trainer_options.py sets every one of
                     them. Where not every value is, CHOICES has those that are
@@ -22,10 +22,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.training.optimization import OF_TORCH, OPTIMIZERS
 
-ONE_PROCESS = "one process trains, on one device"
+ONE_GRADIENT = "each process holds the whole model, and one sum makes their gradients one"
 IN_MEMORY = "the samples are in memory already"
 OWN_EVALUATION = "evaluation takes the mean loss over all answer tokens, nothing else"
 NO_PADDING = "batches are always free of padding"
@@ -72,13 +74,13 @@ HONOURED = {
     "eval_strategy", "eval_steps", "eval_delay",
     "save_strategy", "save_steps", "save_total_limit", "save_only_model",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
-    "seed", "data_seed", "full_determinism", "use_cpu",
+    "seed", "data_seed", "full_determinism", "use_cpu", "ddp_backend", "ddp_timeout",
     "dataloader_drop_last", "dataloader_pin_memory", "train_sampling_strategy",
 }  # fmt: skip
 
 CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {  # honoured for these values only, and why
     "optim": (
-        ("adamw_torch_fused", "adamw_torch", "adafactor", "sgd", "adagrad", "rmsprop"),
+        OPTIMIZERS,
         "others come with packages that are not tested here, or hang on the layers of a float model; an adapter's "
         "optimizer is small",
     ),
@@ -93,14 +95,13 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {  # honoured for these values
 CHOICES["activation_checkpointing_kwargs"] = CHOICES["gradient_checkpointing_kwargs"]
 
 WITHOUT_NEED = {  # why it changes no result
-    "average_tokens_across_devices": ONE_PROCESS,
-    "log_on_each_node": ONE_PROCESS,
-    "log_level_replica": ONE_PROCESS,
-    "save_on_each_node": ONE_PROCESS,
-    "local_rank": ONE_PROCESS,
+    "average_tokens_across_devices": "the loss is always the mean over the tokens of all processes",
+    "log_on_each_node": "the first process alone writes and logs",
+    "log_level_replica": "the first process alone writes and logs",
+    "save_on_each_node": "the first process alone writes and logs",
+    "local_rank": "the launcher says it in the environment",
     **dict.fromkeys(
-        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph", "ddp_backend",
-         "ddp_timeout"), ONE_PROCESS,
+        ("ddp_find_unused_parameters", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_static_graph"), ONE_GRADIENT,
     ),
     **dict.fromkeys(
         ("dataloader_num_workers", "dataloader_persistent_workers", "dataloader_prefetch_factor",
@@ -120,7 +121,7 @@ WITHOUT_NEED = {  # why it changes no result
     "skip_memory_metrics": "peak memory is always measured; run.json has it",
     "disable_tqdm": "the display is our own; it shows where there is a terminal",
     "enable_jit_checkpoint": "SIGTERM always ends the step and saves a checkpoint",
-    "restore_callback_states_from_checkpoint": "no callback here keeps a state",
+    "restore_callback_states_from_checkpoint": "callbacks that keep a state always go on with it",
     "use_cache": "no pass of training makes a cache",
     "torch_empty_cache_steps": "the budget of a pass (max_tokens_per_pass, memory_limit) bounds memory",
     "use_liger_kernel": "norms, gated products and the loss are computed without intermediate copies anyway",
@@ -142,19 +143,16 @@ REFUSED = {  # why it cannot be obeyed
     "logging_nan_inf_filter": "steps whose loss is not finite are skipped, counted, and end the run when they go on",
     "ignore_data_skip": "a run goes on where it stopped, to the same result",
     "push_to_hub": f"{NOTHING_IS_PUSHED}; `hf upload` does it",
-    "accelerator_config": ONE_PROCESS,
-    "parallelism_config": ONE_PROCESS,
-    "fsdp": ONE_PROCESS,
-    "fsdp_config": ONE_PROCESS,
-    "deepspeed": ONE_PROCESS,
+    **dict.fromkeys(("accelerator_config", "parallelism_config", "fsdp", "fsdp_config", "deepspeed"), ONE_GRADIENT),
     "debug": "its hooks sit in layers that are computed otherwise here",
 }
 
-# What torchrun, mpirun and `accelerate launch` tell the processes they start, and the values that mean nothing special.
+# What mpirun and `accelerate launch` tell the processes they start beside their number, and the values that mean nothing
+# special: options of a run stand in its own words.
 _LAUNCHED = {
-    **dict.fromkeys(("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), ("", "1")),
+    **dict.fromkeys(("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"), ("", "1")),
     **dict.fromkeys(
-        ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_CPU"),
+        ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"),
         ("", "0", "false", "no"),
     ),
     **dict.fromkeys(("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND"), ("", "no")),
@@ -165,9 +163,10 @@ _LAUNCHED = {
 def settle_options(args: TrainingArguments) -> list[str]:
     """Put back the options that change nothing, and return a note on each; call it before TrainingArguments reads them.
 
-    Raises UnsupportedError for all that cannot be obeyed, at once; and in a process that a launcher started.
+    Raises UnsupportedError for all that cannot be obeyed, at once; and for what a launcher asks for beside its options.
     """
-    check_one_process()
+    check_launcher()
+    args.optim = OF_TORCH.get(str(args.optim), args.optim)
     notes, problems = [], []
     for name, default in inherited_options(type(args)).items():
         value = _plain(getattr(args, name))
@@ -196,19 +195,27 @@ def inherited_options(kind: type[TrainingArguments]) -> dict[str, Any]:
     return {option.name: _default(option) for option in dataclasses.fields(kind) if option.name in declared}
 
 
-def check_one_process(environment: Mapping[str, str] = os.environ) -> None:
-    """Raise UnsupportedError where a launcher started this process beside others, or set options over ours.
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Raise UnsupportedError where a launcher set options over ours in the environment, or is none that we know.
 
-    Before anything is loaded: each process would train on all rows and write the same files, and what a launcher says in
-    the environment (precision, compiler, accumulation) would change a run whose options say nothing of it.
+    Before anything is loaded: precision, compiler or accumulation set there would change a run whose options say nothing
+    of it. Of several processes only their number may be told, as torchrun and `accelerate launch` do (processes.py).
     """
     said = {name: environment.get(name, "").strip() for name in _LAUNCHED}
     wrong = [f"{name}={value}" for name, value in said.items() if value.lower() not in _LAUNCHED[name]]
     if wrong:
         raise UnsupportedError(
-            f"started by a launcher that set {', '.join(wrong)}: training takes one process, one device and its own options",
-            hint="start `qgraft train` by itself; CUDA_VISIBLE_DEVICES=1 chooses another GPU",
+            f"started by a launcher that set {', '.join(wrong)}: a run goes by its own options",
+            hint="torchrun --nproc_per_node 2 -m qgraft train ..., or `accelerate launch` without such options",
         )
+
+
+def tracking_callbacks(args: TrainingArguments) -> list[Any]:
+    """transformers' own callbacks for what report_to names, tensorboard or wandb. Raises OptionError where one is missing."""
+    try:
+        return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise OptionError(f"report_to={args.report_to}: {error}", hint="pip install it, or --report_to none") from error
 
 
 def rename_checkpointing(args: Any) -> None:

@@ -1,4 +1,4 @@
-"""The trainer takes whatever adapter is active: here a prefix; LoRAs go through whole runs in test_run.py."""
+"""The loop trains whatever adapter is named: here a prefix; LoRAs go through whole runs in test_run.py."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError
 from qgraft.passes.decoder import padding_free
 from qgraft.training.evaluate import evaluate_samples
-from qgraft.training.trainer import LoraTrainer
+from qgraft.training.loop import TrainingLoop
 
 
 def make_samples(count: int = 12) -> list[Sample]:
@@ -23,7 +23,7 @@ def make_samples(count: int = 12) -> list[Sample]:
     return [Sample([*p, 7, 8, 9], [IGNORED] * len(p) + [7, 8, 9], f"rows:{n}") for n, p in enumerate(prompts)]
 
 
-def run(tiny_gguf: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, LoraTrainer]:
+def run(tiny_gguf: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, TrainingLoop]:
     model, _ = qgraft.load(tiny_gguf("llama").path)
     torch.manual_seed(0)
     qgraft.attach_prefix(model, 4, prefix_projection=True)
@@ -34,9 +34,9 @@ def run(tiny_gguf: Any, folder: Path, **options: Any) -> tuple[PreTrainedModel, 
     samples = make_samples()
     with padding_free(model, samples) as problem:
         assert problem is None
-        trainer = LoraTrainer(model, args, samples, [], 16, [])
-        trainer.train()
-    return model.eval(), trainer
+        loop = TrainingLoop(model, args, samples, [], 16)
+        loop.run()
+    return model.eval(), loop
 
 
 def test_a_prefix_learns_and_nothing_else_does(tiny_gguf, tmp_path):
@@ -62,18 +62,18 @@ def test_checkpointing_changes_nothing_and_draws_the_same_dropout(tiny_gguf, tmp
 
 
 def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
-    model, trainer = run(tiny_gguf, tmp_path)
+    model, loop = run(tiny_gguf, tmp_path)
     other, _ = qgraft.load(tiny_gguf("llama").path)
     for projection in (True, False):
         qgraft.detach_adapter(other)
         qgraft.attach_prefix(other, 4, prefix_projection=projection)
         qgraft.save_adapter(other, tmp_path / str(projection))
         if projection:
-            trainer._load_from_checkpoint(str(tmp_path / "True"))
+            loop._take_adapter(tmp_path / "True")
             state = prefix_state_dict(other)
             assert all(torch.equal(tensor, state[name]) for name, tensor in prefix_state_dict(model).items())
     with pytest.raises(CheckpointError, match="holds another adapter"):
-        trainer._load_from_checkpoint(str(tmp_path / "False"))
+        loop._take_adapter(tmp_path / "False")
 
 
 @pytest.mark.spread(2)
@@ -107,8 +107,8 @@ def test_a_step_learns_the_weighted_mean_whatever_its_parts(tiny_gguf, tmp_path,
         compute="float32", logging_steps=1,
     )  # fmt: skip
     with padding_free(model, samples):
-        trainer = LoraTrainer(model, args, samples, [], tokens_per_pass, [])
-        trainer.train()
-    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(total.detach()) / weight, rel=1e-3)
+        loop = TrainingLoop(model, args, samples, [], tokens_per_pass)
+        loop.run()
+    assert loop.events.state.log_history[0]["loss"] == pytest.approx(float(total.detach()) / weight, rel=1e-3)
     for (name, parameter), grad in zip(trained.items(), wanted, strict=True):
         torch.testing.assert_close(before[name] - parameter, grad, rtol=3e-3, atol=3e-5, msg=name)

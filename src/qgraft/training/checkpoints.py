@@ -1,0 +1,174 @@
+"""checkpoint-N: all that a run needs to go on to the same result, published whole or not at all.
+
+    adapter_config.json, adapter_model.safetensors, qgraft.json, ...    the adapter, as save_adapter() writes it
+    optimizer.pt          of torch: optimizer, schedule, and in fp16 the scaler
+    random_state.pt       the random generators of each process
+    trainer_state.json    transformers' TrainerState: step, log, best checkpoint, callbacks' states
+    progress.json         sums that the state has no place for, and what the run is bound to
+    manifest.json         size and SHA-256 of each file (storage.py)
+
+With save_only_model there is the adapter alone, with trainer_state.json.
+
+A run that is gone on with is the same run: its samples, its adapter's options and whatever says which samples a step
+learns must be what they were (`Bound`), or going on is refused. Other options may be changed, and are then obeyed from
+that step on: learning rate, schedule and length are computed from the options of now, not restored. Each is named.
+"""
+
+import dataclasses
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qgraft import storage
+from qgraft.errors import CheckpointError
+from qgraft.training.random_state import RandomState
+
+OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
+STATE, PROGRESS = "trainer_state.json", "progress.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_TAKE_ITS_ADAPTER = "--adapter_name_or_path takes its adapter for a new run"
+
+
+@dataclass
+class Progress:
+    """What a run has done since its first step, whatever it was interrupted by.
+
+    Attributes:
+        position: in the plan, the step that comes next; the number of steps taken, unless an epoch was cut short.
+        tokens: that passed through the model, of all processes.
+        loss, steps: the sum of the losses of the steps whose loss was finite, and how many those are.
+        pending_loss, pending_steps: of these, what came after the last log.
+        logged: the step of that log.
+        skipped, skipped_in_a_row: steps that were not finite.
+        metrics, count: sums of what else the objective measures, since the last log, and what they are divided by.
+    """
+
+    position: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    steps: int = 0
+    pending_loss: float = 0.0
+    pending_steps: int = 0
+    logged: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    count: float = 0.0
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What cannot change while a run goes on, and the options that may, as JSON values.
+
+    Attributes:
+        fixed: name -> value; what is compared word for word.
+        options: those of the run that differ from their defaults.
+    """
+
+    fixed: dict[str, Any]
+    options: dict[str, Any]
+
+    def differences(self, before: "Bound") -> list[str]:
+        """Of what is fixed: a line each."""
+        keys = sorted({*self.fixed, *before.fixed})
+        return [
+            f"{key}: was {before.fixed.get(key)}, now {self.fixed.get(key)}"
+            for key in keys
+            if before.fixed.get(key) != self.fixed.get(key)
+        ]
+
+    def changes(self, before: "Bound") -> list[str]:
+        """Of the options that may change: a line each."""
+        passing = {"resume_from_checkpoint", "overwrite_output_dir"}
+        keys = sorted({*self.options, *before.options} - passing - self.fixed.keys())
+        return [
+            f"{key} {before.options.get(key, 'default')} -> {self.options.get(key, 'default')}"
+            for key in keys
+            if before.options.get(key) != self.options.get(key)
+        ]
+
+
+@dataclass
+class Saved:
+    """What a checkpoint holds beside the adapter and TrainerState."""
+
+    optimization: dict[str, Any]
+    random: list[RandomState]
+    progress: Progress
+    bound: Bound
+
+
+def write_saved(folder: Path, saved: Saved) -> None:
+    """Write the files of `saved` into a staging folder. Raises StorageError."""
+    _save(folder / OPTIMIZER, saved.optimization)
+    _save(folder / RANDOM, [vars(state) for state in saved.random])
+    about = {"progress": dataclasses.asdict(saved.progress), **dataclasses.asdict(saved.bound)}
+    storage.write_json(folder / PROGRESS, about)
+
+
+def read_saved(folder: Path) -> Saved:
+    """What write_saved wrote. Raises CheckpointError for files of another kind."""
+    check_resumable(folder)
+    try:
+        about = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        return Saved(
+            _load(folder / OPTIMIZER), [RandomState(**state) for state in _load(folder / RANDOM)],
+            Progress(**about["progress"]), Bound(about["fixed"], about["options"]),
+        )  # fmt: skip
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}", hint=_TAKE_ITS_ADAPTER) from error
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoint folders in `folder`, oldest step first."""
+    found = [
+        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over."""
+    passed_over: list[str] = []
+    for retired in folder.glob(".checkpoint-*.old-*"):  # killed while a checkpoint was being replaced
+        storage.recover_folder(folder / retired.name[1:].partition(".old-")[0])
+    for path in reversed(checkpoints(folder)):
+        problems = storage.check_folder(path)
+        if not problems:
+            return path, passed_over
+        passed_over.append(f"{path} is not whole and was passed over: {problems[0]}")
+    return None, passed_over
+
+
+def check_resumable(path: Path) -> None:
+    """Raise CheckpointError for a checkpoint that a run cannot go on from."""
+    if not (path / OPTIMIZER).is_file():
+        raise CheckpointError(
+            f"{path} holds an adapter without {OPTIMIZER} (save_only_model), so a run cannot go on from it",
+            hint=_TAKE_ITS_ADAPTER,
+        )
+    if not (path / PROGRESS).is_file():
+        raise CheckpointError(
+            f"{path} has no {PROGRESS}: an earlier qgraft wrote it, with another loop, which no run can go on from",
+            hint=_TAKE_ITS_ADAPTER,
+        )
+
+
+def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest checkpoints beyond `limit`, never the best one."""
+    if limit:
+        for path in [path for path in checkpoints(folder)[:-limit] if str(path) != best]:
+            storage.remove_folder(path)
+
+
+def _save(path: Path, value: Any) -> None:
+    with open(path, "wb") as file:  # given a path, torch raises something else for a full disk
+        torch.save(value, file)
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,343 @@
+"""TrainingLoop: the optimizer steps of one run, and what happens between two of them.
+
+    begin_step()  the batches of the next step, each at most `tokens_per_pass` tokens            -> Step
+    learn()       their gradients: sum of losses / what the objective counts, whatever the batches
+    end_step()    sum over processes, look for NaN, clip, optimizer, schedule; then log, evaluate, save, stop
+
+run() does these in turn. Several runs on one base take begin_step and end_step each by itself, and learn together
+(jobs/). Nothing of a run is in global state but the random generators.
+
+Callbacks hear and ask what they do in transformers' Trainer (events.py), but for two things:
+
+    NaN        a step whose loss or gradient is not finite is skipped and counted; three in a row end the run
+    epoch end  on_epoch_end comes right after on_step_end of an epoch's last step, and then all that both ask for is done
+               at once, saving last: a run that goes on from that checkpoint has lost no evaluation
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from math import inf, isfinite
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, enable_full_determinism, logging, set_seed
+from transformers.trainer_utils import SaveStrategy
+
+from qgraft import storage
+from qgraft.adapter_files.folder import read_trained, save_adapter
+from qgraft.adapters.attach import adapter_state_dict
+from qgraft.compat import activation_checkpointing
+from qgraft.data.batches import Batch
+from qgraft.data.tokenizing import Sample
+from qgraft.errors import CheckpointError, TrainingError
+from qgraft.kernels.lora import casts_kept
+from qgraft.memory.budget import evaluation_tokens
+from qgraft.passes.loss import check_gradient
+from qgraft.training.adapter import trained_parameters
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.callbacks import StopOnSignal
+from qgraft.training.checkpoints import STATE, Bound, Progress, Saved, read_saved, remove_old, write_saved
+from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.events import Callback, Events
+from qgraft.training.objective import Objective, SupervisedFineTuning
+from qgraft.training.optimization import Optimization
+from qgraft.training.plan import plan_of
+from qgraft.training.processes import ALONE, Processes
+from qgraft.training.random_state import RandomState
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(eq=False)
+class Step:
+    """What one optimizer step learns in this process: its batches, and what their losses are divided by."""
+
+    batches: list[Batch]
+    count: float
+
+
+class TrainingLoop:
+    """See the module's docstring.
+
+    Attributes:
+        events: the callbacks, with transformers' state and control.
+        progress: what has been done since the run's first step.
+        changes: options that are other ones than before the checkpoint that the run went on from.
+        ended: whether no step is left, or somebody asked to stop.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainArguments,
+        samples: Sequence[Sample],
+        eval_samples: Sequence[Sample],
+        tokens_per_pass: int,
+        *,
+        bound: Bound | None = None,
+        callbacks: Sequence[Callback] = (),
+        stop: StopOnSignal | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        processes: Processes = ALONE,
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """`alone()` holds while the model is evaluated: with the adapter of this run, where others train on it too."""
+        self.model, self.args, self.samples, self.eval_samples = model, args, samples, eval_samples
+        self.tokens_per_pass, self.bound = tokens_per_pass, bound or Bound({}, {})
+        self.processes, self.alone = processes, alone
+        self.objective: Objective = SupervisedFineTuning(args.label_smoothing_factor)
+        self.plan = plan_of(args, len(samples), processes.count)
+        self.events = Events(args, self.plan, processes, callbacks, stop or StopOnSignal())
+        self.events.context |= {"model": model, "processing_class": tokenizer}
+        self.progress, self.changes, self.ended = Progress(), list[str](), False
+        self._left = ExitStack()
+        self._loss = torch.zeros((), device=model.device)  # of this step
+
+    def run(self, resume: Path | None = None) -> None:
+        """All steps, from the first or from those that the checkpoint `resume` had taken."""
+        try:
+            self.start(resume)
+            while not self.ended:
+                self.learn(self.begin_step())
+                self.end_step()
+            self.finish()
+        finally:
+            self.close()
+
+    # --- from start to finish
+
+    def start(self, resume: Path | None = None) -> None:
+        """Everything before the first step."""
+        logging.set_verbosity(self.args.get_process_log_level())
+        seed = self.args.seed + self.processes.rank  # other processes drop other inputs
+        enable_full_determinism(seed) if self.args.full_determinism else set_seed(seed)
+        self._left.enter_context(activation_checkpointing(self.model, self.args))
+        self.model.train()
+        self.parameters = trained_parameters(self.model, self.args.adapter_name)
+        self.optimization = Optimization(self.args, self.parameters, self.plan.steps)
+        optimization = {"optimizer": self.optimization.optimizer, "lr_scheduler": self.optimization.schedule}
+        self.events.context |= optimization
+        self.events.tell("on_init_end")
+        random = None if resume is None else self._go_on_from(resume)
+        self.optimization.gradients.clear()
+        self._began = time.perf_counter()
+        self.events.tell("on_train_begin")
+        self.events.tell("on_epoch_begin")
+        self.ended = self.progress.position >= self.plan.steps
+        if random is not None:
+            random.restore()
+
+    def finish(self) -> None:
+        """Everything behind the last step: the last log, the best adapter, the callbacks' farewell."""
+        seconds = time.perf_counter() - self._began
+        self.events.log({"train_runtime": round(seconds, 4), "train_loss": self.train_loss})
+        if self.args.load_best_model_at_end and self.events.state.best_model_checkpoint is not None:
+            self._take_adapter(Path(self.events.state.best_model_checkpoint))
+        self.events.tell("on_train_end")
+
+    def close(self) -> None:
+        """Leave the model as it was found, however the run ended."""
+        self._left.close()
+        for parameter in getattr(self, "parameters", ()):
+            parameter.grad = None
+
+    @property
+    def train_loss(self) -> float:
+        """The mean over the steps of the run."""
+        return self.progress.loss / max(self.progress.steps, 1)
+
+    # --- a step
+
+    def begin_step(self) -> Step:
+        """The batches of the next step; they stay on the CPU, see passes.decoder.label_states."""
+        self.events.forget_wishes()
+        self.events.tell("on_step_begin")
+        chosen = [self.samples[index] for index in self.plan.step(self.progress.position)]
+        own = self.processes.share(chosen)
+        self._loss = torch.zeros_like(self._loss)
+        self._tokens = sum(len(sample.input_ids) for sample in own)
+        return Step(self.objective.batches(own, self.tokens_per_pass), self.objective.count(chosen))
+
+    def learn(self, step: Step) -> None:
+        """Forward and backward of the batches, one after another.
+
+        A GPU is not waited for between two of them: gradients of a loss that is not finite go with the step (`_guard`).
+        """
+        if not self.model.training:  # the walk over all modules costs milliseconds
+            self.model.train()
+        with casts_kept():
+            for batch in step.batches:
+                with torch.autocast("cuda", torch.float16, enabled=self.args.fp16):
+                    outcome = self.objective.outcome(self.model, batch)
+                    loss = outcome.loss / step.count
+                check_gradient(self.model, loss)
+                self.note(loss.detach())
+                if not loss.is_cuda and not torch.isfinite(loss):
+                    return
+                self.optimization.backward(loss)
+                for name, value in outcome.metrics.items():
+                    self.progress.metrics[name] = self.progress.metrics.get(name, 0.0) + float(value)
+        self.progress.count += step.count
+
+    def note(self, loss: Tensor) -> None:
+        """Add the loss of a batch to that of the step."""
+        self._loss = self._loss + loss
+
+    def end_step(self) -> None:
+        """What follows when the gradients of all batches are there."""
+        loss = self._sum_over_processes()
+        for _ in range(self.plan.batches(self.progress.position) - 1):
+            self.events.tell("on_substep_end")
+        rate = self._optimize(loss)
+        if isfinite(loss):
+            self.progress.pending_loss += loss
+            self.progress.pending_steps += 1
+        self.progress.position += 1
+        self.events.state.global_step += 1
+        self.events.state.epoch = self.plan.epoch_after(self.progress.position)
+        self.events.tell("on_step_end")
+        self.events.agree()
+        control = self.events.control
+        epoch_ends = self.progress.position % self.plan.steps_per_epoch == 0 or control.should_epoch_stop
+        if epoch_ends or (control.should_training_stop and not self.events.signalled):
+            self.events.tell("on_epoch_end")
+        if control.should_epoch_stop:
+            self.progress.position = self.plan.next_epoch(self.progress.position - 1)
+        self._log_evaluate_save(rate)
+        self.ended = self.events.control.should_training_stop or self.progress.position >= self.plan.steps
+        if epoch_ends and not self.ended:
+            self.events.control.should_epoch_stop = False
+            self.events.tell("on_epoch_begin")
+
+    def _sum_over_processes(self) -> float:
+        """Let each process have the gradients of all; returns the loss of the step."""
+        gradients = self.optimization.gradients
+        sums = gradients.sent[-gradients.SUMS :]
+        sums[0], sums[1] = self._loss, self._tokens
+        self.processes.add(gradients.sent)
+        loss, tokens = sums.tolist()
+        self.progress.tokens += int(tokens)
+        return float(loss)
+
+    def _optimize(self, loss: float) -> float:
+        """Move the parameters, unless something is not finite. Returns the learning rate."""
+        finite = self.optimization.clip()
+        self.events.tell("on_pre_optimizer_step")
+        if self.optimization.scaler is None:  # that of float16 skips and counts on its own
+            self._guard(finite and isfinite(loss))
+        rate = self.optimization.rate
+        self.optimization.step()
+        self.events.tell("on_optimizer_step")
+        self.optimization.gradients.clear()
+        return rate
+
+    def _guard(self, finite: bool) -> None:
+        """A step with NaN or infinity anywhere leaves no gradient, so the optimizer does nothing."""
+        if finite:
+            self.progress.skipped_in_a_row = 0
+            return
+        self.progress.skipped += 1
+        self.progress.skipped_in_a_row += 1
+        self.optimization.gradients.drop()
+        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise TrainingError(
+                f"step {self.events.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times "
+                "in a row; the adapter was not changed by these steps",
+                hint="lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
+            )
+
+    # --- between steps
+
+    def _log_evaluate_save(self, rate: float) -> None:
+        if self.events.control.should_log and self.events.state.global_step > self.progress.logged:
+            self._log_steps(rate)
+        if self.events.control.should_evaluate:
+            is_best = self._evaluate()
+            if self.args.save_strategy == SaveStrategy.BEST:
+                self.events.control.should_save = is_best
+        if self.events.control.should_save:
+            self._save()
+            self.events.tell("on_save")
+
+    def _log_steps(self, rate: float) -> None:
+        """The means over the steps since the last log."""
+        done = self.progress
+        logs = {"loss": done.pending_loss / done.pending_steps} if done.pending_steps else {}
+        logs |= {"grad_norm": self.optimization.norm} if isfinite(self.optimization.norm) else {}
+        logs |= {"learning_rate": rate, **{key: value / done.count for key, value in done.metrics.items()}}
+        self._drain()
+        self.events.log(logs)
+
+    def _drain(self) -> None:
+        done = self.progress
+        done.loss, done.steps = done.loss + done.pending_loss, done.steps + done.pending_steps
+        done.pending_loss, done.pending_steps, done.logged = 0.0, 0, self.events.state.global_step
+        done.metrics, done.count = {}, 0.0
+
+    def _evaluate(self) -> bool:
+        """Measure the held-out loss, and say whether it is the lowest so far."""
+        tokens, state = evaluation_tokens(self.args), self.events.state
+        with self.alone():
+            found = evaluate_samples(self.model, self.eval_samples, tokens, processes=self.processes)
+        metrics = {f"eval_{key}": value for key, value in found.as_dict().items()}
+        self.events.log(metrics)
+        self.events.tell("on_evaluate", metrics=metrics)
+        if self.optimization.by_loss:
+            self.optimization.schedule.step(found.loss)
+        best = inf if state.best_metric is None else state.best_metric
+        if self.args.metric_for_best_model is None or found.loss >= best:
+            return False
+        state.best_metric, state.best_global_step = found.loss, state.global_step
+        return True
+
+    # --- checkpoints
+
+    def _save(self) -> None:
+        """Publish a checkpoint of this step, and delete the oldest beyond save_total_limit."""
+        random = self.processes.gather(RandomState.now())
+        if not self.processes.first:
+            return
+        folder, state = Path(str(self.args.output_dir)), self.events.state
+        target, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
+        if best.is_dir() or best == target:
+            state.best_model_checkpoint = str(best)
+        with storage.publish_folder(target) as staging:
+            save_adapter(self.model, staging, self.args.adapter_name)
+            if not self.args.save_only_model:
+                write_saved(staging, Saved(self.optimization.state(), random, self.progress, self.bound))
+            storage.write_json(staging / STATE, self.events.saved())
+        remove_old(folder, self.args.save_total_limit, state.best_model_checkpoint)
+
+    def _go_on_from(self, folder: Path) -> RandomState | None:
+        """Take over what a checkpoint holds; returns the random generators, for the first step. Raises CheckpointError."""
+        saved = read_saved(folder)
+        if wrong := self.bound.differences(saved.bound):
+            raise CheckpointError(
+                f"{folder} is of another run:\n  " + "\n  ".join(wrong),
+                hint="give the options and rows of then, or take its adapter with --adapter_name_or_path for a new run",
+            )
+        self._take_adapter(folder)
+        self.events.load(folder / STATE)
+        self.optimization.load(saved.optimization)
+        self.progress, self.changes = saved.progress, self.bound.changes(saved.bound)
+        if self.processes.rank < len(saved.random):
+            return saved.random[self.processes.rank]
+        set_seed(
+            (self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32
+        )  # one process more than then
+        return None
+
+    def _take_adapter(self, folder: Path) -> None:
+        saved, current = read_trained(folder), adapter_state_dict(self.model, self.args.adapter_name)
+        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
+            raise CheckpointError(
+                f"{folder} holds another adapter: {len(saved)} tensors of other names or shapes "
+                f"than the {len(current)} of this run",
+                hint="resume with the same options of the adapter, or start anew with another output_dir",
+            )
+        with torch.no_grad():
+            for key, tensor in saved.items():
+                current[key].copy_(tensor)
