@@ -16,6 +16,7 @@ that step on: learning rate, schedule and length are computed from the options o
 
 import dataclasses
 import json
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +120,9 @@ def read_saved(folder: Path) -> Saved:
             _load(folder / OPTIMIZER), [RandomState(**state) for state in _load(folder / RANDOM)],
             Progress(**about["progress"]), Bound(about["fixed"], about["options"]),
         )  # fmt: skip
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}", hint=_TAKE_ITS_ADAPTER) from error
+    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=_TAKE_ITS_ADAPTER) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -192,8 +192,6 @@ class Run:
             prepared.resume is None and self.processes.first
         ):  # only now, when nothing that is given can be wrong any more
             clear_earlier_run(prepared.folder)
-        elif self.processes.first:
-            trim_log(prepared.folder / METRICS, int(str(prepared.resume).rpartition("-")[2]))
         if prepared.resume is None:
             with self._alone():
                 self._before = held_out_loss(self.model, args, prepared.eval_samples, self.processes)
@@ -207,6 +205,8 @@ class Run:
             processes=self.processes, alone=self._alone,
         )  # fmt: skip
         self.loop.start(prepared.resume)
+        if prepared.resume is not None and self.processes.first:  # it is known to go on
+            trim_log(prepared.folder / METRICS, self.loop.events.state.global_step)
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
 

@@ -1,0 +1,136 @@
+"""What a run can go on from, what it is bound to, and what may be changed."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+
+import qgraft
+from qgraft import storage
+from qgraft.errors import CheckpointError
+from qgraft.training.checkpoints import Bound, checkpoints
+from qgraft.training.random_state import RandomState
+from qgraft.training.run import train
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(12)]
+
+
+def run(tiny_gguf, folder, rows=ROWS, kind="llama", **options):
+    model, tokenizer = qgraft.load(tiny_gguf(kind).path)
+    chosen = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 2, "logging_steps": 1, "use_cpu": True,
+              "learning_rate": 1e-2, "r": 2, "plot_loss": False, **options}  # fmt: skip
+    return train(model, tokenizer, rows, qgraft.TrainArguments(output_dir=str(folder), **chosen))
+
+
+def rates(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+
+
+@pytest.fixture
+def stopped(tiny_gguf, tmp_path):
+    """A run of 6 steps that was killed after the checkpoint of step 4."""
+    run(tiny_gguf, tmp_path / "out")
+    storage.remove_folder(tmp_path / "out" / "checkpoint-6")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [("rows", {"rows": ROWS[::-1]}), ("rows", {"max_length": 40}), ("samples of a step", {"per_device_train_batch_size": 2}),
+     ("adapter: lora_alpha", {"lora_alpha": 3}), ("adapter: lora_dropout", {"lora_dropout": 0.5}),
+     ("adapter: r", {"r": 3}), ("seed", {"seed": 1}), ("optim", {"optim": "sgd"}),
+     ("base", {"kind": "qwen2"})],
+)  # fmt: skip
+def test_another_run_is_refused_by_name(what, change, tiny_gguf, stopped):
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=rf"of another run:[\s\S]*{what}.*: was .*, now [\s\S]*hint:"):
+        run(tiny_gguf, stopped, resume_from_checkpoint="true", **change)
+    assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+def test_what_may_change_is_obeyed_and_named(tiny_gguf, stopped):
+    report = run(tiny_gguf, stopped, resume_from_checkpoint="true", learning_rate=5e-2, num_train_epochs=4)
+    assert report.steps == 12
+    found = rates(stopped)
+    assert [found[step] for step in (3, 4)] == pytest.approx([1e-2 * (1 - 2 / 6), 1e-2 * (1 - 3 / 6)])
+    assert [found[step] for step in (5, 12)] == pytest.approx([5e-2 * (1 - 4 / 12), 5e-2 * (1 - 11 / 12)])
+    said = [note for note in report.notes if "another option than before" in note]
+    assert any("learning_rate 0.01 -> 0.05" in note for note in said)
+    assert any("num_train_epochs 2 -> 4" in note for note in said) and len(said) == 2
+
+
+def test_batches_and_accumulation_may_change_places(tiny_gguf, stopped, tmp_path):
+    run(tiny_gguf, stopped, resume_from_checkpoint="true", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    run(tiny_gguf, tmp_path / "whole")
+    ours, whole = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (stopped, tmp_path / "whole"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_them_from_the_first(tiny_gguf, tmp_path):
+    options = {"lr_scheduler_type": "constant", "lora_dropout": 0.2}
+    run(tiny_gguf, tmp_path / "more", **options)
+    report = run(tiny_gguf, tmp_path / "more", resume_from_checkpoint="true", **{**options, "num_train_epochs": 3})
+    whole = run(tiny_gguf, tmp_path / "whole", **{**options, "num_train_epochs": 3})
+    assert report.steps == whole.steps == 9
+    assert report.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-12)
+    assert report.metrics["tokens"] == whole.metrics["tokens"]
+    names = ("adapter_model.safetensors",)
+    assert all((tmp_path / "more" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
+
+
+def test_a_checkpoint_of_another_loop_is_refused_in_words(tiny_gguf, stopped):
+    for path in checkpoints(stopped):
+        (path / "progress.json").unlink()
+        listed = json.loads((path / "manifest.json").read_text())
+        del listed["files"]["progress.json"]
+        (path / "manifest.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"an earlier qgraft wrote it[\s\S]*hint: --adapter_name_or_path"):
+        run(tiny_gguf, stopped, resume_from_checkpoint="true")
+
+
+@pytest.mark.parametrize("name, content", [("optimizer.pt", b"x"), ("random_state.pt", b"x"), ("progress.json", b"{}")])
+def test_files_of_another_kind_are_refused_in_words(name, content, tiny_gguf, stopped):
+    newest = checkpoints(stopped)[-1]
+    (newest / name).write_bytes(content)
+    listed = json.loads((newest / "manifest.json").read_text())
+    listed["files"][name] = storage.describe_file(newest / name)
+    (newest / "manifest.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match=r"cannot be read"):
+        run(tiny_gguf, stopped, resume_from_checkpoint="true")
+
+
+def test_nothing_is_unpickled_from_a_checkpoint_but_tensors_and_numbers(tiny_gguf, stopped):
+    for name in ("optimizer.pt", "random_state.pt"):
+        torch.load(checkpoints(stopped)[-1] / name, weights_only=True)
+
+
+def test_differences_and_changes_are_told_apart():
+    before, now = Bound({"seed": 1, "x": 2}, {"r": 4, "a": 1}), Bound({"seed": 1, "x": 3}, {"r": 4, "b": 2})
+    assert now.differences(before) == ["x: was 2, now 3"]
+    assert now.changes(before) == ["a 1 -> default", "b default -> 2"]
+
+
+def test_random_numbers_go_on_where_they_were():
+    import random
+
+    import numpy as np
+
+    def draw():
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    state = RandomState.now()
+    with state.drawn_from():
+        first = draw()
+    outside = draw()
+    with state.drawn_from():
+        second = draw()
+    RandomState.now().restore()
+    state = RandomState(**vars(state))
+    assert len({*first, *outside, *second}) == 6 or first == outside  # one state was taken where the other began
+    with state.drawn_from():
+        third = draw()
+    assert third not in (first, second)

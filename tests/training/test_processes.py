@@ -1,0 +1,179 @@
+"""One run in several processes: shares, agreement, and the result of one process that takes the same samples a step."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qgraft.data.tokenizing import Sample
+from qgraft.errors import TrainingError
+from qgraft.training.processes import ALONE, Processes
+
+
+@given(st.lists(st.integers(1, 200), max_size=30), st.integers(1, 5))
+def test_shares_are_all_samples_once_and_about_as_many_tokens(lengths, count):
+    samples = [Sample([1] * n, [1] * n, str(index)) for index, n in enumerate(lengths)]
+    shares = [Processes(rank, count).share(samples) for rank in range(count)]
+    assert sorted(int(sample.source) for share in shares for sample in share) == list(range(len(samples)))
+    assert all([int(s.source) for s in share] == sorted(int(s.source) for s in share) for share in shares)
+    tokens = [sum(len(sample.input_ids) for sample in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(lengths, default=0)
+
+
+def test_one_process_needs_no_group():
+    tensor = torch.ones(2)
+    assert ALONE.add(tensor) is tensor and ALONE.any([True, False]) == [True, False] and ALONE.gather(3) == [3]
+    ALONE.check_same({"a": 1})
+
+
+class Apart(Processes):
+    """Two processes, of which the other has another value."""
+
+    def gather(self, value):
+        return [value, {**value, "rows": "others"}]
+
+
+def test_what_differs_between_processes_is_named():
+    with pytest.raises(TrainingError, match=r"do not train the same:\s+rows: \['ours', 'others'\]"):
+        Apart(0, 2).check_same({"rows": "ours", "seed": 1})
+
+
+# --- real ones
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+
+
+def command(model, rows, folder, processes, **options):
+    chosen = {"num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 2, "template": "plain",
+              "val_size": 3, "eval_strategy": "epoch", "plot_loss": "false", "compute": "float32",
+              "max_tokens_per_pass": 100, "per_device_train_batch_size": 4 // processes, **options}  # fmt: skip
+    words = [f"--{key}={value}" for key, value in chosen.items()]
+    words += ["--model_name_or_path", str(model), "--dataset", str(rows), "--output_dir", str(folder), "--use_cpu"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "qgraft"]
+    start = ["-m", "qgraft"] if processes == 1 else torchrun
+    return [sys.executable, *start, "train", *words]
+
+
+def run(*given, **options):
+    done = subprocess.run(command(*given, **options), env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stdout + done.stderr
+
+
+def start(*given, **options):
+    words = command(*given, **options)
+    return subprocess.Popen(words, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    lines = [{"instruction": f"hello {i}", "output": "the world " * (1 + i % 5)} for i in range(23)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "rows.jsonl"
+
+
+def logged(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    keys = ("step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm")
+    return [{key: line[key] for key in keys if key in line} for line in lines]
+
+
+def assert_same_result(folder, other):
+    for line, expected in zip(logged(folder), logged(other), strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (folder, other))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5)
+    tokens = [json.loads((f / "run.json").read_text())["metrics"]["tokens"] for f in (folder, other)]
+    assert tokens[0] == tokens[1]
+
+
+def test_two_processes_come_to_the_result_of_one(tiny_gguf, rows, tmp_path):
+    model = tiny_gguf("llama").path
+    code, said = run(model, rows, tmp_path / "one", 1)
+    assert code == 0, said
+    code, said = run(model, rows, tmp_path / "two", 2, ddp_timeout=60, ddp_backend="gloo")
+    assert code == 0, said
+    assert said.count("adapter, run.json and loss.png are in") == 1, "each process speaks"
+    assert_same_result(tmp_path / "two", tmp_path / "one")
+    names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1]
+    states = torch.load(tmp_path / "two" / "checkpoint-10" / "random_state.pt", weights_only=True)
+    assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_process_ends_all_and_the_run_goes_on_with_any_number(processes, tiny_gguf, rows, tmp_path):
+    model, options = tiny_gguf("llama").path, {"max_steps": 400, "save_steps": 20, "num_train_epochs": 1, "val_size": 0,
+                                               "eval_strategy": "no"}  # fmt: skip
+    code, said = run(model, rows, tmp_path / "whole", 1, **options)
+    assert code == 0, said
+    folder = tmp_path / "part"
+    begun = subprocess.Popen(
+        command(model, rows, folder, 2, **options),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not list(folder.glob("checkpoint-*")):
+        assert begun.poll() is None, begun.communicate()[0]
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(begun.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    said, _ = begun.communicate(timeout=120)
+    assert begun.returncode != 0
+    assert "error: another process of this run ended" in said and "--resume_from_checkpoint" in said, said
+    assert not (folder / "adapter_model.safetensors").exists()
+    code, said = run(model, rows, folder, processes, resume_from_checkpoint="true", **options)
+    assert code == 0, said
+    assert_same_result(folder, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_ends_all_with_a_checkpoint(tiny_gguf, rows, tmp_path):
+    folder, options = tmp_path / "out", {"max_steps": 3000, "save_strategy": "no", "val_size": 0, "eval_strategy": "no"}
+    model = tiny_gguf("llama").path
+    begun = subprocess.Popen(
+        command(model, rows, folder, 2, **options),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (folder / "metrics.jsonl").is_file() or len((folder / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert begun.poll() is None, begun.communicate()[0]
+        time.sleep(0.02)
+    workers = subprocess.run(["pgrep", "-P", str(begun.pid)], capture_output=True, text=True, check=True).stdout.split()
+    os.kill(int(workers[-1]), signal.SIGTERM)
+    said, _ = begun.communicate(timeout=120)
+    assert [path.name for path in folder.glob("checkpoint-*")] and not (folder / "adapter_model.safetensors").exists()
+    assert "SIGTERM: stopped after step" in said, said
+
+
+@pytest.mark.slow
+def test_processes_with_other_rows_are_refused(tiny_gguf, rows, tmp_path):
+    """The second process is given another file by a wrapper; both end, each with the reason."""
+    wrapper = tmp_path / "wrapper.py"
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(rows.read_text().splitlines()[:-1]) + "\n")
+    wrapper.write_text(
+        "import os, sys\nfrom qgraft.cli.main import main\n"
+        f"words = [{str(other)!r} if w == {str(rows)!r} and os.environ['RANK'] == '1' else w for w in sys.argv[1:]]\n"
+        "sys.exit(main(words))\n"
+    )
+    words = command(tiny_gguf("llama").path, rows, tmp_path / "out", 2)
+    at = words.index("qgraft")
+    words[at - 1 : at + 1] = [str(wrapper)]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0 and said.count("do not train the same") == 2 and "rows (SHA-256" in said, said
