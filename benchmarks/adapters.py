@@ -29,7 +29,7 @@ import psutil
 import torch
 
 import qgraft
-from qgraft.adapters.attach import lora_modules
+from qgraft.adapters.base import find_adapter
 
 RESULTS = Path(__file__).with_name("results") / "adapters.csv"
 MANY, ROWS, TOKENS = 100, 8, 32
@@ -130,7 +130,7 @@ def save_some(model: Any, temporary: Path) -> None:
     """Adapters with an effect, of two sizes, in files; none stays attached."""
     for name, options in (("large", {"r": 8}), ("small", SMALL)):
         qgraft.attach_lora(model, name=name, **options)
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             torch.nn.init.normal_(lora.lora_B, 0, 0.01)
     qgraft.save_adapter(model, temporary / "large", "large")
     qgraft.save_adapter(model, temporary / "half", "large", dtype="float16")

@@ -301,7 +301,7 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
     import torch
 
     import qgraft
-    from qgraft.adapters.attach import lora_layers
+    from qgraft.adapters.targets import lora_layers
     from qgraft.merging.lockstep import merge_in_step
 
     last = model.config.num_layers - 1

@@ -100,11 +100,11 @@ def joined(rows: list[Any], characters: int) -> list[Any]:
 
 def sizes(model: Any) -> dict[str, Any]:
     """The shapes (out, in, count) of the linear layers and of the head, and the operations of the adapter per token."""
-    from qgraft.adapters.attach import lora_modules
+    from qgraft.adapters.base import find_adapter
 
     shapes: dict[tuple[int, int], int] = {}
     lora = 0
-    for _, each in lora_modules(model, "default"):
+    for each in find_adapter(model, "default").parts.values():
         shape = each.lora_B.shape[0], each.lora_A.shape[1]
         shapes[shape] = shapes.get(shape, 0) + 1
         lora += 6 * RANK * sum(shape)  # x A, h B; g B, gh A and the gradients of A and B

@@ -345,7 +345,7 @@ def test_bf16_does_not_swallow_a_delta_below_its_step() -> None:
     """y is about 1, a delta of 1e-3 is a quarter of bfloat16's step there: added in bfloat16 it would change nothing."""
     layer = LoraLinear(nn.Linear(64, 8, bias=False))
     layer.base = QuantizedLinear(quantize(torch.full((8, 64), 1 / 64), "q8_0"))
-    layer.add("a", LoraConfig(r=1, lora_alpha=1), (torch.full((1, 64), 1 / 64), torch.full((8, 1), 1e-3)))
+    layer.add("a", layer.make(LoraConfig(r=1, lora_alpha=1), (torch.full((1, 64), 1 / 64), torch.full((8, 1), 1e-3))))
     layer.active = {"a": 1.0}
     x = torch.ones(20, 64)
     with computing(layer, "bf16"):

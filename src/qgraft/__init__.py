@@ -27,19 +27,12 @@ from qgraft.errors import (
 
 if TYPE_CHECKING:
     from qgraft.adapter_files.folder import load_adapter, save_adapter
-    from qgraft.adapters.attach import (
-        active_adapters,
-        adapter_names,
-        adapters_off,
-        attach_lora,
-        detach_adapter,
-        detach_lora,
-        load_lora_state_dict,
-        lora_state_dict,
-        use_adapter,
-    )
+    from qgraft.adapters.attach import attach_lora, detach_adapter, detach_lora
     from qgraft.adapters.attach_prefix import attach_prefix
+    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
     from qgraft.adapters.combine import combine
+    from qgraft.adapters.states import load_lora_state_dict, lora_state_dict
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import pull
     from qgraft.checkpoints.quantize import quantize
@@ -55,9 +48,9 @@ __version__ = "0.1.0"
 _HOMES = {  # public name -> the module it lives in
     "QuantizedLinear": "linear",
     "TrainArguments": "training.arguments",
-    "active_adapters": "adapters.attach",
-    "adapter_names": "adapters.attach",
-    "adapters_off": "adapters.attach",
+    "active_adapters": "adapters.choose",
+    "adapter_names": "adapters.base",
+    "adapters_off": "adapters.choose",
     "attach_lora": "adapters.attach",
     "attach_prefix": "adapters.attach_prefix",
     "combine": "adapters.combine",
@@ -66,8 +59,8 @@ _HOMES = {  # public name -> the module it lives in
     "evaluate": "training.evaluate",
     "load": "checkpoints.load",
     "load_adapter": "adapter_files.folder",
-    "load_lora_state_dict": "adapters.attach",
-    "lora_state_dict": "adapters.attach",
+    "load_lora_state_dict": "adapters.states",
+    "lora_state_dict": "adapters.states",
     "merge": "merging.merge",
     "merge_lora": "merging.merge",
     "pull": "checkpoints.pull",
@@ -76,7 +69,7 @@ _HOMES = {  # public name -> the module it lives in
     "save_adapter": "adapter_files.folder",
     "train": "training.run",
     "unmerge": "merging.merge",
-    "use_adapter": "adapters.attach",
+    "use_adapter": "adapters.choose",
 }
 
 __all__ = [

@@ -23,7 +23,9 @@ from qgraft.adapter_files.folder import (
     read_seal,
     save_adapter,
 )
-from qgraft.adapters.attach import attach_lora, detach_lora, lora_modules, use_adapter
+from qgraft.adapters.attach import attach_lora, detach_lora
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.combine import combine
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
@@ -70,7 +72,7 @@ def model(tiny: Any) -> PreTrainedModel:
     for seed, (name, options) in enumerate(OPTIONS.items()):
         attach_lora(model, name=name, **options)
         generator = torch.Generator().manual_seed(seed)
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             lora.lora_B.data.normal_(0, 0.05, generator=generator)
     return model
 
@@ -135,7 +137,7 @@ def test_peft_reads_the_result(
     assert relative(logits(theirs, ids), logits(model, ids)) < 1e-4
     wrapped = [path for path, module in theirs.named_modules() if hasattr(module, "lora_A")]
     assert sorted(path.removeprefix("base_model.model.") for path in wrapped) == sorted(
-        dict(lora_modules(model, "both"))
+        find_adapter(model, "both").parts
     )
 
 
@@ -146,7 +148,7 @@ def test_the_seal_carries_the_base_over_and_says_what_was_combined(
     seal = read_seal(tmp_path / "both")
     assert seal is not None
     assert seal["base"] == json.loads((tmp_path / "law" / SEAL).read_text())["base"]
-    assert seal["base"]["fingerprint"] == model.qgraft_base.fingerprint
+    assert seal["base"]["fingerprint"] == model.qgraft.info.fingerprint
     assert seal["combined"] == {str(tmp_path / "law"): 0.7, str(tmp_path / "med"): -0.4}
     assert (seal["method"], seal["density"], seal["seed"]) == ("dare", 0.25, 3)
     assert seal["truncation_error"] == report.error > 0.1
@@ -192,7 +194,7 @@ def test_another_base_is_refused_and_both_are_listed(model: PreTrainedModel, fol
     with pytest.raises(AdapterError) as caught:
         combine_files(folders, tmp_path / "both")
     lines = str(caught.value).splitlines()
-    base = model.qgraft_base
+    base = model.qgraft.info
     assert lines[1:3] == [
         f"  {tmp_path / 'law'}: {base.fingerprint} ({base.source})",
         f"  {tmp_path / 'med'}: qg1:0 (elsewhere.gguf)",

@@ -22,16 +22,11 @@ from qgraft.adapter_files.folder import (
     read_seal,
     save_adapter,
 )
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    attach_layers,
-    attach_lora,
-    detach_lora,
-    lora_modules,
-    lora_state_dict,
-)
+from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
+from qgraft.adapters.base import adapter_names, find_adapter
+from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.states import lora_state_dict
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
 from qgraft.linear import QuantizedLinear
@@ -118,7 +113,7 @@ def test_peft_computes_the_same(tiny: Any, tmp_path: Path, random_ids: Maker, ca
     ids = random_ids(model)
     got = logits(model, ids)
     theirs = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "adapter").eval()
-    ours = {path for path, _ in lora_modules(model, "default")}
+    ours = {path for path, _ in find_adapter(model, "default").parts.items()}
     wrapped = {path.removeprefix(PREFIX) for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
     assert wrapped == ours
     assert relative(got, logits(theirs, ids)) < 1e-4
@@ -133,12 +128,12 @@ def test_round_trip_is_exact(tiny: Any, tmp_path: Path, random_ids: Maker, case:
     report = load_adapter(again, tmp_path / "adapter", "mine")
     ids = random_ids(model)
     assert torch.equal(logits(again, ids), logits(model, ids))
-    layers = len(dict(lora_modules(model, "default")))
+    layers = len(find_adapter(model, "default").parts)
     assert str(report) == f"adapter mine: applied to {layers}/{layers} layers"
     assert (report.name, report.applied, report.total, report.notes) == ("mine", layers, layers, ())
     assert active_adapters(again) == {"mine": 1.0}
     config, loaded = (
-        next(iter(dict(lora_modules(m, n)).values())).config for m, n in ((model, "default"), (again, "mine"))
+        next(iter(find_adapter(m, n).parts.values())).config for m, n in ((model, "default"), (again, "mine"))
     )
     assert (loaded.r, loaded.lora_alpha, loaded.lora_dropout, loaded.use_rslora) == (
         config.r, config.lora_alpha, config.lora_dropout, config.use_rslora
@@ -234,7 +229,7 @@ def test_everything_that_differs_is_listed_at_once(tiny: Any, tiny_gguf: Maker, 
     assert sorted(line.strip() for line in lines[1:-1]) == sorted([
         f"unexpected tensor {PREFIX}{UP}.lora_magnitude_vector",
         f"missing tensor {PREFIX}model.layers.0.mlp.up_proj.lora_B.weight",
-        f"trained on another base: qg1:0 (elsewhere.gguf), this one is {model.qgraft_base.fingerprint} ({tiny.path})",
+        f"trained on another base: qg1:0 (elsewhere.gguf), this one is {model.qgraft.info.fingerprint} ({tiny.path})",
         f"{UP}: got A [4, 63], B [256, 4], expected [4, 64], [256, 4]",
         "the model has no layer model.layers.7.mlp.up_proj",
         f"model.layers.1.mlp.gate_proj: rank 2, but {CONFIG} says r=4",
@@ -259,7 +254,7 @@ def test_force_loads_what_fits_and_says_so(tiny: Any, saved: Path) -> None:
         f"forced although: {UP}: got A [4, 63], B [256, 4], expected [4, 64], [256, 4]"
     ]
     assert any("missing tensor" in note for note in report.notes)
-    assert UP not in dict(lora_modules(model, "default"))
+    assert UP not in find_adapter(model, "default").parts
     state = load_file(saved / WEIGHTS)
     for key, tensor in lora_state_dict(model).items():
         assert torch.equal(tensor, state[key])
@@ -410,7 +405,7 @@ def test_names(tiny: Any, saved: Path, tmp_path: Path) -> None:
         save_adapter(model, tmp_path / "which")
     assert not (tmp_path / "which").exists()
     with torch.no_grad():
-        dict(lora_modules(model, "med"))[UP].lora_B.zero_()
+        find_adapter(model, "med").parts[UP].lora_B.zero_()
     for name in ("law", "med"):
         save_adapter(model, tmp_path / name, name)
     stored = {name: load_file(tmp_path / name / WEIGHTS)[f"{PREFIX}{UP}.lora_B.weight"] for name in ("law", "med")}
@@ -423,7 +418,7 @@ def test_names(tiny: Any, saved: Path, tmp_path: Path) -> None:
 def test_save_refuses_nan(tiny: Any, tmp_path: Path) -> None:
     model = with_adapter(tiny)
     with torch.no_grad():
-        dict(lora_modules(model, "default"))[UP].lora_A[0, 0] = float("inf")
+        find_adapter(model, "default").parts[UP].lora_A[0, 0] = float("inf")
     with pytest.raises(AdapterError, match=rf"NaN or infinity in 1 tensors, {PREFIX}{UP}\.lora_A\.weight first"):
         save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
@@ -456,7 +451,7 @@ def test_half_precision_files(
 def test_values_that_overflow_the_dtype_are_refused(tiny: Any, tmp_path: Path) -> None:
     model = with_adapter(tiny)
     with torch.no_grad():
-        dict(lora_modules(model, "default"))[UP].lora_B[3, 1] = 70000.0
+        find_adapter(model, "default").parts[UP].lora_B[3, 1] = 70000.0
     with pytest.raises(AdapterError, match=rf"1 tensors, {PREFIX}{UP}\.lora_B") as caught:
         save_adapter(model, tmp_path / "adapter", dtype="float16")
     assert caught.value.hint == "its values are too large for float16: save it as float32"
@@ -483,7 +478,7 @@ def test_layers_that_differ_in_rank_and_scaling(tiny: Any, tmp_path: Path, rando
     ]  # fmt: skip
     model = load_base(tiny)
     attach_lora(model, name="all")
-    paths = [path for path, _ in lora_modules(model, "all")]
+    paths = [path for path, _ in find_adapter(model, "all").parts.items()]
     detach_lora(model)
     attach_layers(model, "default", {path: configs[index % 5] for index, path in enumerate(paths)})
     randomize(model)
@@ -523,7 +518,9 @@ def test_a_layer_whose_path_ends_like_another(tmp_path: Path) -> None:
         assert found == {path: (config.r, config.scaling) for path, config in layers.items()}
         again = build()
         load_adapter(again, tmp_path / "adapter")
-        assert {path: (lora.config.r, lora.config.scaling) for path, lora in lora_modules(again, "default")} == found
+        assert {
+            path: (lora.config.r, lora.config.scaling) for path, lora in find_adapter(again, "default").parts.items()
+        } == found
 
 
 def test_save_needs_an_adapter(tiny: Any, tmp_path: Path) -> None:
@@ -538,8 +535,8 @@ def test_the_seal_remembers(tiny: Any, tmp_path: Path) -> None:
     seal = read_seal(tmp_path / "adapter")
     assert seal is not None
     assert (seal["dataset"], seal["metrics"]) == (details["dataset"], details["metrics"])
-    assert seal["base"]["fingerprint"] == model.qgraft_base.fingerprint
-    assert seal["base"]["formats"] == model.qgraft_base.formats
+    assert seal["base"]["fingerprint"] == model.qgraft.info.fingerprint
+    assert seal["base"]["formats"] == model.qgraft.info.formats
     assert seal["parameters"] == sum(tensor.numel() for tensor in lora_state_dict(model).values())
     assert set(seal["files"]) == {CONFIG, WEIGHTS}
     assert {"python", "qgraft", "torch", "transformers"} <= seal["versions"].keys()
@@ -551,7 +548,7 @@ def variants(tiny: Any, tmp_path: Path) -> tuple[PreTrainedModel, PreTrainedMode
     """Two adapters whose options and weights fit each other's files, so that a mixture would load."""
     old, new = with_adapter(tiny), with_adapter(tiny, lora_alpha=80)
     with torch.no_grad():
-        for _, lora in lora_modules(new, "default"):
+        for lora in find_adapter(new, "default").parts.values():
             lora.lora_B.mul_(-1)
     return old, new
 

@@ -15,8 +15,10 @@ import qgraft
 from qgraft.adapter_files.combine import combine_files
 from qgraft.adapter_files.folder import WEIGHTS, load_adapter, save_adapter
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
-from qgraft.adapters.attach import adapters_off, attach_layers, detach_adapter, lora_state_dict, use_adapter
+from qgraft.adapters.attach import attach_layers, detach_adapter
+from qgraft.adapters.choose import adapters_off, use_adapter
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.states import lora_state_dict
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_model import gguf_config, load_gguf
 from qgraft.errors import AdapterError, OptionError, UnsupportedError

@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from qgraft.adapter_files.folder import load_adapter
 from qgraft.adapter_files.gguf_lora import FINGERPRINT, export_gguf_lora
-from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora, lora_modules
+from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
+from qgraft.adapters.base import adapter_names, find_adapter
 from qgraft.adapters.lora import LoraConfig
-from qgraft.adapters.targets import find_targets
+from qgraft.adapters.targets import adapted_layers, find_targets
 from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, CheckpointError, OptionError, QgraftError, StorageError, UnsupportedError
@@ -37,7 +38,7 @@ def load_base(tiny: Any) -> PreTrainedModel:
 def randomize(model: nn.Module, name: str = "default") -> None:
     torch.manual_seed(1)
     with torch.no_grad():
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             lora.lora_B.normal_(0, 0.1)
 
 
@@ -54,7 +55,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 def deltas(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    return {path: lora.delta().detach() for path, lora in lora_modules(model, name)}
+    return {path: lora.delta().detach() for path, lora in find_adapter(model, name).parts.items()}
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_gguf_sees_the_layout_that_llamacpp_reads(tiny, tmp_path):
     assert values["general.file_type"] == gguf.LlamaFileType.MOSTLY_F16
     assert values["general.base_model.0.name"] == "tiny"
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    layers = dict(lora_modules(model, "default"))
+    layers = find_adapter(model, "default").parts
     assert len(tensors) == 2 * len(layers) == 2 * report.layers == 28
     assert report.parameters == sum(tensor.n_elements for tensor in reader.tensors)
     assert report.nbytes == (tmp_path / "a.gguf").stat().st_size
@@ -119,7 +120,7 @@ def test_a_rank_stabilized_adapter_keeps_its_bits(tiny, tmp_path):
     export_gguf_lora(model, tmp_path / "a.gguf", dtype="float32")
     tensors = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
     np.testing.assert_array_equal(
-        tensors[f"{UP_FILE}.lora_b"], dict(lora_modules(model, "default"))[UP].lora_B.detach().numpy()
+        tensors[f"{UP_FILE}.lora_b"], find_adapter(model, "default").parts[UP].lora_B.detach().numpy()
     )
 
 
@@ -240,7 +241,7 @@ def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(case, tiny, ran
     with pytest.raises(error, match=message):
         load_adapter(model, path)
     assert torch.equal(logits(model, random_ids(model)), before)
-    assert not list(lora_modules(model, "default"))
+    assert not adapter_names(model) and not list(adapted_layers(model))
 
 
 def test_forced_what_fits_is_loaded(tiny, tmp_path):
@@ -300,7 +301,7 @@ def test_values_that_cannot_be_written_leave_the_old_file(value, dtype, message,
     model = with_adapter(tiny)
     (tmp_path / "a.gguf").write_bytes(b"old")
     with torch.no_grad():
-        dict(lora_modules(model, "default"))[UP].lora_B[3, 1] = value
+        find_adapter(model, "default").parts[UP].lora_B[3, 1] = value
     with pytest.raises(AdapterError, match=message):
         export_gguf_lora(model, tmp_path / "a.gguf", dtype=dtype)
     assert (tmp_path / "a.gguf").read_bytes() == b"old"
@@ -336,7 +337,7 @@ def test_a_base_file_that_changed_since_is_noticed(make_gguf, tmp_path):
 
 def test_an_adapter_on_merged_weights_does_not_fit_the_file(tiny, tmp_path):
     model = with_adapter(tiny)
-    model.qgraft_base = dataclasses.replace(model.qgraft_base, fingerprint="qg1:merged")  # as merge() leaves it
+    model.qgraft.info = dataclasses.replace(model.qgraft.info, fingerprint="qg1:merged")  # as merge() leaves it
     with pytest.raises(AdapterError, match="no longer those of"):
         export_gguf_lora(model, tmp_path / "a.gguf")
 

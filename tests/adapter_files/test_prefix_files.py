@@ -23,21 +23,15 @@ from qgraft.adapter_files.folder import (
     read_seal,
     read_trained,
     save_adapter,
-    trained_with,
 )
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapter_files.prefix import ENCODER, PROMPT
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    adapter_state_dict,
-    attach_lora,
-    prefix_encoder,
-    prefix_state_dict,
-)
+from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix
-from qgraft.adapters.prefix import PrefixConfig
+from qgraft.adapters.base import adapter_names, find_adapter
+from qgraft.adapters.choose import active_adapters
+from qgraft.adapters.prefix import PrefixConfig, encoder_of
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
 
@@ -131,11 +125,11 @@ def test_round_trip_is_exact(tiny: Any, saved: Path, projection: bool, random_id
     text = "prefix of 5 tokens with projection, " if projection else "prefix of 5 tokens, "
     assert str(report) == f"adapter mine: {text}applied to 2/2 layers"
     assert active_adapters(again) == {"mine": 1.0}
-    assert prefix_encoder(again).config == prefix_encoder(model).config
-    for key, tensor in prefix_state_dict(model).items():
-        assert torch.equal(prefix_state_dict(again)[key], tensor)
+    assert encoder_of(find_adapter(again)).config == encoder_of(find_adapter(model)).config
+    for key, tensor in find_adapter(model).state_dict().items():
+        assert torch.equal(find_adapter(again).state_dict()[key], tensor)
         assert torch.equal(read_trained(saved)[key], tensor)
-        assert prefix_encoder(again).get_parameter(key).requires_grad
+        assert encoder_of(find_adapter(again)).get_parameter(key).requires_grad
 
 
 def test_options_of_the_training_come_back(tiny: Any, tmp_path: Path, projection: bool) -> None:
@@ -143,8 +137,8 @@ def test_options_of_the_training_come_back(tiny: Any, tmp_path: Path, projection
     save_adapter(model, tmp_path / "prefix", details={"arguments": {"system": "Be brief."}})
     again = load_base(tiny)
     load_adapter(again, tmp_path / "prefix")
-    assert prefix_encoder(again).config == PrefixConfig(LENGTH, projection, None, 0.25)
-    assert trained_with(again, "default") == {"system": "Be brief."}
+    assert encoder_of(find_adapter(again)).config == PrefixConfig(LENGTH, projection, None, 0.25)
+    assert find_adapter(again, "default").trained == {"system": "Be brief."}
 
 
 def test_another_width_of_the_projection_comes_back(tiny: Any, tmp_path: Path) -> None:
@@ -153,15 +147,15 @@ def test_another_width_of_the_projection_comes_back(tiny: Any, tmp_path: Path) -
     save_adapter(model, tmp_path / "prefix")
     assert read_peft_config(tmp_path / "prefix")["encoder_hidden_size"] == 48
     load_adapter(again, tmp_path / "prefix")
-    assert prefix_encoder(again).config.prefix_hidden_size == 48
+    assert encoder_of(find_adapter(again)).config.prefix_hidden_size == 48
 
 
 def test_dropout_is_not_in_what_is_served(tiny: Any, tmp_path: Path, projection: bool) -> None:
     model = with_prefix(tiny, projection, prefix_dropout=0.9).train()
     save_adapter(model, tmp_path / "prefix")
     served = load_file(tmp_path / "prefix" / WEIGHTS)[PROMPT]
-    prefix_encoder(model).eval()
-    expected = prefix_encoder(model)(torch.arange(LENGTH)[None])[0]
+    encoder_of(find_adapter(model)).eval()
+    expected = encoder_of(find_adapter(model))(torch.arange(LENGTH)[None])[0]
     assert torch.equal(served, expected)
 
 
@@ -183,8 +177,8 @@ def test_prefixes_made_by_peft_load(
         assert report.notes[0].startswith("its projection is not in the folder")
     ids = random_ids(model)
     assert relative(logits(model, ids), logits(theirs, ids)) < 1e-4
-    assert list(prefix_state_dict(model)) == ["embedding.weight"]
-    assert prefix_encoder(model).config == PrefixConfig(LENGTH, prefix_dropout=0.0)
+    assert list(find_adapter(model).state_dict()) == ["embedding.weight"]
+    assert encoder_of(find_adapter(model)).config == PrefixConfig(LENGTH, prefix_dropout=0.0)
     save_adapter(model, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "ours").eval()
     assert relative(logits(again, ids), logits(theirs, ids)) < 1e-5  # the projection, evaluated once more
@@ -210,17 +204,17 @@ def test_half_precision_files(tiny: Any, saved: Path, tmp_path: Path, dtype: str
     for file in {WEIGHTS, ENCODER} if projection else {WEIGHTS}:
         assert {tensor.dtype for tensor in load_file(tmp_path / "half" / file).values()} == {getattr(torch, dtype)}
     load_adapter(model, tmp_path / "half", "rounded")
-    for key, tensor in prefix_state_dict(model, "rounded").items():
+    for key, tensor in find_adapter(model, "rounded").state_dict().items():
         assert tensor.dtype == torch.float32
-        assert torch.equal(tensor, prefix_state_dict(model, "default")[key].to(getattr(torch, dtype)).float())
+        assert torch.equal(tensor, find_adapter(model, "default").state_dict()[key].to(getattr(torch, dtype)).float())
 
 
 def test_the_seal_remembers(tiny: Any, saved: Path, projection: bool) -> None:
     seal, model = read_seal(saved), with_prefix(tiny, projection)
     assert seal is not None
     assert seal["kind"] == "prefix"
-    assert seal["base"]["fingerprint"] == model.qgraft_base.fingerprint
-    assert seal["parameters"] == sum(tensor.numel() for tensor in adapter_state_dict(model).values())
+    assert seal["base"]["fingerprint"] == model.qgraft.info.fingerprint
+    assert seal["parameters"] == sum(tensor.numel() for tensor in find_adapter(model).state_dict().values())
     assert set(seal["files"]) == {CONFIG, WEIGHTS} | ({ENCODER} if projection else set())
     assert seal["prefix"] == {
         "pre_seq_len": LENGTH, "prefix_projection": projection, "prefix_hidden_size": None, "prefix_dropout": 0.1,
@@ -255,8 +249,8 @@ def test_a_lora_saved_over_a_prefix_and_back(tiny: Any, tmp_path: Path) -> None:
         assert (tmp_path / "out" / ENCODER).exists() == (name == "prefix")
         again = load_base(tiny)
         load_adapter(again, tmp_path / "out")
-        for key, tensor in adapter_state_dict(model, name).items():
-            assert torch.equal(adapter_state_dict(again)[key], tensor)
+        for key, tensor in find_adapter(model, name).state_dict().items():
+            assert torch.equal(find_adapter(again).state_dict()[key], tensor)
 
 
 # ---------------------------------------------------------------- what does not fit
@@ -427,7 +421,7 @@ def test_a_prefix_longer_than_the_context_is_refused(tiny: Any, tiny_gguf: Maker
 def test_save_refuses_nan(tiny: Any, tmp_path: Path, projection: bool) -> None:
     model = with_prefix(tiny, projection)
     with torch.no_grad():
-        prefix_encoder(model).embedding.weight[0, 0] = float("nan")
+        encoder_of(find_adapter(model)).embedding.weight[0, 0] = float("nan")
     with pytest.raises(AdapterError, match="not saved: NaN or infinity"):
         save_adapter(model, tmp_path / "prefix")
     assert not (tmp_path / "prefix").exists()

@@ -15,16 +15,11 @@ from transformers import PreTrainedModel
 import qgraft
 from qgraft.adapter_files.folder import SEAL, load_adapter, save_adapter
 from qgraft.adapter_files.thudm import BIN, export_thudm
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    attach_lora,
-    detach_adapter,
-    prefix_encoder,
-    prefix_state_dict,
-)
+from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.attach_prefix import attach_prefix
-from qgraft.adapters.prefix import PrefixConfig
+from qgraft.adapters.base import adapter_names, find_adapter
+from qgraft.adapters.choose import active_adapters
+from qgraft.adapters.prefix import PrefixConfig, encoder_of
 from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.quantize import quantize
@@ -104,7 +99,7 @@ def test_a_folder_of_the_scripts_is_an_adapter(tmp_path: Path, name: str, layout
     ]
     check_golden(model, name)
     for key, value in weights_of(name).items():
-        assert torch.equal(prefix_state_dict(model)[key.removeprefix(KEY)], value)
+        assert torch.equal(find_adapter(model).state_dict()[key.removeprefix(KEY)], value)
 
 
 @pytest.mark.parametrize("with_config", [True, False])
@@ -113,7 +108,7 @@ def test_a_single_file_is_an_adapter(tmp_path: Path, name: str, with_config: boo
     model = load_base(tmp_path, name)
     load_adapter(model, folder / BIN)
     check_golden(model, name)
-    assert prefix_encoder(model).config.prefix_dropout == 0.1
+    assert encoder_of(find_adapter(model)).config.prefix_dropout == 0.1
 
 
 def test_of_a_whole_checkpoint_only_the_prefix_counts(tmp_path: Path, name: str) -> None:
@@ -128,7 +123,7 @@ def test_half_precision_values_load_as_float32(tmp_path: Path) -> None:
     half = {key: value.half() for key, value in weights_of("chatglm2_prefix_proj").items()}
     model = load_base(tmp_path, "chatglm2")
     load_adapter(model, write(tmp_path / "out", half, None))
-    for key, value in prefix_state_dict(model).items():
+    for key, value in find_adapter(model).state_dict().items():
         assert torch.equal(value, half[KEY + key].float())
 
 
@@ -190,7 +185,7 @@ def test_a_new_prefix_goes_into_the_originals_modules(tmp_path: Path) -> None:
         theirs = OfficialPrefix(4, width, 64, total)
         theirs.load_state_dict({key.removeprefix(KEY): value for key, value in state.items()})
         values = theirs.trans(theirs.embedding.weight)
-        torch.testing.assert_close(prefix_encoder(model)(torch.arange(4)[None])[0], values)
+        torch.testing.assert_close(encoder_of(find_adapter(model))(torch.arange(4)[None])[0], values)
         config = json.loads((tmp_path / generation / "config.json").read_text())
         assert (config["pre_seq_len"], config["prefix_projection"]) == (4, True)
 
@@ -213,7 +208,7 @@ def test_export_refuses(tmp_path: Path, tiny_gguf: Maker) -> None:
         with pytest.raises(StorageError, match="is there already"):
             export_thudm(glm, target, "default")
     with torch.no_grad():
-        prefix_encoder(glm, "default").embedding.weight[0, 0] = 1e30
+        encoder_of(find_adapter(glm, "default")).embedding.weight[0, 0] = 1e30
     with pytest.raises(AdapterError, match=rf"NaN or infinity as float16 in {KEY}embedding\.weight"):
         export_thudm(glm, tmp_path / "new", "default", "float16")
     assert not (tmp_path / "new").exists()
@@ -317,7 +312,7 @@ def test_force_takes_the_tensors_word_for_the_number_of_tokens(tmp_path: Path) -
     model = load_base(tmp_path, "chatglm2")
     report = load_adapter(model, folder, force=True)
     assert report.notes[0].startswith("forced although: config.json says pre_seq_len=7")
-    assert prefix_encoder(model).config.pre_seq_len == 6
+    assert encoder_of(find_adapter(model)).config.pre_seq_len == 6
     with pytest.raises(AdapterError, match="missing"):
         load_adapter(model, write(tmp_path / "less", without("trans.0.bias"), None), "less", force=True)
 
@@ -341,9 +336,9 @@ def test_a_model_loads_with_its_prefix(tmp_path: Path, name: str, layout: str) -
     config = config_of(name)
     projection = " with projection" if config["prefix_projection"] else ""
     note = f"the folder's prefix of 6 tokens{projection} is attached and active, as 'default'"
-    assert model.qgraft_base.notes[-1] == note
+    assert model.qgraft.info.notes[-1] == note
     plain = load_base(tmp_path, name)
-    assert model.qgraft_base.fingerprint == plain.qgraft_base.fingerprint
+    assert model.qgraft.info.fingerprint == plain.qgraft.info.fingerprint
     ids = load_file(GOLDEN / name / "io.safetensors")["single.input_ids"]
     with torch.no_grad(), qgraft.adapters_off(model):
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
@@ -361,7 +356,7 @@ def test_save_copies_the_prefix_as_it_is(tmp_path: Path, name: str, layout: str)
     assert all(saved[key].dtype == value.dtype and torch.equal(saved[key], value) for key, value in expected.items())
     assert (tmp_path / "copy" / "config.json").read_bytes() == (folder / "config.json").read_bytes()
     again, _ = qgraft.load(tmp_path / "copy", device="cpu")
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint
     check_golden(again, name)
 
 
@@ -372,7 +367,7 @@ def test_a_prefix_that_was_trained_on_is_not_lost_in_a_save(tmp_path: Path) -> N
         save(model, tmp_path / "copy")
     qgraft.use_adapter(model, "default")
     with torch.no_grad():
-        prefix_encoder(model, "default").embedding.weight[0, 0] += 1e-3
+        encoder_of(find_adapter(model, "default")).embedding.weight[0, 0] += 1e-3
     with pytest.raises(AdapterError, match="the adapter default is active and would not be in the saved weights"):
         save(model, tmp_path / "copy")
     detach_adapter(model)
@@ -411,7 +406,7 @@ def test_the_base_is_quantized_and_the_prefix_is_not(tmp_path: Path, generation:
 def test_a_config_without_pre_seq_len(tmp_path: Path, name: str) -> None:
     model, _ = qgraft.load(whole(tmp_path / "whole", name, pre_seq_len=None, prefix_projection=None), device="cpu")
     check_golden(model, name)
-    assert model.qgraft_base.notes[-1] == "config.json says no pre_seq_len: the prefix has 6 rows"
+    assert model.qgraft.info.notes[-1] == "config.json says no pre_seq_len: the prefix has 6 rows"
 
 
 def test_pre_seq_len_without_a_prefix(tmp_path: Path) -> None:
@@ -419,7 +414,7 @@ def test_pre_seq_len_without_a_prefix(tmp_path: Path) -> None:
     model, _ = qgraft.load(folder, device="cpu")
     assert adapter_names(model) == []
     expected = "config.json says pre_seq_len=6, but the folder holds no prefix: load one as an adapter"
-    assert model.qgraft_base.notes[-1] == expected
+    assert model.qgraft.info.notes[-1] == expected
     load_adapter(model, write(tmp_path / "out", PLAIN, None))
     check_golden(model, "chatglm2_prefix")
 
@@ -457,4 +452,4 @@ def test_other_unexpected_tensors_are_still_refused(tmp_path: Path) -> None:
 
 def test_options_of_the_scripts_default(tmp_path: Path) -> None:
     model, _ = qgraft.load(whole(tmp_path / "whole", "chatglm_prefix_proj"), device="cpu")
-    assert prefix_encoder(model).config == PrefixConfig(6, True, layout="chatglm")
+    assert encoder_of(find_adapter(model)).config == PrefixConfig(6, True, layout="chatglm")

@@ -9,23 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    adapters_off,
-    attach_layers,
-    attach_lora,
-    count_parameters,
-    detach_lora,
-    find_targets,
-    lora_layers,
-    lora_modules,
-    lora_state_dict,
-    non_finite,
-    only_adapter,
-    use_adapter,
-)
+from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora, find_targets
+from qgraft.adapters.base import adapter_names, find_adapter
+from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
 from qgraft.adapters.lora import LoraConfig, LoraLinear
+from qgraft.adapters.states import lora_state_dict, non_finite
+from qgraft.adapters.targets import lora_layers
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import quantize
 from qgraft.linear import QuantizedLinear
@@ -58,7 +47,7 @@ def layer_paths(names: Sequence[str]) -> list[str]:
 def fill_b(model: nn.Module, name: str, seed: int = 0) -> None:
     """Give the adapter an effect: its B is zero at first."""
     generator = torch.Generator().manual_seed(seed)
-    for _, lora in lora_modules(model, name):
+    for lora in find_adapter(model, name).parts.values():
         lora.lora_B.data.normal_(generator=generator)
 
 
@@ -139,7 +128,7 @@ def test_a_name_is_a_whole_part_of_the_path_and_a_pattern_the_whole_path(model: 
 def test_all_linear_leaves_out_an_output_layer_that_is_wrapped(model: LlamaForCausalLM) -> None:
     attach_lora(model, target_modules="lm_head", name="head")
     attach_lora(model, name="body")
-    assert [path for path, _ in lora_modules(model, "body")] == layer_paths(ATTENTION + MLP)
+    assert [path for path, _ in find_adapter(model, "body").parts.items()] == layer_paths(ATTENTION + MLP)
 
 
 def test_unknown_target_suggests_the_nearest_and_lists_all(model: LlamaForCausalLM) -> None:
@@ -189,11 +178,13 @@ def test_a_layer_that_is_called_base_is_a_target_like_any_other() -> None:
 def test_layers_may_have_options_of_their_own(model: LlamaForCausalLM) -> None:
     first, second = layer_paths(["q_proj"])
     attach_layers(model, "mixed", {first: LoraConfig(r=2), second: LoraConfig(r=5, use_rslora=True)})
-    assert [(path, lora.config.r, lora.config.use_rslora) for path, lora in lora_modules(model, "mixed")] == [
+    assert [
+        (path, lora.config.r, lora.config.use_rslora) for path, lora in find_adapter(model, "mixed").parts.items()
+    ] == [
         (first, 2, False),
         (second, 5, True),
     ]
-    assert count_parameters(model, "mixed") == (2 + 5) * (32 + 32)
+    assert find_adapter(model, "mixed").size == (2 + 5) * (32 + 32)
 
 
 # ---------------------------------------------------------------- names, several adapters
@@ -341,7 +332,7 @@ def test_values_to_start_from_are_copied(model: LlamaForCausalLM) -> None:
     A, B = torch.randn(3, 32, generator=torch.Generator()), torch.ones(32, 3, dtype=torch.float16)
     attach_layers(model, "law", {path: LoraConfig(r=3)}, {path: (A, B)})
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn only to be overwritten
-    (lora,) = dict(lora_modules(model, "law")).values()
+    (lora,) = find_adapter(model, "law").parts.values()
     assert torch.equal(lora.lora_A, A)
     assert torch.equal(lora.lora_B, torch.ones(32, 3))
     A.zero_()
@@ -451,7 +442,7 @@ def test_attach_again_after_detach(model: LlamaForCausalLM) -> None:
     attach_lora(model)
     detach_lora(model)
     attach_lora(model, r=2)
-    assert {lora.config.r for _, lora in lora_modules(model, "default")} == {2}
+    assert {lora.config.r for lora in find_adapter(model, "default").parts.values()} == {2}
 
 
 # ---------------------------------------------------------------- state dict
@@ -484,7 +475,7 @@ def test_which_adapter_must_be_said_when_there_are_several(model: LlamaForCausal
     with pytest.raises(AdapterError, match=r"which adapter\? attached: none"):
         lora_state_dict(model)
     attach_lora(model, name="law", target_modules="q_proj")
-    assert only_adapter(model, None) == "law"
+    assert find_adapter(model, None).name == "law"
     attach_lora(model, name="med", target_modules="v_proj")
     with pytest.raises(AdapterError, match=r"which adapter\? attached: law, med"):
         lora_state_dict(model)
@@ -554,7 +545,11 @@ def test_gradient_checkpointing_gives_the_gradients_of_the_whole_model(model: Ll
         model.zero_grad()
         model(IDS, labels=IDS).loss.backward()
         results.append(
-            [parameter.grad for _, lora in lora_modules(model, "default") for parameter in lora.parameters()]
+            [
+                parameter.grad
+                for lora in find_adapter(model, "default").parts.values()
+                for parameter in lora.parameters()
+            ]
         )
     assert len(results[0]) == 28
     for plain, again in zip(*results, strict=True):

@@ -12,17 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    attach_layers,
-    attach_lora,
-    lora_modules,
-    lora_state_dict,
-    use_adapter,
-)
+from qgraft.adapters.attach import attach_layers, attach_lora
+from qgraft.adapters.base import adapter_names, find_adapter
+from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.combine import METHODS, CombineReport, Factors, combine, combine_layers
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.states import lora_state_dict
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
 SIZES = {"up": (24, 16), "down": (16, 24), "out": (40, 16)}  # layer -> (out, in)
@@ -43,7 +38,7 @@ class Block(nn.Module):
 
 def randomize(model: nn.Module, *names: str) -> None:
     for name in names:
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             nn.init.normal_(lora.lora_A)
             nn.init.normal_(lora.lora_B)
 
@@ -59,7 +54,7 @@ def with_two(**options: Any) -> Block:
 
 def delta(model: nn.Module, name: str, path: str) -> np.ndarray:
     """An adapter's delta in float64, from its stored numbers and options alone; zeros where it is not."""
-    lora = dict(lora_modules(model, name)).get(path)
+    lora = find_adapter(model, name).parts.get(path)
     if lora is None:
         return np.zeros(SIZES[path])
     config = lora.config
@@ -97,7 +92,7 @@ def test_linear_is_the_dense_sum(adapters: list[tuple[int, float, bool, set[str]
         randomize(model, name)
         weights[name] = weight
     report = combine(model, weights, "sum")
-    made = dict(lora_modules(model, "sum"))
+    made = find_adapter(model, "sum").parts
     assert made.keys() == {path for _, _, _, targets, _ in adapters for path in targets}
     for path, lora in made.items():
         assert lora.config.scaling == 1.0
@@ -214,7 +209,7 @@ def test_pruned_sums_at_full_rank_are_those_of_the_papers(method: str, density: 
     report = combine(model, weights, "both", method, r=16, density=density)
     oracle = {"ties": ties_oracle, "magnitude_prune": magnitude_oracle}[method]
     for path in SIZES:
-        on = [name for name in weights if path in dict(lora_modules(model, name))]
+        on = [name for name in weights if path in find_adapter(model, name).parts]
         expected = oracle([delta(model, name, path) for name in on], [weights[name] for name in on], density)
         assert relative(delta(model, "both", path), expected) < 1e-5
         assert report.cuts[path].error < 1e-5
@@ -352,7 +347,7 @@ def test_mistakes_are_refused_and_nothing_is_attached(
 
 def broken(name: str, value: float) -> Callable[[Block], None]:
     def spoil(model: Block) -> None:
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             lora.lora_B.data[0, 0] = value
 
     return spoil

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 
 import qgraft
-from qgraft.adapters.attach import lora_modules
+from qgraft.adapters.base import find_adapter
 from qgraft.adapters.layer_choice import layer_number, parse_layers
 from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError
@@ -47,9 +47,9 @@ def test_only_the_named_layers_are_wrapped_and_peft_loads_the_file(tiny_gguf, tm
     model, _ = qgraft.load(tiny.path)
     config = qgraft.attach_lora(model, r=2, layers_to_transform="1")
     assert config.layers_to_transform == (1,)
-    paths = [path for path, _ in lora_modules(model, "default")]
+    paths = [path for path, _ in find_adapter(model, "default").parts.items()]
     assert paths == [path for path in find_targets(model, "all-linear") if ".layers.1." in path]
-    for lora in dict(lora_modules(model, "default")).values():
+    for lora in find_adapter(model, "default").parts.values():
         torch.nn.init.normal_(lora.lora_B)
     qgraft.save_adapter(model, tmp_path / "upper")
     said = qgraft.adapter_files.folder.read_peft_config(tmp_path / "upper")

@@ -33,7 +33,7 @@ def make_layer(kind: str = "q4_1", names: tuple[str, ...] = ("default",), **opti
     """A LoraLinear whose adapters are all active with weight 1 and have a B that is not zero."""
     layer = LoraLinear(make_base(kind))
     for number, name in enumerate(names):
-        layer.add(name, LoraConfig(**{"r": 3 + number, "lora_alpha": 7, **options}))
+        layer.add(name, layer.make(LoraConfig(**{"r": 3 + number, "lora_alpha": 7, **options})))
         nn.init.normal_(layer.loras[name].lora_B)
     layer.active = dict.fromkeys(names, 1.0)
     return layer
@@ -130,7 +130,7 @@ def test_same_numbers_as_peft(r: int, alpha: float, use_rslora: bool) -> None:
     peft_layer = theirs.base_model.model[0]
     peft_layer.base_layer.load_state_dict(linear.state_dict())
     ours = LoraLinear(linear)
-    ours.add("default", LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora))
+    ours.add("default", ours.make(LoraConfig(r=r, lora_alpha=alpha, use_rslora=use_rslora)))
     ours.active = {"default": 1.0}
     with torch.no_grad():
         nn.init.normal_(peft_layer.lora_B["default"].weight)
@@ -168,7 +168,7 @@ def test_initial_distribution_of_a_and_zeros_in_b() -> None:
 @pytest.mark.parametrize("kind", BASES)
 def test_a_new_adapter_changes_nothing_bit_for_bit(kind: str, dropout: float) -> None:
     layer, x = LoraLinear(make_base(kind)), torch.randn(2, 9, IN)
-    layer.add("default", LoraConfig(r=4, lora_dropout=dropout))
+    layer.add("default", layer.make(LoraConfig(r=4, lora_dropout=dropout)))
     layer.active = {"default": 1.0}
     assert torch.equal(layer(x), layer.base(x))
 
@@ -328,7 +328,7 @@ def test_dropout_zeroes_inputs_of_a_only_and_keeps_their_mean() -> None:
     """With A and B as identity, y - base(x) is the masked x itself: 0 or x / (1 - p)."""
     base = nn.Linear(IN, IN)
     layer = LoraLinear(base)
-    layer.add("default", LoraConfig(r=IN, lora_alpha=IN, lora_dropout=0.25))
+    layer.add("default", layer.make(LoraConfig(r=IN, lora_alpha=IN, lora_dropout=0.25)))
     layer.active = {"default": 1.0}
     with torch.no_grad():
         layer.loras["default"].lora_A.copy_(torch.eye(IN))
@@ -352,7 +352,7 @@ def test_no_random_number_is_drawn_without_dropout() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool, dropout: float) -> None:
     first, second = make_layer(lora_dropout=dropout), LoraLinear(nn.Linear(OUT, OUT))
-    second.add("default", LoraConfig(r=2, lora_dropout=dropout))
+    second.add("default", second.make(LoraConfig(r=2, lora_dropout=dropout)))
     nn.init.normal_(second.loras["default"].lora_B)
     second.active = {"default": 1.0}
     model = nn.Sequential(first, nn.GELU(), second)

@@ -14,26 +14,12 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 import qgraft
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    adapter_state_dict,
-    adapters_off,
-    attach_lora,
-    count_parameters,
-    detach_adapter,
-    find_targets,
-    is_prefix,
-    lora_modules,
-    lora_state_dict,
-    prefix_encoder,
-    prefix_state_dict,
-    prefixes_of,
-    use_adapter,
-)
-from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix, counted_positions
-from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
-from qgraft.adapters.selection import selection_of
+from qgraft.adapters.attach import attach_lora, detach_adapter, find_targets
+from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix, counted_positions, prefixes_of
+from qgraft.adapters.base import adapter_names, find_adapter, selection_of
+from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
+from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder, encoder_of
+from qgraft.adapters.states import lora_state_dict
 from qgraft.attention import PREFIX
 from qgraft.compat import CACHE, cap_scores
 from qgraft.data.batches import IGNORED, collate
@@ -114,7 +100,7 @@ def generate(model: Any, ids: Tensor, **options: Any) -> Tensor:
 
 
 def gradients(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    return {key: p.grad.clone() for key, p in prefix_encoder(model, name).named_parameters()}
+    return {key: p.grad.clone() for key, p in encoder_of(find_adapter(model, name)).named_parameters()}
 
 
 def same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-5) -> None:
@@ -183,8 +169,8 @@ def test_only_the_prefix_trains_and_taking_it_off_leaves_the_model_as_it_was(arc
     assert (config.pre_seq_len, config.layout) == (4, architecture if "glm" in architecture else "peft")
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert [name.rpartition(".prefixes.")[2] for name in trained] == ["encoders.a.embedding.weight"]
-    assert count_parameters(model, "a") == model.get_parameter(trained[0]).numel()
-    assert active_adapters(model) == {"a": 1.0} and is_prefix(model, "a")
+    assert find_adapter(model, "a").size == model.get_parameter(trained[0]).numel()
+    assert active_adapters(model) == {"a": 1.0} and find_adapter(model, "a").is_prefix
     optimizer = torch.optim.SGD([model.get_parameter(trained[0])], lr=0.1)
     model.train()
     first = model(ids, labels=ids).loss
@@ -207,7 +193,7 @@ def test_the_base_model_alone_may_carry_it() -> None:
     model, inner = tiny(), tiny().model
     ids = ids_for(model)
     attach_prefix(model, 4, name="a")
-    attach_encoder(inner, "a", PrefixConfig(4), prefix_state_dict(model))
+    attach_encoder(inner, "a", PrefixConfig(4), find_adapter(model).state_dict())
     with torch.no_grad():
         torch.testing.assert_close(model.lm_head(inner(ids).last_hidden_state), logits(model, ids))
         torch.testing.assert_close(model.lm_head(inner(ids, None).last_hidden_state), logits(model, ids))
@@ -244,7 +230,7 @@ def test_a_new_value_of_the_tensors_counts_at_once() -> None:
     attach_prefix(model, 4)
     ids, before = ids_for(model), logits(model, ids_for(model))
     generate(model, ids)
-    prefix_encoder(model).embedding.weight.data.add_(1.0)
+    encoder_of(find_adapter(model)).embedding.weight.data.add_(1.0)
     assert not torch.allclose(logits(model, ids), before)
 
 
@@ -339,7 +325,7 @@ def test_dropout_is_drawn_once_for_each_pass_and_never_in_evaluation() -> None:
     dropped = logits(model, ids)
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    values = nn.functional.dropout(prefix_encoder(model).embedding.weight, 0.5)
+    values = nn.functional.dropout(encoder_of(find_adapter(model)).embedding.weight, 0.5)
     assert torch.equal(torch.get_rng_state(), state)  # nothing else was drawn
     attach_encoder(model, "b", PrefixConfig(4, prefix_dropout=0.0), {"embedding.weight": values})
     assert torch.equal(logits(model, ids), dropped)
@@ -393,7 +379,7 @@ def test_the_network_is_evaluated_once_while_an_answer_is_generated() -> None:
     model = tiny()
     attach_prefix(model, 4, True)
     passes = []
-    prefix_encoder(model).trans.register_forward_hook(lambda *_: passes.append(1))
+    encoder_of(find_adapter(model)).trans.register_forward_hook(lambda *_: passes.append(1))
     generate(model, ids_for(model))
     assert len(passes) == 1 and selection_of(model).now().evaluated is None
     logits(model, ids_for(model))
@@ -407,7 +393,7 @@ def with_both(architecture: str = "llama") -> Any:
     """A LoRA "law", prefixes "a" (short) and "b" (long, with projection)."""
     model = tiny(architecture)
     attach_lora(model, 2, name="law")
-    for _, lora in lora_modules(model, "law"):
+    for lora in find_adapter(model, "law").parts.values():
         nn.init.normal_(lora.lora_B, std=0.1)
     attach_prefix(model, 3, name="a")
     attach_prefix(model, 6, True, name="b")
@@ -477,9 +463,9 @@ def test_gradients_of_mixed_rows_are_the_sum_over_rows_alone() -> None:
 def test_a_lora_and_a_prefix_are_active_at_once() -> None:
     model = with_both()
     ids, plain = ids_for(model), tiny()
-    for path, lora in lora_modules(model, "law"):
+    for path, lora in find_adapter(model, "law").parts.items():
         plain.get_submodule(path).weight.data += 0.5 * lora.delta().detach()
-    attach_encoder(plain, "a", prefix_encoder(model, "a").config, prefix_state_dict(model, "a"))
+    attach_encoder(plain, "a", encoder_of(find_adapter(model, "a")).config, find_adapter(model, "a").state_dict())
     use_adapter(model, {"law": 0.5, "a": 1.0})
     torch.testing.assert_close(logits(model, ids), logits(plain, ids), rtol=1e-4, atol=1e-5)
     assert torch.equal(generate(model, ids), generate(plain, ids))
@@ -494,8 +480,8 @@ def test_several_prefixes_stand_one_after_another(architecture: str) -> None:
     model = tiny(architecture)
     attach_prefix(model, 3, name="a")
     attach_prefix(model, 5, name="b")
-    values = torch.cat([prefix_state_dict(model, name)["embedding.weight"] for name in "ab"])
-    attach_encoder(model, "both", PrefixConfig(8, layout=prefix_encoder(model, "a").config.layout),
+    values = torch.cat([find_adapter(model, name).state_dict()["embedding.weight"] for name in "ab"])
+    attach_encoder(model, "both", PrefixConfig(8, layout=encoder_of(find_adapter(model, "a")).config.layout),
                    {"embedding.weight": values})  # fmt: skip
     ids, expected = ids_for(model), logits(model, ids_for(model))
     use_adapter(model, {"a": 1.0, "b": 1.0})
@@ -520,7 +506,7 @@ def test_a_copy_is_switched_on_its_own_and_a_model_is_freed() -> None:
     model = with_both()
     ids, other = ids_for(model), copy.deepcopy(model)
     expected = logits(model, ids)
-    prefix_encoder(other, "b").trans[2].bias.data.add_(1.0)
+    encoder_of(find_adapter(other, "b")).trans[2].bias.data.add_(1.0)
     assert not torch.allclose(logits(other, ids), expected)
     use_adapter(other, "a")
     detach_adapter(other, "b")
@@ -540,7 +526,7 @@ def test_on_a_quantized_file(architecture: str, tiny_gguf: Maker, random_ids: Ma
     model, float_model = qgraft.load(file.path)[0], copy.deepcopy(file.model)
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     attach_prefix(model, 4, True, prefix_dropout=0.0)
-    attach_encoder(float_model, "same", prefix_encoder(model).config, prefix_state_dict(model))
+    attach_encoder(float_model, "same", encoder_of(find_adapter(model)).config, find_adapter(model).state_dict())
     compare(model, float_model, random_ids(model))
 
 
@@ -556,7 +542,7 @@ def test_on_quantized_chatglm(architecture: str, format: str) -> None:
         if isinstance(layer, QuantizedLinear):
             float_model.get_submodule(path).weight.data = layer.dequantize()
     attach_prefix(model, 4, True, prefix_dropout=0.0)
-    attach_encoder(float_model, "same", prefix_encoder(model).config, prefix_state_dict(model))
+    attach_encoder(float_model, "same", encoder_of(find_adapter(model)).config, find_adapter(model).state_dict())
     compare(model, float_model, ids_for(model))
 
 
@@ -571,7 +557,7 @@ def compare(packed: Any, plain: Any, ids: Tensor) -> None:
 def test_a_half_precision_base_keeps_a_float32_prefix() -> None:
     model = tiny().bfloat16()
     attach_prefix(model, 4, True)
-    assert {p.dtype for p in prefix_encoder(model).parameters()} == {torch.float32}
+    assert {p.dtype for p in encoder_of(find_adapter(model)).parameters()} == {torch.float32}
     out = model(ids_for(model), labels=ids_for(model))
     out.loss.backward()
     assert out.logits.dtype == torch.bfloat16 and {g.dtype for g in gradients(model).values()} == {torch.float32}
@@ -584,26 +570,29 @@ def test_a_half_precision_base_keeps_a_float32_prefix() -> None:
 def test_the_state_is_all_there_is(projection: bool) -> None:
     model, other = tiny(), tiny()
     attach_prefix(model, 4, projection, name="a")
-    state = prefix_state_dict(model)
+    state = find_adapter(model).state_dict()
     parts = [f"trans.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")] if projection else []
     assert list(state) == ["embedding.weight", *parts]
-    assert all(torch.equal(tensor, adapter_state_dict(model, "a")[name]) for name, tensor in state.items())
-    attach_encoder(other, "b", prefix_encoder(model).config, state, prefix_encoder(model).geometry)
+    assert all(torch.equal(tensor, find_adapter(model, "a").state_dict()[name]) for name, tensor in state.items())
+    attach_encoder(other, "b", encoder_of(find_adapter(model)).config, state, encoder_of(find_adapter(model)).geometry)
     assert torch.equal(logits(other, ids_for(model)), logits(model, ids_for(model)))
     state["embedding.weight"].zero_()  # shares memory with the model, and not with the other one
-    assert not prefix_encoder(model).embedding.weight.any() and prefix_encoder(other).embedding.weight.any()
+    assert (
+        not encoder_of(find_adapter(model)).embedding.weight.any()
+        and encoder_of(find_adapter(other)).embedding.weight.any()
+    )
     attach_lora(model, 2, name="law")
-    assert list(adapter_state_dict(model, "law")) == list(lora_state_dict(model, "law"))
+    assert list(find_adapter(model, "law").state_dict()) == list(lora_state_dict(model, "law"))
     with pytest.raises(AdapterError, match="'law' is a LoRA, expected a prefix"):
-        prefix_state_dict(model, "law")
+        encoder_of(find_adapter(model, "law"))
     with pytest.raises(AdapterError, match="which adapter"):
-        prefix_state_dict(model)
+        find_adapter(model)
 
 
 def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_attached() -> None:
     model = tiny()
     attach_prefix(model, 4, True, name="a")
-    state = prefix_state_dict(model)
+    state = find_adapter(model).state_dict()
     wrong = {**state, "trans.4.bias": torch.zeros(3), "embedding.weight": torch.zeros(5, 16)}
     del wrong["trans.2.bias"]
     with pytest.raises(AdapterError) as caught:

@@ -12,8 +12,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import prefix_encoder, prefixes_of
-from qgraft.adapters.attach_prefix import attach_prefix
+from qgraft.adapters.attach_prefix import attach_prefix, prefixes_of
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.prefix import encoder_of
 from qgraft.compat import cap_scores
 
 LENGTH, WORDS = 5, 97
@@ -64,7 +65,7 @@ def pair(architecture: str, projection: bool) -> Pair:
 
 def parameters(pair: Pair) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """What is trained, ours and theirs in the same order."""
-    ours = dict(prefix_encoder(pair[0]).named_parameters())
+    ours = dict(encoder_of(find_adapter(pair[0])).named_parameters())
     theirs = pair[1].prompt_encoder["default"]
     return list(ours.values()), [theirs.get_parameter(name.replace("trans.", "transform.")) for name in ours]
 

@@ -14,14 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import (
-    active_adapters,
-    attach_lora,
-    detach_lora,
-    lora_layers,
-    lora_modules,
-    use_adapter,
-)
+from qgraft.adapters.attach import attach_lora, detach_lora
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.choose import active_adapters, use_adapter
+from qgraft.adapters.targets import lora_layers
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
@@ -38,7 +34,7 @@ def attach(model: nn.Module) -> None:
     for seed, (name, options) in enumerate(TARGETS.items()):
         attach_lora(model, name=name, **options)
         generator = torch.Generator().manual_seed(seed)
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             lora.lora_B.data.normal_(0, 0.1, generator=generator)
 
 
@@ -93,7 +89,7 @@ def test_values_in_float64(names: list[str | None], bias: bool) -> None:
     attach_lora(layers, r=2, lora_alpha=3, target_modules="0,1", name="law")
     attach_lora(layers, r=1, use_rslora=True, target_modules="1", name="med")
     attach_lora(layers, r=3, target_modules="0", name="tax")
-    for lora in (lora for name in ("law", "med", "tax") for _, lora in lora_modules(layers, name)):
+    for lora in (lora for name in ("law", "med", "tax") for lora in find_adapter(layers, name).parts.values()):
         nn.init.normal_(lora.lora_B)
     x = expected = torch.randn(len(names), 6, dtype=torch.float64)
     for _, layer in lora_layers(layers):
@@ -213,7 +209,7 @@ def test_gradient_checkpointing_is_refused_in_training_and_nowhere_else(
 
 def test_dropout_is_drawn_in_training_only(model: PreTrainedModel, random_ids: Maker) -> None:
     attach_lora(model, name="tax", lora_dropout=0.5)
-    for _, lora in lora_modules(model, "tax"):
+    for lora in find_adapter(model, "tax").parts.values():
         nn.init.normal_(lora.lora_B, 0, 0.1)
     ids, names = random_ids(model), ["tax", "law"]
     assert torch.equal(mixed(model, names, ids), mixed(model, names, ids))
@@ -355,7 +351,7 @@ def test_a_model_whose_inner_part_has_adapters_too(tiny_gguf: Maker, random_ids:
     attach_lora(model.model, name="law", r=2)
     attach_lora(model, name="med", r=2, target_modules="lm_head,q_proj")
     for name in ("law", "med"):
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             nn.init.normal_(lora.lora_B, 0, 0.1)
     ids = random_ids(model, rows=5)
     expected = each_alone(model, MIXED, ids)

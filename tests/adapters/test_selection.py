@@ -14,16 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 import qgraft
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapter_names,
-    adapters_off,
-    detach_adapter,
-    lora_layers,
-    prefix_state_dict,
-    use_adapter,
-)
-from qgraft.adapters.selection import selection_of
+from qgraft.adapters.attach import detach_adapter
+from qgraft.adapters.base import adapter_names, find_adapter, selection_of
+from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
+from qgraft.adapters.targets import lora_layers
 from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.jobs.segments import Segment, serving_segments
 
@@ -54,7 +48,7 @@ def model() -> Any:
         qgraft.attach_lora(model, r=3, target_modules=layers, name=name)
         fill(model, name, seed)
     qgraft.attach_prefix(model, pre_seq_len=3, name="prefix")
-    prefix_state_dict(model, "prefix")["embedding.weight"].normal_(0, 2)
+    find_adapter(model, "prefix").state_dict()["embedding.weight"].normal_(0, 2)
     use_adapter(model, "law")
     return model
 

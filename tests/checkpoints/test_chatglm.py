@@ -85,8 +85,8 @@ def test_a_folder_computes_what_the_original_computes(tmp_path: Path, name: str,
     assert formats == {KINDS[name.split("_")[1]] or "f16"}
     assert len(linears(model)) == 4 * model.config.num_layers
     whole = load(folder_of(tmp_path / "whole", name))
-    assert model.qgraft_base.fingerprint == whole.qgraft_base.fingerprint
-    assert (model.qgraft_base.container, model.qgraft_base.architecture) == ("folder", "chatglm")
+    assert model.qgraft.info.fingerprint == whole.qgraft.info.fingerprint
+    assert (model.qgraft.info.container, model.qgraft.info.architecture) == ("folder", "chatglm")
 
 
 def test_packed_bytes_are_those_of_the_file(tmp_path: Path, name: str) -> None:
@@ -119,8 +119,8 @@ def test_quantizing_gives_the_originals_bits(tmp_path: Path, generation: str, ki
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert config == json.loads((folder / "config.json").read_text()) | {"quantization_bit": int(kind[3:])}
     again = load(tmp_path / "saved")
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint
-    assert again.qgraft_base.formats == model.qgraft_base.formats
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint
+    assert again.qgraft.info.formats == model.qgraft.info.formats
     logits, original = golden_logits(again, f"{generation}_{kind}")
     torch.testing.assert_close(logits, original, atol=1e-4, rtol=0)
 
@@ -154,7 +154,7 @@ def test_quantized_embeddings(tmp_path: Path, bits: int) -> None:
     model = load(folder)
     assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
     assert model.get_input_embeddings().packed_weight is model.get_output_embeddings().packed_weight
-    assert model.qgraft_base.notes == ("the folder has no vocabulary file (ice_text.model), so there is no tokenizer",)
+    assert model.qgraft.info.notes == ("the folder has no vocabulary file (ice_text.model), so there is no tokenizer",)
     plain = {
         key: value
         for key, value in weights.items()
@@ -219,7 +219,7 @@ def test_the_third_generation_loads_without_its_prompts(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"")
     model, tokenizer = load_folder(folder, torch.float32)
     assert tokenizer is None
-    assert "ChatGLM3" in model.qgraft_base.notes[0]
+    assert "ChatGLM3" in model.qgraft.info.notes[0]
     torch.testing.assert_close(*golden_logits(model, "chatglm2_int4"), atol=1e-4, rtol=0)
 
 
@@ -296,11 +296,11 @@ def test_quantize_refuses_what_it_cannot_do(tmp_path: Path) -> None:
     model = load(folder_of(tmp_path / "m", "chatglm2_fp32"))
     with pytest.raises(UnsupportedError, match="q2_k can be read but not written"):
         quantize(model, "q2_k")
-    before = model.qgraft_base
+    before = model.qgraft.info
     notes = quantize(model, "q4_k")
     assert len(notes) == 12
     assert "no multiple of 256" in notes[0]
-    assert model.qgraft_base.formats == before.formats
+    assert model.qgraft.info.formats == before.formats
     qgraft.attach_lora(model)
     with pytest.raises(AdapterError, match="default is on the model"):
         quantize(model, "chatglm-int4")

@@ -86,11 +86,11 @@ def test_weights_and_logits(tmp_path: Path, random_ids: Maker, stored: str, quan
     ids = random_ids(source)
     assert relative(logits(model, ids), logits(source, ids)) < 1e-5
     numbers = sum(source.get_submodule(path).weight.numel() for path in linears)
-    assert model.qgraft_base.formats == (
+    assert model.qgraft.info.formats == (
         {quantized: numbers, stored: 12800} if quantized else {stored: numbers + 12800}
     )
-    assert model.qgraft_base.notes == ()
-    assert (model.qgraft_base.container, model.qgraft_base.architecture) == ("folder", "llama")
+    assert model.qgraft.info.notes == ()
+    assert (model.qgraft.info.container, model.qgraft.info.architecture) == ("folder", "llama")
 
 
 def test_shards_are_one_checkpoint(tmp_path: Path, random_ids: Maker) -> None:
@@ -99,7 +99,7 @@ def test_shards_are_one_checkpoint(tmp_path: Path, random_ids: Maker) -> None:
     assert len(list(parts.glob("*.safetensors"))) > 3
     assert (parts / INDEX).is_file()
     models = [load_folder(folder, torch.float32, "q4_1")[0] for folder in (whole, parts)]
-    assert models[0].qgraft_base.fingerprint == models[1].qgraft_base.fingerprint
+    assert models[0].qgraft.info.fingerprint == models[1].qgraft.info.fingerprint
     ids = random_ids(source)
     assert torch.equal(logits(models[0], ids), logits(models[1], ids))
 
@@ -161,7 +161,7 @@ def test_width_without_whole_blocks_stays_float(tmp_path: Path, random_ids: Make
     source = tiny_llama(intermediate_size=72)
     model, _ = load_folder(save(tmp_path / "tiny", source), torch.float32, "q4_1")
     notes = [f"model.layers.{i}.mlp.down_proj.weight stays f32: 72 inputs are no multiple of 32" for i in range(2)]
-    assert sorted(model.qgraft_base.notes) == notes
+    assert sorted(model.qgraft.info.notes) == notes
     for path, module in source.named_modules():
         if isinstance(module, nn.Linear) and path != "lm_head":
             layer = model.get_submodule(path)
@@ -173,21 +173,21 @@ def test_width_without_whole_blocks_stays_float(tmp_path: Path, random_ids: Make
 
 def test_fingerprint(tmp_path: Path, folder: Path) -> None:
     copied = save(tmp_path / "copied", tiny_llama())
-    prints = {q: load_folder(folder, torch.float32, q)[0].qgraft_base.fingerprint for q in (None, *QUANTIZED)}
+    prints = {q: load_folder(folder, torch.float32, q)[0].qgraft.info.fingerprint for q in (None, *QUANTIZED)}
     assert len(set(prints.values())) == 5
-    assert load_folder(copied, torch.float32, "q4_1")[0].qgraft_base.fingerprint == prints["q4_1"]
-    assert load_folder(copied, torch.bfloat16)[0].qgraft_base.fingerprint == prints[None]
+    assert load_folder(copied, torch.float32, "q4_1")[0].qgraft.info.fingerprint == prints["q4_1"]
+    assert load_folder(copied, torch.bfloat16)[0].qgraft.info.fingerprint == prints[None]
     other = tiny_llama()
     other.get_submodule("model.layers.1.mlp.up_proj").weight[0, 0] += 1
     changed = save(tmp_path / "changed", other)
-    assert load_folder(changed, torch.float32, "q4_1")[0].qgraft_base.fingerprint != prints["q4_1"]
+    assert load_folder(changed, torch.float32, "q4_1")[0].qgraft.info.fingerprint != prints["q4_1"]
 
 
 def test_tensors_without_a_place_are_noted(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     extra = {"vision.weight": torch.ones(2, 32), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
     save_file({**weights, **extra}, folder / "model.safetensors", {"format": "pt"})
-    assert load_folder(folder, torch.float32)[0].qgraft_base.notes == (
+    assert load_folder(folder, torch.float32)[0].qgraft.info.notes == (
         "1 tensors of the folder have no place in the model: vision.weight",
     )
 

@@ -222,7 +222,7 @@ def test_all_that_is_refused_is_named_at_once(make_gguf: Maker, tmp_path: Path) 
 def test_what_is_computed_anyway_is_no_problem(make_gguf: Maker, tmp_path: Path, keys: dict[str, Any]) -> None:
     tiny = written(make_gguf, tmp_path, "llama", keys)
     model, _ = load_gguf(tiny.path, torch.float32)
-    assert model.qgraft_base.notes == ()
+    assert model.qgraft.info.notes == ()
     plain = gguf_config(read_gguf(make_gguf(tiny.path, "llama").path))
     assert model.config.to_dict() | {"dtype": None} == plain.to_dict() | {"dtype": None}
 
@@ -298,12 +298,12 @@ def test_half_a_longrope_is_refused(make_gguf: Maker, tmp_path: Path) -> None:
 def test_unknown_keys_are_named_once(make_gguf: Maker, tmp_path: Path) -> None:
     keys: dict[str, Any] = {f"attention.new_{i}": i for i in range(10)}
     model, _ = load_gguf(written(make_gguf, tmp_path, "llama", keys).path, torch.float32)
-    (note,) = model.qgraft_base.notes
+    (note,) = model.qgraft.info.notes
     assert note.startswith("metadata keys unknown to qgraft, without effect: llama.attention.new_0, llama.")
     assert note.endswith(", llama.attention.new_7 and 2 more")
     metadata = {"mistral.block_count": 7, "general.mine": "x", "tokenizer.ggml.mine": 1, "quantize.imatrix.file": "x"}
     model, _ = load_gguf(make_gguf(tmp_path / "other.gguf", "llama", metadata=metadata).path, torch.float32)
-    assert model.qgraft_base.notes == ("metadata keys unknown to qgraft, without effect: mistral.block_count",)
+    assert model.qgraft.info.notes == ("metadata keys unknown to qgraft, without effect: mistral.block_count",)
 
 
 def test_sentencepiece_has_its_usual_ids_and_others_have_none(make_gguf: Maker, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import llamacpp
 
-from qgraft.adapters.attach import attach_lora, lora_layers
+from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.targets import lora_layers
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, gguf_fingerprint, load_gguf
 from qgraft.errors import CheckpointError, UnsupportedError
@@ -212,7 +213,7 @@ def test_greedy_generation_equals_the_float_model(tiny_gguf: Maker, random_ids: 
 
 def test_base_info(tiny_gguf: Maker) -> None:
     tiny = tiny_gguf("llama")
-    base = load_gguf(tiny.path, torch.float32)[0].qgraft_base
+    base = load_gguf(tiny.path, torch.float32)[0].qgraft.info
     file = read_gguf(tiny.path)
     weights: dict[str, int] = {}
     for info in file.tensors.values():
@@ -242,7 +243,7 @@ def test_rope_factors_divide_the_frequencies(make_gguf: Maker, random_ids: Maker
     model, _ = load_gguf(tiny.path, torch.float32)
     assert relative(logits(model, ids), logits(tiny.model, ids)) < 1e-5
     assert relative(logits(model, ids), plain) > 1e-3
-    assert model.qgraft_base.fingerprint != gguf_fingerprint(read_gguf(make_gguf(tmp_path / "plain.gguf").path))
+    assert model.qgraft.info.fingerprint != gguf_fingerprint(read_gguf(make_gguf(tmp_path / "plain.gguf").path))
 
 
 @pytest.mark.parametrize(

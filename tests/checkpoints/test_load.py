@@ -44,7 +44,7 @@ def test_a_gguf_file(tiny_gguf: Maker) -> None:
     path = tiny_gguf("llama").path
     for given in (path, str(path)):
         model, tokenizer = load(given)
-        assert (model.qgraft_base.container, model.qgraft_base.source) == ("gguf", str(path))
+        assert (model.qgraft.info.container, model.qgraft.info.source) == ("gguf", str(path))
         assert model.dtype == torch.float32
         assert not model.training
         assert tokenizer("hello").input_ids
@@ -53,14 +53,14 @@ def test_a_gguf_file(tiny_gguf: Maker) -> None:
 
 def test_a_folder(folder: Path) -> None:
     model, tokenizer = load(folder, quantize="q8_0")
-    assert model.qgraft_base.container == "folder"
-    assert set(model.qgraft_base.formats) == {"q8_0", "f32"}
+    assert model.qgraft.info.container == "folder"
+    assert set(model.qgraft.info.formats) == {"q8_0", "f32"}
     assert tokenizer is None
 
 
 def test_paths_from_the_home_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
-    assert load("~/llama")[0].qgraft_base.source == str(folder)
+    assert load("~/llama")[0].qgraft.info.source == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -108,12 +108,12 @@ def test_an_error_without_text_and_an_impossible_id(monkeypatch: pytest.MonkeyPa
 
 def test_hub_snapshot_is_loaded_as_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
-    assert load("org/name")[0].qgraft_base.container == "folder"
+    assert load("org/name")[0].qgraft.info.container == "folder"
 
 
 def test_hub_file_is_loaded_as_a_gguf(tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(tiny_gguf("llama").path))
-    assert load("org/name:tiny.gguf")[0].qgraft_base.container == "gguf"
+    assert load("org/name:tiny.gguf")[0].qgraft.info.container == "gguf"
 
 
 def test_a_gguf_is_not_quantized_again(tiny_gguf: Maker) -> None:

@@ -65,7 +65,7 @@ def test_names_of_older_code(tmp_path):
     AutoModelForCausalLM.from_config(GPTNeoXConfig(**SMALL, rotary_pct=0.25)).save_pretrained(tmp_path)
     rewrite(tmp_path, lambda tensors: {name.replace("lm_head", "embed_out"): value for name, value in tensors.items()})
     model = same_as_transformers(tmp_path)
-    assert model.qgraft_origin.matrices["lm_head"].name == "embed_out.weight"
+    assert model.qgraft.origin.matrices["lm_head"].name == "embed_out.weight"
 
 
 def test_experts_that_lie_apart(tmp_path):
@@ -75,16 +75,16 @@ def test_experts_that_lie_apart(tmp_path):
     assert any("experts.0.w1" in name for name in load_file(tmp_path / "model.safetensors"))
     model = same_as_transformers(tmp_path, None)
     model = same_as_transformers(tmp_path, "q8_0")
-    assert "q8_0" in model.qgraft_base.formats and "experts" in " ".join(model.qgraft_origin.vectors)
+    assert "q8_0" in model.qgraft.info.formats and "experts" in " ".join(model.qgraft.origin.vectors)
 
 
 def test_other_bytes_of_an_expert_are_another_base(tmp_path):
     torch.manual_seed(0)
     config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    before = qgraft.load(tmp_path, device="cpu")[0].qgraft_base.fingerprint
+    before = qgraft.load(tmp_path, device="cpu")[0].qgraft.info.fingerprint
     rewrite(tmp_path, lambda tensors: {n: v + ("experts.1.w2" in n) for n, v in tensors.items()})
-    assert qgraft.load(tmp_path, device="cpu")[0].qgraft_base.fingerprint != before
+    assert qgraft.load(tmp_path, device="cpu")[0].qgraft.info.fingerprint != before
 
 
 def test_a_missing_expert_is_an_error(tmp_path):
@@ -105,7 +105,7 @@ def test_tied_weights_that_lie_there_twice(differ, tmp_path):
     model = same_as_transformers(tmp_path)
     shared = model.lm_head.packed_weight is model.model.embed_tokens.packed_weight
     assert shared != differ
-    assert any("not tied" in note for note in model.qgraft_base.notes) == differ
+    assert any("not tied" in note for note in model.qgraft.info.notes) == differ
     qgraft.save(model, tmp_path / "saved")
     saved, given = (load_file(tmp_path / part / "model.safetensors") for part in ("saved", "."))
     assert saved.keys() == given.keys() and all(torch.equal(saved[name], given[name]) for name in given)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from qgraft import storage
-from qgraft.adapters.attach import attach_lora, use_adapter
+from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.choose import use_adapter
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, cache_folder
 from qgraft.checkpoints.save import check_target, current_fingerprint, save
@@ -77,7 +78,7 @@ def test_an_unchanged_model_gives_an_identical_file(
     assert storage.sha256(tmp_path / "copy.gguf") == storage.sha256(tiny.path)
     size = tiny.path.stat().st_size
     assert (report.nbytes, report.source_nbytes, report.changed, report.notes) == (size, size, 0, ())
-    assert report.formats == model.qgraft_base.formats
+    assert report.formats == model.qgraft.info.formats
     assert report.path == tmp_path / "copy.gguf"
     assert names(tmp_path) == {"copy.gguf"}
 
@@ -93,7 +94,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     change(model.model.layers[7].self_attn.q_proj)
     report = save(model, tmp_path / "copy.gguf")
     assert (report.changed, report.nbytes) == (1, path.stat().st_size)
-    assert current_fingerprint(model) == load(tmp_path / "copy.gguf").qgraft_base.fingerprint
+    assert current_fingerprint(model) == load(tmp_path / "copy.gguf").qgraft.info.fingerprint
 
 
 @pytest.mark.spread(6)
@@ -128,7 +129,7 @@ def test_changed_layers(
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
         assert (theirs(ids).logits - again(ids).logits).abs().max() < 1e-4 * again(ids).logits.abs().max()
-    assert current_fingerprint(model) == again.qgraft_base.fingerprint != model.qgraft_base.fingerprint
+    assert current_fingerprint(model) == again.qgraft.info.fingerprint != model.qgraft.info.fingerprint
 
 
 def test_float_weights_embeddings_and_tied_output(tiny_gguf: Maker, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_wrapped_layers(tiny_gguf: Maker, tmp_path: Path) -> None:
     again = load(tmp_path / "copy.gguf")
     wrapped = model.model.layers[0].self_attn.q_proj
     assert torch.equal(again.model.layers[0].self_attn.q_proj.packed.data, wrapped.base.packed.data)
-    assert current_fingerprint(model) == again.qgraft_base.fingerprint
+    assert current_fingerprint(model) == again.qgraft.info.fingerprint
     assert set(save(model, tmp_path / "q8.gguf", to="q8_0").formats) == {"q8_0"}
 
 
@@ -231,7 +232,7 @@ def test_every_linear_layer_in_another_format(
     assert report.source_nbytes == tiny.path.stat().st_size
     assert (report.nbytes > report.source_nbytes) == (wanted != "q4_0")
     again = load(copy)
-    assert report.formats == again.qgraft_base.formats
+    assert report.formats == again.qgraft.info.formats
     assert "MB (was " in str(report)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=copy.name, dtype=torch.float32)
     for path, layer in linears(again).items():
@@ -507,6 +508,6 @@ def test_every_matrix_of_a_loaded_model_has_an_origin(tiny_gguf: Maker) -> None:
         model = load(tiny.path)
         matrices = {p for p, m in model.named_modules() if isinstance(m, QuantizedLinear | QuantizedEmbedding)}
         output = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
-        assert set(model.qgraft_origin.matrices) == matrices - ({output} if tied else set())
-        for path, stored in model.qgraft_origin.matrices.items():
+        assert set(model.qgraft.origin.matrices) == matrices - ({output} if tied else set())
+        for path, stored in model.qgraft.origin.matrices.items():
             assert tiny.parameters[stored.name] == f"{path}.weight"

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qgraft import storage
-from qgraft.adapters.attach import attach_lora, use_adapter
+from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.choose import use_adapter
 from qgraft.checkpoints import folder_write
 from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.save import check_target, current_fingerprint, save
@@ -110,15 +111,15 @@ def test_rowwise_layout(tmp_path: Path, random_ids: Maker, stored: str, bits: in
     assert storage.check_folder(tmp_path / "copy") == []
     sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("copy", "source")]
     assert [report.nbytes, report.source_nbytes] == sizes
-    assert (report.changed, report.notes, report.formats) == (14, (), model.qgraft_base.formats)
+    assert (report.changed, report.notes, report.formats) == (14, (), model.qgraft.info.formats)
 
     again = load(tmp_path / "copy")
     assert packed_equal(again, model)
     ids = random_ids(model)
     assert torch.equal(logits(again, ids), logits(model, ids))
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint == current_fingerprint(model)
-    assert again.qgraft_base.formats == model.qgraft_base.formats
-    assert again.qgraft_base.notes == ()
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint == current_fingerprint(model)
+    assert again.qgraft.info.formats == model.qgraft.info.formats
+    assert again.qgraft.info.notes == ()
     assert save(again, tmp_path / "third").changed == 0
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "third" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
@@ -164,7 +165,7 @@ def test_floats_as_they_were(tmp_path: Path, stored: str, shard: str) -> None:
         assert report.nbytes == sum(path.stat().st_size for path in (tmp_path / "copy").glob("*.safetensors"))
     else:
         assert not (tmp_path / "copy" / INDEX).exists()
-    assert load(tmp_path / "copy").qgraft_base.fingerprint == current_fingerprint(model)
+    assert load(tmp_path / "copy").qgraft.info.fingerprint == current_fingerprint(model)
 
 
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +192,7 @@ def test_conv1d_layers(tmp_path: Path, random_ids: Maker, quantized: str | None)
     again = load(tmp_path / "copy")
     ids = random_ids(model)
     assert torch.equal(logits(again, ids), logits(model, ids))
-    assert again.qgraft_base.fingerprint == current_fingerprint(model)
+    assert again.qgraft.info.fingerprint == current_fingerprint(model)
     weights = load_file(tmp_path / "copy" / "model.safetensors")
     shape = list(weights["transformer.h.1.attn.c_attn.weight"].shape)
     assert shape == {None: [64, 192], "chatglm-int4": [192, 32], "chatglm-int8": [192, 64]}[quantized]
@@ -207,14 +208,14 @@ def test_a_tied_output_that_the_file_repeats(tmp_path: Path) -> None:
     weights["extra.weight"] = torch.arange(6).view(2, 3)
     save_file(weights, tmp_path / "source" / "model.safetensors", {"format": "pt"})
     model = load(tmp_path / "source")
-    assert current_fingerprint(model) == model.qgraft_base.fingerprint
+    assert current_fingerprint(model) == model.qgraft.info.fingerprint
     model.lm_head.replace(quantize(model.lm_head.dequantize() + 1, "f32"))
     report = save(model, tmp_path / "copy", to={"*_proj": "chatglm-int8"})
     written = load_file(tmp_path / "copy" / "model.safetensors")
     assert torch.equal(written["lm_head.weight"], weights["lm_head.weight"] + 1)
     assert torch.equal(written["model.embed_tokens.weight"], weights["lm_head.weight"] + 1)
     assert torch.equal(written["extra.weight"], weights["extra.weight"])
-    assert report.formats == load(tmp_path / "copy").qgraft_base.formats
+    assert report.formats == load(tmp_path / "copy").qgraft.info.formats
     with pytest.raises(OptionError, match="no linear layer is named so"):
         save(model, tmp_path / "copy", to={"lm_head": "f16"})
 
@@ -229,7 +230,7 @@ def test_changed_and_wrapped_layers(source: Path, tmp_path: Path) -> None:
     again = load(tmp_path / "copy")
     assert torch.equal(again.get_submodule(PART).packed.data, layer.packed.data)
     assert torch.equal(again.get_submodule(PART).packed.scale, layer.packed.scale)
-    assert again.qgraft_base.fingerprint == current_fingerprint(model) != model.qgraft_base.fingerprint
+    assert again.qgraft.info.fingerprint == current_fingerprint(model) != model.qgraft.info.fingerprint
 
 
 def test_other_formats(source: Path, tmp_path: Path, random_ids: Maker) -> None:
@@ -259,7 +260,7 @@ def test_other_formats(source: Path, tmp_path: Path, random_ids: Maker) -> None:
         assert formats[path] == (wanted or "chatglm-int8")
         expected = quantize(layer.dequantize(), wanted) if wanted else layer.packed
         assert torch.equal(mixed.get_submodule(path).packed.data, expected.data)
-    assert mixed.qgraft_base.formats == report.formats
+    assert mixed.qgraft.info.formats == report.formats
     ids = random_ids(mixed)
     assert (logits(mixed, ids) - logits(eight, ids)).abs().max() < 0.2 * logits(eight, ids).abs().max()
 
@@ -378,7 +379,7 @@ def test_a_source_that_changed(source: Path, tmp_path: Path, case: str) -> None:
     model = load(source, "chatglm-int4")
     (source / "model.safetensors").rename(source / "old")  # stays mapped; what is spoilt is a copy
     (source / "model.safetensors").write_bytes((source / "old").read_bytes())
-    assert current_fingerprint(model) == model.qgraft_base.fingerprint
+    assert current_fingerprint(model) == model.qgraft.info.fingerprint
     CHANGED[case](source)
     for call in (lambda: save(model, tmp_path / "copy"), lambda: current_fingerprint(model)):
         with pytest.raises(CheckpointError, match="source changed since the model was loaded: "):

@@ -194,7 +194,7 @@ def test_inspect_counts_weights_in_their_formats(folder, generation, kind, capsy
     model, tokenizer = loaded(path)
     assert found["model"] == GENERATIONS[generation].model.__name__
     assert found["tokenizer"] == type(tokenizer).__name__
-    assert found["fingerprint"] == model.qgraft_base.fingerprint
+    assert found["fingerprint"] == model.qgraft.info.fingerprint
     float_file = load_file(folder(generation, "fp16") / "model.safetensors")
     float_weights = sum(tensor.numel() for tensor in float_file.values())
     counted = {format: entry["weights"] for format, entry in found["formats"].items()}
@@ -249,7 +249,7 @@ def test_training_by_flags(trained, folder, generation, kind, capsys):
     assert run("inspect", out, "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seal"] == "holds" and found["parameters"] == saved["parameters"]
-    assert found["base"]["fingerprint"] == loaded(folder(generation, kind))[0].qgraft_base.fingerprint
+    assert found["base"]["fingerprint"] == loaded(folder(generation, kind))[0].qgraft.info.fingerprint
     assert set(found["config"]["target_modules"]) == LEAVES
 
 
@@ -384,14 +384,14 @@ def test_a_merge_keeps_what_the_adapter_learned(trained, folder, rows, tmp_path,
 def test_merge_and_unmerge_in_memory(folder, generation):
     model, tokenizer = loaded(folder(generation, "int4"))
     bytes_before = {path: m.packed.data.clone() for path, m in model.named_modules() if isinstance(m, QuantizedLinear)}
-    fingerprint, state = model.qgraft_base.fingerprint, adapted(model)
+    fingerprint, state = model.qgraft.info.fingerprint, adapted(model)
     ids = tokenizer.prompt_ids([("user", "你好")])
     tuned = logits_of(model, ids)
     qgraft.merge_lora(model, method="nearest")
-    assert model.qgraft_base.fingerprint != fingerprint
+    assert model.qgraft.info.fingerprint != fingerprint
     assert qgraft.adapter_names(model) == []
     qgraft.unmerge(model)
-    assert model.qgraft_base.fingerprint == fingerprint
+    assert model.qgraft.info.fingerprint == fingerprint
     assert qgraft.lora_state_dict(model).keys() == state.keys()
     torch.testing.assert_close(logits_of(model, ids), tuned, atol=1e-6, rtol=0)
     qgraft.detach_lora(model)

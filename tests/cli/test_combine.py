@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from qgraft.adapter_files.folder import load_adapter, save_adapter
-from qgraft.adapters.attach import active_adapters, attach_lora, lora_modules
+from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.choose import active_adapters
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.cli import chat
 from qgraft.cli import main as cli
@@ -34,7 +36,7 @@ def adapters(tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = load_gguf(tiny_gguf("llama").path, torch.float32)[0]
     for name, folder, r in (("law", "law", 2), ("med", "lr=1", 3)):
         attach_lora(model, r=r, name=name, target_modules="q_proj,up_proj")
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             torch.nn.init.normal_(lora.lora_B, 0, 0.1)
         save_adapter(model, tmp_path / folder, name)
     monkeypatch.chdir(tmp_path)

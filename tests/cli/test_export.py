@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import qgraft
 from qgraft.adapter_files.folder import load_adapter
-from qgraft.adapters.attach import lora_modules
+from qgraft.adapters.base import find_adapter
 from qgraft.cli import main as cli
 
 
@@ -67,8 +67,8 @@ def test_there_and_back_keeps_every_bit_and_peft_reads_it(trained, tmp_path, cap
     assert "back: PEFT adapter folder" in capsys.readouterr().out
     model, _ = qgraft.load(path)
     assert load_adapter(model, out, "there").notes == load_adapter(model, tmp_path / "back", "back").notes == ()
-    back = dict(lora_modules(model, "back"))
-    for layer, lora in lora_modules(model, "there"):
+    back = find_adapter(model, "back").parts
+    for layer, lora in find_adapter(model, "there").parts.items():
         assert torch.equal(lora.lora_A, back[layer].lora_A) and torch.equal(lora.lora_B, back[layer].lora_B)
         assert lora.config.scaling == back[layer].config.scaling
     plain = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()

@@ -166,7 +166,6 @@ def test_samples_longer_than_max_length_are_cut_or_dropped(tiny):
 
 
 def run(model, tokenizer, folder, rows, **options):
-    model.qgraft_base = None
     told = {"output_dir": str(folder), "max_steps": 1, "use_cpu": True, "plot_loss": False, "save_strategy": "no"}
     report = train(model, tokenizer, rows, arguments_from_dict({**told, **options}))
     saved = json.loads((folder / "run.json").read_text())

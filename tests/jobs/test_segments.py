@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import qgraft
-from qgraft.adapters.attach import lora_modules
+from qgraft.adapters.base import find_adapter
 from qgraft.errors import UnsupportedError
 from qgraft.jobs.segments import Segment, serving_segments
 
@@ -23,7 +23,7 @@ def model_with(ranks, dropout=0.0, targets=None, seed=0):
         qgraft.attach_lora(
             model, r=r, lora_alpha=3.0 * r, lora_dropout=dropout, target_modules=target_modules, name=name
         )
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             nn.init.normal_(lora.lora_B)
     for parameter in (p for name, p in model.named_parameters() if "lora" in name):
         parameter.requires_grad_(True)
@@ -67,7 +67,7 @@ def test_every_segment_has_the_output_and_gradients_of_its_adapter(lengths, rank
     segments = segments_of(lengths)
     x = torch.randn(1, sum(lengths), 6, requires_grad=True)
     out_gradient = torch.randn(1, sum(lengths), 4)
-    parameters = [p for name in NAMES for _, lora in lora_modules(model, name) for p in lora.parameters()]
+    parameters = [p for name in NAMES for lora in find_adapter(model, name).parts.values() for p in lora.parameters()]
     with serving_segments(model, segments):
         y = model(x)
         got = torch.autograd.grad(y, [x, *parameters], out_gradient, allow_unused=True)
@@ -85,14 +85,16 @@ def test_nan_in_one_adapter_stays_in_its_tokens():
     segments = segments_of((3, 4, 2))
     x = torch.randn(1, 9, 6, requires_grad=True)
     with torch.no_grad():
-        next(lora_modules(model, "med"))[1].lora_A.fill_(float("nan"))
+        next(iter(find_adapter(model, "med").parts.values())).lora_A.fill_(float("nan"))
     with serving_segments(model, segments):
         y = model(x)
         y[0, torch.tensor([0, 1, 2, 7, 8])].sum().backward()
     assert y[0, 3:7].isnan().all() and y[0, :3].isfinite().all() and y[0, 7:].isfinite().all()
     for name in ("law", "art"):
         assert all(
-            p.grad.isfinite().all() and p.grad.any() for _, lora in lora_modules(model, name) for p in lora.parameters()
+            p.grad.isfinite().all() and p.grad.any()
+            for lora in find_adapter(model, name).parts.values()
+            for p in lora.parameters()
         )
 
 

@@ -148,7 +148,7 @@ def test_the_tokenizer_of_the_model_serves_where_none_is_given(tiny_gguf, rows):
     own = find_rows(model, None, rows, None, [], {}, 0)
     assert own is not None
     assert own.fit == find_rows(model, tokenizer, rows, None, [], {}, 0).fit
-    model.qgraft_tokenizer = None
+    model.qgraft.tokenizer = None
     with pytest.raises(OptionError, match="came without a tokenizer"):
         find_rows(model, None, rows, None, [], {}, 0)
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import qgraft
-from qgraft.adapters.attach import adapters_off, lora_layers
+from qgraft.adapters.choose import adapters_off
+from qgraft.adapters.targets import lora_layers
 from qgraft.formats import FORMATS, Grid, PackedTensor, dequantize, pack, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.merging import work

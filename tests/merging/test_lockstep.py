@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import adapters_off, attach_lora, detach_lora, lora_layers
+from qgraft.adapters.attach import attach_lora, detach_lora
+from qgraft.adapters.choose import adapters_off
+from qgraft.adapters.targets import lora_layers
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, quantize

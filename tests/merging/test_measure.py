@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import qgraft
-from qgraft.adapters.attach import adapters_off
+from qgraft.adapters.choose import adapters_off
 from qgraft.data.tokenizing import Sample
 from qgraft.merging.measure import CHUNK_ROWS, mean_divergence, mean_loss, states_of
 from qgraft.passes.decoder import output_head

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import qgraft
-from qgraft.adapters.attach import attach_layers, lora_layers, lora_modules
+from qgraft.adapters.attach import attach_layers
+from qgraft.adapters.base import find_adapter, selection_of
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.targets import lora_layers
 from qgraft.checkpoints.save import save
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, CheckpointError, DataError, MergeError, OptionError, UnsupportedError
@@ -70,7 +72,7 @@ def everything(model: nn.Module) -> dict[str, Any]:
         "loras": {name: value.numpy().tobytes() for name, value in loras_of(model).items()},
         "active": qgraft.active_adapters(model),
         "attached": qgraft.adapter_names(model),
-        "base": model.qgraft_base,
+        "base": model.qgraft.info,
         "attention": model.config._attn_implementation,
         "logits": logits_of(model).numpy().tobytes(),
     }
@@ -94,7 +96,7 @@ def test_a_merge_keeps_what_rounding_loses_and_the_file_is_of_the_same_kind(
     made = trained(architecture)
     model, tokenizer = made.load()
     paths = [path for path, _ in lora_layers(model)]
-    before, base = packed_of(model), model.qgraft_base
+    before, base = packed_of(model), model.qgraft.info
     losses = [measured(model, tokenizer, rows, off=True), measured(model, tokenizer, rows)]
     rounded = merge(model, tokenizer, calibration=rows, eval_dataset=rows, method="nearest", min_retained=ANY)
     unmerge(model)
@@ -117,7 +119,7 @@ def test_a_merge_keeps_what_rounding_loses_and_the_file_is_of_the_same_kind(
     assert [kept.base, kept.adapter, kept.merged] == pytest.approx(losses, rel=1e-4)
     assert report.retained_gain == pytest.approx((losses[0] - losses[2]) / (losses[0] - losses[1]), rel=1e-3)
     assert kept.rows == len(rows) and kept.held_out
-    assert model.qgraft_base.fingerprint != base.fingerprint
+    assert model.qgraft.info.fingerprint != base.fingerprint
     check_file(model, made.base, tmp_path / "merged.gguf", set(paths))
 
 
@@ -138,9 +140,9 @@ def check_file(model: nn.Module, source: Path, target: Path, merged: set[str]) -
         (t.name, t.tensor_type, t.data_offset) for t in old.tensors
     ]
     changed = {t.name for t, o in zip(new.tensors, old.tensors, strict=True) if not np.array_equal(t.data, o.data)}
-    assert changed == {model.qgraft_origin.matrices[path].name for path in merged}
+    assert changed == {model.qgraft.origin.matrices[path].name for path in merged}
     again, _ = qgraft.load(target)
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint
     assert bytes_of(again) == bytes_of(model)
     assert torch.equal(logits_of(again), logits_of(model))
 
@@ -183,7 +185,8 @@ def test_every_method_merges_and_says_its_name(trained, rows, method):
 def test_nearest_and_grid_need_no_rows_and_measure_nothing_without(trained):
     for method in ("nearest", "grid"):
         model, _ = trained().load()
-        model.qgraft_trained = {}
+        for name in qgraft.adapter_names(model):
+            selection_of(model).change(name, trained={})
         report = merge(model, method=method)
         assert report.kept is None and report.retained_gain is None and report.calibration_rows == 0
         assert plain(model)
@@ -203,7 +206,7 @@ def test_the_rest_of_a_row_wise_folder_stays_and_its_merge_is_kept(tiny_gguf, ro
     assert {each.format for each in report.layers} == {"chatglm-int4"}
     save(model, tmp_path / "merged")
     again, _ = qgraft.load(tmp_path / "merged")
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint
     assert torch.equal(logits_of(again), logits_of(model))
 
 
@@ -272,17 +275,17 @@ def test_a_chain_of_merges_is_undone_as_a_whole(trained, rows, tmp_path):
     model, tokenizer = trained().load("law")
     before, laws = everything(model), loras_of(model)
     merge(model, tokenizer, calibration=rows)
-    between = model.qgraft_base.fingerprint
+    between = model.qgraft.info.fingerprint
     qgraft.attach_lora(model, r=4, target_modules="q_proj,down_proj", name="med")
     generator = torch.Generator().manual_seed(0)
-    for _, lora in lora_modules(model, "med"):
+    for lora in find_adapter(model, "med").parts.values():
         nn.init.normal_(lora.lora_B, std=0.05, generator=generator)
     meds = loras_of(model)
     merge(model, method="nearest", min_retained=ANY)
     assert plain(model)
-    assert len({before["base"].fingerprint, between, model.qgraft_base.fingerprint}) == 3
+    assert len({before["base"].fingerprint, between, model.qgraft.info.fingerprint}) == 3
     save(model, tmp_path / "both.gguf")
-    assert qgraft.load(tmp_path / "both.gguf")[0].qgraft_base.fingerprint == model.qgraft_base.fingerprint
+    assert qgraft.load(tmp_path / "both.gguf")[0].qgraft.info.fingerprint == model.qgraft.info.fingerprint
     unmerge(model)
     assert qgraft.active_adapters(model) == {"law": 1.0, "med": 1.0}
     assert {name: value.tolist() for name, value in loras_of(model).items()} == {
@@ -320,7 +323,7 @@ def test_adapters_of_one_name_all_come_back(trained, rows):
     seconds = []
     for n in range(2):
         qgraft.attach_lora(model, r=2, target_modules="q_proj", name=name)
-        for _, lora in lora_modules(model, name):
+        for lora in find_adapter(model, name).parts.values():
             nn.init.constant_(lora.lora_B, 0.01 * (n + 1))
         seconds.append(loras_of(model))
         merge(model, tokenizer, method="nearest", calibration=rows, min_retained=ANY)
@@ -424,7 +427,7 @@ def test_a_base_that_changed_on_disk_is_noticed_before_anything_is_replaced(trai
 
 def test_nan_is_refused_by_name(trained, rows):
     model, tokenizer = trained().load("law")
-    broken = dict(lora_modules(model, "law"))["model.layers.1.mlp.up_proj"]
+    broken = find_adapter(model, "law").parts["model.layers.1.mlp.up_proj"]
     broken.lora_B.data[3, 1] = float("nan")
     with pytest.raises(AdapterError, match=r"NaN or infinity in 1 tensors of 'law', model.layers.1.mlp.up_proj.lora_B"):
         merge(model, tokenizer, calibration=rows)
@@ -505,7 +508,7 @@ def test_another_format_keeps_more_and_unmerge_brings_the_old_one_back(trained, 
     assert {each.format for each in report.layers} == {to}
     save(model, tmp_path / "merged.gguf")
     again, _ = qgraft.load(tmp_path / "merged.gguf")
-    assert again.qgraft_base.fingerprint == model.qgraft_base.fingerprint
+    assert again.qgraft.info.fingerprint == model.qgraft.info.fingerprint
     assert torch.equal(logits_of(again), logits_of(model))
     assert {packed_of(again)[each.path].format for each in report.layers} == {to}
     unmerge(model)
@@ -528,9 +531,9 @@ def test_several_active_adapters_merge_as_their_weighted_sum(trained, rows):
     model, tokenizer = trained().load("a")
     qgraft.attach_lora(model, r=2, lora_alpha=3, target_modules="q_proj,up_proj", name="b")
     generator = torch.Generator().manual_seed(1)
-    for _, lora in lora_modules(model, "b"):
+    for lora in find_adapter(model, "b").parts.values():
         nn.init.normal_(lora.lora_B, std=0.02, generator=generator)
-    a, b = dict(lora_modules(model, "a")), dict(lora_modules(model, "b"))
+    a, b = find_adapter(model, "a").parts, find_adapter(model, "b").parts
     qgraft.use_adapter(model, {"a": 0.7, "b": 0.3})
     report = merge(model, method="nearest", calibration=rows, min_retained=ANY)
     assert report.adapters == {"a": 0.7, "b": 0.3}
@@ -575,10 +578,9 @@ def test_rows_of_several_adapters_are_put_together(trained, rows, tmp_path, monk
         (tmp_path / name).write_text(
             "".join(f'{{"instruction": "{r["instruction"]}", "output": "x y"}}\n' for r in part)
         )
-    model.qgraft_trained = {
-        "a": {"dataset": "one.jsonl", "dataset_dir": str(tmp_path), "system": "Alpha"},
-        "b": {"dataset": str(tmp_path / "two.jsonl"), "system": "Beta"},
-    }
+    selection = selection_of(model)
+    selection.change("a", trained={"dataset": "one.jsonl", "dataset_dir": str(tmp_path), "system": "Alpha"})
+    selection.change("b", trained={"dataset": str(tmp_path / "two.jsonl"), "system": "Beta"})
     seen: list[Sample] = []
 
     def choose(task: list[Sample], *args: Any) -> Any:

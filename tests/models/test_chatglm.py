@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from qgraft.adapters.attach import attach_layers, attach_lora, lora_modules
+from qgraft.adapters.attach import attach_layers, attach_lora
+from qgraft.adapters.base import find_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.attention import SAMPLES
 from qgraft.compat import CACHE, cache_in
@@ -265,7 +266,7 @@ def test_lora_on_query_key_value(build, folder, io, checkpointing):
     same(out.logits, io["lora.logits"])
     same(out.loss, io["lora.loss"])
     same(embedded[0].grad, io["lora.grad_embedding"])
-    for layer, (path, lora) in enumerate(lora_modules(model, "golden")):
+    for layer, (path, lora) in enumerate(find_adapter(model, "golden").parts.items()):
         assert path == paths[layer]
         same(lora.lora_A.grad, io[f"lora.grad_A.{layer}"])
         same(lora.lora_B.grad, io[f"lora.grad_B.{layer}"])

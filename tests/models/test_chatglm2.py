@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, GlmConfig, GlmForCausalLM
 
-from qgraft.adapters.attach import attach_layers, lora_modules
+from qgraft.adapters.attach import attach_layers
+from qgraft.adapters.base import find_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.compat import CACHE, cache_in
 from qgraft.data.batches import collate
@@ -162,7 +163,7 @@ def run_lora(model: Model, io: dict[str, Tensor]) -> dict[str, Tensor]:
         out = model(inputs_embeds=embedded, labels=io["train.labels"])
         out.loss.backward()
     results = {"lora.logits": out.logits.detach(), "lora.loss": out.loss.detach(), "lora.grad_embedding": embedded.grad}
-    for i, (_, lora) in enumerate(lora_modules(model, "golden")):
+    for i, (_, lora) in enumerate(find_adapter(model, "golden").parts.items()):
         results |= {f"lora.grad_A.{i}": lora.lora_A.grad, f"lora.grad_B.{i}": lora.lora_B.grad}
     return results
 

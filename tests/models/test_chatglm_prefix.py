@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import DynamicCache
 
-from qgraft.adapters.attach import prefix_encoder
 from qgraft.adapters.attach_prefix import attach_encoder
-from qgraft.adapters.prefix import PrefixConfig
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.prefix import PrefixConfig, encoder_of
 from qgraft.compat import CACHE, cache_in
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
@@ -55,7 +55,13 @@ def tokens_kv(cache: DynamicCache) -> Tensor:
 
 def prefix_kv(model: Any) -> Tensor:
     """The prefix as the cache of the original begins: [layers, 2, P, 1, heads, head dim]."""
-    return prefix_encoder(model).key_values().detach().unflatten(0, (-1, 2)).permute(0, 1, 3, 2, 4)[:, :, :, None]
+    return (
+        encoder_of(find_adapter(model))
+        .key_values()
+        .detach()
+        .unflatten(0, (-1, 2))
+        .permute(0, 1, 3, 2, 4)[:, :, :, None]
+    )
 
 
 def run_case(model: Any, io: dict[str, Tensor], case: str) -> dict[str, Tensor]:
@@ -93,7 +99,7 @@ def run_decoding(model: Any, io: dict[str, Tensor]) -> dict[str, Tensor]:
 def run_gradients(model: Any, io: dict[str, Tensor]) -> dict[str, Tensor]:
     """The gradients of the loss, as the official script trains, but without dropout."""
     model(io["train.input_ids"], labels=io["train.labels"]).loss.backward()
-    return {f"grad.{ENCODER}{name}": p.grad for name, p in prefix_encoder(model).named_parameters()}
+    return {f"grad.{ENCODER}{name}": p.grad for name, p in encoder_of(find_adapter(model)).named_parameters()}
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +135,7 @@ def test_equals_the_original(folder: str, name: str, computed: Any, golden: Call
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_every_prefix_tensor_is_loaded_and_has_a_gradient(folder: str, golden: Callable[[str], Any]) -> None:
     config, prefix, io = golden(folder)
-    tensors = dict(prefix_encoder(golden_model(folder, golden)).named_parameters())
+    tensors = dict(encoder_of(find_adapter(golden_model(folder, golden))).named_parameters())
     assert {ENCODER + name for name in tensors} == set(prefix)
     assert {f"grad.{name}" for name in prefix} == {name for name in io if name.startswith("grad.")}
     assert len(prefix) == (5 if config["prefix_projection"] else 1)
@@ -141,7 +147,7 @@ def test_checkpointing_leaves_the_originals_gradients(folder: str, golden: Calla
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     model.train()
     enable({"use_reentrant": False})
-    prefix_encoder(model).eval()  # no dropout
+    encoder_of(find_adapter(model)).eval()  # no dropout
     for name, grad in run_gradients(model, io).items():
         torch.testing.assert_close(grad, io[name], rtol=1e-5, atol=1e-5)
 

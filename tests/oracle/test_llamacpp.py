@@ -18,7 +18,9 @@ from torch import nn
 import qgraft
 from qgraft.adapter_files.folder import load_adapter
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
-from qgraft.adapters.attach import attach_layers, lora_modules, use_adapter
+from qgraft.adapters.attach import attach_layers
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
@@ -44,7 +46,7 @@ def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = Non
     attach_layers(model, "default", layers or dict.fromkeys(find_targets(model, "all-linear"), plain))
     torch.manual_seed(7)
     with torch.no_grad():
-        for _, lora in lora_modules(model, "default"):
+        for lora in find_adapter(model, "default").parts.values():
             lora.lora_B.normal_(0, 0.2)
 
 

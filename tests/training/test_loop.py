@@ -8,7 +8,8 @@ import torch
 from transformers import PreTrainedModel
 
 import qgraft
-from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.prefix import encoder_of
 from qgraft.data.batches import IGNORED
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError
@@ -46,17 +47,17 @@ def test_a_prefix_learns_and_nothing_else_does(tiny_gguf, tmp_path):
     assert trained < evaluate_samples(base, make_samples()).loss - 0.5
     torch.manual_seed(0)
     qgraft.attach_prefix(base, 4, prefix_projection=True)
-    before = prefix_state_dict(base)
-    assert all(not torch.equal(tensor, before[name]) for name, tensor in prefix_state_dict(model).items())
+    before = find_adapter(base).state_dict()
+    assert all(not torch.equal(tensor, before[name]) for name, tensor in find_adapter(model).state_dict().items())
     for name, tensor in base.state_dict().items():
         assert ".prefixes." in name or torch.equal(tensor, model.state_dict()[name])
 
 
 def test_checkpointing_changes_nothing_and_draws_the_same_dropout(tiny_gguf, tmp_path):
     models = [run(tiny_gguf, tmp_path / str(on), gradient_checkpointing=on)[0] for on in (False, True)]
-    assert prefix_encoder(models[0]).config.prefix_dropout == 0.1
+    assert encoder_of(find_adapter(models[0])).config.prefix_dropout == 0.1
     for (name, tensor), other in zip(
-        prefix_state_dict(models[0]).items(), prefix_state_dict(models[1]).values(), strict=True
+        find_adapter(models[0]).state_dict().items(), find_adapter(models[1]).state_dict().values(), strict=True
     ):
         torch.testing.assert_close(tensor, other, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -70,8 +71,8 @@ def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
         qgraft.save_adapter(other, tmp_path / str(projection))
         if projection:
             loop._take_adapter(tmp_path / "True")
-            state = prefix_state_dict(other)
-            assert all(torch.equal(tensor, state[name]) for name, tensor in prefix_state_dict(model).items())
+            state = find_adapter(other).state_dict()
+            assert all(torch.equal(tensor, state[name]) for name, tensor in find_adapter(model).state_dict().items())
     with pytest.raises(CheckpointError, match="holds another adapter"):
         loop._take_adapter(tmp_path / "False")
 

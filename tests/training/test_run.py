@@ -11,7 +11,7 @@ import torch
 
 import qgraft
 from qgraft import storage
-from qgraft.adapter_files.folder import trained_with
+from qgraft.adapters.base import find_adapter
 from qgraft.errors import CheckpointError, DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
 from qgraft.training import objective as objective_module
@@ -78,7 +78,7 @@ def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf
     assert saved["dataset"]["accounting"]["read"] == saved["dataset"]["accounting"]["kept"] == 20
     assert saved["metrics"]["eval_loss"] < saved["metrics"]["eval_loss_before"]
     assert saved["arguments"]["r"] == 2
-    assert saved["base"]["fingerprint"] == model.qgraft_base.fingerprint
+    assert saved["base"]["fingerprint"] == model.qgraft.info.fingerprint
     logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in logged if "loss" in entry] == [1, 2, 3, 4, 5, 6]
     assert all(entry["tokens_per_second"] > 0 for entry in logged if "loss" in entry)
@@ -95,7 +95,7 @@ def test_a_dataset_named_in_the_call_is_remembered_for_merging(tiny_gguf, tmp_pa
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     options = arguments(tmp_path / "out", max_steps=1, save_strategy="no", name="Aria", author="the team")
     train(model, tokenizer, "identity_en", options, eval_dataset="identity_en_heldout")
-    remembered = trained_with(model, "default")
+    remembered = find_adapter(model, "default").trained
     assert (remembered["dataset"], remembered["eval_dataset"]) == ("identity_en", "identity_en_heldout")
     assert (options.dataset, options.eval_dataset) == (None, None)
     assert qgraft.merge(model, min_retained=-1e9).calibration_rows > 20
@@ -106,14 +106,14 @@ def test_rows_are_not_sealed_as_the_dataset_that_the_options_name(tiny_gguf, tmp
     options = arguments(tmp_path / "out", max_steps=1, save_strategy="no", dataset="identity_en", name="Aria",
                         author="the team", eval_dataset="identity_en_heldout", max_eval_samples=2)  # fmt: skip
     train(model, tokenizer, ROWS, options)
-    remembered = trained_with(model, "default")
+    remembered = find_adapter(model, "default").trained
     assert "dataset" not in remembered and remembered["eval_dataset"] == "identity_en_heldout"
     assert json.loads((tmp_path / "out" / "run.json").read_text())["dataset"]["name"] is None
     with pytest.raises(DataError, match="calibration"):
         qgraft.merge(model)
     options.overwrite_output_dir = True
     train(model, tokenizer, ROWS, options, eval_dataset=ROWS[:3])
-    assert "eval_dataset" not in trained_with(model, "default")
+    assert "eval_dataset" not in find_adapter(model, "default").trained
 
 
 def test_the_model_is_as_before_but_for_its_adapter(tiny_gguf, tmp_path):

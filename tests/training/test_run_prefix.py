@@ -9,7 +9,8 @@ import torch
 
 import qgraft
 from qgraft import storage
-from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.prefix import encoder_of
 from qgraft.errors import CheckpointError, OptionError
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import checkpoints
@@ -127,7 +128,9 @@ def test_run_json_says_what_was_trained(tiny_gguf, tmp_path):
         "kind": "prefix", "pre_seq_len": 4, "prefix_projection": True, "prefix_hidden_size": None,
         "prefix_dropout": 0.1, "layout": "peft",
     }  # fmt: skip
-    assert saved["parameters"] == report.parameters == sum(p.numel() for p in prefix_encoder(model).parameters())
+    assert (
+        saved["parameters"] == report.parameters == sum(p.numel() for p in encoder_of(find_adapter(model)).parameters())
+    )
     run(tiny_gguf, tmp_path / "l", pre_seq_len=None, r=2, save_strategy="no")
     saved = json.loads((tmp_path / "l" / "run.json").read_text())
     assert saved["adapter"] == {
@@ -140,10 +143,10 @@ def test_training_goes_on_from_a_loaded_prefix(tiny_gguf, tmp_path):
     run(tiny_gguf, tmp_path / "first", prefix_projection=True, save_strategy="no")
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     qgraft.load_adapter(model, tmp_path / "first")
-    start = {key: tensor.clone() for key, tensor in prefix_state_dict(model).items()}
+    start = {key: tensor.clone() for key, tensor in find_adapter(model).state_dict().items()}
     assert len(start) == 5
     train(model, tokenizer, ROWS, arguments(tmp_path / "second", save_strategy="no"))
-    assert all(not torch.equal(start[key], tensor) for key, tensor in prefix_state_dict(model).items())
+    assert all(not torch.equal(start[key], tensor) for key, tensor in find_adapter(model).state_dict().items())
 
 
 def test_options_that_speak_of_another_adapter_are_refused(tiny_gguf, tmp_path):

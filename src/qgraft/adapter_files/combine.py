@@ -14,9 +14,11 @@ from qgraft.adapter_files.folder import SEAL, WEIGHTS, read_adapter, write_adapt
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
-from qgraft.adapters.attach import non_finite, prefix_error, tensor_name
+from qgraft.adapters.adapter import prefix_error
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.peft_names import tensor_name
+from qgraft.adapters.states import non_finite
 from qgraft.errors import AdapterError, OptionError, StorageError
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")

@@ -40,9 +40,10 @@ from qgraft.adapter_files.prefix import (
     stored_prefix,
 )
 from qgraft.adapter_files.thudm import thudm_problem
-from qgraft.adapters.attach import check_new_name, is_prefix, non_finite, only_adapter
+from qgraft.adapters.attach import check_new_name
+from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
-from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.shards import WORDS
 from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
@@ -84,17 +85,18 @@ def save_adapter(
     Raises AdapterError when there is no such adapter or its weights hold NaN or do not fit into `dtype`, OptionError
     for another dtype, StorageError when it cannot be written.
     """
-    name = only_adapter(model, name)
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
-    seal = {**(details or {}), "base": None if base is None else dataclasses.asdict(base)}
-    if is_prefix(model, name):
-        content = prefix_content(model, name)
+    adapter = find_adapter(model, name)
+    info = base_of(model).info
+    source = None if info is None else info.source
+    seal = {**(details or {}), "base": None if info is None else dataclasses.asdict(info)}
+    if adapter.is_prefix:
+        content = prefix_content(adapter, source)
         files = {WEIGHTS: content.served, **({ENCODER: content.trained} if content.trained else {})}
-        write_adapter(Path(folder), name, files, content.options, {**seal, "prefix": content.about}, dtype)
+        write_adapter(Path(folder), adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
     else:
-        config, state = lora_content(model, name)
-        write_adapter(Path(folder), name, {WEIGHTS: state}, config, seal, dtype)
-    _remember(model, name, seal)
+        config, state = lora_content(model, adapter, source)
+        write_adapter(Path(folder), adapter.name, {WEIGHTS: state}, config, seal, dtype)
+    _remember(model, adapter.name, seal)
 
 
 def write_adapter(
@@ -257,15 +259,9 @@ def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
     return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
 
 
-def trained_with(model: nn.Module, name: str) -> dict[str, Any]:
-    """The arguments that the adapter `name` was trained with, as its seal has them; empty where they are not known."""
-    return dict(getattr(model, "qgraft_trained", {}).get(name, {}))
-
-
 def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> None:
     arguments = (seal or {}).get("arguments")
-    known = {**getattr(model, "qgraft_trained", {}), name: arguments if isinstance(arguments, dict) else {}}
-    model.qgraft_trained = known  # type: ignore[assignment]
+    selection_of(model).change(name, trained=arguments if isinstance(arguments, dict) else {})
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
@@ -310,7 +306,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:
-    """The tensors that a sealed adapter was trained in, by the names of adapter_state_dict. Raises as read_adapter."""
+    """The tensors that a sealed adapter was trained in, by the names of Adapter.state_dict. Raises as read_adapter."""
     config, state, seal = read_adapter(folder)
     return dict(stored_prefix(config, state, seal).values) if is_prefix_config(config) else state
 
@@ -366,7 +362,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str]:
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+    base = base_of(model).info
     trained = (seal or {}).get("base") or {}
     if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
         return []

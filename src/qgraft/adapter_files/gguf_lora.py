@@ -36,8 +36,10 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapter_files.peft_config import peft_config
-from qgraft.adapters.attach import lora_modules, non_finite, only_adapter, require_loras, tensor_name
-from qgraft.adapters.lora import LoraConfig
+from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.lora import Lora, LoraConfig, loras_of
+from qgraft.adapters.peft_names import tensor_name
+from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
 from qgraft.checkpoints.gguf_write import open_source
@@ -90,20 +92,20 @@ def export_gguf_lora(
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
-    path, name = Path(path), only_adapter(model, name)
-    require_loras(model, [name], "a GGUF-LoRA")
+    path, adapter = Path(path), find_adapter(model, name)
+    loras = loras_of(adapter, "a GGUF-LoRA")
     origin = _gguf_origin(model)
     if path.exists() and path.samefile(origin.path):
         raise OptionError(f"{path} is the base model itself", hint="give the adapter a file of its own")
     base = open_source(origin)
-    _check_unmerged(model, base)
-    alpha = _common_alpha(lora.config for _, lora in lora_modules(model, name))
-    tensors = _file_tensors(model, name, origin, alpha, DTYPES[dtype][0])
+    fingerprint = _unmerged(model, base)
+    alpha = _common_alpha(lora.config for lora in loras.values())
+    tensors = _file_tensors(adapter.name, loras, origin, alpha, DTYPES[dtype][0])
     architecture = str(base.metadata[Keys.General.ARCHITECTURE])
     with tempfile.TemporaryDirectory() as folder:
         try:
             writer = GGUFWriter(Path(folder) / "lora.gguf", architecture)
-            _add_metadata(writer, model, name, base, alpha, DTYPES[dtype][1])
+            _add_metadata(writer, adapter.name, base, fingerprint, alpha, DTYPES[dtype][1])
             _add_prompt(writer, arguments or {})
             _write(writer, tensors)
             data = (Path(folder) / "lora.gguf").read_bytes()
@@ -155,13 +157,15 @@ def _gguf_origin(model: nn.Module) -> Origin:
     return origin
 
 
-def _check_unmerged(model: Any, base: GgufFile) -> None:
-    """llama.cpp will have the file, so the adapter must be on the file's weights."""
-    if gguf_fingerprint(base) != model.qgraft_base.fingerprint:
+def _unmerged(model: nn.Module, base: GgufFile) -> str:
+    """The fingerprint of the model: that of the file. llama.cpp will have that, so the adapter must be on its weights."""
+    info, expected = base_of(model).info, gguf_fingerprint(base)
+    if info is None or info.fingerprint != expected:
         raise AdapterError(
             f"the model's weights are no longer those of {base.path}: an adapter was merged into them",
             hint="save the merged model and load that file, or unmerge",
         )
+    return expected
 
 
 def _own_alpha(config: LoraConfig) -> float:
@@ -178,16 +182,18 @@ def _common_alpha(configs: Iterable[LoraConfig]) -> float:
     return alpha or 1.0
 
 
-def _file_tensors(model: nn.Module, name: str, origin: Origin, alpha: float, dtype: torch.dtype) -> dict[str, Tensor]:
+def _file_tensors(
+    name: str, loras: Mapping[str, Lora], origin: Origin, alpha: float, dtype: torch.dtype
+) -> dict[str, Tensor]:
     """{tensor name in the file: values, rows in the file's order, with what differs from `alpha` in B}."""
     tensors: dict[str, Tensor] = {}
     problems = []
-    for path, lora in lora_modules(model, name):
+    for path, lora in loras.items():
         stored = origin.matrices.get(path)
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
             continue
-        if not is_linear(model, path):
+        if lora.of_embedding:
             problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")
             continue
         B = lora.lora_B.detach().cpu()
@@ -211,7 +217,7 @@ def _file_tensors(model: nn.Module, name: str, origin: Origin, alpha: float, dty
 
 
 def _add_metadata(
-    writer: GGUFWriter, model: Any, name: str, base: GgufFile, alpha: float, file_type: LlamaFileType
+    writer: GGUFWriter, name: str, base: GgufFile, fingerprint: str, alpha: float, file_type: LlamaFileType
 ) -> None:
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(name)
@@ -220,7 +226,7 @@ def _add_metadata(
     writer.add_file_type(file_type)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_string(FINGERPRINT, model.qgraft_base.fingerprint)
+    writer.add_string(FINGERPRINT, fingerprint)
 
 
 def _add_prompt(writer: GGUFWriter, arguments: Mapping[str, Any]) -> None:

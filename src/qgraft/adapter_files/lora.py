@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapter_files.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
-from qgraft.adapters.attach import attach_layers, lora_modules, lora_state_dict, tensor_name
+from qgraft.adapters.adapter import Adapter
+from qgraft.adapters.attach import attach_layers
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
-from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.formats import PackedTensor, dequantize
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
@@ -58,13 +59,10 @@ class StoredLoras:
     problems: list[str]
 
 
-def lora_content(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """(PEFT's options, PEFT's tensors) of the LoRA `name`."""
-    layers = {path: lora.config for path, lora in lora_modules(model, name)}
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
-    targets, numbers = _target_names(model, list(layers))
-    options = peft_config(layers, targets, base.source if base else None, numbers)
-    return options, lora_state_dict(model, name)
+def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
+    targets, numbers = _target_names(model, list(adapter.parts))
+    return peft_config(adapter.configs, targets, source, numbers), adapter.state_dict()
 
 
 def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:

@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qgraft.adapter_files.peft_config import CONFIG
-from qgraft.adapters.attach import prefix_encoder, prefix_state_dict
+from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.fit_prefix import ROWS, StoredPrefix
-from qgraft.adapters.prefix import Geometry, PrefixEncoder
-from qgraft.checkpoints.assemble import BaseInfo
+from qgraft.adapters.prefix import Geometry, PrefixEncoder, encoder_of
 from qgraft.errors import AdapterError, UnsupportedError
 
 ENCODER, PROMPT = "prefix_encoder.safetensors", "prompt_embeddings"
@@ -54,16 +53,15 @@ class PrefixContent:
     about: dict[str, Any]
 
 
-def prefix_content(model: nn.Module, name: str) -> PrefixContent:
-    """What save_adapter writes of the prefix `name`."""
-    encoder = prefix_encoder(model, name)
-    base: BaseInfo | None = getattr(model, "qgraft_base", None)
+def prefix_content(adapter: Adapter, source: str | None) -> PrefixContent:
+    """What save_adapter writes of a prefix on the base that came from `source`."""
+    encoder = encoder_of(adapter)
     with torch.no_grad():
         values_PW = encoder.trans(encoder.embedding.weight).detach()  # without dropout, also in training
     return PrefixContent(
-        _options(encoder, base.source if base else None),
+        _options(encoder, source),
         {PROMPT: values_PW},
-        prefix_state_dict(model, name) if encoder.config.prefix_projection else {},
+        adapter.state_dict() if encoder.config.prefix_projection else {},
         dataclasses.asdict(encoder.config) | dataclasses.asdict(encoder.geometry),
     )
 

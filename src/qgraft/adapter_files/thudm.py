@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from qgraft import storage
-from qgraft.adapters.attach import non_finite, only_adapter, prefix_encoder
 from qgraft.adapters.attach_prefix import layout_of
+from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.prefix import encoder_of
+from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.thudm_prefix import KEY
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
@@ -35,15 +37,15 @@ def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, 
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
-    folder, name = Path(folder), only_adapter(model, name)
-    encoder = prefix_encoder(model, name)
+    folder, adapter = Path(folder), find_adapter(model, name)
+    encoder = encoder_of(adapter)
     if problem := thudm_problem(model):
         raise UnsupportedError(f"a prefix in THUDM's layout: {problem}", hint="--to peft writes it for other programs")
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise StorageError(f"cannot write {folder}: it is there already", hint="give the name of a new folder")
     state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}
     if broken := non_finite(state):
-        raise AdapterError(f"prefix {name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")
+        raise AdapterError(f"prefix {adapter.name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")
     config = encoder.config
     options: dict[str, Any] = {**_base_config(model), "pre_seq_len": config.pre_seq_len}
     with storage.publish_folder(folder) as staging:
@@ -55,7 +57,7 @@ def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, 
 
 def _base_config(model: Any) -> dict[str, Any]:
     """config.json of the base, as it is in its folder."""
-    origin = getattr(model, "qgraft_origin", None)
+    origin = base_of(model).origin
     if isinstance(origin, Origin) and (origin.path / "config.json").is_file():
         return dict(json.loads((origin.path / "config.json").read_text(encoding="utf-8")))
     return dict(model.config.to_dict())

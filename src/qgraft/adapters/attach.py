@@ -1,36 +1,41 @@
-"""Put LoRAs on a model; choose which adapters are active and take them off, LoRAs and prefixes alike.
+"""Put LoRAs on a model, and take adapters of either kind off it.
 
 The base's weights are never touched. Each target linear layer is replaced by a LoraLinear that wraps it; detaching puts
 the wrapped layer back. Which modules are targets is asked of the modules themselves (`isinstance`, their names), never
 of an architecture's name. Prefixes are put on by attach_prefix.py.
 
-What is active stands in one Selection that all adapters of the model share (selection.py), so a switch sets one dict,
-and `requires_grad` where it changes; what this file does takes no longer for the hundredth adapter than for the first.
+An adapter is made first, as a value (adapter.py), and put on the model then (`put_on`): nothing is changed by one that
+cannot be made, and one that was taken off, or is on another copy of the model, is put on in the same way. What is done
+here takes no longer for the hundredth adapter than for the first.
 
 Once a model has an adapter, others may be attached, chosen and detached while threads answer with it. An adapter that a
 call uses cannot be detached, and the first prefix cannot come, or the last one go, while there are calls.
 """
 
-import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 
-import torch
 from torch import Tensor, nn
 
+from qgraft.adapters.adapter import Adapter
+from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, selection_of
+from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
-from qgraft.adapters.lora import Lora, LoraConfig, LoraLayer, LoraLinear
+from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
-from qgraft.adapters.prefix import HOME, PrefixEncoder, Prefixes
+from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.rows import accept_rows, refuse_rows
-from qgraft.adapters.selection import SHARED, Selection, one_at_a_time, selection_of
-from qgraft.adapters.targets import find_targets, modules_outside_adapters
+from qgraft.adapters.selection import Selection
+from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Place = Callable[
+    [nn.Module, str, Selection], Holder
+]  # what holds parts at a path of the model, put there if it has to be
 
 
 def attach_lora(
@@ -80,13 +85,35 @@ def attach_layers(
     Raises OptionError for an impossible name, AdapterError for one that is taken.
     """
     check_new_name(model, name)
-    selection_of(model).check_free()
-    freeze(model)
-    selection = share(model)
-    for path, config in layers.items():
-        wrapped(model, path, selection).add(name, config, values[path] if values else None)
-    accept_rows(model, selection)
+    order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
+    parts = {
+        path: _wrapper(model.get_submodule(path)).make(layers[path], values[path] if values else None)
+        for path in sorted(layers, key=lambda path: order.get(path, len(order)))
+    }
+    put_loras(model, Adapter(name, "lora", parts))
     use_adapter(model, name)
+
+
+def put_loras(model: nn.Module, adapter: Adapter) -> None:
+    """Put a LoRA that fits the model on it, inactive: these modules, not copies of them."""
+    put_on(model, adapter, _wrapped)
+
+
+@one_at_a_time
+def put_on(model: nn.Module, adapter: Adapter, place: Place) -> None:
+    """Put an adapter on the model, inactive; nothing of the base trains from then on.
+
+    Raises OptionError for an impossible name, AdapterError for one that is taken, UnsupportedError where another thread
+    has the model for itself.
+    """
+    check_new_name(model, adapter.name)
+    selection_of(model).check_free()
+    base = gather(model)
+    _freeze(model)
+    for path, part in adapter.parts.items():
+        place(model, path, base.selection).add(adapter.name, part)
+    base.selection.add(adapter.under(base.stem))
+    accept_rows(model)
 
 
 def check_new_name(model: nn.Module, name: str) -> None:
@@ -115,269 +142,53 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
     selection = selection_of(model)
     if name is not None:
         selection.require([name])
-    holders = [
-        (path, module) for path, module in modules_outside_adapters(model) if isinstance(module, LoraLayer | Prefixes)
-    ]
-    names = list(selection.parts) if name is None else [name]
-    homes = [(path, home) for path, home in holders if isinstance(home, Prefixes) and set(home.encoders) <= set(names)]
-    with selection.taken("relieved of its last prefix") if homes else nullcontext():
-        selection.forget({name: [part for _, holder in holders for part in holder.parts_of(name)] for name in names})
-        for path, holder in holders:
-            for adapter in names:
-                holder.remove(adapter)
-            if isinstance(holder, LoraLayer) and not holder.loras:
-                _set_module(model, path, holder.base)
-        for path, home in homes:
-            _remove_home(model, path, home)
-    if not selection.parts:
+    attached = adapters_of(model)
+    gone = {each: attached[each] for each in ([name] if name else attached)}
+    holders = {path: _holder(model, path) for adapter in gone.values() for path in adapter.parts}
+    left = [path for path, holder in holders.items() if holder.held.keys() <= gone.keys()]
+    last_prefix = any(isinstance(holders[path], Prefixes) for path in left)
+    with selection.taken("relieved of its last prefix") if last_prefix else nullcontext():
+        selection.forget({each: adapter.parts.values() for each, adapter in gone.items()})
+        for each, adapter in gone.items():
+            for path in adapter.parts:
+                del holders[path].held[each]
+        for path in left:
+            holders[path].take_away(model, path)
+    if not selection.adapters:
         refuse_rows(model)
 
 
 detach_lora = detach_adapter  # its name in the tutorials, beside attach_lora and merge_lora
 
 
-def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
-    """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None), for all threads.
-
-    It is a default: a call of the model that has begun, or is within adapters_off(), goes on by its own, and one with
-    `adapter_names` names its own. The active adapters are the ones that train: their weights require gradients, all
-    others do not.
-    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix,
-    UnsupportedError while another thread trains or merges.
-    """
-    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
-    selection = selection_of(model)
-    selection.require(weights)
-    check_weights(weights)
-    if wrong := [f"{name}={weights[name]}" for name in _prefixes_among(selection, weights) if weights[name] != 1]:
-        raise OptionError(
-            f"weights of prefixes: got {', '.join(wrong)}, expected 1",
-            hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
-        )
-    selection.choose(weights)
+def _holder(model: nn.Module, path: str) -> Holder:
+    holder = model.get_submodule(path)
+    assert isinstance(holder, Holder)
+    return holder
 
 
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise OptionError for a weight that is not finite."""
-    wrong = [f"{name}={weight}" for name, weight in weights.items() if not math.isfinite(weight)]
-    if wrong:
-        raise OptionError(f"weights of adapters: got {', '.join(wrong)}, expected finite numbers")
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within the block the model is the base, in this thread or asyncio task alone; afterwards adapters are active again.
-
-    A thread that is started in the block does not know of it.
-    """
-    with selection_of(model).within(None, weights={}):
-        yield
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """The attached adapters, in the order they were attached."""
-    return list(selection_of(model).parts)
-
-
-def active_adapters(model: nn.Module) -> dict[str, float]:
-    """The adapters with their weights that a call from here would go by."""
-    return dict(selection_of(model).now().weights)
-
-
-def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The weights of one LoRA under PEFT's names, sharing memory with the model.
-
-    Args:
-        name: the adapter; may be left out when only one is attached.
-
-    Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32; of an
-    embedding `...lora_embedding_A` [r, vocabulary] and `...lora_embedding_B` [width, r].
-    Raises AdapterError when there is no adapter, or several and no name, or when it is a prefix.
-    """
-    name = only_adapter(model, name)
-    require_loras(model, [name], "lora_state_dict")
-    state: dict[str, Tensor] = {}
-    for path, lora in lora_modules(model, name):
-        of_embedding = isinstance(model.get_submodule(path), LoraEmbedding)
-        state[tensor_name(path, "A", of_embedding)] = lora.lora_A.detach()
-        state[tensor_name(path, "B", of_embedding)] = lora.lora_B.detach()
-    return state
-
-
-def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: str | None = None) -> None:
-    """Put the weights that lora_state_dict gave back into an attached LoRA, all of them or none.
-
-    Args:
-        state: tensors by the names of lora_state_dict, of any floating point dtype.
-        name: the adapter; may be left out when only one is attached.
-
-    A state dict holds no lora_alpha: the options are those of the attached adapter. Raises AdapterError that lists all
-    that is missing, unexpected, of another size or not finite.
-    """
-    own = lora_state_dict(model, name)
-    problems = [f"missing tensor {key}" for key in own.keys() - state.keys()]
-    problems += [f"unexpected tensor {key}" for key in state.keys() - own.keys()]
-    for key in own.keys() & state.keys():
-        if state[key].shape != own[key].shape or not state[key].is_floating_point():
-            got = f"{state[key].dtype} {list(state[key].shape)}"
-            problems.append(f"{key}: got {got}, expected floats {list(own[key].shape)}")
-        elif non_finite({key: state[key]}):
-            problems.append(f"{key}: NaN or infinity")
-    if problems:
-        listed = "\n  ".join(sorted(problems)[:20] + ["..."] * (len(problems) > 20))
-        raise AdapterError(f"these tensors do not fit the adapter {only_adapter(model, name)!r}:\n  {listed}",
-                           hint="attach_lora() with the options that it was trained with comes first")  # fmt: skip
-    for key, tensor in own.items():
-        tensor.copy_(state[key])
-
-
-def tensor_name(path: str, part: str, of_embedding: bool = False) -> str:
-    """PEFT's name of the A or B of a LoRA on the layer at this module path."""
-    return f"base_model.model.{path}." + (f"lora_embedding_{part}" if of_embedding else f"lora_{part}.weight")
-
-
-def adapter_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The weights of one adapter of either kind, sharing memory with the model: lora_state_dict or prefix_state_dict."""
-    name = only_adapter(model, name)
-    return prefix_state_dict(model, name) if is_prefix(model, name) else lora_state_dict(model, name)
-
-
-def prefix_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The weights of one prefix, sharing memory with the model: embedding.weight and trans.{0,2}.{weight,bias}, float32.
-
-    Raises AdapterError when there is no adapter, or several and no name, or when it is a LoRA.
-    """
-    return {key: parameter.detach() for key, parameter in prefix_encoder(model, name).named_parameters()}
-
-
-def prefix_encoder(model: nn.Module, name: str | None = None) -> PrefixEncoder:
-    """The network of one prefix, with its options and geometry. Raises AdapterError as prefix_state_dict does."""
-    name = only_adapter(model, name)
-    home = prefixes_of(model)
-    if home is None or name not in home.encoders:
-        raise AdapterError(f"adapter {name!r} is a LoRA, expected a prefix")
-    return home.encoder(name)
-
-
-def is_prefix(model: nn.Module, name: str) -> bool:
-    """Whether the attached adapter `name` is a prefix."""
-    return bool(_prefixes_among(selection_of(model), [name]))
-
-
-def require_loras(model: nn.Module, names: Iterable[str], action: str) -> None:
-    """Raise AdapterError when one of the attached adapters `names` is a prefix, which `action` cannot take."""
-    if prefixes := _prefixes_among(selection_of(model), names):
-        raise prefix_error(action, prefixes)
-
-
-def prefix_error(action: str, names: Iterable[str]) -> AdapterError:
-    """The error where `action` needs deltas and these adapters have none."""
-    return AdapterError(
-        f"{action}: {', '.join(map(repr, names))} is a prefix (P-Tuning v2): keys and values in front of the "
-        "attention, which change no weight, so there is no delta",
-        hint="choose LoRAs with use_adapter(); a prefix stays an adapter beside its base",
-    )
-
-
-def _prefixes_among(selection: Selection, names: Iterable[str]) -> list[str]:
-    return [name for name in names if any(isinstance(part, PrefixEncoder) for part in selection.parts.get(name, ()))]
-
-
-def only_adapter(model: nn.Module, name: str | None) -> str:
-    """`name` when it is attached; without a name the only attached adapter. Raises AdapterError otherwise."""
-    attached = adapter_names(model)
-    if name is None and len(attached) == 1:
-        return attached[0]
-    if name is None:
-        listed = ", ".join(attached) or "none"
-        raise AdapterError(f"which adapter? attached: {listed}", hint="give name= (attach one first if there is none)")
-    selection_of(model).require([name])
-    return name
-
-
-def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    """(module path, layer) of every wrapped layer, in the order of the model; an embedding may be among them."""
-    for path, module in modules_outside_adapters(model):
-        if isinstance(module, LoraLayer):
-            yield path, module
-
-
-def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
-    """(module path, layer) of every wrapped linear layer, in the order of the model."""
-    for path, layer in adapted_layers(model):
-        if isinstance(layer, LoraLinear):
-            yield path, layer
-
-
-def lora_modules(model: nn.Module, name: str) -> Iterator[tuple[str, Lora]]:
-    """(module path, Lora) of every layer that the adapter `name` is on."""
-    for path, layer in adapted_layers(model):
-        if name in layer.loras:
-            lora = layer.loras[name]
-            assert isinstance(lora, Lora)
-            yield path, lora
-
-
-def freeze(model: nn.Module) -> None:
+def _freeze(model: nn.Module) -> None:
     """Let nothing of the base train; wrapping a layer freezes that layer, and adapters are use_adapter's affair."""
     for _, module in modules_outside_adapters(model):
-        if not isinstance(module, LoraLayer):
+        if not isinstance(module, Holder):
             for parameter in module.parameters(recurse=False):
                 parameter.requires_grad_(False)
 
 
-def share(model: nn.Module) -> Selection:
-    """One Selection for the whole model, also where parts of it had adapters attached, each with its own."""
-    selection = selection_of(model)
-    for _, module in modules_outside_adapters(model):
-        if SHARED in vars(module):
-            setattr(module, SHARED, selection)
-        if isinstance(module, LoraLayer | Prefixes) and module.selection is not selection:
-            module.selection = selection
-            held = module.loras if isinstance(module, LoraLayer) else module.encoders
-            for name, part in held.items():
-                selection.add(name, part)
-    return selection
-
-
-def prefixes_of(model: nn.Module) -> Prefixes | None:
-    """What holds the model's prefixes, if it has any."""
-    return next((module for _, module in modules_outside_adapters(model) if isinstance(module, Prefixes)), None)
-
-
-def _remove_home(model: nn.Module, path: str, home: Prefixes) -> None:
-    base: Any = model.get_submodule(path.removesuffix(HOME).removesuffix("."))
-    home.hook.remove()
-    delattr(base, HOME)
-    base.set_attn_implementation(home.attention)
-
-
-def wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLayer:
+def _wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLayer:
     """The LoraLinear or LoraEmbedding at `path`, put there around the base's layer if it is not yet."""
     module = model.get_submodule(path)
-    if isinstance(module, LoraLayer):
-        return module
-    layer: LoraLayer
-    if isinstance(module, QuantizedEmbedding | nn.Embedding):
-        layer = LoraEmbedding(module, selection)
-    else:
-        assert isinstance(module, QuantizedLinear | nn.Linear)
-        layer = LoraLinear(module, selection)
-    layer.train(module.training)
-    _set_module(model, path, layer)
+    layer = _wrapper(module, selection)
+    if layer is not module:
+        set_module(model, path, layer.train(module.training))
     return layer
 
 
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def count_parameters(model: nn.Module, name: str) -> int:
-    """Trainable numbers of the adapter `name`."""
-    return sum(p.numel() for part in selection_of(model).parts.get(name, ()) for p in part.parameters())
-
-
-def non_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinity."""
-    return [key for key, tensor in state.items() if not bool(torch.isfinite(tensor).all())]
+def _wrapper(module: nn.Module, selection: Selection | None = None) -> LoraLayer:
+    """A layer around the base's, which is in no model yet; the module itself where it is one."""
+    if isinstance(module, LoraLayer):
+        return module
+    if isinstance(module, QuantizedEmbedding | nn.Embedding):
+        return LoraEmbedding(module, selection)
+    assert isinstance(module, QuantizedLinear | nn.Linear)
+    return LoraLinear(module, selection)

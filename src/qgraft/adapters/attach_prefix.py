@@ -12,16 +12,19 @@ configuration. Several active prefixes stand one after another. A batch may have
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import check_new_name, freeze, prefixes_of, share, use_adapter
+from qgraft.adapters.adapter import Adapter, join
+from qgraft.adapters.attach import check_new_name, put_on
+from qgraft.adapters.base import adapters_of, one_at_a_time, selection_of
+from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
-from qgraft.adapters.rows import accept_rows
-from qgraft.adapters.selection import Rows, Selection, one_at_a_time, selection_of
+from qgraft.adapters.selection import Rows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
@@ -89,16 +92,18 @@ def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> 
 @one_at_a_time
 def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
     """Put what make_encoder made on the model as `name`, the active adapter."""
-    check_new_name(model, name)
-    base, home = _base_of(model), prefixes_of(model)
-    freeze(model)
-    selection = share(model)
-    if home is None:
-        with selection.taken("given its first prefix"):
-            home = _make_home(base, selection, encoder.geometry)
-    home.add(name, encoder.to(base.device))
-    accept_rows(model, selection)
+    base = _base_of(model)
+    path = join(next(path for path, module in model.named_modules() if module is base), HOME)
+    put_on(model, Adapter(name, "prefix", {path: encoder.to(base.device)}), partial(_home, encoder.geometry))
     use_adapter(model, name)
+
+
+def prefixes_of(model: nn.Module) -> Prefixes | None:
+    """What holds the model's prefixes, if it has any."""
+    paths = (path for adapter in adapters_of(model).values() if adapter.is_prefix for path in adapter.parts)
+    home = None if (path := next(paths, None)) is None else model.get_submodule(path)
+    assert isinstance(home, Prefixes | None)
+    return home
 
 
 def model_geometry(model: nn.Module) -> Geometry:
@@ -161,11 +166,16 @@ def _check_length(base: Any, pre_seq_len: int) -> None:
         raise OptionError(f"pre_seq_len={pre_seq_len} leaves no room: the model's context is {context} tokens")
 
 
-def _make_home(base: Any, selection: Selection, geometry: Geometry) -> Prefixes:
-    hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
-    home = Prefixes(selection, geometry, base.config._attn_implementation, hook).train(base.training)
-    setattr(base, HOME, home)
-    base.set_attn_implementation(PREFIX)
+def _home(geometry: Geometry, model: nn.Module, path: str, selection: Selection) -> Prefixes:
+    """What holds the model's prefixes; with the first one it comes, and the attention that takes them."""
+    base, home = _base_of(model), prefixes_of(model)
+    if home is not None:
+        return home
+    with selection.taken("given its first prefix"):
+        hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
+        home = Prefixes(selection, geometry, base.config._attn_implementation, hook).train(base.training)
+        setattr(base, HOME, home)
+        base.set_attn_implementation(PREFIX)
     return home
 
 

@@ -31,9 +31,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import attach_layers, check_new_name, check_weights, lora_modules, require_loras
-from qgraft.adapters.lora import LoraConfig
-from qgraft.adapters.selection import selection_of
+from qgraft.adapters.attach import attach_layers, check_new_name
+from qgraft.adapters.base import find_adapter, require_loras, selection_of
+from qgraft.adapters.choose import check_weights
+from qgraft.adapters.lora import LoraConfig, loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
 
 PRUNING = ("ties", "dare", "magnitude_prune")
@@ -154,7 +155,7 @@ def combine(
     layers = {
         adapter: {
             path: Factors(lora.lora_A.detach().cpu(), lora.lora_B.detach().cpu(), lora.config.scaling)
-            for path, lora in lora_modules(model, adapter)
+            for path, lora in loras_of(find_adapter(model, adapter), "combine").items()
         }
         for adapter in adapters
     }

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import non_finite
 from qgraft.adapters.attach_prefix import layout_of, make_encoder, model_geometry, put_encoder
 from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
+from qgraft.adapters.states import non_finite
 
 ROWS = "embedding.weight"  # of a PrefixEncoder: a row for each token of the prefix
 

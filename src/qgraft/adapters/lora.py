@@ -30,6 +30,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop_inputs
 
+from qgraft.adapters.adapter import Adapter, Part, prefix_error
+from qgraft.adapters.holder import Holder, set_module
+from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.selection import Rows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
@@ -83,12 +86,16 @@ def recomputable(x: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Te
     return x
 
 
-class Lora(nn.Module):
+class Lora(Part):
     """One adapter's part in one layer: A [r, in], B [out, r] in float32, and their scaling.
 
     Args:
         values: A and B to start from, copied; without them A is random and B zero.
     """
+
+    kind = "lora"
+    of_embedding = False  # whether A meets the rows of a table that are looked up, and not an input
+    config: LoraConfig
 
     def __init__(
         self,
@@ -112,8 +119,20 @@ class Lora(nn.Module):
         """What the adapter adds to the weight: scaling · B·A, [out, in]."""
         return (self.lora_B @ self.lora_A) * self.config.scaling
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See Part."""
+        pair = {"A": self.lora_A, "B": self.lora_B}
+        return {tensor_name(path, part, self.of_embedding): tensor.detach() for part, tensor in pair.items()}
 
-class LoraLayer(nn.Module):
+
+def loras_of(adapter: Adapter, action: str) -> dict[str, Lora]:
+    """The LoRAs that the adapter is, by module path. Raises AdapterError for a prefix, which `action` cannot take."""
+    if adapter.is_prefix:
+        raise prefix_error(action, [adapter.name])
+    return {path: cast(Lora, part) for path, part in adapter.parts.items()}
+
+
+class LoraLayer(Holder):
     """A layer of the base with any number of named adapters on it, some of them active.
 
     With no active adapter the output is the base's, bit for bit. What the adapters see of an input, and where what they
@@ -126,6 +145,7 @@ class LoraLayer(nn.Module):
     """
 
     base: nn.Module
+    part: type[Lora] = Lora
 
     def __init__(self, base: nn.Module, sizes: tuple[int, int], selection: Selection | None = None) -> None:
         super().__init__()
@@ -145,21 +165,22 @@ class LoraLayer(nn.Module):
     def active(self, weights: dict[str, float]) -> None:
         self.selection.weights = weights
 
-    def add(self, name: str, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> None:
-        """Put a new adapter `name` on the layer, inactive; see Lora for `values`."""
-        lora = Lora(self.in_features, self.out_features, config, self._device(), values)
-        self.loras[name] = lora
-        self.selection.add(name, lora)
+    @property
+    def held(self) -> nn.ModuleDict:
+        """See Holder."""
+        return self.loras
 
-    def remove(self, name: str) -> None:
-        """Take the adapter `name` off the layer, if it is on it."""
-        if name in self.loras:
-            self.selection.forget({name: self.parts_of(name)})
-            del self.loras[name]
+    def make(self, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> Lora:
+        """A LoRA that fits the layer, not on it yet; see Lora for `values`."""
+        return self.part(self.in_features, self.out_features, config, self._device(), values)
 
-    def parts_of(self, name: str) -> list[nn.Module]:
-        """The modules of the adapter `name` here."""
-        return [self.loras[name]] if name in self.loras else []
+    def add(self, name: str, part: Part) -> None:
+        """See Holder."""
+        self.loras[name] = part.to(self._device())
+
+    def take_away(self, model: nn.Module, path: str) -> None:
+        """See Holder."""
+        set_module(model, path, self.base)
 
     def forward(self, x: Tensor) -> Tensor:
         """What the base makes of x, with what the active adapters add."""

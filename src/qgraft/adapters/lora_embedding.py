@@ -25,10 +25,17 @@ from qgraft.adapters.selection import Selection
 from qgraft.linear import QuantizedEmbedding
 
 
+class EmbeddingLora(Lora):
+    """A LoRA whose A is [r, vocabulary] and whose B is [width, r]."""
+
+    of_embedding = True
+
+
 class LoraEmbedding(LoraLayer):
     """An embedding with adapters on it; ids [...] int64 -> [..., embedding_dim]."""
 
     base: QuantizedEmbedding | nn.Embedding
+    part = EmbeddingLora
 
     def __init__(self, base: QuantizedEmbedding | nn.Embedding, selection: Selection | None = None) -> None:
         super().__init__(base, (base.num_embeddings, base.embedding_dim), selection)

@@ -21,12 +21,15 @@ tuners/prefix_tuning/model.py. Parameters are float32 whatever the base computes
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from qgraft.adapters.adapter import Adapter, Part
+from qgraft.adapters.holder import Holder
 from qgraft.adapters.selection import Selection
 from qgraft.errors import AdapterError, OptionError
 
@@ -98,12 +101,15 @@ class Geometry:
         return f"{len(self.layers)} layers of {self.kv_heads} key heads of {self.head_dim}"
 
 
-class PrefixEncoder(nn.Module):
+class PrefixEncoder(Part):
     """Makes the keys and values of one prefix; see the module's docstring for shapes and layouts.
 
     Args:
         hidden_size: of the model.
     """
+
+    kind = "prefix"
+    config: PrefixConfig
 
     def __init__(self, config: PrefixConfig, geometry: Geometry, hidden_size: int) -> None:
         super().__init__()
@@ -144,6 +150,10 @@ class PrefixEncoder(nn.Module):
         ]
         return sorted(problems)
 
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See Part; a model has one place for prefixes, so their names say no path."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+
     def load(self, values: Mapping[str, Tensor]) -> None:
         """Copy the tensors of a state dict. Raises AdapterError for other names or shapes, with all that differ."""
         if problems := self.differences(values):
@@ -157,7 +167,16 @@ class PrefixEncoder(nn.Module):
                 parameter.copy_(values[name])
 
 
-class Prefixes(nn.Module):
+def encoder_of(adapter: Adapter) -> PrefixEncoder:
+    """The network that the adapter is, with its options and geometry. Raises AdapterError for a LoRA."""
+    if not adapter.is_prefix:
+        raise AdapterError(f"adapter {adapter.name!r} is a LoRA, expected a prefix")
+    (encoder,) = adapter.parts.values()
+    assert isinstance(encoder, PrefixEncoder)
+    return encoder
+
+
+class Prefixes(Holder):
     """The prefixes of a model: a child of its base model, which has a hook that passes them on (attach_prefix.py).
 
     Args:
@@ -171,20 +190,21 @@ class Prefixes(nn.Module):
         self.encoders = nn.ModuleDict()
         self.selection, self.geometry, self.attention, self.hook = selection, geometry, attention, hook
 
-    def add(self, name: str, encoder: PrefixEncoder) -> None:
-        """Put a new prefix on the model, inactive."""
-        self.encoders[name] = encoder.train(self.training)
-        self.selection.add(name, encoder)
+    @property
+    def held(self) -> nn.ModuleDict:
+        """See Holder."""
+        return self.encoders
 
-    def remove(self, name: str) -> None:
-        """Take the prefix `name` off, if there is one of this name."""
-        if name in self.encoders:
-            self.selection.forget({name: self.parts_of(name)})
-            del self.encoders[name]
+    def add(self, name: str, part: Part) -> None:
+        """See Holder."""
+        self.encoders[name] = part.train(self.training)
 
-    def parts_of(self, name: str) -> list[nn.Module]:
-        """The modules of the adapter `name` here."""
-        return [self.encoders[name]] if name in self.encoders else []
+    def take_away(self, model: nn.Module, path: str) -> None:
+        """See Holder."""
+        base: Any = model.get_submodule(path.removesuffix(HOME).removesuffix("."))
+        self.hook.remove()
+        delattr(base, HOME)
+        base.set_attn_implementation(self.attention)
 
     def encoder(self, name: str) -> PrefixEncoder:
         """The prefix of this name."""

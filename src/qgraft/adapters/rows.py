@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.selection import SHARED, Rows, Selection, end, selection_of
+from qgraft.adapters.base import selection_of
+from qgraft.adapters.selection import Rows, Selection, end
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.rotary import by_call
 
@@ -40,12 +41,11 @@ _HOOKS = "_adapter_names_hooks"
 _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 
-def accept_rows(model: nn.Module, selection: Selection) -> None:
+def accept_rows(model: nn.Module) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
-    if SHARED not in vars(model):  # once a model, not once an adapter
+    if _HOOKS not in vars(model):  # once a model, not once an adapter
         by_call(model)
     for module in _entrances(model):
-        setattr(module, SHARED, selection)
         if _HOOKS not in vars(module):
             before = module.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
             after = module.register_forward_hook(_leave, always_call=True)
@@ -59,7 +59,6 @@ def refuse_rows(model: nn.Module) -> None:
     for module in _entrances(model):
         for hook in vars(module).pop(_HOOKS, ()):
             hook.remove()
-        vars(module).pop(SHARED, None)
     if isinstance(vars(model).get("generate"), _Generate):
         del model.generate
 

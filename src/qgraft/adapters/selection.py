@@ -6,10 +6,10 @@
     model(...), model.generate(...)      from its first layer, or token, to its last it goes by what was active at its
                                          beginning, whatever other threads choose meanwhile
 
-The default and the adapters' modules stand in one `Selection` that all adapters of a model share, whatever their kind.
-The modules hold it as their attribute `selection`: every LoraLinear (lora.py), and the Prefixes of the base model
-(prefix.py). What a call goes by is an `Active` in a context variable, so each thread sees its own; a new thread, such as
-one that a streamer starts, begins with the default. A layer asks `selection.now()`.
+The adapters, each one value (adapter.py), and the default stand in one `Selection` that all modules of a model share: the
+model has it in its Base (base.py), and what carries parts of adapters (holder.py) as its attribute `selection`. What a call
+goes by is an `Active` in a context variable, so each thread sees its own; a new thread, such as one that a streamer starts,
+begins with the default. A layer asks `selection.now()`.
 
 Some work is on the whole model and cannot be told apart by calls: training turns dropout on and exchanges the attention,
 merging exchanges weights. It takes the model for its thread (`Selection.taken`), and is refused while other threads call
@@ -23,25 +23,20 @@ server shares among its requests.
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import wraps
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
 from torch import Tensor, nn
 
+from qgraft.adapters.adapter import Adapter, Part
 from qgraft.errors import AdapterError, UnsupportedError, near_match
 
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-SHARED = "adapter_selection"  # where a model that takes calls (rows.py) keeps its Selection
 _NOW: ContextVar["Active | None"] = ContextVar("qgraft_active", default=None)
 _CHANGING = threading.Lock()  # held for moments, while calls begin and selections change
-_ATTACHING = threading.RLock()  # held while adapters are put on models and taken off
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +123,7 @@ class Selection:
     """The adapters of one model, and which of them are active where nothing else is said.
 
     Attributes:
-        parts: the modules of every attached adapter, under its name, in the order of attaching.
+        adapters: those that are attached, by name, in the order of attaching; another dict after each change.
         weights: the default, the active adapters and their weights; another dict after each choice.
         serve: where set, it stands in for all choices: layer, input -> output (segments.py, while several jobs train).
             It is of the model and not of the call, because gradient checkpointing runs layers again in the backward pass,
@@ -137,7 +132,7 @@ class Selection:
         running: the calls that have not ended.
     """
 
-    parts: dict[str, list[nn.Module]] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     serve: Callable[[Any, Tensor], Tensor] | None = None
     holder: tuple[int, str] | None = None
@@ -145,19 +140,23 @@ class Selection:
 
     def require(self, names: Iterable[str]) -> None:
         """Raise AdapterError when one of these names is not attached."""
-        missing = [name for name in names if name not in self.parts]
+        missing = [name for name in names if name not in self.adapters]
         if missing:
             raise AdapterError(
-                f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(self.parts) or 'none'}",
-                hint=near_match(missing[0], self.parts),
+                f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(self.adapters) or 'none'}",
+                hint=near_match(missing[0], self.adapters),
             )
 
-    def add(self, name: str, part: nn.Module) -> None:
-        """Put one more module of the adapter `name` on the list."""
-        self.parts.setdefault(name, []).append(part)
+    def add(self, adapter: Adapter) -> None:
+        """Put one more adapter on the list."""
+        self.adapters = {**self.adapters, adapter.name: adapter}
 
-    def forget(self, gone: Mapping[str, Sequence[nn.Module]]) -> None:
-        """Strike modules of adapters off the list, and an adapter with its last one.
+    def change(self, name: str, **fields: Any) -> None:
+        """Put another value, with other `fields`, in the place of the adapter `name`."""
+        self.add(replace(self.adapters[name], **fields))
+
+    def forget(self, gone: Mapping[str, Iterable[Part]]) -> None:
+        """Strike parts of adapters off the list, and an adapter with its last one.
 
         Raises AdapterError, with nothing changed, where a call in another thread is using one of these adapters.
         """
@@ -169,23 +168,17 @@ class Selection:
                     f"adapter {', '.join(map(repr, used))} cannot be taken off: a call in another thread is using it",
                     hint="detach it when that call has ended",
                 )
-            for name, modules in gone.items():
-                struck = set(modules)
-                self.parts[name] = [part for part in self.parts.get(name, ()) if part not in struck]
-                if not self.parts[name]:
-                    del self.parts[name]
-            self.weights = {name: weight for name, weight in self.weights.items() if name in self.parts}
+            left = {name: each.without(gone.get(name, ())) for name, each in self.adapters.items()}
+            self.adapters = {name: adapter for name, adapter in left.items() if adapter.parts}
+            self.weights = {name: weight for name, weight in self.weights.items() if name in self.adapters}
 
     def choose(self, weights: Mapping[str, float]) -> None:
         """Make these adapters the default: they train from now on, those that were do not."""
         with _CHANGING:
             self.check_free()
             for name in self.weights.keys() | weights.keys():
-                for part in self.parts.get(name, ()):
-                    # half a millisecond faster than part.requires_grad_(), for a LoRA
-                    parameters = part.parameters() if part._modules else part._parameters.values()
-                    for parameter in parameters:
-                        cast(Tensor, parameter).requires_grad = name in weights
+                if name in self.adapters:
+                    self.adapters[name].let_train(name in weights)
             self.weights = dict(weights)
 
     def now(self) -> Active:
@@ -296,38 +289,3 @@ def _leads_to(frame: FrameType, here: FrameType | None) -> bool:
     while here is not None and here is not frame:
         here = here.f_back
     return here is not None
-
-
-def selection_of(model: nn.Module) -> Selection:
-    """The selection that the model's adapters share; a new one where it has none."""
-    own = vars(model).get(SHARED)
-    if isinstance(own, Selection):
-        return own
-    held = (vars(module).get("selection") for module in model.modules())
-    return next((selection for selection in held if isinstance(selection, Selection)), Selection())
-
-
-def one_at_a_time(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Let threads wait for each other in a function that puts adapters on a model or takes them off."""
-
-    @wraps(function)
-    def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        with _ATTACHING:
-            return function(*args, **kwargs)
-
-    return wrapper
-
-
-def alone(doing: str) -> Callable[[Callable[Parameters, Result]], Callable[Parameters, Result]]:
-    """Let a function whose first argument is the `model` take it for its thread; see Selection.taken."""
-
-    def decorate(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-        @wraps(function)
-        def wrapper(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-            model: Any = args[0] if args else kwargs["model"]
-            with selection_of(model).taken(doing):
-                return function(*args, **kwargs)
-
-        return wrapper
-
-    return decorate

@@ -1,13 +1,13 @@
-"""Which linear layers of a model a LoRA can be put on, by the names that people give them."""
+"""Which linear layers of a model a LoRA can be put on, by the names that people give them, and which carry one."""
 
 import re
 from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
-from qgraft.adapters.prefix import Prefixes
 from qgraft.errors import OptionError, near_match
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear, is_plain_linear, weight_is_read
 
@@ -83,16 +83,11 @@ def is_named(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def modules_outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """named_modules() without what is inside of adapters: of a hundred LoRAs that is 20 000 modules."""
-    seen: set[nn.Module] = set()
-    waiting = [("", model)]
-    while waiting:
-        path, module = waiting.pop()
-        if module in seen:
-            continue
-        seen.add(module)
-        yield path, module
-        if not isinstance(module, LoraLayer | Prefixes):
-            stem = f"{path}." if path else ""
-            waiting += reversed([(stem + name, child) for name, child in module.named_children()])
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    """(module path, layer) of every wrapped layer, in the order of the model; an embedding may be among them."""
+    return ((path, module) for path, module in modules_outside_adapters(model) if isinstance(module, LoraLayer))
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """(module path, layer) of every wrapped linear layer, in the order of the model."""
+    return ((path, layer) for path, layer in adapted_layers(model) if isinstance(layer, LoraLinear))

@@ -11,7 +11,6 @@ class and gets floats: some scale what they look up, some count positions from 2
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -50,27 +49,6 @@ _SCALED = {
         *(("gemma4", "Gemma4"), ("gemma4_unified", "Gemma4Unified"), ("vaultgemma", "VaultGemma")),
     )
 }
-
-
-@dataclass(frozen=True)
-class BaseInfo:
-    """Where a model came from; `load` leaves it on the model as `model.qgraft_base`.
-
-    Attributes:
-        source: the path or hub id that was loaded.
-        container: "gguf" or "folder".
-        architecture: transformers' model_type.
-        fingerprint: says which base this is, whatever its path; see fingerprint.py.
-        formats: number of weights in each format, for example {"q4_1": 106168320}.
-        notes: what a reader should know about this load, each one sentence.
-    """
-
-    source: str
-    container: str
-    architecture: str
-    fingerprint: str
-    formats: dict[str, int] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
 
 
 class TokenizerErrors:

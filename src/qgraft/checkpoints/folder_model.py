@@ -36,7 +36,8 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from qgraft.checkpoints.assemble import BaseInfo, TokenizerErrors, assemble, empty_model, packable, weight_formats
+from qgraft.adapters.base import BaseInfo, base_of
+from qgraft.checkpoints.assemble import TokenizerErrors, assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -80,7 +81,8 @@ def load_folder(
             )
         problems = [f"unexpected {name}" for name in unexpected] if exact else []
         model = assemble(config, reader, dtype, str(folder), problems, reader.same())
-    model.qgraft_base = BaseInfo(  # type: ignore[assignment]
+    base = base_of(model)
+    base.info = BaseInfo(
         source=str(folder),
         container="folder",
         architecture=config.model_type,
@@ -91,9 +93,7 @@ def load_folder(
     if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
         model.generation_config.eos_token_id = ends
     digest = folder_digest(folder, reader.vectors)
-    model.qgraft_origin = Origin(  # type: ignore[assignment]
-        folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors)
-    )
+    base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
     return model, tokenizer
 
 

@@ -20,7 +20,8 @@ from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.checkpoints.assemble import BaseInfo, assemble, weight_formats
+from qgraft.adapters.base import BaseInfo, base_of
+from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.gguf_config import gguf_config, unknown_keys_note
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
@@ -77,7 +78,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
             f"{', '.join(unused[:8])}",
             hint="the file may hold more than the language model, or be of a newer architecture",
         )
-    model.qgraft_base = BaseInfo(  # type: ignore[assignment]
+    base = base_of(model)
+    base.info = BaseInfo(
         source=str(path),
         container="gguf",
         architecture=config.model_type,
@@ -85,7 +87,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         formats=weight_formats(model),
         notes=unknown_keys_note(header),
     )
-    model.qgraft_origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)  # type: ignore[assignment]
+    base.origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)
     return model, tokenizer
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapters.base import base_of
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
@@ -34,10 +35,10 @@ def load(
         dtype: what activations are computed in; "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
         device: where the packed weights go; "auto" is a GPU where there is one.
 
-    Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft_base` (BaseInfo) on it, and
-    its tokenizer (None for a folder without one). A ChatGLM's folder that holds a prefix (P-Tuning v2) beside the
-    weights loads with it attached and active, named "default". Warns, once, of releases of transformers and others that
-    qgraft was not tested with. Raises CheckpointError, UnsupportedError or OptionError.
+    Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft` on it (adapters/base.py; what was
+    loaded is its `info`), and its tokenizer (None for a folder without one). A ChatGLM's folder that holds a prefix
+    (P-Tuning v2) beside the weights loads with it attached and active, named "default". Warns, once, of releases of
+    transformers and others that qgraft was not tested with. Raises CheckpointError, UnsupportedError or OptionError.
     """
     check_releases()
     device = choose_device(device)
@@ -52,7 +53,7 @@ def load(
         )
     else:
         loaded, tokenizer = load_gguf(path, compute_dtype)
-    loaded.qgraft_tokenizer = tokenizer  # type: ignore[assignment]  # merging reads rows with it
+    base_of(loaded).tokenizer = tokenizer  # merging reads rows with it
     if tokenizer is not None and architecture_of(loaded.config) is None:
         _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Where the matrices of a loaded model lie in its container, and what goes back there.
 
-`load` leaves an Origin on the model as `model.qgraft_origin`. It holds names and orders, no weights: the model has them.
+`load` leaves an Origin on the model as `model.qgraft.origin`. It holds names and orders, no weights: the model has them.
 Two things differ between a matrix of the model and the same matrix in its container, and both only move whole rows:
 
     row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_model.py)
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapters.base import base_of
 from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, convert, get_format
@@ -108,7 +109,7 @@ class Matrix:
 
 def find_origin(model: nn.Module) -> Origin:
     """Where `model` came from. Raises CheckpointError for a model that no `load` made."""
-    origin = getattr(model, "qgraft_origin", None)
+    origin = base_of(model).origin
     if not isinstance(origin, Origin):
         raise CheckpointError(
             f"a {type(model).__name__} without the container it came from: only models from qgraft.load can be saved",

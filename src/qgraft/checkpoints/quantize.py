@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from qgraft.adapters.attach import adapter_names, is_prefix
+from qgraft.adapters.base import adapters_of, base_of
 from qgraft.adapters.targets import find_targets
-from qgraft.checkpoints.assemble import BaseInfo, weight_formats
+from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import HELD, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError
@@ -31,7 +31,7 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
     stay as they are. Raises UnsupportedError for a format that cannot be written, AdapterError while LoRAs are
     attached: they were trained on the weights as they are. A prefix stays, as in ChatGLM's own quantize().
     """
-    if attached := [name for name in adapter_names(model) if not is_prefix(model, name)]:
+    if attached := [name for name, adapter in adapters_of(model).items() if not adapter.is_prefix]:
         raise AdapterError(f"quantize: the adapter {', '.join(attached)} is on the model", hint="detach_lora() first")
     chosen = get_format(format)
     if chosen.quantize is None:
@@ -51,9 +51,10 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
 
 def _tell_base(model: Any) -> None:
     """What `load` noted of the weights, as they are now."""
-    base, origin = getattr(model, "qgraft_base", None), getattr(model, "qgraft_origin", None)
-    if isinstance(base, BaseInfo) and isinstance(origin, Origin):
+    base = base_of(model)
+    info, origin = base.info, base.origin
+    if info is not None and isinstance(origin, Origin):
         formats = weight_formats(model)
         held = formats.keys() <= HELD[origin.container]
-        sign = current_fingerprint(model) if held else f"{base.fingerprint} in {', '.join(sorted(formats))}"
-        model.qgraft_base = replace(base, formats=formats, fingerprint=sign)
+        sign = current_fingerprint(model) if held else f"{info.fingerprint} in {', '.join(sorted(formats))}"
+        base.info = replace(info, formats=formats, fingerprint=sign)

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from qgraft import storage
-from qgraft.adapters.attach import active_adapters
+from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.attach import is_prefix, prefix_state_dict
+from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
-from qgraft.checkpoints.assemble import BaseInfo
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.shards import open_shard, open_shards
 from qgraft.errors import CheckpointError
@@ -60,8 +59,8 @@ def attach_own_prefix(model: nn.Module, folder: Path) -> None:
 
     Raises CheckpointError for one that does not fit the model.
     """
-    base, stored = getattr(model, "qgraft_base", None), read_thudm(folder)
-    assert isinstance(base, BaseInfo)
+    base, stored = base_of(model), read_thudm(folder)
+    assert base.info is not None
     options, _ = _options(folder / "config.json")
     length = options.get("pre_seq_len")
     if stored is None and not length:
@@ -78,18 +77,19 @@ def attach_own_prefix(model: nn.Module, folder: Path) -> None:
         notes = [f"the folder's prefix of {config.pre_seq_len} tokens{projection} is attached and active, as 'default'"]
         if not length:
             notes.append(f"config.json says no pre_seq_len: the prefix has {config.pre_seq_len} rows")
-    model.qgraft_base = dataclasses.replace(base, notes=(*base.notes, *notes))  # type: ignore[assignment]
+    base.info = dataclasses.replace(base.info, notes=(*base.info.notes, *notes))
 
 
 def unsaved_adapters(model: nn.Module, active: list[str]) -> list[str]:
     """Those that the model's own folder does not hold as they are; a prefix that was loaded with it, it does."""
-    origin = getattr(model, "qgraft_origin", None)
-    prefixes = [name for name in active if is_prefix(model, name)]
+    origin = base_of(model).origin
+    adapters = {name: find_adapter(model, name) for name in active}
+    prefixes = [name for name, adapter in adapters.items() if adapter.is_prefix]
     if not prefixes or not isinstance(origin, Origin) or origin.container != "folder":
         return active
     stored = read_thudm(origin.path)
     held = {} if stored is None else {key: value.float() for key, value in stored.values.items()}
-    return [name for name in active if name not in prefixes or not _same(prefix_state_dict(model, name), held)]
+    return [name for name in active if name not in prefixes or not _same(adapters[name].state_dict(), held)]
 
 
 def tensor_names(path: Path) -> list[str]:

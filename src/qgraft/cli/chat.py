@@ -90,7 +90,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
-    from qgraft.adapters.attach import adapter_names
+    from qgraft.adapters.base import adapter_names
 
     messages: list[tuple[str, str]] = []
     print_note(f"adapters: {', '.join(adapter_names(model)) or 'none'}; /help shows the commands")
@@ -116,7 +116,8 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
 
 def _command(model: Any, line: str) -> None:
     """Carry out a line that begins with a slash; a mistake in it is told, not fatal."""
-    from qgraft.adapters.attach import active_adapters, adapter_names, use_adapter
+    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.choose import active_adapters, use_adapter
 
     command, _, rest = line.partition(" ")
     try:

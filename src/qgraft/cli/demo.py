@@ -34,7 +34,7 @@ def run(words: Sequence[str]) -> int:
 def _demo(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from qgraft.adapters.attach import adapters_off
+    from qgraft.adapters.choose import adapters_off
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import KNOWN_MODELS, pull
     from qgraft.training.run import check_output_dir, describe_signal, train
@@ -117,7 +117,7 @@ def _show(before: list[str], after: list[str], report: Any, seconds: float) -> N
 
 
 def _formats(model: Any) -> str:
-    return ", ".join(f"{count / 1e6:.0f} M weights in {name}" for name, count in model.qgraft_base.formats.items())
+    return ", ".join(f"{count / 1e6:.0f} M weights in {name}" for name, count in model.qgraft.info.formats.items())
 
 
 def _next_steps(path: str, folder: Path) -> str:

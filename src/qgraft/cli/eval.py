@@ -25,7 +25,8 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
-    from qgraft.adapters.attach import adapter_names, use_adapter
+    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.choose import use_adapter
     from qgraft.data.reading import named_columns
     from qgraft.training.evaluate import evaluate
 

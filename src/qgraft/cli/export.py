@@ -36,14 +36,14 @@ def run(words: Sequence[str]) -> int:
     if target.exists() and source.exists() and target.samefile(source):
         raise OptionError(f"--output {target} is the adapter itself", hint="give another path")
 
-    from qgraft.adapter_files.folder import load_adapter, trained_with
-    from qgraft.adapters.attach import adapter_names
+    from qgraft.adapter_files.folder import load_adapter
+    from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
 
     model, _ = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
     name = free_name(source.resolve().name, adapter_names(model))
     print_note(str(load_adapter(model, source, name, force=options.force)))
-    arguments = trained_with(model, name)
+    arguments = find_adapter(model, name).trained
     if options.to == "gguf-lora":
         print(_gguf_lora(model, target, name, options, arguments))
     elif options.to == "thudm":
@@ -58,7 +58,7 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
 
     dtype = options.dtype or "float16"
     done = export_gguf_lora(model, target, name, dtype, arguments)
-    base = shlex.quote(str(model.qgraft_base.source))
+    base = shlex.quote(str(model.qgraft.info.source))
     system = arguments.get("system")
     prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
     return (
@@ -71,10 +71,10 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
 
 def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
     from qgraft.adapter_files.thudm import export_thudm
-    from qgraft.adapters.attach import count_parameters
+    from qgraft.adapters.base import find_adapter
 
     nbytes = export_thudm(model, target, name, dtype)
-    values = count_parameters(model, name)
+    values = find_adapter(model, name).size
     return f"{target}: prefix in THUDM's layout, {values:,} values in {dtype}, {nbytes:,} bytes"
 
 

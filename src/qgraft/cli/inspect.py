@@ -165,7 +165,7 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
     model: Any = None
     try:
         model, tokenizer = load_folder(path, torch.float32)  # mapped: no more than norms and biases is read
-        base = model.qgraft_base
+        base = model.qgraft.info
         about = {"fingerprint": base.fingerprint, "model": type(model).__name__,
                  "tokenizer": type(tokenizer).__name__ if tokenizer else "none",
                  **({"notes": "; ".join(base.notes)} if base.notes else {})}  # fmt: skip

@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from qgraft import plots
-    from qgraft.adapters.attach import use_adapter
+    from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.save import check_target, save
     from qgraft.merging.merge import merge
 

@@ -52,8 +52,8 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
 
     A prefix that came with the model is not among the names; it is active where no --adapter is given.
     """
-    from qgraft.adapter_files.folder import load_adapter, trained_with
-    from qgraft.adapters.attach import adapter_names
+    from qgraft.adapter_files.folder import load_adapter
+    from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
 
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
@@ -68,7 +68,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
     if options.adapter:
-        prompt_as_in_training(options, trained_with(model, names[-1]))
+        prompt_as_in_training(options, find_adapter(model, names[-1]).trained)
     return model, tokenizer, names
 
 
@@ -76,7 +76,7 @@ def without_tokenizer(source: object, model: Any, who: str) -> OptionError:
     """The error where a model came without a tokenizer and `who` needs one; it says which file is missing."""
     from qgraft.models.find import architecture_of
 
-    base, architecture = model.qgraft_base, architecture_of(model.config)
+    base, architecture = model.qgraft.info, architecture_of(model.config)
     why = "".join(f": {note}" for note in base.notes if "tokenizer" in note)
     file = "tokenizer.json or tokenizer.model" if architecture is None else architecture.vocabulary
     hint = None if (Path(base.source) / file).is_file() else f"put the release's {file} beside config.json"
@@ -115,8 +115,8 @@ def print_note(text: str) -> None:
 
 def print_notes(model: Any) -> None:
     """What a reader should know of how a base was loaded."""
-    for note in model.qgraft_base.notes:
-        print_note(f"{model.qgraft_base.source}: {note}")
+    for note in model.qgraft.info.notes:
+        print_note(f"{model.qgraft.info.source}: {note}")
 
 
 def print_json(value: Any) -> None:

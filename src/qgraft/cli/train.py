@@ -86,7 +86,7 @@ def _work_together(jobs: "list[TrainArguments]") -> int:
     """Train all jobs at once, then do for each what else it asks for. 2 when one failed, else as for one job."""
     from rich.console import Console
 
-    from qgraft.adapters.attach import use_adapter
+    from qgraft.adapters.choose import use_adapter
     from qgraft.errors import QgraftError
     from qgraft.jobs.train import check_jobs, name_jobs, raise_all, train_jobs
 
@@ -170,8 +170,9 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
 
 def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
     """Attach the adapter that is named, if one is."""
-    from qgraft.adapter_files.folder import load_adapter, trained_with
-    from qgraft.adapters.attach import active_adapters
+    from qgraft.adapter_files.folder import load_adapter
+    from qgraft.adapters.base import find_adapter
+    from qgraft.adapters.choose import active_adapters
     from qgraft.training.adapter import check_adapter
 
     if arguments.adapter_name_or_path:
@@ -179,7 +180,7 @@ def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
         print_note(str(loaded))
         check_adapter(model, arguments)
         if not arguments.do_train:
-            prompt_as_in_training(arguments, trained_with(model, arguments.adapter_name))
+            prompt_as_in_training(arguments, find_adapter(model, arguments.adapter_name).trained)
     elif not arguments.do_train and not active_adapters(model):
         print_note("note: no adapter is given, so this is about the base")
 

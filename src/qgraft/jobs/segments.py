@@ -19,8 +19,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapters.base import selection_of
 from qgraft.adapters.lora import LayerSegment, Lora, LoraLayer
-from qgraft.adapters.selection import selection_of
 from qgraft.errors import UnsupportedError
 
 

@@ -25,8 +25,8 @@ from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.attach import adapter_names, require_loras, use_adapter
-from qgraft.adapters.selection import selection_of
+from qgraft.adapters.base import adapter_names, require_loras, selection_of
+from qgraft.adapters.choose import use_adapter
 from qgraft.compat import activation_checkpointing
 from qgraft.errors import OptionError, QgraftError, UnsupportedError
 from qgraft.jobs.joint_step import HandIn, learn_together

@@ -30,7 +30,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import adapter_state_dict
+from qgraft.adapters.base import find_adapter
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.linear import computing
@@ -245,7 +245,7 @@ def count(model: PreTrainedModel, args: RunOptions) -> Counted:
     give_back_freed_memory()
     measured = measure_activations(model, training_tokens(args))
     give_back_freed_memory()  # what counting took is not the run's
-    weights = sum(t.numel() * t.element_size() for t in adapter_state_dict(model, args.adapter_name).values())
+    weights = sum(t.numel() * t.element_size() for t in find_adapter(model, args.adapter_name).state_dict().values())
     base = base_bytes(model)
     process = memory_now() - base - weights + UNSEEN  # by now every page of the base was touched
     return Counted(measured, process, base, int(weights * (2 + _optimizer_states(args))))

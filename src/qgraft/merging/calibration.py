@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapters.base import base_of
 from qgraft.data.reading import named_columns, read_dataset
 from qgraft.data.tokenizing import IGNORED, Recipe, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError
@@ -77,7 +78,7 @@ def find_rows(
     """
     if unknown := [key for key in options if key not in READING]:
         raise OptionError(f"merge: unknown option {unknown[0]!r}; options of reading rows: {', '.join(READING)}")
-    tokenizer = tokenizer or getattr(model, "qgraft_tokenizer", None)
+    tokenizer = tokenizer or base_of(model).tokenizer
 
     def samples(dataset: Dataset, arguments: Mapping[str, Any]) -> list[Sample]:
         if tokenizer is None:

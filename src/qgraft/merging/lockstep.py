@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import lora_layers
 from qgraft.adapters.lora import LoraLinear
+from qgraft.adapters.targets import lora_layers
 from qgraft.attention import SAMPLES
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample

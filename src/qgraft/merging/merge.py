@@ -12,7 +12,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from typing import Any, cast
@@ -23,21 +23,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapter_files.folder import trained_with
-from qgraft.adapters.attach import (
-    active_adapters,
-    adapted_layers,
-    adapter_names,
-    attach_layers,
-    detach_lora,
-    lora_layers,
-    lora_modules,
-    non_finite,
-    require_loras,
-    use_adapter,
-)
+from qgraft.adapters.adapter import Adapter
+from qgraft.adapters.attach import detach_lora, put_loras
+from qgraft.adapters.base import BaseInfo, adapter_names, alone, base_of, find_adapter, require_loras
+from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import Lora, LoraLinear
-from qgraft.adapters.selection import alone
+from qgraft.adapters.states import non_finite
+from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import HELD, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
@@ -50,14 +42,21 @@ from qgraft.passes.decoder import evaluating
 from qgraft.sizes import peak_memory_bytes
 
 
-@dataclass
-class _Merges:
-    """What merges took away, left on the model as `model.qgraft_merged`."""
+@dataclass(frozen=True)
+class Merged:
+    """What merges took away, kept as `model.qgraft.merged`.
 
-    base: Any  # the BaseInfo before the first merge
-    packed: dict[str, PackedTensor] = field(default_factory=dict)  # original bytes by module path
-    loras: dict[str, dict[str, Lora]] = field(default_factory=dict)  # adapter -> module path -> Lora
-    weights: dict[str, float] = field(default_factory=dict)
+    Attributes:
+        info: of the base before the first merge.
+        packed: the original bytes, by module path.
+        adapters: those that were merged, by the names they will have when they come back.
+        weights: what they were merged with.
+    """
+
+    info: BaseInfo | None
+    packed: dict[str, PackedTensor]
+    adapters: dict[str, Adapter]
+    weights: dict[str, float]
 
 
 @alone("merged")
@@ -97,9 +96,9 @@ def merge(
     check_method(method)
     _check_format(model, to)
     layers, weights = _layers_to_merge(model, to)
-    if getattr(model, "qgraft_base", None) is not None:
+    if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
-    trained = [trained_with(model, name) for name in weights]
+    trained = [find_adapter(model, name).trained for name in weights]
     chosen = find_rows(model, tokenizer, calibration, eval_dataset, trained, reading, seed)
     if chosen is None and method in CHAINS:
         raise DataError(
@@ -142,10 +141,10 @@ def unmerge(model: PreTrainedModel) -> None:
     Undoes all merges since the model was loaded; of two adapters of one name the later comes back as NAME-again1. Raises
     AdapterError when nothing is merged, or when an adapter of the same name has been attached meanwhile.
     """
-    merges: _Merges | None = getattr(model, "qgraft_merged", None)
+    base, merges = base_of(model), _merged(model)
     if merges is None:
         raise AdapterError("unmerge: nothing is merged into this model")
-    if taken := sorted(merges.loras.keys() & set(adapter_names(model))):
+    if taken := sorted(merges.adapters.keys() & set(adapter_names(model))):
         raise AdapterError(
             f"unmerge would bring back {', '.join(taken)}, but adapters of that name are attached",
             hint="take them off with detach_lora() first",
@@ -155,33 +154,36 @@ def unmerge(model: PreTrainedModel) -> None:
     for path, packed in merges.packed.items():
         layer: Any = wrapped.get(path) or model.get_submodule(path)
         layer.replace(packed)
-    for name, loras in merges.loras.items():
-        configs = {path: lora.config for path, lora in loras.items()}
-        attach_layers(model, name, configs, {path: (lora.lora_A, lora.lora_B) for path, lora in loras.items()})
+    for adapter in merges.adapters.values():
+        put_loras(model, adapter)
     use_adapter(model, active)
-    model.qgraft_base = merges.base
-    model.qgraft_merged = None  # type: ignore[assignment]
+    base.info, base.merged = merges.info, None
+
+
+def _merged(model: PreTrainedModel) -> Merged | None:
+    """What earlier merges took away, if there were any."""
+    merged = base_of(model).merged
+    assert isinstance(merged, Merged | None)
+    return merged
 
 
 def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
     """Put the merged bytes in place and take the adapters off."""
-    merges = getattr(model, "qgraft_merged", None) or _Merges(base=getattr(model, "qgraft_base", None))
-    layers = dict(lora_layers(model))
-    base = merges.base
-    if base is not None:  # adapters of the unmerged base no longer fit
+    base, layers = base_of(model), dict(lora_layers(model))
+    before, info = _merged(model) or Merged(base.info, {}, {}, {}), base.info
+    if info is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
-            base = replace(base, fingerprint=current_fingerprint(model), formats=weight_formats(model))
+            info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
+    original = {path: layers[path].packed for path in packed} | before.packed
     for path, merged in packed.items():
-        merges.packed.setdefault(path, layers[path].packed)
         layers[path].replace(merged)
+    adapters, active = dict(before.adapters), dict(before.weights)
     for name, weight in weights.items():
         others = (f"{name[:50]}-again{n}" for n in count(1))  # for when one of that name was merged before
-        kept = next(each for each in chain([name], others) if each not in merges.loras)
-        merges.loras[kept] = dict(lora_modules(model, name))
-        merges.weights[kept] = weight
+        kept = next(each for each in chain([name], others) if each not in adapters)
+        adapters[kept], active[kept] = replace(find_adapter(model, name), name=kept), weight
         detach_lora(model, name)
-    model.qgraft_merged = merges  # type: ignore[assignment]
-    model.qgraft_base = base
+    base.info, base.merged = info, Merged(before.info, original, adapters, active)
 
 
 def _check_format(model: PreTrainedModel, to: str | None) -> None:
@@ -189,8 +191,8 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
     if to is None:
         return
     get_format(to)  # an unknown name gets the closest ones as a hint
-    base = getattr(model, "qgraft_base", None)
-    possible = [name for name in (HELD[base.container] if base else FORMATS) if FORMATS[name].quantize is not None]
+    info = base_of(model).info
+    possible = [name for name in (HELD[info.container] if info else FORMATS) if FORMATS[name].quantize is not None]
     if to not in possible:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
@@ -199,8 +201,8 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
     """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
     weights = active_adapters(model)
     if not weights:
-        merges: _Merges | None = getattr(model, "qgraft_merged", None)
-        done = f"; merged already: {', '.join(merges.loras)}" if merges else ""
+        merges = _merged(model)
+        done = f"; merged already: {', '.join(merges.adapters)}" if merges else ""
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(
             f"merge: no adapter is active (attached: {attached}{done})",
@@ -208,8 +210,7 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
         )
     require_loras(model, weights, "merge")
     for name in weights:
-        state = {f"{path}.{part}": p for path, lora in lora_modules(model, name) for part, p in lora.named_parameters()}
-        if broken := non_finite(state):
+        if broken := non_finite(dict(find_adapter(model, name).named_parameters())):
             raise AdapterError(f"merge: NaN or infinity in {len(broken)} tensors of {name!r}, {broken[0]} first")
     adapted = {path: layer for path, layer in adapted_layers(model) if any(name in layer.loras for name in weights)}
     layers = {path: layer for path, layer in adapted.items() if isinstance(layer, LoraLinear)}

@@ -8,7 +8,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import adapters_off
+from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.lora import LoraLinear
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor

@@ -46,8 +46,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft import storage
-from qgraft.adapters.attach import active_adapters, adapted_layers, is_prefix
+from qgraft.adapters.base import adapters_of
+from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.targets import adapted_layers
 from qgraft.attention import SAMPLES
 from qgraft.compat import given_cache
 from qgraft.data.batches import Batch, collate
@@ -65,7 +67,7 @@ Key = bytes
 def first_adapted_layer(model: PreTrainedModel) -> int:
     """The lowest layer of the decoder that an active adapter is in; raises OptionError where nothing below is frozen."""
     layers, names = decoder_layers(model), list(active_adapters(model))
-    if prefixes := [name for name in names if is_prefix(model, name)]:
+    if prefixes := [name for name in names if adapters_of(model)[name].is_prefix]:
         raise OptionError(f"cache_frozen_layers: {', '.join(prefixes)} is a prefix, which is in every layer")
     adapted = {layer for _, layer in adapted_layers(model) if any(name in layer.loras for name in names)}
     within = [{module for module in layer.modules() if isinstance(module, LoraLayer)} for layer in layers]

@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qgraft.adapters.attach import adapter_names, attach_lora, is_prefix, lora_modules, prefix_encoder, use_adapter
+from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
-from qgraft.adapters.selection import selection_of
+from qgraft.adapters.base import adapter_names, find_adapter, selection_of
+from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.prefix import encoder_of
 from qgraft.errors import OptionError
 from qgraft.training.arguments import TrainArguments
 
@@ -36,17 +38,18 @@ def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterato
 
 def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
     """The parameters of the adapter `name`, in an order that does not depend on what else is on the model."""
-    return [parameter for part in selection_of(model).parts[name] for parameter in part.parameters()]
+    return [parameter for _, parameter in find_adapter(model, name).named_parameters()]
 
 
 def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     """Raise OptionError where the attached adapter args.adapter_name is not what the options speak of."""
     name, wanted = args.adapter_name, args.finetuning_type
-    if not is_prefix(model, name):
+    adapter = find_adapter(model, name)
+    if not adapter.is_prefix:
         if wanted == "p_tuning":
             raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
         return
-    length = prefix_encoder(model, name).config.pre_seq_len
+    length = encoder_of(adapter).config.pre_seq_len
     if wanted == "p_tuning" and args.pre_seq_len != length:
         raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens")
     if wanted == "lora" and not args.adapter_name_or_path:
@@ -64,12 +67,12 @@ def positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
 
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What kind of adapter was trained, and with which options of its own."""
-    if is_prefix(model, name):
-        return {"kind": "prefix", **dataclasses.asdict(prefix_encoder(model, name).config)}
-    layers = dict(lora_modules(model, name))
-    configs = [dataclasses.asdict(lora.config) for lora in layers.values()]
+    adapter = find_adapter(model, name)
+    configs = [dataclasses.asdict(config) for config in adapter.configs.values()]
+    if adapter.is_prefix:
+        return {"kind": adapter.kind, **configs[0]}
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
-    return {"kind": "lora", "layers": len(layers), **common}
+    return {"kind": adapter.kind, "layers": len(configs), **common}
 
 
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:

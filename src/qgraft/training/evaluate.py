@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.selection import alone
+from qgraft.adapters.base import alone
 from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import ChatTemplate, Recipe, Sample, build_samples, resolve_template

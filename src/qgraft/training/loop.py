@@ -28,7 +28,7 @@ from transformers.trainer_utils import SaveStrategy
 
 from qgraft import storage
 from qgraft.adapter_files.folder import read_trained, save_adapter
-from qgraft.adapters.attach import adapter_state_dict
+from qgraft.adapters.base import find_adapter
 from qgraft.compat import activation_checkpointing
 from qgraft.data.batches import Batch
 from qgraft.data.tokenizing import Sample
@@ -331,7 +331,7 @@ class TrainingLoop:
         return None
 
     def _take_adapter(self, folder: Path) -> None:
-        saved, current = read_trained(folder), adapter_state_dict(self.model, self.args.adapter_name)
+        saved, current = read_trained(folder), find_adapter(self.model, self.args.adapter_name).state_dict()
         if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
             raise CheckpointError(
                 f"{folder} holds another adapter: {len(saved)} tensors of other names or shapes "

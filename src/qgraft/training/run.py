@@ -24,7 +24,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from qgraft import plots, storage
 from qgraft.adapter_files.folder import save_adapter
-from qgraft.adapters.attach import count_parameters
+from qgraft.adapters.base import base_of, find_adapter
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import Sample, samples_sha256
 from qgraft.errors import DataError, OptionError
@@ -234,7 +234,7 @@ class Run:
             steps=loop.events.state.global_step,
             finished=not signalled,
             signal=(self.stop.received or signal.SIGTERM) if signalled else None,
-            parameters=count_parameters(self.model, prepared.args.adapter_name),
+            parameters=find_adapter(self.model, prepared.args.adapter_name).size,
             metrics=metrics,
             accounting=prepared.accounting,
             held_out_accounting=prepared.held_out,
@@ -260,7 +260,7 @@ class Run:
         options = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes.count
         adapter = describe_adapter(self.model, args.adapter_name)
-        base = getattr(self.model, "qgraft_base", None)
+        base = base_of(self.model).info
         return {
             "base (fingerprint)": None if base is None else base.fingerprint,
             "samples of a step": size,
@@ -358,7 +358,7 @@ def _save(
     if report.finished:
         details = {key: run[key] for key in ("dataset", "arguments", "metrics")}
         save_adapter(model, folder, args.adapter_name, details)
-    base = getattr(model, "qgraft_base", None)
+    base = base_of(model).info
     storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():
         plots.plot_losses(folder / METRICS, folder / "loss.png")

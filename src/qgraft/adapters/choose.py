@@ -1,0 +1,55 @@
+"""Choose which of a model's adapters are active, LoRAs and prefixes alike; selection.py says what that means when."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from qgraft.adapters.base import selection_of
+from qgraft.errors import OptionError
+
+
+def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
+    """Make one adapter active ("law"), a weighted few ({"law": 0.7, "med": 0.3}), or none (None), for all threads.
+
+    It is a default: a call of the model that has begun, or is within adapters_off(), goes on by its own, and one with
+    `adapter_names` names its own. The active adapters are the ones that train: their weights require gradients, all
+    others do not.
+    Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix,
+    UnsupportedError while another thread trains or merges.
+    """
+    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+    selection = selection_of(model)
+    selection.require(weights)
+    check_weights(weights)
+    if wrong := [
+        f"{name}={weights[name]}" for name in weights if selection.adapters[name].is_prefix and weights[name] != 1
+    ]:
+        raise OptionError(
+            f"weights of prefixes: got {', '.join(wrong)}, expected 1",
+            hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
+        )
+    selection.choose(weights)
+
+
+def check_weights(weights: Mapping[str, float]) -> None:
+    """Raise OptionError for a weight that is not finite."""
+    wrong = [f"{name}={weight}" for name, weight in weights.items() if not math.isfinite(weight)]
+    if wrong:
+        raise OptionError(f"weights of adapters: got {', '.join(wrong)}, expected finite numbers")
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within the block the model is the base, in this thread or asyncio task alone; afterwards adapters are active again.
+
+    A thread that is started in the block does not know of it.
+    """
+    with selection_of(model).within(None, weights={}):
+        yield
+
+
+def active_adapters(model: nn.Module) -> dict[str, float]:
+    """The adapters with their weights that a call from here would go by."""
+    return dict(selection_of(model).now().weights)
