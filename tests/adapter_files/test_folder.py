@@ -113,11 +113,25 @@ def test_peft_computes_the_same(tiny: Any, tmp_path: Path, random_ids: Maker, ca
     ids = random_ids(model)
     got = logits(model, ids)
     theirs = peft.PeftModel.from_pretrained(load_float(tiny), tmp_path / "adapter").eval()
-    ours = {path for path, _ in find_adapter(model, "default").parts.items()}
+    ours = set(find_adapter(model, "default").parts)
     wrapped = {path.removeprefix(PREFIX) for path, module in theirs.named_modules() if hasattr(module, "lora_A")}
     assert wrapped == ours
     assert relative(got, logits(theirs, ids)) < 1e-4
     assert relative(got, logits(load_base(tiny), ids)) > 1e-3
+
+
+def test_saving_walks_the_modules_once(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own, seen = with_adapter(tiny), nn.Module.named_children, []
+    modules = {id(module) for module in model.modules()}
+
+    def named_children(module: nn.Module) -> Any:
+        seen.append(id(module))
+        return own(module)
+
+    monkeypatch.setattr(nn.Module, "named_children", named_children)
+    monkeypatch.setattr(nn.Module, "named_modules", None)
+    save_adapter(model, tmp_path / "adapter")
+    assert 0 < len(seen) == len(set(seen)) <= len(modules)
 
 
 @pytest.mark.parametrize("case", OPTIONS)
@@ -478,7 +492,7 @@ def test_layers_that_differ_in_rank_and_scaling(tiny: Any, tmp_path: Path, rando
     ]  # fmt: skip
     model = load_base(tiny)
     attach_lora(model, name="all")
-    paths = [path for path, _ in find_adapter(model, "all").parts.items()]
+    paths = list(find_adapter(model, "all").parts)
     detach_lora(model)
     attach_layers(model, "default", {path: configs[index % 5] for index, path in enumerate(paths)})
     randomize(model)

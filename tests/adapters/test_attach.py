@@ -128,7 +128,7 @@ def test_a_name_is_a_whole_part_of_the_path_and_a_pattern_the_whole_path(model: 
 def test_all_linear_leaves_out_an_output_layer_that_is_wrapped(model: LlamaForCausalLM) -> None:
     attach_lora(model, target_modules="lm_head", name="head")
     attach_lora(model, name="body")
-    assert [path for path, _ in find_adapter(model, "body").parts.items()] == layer_paths(ATTENTION + MLP)
+    assert list(find_adapter(model, "body").parts) == layer_paths(ATTENTION + MLP)
 
 
 def test_unknown_target_suggests_the_nearest_and_lists_all(model: LlamaForCausalLM) -> None:

@@ -47,7 +47,7 @@ def test_only_the_named_layers_are_wrapped_and_peft_loads_the_file(tiny_gguf, tm
     model, _ = qgraft.load(tiny.path)
     config = qgraft.attach_lora(model, r=2, layers_to_transform="1")
     assert config.layers_to_transform == (1,)
-    paths = [path for path, _ in find_adapter(model, "default").parts.items()]
+    paths = list(find_adapter(model, "default").parts)
     assert paths == [path for path in find_targets(model, "all-linear") if ".layers.1." in path]
     for lora in find_adapter(model, "default").parts.values():
         torch.nn.init.normal_(lora.lora_B)

@@ -1,5 +1,6 @@
 """merge() and unmerge(): what is kept, what stays as it was, and what happens when something goes wrong half-way."""
 
+import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -255,6 +256,21 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
 
 
 # ---------------------------------------------------------------- back again
+
+
+def test_a_copy_of_a_merged_model_unmerges_by_itself(trained):
+    model, _ = trained().load("law")
+    want = {name: tensor.clone() for name, tensor in qgraft.lora_state_dict(model).items()}
+    merge(model, method="nearest", min_retained=-1e9)
+    twin = copy.deepcopy(model)
+    assert twin.qgraft.merged is model.qgraft.merged  # the bytes of the base are not copied
+    unmerge(model)
+    assert plain(twin) and twin.qgraft.info != model.qgraft.info
+    unmerge(twin)
+    assert twin.qgraft.info == model.qgraft.info and twin.qgraft.merged is None
+    for tensor in qgraft.lora_state_dict(model).values():
+        tensor.zero_()
+    assert all(torch.equal(tensor, want[name]) for name, tensor in qgraft.lora_state_dict(twin).items())
 
 
 def test_unmerge_puts_the_bytes_and_the_adapter_back(trained, rows):

@@ -1,16 +1,11 @@
-"""A LoRA between a model and the two files of its adapter folder: PEFT's options and PEFT's tensors.
-
-    base_model.model.<module path>.lora_A.weight      [r, in]
-    base_model.model.<module path>.lora_B.weight      [out, r]
-    base_model.model.<module path>.lora_embedding_A   [r, vocabulary]     of an embedding
-    base_model.model.<module path>.lora_embedding_B   [width, r]
+"""A LoRA between a model and the two files of its adapter folder: PEFT's options (peft_config.py) and PEFT's tensors, whose
+names adapters/peft_names.py knows.
 
 Writing takes both from the model. Reading compares both with the model before anything is attached, and finds all that
 differs; folder.py decides what is to be done about it.
 
-Beside a LoRA on the embedding or the output layer PEFT puts a copy of that layer of the base,
-`<module path>.base_layer.weight`, or `<module path>.weight` where the vocabulary was resized. It is not trained, and is
-passed over where it is the base's; a larger vocabulary, or another base's, is a difference.
+Beside a LoRA on the embedding or the output layer PEFT puts a copy of the base's weight. It is not trained, and is passed
+over where it is the base's; a larger vocabulary, or another base's, is a difference.
 """
 
 import math
@@ -27,16 +22,12 @@ from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_layers
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
-from qgraft.adapters.peft_names import tensor_name
+from qgraft.adapters.peft_names import is_lora, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.formats import PackedTensor, dequantize
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
 
-_KEY = re.compile(
-    r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
-)
-_COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
 _COMPARED_ROWS = 256  # of a copy of a layer with all of its rows, of which there may be 262,144
 # How far, relative to the base's weight, a copy may be from it: bfloat16 rounds by 0.004, two bits by 0.3.
 _FLOATS_APART, _PACKED_APART = 0.01, 0.5
@@ -70,14 +61,14 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
     stored = StoredLoras({}, set(), {}, [])
     loras = stored.pairs
     for key, tensor in state.items():
-        match = _KEY.fullmatch(key)
-        if match is not None and bool(match["of"]) != bool(match["weight"]):
-            loras.setdefault(match["path"], {})[match["part"]] = tensor
-            stored.embeddings.update([match["path"]] if match["of"] else [])
-        elif match is None and (copied := _COPY.fullmatch(key)):
-            stored.copies[copied["path"]] = tensor
-        else:
+        name = parse_name(key)
+        if name is None:
             stored.problems.append(f"unexpected tensor {key}")
+        elif name.part is None:
+            stored.copies[name.path] = tensor
+        else:
+            loras.setdefault(name.path, {})[name.part] = tensor
+            stored.embeddings.update([name.path] if name.of_embedding else [])
     for path, pair in list(loras.items()):
         if len(pair) == 1:
             missing = "B" if "A" in pair else "A"
@@ -88,7 +79,7 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
 
 def holds_lora(names: Iterable[str]) -> bool:
     """Whether any of these tensors is of a LoRA, by PEFT's names."""
-    return any(_KEY.fullmatch(name) for name in names)
+    return any(map(is_lora, names))
 
 
 def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, Any]:

@@ -88,6 +88,12 @@ def base_of(model: nn.Module) -> Base:
     return base
 
 
+def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
+    """The modules that calls enter the model by: itself and its decoder."""
+    decoder = getattr(model, "base_model", None)
+    return (model, decoder) if isinstance(decoder, nn.Module) and decoder is not model else (model,)
+
+
 def one_at_a_time(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Let threads wait for each other in a function that puts adapters on a model or takes them off."""
 
@@ -108,7 +114,8 @@ def selection_of(model: nn.Module) -> Selection:
 @one_at_a_time
 def gather(model: nn.Module) -> Base:
     """The model's Base, after a look at its parts: those that got adapters by themselves share its selection from now on."""
-    base, inside = base_of(model), list(modules_outside_adapters(model))
+    base = [base_of(module) for module in entrances(model)][0]
+    inside = list(modules_outside_adapters(model))
     holders = [(path, module) for path, module in inside if isinstance(module, Holder)]
     others = [(path, holder) for path, holder in holders if holder.selection is not base.selection]
     known = base.selection.adapters

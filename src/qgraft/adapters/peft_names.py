@@ -1,14 +1,54 @@
 """PEFT's names of the tensors of a LoRA: the only place that knows how they are made up.
 
-base_model.model.<module path>.lora_A.weight      [r, in]
-base_model.model.<module path>.lora_B.weight      [out, r]
-base_model.model.<module path>.lora_embedding_A   [r, vocabulary]     of an embedding
-base_model.model.<module path>.lora_embedding_B   [width, r]
+    base_model.model.<module path>.lora_A.weight       [r, in]
+    base_model.model.<module path>.lora_B.weight       [out, r]
+    base_model.model.<module path>.lora_embedding_A    [r, vocabulary]     of an embedding
+    base_model.model.<module path>.lora_embedding_B    [width, r]
+    base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
+                                                       output layer; without `base_layer` where it was resized
+
+PEFT's own model is `base_model.model`, with the adapter's name behind `lora_A`. Its files leave the name out; a state dict
+of the whole model does not, so `default`, the name that PEFT gives, is read as well.
 """
 
-STEM = "base_model.model."
+import re
+from dataclasses import dataclass
+
+_NAME = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
+)
+_COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
+
+
+@dataclass(frozen=True)
+class TensorName:
+    """What one of PEFT's names says.
+
+    Attributes:
+        path: of the layer.
+        part: "A" or "B" of its LoRA; None for a copy of the base's weight.
+        of_embedding: whether the LoRA is that of an embedding.
+    """
+
+    path: str
+    part: str | None = None
+    of_embedding: bool = False
 
 
 def tensor_name(path: str, part: str, of_embedding: bool = False) -> str:
     """PEFT's name of the A or B of a LoRA on the layer at this module path."""
-    return f"{STEM}{path}." + (f"lora_embedding_{part}" if of_embedding else f"lora_{part}.weight")
+    return f"base_model.model.{path}." + (f"lora_embedding_{part}" if of_embedding else f"lora_{part}.weight")
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor that is called so is, or means to be, of a LoRA."""
+    return _NAME.fullmatch(name) is not None
+
+
+def parse_name(name: str) -> TensorName | None:
+    """What the name of a tensor says; None for one that is not made up so."""
+    if (lora := _NAME.fullmatch(name)) is not None:
+        of_embedding = bool(lora["of"])
+        return TensorName(lora["path"], lora["part"], of_embedding) if of_embedding != bool(lora["weight"]) else None
+    copied = _COPY.fullmatch(name)
+    return None if copied is None else TensorName(copied["path"])

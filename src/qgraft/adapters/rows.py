@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.base import selection_of
+from qgraft.adapters.base import entrances, selection_of
 from qgraft.adapters.selection import Rows, Selection, end
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.rotary import by_call
@@ -45,7 +45,7 @@ def accept_rows(model: nn.Module) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
     if _HOOKS not in vars(model):  # once a model, not once an adapter
         by_call(model)
-    for module in _entrances(model):
+    for module in entrances(model):
         if _HOOKS not in vars(module):
             before = module.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
             after = module.register_forward_hook(_leave, always_call=True)
@@ -56,16 +56,11 @@ def accept_rows(model: nn.Module) -> None:
 
 def refuse_rows(model: nn.Module) -> None:
     """Undo accept_rows."""
-    for module in _entrances(model):
+    for module in entrances(model):
         for hook in vars(module).pop(_HOOKS, ()):
             hook.remove()
     if isinstance(vars(model).get("generate"), _Generate):
         del model.generate
-
-
-def _entrances(model: nn.Module) -> tuple[nn.Module, ...]:
-    decoder = getattr(model, "base_model", None)
-    return (model, decoder) if isinstance(decoder, nn.Module) and decoder is not model else (model,)
 
 
 class _Generate:
@@ -94,7 +89,7 @@ def _alone_if_needed(model: Any, selection: Selection, options: Mapping[str, Any
     """The model taken for this thread where generate() keeps something in it: another call would mix it up."""
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind in _KEEP_STATE or any(
-        "rope_deltas" in vars(module) for module in _entrances(model)
+        "rope_deltas" in vars(module) for module in entrances(model)
     ):  # positions of pictures, counted on from the prompt
         return selection.taken("used for an answer whose state it keeps in its layers")
     if options.get("assistant_early_exit") is not None:  # which leaves layers out of the configuration for a while

@@ -59,18 +59,20 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read).
     """
-    return {
-        path: module
-        for path, module in modules_outside_adapters(model)
-        if path
-        and (isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module))
-        and not weight_is_read(model, path)
-    }
+    return {path: layer for path, layer in adaptable_layers(model).items() if not is_embedding(layer)}
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All layers that a LoRA of a file can be on, by their paths: the linear ones and the embeddings."""
-    return _linear_layers(model) | {path: m for path, m in modules_outside_adapters(model) if path and is_embedding(m)}
+    return {
+        path: module
+        for path, module in modules_outside_adapters(model)
+        if path and (is_embedding(module) or (_is_linear(module) and not weight_is_read(model, path)))
+    }
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module)
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ Merging takes the adapter off the model, so that it cannot count twice; `unmerge
 The original bytes are kept for that (views of the mapped file, so they cost no memory until read).
 """
 
+import copy
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -155,7 +156,7 @@ def unmerge(model: PreTrainedModel) -> None:
         layer: Any = wrapped.get(path) or model.get_submodule(path)
         layer.replace(packed)
     for adapter in merges.adapters.values():
-        put_loras(model, adapter)
+        put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
     use_adapter(model, active)
     base.info, base.merged = merges.info, None
 
