@@ -14,7 +14,7 @@ from qgraft.data.messages import Conversation, as_pairs
 from qgraft.data.reading import Accounting, read_dataset
 from qgraft.data.tokenizing import (
     IGNORED,
-    Recipe,
+    ChatGlmOptions,
     build_samples,
     decode_answer,
     encode_conversation,
@@ -68,8 +68,8 @@ def test_golden_training_examples(real):
     for values, group in groupby(examples, key=lambda case: [case[name] for name in SETTINGS]):
         source, target, ignore, history = values
         cases = list(group)
-        recipe = Recipe(source, target, numbered=history, learn_padding=not ignore)
-        samples = build_samples(tokenizer, *read(cases, history), recipe=recipe)
+        chatglm = ChatGlmOptions(source, target, numbered=history, learn_padding=not ignore)
+        samples = build_samples(tokenizer, *read(cases, history), chatglm=chatglm)
         length = source + target + tokenizer.spare_length
         for sample, case in zip(samples, cases, strict=True):
             room = length - len(sample.input_ids)
@@ -131,13 +131,13 @@ def test_what_these_samples_cannot_be_is_refused(tiny):
         encode_conversation(tiny, Conversation.of("a:1", ("user", "q"), ("tool", "t"), ("assistant", "a")))
 
 
-@pytest.mark.parametrize("recipe", [Recipe(max_source_length=9), Recipe(9, 9, learn_padding=True)])
-def test_lengths_of_the_official_scripts_are_refused_for_other_tokenizers(recipe):
+@pytest.mark.parametrize("chatglm", [ChatGlmOptions(max_source_length=9), ChatGlmOptions(9, 9, learn_padding=True)])
+def test_lengths_of_the_official_scripts_are_refused_for_other_tokenizers(chatglm):
     core = Tokenizer(models.WordLevel({"a": 0, "</s>": 1}, "a"))
     other = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>")
     with pytest.raises(OptionError, match="max_source_length"):
-        build_samples(other, [TWO], Accounting(read=1, kept=1), recipe=recipe)
-    assert build_samples(other, [TWO], Accounting(read=1, kept=1), recipe=Recipe(numbered=True))
+        build_samples(other, [TWO], Accounting(read=1, kept=1), chatglm=chatglm)
+    assert build_samples(other, [TWO], Accounting(read=1, kept=1), chatglm=ChatGlmOptions(numbered=True))
 
 
 def test_rows_without_question_or_answer_are_dropped_and_counted(tiny):
@@ -204,5 +204,5 @@ def test_impossible_lengths_are_refused(tmp_path, options):
 def test_ignoring_padding_is_the_default_and_changes_nothing(tiny, tmp_path):
     given = arguments_from_dict({"output_dir": str(tmp_path), "use_cpu": True, "ignore_pad_token_for_loss": True})
     assert given.notes == []
-    labels = np.array(encode_conversation(tiny, TWO, recipe=Recipe(40, 40))[0].labels)
+    labels = np.array(encode_conversation(tiny, TWO, chatglm=ChatGlmOptions(40, 40))[0].labels)
     assert tiny.pad_token_id not in labels

@@ -14,7 +14,7 @@ from rouge_chinese import Rouge
 import qgraft
 from qgraft.data.messages import as_messages, as_pairs
 from qgraft.data.reading import read_dataset
-from qgraft.data.tokenizing import Recipe, encode_conversation, encode_prompt, resolve_template
+from qgraft.data.tokenizing import ChatGlmOptions, encode_conversation, encode_prompt, resolve_template
 from qgraft.errors import DataError, OptionError, StorageError, UnsupportedError
 from qgraft.training import predict as predict_module
 from qgraft.training import scores as scores_module
@@ -138,7 +138,9 @@ def test_prompts_are_cut_and_labels_normalized_as_the_scripts_do(tmp_path):
             conversations, _ = read_dataset(rows[:5], columns=columns)
             pad = tokenizer.pad_token_id
             for conversation, padded, labels in zip(conversations, case["input_ids"], case["labels"], strict=True):
-                ids = encode_prompt(tokenizer, conversation.messages[:-1], recipe=Recipe(case["max_source_length"]))
+                ids = encode_prompt(
+                    tokenizer, conversation.messages[:-1], chatglm=ChatGlmOptions(case["max_source_length"])
+                )
                 assert [pad] * (len(padded) - len(ids)) + ids == padded
                 expected = tokenizer.decode(labels, skip_special_tokens=True, clean_up_tokenization_spaces=True).strip()
                 template, longest = resolve_template(tokenizer), case["max_target_length"]
@@ -234,15 +236,15 @@ def test_rows_that_cannot_be_asked_are_counted_and_calls_are_expected_as_the_tem
 def test_a_text_in_front_of_every_prompt(chatglm, tiny_gguf, tmp_path):
     _, tokenizer = chatglm
     (conversation,), _ = read_dataset(ROWS[:1], columns={"prompt": "content", "response": "summary"})
-    recipe = Recipe(source_prefix="介绍: ")
-    prompt = encode_prompt(tokenizer, conversation.messages[:-1], recipe=recipe)
+    chatglm = ChatGlmOptions(source_prefix="介绍: ")
+    prompt = encode_prompt(tokenizer, conversation.messages[:-1], chatglm=chatglm)
     text = "介绍: " + tokenizer.prompt_text(as_pairs(conversation.messages[:-1]))
     assert prompt == tokenizer(text)["input_ids"]
-    assert encode_conversation(tokenizer, conversation, recipe=recipe)[0].input_ids[: len(prompt)] == prompt
+    assert encode_conversation(tokenizer, conversation, chatglm=chatglm)[0].input_ids[: len(prompt)] == prompt
     _, other = qgraft.load(tiny_gguf("llama").path, device="cpu")
     joined = [("user", "介绍: 你好"), ("assistant", "你好，世界！")]
-    assert encode_prompt(other, conversation.messages[:-1], recipe=recipe) == encode_prompt(other, joined[:1])
-    sample = encode_conversation(other, conversation, recipe=recipe)
+    assert encode_prompt(other, conversation.messages[:-1], chatglm=chatglm) == encode_prompt(other, joined[:1])
+    sample = encode_conversation(other, conversation, chatglm=chatglm)
     assert sample == encode_conversation(other, replace(conversation, messages=as_messages(joined)))
 
 

@@ -11,9 +11,10 @@ attach.py          put LoRAs on a model, take adapters off
 attach_prefix.py   put prefixes on a model
 choose.py          choose the active adapters
 states.py          a LoRA's weights as a dict of tensors
-rows.py            another adapter for each row of a batch
+batch_rows.py      another adapter for each row of a batch
 targets.py, layer_choice.py  which layers
 combine.py         one LoRA out of several
 fit_prefix.py      whether a stored prefix fits a model
+recompute.py       inputs of layers that need not be saved
 peft_names.py      what PEFT calls a LoRA's tensors
 """

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, selection_of
+from qgraft.adapters.batch_rows import accept_rows, refuse_rows
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
 from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import Prefixes
-from qgraft.adapters.rows import accept_rows, refuse_rows
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError

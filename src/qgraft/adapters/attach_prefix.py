@@ -7,7 +7,7 @@
 
 How many layers attend and how wide their keys are is found out by a pass over a few tokens, not read from names in a
 configuration. Several active prefixes stand one after another. A batch may have another prefix in each row
-(adapter_names, rows.py): the shorter ones are filled up with keys that their rows do not see.
+(adapter_names, batch_rows.py): the shorter ones are filled up with keys that their rows do not see.
 """
 
 import inspect
@@ -24,7 +24,7 @@ from qgraft.adapters.attach import check_new_name, put_on
 from qgraft.adapters.base import adapters_of, one_at_a_time, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
-from qgraft.adapters.selection import Rows, Selection
+from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
@@ -220,7 +220,7 @@ def _active_prefix(home: Prefixes) -> tuple[Prefix | None, int | Tensor]:
     return Prefix(_by_layer(home.geometry, stacked[:, None])), stacked.shape[2]
 
 
-def _prefix_of_rows(home: Prefixes, rows: Rows) -> tuple[Prefix | None, int | Tensor]:
+def _prefix_of_rows(home: Prefixes, rows: BatchRows) -> tuple[Prefix | None, int | Tensor]:
     """Another prefix for each row, all as long as the longest; rows without one see none of it."""
     groups = [(name, index) for name, index in rows.groups if name in home.encoders]
     if not groups:

@@ -16,6 +16,7 @@ from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from qgraft.adapters.adapter import Adapter, Part, join, prefix_error
 from qgraft.adapters.holder import Holder, modules_outside_adapters
@@ -61,6 +62,7 @@ class Base:
         merged: what merges took away, to be put back (merging/merge.py); None where nothing is merged.
         selection: its adapters, and which of them are active.
         stem: the module's path below the one that the paths of the adapters begin at.
+        hooks: where calls of the module begin and end (batch_rows.py), while there are adapters.
     """
 
     info: BaseInfo | None = None
@@ -69,6 +71,7 @@ class Base:
     merged: Any = None
     selection: Selection = field(default_factory=Selection)
     stem: str = ""
+    hooks: tuple[RemovableHandle, ...] = ()
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -78,7 +81,8 @@ class Base:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Base":
         """Of a copy of the model: adapters of its own; all else is never changed, so it is shared."""
-        return replace(self, selection=copy.deepcopy(self.selection, memo))
+        selection, hooks = copy.deepcopy((self.selection, self.hooks), memo)
+        return replace(self, selection=selection, hooks=hooks)
 
 
 def base_of(model: nn.Module) -> Base:
@@ -114,7 +118,7 @@ def selection_of(model: nn.Module) -> Selection:
 @one_at_a_time
 def gather(model: nn.Module) -> Base:
     """The model's Base, after a look at its parts: those that got adapters by themselves share its selection from now on."""
-    base = [base_of(module) for module in entrances(model)][0]
+    base, *_ = (base_of(module) for module in entrances(model))
     inside = list(modules_outside_adapters(model))
     holders = [(path, module) for path, module in inside if isinstance(module, Holder)]
     others = [(path, holder) for path, holder in holders if holder.selection is not base.selection]

@@ -14,13 +14,13 @@ values and scaling are those of PEFT, so that its files and ours are the same.
 The whole layer is one autograd function. It saves x, A, B and x A^T (r numbers a token): the dropout mask is drawn again
 from its seed, the base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written
 with ordinary modules, the same layer keeps the masked x and an output-sized temporary, too. Where x itself is cheap to
-compute from what is kept anyway (`recomputable`), not even x is saved.
+compute from what is kept anyway (recompute.py), not even x is saved.
 
 Adapter weights are float32 whatever the base computes in: Adam in half precision loses small updates.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
@@ -33,7 +33,8 @@ from torch.nn.functional import dropout as drop_inputs
 from qgraft.adapters.adapter import Adapter, Part, prefix_error
 from qgraft.adapters.holder import Holder, set_module
 from qgraft.adapters.peft_names import tensor_name
-from qgraft.adapters.selection import Rows, Selection
+from qgraft.adapters.recompute import Recompute, recompute_of
+from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.lora import Term, casts_kept, kept_casts, lora_backward, lora_forward
@@ -70,20 +71,6 @@ class LoraConfig:
     def scaling(self) -> float:
         """What the product B·A is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-@dataclass(frozen=True, eq=False)
-class Recipe:
-    """How a tensor is computed again: `make(*tensors)`, cheaply, bit for bit what it was."""
-
-    make: Callable[..., Tensor]
-    tensors: tuple[Tensor, ...]
-
-
-def recomputable(x: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-    """Let a LoraLinear that is given x save `tensors` instead, and compute x = make(*tensors) again when it needs it."""
-    x.qgraft_recipe = Recipe(make, tensors)  # type: ignore[attr-defined]
-    return x
 
 
 class Lora(Part):
@@ -223,7 +210,7 @@ class LoraLayer(Holder):
         dropout = lora.config.lora_dropout if self.training else 0.0
         return dropout, int(torch.randint(2**62, ()).item()) if dropout else 0
 
-    def _row_by_row(self, x: Tensor, rows: Rows | None) -> Tensor:
+    def _row_by_row(self, x: Tensor, rows: BatchRows | None) -> Tensor:
         """The base for the whole batch at once, then each adapter for all of its rows at once."""
         assert rows is not None
         y = self.base(x)
@@ -256,14 +243,14 @@ class LoraLinear(LoraLayer):
         """x [..., in] -> [..., out] with each of these adapters on its own tokens."""
         if not served:
             return self.base(x)
-        recipe: Recipe | None = getattr(x, "qgraft_recipe", None)
+        again = recompute_of(x)
         weights = [weight for lora, _ in served for weight in (lora.lora_A, lora.lora_B)]
         segments = [segment for _, segment in served]
         return LoraFunction.apply(
-            to_autocast(x), self.base, segments, recipe, *weights, *(recipe.tensors if recipe else ())
+            to_autocast(x), self.base, segments, again, *weights, *(again.tensors if again else ())
         )
 
-    def _row_by_row(self, x: Tensor, rows: Rows | None) -> Tensor:
+    def _row_by_row(self, x: Tensor, rows: BatchRows | None) -> Tensor:
         return super()._row_by_row(to_autocast(x), rows)
 
     def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
@@ -325,16 +312,21 @@ class LoraFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, base: nn.Module, segments: Sequence[LayerSegment], recipe: Recipe | None, *tensors: Tensor
+        ctx: Any,
+        x: Tensor,
+        base: nn.Module,
+        segments: Sequence[LayerSegment],
+        again: Recompute | None,
+        *tensors: Tensor,
     ) -> Tensor:
-        """x [..., in]; A [r, in], B [out, r] of each segment, then what the recipe of x needs -> y [..., out], dtype of x."""
+        """x [..., in]; A [r, in], B [out, r] of each segment, then the tensors of `again` -> y [..., out], dtype of x."""
         weights, sources = tensors[: 2 * len(segments)], tensors[2 * len(segments) :]
-        ctx.base, ctx.segments, ctx.make = base, segments, recipe and recipe.make
+        ctx.base, ctx.segments, ctx.make = base, segments, again and again.make
         ctx.compute, ctx.casts = getattr(base, "compute", "float32"), kept_casts()
         x_NI = x.reshape(-1, x.shape[-1]).contiguous()
         weight = fused_weight(base, x_NI)
         y_NO, hs = lora_forward(x_NI, base(x_NI) if weight is None else weight, _terms(segments, weights, x_NI))
-        ctx.save_for_backward(*weights, *hs, *(sources if recipe else (x_NI,)))
+        ctx.save_for_backward(*weights, *hs, *(sources if again else (x_NI,)))
         # in place and no view: some models add to what a layer gives them (Falcon), which autograd forbids for views
         return y_NO.resize_(*x.shape[:-1], y_NO.shape[-1])
 

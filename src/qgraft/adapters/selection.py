@@ -40,7 +40,7 @@ _CHANGING = threading.Lock()  # held for moments, while calls begin and selectio
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class BatchRows:
     """Which adapter serves which rows of one batch.
 
     Attributes:
@@ -84,7 +84,7 @@ class Active:
 
     selection: "Selection"
     weights: Mapping[str, float]
-    rows: Rows | None = None
+    rows: BatchRows | None = None
     row_names: tuple[str | None, ...] | None = None
     evaluated: dict[str, Tensor] | None = None
     entrance: nn.Module | None = None

@@ -25,7 +25,7 @@ from typing import Any
 from qgraft.data.calls import RowError
 from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
 from qgraft.data.messages import Conversation
-from qgraft.data.rows import COLUMNS, SCHEMAS, Layout, column_flags, read_row
+from qgraft.data.rows import COLUMNS, SCHEMAS, RowLayout, column_flags, read_row
 from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match
 
@@ -105,7 +105,7 @@ class _Item:
 
     name: str
     rows: Iterator[Row]
-    layout: Layout
+    layout: RowLayout
     limit: int | None = None
     notes: list[str] = field(default_factory=list)  # of its files, once they are read
 
@@ -139,7 +139,7 @@ def read_dataset(
         raise OptionError(f"columns: {unknown[0]!r} is no part, expected {', '.join(COLUMNS)}")
     if max_samples is not None and max_samples < 1:
         raise OptionError(f"max_samples is {max_samples}, expected at least 1")
-    layout, fill = Layout(columns=dict(columns or {})), {"name": name, "author": author}
+    layout, fill = RowLayout(columns=dict(columns or {})), {"name": name, "author": author}
     if not isinstance(names, str):
         items = [_Item("rows", ((row, f"rows:{number}") for number, row in enumerate(names, 1)), layout)]
     else:
@@ -196,7 +196,7 @@ def _filled(text: str, fill: Fill, source: str) -> str:
     return _PLACEHOLDER.sub(value, text)
 
 
-def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
+def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill) -> _Item:
     info_path = folder / "dataset_info.json"
     info = load_json(read_text(info_path), info_path) if info_path.is_file() else {}
     if not isinstance(info, dict):
@@ -206,7 +206,7 @@ def _resolve(name: str, folder: Path, layout: Layout, fill: Fill) -> _Item:
     if name in BUILT_IN:
         if not fill["name"] or not fill["author"]:
             raise DataError(f"{name} needs the name of the model and of its author", hint=_FILL_HINT)
-        return _Item(name, _built_in_rows(name), Layout())
+        return _Item(name, _built_in_rows(name), RowLayout())
     for path in (Path(name).expanduser(), folder / name):
         if path.exists():
             return _path_item(name, path, layout)
@@ -225,7 +225,7 @@ def _built_in_rows(name: str) -> Iterator[Row]:
             yield from file_rows(path, [])
 
 
-def _path_item(name: str, path: Path, layout: Layout, limit: int | None = None) -> _Item:
+def _path_item(name: str, path: Path, layout: RowLayout, limit: int | None = None) -> _Item:
     """A file, or all files of a folder in the order of their names."""
     files = [path]
     if path.is_dir():
@@ -236,7 +236,7 @@ def _path_item(name: str, path: Path, layout: Layout, limit: int | None = None) 
     return _Item(name, (row for file in files for row in file_rows(file, notes)), layout, limit, notes)
 
 
-def _info_item(name: str, entry: object, folder: Path, layout: Layout) -> _Item:
+def _info_item(name: str, entry: object, folder: Path, layout: RowLayout) -> _Item:
     """What an entry of LLaMA-Factory's dataset_info.json stands for."""
     where = f"{folder / 'dataset_info.json'}: {name}"
     told = entry if isinstance(entry, dict) else {}
@@ -247,7 +247,7 @@ def _info_item(name: str, entry: object, folder: Path, layout: Layout) -> _Item:
         raise DataError(f"{where}: holds preferences or images; qgraft learns answers in text only")
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt")
-    layout = Layout(formatting, columns, tags) if columns else Layout(formatting, layout.columns, tags)
+    layout = RowLayout(formatting, columns, tags) if columns else RowLayout(formatting, layout.columns, tags)
     limit = told.get("num_samples")
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise DataError(f"{where}: num_samples is {limit!r}, expected a number above 0")

@@ -1,6 +1,6 @@
 """From one row of a dataset to the messages of a conversation, whichever of the known layouts the row has.
 
-A row tells its layout by its own keys (reading.py lists them), unless somebody told: `Layout`. What fits none, or holds
+A row tells its layout by its own keys (reading.py lists them), unless somebody told: `RowLayout`. What fits none, or holds
 no answer to learn, raises RowError with the reason that the accounting counts.
 
 Keys of a message beside its role and content, under the names that other tools read:
@@ -76,7 +76,7 @@ class Read:
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """What somebody told about rows: "alpaca" or "sharegpt", the column of each part, the names of keys and roles."""
 
     formatting: str | None = None
@@ -101,7 +101,7 @@ class Layout:
         return "" if key is None else text_of(row[key], called)
 
 
-def read_row(row: object, layout: Layout) -> Read:
+def read_row(row: object, layout: RowLayout) -> Read:
     """The messages of a row, ending in an answer; RowError says why there are none."""
     if not isinstance(row, Mapping):
         raise RowError(f"row is a {type(row).__name__}, not an object")
@@ -134,7 +134,7 @@ def _column(row: Mapping[str, object], name: str) -> str | None:
     return next((key for key in row if isinstance(key, str) and same_name(key) == wanted), None)
 
 
-def column_flags(row: object, layout: Layout) -> str | None:
+def column_flags(row: object, layout: RowLayout) -> str | None:
     """The options that name the columns of a row that holds texts under names that are not known; None where it does not."""
     if not isinstance(row, Mapping):
         return None
@@ -159,7 +159,7 @@ def _unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
     return [str(key)[:40] for key in row if key not in known and not _is_empty(row[key]) and row[key] != []]
 
 
-def _of_pair(row: Mapping[str, object], layout: Layout) -> list[Message]:
+def _of_pair(row: Mapping[str, object], layout: RowLayout) -> list[Message]:
     if not any(layout.find(row, part) for part in ("prompt", "query", "response")):
         if _column(row, "chosen") and _column(row, "rejected"):
             raise RowError("holds preferences (chosen, rejected); qgraft learns answers")

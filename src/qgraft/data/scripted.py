@@ -21,7 +21,7 @@ OWN_PROMPTS = (
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ChatGlmOptions:
     """What ChatGLM's official scripts can be told beside our own options; see models/prompt_tokenizer.py."""
 
     max_source_length: int | None = None
@@ -55,22 +55,22 @@ class WritesPrompts(Protocol):
     def clean_answer(self, text: str) -> str: ...
 
 
-def check_recipe(tokenizer: "PreTrainedTokenizerBase", recipe: Recipe) -> None:
+def check_chatglm_options(tokenizer: "PreTrainedTokenizerBase", chatglm: ChatGlmOptions) -> None:
     """Raise OptionError for what only ChatGLM's samples can be, with another tokenizer."""
-    general = replace(recipe, numbered=False, source_prefix="") == Recipe()
+    general = replace(chatglm, numbered=False, source_prefix="") == ChatGlmOptions()
     if not general and not isinstance(tokenizer, WritesPrompts):
         raise OptionError("max_source_length, max_target_length and ignore_pad_token_for_loss=false are for ChatGLM's "
                           "tokenizers, and this is another", hint="max_length bounds the whole sample")  # fmt: skip
 
 
 def scripted_ids(
-    tokenizer: WritesPrompts, messages: Sequence[Pair], recipe: Recipe, train_on_prompt: bool
+    tokenizer: WritesPrompts, messages: Sequence[Pair], chatglm: ChatGlmOptions, train_on_prompt: bool
 ) -> tuple[list[int], list[int]]:
     """The ids and labels of a sample that ends in an answer."""
     if train_on_prompt:
         raise OptionError("train_on_prompt: samples of ChatGLM learn their last answer only",
                           hint="leave it out; the first generation even sees all of a prompt at once")  # fmt: skip
     return tokenizer.sample_ids(
-        messages, recipe.max_source_length, recipe.max_target_length,
-        numbered=recipe.numbered, learn_padding=recipe.learn_padding, source_prefix=recipe.source_prefix,
+        messages, chatglm.max_source_length, chatglm.max_target_length,
+        numbered=chatglm.numbered, learn_padding=chatglm.learn_padding, source_prefix=chatglm.source_prefix,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, con
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
 from qgraft.data.reading import Accounting
 from qgraft.data.rendering import Writer
-from qgraft.data.scripted import OWN_PROMPTS, Recipe, WritesPrompts, check_recipe, scripted_ids
+from qgraft.data.scripted import OWN_PROMPTS, ChatGlmOptions, WritesPrompts, check_chatglm_options, scripted_ids
 from qgraft.data.templates import SYSTEM_TEXTS, ChatTemplate, named_template
 from qgraft.errors import DataError, OptionError, UnsupportedError
 
@@ -86,16 +86,16 @@ def encode_prompt(
     *,
     template: ChatTemplate | None = None,
     system: str | None = None,
-    recipe: Recipe | None = None,
+    chatglm: ChatGlmOptions | None = None,
     tools: Sequence[Tool] = (),
 ) -> list[int]:
     """The ids of a prompt that asks for the next answer, as training saw them."""
-    template, recipe = template or resolve_template(tokenizer), recipe or Recipe()
+    template, chatglm = template or resolve_template(tokenizer), chatglm or ChatGlmOptions()
     turns = _with_system(as_messages(messages), system)
     if isinstance(tokenizer, WritesPrompts):
-        return tokenizer.prompt_ids(as_pairs(turns), recipe.max_source_length, source_prefix=recipe.source_prefix)
+        return tokenizer.prompt_ids(as_pairs(turns), chatglm.max_source_length, source_prefix=chatglm.source_prefix)
     writer = Writer(tokenizer, template)
-    text = writer.prompt(writer.settled(_with_prefix(turns, recipe.source_prefix)), tools)
+    text = writer.prompt(writer.settled(_with_prefix(turns, chatglm.source_prefix)), tools)
     return _with_bos(tokenizer, _plain_ids(tokenizer, text))
 
 
@@ -123,7 +123,7 @@ class Learning:
     mask_history: bool = False
     mask_reasoning: bool = False
     eos_ids: Sequence[int] = ()
-    recipe: Recipe | None = None
+    chatglm: ChatGlmOptions | None = None
 
     def __post_init__(self) -> None:
         if self.train_on_prompt and (self.mask_history or self.mask_reasoning):
@@ -139,7 +139,7 @@ class LearningOptions(TypedDict, total=False):
     mask_history: bool
     mask_reasoning: bool
     eos_ids: Sequence[int]
-    recipe: Recipe | None
+    chatglm: ChatGlmOptions | None
 
 
 def encode_conversation(
@@ -182,7 +182,7 @@ def build_samples(
     `learning` are the fields of Learning.
     """
     asked = Learning(**learning)
-    check_recipe(tokenizer, asked.recipe or Recipe())
+    check_chatglm_options(tokenizer, asked.chatglm or ChatGlmOptions())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
     encoder, samples = _Encoder(tokenizer, chosen, asked), list[Sample]()
     hint: str | None = None
@@ -252,7 +252,7 @@ class _Encoder:
         messages = _with_system(conversation.messages, self.learning.system)
         if self.writer is None:
             return [self._scripted(conversation, messages)]
-        messages = _with_prefix(messages, self.learning.recipe.source_prefix if self.learning.recipe else "")
+        messages = _with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
         answers = learned_answers(self.writer, messages, conversation.tools, self.choice)
         self._known.clear()
         groups: list[list[Answer]] = []
@@ -329,7 +329,7 @@ class _Encoder:
         if not weight:
             raise ConversationError("no answer is learned: its weight is 0")
         ids, labels = scripted_ids(
-            self.tokenizer, as_pairs(messages), self.learning.recipe or Recipe(), self.learning.train_on_prompt
+            self.tokenizer, as_pairs(messages), self.learning.chatglm or ChatGlmOptions(), self.learning.train_on_prompt
         )
         weights = None if weight == 1 else [0.0 if label == IGNORED else weight for label in labels]
         return Sample(ids, labels, conversation.source, weights)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
 from qgraft.data.reading import named_columns, read_dataset
-from qgraft.data.tokenizing import IGNORED, Recipe, Sample, WritesPrompts, build_samples, resolve_template
+from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError
 from qgraft.passes.limits import sample_limit, stated_ends
 
@@ -93,7 +93,7 @@ def find_rows(
         return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
                              max_length=sample_limit(model, LONGEST),
                              mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(model),
-                             recipe=Recipe(numbered="history" in (columns or ())))  # fmt: skip
+                             chatglm=ChatGlmOptions(numbered="history" in (columns or ())))  # fmt: skip
 
     first: Mapping[str, Any] = trained[0] if trained else {}
     if calibration is not None:

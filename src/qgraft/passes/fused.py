@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qgraft.adapters.lora import recomputable
+from qgraft.adapters.recompute import recomputable
 from qgraft.kernels import pointwise
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
 from qgraft.linear import product_dtype

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import alone
 from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
 from qgraft.data.reading import read_dataset
-from qgraft.data.tokenizing import ChatTemplate, Recipe, Sample, build_samples, resolve_template
+from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Sample, build_samples, resolve_template
 from qgraft.errors import DataError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
@@ -64,7 +64,7 @@ def evaluate(
     samples = build_samples(
         tokenizer, conversations, accounting, template=chosen, system=system,
         max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
-        recipe=Recipe(numbered="history" in (columns or ())), eos_ids=stated_ends(model),
+        chatglm=ChatGlmOptions(numbered="history" in (columns or ())), eos_ids=stated_ends(model),
     )  # fmt: skip
     return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
 

@@ -32,7 +32,7 @@ from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
-from qgraft.data.tokenizing import Recipe, WritesPrompts, answer_text, check_recipe, encode_prompt
+from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -211,8 +211,8 @@ def _questions(
     """The prompts that fit into the model's context; those that do not move from kept to dropped."""
     template, context = template_of(tokenizer, args), sample_limit(model, _UNBOUNDED)
     longest = args.val_max_target_length or args.max_target_length
-    recipe = Recipe(args.max_source_length, longest, source_prefix=args.source_prefix)
-    check_recipe(tokenizer, recipe)
+    chatglm = ChatGlmOptions(args.max_source_length, longest, source_prefix=args.source_prefix)
+    check_chatglm_options(tokenizer, chatglm)
     conversations, accounting = read_dataset(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
         max_samples=max_samples or args.max_samples,
@@ -220,7 +220,7 @@ def _questions(
     questions = []
     for conversation in conversations:
         try:
-            ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, recipe=recipe,
+            ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, chatglm=chatglm,
                                 tools=conversation.tools)  # fmt: skip
             if len(ids) >= context:
                 raise DataError(f"a prompt as long as the model's context of {context} tokens")

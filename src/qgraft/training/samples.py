@@ -6,7 +6,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
-from qgraft.data.tokenizing import Recipe, Sample, WritesPrompts, build_samples
+from qgraft.data.tokenizing import ChatGlmOptions, Sample, WritesPrompts, build_samples
 from qgraft.errors import DataError
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
@@ -71,7 +71,7 @@ def read_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
         train_on_prompt=args.train_on_prompt, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
         eos_ids=stated_ends(model),
-        recipe=Recipe(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
+        chatglm=ChatGlmOptions(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
                       learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
     )  # fmt: skip
     return samples, accounting

@@ -30,26 +30,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.base import entrances, selection_of
-from qgraft.adapters.selection import Rows, Selection, end
+from qgraft.adapters.base import base_of, entrances, selection_of
+from qgraft.adapters.selection import BatchRows, Selection, end
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.rotary import by_call
 
 KEYWORD = "adapter_names"
-_HOOKS = "_adapter_names_hooks"
 # Models of transformers that keep what they know of a sequence in their modules, not in a cache.
 _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
 
 def accept_rows(model: nn.Module) -> None:
     """Let calls of the model, and of its decoder, be told apart and take `adapter_names`. Once is enough."""
-    if _HOOKS not in vars(model):  # once a model, not once an adapter
+    if not base_of(model).hooks:  # once a model, not once an adapter
         by_call(model)
     for module in entrances(model):
-        if _HOOKS not in vars(module):
+        if not base_of(module).hooks:
             before = module.register_forward_pre_hook(_enter, with_kwargs=True, prepend=True)  # before a prefix's
             after = module.register_forward_hook(_leave, always_call=True)
-            setattr(module, _HOOKS, (before, after))
+            base_of(module).hooks = (before, after)
     if hasattr(model, "generate") and "generate" not in vars(model):
         model.generate = _Generate(model)  # type: ignore[assignment]
 
@@ -57,8 +56,9 @@ def accept_rows(model: nn.Module) -> None:
 def refuse_rows(model: nn.Module) -> None:
     """Undo accept_rows."""
     for module in entrances(model):
-        for hook in vars(module).pop(_HOOKS, ()):
+        for hook in base_of(module).hooks:
             hook.remove()
+        base_of(module).hooks = ()
     if isinstance(vars(model).get("generate"), _Generate):
         del model.generate
 
@@ -134,14 +134,14 @@ def _caller() -> FrameType:
     return frame
 
 
-def _rows_of(model: nn.Module, names: Sequence[str | None], inputs: Tensor) -> Rows:
+def _rows_of(model: nn.Module, names: Sequence[str | None], inputs: Tensor) -> BatchRows:
     if model.training and torch.is_grad_enabled() and _is_checkpointed(model):
         raise UnsupportedError(
             f"{KEYWORD} with gradient checkpointing: the layers run again when the rows are forgotten",
             hint="train without gradient_checkpointing, or one adapter at a time",
         )
     dims = inputs.dim() if inputs.is_floating_point() else inputs.dim() + 1
-    return Rows(len(names), dims, _groups(names, inputs.device))
+    return BatchRows(len(names), dims, _groups(names, inputs.device))
 
 
 def _batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
