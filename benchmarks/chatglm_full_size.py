@@ -315,7 +315,7 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
     with torch.no_grad():
         packed, _ = merge_in_step(model, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
     seconds = time.perf_counter() - began
-    torch.save({path: (each.data, each.scale) for path, each in packed.items()}, folder / "merged.pt")
+    torch.save({path: each.parts for path, each in packed.items()}, folder / "merged.pt")
     return {"seconds": seconds}
 
 
@@ -334,8 +334,8 @@ def save(model: Any, folder: Path) -> dict[str, float]:
     again, _ = qgraft.load(folder / "merged", device="cpu")
     for path, layer in model.named_modules():
         if isinstance(layer, qgraft.QuantizedLinear):
-            same = again.get_submodule(path).packed.data.view(torch.uint8)
-            assert torch.equal(same, layer.packed.data.view(torch.uint8)), path
+            same = again.get_submodule(path).packed.parts[0].view(torch.uint8)
+            assert torch.equal(same, layer.packed.parts[0].view(torch.uint8)), path
     return figures
 
 

@@ -42,8 +42,8 @@ def weights(format: str, rows: int, columns: int) -> PackedTensor:
     if FORMATS[format].quantize is not None:
         packed = quantize(torch.randn(rows, columns, device="cuda") * 0.02, format)
         return packed
-    data = torch.randint(0, 256, (rows, FORMATS[format].row_bytes(columns)), dtype=torch.uint8, device="cuda")
-    return PackedTensor(format, (rows, columns), data)
+    data = torch.randint(0, 256, FORMATS[format].parts[0].shape(rows, columns), dtype=torch.uint8, device="cuda")
+    return PackedTensor(format, (rows, columns), (data,))
 
 
 def unpacking() -> None:

@@ -52,15 +52,14 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def any_bytes(name: str, rows: int, columns: int) -> PackedTensor:
     """Codes and scales of any bytes, small and finite scales where a row has one."""
     layout = FORMATS[name]
-    data = torch.randint(0, 256, (rows, layout.row_bytes(columns)), dtype=torch.uint8)
-    if layout.family == "rowwise":
-        return PackedTensor(name, (rows, columns), data.view(torch.int8), torch.randn(rows).mul_(0.01).half())
-    return PackedTensor(name, (rows, columns), data)
+    data = torch.randint(0, 256, layout.parts[0].shape(rows, columns), dtype=torch.uint8)
+    if len(layout.parts) > 1:
+        return PackedTensor(name, (rows, columns), (data.view(torch.int8), torch.randn(rows).mul_(0.01).half()))
+    return PackedTensor(name, (rows, columns), (data,))
 
 
 def on_gpu(packed: PackedTensor) -> PackedTensor:
-    scale = None if packed.scale is None else packed.scale.cuda()
-    return PackedTensor(packed.format, packed.shape, packed.data.cuda(), scale)
+    return packed.map(Tensor.cuda)
 
 
 def same(got: Tensor, expected: Tensor) -> bool:

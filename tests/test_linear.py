@@ -39,8 +39,7 @@ def make_packed(format: str, rows: int = 6, columns: int = 32, seed: int = 0) ->
 
 
 def as_bytes(packed: PackedTensor) -> list[bytes]:
-    tensors = [packed.data] if packed.scale is None else [packed.data, packed.scale]
-    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors]
+    return [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in packed.parts]
 
 
 def torch_twin(layer: QuantizedLinear, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -114,11 +113,11 @@ def test_embedding_refuses_ids_outside_of_the_table(ids: Tensor) -> None:
 def test_casting_leaves_the_stored_bytes_and_scales_as_they_are(format: str, cast: str) -> None:
     layer = QuantizedLinear(make_packed(format), torch.randn(6))
     packed = layer.packed
-    before, dtypes = as_bytes(packed), (packed.data.dtype, packed.scale.dtype if packed.scale is not None else None)
+    before, dtypes = as_bytes(packed), [part.dtype for part in packed.parts]
     CASTS[cast](layer)
     after = layer.packed
     assert as_bytes(after) == before
-    assert (after.data.dtype, after.scale.dtype if after.scale is not None else None) == dtypes
+    assert [part.dtype for part in after.parts] == dtypes
     assert layer.bias is not None
     assert layer.bias.dtype == {"bfloat16": torch.bfloat16, "double": torch.float64}.get(cast, torch.float16)
 
@@ -126,8 +125,7 @@ def test_casting_leaves_the_stored_bytes_and_scales_as_they_are(format: str, cas
 def test_casting_works_on_strided_rows_and_scales() -> None:
     """Every second row of a larger table, as a view."""
     whole = make_packed("chatglm-int8")
-    assert whole.scale is not None
-    view = PackedTensor("chatglm-int8", (3, 32), whole.data[::2], whole.scale[::2])
+    view = PackedTensor("chatglm-int8", (3, 32), (whole.parts[0][::2], whole.parts[1][::2]))
     layer = QuantizedLinear(view)
     before = as_bytes(view)
     layer.half()
@@ -149,9 +147,8 @@ def test_embedding_output_follows_a_cast_but_its_table_does_not(cast: str, dtype
 
 def test_moving_to_another_device_moves_bytes_and_scales() -> None:
     layer = QuantizedLinear(make_packed("chatglm-int4"), torch.randn(6)).to("meta")
-    assert layer.packed.scale is not None
-    assert {layer.packed.data.device.type, layer.packed.scale.device.type} == {"meta"}
-    assert (layer.packed.data.dtype, layer.packed.data.shape) == (torch.int8, (6, 16))
+    assert {layer.packed.parts[0].device.type, layer.packed.parts[1].device.type} == {"meta"}
+    assert (layer.packed.parts[0].dtype, layer.packed.parts[0].shape) == (torch.int8, (6, 16))
     assert layer(torch.empty(2, 3, 32, device="meta")).shape == (2, 3, 6)
 
 
@@ -268,7 +265,7 @@ def test_copies_are_equal_and_independent(format: str, how: str) -> None:
     before = layer(x)
     assert torch.equal(twin(x), before)
     assert (twin.packed.format, twin.packed.shape) == (format, (6, 32))
-    twin.packed.data.zero_()
+    twin.packed.parts[0].zero_()
     assert torch.equal(layer(x), before)
     assert not torch.equal(twin(x), before)
 
@@ -276,13 +273,11 @@ def test_copies_are_equal_and_independent(format: str, how: str) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_from_params_keeps_the_tensors_of_a_checkpoint(bits: int) -> None:
     packed = make_packed(f"chatglm-int{bits}")
-    assert packed.scale is not None
     bias = torch.randn(6)
-    layer = QuantizedLinear.from_params(bits, packed.data, packed.scale, bias)
+    layer = QuantizedLinear.from_params(bits, packed.parts[0], packed.parts[1], bias)
     assert (layer.in_features, layer.out_features, layer.packed.format) == (32, 6, packed.format)
-    assert layer.packed.data.data_ptr() == packed.data.data_ptr()
-    assert layer.packed.scale is not None
-    assert layer.packed.scale.data_ptr() == packed.scale.data_ptr()
+    assert layer.packed.parts[0].data_ptr() == packed.parts[0].data_ptr()
+    assert layer.packed.parts[1].data_ptr() == packed.parts[1].data_ptr()
     x = torch.randn(3, 32)
     torch.testing.assert_close(layer(x), QuantizedLinear(packed, bias)(x), rtol=0, atol=0)
 
@@ -365,6 +360,7 @@ def test_bf16_leaves_the_output_layer_in_float32(tiny_gguf: Callable[..., Any]) 
 def test_a_layer_refuses_data_of_another_size() -> None:
     """The C loops trust these sizes: a wrong one would read past the end."""
     good = make_packed("q4_1", 6, 64)
-    for data, message in ((good.data[:, :-1], r"got data \[6, 39\], expected \[out, 40\]"), (good.data[:5], "5 rows")):
+    narrow = r"data: got torch.uint8 \[6, 39\], expected torch.uint8 \[6, 40\]"
+    for data, message in ((good.parts[0][:, :-1], narrow), (good.parts[0][:5], "5 rows")):
         with pytest.raises(ValueError, match=message):
-            QuantizedLinear(PackedTensor("q4_1", (6, 64), data, None))
+            QuantizedLinear(PackedTensor("q4_1", (6, 64), (data,)))

@@ -18,9 +18,8 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from qgraft.formats import PackedTensor
+from qgraft.formats import PackedTensor, checked, get_format, take_rows
 from qgraft.kernels import (
-    checked,
     dequantize,
     linear,
     linear_bf16,
@@ -96,10 +95,12 @@ def nothing(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -
 
 
 class PackedWeight(nn.Module):
-    """The buffers of one packed tensor. Casting the model (`.half()`) leaves stored bytes and scales as they are."""
+    """The buffers of one packed tensor, named as its format names its parts, in their order.
 
-    data: Tensor
-    scale: Tensor | None
+    Casting the model (`.half()`) leaves all of them as they are.
+    """
+
+    _buffers: dict[str, Tensor]  # type: ignore[assignment]  # none of them is None
 
     def __init__(self, packed: PackedTensor) -> None:
         super().__init__()
@@ -107,22 +108,29 @@ class PackedWeight(nn.Module):
 
     def set(self, packed: PackedTensor) -> None:
         """Hold `packed` from now on. Raises ValueError where its parts are not of its format's sizes."""
-        whole = checked(packed.data, packed.scale, packed.format, packed.shape[1])
+        whole = checked(packed.parts, packed.format, packed.shape[1])
         if whole.shape != packed.shape:
-            raise ValueError(f"{packed.format} weight: got data of {whole.shape[0]} rows for a shape {packed.shape}")
+            raise ValueError(f"{packed.format} weight: got parts of {whole.shape[0]} rows for a shape {packed.shape}")
         self.format, self.shape = packed.format, packed.shape
-        self.register_buffer("data", packed.data)
-        self.register_buffer("scale", packed.scale)
+        for name in [*self._buffers]:
+            delattr(self, name)  # another format may have fewer
+        for part, tensor in zip(get_format(packed.format).parts, packed.parts, strict=True):
+            self.register_buffer(part.name, tensor)
 
     def get(self) -> PackedTensor:
         """The packed tensor, sharing memory with the buffers."""
-        return PackedTensor(self.format, self.shape, self.data, self.scale)
+        return PackedTensor(self.format, self.shape, tuple(self._buffers.values()))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers lie."""
+        return self.get().device
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Seen as bytes, a buffer follows `.to(device)` but not `.half()`: stored scales must keep their bits.
-        self.data = fn(self.data.view(torch.uint8)).view(self.data.dtype)
-        if self.scale is not None:
-            self.scale = fn(self.scale.contiguous().view(torch.uint8)).view(self.scale.dtype)
+        # Seen as bytes, a buffer follows `.to(device)` but not `.half()`: stored numbers must keep their bits.
+        for name, buffer in self._buffers.items():
+            bytes_only = buffer if buffer.itemsize == 1 else buffer.contiguous()
+            self._buffers[name] = fn(bytes_only.view(torch.uint8)).view(buffer.dtype)
         return self
 
 
@@ -176,7 +184,7 @@ class QuantizedLinear(nn.Module):
                     f"from_params: {name}: got {tensor.dtype} {list(tensor.shape)}, expected floats [{rows}]"
                 )
         shape = (rows, weight.shape[1] * 8 // weight_bit_width)
-        return cls(PackedTensor(f"chatglm-int{weight_bit_width}", shape, weight, weight_scale), bias)
+        return cls(PackedTensor(f"chatglm-int{weight_bit_width}", shape, (weight, weight_scale)), bias)
 
     @property
     def packed(self) -> PackedTensor:
@@ -189,7 +197,7 @@ class QuantizedLinear(nn.Module):
 
         Its values are NaN, and take no memory: nobody shall compute with it. They are in `dequantize`.
         """
-        return nothing(self.out_features, self.in_features, self.dtype, self.packed_weight.data.device)
+        return nothing(self.out_features, self.in_features, self.dtype, self.packed_weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -242,11 +250,11 @@ class QuantizedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """As that of a QuantizedLinear, [num_embeddings, embedding_dim]."""
-        return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.data.device)
+        return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""
-        rows = self.packed_weight.get().rows(ids.reshape(-1))
+        rows = take_rows(self.packed_weight.get(), ids.reshape(-1))
         embedded = dequantize(rows, self.dtype).view(*ids.shape, self.embedding_dim)
         return embedded if self.scale == 1.0 else embedded * torch.tensor(self.scale, dtype=self.dtype)
 

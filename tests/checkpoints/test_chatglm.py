@@ -93,8 +93,8 @@ def test_packed_bytes_are_those_of_the_file(tmp_path: Path, name: str) -> None:
     model, weights = load(folder_of(tmp_path / "m", name)), weights_of(name)
     for path, layer in linears(model).items():
         if layer.packed.format != "f16":
-            assert torch.equal(layer.packed.data, weights[f"{path}.weight"])
-            assert torch.equal(layer.packed.scale, weights[f"{path}.weight_scale"])
+            assert torch.equal(layer.packed.parts[0], weights[f"{path}.weight"])
+            assert torch.equal(layer.packed.parts[1], weights[f"{path}.weight_scale"])
 
 
 @pytest.mark.spread(3)
@@ -110,8 +110,8 @@ def test_quantizing_gives_the_originals_bits(tmp_path: Path, generation: str, ki
     expected = weights_of(f"{generation}_{kind}")
     assert len(linears(model)) == 12
     for path, layer in linears(model).items():
-        assert torch.equal(layer.packed.data, expected[f"{path}.weight"]), path
-        assert torch.equal(layer.packed.scale, expected[f"{path}.weight_scale"]), path
+        assert torch.equal(layer.packed.parts[0], expected[f"{path}.weight"]), path
+        assert torch.equal(layer.packed.parts[1], expected[f"{path}.weight_scale"]), path
     save(model, tmp_path / "saved")
     saved = load_file(tmp_path / "saved" / "model.safetensors")
     assert saved.keys() == expected.keys()
@@ -149,7 +149,7 @@ def test_quantized_embeddings(tmp_path: Path, bits: int) -> None:
     weights = weights_of(f"chatglm_int{bits}")
     packed = get_format(f"chatglm-int{bits}").quantize(weights["transformer.word_embeddings.weight"])
     for key in ("transformer.word_embeddings.weight", "lm_head.weight"):
-        weights[key], weights[f"{key}_scale"] = packed.data.clone(), packed.scale.clone()
+        weights[key], weights[f"{key}_scale"] = packed.parts[0].clone(), packed.parts[1].clone()
     write_weights(folder, weights)
     model = load(folder)
     assert isinstance(model.get_input_embeddings(), QuantizedEmbedding)
@@ -311,7 +311,7 @@ def test_quantize_takes_any_model_of_torch() -> None:
     x, expected = torch.randn(3, 8), [get_format("chatglm-int8").quantize(layer.weight) for layer in model]
     bias = model[0].bias
     quantize(model, "chatglm-int8")
-    assert [torch.equal(layer.packed.data, each.data) for layer, each in zip(model, expected, strict=True)] == [
+    assert [torch.equal(layer.packed.parts[0], each.parts[0]) for layer, each in zip(model, expected, strict=True)] == [
         True
     ] * 2
     w = [dequantize(each, torch.float32) for each in expected]
@@ -324,6 +324,6 @@ def test_a_folder_is_not_changed_by_what_is_done_to_its_model(tmp_path: Path) ->
     before = (folder / "pytorch_model.bin").read_bytes()
     model = load(folder)
     for layer in linears(model).values():
-        layer.packed.data.zero_()
+        layer.packed.parts[0].zero_()
     assert (folder / "pytorch_model.bin").read_bytes() == before
     shutil.rmtree(folder)

@@ -139,7 +139,7 @@ def test_packed_weights_are_views_of_the_mapped_file(
     permuted = ("q_proj", "k_proj") if architecture == "llama" else ()
     modules = packed_modules(model)
     for path, module in modules.items():
-        data = module.packed_weight.data
+        data = module.packed_weight.get().parts[0]
         inside = start <= data.data_ptr() and data.data_ptr() + data.nbytes <= start + size
         assert inside == (path.rpartition(".")[2] not in permuted), path
     stored = {info.name: info for info in opened[0].tensors.values()}
@@ -153,8 +153,8 @@ def test_permuted_rows_keep_their_bytes(tiny_gguf: Maker) -> None:
     model, _ = load_gguf(tiny.path, torch.float32)
     file = read_gguf(tiny.path)
     for part in "qk":
-        ours = model.get_submodule(f"model.layers.0.self_attn.{part}_proj").packed.data
-        stored = file.packed(f"blk.0.attn_{part}.weight").data
+        ours = model.get_submodule(f"model.layers.0.self_attn.{part}_proj").packed.parts[0]
+        stored = file.packed(f"blk.0.attn_{part}.weight").parts[0]
         assert not torch.equal(ours, stored)
         assert sorted(map(bytes, ours.numpy())) == sorted(map(bytes, stored.numpy()))
 
@@ -402,10 +402,10 @@ def test_casting_keeps_the_stored_bytes(tiny_gguf: Maker, random_ids: Maker, dty
     tiny = tiny_gguf("llama", tied=True)
     ids = random_ids(tiny.model)
     model, _ = load_gguf(tiny.path, torch.float32)
-    stored = {path: module.packed_weight.data.clone() for path, module in packed_modules(model).items()}
+    stored = {path: module.packed_weight.get().parts[0].clone() for path, module in packed_modules(model).items()}
     model.to(dtype)
     for path, module in packed_modules(model).items():
-        assert torch.equal(module.packed_weight.data, stored[path])
+        assert torch.equal(module.packed_weight.get().parts[0], stored[path])
     assert model.get_output_embeddings().packed_weight is model.get_input_embeddings().packed_weight
     assert relative(logits(model, ids), logits(tiny.model, ids)) < (1e-5 if dtype == torch.float32 else 0.1)
 
@@ -417,7 +417,7 @@ def test_a_deep_copy_is_a_model_of_its_own(tiny_gguf: Maker, random_ids: Maker) 
     twin = copy.deepcopy(model)
     before = logits(model, ids)
     assert torch.equal(logits(twin, ids), before)
-    twin.get_submodule("model.layers.0.mlp.up_proj").packed_weight.data.zero_()
+    twin.get_submodule("model.layers.0.mlp.up_proj").packed_weight.get().parts[0].zero_()
     assert not torch.equal(logits(twin, ids), before)
     assert torch.equal(logits(model, ids), before)
     assert twin.get_output_embeddings().packed_weight is twin.get_input_embeddings().packed_weight

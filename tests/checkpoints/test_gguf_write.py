@@ -98,14 +98,14 @@ def test_random_files(
         action = draws.draw(st.sampled_from(["keep", "leave", "flip", "convert"]))
         packed = file.packed(name)
         if action == "flip":
-            packed.data[-1, -1] ^= 1  # in the private mapping only
+            packed.parts[0][-1, -1] ^= 1  # in the private mapping only
         fmt = draws.draw(st.sampled_from(sorted(WRITABLE))) if action == "convert" else packed.format
         if action != "leave":
             matrices.append(Matrix(name, Stored(name), packed, fmt))
-        floats = gguf.quants.dequantize(packed.data.numpy(), Q[packed.format.upper()])
+        floats = gguf.quants.dequantize(packed.parts[0].numpy(), Q[packed.format.upper()])
         same = fmt == packed.format
         expected[name] = (
-            packed.data.numpy().tobytes() if same else gguf.quants.quantize(floats, WRITABLE[fmt]).tobytes()
+            packed.parts[0].numpy().tobytes() if same else gguf.quants.quantize(floats, WRITABLE[fmt]).tobytes()
         )
     uniform = draws.draw(st.sampled_from([None, "q8_0", "f16"]))
     report = write_gguf(folder / "b.gguf", origin_of(folder / "a.gguf"), matrices, uniform)

@@ -104,8 +104,8 @@ def test_rowwise_layout(tmp_path: Path, random_ids: Maker, stored: str, bits: in
             assert file.get_slice(name).get_dtype() == "I8"
             assert file.get_slice(name).get_shape() == [before.shape[0], before.shape[1] * bits // 8]
             assert file.get_slice(f"{name}_scale").get_dtype() == scale
-            assert torch.equal(file.get_tensor(name), expected.data)
-            assert torch.equal(file.get_tensor(f"{name}_scale"), expected.scale)
+            assert torch.equal(file.get_tensor(name), expected.parts[0])
+            assert torch.equal(file.get_tensor(f"{name}_scale"), expected.parts[1])
     config = json.loads((tmp_path / "source" / "config.json").read_text())
     assert json.loads((tmp_path / "copy" / "config.json").read_text()) == {**config, "quantization_bit": bits}
     assert storage.check_folder(tmp_path / "copy") == []
@@ -228,8 +228,8 @@ def test_changed_and_wrapped_layers(source: Path, tmp_path: Path) -> None:
     layer.replace(quantize(layer.dequantize() * 1.5 + 0.1, "chatglm-int4"))
     save(model, tmp_path / "copy")
     again = load(tmp_path / "copy")
-    assert torch.equal(again.get_submodule(PART).packed.data, layer.packed.data)
-    assert torch.equal(again.get_submodule(PART).packed.scale, layer.packed.scale)
+    assert torch.equal(again.get_submodule(PART).packed.parts[0], layer.packed.parts[0])
+    assert torch.equal(again.get_submodule(PART).packed.parts[1], layer.packed.parts[1])
     assert again.qgraft.info.fingerprint == current_fingerprint(model) != model.qgraft.info.fingerprint
 
 
@@ -259,7 +259,7 @@ def test_other_formats(source: Path, tmp_path: Path, random_ids: Maker) -> None:
         )
         assert formats[path] == (wanted or "chatglm-int8")
         expected = quantize(layer.dequantize(), wanted) if wanted else layer.packed
-        assert torch.equal(mixed.get_submodule(path).packed.data, expected.data)
+        assert torch.equal(mixed.get_submodule(path).packed.parts[0], expected.parts[0])
     assert mixed.qgraft.info.formats == report.formats
     ids = random_ids(mixed)
     assert (logits(mixed, ids) - logits(eight, ids)).abs().max() < 0.2 * logits(eight, ids).abs().max()

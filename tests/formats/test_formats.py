@@ -6,7 +6,7 @@ import torch
 
 import qgraft.formats
 from qgraft.errors import UnsupportedError
-from qgraft.formats import FORMATS, GGML_TYPES, PackedTensor, dequantize, get_format, quantize
+from qgraft.formats import FORMATS, GGML_TYPES, PackedTensor, dequantize, get_format, quantize, take_rows
 
 READ_ONLY = ["q2_k", "q3_k"]
 WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32"]
@@ -16,18 +16,18 @@ WRITABLE += ["q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
 def random_packed(name: str, out_features: int, in_features: int) -> PackedTensor:
     """Random bytes, with random finite scales in the row-wise family."""
     each, generator = FORMATS[name], torch.Generator().manual_seed(11)
-    data = torch.randint(0, 256, (out_features, each.row_bytes(in_features)), dtype=torch.uint8, generator=generator)
-    if each.family == "ggml":
-        return PackedTensor(name, (out_features, in_features), data)
+    data = torch.randint(0, 256, each.parts[0].shape(out_features, in_features), dtype=torch.uint8, generator=generator)
+    if len(each.parts) == 1:
+        return PackedTensor(name, (out_features, in_features), (data,))
     scale = torch.rand(out_features, generator=generator).half()
-    return PackedTensor(name, (out_features, in_features), data.view(torch.int8), scale)
+    return PackedTensor(name, (out_features, in_features), (data.view(torch.int8), scale))
 
 
 def test_table_is_complete() -> None:
     assert sorted(FORMATS) == sorted(WRITABLE + READ_ONLY)
     assert all(name == each.name for name, each in FORMATS.items())
     assert [name for name, each in sorted(FORMATS.items()) if each.quantize is None] == READ_ONLY
-    assert sorted(GGML_TYPES.values()) == sorted(name for name, each in FORMATS.items() if each.family == "ggml")
+    assert sorted(GGML_TYPES.values()) == sorted(name for name, each in FORMATS.items() if len(each.parts) == 1)
 
 
 def test_public_names() -> None:
@@ -40,13 +40,14 @@ def test_public_names() -> None:
 def test_ggml_types_and_sizes_are_those_of_gguf(type_id: int) -> None:
     theirs, ours = gguf.GGMLQuantizationType(type_id), FORMATS[GGML_TYPES[type_id]]
     assert theirs.name.lower() == ours.name
-    assert gguf.GGML_QUANT_SIZES[theirs] == (ours.block_size, ours.block_bytes)
-    assert ours.row_bytes(1024) == gguf.quants.quant_shape_to_byte_shape((3, 1024), theirs)[1]
+    assert gguf.GGML_QUANT_SIZES[theirs] == (ours.block_size, ours.nbytes(1, ours.block_size))
+    assert ours.nbytes(1, 1024) == gguf.quants.quant_shape_to_byte_shape((3, 1024), theirs)[1]
 
 
 @pytest.mark.parametrize(("name", "row_bytes"), [("chatglm-int4", 32), ("chatglm-int8", 64)])
 def test_row_bytes_of_the_row_wise_family(name: str, row_bytes: int) -> None:
-    assert FORMATS[name].row_bytes(64) == row_bytes == quantize(torch.ones(2, 64), name).data.shape[1]
+    assert FORMATS[name].parts[0].shape(2, 64) == (2, row_bytes) == quantize(torch.ones(2, 64), name).parts[0].shape
+    assert FORMATS[name].nbytes(2, 64) == 2 * row_bytes + 2 * 4  # with scales in float32, the widest that are written
 
 
 @pytest.mark.parametrize(("typo", "meant"), [("q4_2", "q4_"), ("Q4_K", "q4_k"), ("chatglm_int4", "chatglm-int4")])
@@ -83,7 +84,7 @@ def test_quantize_refuses_and_counts_broken_weights(name: str) -> None:
 def test_rows_are_the_rows_of_the_matrix(name: str) -> None:
     packed = random_packed(name, out_features=11, in_features=512)
     index = torch.tensor([10, 0, 3, 3, 7])
-    part = packed.rows(index)
+    part = take_rows(packed, index)
     assert part.format == name
     assert part.shape == (5, 512)
     got, want = dequantize(part, torch.float32), dequantize(packed, torch.float32)[index]
@@ -93,5 +94,5 @@ def test_rows_are_the_rows_of_the_matrix(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_nbytes_counts_data_and_scales(name: str) -> None:
     packed = random_packed(name, out_features=3, in_features=512)
-    scales = 3 * 2 if FORMATS[name].family == "rowwise" else 0
-    assert packed.nbytes == 3 * FORMATS[name].row_bytes(512) + scales
+    scales = 3 * 2 if len(FORMATS[name].parts) > 1 else 0
+    assert packed.nbytes == packed.parts[0].numel() + scales

@@ -13,7 +13,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, dequantize, get_format, quantize
 from qgraft.formats.blocks import read_fields, read_float, write_fields
 
-GGML = sorted(name for name, each in FORMATS.items() if each.family == "ggml")
+GGML = sorted(name for name, each in FORMATS.items() if len(each.parts) == 1)
 WRITABLE = [name for name in GGML if FORMATS[name].quantize is not None and FORMATS[name].block_size < 256]
 BLOCKS_OF_32 = [name for name in WRITABLE if FORMATS[name].block_size == 32]
 
@@ -50,17 +50,18 @@ def assert_quantizes_like_gguf(w_OI: Tensor, name: str) -> None:
     packed = quantize(w_OI, name)
     assert packed.format == name
     assert packed.shape == tuple(w_OI.shape)
-    assert packed.scale is None
-    assert packed.data.dtype == torch.uint8
-    assert packed.data.is_contiguous()
-    assert_same_bits(packed.data, oracle_quantize(w_OI, name), FORMATS[name].block_bytes)
+    assert packed.parts[0].dtype == torch.uint8
+    assert packed.parts[0].is_contiguous()
+    assert_same_bits(packed.parts[0], oracle_quantize(w_OI, name), FORMATS[name].nbytes(1, FORMATS[name].block_size))
 
 
 def random_bytes(name: str, out_features: int, blocks: int, seed: int = 0) -> PackedTensor:
     each = FORMATS[name]
     generator = torch.Generator().manual_seed(seed)
-    data = torch.randint(0, 256, (out_features, blocks * each.block_bytes), dtype=torch.uint8, generator=generator)
-    return PackedTensor(name, (out_features, blocks * each.block_size), data)
+    data = torch.randint(
+        0, 256, (out_features, blocks * each.nbytes(1, each.block_size)), dtype=torch.uint8, generator=generator
+    )
+    return PackedTensor(name, (out_features, blocks * each.block_size), (data,))
 
 
 def normal(*shape: int) -> Tensor:
@@ -76,7 +77,7 @@ def test_dequantizes_random_bytes_like_gguf(name: str, out_features: int) -> Non
     packed = random_bytes(name, out_features, blocks=5)
     got = dequantize(packed, torch.float32)
     assert got.shape == packed.shape
-    assert_same_bits(got, oracle_dequantize(packed.data, name), FORMATS[name].block_size)
+    assert_same_bits(got, oracle_dequantize(packed.parts[0], name), FORMATS[name].block_size)
 
 
 SCALE_OFFSETS = {"q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0], "q2_k": [80, 82], "q3_k": [108]}
@@ -89,18 +90,18 @@ def test_dequantizes_special_scales_like_gguf(name: str) -> None:
     packed = random_bytes(name, 3 * len(SPECIAL), blocks=2)
     for i, offset in enumerate(SCALE_OFFSETS[name]):
         scales = torch.tensor(SPECIAL * 3, dtype=torch.float16).roll(i)[:, None].view(torch.uint8)  # [rows, 2]
-        packed.data[:, offset : offset + 2] = scales
+        packed.parts[0][:, offset : offset + 2] = scales
     got = dequantize(packed, torch.float32)
     assert got.isnan().any()
     assert got.isinf().any()
-    assert_same_bits(got, oracle_dequantize(packed.data, name), FORMATS[name].block_size)
+    assert_same_bits(got, oracle_dequantize(packed.parts[0], name), FORMATS[name].block_size)
 
 
 @pytest.mark.parametrize("name", ["f16", "bf16"])
 def test_dequantizes_every_16_bit_pattern(name: str) -> None:
     patterns = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(256, 256)
-    packed = PackedTensor(name, (256, 256), patterns.view(torch.uint8))
-    assert_same_bits(dequantize(packed, torch.float32), oracle_dequantize(packed.data, name), 1)
+    packed = PackedTensor(name, (256, 256), (patterns.view(torch.uint8),))
+    assert_same_bits(dequantize(packed, torch.float32), oracle_dequantize(packed.parts[0], name), 1)
 
 
 @pytest.mark.parametrize("name", GGML)
@@ -109,17 +110,17 @@ def test_other_dtypes_are_the_float32_result_rounded_once(name: str, dtype: torc
     packed = random_bytes(name, 3, blocks=2)
     got = dequantize(packed, dtype)
     assert got.dtype == dtype
-    want = torch.from_numpy(oracle_dequantize(packed.data, name)).to(dtype)
+    want = torch.from_numpy(oracle_dequantize(packed.parts[0], name)).to(dtype)
     torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", GGML)
 def test_dequantize_reads_any_strides_and_leaves_the_bytes_alone(name: str) -> None:
     packed = random_bytes(name, 6, blocks=2)
-    wide = torch.empty(6, 1 + 2 * packed.data.shape[1], dtype=torch.uint8)
-    wide[:, 1::2] = packed.data
-    strided = PackedTensor(name, packed.shape, wide[:, 1::2])
-    want = oracle_dequantize(packed.data, name)
+    wide = torch.empty(6, 1 + 2 * packed.parts[0].shape[1], dtype=torch.uint8)
+    wide[:, 1::2] = packed.parts[0]
+    strided = PackedTensor(name, packed.shape, (wide[:, 1::2],))
+    want = oracle_dequantize(packed.parts[0], name)
     assert_same_bits(dequantize(strided, torch.float32), want, FORMATS[name].block_size)
     dequantize(packed, torch.float32).zero_()  # f32 too must hand out a copy
     assert_same_bits(dequantize(packed, torch.float32), want, FORMATS[name].block_size)
@@ -133,14 +134,14 @@ def test_reads_numbers_at_odd_offsets() -> None:
 def test_q4_0_block_by_hand() -> None:
     codes = list(range(16))  # byte j: low nibble j, high nibble 15 - j; d = 0.5 is 0x3800
     data = torch.tensor([[0x00, 0x38] + [j | (15 - j) << 4 for j in codes]], dtype=torch.uint8)
-    got = dequantize(PackedTensor("q4_0", (1, 32), data), torch.float32)
+    got = dequantize(PackedTensor("q4_0", (1, 32), (data,)), torch.float32)
     assert got[0].tolist() == [0.5 * (j - 8) for j in codes] + [0.5 * (7 - j) for j in codes]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("group", [1, 8, 16])
 def test_fields_round_trip(group: int, bits: int) -> None:
-    raw = random_bytes("q4_0", 4, blocks=16).data
+    raw = random_bytes("q4_0", 4, blocks=16).parts[0]
     codes = read_fields(raw, group, bits)
     assert codes.max() == 2**bits - 1
     assert codes.shape == (4, raw.shape[1] * 8 // bits)
@@ -203,14 +204,14 @@ def test_quantizes_views_and_leaves_the_weights_alone(name: str) -> None:
     before = w_OI.detach().clone()
     assert_quantizes_like_gguf(w_OI.detach(), name)
     packed = quantize(w_OI, name)
-    assert not packed.data.requires_grad
-    quantize(w_OI, name).data.zero_()
+    assert not packed.parts[0].requires_grad
+    quantize(w_OI, name).parts[0].zero_()
     assert torch.equal(w_OI, before)
 
 
 def test_quantize_to_f32_copies() -> None:
     w_OI = torch.ones(2, 3)
-    quantize(w_OI, "f32").data.zero_()
+    quantize(w_OI, "f32").parts[0].zero_()
     assert torch.equal(w_OI, torch.ones(2, 3))
 
 
@@ -232,14 +233,14 @@ def test_zero_minimum_has_the_sign_of_the_first_zero(name: str, first: float) ->
     """numpy's min of zeros of both signs depends on its vector width; the C code takes the first, and so do we."""
     block = [1.0, first, -first, 0.5] * 8
     packed = quantize(torch.tensor([block]), name)
-    assert packed.data[0, 2:4].tolist() == [0, 0x80 if str(first) == "-0.0" else 0]
-    assert_same_bits(dequantize(packed, torch.float32), oracle_dequantize(packed.data, name), 32)
+    assert packed.parts[0][0, 2:4].tolist() == [0, 0x80 if str(first) == "-0.0" else 0]
+    assert_same_bits(dequantize(packed, torch.float32), oracle_dequantize(packed.parts[0], name), 32)
 
 
 @pytest.mark.parametrize("name", ["q4_1", "q5_1"])
 def test_blocks_of_mixed_zeros_get_scale_plus_zero(name: str) -> None:
     packed = quantize(torch.tensor([[-0.0, 0.0] * 16, [0.0, -0.0] * 16]), name)
-    assert packed.data[:, :2].tolist() == [[0, 0], [0, 0]]
+    assert packed.parts[0][:, :2].tolist() == [[0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("name", BLOCKS_OF_32)
@@ -258,7 +259,7 @@ def test_width_that_is_no_multiple_of_the_block(name: str) -> None:
 
 @pytest.mark.parametrize("name", GGML)
 def test_no_rows(name: str) -> None:
-    packed = PackedTensor(name, (0, 512), torch.empty(0, get_format(name).row_bytes(512), dtype=torch.uint8))
+    packed = PackedTensor(name, (0, 512), (torch.empty(0, get_format(name).nbytes(1, 512), dtype=torch.uint8),))
     assert dequantize(packed, torch.float32).shape == (0, 512)
     if get_format(name).quantize:
-        assert quantize(torch.empty(0, 512), name).data.shape == packed.data.shape
+        assert quantize(torch.empty(0, 512), name).parts[0].shape == packed.parts[0].shape

@@ -22,9 +22,9 @@ def normal(*shape: int) -> Tensor:
 @pytest.mark.parametrize("format", WRITABLE)
 @pytest.mark.parametrize("name", NAMES)
 def test_quantizes_like_llamacpp(name: str, format: str) -> None:
-    got, want = quantize(GOLDEN[f"{name}/w"], format).data, GOLDEN[f"{name}/{format}"]
+    got, want = quantize(GOLDEN[f"{name}/w"], format).parts[0], GOLDEN[f"{name}/{format}"]
     assert got.shape == want.shape
-    block_bytes = FORMATS[format].block_bytes
+    block_bytes = FORMATS[format].nbytes(1, FORMATS[format].block_size)
     differing = (got != want).view(-1, block_bytes).any(dim=1)
     assert not differing.any(), (
         f"{int(differing.sum())} of {len(differing)} blocks differ, the first in bytes "
@@ -51,15 +51,15 @@ def test_error_is_a_part_of_a_step(name: str, format: str, most: float) -> None:
 def test_each_block_is_quantized_by_itself(format: str) -> None:
     """More blocks than are searched at once, and the same blocks one row after the other."""
     w_OI = normal(130, 1280)
-    rows = torch.cat([quantize(row[None], format).data for row in w_OI])
-    assert torch.equal(quantize(w_OI, format).data, rows)
+    rows = torch.cat([quantize(row[None], format).parts[0] for row in w_OI])
+    assert torch.equal(quantize(w_OI, format).parts[0], rows)
 
 
 @pytest.mark.parametrize("format", WRITABLE)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_quantized_as_their_float32_values(format: str, dtype: torch.dtype) -> None:
     w_OI = normal(3, 512).to(dtype)
-    assert torch.equal(quantize(w_OI, format).data, quantize(w_OI.float(), format).data)
+    assert torch.equal(quantize(w_OI, format).parts[0], quantize(w_OI.float(), format).parts[0])
 
 
 @pytest.mark.parametrize("format", WRITABLE)
@@ -67,15 +67,15 @@ def test_quantizes_views_and_leaves_the_weights_alone(format: str) -> None:
     w_OI = normal(512, 5).t().requires_grad_()
     before = w_OI.detach().clone()
     packed = quantize(w_OI, format)
-    assert not packed.data.requires_grad
-    assert packed.data.is_contiguous()
-    assert torch.equal(packed.data, quantize(before.contiguous(), format).data)
+    assert not packed.parts[0].requires_grad
+    assert packed.parts[0].is_contiguous()
+    assert torch.equal(packed.parts[0], quantize(before.contiguous(), format).parts[0])
     assert torch.equal(w_OI, before)
 
 
 @pytest.mark.parametrize("format", WRITABLE)
 def test_no_rows(format: str) -> None:
-    assert quantize(torch.empty(0, 512), format).data.shape == (0, FORMATS[format].row_bytes(512))
+    assert quantize(torch.empty(0, 512), format).parts[0].shape == (0, FORMATS[format].nbytes(1, 512))
 
 
 @pytest.mark.parametrize("format", WRITABLE)

@@ -22,18 +22,18 @@ def random_packed() -> Callable[..., PackedTensor]:
     def make(format: str, rows: int, columns: int) -> PackedTensor:
         generator = torch.Generator().manual_seed(rows * 1000 + columns)
         layout = FORMATS[format]
-        if layout.block_size == 1 and layout.family == "ggml":
+        if layout.block_size == 1 and len(layout.parts) == 1:
             return quantize(torch.randn(rows, columns, generator=generator) * 0.1, format)
-        shape = (rows, layout.row_bytes(columns))
+        shape = layout.parts[0].shape(rows, columns)
         data = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        if layout.family == "rowwise":
+        if len(layout.parts) > 1:
             scale = torch.randn(rows, generator=generator).mul_(0.01).half()
-            return PackedTensor(format, (rows, columns), data.view(torch.int8), scale)
-        blocks = data.view(-1, layout.block_bytes)
+            return PackedTensor(format, (rows, columns), (data.view(torch.int8), scale))
+        blocks = data.view(-1, layout.nbytes(1, layout.block_size))
         for offset in _HALVES[format]:
             halves = torch.randn(len(blocks), 1, generator=generator).mul_(0.01).half()
             blocks[:, offset : offset + 2] = halves.view(torch.uint8)
-        return PackedTensor(format, (rows, columns), data)
+        return PackedTensor(format, (rows, columns), (data,))
 
     return make
 

@@ -52,8 +52,8 @@ def same(got: Tensor, expected: Tensor) -> bool:
 def any_bytes(format: str, rows: int, columns: int) -> PackedTensor:
     """Any at all: NaN, infinities and subnormals are scales, too."""
     layout = FORMATS[format]
-    data = torch.randint(0, 256, (rows, layout.row_bytes(columns)), dtype=torch.uint8)
-    return PackedTensor(format, (rows, columns), data)
+    data = torch.randint(0, 256, layout.parts[0].shape(rows, columns), dtype=torch.uint8)
+    return PackedTensor(format, (rows, columns), (data,))
 
 
 def test_triton_is_what_serves() -> None:
@@ -66,7 +66,7 @@ def test_triton_is_what_serves() -> None:
 def test_blocks_of_any_bytes_unpack_as_in_gguf(format: str) -> None:
     packed = any_bytes(format, 67, 5 * 256)
     with np.errstate(all="ignore"):
-        exact = gguf_dequantize(packed.data.numpy(), GGMLQuantizationType[format.upper()])
+        exact = gguf_dequantize(packed.parts[0].numpy(), GGMLQuantizationType[format.upper()])
     expected = torch.from_numpy(np.ascontiguousarray(exact))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert same(dequantize(packed, dtype), expected.to(dtype)), dtype
@@ -77,10 +77,11 @@ def test_blocks_of_any_bytes_unpack_as_in_gguf(format: str) -> None:
 def test_every_format_unpacks_as_the_reference(format: str, rows: int, random_packed: MakePacked) -> None:
     columns = {"chatglm-int4": 1278, "chatglm-int8": 1277}.get(format, 1280)  # a row may end anywhere
     packed = random_packed(format, rows, columns)
-    for scale in {packed.scale, None if packed.scale is None else packed.scale.float() * 1.001}:
-        packed = PackedTensor(format, packed.shape, packed.data, scale)
+    data, *scales = packed.parts
+    for others in (scales, [scale.float() * 1.001 for scale in scales]):
+        packed = PackedTensor(format, packed.shape, (data, *others))
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-            assert same(dequantize(packed, dtype), format_dequantize(packed, dtype)), (dtype, scale)
+            assert same(dequantize(packed, dtype), format_dequantize(packed, dtype)), (dtype, others)
 
 
 @pytest.mark.parametrize("format", triton_ops.FORMATS)

@@ -132,7 +132,7 @@ def test_no_place_for_the_token_is_an_error(position: int) -> None:
 def test_weights_that_are_not_what_they_say_are_refused() -> None:
     packed = get_format("q8_0").quantize(torch.randn(8, 64))
     with pytest.raises(ValueError, match="data"):
-        decode.linear(PackedTensor("q8_0", (8, 96), packed.data), None, [], [])
+        decode.linear(PackedTensor("q8_0", (8, 96), (packed.parts[0],)), None, [], [])
     with pytest.raises(ValueError, match="bias"):
         decode.linear(packed, torch.zeros(7), [], [])
     with pytest.raises(ValueError, match="float32"):

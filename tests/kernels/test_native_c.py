@@ -26,10 +26,10 @@ def dequantize_bf16(packed: PackedTensor, threads: int = 1) -> Tensor:
     function = library.qgraft_dequantize_bf16
     function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
     rows, columns = packed.shape
-    scale = None if packed.scale is None else packed.scale.float()
+    data, scale = native.stored(packed)
     out = torch.empty(rows, columns, dtype=torch.bfloat16)
     code = function(
-        native.FORMAT_IDS[packed.format], packed.data.data_ptr(), None if scale is None else scale.data_ptr(),
+        native.FORMAT_IDS[packed.format], data.data_ptr(), None if scale is None else scale.data_ptr(),
         rows, columns, out.data_ptr(), threads,
     )  # fmt: skip
     assert code == 0
@@ -177,7 +177,7 @@ def test_bf16_rounds_ties_to_even_and_keeps_nan_and_infinity(cpu_level: str) -> 
     low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
     scale = (torch.arange(-32768, 32768, dtype=torch.int32)[:, None] * 65536 + low).view(torch.float32).flatten()
     ones = torch.ones(scale.numel(), 33, dtype=torch.int8)  # a whole chunk and one column more
-    got_33 = dequantize_bf16(PackedTensor("chatglm-int8", tuple(ones.shape), ones, scale))
+    got_33 = dequantize_bf16(PackedTensor("chatglm-int8", tuple(ones.shape), (ones, scale)))
     got, expected = got_33[:, 0], scale.bfloat16()
     assert torch.equal(got_33.view(torch.int16), got.view(torch.int16)[:, None].expand(-1, 33))
     assert torch.equal(got.isnan(), scale.isnan())

@@ -73,9 +73,9 @@ def test_native_dequantize_is_bit_identical_to_the_reference(
 def test_dequantize_returns_memory_of_its_own(format: str, random_packed: MakePacked, use_kernels: UseKernels) -> None:
     use_kernels(None)
     packed = random_packed(format, 3, widths(format)[1])
-    before = packed.data.clone()
+    before = packed.parts[0].clone()
     dequantize(packed).fill_(7.0)
-    assert torch.equal(packed.data, before)
+    assert torch.equal(packed.parts[0], before)
 
 
 @pytest.mark.spread(9)
@@ -139,9 +139,10 @@ def test_packed_rows_need_not_be_contiguous(
     """Every second row of a packed matrix, as a view of its bytes and scales."""
     use_kernels(kernel)
     whole = random_packed(format, 34, widths(format)[1])
-    scale = None if whole.scale is None else whole.scale.float()[::2]  # float32: no conversion that would copy them
-    half = PackedTensor(format, (17, whole.shape[1]), whole.data[::2], scale)
-    assert not half.data.is_contiguous()
+    data, *scales = whole.parts
+    scales = [scale.float()[::2] for scale in scales]  # float32: no conversion that would copy them
+    half = PackedTensor(format, (17, whole.shape[1]), (data[::2], *scales))
+    assert not half.parts[0].is_contiguous()
     w_OI = format_dequantize(whole, torch.float32)[::2]
     assert torch.equal(dequantize(half), w_OI)
     for batch in (2, 20):
@@ -183,7 +184,7 @@ def test_half_precision_input_gradient_keeps_growing_over_many_panels(
     monkeypatch.setattr(native, "PANEL_BYTES", 1)
     monkeypatch.setattr(native, "BF16_PANEL_BYTES", 1)
     monkeypatch.setattr(native, "PANEL_ROWS", 1)
-    packed = PackedTensor("chatglm-int8", (4096, 2), torch.ones(4096, 2, dtype=torch.int8), torch.ones(4096).half())
+    packed = PackedTensor("chatglm-int8", (4096, 2), (torch.ones(4096, 2, dtype=torch.int8), torch.ones(4096).half()))
     got = linear_grad_input(torch.ones(1, 4096, dtype=dtype), packed)
     assert got.tolist() == [[4096.0, 4096.0]]
 
@@ -218,12 +219,14 @@ def test_nan_scale_reaches_exactly_its_own_weights(
     use_kernels(kernel)
     layout = FORMATS[format]
     packed = random_packed(format, 3, widths(format)[0] * 2)
-    block = packed.shape[1] if layout.family == "rowwise" else layout.block_size
-    if packed.scale is not None:
-        packed.scale[1] = torch.nan
+    block = packed.shape[1] if len(layout.parts) > 1 else layout.block_size
+    if len(packed.parts) > 1:
+        packed.parts[1][1] = torch.nan
     else:
         offset = {"q2_k": 80, "q3_k": 108, "q6_k": 208, "f32": 2}.get(format, 0)
-        packed.data[1, offset : offset + 2] = torch.tensor([0xFF, 0x7F], dtype=torch.uint8)  # NaN in all three types
+        packed.parts[0][1, offset : offset + 2] = torch.tensor(
+            [0xFF, 0x7F], dtype=torch.uint8
+        )  # NaN in all three types
     expected = torch.zeros(3, packed.shape[1], dtype=torch.bool)
     expected[1, :block] = True
     assert torch.equal(dequantize(packed).isnan(), expected)
@@ -239,12 +242,12 @@ def test_infinite_scale_is_read_like_the_reference_does(
 ) -> None:
     use_kernels(kernel)
     packed = random_packed(format, 2, widths(format)[0])
-    if packed.scale is not None:
-        packed.scale[0] = torch.inf
+    if len(packed.parts) > 1:
+        packed.parts[1][0] = torch.inf
     else:
         infinity = torch.bfloat16 if format == "bf16" else torch.float16
         offset = 208 if format == "q6_k" else 0
-        packed.data[0, offset : offset + 2] = torch.tensor([torch.inf], dtype=infinity).view(torch.uint8)
+        packed.parts[0][0, offset : offset + 2] = torch.tensor([torch.inf], dtype=infinity).view(torch.uint8)
     got = dequantize(packed)
     assert not bool(got[0].isfinite().all())
     torch.testing.assert_close(got, format_dequantize(packed, torch.float32), rtol=0, atol=0, equal_nan=True)
@@ -257,7 +260,7 @@ def test_every_half_is_read_as_torch_reads_it(use_kernels: UseKernels) -> None:
     halves = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.float16)
     data = torch.ones(65536, 34, dtype=torch.uint8)
     data[:, :2] = halves[:, None].view(torch.uint8)
-    got = dequantize(PackedTensor("q8_0", (65536, 32), data))
+    got = dequantize(PackedTensor("q8_0", (65536, 32), (data,)))
     assert torch.equal(got.isnan(), halves.isnan()[:, None].expand(-1, 32))
     number = ~halves.isnan()
     assert torch.equal(got[number, 0].view(torch.int32), halves[number].float().view(torch.int32))
@@ -269,20 +272,20 @@ def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, u
     """Schema, autograd registration and shape functions agree with what the kernels do."""
     use_kernels(kernel)
     packed = random_packed(format, 3, 256 if format == "q6_k" else 32)
-    data, scale, width = packed.data, packed.scale, packed.shape[1]
+    parts, width = packed.parts, packed.shape[1]
     table = torch.ops.qgraft
     checks = [
-        (table.dequantize.default, (data, scale, format, width, torch.float32)),
-        (table.dequantize.default, (data, scale, format, width, torch.bfloat16)),
+        (table.dequantize.default, (parts, format, width, torch.float32)),
+        (table.dequantize.default, (parts, format, width, torch.bfloat16)),
     ]
     for leading in ((9,), (2, 3)):
         x = torch.randn(*leading, width, requires_grad=True)
         grad = torch.randn(*leading, 3, requires_grad=True)
-        checks.append((table.linear.default, (x, data, scale, format)))
-        checks.append((table.linear_int8.default, (x, data, scale, format)))
-        checks.append((table.linear_bf16.default, (x, data, scale, format)))
-        checks.append((table.linear_grad_input_bf16.default, (grad, data, scale, format, width)))
-        checks.append((table.linear_grad_input.default, (grad, data, scale, format, width)))
+        checks.append((table.linear.default, (x, parts, format)))
+        checks.append((table.linear_int8.default, (x, parts, format)))
+        checks.append((table.linear_bf16.default, (x, parts, format)))
+        checks.append((table.linear_grad_input_bf16.default, (grad, parts, format, width)))
+        checks.append((table.linear_grad_input.default, (grad, parts, format, width)))
     for op, arguments in checks:
         results = torch.library.opcheck(op, arguments)
         assert set(results.values()) == {"SUCCESS"}, op
@@ -326,20 +329,19 @@ def test_linear_keeps_nothing_but_the_packed_bytes_for_its_backward(
 ) -> None:
     use_kernels(None)
     packed = random_packed("chatglm-int8", 5, 8)
-    assert packed.scale is not None
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
         linear(torch.randn(4, 8, requires_grad=True), packed)
-    assert sorted(saved) == sorted([packed.data.data_ptr(), packed.scale.data_ptr()])
+    assert sorted(saved) == sorted([packed.parts[0].data_ptr(), packed.parts[1].data_ptr()])
 
 
 def test_ops_never_change_their_inputs(random_packed: MakePacked, use_kernels: UseKernels) -> None:
     use_kernels(None)
     packed = random_packed("q4_0", 33, 64)
-    bytes_before, x, grad = packed.data.clone(), torch.randn(12, 64), torch.randn(12, 33)
+    bytes_before, x, grad = packed.parts[0].clone(), torch.randn(12, 64), torch.randn(12, 33)
     x_before, grad_before = x.clone(), grad.clone()
     linear(x, packed), linear_grad_input(grad, packed), dequantize(packed)
-    assert torch.equal(packed.data, bytes_before)
+    assert torch.equal(packed.parts[0], bytes_before)
     assert torch.equal(x, x_before)
     assert torch.equal(grad, grad_before)
 
@@ -348,8 +350,10 @@ def test_ops_never_change_their_inputs(random_packed: MakePacked, use_kernels: U
 def test_wrong_data_width_says_what_was_got_and_expected(format: str, random_packed: MakePacked) -> None:
     width = widths(format)[0] * 2
     good = random_packed(format, 3, width)
-    bad = PackedTensor(format, good.shape, good.data[:, :-1], good.scale)
-    got, expected = f"got data [3, {good.data.shape[1] - 1}]", f"expected [out, {good.data.shape[1]}]"
+    data, *scales = good.parts
+    bad = PackedTensor(format, good.shape, (data[:, :-1], *scales))
+    got = f"data: got {data.dtype} [3, {data.shape[1] - 1}]"
+    expected = f"expected {data.dtype} [3, {data.shape[1]}]"
     for call in (
         lambda: dequantize(bad),
         lambda: linear(torch.randn(2, width), bad),
@@ -369,22 +373,22 @@ def test_input_that_is_wider_by_less_than_a_block_is_refused(
     """The bytes of 33 weights, rounded down to blocks, are those of 32: the width itself must be looked at."""
     packed = random_packed(format, 3, width)
     for batch in (2, 20):
-        with pytest.raises(ValueError, match=f"got {width + 1} inputs, expected a multiple of"):
+        with pytest.raises(ValueError, match=f"weight of {width + 1} inputs: expected a multiple of"):
             linear(torch.randn(batch, width + 1), packed)
 
 
-def test_scales_must_fit_the_family_and_the_rows(random_packed: MakePacked) -> None:
+def test_parts_must_be_those_of_the_format(random_packed: MakePacked) -> None:
     rowwise, blocks = random_packed("chatglm-int8", 4, 32), random_packed("q8_0", 4, 32)
-    assert rowwise.scale is not None
     cases = [
-        (rowwise, None, r"got scales None, expected \[4\]"),
-        (rowwise, rowwise.scale[:3], r"got scales \[3\], expected \[4\]"),
-        (rowwise, rowwise.scale[:, None], r"got scales \[4, 1\], expected \[4\]"),
-        (blocks, rowwise.scale, r"got scales \[4\], expected None"),
+        (rowwise, [], "got 1 stored tensors, expected 2: data, scale"),
+        (rowwise, [rowwise.parts[1][:3]], r"scale: got torch.float16 \[3\], expected .* \[4\]"),
+        (rowwise, [rowwise.parts[1][:, None]], r"scale: got torch.float16 \[4, 1\], expected .* \[4\]"),
+        (rowwise, [rowwise.parts[0][:, 0]], r"scale: got torch.int8 \[4\], expected torch.float32 or .* \[4\]"),
+        (blocks, [rowwise.parts[1]], "got 2 stored tensors, expected 1: data"),
     ]
-    for packed, scale, message in cases:
+    for packed, scales, message in cases:
         with pytest.raises(ValueError, match=message):
-            linear(torch.randn(2, 32), PackedTensor(packed.format, packed.shape, packed.data, scale))
+            linear(torch.randn(2, 32), PackedTensor(packed.format, packed.shape, (packed.parts[0], *scales)))
 
 
 def test_gradient_of_another_width_is_refused(random_packed: MakePacked) -> None:
@@ -397,13 +401,13 @@ def test_scales_of_any_float_dtype_are_computed_in_float32(use_kernels: UseKerne
     for kernel in ("reference", "auto"):
         use_kernels(kernel)
         for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            packed = PackedTensor("chatglm-int8", (2, 2), data, torch.tensor([0.5, -2.0], dtype=dtype))
+            packed = PackedTensor("chatglm-int8", (2, 2), (data, torch.tensor([0.5, -2.0], dtype=dtype)))
             assert dequantize(packed).tolist() == [[0.5, -1.0], [-6.0, -254.0]]
 
 
 def test_shape_functions_work_without_data() -> None:
     """On the meta device only the registered shape functions run."""
-    packed = PackedTensor("q4_1", (7, 64), torch.empty(7, 40, dtype=torch.uint8, device="meta"))
+    packed = PackedTensor("q4_1", (7, 64), (torch.empty(7, 40, dtype=torch.uint8, device="meta"),))
     assert dequantize(packed, torch.float16).shape == (7, 64)
     assert dequantize(packed, torch.float16).dtype == torch.float16
     assert linear(torch.empty(2, 3, 64, device="meta"), packed).shape == (2, 3, 7)

@@ -29,7 +29,7 @@ SHAPES = {  # odd shapes where the blocks of the format allow them: (out, in)
 def a_grid(format_: str, seed: int = 0) -> Grid:
     shape = SHAPES[format_]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return unpack(quantize(weight.half() if FORMATS[format_].family == "rowwise" else weight, format_))
+    return unpack(quantize(weight.half() if len(FORMATS[format_].parts) > 1 else weight, format_))
 
 
 def spread(values: Tensor, width: int) -> Tensor:
@@ -145,7 +145,7 @@ def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained,
         target = layer.dequantize() + layer.loras["default"].delta().detach()
         if has_grid(layer.packed):
             merged[path] = perturbed(quantize(target, layer.packed.format), n)
-    before = {path: layer.packed.data.clone() for path, layer in lora_layers(model)}
+    before = {path: layer.packed.parts[0].clone() for path, layer in lora_layers(model)}
     modules = {path: type(module) for path, module in model.named_modules()}
     seen: list[tuple[int, int]] = []
     trained_, steps = distill(
@@ -156,10 +156,10 @@ def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained,
     assert trained_.keys() == merged.keys()
     for path, packed in trained_.items():
         old, new = unpack(merged[path]), unpack(packed)
-        assert (packed.format, packed.shape, packed.data.dtype) == (
+        assert (packed.format, packed.shape, packed.parts[0].dtype) == (
             merged[path].format,
             merged[path].shape,
-            merged[path].data.dtype,
+            merged[path].parts[0].dtype,
         )
         assert torch.equal(old.codes, new.codes) and not torch.equal(old.d, new.d)
         for name in ("sub_scales", "sub_minimums"):
@@ -168,7 +168,7 @@ def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained,
     start, end = (divergence(model, each, samples, targets) for each in (merged, trained_))
     assert end < 0.7 * start
     # the model is as it was, adapters of layers that are not distilled (f16) included
-    assert all(torch.equal(layer.packed.data, before[path]) for path, layer in lora_layers(model))
+    assert all(torch.equal(layer.packed.parts[0], before[path]) for path, layer in lora_layers(model))
     assert {path: type(module) for path, module in model.named_modules()} == modules
     assert all(p.grad is None for p in model.parameters())
 

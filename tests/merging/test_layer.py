@@ -27,7 +27,7 @@ def a_layer(format_: str, out: int = 24) -> tuple[PackedTensor, Tensor, Inputs]:
 
     weight = 0.05 * normal(out, WIDTH)
     # row-wise scales have the dtype of what was quantized
-    packed = quantize(weight.half() if FORMATS[format_].family == "rowwise" else weight, format_)
+    packed = quantize(weight.half() if len(FORMATS[format_].parts) > 1 else weight, format_)
     delta = normal(out, 4) @ normal(4, WIDTH) * 6e-4
     directions = torch.logspace(0, -2, 24)[:, None] * normal(24, WIDTH)
     x_a = normal(900, 24) @ directions + 0.01 * normal(900, WIDTH)
@@ -50,8 +50,8 @@ def test_the_outputs_come_closer_and_the_report_says_how_close(format_, method):
     packed, delta, inputs = a_layer(format_)
     merged, report = merge_layer("some.layer", packed, delta, inputs, method)
     assert (merged.format, merged.shape, merged.nbytes) == (format_, packed.shape, packed.nbytes)
-    if packed.scale is not None:
-        assert merged.scale.dtype == packed.scale.dtype == torch.float16
+    if len(packed.parts) > 1:
+        assert merged.parts[1].dtype == packed.parts[1].dtype == torch.float16
     error = held_error(dequantize(merged, torch.float32), packed, delta, inputs)
     assert report.error == pytest.approx(error, rel=1e-3)
     assert error <= 1.0 + 1e-6
@@ -79,7 +79,7 @@ def test_a_step_that_does_worse_on_tokens_it_has_not_seen_is_not_taken(format_):
     held = inputs.held_a - inputs.held_a @ off @ off.T
     for method in CHAINS:
         merged, report = merge_layer("x", packed, delta, Inputs(inputs.H, inputs.C, held, held), method)
-        assert torch.equal(merged.data, packed.data) and report.steps == () and report.codes_changed == 0
+        assert torch.equal(merged.parts[0], packed.parts[0]) and report.steps == () and report.codes_changed == 0
         assert report.error == pytest.approx(1.0)
 
 
@@ -88,9 +88,9 @@ def test_nearest_requantizes_as_the_gguf_package_does(format_):
     packed, delta, _ = a_layer(format_)
     delta = 20 * delta  # so that rounding changes something
     merged, report = merge_nearest("x", packed, delta, "nearest")
-    weight = gguf.quants.dequantize(packed.data.numpy(), TYPES[format_]) + delta.numpy()
+    weight = gguf.quants.dequantize(packed.parts[0].numpy(), TYPES[format_]) + delta.numpy()
     expected = gguf.quants.quantize(weight.astype(np.float32), TYPES[format_])
-    assert np.array_equal(merged.data.numpy(), expected.reshape(merged.data.shape))
+    assert np.array_equal(merged.parts[0].numpy(), expected.reshape(merged.parts[0].shape))
     assert report.steps == ("nearest",) and report.error is None and report.codes_changed > 0.1
 
 
@@ -129,7 +129,7 @@ def test_a_delta_of_zeros_changes_nothing():
     packed, delta, inputs = a_layer("q4_1")
     H = inputs.held_a.T @ inputs.held_a / len(inputs.held_a)
     merged, report = merge_layer("x", packed, 0 * delta, Inputs(H, H, inputs.held_a, inputs.held_a), "auto")
-    assert torch.equal(merged.data, packed.data)
+    assert torch.equal(merged.parts[0], packed.parts[0])
     assert report.delta_in_steps == report.codes_changed == 0.0
 
 

@@ -190,11 +190,11 @@ def test_a_layer_that_the_pass_does_not_reach_is_named(trained, rows, method):
     detach_lora(model)
     model.model.spare = QuantizedLinear(quantize(torch.randn(64, 64), "q4_1"))
     attach_lora(model, r=2, target_modules="q_proj,spare")
-    before = {path: layer.packed.data.clone() for path, layer in lora_layers(model)}
+    before = {path: layer.packed.parts[0].clone() for path, layer in lora_layers(model)}
     with pytest.raises(UnsupportedError, match=r"does not reach model.spare, so their inputs") as caught:
         merge(model, tokenizer, calibration=rows, method=method)
     assert "method nearest" in caught.value.hint
-    assert all(torch.equal(layer.packed.data, before[path]) for path, layer in lora_layers(model))
+    assert all(torch.equal(layer.packed.parts[0], before[path]) for path, layer in lora_layers(model))
     merge(model, tokenizer, calibration=rows, method="nearest")
     assert not list(lora_layers(model))
 

@@ -63,7 +63,7 @@ def packed_weights(folder: str, weights: dict[str, Tensor]) -> dict[str, PackedT
         if name.endswith(".weight_scale"):
             data = weights[name.removesuffix("_scale")]
             columns = data.shape[1] * (2 if "int4" in folder else 1)
-            packed[name.removesuffix("_scale")] = PackedTensor(FORMAT[folder], (len(data), columns), data, scale)
+            packed[name.removesuffix("_scale")] = PackedTensor(FORMAT[folder], (len(data), columns), (data, scale))
     return packed
 
 
@@ -211,7 +211,9 @@ def test_quantizing_gives_the_originals_bytes(folder: str, golden: Callable[[str
     assert len(sources) == 4 and len(stored) == 12  # the sources of block 0
     for name, source in sources.items():
         packed = quantize(source, FORMAT[folder])
-        assert torch.equal(packed.data, stored[name].data) and torch.equal(packed.scale, stored[name].scale), name
+        assert torch.equal(packed.parts[0], stored[name].parts[0]) and torch.equal(
+            packed.parts[1], stored[name].parts[1]
+        ), name
 
 
 def test_rotary_tables_equal_the_originals(golden: Callable[[str], Any]):

@@ -145,7 +145,7 @@ def _random(format: str, shape: tuple[int, int]) -> qgraft.formats.PackedTensor:
     if layout.quantize is not None:
         return layout.quantize(torch.randn(shape) * 0.12)
     data = torch.from_numpy(gguf.quants.quantize((torch.randn(shape) * 0.12).numpy(), Q[format.upper()]))
-    return qgraft.formats.PackedTensor(format, shape, data)
+    return qgraft.formats.PackedTensor(format, shape, (data,))
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -153,7 +153,7 @@ def test_other_packed_weights_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
     changes: list[Callable[[], object]] = [
         lambda: layer.replace(other()),
         lambda: setattr(layer, "packed_weight", PackedWeight(other())),
-        lambda: setattr(layer.packed_weight.data, "data", other().data),
+        lambda: setattr(layer.packed_weight.get().parts[0], "data", other().parts[0]),
     ]
     before = states()
     for change in changes:

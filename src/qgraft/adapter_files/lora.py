@@ -24,7 +24,7 @@ from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.peft_names import is_lora, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
-from qgraft.formats import PackedTensor, dequantize
+from qgraft.formats import PackedTensor, dequantize, take_rows
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
 
@@ -171,7 +171,11 @@ def _copy_problem(layers: Mapping[str, nn.Module], path: str, copy: Tensor) -> s
         got, expected = f"{copy.dtype} {list(copy.shape)}", list(weight.shape)
         return f"{path}: got a copy of the base's weight {got}, expected {expected}: was its vocabulary extended?"
     index = torch.linspace(0, len(copy) - 1, min(len(copy), _COMPARED_ROWS)).long()
-    ours = dequantize(weight.rows(index), torch.float32) if isinstance(weight, PackedTensor) else weight[index].float()
+    ours = (
+        dequantize(take_rows(weight, index), torch.float32)
+        if isinstance(weight, PackedTensor)
+        else weight[index].float()
+    )
     apart = float((copy[index].float() - ours.cpu()).norm() / ours.norm().clamp(min=1e-30))
     if apart <= max(_FLOATS_APART, min(_PACKED_APART, 2.0 ** (2 - bits))):  # rounding to n bits moves by about 2^-n
         return None

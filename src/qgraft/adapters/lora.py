@@ -287,8 +287,7 @@ class LoraLinear(LoraLayer):
         self.base.replace(packed)
 
     def _device(self) -> torch.device:
-        tensor = self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed.data
-        return tensor.device
+        return (self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed).device
 
 
 class LayerSegment(NamedTuple):

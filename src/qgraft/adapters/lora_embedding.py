@@ -77,4 +77,4 @@ class LoraEmbedding(LoraLayer):
 
     def _device(self) -> torch.device:
         base = self.base
-        return base.weight.device if isinstance(base, nn.Embedding) else base.packed_weight.data.device
+        return base.weight.device if isinstance(base, nn.Embedding) else base.packed_weight.device

@@ -190,7 +190,7 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
         setattr(module, leaf, filled[stored])
     saved = model.state_dict().keys()
     for name, buffer in list(model.named_buffers()):
-        if name in saved and not name.endswith((".packed_weight.data", ".packed_weight.scale")):
+        if name in saved and ".packed_weight." not in name:
             value = read(name)
             if isinstance(value, Tensor) and value.shape == buffer.shape:
                 buffer.copy_(value)

@@ -227,7 +227,8 @@ class _FolderReader:
         if self.bits not in (None, bits):
             got = f"config.json says quantization_bit={self.bits!r}"
             raise CheckpointError(f"{name}: got int8 {list(data.shape)}, {bits} bits a weight, but {got}")
-        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), data, self._scale(name, data))
+        parts = data, self._scale(name, data)
+        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), parts)
 
     def _scale(self, name: str, data: Tensor) -> Tensor:
         """The row scales [out] of an int8 matrix."""
@@ -265,9 +266,10 @@ class _FolderReader:
 
 def matrix_entries(name: str, packed: PackedTensor) -> list[tuple[str, tuple[int, ...], str, Tensor]]:
     """What one matrix of a folder contributes to its fingerprint."""
-    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = [(name, packed.shape, packed.format, packed.data)]
-    if packed.scale is not None:
-        entries.append((f"{name}_scale", tuple(packed.scale.shape), str(packed.scale.dtype), packed.scale))
+    data, *others = packed.parts
+    entries: list[tuple[str, tuple[int, ...], str, Tensor]] = [(name, packed.shape, packed.format, data)]
+    for scale in others:
+        entries.append((f"{name}_scale", tuple(scale.shape), str(scale.dtype), scale))
     return entries
 
 

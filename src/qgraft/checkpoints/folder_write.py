@@ -137,10 +137,10 @@ class _Place:
         if self.matrix is None:
             return {self.name: (self.shard.describe(self.name)[1], self.shard.tensor(self.name))}
         packed = self.matrix.whole()
-        if packed.scale is not None:
-            named = {self.name: packed.data, f"{self.name}_scale": packed.scale}
+        if packed.format in BITS:
+            named = dict(zip((self.name, f"{self.name}_scale"), packed.parts, strict=True))
         else:
-            w_OI = packed.data.view(FLOATS[packed.format])
+            w_OI = packed.parts[0].view(FLOATS[packed.format])
             named = {self.name: w_OI.T.contiguous() if self.matrix.stored.transposed else w_OI}
         return {name: (WORDS[tensor.dtype], tensor) for name, tensor in named.items()}
 

@@ -118,7 +118,7 @@ class GgufFile:
         return raw.view(*info.shape[:-1], -1)
 
     def packed(self, name: str) -> PackedTensor:
-        """The matrix `name` as a packed tensor, data uint8 [out, row_bytes] in every format, f32 and its like included.
+        """The matrix `name` as a packed tensor, its part uint8 [out, row_bytes] in every format, f32 and its like included.
 
         Raises:
             CheckpointError: the file has no tensor `name`.
@@ -129,7 +129,7 @@ class GgufFile:
             got = f"tensor {_brief.repr(name)}: got shape {info.shape}"
             raise UnsupportedError(f"{self.path}: {got}, expected a matrix [out, in]")
         out, width = info.shape
-        return PackedTensor(info.format, (out, width), raw.view(out, -1))
+        return PackedTensor(info.format, (out, width), (raw.view(out, -1),))
 
     def _find(self, name: str) -> tuple[TensorInfo, Tensor]:
         info = self.tensors.get(name)
@@ -378,7 +378,7 @@ def _locate(path: Path, info: _RawInfo, alignment: int, data_offset: int) -> Ten
         raise CheckpointError(f"{what}: got rows of {width}, expected a multiple of {fmt.block_size} for {fmt.name}")
     if info.offset % alignment:
         raise CheckpointError(f"{what}: got offset {info.offset}, expected a multiple of the alignment {alignment}")
-    nbytes = fmt.row_bytes(width) * math.prod(outer)
+    nbytes = fmt.nbytes(math.prod(outer), width)
     return TensorInfo(info.name, info.shape, fmt.name, data_offset + info.offset, nbytes)
 
 

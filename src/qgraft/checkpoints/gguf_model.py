@@ -31,7 +31,7 @@ from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
-from qgraft.formats import PackedTensor
+from qgraft.formats import PackedTensor, take_rows
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class _TensorReader:
         if len(info.shape) == 2:
             packed = self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order)
-            return packed if order is None else packed.rows(order)
+            return packed if order is None else take_rows(packed, order)
         value = floats(self.file, gguf_name)
         if order is not None:
             value = value[order]

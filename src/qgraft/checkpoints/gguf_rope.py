@@ -34,7 +34,7 @@ _LAYERS = ("", "full_attention_", "sliding_attention_")  # gemma3 has rotations 
 def floats(file: GgufFile, name: str) -> Tensor:
     """The tensor `name` of any shape and format as float32."""
     info = file.tensors[name]
-    flat = PackedTensor(info.format, (1, math.prod(info.shape)), file.tensor(name).view(torch.uint8).view(1, -1))
+    flat = PackedTensor(info.format, (1, math.prod(info.shape)), (file.tensor(name).view(torch.uint8).view(1, -1),))
     return dequantize(flat, torch.float32).view(info.shape)
 
 

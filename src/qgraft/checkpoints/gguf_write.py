@@ -98,7 +98,8 @@ def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[s
         if matrix is None:
             yield name, info.shape, info.format, file.tensor(name)
         else:
-            yield name, info.shape, matrix.format, matrix.whole().data
+            (data,) = matrix.whole().parts
+            yield name, info.shape, matrix.format, data
 
 
 def _lay_out(file: GgufFile, formats: dict[str, str]) -> tuple[dict[str, TensorInfo], int]:
@@ -107,7 +108,7 @@ def _lay_out(file: GgufFile, formats: dict[str, str]) -> tuple[dict[str, TensorI
     end = file.data_offset
     for info in sorted(file.tensors.values(), key=lambda info: info.offset):
         layout = get_format(formats[info.name])
-        nbytes = math.prod(info.shape[:-1]) * layout.row_bytes(info.shape[-1])
+        nbytes = layout.nbytes(math.prod(info.shape[:-1]), info.shape[-1])
         moved[info.name] = replace(info, format=layout.name, offset=end, nbytes=nbytes)
         end += -(-nbytes // file.alignment) * file.alignment
     return {name: moved[name] for name in file.tensors}, end
@@ -176,7 +177,8 @@ def _panels(source: "_Source", old: TensorInfo, matrix: Matrix) -> Iterator[tupl
     """The matrix in pieces, each with whether it differs from what the source has in its place."""
     position = old.offset
     for panel in matrix.panels():
-        raw = panel.data.numpy().tobytes()
+        (data,) = panel.parts
+        raw = data.numpy().tobytes()
         same = matrix.format == old.format and source.read(position, len(raw)) == raw
         position += len(raw)
         yield not same, raw

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qgraft.adapters.base import base_of
 from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor, convert, get_format
+from qgraft.formats import PackedTensor, checked, convert, get_format, join_rows, take_rows
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 PANEL_WEIGHTS = 1 << 22  # written at a time: 16 MiB while they are float32
@@ -74,26 +74,22 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it will take, scales included (rowwise formats: at most)."""
-        rows, width = self.packed.shape
-        scales = 4 * rows if get_format(self.format).family == "rowwise" else 0
-        return rows * get_format(self.format).row_bytes(width) + scales
+        """Bytes it will take; at most, where a part may have several dtypes."""
+        return get_format(self.format).nbytes(*self.packed.shape)
 
     def panels(self) -> Iterator[PackedTensor]:
         """The matrix in its container's row order and in `format`, on the CPU, some rows at a time."""
-        step = max(1, PANEL_WEIGHTS // self.packed.shape[1])
-        for index in self._order().split(step):
-            panel = _to_cpu(self.packed.rows(index.to(self.packed.data.device)))
+        rows, width = self.packed.shape
+        by_rows = all(get_format(name).by_rows for name in (self.packed.format, self.format))
+        for index in self._order().split(max(1, PANEL_WEIGHTS // width if by_rows else rows)):
+            panel = _to_cpu(take_rows(self.packed, index.to(self.packed.device)))
             yield self._convert(panel)
 
     def whole(self) -> PackedTensor:
         """All panels as one; not copied where nothing has to change."""
         if self.packed.format == self.format and self.stored.row_order is None:
             return _to_cpu(self.packed)
-        panels = list(self.panels())
-        scales = [panel.scale for panel in panels if panel.scale is not None]
-        data = torch.cat([panel.data for panel in panels])
-        return PackedTensor(self.format, self.packed.shape, data, torch.cat(scales) if scales else None)
+        return join_rows(list(self.panels()))
 
     def _convert(self, panel: PackedTensor) -> PackedTensor:
         try:
@@ -146,12 +142,11 @@ def _weight_at(model: nn.Module, path: str) -> PackedTensor:
             f"{path}: got a {type(module).__name__}, expected the quantized layer that load put there"
         )
     packed = module.packed_weight.get()
-    expected = [packed.shape[0], get_format(packed.format).row_bytes(packed.shape[1])]
-    if (got := list(packed.data.shape)) != expected or packed.data.itemsize != 1:
-        raise CheckpointError(f"{path}: got {packed.data.dtype} {got}, expected bytes {expected} for {packed.format}")
-    return packed
+    try:
+        return checked(packed.parts, packed.format, packed.shape[1])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
 
 
 def _to_cpu(packed: PackedTensor) -> PackedTensor:
-    scale = None if packed.scale is None else packed.scale.cpu().contiguous()
-    return PackedTensor(packed.format, packed.shape, packed.data.cpu().contiguous(), scale)
+    return packed.map(lambda part: part.cpu().contiguous())

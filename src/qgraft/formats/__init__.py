@@ -1,6 +1,6 @@
 """Formats: what the bits of a stored weight matrix mean.
 
-A format is a name and pure functions on tensors, on any device (packed.py draws the line between the two families):
+A format is a name, what its stored tensors are (packed.py lists them), and pure functions on these, on any device:
 
     dequantize(packed, dtype) -> [out, in]      quantize(w_OI) -> PackedTensor      choosing codes and scales
     unpack(packed) -> Grid                      pack(grid) -> PackedTensor          taking them as they are
@@ -9,14 +9,16 @@ A `Grid` (grid.py) is a weight without its bit layout: integer codes and real sc
 reads q2_k and q3_k but does not write them. `FORMATS` is the whole list; nothing registers itself. To add a format:
 
     1. Describe the bytes of a block as a `Layout` (blocks.py) in a file of its family (ggml.py, kquants.py), drawn in the
-       docstring: reading, writing and dequantizing follow from it. A family without blocks brings its own four
-       functions, as rowwise.py does.
+       docstring: reading, writing and dequantizing follow from it. A family without blocks lists its stored tensors
+       (`Part`) and brings its own four functions, as rowwise.py does.
     2. Write its `fit_*`, which chooses the grid of given weights, if qgraft shall quantize to it.
     3. Add one line to `FORMATS` here, and for a tensor type of GGUF its id to `GGML_TYPES`.
     4. Add a test that compares it bit for bit with the original implementation, or with bytes made by it, and a line to
        the tables of tests/formats/test_grid.py.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -26,7 +28,7 @@ from qgraft.errors import UnsupportedError, near_match
 from qgraft.formats import ggml, kquants, kquants_fit
 from qgraft.formats.blocks import block_format, float_format, hold_floats
 from qgraft.formats.grid import Grid
-from qgraft.formats.packed import Format, PackedTensor
+from qgraft.formats.packed import Format, PackedTensor, Part
 from qgraft.formats.rowwise import rowwise_format
 
 __all__ = [
@@ -35,12 +37,16 @@ __all__ = [
     "Format",
     "Grid",
     "PackedTensor",
+    "Part",
+    "checked",
     "convert",
     "dequantize",
     "get_format",
     "hold_floats",
+    "join_rows",
     "pack",
     "quantize",
+    "take_rows",
     "unpack",
 ]
 
@@ -91,6 +97,20 @@ def get_format(name: str) -> Format:
     raise UnsupportedError(message, hint=near_match(name.lower(), FORMATS))
 
 
+def checked(parts: Sequence[Tensor], format: str, in_features: int) -> PackedTensor:
+    """The packed tensor of these parts. Raises ValueError where they are not what the format says that they are."""
+    # The native loops trust these sizes: a wrong one would read past the end of a part. Called for every product, so
+    # what differs is described elsewhere.
+    layout = get_format(format)
+    if len(parts) != len(layout.parts) or in_features % layout.block_size:
+        raise _misfit(parts, layout, in_features)
+    rows = _count_rows(parts[0], layout)
+    for part, tensor in zip(layout.parts, parts, strict=True):
+        if tensor.shape != part.shape(rows, in_features) or tensor.dtype not in part.dtypes:
+            raise _misfit(parts, layout, in_features)
+    return PackedTensor(format, (rows, in_features), tuple(parts))
+
+
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """The weight that `packed` stands for, [out, in] of `dtype`, in memory of its own."""
     return get_format(packed.format).dequantize(packed, dtype)
@@ -123,6 +143,30 @@ def convert(packed: PackedTensor, format: str) -> PackedTensor:
     return quantize(dequantize(packed, _EXACT.get(packed.format, torch.float32)), format)
 
 
+def take_rows(packed: PackedTensor, rows: Tensor) -> PackedTensor:
+    """The packed rows `rows` ([n] int64) as a packed tensor of their own."""
+    layout = get_format(packed.format)
+    if layout.take_rows is not None:
+        return layout.take_rows(packed, rows)
+    taken = (
+        tensor if part.rows is None else tensor[(slice(None),) * part.rows + (rows,)]
+        for part, tensor in zip(layout.parts, packed.parts, strict=True)
+    )
+    return replace(packed, shape=(rows.numel(), packed.shape[1]), parts=tuple(taken))
+
+
+def join_rows(panels: Sequence[PackedTensor]) -> PackedTensor:
+    """The packed rows of all `panels`, one after the other, of one format; ValueError for several whose rows share a part."""
+    first, layout = panels[0], get_format(panels[0].format)
+    if len(panels) == 1:
+        return first
+    if not layout.by_rows:
+        raise ValueError(f"{layout.name}: got {len(panels)} panels, expected the whole weight: its rows share a part")
+    columns = zip(*(panel.parts for panel in panels), strict=True)
+    joined = tuple(torch.cat(each, dim=part.rows or 0) for part, each in zip(layout.parts, columns, strict=True))
+    return replace(first, shape=(sum(panel.shape[0] for panel in panels), first.shape[1]), parts=joined)
+
+
 def unpack(packed: PackedTensor) -> Grid:
     """The integers and real scales that `packed` is made of; UnsupportedError for float formats, which have none."""
     chosen = get_format(packed.format)
@@ -144,6 +188,28 @@ def pack(grid: Grid, format: str) -> PackedTensor:
     if chosen.pack is None:
         raise _read_only(format)
     return chosen.pack(grid.rounded())
+
+
+def _count_rows(first: Tensor, layout: Format) -> int:
+    dimension = layout.parts[0].rows or 0
+    return first.shape[dimension] if dimension < first.dim() else 0
+
+
+def _misfit(parts: Sequence[Tensor], layout: Format, in_features: int) -> ValueError:
+    """What differs between these parts and what the format says that they are."""
+    what = f"{layout.name} weight of {in_features} inputs"
+    if len(parts) != len(layout.parts):
+        names = ", ".join(part.name for part in layout.parts)
+        return ValueError(f"{what}: got {len(parts)} stored tensors, expected {len(layout.parts)}: {names}")
+    if in_features % layout.block_size:
+        return ValueError(f"{what}: expected a multiple of {layout.block_size}")
+    rows, wrong = _count_rows(parts[0], layout), []
+    for part, tensor in zip(layout.parts, parts, strict=True):
+        expected, dtypes = part.shape(rows, in_features), " or ".join(map(str, part.dtypes))
+        if tensor.shape != expected or tensor.dtype not in part.dtypes:
+            got = f"{tensor.dtype} {list(tensor.shape)}"
+            wrong.append(f"{part.name}: got {got}, expected {dtypes} {list(expected)}")
+    return ValueError(f"{what}: {'; '.join(wrong)}")
 
 
 def _no_grid(format: str) -> UnsupportedError:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qgraft.errors import UnsupportedError
 from qgraft.formats.grid import Grid, require_range
-from qgraft.formats.packed import Format, PackedTensor
+from qgraft.formats.packed import Format, PackedTensor, Part
 
 # Shapes: N blocks (all rows, one after the other), a letter or number for what one block has.
 Fit = Callable[[Tensor], Grid]  # [N, block_size] float32 -> grid of N rows with one group each
@@ -127,9 +127,8 @@ def block_format(name: str, layout: Layout, fit: Fit | None = None) -> Format:
     read_only = layout.sub is not None and layout.sub.write is None
     return Format(
         name,
-        "ggml",
         layout.weights,
-        layout.bytes,
+        (_bytes_of_blocks(layout.weights, layout.bytes),),
         dequantize=partial(_dequantize, layout),
         quantize=None if fit is None else partial(_quantize, name, layout, fit),
         unpack=partial(_unpack, layout),
@@ -140,11 +139,16 @@ def block_format(name: str, layout: Layout, fit: Fit | None = None) -> Format:
 def float_format(name: str, dtype: torch.dtype) -> Format:
     """The format whose blocks are one number of `dtype` each; f16: above 65504 gives infinity."""
     dequantize, quantize = partial(_dequantize_floats, dtype), partial(_quantize_floats, name, dtype)
-    return Format(name, "ggml", 1, dtype.itemsize, dequantize, quantize)
+    return Format(name, 1, (_bytes_of_blocks(1, dtype.itemsize),), dequantize, quantize)
+
+
+def _bytes_of_blocks(weights: int, nbytes: int) -> Part:
+    """The one stored tensor of these formats: rows of blocks of so many weights and bytes."""
+    return Part("data", (torch.uint8,), lambda rows, columns: (rows, columns // weights * nbytes))
 
 
 def _unpack(layout: Layout, packed: PackedTensor) -> Grid:
-    grid = layout.read(packed.data.reshape(-1, layout.bytes))
+    grid = layout.read(packed.parts[0].reshape(-1, layout.bytes))
     if layout.low.bits == 8:
         grid = replace(grid, codes=grid.codes.clone())  # who changes a grid must not change the packed bytes
     return grid.reshape(*packed.shape)
@@ -152,7 +156,7 @@ def _unpack(layout: Layout, packed: PackedTensor) -> Grid:
 
 def _dequantize(layout: Layout, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """[out, row_bytes] uint8 -> [out, in] `dtype`, computed in float32 and rounded once at the end."""
-    return layout.read(packed.data.reshape(-1, layout.bytes)).weight(dtype).reshape(packed.shape)
+    return layout.read(packed.parts[0].reshape(-1, layout.bytes)).weight(dtype).reshape(packed.shape)
 
 
 def _pack(name: str, layout: Layout, grid: Grid) -> PackedTensor:
@@ -168,7 +172,7 @@ def _pack(name: str, layout: Layout, grid: Grid) -> PackedTensor:
         if layout.sub is not None and integers is not None:
             require_range(name, "integers of sub-groups", integers, layout.sub.low, layout.sub.high)
     blocks = layout.write(grid.reshape(rows * groups, layout.weights))
-    return PackedTensor(name, (rows, width), blocks.reshape(rows, groups * layout.bytes))
+    return PackedTensor(name, (rows, width), (blocks.reshape(rows, groups * layout.bytes),))
 
 
 def _quantize(name: str, layout: Layout, fit: Fit, w_OI: Tensor) -> PackedTensor:
@@ -176,7 +180,7 @@ def _quantize(name: str, layout: Layout, fit: Fit, w_OI: Tensor) -> PackedTensor
     rows, width = w_OI.shape
     _require_whole_blocks(name, layout, width)
     blocks = layout.write(fit(w_OI.detach().to(torch.float32).reshape(-1, layout.weights)))
-    return PackedTensor(name, (rows, width), blocks.reshape(rows, width // layout.weights * layout.bytes))
+    return PackedTensor(name, (rows, width), (blocks.reshape(rows, width // layout.weights * layout.bytes),))
 
 
 def _require_whole_blocks(name: str, layout: Layout, width: int) -> None:
@@ -189,13 +193,13 @@ def _require_whole_blocks(name: str, layout: Layout, width: int) -> None:
 
 
 def _dequantize_floats(stored: torch.dtype, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    return read_float(packed.data, stored).to(dtype)
+    return read_float(packed.parts[0], stored).to(dtype)
 
 
 def _quantize_floats(name: str, stored: torch.dtype, w_OI: Tensor) -> PackedTensor:
     rows, width = w_OI.shape
     numbers = w_OI.detach().float().to(stored, copy=True, memory_format=torch.contiguous_format)
-    return PackedTensor(name, (rows, width), numbers.view(torch.uint8).reshape(rows, width * stored.itemsize))
+    return PackedTensor(name, (rows, width), (numbers.view(torch.uint8).reshape(rows, width * stored.itemsize),))
 
 
 FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
@@ -206,7 +210,7 @@ def hold_floats(w_OI: Tensor) -> PackedTensor:
     if w_OI.dtype not in FLOATS:
         raise UnsupportedError(f"dtype {w_OI.dtype}; expected float32, float16 or bfloat16")
     rows, width = w_OI.shape
-    return PackedTensor(FLOATS[w_OI.dtype], (rows, width), w_OI.detach().contiguous().view(torch.uint8))
+    return PackedTensor(FLOATS[w_OI.dtype], (rows, width), (w_OI.detach().contiguous().view(torch.uint8),))
 
 
 # ---------------------------------------------------------------- fields of a block

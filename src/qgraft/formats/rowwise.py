@@ -31,14 +31,18 @@ from torch import Tensor
 
 from qgraft.errors import UnsupportedError
 from qgraft.formats.grid import Grid, combine, require_range
-from qgraft.formats.packed import Format, PackedTensor
+from qgraft.formats.packed import Format, PackedTensor, Part
+
+SCALE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def rowwise_format(name: str, bits: int) -> Format:
     """The ChatGLM format `name` of 4 or 8 bits."""
     dequantize, quantize = partial(_dequantize, bits), partial(_quantize, name, bits)
     unpack, pack = partial(_unpack, bits), partial(_pack, name, bits)
-    return Format(name, "rowwise", 8 // bits, 1, dequantize, quantize, unpack, pack)
+    data = Part("data", (torch.int8,), lambda rows, columns: (rows, columns * bits // 8))
+    scale = Part("scale", SCALE_DTYPES, lambda rows, columns: (rows,))
+    return Format(name, 8 // bits, (data, scale), dequantize, quantize, unpack, pack)
 
 
 def unpack_int4(data_OB: Tensor) -> Tensor:
@@ -53,10 +57,10 @@ def pack_int4(q_OI: Tensor) -> Tensor:
 
 def _unpack(bits: int, packed: PackedTensor) -> Grid:
     """Packed -> grid of one group a row; its codes share no memory with `packed`."""
-    assert packed.scale is not None, f"{packed.format} without scales"
-    largest, d_O1 = _largest(bits), packed.scale.to(torch.float32, copy=True)[:, None]
-    codes_OI = packed.data.clone() if bits == 8 else unpack_int4(packed.data)
-    return Grid(codes_OI, d_O1, low=-largest, high=largest, real_dtype=packed.scale.dtype)
+    data, scale = packed.parts
+    largest, d_O1 = _largest(bits), scale.to(torch.float32, copy=True)[:, None]
+    codes_OI = data.clone() if bits == 8 else unpack_int4(data)
+    return Grid(codes_OI, d_O1, low=-largest, high=largest, real_dtype=scale.dtype)
 
 
 def _pack(name: str, bits: int, grid: Grid) -> PackedTensor:
@@ -69,9 +73,9 @@ def _pack(name: str, bits: int, grid: Grid) -> PackedTensor:
 
 def _dequantize(bits: int, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """Packed -> [out, in] `dtype`; float16 multiplies two float16, every other dtype is cast from float32."""
-    assert packed.scale is not None, f"{packed.format} without scales"
-    steps_O1 = packed.scale[:, None].to(torch.float16 if dtype == torch.float16 else torch.float32)
-    return combine(packed.data if bits == 8 else unpack_int4(packed.data), steps_O1, None).to(dtype)
+    data, scale = packed.parts
+    steps_O1 = scale[:, None].to(torch.float16 if dtype == torch.float16 else torch.float32)
+    return combine(data if bits == 8 else unpack_int4(data), steps_O1, None).to(dtype)
 
 
 def _quantize(name: str, bits: int, w_OI: Tensor) -> PackedTensor:
@@ -90,7 +94,7 @@ def _quantize(name: str, bits: int, w_OI: Tensor) -> PackedTensor:
 
 def _store(name: str, bits: int, q_OI: Tensor, scale_O: Tensor) -> PackedTensor:
     rows, width = q_OI.shape
-    return PackedTensor(name, (rows, width), q_OI if bits == 8 else pack_int4(q_OI), scale_O)
+    return PackedTensor(name, (rows, width), (q_OI if bits == 8 else pack_int4(q_OI), scale_O))
 
 
 def _largest(bits: int) -> int:

@@ -19,7 +19,6 @@ The functions here take a PackedTensor; below them everything is tensors, as tor
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
 from qgraft.kernels.library import LEVEL_VARIABLE, native_status
 from qgraft.kernels.ops import (
-    checked,
     dequantize,
     linear,
     linear_bf16,
@@ -32,7 +31,6 @@ __all__ = [
     "KERNELS_VARIABLE",
     "LEVEL_VARIABLE",
     "Choice",
-    "checked",
     "choose",
     "dequantize",
     "linear",

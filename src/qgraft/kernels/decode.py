@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgraft.formats import PackedTensor, get_format
+from qgraft.formats import PackedTensor, checked
 from qgraft.kernels import native
 from qgraft.kernels.choice import choose
 
@@ -81,20 +81,19 @@ def linear(packed: PackedTensor, bias: Tensor | None, loras: Sequence[Lora], hel
 
     Raises ValueError for what C does not multiply.
     """
-    if not available(packed.format) or packed.data.device.type != "cpu" or not packed.data.is_contiguous():
-        raise ValueError(f"got a {packed.format} weight on {packed.data.device}, which no native kernel multiplies")
+    if not available(packed.format) or packed.device.type != "cpu" or not packed.parts[0].is_contiguous():
+        raise ValueError(f"got a {packed.format} weight on {packed.device}, which no native kernel multiplies")
     rows, columns = packed.shape
-    if packed.data.shape != (rows, get_format(packed.format).row_bytes(columns)):
-        raise ValueError(f"{packed.format} weight {packed.shape}: got data {list(packed.data.shape)}")
-    for name, tensor in (("scales", packed.scale), ("bias", bias)):
-        if tensor is not None and tensor.shape != (rows,):
-            raise ValueError(f"{packed.format} weight {packed.shape}: got {name} {list(tensor.shape)}")
-    scales = None if packed.scale is None else packed.scale.to(torch.float32).contiguous()
+    if (got := checked(packed.parts, packed.format, columns).shape) != packed.shape:
+        raise ValueError(f"{packed.format} weight {packed.shape}: got parts of {got}")
+    if bias is not None and bias.shape != (rows,):
+        raise ValueError(f"{packed.format} weight {packed.shape}: got bias {list(bias.shape)}")
+    data, scales = native.stored(packed)
     array = (Lora * len(loras))(*loras)
-    held += [packed.data.detach(), array]
+    held += [data.detach(), array]
     return Linear(
         native.FORMAT_IDS[packed.format], rows, columns, int8 and packed.format in native.INT8_FORMATS,
-        len(loras), packed.data.data_ptr(), address(scales, held),
+        len(loras), data.data_ptr(), address(scales, held),
         address(bias, held), array,
     )  # fmt: skip
 

@@ -219,7 +219,7 @@ def _added(parts: Sequence[tuple[int, int, Tensor, Tensor]], x_NI: Tensor, width
 
 
 def _unpacked(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    if choose("dequantize", packed.format, packed.data.device.type).kernel == "triton":
+    if choose("dequantize", packed.format, packed.device.type).kernel == "triton":
         return triton_ops.weight(packed, dtype)
     return reference.dequantize(packed, dtype)
 

@@ -113,7 +113,7 @@ def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns, for INT8_FORMATS."""
     rows, columns = packed.shape
-    x, data, scales = x.contiguous(), packed.data.contiguous(), _row_scales(packed)
+    x, (data, scales) = x.contiguous(), stored(packed)
     y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
     code = loaded().qgraft_linear_int8(
         FORMAT_IDS[packed.format], data.data_ptr(), _pointer(scales), rows, columns,
@@ -204,7 +204,7 @@ def _scratch_buffer(size: int) -> Tensor:
 
 def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     """Write rows of the weight to `out`, float32 or bfloat16."""
-    data, scales = packed.data[start:stop].contiguous(), _row_scales(packed)
+    data, scales = packed.parts[0][start:stop].contiguous(), _row_scales(packed)
     library = loaded()
     unpack = library.qgraft_dequantize_bf16 if out.dtype == torch.bfloat16 else library.qgraft_dequantize
     code = unpack(
@@ -242,7 +242,7 @@ def run_layer(
     """
     packed = weight if isinstance(weight, PackedTensor) else None
     rows, columns = packed.shape if packed else weight  # type: ignore[misc]
-    data, scales = (packed.data.contiguous(), _row_scales(packed)) if packed else (None, None)
+    data, scales = stored(packed) if packed else (None, None)
     tokens, width = x_NI.shape
     bf16 = bf16 and tokens >= BF16_ROWS
     floats = (width // 2 + 1) * tokens if bf16 else 0
@@ -257,8 +257,13 @@ def run_layer(
     assert code == 0, f"qgraft_linear returned {code}"
 
 
+def stored(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:
+    """What C reads of a weight: its bytes, and ChatGLM's row scales in float32; other formats keep theirs in the bytes."""
+    return packed.parts[0].contiguous(), _row_scales(packed)
+
+
 def _row_scales(packed: PackedTensor) -> Tensor | None:
-    return None if packed.scale is None else packed.scale.to(torch.float32).contiguous()
+    return packed.parts[1].to(torch.float32).contiguous() if len(packed.parts) > 1 else None
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -67,7 +67,7 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """w_OI in `dtype`, in memory of its own."""
     if dtype not in DTYPES:
         return reference.dequantize(packed, dtype)
-    out = torch.empty(packed.shape, dtype=dtype, device=packed.data.device)
+    out = torch.empty(packed.shape, dtype=dtype, device=packed.device)
     unpack_into(packed, out)
     return out
 
@@ -85,7 +85,7 @@ def unpack_into(packed: PackedTensor, out: Tensor) -> None:
         out.copy_(_stored(packed))
         return
     block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.data.contiguous().view(torch.uint8)
+    data = packed.parts[0].contiguous().view(torch.uint8)
     rows, row_bytes = data.shape
     units = -(-row_bytes // block_bytes) * units_in_block
     if not rows or not units:
@@ -132,7 +132,7 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
 
 def _gemv(x: Tensor, packed: PackedTensor) -> Tensor:
     block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.data.contiguous().view(torch.uint8)
+    data = packed.parts[0].contiguous().view(torch.uint8)
     (rows, row_bytes), columns = data.shape, packed.shape[1]
     y = x.new_empty((*x.shape[:-1], rows))
     some_rows, some_units = (64, 32) if interpreted() else (4, 512 // run)
@@ -148,7 +148,7 @@ def _gemv(x: Tensor, packed: PackedTensor) -> Tensor:
 
 def _stored(packed: PackedTensor) -> Tensor:
     """The numbers of a float format as they are stored, [out, in]."""
-    return packed.data.contiguous().view(FLOATS[packed.format])
+    return packed.parts[0].contiguous().view(FLOATS[packed.format])
 
 
 def _halves(data: Tensor, format: str) -> Tensor:
@@ -158,9 +158,9 @@ def _halves(data: Tensor, format: str) -> Tensor:
 
 def _scales(packed: PackedTensor, dtype: torch.dtype, unused: Tensor) -> Tensor:
     """A row's scale in float32, first rounded to float16 for float16 weights, as formats/rowwise.py says."""
-    if packed.scale is None:
+    if len(packed.parts) == 1:
         return unused
-    scale = packed.scale.to(torch.float16) if dtype == torch.float16 else packed.scale
+    scale = packed.parts[1].to(torch.float16) if dtype == torch.float16 else packed.parts[1]
     return scale.to(torch.float32).contiguous()
 
 

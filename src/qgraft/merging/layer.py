@@ -144,8 +144,10 @@ def merge_layer(
 
 
 def _requantize(packed: PackedTensor, w_OI: Tensor) -> PackedTensor:
-    """w in the format of `packed`, with fresh scales; a row-wise scale is stored in the dtype of what is quantized."""
-    return quantize(w_OI if packed.scale is None else w_OI.to(packed.scale.dtype), packed.format)
+    """w in the format of `packed`, with fresh scales; those that may have several dtypes are stored in that of w."""
+    parts = zip(FORMATS[packed.format].parts, packed.parts, strict=True)
+    kept = [tensor.dtype for part, tensor in parts if len(part.dtypes) > 1]
+    return quantize(w_OI.to(kept[0]) if kept else w_OI, packed.format)
 
 
 def has_grid(packed: PackedTensor) -> bool:
