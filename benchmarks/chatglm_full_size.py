@@ -255,7 +255,7 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     from qgraft.linear import computing
     from qgraft.memory.settings import map_large_blocks
     from qgraft.passes.decoder import padding_free
-    from qgraft.passes.fused import lean_modules
+    from qgraft.passes.fused import fused_modules
     from qgraft.passes.loss import batch_loss
 
     renamed = getattr(model, "activation_checkpointing_enable", None)  # in newer releases of transformers
@@ -267,7 +267,7 @@ def steps(model: Any, samples: list[Any]) -> dict[str, float]:
     with padding_free(model, [sample_of(model, 8, 0), sample_of(model, 8, 1)]) as problem, ExitStack() as stack:
         assert problem is None, problem
         stack.enter_context(computing(model, "bf16" if has_fast_bf16() else "float32"))
-        stack.enter_context(lean_modules(model))
+        stack.enter_context(fused_modules(model))
         for sample in samples:
             began = time.perf_counter()
             loss = batch_loss(model, collate([sample])) / (len(sample.input_ids) // 2)

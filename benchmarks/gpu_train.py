@@ -66,7 +66,7 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
     from qgraft.kernels.lora import casts_kept
     from qgraft.linear import QuantizedLinear
     from qgraft.passes.decoder import padding_free
-    from qgraft.passes.fused import lean_modules
+    from qgraft.passes.fused import fused_modules
     from qgraft.passes.loss import batch_loss
 
     swap(model, lambda layer: QuantizedLinear(quantize(layer.weight.detach(), "q4_1")))
@@ -88,7 +88,7 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
                 total += loss.detach()
         return total
 
-    stack = _both(block, lean_modules(model))
+    stack = _both(block, fused_modules(model))
     return model, step, stack, choose("linear", "q4_1", ids.device.type).kernel
 
 

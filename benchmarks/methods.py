@@ -158,7 +158,7 @@ def qgraft_step(model: Any, name: str) -> Any:
     from qgraft.data.batches import collate, count_labels, split_batch
     from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
-    from qgraft.passes.fused import lean_modules
+    from qgraft.passes.fused import fused_modules
     from qgraft.passes.loss import batch_loss
     from qgraft.passes.sample_attention import sample_attention
 
@@ -173,7 +173,7 @@ def qgraft_step(model: Any, name: str) -> Any:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     lean = contextlib.ExitStack()  # for as long as `step` lives
-    lean.enter_context(lean_modules(model))
+    lean.enter_context(fused_modules(model))
 
     def step(samples: list[Any], lean: contextlib.ExitStack = lean) -> None:
         batch = collate(samples)

@@ -28,7 +28,7 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import _loss_to_gradient, batch_loss
 
 pytestmark = [
@@ -200,7 +200,7 @@ def test_a_packed_step_in_bfloat16_is_near_the_cpus_in_float32(
             renamed = getattr(model, "activation_checkpointing_enable", None)
             (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.train()
-        with padding_free(model, rows) as problem, lean_modules(model):
+        with padding_free(model, rows) as problem, fused_modules(model):
             assert problem is None
             if architecture == "llama":
                 assert model.config._attn_implementation == SAMPLES

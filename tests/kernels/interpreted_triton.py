@@ -31,7 +31,7 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import _loss_to_gradient, batch_loss
 
 pytestmark = [
@@ -238,7 +238,7 @@ def test_a_step_of_training_is_that_of_the_reference(
             if parameter.requires_grad:
                 torch.nn.init.normal_(parameter, std=0.05)
         model.train()
-        with padding_free(model, rows), lean_modules(model) as count:
+        with padding_free(model, rows), fused_modules(model) as count:
             assert count
             loss = batch_loss(model, collate(rows))
             loss.backward()

@@ -17,7 +17,7 @@ from qgraft.linear import PackedWeight
 from qgraft.passes import decoding
 from qgraft.passes.decoding import fast_decoding, why_not
 from qgraft.passes.decoding_network import FAMILIES, Network
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 
 pytestmark = pytest.mark.skipif(not native_status()[0], reason="the native kernels are not built")
 SHAPE = {
@@ -171,7 +171,7 @@ def test_lean_modules_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) ->
     model = packed()
     with fast_decoding(model):
         assert in_c(monkeypatch, model)
-        with lean_modules(model) as count:
+        with fused_modules(model) as count:
             assert count > 0 and not in_c(monkeypatch, model)
         assert in_c(monkeypatch, model)
 

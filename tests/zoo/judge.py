@@ -20,7 +20,7 @@ from qgraft.formats import dequantize
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss, check_gradient
 
 GREEDY: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -98,7 +98,7 @@ def trains_alike(model: PreTrainedModel) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     expected = gradients(model, trained, lambda: own_loss(model))
     with padding_free(model, samples()) as problem:
-        for lean in (nullcontext(), lean_modules(model)):
+        for lean in (nullcontext(), fused_modules(model)):
             with lean:
                 if problem is None:
                     alike(gradients(model, trained, lambda: batch_loss(model, collate(samples()))), expected, "packed")

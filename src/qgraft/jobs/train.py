@@ -33,7 +33,7 @@ from qgraft.jobs.joint_step import HandIn, learn_together
 from qgraft.linear import computing
 from qgraft.memory.budget import training_tokens
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
@@ -221,7 +221,7 @@ def _train(model: PreTrainedModel, jobs: Sequence[Job]) -> None:
         selection_of(model).taken("trained"),
         computing(model, options.compute),
         padding_free(model, every) as problem,
-        lean_modules(model),
+        fused_modules(model),
         activation_checkpointing(model, options),
         _without_cache(model),
     ):

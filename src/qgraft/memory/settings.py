@@ -37,7 +37,7 @@ from qgraft.linear import computing
 from qgraft.memory.budget import RunOptions, on_gpu, training_tokens
 from qgraft.memory.measure import Activations, measure_activations, sample_of
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.sizes import format_size, memory_now, parse_size
 
 # In units of a forward and backward pass of many tokens that keeps its activations, on two cores with AVX-512
@@ -132,7 +132,7 @@ def estimate(model: PreTrainedModel, args: RunOptions) -> list[Estimate]:
     model. Raises OptionError where nothing fits.
     """
     samples = [sample_of(model, 16), sample_of(model, 17)]
-    with computing(model, args.compute), padding_free(model, samples), lean_modules(model):
+    with computing(model, args.compute), padding_free(model, samples), fused_modules(model):
         counted = count(model, args)
     tokens = training_tokens(args)
     found = [counted.estimate(kind) for kind in sorted(_kinds(args, tokens), key=lambda kind: kind.cost)]

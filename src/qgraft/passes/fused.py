@@ -10,19 +10,20 @@ up; each passes over memory several times in both directions. The outputs y and 
 would save them for their adapters: they are marked as `recomputable` from what is kept, so those save nothing.
 Together this halves the memory of a step's activations. In float32 nothing is approximated.
 
-Which modules are what they seem is found out by trying: a norm or an MLP is replaced only if its own output is the
-formula's. Others stay as they are. So is the function that attention layers call to rotate, `apply_rotary_pos_emb`: it
-stands in the Python module of their class, where it is replaced for the time.
+Which modules have these formulas is known by the code of their forward pass (known_layers.py); others stay as they are.
+What is put in is an instance's own `forward`: the class, and every other model and thread, keeps its own. An attention
+layer's is the code of its class, with Rotation where that code names the function it rotates by.
 
-Not chosen: gradient checkpointing of whole layers, which computes the matrix products a second time.
+Not chosen: gradient checkpointing of whole layers, which computes the matrix products a second time; transformers' own
+hooks for replaced layers (`use_kernel_forward_from_hub`, `use_kernelized_func`), which do nothing unless another package,
+`kernels`, is installed, and which some models have for a part of their layers only.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from inspect import unwrap
-from typing import Any, cast
+from types import CellType, FunctionType, MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +31,26 @@ from torch.autograd.function import once_differentiable
 
 from qgraft.adapters.recompute import recomputable
 from qgraft.kernels import pointwise
-from qgraft.kernels.pointwise import ACTIVATIONS, Activation, gated, normalized
+from qgraft.kernels.pointwise import Activation, gated, normalized
 from qgraft.linear import product_dtype
-from qgraft.passes.decoder import evaluating
-
-ROTATION = "apply_rotary_pos_emb"  # what transformers calls it in every modeling_*.py that has one
+from qgraft.passes.known_layers import ROTATION, Norm, gate_of, norm_of, rotates_part
 
 
 @contextmanager
-def lean_modules(model: nn.Module) -> Iterator[int]:
-    """Within the block such modules of `model` compute by the functions below; yields how many they are.
+def fused_modules(model: nn.Module) -> Iterator[int]:
+    """Within the block norms and gated MLPs of `model` compute by the functions below; yields how many they are.
 
-    A module whose forward pass somebody else has replaced (accelerate's hooks do) is left as it is.
+    So do the rotations of its attention layers. A module whose forward pass somebody else has replaced (accelerate's hooks
+    do) is left as it is; where somebody does so within the block, it computes by its class's own once the block has ended.
     """
-    with evaluating(model):  # dropout would tell every module from its formula
-        forwards = [(module, _lean_norm(module) or _lean_mlp(module)) for module in model.modules() if not _own(module)]
-    changed = [(module, forward) for module, forward in forwards if forward is not None]
+    block = _Block()
+    changed = [(m, forward) for m in model.modules() if (forward := block.forward_of(m)) is not None]
     for module, forward in changed:
-        forward.is_lean = True  # type: ignore[attr-defined]
         module.forward = forward
     try:
-        with _lean_rotations(model):
-            yield sum(getattr(_own(module), "is_lean", False) for module in model.modules())
+        yield sum(getattr(_own(module), "is_fused", False) for module in model.modules())
     finally:
+        block.ended = True
         for module, forward in changed:
             if _own(module) is forward:
                 del module.forward
@@ -121,140 +119,96 @@ class Rotation(torch.autograd.Function):
         return *pointwise.rotate(g_q, g_k, cos, sin, backward=True), None, None
 
 
-def _lean_norm(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward pass in place of that of an RMSNorm whose weight is frozen; None for all other modules.
+class _Block:
+    """One fused_modules block: the forward passes it puts in."""
 
-    An input of another dtype than the weight's goes the module's own way: what dtype comes out is the module's business.
-    """
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    own: Any = getattr(module, "weight", None)
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(own, Tensor) or not isinstance(eps, float):
-        return None
-    if own.requires_grad or not own.is_floating_point() or own.dtype == torch.float64 or own.dim() != 1:
-        return None
-    weight_H = next(
-        (w for w in (own, own.float() + 1) if _same(module, partial(_norm, w, eps), [own.shape])), None
-    )  # Gemma: w + 1
-    if weight_H is None:
-        return None
+    def __init__(self) -> None:
+        self.ended = False
+        self._rotating: dict[type, FunctionType | None] = {}  # the forward passes of classes of attention layers
 
-    def forward(x: Tensor) -> Tensor:
-        known = x.dtype == own.dtype and x.shape[-1] == len(weight_H)
-        return _norm(weight_H, eps, x) if known else type(module).forward(module, x)
-
-    return forward
-
-
-def _norm(weight_H: Tensor, eps: float, x: Tensor) -> Tensor:
-    y, r = RmsNorm.apply(x, weight_H, eps)
-    return recomputable(y, normalized, x, weight_H, r)
-
-
-def _lean_mlp(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """The forward pass in place of that of a gated MLP; None for all other modules."""
-    act = getattr(module, "act_fn", None)
-    if not all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj")):
-        return None
-    found = next((a for a in ACTIVATIONS if act is not None and _same(act, a, [(256,)])), None)
-    width = getattr(cast(Any, module).gate_proj, "in_features", None)
-    if found is None or width is None:
-        return None
-
-    def forward(x: Tensor) -> Tensor:
-        part: Any = module
-        gate, up = part.gate_proj(x), part.up_proj(x)
-        dtype = product_dtype(getattr(part.down_proj, "base", part.down_proj), gate)
-        if dtype == gate.dtype:
-            kept = gate.detach(), up.detach()
+    def forward_of(self, module: nn.Module) -> Callable[..., Any] | None:
+        """The forward pass in place of a module's own; None for one that is not known, or has another already."""
+        if _own(module) is not None:
+            return None
+        norm, activation = norm_of(module), gate_of(module)
+        function: FunctionType | None
+        if norm is not None and not norm.is_trained:
+            function = self._norm(norm)
+        elif activation is not None:
+            function = self._gated(activation)
         else:
-            kept = gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(gate.shape, dtype=dtype)
-        h = GatedProduct.apply(gate, up, *kept, found)
-        return part.down_proj(recomputable(h, partial(gated, found, dtype=h.dtype), *kept))
+            function = self._attention(type(module))
+        return None if function is None else MethodType(function, module)
 
-    return forward if _same(module, forward, [(2, width)]) else None
+    def _norm(self, norm: Norm) -> Any:
+        """An input of another dtype than the weight's goes the module's own way: what comes out is the module's business."""
+        weight_H, eps = norm.weight_H, norm.eps
 
+        def forward(module: Any, x: Tensor) -> Tensor:
+            if self.ended or x.dtype != norm.dtype or x.shape[-1] != len(weight_H):
+                return type(module).forward(module, x)
+            y, r = RmsNorm.apply(x, weight_H, eps)
+            return recomputable(y, normalized, x, weight_H, r)
 
-@contextmanager
-def _lean_rotations(model: nn.Module) -> Iterator[None]:
-    """Within the block the functions that the model's attention layers rotate with are Rotation, where they compute it.
+        forward.is_fused = True  # type: ignore[attr-defined]
+        return forward
 
-    Several such blocks may last at once, within each other or in different threads: the last one puts the functions back.
-    """
-    attentions = {type(module) for module in model.modules() if "Attention" in type(module).__name__}
-    places = {id(names): names for names in (unwrap(kind.forward).__globals__ for kind in attentions)}
-    used: list[int] = []
-    try:
-        with _REPLACING:
-            for place, names in places.items():
-                if place in _REPLACED or (callable(names.get(ROTATION)) and _replace_rotation(names)):
-                    _REPLACED[place][1] += 1
-                    used.append(place)
-        yield
-    finally:
-        with _REPLACING:
-            for place in used:
-                _REPLACED[place][1] -= 1
-                if not _REPLACED[place][1]:
-                    places[place][ROTATION] = _REPLACED.pop(place)[0]
+    def _gated(self, activation: Activation) -> Any:
+        def forward(module: Any, x: Tensor) -> Tensor:
+            if self.ended:
+                return type(module).forward(module, x)
+            gate, up = module.gate_proj(x), module.up_proj(x)
+            dtype = product_dtype(getattr(module.down_proj, "base", module.down_proj), gate)
+            if dtype == gate.dtype:
+                kept = gate.detach(), up.detach()
+            else:
+                kept = gate.new_empty(gate.shape, dtype=dtype), gate.new_empty(gate.shape, dtype=dtype)
+            h = GatedProduct.apply(gate, up, *kept, activation)
+            return module.down_proj(recomputable(h, partial(gated, activation, dtype=h.dtype), *kept))
 
+        forward.is_fused = True  # type: ignore[attr-defined]
+        return forward
 
-_REPLACED: dict[
-    int, list[Any]
-] = {}  # id of a Python module's names -> its own function, and how many blocks use Rotation
-_REPLACING = threading.Lock()
+    def _attention(self, kind: type) -> FunctionType | None:
+        """The forward pass of a class, with a fused rotation where it names one that is known; else None."""
+        if kind not in self._rotating:
+            innermost = _innermost(kind.forward)  # type: ignore[attr-defined]
+            own = innermost and ROTATION in innermost.__code__.co_names and innermost.__globals__.get(ROTATION)
+            part = rotates_part(own) if own else None
+            new = None if part is None else {ROTATION: self._rotation(own, part)}
+            self._rotating[kind] = new and _with_globals(kind.forward, new)  # type: ignore[attr-defined]
+        return self._rotating[kind]
 
+    def _rotation(self, own: Callable[..., Any], part: bool) -> Callable[..., Any]:
+        """Rotation in the place of `own`, which it calls for what no kernel computes."""
 
-def _replace_rotation(names: dict[str, Any]) -> bool:
-    """Put Rotation in the place of the function, if it computes that."""
-    own, found = names[ROTATION], _lean_rotation(names[ROTATION])
-    if found is not None:
-        names[ROTATION], _REPLACED[id(names)] = found, [own, 0]
-    return found is not None
+        def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+            known = not self.ended and (part or cos.shape[-1] == q.shape[-1])
+            if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not pointwise.rotates(q, k, cos, sin):
+                return own(q, k, cos, sin, *args, **kwargs)
+            return Rotation.apply(q, k, cos, sin)
 
-
-def _lean_rotation(own: Callable[..., Any]) -> Callable[..., Any] | None:
-    """Rotation in the place of `own`, which it calls for what C does not compute; None where its results are others."""
-    part, whole = (_rotates(own, width) for width in (4, 8))
-
-    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
-        known = part or cos.shape[-1] == q.shape[-1]
-        if not known or args or kwargs or q.dim() != 4 or len(q) != 1 or not pointwise.rotates(q, k, cos, sin):
-            return own(q, k, cos, sin, *args, **kwargs)
-        return Rotation.apply(q, k, cos, sin)
-
-    return rotate if whole else None
+        return rotate
 
 
-def _rotates(own: Callable[..., Any], width: int) -> bool:
-    """Whether `own` rotates the first `width` of 8 channels, with any cos and sin."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 4, 5, 8), (1, 2, 5, 8), (1, 5, width), (1, 5, width))
-    q, k, cos, sin = (torch.randn(shape, generator=generator) for shape in shapes)
-    with torch.no_grad():
-        try:
-            expected, got = own(q, k, cos, sin), pointwise.rotate(q, k, cos, sin)
-        except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
-            return False  # it takes other things than its name says
-    if not isinstance(expected, tuple) or len(expected) != 2:
-        return False
-    return all(_near(mine, theirs) for mine, theirs in zip(got, expected, strict=True))
+def _innermost(function: Any) -> FunctionType | None:
+    """The function that decorators stand around; None for what is none."""
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    return function if isinstance(function, FunctionType) else None
 
 
-def _same(module: Callable[..., Any], forward: Callable[..., Any], shapes: list[Any]) -> bool:
-    """Whether both give the same for a random input."""
-    held = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(shape, generator=generator).to("cpu" if held is None else held.device) for shape in shapes]
-    with torch.no_grad():
-        try:
-            expected, got = module(*inputs), forward(*inputs)
-        except (TypeError, AttributeError, RuntimeError):  # takes or holds other things than its name says
-            return False
-    return isinstance(expected, Tensor) and _near(got, expected)
-
-
-def _near(got: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same but for rounding, which in a sum is that of its largest part."""
-    if got.shape != expected.shape:
-        return False
-    return torch.allclose(got, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType | None:
+    """A function, under its decorators, that finds these names among its globals; None for decorators of another kind."""
+    inner, cells = getattr(function, "__wrapped__", None), function.__closure__
+    own = function.__globals__ if inner is not None else {**function.__globals__, **names}
+    if inner is not None:
+        new = _with_globals(inner, names)
+        holds = [cell.cell_contents is inner for cell in cells or ()]
+        if new is None or sum(holds) != 1:
+            return None
+        cells = tuple(CellType(new) if held else cell for held, cell in zip(holds, cells or (), strict=True))
+    copy = FunctionType(function.__code__, own, function.__name__, function.__defaults__, cells)
+    copy.__kwdefaults__, copy.__doc__ = function.__kwdefaults__, function.__doc__
+    copy.__dict__.update(function.__dict__ if inner is None else {**function.__dict__, "__wrapped__": new})
+    return copy

@@ -32,7 +32,7 @@ from qgraft.linear import computing
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
-from qgraft.passes.fused import lean_modules
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.limits import sample_limit
 from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
@@ -287,7 +287,7 @@ def passes(
     with (
         computing(model, args.compute),
         padding_free(model, samples) as problem,
-        lean_modules(model),
+        fused_modules(model),
         ExitStack() as stack,
     ):
         if problem:
