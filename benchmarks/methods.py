@@ -158,9 +158,9 @@ def qgraft_step(model: Any, name: str) -> Any:
     from qgraft.data.batches import collate, count_labels, split_batch
     from qgraft.kernels.choice import has_fast_bf16
     from qgraft.linear import computing
+    from qgraft.passes.decoder import sample_attention
     from qgraft.passes.fused import fused_modules
     from qgraft.passes.loss import batch_loss
-    from qgraft.passes.sample_attention import sample_attention
 
     torch.manual_seed(0)
     if name.startswith("lora"):

@@ -8,7 +8,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "qgraft"
 RANKS = [  # a lower rank never imports a higher one; rooms of the same rank never import each other
     {"errors", "storage", "plots", "releases", "sizes"},
     {"formats"},
-    {"kernels", "compat"},
+    {"kernels", "compat", "model_parts"},
     {"linear", "attention", "rotary"},
     {"models", "adapters", "data"},
     {"checkpoints"},
@@ -25,7 +25,19 @@ FLOOR = {"errors", "storage", "releases"}
 ONLY_IN = {
     "triton": {"kernels"},
     "transformers": {
-        *("compat", "attention", "models", "data", "checkpoints", "passes", "memory", "training", "jobs", "merging"),
+        *(
+            "compat",
+            "model_parts",
+            "attention",
+            "models",
+            "data",
+            "checkpoints",
+            "passes",
+            "memory",
+            "training",
+            "jobs",
+            "merging",
+        ),
         *("serving", "cli"),
     },
     "fastapi": {"serving"},

@@ -25,7 +25,8 @@ Not chosen: the prefix in the cache, as PEFT and the original ChatGLM have it. A
 and there is none in training. Shapes: B batch, H heads, G key and value heads, T tokens, K keys, P prefix, D channels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -34,13 +35,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import samples
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
+_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def attention_of(module: Any) -> str:
+    """The attention implementation that a model, or one of its layers, computes by now: "sdpa", "eager", PREFIX ..."""
+    return str(module.config._attn_implementation)
+
+
+@contextmanager
+def attending(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Within the block the model attends by this implementation; afterwards by the one before."""
+    before = attention_of(model)
+    model.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +101,7 @@ def attend_with_prefix(
 ) -> tuple[Tensor, None]:
     """query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]; without a prefix exactly transformers' sdpa."""
     if prefix is None and softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None:
         tokens = query.shape[2]
         if tokens > 1:  # a cache of a fixed size has room behind the tokens
@@ -95,7 +113,7 @@ def attend_with_prefix(
         key, value = torch.cat([keys_BGPD, key], dim=2), torch.cat([values_BGPD, value], dim=2)
         attention_mask = prefix.widened(attention_mask, keys_BGPD.shape[2])
     if softcap is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, **kwargs)
     return _attend_capped(query, key, value, attention_mask, softcap, **kwargs), None
 
 
@@ -229,7 +247,7 @@ def note_mask(
 
 
 AttentionInterface.register(PREFIX, attend_with_prefix)
-AttentionMaskInterface.register(PREFIX, sdpa_mask)
+AttentionMaskInterface.register(PREFIX, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 AttentionInterface.register(SAMPLES, attend_samples)
 AttentionMaskInterface.register(SAMPLES, note_mask)
 
@@ -267,16 +285,15 @@ def record_attention(model: nn.Module) -> tuple[list[Call], float]:
         raise UnsupportedError(f"a prefix cannot go on {type(model).__name__}: expected a model of transformers")
     recorder = _Recorder({})
     inputs = {name: tensor[:1].to(model.device) for name, tensor in model.dummy_inputs.items()}
-    training, before = model.training, model.config._attn_implementation
+    training = model.training
     model.eval()
     try:
         with torch.no_grad():
             expected = model(**inputs, use_cache=False)[0].float()
-            model.set_attn_implementation(PREFIX)
-            got = model(**inputs, use_cache=False, prefix=recorder)[0].float()
+            with attending(model, PREFIX):
+                got = model(**inputs, use_cache=False, prefix=recorder)[0].float()
     except TypeError as error:
         raise UnsupportedError(f"{type(model).__name__} does not take a prefix: {error}") from error
     finally:
-        model.set_attn_implementation(before)
         model.train(training)
     return recorder.calls, float((got - expected).abs().max() / expected.abs().max())

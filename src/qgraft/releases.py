@@ -39,8 +39,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.conversion_mapping": "get_model_conversion_mapping",
     "transformers.core_model_loading": "WeightConverter.convert WeightConverter.add_tensor WeightRenaming "
     "dot_natural_key rename_source_key(base_model_prefix,meta_state_dict)",
-    "transformers.integrations.sdpa_attention": "sdpa_attention_forward(scaling,dropout)",
-    "transformers.masking_utils": "sdpa_mask create_causal_mask(config,inputs_embeds,attention_mask)",
+    "transformers.masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS create_causal_mask(config,inputs_embeds,attention_mask)",
     "transformers.modeling_layers": "GradientCheckpointingLayer",
     "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast",
     "transformers.modeling_utils": "ALL_ATTENTION_FUNCTIONS.get_interface",

@@ -9,7 +9,6 @@ import torch
 import transformers
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import can_return_tuple
@@ -31,15 +30,6 @@ def test_the_base_model_gives_the_states_that_the_output_layer_takes(kind, tiny,
 )
 def test_what_is_done_to_logits_stands_in_the_configuration_under_this_name(name, kind):
     assert hasattr(getattr(transformers, f"{kind}Config")(), name)
-
-
-def test_the_layers_are_one_list_of_checkpointed_layers(kind, tiny):
-    model = tiny(kind)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == 3]
-    assert lists[0] is model.base_model.layers
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    assert layers == list(model.base_model.layers)
-    assert model.config.get_text_config().num_hidden_layers == 3
 
 
 def test_a_forward_on_the_instance_of_a_layer_is_called_with_the_states_first(kind, tiny, ids):
@@ -67,14 +57,6 @@ def test_a_layer_gives_states_or_a_tuple_that_begins_with_them(kind, tiny, ids):
     assert states.shape == (1, 10, 32)
 
 
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text", "llama", "mistral", "phi3", "qwen2", "qwen3"])
-def test_norms_are_called_rmsnorm_and_keep_their_epsilon_under_one_of_two_names(kind, tiny):
-    norm = tiny(kind).base_model.norm
-    assert type(norm).__name__.endswith("RMSNorm")
-    assert isinstance(getattr(norm, "variance_epsilon", getattr(norm, "eps", None)), float)
-    assert [name for name, _ in norm.named_parameters()] == ["weight"]
-
-
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llamas_kin_is_made_of_these_parts(kind, tiny):
     base = tiny(kind).base_model
@@ -87,24 +69,6 @@ def test_llamas_kin_is_made_of_these_parts(kind, tiny):
     assert {name for name, _ in layer.mlp.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}
     assert layer.self_attn.head_dim == 8 and layer.self_attn.scaling == 8**-0.5
     assert hasattr(layer.input_layernorm, "variance_epsilon")
-
-
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
-def test_gemmas_gated_product_has_the_names_of_llamas(kind, tiny):
-    mlp = tiny(kind).base_model.layers[0].mlp
-    assert {"gate_proj", "up_proj", "down_proj", "act_fn"} <= {name for name, _ in mlp.named_children()}
-
-
-def test_attention_rotates_by_a_global_function_of_its_module(kind, tiny):
-    attention = next(m for m in tiny(kind).modules() if "Attention" in type(m).__name__)
-    names = inspect.unwrap(type(attention).forward).__globals__
-    rotate = names.get("apply_rotary_pos_emb")
-    assert callable(rotate), "queries and keys are no longer rotated by `apply_rotary_pos_emb` of the model's own file"
-    q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
-    angles = torch.randn(1, 5, 4).repeat(1, 1, 2)
-    got_q, _ = rotate(q, k, angles.cos(), angles.sin())
-    half = torch.cat([-q[..., 4:], q[..., :4]], -1)
-    torch.testing.assert_close(got_q, q * angles.cos()[:, None] + half * angles.sin()[:, None])
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
@@ -170,16 +134,6 @@ def test_checkpointing_sets_a_flag_and_a_function_on_each_layer(tiny):
     for layer in model.base_model.layers:
         assert vars(layer)["gradient_checkpointing"] is True
         assert callable(vars(layer)["_gradient_checkpointing_func"])
-
-
-def test_models_say_whether_they_keep_a_state_and_which_arguments_they_take(kind, tiny):
-    model = tiny(kind)
-    assert model._is_stateful is False
-    assert {"input_ids", "attention_mask", "position_ids"} <= inspect.signature(model.forward).parameters.keys()
-
-
-def test_a_state_space_model_says_that_it_keeps_a_state():
-    assert transformers.MambaForCausalLM._is_stateful is True
 
 
 def test_outputs_hold_states_and_cache_in_this_order():

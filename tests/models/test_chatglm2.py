@@ -21,8 +21,8 @@ from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration, rotary_table, rotate
+from qgraft.passes.decoder import sample_attention
 from qgraft.passes.loss import batch_loss
-from qgraft.passes.sample_attention import sample_attention
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 FOLDERS = ("chatglm2_fp32", "chatglm2_int4", "chatglm2_int8")

@@ -126,3 +126,16 @@ def test_a_loss_without_gradient_is_refused():
     model = model_of(LlamaConfig(**SMALL)).requires_grad_(False)
     with pytest.raises(UnsupportedError, match="no gradient reaches"):
         check_gradient(model, batch_loss(model, collate([sample(9, 1)])))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RecursionError(), MemoryError()])
+def test_what_says_nothing_about_the_model_is_not_taken_for_an_answer(error: Exception, monkeypatch: Any) -> None:
+    """Else a run whose longest sample does not fit would go on, one sample in each pass, by a slower way."""
+    model = model_of(LlamaConfig(**SMALL))
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(decoder, "label_states", fail)
+    with pytest.raises(type(error)), padding_free(model, [sample(20, 0), sample(9, 1)]):
+        pass

@@ -17,8 +17,9 @@ from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, StorageError, UnsupportedError
 from qgraft.kernels.choice import has_fast_bf16
+from qgraft.model_parts import decoder_layers
 from qgraft.passes import frozen_cache as frozen
-from qgraft.passes.frozen_cache import decoder_layers, frozen_layers_cached
+from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.loss import batch_loss
 from qgraft.training import run
 from qgraft.training.run import train

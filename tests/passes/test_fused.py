@@ -244,7 +244,10 @@ def test_decorators_of_a_forward_pass_are_kept() -> None:
         return call
 
     namespace = {"apply_rotary_pos_emb": modeling_llama.apply_rotary_pos_emb}
-    exec("def forward(self, q, k, cos, sin, *, more=1):\n    return *apply_rotary_pos_emb(q, k, cos, sin), more", namespace)
+    exec(
+        "def forward(self, q, k, cos, sin, *, more=1):\n    return *apply_rotary_pos_emb(q, k, cos, sin), more",
+        namespace,
+    )
     kind = type("Layer", (nn.Module,), {"forward": doubled(namespace["forward"])})
     layer = kind()
     tensors = [torch.randn(1, heads, 5, 8) for heads in (4, 2)] + [torch.randn(1, 5, 8) for _ in range(2)]

@@ -10,7 +10,6 @@ configuration. Several active prefixes stand one after another. A batch may have
 (adapter_names, batch_rows.py): the shorter ones are filled up with keys that their rows do not see.
 """
 
-import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -25,9 +24,10 @@ from qgraft.adapters.base import adapters_of, one_at_a_time, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import HOME, Geometry, PrefixConfig, PrefixEncoder, Prefixes
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.attention import PREFIX, SAMPLES, Prefix, record_attention
+from qgraft.attention import PREFIX, SAMPLES, Prefix, attention_of, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
+from qgraft.model_parts import argument_names, context_of, decoder_of
 
 
 def attach_prefix(
@@ -84,7 +84,7 @@ def attach_encoder(
 
 def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> PrefixEncoder:
     """A prefix for the model, which is not on it yet. Raises OptionError where it leaves the model no context."""
-    base = _base_of(model)
+    base = decoder_of(model)
     _check_length(base, config.pre_seq_len)
     return PrefixEncoder(config, geometry, base.get_input_embeddings().embedding_dim)
 
@@ -92,7 +92,7 @@ def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> 
 @one_at_a_time
 def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
     """Put what make_encoder made on the model as `name`, the active adapter."""
-    base = _base_of(model)
+    base = decoder_of(model)
     path = join(next(path for path, module in model.named_modules() if module is base), HOME)
     put_on(model, Adapter(name, "prefix", {path: encoder.to(base.device)}), partial(_home, encoder.geometry))
     use_adapter(model, name)
@@ -112,7 +112,7 @@ def model_geometry(model: nn.Module) -> Geometry:
     if home is not None:
         return home.geometry
     with selection_of(model).taken("examined for its first prefix"):  # by another attention
-        return probe_geometry(_base_of(model))
+        return probe_geometry(decoder_of(model))
 
 
 def layout_of(model: nn.Module) -> str:
@@ -154,26 +154,20 @@ def counted_positions(model: nn.Module) -> int:
     return sum(encoder.config.pre_seq_len for encoder in active)
 
 
-def _base_of(model: nn.Module) -> Any:
-    """The decoder without its output layer, the model itself where that is one."""
-    return getattr(model, "base_model", model)
-
-
-def _check_length(base: Any, pre_seq_len: int) -> None:
-    config = getattr(base, "config", None)
-    context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(context, int) and pre_seq_len >= context:
+def _check_length(base: nn.Module, pre_seq_len: int) -> None:
+    context = context_of(base)
+    if context is not None and pre_seq_len >= context:
         raise OptionError(f"pre_seq_len={pre_seq_len} leaves no room: the model's context is {context} tokens")
 
 
 def _home(geometry: Geometry, model: nn.Module, path: str, selection: Selection) -> Prefixes:
     """What holds the model's prefixes; with the first one it comes, and the attention that takes them."""
-    base, home = _base_of(model), prefixes_of(model)
+    base, home = decoder_of(model), prefixes_of(model)
     if home is not None:
         return home
     with selection.taken("given its first prefix"):
         hook = base.register_forward_pre_hook(_pass_on, with_kwargs=True)
-        home = Prefixes(selection, geometry, base.config._attn_implementation, hook).train(base.training)
+        home = Prefixes(selection, geometry, attention_of(base), hook).train(base.training)
         setattr(base, HOME, home)
         base.set_attn_implementation(PREFIX)
     return home
@@ -185,12 +179,12 @@ def _pass_on(base: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     prefix, taken = _active_prefix(home)
     if prefix is None:
         return None
-    if base.config._attn_implementation not in (PREFIX, SAMPLES):
+    if attention_of(base) not in (PREFIX, SAMPLES):
         raise UnsupportedError(
-            f"a prefix is active and the attention was set to {base.config._attn_implementation!r}, which knows none",
+            f"a prefix is active and the attention was set to {attention_of(base)!r}, which knows none",
             hint=f"model.set_attn_implementation({PREFIX!r}), or take the prefix off",
         )
-    known = list(inspect.signature(base.forward).parameters)
+    known = argument_names(base)
     given = {**dict(zip(known, args, strict=False)), **kwargs, "prefix": prefix}
     if home.counted and "position_ids" in known:
         given["position_ids"] = _positions(given) + taken

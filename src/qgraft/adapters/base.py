@@ -22,6 +22,7 @@ from qgraft.adapters.adapter import Adapter, Part, join, prefix_error
 from qgraft.adapters.holder import Holder, modules_outside_adapters
 from qgraft.adapters.selection import Selection
 from qgraft.errors import AdapterError
+from qgraft.model_parts import decoder_of
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -94,8 +95,8 @@ def base_of(model: nn.Module) -> Base:
 
 def entrances(model: nn.Module) -> tuple[nn.Module, ...]:
     """The modules that calls enter the model by: itself and its decoder."""
-    decoder = getattr(model, "base_model", None)
-    return (model, decoder) if isinstance(decoder, nn.Module) and decoder is not model else (model,)
+    decoder = decoder_of(model)
+    return (model,) if decoder is model else (model, decoder)
 
 
 def one_at_a_time(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

@@ -25,6 +25,7 @@ from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.errors import CheckpointError
 from qgraft.formats import PackedTensor, dequantize
+from qgraft.model_parts import decoder_of
 
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -143,7 +144,7 @@ def _checked(header: Header, file: GgufFile, name: str) -> Tensor:
 def apply_rotation(model: PreTrainedModel, header: Header, file: GgufFile) -> None:
     """Set what the configuration cannot state in the module that makes cos and sin of positions."""
     kind, factor = scaling(header, file)
-    rotary: Any = model.base_model.rotary_emb
+    rotary: Any = decoder_of(model).rotary_emb
     divisor = torch.ones(1)
     if FREQS in rope_tensors(header, file):
         divisor = _checked(header, file, FREQS)

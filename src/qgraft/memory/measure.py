@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
+from qgraft.model_parts import decoder_layers
 from qgraft.passes import loss
 from qgraft.passes.decoder import label_states, output_head
 
@@ -84,6 +84,10 @@ def measure_activations(model: PreTrainedModel, most: int = 1024) -> Activations
     Raises UnsupportedError for a model without decoder layers as transformers marks them.
     """
     layers = decoder_layers(model)
+    if not all(hasattr(layer, "gradient_checkpointing") for layer in layers):
+        raise UnsupportedError(
+            f"{type(model).__name__} has no layers that gradient checkpointing knows, so its memory cannot be counted"
+        )
     with torch.random.fork_rng(), _as_in_training(model, layers):
         passes = [_measure_pass(model, layers, tokens) for tokens in SIZES]
         rows = min(_chunked_rows(model), most)
@@ -99,15 +103,6 @@ def measure_activations(model: PreTrainedModel, most: int = 1024) -> Activations
         head=head,
         head_rows=rows,
     )
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers that gradient checkpointing takes as a unit, in their order."""
-    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise UnsupportedError(f"{type(model).__name__} has no layers that gradient checkpointing knows, so its memory "
-                               "cannot be counted")  # fmt: skip
-    return layers
 
 
 class LiveBytes(TorchDispatchMode):
@@ -162,7 +157,7 @@ def counting_live(device: torch.device) -> LiveBytes | AllocatedBytes:
 
 
 def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage().data_ptr()
 
 
 class _Storages:

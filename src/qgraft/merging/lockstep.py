@@ -26,15 +26,15 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.lora import LoraLinear
 from qgraft.adapters.targets import lora_layers
-from qgraft.attention import SAMPLES
+from qgraft.attention import SAMPLES, attention_of
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import Inputs, LayerReport, merge_layer
-from qgraft.passes.decoder import padding_free
-from qgraft.passes.sample_attention import attention_arguments
+from qgraft.model_parts import decoder_of
+from qgraft.passes.decoder import attention_arguments, padding_free
 
 _NO_INPUTS = "method nearest and method grid need no inputs"
 
@@ -64,14 +64,14 @@ def merge_in_step(
         return _SplitLayer(path, layer, deltas[path], pass_)
 
     with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, deltas, split):
-        alone = problem is None and model.config._attn_implementation == SAMPLES
+        alone = problem is None and attention_of(model) == SAMPLES
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
         else:
             batch, pass_.calibrates, pass_.judges = _padded(samples, held)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
-        model.base_model(**batch, use_cache=False, **bounds)
+        decoder_of(model)(**batch, use_cache=False, **bounds)
     if missed := [path for path in deltas if path not in pass_.packed]:
         raise UnsupportedError(
             f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",

@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # looked for in this file by transformers
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from qgraft.attention import SAMPLES
+from qgraft.attention import SAMPLES, attention_of
 from qgraft.compat import CACHE, takes_cache
 from qgraft.models.causal_lm import CausalLM
 from qgraft.models.prefix_lm import (
@@ -165,7 +165,7 @@ class Attention(nn.Module):
         query, key = rotate(query, *rotary), rotate(key, *rotary)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self), eager_attention)
         mixed_BTHD, weights = attend(self, query, key, value, mask, scaling=head_dim**-0.5, **kwargs)
         return self.dense(mixed_BTHD.flatten(-2)), weights
 
@@ -282,7 +282,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         x_BTC = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         check_shapes(attention_mask, position_ids, x_BTC.shape[0], x_BTC.shape[1], past)
         rows_B2T, sample_BT = self._positions(input_ids, attention_mask, position_ids, past)
-        if sample_BT is not None and self.config._attn_implementation == SAMPLES and "cu_seq_lens_q" in kwargs:
+        if sample_BT is not None and attention_of(self) == SAMPLES and "cu_seq_lens_q" in kwargs:
             mask, kwargs["context_lens"] = None, context_lengths(rows_B2T, sample_BT)
         else:
             mask = self._mask(attention_mask, rows_B2T.expand(len(x_BTC), -1, -1), sample_BT, past, cache)

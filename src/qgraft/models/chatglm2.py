@@ -34,10 +34,11 @@ from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig,
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS  # looked for in this file by transformers
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from qgraft.attention import attention_of
 from qgraft.compat import CACHE, takes_cache
 from qgraft.models.causal_lm import CausalLM
 
@@ -106,7 +107,7 @@ class ChatGLM2Config(PreTrainedConfig):
         """Check the values; fill in what rope_ratio does where the release's name says it."""
         super().__post_init__(**kwargs)
         if self.rope_ratio != 1 and self.rope_ratio_scales is None:
-            self.rope_ratio_scales = _meaning_of_ratio(self._name_or_path)
+            self.rope_ratio_scales = _meaning_of_ratio(self.name_or_path or "")
         if problems := [*_wrong_sizes(self), *_wrong_options(self)]:
             raise ValueError("ChatGLM2 config: " + "; ".join(problems))
 
@@ -230,7 +231,7 @@ class ChatGLM2Attention(nn.Module):
         query, key, value = (part.transpose(1, 2) for part in parts)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention_of(self), eager_attention)
         kwargs["dropout"] = self.config.attention_dropout if self.training else 0.0
         kwargs["scaling"] = self.config.kv_channels**-0.5
         context, probabilities = attend(self, query, key, value, attention_mask, **kwargs)

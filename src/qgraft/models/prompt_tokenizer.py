@@ -67,7 +67,7 @@ class PromptTokenizer(PreTrainedTokenizer):
     def get_vocab(self) -> dict[str, int]:
         """Every piece with its id."""
         pieces = self.sp_model.id_to_piece(list(range(self.sp_model.get_piece_size())))
-        return {**{piece: number for number, piece in enumerate(pieces)}, **self._added_tokens_encoder}
+        return {**{piece: number for number, piece in enumerate(pieces)}, **self.added_tokens_encoder}
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Write the sentencepiece file as it was read."""

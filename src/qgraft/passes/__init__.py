@@ -1,8 +1,8 @@
 """HOW tokens go through a model.
 
-decoder.py           how transformers' models are put together: base model, output layer, several samples in a pass
-sample_attention.py  attention over a padding-free batch
+decoder.py           the states and logits of a padding-free batch, in the fastest way that the model keeps to
 loss.py              cross-entropy at the labels, in chunks of logits
+known_layers.py      which layers of transformers compute which formula
 fused.py             norms, gated products and rotations without intermediate copies, while training
 frozen_cache.py      what the layers below the lowest adapter compute, kept on disk
 decoding.py          one token of one sequence in one C call, within transformers' generate()

@@ -13,7 +13,6 @@ In which way the samples of a batch share a pass is found out there too: attenti
 mask, else one sample in each pass. All three are right; which is the fastest that a model keeps to is what is tried.
 """
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,12 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qgraft.attention import SAMPLES
+from qgraft.attention import PREFIX, SAMPLES, attending, attention_of
 from qgraft.data.batches import IGNORED, Batch, collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.passes.sample_attention import attention_arguments, sample_attention
+from qgraft.model_parts import argument_names, decoder_states, has_decoder
 
 Head = Callable[[Tensor], Tensor]
 
@@ -63,7 +62,7 @@ def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     inputs = {"input_ids": ids, **told, **arguments}
     if model in _BY_OWN_FORWARD:
         return _own_logits(model, inputs, chosen_N), labels_N
-    states_1TH = model.base_model(use_cache=False, **inputs).last_hidden_state
+    states_1TH = decoder_states(model, **inputs)
     return states_1TH[0].index_select(0, chosen_N), labels_N
 
 
@@ -104,7 +103,7 @@ def _hand_through(logits_NV: Tensor) -> Tensor:
 def _own_logits(model: PreTrainedModel, inputs: dict[str, Tensor], chosen_N: Tensor) -> Tensor:
     """The logits [n, vocabulary] of the model's own forward pass at these positions of one row."""
     given: Any = inputs
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    if "logits_to_keep" in argument_names(model):
         return model(use_cache=False, logits_to_keep=chosen_N, **given).logits[0]
     return model(use_cache=False, **given).logits[0, chosen_N]
 
@@ -118,7 +117,7 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
 
     Raises UnsupportedError for a model whose loss of a single sample is not that of its own forward pass in any way.
     """
-    if model.config._attn_implementation == SAMPLES:  # an evaluation within a run: found out already
+    if attention_of(model) == SAMPLES:  # an evaluation within a run: found out already
         yield None
         return
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
@@ -141,9 +140,9 @@ def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
         return all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True))
 
     apart = f"{type(model).__name__} does not keep samples apart"
-    if isinstance(model.base_model, PreTrainedModel) and model.base_model is not model:
+    if has_decoder(model):
         with sample_attention(model):
-            if model.config._attn_implementation == SAMPLES and packed():
+            if attention_of(model) == SAMPLES and packed():
                 return True, None
         if packed():
             return False, None
@@ -165,6 +164,22 @@ def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
 
 
 @contextmanager
+def sample_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model attends sample by sample, where it would by a masked square over all of them."""
+    before = attention_of(model)
+    with attending(model, SAMPLES if before in ("sdpa", PREFIX) else before):
+        yield
+
+
+def attention_arguments(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Tensor]:
+    """What the forward pass must be given beside positions [1, tokens]: nothing, or the bounds of the samples."""
+    if attention_of(model) != SAMPLES:
+        return {}
+    starts = (position_ids[0] == 0).nonzero()[:, 0].cpu()  # read by the CPU in every layer
+    return {"cu_seq_lens_q": F.pad(starts, (0, 1), value=position_ids.shape[1])}
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within the block the model is in evaluation mode (no dropout); afterwards in the mode it was in."""
     training = model.training
@@ -183,6 +198,8 @@ def _agrees(model: PreTrainedModel, batch: Batch, expected: Sequence[Tensor]) ->
     try:
         rows, labels_N = label_states(model, batch)
         logits_NV = output_head(model)(rows[judged_N]).float()
+    except (torch.OutOfMemoryError, torch.AcceleratorError, RecursionError):
+        raise  # RuntimeErrors that say nothing about the model
     except (RuntimeError, TypeError, ValueError):
         # It does not pass the bounds on, masks or caps otherwise, or has more than a layer behind the states
         return False

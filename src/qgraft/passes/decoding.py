@@ -30,10 +30,11 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from qgraft.attention import PREFIX
+from qgraft.attention import PREFIX, attention_of
 from qgraft.compat import given_cache
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import decode
+from qgraft.model_parts import decoder_of
 from qgraft.passes.decoding_network import Network
 
 ROOM = 256  # tokens that a new buffer of keys and values has room for
@@ -49,7 +50,7 @@ def fast_decoding(model: PreTrainedModel) -> Iterator[str | None]:
     Several threads may be in such a block. Yields None where C is in use, else a sentence that says why not; the model
     then is as it was.
     """
-    base: Any = model.base_model
+    base = decoder_of(model)
     problem = why_not(base)
     if problem is not None:
         yield problem
@@ -167,7 +168,7 @@ def _computes_plainly(base: Any) -> bool:
         base.training
         or torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
-        or config._attn_implementation not in _ATTENTIONS
+        or attention_of(base) not in _ATTENTIONS
         or config.num_hidden_layers != len(base.layers)  # assistant_early_exit
     )
 

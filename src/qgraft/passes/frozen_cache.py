@@ -50,13 +50,13 @@ from qgraft.adapters.base import adapters_of
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.targets import adapted_layers
-from qgraft.attention import SAMPLES
+from qgraft.attention import SAMPLES, attention_of
 from qgraft.compat import given_cache
 from qgraft.data.batches import Batch, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import OptionError, UnsupportedError
-from qgraft.passes.decoder import evaluating
-from qgraft.passes.sample_attention import attention_arguments
+from qgraft.model_parts import decoder_layers, decoder_of, decoder_states
+from qgraft.passes.decoder import attention_arguments, evaluating
 
 PROBED_TOKENS = 128  # at most, in the passes that find out whether it is exact, if two samples have so few
 FILE = "frozen-states"
@@ -83,15 +83,6 @@ def first_adapted_layer(model: PreTrainedModel) -> int:
     if training:
         raise OptionError(f"cache_frozen_layers: below layer {first} weights are trained: {', '.join(training[:3])}")
     return first
-
-
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The layers of the model's decoder, in order. Raises UnsupportedError where they are not one list."""
-    count = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == count]
-    if not lists:
-        raise UnsupportedError(f"cache_frozen_layers: {type(model).__name__} has no list of {count} layers")
-    return list(lists[0])  # of lists within lists the outer one comes first
 
 
 @contextmanager
@@ -207,7 +198,7 @@ class _Detour:
             return
         if len(ids) != 1 or ids.shape != positions.shape or ids.shape[1] < self.least:
             return
-        if decoder.config._attn_implementation != self.attention:  # somebody tries another one
+        if attention_of(decoder) != self.attention:  # somebody tries another one
             return
         starts = (positions[0] == 0).nonzero()[:, 0].tolist()
         self.keys = [_key(ids[0, start:stop]) for start, stop in pairwise([*starts, ids.shape[1]])]
@@ -229,7 +220,7 @@ class _Detour:
 @contextmanager
 def _detour(model: PreTrainedModel, layers: Sequence[nn.Module], least: int) -> Iterator[_Detour]:
     """Within the block these layers, the model's first ones, let states through that are given."""
-    detour = _Detour(model.config._attn_implementation, least)
+    detour = _Detour(attention_of(model), least)
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             own = vars(layer).get("forward")
@@ -238,7 +229,7 @@ def _detour(model: PreTrainedModel, layers: Sequence[nn.Module], least: int) -> 
             else:
                 stack.callback(setattr, layer, "forward", own)
             layer.forward = _either_way(layer.forward, detour, last=index == len(layers) - 1)
-        decoder = model.base_model
+        decoder = decoder_of(model)
         stack.callback(decoder.register_forward_pre_hook(detour.begin, with_kwargs=True).remove)
         stack.callback(decoder.register_forward_hook(detour.end, always_call=True).remove)
         yield detour
@@ -274,7 +265,7 @@ def _probe(model: PreTrainedModel, detour: _Detour, few: list[Sample]) -> Tensor
             got = "nothing" if states is None else list(states.shape)
             raise UnsupportedError(f"cache_frozen_layers: the layers of {type(model).__name__} hand on {got}, expected "
                                    f"one state [1, tokens, hidden]")  # fmt: skip
-        hook = model.base_model.register_forward_pre_hook(lambda *_: setattr(detour, "given", states))
+        hook = decoder_of(model).register_forward_pre_hook(lambda *_: setattr(detour, "given", states))
         try:
             same = torch.equal(_decode(model, batch), final)
         except (TypeError, ValueError, KeyError, AttributeError, IndexError):  # something from below is missing
@@ -338,9 +329,8 @@ def _few(samples: Sequence[Sample]) -> list[Sample]:
 
 def _decode(model: PreTrainedModel, batch: Batch) -> Tensor:
     positions = batch["position_ids"]
-    return model.base_model(
-        input_ids=batch["input_ids"], position_ids=positions, use_cache=False, **attention_arguments(model, positions)
-    ).last_hidden_state
+    given = {"input_ids": batch["input_ids"], "position_ids": positions, **attention_arguments(model, positions)}
+    return decoder_states(model, **given)
 
 
 def _batch(model: PreTrainedModel, samples: Sequence[Sample]) -> Batch:

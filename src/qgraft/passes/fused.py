@@ -19,6 +19,7 @@ hooks for replaced layers (`use_kernel_forward_from_hub`, `use_kernelized_func`)
 `kernels`, is installed, and which some models have for a part of their layers only.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -142,7 +143,7 @@ class _Block:
 
     def _norm(self, norm: Norm) -> Any:
         """An input of another dtype than the weight's goes the module's own way: what comes out is the module's business."""
-        weight_H, eps = norm.weight_H, norm.eps
+        weight_H, eps = norm.weight, norm.eps
 
         def forward(module: Any, x: Tensor) -> Tensor:
             if self.ended or x.dtype != norm.dtype or x.shape[-1] != len(weight_H):
@@ -169,17 +170,16 @@ class _Block:
         forward.is_fused = True  # type: ignore[attr-defined]
         return forward
 
-    def _attention(self, kind: type) -> FunctionType | None:
+    def _attention(self, kind: Any) -> FunctionType | None:
         """The forward pass of a class, with a fused rotation where it names one that is known; else None."""
         if kind not in self._rotating:
-            innermost = _innermost(kind.forward)  # type: ignore[attr-defined]
-            own = innermost and ROTATION in innermost.__code__.co_names and innermost.__globals__.get(ROTATION)
-            part = rotates_part(own) if own else None
-            new = None if part is None else {ROTATION: self._rotation(own, part)}
-            self._rotating[kind] = new and _with_globals(kind.forward, new)  # type: ignore[attr-defined]
+            own = _named_rotation(kind)
+            part = rotates_part(own)
+            rotation = None if part is None else self._rotation(own, part)
+            self._rotating[kind] = rotation and _with_globals(kind.forward, {ROTATION: rotation})
         return self._rotating[kind]
 
-    def _rotation(self, own: Callable[..., Any], part: bool) -> Callable[..., Any]:
+    def _rotation(self, own: Any, part: bool) -> Callable[..., Any]:
         """Rotation in the place of `own`, which it calls for what no kernel computes."""
 
         def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -191,11 +191,11 @@ class _Block:
         return rotate
 
 
-def _innermost(function: Any) -> FunctionType | None:
-    """The function that decorators stand around; None for what is none."""
-    while hasattr(function, "__wrapped__"):
-        function = function.__wrapped__
-    return function if isinstance(function, FunctionType) else None
+def _named_rotation(kind: Any) -> Any:
+    """The function that the code of a class's forward pass finds as its rotation; None where it names none."""
+    forward = inspect.unwrap(kind.forward)
+    names_it = isinstance(forward, FunctionType) and ROTATION in forward.__code__.co_names
+    return forward.__globals__.get(ROTATION) if names_it else None
 
 
 def _with_globals(function: FunctionType, names: dict[str, Any]) -> FunctionType | None:

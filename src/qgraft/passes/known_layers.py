@@ -61,7 +61,7 @@ _ACTIVATIONS = {  # as configurations call them
 class Norm:
     """y = weight · x / sqrt(mean(x²) + eps), of a module whose own weight has this dtype, and is trained or frozen."""
 
-    weight_H: Tensor
+    weight: Tensor
     eps: float
     dtype: torch.dtype
     is_trained: bool
@@ -74,8 +74,8 @@ def norm_of(module: nn.Module) -> Norm | None:
         return None
     for path, (name, added) in _NORMS.items():
         if _is_like(kind, path, "_norm"):
-            weight_H = weight.float() + added if added else weight
-            return Norm(weight_H.detach(), float(getattr(module, name)), weight.dtype, weight.requires_grad)
+            counted = weight.float() + added if added else weight
+            return Norm(counted.detach(), float(getattr(module, name)), weight.dtype, weight.requires_grad)
     return None
 
 
@@ -92,6 +92,8 @@ def rotates_part(function: Any) -> bool | None:
 
     None where it is no rotation that is known.
     """
+    if function is None:
+        return None
     return next((part for path, part in _ROTATIONS.items() if _same_code(function, _named(path))), None)
 
 

@@ -4,6 +4,7 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.attach_prefix import counted_positions
 from qgraft.errors import OptionError
+from qgraft.model_parts import context_of
 
 
 def sample_limit(model: PreTrainedModel, max_length: int, reserved: int = 0) -> int:
@@ -29,8 +30,8 @@ def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:
 
     Raises as sample_limit does.
     """
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(context, int):
+    context = context_of(model)
+    if context is None:
         return None
     taken = counted_positions(model) + reserved
     if taken and context - taken < 2:

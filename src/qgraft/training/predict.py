@@ -14,7 +14,6 @@ texts are normalized alike; with ChatGLM's tokenizers so are ours. Scores are of
 Source: ptuning/main.py and trainer_seq2seq.py of both generations.
 """
 
-import inspect
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError
+from qgraft.model_parts import argument_names, keeps_state
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.training.arguments import TrainArguments
@@ -175,7 +175,7 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, args: TrainArguments
 
 def takes_padding(model: PreTrainedModel) -> bool:
     """Whether rows of different lengths can be answered at once: what an attention mask hides must change nothing."""
-    return "attention_mask" in inspect.signature(model.forward).parameters and not model._is_stateful
+    return "attention_mask" in argument_names(model) and not keeps_state(model)
 
 
 @dataclass(frozen=True)

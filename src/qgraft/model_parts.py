@@ -1,0 +1,79 @@
+"""How transformers puts a model together: one function for each question that is asked of it, and nowhere else an answer.
+
+    token ids -> decoder: layer 0 -> layer 1 -> ... -> norm -> states -> output layer -> what is done to logits -> logits
+
+    decoder_of, has_decoder, decoder_states    what is below the output layer, and what it computes
+    decoder_layers                             the layers, in order
+    argument_names                             what a forward pass may be given
+    context_of                                 how many positions there are
+    keeps_state                                whether padding would be learned or remembered
+
+How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
+is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
+passes/decoding_network.py. tests/contract/test_facade.py holds all of these to the oldest and the newest release.
+"""
+
+import inspect
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from qgraft.errors import UnsupportedError
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The decoder without its output layer; the model itself where that is one, or is both at once (Llama 4)."""
+    return getattr(model, "base_model", model)
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether the decoder is a model of its own, below the output layer."""
+    decoder = decoder_of(model)
+    return isinstance(decoder, PreTrainedModel) and decoder is not model
+
+
+def decoder_states(model: nn.Module, **inputs: Any) -> Tensor:
+    """The states [B, T, hidden] that the output layer takes, without a cache.
+
+    Raises UnsupportedError for a model whose decoder has no pass of its own.
+    """
+    if not has_decoder(model):
+        raise UnsupportedError(f"{type(model).__name__} has no decoder apart from its output layer")
+    states: Tensor = decoder_of(model)(use_cache=False, **inputs).last_hidden_state
+    return states
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of the decoder, in order: what gradient checkpointing takes as units, or the list of all layers.
+
+    Raises UnsupportedError for a model that has neither.
+    """
+    decoder, config = decoder_of(model), getattr(model, "config", None)
+    units = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if units:
+        within = {id(inner) for unit in units for inner in unit.modules() if inner is not unit}
+        return [unit for unit in units if id(unit) not in within]
+    count = None if config is None else config.get_text_config().num_hidden_layers
+    lists = (module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == count)
+    if (layers := next(lists, None)) is None:  # of lists within lists the outer one comes first
+        raise UnsupportedError(f"{type(model).__name__} has no layers: expected a list of them in its decoder")
+    return list(layers)
+
+
+def argument_names(module: nn.Module) -> list[str]:
+    """The names of what the forward pass takes, in order; beside them most take any keyword."""
+    return list(inspect.signature(module.forward).parameters)
+
+
+def context_of(model: nn.Module) -> int | None:
+    """How many positions the model has; None where it sets no limit."""
+    config = getattr(model, "config", None)
+    context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    return context if isinstance(context, int) else None
+
+
+def keeps_state(model: PreTrainedModel) -> bool:
+    """Whether every token that goes in, padding too, changes a state that the later ones see (Mamba and its kind)."""
+    return bool(model._is_stateful)
