@@ -124,7 +124,10 @@ class TrainArguments(TrainingArguments):
         rename_checkpointing(self)
         settle_strategies(self, held_out=bool(self.do_train and (self.eval_dataset or self.val_size)))
         asked = self.do_eval
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise OptionError(str(error)) from error
         self.do_eval = asked  # transformers sets it for any eval_strategy
         check_schedule(self)
         tracking_callbacks(self)  # those of a package that is missing say so now
