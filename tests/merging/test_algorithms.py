@@ -1,4 +1,9 @@
-"""Each algorithm against float64 and brute force, in every format that has a grid."""
+"""Each algorithm against float64 and brute force, in every format that has a grid.
+
+And in grids that no format of ours has yet: codebooks, zero points, groups whose columns lie apart, powers of two. Where such
+a grid is one of the others in other words (levels that are the integers, a zero point that is the offset, groups put in
+order), it must be solved as that one is.
+"""
 
 from dataclasses import replace
 
@@ -6,7 +11,7 @@ import pytest
 import torch
 
 from qgraft.formats import FORMATS, pack, quantize, unpack
-from qgraft.formats.grid import Grid
+from qgraft.formats.grid import Grid, combine, stored_reals
 from qgraft.merging.algorithms import (
     Problem,
     descend_codes,
@@ -166,3 +171,176 @@ def test_error_feedback_beats_rounding_to_the_nearest():
     problem = Problem.of_delta(grid.weight(), delta, problem.H)
     fed, nearest = feed_errors(grid, problem), nearest_codes(grid, grid.weight() + delta)
     assert energy_of(fed, grid, delta, problem.H) < 0.7 * energy_of(nearest, grid, delta, problem.H)
+
+
+# ---------------------------------------------------------------- grids of other libraries' formats
+
+NF4 = [-1.0, -0.7, -0.53, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0]
+E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]  # not in order, 0 twice
+IQ4 = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
+WIDTH, GROUPS = 128, 4
+
+
+def a_grid(kind: str, out: int = 12) -> Grid:
+    """A grid of weights of about 0.05."""
+    generator = torch.Generator().manual_seed(7)
+
+    def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator, dtype=torch.int8)
+
+    codes, wide = integers(0, 15, out, WIDTH), torch.rand(out, GROUPS, generator=generator) + 0.5
+    if kind == "nf4":
+        return Grid(codes, wide * 0.1, levels=torch.tensor(NF4), low=0, high=15, real_dtype=torch.float32)
+    if kind == "mxfp4":
+        powers = stored_reals(wide * 0.02, torch.float8_e8m0fnu)
+        return Grid(codes, powers, levels=torch.tensor(E2M1), low=0, high=15, real_dtype=torch.float8_e8m0fnu)
+    if kind == "iq4_xs":
+        sub_scales = integers(-32, 31, out, 4 * GROUPS)
+        levels, d = torch.tensor(IQ4).float(), (wide * 1e-5 * 4).half().float()
+        return Grid(codes, d, None, sub_scales, levels=levels, low=0, high=15, sub_low=-32, sub_high=31)
+    zeros = integers(5, 10, out, GROUPS)
+    d = (wide * 0.01).half().float()
+    grid = Grid(codes, d, zeros=zeros, low=0, high=15, zero_low=0, zero_high=15)
+    if kind == "awq":
+        return grid
+    group_of = torch.arange(WIDTH) * GROUPS // WIDTH
+    if kind == "ragged":
+        group_of = torch.tensor([0] * 50 + [1] * 3 + [2] * 40 + [3] * 35)
+    return replace(grid, group_of=group_of[torch.randperm(WIDTH, generator=generator)])
+
+
+OTHERS = ["nf4", "mxfp4", "iq4_xs", "awq", "act_order", "ragged"]
+
+
+def of_grid(grid: Grid, strength: float = 1.0) -> tuple[Problem, torch.Tensor]:
+    """(the problem of a low-rank delta with inputs of uneven energy, the delta)."""
+    generator = torch.Generator().manual_seed(9)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    x = normal(600, 20) @ (torch.logspace(0, -2, 20)[:, None] * normal(20, WIDTH)) + 0.01 * normal(600, WIDTH)
+    delta = strength * 3e-4 * normal(len(grid.codes), 4) @ normal(4, WIDTH)
+    return Problem.of_delta(grid.weight(), delta, x.T @ x / 600), delta
+
+
+def weight_by_hand(grid: Grid) -> torch.Tensor:
+    """The formula at the top of formats/grid.py, number by number in float64."""
+    rows, groups = grid.d.shape
+    out = torch.empty(rows, WIDTH, dtype=torch.float64)
+    for o in range(rows):
+        for i in range(WIDTH):
+            g = i * groups // WIDTH if grid.group_of is None else int(grid.group_of[i])
+            value = float(grid.codes[o, i])
+            if grid.levels is not None:
+                value = float(grid.levels[int(grid.codes[o, i]) - grid.low])
+            if grid.zeros is not None:
+                value -= int(grid.zeros[o, g])
+            subs = grid.sub_scales
+            factor = 1 if subs is None else int(subs[o, i * subs.shape[1] // WIDTH])
+            out[o, i] = float(grid.d[o, g]) * factor * value
+    return out
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_grids_mean_what_the_formula_says(kind):
+    grid = a_grid(kind, out=3)
+    torch.testing.assert_close(grid.weight().double(), weight_by_hand(grid), rtol=1e-6, atol=0)
+    assert torch.equal(grid.rows(1, 3).weight(), grid.weight()[1:])
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize("algorithm", [fit_reals, descend_codes, descend_integers, feed_errors])
+def test_in_other_grids_the_error_falls_and_the_result_can_be_stored(kind, algorithm):
+    grid = a_grid(kind)
+    problem, delta = of_grid(grid, strength=4.0)
+    merged = algorithm(grid, problem)
+    before, after = energy_of(grid, grid, delta, problem.H), energy_of(merged, grid, delta, problem.H)
+    if kind == "mxfp4" and algorithm is fit_reals:
+        assert torch.equal(merged.d.log2().frac(), torch.zeros_like(merged.d))  # powers of two move by halves: no fit
+    elif algorithm is descend_integers and grid.sub_scales is None and grid.zeros is None:
+        assert torch.equal(merged.weight(), grid.weight())
+    else:
+        assert after < (0.9 if algorithm is not descend_integers else 0.999) * before
+    assert torch.equal(merged.rounded().weight(), merged.weight())
+    assert merged.codes.dtype == torch.int8 and int(merged.codes.min()) >= 0 and int(merged.codes.max()) <= 15
+    for integers, low, high in ((merged.zeros, 0, 15), (merged.sub_scales, -32, 31)):
+        assert integers is None or (low <= int(integers.min()) and int(integers.max()) <= high)
+    kept = ("levels", "group_of", "low", "high", "zero_low", "zero_high", "real_dtype")
+    assert all(getattr(merged, name) is getattr(grid, name) for name in kept)
+
+
+def test_zero_points_that_must_not_move_do_not():
+    """Readers of symmetric files take the zero point for granted."""
+    grid = replace(a_grid("act_order"), zero_low=8, zero_high=8, zeros=torch.full((12, GROUPS), 8, dtype=torch.int8))
+    problem, _ = of_grid(grid, strength=4.0)
+    assert torch.equal(descend_integers(grid, problem).zeros, grid.zeros)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_in_other_grids_without_a_delta_nothing_moves(kind):
+    grid = a_grid(kind)
+    problem = Problem.of_delta(grid.weight(), torch.zeros(12, WIDTH), of_grid(grid)[0].H)
+    for algorithm in (descend_codes, descend_integers):
+        merged = algorithm(grid, problem)
+        assert torch.equal(merged.codes, grid.codes)  # nor 0 to -0
+        assert torch.equal(merged.weight(), grid.weight())
+    assert torch.equal(feed_errors(grid, problem).weight(), grid.weight())
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_nearest_codes_are_nearest_of_all_codes(kind):
+    grid = a_grid(kind, out=3)
+    target = grid.weight() + 0.03 * torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(2))
+    error = (nearest_codes(grid, target).weight() - target).abs()
+    for code in range(16):
+        other = replace(grid, codes=torch.full_like(grid.codes, code))
+        assert ((other.weight() - target).abs() >= error - 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "mxfp4"])
+def test_descent_finds_the_best_level_of_one_code(kind):
+    """One column, one row: against every code there is."""
+    levels, H = a_grid(kind).levels, torch.tensor([[2.0]])
+    assert levels is not None
+    for start, d, delta in ((3, 0.1, 0.04), (7, 0.1, -0.06), (15, -0.2, 0.27), (0, 0.3, -2.0), (9, 0.05, 5.0)):
+        grid = Grid(torch.tensor([[start]], dtype=torch.int8), torch.tensor([[d]]), levels=levels, low=0, high=15)
+        wanted = float(grid.weight()) + delta
+        merged = descend_codes(grid, Problem.of_delta(grid.weight(), torch.tensor([[delta]]), H))
+        assert abs(float(merged.weight()) - wanted) == pytest.approx(float((levels * d - wanted).abs().min()), abs=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [fit_reals, descend_codes, feed_errors])
+def test_integers_as_levels_are_integers(algorithm):
+    plain = replace(a_grid("awq"), zeros=None)
+    levels = replace(plain, levels=torch.arange(16.0))
+    problem, _ = of_grid(plain, strength=3.0)
+    merged, expected = algorithm(levels, problem), algorithm(plain, problem)
+    assert torch.equal(merged.codes, expected.codes) and torch.equal(merged.d, expected.d)
+
+
+@pytest.mark.parametrize("algorithm", [fit_reals, descend_codes, feed_errors])
+def test_a_zero_point_is_an_offset_of_the_codes(algorithm):
+    grid = replace(a_grid("awq"), zeros=torch.full((12, GROUPS), 8, dtype=torch.int8))
+    shifted = replace(grid, codes=grid.codes - 8, zeros=None, low=-8, high=7)
+    problem, _ = of_grid(grid, strength=3.0)
+    merged, expected = algorithm(grid, problem), algorithm(shifted, problem)
+    assert torch.equal(merged.codes - 8, expected.codes) and torch.equal(merged.d, expected.d)
+
+
+@pytest.mark.parametrize("algorithm", [fit_reals, descend_integers])
+def test_groups_whose_columns_lie_apart_are_groups_put_in_order(algorithm):
+    grid = a_grid("act_order")
+    assert grid.group_of is not None
+    order = grid.group_of.argsort(stable=True)
+    together = replace(grid, codes=grid.codes[:, order], group_of=None)
+    problem, _ = of_grid(grid, strength=3.0)
+    sorted_problem = Problem(problem.H[order][:, order], problem.P[:, order])
+    merged, expected = algorithm(grid, problem), algorithm(together, sorted_problem)
+    torch.testing.assert_close(merged.weight()[:, order], expected.weight(), rtol=2e-3, atol=1e-6)  # float16 steps
+    assert torch.equal(merged.zeros, expected.zeros)
+
+
+def test_combine_takes_one_matrix_of_memory():
+    values = torch.randn(4, 8)
+    assert combine(values, torch.ones(4, 2), None).data_ptr() == values.data_ptr()

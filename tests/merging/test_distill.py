@@ -24,30 +24,47 @@ SHAPES = {  # odd shapes where the blocks of the format allow them: (out, in)
     "q4_0": (7, 96), "q4_1": (5, 160), "q5_1": (1, 32), "q4_k": (3, 512), "q5_k": (9, 256), "q6_k": (5, 256),
     "chatglm-int4": (11, 38), "chatglm-int8": (3, 17),
 }  # fmt: skip
+OTHERS = ["levels", "act_order"]  # as NF4 and GPTQ have them
 
 
 def a_grid(format_: str, seed: int = 0) -> Grid:
+    if format_ in OTHERS:
+        return another_grid(format_)
     shape = SHAPES[format_]
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
     return unpack(quantize(weight.half() if len(FORMATS[format_].parts) > 1 else weight, format_))
 
 
-def spread(values: Tensor, width: int) -> Tensor:
+def another_grid(kind: str) -> Grid:
+    """5 rows of 96 weights in 3 groups."""
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(0, 16, (5, 96), generator=generator, dtype=torch.int8)
+    d = (torch.rand(5, 3, generator=generator) * 0.01).half().float()
+    if kind == "levels":
+        return Grid(codes, d, levels=torch.linspace(-1, 1, 16) ** 3, low=0, high=15)
+    zeros = torch.randint(0, 16, (5, 3), generator=generator, dtype=torch.int8)
+    group_of = (torch.arange(96) // 32)[torch.randperm(96, generator=generator)]
+    return Grid(codes, d, zeros=zeros, low=0, high=15, zero_high=15, group_of=group_of)
+
+
+def spread(grid: Grid, values: Tensor) -> Tensor:
     """Values of (sub-)groups over their columns, by the definition of Grid."""
-    return values[:, [i * values.shape[1] // width for i in range(width)]]
+    width = grid.codes.shape[1]
+    groups = [i * values.shape[1] // width for i in range(width)] if grid.group_of is None else grid.group_of.tolist()
+    return values[:, groups]
 
 
 def explicit_weight(grid: Grid, d: Tensor, m: Tensor | None) -> Tensor:
     """The formula at the top of formats/grid.py, in float64."""
-    width = grid.codes.shape[1]
-    scale = spread(d, width) * (1.0 if grid.sub_scales is None else spread(grid.sub_scales.double(), width))
-    weight = scale * grid.codes.double()
+    scale = spread(grid, d) * (1.0 if grid.sub_scales is None else spread(grid, grid.sub_scales.double()))
+    value = grid.codes.double() if grid.levels is None else grid.levels.double()[grid.codes.long()]
+    weight = scale * (value if grid.zeros is None else value - spread(grid, grid.zeros.double()))
     if m is None:
         return weight
-    return weight + spread(m, width) * (1.0 if grid.sub_minimums is None else spread(grid.sub_minimums.double(), width))
+    return weight + spread(grid, m) * (1.0 if grid.sub_minimums is None else spread(grid, grid.sub_minimums.double()))
 
 
-@pytest.mark.parametrize("format_", [*SHAPES])
+@pytest.mark.parametrize("format_", [*SHAPES, *OTHERS])
 @pytest.mark.parametrize("batch", [(13,), (2, 3)])
 def test_gradients_are_those_of_the_formula(format_, batch):
     grid = a_grid(format_)

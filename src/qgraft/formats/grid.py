@@ -1,8 +1,9 @@
 """Grid: a packed weight as the integers and the real numbers that it is made of, without the bit layout.
 
-    weight[o, i] = (d[o, g] * sub_scales[o, s]) * codes[o, i] + m[o, g] * sub_minimums[o, s]
+    weight[o, i] = (d[o, g] * sub_scales[o, s]) * value[o, i] + m[o, g] * sub_minimums[o, s]
 
-    g = i * G // in   the group of weight i (a block of the format, or the whole row)
+    value             codes[o, i], or codes[o, i] - zeros[o, g], or levels[codes[o, i] - low]
+    g = i * G // in   the group of weight i (a block of the format, or the whole row), or group_of[i]
     s = i * S // in   its sub-group, where the format has sub-groups; S is a multiple of G, and S = G without them
 
     format            weights in a group, sub-group    codes, as written     integers of a sub-group
@@ -16,6 +17,10 @@
     chatglm-int8      in                               -127..127
 
 Two's complement has one code more at the lower end, which q8_0 and the row-wise formats are read with and can store.
+
+Formats that other libraries write are rows of the same table: GPTQ and AWQ have an integer zero point for each group
+(`zeros`), GPTQ's act-order a group for each column (`group_of`, its g_idx); NF4, FP4, IQ4 and MXFP4 choose among the
+`levels` of a codebook, which need be neither even nor in order; MXFP4 stores powers of two as scales (`real_dtype`).
 
 Every format with codes is one of these rows, so that whatever chooses integers or scales (the quantizers, merging) is
 written once for all of them. A product of `d`, a sub-scale and a code has more than 24 bits only in the K-quants: there
@@ -37,7 +42,7 @@ class Grid:
     """One weight matrix [out, in] in G groups and S sub-groups a row; its tensors share no memory with packed bytes.
 
     Attributes:
-        codes: int8 [out, in], the offset of the format (8, 16, 32) already taken off.
+        codes: int8 [out, in], the offset of the format (8, 16, 32; 128 for zero points of 8 bits) already taken off.
         d: float32 [out, G], the real scale of each group.
         m: float32 [out, G], the real factor of its minimum; None for symmetric formats.
         sub_scales: int8 [out, S], the integer scale of each sub-group; None where all are 1.
@@ -45,6 +50,10 @@ class Grid:
         low, high: the codes that a writer may choose, both inclusive.
         sub_low, sub_high: the integers that a writer may choose for a sub-group, both inclusive.
         real_dtype: in which `d` and `m` are stored.
+        levels: float32 [high - low + 1], what the codes stand for, the first for `low`; None: the codes themselves.
+        zeros: int8 [out, G], the code of the weight 0 in each group, the offset of the codes taken off; None: 0.
+        zero_low, zero_high: the zeros that a writer may choose, both inclusive.
+        group_of: int64 [in], the group of each column, where groups are not neighbours; only without sub-groups.
     """
 
     codes: Tensor
@@ -57,23 +66,76 @@ class Grid:
     sub_low: int = 1
     sub_high: int = 1
     real_dtype: torch.dtype = torch.float16
+    levels: Tensor | None = None
+    zeros: Tensor | None = None
+    zero_low: int = 0
+    zero_high: int = 0
+    group_of: Tensor | None = None
+
+    def values(self) -> Tensor:
+        """What each code stands for before it is scaled, [out, in] float32, in memory of its own."""
+        if self.levels is not None:
+            return self.levels[self.codes.long() - self.low]
+        values = self.codes.float()
+        return values if self.zeros is None else values.sub_(self.spread(self.zeros.float()))
+
+    def nearest(self, values_ON: Tensor) -> Tensor:
+        """The codes [out, n], as float32, whose levels or integers are nearest to `values_ON` (zeros not taken off)."""
+        if self.levels is None:
+            return values_ON.round().clamp_(self.low, self.high)
+        ordered, order = self.levels.sort(stable=True)
+        middles = (ordered[1:] + ordered[:-1]) / 2
+        return order[torch.bucketize(values_ON, middles)].to(values_ON.dtype) + self.low
+
+    def spacing(self) -> float:
+        """How far neighbouring codes are apart before they are scaled: 1, or the mean distance of the levels."""
+        if self.levels is None:
+            return 1.0
+        return float(self.levels.max() - self.levels.min()) / max(len(self.levels) - 1, 1)
 
     def steps(self) -> Tensor:
-        """What one step of a code is worth in each sub-group: d * sub_scales, [out, S] float32."""
+        """What a value of 1 is worth in each sub-group: d * sub_scales, [out, S] float32."""
         return _by_sub_group(self.d, self.sub_scales)
 
     def offsets(self) -> Tensor | None:
-        """What the code 0 is worth in each sub-group: m * sub_minimums, [out, S] float32; None for symmetric formats."""
+        """What the value 0 is worth in each sub-group: m * sub_minimums, [out, S] float32; None for symmetric formats."""
         return None if self.m is None else _by_sub_group(self.m, self.sub_minimums)
 
     def weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in], computed in float32 and rounded once to `dtype`: what `dequantize` gives."""
-        return combine(self.codes, self.steps(), self.offsets()).to(dtype)
+        steps, offsets = self.steps(), self.offsets()
+        if self.group_of is not None:
+            steps, offsets = self.spread(steps), None if offsets is None else self.spread(offsets)
+        return combine(self.values(), steps, offsets).to(dtype)
+
+    # ------------------------------------------------------------ groups and their columns
+
+    def spread(self, values_OS: Tensor) -> Tensor:
+        """Values of groups or sub-groups [out, S] over their columns, [out, in]."""
+        if self.group_of is not None:
+            return values_OS[:, self.group_of]
+        return values_OS.repeat_interleave(self.codes.shape[1] // values_OS.shape[1], dim=1)
+
+    def group_sums(self, values_OI: Tensor) -> Tensor:
+        """The sums of [out, in] over the columns of each group, [out, G]."""
+        groups = self.d.shape[1]
+        if self.group_of is None:
+            return values_OI.unflatten(1, (groups, -1)).sum(dim=2)
+        return values_OI.new_zeros(len(values_OI), groups).index_add_(1, self.group_of, values_OI)
+
+    def columns(self, number: int, of: int) -> Tensor | slice:
+        """The columns of group or sub-group `number`, there being `of` of them."""
+        if self.group_of is not None:
+            return (self.group_of == number).nonzero()[:, 0]
+        width = self.codes.shape[1] // of
+        return slice(number * width, (number + 1) * width)
+
+    # ------------------------------------------------------------ storing
 
     def rounded(self) -> "Grid":
         """The same grid with `d` and `m` as they will be stored; UnsupportedError where they do not fit."""
-        d = self.d.to(self.real_dtype)
-        m = None if self.m is None else self.m.to(self.real_dtype)
+        d = stored_reals(self.d, self.real_dtype)
+        m = None if self.m is None else stored_reals(self.m, self.real_dtype)
         bad, total = _not_finite(d), d.numel()
         if m is not None:
             bad, total = bad + _not_finite(m), total + m.numel()
@@ -84,11 +146,21 @@ class Grid:
                 f" ({str(self.real_dtype).removeprefix('torch.')})",
                 hint="the weights are too large for this format: f32 and bf16 hold them",
             )
-        return replace(self, d=d.float(), m=None if m is None else m.float())
+        return replace(self, d=d, m=m)
+
+    def rows(self, start: int, stop: int) -> "Grid":
+        """The rows start..stop."""
+
+        def cut(each: Tensor | None) -> Tensor | None:
+            return None if each is None else each[start:stop]
+
+        codes, d, m, zeros = self.codes[start:stop], self.d[start:stop], cut(self.m), cut(self.zeros)
+        sub_scales, sub_minimums = cut(self.sub_scales), cut(self.sub_minimums)
+        return replace(self, codes=codes, d=d, m=m, sub_scales=sub_scales, sub_minimums=sub_minimums, zeros=zeros)
 
     def reshape(self, rows: int, width: int) -> "Grid":
-        """The same weights in rows of another width: a block each, or a row of the matrix each."""
-
+        """The same weights in rows of another width: a block each, or a row of the matrix each. Not for `group_of`."""
+        assert self.group_of is None, "groups whose columns lie apart have no blocks"
         old = self.codes.shape[1]
 
         def fold(each: Tensor) -> Tensor:
@@ -101,28 +173,43 @@ class Grid:
             m=None if self.m is None else fold(self.m),
             sub_scales=None if self.sub_scales is None else fold(self.sub_scales),
             sub_minimums=None if self.sub_minimums is None else fold(self.sub_minimums),
+            zeros=None if self.zeros is None else fold(self.zeros),
         )
 
-    def require(self, name: str, groups: int, subs: int = 1, m: bool = False, sub_minimums: bool = False) -> None:
+    def require(
+        self,
+        name: str,
+        groups: int,
+        subs: int = 1,
+        m: bool = False,
+        sub_minimums: bool = False,
+        levels: int = 0,
+        zeros: bool = False,
+        group_of: bool = False,
+    ) -> None:
         """ValueError unless the grid has the parts of format `name`: `groups` groups a row, `subs` sub-groups in each."""
-        rows = len(self.codes)
+        rows, width = self.codes.shape
         per_group, per_sub = (torch.float32, (rows, groups)), (torch.int8, (rows, groups * subs))
         want = {"codes": (torch.int8, tuple(self.codes.shape)), "d": per_group, "m": per_group if m else None}
         want |= {"sub_scales": per_sub if subs > 1 else None, "sub_minimums": per_sub if sub_minimums else None}
+        want |= {"levels": (torch.float32, (levels,)) if levels else None}
+        want |= {"zeros": (torch.int8, (rows, groups)) if zeros else None}
+        want |= {"group_of": (torch.int64, (width,)) if group_of else None}
         parts = {part: getattr(self, part) for part in want}
         got = {part: None if each is None else (each.dtype, tuple(each.shape)) for part, each in parts.items()}
         if wrong := [f"{part} {got[part]}, expected {want[part]}" for part in want if got[part] != want[part]]:
             raise ValueError(f"{name}: got a grid with {'; '.join(wrong)}")
 
 
-def combine(codes_OI: Tensor, steps_OS: Tensor, offsets_OS: Tensor | None) -> Tensor:
-    """The formula of every format: codes * steps + offsets, [out, in] in the dtype of `steps`.
+def combine(values_OI: Tensor, steps_OS: Tensor, offsets_OS: Tensor | None) -> Tensor:
+    """The formula of every format: values * steps + offsets, [out, in] in the dtype of `steps`.
 
-    Product and sum are each rounded, as in the C code; memory: one matrix of the result's dtype.
+    Product and sum are each rounded, as in the C code; memory: one matrix of the result's dtype, which is that of
+    `values_OI` where it has this dtype already.
     """
-    rows, width = codes_OI.shape
+    rows, width = values_OI.shape
     sub_groups = steps_OS.shape[1]
-    w_OSW = codes_OI.to(steps_OS.dtype).reshape(rows, sub_groups, width // sub_groups).mul_(steps_OS[:, :, None])
+    w_OSW = values_OI.to(steps_OS.dtype).reshape(rows, sub_groups, width // sub_groups).mul_(steps_OS[:, :, None])
     if offsets_OS is not None:
         w_OSW.add_(offsets_OS[:, :, None])
     return w_OSW.view(rows, width)
@@ -135,6 +222,13 @@ def _by_sub_group(real_OG: Tensor, integers_OS: Tensor | None) -> Tensor:
     shape, groups = integers_OS.shape, real_OG.shape[1]
     integers = integers_OS.float().view(shape[0], groups, shape[1] // groups)
     return integers.mul_(real_OG[:, :, None]).view(shape)
+
+
+def stored_reals(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Real numbers as they are stored in `dtype`, in float32. Powers of two (e8m0) have no sign and no zero."""
+    if dtype == torch.float8_e8m0fnu:
+        values = values.clamp(min=2.0**-127)
+    return values.to(dtype).float()
 
 
 def _not_finite(values: Tensor) -> int:

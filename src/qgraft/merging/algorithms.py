@@ -12,7 +12,7 @@ here needs only H, P and the gradient R = V H - P. A row of the weight is a prob
     nearest_codes       no metric: the nearest codes of the base's own grid. The honest baseline: it changes nothing.
     fit_reals           codes stay; the real numbers of each row (scales, minimums) in closed form
     descend_codes       scales stay; each code by the best integer step, column after column
-    descend_integers    K-quants: the same for the 6- or 8-bit scales and minimums of the sub-groups
+    descend_integers    the same for the integers of groups: scales and minimums in K-quants, zero points in GPTQ and AWQ
     feed_errors         codes in GPTQ's order, each rounding error passed on to the columns that follow
 
 fit_reals. With the codes fixed a row is linear in its K numbers theta = (d_1..d_G, m_1..m_G): w = sum_k theta_k v_k,
@@ -24,7 +24,11 @@ Stored numbers are rounded (to float16), so they are rounded one after another, 
 follow (the optimal-brain step, as GPTQ takes it over codes): theta_j -= error * U_kj / U_kk, U^T U = (V^T H V + ridge)^-1.
 
 descend_codes. The best integer move of column k is n = -R_k / (H_kk step_k), rounded, and R += n step_k H_k. E never
-rises: each move is the exact minimum over its own number. `descend_integers` does that over sub-groups.
+rises: each move is the exact minimum over its own number. `descend_integers` does that over groups. In a codebook the best
+code is the level nearest to where the bottom of the parabola lies.
+
+All of it goes by `Grid`: what a code stands for (`values`, `nearest`) and which columns are a group (`spread`, `group_sums`,
+`columns`), so codebooks, zero points and columns in any order need no algorithm of their own.
 
 Sources: GPTQ (arXiv:2210.17323) for the order and the error feedback, QuantEase (arXiv:2309.01885) for coordinate
 descent. Not chosen: requantizing W + delta with fresh scales, which adds new rounding noise of a whole step.
@@ -36,7 +40,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from qgraft.formats.grid import Grid
+from qgraft.formats.grid import Grid, stored_reals
 
 RIDGE = 1e-3  # times the diagonal of the normal equations, and of H where it is inverted
 SWEEPS = 2
@@ -83,10 +87,12 @@ Algorithm = Callable[[Grid, Problem], Grid]
 
 def nearest_codes(grid: Grid, w_OI: Tensor) -> Grid:
     """The codes nearest to the weight [out, in] with the scales of `grid`."""
-    steps, offsets = _columns(grid.steps(), w_OI), grid.offsets()
-    shifted = w_OI if offsets is None else w_OI - _columns(offsets, w_OI)
-    codes = (shifted * _inverse(steps)).round_().clamp_(grid.low, grid.high)
-    return replace(grid, codes=codes.to(torch.int8))
+    steps, offsets = grid.spread(grid.steps()), grid.offsets()
+    shifted = w_OI if offsets is None else w_OI - grid.spread(offsets)
+    values = shifted * _inverse(steps)
+    if grid.zeros is not None:
+        values += grid.spread(grid.zeros.float())
+    return replace(grid, codes=grid.nearest(values).to(torch.int8))
 
 
 # ---------------------------------------------------------------- real numbers
@@ -98,7 +104,7 @@ def fit_reals(grid: Grid, problem: Problem) -> Grid:
     rows = max(1, NORMAL_BYTES // (4 * numbers * numbers))
     gradient = problem.gradient(grid.weight())
     parts = [
-        _fit_rows(_rows(grid, start, start + rows), problem.H, gradient[start : start + rows])
+        _fit_rows(grid.rows(start, start + rows), problem.H, gradient[start : start + rows])
         for start in range(0, len(grid.codes), rows)
     ]
     m = None if grid.m is None else torch.cat([part.m for part in parts if part.m is not None])
@@ -107,8 +113,8 @@ def fit_reals(grid: Grid, problem: Problem) -> Grid:
 
 def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
     bases, groups = _bases(grid), grid.d.shape[1]
-    normal = _normal_equations(bases, H, groups, len(grid.codes))  # [out, K, K]
-    slope = torch.cat([_group_sums(gradient * basis, groups) for basis in bases], dim=1)  # [out, K]
+    normal = _normal_equations(bases, H, grid)  # [out, K, K]
+    slope = torch.cat([grid.group_sums(gradient * basis) for basis in bases], dim=1)  # [out, K]
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal + 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30
     factor = torch.linalg.cholesky(normal)
@@ -120,25 +126,25 @@ def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
 
 def _bases(grid: Grid) -> list[Tensor]:
     """The directions that d and m scale, each [out, in] or, where all rows share it, [1, in]."""
-    codes = grid.codes.float()
-    scales = codes if grid.sub_scales is None else codes * _columns(grid.sub_scales.float(), codes)
+    values = grid.values()
+    scales = values if grid.sub_scales is None else values * grid.spread(grid.sub_scales.float())
     if grid.m is None:
         return [scales]
     if grid.sub_minimums is None:
-        return [scales, codes.new_ones(1, codes.shape[1])]
-    return [scales, _columns(grid.sub_minimums.float(), codes)]
+        return [scales, values.new_ones(1, values.shape[1])]
+    return [scales, grid.spread(grid.sub_minimums.float())]
 
 
-def _normal_equations(bases: list[Tensor], H: Tensor, groups: int, rows: int) -> Tensor:
-    """V^T H V of every row, [rows, K, K] with K = groups * len(bases)."""
+def _normal_equations(bases: list[Tensor], H: Tensor, grid: Grid) -> Tensor:
+    """V^T H V of every row, [out, K, K] with K = groups * len(bases)."""
+    rows, groups = grid.d.shape
     normal = H.new_empty(rows, len(bases) * groups, len(bases) * groups)
-    width = H.shape[0] // groups
     for j, left in enumerate(bases):
         for g in range(groups):
-            columns = slice(g * width, (g + 1) * width)
+            columns = grid.columns(g, groups)
             image = left[:, columns] @ H[columns]  # [rows or 1, in]
             for k, right in enumerate(bases[j:], start=j):
-                sums = _group_sums(image * right, groups)
+                sums = grid.group_sums(image * right)
                 normal[:, j * groups + g, k * groups : (k + 1) * groups] = sums
                 normal[:, k * groups : (k + 1) * groups, j * groups + g] = sums
     return normal
@@ -148,7 +154,7 @@ def _round_in_turn(theta: Tensor, covariance: Tensor, dtype: torch.dtype) -> Ten
     """theta [out, K] rounded to `dtype` number by number, each error made good by the numbers after it."""
     U = torch.linalg.cholesky(covariance, upper=True)
     for k in range(theta.shape[1]):
-        stored = theta[:, k].to(dtype).float()
+        stored = stored_reals(theta[:, k], dtype)
         error = (theta[:, k] - stored) / U[:, k, k]
         theta[:, k:] -= error[:, None] * U[:, k, k:]
         theta[:, k] = stored
@@ -162,7 +168,7 @@ def descend_codes(grid: Grid, problem: Problem) -> Grid:
     """Coordinate descent on the codes from those of `grid`, its scales fixed. E never rises."""
     H, width = problem.H, problem.H.shape[0]
     R = problem.gradient(grid.weight())
-    codes_IO, steps_IO = grid.codes.T.float().contiguous(), _columns(grid.steps(), R).T.contiguous()
+    codes_IO, steps_IO = grid.codes.T.float().contiguous(), grid.spread(grid.steps()).T.contiguous()
     for _ in range(SWEEPS):
         for start in range(0, width, BLOCK):
             block = slice(start, min(start + BLOCK, width))
@@ -178,34 +184,46 @@ def _descend_block(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tenso
     inverse_BO = _inverse(H_BB.diagonal()[:, None] * steps_BO)
     floor_BO = codes_BO.clamp(max=grid.low)  # a code below `low` (read, never written: -8 in 4 bits) may stay
     for k in range(len(R_BO)):
-        best = (codes_BO[k] - (R_BO[k] * inverse_BO[k]).round_()).clamp_(max=grid.high)
-        best = torch.maximum(best, floor_BO[k])
-        moved_BO[k] = (best - codes_BO[k]) * steps_BO[k]
+        if grid.levels is None:
+            best = (codes_BO[k] - (R_BO[k] * inverse_BO[k]).round_()).clamp_(max=grid.high)
+            best = torch.maximum(best, floor_BO[k])
+            moved_BO[k] = (best - codes_BO[k]) * steps_BO[k]
+        else:  # E is a parabola of the value, so of all levels the nearest to its bottom is the best
+            value = _levels_of(grid, codes_BO[k])
+            best = grid.nearest(value - R_BO[k] * inverse_BO[k])
+            best = torch.where(_levels_of(grid, best) == value, codes_BO[k], best)  # 0 and -0 are two codes of a float
+            moved_BO[k] = (_levels_of(grid, best) - value) * steps_BO[k]
         codes_BO[k] = best
         R_BO.addr_(H_BB[k], moved_BO[k])
     return moved_BO
 
 
 def descend_integers(grid: Grid, problem: Problem) -> Grid:
-    """Coordinate descent on the integer scales and minimums of the sub-groups. E never rises; no sub-groups, no change."""
-    R = problem.gradient(grid.weight())
+    """Coordinate descent on the integers of groups: scales and minimums of sub-groups, zero points. E never rises."""
+    R, H = problem.gradient(grid.weight()), problem.H
+    low, high = grid.sub_low, grid.sub_high
     if grid.sub_scales is not None:
-        directions = _columns(grid.d, R) * grid.codes
-        grid = replace(grid, sub_scales=_descend_groups(R, grid.sub_scales, directions, problem.H, grid))
+        directions = grid.spread(grid.d) * grid.values()
+        grid = replace(grid, sub_scales=_descend_groups(R, grid.sub_scales, directions, H, grid, low, high))
     if grid.sub_minimums is not None and grid.m is not None:
-        directions = _columns(grid.m, R).contiguous()
-        grid = replace(grid, sub_minimums=_descend_groups(R, grid.sub_minimums, directions, problem.H, grid))
+        directions = grid.spread(grid.m).contiguous()
+        grid = replace(grid, sub_minimums=_descend_groups(R, grid.sub_minimums, directions, H, grid, low, high))
+    if grid.zeros is not None:
+        directions, low, high = -grid.spread(grid.d), grid.zero_low, grid.zero_high
+        grid = replace(grid, zeros=_descend_groups(R, grid.zeros, directions, H, grid, low, high))
     return grid
 
 
-def _descend_groups(R: Tensor, integers_OS: Tensor, directions_OI: Tensor, H: Tensor, grid: Grid) -> Tensor:
-    """The integers moved, one sub-group after another; R follows in place."""
-    moved, width = integers_OS.float(), H.shape[0] // integers_OS.shape[1]
+def _descend_groups(
+    R: Tensor, integers_OS: Tensor, directions_OI: Tensor, H: Tensor, grid: Grid, low: int, high: int
+) -> Tensor:
+    """The integers moved within low..high, one group or sub-group after another; R follows in place."""
+    moved = integers_OS.float()
     for s in range(integers_OS.shape[1]):
-        columns = slice(s * width, (s + 1) * width)
+        columns = grid.columns(s, integers_OS.shape[1])
         v_OW = directions_OI[:, columns]
-        slope, curvature = (R[:, columns] * v_OW).sum(1), ((v_OW @ H[columns, columns]) * v_OW).sum(1)
-        best = (moved[:, s] - (slope * _inverse(curvature)).round_()).clamp_(grid.sub_low, grid.sub_high)
+        slope, curvature = (R[:, columns] * v_OW).sum(1), ((v_OW @ H[columns][:, columns]) * v_OW).sum(1)
+        best = (moved[:, s] - (slope * _inverse(curvature)).round_()).clamp_(low, high)
         R.addmm_((best - moved[:, s])[:, None] * v_OW, H[columns])
         moved[:, s] = best
     return moved.to(integers_OS.dtype)
@@ -218,40 +236,26 @@ def feed_errors(grid: Grid, problem: Problem) -> Grid:
     base = grid.weight()
     target_OI = base - problem.gradient(base) @ covariance
     U = torch.linalg.cholesky(covariance, upper=True)
-    steps_OI, offsets = _columns(grid.steps(), base), grid.offsets()
-    offsets_OI = torch.zeros_like(base) if offsets is None else _columns(offsets, base)
+    steps_OI, offsets = grid.spread(grid.steps()), grid.offsets()
+    offsets_OI = torch.zeros_like(base) if offsets is None else grid.spread(offsets)
+    zeros_OI = None if grid.zeros is None else grid.spread(grid.zeros.float())
     codes = torch.empty_like(base)
     for k in range(base.shape[1]):
-        code = (target_OI[:, k] - offsets_OI[:, k]) * _inverse(steps_OI[:, k])
-        codes[:, k] = code.round_().clamp_(grid.low, grid.high)
-        error = (target_OI[:, k] - offsets_OI[:, k] - codes[:, k] * steps_OI[:, k]) / U[k, k]
+        value = (target_OI[:, k] - offsets_OI[:, k]) * _inverse(steps_OI[:, k])
+        codes[:, k] = grid.nearest(value if zeros_OI is None else value + zeros_OI[:, k])
+        value = codes[:, k] if grid.levels is None else _levels_of(grid, codes[:, k])
+        value = value if zeros_OI is None else value - zeros_OI[:, k]
+        error = (target_OI[:, k] - offsets_OI[:, k] - value * steps_OI[:, k]) / U[k, k]
         target_OI[:, k + 1 :].addr_(error, U[k, k + 1 :], alpha=-1.0)
     return replace(grid, codes=codes.to(torch.int8))
 
 
-# ---------------------------------------------------------------- shapes
-
-
-def _columns(values_OS: Tensor, like_OI: Tensor) -> Tensor:
-    """Values of groups or sub-groups [out, S] spread over their columns, [out, in]."""
-    return values_OS.repeat_interleave(like_OI.shape[1] // values_OS.shape[1], dim=1)
-
-
-def _group_sums(values_OI: Tensor, groups: int) -> Tensor:
-    return values_OI.unflatten(1, (groups, -1)).sum(dim=2)
+def _levels_of(grid: Grid, codes: Tensor) -> Tensor:
+    """What codes (whole float32 numbers) stand for in a codebook."""
+    assert grid.levels is not None
+    return grid.levels[codes.long() - grid.low]
 
 
 def _inverse(values: Tensor) -> Tensor:
     """1 / values, and 0 where that is not finite: a number that has no effect is not moved."""
     return torch.where(values.abs() > 1e-30, 1.0 / values, 0.0)
-
-
-def _rows(grid: Grid, start: int, stop: int) -> Grid:
-    """The rows start..stop of the grid."""
-
-    def cut(each: Tensor | None) -> Tensor | None:
-        return None if each is None else each[start:stop]
-
-    sub_scales, sub_minimums = cut(grid.sub_scales), cut(grid.sub_minimums)
-    codes, d = grid.codes[start:stop], grid.d[start:stop]
-    return replace(grid, codes=codes, d=d, m=cut(grid.m), sub_scales=sub_scales, sub_minimums=sub_minimums)

@@ -8,7 +8,7 @@ kept, the real-valued numbers of all merged layers (codes untouched) are trained
 by Adam. A number's learning rate is relative to the scales of its row. Codes are int8 and constant; the gradient of a
 weight matrix, which the frozen base never needs, is formed layer by layer and summed at once:
 
-    G = g^T x [out, in]        dE/d_k = sub_scale * sum over group k of G * code        dE/m_k = sub_minimum * sum of G
+    G = g^T x [out, in]        dE/d_k = sub_scale * sum over group k of G * value       dE/m_k = sub_minimum * sum of G
 
 The forward pass uses the numbers as they will be stored (float16), the steps add to float32 ones. PEQA
 (arXiv:2305.14152) trains scales as the only parameters; here they imitate the adapter instead of learning the task,
@@ -127,7 +127,8 @@ class _RealLinear(nn.Module):
         start, share = self.start, self.start.d.shape[1] ** -0.5
         d_unit = self.unit if start.sub_scales is None else start.d.abs().mean(dim=1, keepdim=True)
         if start.m is None or start.sub_minimums is None:
-            m_unit = self.unit * 0.5 * (start.high - start.low)  # a scale moves weights by up to so many steps
+            # a scale moves weights by up to so many steps
+            m_unit = self.unit * (0.5 * start.spacing() * (start.high - start.low))
         else:
             m_unit = start.m.abs().mean(dim=1, keepdim=True)
         return d_unit * share, m_unit * share
@@ -151,22 +152,19 @@ class _RealFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [..., out] -> gradients of x, d and m."""
         (x,), grid = ctx.saved_tensors, ctx.grid
-        groups = grid.d.shape[1]
         g_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         G_OI = (g_NO.T @ x_NI).float()
-        scaled = combine(grid.codes, _ones_or(grid.sub_scales, G_OI, groups), None).mul_(G_OI)
-        grad_d = scaled.unflatten(1, (groups, -1)).sum(2) * ctx.units[0]
+        grad_d = grid.group_sums(_times(grid.values(), grid.sub_scales).mul_(G_OI)) * ctx.units[0]
         grad_m = None
         if grid.m is not None:
-            sums = combine(G_OI, _ones_or(grid.sub_minimums, G_OI, groups), None)  # in place: G is not needed any more
-            grad_m = sums.unflatten(1, (groups, -1)).sum(2) * ctx.units[1]
+            grad_m = grid.group_sums(_times(G_OI, grid.sub_minimums)) * ctx.units[1]  # G is not needed any more
         grad_x = (g_NO @ grid.weight(grad.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         return grad_x, grad_d, grad_m, None, None, None
 
 
-def _ones_or(integers: Tensor | None, like: Tensor, groups: int) -> Tensor:
-    """The integers of the sub-groups as float32, or ones for the groups, [out, S]."""
-    return like.new_ones(len(like), groups) if integers is None else integers.float()
+def _times(values_OI: Tensor, integers_OS: Tensor | None) -> Tensor:
+    """The values times the integers of their sub-groups, in place; the values without them."""
+    return values_OI if integers_OS is None else combine(values_OI, integers_OS.float(), None)
 
 
 class _Biased(nn.Module):

@@ -171,7 +171,7 @@ def _report(
         return LayerReport(path, packed.format, 0.0, 0.0, error, tuple(steps))
     before, after = unpack(packed), unpack(merged)
     changed = float((before.codes != after.codes).float().mean())
-    step = float(before.steps().square().mean().sqrt())
+    step = before.spacing() * float(before.steps().square().mean().sqrt())
     delta_in_steps = float(delta_OI.square().mean().sqrt()) / max(step, 1e-30)
     return LayerReport(path, packed.format, delta_in_steps, changed, error, collapse(steps))
 
