@@ -8,8 +8,7 @@ Which weights are quantized: those of linear layers but the output layer, as lla
 embedding and the output layer hold little of the size and cost most of the quality. A layer whose width the format has
 no blocks for keeps its 16 bits, and the load says so.
 
-A matrix stored in int8 beside a `weight_scale` is ChatGLM's row-wise layout (folder_write.py draws it) and stays packed
-as it is: 8 bits where it is as wide as the layer, 4 where it is half as wide.
+Which tensors make up a matrix, and whether it is packed already, its layout says (layouts/); packed ones stay as they are.
 
 Nothing in the folder is executed: no `auto_map`, no remote code, no pickle beyond tensors (shards.py). ChatGLM's folders
 bring their architecture and tokenizer as Python files; ours are in models/, and theirs are not looked at.
@@ -18,7 +17,7 @@ bring their architecture and tokenizer as Python files; ours are in models/, and
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -39,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import TokenizerErrors, assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
@@ -66,13 +66,14 @@ def load_folder(
     """
     if quantize is not None and get_format(quantize).quantize is None:
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
-    config = _config(folder)
+    raw = read_config_json(folder)
+    config = _config(folder, raw)
     tokenizer, tokenizer_notes = _tokenizer(folder, config)
     with ExitStack() as stack:
         exact = (
             architecture_of(config) is not None
         )  # transformers' own may leave tensors out, ours have a place for all
-        reader = _FolderReader(open_shards(folder, stack), quantize, empty_model(config, dtype), exact)
+        reader = _FolderReader(open_shards(folder, stack), raw, quantize, empty_model(config, dtype), exact)
         unexpected = reader.unexpected()
         if exact and holds_only_prefix(list(reader.tensors)):
             raise CheckpointError(
@@ -126,11 +127,17 @@ class _FolderReader:
     """Answers assemble()'s questions from open weight files, packing weights as they pass."""
 
     def __init__(
-        self, tensors: dict[str, Callable[[], Tensor]], quantize: str | None, model: PreTrainedModel, exact: bool
+        self,
+        tensors: dict[str, Callable[[], Tensor]],
+        config: Mapping[str, Any],
+        quantize: str | None,
+        model: PreTrainedModel,
+        exact: bool,
     ) -> None:
-        self.tensors, self.quantize, self.model = tensors, quantize, model
-        self.names = (same_names if exact else transformers_names)(model, tensors)
-        self.bits = getattr(model.config, "quantization_bit", None) or None
+        self.tensors, self.config, self.quantize, self.model = tensors, config, quantize, model
+        self.owners = owners(tensors)
+        weights = dict.fromkeys(self.owners.get(name, name) for name in tensors)
+        self.names = (same_names if exact else transformers_names)(model, weights)
         output = model.get_output_embeddings()
         paths = [path for path, _ in model.named_modules() if path and packable(model, path)]
         self.layers: dict[str, Any] = {f"{path}.weight": model.get_submodule(path) for path in paths}
@@ -152,23 +159,45 @@ class _FolderReader:
         if name not in self.names.stored:
             return None
         stored = self.names.stored[name]
-        value = self.tensors[stored]()
-        if value.dim() != 2 or name not in self.layers:
+        matrix = StoredMatrix(stored, self.tensors, self.config)
+        layout = find_layout(matrix)
+        if layout.packed_as is not None:
+            self._check_packed(name, layout)
+        elif (value := self.tensors[stored]()).dim() != 2 or name not in self.layers:
             self._note_vector(stored, value)
             return value
         transposed = isinstance(self.layers[name], Conv1D)
         self.matrices[name.removesuffix(".weight")] = Stored(stored, transposed=transposed)
-        if value.dtype == torch.int8:
-            packed = self._read_rowwise(name, value)
-        else:
-            packed = self._pack(name, value.T.contiguous() if transposed else value)
+        found = layout.read(matrix, self._shape(name), transposed)
+        packed = found if isinstance(found, PackedTensor) else self._pack(name, found)
         self.entries[stored] = matrix_entries(stored, packed)
         return packed
+
+    def _check_packed(self, name: str, layout: Layout) -> None:
+        """A matrix that is packed already can be read as it is, for a layer."""
+        if name not in self.layers:
+            raise UnsupportedError(
+                f"{name} is stored in {layout.packed_as}, which is read for linear layers and embeddings only",
+                hint="give the float checkpoint's folder",
+            )
+        if self.quantize is not None:
+            raise UnsupportedError(
+                f"quantize={self.quantize!r}: {name} is stored in {layout.packed_as} already",
+                hint="leave quantize out, or give the float checkpoint's folder",
+            )
+
+    def _shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of the layer whose weight is called so."""
+        layer = self.layers[name]
+        rows, columns = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+        return rows, columns
 
     def _make(self, name: str) -> PackedTensor | Tensor:
         """What transformers computes of several tensors: floats, also where a layer holds it."""
         made = self.names.made[name]
         for stored, _ in made.sources:
+            if (layout := find_layout(StoredMatrix(stored, self.tensors, self.config))).packed_as is not None:
+                raise UnsupportedError(f"{name} is computed of {stored}, which is stored in {layout.packed_as}")
             if stored not in self.entries:  # of a rule that makes several parameters, each is asked for
                 self._note_vector(stored, self.tensors[stored]())
         value = made.value(name, self.model, self.tensors)
@@ -191,7 +220,7 @@ class _FolderReader:
         for target, source in ties.items():
             if target in self.names and source in self.names:
                 one, other = (self.names.stored.get(name) for name in (target, source))
-                if one is None or other is None or not torch.equal(self.tensors[one](), self.tensors[other]()):
+                if one is None or other is None or not self._equal(one, other):
                     self.notes.append(f"{target} and {source} differ in the folder, so they are not tied")
                     continue
                 found[target] = source
@@ -204,48 +233,24 @@ class _FolderReader:
                 found[target] = source if source in self.names or not others else others[0]
         return found
 
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two matrices of the folder have the same tensors, all of them."""
+        a, b = (StoredMatrix(name, self.tensors, self.config) for name in (one, other))
+        layout = find_layout(a)
+        return find_layout(b) is layout and a.equals(b, layout.suffixes)
+
     def unexpected(self) -> list[str]:
         """The file's tensors that the model has no place for, without those that it computes itself."""
-        scales = {f"{name}_scale" for name in self.layers}
-        unknown = [name for name in self.names.unexpected if name not in scales]
+        unknown = [*self.names.unexpected, *self._strays()]
         return sorted(name for name in unknown if not any(re.search(pattern, name) for pattern in self.ignored))
 
-    def _read_rowwise(self, name: str, data: Tensor) -> PackedTensor:
-        """An int8 matrix with its scales: 8 bits where it is as wide as the layer, 4 where it is half as wide."""
-        if self.quantize is not None:
-            raise UnsupportedError(
-                f"quantize={self.quantize!r}: {name} is stored in int8 with scales already",
-                hint="leave quantize out, or give the float checkpoint's folder",
-            )
-        layer = self.layers[name]
-        width = layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-        rows, bits = data.shape[0], 4 if data.shape[1] * 2 == width else 8
-        if self.bits == 4 and width % 2:
-            raise CheckpointError(
-                f"{name}: config.json says quantization_bit=4, but the layer's {width} inputs are odd"
-            )
-        if self.bits not in (None, bits):
-            got = f"config.json says quantization_bit={self.bits!r}"
-            raise CheckpointError(f"{name}: got int8 {list(data.shape)}, {bits} bits a weight, but {got}")
-        parts = data, self._scale(name, data)
-        return PackedTensor(f"chatglm-int{bits}", (rows, data.shape[1] * 8 // bits), parts)
-
-    def _scale(self, name: str, data: Tensor) -> Tensor:
-        """The row scales [out] of an int8 matrix."""
-        if f"{name}_scale" not in self.tensors:
-            raise CheckpointError(f"{name} holds int8 numbers, and {name}_scale is missing beside it")
-        scale = self.tensors[f"{name}_scale"]()
-        expected = f"expected [{len(data)}] finite float16 or float32"
-        if scale.shape != (len(data),) or scale.dtype not in (torch.float16, torch.float32):
-            raise CheckpointError(f"{name}_scale: got {scale.dtype} {list(scale.shape)}, {expected}")
-        if not bool(scale.isfinite().all()):
-            raise CheckpointError(f"{name}_scale: got NaN or infinity, {expected}")
-        lost = [row for row in (scale == 0).nonzero()[:, 0].tolist() if bool(data[row].any())]
-        if lost:
-            raise CheckpointError(
-                f"{name}_scale: got 0 for {len(lost)} rows that hold numbers (row {lost[0]}), {expected}"
-            )
-        return scale
+    def _strays(self) -> Iterator[str]:
+        """Tensors that would be part of a matrix, were it kept in another layout: scales beside plain numbers."""
+        for name, weight in self.owners.items():
+            if name != weight:
+                layout = find_layout(StoredMatrix(weight, self.tensors, self.config))
+                if name not in tensor_names(layout, weight):
+                    yield name
 
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
         try:
@@ -268,8 +273,8 @@ def matrix_entries(name: str, packed: PackedTensor) -> list[tuple[str, tuple[int
     """What one matrix of a folder contributes to its fingerprint."""
     data, *others = packed.parts
     entries: list[tuple[str, tuple[int, ...], str, Tensor]] = [(name, packed.shape, packed.format, data)]
-    for scale in others:
-        entries.append((f"{name}_scale", tuple(scale.shape), str(scale.dtype), scale))
+    for part, tensor in zip(get_format(packed.format).parts[1:], others, strict=True):
+        entries.append((f"{name}_{part.name}", tuple(tensor.shape), str(tensor.dtype), tensor))
     return entries
 
 
@@ -294,14 +299,14 @@ def _json_object(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _config(folder: Path) -> PreTrainedConfig:
-    path, raw = folder / "config.json", read_config_json(folder)
+def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
+    path = folder / "config.json"
     quantization = raw.get("quantization_config") or {}
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config: got {quantization!r}, expected an object")
-    if method := quantization.get("quant_method"):
+    if not is_claimed(raw):
         raise UnsupportedError(
-            f"{folder} is already quantized with {method!r}",
+            f"{folder} is already quantized with {quantization.get('quant_method')!r}",
             hint="load the float checkpoint with quantize=..., or a GGUF",
         )
     architecture = find_architecture(raw)

@@ -1,13 +1,7 @@
 """Write a loaded folder back: config.json, the tokenizer's files, and safetensors with the model's matrices.
 
-    chatglm-int8   <module>.weight int8 [out, in]        <module>.weight_scale float [out]
-    chatglm-int4   <module>.weight int8 [out, in // 2]   <module>.weight_scale float [out]
-    f32 f16 bf16   <module>.weight in that dtype, as before (Conv1D: [in, out])
-    other tensors  as they were
-
-This is the layout of ChatGLM's quantized releases, in safetensors instead of a pickle. As there, config.json says
-`quantization_bit` where all quantized matrices have the same number of bits; load_folder tells them apart by their
-shapes anyway. Blocks of GGUF have no layout here.
+Each matrix is written as the layout of its format writes it (layouts/), also where the source was a pickle; other tensors
+are what they were. config.json gets what the layouts say of these formats. Blocks of GGUF have no layout here.
 
 A shard ends where one of the source ended, or at `SHARD_BYTES`, so a folder of one file stays one unless it is large.
 Copied are the files that transformers reads beside weights, licences and model cards; never code, never pickles.
@@ -25,6 +19,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -34,13 +29,26 @@ from torch import Tensor
 
 from qgraft import storage
 from qgraft.checkpoints.folder_model import folder_digest, matrix_entries, read_config_json
-from qgraft.checkpoints.origin import Matrix, Origin, changed_source
+from qgraft.checkpoints.layouts import (
+    LAYOUTS,
+    StoredMatrix,
+    configured,
+    find_layout,
+    layout_for,
+    owners,
+    tensor_name,
+    tensor_names,
+)
+from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.checkpoints.shards import BIN_INDEX, INDEX, WORDS, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
 
 SHARD_BYTES = 4_000_000_000
-BITS = {"chatglm-int4": 4, "chatglm-int8": 8}
-FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+CONTAINER = Container(
+    "a folder of safetensors",
+    frozenset(format for layout in LAYOUTS for format in layout.formats),
+    'load with quantize="chatglm-int4", or save with to="chatglm-int8" or to="f16"',
+)
 _COPIED = ("*.json", "*.jinja", "*.md", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
 _WRITTEN = ("config.json", INDEX, BIN_INDEX, storage.MANIFEST)
 
@@ -136,12 +144,9 @@ class _Place:
     def tensors(self) -> Tensors:
         if self.matrix is None:
             return {self.name: (self.shard.describe(self.name)[1], self.shard.tensor(self.name))}
-        packed = self.matrix.whole()
-        if packed.format in BITS:
-            named = dict(zip((self.name, f"{self.name}_scale"), packed.parts, strict=True))
-        else:
-            w_OI = packed.parts[0].view(FLOATS[packed.format])
-            named = {self.name: w_OI.T.contiguous() if self.matrix.stored.transposed else w_OI}
+        stored = self.matrix.stored
+        written = layout_for(self.matrix.format).write(self.matrix.whole(), stored.transposed)
+        named = {tensor_name(stored.name, suffix): tensor for suffix, tensor in written.items()}
         return {name: (WORDS[tensor.dtype], tensor) for name, tensor in named.items()}
 
     def differs(self, tensors: Tensors) -> bool:
@@ -160,14 +165,27 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _places(origin: Origin, matrices: Sequence[Matrix], stack: ExitStack) -> Iterator[_Place]:
-    """Every tensor of the source that is written again; scales go with their matrix."""
+    """Every tensor of the source that is written again; those that make up a matrix go with the first of them."""
     by_name = {matrix.stored.name: matrix for matrix in matrices}
-    scales = {f"{name}_scale" for name in by_name}
-    for path in shard_paths(origin.path):
-        shard = open_shard(path, stack)
+    shards = [(path, open_shard(path, stack)) for path in shard_paths(origin.path)]
+    whose = owners([name for _, shard in shards for name in shard.names])
+    tensors = {name: partial(shard.tensor, name) for _, shard in shards for name in shard.names}
+    config = read_config_json(origin.path)
+    for path, shard in shards:
         for name in shard.names:
-            if name not in scales:
-                yield _Place(path, shard, name, by_name.get(name))
+            matrix = by_name.get(whose.get(name, name))
+            if matrix is None:
+                yield _Place(path, shard, name, None)
+                continue
+            weight = matrix.stored.name
+            first, *others = tensor_names(find_layout(StoredMatrix(weight, tensors, config)), weight)
+            if name == first:
+                yield _Place(path, shard, name, matrix)
+            elif name not in (
+                *others,
+                *tensor_names(layout_for(matrix.format), weight),
+            ):  # a stray beside plain numbers
+                yield _Place(path, shard, name, None)
 
 
 def _split(places: Iterator[_Place]) -> list[list[_Place]]:
@@ -193,12 +211,10 @@ def _copy_files(source: Path, staging: Path) -> None:
 
 
 def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix]) -> None:
-    """config.json as it was, but for `quantization_bit`."""
-    config = read_config_json(source)
-    bits = {BITS[matrix.format] for matrix in matrices if matrix.format in BITS}
-    wanted = bits.pop() if len(bits) == 1 else None
-    if (config.get("quantization_bit") or None) == wanted:
+    """config.json as it was, but for what layouts say in it of these matrices."""
+    before = read_config_json(source)
+    config = configured(before, [matrix.format for matrix in matrices])
+    if config == before:
         shutil.copyfile(source / "config.json", staging / "config.json")
-        return
-    config.pop("quantization_bit", None)
-    storage.write_json(staging / "config.json", config | ({"quantization_bit": wanted} if wanted else {}))
+    else:
+        storage.write_json(staging / "config.json", dict(config))

@@ -30,10 +30,11 @@ from torch import Tensor
 from qgraft import storage
 from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, TensorInfo, read_gguf
 from qgraft.checkpoints.gguf_model import gguf_digest
-from qgraft.checkpoints.origin import Matrix, Origin, changed_source
+from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.errors import CheckpointError
 from qgraft.formats import GGML_TYPES, get_format
 
+CONTAINER = Container("a GGUF file", frozenset(GGML_TYPES.values()), 'give to="q8_0" or another format of GGUF')
 CHUNK_BYTES = 16 << 20  # copied at a time
 _TYPE_IDS = {name: number for number, name in GGML_TYPES.items()}
 _FIXED_BYTES = 24  # magic, version, two counts

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import base_of
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.gguf_model import load_gguf
+from qgraft.checkpoints.layouts.chatglm import stated_bits
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
@@ -86,7 +87,7 @@ def chatglm_format(model: str | Path, bits: int) -> str | None:
             else "a GGUF is loaded as it is: leave it out"
         )
         raise UnsupportedError(f"quantization_bit={bits}: {model} is no folder of a ChatGLM", hint=hint)
-    stored = raw.get("quantization_bit") or None
+    stored = stated_bits(raw)
     if stored not in (None, bits):
         raise UnsupportedError(
             f"quantization_bit={bits}: the weights in {model} are in {stored} bits already",

@@ -63,6 +63,21 @@ class Origin:
     vectors: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Container:
+    """What a kind of container can hold.
+
+    Attributes:
+        kind: what it is called in messages.
+        held: the formats that it has a place for.
+        hint: what to do about a matrix in another format.
+    """
+
+    kind: str
+    held: frozenset[str]
+    hint: str
+
+
 @dataclass(frozen=True, eq=False)
 class Matrix:
     """One matrix to be written: the model's packed weight, and the format that it shall have in the container."""

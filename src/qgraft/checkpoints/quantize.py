@@ -13,7 +13,7 @@ from qgraft.adapters.base import adapters_of, base_of
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.origin import Origin
-from qgraft.checkpoints.save import HELD, current_fingerprint
+from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.formats import convert, get_format
 from qgraft.formats import quantize as quantize_weight
@@ -55,6 +55,6 @@ def _tell_base(model: Any) -> None:
     info, origin = base.info, base.origin
     if info is not None and isinstance(origin, Origin):
         formats = weight_formats(model)
-        held = formats.keys() <= HELD[origin.container]
+        held = formats.keys() <= CONTAINERS[origin.container].held
         sign = current_fingerprint(model) if held else f"{info.fingerprint} in {', '.join(sorted(formats))}"
         base.info = replace(info, formats=formats, fingerprint=sign)

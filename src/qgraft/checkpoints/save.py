@@ -11,22 +11,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Final
 
 from torch import nn
 
 from qgraft import storage
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.targets import find_targets
+from qgraft.checkpoints import folder_write, gguf_write
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.folder_write import BITS, FLOATS, check_source, folder_entries, write_folder
+from qgraft.checkpoints.folder_write import check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
-from qgraft.formats import FORMATS, GGML_TYPES, Format, get_format
+from qgraft.formats import FORMATS, Format, get_format
 
-HELD = {"gguf": set(GGML_TYPES.values()), "folder": {*BITS, *FLOATS}}  # container -> formats it has a place for
-_KINDS = {"gguf": "a GGUF file", "folder": "a folder of safetensors"}
+CONTAINERS: Final = {"gguf": gguf_write.CONTAINER, "folder": folder_write.CONTAINER}  # by Origin.container
 
 
 @dataclass(frozen=True)
@@ -179,23 +180,20 @@ def _is_called(key: str, path: str, name: str) -> bool:
 def _writable(origin: Origin, wanted: str) -> Format:
     """The format called `wanted`. Raises UnsupportedError when nothing can be requantized to it in this container."""
     chosen = get_format(wanted)
-    if chosen.quantize is None or wanted not in HELD[origin.container]:
-        possible = sorted(name for name in HELD[origin.container] if FORMATS[name].quantize is not None)
-        raise UnsupportedError(f"to={wanted!r}: {_KINDS[origin.container]} can get: {', '.join(possible)}")
+    container = CONTAINERS[origin.container]
+    if chosen.quantize is None or wanted not in container.held:
+        possible = sorted(name for name in container.held if FORMATS[name].quantize is not None)
+        raise UnsupportedError(f"to={wanted!r}: {container.kind} can get: {', '.join(possible)}")
     return chosen
 
 
 def _check_held(origin: Origin, matrices: Sequence[Matrix]) -> None:
-    homeless = Counter(each.format for each in matrices if each.format not in HELD[origin.container])
+    container = CONTAINERS[origin.container]
+    homeless = Counter(each.format for each in matrices if each.format not in container.held)
     if homeless:
         found = ", ".join(f"{number} matrices in {name}" for name, number in sorted(homeless.items()))
-        hints = {
-            "gguf": 'give to="q8_0" or another format of GGUF',
-            "folder": 'load with quantize="chatglm-int4", or save with to="chatglm-int8" or to="f16"',
-        }
         raise UnsupportedError(
-            f"{found}: {_KINDS[origin.container]} can hold: {', '.join(sorted(HELD[origin.container]))}",
-            hint=hints[origin.container],
+            f"{found}: {container.kind} can hold: {', '.join(sorted(container.held))}", hint=container.hint
         )
 
 

@@ -188,18 +188,20 @@ def _folder(path: Path, tensors: bool) -> dict[str, Any]:
 
 def _formats(listed: Mapping[str, tuple[tuple[int, ...], str]], model: Any) -> dict[str, dict[str, int]]:
     """Tensors, weights and bytes in each format. What int8 numbers mean, the loaded model knows; scales are no weights."""
+    from qgraft.checkpoints.layouts import layout_for, owners, tensor_names
     from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
     modules = model.named_modules(remove_duplicate=False) if model is not None else ()
     kinds = (QuantizedEmbedding, QuantizedLinear)
     packed = {f"{path}.weight": each.packed_weight.get() for path, each in modules if isinstance(each, kinds)}
     formats: dict[str, dict[str, int]] = {}
+    whose = owners(listed)
     for name, (shape, word) in listed.items():
-        matrix = packed.get(name.removesuffix("_scale"))
-        is_scale = matrix is not None and name not in packed
+        matrix = packed.get(whose.get(name, name))
+        counted = matrix is None or name == tensor_names(layout_for(matrix.format), whose[name])[0]
         entry = formats.setdefault(matrix.format if matrix else word.lower(), {"tensors": 0, "weights": 0, "bytes": 0})
-        entry["tensors"] += not is_scale
-        entry["weights"] += 0 if is_scale else math.prod(matrix.shape if matrix else shape)
+        entry["tensors"] += counted
+        entry["weights"] += 0 if not counted else math.prod(matrix.shape if matrix else shape)
         bits = re.search(r"\d+", word)  # F16, BF16, I8, F8_E4M3, BOOL
         entry["bytes"] += math.prod(shape) * (int(bits[0]) // 8 if bits else 1)
     return formats

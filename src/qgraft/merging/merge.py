@@ -32,7 +32,7 @@ from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
-from qgraft.checkpoints.save import HELD, current_fingerprint
+from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
 from qgraft.merging.calibration import Dataset, find_rows
@@ -193,7 +193,8 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
         return
     get_format(to)  # an unknown name gets the closest ones as a hint
     info = base_of(model).info
-    possible = [name for name in (HELD[info.container] if info else FORMATS) if FORMATS[name].quantize is not None]
+    held = CONTAINERS[info.container].held if info else FORMATS
+    possible = [name for name in held if FORMATS[name].quantize is not None]
     if to not in possible:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
