@@ -15,23 +15,15 @@ states on, so models of transformers and ours take part without knowing (all of 
 another, states first). A sample is known by its token ids: which batch it comes in, how often, and whether in
 training or in an evaluation does not matter. A pass goes the short way when all of its samples are there.
 
-Is it exact? The states are kept as they are, not rounded. The question is whether a sample's states depend on the
-others in its pass. Attention goes sample by sample (passes/sample_attention.py), everything else row by row; but a matrix
-product may sum a row in another order when there are more or fewer rows. Our own loops (kernels/linear.c) do so for few
-rows only, whatever the threads. Where torch multiplies instead, measured (torch 2.13, MKL's sgemm, AVX-512, K of 32,
-576 and 1536, N of 64 to 1536, M of 1 to 599, also into slices of a wider result): a row is the same bits for all M from
-4 on with one thread, from 12 on with 2 to 8 threads, from 28 on with 16 (a thread that is left with 1 to 3 rows sums
-them otherwise); in bfloat16 (oneDNN) for every M. So passes of few tokens always go the long way (`least_tokens`), if
-samples share passes. What other libraries do is not known, so it is found out at the start of each run, by trying: a
-few samples go through the model in two orders and numbers. Where a single bit differs, a note says that losses are
-equal to rounding only, and so it does where attention is not sample by sample but masked (models that cap their scores
-or do not hand the bounds on, GPUs): there the sums depend on where in the pass a sample stands. Everywhere else losses
-and adapter were those of a run without the cache, bit for bit, in every pair of runs compared
-(tests/training/test_frozen_cache.py, benchmarks/frozen_cache.py).
+The states are kept as they are, not rounded, and a run with the cache ends where one without does, to the rounding of sums:
+a matrix product may add a row up in another order when there are more or fewer rows beside it, and a sample's states come
+from whichever pass it was in first. What must hold is found out on the longest sample before the first step: that the
+layers above compute the same from these states alone, and that the layers below hand on the same in training, where some
+drop at random. That a sample's states do not depend on its neighbours is what padding_free has found out (decoder.py).
 
 Not chosen: states in half precision (half the file, but other losses); the file mapped into memory (its pages would
-count as memory of the process, and a full disk would be a SIGBUS); a pass of its own before the first epoch, sample by
-sample (exact by construction only if runs without the cache were made slower as well).
+count as memory of the process, and a full disk would be a SIGBUS); the same bits as without the cache, which would rest on
+how other people's matrix products round.
 """
 
 import hashlib
@@ -50,7 +42,7 @@ from qgraft.adapters.base import adapters_of
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.targets import adapted_layers
-from qgraft.attention import SAMPLES, attention_of
+from qgraft.attention import attention_of
 from qgraft.compat import given_cache
 from qgraft.data.batches import Batch, collate
 from qgraft.data.tokenizing import Sample
@@ -58,7 +50,6 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.model_parts import decoder_layers, decoder_of, decoder_states
 from qgraft.passes.decoder import attention_arguments, evaluating
 
-PROBED_TOKENS = 128  # at most, in the passes that find out whether it is exact, if two samples have so few
 FILE = "frozen-states"
 
 Key = bytes
@@ -86,49 +77,28 @@ def first_adapted_layer(model: PreTrainedModel) -> int:
 
 
 @contextmanager
-def frozen_layers_cached(
-    model: PreTrainedModel, samples: Sequence[Sample], folder: Path, *, alone: bool = False
-) -> Iterator[list[str]]:
+def frozen_layers_cached(model: PreTrainedModel, samples: Sequence[Sample], folder: Path) -> Iterator[list[str]]:
     """Within the block the layers below the first adapter run once for each of these samples, in whatever passes.
 
     Args:
         samples: training and held-out ones.
         folder: where the file is, as long as the block runs.
-        alone: every sample has a pass of its own; otherwise several share one.
 
-    Yields sentences that say what it takes and whether it is exact. Raises OptionError where no layer is frozen or a
-    frozen one drops at random, UnsupportedError for a model whose upper layers take more from below than states,
-    StorageError when the disk has no room.
+    Yields a sentence that says what it takes. Raises OptionError where no layer is frozen or a frozen one drops at random,
+    UnsupportedError for a model whose upper layers take more from below than states, StorageError when the disk has no room.
     """
-    first = first_adapted_layer(model)
-    layers = decoder_layers(model)
+    first, layers = first_adapted_layer(model), decoder_layers(model)
     with ExitStack() as stack:
-        detour = stack.enter_context(_detour(model, layers[:first], 1 if alone else least_tokens()))
-        few = _few(samples)[: 1 if alone else None]
-        states_TH = _probe(model, detour, few)
-        apart = alone or detour.attention == SAMPLES
-        exact = _is_exact(model, detour, few, states_TH) and apart
+        detour = stack.enter_context(_detour(model, layers[:first]))
+        states_TH = _probe(model, detour, max(samples, key=lambda sample: len(sample.input_ids)))
         rows, tokens = _places(samples)
         width = states_TH.shape[1] * states_TH.element_size()
         file = stack.enter_context(storage.scratch_file(folder / FILE, tokens * width))
         detour.kept, detour.seen = Kept(file, rows, states_TH[:0].clone()), None
-        notes = [
+        yield [
             f"cache_frozen_layers: layers 0 to {first - 1} of {len(layers)} run once for each sample; "
             f"{tokens} tokens x {width} bytes = {tokens * width / 1e6:.0f} MB in {folder} until the run ends"
         ]
-        if not exact:
-            why = "on this machine" if apart else "attention is masked, not sample by sample"
-            notes.append(f"cache_frozen_layers: the states of a sample depend on its batch in their last bits ({why}), "
-                         "so losses equal those of a run without the cache to rounding only")  # fmt: skip
-        yield notes
-
-
-def least_tokens() -> int:
-    """How many tokens a pass has at least in which a row does not depend on their number.
-
-    For sgemm twice what was measured, 2 tokens for each thread; our own loops change their way at 20 (linear.c).
-    """
-    return max(20, 4 * torch.get_num_threads())
 
 
 class Kept:
@@ -175,15 +145,14 @@ class _Detour:
     """What the layers below know of the present pass.
 
     Attributes:
-        least: passes of fewer tokens do not take part.
         given: the states that enter the first adapted layer; None where they have to be computed.
         keys: the samples of the pass where it may take part, else empty.
         kept: the states on disk; None until it is known that they may be kept.
         seen: before that, what the last layer below handed on, [1, tokens, hidden].
     """
 
-    def __init__(self, attention: str | None, least: int) -> None:
-        self.attention, self.least = attention, least
+    def __init__(self, attention: str) -> None:
+        self.attention = attention
         self.kept: Kept | None = None
         self.given: Tensor | None = None
         self.keys: list[Key] = []
@@ -196,10 +165,8 @@ class _Detour:
         plain = kwargs.get("attention_mask") is None and given_cache(kwargs) is None
         if self.kept is None or ids is None or positions is None or not plain:
             return
-        if len(ids) != 1 or ids.shape != positions.shape or ids.shape[1] < self.least:
-            return
-        if attention_of(decoder) != self.attention:  # somebody tries another one
-            return
+        if len(ids) != 1 or ids.shape != positions.shape or attention_of(decoder) != self.attention:
+            return  # somebody tries another attention
         starts = (positions[0] == 0).nonzero()[:, 0].tolist()
         self.keys = [_key(ids[0, start:stop]) for start, stop in pairwise([*starts, ids.shape[1]])]
         states_TH = self.kept.read(self.keys)
@@ -218,9 +185,9 @@ class _Detour:
 
 
 @contextmanager
-def _detour(model: PreTrainedModel, layers: Sequence[nn.Module], least: int) -> Iterator[_Detour]:
+def _detour(model: PreTrainedModel, layers: Sequence[nn.Module]) -> Iterator[_Detour]:
     """Within the block these layers, the model's first ones, let states through that are given."""
-    detour = _Detour(attention_of(model), least)
+    detour = _Detour(attention_of(model))
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
             own = vars(layer).get("forward")
@@ -252,58 +219,53 @@ def _either_way(compute: Callable[..., Any], detour: _Detour, last: bool) -> Cal
     return forward
 
 
-def _probe(model: PreTrainedModel, detour: _Detour, few: list[Sample]) -> Tensor:
-    """The states [tokens, hidden] of a few samples that enter the first adapted layer.
+def _probe(model: PreTrainedModel, detour: _Detour, sample: Sample) -> Tensor:
+    """The states [tokens, hidden] of a sample that enter the first adapted layer.
 
-    Raises UnsupportedError where the layers above do not compute the same from nothing but these.
+    Raises UnsupportedError where the layers above compute something else from nothing but these, OptionError where those
+    below hand on others in training.
     """
-    batch = _batch(model, few)
-    with torch.no_grad(), evaluating(model):
-        final = _decode(model, batch)
-        states = detour.seen
+    name, batch = type(model).__name__, _batch(model, [sample])
+    with torch.no_grad(), evaluating(model), torch.random.fork_rng():
+        final, states = _decode(model, batch), detour.seen
         if states is None or states.dim() != 3 or states.shape[:2] != batch["input_ids"].shape:
             got = "nothing" if states is None else list(states.shape)
-            raise UnsupportedError(f"cache_frozen_layers: the layers of {type(model).__name__} hand on {got}, expected "
-                                   f"one state [1, tokens, hidden]")  # fmt: skip
-        hook = decoder_of(model).register_forward_pre_hook(lambda *_: setattr(detour, "given", states))
-        try:
-            same = torch.equal(_decode(model, batch), final)
-        except (TypeError, ValueError, KeyError, AttributeError, IndexError):  # something from below is missing
-            same = False
-        finally:
-            hook.remove()
-            detour.end()
-    if not same:
-        raise UnsupportedError(
-            f"cache_frozen_layers: the upper layers of {type(model).__name__} take more from below than the states",
-            hint="leave the option out for this architecture",
-        )
-    return states[0]
-
-
-def _is_exact(model: PreTrainedModel, detour: _Detour, few: list[Sample], states_TH: Tensor) -> bool:
-    """Whether the states of these samples are the same bits in training, in another order and with other neighbours.
-
-    Raises OptionError where they are others altogether.
-    """
-    others = few[::-1][: -1 if len(few) > 2 else None]
-    training = model.training
-    model.train()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            _decode(model, _batch(model, others))
-    finally:
-        model.train(training)
-    assert detour.seen is not None
-    by_sample = states_TH.split([len(sample.input_ids) for sample in few])[::-1]
-    found, expected = detour.seen[0], torch.cat(by_sample[: len(others)])
-    tolerance = 1e-3 if found.dtype == torch.float32 else 3e-2
-    if (found - expected).abs().max() > tolerance * expected.abs().max():
+            raise UnsupportedError(
+                f"cache_frozen_layers: the layers of {name} hand on {got}, expected one state [1, tokens, hidden]"
+            )
+        if not _same(_decode_above(model, detour, batch, states), final):
+            raise UnsupportedError(
+                f"cache_frozen_layers: the upper layers of {name} take more from below than the states",
+                hint="leave the option out for this architecture",
+            )
+        model.train()
+        _decode(model, batch)
+    if not _same(detour.seen, states):
         raise OptionError(
             "cache_frozen_layers: the frozen layers do not hand on the same twice, so they drop at random in training",
             hint="set the dropout of the model's configuration to 0 (attention_dropout, hidden_dropout, resid_pdrop ...)",
         )
-    return torch.equal(found, expected)
+    return states[0]
+
+
+def _decode_above(model: PreTrainedModel, detour: _Detour, batch: Batch, states: Tensor) -> Tensor | None:
+    """What the decoder gives when its lower layers hand these states on; None where an upper one misses something."""
+    hook = decoder_of(model).register_forward_pre_hook(lambda *_: setattr(detour, "given", states))
+    try:
+        return _decode(model, batch)
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError):
+        return None
+    finally:
+        hook.remove()
+        detour.end()
+
+
+def _same(found: Tensor | None, expected: Tensor) -> bool:
+    """Whether they are the same but for the rounding of sums."""
+    if found is None or found.shape != expected.shape:
+        return False
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 3e-2
+    return float((found - expected).abs().max()) <= tolerance * float(expected.abs().max())
 
 
 def _places(samples: Sequence[Sample]) -> tuple[dict[Key, tuple[int, int]], int]:
@@ -315,16 +277,6 @@ def _places(samples: Sequence[Sample]) -> tuple[dict[Key, tuple[int, int]], int]
             rows[key] = (tokens, len(sample.input_ids))
             tokens += len(sample.input_ids)
     return rows, tokens
-
-
-def _few(samples: Sequence[Sample]) -> list[Sample]:
-    """Two or more of the shortest samples, as many as PROBED_TOKENS hold."""
-    few: list[Sample] = []
-    for sample in sorted(samples, key=lambda sample: len(sample.input_ids)):
-        if len(few) >= 2 and sum(len(each.input_ids) for each in few) + len(sample.input_ids) > PROBED_TOKENS:
-            break
-        few.append(sample)
-    return few
 
 
 def _decode(model: PreTrainedModel, batch: Batch) -> Tensor:

@@ -295,7 +295,7 @@ def passes(
         found = settle_noted(model, args, samples, bool(problem), notes, console)
         if args.cache_frozen_layers:
             every = [*samples, *prepared.eval_samples]
-            said = stack.enter_context(frozen_layers_cached(model, every, prepared.folder, alone=bool(problem)))
+            said = stack.enter_context(frozen_layers_cached(model, every, prepared.folder))
             notes += said
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)
