@@ -12,7 +12,6 @@ from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.targets import lora_layers
 from qgraft.formats import FORMATS, Grid, PackedTensor, dequantize, pack, quantize, unpack
 from qgraft.linear import QuantizedLinear
-from qgraft.merging import work
 from qgraft.merging.calibration import find_rows
 from qgraft.merging.distill import _RealFunction, _RealLinear, distill
 from qgraft.merging.layer import CHAINS, has_grid
@@ -197,16 +196,16 @@ def test_distilled_numbers_are_taken_only_if_the_judging_rows_gain(trained, rows
     original = {path: layer.packed for path, layer in lora_layers(model)}
     results, reports = [], []
 
-    def merged_with(**constants: Any) -> None:
-        for name, value in constants.items():
-            monkeypatch.setattr(work, name, value)
+    def merged_with(target: float, rate: float = 1e-3) -> None:
+        monkeypatch.setattr("qgraft.merging.merge.TARGET", target)
+        monkeypatch.setattr("qgraft.merging.distill.LEARNING_RATE", rate)
         reports.append(merge(model, tokenizer, calibration=rows, min_retained=-10.0))
         results.append({path: dequantize(model.get_submodule(path).packed, torch.float32) for path in original})
         unmerge(model)
 
-    merged_with(TARGET=-10.0)  # never wanting
-    merged_with(TARGET=10.0, DISTILL_RATE=2.0)  # destroys the weights
-    merged_with(TARGET=10.0, DISTILL_RATE=5e-3)
+    merged_with(-10.0)  # never wanting
+    merged_with(10.0, rate=2.0)  # destroys the weights
+    merged_with(10.0, rate=5e-3)
     assert reports[0].distilled_steps == reports[1].distilled_steps == 0 < reports[2].distilled_steps
     assert all(torch.equal(results[0][path], results[1][path]) for path in original)
     assert any(not torch.equal(results[0][path], results[2][path]) for path in original)
@@ -221,7 +220,7 @@ def test_a_model_in_float_formats_only_has_nothing_to_distill(tiny_gguf, rows, m
     qgraft.attach_lora(model, r=2, target_modules="q_proj,v_proj,up_proj")
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.loras["default"].lora_B, std=0.05, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(work, "TARGET", 10.0)
+    monkeypatch.setattr("qgraft.merging.merge.TARGET", 10.0)
     report = merge(model, tokenizer, calibration=rows, min_retained=-100.0)
     assert report.distilled_steps == 0 and {each.format for each in report.layers} == {"f16", "bf16"}
     assert report.kept.task_kl < 0.05

@@ -21,7 +21,7 @@ from qgraft.checkpoints.save import save
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, CheckpointError, DataError, MergeError, OptionError, UnsupportedError
 from qgraft.formats import PackedTensor
-from qgraft.merging import calibration, layer, measure, work
+from qgraft.merging import calibration, distill, layer, measure
 from qgraft.merging import merge as merge_module
 from qgraft.merging.merge import merge, unmerge
 
@@ -234,9 +234,8 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
     fresh, _ = qgraft.load(tiny_gguf().path)
     qgraft.load_adapter(fresh, tmp_path / "out")
     seen = []
-    monkeypatch.setattr(
-        work.Work, "__init__", lambda self, *args, init=work.Work.__init__: seen.append(args[3]) or init(self, *args)
-    )
+    make = merge_module.Measurement
+    monkeypatch.setattr(merge_module, "Measurement", lambda *args: seen.append(args[2]) or make(*args))
     remembered = merge(fresh, method="nearest", min_retained=ANY)
     assert remembered.notes == (f"calibrated on the training set: {tmp_path / 'train.jsonl'}",)
     assert remembered.kept.held_out and remembered.kept.rows == 6
@@ -395,7 +394,7 @@ class Bomb:
         return args[0]
 
 
-PLACES = {"in a layer": (layer.CHAINS, "auto"), "distilling": (work, "distill"), "at the end": (merge_module, None)}
+PLACES = {"in a layer": (layer.CHAINS, "auto"), "distilling": (distill, "distill"), "at the end": (merge_module, None)}
 
 
 @pytest.mark.spread(2)
@@ -410,7 +409,7 @@ def test_an_exception_half_way_leaves_the_model_as_it_was(trained, rows, monkeyp
     if place == "in a layer":
         monkeypatch.setitem(layer.CHAINS, "auto", (Bomb(6, error),))
     elif place == "distilling":
-        monkeypatch.setattr(work, "TARGET", 10.0)
+        monkeypatch.setattr(merge_module, "TARGET", 10.0)
         monkeypatch.setattr("qgraft.merging.distill.summed_divergence", Bomb(1, error))
     else:
         monkeypatch.setattr(merge_module, "current_fingerprint", Bomb(2, error))  # the first is before the work

@@ -25,18 +25,46 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.lora import LoraLinear
 from qgraft.data.batches import Batch, collate, count_labels, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
+from qgraft.merging.calibration import Calibration
+from qgraft.merging.layer import has_grid
 from qgraft.merging.lockstep import standing_in
-from qgraft.merging.measure import CHUNK_ROWS, summed_divergence
+from qgraft.merging.measure import CHUNK_ROWS, Packed, in_place, mean_divergence, states_of, summed_divergence
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 
 PASSES = 3
 PASS_TOKENS = 128  # at a time: bounds the memory of activations
 PARTS = 2  # of so many tokens in a step
+LEARNING_RATE = 1e-3  # relative to the scales of a row
+
+
+def distill_if_better(
+    model: PreTrainedModel,
+    layers: Mapping[str, LoraLinear],
+    packed: Packed,
+    rows: Calibration,
+    progress: Callable[[int, int], None],
+) -> tuple[Packed, int]:
+    """(distilled weights, steps), or the same and 0 where the rows that judge come no closer to the adapter's model."""
+    trainable = {path: each for path, each in packed.items() if has_grid(each)}
+    if not trainable:
+        return packed, 0
+    targets, judge = (states_of(model, samples)[0] for samples in (rows.fit, rows.judge))
+    trained, steps = distill(
+        model, trainable, rows.fit, targets, learning_rate=LEARNING_RATE, progress=progress
+    )  # fmt: skip
+
+    def apart(candidate: Packed) -> float:
+        with in_place(layers, candidate), adapters_off(model):
+            return mean_divergence(judge, states_of(model, rows.judge)[0], output_head(model))
+
+    distilled = {**packed, **trained}
+    return (distilled, steps) if apart(distilled) < apart(packed) else (packed, 0)
 
 
 def distill(

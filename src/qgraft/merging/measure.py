@@ -4,19 +4,80 @@ Everything comes from the last hidden states at label positions, which are small
 once; logits are formed a few rows at a time. The output layer is the same for all of them: merging leaves it alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qgraft.adapters.choose import adapters_off
+from qgraft.adapters.lora import LoraLinear
 from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import Sample
-from qgraft.passes.decoder import Head, label_states, padding_free
+from qgraft.formats import PackedTensor
+from qgraft.merging.calibration import Calibration
+from qgraft.merging.report import Kept
+from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 from qgraft.passes.loss import summed_cross_entropy
 
 PASS_TOKENS = 1024
 CHUNK_ROWS = 128  # of logits at a time
+
+Packed = Mapping[str, PackedTensor]  # module path -> weight
+
+
+@dataclass(frozen=True, eq=False)
+class States:
+    """Last hidden states of one model at the label positions of the rows that measure, and the task's labels."""
+
+    task: Tensor
+    labels: Tensor
+    drift: Tensor
+
+
+class Measurement:
+    """Base and base + adapter on the rows that measure, to compare merged weights with."""
+
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, LoraLinear], rows: Calibration) -> None:
+        self._model, self._layers, self._rows = model, layers, rows
+        with adapters_off(model):
+            self._base = self._states()
+        self._adapter = self._states()
+
+    def kept(self, packed: Packed) -> Kept:
+        """What is kept of the adapter's gain when the layers hold these weights."""
+        with in_place(self._layers, packed), adapters_off(self._model):
+            merged = self._states()
+        base, adapter, head = self._base, self._adapter, output_head(self._model)
+        return Kept(
+            base=mean_loss(base.task, base.labels, head),
+            adapter=mean_loss(adapter.task, adapter.labels, head),
+            merged=mean_loss(merged.task, merged.labels, head),
+            task_kl=mean_divergence(adapter.task, merged.task, head),
+            drift_kl=mean_divergence(adapter.drift, merged.drift, head),
+            adapter_kl=mean_divergence(base.drift, adapter.drift, head),
+            rows=len(self._rows.measure),
+            labels=len(base.labels),
+            held_out=self._rows.held_out,
+        )
+
+    def _states(self) -> States:
+        return States(*states_of(self._model, self._rows.measure), states_of(self._model, self._rows.drift)[0])
+
+
+@contextmanager
+def in_place(layers: Mapping[str, LoraLinear], packed: Packed) -> Iterator[None]:
+    """Within the block the layers hold these weights."""
+    before = {path: layers[path].packed for path in packed}
+    for path, each in packed.items():
+        layers[path].replace(each)
+    try:
+        yield
+    finally:
+        for path, each in before.items():
+            layers[path].replace(each)
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """merge() and unmerge(): an adapter's delta into the packed weights of its base, and the original bytes back.
 
-    measure    base and base + adapter on the rows that measure
+    rows       that fit, that judge, that measure (calibration.py)
+    measure    base and base + adapter on the rows that measure (measure.py)
     solve      every layer in the order of the forward pass (lockstep.py, layer.py)
     measure    the merged model; where it has not kept enough, distill.py trains the real numbers; measure again
     decide     below `min_retained` nothing is replaced and MergeError says what was reached
@@ -11,7 +12,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 
 import copy
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,12 +36,16 @@ from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
-from qgraft.merging.calibration import Dataset, find_rows
-from qgraft.merging.layer import CHAINS, check_method, is_writable
+from qgraft.merging.calibration import Calibration, Dataset, find_rows
+from qgraft.merging.distill import distill_if_better
+from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
+from qgraft.merging.lockstep import merge_in_step
+from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import MergeReport
-from qgraft.merging.work import Work, in_place
 from qgraft.passes.decoder import evaluating
 from qgraft.sizes import peak_memory_bytes
+
+TARGET = 0.99  # of the gain; below it the real numbers are distilled
 
 
 @dataclass(frozen=True)
@@ -107,16 +112,23 @@ def merge(
             hint="give calibration= (--dataset), or method nearest, which needs none and keeps little",
         )
     deltas = {path: partial(_delta, layer, weights) for path, layer in layers.items()}
+    kept, steps = None, 0
     with evaluating(model), _converted(layers, to), _bar(console) as bar:
-        outcome = Work(model, layers, deltas, chosen, bar).run(method)
+        measurement = None if chosen is None else Measurement(model, layers, chosen)
+        packed, reports = _solve(model, layers, deltas, chosen, method, bar)
+        if chosen is not None and measurement is not None:
+            kept = measurement.kept(packed)
+            if method == "auto" and kept.retained_gain is not None and kept.retained_gain < TARGET:
+                packed, steps = distill_if_better(model, layers, packed, chosen, _steps_shown(bar))
+                kept = measurement.kept(packed) if steps else kept
     report = MergeReport(
         adapters=weights,
         method=method,
-        layers=outcome.layers,
-        kept=outcome.kept,
+        layers=reports,
+        kept=kept,
         calibration_rows=0 if chosen is None else len(chosen.fit) + len(chosen.judge),
         calibration_tokens=0 if chosen is None else chosen.tokens(),
-        distilled_steps=outcome.distilled_steps,
+        distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
         notes=() if chosen is None else chosen.notes,
@@ -128,8 +140,29 @@ def merge(
             hint=_advice(method),
             report=report,
         )
-    _replace(model, outcome.packed, weights)
+    _replace(model, packed, weights)
     return report
+
+
+def _solve(
+    model: PreTrainedModel,
+    layers: Mapping[str, LoraLinear],
+    deltas: Mapping[str, Callable[[], Tensor]],
+    chosen: Calibration | None,
+    method: str,
+    bar: Progress,
+) -> tuple[Packed, list[LayerReport]]:
+    """Merged weights by module path, and what happened to each layer; the model is left as it was."""
+    if chosen is None or method not in CHAINS:
+        pairs = [merge_nearest(path, layer.packed, deltas[path](), method) for path, layer in layers.items()]
+        return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
+    task = bar.add_task("layers", total=len(layers))
+    return merge_in_step(model, deltas, chosen.fit, chosen.judge, method, lambda _: bar.advance(task))
+
+
+def _steps_shown(bar: Progress) -> Callable[[int, int], None]:
+    task = bar.add_task("distilling", total=None)
+    return lambda step, steps: bar.update(task, completed=step, total=steps)
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
