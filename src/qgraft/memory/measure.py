@@ -13,7 +13,7 @@ architecture, as in the papers, were not chosen: they would be wrong after the n
 """
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from qgraft.data.batches import IGNORED, collate
@@ -115,10 +114,10 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the op and count what it returns that was not there."""
-        given = {_address(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {_address(t) for t in tensors_in((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and _address(tensor) not in given:
+        for tensor in tensors_in(result):
+            if _address(tensor) not in given:
                 self._count(tensor)
         return result
 
@@ -201,7 +200,7 @@ def _measure_pass(model: PreTrainedModel, layers: list[nn.Module], tokens: int) 
     def enter(number: int, args: Any, kwargs: Any) -> None:
         where.append(number)
         calls[number] = (args, kwargs)
-        found.inputs += sum(inputs.new_bytes(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+        found.inputs += sum(inputs.new_bytes(t) for t in tensors_in((args, kwargs)))
 
     def save(tensor: Tensor) -> Tensor:
         size = saved.new_bytes(tensor)
@@ -229,21 +228,33 @@ def _measure_pass(model: PreTrainedModel, layers: list[nn.Module], tokens: int) 
 
 def _work(layer: nn.Module, args: Any, kwargs: Any, kept: int) -> int:
     """The most that a layer's forward and backward pass hold, less what the layer keeps between them."""
-    args, kwargs = tree_map(_as_leaf, (args, kwargs))
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    args, kwargs = _as_leaves(args), _as_leaves(kwargs)
+    tensors = [*tensors_in((args, kwargs))]
     given = [t for t in tensors if t.requires_grad]
     with torch.enable_grad(), counting_live(tensors[0].device) as live:
-        output = next(t for t in tree_leaves(layer(*args, **kwargs)) if isinstance(t, Tensor))
+        output = next(tensors_in(layer(*args, **kwargs)))
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         if output.requires_grad:
             torch.autograd.grad(output, [*given, *trained], torch.ones_like(output), allow_unused=True)
     return max(0, live.peak - kept)
 
 
-def _as_leaf(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.requires_grad:
-        return value.detach().requires_grad_()
-    return value
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a function was given or gave: in tuples, lists and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+
+
+def _as_leaves(value: Any) -> Any:
+    """The same with tensors that a gradient can be asked for in the place of those that have one."""
+    if isinstance(value, Tensor):
+        return value.detach().requires_grad_() if value.requires_grad else value
+    if isinstance(value, dict):
+        return {key: _as_leaves(part) for key, part in value.items()}
+    return type(value)(map(_as_leaves, value)) if type(value) in (list, tuple) else value
 
 
 def _chunked_rows(model: PreTrainedModel) -> int:

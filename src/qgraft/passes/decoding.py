@@ -121,7 +121,7 @@ class _Decoder:
             network = self._network()
             if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
                 return None
-            buffers = self._buffers(cache, past, network)
+            buffers = self._buffers_for(cache, past, network)
             if buffers is None:
                 return None
             network.use(buffers.memory)
@@ -148,7 +148,7 @@ class _Decoder:
             self.networks[tuple(network.weights.items())] = self.latest = network
         return network
 
-    def _buffers(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
+    def _buffers_for(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
         buffers = self.buffers.get(cache)
         if buffers is None or not buffers.hold(cache, past):
             buffers = _Buffers.copy_of(cache, past, network)
