@@ -38,7 +38,7 @@ test-levels: $(READY)     ## the kernel, linear and merging tests on every level
 
 # -fno-wrapv: most Pythons compile with -fwrapv, which would make overflows and shifts into the sign defined.
 SANITIZERS := -g1 -fno-wrapv -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-CALLING_C := tests/kernels tests/test_linear.py tests/serving/test_decoding.py
+CALLING_C := tests/kernels tests/test_linear.py tests/passes/test_decoding.py
 
 sanitize: $(READY)        ## the tests of what calls C with a library that stops at wrong accesses and undefined behaviour
 	QGRAFT_OPTIMIZE=-O1 CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \
@@ -83,7 +83,7 @@ docs: $(READY)            ## write docs/reference.md and docs/gguf-keys.md anew
 # The releases are those of the lock, so that what was tested is installed, today and in a year; the build is not isolated,
 # so that setuptools is too. torch comes first and by its own line: TORCH="torch==2.13.0 --index-url ..." chooses another
 # build of it, or another release; that is why its line is taken out of the constraints.
-$(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/*.[ch])
+$(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/cpu/*.[ch])
 	$(PYTHON) -m venv $(VENV) || python3 -m venv $(VENV)
 	grep -v '^torch==' $(LOCK) > $(VENV)/constraints.txt
 	$(BIN)/python $(INSTALL) -c $(VENV)/constraints.txt $(TORCH) setuptools

@@ -1,6 +1,6 @@
 """Builds the native CPU kernels as an optional extension; everything else is in pyproject.toml.
 
-The extension is a shared library of plain C functions, loaded through ctypes (src/qgraft/kernels/library.py): it needs
+The extension is a shared library of plain C functions, loaded through ctypes (src/qgraft/kernels/cpu/library.py): it needs
 neither Python's nor torch's headers at run time, and one file serves every version of Python. Without a compiler the
 build goes on, the torch reference kernels serve, and `qgraft doctor` says so.
 """
@@ -14,15 +14,15 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-KERNELS = Path("src/qgraft/kernels")
-HASH = runpy.run_path(str(KERNELS / "sources.py"))["sources_hash"](KERNELS)
+SOURCES = Path("src/qgraft/kernels/cpu")
+HASH = runpy.run_path(str(SOURCES / "sources.py"))["sources_hash"](SOURCES)
 OPTIMIZE = os.environ.get("QGRAFT_OPTIMIZE", "-O3")  # with sanitizers -O1 compiles ten times as fast
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
 native = Extension(
     "qgraft.kernels._native",
-    sources=sorted(map(str, KERNELS.glob("*.c"))),
-    depends=sorted(map(str, KERNELS.glob("*.h"))),
+    sources=sorted(map(str, SOURCES.glob("*.c"))),
+    depends=sorted(map(str, SOURCES.glob("*.h"))),
     define_macros=[("QGRAFT_SOURCES", f'"{HASH}"')],
     # -ffp-contract=off: dequantized values must equal the reference bit for bit, fused multiply-add or not
     # -fno-trapping-math: nobody reads the flags of floating point, and without it loops with a ? b : c stay scalar

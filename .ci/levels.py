@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-from qgraft.kernels import library
+from qgraft.kernels.cpu import library
 
 TESTS = ["tests/kernels", "tests/test_linear.py", "tests/merging"]
 TORCH = {  # level -> ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import quantize
-from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native, native_status
+from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native_status
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
 
 RESULTS = Path(__file__).with_name("results") / "kernels_cpu.csv"
 ROWS, COLUMNS = 1536, 768
@@ -59,7 +60,7 @@ def main() -> None:
 def unpacking(weight: Tensor) -> Contestants:
     """dequantize of every format, to float32 and to bfloat16."""
     calls: Contestants = {}
-    for name in native.FORMAT_IDS:
+    for name in FORMAT_IDS:
         packed = quantize(weight, name)
         calls[name, "float32"] = lambda packed=packed: dequantize(packed, torch.float32)
         calls[name, "bf16"] = lambda packed=packed: dequantize(packed, torch.bfloat16)
@@ -75,12 +76,12 @@ def products(op: str, weight: Tensor, tokens: int) -> Contestants:
         ("dense", "float32"): lambda: torch.mm(x, dense),
         ("dense", "bf16"): lambda: torch.mm(x_bf16, dense_bf16),
     }
-    for name in native.FORMAT_IDS:
+    for name in FORMAT_IDS:
         packed = quantize(weight, name)
         run = partial(linear if op == "linear" else linear_grad_input, packed=packed)
         calls[name, "float32"] = partial(run, x)
         calls[name, "bf16"] = partial(run, x_bf16)
-        if op == "linear" and name in native.INT8_FORMATS:
+        if op == "linear" and name in INT8_FORMATS:
             calls[name, "int8"] = partial(linear_int8, x, packed)
     peer = bitsandbytes_layer(weight)
     if peer is not None and op == "linear":

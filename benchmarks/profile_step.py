@@ -45,8 +45,8 @@ ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDot
 NATIVE = {  # C functions, which the profiler does not see by itself -> what they are called here
     "qgraft_linear": "qgraft::layer",
     "qgraft_linear_int8": "qgraft::int8",
-    "qgraft_attend_samples": "attention::forward",
-    "qgraft_attend_samples_backward": "attention::backward",
+    "qgraft_varlen_attention": "attention::forward",
+    "qgraft_varlen_attention_backward": "attention::backward",
     "qgraft_norm": "pointwise::norm",
     "qgraft_normalized": "pointwise::again",
     "qgraft_norm_backward": "pointwise::norm_backward",
@@ -134,7 +134,7 @@ def name_native_functions() -> None:
     """Let the profiler see the C functions of qgraft."""
     from torch.profiler import record_function
 
-    from qgraft.kernels.library import loaded
+    from qgraft.kernels.cpu.library import loaded
 
     library = loaded()
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from qgraft.kernels.library import FOLDER, LEVELS
-from qgraft.kernels.sources import sources_hash
+from qgraft.kernels.cpu.library import FOLDER, LEVELS
+from qgraft.kernels.cpu.sources import sources_hash
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("src", "setup.py", "pyproject.toml", "README.md", "LICENSE")

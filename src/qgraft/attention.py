@@ -16,7 +16,7 @@ it between two passes, and a layer that gradient checkpointing runs again is giv
               over all of them. transformers separates the samples by a mask [tokens, tokens], which makes PyTorch's CPU
               kernel compute all of the square and leave its fast causal path: 384 tokens in seven samples take three
               times as long as the seven small triangles, forward and backward; on a GPU it is worse. How they are
-              computed is in kernels/samples.py. The boundaries come as the argument that flash attention defines for
+              computed is in kernels/varlen_attention.py. The boundaries come as the argument that flash attention defines for
               them, `cu_seq_lens_q`, on the CPU. Which tokens a layer may see within its sample is what the model's own
               mask says: not the mask itself is made, but a note of how it would be (`note_mask`), and one that is neither
               causal nor a sliding window is refused.
@@ -39,7 +39,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qgraft.errors import UnsupportedError
-from qgraft.kernels import samples
+from qgraft.kernels import varlen_attention
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
 _sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -171,7 +171,7 @@ def attend_samples(
     if cu_seq_lens_q is None or kwargs.get("softcap") is not None or (noted is None) == (context_lens is None):
         raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
     window = None if noted is None else noted.window(cu_seq_lens_q)
-    out = samples.attend(
+    out = varlen_attention.attend(
         query, key, value, cu_seq_lens_q, scale=scaling, dropout=dropout, window=window, contexts=context_lens,
         prefix=None if prefix is None else prefix.of(module, key, value),
     )  # fmt: skip

@@ -27,8 +27,8 @@ from qgraft.kernels import (
     linear_grad_input_bf16,
     linear_int8,
 )
+from qgraft.kernels.cpu.library import has_bf16
 from qgraft.kernels.lora import Weight, reads
-from qgraft.kernels.native import has_bf16
 
 _ROUNDED = {"bf16": linear_bf16, "int8": linear_int8}  # by QuantizedLinear.compute
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from qgraft.formats import FORMATS, PackedTensor, quantize
-from qgraft.kernels import KERNELS_VARIABLE, choose, library, native_status
+from qgraft.kernels import KERNELS_VARIABLE, choose, native_status
+from qgraft.kernels.cpu import library
 
 _HALVES = {  # byte offsets of the float16 numbers in a block; all other bytes of a block may be anything
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,),

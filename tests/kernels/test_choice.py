@@ -10,15 +10,16 @@ from qgraft.formats import FORMATS, quantize
 from qgraft.kernels import (
     Choice,
     choose,
-    library,
     linear,
     linear_int8,
-    native,
     native_status,
     reference,
     triton_ops,
 )
 from qgraft.kernels.choice import OPS
+from qgraft.kernels.cpu import library
+from qgraft.kernels.cpu import packed as native
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
 
 UseKernels = Callable[[str | None], None]
 
@@ -46,7 +47,7 @@ def test_every_op_format_and_device_has_a_kernel_and_a_reason(op: str, device: s
 @pytest.mark.parametrize("value", [None, "auto", "native"])
 def test_native_serves_its_formats_on_the_cpu(value: str | None, use_kernels: UseKernels) -> None:
     use_kernels(value)
-    for format in native.FORMAT_IDS:
+    for format in FORMAT_IDS:
         choice = choose("linear", format, "cpu")
         assert choice.kernel == "native"
         assert choice.why.startswith("built, runs as ")
@@ -65,14 +66,14 @@ def test_formats_without_8_bit_products_are_computed_in_float32_and_say_so(
             quantize(torch.randn(5, 256), format),
             torch.randn(3, 256),
         )
-        assert choice.compute == ("int8" if format in native.INT8_FORMATS else "float32")
+        assert choice.compute == ("int8" if format in INT8_FORMATS else "float32")
         assert choice.kernel == choose("linear", format, "cpu").kernel
         assert torch.equal(linear_int8(x, packed), linear(x, packed)) == (choice.compute == "float32"), format
 
 
 def test_native_knows_only_formats_that_exist() -> None:
-    assert set(native.FORMAT_IDS) <= set(FORMATS)
-    assert sorted(native.FORMAT_IDS.values()) == list(range(len(native.FORMAT_IDS)))
+    assert set(FORMAT_IDS) <= set(FORMATS)
+    assert sorted(FORMAT_IDS.values()) == list(range(len(FORMAT_IDS)))
 
 
 def test_reference_can_be_forced(use_kernels: UseKernels) -> None:
@@ -171,7 +172,7 @@ def test_triton_without_what_its_launchers_are_built_with_is_not_chosen(
     assert not available and ("C compiler" if missing == "gcc" else "Python's headers") in why
 
 
-@pytest.mark.parametrize("format", sorted(set(FORMATS) - set(native.FORMAT_IDS)))
+@pytest.mark.parametrize("format", sorted(set(FORMATS) - set(FORMAT_IDS)))
 def test_format_without_a_native_loop_is_served_by_plain_torch(format: str, use_kernels: UseKernels) -> None:
     use_kernels("auto")
     choice = choose("dequantize", format, "cpu")

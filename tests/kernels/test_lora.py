@@ -9,7 +9,8 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import native
+from qgraft.kernels.cpu.abi import FORMAT_IDS
+from qgraft.kernels.cpu.library import has_bf16, has_panels
 from qgraft.kernels.lora import (
     Grads,
     Term,
@@ -85,7 +86,7 @@ def test_every_level_computes_the_formulas(
                 results.append([got_y, got_gx, *(tensor for own in got_grads for tensor in own)])
             expected = [y, gx, *(tensor for own in grads for tensor in own)]
             for one, three, right in zip(*results, expected, strict=True):
-                if native.has_panels():  # else torch computes
+                if has_panels():  # else torch computes
                     assert torch.equal(one, three), "the same bits whatever the threads"
                 assert_close(one, right, 3e-6)
 
@@ -93,9 +94,9 @@ def test_every_level_computes_the_formulas(
 @pytest.mark.parametrize("tokens", [9, 10, 64, 230])
 def test_bfloat16_products_are_those_of_rounded_numbers(cpu_level: str, tokens: int, random_packed: MakePacked) -> None:
     """Where whole blocks are: the last outputs and inputs, and few tokens, are computed in float32."""
-    if not native.has_bf16():
+    if not has_bf16():
         pytest.skip("no bfloat16 on this level")
-    for format in native.FORMAT_IDS:
+    for format in FORMAT_IDS:
         packed, bias = random_packed(format, 192, 512), torch.randn(192)
         x_NI, g_NO = torch.randn(tokens, 512), torch.randn(tokens, 192)
         terms = make_terms(x_NI, 192, (8,))
@@ -147,10 +148,10 @@ def test_nan_stays_in_its_token_and_in_its_term(bf16: bool, random_packed: MakeP
 
 def test_a_token_is_the_same_bits_whatever_else_is_in_the_pass(cpu_level: str, random_packed: MakePacked) -> None:
     """What the cache of frozen layers rests on, see passes/frozen_cache.py: `least_tokens`."""
-    if not native.has_panels():
+    if not has_panels():
         pytest.skip("the plain level leaves this to torch")
     packed, x_NI = random_packed("q4_1", 130, 160), torch.randn(300, 160)
-    for bf16 in (False, native.has_bf16()):
+    for bf16 in (False, has_bf16()):
         (expected, _) = lora_forward(x_NI, Weight(packed, None, bf16), [])
         for tokens in (20, 31, 97, 211):
             assert torch.equal(lora_forward(x_NI[-tokens:], Weight(packed, None, bf16), [])[0], expected[-tokens:])

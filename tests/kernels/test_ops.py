@@ -9,8 +9,10 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native, native_status, ops
+from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native_status, ops
 from qgraft.kernels.choice import OPS
+from qgraft.kernels.cpu import packed as native
+from qgraft.kernels.cpu.abi import FORMAT_IDS
 
 MakePacked = Callable[..., PackedTensor]
 UseKernels = Callable[[str | None], None]
@@ -31,7 +33,7 @@ LEADING = (
 )  # around the loops for few and for many rows, odd ones
 
 needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
-NATIVE = [pytest.param("native", name, marks=needs_native, id=f"native-{name}") for name in native.FORMAT_IDS]
+NATIVE = [pytest.param("native", name, marks=needs_native, id=f"native-{name}") for name in FORMAT_IDS]
 KERNELS = [*NATIVE, *[pytest.param("reference", name, id=f"reference-{name}") for name in FORMATS]]
 FEW = [  # one of each way to store weights, for the slower checks
     *[pytest.param("native", name, marks=needs_native, id=f"native-{name}") for name in ("q4_1", "chatglm-int4")],
@@ -153,7 +155,7 @@ def test_packed_rows_need_not_be_contiguous(
 
 @needs_native
 @pytest.mark.parametrize("panel_rows", [0, 1, 5, 33])
-@pytest.mark.parametrize("format", native.FORMAT_IDS)
+@pytest.mark.parametrize("format", FORMAT_IDS)
 def test_native_panels_cover_every_row(
     format: str,
     panel_rows: int,
@@ -190,7 +192,7 @@ def test_half_precision_input_gradient_keeps_growing_over_many_panels(
 
 
 @needs_native
-@pytest.mark.parametrize("format", native.FORMAT_IDS)
+@pytest.mark.parametrize("format", FORMAT_IDS)
 def test_native_results_do_not_depend_on_the_number_of_threads(
     format: str, random_packed: MakePacked, use_kernels: UseKernels, threads: Callable[[int], None]
 ) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qgraft.kernels import native_status, pointwise
-from qgraft.kernels.library import loaded
+from qgraft.kernels.cpu.library import loaded
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation
 
 SHAPES = [(1, 7), (3, 64), (33, 576), (2, 5, 100), (0, 8)]

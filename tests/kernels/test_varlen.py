@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgraft.kernels import samples, varlen
+from qgraft.kernels import varlen, varlen_attention
 
 BOUNDS = torch.tensor([0, 17, 18, 60])
 
@@ -64,7 +64,7 @@ def test_bounds_windows_and_groups_are_those_of_the_reference(
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     g = torch.randn(1, 60, 4, 8)
     results = []
-    for attend in (samples.attend, samples.attend_reference):
+    for attend in (varlen_attention.attend, varlen_attention.attend_reference):
         out = attend(*tensors, BOUNDS.clone(), window=window, scale=0.4)
         results.append([out, *torch.autograd.grad(out, tensors, g)])
     for got, expected in zip(*results, strict=True):
@@ -76,7 +76,7 @@ def test_what_the_kernel_does_not_do_never_reaches_it(kernel: Callable[..., Any]
     q, k, v = (torch.randn(1, 2, 60, 8) for _ in range(3))
     front = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     for rest in ({"prefix": front}, {"contexts": torch.tensor([1, 1, 4])}, {"dropout": 0.5}):
-        assert samples.attend(q, k, v, BOUNDS, **rest).shape == (1, 60, 2, 8)
+        assert varlen_attention.attend(q, k, v, BOUNDS, **rest).shape == (1, 60, 2, 8)
 
 
 def test_float32_and_a_cpu_are_not_served() -> None:

@@ -3,21 +3,18 @@
     ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
     choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
     reference.py  plain torch, for every format and device; the truth the others are tested against
-    library.py    the C library: where it lies, what it was made from, which level of CPU it runs as
-    native.py     linear.c and native.c through ctypes; and torch's products between unpacked panels
+    cpu/          C behind ctypes: the library, the level of CPU it runs as, its functions
     triton_ops.py on a GPU: unpacked by triton_blocks.py, multiplied by cuBLAS
     lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
-    linear.c      products in floating point; native.c: the others, and which level of CPU runs
     pointwise.py  what a training step computes beside products, by pointwise.c or in plain torch
-    samples.py    attention within samples that share a row, samples.c through ctypes; the same in plain torch
+    varlen_attention.py  attention within samples that share a row, in C or in plain torch
     varlen.py     the same on a GPU by torch's own kernel
-    level_*.c     the loops for one level of CPU; their headers are listed in native.h
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
 """
 
 from qgraft.kernels.choice import KERNELS_VARIABLE, Choice, choose
-from qgraft.kernels.library import LEVEL_VARIABLE, native_status
+from qgraft.kernels.cpu.library import LEVEL_VARIABLE, native_status
 from qgraft.kernels.ops import (
     dequantize,
     linear,

@@ -3,7 +3,7 @@
 The environment variable QGRAFT_KERNELS forces a choice: `reference` (plain torch everywhere), `native` (C on the CPU, an
 error where the library is not built; plain torch on a GPU), `triton` (on a GPU, an error where it cannot be; the CPU is
 served as ever) or `auto`, the default: each device the fastest that it has. QGRAFT_CPU_LEVEL is for the library itself
-(library.py).
+(cpu/library.py).
 """
 
 import os
@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, UnsupportedError, near_match
-from qgraft.kernels import library, native, triton_ops
+from qgraft.kernels import triton_ops
+from qgraft.kernels.cpu import library
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
 
 OPS = ("dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
@@ -41,12 +43,12 @@ def in_c(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
     for tensor in tensors:
         if tensor.dtype != dtype or not tensor.is_cpu:
             return False
-    return choose("linear", next(iter(native.FORMAT_IDS)), "cpu").kernel == "native"
+    return choose("linear", next(iter(FORMAT_IDS)), "cpu").kernel == "native"
 
 
 def has_fast_bf16() -> bool:
     """Whether products of bfloat16 numbers are computed in hardware here, so that they are faster than those of float32."""
-    return in_c() and (native.has_bf16() or native.has_amx())
+    return in_c() and (library.has_bf16() or library.has_amx())
 
 
 @cache
@@ -62,7 +64,7 @@ def choose(op: str, format: str, device: str) -> Choice:
             f"{KERNELS_VARIABLE}={wanted!r}: expected {', '.join(VALUES[:-1])} or {VALUES[-1]}",
             hint=near_match(wanted, VALUES),
         )
-    compute = "int8" if op == "linear_int8" and format in native.INT8_FORMATS else "float32"
+    compute = "int8" if op == "linear_int8" and format in INT8_FORMATS else "float32"
     if wanted == "reference":
         return Choice(op, format, device, "reference", f"{KERNELS_VARIABLE}=reference", compute)
     if device == "cuda" or (wanted == "triton" and triton_ops.interpreted()):
@@ -87,7 +89,7 @@ def _on_gpu(format: str, wanted: str) -> tuple[str, str]:
 
 
 def _on_cpu(format: str, wanted: str) -> tuple[str, str]:
-    if format not in native.FORMAT_IDS:
+    if format not in FORMAT_IDS:
         return "reference", "plain torch; no native loop for this format yet"
     available, why = library.native_status()
     if wanted == "native" and not available:

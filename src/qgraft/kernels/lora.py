@@ -27,8 +27,11 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
-from qgraft.kernels import native, reference, triton_ops
+from qgraft.kernels import reference, triton_ops
 from qgraft.kernels.choice import choose, in_c
+from qgraft.kernels.cpu.abi import LoraTerm
+from qgraft.kernels.cpu.library import has_bf16, has_panels
+from qgraft.kernels.cpu.packed import linear_call
 from qgraft.kernels.ops import linear, linear_bf16, linear_grad_input, linear_grad_input_bf16
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -87,12 +90,12 @@ def _sums(x: Tensor) -> bool:
 
 
 def _in_c(x: Tensor) -> bool:
-    return in_c(x) and native.has_panels()
+    return in_c(x) and has_panels()
 
 
 def _fuses(base: Weight, x: Tensor) -> bool:
     """Whether the C kernel computes the product with this weight together with the rest."""
-    return _read_in_c(base.packed.format, x) and (native.has_bf16() or not base.bf16)
+    return _read_in_c(base.packed.format, x) and (has_bf16() or not base.bf16)
 
 
 def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
@@ -115,10 +118,10 @@ def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> 
         y_NO, weight, bias, bf16 = base, (base.shape[1], x_NI.shape[1]), None, False
     hs = [x_NI.new_empty(len(term.x), len(term.A)) for term in terms]
     pointers = [
-        native.Term(*_start(term), _rows(term.x), h.data_ptr(), None, None, None, 0)
+        LoraTerm(*_start(term), _rows(term.x), h.data_ptr(), None, None, None, 0)
         for term, h in zip(terms, hs, strict=True)
     ]
-    native.run_layer(x_NI, y_NO, weight, bias=bias, terms=pointers, bf16=bf16)
+    linear_call(x_NI, y_NO, weight, bias=bias, terms=pointers, bf16=bf16)
     return y_NO, hs
 
 
@@ -148,13 +151,13 @@ def lora_backward(
         Grads(torch.empty_like(t.A), torch.empty_like(t.B), torch.empty_like(h)) for t, h in zip(terms, hs, strict=True)
     ]
     pointers = [
-        native.Term(
+        LoraTerm(
             *_start(term), _rows(term.x), h.data_ptr(), grad.gh.data_ptr(), grad.A.data_ptr(),
             grad.B.data_ptr(), term.adds,
         )
         for term, h, grad in zip(terms, hs, grads, strict=True)
     ]  # fmt: skip
-    native.run_layer(g_NO, gx_NI, weight, terms=pointers, backward=True, bf16=bf16)
+    linear_call(g_NO, gx_NI, weight, terms=pointers, backward=True, bf16=bf16)
     return gx_NI, grads
 
 
@@ -243,7 +246,7 @@ def _check(base: Weight | Tensor | None, x: Tensor, side: int) -> None:
 
 
 def _start(term: Term) -> tuple[int, int, int, float, int, int]:
-    """The first fields of native.Term."""
+    """The first fields of LoraTerm."""
     return (
         term.start, term.stop, len(term.A), term.scaling, _rows(term.A), _rows(term.B),
     )  # fmt: skip

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, checked
-from qgraft.kernels import native, reference, triton_ops
+from qgraft.kernels import reference, triton_ops
 from qgraft.kernels.choice import choose
+from qgraft.kernels.cpu import packed as native
 
 _KERNELS: dict[str, ModuleType] = {"native": native, "triton": triton_ops, "reference": reference}
 

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from qgraft.kernels import gpu_rows
 from qgraft.kernels.choice import in_c
-from qgraft.kernels.library import loaded
+from qgraft.kernels.cpu.library import loaded
 
 
 @dataclass(frozen=True)
 class Activation:
-    """One that gates: its name, what torch's gelu is told, and its number in native.h; None where it has none."""
+    """One that gates: its name, what torch's gelu is told, and its number in level.h; None where it has none."""
 
     name: str
     approximate: str = "none"

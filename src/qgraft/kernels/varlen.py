@@ -6,8 +6,8 @@ No mask, and nothing of the square between two samples: 16 samples of 512 tokens
 a masked square of them takes 12 ms (H100, 32 heads of 128 channels). Its arguments changed between releases of torch, so
 they are looked up: `enable_gqa` is new in 2.12, before it the keys and values of a group are repeated for each of its heads.
 
-What it does not do (`serves` is the list) goes sample by sample through torch's scaled_dot_product_attention (samples.py):
-keys in front of every sample, a context that is read in both directions, dropout, float32.
+What it does not do (`serves` is the list) goes sample by sample through torch's scaled_dot_product_attention
+(varlen_attention.py): keys in front of every sample, a context that is read in both directions, dropout, float32.
 """
 
 import inspect
@@ -23,7 +23,7 @@ LARGEST_HEAD = 256  # channels that FlashAttention takes, and only multiples of 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, window: int | None
 ) -> Tensor:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], causal; see samples.attend."""
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], causal; see varlen_attention.attend."""
     q_THD, k_TGD, v_TGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     starts, longest = _placed(bounds, query.device)
     function, arguments = _function()

@@ -33,7 +33,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qgraft.attention import PREFIX, attention_of
 from qgraft.compat import given_cache
 from qgraft.errors import UnsupportedError
-from qgraft.kernels import decode
+from qgraft.kernels.cpu import decode
 from qgraft.model_parts import decoder_of
 from qgraft.passes.decoding_network import Network
 

@@ -30,7 +30,7 @@ from transformers.activations import ACT2FN
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.adapters.selection import Selection
 from qgraft.errors import UnsupportedError
-from qgraft.kernels import decode
+from qgraft.kernels.cpu import abi, decode
 from qgraft.linear import QuantizedLinear
 
 FAMILIES = {
@@ -106,8 +106,8 @@ class Network:
             raise UnsupportedError(
                 f"its heads cannot be rotated or shared: {heads} of {self.channels}, {self.groups} keys"
             )
-        self._array = (decode.Layer * len(made))(*made)
-        self.model = decode.Model(
+        self._array = (abi.DecoderLayer * len(made))(*made)
+        self.model = abi.Decoder(
             len(made), first.q.columns, first.gate.rows, heads, self.groups, self.channels,
             self._rank, 0, self._epsilons.pop(), scaling, norm, self._array,
         )  # fmt: skip
@@ -132,7 +132,7 @@ class Network:
             for index, layer in enumerate(self._array):
                 layer.keys, layer.values = memory[2 * index].data_ptr(), memory[2 * index + 1].data_ptr()
 
-    def _layer(self, index: int, layer: Any) -> decode.Layer:
+    def _layer(self, index: int, layer: Any) -> abi.DecoderLayer:
         self._check(layer, "DecoderLayer", f"layers.{index}")
         attention, mlp = (self._child(layer, part) for part in _LINEARS)
         self._check(attention, "Attention", f"layers.{index}.self_attn")
@@ -143,14 +143,14 @@ class Network:
         self._heads.add((int(attention.head_dim), float(attention.scaling)))
         self.window = min(self.window, getattr(attention, "sliding_window", None) or sys.maxsize)
         head_norms = _HEAD_NORMS.get(self._family)
-        return decode.Layer(
+        return abi.DecoderLayer(
             *(self._linear(attention, name) for name in _LINEARS["self_attn"]),
             *(self._linear(mlp, name) for name in _LINEARS["mlp"]),
             *(self._norm(layer, name) for name in _LAYER_NORMS),
             *(self._norm(attention, name) for name in head_norms or ()),
         )
 
-    def _linear(self, parent: nn.Module, name: str) -> decode.Linear:
+    def _linear(self, parent: nn.Module, name: str) -> abi.Linear:
         layer, loras = self._child(parent, name), []
         if type(layer) is LoraLinear:
             self._check_plain(layer, name)
@@ -165,7 +165,7 @@ class Network:
         self._computes.append((vars(layer), layer.compute))
         return decode.linear(layer.packed, bias, loras, self.held, layer.compute == "int8")
 
-    def _loras(self, layer: LoraLinear) -> list[decode.Lora]:
+    def _loras(self, layer: LoraLinear) -> list[abi.Lora]:
         selection = layer.selection
         if self.selection is None:
             self.selection, self.weights = selection, dict(selection.now().uniform or {})

@@ -1,0 +1,126 @@
+"""What C is handed: the numbers of formats, the structures and the arguments of the library's functions.
+
+ctypes checks nothing, so everything here is compared with the C sources by tests/kernels/cpu/test_abi.py, and the library
+carries the hash of the sources that it was made from (sources.py).
+"""
+
+import ctypes
+from collections.abc import Sequence
+
+from torch import Tensor
+
+FORMAT_IDS = {  # as in formats.h; float32 needs no unpacking, so the reference serves it
+    "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
+    "q4_k": 9, "q5_k": 10, "q6_k": 11,
+}  # fmt: skip
+INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in formats.h
+
+_pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
+
+
+class LoraTerm(ctypes.Structure):
+    """One LoRA on the tokens start:stop of a layer, as in linear.c, where each field is explained."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("start", "stop", "rank")),
+        ("scaling", ctypes.c_double),
+        *((name, _pointer) for name in ("A", "B", "x", "h", "gh", "grad_A", "grad_B")),
+        ("adds", _i64),
+    ]
+
+
+class LinearCall(ctypes.Structure):
+    """A packed layer and what goes through it, as in linear.c."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("format", "rows", "columns", "m", "bf16", "terms")),
+        *((name, _pointer) for name in ("data", "scales", "bias", "input", "output", "scratch")),
+        ("term", ctypes.POINTER(LoraTerm)),
+    ]
+
+
+class Strided(ctypes.Structure):
+    """Numbers of heads and tokens: strides in numbers, channels next to each other."""
+
+    _fields_ = [("data", _pointer), ("token", _i64), ("head", _i64)]
+
+
+class Attention(ctypes.Structure):
+    """Attention of samples that share a row, as in level.h."""
+
+    _fields_ = [
+        *((name, Strided) for name in ("q", "k", "v", "front_k", "front_v")),
+        *((name, _i64) for name in ("heads", "groups", "channels", "tokens", "samples", "prefix", "window")),
+        ("bounds", _pointer),
+        ("contexts", _pointer),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class Lora(ctypes.Structure):
+    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder, as in decode.c."""
+
+    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
+
+
+class Linear(ctypes.Structure):
+    """One packed layer with its bias and LoRAs."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("format", "rows", "columns", "int8", "loras")),
+        *((name, _pointer) for name in ("data", "scales", "bias")),
+        ("lora", ctypes.POINTER(Lora)),
+    ]
+
+
+class DecoderLayer(ctypes.Structure):
+    """One layer of the decoder. keys and values: [groups, capacity, channels] float32."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+    ]
+
+
+class Decoder(ctypes.Structure):
+    """The decoder. rank: of its largest LoRA; capacity: of the buffers of keys and values."""
+
+    _fields_ = [
+        *((name, _i64) for name in ("layers", "hidden", "inner", "heads", "groups", "channels", "rank", "capacity")),
+        ("epsilon", ctypes.c_double),
+        ("scale", ctypes.c_double),
+        ("norm", _pointer),
+        ("layer", ctypes.POINTER(DecoderLayer)),
+    ]
+
+
+def declare(library: ctypes.CDLL) -> None:
+    """Say which arguments the functions take and what they give."""
+    i32 = ctypes.c_int
+    arguments: dict[str, Sequence[type]] = {
+        "qgraft_dequantize": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
+        "qgraft_dequantize_bf16": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
+        "qgraft_linear_int8": [i32, _pointer, _pointer, _i64, _i64, _pointer, _i64, _pointer, i32],
+        "qgraft_linear": [_pointer, i32, i32],
+        "qgraft_norm": [_pointer, _pointer, ctypes.c_float, _i64, _i64, _pointer, _pointer, i32],
+        "qgraft_normalized": [_pointer, _pointer, _pointer, _i64, _i64, _pointer, i32],
+        "qgraft_norm_backward": [_pointer, _pointer, _pointer, _pointer, _i64, _i64, _pointer, i32],
+        "qgraft_gated": [i32, _pointer, _pointer, i32, _i64, _pointer, _pointer, _pointer, i32],
+        "qgraft_gated_backward": [i32, _pointer, _pointer, _pointer, i32, _i64, _pointer, _pointer, i32],
+        "qgraft_rotate": [
+            i32, *[_pointer, _i64, _i64, _i64] * 2, _pointer, _pointer, _i64, _i64, _i64, _pointer, _pointer, i32,
+        ],
+        "qgraft_decode_step": [_pointer, _pointer, _pointer, _pointer, _i64, i32],
+        "qgraft_varlen_attention": [_pointer, _pointer, _pointer, i32],
+        "qgraft_varlen_attention_backward": [*[_pointer] * 9, i32],
+        "qgraft_level_name": [i32],
+        "qgraft_use_level": [i32],
+    }  # fmt: skip
+    for name, types in arguments.items():
+        getattr(library, name).argtypes = types
+    library.qgraft_level_name.restype = ctypes.c_char_p
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where the tensor's first number lies; None for no tensor."""
+    return None if tensor is None else tensor.data_ptr()

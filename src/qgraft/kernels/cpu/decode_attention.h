@@ -1,0 +1,56 @@
+/* Attention of one query in one head, over the keys and values of the tokens before it: what a decoding step computes
+ * beside products with packed weights and what pointwise.h has. All in float32.
+ */
+
+#ifndef QGRAFT_DECODE_ATTENTION_H
+#define QGRAFT_DECODE_ATTENTION_H
+
+#include <stdint.h>
+
+#include "common.h"
+#include "level.h"
+#include "vector_math.h"
+
+/* Four rows of K or V at once: q, or the sums, then pass through the registers a quarter as often. */
+static void dot4(const float *q, const float *rows, int64_t channels, float scale, float *scores) {
+    const float *b = rows + channels, *c = b + channels, *d = c + channels;
+    float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
+    prefetch(rows, 4 * channels * (int64_t)sizeof(float));
+#pragma omp simd reduction(+ : s0, s1, s2, s3)
+    for (int64_t j = 0; j < channels; j++) s0 += q[j] * rows[j], s1 += q[j] * b[j], s2 += q[j] * c[j], s3 += q[j] * d[j];
+    scores[0] = scale * s0, scores[1] = scale * s1, scores[2] = scale * s2, scores[3] = scale * s3;
+}
+
+static void add4(const float *shares, const float *rows, int64_t channels, float *out) {
+    const float *b = rows + channels, *c = b + channels, *d = c + channels;
+    prefetch(rows, 4 * channels * (int64_t)sizeof(float));
+    const float s0 = shares[0], s1 = shares[1], s2 = shares[2], s3 = shares[3];
+#pragma omp simd
+    for (int64_t j = 0; j < channels; j++) out[j] += (s0 * rows[j] + s1 * b[j]) + (s2 * c[j] + s3 * d[j]);
+}
+
+/* out [channels] = softmax(scale q K^T) V over `past` keys and values [past, channels] and the newest, which other threads
+ * may be about to write behind them; scores [past + 1]: scratch. */
+static void decode_attention(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
+                             const float *newest_value, int64_t channels, float scale, float *scores, float *out) {
+    const int64_t fours = past / 4 * 4;
+    scores[past] = scale * dot(q, newest_key, channels);
+    float largest = scores[past], sum = 0.0f;
+    for (int64_t t = 0; t < fours; t += 4) dot4(q, keys + t * channels, channels, scale, scores + t);
+    for (int64_t t = fours; t < past; t++) scores[t] = scale * dot(q, keys + t * channels, channels);
+    for (int64_t t = 0; t < past; t++) largest = scores[t] > largest ? scores[t] : largest;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t t = 0; t <= past; t++) {
+        scores[t] = exp_negative(scores[t] - largest);
+        sum += scores[t];
+    }
+    for (int64_t j = 0; j < channels; j++) out[j] = scores[past] * newest_value[j];
+    for (int64_t t = 0; t < fours; t += 4) add4(scores + t, values + t * channels, channels, out);
+    for (int64_t t = fours; t < past; t++)
+        for (int64_t j = 0; j < channels; j++) out[j] += scores[t] * values[t * channels + j];
+    for (int64_t j = 0; j < channels; j++) out[j] /= sum;
+}
+
+static const Decoding decoding = {dot, decode_attention};
+
+#endif

@@ -1,0 +1,59 @@
+/* The formats that the loops read, and how many bytes their rows have. The bits are read in unpack.h and unpack_vec.h. */
+
+#ifndef QGRAFT_FORMATS_H
+#define QGRAFT_FORMATS_H
+
+#include <stdint.h>
+
+#include "common.h"
+
+/* As FORMAT_IDS of abi.py. */
+enum {
+    Q4_0 = 0, Q4_1 = 1, Q5_0 = 2, Q5_1 = 3, Q8_0 = 4, ROW_INT8 = 5, ROW_INT4 = 6, F16 = 7, BF16 = 8,
+    Q4_K = 9, Q5_K = 10, Q6_K = 11,
+    F32 = 12, /* for A and B of a LoRA */
+};
+
+/* Expands to a switch that calls CALL(format) with `format` a constant, so that each call is compiled for its own. */
+#define FOR_FORMAT(format, CALL)        \
+    switch (format) {                   \
+        case Q4_0: CALL(Q4_0); break;   \
+        case Q4_1: CALL(Q4_1); break;   \
+        case Q5_0: CALL(Q5_0); break;   \
+        case Q5_1: CALL(Q5_1); break;   \
+        case Q8_0: CALL(Q8_0); break;   \
+        case ROW_INT8: CALL(ROW_INT8); break; \
+        case ROW_INT4: CALL(ROW_INT4); break; \
+        case F16: CALL(F16); break;     \
+        case BF16: CALL(BF16); break;   \
+        case F32: CALL(F32); break;     \
+        case Q4_K: CALL(Q4_K); break;   \
+        case Q5_K: CALL(Q5_K); break;   \
+        case Q6_K: CALL(Q6_K); break;   \
+    }
+
+/* Bytes of `columns` weights of one row, -1 for an unknown format. */
+ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
+    switch (format) {
+        case Q4_0: return columns / 32 * 18;
+        case Q4_1: return columns / 32 * 20;
+        case Q5_0: return columns / 32 * 22;
+        case Q5_1: return columns / 32 * 24;
+        case Q8_0: return columns / 32 * 34;
+        case ROW_INT8: return columns;
+        case ROW_INT4: return columns / 2;
+        case F16: case BF16: return columns * 2;
+        case F32: return columns * 4;
+        case Q4_K: return columns / 256 * 144;
+        case Q5_K: return columns / 256 * 176;
+        case Q6_K: return columns / 256 * 210;
+    }
+    return -1;
+}
+
+/* Whether there are products in 8-bit integers (gemm_int8.h) for the format. */
+ALWAYS_INLINE int has_int8(int format) {
+    return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
+}
+
+#endif

@@ -1,0 +1,12 @@
+/* The kernels for x86-64-v3: AVX2, FMA and F16C. */
+
+#include "level.h"
+
+#if HAVE_X86_LEVELS
+#pragma GCC target("arch=x86-64-v3")
+#include "vector_level.h"
+#define GEMM_INT8 qgraft_gemm_int8_avx2
+#include "gemm_int8.h"
+
+const Level qgraft_avx2 = {VECTOR_LEVEL("avx2", qgraft_gemm_int8_avx2)};
+#endif

@@ -1,0 +1,179 @@
+/* A frozen packed layer with any number of LoRAs on it, forward and backward, each in one call.
+ *
+ *     forward    h = x A^T                 y  = x W^T + bias + s h B^T
+ *     backward   gh = s g B                gx = g W + gh A                 gA = gh^T x        gB = s g^T h
+ *
+ * Each LoRA serves tokens of its own, start <= t < stop: all of them, or the samples of one job among others. As products
+ * of their own they would pass over x, y and g five times more, and take a dozen calls of torch.
+ *
+ * Everything is float32 but the product with W, where x and W (g and W) may be rounded to bfloat16 (`bf16`).
+ * Threads share the tokens for h, blocks of columns and of tokens for the products, and blocks of columns for the
+ * gradients of A and B: the order of each sum depends on none of this.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "common.h"
+#include "formats.h"
+#include "level.h"
+
+/* As the structures of abi.py, field by field. */
+typedef struct {
+    int64_t start, stop, rank;
+    double scaling;
+    const float *A, *B;     /* [rank, columns], [rows, rank] */
+    const float *x;         /* [tokens, columns]: what A multiplies, x or x with some dropped; tokens = stop - start */
+    float *h;               /* [tokens, rank]: forward writes it, backward reads it */
+    float *gh;              /* [tokens, rank]: backward writes it */
+    float *grad_A, *grad_B; /* backward writes those that are not NULL */
+    int64_t adds;           /* backward: whether gh A is added to gx */
+} LoraTerm;
+
+typedef struct {
+    int64_t format, rows, columns, m, bf16, terms;
+    const uint8_t *data; /* NULL: the product with W stands in `out` */
+    const float *scales, *bias;
+    const float *in; /* forward: x [m, columns], backward: g [m, rows] */
+    float *out;      /* y [m, rows], or gx [m, columns], which may be NULL */
+    float *scratch;  /* bf16: m (width of `in` / 2 + 1) floats; and rank (rows + 2 tokens) for each term */
+    const LoraTerm *term;
+} LinearCall;
+
+const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
+
+enum { TOKENS = 32, COLUMNS = 64, MANY = 20, PART = 96 };
+
+/* Where the parts of `scratch` begin: pairs of all tokens; of term k: s B^T [rank, rows], then backward's h^T and gh^T. */
+static float *term_scratch(const LinearCall *call, int64_t width, int64_t k) {
+    float *at = call->scratch + (call->bf16 ? call->m * (width / 2 + 1) : 0);
+    for (const LoraTerm *term = call->term; term < call->term + k; term++)
+        at += term->rank * (call->rows + 2 * (term->stop - term->start));
+    return at;
+}
+
+/* s B^T [rank, rows], by all threads. */
+static void transpose_B(const LinearCall *call, const LoraTerm *term, float *factor) {
+#pragma omp for schedule(static)
+    for (int64_t r0 = 0; r0 < call->rows; r0 += COLUMNS)
+        for (int64_t i = 0; i < term->rank; i++)
+            for (int64_t r = r0; r < r0 + COLUMNS && r < call->rows; r++)
+                factor[i * call->rows + r] = (float)term->scaling * term->B[r * term->rank + i];
+}
+
+/* h [n, rank] = x [n, width] A^T, or gh = g (s B^T)^T: products with a LoRA's factor [rank, width]. */
+static void down_project(const Level *level, const float *factor, int64_t rank, int64_t width, const float *x, int64_t n,
+                         float *h) {
+    const Product product = {F32, (const uint8_t *)factor, NULL, row_bytes(F32, width), rank, width, 0, rank, n, h};
+    level->gemv(&product, x);
+}
+
+/* What a block of columns and tokens adds of the LoRAs: in [tokens, rank] and factor [rank, width] of each. */
+static void add_terms(const Level *level, const LinearCall *call, int backward, const Product *part, int64_t t0) {
+    const int64_t width = backward ? call->columns : call->rows;
+    for (int64_t k = 0; k < call->terms; k++) {
+        const LoraTerm *term = call->term + k;
+        const int64_t start = term->start > t0 ? term->start : t0;
+        const int64_t stop = term->stop < t0 + part->m ? term->stop : t0 + part->m;
+        if (start >= stop || (backward && !term->adds)) continue;
+        const float *factor = backward ? term->A : term_scratch(call, call->columns, k);
+        const float *in = (backward ? term->gh : term->h) + (start - term->start) * term->rank;
+        level->low_rank->add(in, stop - start, term->rank, factor + part->first, width, part->last - part->first,
+                           call->out + start * width + part->first, width);
+    }
+}
+
+/* One block of columns for the tokens t0 <= t < t1: the product, the bias, the LoRAs. */
+static void block(const Level *level, const LinearCall *call, int backward, int64_t first, int64_t t0, int64_t t1) {
+    const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
+    const int64_t last = first + COLUMNS < width ? first + COLUMNS : width;
+    const float *in = call->in + t0 * depth, *pairs = call->scratch + t0 * ((depth + 1) / 2);
+    const int64_t stride = row_bytes((int)call->format, call->columns);
+    const Product part = {(int)call->format, call->data, call->scales, stride, call->rows, call->columns, first, last,
+                          t1 - t0, call->out + t0 * width};
+    if (call->data && backward) {
+        if (call->bf16) level->gemm_grad_input_bf16(&part, in, pairs);
+        else level->gemm_grad_input(&part, in);
+    } else if (call->data) {
+        if (call->bf16) level->gemm_bf16(&part, in, pairs);
+        else if (call->m < MANY || !level->gemm) level->gemv(&part, in);
+        else level->gemm(&part, in);
+    }
+    for (int64_t t = t0; call->bias && !backward && t < t1; t++)
+        for (int64_t r = first; r < last; r++) call->out[t * width + r] += call->bias[r];
+    add_terms(level, call, backward, &part, t0);
+}
+
+/* All blocks, and before them what the tokens of each need: pairs, h or gh. */
+static void products(const Level *level, const LinearCall *call, int backward, int threads) {
+    const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
+    const int64_t blocks = (width + COLUMNS - 1) / COLUMNS, parts = call->m >= PART * threads ? threads : 1;
+    for (int64_t k = 0; k < call->terms; k++) transpose_B(call, call->term + k, term_scratch(call, depth, k));
+    const int rounds = call->bf16 && call->data && call->out, first_pass = rounds || call->terms;
+#pragma omp for schedule(dynamic)
+    for (int64_t t = 0; t < (first_pass ? call->m : 0); t += TOKENS) {
+        const int64_t end = t + TOKENS < call->m ? t + TOKENS : call->m;
+        for (int64_t i = t; rounds && i < end; i++)
+            level->round_pairs(call->in + i * depth, depth, call->scratch + i * ((depth + 1) / 2));
+        for (int64_t k = 0; k < call->terms; k++) {
+            const LoraTerm *term = call->term + k;
+            const int64_t start = term->start > t ? term->start : t, stop = term->stop < end ? term->stop : end;
+            const int64_t at = start - term->start;
+            if (start >= stop) continue;
+            const float *factor = backward ? term_scratch(call, depth, k) : term->A;
+            const float *in = backward ? call->in + start * depth : term->x + at * depth;
+            float *h = (backward ? term->gh : term->h) + at * term->rank;
+            down_project(level, factor, term->rank, depth, in, stop - start, h);
+        }
+    }
+#pragma omp for schedule(dynamic)
+    for (int64_t share = 0; share < (call->out ? blocks * parts : 0); share++) {
+        const int64_t part = share % parts;
+        block(level, call, backward, share / parts * COLUMNS, call->m * part / parts, call->m * (part + 1) / parts);
+    }
+}
+
+/* gA = gh^T x and gB = s g^T h, blocks of their columns shared out. */
+static void gradients(const Level *level, const LinearCall *call) {
+    for (int64_t k = 0; k < call->terms; k++) {
+        const LoraTerm *term = call->term + k;
+        const int64_t tokens = term->stop - term->start, rank = term->rank;
+        float *h_t = term_scratch(call, call->rows, k) + rank * call->rows, *gh_t = h_t + rank * tokens;
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < rank; i++)
+            for (int64_t t = 0; t < tokens; t++)
+                h_t[i * tokens + t] = term->h[t * rank + i], gh_t[i * tokens + t] = term->gh[t * rank + i];
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t c = 0; c < (term->grad_A ? call->columns : 0); c += COLUMNS) {
+            const int64_t n = c + COLUMNS < call->columns ? COLUMNS : call->columns - c;
+            level->low_rank->reduce(gh_t, tokens, rank, term->x + c, call->columns, n, term->grad_A + c, call->columns);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t r0 = 0; r0 < (term->grad_B ? call->rows : 0); r0 += COLUMNS) {
+            const int64_t n = r0 + COLUMNS < call->rows ? COLUMNS : call->rows - r0;
+            const float *g = call->in + term->start * call->rows + r0;
+            float *sums = term_scratch(call, call->rows, k) + r0; /* s B^T has served */
+            level->low_rank->reduce(h_t, tokens, rank, g, call->rows, n, sums, call->rows);
+            for (int64_t r = 0; r < n; r++)
+                for (int64_t i = 0; i < rank; i++)
+                    term->grad_B[(r0 + r) * rank + i] = (float)term->scaling * sums[i * call->rows + r];
+        }
+    }
+}
+
+/* The forward or backward pass. 0; -1 for a bad format, or a pass that this CPU level has no loops for (base). */
+int qgraft_linear(const LinearCall *asked, int backward, int threads) {
+    enum { PARALLEL_WORK = 65536 }; /* fewer products are done before a second thread has woken up */
+    const Level *level = qgraft_level();
+    LinearCall call = *asked;
+    if ((backward || call.terms) && !level->low_rank) return -1;
+    if (call.data && row_bytes((int)call.format, call.columns) < 0) return -1;
+    call.bf16 = call.bf16 && level->gemm_bf16;
+    if (call.rows * call.columns * call.m <= PARALLEL_WORK) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        products(level, &call, backward, threads);
+        if (backward) gradients(level, &call);
+    }
+    return 0;
+}

@@ -1,0 +1,91 @@
+"""What Python says of the C functions is what the C sources say: structures, arguments, numbers of formats."""
+
+import ctypes
+import re
+
+import pytest
+
+from qgraft.kernels import native_status
+from qgraft.kernels.cpu import abi, library
+from qgraft.kernels.cpu.library import FOLDER
+
+needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernels are {native_status()[1]}")
+
+STRUCTURES = {  # by file: in its order, as the exported sizes are
+    "linear": ("linear.c", [abi.LoraTerm, abi.LinearCall]),
+    "attention": ("level.h", [abi.Strided, abi.Attention]),
+    "decode": ("decode.c", [abi.Lora, abi.Linear, abi.DecoderLayer, abi.Decoder]),
+}
+RENAMED = {"in": "input", "out": "output"}  # `in` is a word of Python
+TYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "double": ctypes.c_double, "float": ctypes.c_float}
+
+
+def c_text(name: str) -> str:
+    return re.sub(r"/\*.*?\*/", "", (FOLDER / name).read_text(), flags=re.DOTALL)
+
+
+def c_fields(text: str, structure: str) -> list[tuple[str, str]]:
+    """(name, type) of each field of a typedef; "*" for pointers."""
+    body = re.search(rf"typedef struct \{{([^}}]*)\}} {structure};", text)[1]
+    fields = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+)\s+(.*)", declaration, flags=re.DOTALL).groups()
+        for name in map(str.strip, names.split(",")):
+            fields.append((RENAMED.get(name.lstrip("*"), name.lstrip("*")), "*" if "*" in name else kind))
+    return fields
+
+
+@pytest.mark.parametrize("file", STRUCTURES)
+def test_structures_have_the_fields_of_c_in_their_order(file: str) -> None:
+    source, structures = STRUCTURES[file]
+    for structure in structures:
+        fields = [
+            (name, "*" if kind is ctypes.c_void_p or hasattr(kind, "contents") else kind)
+            for name, kind in structure._fields_
+        ]
+        known = {**TYPES, **{each.__name__: each for each in structures}}
+        expected = [(name, known.get(kind, kind)) for name, kind in c_fields(c_text(source), structure.__name__)]
+        assert fields == expected, structure.__name__
+
+
+@needs_native
+@pytest.mark.parametrize("file", STRUCTURES)
+def test_structures_have_the_sizes_of_c(file: str) -> None:
+    structures = STRUCTURES[file][1]
+    sizes = (ctypes.c_int64 * len(structures)).in_dll(library.loaded(), f"qgraft_{file}_sizes")
+    assert list(sizes) == [ctypes.sizeof(each) for each in structures]
+
+
+@needs_native
+def test_functions_take_the_arguments_of_c() -> None:
+    """Every qgraft_ function of the C files but those that take nothing."""
+    found = {}
+    for path in sorted(FOLDER.glob("*.c")):
+        for result, name, arguments in re.findall(
+            r"^(int|void|const char \*)\s*(qgraft_\w+)\(([^)]*)\) \{", c_text(path.name), flags=re.MULTILINE
+        ):
+            if arguments == "void":
+                continue
+            types = ["*" if "*" in each else each.split()[-2] for each in arguments.split(",")]
+            found[name] = [ctypes.c_void_p if each == "*" else TYPES[each] for each in types]
+            function = getattr(library.loaded(), name)
+            assert function.argtypes == found[name], name
+            assert function.restype == (ctypes.c_char_p if "char" in result else ctypes.c_int), name
+    assert len(found) >= 15
+
+
+def test_numbers_of_formats_are_those_of_c() -> None:
+    body = re.search(r"enum \{([^}]*F32[^}]*)\}", c_text("formats.h"))[1]
+    numbers = {name: int(value) for name, value in re.findall(r"(\w+) = (\d+)", body)}
+    assert numbers.pop("F32") not in abi.FORMAT_IDS.values()
+    in_python = {name.upper(): number for name, number in abi.FORMAT_IDS.items()}
+    for bits in (4, 8):
+        in_python[f"ROW_INT{bits}"] = in_python.pop(f"CHATGLM-INT{bits}")
+    assert in_python == numbers
+
+
+@needs_native
+def test_formats_with_8_bit_products_are_those_of_c() -> None:
+    no_rows = (None, None, 0, 256, None, 0, None, 1)
+    served = [f for f, number in abi.FORMAT_IDS.items() if library.loaded().qgraft_linear_int8(number, *no_rows) == 0]
+    assert sorted(served) == sorted(abi.INT8_FORMATS)

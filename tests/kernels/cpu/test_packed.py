@@ -1,0 +1,207 @@
+"""The C library itself, called through ctypes: every level that this CPU has, every format, bfloat16 rows."""
+
+import ctypes
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from qgraft.formats import FORMATS, PackedTensor
+from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels.cpu import packed as native
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
+from qgraft.kernels.cpu.library import has_panels, loaded
+from qgraft.kernels.reference import linear_int8
+
+MakePacked = Callable[..., PackedTensor]
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+
+def dequantize_bf16(packed: PackedTensor, threads: int = 1) -> Tensor:
+    library = loaded()
+    pointer, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    function = library.qgraft_dequantize_bf16
+    function.argtypes = [i32, pointer, pointer, i64, i64, pointer, i32]
+    rows, columns = packed.shape
+    data, scale = native.stored(packed)
+    out = torch.empty(rows, columns, dtype=torch.bfloat16)
+    code = function(
+        FORMAT_IDS[packed.format], data.data_ptr(), None if scale is None else scale.data_ptr(),
+        rows, columns, out.data_ptr(), threads,
+    )  # fmt: skip
+    assert code == 0
+    return out
+
+
+def shapes(format: str) -> list[tuple[int, int]]:
+    """Rows around the tiles of the products; columns of less, of just, of more than whole chunks of 32."""
+    block = FORMATS[format].block_size
+    if block > 2:
+        return [(1, block), (5, 3 * block), (13, 1024), (2, 2048 + block)]
+    return [(1, 2), (5, 32), (13, 50), (2, 1086)]
+
+
+def test_every_level_unpacks_what_the_reference_does_bit_for_bit(cpu_level: str, random_packed: MakePacked) -> None:
+    for format in FORMAT_IDS:
+        for rows, columns in shapes(format):
+            packed = random_packed(format, rows, columns)
+            expected = format_dequantize(packed, torch.float32)
+            got = native.dequantize(packed, torch.float32)
+            assert torch.equal(got.view(torch.int32), expected.view(torch.int32)), (format, rows, columns)
+            halves, got_halves = expected.bfloat16(), dequantize_bf16(packed)
+            assert torch.equal(got_halves.view(torch.int16), halves.view(torch.int16)), (format, rows, columns)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 5, 8, 9, 16, 19])
+def test_every_level_multiplies_few_rows_as_float64_does(cpu_level: str, batch: int, random_packed: MakePacked) -> None:
+    for format in FORMAT_IDS:
+        for rows, columns in shapes(format):
+            packed = random_packed(format, rows, columns)
+            w_OI, x = format_dequantize(packed, torch.float64), torch.randn(batch, columns)
+            got = native._product(x, packed)
+            bound = 2e-6 * (x.double().abs() @ w_OI.abs().T) + 1e-30
+            assert bool(((got.double() - x.double() @ w_OI.T).abs() <= bound).all()), (format, rows, columns)
+
+
+@pytest.mark.parametrize("batch", [96, 101, 250])
+def test_every_level_multiplies_many_rows_as_float64_does(
+    cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]
+) -> None:
+    """Whole panels, a rest of rows, of columns and of tokens, several panels deep; the same bits by 1 and 3 threads."""
+    for format in FORMAT_IDS:
+        for rows, columns in (*shapes(format), (130, 512)):
+            packed = random_packed(format, rows, columns)
+            w_OI, x = format_dequantize(packed, torch.float64), torch.randn(batch, columns)
+            threads(1)
+            got = native._product(x, packed)
+            bound = 3e-6 * (x.double().abs() @ w_OI.abs().T) + 1e-30
+            assert bool(((got.double() - x.double() @ w_OI.T).abs() <= bound).all()), (format, rows, columns)
+            threads(3)
+            assert torch.equal(native._product(x, packed), got)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, 6, 7, 33, 300])
+def test_every_level_takes_gradients_as_float64_does(
+    cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]
+) -> None:
+    for format in FORMAT_IDS:
+        for rows, columns in (*shapes(format), (200, 512)):
+            packed = random_packed(format, rows, columns)
+            w_OI, g = format_dequantize(packed, torch.float64), torch.randn(batch, rows)
+            if cpu_level == "plain":  # left to sgemm
+                assert not has_panels()
+                continue
+            threads(1)
+            got = native._product(g, packed, backward=True)
+            bound = 3e-6 * (g.double().abs() @ w_OI.abs()) + 1e-30
+            assert bool(((got.double() - g.double() @ w_OI).abs() <= bound).all()), (format, rows, columns)
+            threads(3)
+            assert torch.equal(native._product(g, packed, backward=True), got)
+
+
+def test_a_row_does_not_depend_on_how_many_rows_there_are(cpu_level: str, random_packed: MakePacked) -> None:
+    """What the cache of frozen layers rests on, see passes/frozen_cache.py."""
+    packed = random_packed("q4_1", 130, 160)
+    x = torch.randn(300, 160)
+    expected = native._product(x, packed)
+    for rows in (96, 97, 200, 211):
+        assert torch.equal(native._product(x[-rows:], packed), expected[-rows:])
+
+
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 5, 8, 33])
+def test_every_level_multiplies_8_bit_activations_as_the_reference_does(
+    cpu_level: str, batch: int, random_packed: MakePacked
+) -> None:
+    """Groups of very different size in one token, a token of zeros, tiny groups, ties of the rounding."""
+    for format in INT8_FORMATS:
+        for rows, columns in shapes(format):
+            packed = random_packed(format, rows, columns)
+            x = torch.randn(batch, columns) * torch.logspace(-3, 3, columns)
+            x[:1, ::7] = 1e-38
+            x[1:2] = 0.0
+            x[2:3] = torch.arange(columns).remainder(255).sub(127) / 2.0
+            expected, got = linear_int8(x, packed), native.linear_int8(x, packed)
+            bound = 3e-6 * (x.abs() @ format_dequantize(packed, torch.float32).abs().T) + 1e-30
+            assert bool(((got - expected).abs() <= bound).all()), (format, rows, columns)
+
+
+def test_8_bit_products_are_near_the_float_ones(cpu_level: str, random_packed: MakePacked) -> None:
+    for format in INT8_FORMATS:
+        packed = random_packed(format, 64, 512)
+        x = torch.randn(9, 512)
+        exact = x.double() @ format_dequantize(packed, torch.float64).T
+        error = native.linear_int8(x, packed).double() - exact
+        assert 1e-4 < float(error.norm() / exact.norm()) < 1e-2, format
+
+
+def test_8_bit_codes_are_exact_where_x_is_a_multiple_of_its_step(cpu_level: str, random_packed: MakePacked) -> None:
+    """Whole numbers up to 127 lose nothing: what is left is the rounding of a float32 sum."""
+    for format in INT8_FORMATS:
+        packed = random_packed(format, 7, 96)
+        x = torch.randint(-127, 128, (6, 96)).float()
+        x[:, ::32] = 127.0
+        w_OI = format_dequantize(packed, torch.float64)
+        bound = 2e-6 * (x.double().abs() @ w_OI.abs().T)
+        assert bool(((native.linear_int8(x, packed).double() - x.double() @ w_OI.T).abs() <= bound).all()), format
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_8_bit_products_of_a_token_that_is_not_finite_are_nan(
+    cpu_level: str, bad: float, random_packed: MakePacked
+) -> None:
+    for format in INT8_FORMATS:
+        packed = random_packed(format, 5, 64)
+        x = torch.randn(3, 64)
+        x[1, 40] = bad
+        for multiply in (native.linear_int8, linear_int8):
+            assert multiply(x, packed).isnan().all(dim=1).tolist() == [False, True, False], format
+
+
+def test_results_of_a_level_do_not_depend_on_the_number_of_threads(
+    cpu_level: str, random_packed: MakePacked, threads: Callable[[int], None]
+) -> None:
+    for format in INT8_FORMATS:
+        packed, x = random_packed(format, 333, 256), torch.randn(5, 256)
+        results = []
+        for count in (1, 2):
+            threads(count)
+            results.append((native.linear_int8(x, packed), native._product(x, packed)))
+        assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+def test_bf16_rounds_ties_to_even_and_keeps_nan_and_infinity(cpu_level: str) -> None:
+    """A row scale of every upper half of a float32, with lower halves around the tie; weight 1."""
+    low = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], dtype=torch.int32)
+    scale = (torch.arange(-32768, 32768, dtype=torch.int32)[:, None] * 65536 + low).view(torch.float32).flatten()
+    ones = torch.ones(scale.numel(), 33, dtype=torch.int8)  # a whole chunk and one column more
+    got_33 = dequantize_bf16(PackedTensor("chatglm-int8", tuple(ones.shape), (ones, scale)))
+    got, expected = got_33[:, 0], scale.bfloat16()
+    assert torch.equal(got_33.view(torch.int16), got.view(torch.int16)[:, None].expand(-1, 33))
+    assert torch.equal(got.isnan(), scale.isnan())
+    number = ~scale.isnan()
+    assert torch.equal(got[number].view(torch.int16), expected[number].view(torch.int16))
+
+
+def test_bf16_of_an_unknown_format_is_an_error_code() -> None:
+    assert loaded().qgraft_dequantize_bf16(99, None, None, 1, 32, None, 1) == -1
+
+
+def test_sanitizers_see_a_read_past_the_end() -> None:
+    """That `make sanitize` finds what it is for."""
+    if not hasattr(loaded(), "__asan_init"):
+        pytest.skip("this library is built without sanitizers")
+    code = """
+import torch
+from qgraft.kernels.cpu.library import loaded
+data, out = torch.zeros(34, dtype=torch.uint8), torch.empty(64)
+loaded().qgraft_dequantize(4, data.data_ptr(), None, {rows}, 32, out.data_ptr(), 1)
+"""
+    for rows in (1, 2):
+        command = [sys.executable, "-c", code.format(rows=rows)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode == 0) == (rows == 1)
+        assert ("AddressSanitizer: heap-buffer-overflow" in done.stderr) == (rows == 2)
