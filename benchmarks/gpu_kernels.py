@@ -19,9 +19,9 @@ from triton.testing import do_bench
 
 from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import dequantize, linear, pointwise, triton_ops
-from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
-from qgraft.passes.loss import _loss_to_gradient
+from qgraft.kernels import dequantize, linear, pointwise, reference, triton_ops
+from qgraft.kernels.lora import lora_backward, lora_forward
+from qgraft.kernels.terms import Term, Weight
 
 ROWS: list[dict[str, Any]] = []
 
@@ -96,7 +96,7 @@ def rows() -> None:
     from qgraft.kernels.gpu_rows import loss_to_gradient
 
     logits, targets = torch.randn(4096, 32000, device="cuda").bfloat16(), torch.randint(0, 32000, (4096,)).cuda()
-    plain = timed(lambda: _loss_to_gradient(logits.float(), targets, 0.0).sum())
+    plain = timed(lambda: reference.loss_to_gradient(logits.float(), targets, 0.0).sum())
     say(what="loss of 4096 x 32000", us=timed(lambda: loss_to_gradient(logits, targets, 0.0)), torch_us=plain)
 
 

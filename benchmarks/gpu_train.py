@@ -63,7 +63,7 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
     from qgraft.data.tokenizing import Sample
     from qgraft.formats import quantize
     from qgraft.kernels import choose
-    from qgraft.kernels.lora import casts_kept
+    from qgraft.kernels.summed_lora import casts_kept
     from qgraft.linear import QuantizedLinear
     from qgraft.passes.decoder import padding_free
     from qgraft.passes.fused import fused_modules

@@ -22,14 +22,17 @@ from qgraft.kernels import (
     linear,
     linear_grad_input,
     pointwise,
-    samples,
+    reference,
     triton_ops,
     varlen,
+    varlen_attention,
 )
-from qgraft.kernels.lora import Term, Weight, lora_backward, lora_forward
+from qgraft.kernels.choice import serving
+from qgraft.kernels.lora import lora_backward, lora_forward
+from qgraft.kernels.terms import Term, Weight
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
-from qgraft.passes.loss import _loss_to_gradient, batch_loss
+from qgraft.passes.loss import batch_loss
 
 pytestmark = [
     pytest.mark.cuda,
@@ -128,7 +131,7 @@ def test_rows_are_those_of_the_reference(dtype: torch.dtype, monkeypatch: pytest
     for value in ("triton", "reference"):
         monkeypatch.setenv(KERNELS_VARIABLE, value)
         choose.cache_clear()
-        assert gpu_rows.serves(x) == (value == "triton")
+        assert (serving("norm", x) is gpu_rows) == (value == "triton")
         results.append(everything())
     choose.cache_clear()
     for got, expected in zip(*results, strict=True):
@@ -142,7 +145,7 @@ def test_rows_are_those_of_the_reference(dtype: torch.dtype, monkeypatch: pytest
 def test_the_loss_of_logits_is_that_of_float64(dtype: torch.dtype, smoothing: float) -> None:
     logits, targets = (torch.randn(9, 32001, device="cuda") * 5).to(dtype), torch.randint(0, 32001, (9,)).cuda()
     gradient = logits.double()
-    losses = _loss_to_gradient(gradient, targets, smoothing)
+    losses = reference.loss_to_gradient(gradient, targets, smoothing)
     got = gpu_rows.loss_to_gradient(logits, targets, smoothing)
     torch.testing.assert_close(got.double(), losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.double(), gradient, rtol=EPS[dtype], atol=1e-7)
@@ -158,12 +161,12 @@ def test_packed_samples_attend_as_each_alone(window: int | None, groups: int, ch
     leaves = [torch.randn(shape, device="cuda").bfloat16().requires_grad_() for shape in shapes]
     g = torch.randn(1, tokens, 4, channels, device="cuda").bfloat16()
     q, k, v = (x.unflatten(2, (-1, channels)).transpose(1, 2) for x in leaves)
-    assert varlen.serves(q, k, v), varlen.status()[1]
-    out = samples.attend(q, k, v, bounds, window=window, scale=0.2)
+    assert varlen.takes(q, k, v) and varlen.status()[0], varlen.status()[1]
+    out = varlen_attention.attend(q, k, v, bounds, window=window, scale=0.2)
     got = [out, *torch.autograd.grad(out, leaves, g)]
     wide = [x.detach().float().requires_grad_() for x in leaves]
     q, k, v = (x.unflatten(2, (-1, channels)).transpose(1, 2) for x in wide)
-    out = samples.attend_reference(q, k, v, bounds, window=window, scale=0.2)
+    out = reference.attend(q, k, v, bounds, window=window, scale=0.2)
     expected = [out, *torch.autograd.grad(out, wide, g.float())]
     for mine, theirs in zip(got, expected, strict=True):  # a token that sees itself only has no gradient of its score
         assert float((mine.float() - theirs).norm()) < 2e-2 * max(float(theirs.norm()), float(g.norm()))

@@ -27,8 +27,8 @@ from qgraft.kernels import (
     linear_grad_input_bf16,
     linear_int8,
 )
-from qgraft.kernels.cpu.library import has_bf16
-from qgraft.kernels.lora import Weight, reads
+from qgraft.kernels.lora import fuses
+from qgraft.kernels.terms import Weight
 
 _ROUNDED = {"bf16": linear_bf16, "int8": linear_int8}  # by QuantizedLinear.compute
 
@@ -302,7 +302,9 @@ def product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
     """The layer for a kernel that computes its product with x together with those of LoRAs, if one does."""
-    if not isinstance(layer, QuantizedLinear) or layer.compute == "int8" or not _fuses(layer, x, layer.compute):
+    if not isinstance(layer, QuantizedLinear) or layer.compute == "int8":
+        return None
+    if not fuses(layer.packed_weight.format, x, layer.compute == "bf16"):
         return None
     bias = None if layer.bias is None else layer.bias.to(torch.promote_types(x.dtype, layer.bias.dtype))
     return Weight(layer.packed, bias, layer.compute == "bf16")
@@ -310,13 +312,9 @@ def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
 
 def fused_gradient(layer: nn.Module, grad: Tensor, compute: str) -> Weight | None:
     """The same for its input gradient; `compute` is what the layer's was in the forward pass."""
-    if not isinstance(layer, QuantizedLinear) or not _fuses(layer, grad, compute):
+    if not isinstance(layer, QuantizedLinear) or not fuses(layer.packed_weight.format, grad, compute == "bf16"):
         return None
     return Weight(layer.packed, None, compute == "bf16")
-
-
-def _fuses(layer: QuantizedLinear, x: Tensor, compute: str) -> bool:
-    return reads(layer.packed_weight.format, x) and (compute != "bf16" or has_bf16())
 
 
 def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tensor:

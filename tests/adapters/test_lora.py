@@ -14,7 +14,9 @@ import qgraft.adapters.lora as lora_module
 from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraFunction, LoraLinear
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import quantize
-from qgraft.kernels.lora import casts_kept, kept_casts
+from qgraft.kernels import lora as lora_kernels
+from qgraft.kernels.choice import Choice
+from qgraft.kernels.summed_lora import casts_kept, kept_casts
 from qgraft.linear import QuantizedLinear
 
 IN, OUT = 32, 6
@@ -419,7 +421,12 @@ def test_half_precision_is_one_sum_with_gradients_in_float32(
     names: tuple[str, ...], dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A CPU that is taken for a GPU: values near those of float32, the same bits with casts that a step keeps."""
-    monkeypatch.setattr("qgraft.kernels.lora._sums", lambda x: x.dtype == torch.bfloat16)
+    real, on_gpu = lora_kernels._choice, lambda format: Choice("lora", format, "cuda", "torch", "as on a GPU")
+
+    def choice(format: str | None, x: torch.Tensor, bf16: bool = False) -> Choice:
+        return on_gpu(format) if format and x.dtype == torch.bfloat16 else real(format, x, bf16)
+
+    monkeypatch.setattr(lora_kernels, "_choice", choice)
     layer, x, grad = make_layer(names=names, lora_dropout=dropout), torch.randn(2, 50, IN), torch.randn(2, 50, OUT)
     with torch.random.fork_rng():
         expected = gradients(layer, x, grad)

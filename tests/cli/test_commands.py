@@ -13,7 +13,7 @@ import qgraft
 from qgraft.cli import main as cli
 from qgraft.cli.chat import parse_mixture
 from qgraft.errors import OptionError
-from qgraft.kernels.choice import OPS
+from qgraft.kernels import table
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
 
@@ -270,11 +270,13 @@ def test_debug_shows_the_traceback():
 def test_doctor_names_a_kernel_and_a_reason_for_every_op_and_format(capsys):
     assert cli.main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert {choice["op"] for choice in found["kernels"]} == set(OPS)
+    assert {choice["op"] for choice in found["kernels"]} == set(table.ROWS)
     assert all(choice["why"] for choice in found["kernels"])
     assert found["packages"]["torch"] == torch.__version__
     assert cli.main(["doctor"]) == 0
-    assert "q4_1" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "q4_1" in shown
+    assert all(f"\ncpu    {row.name} " in shown for row in table.ROWS.values() if not row.by_format)
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])

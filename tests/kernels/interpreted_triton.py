@@ -27,12 +27,14 @@ from qgraft.kernels import (
     linear,
     linear_grad_input,
     pointwise,
+    reference,
     triton_ops,
 )
+from qgraft.kernels.choice import serving
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
-from qgraft.passes.loss import _loss_to_gradient, batch_loss
+from qgraft.passes.loss import batch_loss
 
 pytestmark = [
     pytest.mark.triton,
@@ -136,7 +138,7 @@ def derivative(function: Callable[..., Any], inputs: list[Tensor], grads: Any) -
 @pytest.mark.parametrize("shape", [(1, 7), (3, 64), (2, 5, 100), (4, 1536), (0, 8)])
 def test_norms(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x, grad, weight = (torch.randn(shape) * 3).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[-1]).to(dtype)
-    assert gpu_rows.serves(x, weight)
+    assert serving("norm", x, weight) is gpu_rows
     y, r = pointwise.norm(x, weight, 1e-5)
     assert r.dtype == torch.float32 and torch.equal(pointwise.normalized(x, weight, r), y)
     if not x.numel():
@@ -174,7 +176,7 @@ def test_rotations(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     assert pointwise.rotates(q, k, cos, sin)
     for backward in (False, True):
         for got, x in zip(pointwise.rotate(q, k, cos, sin, backward), (q, k), strict=True):
-            exact = pointwise._rotated(x.double(), cos.double(), sin.double(), backward)
+            exact = reference._rotated(x.double(), cos.double(), sin.double(), backward)
             near(got, exact, 10.0, dtype)
             assert got.transpose(1, 2).is_contiguous()
 
@@ -184,9 +186,9 @@ def test_rotations(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_the_loss_of_logits_and_its_gradient(dtype: torch.dtype, smoothing: float) -> None:
     logits, targets = (torch.randn(7, 9001) * 5).to(dtype), torch.randint(0, 9001, (7,))
     wide_logits = logits.double()
-    losses = _loss_to_gradient(wide_logits, targets, smoothing)  # in float64
-    reference = F.cross_entropy(logits.double(), targets, reduction="none", label_smoothing=smoothing)
-    torch.testing.assert_close(losses, reference)
+    losses = reference.loss_to_gradient(wide_logits, targets, smoothing)  # in float64
+    expected_losses = F.cross_entropy(logits.double(), targets, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(losses, expected_losses)
     got = logits.clone()
     got_losses = gpu_rows.loss_to_gradient(got, targets, smoothing)
     torch.testing.assert_close(got_losses.double(), losses, rtol=1e-5, atol=1e-5)

@@ -16,10 +16,10 @@ from qgraft.kernels import (
     reference,
     triton_ops,
 )
-from qgraft.kernels.choice import OPS
 from qgraft.kernels.cpu import library
 from qgraft.kernels.cpu import packed as native
 from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
+from qgraft.kernels.table import ROWS
 
 UseKernels = Callable[[str | None], None]
 
@@ -33,13 +33,13 @@ def no_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ROWS)
 def test_every_op_format_and_device_has_a_kernel_and_a_reason(op: str, device: str, use_kernels: UseKernels) -> None:
     use_kernels(None)
-    for format in FORMATS:
+    for format in FORMATS if ROWS[op].by_format else [None]:
         choice = choose(op, format, device)
         assert (choice.op, choice.format, choice.device) == (op, format, device)
-        assert choice.kernel in ("native", "triton", "reference")
+        assert choice.kernel in ("native", "triton", "torch", "reference")
         assert choice.why.strip()
 
 
@@ -148,7 +148,8 @@ def test_triton_that_is_asked_for_and_missing_is_an_error(
     use_kernels("triton")
     with pytest.raises(UnsupportedError) as caught:
         choose("linear", "q4_1", "cuda")
-    assert caught.value.message == "QGRAFT_KERNELS=triton, but: said so"
+    expected = "QGRAFT_KERNELS=triton, but there is no triton kernel for linear of q4_1 weights: said so"
+    assert caught.value.message == expected
     assert caught.value.hint is not None and "compiler" in caught.value.hint
     assert choose("linear", "q4_1", "cpu").kernel in ("native", "reference"), "the CPU has nothing to do with it"
 
@@ -195,7 +196,7 @@ def test_missing_library_is_an_error_when_native_is_asked_for(use_kernels: UseKe
     use_kernels("native")
     with pytest.raises(UnsupportedError) as caught:
         choose("linear", "q4_1", "cpu")
-    assert "not built" in caught.value.message
+    assert "native kernel for linear of q4_1 weights: not built" in caught.value.message
     assert caught.value.hint is not None
     assert "gcc" in caught.value.hint
 

@@ -11,17 +11,11 @@ from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels.cpu.abi import FORMAT_IDS
 from qgraft.kernels.cpu.library import has_bf16, has_panels
-from qgraft.kernels.lora import (
-    Grads,
-    Term,
-    Weight,
-    casts_kept,
-    kept_casts,
-    lora_backward,
-    lora_forward,
-    summed_backward,
-    summed_forward,
-)
+from qgraft.kernels.lora import lora_backward, lora_forward
+from qgraft.kernels.summed_lora import casts_kept, kept_casts
+from qgraft.kernels.summed_lora import lora_backward as summed_backward
+from qgraft.kernels.summed_lora import lora_forward as summed_forward
+from qgraft.kernels.terms import Grads, Term, Weight
 
 MakePacked = Callable[..., PackedTensor]
 

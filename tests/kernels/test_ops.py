@@ -10,9 +10,9 @@ from torch import Tensor
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native_status, ops
-from qgraft.kernels.choice import OPS
 from qgraft.kernels.cpu import packed as native
 from qgraft.kernels.cpu.abi import FORMAT_IDS
+from qgraft.kernels.table import PACKED_OPS
 
 MakePacked = Callable[..., PackedTensor]
 UseKernels = Callable[[str | None], None]
@@ -416,13 +416,8 @@ def test_shape_functions_work_without_data() -> None:
     assert linear_grad_input(torch.empty(2, 3, 7, device="meta"), packed).shape == (2, 3, 64)
 
 
-def test_table_of_kernels_has_every_op_in_each_kernel() -> None:
-    for module in ops._KERNELS.values():
-        assert all(callable(getattr(module, op)) for op in OPS)
-
-
 @pytest.mark.parametrize("rows", [(2,), (40,), (3, 14)], ids=str)
-@pytest.mark.parametrize("op", [op for op in OPS if op != "dequantize"])
+@pytest.mark.parametrize("op", [op for op in PACKED_OPS if op != "dequantize"])
 def test_a_result_may_be_changed_in_place(
     cpu_level_or_reference: str, op: str, rows: tuple[int, ...], random_packed: MakePacked
 ) -> None:

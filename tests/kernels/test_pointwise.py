@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qgraft.kernels import native_status, pointwise
+from qgraft.kernels import choose, native_status, pointwise, reference
+from qgraft.kernels.choice import serving
+from qgraft.kernels.cpu import pointwise as cpu_pointwise
 from qgraft.kernels.cpu.library import loaded
 from qgraft.kernels.pointwise import ACTIVATIONS, Activation
 
@@ -28,7 +30,7 @@ def way(request: pytest.FixtureRequest, use_kernels: Callable[[str | None], None
     if request.param == "C" and not native_status()[0]:
         pytest.skip(f"native kernels are {native_status()[1]}")
     use_kernels(None if request.param == "C" else "reference")
-    assert pointwise.in_c(torch.ones(1)) == (request.param == "C")
+    assert (choose("norm", None, "cpu").kernel == "native") == (request.param == "C")
     return request.param
 
 
@@ -121,7 +123,7 @@ def check_rotation(heads: int, groups: int, tokens: int, channels: int, width: i
     got = pointwise.rotate(*grads, cos, sin, backward=True)
     for mine, theirs, grad in zip(got, exact, grads, strict=True):
         near(mine, theirs, grad)
-    if pointwise.in_c(q):
+    if choose("rotate", None, "cpu", q.dtype).kernel == "native":
         assert all(x.transpose(1, 2).is_contiguous() for x in (*outputs, *got))
 
 
@@ -231,7 +233,8 @@ def test_a_row_is_the_same_bits_whatever_is_around_it_and_whatever_threads_there
 @needs_native
 def test_what_c_does_not_take_goes_to_torch() -> None:
     half, double = torch.randn(3, 8).half(), torch.randn(3, 8).double()
-    assert not pointwise.in_c(half) and not pointwise.in_c(torch.ones(1), double)
+    assert {choose("norm", None, "cpu", x.dtype).kernel for x in (half, double)} == {"reference"}
+    assert serving("norm", torch.ones(1), double) is reference
     assert pointwise.gated(ACTIVATIONS[0], half, half).dtype == torch.float16
     assert pointwise.norm(double, double[0], 1e-6)[0].dtype == torch.float64
     with pytest.raises(RuntimeError):  # torch's own message, where C would read past the end
@@ -248,7 +251,7 @@ def test_c_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the functions asks for the library; or a mistake in the dispatch would only show as slowness."""
     calls = []
     library = loaded()
-    monkeypatch.setattr(pointwise, "loaded", lambda: calls.append(1) or library)
+    monkeypatch.setattr(cpu_pointwise, "loaded", lambda: calls.append(1) or library)
     x, act = torch.randn(3, 8), ACTIVATIONS[0]
     _, r = pointwise.norm(x, x[0], 1e-6)
     pointwise.normalized(x, x[0], r)

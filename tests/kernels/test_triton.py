@@ -31,6 +31,12 @@ def test_every_kernel_under_the_interpreter() -> None:
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
+def test_every_row_of_the_table_under_the_interpreter() -> None:
+    file = str(HERE / "test_table.py")
+    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "triton", "--import-mode=importlib",
+        TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
+
+
 @pytest.mark.parametrize("level", [80, 90, 120])
 def test_kernels_compile_without_spills(level: int, tmp_path: Path) -> None:
     """One format of each kind, and the kernels of rows; all formats with `python tests/kernels/compile_triton.py`."""

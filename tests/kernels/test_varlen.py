@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgraft.kernels import varlen, varlen_attention
+from qgraft.kernels import reference, varlen
 
 BOUNDS = torch.tensor([0, 17, 18, 60])
 
@@ -51,7 +51,7 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> C
     """The stand-in is torch's kernel, and this CPU a GPU."""
     names = frozenset(inspect.signature(request.param).parameters)
     monkeypatch.setattr(varlen, "_function", lambda: (request.param, names))
-    monkeypatch.setattr(varlen, "serves", lambda *tensors: True)
+    monkeypatch.setattr(varlen, "takes", lambda *tensors: True)
     return request.param
 
 
@@ -64,7 +64,7 @@ def test_bounds_windows_and_groups_are_those_of_the_reference(
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     g = torch.randn(1, 60, 4, 8)
     results = []
-    for attend in (varlen_attention.attend, varlen_attention.attend_reference):
+    for attend in (varlen.attend, reference.attend):
         out = attend(*tensors, BOUNDS.clone(), window=window, scale=0.4)
         results.append([out, *torch.autograd.grad(out, tensors, g)])
     for got, expected in zip(*results, strict=True):
@@ -72,17 +72,17 @@ def test_bounds_windows_and_groups_are_those_of_the_reference(
 
 
 def test_what_the_kernel_does_not_do_never_reaches_it(kernel: Callable[..., Any], monkeypatch: Any) -> None:
-    monkeypatch.setattr(varlen, "attend", lambda *_: pytest.fail("reached the kernel"))
+    monkeypatch.setattr(varlen, "_function", lambda: pytest.fail("reached the kernel"))
     q, k, v = (torch.randn(1, 2, 60, 8) for _ in range(3))
     front = torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8)
     for rest in ({"prefix": front}, {"contexts": torch.tensor([1, 1, 4])}, {"dropout": 0.5}):
-        assert varlen_attention.attend(q, k, v, BOUNDS, **rest).shape == (1, 60, 2, 8)
+        assert varlen.attend(q, k, v, BOUNDS, **rest).shape == (1, 60, 2, 8)
 
 
 def test_float32_and_a_cpu_are_not_served() -> None:
     q = torch.randn(1, 2, 5, 8)
-    assert not varlen.serves(q, q, q)
-    assert not varlen.serves(q.bfloat16(), q.bfloat16(), q.bfloat16())
+    assert not varlen.takes(q, q, q)
+    assert not varlen.takes(q.bfloat16(), q.bfloat16(), q.bfloat16())
 
 
 def test_the_installed_torch_has_the_arguments_that_are_asked_for() -> None:

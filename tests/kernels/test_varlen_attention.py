@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qgraft.kernels import varlen_attention
-from qgraft.kernels.varlen_attention import attend, attend_reference
+from qgraft.kernels import choose, reference
+from qgraft.kernels.cpu.varlen_attention import takes
+from qgraft.kernels.varlen_attention import attend
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
 
@@ -37,10 +38,10 @@ def with_gradients(function: Callable[..., Tensor], tensors: Sequence[Tensor], g
 
 def same_as_float64(tensors: Sequence[Tensor], lengths: Sequence[int] = LENGTHS, **rest: Any) -> None:
     rest["bounds"] = bounds_of(lengths)
-    assert varlen_attention.in_c(*tensors[:3], rest["bounds"])
+    assert takes(*tensors[:3], rest["bounds"])
     g = torch.randn(1, sum(lengths), tensors[0].shape[1], tensors[0].shape[3])
     got = with_gradients(attend, tensors, g, **rest)
-    expected = with_gradients(attend_reference, [x.double() for x in tensors], g.double(), **rest)
+    expected = with_gradients(reference.attend, [x.double() for x in tensors], g.double(), **rest)
     for name, a, b in zip(("out", "gq", "gk", "gv", "front k", "front v"), got, expected, strict=False):
         bound = 6e-6 * (1 + float(b.abs().max()))
         torch.testing.assert_close(a.double(), b, rtol=0, atol=bound, msg=lambda text, name=name: f"{name}: {text}")
@@ -128,26 +129,26 @@ def test_a_nan_stays_in_its_sample(cpu_level: str) -> None:
 def test_huge_scores_are_no_nan(cpu_level: str) -> None:
     tensors = [x * 300 for x in inputs(LENGTHS, 2, 2, 64)]
     got = with_gradients(attend, tensors, torch.ones(1, sum(LENGTHS), 2, 64), bounds=bounds_of(LENGTHS))
-    expected = attend_reference(*(x.double() for x in tensors), bounds_of(LENGTHS))
+    expected = reference.attend(*(x.double() for x in tensors), bounds_of(LENGTHS))
     assert all(bool(x.isfinite().all()) for x in got)
     torch.testing.assert_close(got[0].double(), expected, rtol=1e-2, atol=2.0)
 
 
 def test_without_gradients_and_without_tokens_in_a_sample() -> None:
     tensors, bounds = inputs([3, 4], 2, 1, 16), torch.tensor([0, 0, 3, 3, 7], dtype=torch.int32)
-    expected = attend_reference(*tensors, torch.tensor([0, 3, 7]))
+    expected = reference.attend(*tensors, torch.tensor([0, 3, 7]))
     torch.testing.assert_close(attend(*tensors, bounds), expected)
 
 
 def test_what_c_does_not_compute_goes_to_torch() -> None:
     q, k, v = inputs([4], 2, 1, 16)
     bounds = torch.tensor([0, 4])
-    assert varlen_attention.in_c(q, k, v, bounds)
-    assert not varlen_attention.in_c(q, k, v, bounds, dropout=0.1)
-    assert not varlen_attention.in_c(q.bfloat16(), k.bfloat16(), v.bfloat16(), bounds)
-    assert not varlen_attention.in_c(q, k, v[..., :8], bounds)
+    assert takes(q, k, v, bounds)
+    assert not takes(q, k, v, bounds, dropout=0.1)
+    assert not takes(q.bfloat16(), k.bfloat16(), v.bfloat16(), bounds)
+    assert not takes(q, k, v[..., :8], bounds)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not varlen_attention.in_c(q, k, v, bounds)
+        assert not takes(q, k, v, bounds)
         assert attend(q, k, v, bounds).dtype == torch.bfloat16
     assert attend(q, k, v[..., :8], bounds).shape == (1, 4, 2, 8)
 
@@ -156,7 +157,7 @@ def test_the_reference_can_be_asked_for(use_kernels: Callable[[str | None], None
     tensors, bounds = inputs([4], 2, 1, 16), torch.tensor([0, 4])
     expected = attend(*tensors, bounds)
     use_kernels("reference")
-    assert not varlen_attention.in_c(*tensors, bounds)
+    assert choose("varlen_attention", None, "cpu").kernel == "reference"
     torch.testing.assert_close(attend(*tensors, bounds), expected)
 
 

@@ -30,7 +30,7 @@ from transformers.models.seed_oss import modeling_seed_oss
 import qgraft
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
-from qgraft.kernels.pointwise import ACTIVATIONS, gated, in_c
+from qgraft.kernels.pointwise import ACTIVATIONS, gated, rotates
 from qgraft.passes.decoder import label_states, padding_free
 from qgraft.passes.fused import GatedProduct, RmsNorm, fused_modules
 from qgraft.passes.loss import batch_loss
@@ -379,7 +379,7 @@ def test_a_model_rotates_by_one_function_a_layer(name: str, tiny_gguf: Callable[
     qgraft.attach_lora(model, r=4)
     with padding_free(model, SAMPLES), fused_modules(model):
         states, _ = label_states(model, collate(SAMPLES))
-    assert node_names(states).count("RotationBackward") == (2 if in_c(states) else 0)
+    assert node_names(states).count("RotationBackward") == (2 if rotates(states) else 0)
 
 
 def node_names(tensor: Tensor) -> list[str]:

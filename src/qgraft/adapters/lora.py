@@ -37,7 +37,9 @@ from qgraft.adapters.recompute import Recompute, recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.kernels.lora import Term, casts_kept, kept_casts, lora_backward, lora_forward
+from qgraft.kernels.lora import lora_backward, lora_forward
+from qgraft.kernels.summed_lora import casts_kept, kept_casts
+from qgraft.kernels.terms import Term
 from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
 
 

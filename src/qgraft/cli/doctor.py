@@ -5,7 +5,8 @@ What stops every other command, a library made from other sources or a misspelt 
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -35,16 +36,15 @@ def examine() -> dict[str, Any]:
     import torch
 
     from qgraft.checkpoints.pull import cache_folder
-    from qgraft.formats import FORMATS
-    from qgraft.kernels import KERNELS_VARIABLE, LEVEL_VARIABLE, choose, native_status
-    from qgraft.kernels.choice import OPS, has_fast_bf16
+    from qgraft.kernels import KERNELS_VARIABLE, LEVEL_VARIABLE, native_status
+    from qgraft.kernels.choice import has_fast_bf16
     from qgraft.kernels.triton_ops import triton_status
     from qgraft.kernels.varlen import status as varlen_status
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     status = _answer(native_status)
     available, why = (False, str(status)) if isinstance(status, QgraftError) else status
-    choices = _answer(lambda: [choose(op, name, device) for device in devices for name in FORMATS for op in OPS])
+    choices = _answer(lambda: [choice for device in devices for choice in _rows(device)])
     fast_bf16 = _answer(has_fast_bf16)
     return {
         "python": platform.python_version(),
@@ -64,8 +64,22 @@ def examine() -> dict[str, Any]:
         "cpu_level_variable": {LEVEL_VARIABLE: os.environ.get(LEVEL_VARIABLE, "the highest that is there")},
         "cache": str(cache_folder()),
         "problem": str(choices) if isinstance(choices, QgraftError) else None,
-        "kernels": [] if isinstance(choices, QgraftError) else [choice.__dict__ for choice in choices],
+        "kernels": [] if isinstance(choices, QgraftError) else [asdict(choice) for choice in choices],
     }
+
+
+def _rows(device: str) -> Iterator[Any]:
+    """What serves each row of the table of kernels, for each format where that matters, in what the device computes in."""
+    import torch
+
+    from qgraft.formats import FORMATS
+    from qgraft.kernels import choose
+    from qgraft.kernels.table import ROWS
+
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    for format in FORMATS:
+        yield from (choose(row.name, format, device, dtype) for row in ROWS.values() if row.by_format)
+    yield from (choose(row.name, None, device, dtype) for row in ROWS.values() if not row.by_format)
 
 
 def _answer(ask: Callable[[], T]) -> T | QgraftError:
@@ -98,12 +112,22 @@ def _print(findings: dict[str, Any]) -> None:
     if findings["problem"]:
         print(f"error: {findings['problem']}")
         return
-    print(f"{'device':<7}{'format':<14}{'dequantize':<12}{'linear':<12}{'grad_input':<12}{'int8 in':<9}why")
-    rows: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for choice in findings["kernels"]:
-        rows.setdefault((choice["device"], choice["format"]), []).append(choice)
-    for (device, name), choices in rows.items():
-        ops = {choice["op"]: choice for choice in choices}  # those in bfloat16 have the kernel of those in float32
-        kernels = "".join(f"{ops[op]['kernel']:<12}" for op in ("dequantize", "linear", "linear_grad_input"))
-        int8 = ops["linear_int8"]
-        print(f"{device:<7}{name:<14}{kernels}{int8['compute']:<9}{choices[0]['why']}")
+    _print_rows(findings["kernels"])
+
+
+def _print_rows(choices: list[dict[str, str]]) -> None:
+    """Two tables: the rows with weights, a line for each format; and the others, a line each."""
+    columns = {"dequantize": "dequantize", "linear": "linear", "linear_grad_input": "grad_input", "lora": "with LoRAs",
+               "decode_step": "decode"}  # fmt: skip
+    print(f"{'device':<7}{'format':<14}{''.join(f'{name:<12}' for name in columns.values())}{'int8 in':<9}why")
+    weights: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    for choice in choices:
+        if choice["format"]:
+            weights.setdefault((choice["device"], choice["format"]), {})[choice["op"]] = choice
+    for (device, name), rows in weights.items():  # those in bfloat16 have the kernel of those in float32
+        kernels = "".join(f"{rows[op]['kernel']:<12}" for op in columns)
+        print(f"{device:<7}{name:<14}{kernels}{rows['linear_int8']['compute']:<9}{rows['linear']['why']}")
+    print(f"\n{'device':<7}{'computation':<18}{'dtype':<10}{'kernel':<12}why")
+    for choice in choices:
+        if not choice["format"]:
+            print("{device:<7}{op:<18}{dtype:<10}{kernel:<12}{why}".format(**choice))

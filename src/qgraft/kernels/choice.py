@@ -1,14 +1,17 @@
-"""Which kernel serves which op, format and device. Chosen once, shown by `qgraft doctor`, never changed silently.
+"""Which kernel serves which row of the table (table.py). Chosen once, shown by `qgraft doctor`, never changed silently.
 
-The environment variable QGRAFT_KERNELS forces a choice: `reference` (plain torch everywhere), `native` (C on the CPU, an
-error where the library is not built; plain torch on a GPU), `triton` (on a GPU, an error where it cannot be; the CPU is
-served as ever) or `auto`, the default: each device the fastest that it has. QGRAFT_CPU_LEVEL is for the library itself
+The environment variable QGRAFT_KERNELS forces a choice for all rows: `reference` (plain torch everywhere), `native` (C on
+the CPU, an error where the library is not built; plain torch on a GPU), `triton` (on a GPU, an error where it cannot be; the
+CPU is served as ever) or `auto`, the default: each device the fastest that it has. A row, format or dtype that the wanted
+kernel was never written for is served as by default, and `doctor` says so. QGRAFT_CPU_LEVEL is for the library itself
 (cpu/library.py).
 """
 
 import os
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,85 +19,119 @@ from torch import Tensor
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import triton_ops
 from qgraft.kernels.cpu import library
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
+from qgraft.kernels.cpu.abi import INT8_FORMATS
+from qgraft.kernels.table import ROWS, Kernel
 
-OPS = ("dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8")
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
 VALUES = ("auto", "native", "triton", "reference")
+_HINTS = {
+    "native": "install gcc and reinstall qgraft, or unset the variable",
+    "triton": "`pip install triton` and a C compiler, or unset the variable",
+}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One row of the table: `kernel` is "native", "triton" or "reference", `why` is for people.
+    """An answer of the table: `kernel` is "native", "triton", "torch" or "reference", `why` is for people.
 
     `compute` is what the products of float32 are computed in: "int8" for linear_int8 and a format that has it.
     """
 
     op: str
-    format: str
+    format: str | None
     device: str
     kernel: str
     why: str
     compute: str = "float32"
+    dtype: str = "float32"
 
+    @cached_property
+    def module(self) -> Any:
+        """What computes: it has the functions of the row, as reference.py has."""
+        return import_module("qgraft.kernels." + (self._kernel.module if self._kernel else "reference"))
 
-def in_c(*tensors: Tensor, dtype: torch.dtype = torch.float32) -> bool:
-    """Whether C computes with these, where no weight's format decides: all of `dtype` on a CPU, and the library serves."""
-    for tensor in tensors:
-        if tensor.dtype != dtype or not tensor.is_cpu:
-            return False
-    return choose("linear", next(iter(FORMAT_IDS)), "cpu").kernel == "native"
+    @cached_property
+    def mixes(self) -> bool:
+        """Whether a call may have tensors of other dtypes besides."""
+        return self._kernel is None or self._kernel.mixes
 
-
-def has_fast_bf16() -> bool:
-    """Whether products of bfloat16 numbers are computed in hardware here, so that they are faster than those of float32."""
-    return in_c() and (library.has_bf16() or library.has_amx())
+    @property
+    def _kernel(self) -> Kernel | None:
+        return next((kernel for kernel in ROWS[self.op].kernels if kernel.name == self.kernel), None)
 
 
 @cache
-def choose(op: str, format: str, device: str) -> Choice:
-    """The kernel for `op` on weights of `format` on `device` ("cpu", "cuda").
+def choose(op: str, format: str | None, device: str, dtype: torch.dtype = torch.float32) -> Choice:
+    """The kernel for the row `op` on `device` ("cpu", "cuda").
+
+    Args:
+        format: of the weights; None for rows without any, and for a layer's LoRAs alone.
+        dtype: of what goes in.
 
     Raises OptionError for an unknown QGRAFT_KERNELS or QGRAFT_CPU_LEVEL, UnsupportedError for a kernel that is not there,
     InstallationError for a library that was made from other sources.
     """
+    wanted = _wanted()
+    compute = "int8" if op == "linear_int8" and format in INT8_FORMATS else "float32"
+    kernel, why = _chosen(op, format, device, dtype, wanted)
+    return Choice(op, format, device, kernel, why, compute, str(dtype).removeprefix("torch."))
+
+
+def serving(op: str, first: Tensor, *others: Tensor) -> Any:
+    """The module that computes a row without weights for these tensors: all on one device, in dtypes that go together."""
+    choice = choose(op, None, first.device.type, first.dtype)
+    for tensor in others:
+        if tensor.device != first.device or (tensor.dtype != first.dtype and not _together(choice, tensor.dtype)):
+            return _reference()
+    return choice.module
+
+
+def has_fast_bf16() -> bool:
+    """Whether products of bfloat16 numbers are computed in hardware here, so that they are faster than those of float32."""
+    native = choose("linear_bf16", INT8_FORMATS[0], "cpu").kernel == "native"
+    return native and (library.has_bf16() or library.has_amx())
+
+
+def _wanted() -> str:
     wanted = os.environ.get(KERNELS_VARIABLE, "auto")
     if wanted not in VALUES:
         raise OptionError(
             f"{KERNELS_VARIABLE}={wanted!r}: expected {', '.join(VALUES[:-1])} or {VALUES[-1]}",
             hint=near_match(wanted, VALUES),
         )
-    compute = "int8" if op == "linear_int8" and format in INT8_FORMATS else "float32"
+    return wanted
+
+
+def _chosen(op: str, format: str | None, device: str, dtype: torch.dtype, wanted: str) -> tuple[str, str]:
+    """(kernel, why)."""
     if wanted == "reference":
-        return Choice(op, format, device, "reference", f"{KERNELS_VARIABLE}=reference", compute)
-    if device == "cuda" or (wanted == "triton" and triton_ops.interpreted()):
-        return Choice(op, format, device, *_on_gpu(format, wanted), compute)
-    if device != "cpu":
-        return Choice(op, format, device, "reference", "plain torch; no faster kernel for this device yet", compute)
-    return Choice(op, format, device, *_on_cpu(format, wanted), compute)
-
-
-def _on_gpu(format: str, wanted: str) -> tuple[str, str]:
-    if wanted == "native":
+        return "reference", f"{KERNELS_VARIABLE}=reference"
+    if wanted == "native" and device == "cuda":
         return "reference", f"plain torch: {KERNELS_VARIABLE}=native is for the CPU and leaves this device to it"
-    if format not in triton_ops.FORMATS:
-        return "reference", "plain torch; no triton kernel for this format yet"
-    available, why = triton_ops.triton_status()
-    if wanted == "triton" and not available:
-        raise UnsupportedError(
-            f"{KERNELS_VARIABLE}=triton, but: {why}",
-            hint="`pip install triton` and a C compiler, or unset the variable",
-        )
-    return ("triton" if available else "reference"), why
+    place = "cuda" if wanted == "triton" and triton_ops.interpreted() else device
+    kernels = [kernel for kernel in ROWS[op].kernels if kernel.device == place]
+    reason = "plain torch; no faster kernel for this device yet"
+    for kernel in kernels:
+        if lacks := kernel.lacks(format, dtype):
+            reason = f"plain torch; {lacks}"
+            continue
+        available, reason = kernel.status()
+        if available:
+            return kernel.name, reason
+        if kernel.name == wanted:
+            raise UnsupportedError(_missing(op, format, kernel, reason), hint=_HINTS[wanted])
+    return "reference", reason
 
 
-def _on_cpu(format: str, wanted: str) -> tuple[str, str]:
-    if format not in FORMAT_IDS:
-        return "reference", "plain torch; no native loop for this format yet"
-    available, why = library.native_status()
-    if wanted == "native" and not available:
-        raise UnsupportedError(
-            f"{KERNELS_VARIABLE}=native, but the native kernels are {why}",
-            hint="install gcc and reinstall qgraft, or unset the variable",
-        )
-    return ("native" if available else "reference"), why
+def _missing(op: str, format: str | None, kernel: Kernel, why: str) -> str:
+    row = op if format is None else f"{op} of {format} weights"
+    return f"{KERNELS_VARIABLE}={kernel.name}, but there is no {kernel.name} kernel for {row}: {why}"
+
+
+def _together(choice: Choice, dtype: torch.dtype) -> bool:
+    return choice.mixes and (choice.kernel == "reference" or dtype in triton_ops.DTYPES)
+
+
+@cache
+def _reference() -> Any:
+    return import_module("qgraft.kernels.reference")

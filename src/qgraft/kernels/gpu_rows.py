@@ -1,34 +1,38 @@
 """Norms, gated products, rotations and the loss of logits on a GPU, by the Triton kernels of triton_rows.py.
 
 In plain torch these are three to forty operations each, every one a launch and a pass over memory: 400 ms of a step of 8192
-tokens of a model of 7 billion weights, beside 450 ms of products (computed from bytes and rates of an H100). `serves` says
-whether these run; pointwise.py and passes/loss.py hold the plain torch for everything else.
+tokens of a model of 7 billion weights, beside 450 ms of products (computed from bytes and rates of an H100). What they do
+not take goes to the reference.
 """
 
 from functools import cache
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from qgraft.kernels import triton_ops
-from qgraft.kernels.choice import choose
-from qgraft.kernels.triton_ops import interpreted, launch
+from qgraft.kernels import reference
+from qgraft.kernels.triton_ops import DTYPES, interpreted, launch
+
+if TYPE_CHECKING:
+    from qgraft.kernels.pointwise import Activation
 
 WIDEST = 32768  # numbers of a row that one program holds
+_NUMBERS = {"silu": 0, "gelu-tanh": 1, "gelu": 2}  # ACT in triton_rows.py
 
 
-def serves(*tensors: Tensor) -> bool:
-    """Whether Triton computes with these: on a GPU that it serves, in a dtype that it knows."""
-    first = tensors[0]
-    if not first.is_cuda and not interpreted():
-        return False
-    alike = all(t.dtype in triton_ops.DTYPES and t.device == first.device for t in tensors)
-    return alike and choose("linear", "q4_1", first.device.type).kernel == "triton"
+def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As reference.norm."""
+    return reference.norm(x, weight_H, eps) if x.shape[-1] > WIDEST else _norm(x, weight_H, eps, None)
 
 
-def norm(x: Tensor, weight_H: Tensor, eps: float, r: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(y, r) of pointwise.norm; of pointwise.normalized where r is given."""
+def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
+    """As reference.normalized."""
+    return reference.normalized(x, weight_H, r) if x.shape[-1] > WIDEST else _norm(x, weight_H, 0.0, r)[0]
+
+
+def _norm(x: Tensor, weight_H: Tensor, eps: float, r: Tensor | None) -> tuple[Tensor, Tensor]:
     x, width, known = x.contiguous(), x.shape[-1], r is not None
     y = torch.empty_like(x)
     r = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32) if r is None else r.contiguous()
@@ -40,7 +44,9 @@ def norm(x: Tensor, weight_H: Tensor, eps: float, r: Tensor | None = None) -> tu
 
 
 def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
-    """gx of pointwise.norm_backward, in the dtype of x."""
+    """As reference.norm_backward."""
+    if x.shape[-1] > WIDEST:
+        return reference.norm_backward(grad, x, weight_H, r)
     grad, x, width = grad.contiguous(), x.contiguous(), x.shape[-1]
     gx = torch.empty_like(x)
     block, warps = _row(width)
@@ -51,28 +57,39 @@ def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tenso
     return gx
 
 
-def gated(number: int, gate: Tensor, up: Tensor, dtype: torch.dtype) -> Tensor:
-    """h of pointwise.gated in `dtype`; `number` is the activation's."""
+def gated(
+    act: "Activation", gate: Tensor, up: Tensor, rounded: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor:
+    """As reference.gated; it writes no rounded copies."""
+    if rounded is not None:
+        return reference.gated(act, gate, up, rounded, dtype)
     gate, up = gate.contiguous(), up.contiguous()
     h = torch.empty_like(gate, dtype=dtype)
     if h.numel():
-        constants = {"ACT": number, "BLOCK": _flat(), "EXACT": interpreted()}
+        constants = {"ACT": _NUMBERS[act.name], "BLOCK": _flat(), "EXACT": interpreted()}
         launch(_rows().gated_kernel, _programs(h), (gate, up, h, h.numel()), constants, 4)
     return h
 
 
-def gated_backward(number: int, grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of pointwise.gated_backward in the dtype of dL/dh."""
+def gated_backward(act: "Activation", grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """As reference.gated_backward."""
+    if grad.dtype not in DTYPES:
+        return reference.gated_backward(act, grad, gate, up)
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     g_gate, g_up = torch.empty_like(grad), torch.empty_like(grad)
     if grad.numel():
-        constants = {"ACT": number, "BLOCK": _flat(), "EXACT": interpreted()}
+        constants = {"ACT": _NUMBERS[act.name], "BLOCK": _flat(), "EXACT": interpreted()}
         arguments = (grad, gate, up, g_gate, g_up, grad.numel())
         launch(_rows().gated_backward_kernel, _programs(grad), arguments, constants, 4)
     return g_gate, g_up
 
 
-def rotate(x_1HTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor, backward: bool) -> Tensor:
+def rotate(q_1HTD: Tensor, k_1GTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """As reference.rotate; q and k are views [1, H, T, D] of contiguous [1, T, H, D]."""
+    return _rotated(q_1HTD, cos_1TR, sin_1TR, backward), _rotated(k_1GTD, cos_1TR, sin_1TR, backward)
+
+
+def _rotated(x_1HTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor, backward: bool) -> Tensor:
     """x rotated, or a gradient back, as a view [1, H, T, D] of contiguous [1, T, H, D]."""
     x = x_1HTD if x_1HTD.stride(3) == 1 else x_1HTD.contiguous()
     _, heads, tokens, channels = x.shape

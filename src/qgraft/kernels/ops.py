@@ -15,17 +15,14 @@ Argument checks run in eager code (`formats.checked`), not only in the shape fun
 """
 
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, checked
-from qgraft.kernels import reference, triton_ops
 from qgraft.kernels.choice import choose
-from qgraft.kernels.cpu import packed as native
-
-_KERNELS: dict[str, ModuleType] = {"native": native, "triton": triton_ops, "reference": reference}
+from qgraft.kernels.cpu.packed import BF16_ROWS
 
 # Not torch.library.custom_op: its wrapper takes 2 us more of each call, and a small product of decoding takes 5.
 _LIBRARY = torch.library.Library("qgraft", "DEF")
@@ -56,7 +53,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear` for float32 x, with x and W rounded to bfloat16, their products summed in float32.
 
-    Fewer than native.BF16_ROWS rows are computed in float32, by every kernel: it takes no longer.
+    Fewer than BF16_ROWS rows are computed in float32, by every kernel: it takes no longer.
     """
     return torch.ops.qgraft.linear_bf16(x, packed.parts, packed.format)
 
@@ -80,8 +77,8 @@ def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     return torch.ops.qgraft.linear_grad_input_bf16(grad, packed.parts, packed.format, packed.shape[1])
 
 
-def _kernel(op: str, format: str, device: torch.device) -> ModuleType:
-    return _KERNELS[choose(op, format, device.type).kernel]
+def _kernel(op: str, format: str, device: torch.device) -> Any:
+    return choose(op, format, device.type).module
 
 
 @_op("dequantize")
@@ -110,7 +107,7 @@ def _linear_int8_op(x: Tensor, parts: Sequence[Tensor], format: str) -> Tensor:
     packed = checked(parts, format, x.shape[-1])
     _expect_float32("linear_int8", x)
     choice = choose("linear_int8", format, x.device.type)
-    kernel = _KERNELS[choice.kernel]
+    kernel = choice.module
     return kernel.linear_int8(x, packed) if choice.compute == "int8" else kernel.linear(x, packed)
 
 
@@ -129,7 +126,7 @@ def _grad_input_bf16_op(grad: Tensor, parts: Sequence[Tensor], format: str, in_f
 
 
 def _few(x: Tensor) -> bool:
-    return x.numel() < native.BF16_ROWS * x.shape[-1]
+    return x.numel() < BF16_ROWS * x.shape[-1]
 
 
 def _packed_for(grad: Tensor, parts: Sequence[Tensor], format: str, in_features: int) -> PackedTensor:

@@ -1,14 +1,26 @@
-"""The reference kernels: plain torch for every format on every device. Slow to read the bits, impossible to misread.
+"""The reference kernels: plain torch for every row of the table, format and device. Slow, impossible to misread.
 
-Each function states one op of the table in a line; faster kernels are compared with these on values and gradients.
-Names: x_BI input, w_OI weight, g_BO gradient of the output; `...` leading dimensions of x are kept.
+Each function states one computation; faster kernels are compared with these on values and gradients. Names: x_BI input,
+w_OI weight, g_BO gradient of the output; `...` leading dimensions of x are kept.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels.terms import Grads, Term
+
+if TYPE_CHECKING:
+    from qgraft.kernels.pointwise import Activation
+
+HALVES = (torch.bfloat16, torch.float16)
+Pair = tuple[Tensor, Tensor]
 
 
 def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
@@ -52,3 +64,158 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     rounded_BI = (code_BG.double() * (largest_BG / 127.0).double()).flatten(1)[:, : x.shape[-1]]
     y = rounded_BI.reshape(x.shape) @ format_dequantize(packed, torch.float64).T
     return y.to(torch.float32)  # a copy, and no view, which could not be changed in place
+
+
+def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x [..., H] -> y = w x r [..., H] in the dtype of x, rounded once, and r [..., 1] in float32 at least."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x.dtype)).square_()
+    r = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return normalized(x, weight_H, r), r
+
+
+def normalized(x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
+    """y of `norm` again, bit for bit."""
+    return (x * r).mul_(weight_H).to(x.dtype)
+
+
+def norm_backward(grad: Tensor, x: Tensor, weight_H: Tensor, r: Tensor) -> Tensor:
+    """dL/dy -> dL/dx = r (g w - x r² mean(g w x))."""
+    gw, x_wide = grad.to(r.dtype) * weight_H, x.to(r.dtype)
+    mean = (gw * x_wide).mean(dim=-1, keepdim=True)
+    return gw.mul_(r).addcmul_(x_wide, mean * r**3, value=-1).to(x.dtype)
+
+
+def gated(
+    act: "Activation", gate: Tensor, up: Tensor, rounded: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+) -> Tensor:
+    """h = act(gate) up in `dtype`, computed in float32 at least; gate and up go to `rounded` besides."""
+    for source, copy in zip((gate, up), rounded or (), strict=False):
+        copy.copy_(source)
+    return act(gate.to(_wide(gate.dtype))).mul_(up).to(dtype)
+
+
+def gated_backward(act: "Activation", grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """dL/dh -> dL/dgate, dL/dup in the dtype of dL/dh."""
+    gate, up = gate.to(grad.dtype), up.to(grad.dtype)
+    return act.backward(grad * up, gate), act(gate).mul_(grad)
+
+
+def rotate(q_BHTD: Tensor, k_BGTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, backward: bool) -> tuple[Tensor, Tensor]:
+    """The first R channels of q and k turned by their angles, or gradients back; the others stay."""
+    return _rotated(q_BHTD, cos_BTR, sin_BTR, backward), _rotated(k_BGTD, cos_BTR, sin_BTR, backward)
+
+
+def _rotated(x_BHTD: Tensor, cos_BTR: Tensor, sin_BTR: Tensor, backward: bool) -> Tensor:
+    half = cos_BTR.shape[-1] // 2
+    cos1, cos2 = cos_BTR[:, None, :, :half], cos_BTR[:, None, :, half:]
+    sin1, sin2 = sin_BTR[:, None, :, :half], sin_BTR[:, None, :, half:]
+    x1, x2, rest = x_BHTD[..., :half], x_BHTD[..., half : 2 * half], x_BHTD[..., 2 * half :]
+    if backward:
+        return torch.cat((x1 * cos1 + x2 * sin2, x2 * cos2 - x1 * sin1, rest), dim=-1)
+    return torch.cat((x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2, rest), dim=-1)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums of numbers of this dtype are taken in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
+    """The cross-entropy [C] of each row of float32 logits z, which are overwritten with its gradient.
+
+    loss = log sum exp(z) - (1 - s) z[target] - s mean(z)      gradient = softmax(z) - s / V, and s - 1 at the target
+    (label smoothing s as in torch: Szegedy et al. 2016, arXiv:1512.00567)
+    """
+    index_C1 = targets_C[:, None]
+    largest_C1 = logits_CV.amax(dim=1, keepdim=True)
+    kept = (1.0 - smoothing) * logits_CV.gather(1, index_C1)[:, 0]
+    if smoothing:
+        kept += smoothing * logits_CV.mean(dim=1)
+    sums_C1 = logits_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
+    losses_C = (sums_C1.log() + largest_C1)[:, 0] - kept
+    logits_CV.div_(sums_C1)
+    if smoothing:
+        logits_CV.sub_(smoothing / logits_CV.shape[1])
+    logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
+    return losses_C
+
+
+def lora_forward(x_NI: Tensor, product_NO: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
+    """(y = product + s h B^T, which overwrites it, h = x A^T of each term)."""
+    hs = []
+    for term in terms:
+        h_SR = term.x @ term.A.to(term.x.dtype).T
+        product_NO[term.start : term.stop].addmm_(h_SR, term.B.to(h_SR.dtype).T, alpha=term.scaling)
+        hs.append(h_SR)
+    return product_NO, hs
+
+
+def lora_backward(
+    g_NO: Tensor, product_NI: Tensor | None, terms: Sequence[Term], hs: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Grads]]:
+    """(gx = product + gh A, which overwrites it, the gradients of each term); None for a gx that nobody wants."""
+    grads = []
+    for term, h_SR in zip(terms, hs, strict=True):
+        g_SO = g_NO[term.start : term.stop]
+        gh_SR = (g_SO @ term.B.to(g_SO.dtype)).mul_(term.scaling)
+        if product_NI is not None and term.adds:
+            product_NI[term.start : term.stop].addmm_(gh_SR, term.A.to(gh_SR.dtype))
+        grads.append(lora_gradients(g_SO, gh_SR, term, h_SR))
+    return product_NI, grads
+
+
+def lora_gradients(g_SO: Tensor, gh_SR: Tensor, term: Term, h_SR: Tensor) -> Grads:
+    """gA = gh^T x and gB = s g^T h, as they were summed: of half-precision factors in float32."""
+    grad_B_OR = _unrounded(g_SO.T, h_SR).to(term.B.dtype)
+    if term.scaling != 1.0:
+        grad_B_OR.mul_(term.scaling)
+    return Grads(_unrounded(gh_SR.T, term.x).to(term.A.dtype), grad_B_OR, gh_SR)
+
+
+def _unrounded(a_RN: Tensor, b_NK: Tensor) -> Tensor:
+    if a_RN.dtype not in HALVES:
+        return a_RN @ b_NK
+    return torch.mm(a_RN, b_NK, out_dtype=torch.float32) if a_RN.is_cuda else a_RN.float() @ b_NK.float()
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    contexts: Tensor | None = None,
+    prefix: Pair | None = None,
+) -> Tensor:
+    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], sample by sample (see varlen_attention.attend)."""
+    lengths = [stop - start for start, stop in pairwise(bounds.tolist())]
+    read = [0] * len(lengths) if contexts is None else contexts.tolist()
+    grouped = query.shape[1] != key.shape[1]
+    # split, not slices: the gradient of each slice would be a tensor of zeros as large as the whole
+    samples = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    parts = []
+    for (q, k, v), context in zip(samples, read, strict=True):
+        if prefix is not None:
+            k, v = torch.cat([prefix[0], k], dim=2), torch.cat([prefix[1], v], dim=2)
+        mask = _sample_mask(q.shape[2], k.shape[2] - q.shape[2], window, context, query.device)
+        causal = mask is None
+        parts.append(
+            F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=grouped
+            ).transpose(1, 2)
+        )
+    return torch.cat(parts, dim=1)
+
+
+def _sample_mask(tokens: int, prefix: int, window: int | None, context: int, device: torch.device) -> Tensor | None:
+    """[T, P + T] bool, true where a token may look; None where that is itself and all before it, without a prefix."""
+    if not prefix and context <= 1 and (window is None or tokens <= window):
+        return None
+    key = torch.arange(tokens, device=device)
+    distance = key[:, None] - key
+    visible = distance >= 0
+    if window is not None:
+        visible &= distance < window
+    return F.pad(visible | (key < context), (prefix, 0), value=True)

@@ -6,8 +6,8 @@ No mask, and nothing of the square between two samples: 16 samples of 512 tokens
 a masked square of them takes 12 ms (H100, 32 heads of 128 channels). Its arguments changed between releases of torch, so
 they are looked up: `enable_gqa` is new in 2.12, before it the keys and values of a group are repeated for each of its heads.
 
-What it does not do (`serves` is the list) goes sample by sample through torch's scaled_dot_product_attention
-(varlen_attention.py): keys in front of every sample, a context that is read in both directions, dropout, float32.
+What it does not do (`takes` is the list) goes sample by sample through torch's scaled_dot_product_attention
+(reference.py): keys in front of every sample, a context that is read in both directions, dropout, float32.
 """
 
 import inspect
@@ -17,13 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qgraft.kernels import reference
+
+Pair = tuple[Tensor, Tensor]
 LARGEST_HEAD = 256  # channels that FlashAttention takes, and only multiples of 8
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bounds: Tensor,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    window: int | None = None,
+    contexts: Tensor | None = None,
+    prefix: Pair | None = None,
 ) -> Tensor:
-    """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D], causal; see varlen_attention.attend."""
+    """As varlen_attention.attend; what the kernel does not take goes to the reference."""
+    if dropout or contexts is not None or prefix is not None or not takes(query, key, value):
+        return reference.attend(query, key, value, bounds, scale, dropout, window, contexts, prefix)
     q_THD, k_TGD, v_TGD = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     starts, longest = _placed(bounds, query.device)
     function, arguments = _function()
@@ -33,10 +47,11 @@ def attend(
             options["enable_gqa"] = True
         else:
             k_TGD, v_TGD = (t.repeat_interleave(q_THD.shape[1] // t.shape[1], dim=1) for t in (k_TGD, v_TGD))
-    return function(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)[None]
+    out: Tensor = function(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)[None]
+    return out
 
 
-def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes this, prefix, context and dropout aside."""
     width = query.shape[-1]
     return (
@@ -48,7 +63,6 @@ def serves(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.shape == value.shape == (1, key.shape[1], query.shape[2], width)
         and width % 8 == 0
         and width <= LARGEST_HEAD
-        and status()[0]
     )
 
 

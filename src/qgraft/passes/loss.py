@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from qgraft.data.batches import Batch, label_weights
 from qgraft.errors import UnsupportedError
-from qgraft.kernels import gpu_rows
+from qgraft.kernels import cross_entropy
 from qgraft.passes.decoder import Head, label_states, output_head
 
 CHUNK_BYTES = 48 << 20  # of float32 logits at a time: 256 rows of a 49k vocabulary, two tensors of them at most
@@ -96,11 +96,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
                 logits = logits_of(chunk)
             vocabulary = logits.shape[-1]
-            on_gpu = gpu_rows.serves(logits) and logits.stride(1) == 1
-            dtype = logits.dtype if on_gpu else torch.float32
-            own_CV = logits.detach().to(dtype, copy=getattr(head, "keeps_logits", True))
-            to_gradient = gpu_rows.loss_to_gradient if on_gpu else _loss_to_gradient
-            each_C = to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            own_CV = logits.detach().to(cross_entropy.dtype_for(logits), copy=getattr(head, "keeps_logits", True))
+            each_C = cross_entropy.loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
             each_N[start : start + rows] = each_C
             if weights_N is not None:
                 weights_C = weights_N[start : start + rows]
@@ -122,23 +119,3 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scales what the forward pass computed."""
         states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return states, None, None, None, None, *parameters
-
-
-def _loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> Tensor:
-    """The cross-entropy [C] of each row of float32 logits z, which are overwritten with its gradient.
-
-    loss = log sum exp(z) - (1 - s) z[target] - s mean(z)      gradient = softmax(z) - s / V, and s - 1 at the target
-    (label smoothing s as in torch: Szegedy et al. 2016, arXiv:1512.00567)
-    """
-    index_C1 = targets_C[:, None]
-    largest_C1 = logits_CV.amax(dim=1, keepdim=True)
-    kept = (1.0 - smoothing) * logits_CV.gather(1, index_C1)[:, 0]
-    if smoothing:
-        kept += smoothing * logits_CV.mean(dim=1)
-    sums_C1 = logits_CV.sub_(largest_C1).exp_().sum(dim=1, keepdim=True)
-    losses_C = (sums_C1.log() + largest_C1)[:, 0] - kept
-    logits_CV.div_(sums_C1)
-    if smoothing:
-        logits_CV.sub_(smoothing / logits_CV.shape[1])
-    logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
-    return losses_C

@@ -33,7 +33,7 @@ from qgraft.compat import activation_checkpointing
 from qgraft.data.batches import Batch
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError
-from qgraft.kernels.lora import casts_kept
+from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.loss import check_gradient
 from qgraft.training.adapter import trained_parameters

@@ -22,7 +22,7 @@ Held = list[Any]  # what must live as long as the structures do
 
 def available(format: str) -> bool:
     """Whether weights of this format can be multiplied in C here."""
-    return choose("linear", format, "cpu").kernel == "native"
+    return choose("decode_step", format, "cpu").kernel == "native"
 
 
 def address(tensor: Tensor | None, held: Held) -> int | None:
