@@ -172,10 +172,10 @@ def qgraft_step(model: Any, name: str) -> Any:
         (renamed or model.gradient_checkpointing_enable)({"use_reentrant": False})
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    lean = contextlib.ExitStack()  # for as long as `step` lives
-    lean.enter_context(fused_modules(model))
+    fused = contextlib.ExitStack()  # for as long as `step` lives
+    fused.enter_context(fused_modules(model))
 
-    def step(samples: list[Any], lean: contextlib.ExitStack = lean) -> None:
+    def step(samples: list[Any], fused: contextlib.ExitStack = fused) -> None:
         batch = collate(samples)
         with sample_attention(model), computing(model, "bf16" if has_fast_bf16() else "float32"):
             for part in split_batch(batch, 384):

@@ -227,7 +227,7 @@ def test_what_is_not_finite_stays_in_its_row_and_is_seen(bad: float) -> None:
 def test_a_step_of_training_is_that_of_the_reference(
     name: str, dtype: str, tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradients of a packed batch, with every module in the lean form that it takes."""
+    """Loss and gradients of a packed batch, with every module in the fused form that it takes."""
     rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (9, 4)]
     results = []
     for kernels in ("triton", "reference"):

@@ -167,7 +167,7 @@ def test_other_packed_weights_are_noticed(monkeypatch: pytest.MonkeyPatch) -> No
         before = want
 
 
-def test_lean_modules_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fused_modules_are_left_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     model = packed()
     with fast_decoding(model):
         assert in_c(monkeypatch, model)

@@ -98,8 +98,8 @@ def trains_alike(model: PreTrainedModel) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     expected = gradients(model, trained, lambda: own_loss(model))
     with padding_free(model, samples()) as problem:
-        for lean in (nullcontext(), fused_modules(model)):
-            with lean:
+        for fused in (nullcontext(), fused_modules(model)):
+            with fused:
                 if problem is None:
                     alike(gradients(model, trained, lambda: batch_loss(model, collate(samples()))), expected, "packed")
                 alone = lambda: sum(batch_loss(model, collate([sample])) for sample in samples())  # noqa: E731
