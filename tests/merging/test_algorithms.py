@@ -72,7 +72,7 @@ def test_scales_and_minimums_take_most_of_a_delta(format_):
 @pytest.mark.parametrize("format_", WRITABLE)
 def test_fit_reals_is_the_ridge_solution_of_float64(format_, monkeypatch):
     """Without the storage rounding the numbers solve the normal equations built by hand in float64, row by row."""
-    monkeypatch.setattr("qgraft.merging.algorithms._round_in_turn", lambda theta, covariance, dtype: theta)
+    monkeypatch.setattr("qgraft.merging.algorithms._round_in_turn", lambda theta, covariance, grid: theta)
     grid, problem, delta = a_problem(format_, out=3)
     grid = replace(grid, real_dtype=torch.float32)
     merged = fit_reals(grid, problem)
@@ -191,6 +191,11 @@ def a_grid(kind: str, out: int = 12) -> Grid:
     codes, wide = integers(0, 15, out, WIDTH), torch.rand(out, GROUPS, generator=generator) + 0.5
     if kind == "nf4":
         return Grid(codes, wide * 0.1, levels=torch.tensor(NF4), low=0, high=15, real_dtype=torch.float32)
+    if kind == "nf4_dq":  # bitsandbytes: absmax = byte's level * absmax of many + offset
+        nested = Grid(integers(-128, 127, out, GROUPS), torch.full((out, GROUPS), 0.05), torch.full((out, GROUPS), 0.1),
+                      levels=torch.linspace(-1, 1, 256) ** 3, low=-128, high=127)  # fmt: skip
+        levels = torch.tensor(NF4)
+        return Grid(codes, nested.weight(), levels=levels, low=0, high=15, real_dtype=torch.float32, d_grid=nested)
     if kind == "mxfp4":
         powers = stored_reals(wide * 0.02, torch.float8_e8m0fnu)
         return Grid(codes, powers, levels=torch.tensor(E2M1), low=0, high=15, real_dtype=torch.float8_e8m0fnu)
@@ -209,7 +214,7 @@ def a_grid(kind: str, out: int = 12) -> Grid:
     return replace(grid, group_of=group_of[torch.randperm(WIDTH, generator=generator)])
 
 
-OTHERS = ["nf4", "mxfp4", "iq4_xs", "awq", "act_order", "ragged"]
+OTHERS = ["nf4", "nf4_dq", "mxfp4", "iq4_xs", "awq", "act_order", "ragged"]
 
 
 def of_grid(grid: Grid, strength: float = 1.0) -> tuple[Problem, torch.Tensor]:
@@ -266,8 +271,22 @@ def test_in_other_grids_the_error_falls_and_the_result_can_be_stored(kind, algor
     assert merged.codes.dtype == torch.int8 and int(merged.codes.min()) >= 0 and int(merged.codes.max()) <= 15
     for integers, low, high in ((merged.zeros, 0, 15), (merged.sub_scales, -32, 31)):
         assert integers is None or (low <= int(integers.min()) and int(integers.max()) <= high)
-    kept = ("levels", "group_of", "low", "high", "zero_low", "zero_high", "real_dtype")
+    kept = ("d_grid", "levels", "group_of", "low", "high", "zero_low", "zero_high", "real_dtype")
     assert all(getattr(merged, name) is getattr(grid, name) for name in kept)
+
+
+def test_scales_that_are_codes_themselves_stay_on_their_levels():
+    """Each is one of the 256 numbers that its byte can stand for, and rounding in turn beats rounding at once."""
+    grid = a_grid("nf4_dq")
+    problem, delta = of_grid(grid, strength=4.0)
+    merged = fit_reals(grid, problem)
+    assert grid.d_grid is not None
+    possible = grid.d_grid.levels * grid.d_grid.d[..., None] + grid.d_grid.m[..., None]  # [out, G, 256]
+    assert bool((possible == merged.d[..., None]).any(-1).all())
+    assert not torch.equal(merged.d, grid.d)
+    at_once = replace(fit_reals(replace(grid, d_grid=None), problem), d_grid=grid.d_grid).rounded()
+    losses = [energy_of(each, grid, delta, problem.H) for each in (merged, at_once)]
+    assert losses[0] < losses[1]
 
 
 def test_zero_points_that_must_not_move_do_not():

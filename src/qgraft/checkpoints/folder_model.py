@@ -17,7 +17,7 @@ bring their architecture and tokenizer as Python files; ours are in models/, and
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,7 @@ class _FolderReader:
         layout = find_layout(matrix)
         if layout.packed_as is not None:
             self._check_packed(name, layout)
-        elif (value := self.tensors[stored]()).dim() != 2 or name not in self.layers:
+        elif (value := matrix.numbers()).dim() != 2 or name not in self.layers:
             self._note_vector(stored, value)
             return value
         transposed = isinstance(self.layers[name], Conv1D)
@@ -241,16 +241,16 @@ class _FolderReader:
 
     def unexpected(self) -> list[str]:
         """The file's tensors that the model has no place for, without those that it computes itself."""
-        unknown = [*self.names.unexpected, *self._strays()]
+        placeless = set(self.names.unexpected)
+        unknown = [name for name in self.tensors if self.owners.get(name, name) in placeless or self._is_stray(name)]
         return sorted(name for name in unknown if not any(re.search(pattern, name) for pattern in self.ignored))
 
-    def _strays(self) -> Iterator[str]:
-        """Tensors that would be part of a matrix, were it kept in another layout: scales beside plain numbers."""
-        for name, weight in self.owners.items():
-            if name != weight:
-                layout = find_layout(StoredMatrix(weight, self.tensors, self.config))
-                if name not in tensor_names(layout, weight):
-                    yield name
+    def _is_stray(self, name: str) -> bool:
+        """Whether a tensor would be part of a matrix, were it kept in another layout: scales beside plain numbers."""
+        weight = self.owners.get(name, name)
+        if name == weight:
+            return False
+        return name not in tensor_names(find_layout(StoredMatrix(weight, self.tensors, self.config)), weight)
 
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
         try:

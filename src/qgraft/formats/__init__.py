@@ -101,11 +101,12 @@ def checked(parts: Sequence[Tensor], format: str, in_features: int) -> PackedTen
     """The packed tensor of these parts. Raises ValueError where they are not what the format says that they are."""
     # The native loops trust these sizes: a wrong one would read past the end of a part. Called for every product, so
     # what differs is described elsewhere.
-    layout = get_format(format)
-    if len(parts) != len(layout.parts) or in_features % layout.block_size:
+    layout = FORMATS.get(format) or get_format(format)
+    expected = layout.parts
+    if len(parts) != len(expected) or in_features % layout.block_size:
         raise _misfit(parts, layout, in_features)
     rows = _count_rows(parts[0], layout)
-    for part, tensor in zip(layout.parts, parts, strict=True):
+    for part, tensor in zip(expected, parts, strict=True):
         if tensor.shape != part.shape(rows, in_features) or tensor.dtype not in part.dtypes:
             raise _misfit(parts, layout, in_features)
     return PackedTensor(format, (rows, in_features), tuple(parts))
@@ -191,8 +192,8 @@ def pack(grid: Grid, format: str) -> PackedTensor:
 
 
 def _count_rows(first: Tensor, layout: Format) -> int:
-    dimension = layout.parts[0].rows or 0
-    return first.shape[dimension] if dimension < first.dim() else 0
+    shape, dimension = first.shape, layout.parts[0].rows or 0
+    return shape[dimension] if dimension < len(shape) else 0
 
 
 def _misfit(parts: Sequence[Tensor], layout: Format, in_features: int) -> ValueError:

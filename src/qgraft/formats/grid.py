@@ -20,7 +20,8 @@ Two's complement has one code more at the lower end, which q8_0 and the row-wise
 
 Formats that other libraries write are rows of the same table: GPTQ and AWQ have an integer zero point for each group
 (`zeros`), GPTQ's act-order a group for each column (`group_of`, its g_idx); NF4, FP4, IQ4 and MXFP4 choose among the
-`levels` of a codebook, which need be neither even nor in order; MXFP4 stores powers of two as scales (`real_dtype`).
+`levels` of a codebook, which need be neither even nor in order; MXFP4 stores powers of two as scales (`real_dtype`), and
+NF4 with double quantization stores its scales as codes of another codebook (`d_grid`).
 
 Every format with codes is one of these rows, so that whatever chooses integers or scales (the quantizers, merging) is
 written once for all of them. A product of `d`, a sub-scale and a code has more than 24 bits only in the K-quants: there
@@ -54,6 +55,7 @@ class Grid:
         zeros: int8 [out, G], the code of the weight 0 in each group, the offset of the codes taken off; None: 0.
         zero_low, zero_high: the zeros that a writer may choose, both inclusive.
         group_of: int64 [in], the group of each column, where groups are not neighbours; only without sub-groups.
+        d_grid: the grid [out, G] that `d` itself lies on, each number of it a group of its own; None: any real number.
     """
 
     codes: Tensor
@@ -71,6 +73,7 @@ class Grid:
     zero_low: int = 0
     zero_high: int = 0
     group_of: Tensor | None = None
+    d_grid: "Grid | None" = None
 
     def values(self) -> Tensor:
         """What each code stands for before it is scaled, [out, in] float32, in memory of its own."""
@@ -134,7 +137,7 @@ class Grid:
 
     def rounded(self) -> "Grid":
         """The same grid with `d` and `m` as they will be stored; UnsupportedError where they do not fit."""
-        d = stored_reals(self.d, self.real_dtype)
+        d = self.stored_d(self.d, 0)
         m = None if self.m is None else stored_reals(self.m, self.real_dtype)
         bad, total = _not_finite(d), d.numel()
         if m is not None:
@@ -148,6 +151,22 @@ class Grid:
             )
         return replace(self, d=d, m=m)
 
+    def stored_d(self, values_ON: Tensor, first: int) -> Tensor:
+        """`values_ON` as they are stored in the place of d[:, first : first + n], in float32."""
+        if self.d_grid is None:
+            return stored_reals(values_ON, self.real_dtype)
+        part = self.d_grid.groups(first, values_ON.shape[1])
+        offsets = part.offsets()
+        scaled = (values_ON if offsets is None else values_ON - offsets) / part.steps()
+        return replace(part, codes=part.nearest(scaled).to(torch.int8)).weight()
+
+    def groups(self, first: int, count: int) -> "Grid":
+        """Some groups of a grid whose groups are one weight each."""
+        assert self.d.shape == self.codes.shape, "groups of several weights"
+        columns = slice(first, first + count)
+        m = None if self.m is None else self.m[:, columns]
+        return replace(self, codes=self.codes[:, columns], d=self.d[:, columns], m=m)
+
     def rows(self, start: int, stop: int) -> "Grid":
         """The rows start..stop."""
 
@@ -156,11 +175,13 @@ class Grid:
 
         codes, d, m, zeros = self.codes[start:stop], self.d[start:stop], cut(self.m), cut(self.zeros)
         sub_scales, sub_minimums = cut(self.sub_scales), cut(self.sub_minimums)
-        return replace(self, codes=codes, d=d, m=m, sub_scales=sub_scales, sub_minimums=sub_minimums, zeros=zeros)
+        d_grid = None if self.d_grid is None else self.d_grid.rows(start, stop)
+        cut_grid = replace(self, codes=codes, d=d, m=m, zeros=zeros, d_grid=d_grid)
+        return replace(cut_grid, sub_scales=sub_scales, sub_minimums=sub_minimums)
 
     def reshape(self, rows: int, width: int) -> "Grid":
         """The same weights in rows of another width: a block each, or a row of the matrix each. Not for `group_of`."""
-        assert self.group_of is None, "groups whose columns lie apart have no blocks"
+        assert self.group_of is None and self.d_grid is None, "not made of blocks"
         old = self.codes.shape[1]
 
         def fold(each: Tensor) -> Tensor:
@@ -186,6 +207,7 @@ class Grid:
         levels: int = 0,
         zeros: bool = False,
         group_of: bool = False,
+        d_grid: bool = False,
     ) -> None:
         """ValueError unless the grid has the parts of format `name`: `groups` groups a row, `subs` sub-groups in each."""
         rows, width = self.codes.shape
@@ -197,6 +219,8 @@ class Grid:
         want |= {"group_of": (torch.int64, (width,)) if group_of else None}
         parts = {part: getattr(self, part) for part in want}
         got = {part: None if each is None else (each.dtype, tuple(each.shape)) for part, each in parts.items()}
+        if (self.d_grid is not None) != d_grid:
+            raise ValueError(f"{name}: got a grid {'with' if self.d_grid else 'without'} a grid of its scales")
         if wrong := [f"{part} {got[part]}, expected {want[part]}" for part in want if got[part] != want[part]]:
             raise ValueError(f"{name}: got a grid with {'; '.join(wrong)}")
 

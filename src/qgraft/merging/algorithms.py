@@ -120,7 +120,7 @@ def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
     factor = torch.linalg.cholesky(normal)
     step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
     theta = (grid.d if grid.m is None else torch.cat([grid.d, grid.m], dim=1)) - step
-    theta = _round_in_turn(theta, torch.cholesky_inverse(factor), grid.real_dtype)
+    theta = _round_in_turn(theta, torch.cholesky_inverse(factor), grid)
     return replace(grid, d=theta[:, :groups], m=None if grid.m is None else theta[:, groups:])
 
 
@@ -150,11 +150,12 @@ def _normal_equations(bases: list[Tensor], H: Tensor, grid: Grid) -> Tensor:
     return normal
 
 
-def _round_in_turn(theta: Tensor, covariance: Tensor, dtype: torch.dtype) -> Tensor:
-    """theta [out, K] rounded to `dtype` number by number, each error made good by the numbers after it."""
-    U = torch.linalg.cholesky(covariance, upper=True)
+def _round_in_turn(theta: Tensor, covariance: Tensor, grid: Grid) -> Tensor:
+    """theta [out, K] as it is stored, number by number, each error made good by the numbers after it."""
+    U, groups = torch.linalg.cholesky(covariance, upper=True), grid.d.shape[1]
     for k in range(theta.shape[1]):
-        stored = stored_reals(theta[:, k], dtype)
+        number = theta[:, k : k + 1]
+        stored = (grid.stored_d(number, k) if k < groups else stored_reals(number, grid.real_dtype))[:, 0]
         error = (theta[:, k] - stored) / U[:, k, k]
         theta[:, k:] -= error[:, None] * U[:, k, k:]
         theta[:, k] = stored

@@ -27,9 +27,7 @@ def _holds(matrix: StoredMatrix) -> bool:
 
 
 def _read(matrix: StoredMatrix, _: tuple[int, int], transposed: bool) -> Tensor:
-    value = matrix.tensor(WEIGHT)
-    assert value is not None
-    return value.T.contiguous() if transposed else value
+    return matrix.numbers().T.contiguous() if transposed else matrix.numbers()
 
 
 def _write(packed: PackedTensor, transposed: bool) -> dict[str, Tensor]:

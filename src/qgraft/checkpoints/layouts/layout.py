@@ -7,7 +7,7 @@ where and what is copied, is the same for all layouts (folder_model.py, folder_w
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def tensor_name(weight: str, suffix: str) -> str:
 
 @dataclass(frozen=True, eq=False)
 class StoredMatrix:
-    """One matrix of a folder, wherever its tensors lie.
+    """One matrix of a folder, wherever its tensors lie. What has been read of it stays as long as it does.
 
     Attributes:
         name: as the model would call it, in the folder's words: `X.weight`.
@@ -36,11 +36,22 @@ class StoredMatrix:
     name: str
     tensors: Mapping[str, Callable[[], Tensor]]
     config: Mapping[str, Any]
+    _read: dict[str, Tensor] = field(default_factory=dict)
 
     def tensor(self, suffix: str) -> Tensor | None:
         """The tensor `X` + suffix; None where the folder has none."""
-        read = self.tensors.get(tensor_name(self.name, suffix))
-        return None if read is None else read()
+        if suffix not in self._read:
+            read = self.tensors.get(tensor_name(self.name, suffix))
+            if read is None:
+                return None
+            self._read[suffix] = read()
+        return self._read[suffix]
+
+    def numbers(self) -> Tensor:
+        """The tensor that is called as the matrix is: what it is made of where it is not packed."""
+        found = self.tensor(WEIGHT)
+        assert found is not None, self.name
+        return found
 
     def equals(self, other: "StoredMatrix", suffixes: Sequence[str]) -> bool:
         """Whether both have the same numbers in these tensors."""
