@@ -124,9 +124,15 @@ def _print_rows(choices: list[dict[str, str]]) -> None:
     for choice in choices:
         if choice["format"]:
             weights.setdefault((choice["device"], choice["format"]), {})[choice["op"]] = choice
-    for (device, name), rows in weights.items():  # those in bfloat16 have the kernel of those in float32
+    others: dict[tuple[str, str, str], str] = {}  # (device, row, why) -> kernel, where that is not the line's
+    for (device, name), rows in weights.items():
         kernels = "".join(f"{rows[op]['kernel']:<12}" for op in columns)
         print(f"{device:<7}{name:<14}{kernels}{rows['linear_int8']['compute']:<9}{rows['linear']['why']}")
+        for op, row in rows.items():
+            if row["why"] != rows["linear"]["why"]:
+                others[device, op, row["why"]] = row["kernel"]
+    for (device, op, why), kernel in others.items():
+        print(f"{device:<7}{op}: {kernel}: {why}")
     print(f"\n{'device':<7}{'computation':<18}{'dtype':<10}{'kernel':<12}why")
     for choice in choices:
         if not choice["format"]:

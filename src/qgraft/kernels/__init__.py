@@ -1,14 +1,14 @@
-"""HOW packed weights are computed with: registered torch ops and the kernels that serve them.
+"""HOW it is computed: one table of all computations that have more than one implementation.
 
-    ops.py        the ops: schemas, shape rules for tracing, gradients        torch.ops.qgraft.*
-    choice.py     which kernel serves which op, format and device, and why    `qgraft doctor` prints it
-    reference.py  plain torch, for every format and device; the truth the others are tested against
+    table.py      the table: a row for each computation, its reference, its kernels, what these lack
+    choice.py     which kernel serves which row, format, device and dtype, and why    `qgraft doctor` prints it
+    reference.py  plain torch for every row, format and device; the truth the others are tested against
+    ops.py        the rows on packed weights as torch ops: schemas, shape rules for tracing, gradients    torch.ops.qgraft.*
+    lora.py       a packed layer with LoRAs on it;  summed_lora.py: in half precision on a GPU
+    pointwise.py  norms, gated products, rotations;  cross_entropy.py: the loss of logits
+    varlen_attention.py  attention within samples that share a row;  varlen.py: on a GPU by torch's own kernel
     cpu/          C behind ctypes: the library, the level of CPU it runs as, its functions
-    triton_ops.py on a GPU: unpacked by triton_blocks.py, multiplied by cuBLAS
-    lora.py       a packed layer with LoRAs on it in one call of linear.c; and in torch
-    pointwise.py  what a training step computes beside products, by pointwise.c or in plain torch
-    varlen_attention.py  attention within samples that share a row, in C or in plain torch
-    varlen.py     the same on a GPU by torch's own kernel
+    triton_ops.py, gpu_rows.py  on a GPU: weights unpacked by triton_blocks.py and multiplied by cuBLAS; triton_rows.py
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
 """

@@ -79,9 +79,10 @@ def choose(op: str, format: str | None, device: str, dtype: torch.dtype = torch.
 
 def serving(op: str, first: Tensor, *others: Tensor) -> Any:
     """The module that computes a row without weights for these tensors: all on one device, in dtypes that go together."""
-    choice = choose(op, None, first.device.type, first.dtype)
+    device, dtype = first.device, first.dtype
+    choice = choose(op, None, device.type, dtype)
     for tensor in others:
-        if tensor.device != first.device or (tensor.dtype != first.dtype and not _together(choice, tensor.dtype)):
+        if tensor.device != device or (tensor.dtype is not dtype and not _together(choice, tensor.dtype)):
             return _reference()
     return choice.module
 
