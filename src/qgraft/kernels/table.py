@@ -22,12 +22,11 @@ import torch
 from qgraft.kernels import triton_ops, varlen
 from qgraft.kernels.cpu import library
 from qgraft.kernels.cpu.abi import FORMAT_IDS
+from qgraft.kernels.reference import HALVES
 
 Lacks = Callable[
     [str | None, torch.dtype], str
 ]  # (format, dtype) -> what there is no kernel for, empty where there is one
-
-HALVES = (torch.bfloat16, torch.float16)
 
 
 class Kernel(NamedTuple):

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from qgraft.kernels import reference
+from qgraft.kernels.reference import Pair
 
-Pair = tuple[Tensor, Tensor]
 LARGEST_HEAD = 256  # channels that FlashAttention takes, and only multiples of 8
 
 

@@ -18,8 +18,7 @@ prefix, D channels.
 from torch import Tensor
 
 from qgraft.kernels.choice import choose
-
-Pair = tuple[Tensor, Tensor]
+from qgraft.kernels.reference import Pair
 
 
 def attend(

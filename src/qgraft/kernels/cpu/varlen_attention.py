@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from qgraft.kernels import reference
 from qgraft.kernels.cpu.abi import Attention, Strided, pointer
 from qgraft.kernels.cpu.library import loaded
+from qgraft.kernels.reference import Pair
 
-Pair = tuple[Tensor, Tensor]
 Inputs = Sequence[Any]  # query, key, value, a prefix's keys and values or two None, bounds, contexts or None
 Numbers = tuple[float, int | None]  # scale, window
 
