@@ -82,6 +82,16 @@ def test_a_finished_run_goes_on_with_more_epochs_as_if_it_had_them_from_the_firs
     assert all((tmp_path / "more" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes() for name in names)
 
 
+@pytest.mark.parametrize("logging", [{"logging_steps": 4}, {"logging_strategy": "no"}])
+def test_the_training_loss_is_the_mean_over_all_steps_however_they_are_logged(logging, tiny_gguf, tmp_path):
+    every = run(tiny_gguf, tmp_path / "every", save_strategy="no")
+    some = run(tiny_gguf, tmp_path / "some", save_strategy="no", **logging)
+    lines = [json.loads(line) for line in (tmp_path / "every" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == every.steps == 6
+    assert some.metrics["train_loss"] == pytest.approx(sum(losses) / 6) == every.metrics["train_loss"]
+
+
 def test_a_checkpoint_of_another_loop_is_refused_in_words(tiny_gguf, stopped):
     for path in checkpoints(stopped):
         (path / "progress.json").unlink()

@@ -146,8 +146,9 @@ class TrainingLoop:
 
     @property
     def train_loss(self) -> float:
-        """The mean over the steps of the run."""
-        return self.progress.loss / max(self.progress.steps, 1)
+        """The mean over the steps of the run whose loss was finite."""
+        done = self.progress
+        return (done.loss + done.pending_loss) / max(done.steps + done.pending_steps, 1)
 
     # --- a step
 
