@@ -9,6 +9,7 @@ trainer_options.py). Anything else that is unknown, or that cannot be obeyed, is
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -22,12 +23,12 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.sizes import parse_size
+from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
 from qgraft.training.trainer_options import (
     HONOURED,
     MOST_USED,
-    check_schedule,
     inherited_options,
     rename_checkpointing,
     settle_options,
@@ -129,7 +130,8 @@ class TrainArguments(TrainingArguments):
         except ValueError as error:
             raise OptionError(str(error)) from error
         self.do_eval = asked  # transformers sets it for any eval_strategy
-        check_schedule(self)
+        if self.do_train:
+            check_optimization(self)
         tracking_callbacks(self)  # those of a package that is missing say so now
 
     @property
@@ -180,13 +182,24 @@ class TrainArguments(TrainingArguments):
 
     def _check_numbers(self) -> None:
         """Raise OptionError for all numbers that are out of their bounds, at once."""
-        least = {"pre_seq_len": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1,
+        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+                 "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "label_smoothing_factor": 0, "seed": 0,
+                 "data_seed": 0, "pre_seq_len": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1,
                  "max_new_tokens": 1, "num_beams": 1, "temperature": 0}  # fmt: skip
         given = {name: getattr(self, name) for name in least if getattr(self, name) is not None}
         problems = [f"{name}={value}: expected at least {least[name]}" for name, value in given.items()
                     if not value >= least[name]]  # fmt: skip
         if self.top_p is not None and not 0 < self.top_p <= 1:
             problems.append(f"top_p={self.top_p}: expected a share above 0, at most 1")
+        finite = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs")
+        problems += [f"{name}={getattr(self, name)}: expected a finite number" for name in finite
+                     if not math.isfinite(float(getattr(self, name)))]  # fmt: skip
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            problems.append(f"num_train_epochs={self.num_train_epochs}: expected more than 0")
+        if not self.label_smoothing_factor < 1:
+            problems.append(f"label_smoothing_factor={self.label_smoothing_factor}: expected a share below 1")
+        if max(self.seed, self.data_seed or 0) >= 2**32:
+            problems.append("seed and data_seed: expected less than 2^32")
         if not 0 <= self.prefix_dropout < 1:
             problems.append(f"prefix_dropout={self.prefix_dropout}: expected a share below 1")
         if self.quantization_bit not in (None, 4, 8):

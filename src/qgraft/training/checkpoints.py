@@ -160,9 +160,17 @@ def check_resumable(path: Path) -> None:
         )
 
 
+def remove_later(folder: Path, step: int) -> list[str]:
+    """Delete the checkpoints of steps that are taken again, behind `step`; returns their names."""
+    later = [path for path in checkpoints(folder) if int(path.name.rpartition("-")[2]) > step]
+    for path in later:
+        storage.remove_folder(path)
+    return [path.name for path in later]
+
+
 def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the best one."""
-    if limit:
+    if limit is not None and limit > 0:
         for path in [path for path in checkpoints(folder)[:-limit] if str(path) != best]:
             storage.remove_folder(path)
 

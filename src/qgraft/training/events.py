@@ -67,12 +67,16 @@ class Events:
         """What one process wants (a signal reached it, a callback of its own asks for a save) all do."""
         wishes = [getattr(self.control, name) for name in _WISHES]
         *wishes, self.signalled = self._processes.any([*wishes, self._stop.received is not None])
+        if self.signalled:  # it may have come after on_step_end was told
+            wishes[_WISHES.index("should_training_stop")] = wishes[_WISHES.index("should_save")] = True
         for name, wish in zip(_WISHES, wishes, strict=True):
             setattr(self.control, name, wish)
 
     def saved(self) -> dict[str, Any]:
         """trainer_state.json, with the states of the callbacks that have one."""
-        states = {type(each).__name__: each.state() for each in self._stateful()}
+        states: dict[str, list[Any]] = {}
+        for each in self._stateful():
+            states.setdefault(type(each).__name__, []).append(each.state())
         return {**dataclasses.asdict(self.state), "stateful_callbacks": states}
 
     def load(self, path: Path) -> None:
@@ -80,9 +84,11 @@ class Events:
         self.state = self._sized(TrainerState(**json.loads(path.read_text(encoding="utf-8"))))
         if self.state.best_model_checkpoint and not Path(self.state.best_model_checkpoint).is_dir():
             self.state.best_model_checkpoint = None
-        held: Any = self.state.stateful_callbacks
+        saved: Any = self.state.stateful_callbacks
+        held = {name: list(states) for name, states in saved.items()}
         for each in self._stateful():
-            for name, value in held.get(type(each).__name__, {}).get("attributes", {}).items():
+            states = held.get(type(each).__name__)
+            for name, value in states.pop(0)["attributes"].items() if states else ():
                 setattr(each, name, value)
 
     def _stateful(self) -> list[Any]:

@@ -133,7 +133,8 @@ class TrainingLoop:
     def finish(self) -> None:
         """Everything behind the last step: the last log, the best adapter, the callbacks' farewell."""
         seconds = time.perf_counter() - self._began
-        self.events.log({"train_runtime": round(seconds, 4), "train_loss": self.train_loss})
+        if not self.events.signalled:
+            self.events.log({"train_runtime": round(seconds, 4), "train_loss": self.train_loss})
         if self.args.load_best_model_at_end and self.events.state.best_model_checkpoint is not None:
             self._take_adapter(Path(self.events.state.best_model_checkpoint))
         self.events.tell("on_train_end")
@@ -205,7 +206,8 @@ class TrainingLoop:
         epoch_ends = self.progress.position % self.plan.steps_per_epoch == 0 or control.should_epoch_stop
         if epoch_ends or (control.should_training_stop and not self.events.signalled):
             self.events.tell("on_epoch_end")
-        if control.should_epoch_stop:
+            self.events.agree()
+        if self.events.control.should_epoch_stop:
             self.progress.position = self.plan.next_epoch(self.progress.position - 1)
         self._log_evaluate_save(rate)
         self.ended = self.events.control.should_training_stop or self.progress.position >= self.plan.steps
@@ -256,12 +258,14 @@ class TrainingLoop:
         if self.events.control.should_log and self.events.state.global_step > self.progress.logged:
             self._log_steps(rate)
         if self.events.control.should_evaluate:
-            is_best = self._evaluate()
-            if self.args.save_strategy == SaveStrategy.BEST:
-                self.events.control.should_save = is_best
+            kept = self.args.save_strategy == SaveStrategy.BEST or self.args.load_best_model_at_end
+            if self._evaluate() and kept:
+                self.events.control.should_save = True
+        self.events.agree()
         if self.events.control.should_save:
             self._save()
             self.events.tell("on_save")
+            self.events.agree()
 
     def _log_steps(self, rate: float) -> None:
         """The means over the steps since the last log."""
@@ -299,15 +303,15 @@ class TrainingLoop:
     def _save(self) -> None:
         """Publish a checkpoint of this step, and delete the oldest beyond save_total_limit."""
         random = self.processes.gather(RandomState.now())
-        if not self.processes.first:
-            return
         folder, state = Path(str(self.args.output_dir)), self.events.state
         target, best = (folder / f"checkpoint-{step}" for step in (state.global_step, state.best_global_step))
         if best.is_dir() or best == target:
             state.best_model_checkpoint = str(best)
+        if not self.processes.first:
+            return
         with storage.publish_folder(target) as staging:
             save_adapter(self.model, staging, self.args.adapter_name)
-            if not self.args.save_only_model:
+            if not self.args.save_only_model or self.events.signalled:  # or nobody could go on from it
                 write_saved(staging, Saved(self.optimization.state(), random, self.progress, self.bound))
             storage.write_json(staging / STATE, self.events.saved())
         remove_old(folder, self.args.save_total_limit, state.best_model_checkpoint)
@@ -321,8 +325,11 @@ class TrainingLoop:
                 hint="give the options and rows of then, or take its adapter with --adapter_name_or_path for a new run",
             )
         self._take_adapter(folder)
-        self.events.load(folder / STATE)
-        self.optimization.load(saved.optimization)
+        try:
+            self.events.load(folder / STATE)
+            self.optimization.load(saved.optimization)
+        except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{folder} cannot be read: {error!r}") from error
         self.progress, self.changes = saved.progress, self.bound.changes(saved.bound)
         if self.processes.rank < len(saved.random):
             return saved.random[self.processes.rank]

@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.optimization import Adafactor
+from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from qgraft.errors import OptionError
 from qgraft.training.gradients import Gradients
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ class Optimization:
             args.lr_scheduler_type, self.optimizer, num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=steps, scheduler_specific_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs),
         )  # fmt: skip
-        self.by_loss = not isinstance(self.schedule, LambdaLR)
+        self.by_loss = follows_loss(self.schedule)
         self.scaler = torch.amp.GradScaler("cuda") if args.fp16 else None
         self.norm = 0.0
         self._most = args.max_grad_norm
@@ -79,6 +81,10 @@ class Optimization:
     def load(self, saved: dict[str, Any]) -> None:
         """Go on from a state. The options stay those of now: a schedule that is a function of the step is computed anew."""
         groups = self.optimizer.state_dict()["param_groups"]
+        if self.by_loss:  # such a schedule has no other place for its rate
+            groups = [
+                {**now, "lr": then["lr"]} for now, then in zip(groups, saved["optimizer"]["param_groups"], strict=True)
+            ]
         self.optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         if self.scaler is not None and saved["scaler"] is not None:
             self.scaler.load_state_dict(saved["scaler"])
@@ -89,6 +95,26 @@ class Optimization:
             with warnings.catch_warnings():  # torch has not seen the optimizer step, and says so
                 warnings.simplefilter("ignore", UserWarning)
                 self.schedule.step()
+
+
+def check_optimization(args: "TrainArguments") -> None:
+    """Raise OptionError for an optimizer or a schedule that its options do not fit, before anything is loaded."""
+    parameter = nn.Parameter(torch.zeros(1, 1))
+    try:
+        trial = Optimization(args, [parameter], 10)
+        for _ in range(0 if trial.by_loss else 10):
+            trial.optimizer.step()
+            trial.schedule.step()
+    except (ValueError, TypeError, ZeroDivisionError, OverflowError) as error:
+        kind, schedule = OptimizerNames(args.optim).value, SchedulerType(args.lr_scheduler_type).value
+        raise OptionError(
+            f"optim={kind}, lr_scheduler_type={schedule}, lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}"
+        ) from error
+
+
+def follows_loss(schedule: Any) -> bool:
+    """Whether a schedule goes by the held-out loss, and is stepped only when that was measured."""
+    return not isinstance(schedule, LambdaLR)
 
 
 def _make_optimizer(args: "TrainArguments", parameters: Sequence[nn.Parameter]) -> Optimizer:

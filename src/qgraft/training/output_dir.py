@@ -16,8 +16,10 @@ def check_output_dir(args: TrainArguments) -> tuple[Path | None, list[str]]:
     Raises StorageError when the folder holds another run, CheckpointError when there is nothing to resume from.
     """
     folder = Path(str(args.output_dir))
-    if args.resume_from_checkpoint:
-        return _resume_point(folder, str(args.resume_from_checkpoint))
+    wanted = str(args.resume_from_checkpoint or "false")
+    resume, passed_over = (None, []) if wanted.lower() in ("false", "none", "0") else _resume_point(folder, wanted)
+    if resume is not None and resume.resolve().parent == folder.resolve():
+        return resume, passed_over
     if folder.exists() and not folder.is_dir():
         raise StorageError(f"output_dir {folder} is a file, expected a folder")
     earlier = [path for path in folder.iterdir() if not path.name.startswith(".")] if folder.is_dir() else []
@@ -26,7 +28,7 @@ def check_output_dir(args: TrainArguments) -> tuple[Path | None, list[str]]:
             f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
             hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
         )
-    return None, []
+    return resume, passed_over
 
 
 def clear_earlier_run(folder: Path) -> None:
@@ -40,7 +42,8 @@ def clear_earlier_run(folder: Path) -> None:
 def trim_log(log: Path, step: int) -> None:
     """Drop what an interrupted run logged after the checkpoint: those steps are taken again."""
     if log.is_file():
-        kept = [entry for entry in plots.read_metrics(log) if entry["step"] <= step]
+        entries = [entry for entry in plots.read_metrics(log) if entry.get("step", 0) <= step]
+        kept = [entry for entry in entries if "train_runtime" not in entry]
         storage.write_file(log, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from qgraft import plots, storage
 from qgraft.adapter_files.folder import save_adapter
@@ -38,11 +38,12 @@ from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
-from qgraft.training.checkpoints import Bound
+from qgraft.training.checkpoints import Bound, remove_later
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
 from qgraft.training.output_dir import check_output_dir, clear_earlier_run, trim_log
+from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
 from qgraft.training.trainer_options import check_evaluation, tracking_callbacks
@@ -151,6 +152,7 @@ def prepare(
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
     check_evaluation(args, eval_samples)
+    plan_of(args, len(samples), Processes.of(args).count)  # or an error, before anything is touched
     every = [*tracking_callbacks(args), *callbacks]
     if any(isinstance(each, EarlyStoppingCallback) for each in every):
         _settle_early_stopping(args)
@@ -205,8 +207,16 @@ class Run:
             processes=self.processes, alone=self._alone,
         )  # fmt: skip
         self.loop.start(prepared.resume)
+        step = self.loop.events.state.global_step
         if prepared.resume is not None and self.processes.first:  # it is known to go on
-            trim_log(prepared.folder / METRICS, self.loop.events.state.global_step)
+            prepared.folder.mkdir(parents=True, exist_ok=True)
+            trim_log(prepared.folder / METRICS, step)
+            if gone := remove_later(prepared.folder, step):
+                prepared.notes.append(f"goes on from step {step}: {', '.join(gone)} of later steps were deleted")
+        if step > self.loop.plan.steps:
+            prepared.notes.append(
+                f"the checkpoint is at step {step}, behind the end that is asked for: {self.loop.plan.steps}"
+            )
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
 
@@ -260,11 +270,15 @@ class Run:
         options = {name: getattr(getattr(args, name), "value", getattr(args, name)) for name in names}
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes.count
         adapter = describe_adapter(self.model, args.adapter_name)
+        by_loss = SchedulerType(args.lr_scheduler_type).value in ("reduce_lr_on_plateau", "greedy")
         base = base_of(self.model).info
         return {
             "base (fingerprint)": None if base is None else base.fingerprint,
             "samples of a step": size,
+            "steps of an epoch": plan_of(args, len(self.prepared.samples), self.processes.count).steps_per_epoch,
             "rows (SHA-256 of the samples)": samples_sha256(self.prepared.samples),
+            "held-out rows (SHA-256 of the samples)": samples_sha256(self.prepared.eval_samples),
+            **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
             **json.loads(json.dumps({**options, **{f"adapter: {key}": value for key, value in adapter.items()}})),
         }
 

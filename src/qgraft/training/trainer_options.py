@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any
 
-import torch
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
 from qgraft.errors import OptionError, UnsupportedError
@@ -233,18 +232,6 @@ def settle_strategies(args: Any, *, held_out: bool) -> None:
         args.eval_strategy = "epoch"
     if _plain(args.save_strategy) == "best" and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"
-
-
-def check_schedule(args: Any) -> None:
-    """Raise OptionError for a schedule that its options do not fit: without this it ends the run before its first step."""
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=args.learning_rate)
-    try:
-        get_scheduler(args.lr_scheduler_type, optimizer, 1, 10, scheduler_specific_kwargs=args.lr_scheduler_kwargs)
-    except (ValueError, TypeError) as error:
-        name = args.lr_scheduler_type.value
-        raise OptionError(
-            f"lr_scheduler_type={name}, lr_scheduler_kwargs={args.lr_scheduler_kwargs}: {error}"
-        ) from error
 
 
 def check_evaluation(args: Any, held_out: Sequence[object]) -> None:
