@@ -1,14 +1,17 @@
 """What a run can go on from, what it is bound to, and what may be changed."""
 
 import json
+import os
+import signal
 
 import pytest
 import safetensors.torch
 import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import qgraft
 from qgraft import storage
-from qgraft.errors import CheckpointError
+from qgraft.errors import CheckpointError, OptionError, StorageError
 from qgraft.training.checkpoints import Bound, checkpoints
 from qgraft.training.random_state import RandomState
 from qgraft.training.run import train
@@ -16,11 +19,11 @@ from qgraft.training.run import train
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(12)]
 
 
-def run(tiny_gguf, folder, rows=ROWS, kind="llama", **options):
+def run(tiny_gguf, folder, rows=ROWS, kind="llama", callbacks=(), **options):
     model, tokenizer = qgraft.load(tiny_gguf(kind).path)
     chosen = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 2, "logging_steps": 1, "use_cpu": True,
               "learning_rate": 1e-2, "r": 2, "plot_loss": False, **options}  # fmt: skip
-    return train(model, tokenizer, rows, qgraft.TrainArguments(output_dir=str(folder), **chosen))
+    return train(model, tokenizer, rows, qgraft.TrainArguments(output_dir=str(folder), **chosen), callbacks=callbacks)
 
 
 def rates(folder):
@@ -90,6 +93,105 @@ def test_the_training_loss_is_the_mean_over_all_steps_however_they_are_logged(lo
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == every.steps == 6
     assert some.metrics["train_loss"] == pytest.approx(sum(losses) / 6) == every.metrics["train_loss"]
+
+
+class StopAt(TrainerCallback):
+    """Ends a run as a signal does, after this step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1, "val_size": 4,
+           "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 10.0}}  # fmt: skip
+
+
+def test_a_schedule_that_follows_the_loss_goes_on_with_its_rate(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "whole", **PLATEAU)
+    run(tiny_gguf, tmp_path / "part", callbacks=[StopAt(2)], **PLATEAU)
+    run(tiny_gguf, tmp_path / "part", resume_from_checkpoint="true", **PLATEAU)
+    assert rates(tmp_path / "part") == rates(tmp_path / "whole")
+    ours, whole = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("part", "whole"))
+    assert ours == whole
+    with pytest.raises(CheckpointError, match="lr_scheduler_type: was reduce_lr_on_plateau, now None"):
+        run(tiny_gguf, tmp_path / "part", resume_from_checkpoint="true", **{**PLATEAU, "lr_scheduler_type": "linear",
+                                                                         "lr_scheduler_kwargs": None})  # fmt: skip
+
+
+def test_checkpoints_of_steps_that_are_taken_again_are_gone_and_said_to_be(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "out", save_total_limit=10)
+    report = run(tiny_gguf, tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"), save_steps=5,
+                 save_total_limit=10, callbacks=[StopAt(3)])  # fmt: skip
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-2", "checkpoint-3"]
+    assert any("checkpoint-4, checkpoint-6 of later steps were deleted" in note for note in report.notes)
+
+
+def test_another_runs_folder_is_not_gone_on_in(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "one")
+    run(tiny_gguf, tmp_path / "two", rows=ROWS[:8])
+    with pytest.raises(StorageError, match="two is not empty"):
+        run(tiny_gguf, tmp_path / "two", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    report = run(tiny_gguf, tmp_path / "new", resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-4"))
+    assert (
+        report.steps == 6
+        and (tmp_path / "new" / "adapter_model.safetensors").read_bytes()
+        == (tmp_path / "one" / "adapter_model.safetensors").read_bytes()
+    )
+
+
+@pytest.mark.parametrize("options", [{"save_strategy": "best", "learning_rate": 0.0}, {"save_total_limit": -1},
+                                     {"save_strategy": "no", "save_only_model": True}])  # fmt: skip
+def test_a_signal_always_leaves_a_checkpoint_to_go_on_from(options, tiny_gguf, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "val_size": 4, **options}
+    run(tiny_gguf, tmp_path / "out", callbacks=[StopAt(3)], **more)
+    assert checkpoints(tmp_path / "out")[-1].name == "checkpoint-3"
+    assert run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true", **more).finished
+
+
+def test_the_best_is_kept_although_it_lies_between_two_saves(tiny_gguf, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 3, "val_size": 4, "load_best_model_at_end": True}
+    report = run(tiny_gguf, tmp_path / "out", learning_rate=0.5, **more)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line and line["step"]]
+    assert report.metrics["eval_loss"] == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_options_that_are_wrong_delete_nothing(tiny_gguf, tmp_path):
+    run(tiny_gguf, tmp_path / "out")
+    before = sorted(path for path in (tmp_path / "out").rglob("*"))
+    wrong = ({"adam_beta1": 1.5}, {"gradient_accumulation_steps": 0}, {"seed": -1}, {"num_train_epochs": 0},
+             {"learning_rate": float("nan")}, {"label_smoothing_factor": 2.0}, {"weight_decay": -1.0},
+             {"dataloader_drop_last": True, "per_device_train_batch_size": 64})  # fmt: skip
+    for options in wrong:
+        with pytest.raises(OptionError):
+            run(tiny_gguf, tmp_path / "out", overwrite_output_dir=True, **options)
+    assert sorted(path for path in (tmp_path / "out").rglob("*")) == before
+
+
+def test_two_callbacks_of_one_class_keep_their_own_states(tiny_gguf, tmp_path):
+    def both():
+        return [EarlyStoppingCallback(5, 0.0), EarlyStoppingCallback(8, 100.0)]
+
+    more = {"eval_strategy": "steps", "eval_steps": 1, "val_size": 4, "num_train_epochs": 6}
+    whole = run(tiny_gguf, tmp_path / "whole", callbacks=both(), **more)
+    run(tiny_gguf, tmp_path / "part", callbacks=[*both(), StopAt(6)], **more)
+    again = run(tiny_gguf, tmp_path / "part", callbacks=both(), resume_from_checkpoint="true", **more)
+    assert again.steps == whole.steps == 9
+
+
+@pytest.mark.parametrize("content", [b"not json", b'{"no_such_field": 1}'])
+def test_a_state_of_another_kind_is_refused_in_words(content, tiny_gguf, stopped):
+    newest = checkpoints(stopped)[-1]
+    (newest / "trainer_state.json").write_bytes(content)
+    listed = json.loads((newest / "manifest.json").read_text())
+    listed["files"]["trainer_state.json"] = storage.describe_file(newest / "trainer_state.json")
+    (newest / "manifest.json").write_text(json.dumps(listed))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        run(tiny_gguf, stopped, resume_from_checkpoint="true")
 
 
 def test_a_checkpoint_of_another_loop_is_refused_in_words(tiny_gguf, stopped):
