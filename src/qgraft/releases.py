@@ -47,7 +47,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.integrations": "get_reporting_integration_callbacks(report_to)",
     "transformers.optimization": "Adafactor",
     "transformers.trainer_callback": "DefaultFlowCallback ExportableState.state",
-    "transformers.trainer_utils": "IntervalStrategy SaveStrategy",
+    "transformers.trainer_utils": "IntervalStrategy SaveStrategy SchedulerType",
     "transformers.training_args": "OptimizerNames",
     "transformers.utils": "PaddingStrategy can_return_tuple",
     "transformers.utils.generic": "merge_with_config_defaults",
