@@ -127,10 +127,13 @@ def read_saved(folder: Path) -> Saved:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint folders in `folder`, oldest step first."""
-    found = [
+    return [path for _, path in _by_step(folder)]
+
+
+def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    return sorted(
         (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    ]
-    return [path for _, path in sorted(found)]
+    )
 
 
 def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
@@ -162,7 +165,7 @@ def check_resumable(path: Path) -> None:
 
 def remove_later(folder: Path, step: int) -> list[str]:
     """Delete the checkpoints of steps that are taken again, behind `step`; returns their names."""
-    later = [path for path in checkpoints(folder) if int(path.name.rpartition("-")[2]) > step]
+    later = [path for number, path in _by_step(folder) if number > step]
     for path in later:
         storage.remove_folder(path)
     return [path.name for path in later]

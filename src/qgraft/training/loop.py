@@ -100,12 +100,16 @@ class TrainingLoop:
         """All steps, from the first or from those that the checkpoint `resume` had taken."""
         try:
             self.start(resume)
-            while not self.ended:
-                self.learn(self.begin_step())
-                self.end_step()
+            self.take_steps()
             self.finish()
         finally:
             self.close()
+
+    def take_steps(self) -> None:
+        """Those that are left, one after another."""
+        while not self.ended:
+            self.learn(self.begin_step())
+            self.end_step()
 
     # --- from start to finish
 
@@ -333,9 +337,8 @@ class TrainingLoop:
         self.progress, self.changes = saved.progress, self.bound.changes(saved.bound)
         if self.processes.rank < len(saved.random):
             return saved.random[self.processes.rank]
-        set_seed(
-            (self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32
-        )  # one process more than then
+        # one process more than then
+        set_seed((self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32)
         return None
 
     def _take_adapter(self, folder: Path) -> None:

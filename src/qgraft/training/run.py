@@ -35,7 +35,7 @@ from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.limits import sample_limit
 from qgraft.sizes import peak_memory_bytes
-from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, prepare_adapter
+from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import Bound, remove_later
@@ -110,9 +110,7 @@ def train(
         try:
             with passes(model, prepared, console) as (tokens, estimated):
                 run.start(tokens, estimated)
-                while not run.loop.ended:
-                    run.loop.learn(run.loop.begin_step())
-                    run.loop.end_step()
+                run.loop.take_steps()
                 return run.finish()
         finally:
             run.close()
@@ -190,11 +188,9 @@ class Run:
         self._estimated, self._before = estimated, None
         bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
         self.processes.check_same(bound.fixed)
-        if (
-            prepared.resume is None and self.processes.first
-        ):  # only now, when nothing that is given can be wrong any more
-            clear_earlier_run(prepared.folder)
         if prepared.resume is None:
+            if self.processes.first:  # only now, when nothing that is given can be wrong any more
+                clear_earlier_run(prepared.folder)
             with self._alone():
                 self._before = held_out_loss(self.model, args, prepared.eval_samples, self.processes)
         if self._before is not None and self.processes.first:
@@ -297,7 +293,6 @@ def passes(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
     args, samples, notes = prepared.args, prepared.samples, prepared.notes
-    prepare_adapter(model, args)
     with (
         computing(model, args.compute),
         padding_free(model, samples) as problem,
