@@ -13,10 +13,17 @@
 
 Every message names the thing, says what was got and what was expected, and may end in a `hint:`. The command line
 prints these without a traceback; anything else that escapes is a bug of ours.
+
+Who reads a hint has either given flags or written Python, and is told what to give in those words: `option` names an
+option of both, `worded` is for what the two call by different names. Which of them is spoken is a matter of the process:
+`flags_spoken` surrounds the command line, everywhere else it is Python.
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+_flags = False
 
 
 class QgraftError(Exception):
@@ -66,6 +73,28 @@ class MergeError(QgraftError):
     def __init__(self, message: str, *, hint: str | None = None, report: object = None) -> None:
         super().__init__(message, hint=hint)
         self.report = report
+
+
+@contextmanager
+def flags_spoken() -> Iterator[None]:
+    """Within the block messages name options as the command line takes them."""
+    global _flags
+    before, _flags = _flags, True
+    try:
+        yield
+    finally:
+        _flags = before
+
+
+def worded(*, flags: str, python: str) -> str:
+    """What to tell the caller: `flags` on the command line, `python` elsewhere."""
+    return flags if _flags else python
+
+
+def option(name: str, value: object = True) -> str:
+    """An option as the caller would write it: `--max_length 512` or `max_length=512`, `--force` or `force=True`."""
+    flag = f"--{name}" if value is True else f"--{name} {str(value).lower() if isinstance(value, bool) else value}"
+    return worded(flags=flag, python=f"{name}={value!r}")
 
 
 def near_match(name: str, known: Iterable[str]) -> str | None:

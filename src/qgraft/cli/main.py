@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from qgraft.errors import OptionError, QgraftError, near_match
+from qgraft.errors import OptionError, QgraftError, flags_spoken, near_match
 
 COMMANDS = {
     "demo": "see it work: tune a real 4-bit model to a new identity",
@@ -46,7 +46,8 @@ def main(words: Sequence[str]) -> int:
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
     try:
-        return _dispatch(words)
+        with flags_spoken():
+            return _dispatch(words)
     except QgraftError as error:
         if debug:
             raise
