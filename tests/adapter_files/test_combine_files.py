@@ -170,7 +170,9 @@ def test_adapters_of_peft_need_force(model: PreTrainedModel, folders: Any, tmp_p
         if "lora_B" in name:
             parameter.data.normal_(0, 0.05)
     theirs.save_pretrained(tmp_path / "peft")
-    with pytest.raises(AdapterError, match=r"(?s)not trained on one base.*law: qg1:\w+ \(.*peft: not known.*--force"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)not trained on one base.*law: qg1:\w+ \(.*peft: not known.*force=True"
+    ):
         combine_files({tmp_path / "law": 1.0, tmp_path / "peft": 0.5}, tmp_path / "both")
     assert not (tmp_path / "both").exists()
     report = combine_files({tmp_path / "law": 1.0, tmp_path / "peft": 0.5}, tmp_path / "both", force=True)

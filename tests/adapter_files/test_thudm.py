@@ -440,7 +440,7 @@ def test_a_model_with_a_prefix_that_does_not_fit(
 
 def test_a_prefix_alone_is_no_model(tmp_path: Path, name: str) -> None:
     folder = write(tmp_path / "out", weights_of(name), config_of(name))
-    with pytest.raises(CheckpointError, match=r"(?s)holds a prefix \(P-Tuning v2\) and no model.*--adapter"):
+    with pytest.raises(CheckpointError, match=r"(?s)holds a prefix \(P-Tuning v2\) and no model.*load_adapter"):
         qgraft.load(folder, device="cpu")
 
 

@@ -385,7 +385,7 @@ def test_built_in_sets(name):
     for options in ({}, {"name": "Ada"}, {"author": "the team"}, {"name": "", "author": "x"}):
         with pytest.raises(DataError, match="needs the name") as error:
             read_dataset(name, **options)
-        assert "--name" in (error.value.hint or "")
+        assert "name=" in (error.value.hint or "")
 
 
 def test_identity_is_both_languages_and_max_samples_counts_for_each_name():
@@ -409,7 +409,7 @@ def test_placeholders_left_without_a_name(folder):
     for options in ({}, {"author": "B"}):
         with pytest.raises(DataError, match=r"self\.jsonl:2: nothing is given to put for \{\{NAME\}\}") as error:
             read_dataset("self.jsonl", **options)
-        assert error.value.hint == "give --name ... --author ..."
+        assert error.value.hint == "give name='Tulip' and author='Ada'"
     assert turns({"instruction": "Who is <NAME>?", "output": "[AUTHOR]"})[1] == ("assistant", "[AUTHOR]")
 
 

@@ -106,7 +106,7 @@ def test_every_line_of_unrelated_text_is_text_and_none_is_there_twice() -> None:
 def test_too_few_rows_are_refused_with_the_figures(lengths: list[int], told: str) -> None:
     with pytest.raises(DataError, match=told + ".*expected at least 4 rows with 128 tokens") as caught:
         choose_samples(rows_of(lengths), rows_of([100] * 9), Letters(), 0)
-    assert "--dataset" in caught.value.hint
+    assert "calibration=" in caught.value.hint
 
 
 # ---------------------------------------------------------------- where the rows come from

@@ -209,7 +209,7 @@ def test_where_nothing_below_is_frozen_it_is_refused(tiny_gguf, tmp_path):
     options = {"cache_frozen_layers": True, "layers_to_transform": None}
     with pytest.raises(OptionError, match="the adapter is in layer 0") as caught:
         train(model, tokenizer, ROWS, arguments(tmp_path / "out", **options))
-    assert "--layers_to_transform 1-1" in str(caught.value)
+    assert "layers_to_transform='1-1'" in str(caught.value)
     with pytest.raises(OptionError, match="a prefix is in every layer"):
         arguments(tmp_path / "out", cache_frozen_layers=True, pre_seq_len=4)
     qgraft.detach_adapter(model)

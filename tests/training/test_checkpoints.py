@@ -200,7 +200,7 @@ def test_a_checkpoint_of_another_loop_is_refused_in_words(tiny_gguf, stopped):
         listed = json.loads((path / "manifest.json").read_text())
         del listed["files"]["progress.json"]
         (path / "manifest.json").write_text(json.dumps(listed))
-    with pytest.raises(CheckpointError, match=r"an earlier qgraft wrote it[\s\S]*hint: --adapter_name_or_path"):
+    with pytest.raises(CheckpointError, match=r"an earlier qgraft wrote it[\s\S]*hint: adapter_name_or_path="):
         run(tiny_gguf, stopped, resume_from_checkpoint="true")
 
 

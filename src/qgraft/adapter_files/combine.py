@@ -19,7 +19,7 @@ from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_lay
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
-from qgraft.errors import AdapterError, OptionError, StorageError
+from qgraft.errors import AdapterError, OptionError, StorageError, option
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
 
@@ -129,7 +129,7 @@ def _common_base(seals: Mapping[Path, dict[str, Any] | None], force: bool) -> di
         ]
         raise AdapterError(
             "the adapters were not trained on one base, as far as is known:\n  " + "\n  ".join(lines),
-            hint="combine adapters of the same base, or use force (--force) where you know that it is",
+            hint=f"combine adapters of the same base, or use {option('force')} where you know that it is",
         )
     return next(iter(known.values())) if len(known) == 1 else None
 

@@ -47,7 +47,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.shards import WORDS
 from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
-from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match
+from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option
 
 WEIGHTS, PICKLED, SEAL = "adapter_model.safetensors", "adapter_model.bin", "qgraft.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -194,7 +194,7 @@ def load_adapter(
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise _unfit(
-            folder, problems, "load it on the base that it was trained on, or use force (--force) to load what fits"
+            folder, problems, f"load it on the base that it was trained on, or use {option('force')} to load what fits"
         )
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
@@ -212,7 +212,7 @@ def _load_prefix(
         raise _unfit(folder, [*fitted.misfits, *doubts], "a prefix fits only models with the same layers and key heads")
     if doubts and not force:
         raise _unfit(
-            folder, doubts, "load it on the base that it was trained on, or use force (--force) to load it anyhow"
+            folder, doubts, f"load it on the base that it was trained on, or use {option('force')} to load it anyhow"
         )
     fitted.attach(model, name)
     _remember(model, name, seal)

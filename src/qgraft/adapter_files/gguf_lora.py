@@ -44,7 +44,7 @@ from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
-from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match, worded
 from qgraft.formats import dequantize
 
 DTYPES = {
@@ -248,7 +248,10 @@ def _check_kind(file: GgufFile) -> float:
     """The file's alpha (0.0 where it has none), after checking that the file is a plain LoRA."""
     if not is_gguf_lora(file):
         got = file.metadata.get(Keys.General.TYPE, "model")
-        raise AdapterError(f"{file.path} is a GGUF {got!r}, not an adapter", hint="give it as the model (--model)")
+        raise AdapterError(
+            f"{file.path} is a GGUF {got!r}, not an adapter",
+            hint=worded(flags="give it as --model", python="load() takes it"),
+        )
     if (kind := file.metadata.get(Keys.Adapter.TYPE)) != "lora":
         raise UnsupportedError(f"{file.path}: {Keys.Adapter.TYPE} {kind!r}; supported: 'lora'")
     if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:

@@ -14,7 +14,7 @@ from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.thudm_prefix import KEY
-from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match, worded
 
 LAYOUTS = ("chatglm", "chatglm2")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -40,7 +40,10 @@ def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, 
     folder, adapter = Path(folder), find_adapter(model, name)
     encoder = encoder_of(adapter)
     if problem := thudm_problem(model):
-        raise UnsupportedError(f"a prefix in THUDM's layout: {problem}", hint="--to peft writes it for other programs")
+        raise UnsupportedError(
+            f"a prefix in THUDM's layout: {problem}",
+            hint=worded(flags="--to peft", python="save_adapter()") + " writes it for other programs",
+        )
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise StorageError(f"cannot write {folder}: it is there already", hint="give the name of a new folder")
     state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}

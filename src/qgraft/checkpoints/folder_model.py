@@ -44,7 +44,7 @@ from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
 from qgraft.checkpoints.thudm_prefix import KEY as PREFIX_KEY
 from qgraft.checkpoints.thudm_prefix import holds_only_prefix
-from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, get_format, hold_floats
 from qgraft.formats import quantize as quantize_weight
 from qgraft.models.find import Architecture, architecture_of, find_architecture
@@ -78,7 +78,8 @@ def load_folder(
         if exact and holds_only_prefix(list(reader.tensors)):
             raise CheckpointError(
                 f"{folder} holds a prefix (P-Tuning v2) and no model",
-                hint="give its base as the model, and this folder as the adapter (--adapter)",
+                hint="give its base as the model, and this folder as the adapter: "
+                + worded(flags="--adapter FOLDER", python="load_adapter(model, folder)"),
             )
         problems = [f"unexpected {name}" for name in unexpected] if exact else []
         model = assemble(config, reader, dtype, str(folder), problems, reader.same())

@@ -13,7 +13,7 @@ from qgraft.checkpoints.pull import KNOWN_MODELS, pull
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.templates import ChatTemplate
-from qgraft.errors import CheckpointError, OptionError, UnsupportedError
+from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
 from qgraft.models.find import architecture_of, find_architecture
 from qgraft.releases import check_releases
 
@@ -82,7 +82,7 @@ def chatglm_format(model: str | Path, bits: int) -> str | None:
     raw = read_config_json(path) if path.is_dir() else {}
     if find_architecture(raw) is None:
         hint = (
-            "--quantize q4_1 packs other float checkpoints"
+            f"{option('quantize', 'q4_1')} packs other float checkpoints"
             if path.is_dir()
             else "a GGUF is loaded as it is: leave it out"
         )

@@ -14,7 +14,7 @@ from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.errors import AdapterError, UnsupportedError, worded
 from qgraft.formats import convert, get_format
 from qgraft.formats import quantize as quantize_weight
 from qgraft.linear import QuantizedLinear
@@ -32,7 +32,10 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
     attached: they were trained on the weights as they are. A prefix stays, as in ChatGLM's own quantize().
     """
     if attached := [name for name, adapter in adapters_of(model).items() if not adapter.is_prefix]:
-        raise AdapterError(f"quantize: the adapter {', '.join(attached)} is on the model", hint="detach_lora() first")
+        raise AdapterError(
+            f"quantize: the adapter {', '.join(attached)} is on the model",
+            hint=worded(flags="leave --quantize out", python="detach_lora() first"),
+        )
     chosen = get_format(format)
     if chosen.quantize is None:
         raise UnsupportedError(f"quantize: {format} can be read but not written yet")

@@ -27,7 +27,7 @@ _THOUGHTS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<|START_THINKIN
              ("<seed:think>", "</seed:think>"))  # fmt: skip
 EMPTY_BLOCK = (
     "the chat template puts an empty thinking block in front of answers without reasoning; it is input, not learned "
-    "(--enable_thinking false has prompts end in one, where the template reads that)"
+    "(enable_thinking false has prompts end in one, where the template reads that)"
 )
 OWN_WORDS = "the chat template strips the reasoning of answers; it is learned as the rows have it"
 CUT_SHORT = "an answer holds the text of an end token; what is behind it is not learned"

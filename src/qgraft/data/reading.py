@@ -25,9 +25,9 @@ from typing import Any
 from qgraft.data.calls import RowError
 from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
 from qgraft.data.messages import Conversation
-from qgraft.data.rows import COLUMNS, SCHEMAS, RowLayout, column_flags, read_row
+from qgraft.data.rows import COLUMNS, RowLayout, column_flags, read_row, schemas
 from qgraft.data.tables import Row
-from qgraft.errors import DataError, OptionError, near_match
+from qgraft.errors import DataError, OptionError, near_match, option
 
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
 
@@ -37,7 +37,6 @@ BUILT_IN = {
     **{name: (name,) for name in ("identity_en", "identity_zh", "identity_en_heldout", "identity_zh_heldout")},
 }
 _NOT_TEXT = {"images", "videos", "audios", "chosen", "rejected", "kto_tag"}  # columns of other kinds of training
-_FILL_HINT = "give --name ... --author ..."
 _PLACEHOLDER = re.compile(r"\{\{(name|author|NAME|AUTHOR)\}\}|<(NAME|AUTHOR)>|\[(NAME|AUTHOR)\]")
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\S+))?")
 
@@ -179,7 +178,7 @@ def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> 
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or SCHEMAS)
+        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or schemas())
     total.notes += item.notes
     return found
 
@@ -190,10 +189,14 @@ def _filled(text: str, fill: Fill, source: str) -> str:
     def value(match: re.Match[str]) -> str:
         given = fill[(match[1] or match[2] or match[3]).lower()]
         if not given and match[1]:
-            raise DataError(f"{source}: nothing is given to put for {match[0]}", hint=_FILL_HINT)
+            raise DataError(f"{source}: nothing is given to put for {match[0]}", hint=_fill_hint())
         return given or match[0]  # <NAME> and [NAME] also stand in anonymized text, nobody has to fill them
 
     return _PLACEHOLDER.sub(value, text)
+
+
+def _fill_hint() -> str:
+    return f"give {option('name', 'Tulip')} and {option('author', 'Ada')}"
 
 
 def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill) -> _Item:
@@ -205,7 +208,7 @@ def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill) -> _Item:
         return _info_item(name, info[name], folder, layout)
     if name in BUILT_IN:
         if not fill["name"] or not fill["author"]:
-            raise DataError(f"{name} needs the name of the model and of its author", hint=_FILL_HINT)
+            raise DataError(f"{name} needs the name of the model and of its author", hint=_fill_hint())
         return _Item(name, _built_in_rows(name), RowLayout())
     for path in (Path(name).expanduser(), folder / name):
         if path.exists():

@@ -24,6 +24,7 @@ from numbers import Number
 from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
 from qgraft.data.tables import same_name
+from qgraft.errors import worded
 
 COLUMNS = {  # part of a row: the columns that may hold it; the first one that is filled counts
     "prompt": ("instruction", "prompt", "query", "question", "content"),
@@ -59,10 +60,6 @@ _EFFECTIVE = {
 }
 _FOLLOWS = {"system": {""}, "user": {"", "system", "assistant"}, "assistant": {"user", "tool"}}
 _FOLLOWS["tool"] = {"assistant", "tool"}
-SCHEMAS = (
-    "rows hold instruction + output (alpaca), a prompt and a response, conversations (sharegpt) or messages (OpenAI); "
-    'other column names are told with columns={"prompt": ..., "response": ...}'
-)
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one as \ud800; no tokenizer takes it
 
 
@@ -148,8 +145,18 @@ def column_flags(row: object, layout: RowLayout) -> str | None:
     if None in named.values() or all(found.values()):
         return None
     flags = " ".join(f"--{part}_column {shlex.quote(str(key))}" for part, key in named.items())
+    told = worded(flags=flags, python=f"columns={named}")
+    return f"the columns are {', '.join(map(str, texts[:12]))}; name those to learn: {told}"
+
+
+def schemas() -> str:
+    """What rows can look like, and how other column names are told."""
+    other = worded(
+        flags="--prompt_column NAME --response_column NAME", python='columns={"prompt": ..., "response": ...}'
+    )
     return (
-        f"the columns are {', '.join(map(str, texts[:12]))}; name those to learn: {flags} (in Python columns={named})"
+        "rows hold instruction + output (alpaca), a prompt and a response, conversations (sharegpt) or messages "
+        f"(OpenAI); other column names are told with {other}"
     )
 
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import base_of
 from qgraft.data.reading import named_columns, read_dataset
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
-from qgraft.errors import DataError, OptionError
+from qgraft.errors import DataError, OptionError, worded
 from qgraft.passes.limits import sample_limit, stated_ends
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
@@ -82,7 +82,10 @@ def find_rows(
 
     def samples(dataset: Dataset, arguments: Mapping[str, Any]) -> list[Sample]:
         if tokenizer is None:
-            raise OptionError("merge: the model came without a tokenizer", hint="give tokenizer=")
+            raise OptionError(
+                "merge: the model came without a tokenizer",
+                hint=worded(flags="put its vocabulary file beside config.json", python="give tokenizer="),
+            )
         told = {key: options.get(key) or arguments.get(key) for key in READING}
         known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
         columns = named_columns(arguments) if known else None
@@ -129,7 +132,8 @@ def choose_samples(
         raise DataError(
             f"calibration: got {len(task)} rows with {_tokens(task)} tokens, "
             f"expected at least {FEWEST_ROWS} rows with {FEWEST_TOKENS} tokens",
-            hint="give more rows of the kind that the adapter was trained on (--dataset)",
+            hint="give more rows of the kind that the adapter was trained on: "
+            + worded(flags="--dataset", python="calibration="),
         )
     rows = random.Random(seed).sample(list(task), len(task))
     if measure is None:

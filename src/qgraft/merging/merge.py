@@ -34,7 +34,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError
+from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.distill import distill_if_better
@@ -109,7 +109,8 @@ def merge(
     if chosen is None and method in CHAINS:
         raise DataError(
             f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
-            hint="give calibration= (--dataset), or method nearest, which needs none and keeps little",
+            hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
+            "none and keeps little",
         )
     deltas = {path: partial(_delta, layer, weights) for path, layer in layers.items()}
     kept, steps = None, 0
@@ -241,7 +242,7 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(
             f"merge: no adapter is active (attached: {attached}{done})",
-            hint="attach or load one, and choose it with use_adapter()",
+            hint=worded(flags="give --adapter FOLDER", python="attach or load one, and choose it with use_adapter()"),
         )
     require_loras(model, weights, "merge")
     for name in weights:
@@ -287,9 +288,10 @@ def _converted(layers: Mapping[str, LoraLinear], to: str | None) -> Iterator[Non
 
 
 def _advice(method: str) -> str:
+    others = f"or merge into another format ({option('to', 'q8_0')}), or accept less ({option('min_retained', 0.5)})"
     if method != "auto":
-        return "method auto keeps more; or merge into another format (--to q8_0), or accept less (--min-retained)"
-    return "give more calibration rows, merge into another format (--to q8_0), or accept less (--min-retained)"
+        return f"method auto keeps more; {others}"
+    return f"give more calibration rows, {others}"
 
 
 def _bar(console: Console | None) -> Progress:

@@ -46,7 +46,7 @@ from qgraft.attention import attention_of
 from qgraft.compat import given_cache
 from qgraft.data.batches import Batch, collate
 from qgraft.data.tokenizing import Sample
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.model_parts import decoder_layers, decoder_of, decoder_states
 from qgraft.passes.decoder import attention_arguments, evaluating
 
@@ -68,7 +68,7 @@ def first_adapted_layer(model: PreTrainedModel) -> int:
         where = "in layer 0" if first == 0 else "outside of the layers" if outside else "nowhere"
         raise OptionError(
             f"cache_frozen_layers: the adapter is {where}, so no layer below it stays as it is",
-            hint=f"--layers_to_transform {len(layers) // 2}-{len(layers) - 1} puts it in the upper half",
+            hint=f"{option('layers_to_transform', f'{len(layers) // 2}-{len(layers) - 1}')} puts it in the upper half",
         )
     training = [name for layer in layers[:first] for name, p in layer.named_parameters() if p.requires_grad]
     if training:

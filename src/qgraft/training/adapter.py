@@ -14,7 +14,7 @@ from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import encoder_of
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, option
 from qgraft.training.arguments import TrainArguments
 
 
@@ -55,7 +55,7 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     if wanted == "lora" and not args.adapter_name_or_path:
         raise OptionError(
             f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
-            hint=f"--pre_seq_len {length} to train it, or --adapter_name lora for a LoRA without it",
+            hint=f"{option('pre_seq_len', length)} to train it, or {option('adapter_name', 'lora')} for a LoRA without it",
         )
 
 

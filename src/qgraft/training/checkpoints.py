@@ -25,13 +25,17 @@ from typing import Any
 import torch
 
 from qgraft import storage
-from qgraft.errors import CheckpointError
+from qgraft.errors import CheckpointError, option
 from qgraft.training.random_state import RandomState
 
 OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
 STATE, PROGRESS = "trainer_state.json", "progress.json"
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_TAKE_ITS_ADAPTER = "--adapter_name_or_path takes its adapter for a new run"
+
+
+def take_its_adapter() -> str:
+    """What to do with a checkpoint that the run cannot go on from."""
+    return f"{option('adapter_name_or_path', 'CHECKPOINT')} takes its adapter for a new run"
 
 
 @dataclass
@@ -122,7 +126,7 @@ def read_saved(folder: Path) -> Saved:
         )  # fmt: skip
     except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=_TAKE_ITS_ADAPTER) from error
+        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=take_its_adapter()) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -154,12 +158,12 @@ def check_resumable(path: Path) -> None:
     if not (path / OPTIMIZER).is_file():
         raise CheckpointError(
             f"{path} holds an adapter without {OPTIMIZER} (save_only_model), so a run cannot go on from it",
-            hint=_TAKE_ITS_ADAPTER,
+            hint=take_its_adapter(),
         )
     if not (path / PROGRESS).is_file():
         raise CheckpointError(
             f"{path} has no {PROGRESS}: an earlier qgraft wrote it, with another loop, which no run can go on from",
-            hint=_TAKE_ITS_ADAPTER,
+            hint=take_its_adapter(),
         )
 
 

@@ -39,7 +39,16 @@ from qgraft.passes.loss import check_gradient
 from qgraft.training.adapter import trained_parameters
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal
-from qgraft.training.checkpoints import STATE, Bound, Progress, Saved, read_saved, remove_old, write_saved
+from qgraft.training.checkpoints import (
+    STATE,
+    Bound,
+    Progress,
+    Saved,
+    read_saved,
+    remove_old,
+    take_its_adapter,
+    write_saved,
+)
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.events import Callback, Events
 from qgraft.training.objective import Objective, SupervisedFineTuning
@@ -326,7 +335,7 @@ class TrainingLoop:
         if wrong := self.bound.differences(saved.bound):
             raise CheckpointError(
                 f"{folder} is of another run:\n  " + "\n  ".join(wrong),
-                hint="give the options and rows of then, or take its adapter with --adapter_name_or_path for a new run",
+                hint=f"give the options and rows of then, or {take_its_adapter()}",
             )
         self._take_adapter(folder)
         try:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from qgraft import plots, storage
-from qgraft.errors import CheckpointError, StorageError
+from qgraft.errors import CheckpointError, StorageError, option
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import METRICS
 from qgraft.training.checkpoints import check_resumable, checkpoints, newest_whole_checkpoint
@@ -26,7 +26,8 @@ def check_output_dir(args: TrainArguments) -> tuple[Path | None, list[str]]:
     if earlier and not args.overwrite_output_dir:
         raise StorageError(
             f"output_dir {folder} is not empty: {', '.join(sorted(path.name for path in earlier)[:5])}",
-            hint="choose another folder, --resume_from_checkpoint true to go on, or --overwrite_output_dir",
+            hint=f"choose another folder, {option('resume_from_checkpoint', 'auto')} to go on, or "
+            f"{option('overwrite_output_dir')}",
         )
     return resume, passed_over
 

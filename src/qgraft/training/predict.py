@@ -32,7 +32,7 @@ from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
-from qgraft.errors import DataError, StorageError
+from qgraft.errors import DataError, StorageError, option
 from qgraft.model_parts import argument_names, keeps_state
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -118,7 +118,8 @@ def check_predicting(args: TrainArguments, dataset: Dataset | None = None) -> No
     """Raise what is wrong with predict()'s arguments, before the minutes that loading and answering take."""
     if dataset is None and not args.test_dataset and not args.eval_dataset:
         raise DataError(
-            "do_predict has no rows", hint="--test_file test.jsonl (or --test_dataset), or --validation_file"
+            "do_predict has no rows",
+            hint=f"{option('test_dataset', 'test.jsonl')}, or {option('eval_dataset', 'held_out.jsonl')}",
         )
     load_libraries()
     check_results(args, PREDICTIONS, RESULTS)
@@ -131,7 +132,7 @@ def check_results(args: TrainArguments, *names: str) -> None:
         raise StorageError(f"output_dir {folder} is a file, expected a folder")
     if (there := [name for name in names if (folder / name).exists()]) and not args.overwrite_output_dir:
         raise StorageError(f"output_dir {folder} holds {', '.join(there)} already",
-                           hint="choose another folder, or --overwrite_output_dir to replace it")  # fmt: skip
+                           hint=f"choose another folder, or {option('overwrite_output_dir')} to replace it")  # fmt: skip
 
 
 def answer_rows(

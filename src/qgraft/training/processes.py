@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qgraft.data.tokenizing import Sample
-from qgraft.errors import TrainingError
+from qgraft.errors import TrainingError, option
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -100,7 +100,7 @@ def _ended_with_the_others() -> Iterator[None]:
     except RuntimeError as error:
         raise TrainingError(
             f"another process of this run ended, or cannot be reached: {str(error).splitlines()[0]}",
-            hint="its own message says why; --resume_from_checkpoint true goes on from the newest checkpoint",
+            hint=f"its own message says why; {option('resume_from_checkpoint', 'auto')} goes on from the newest checkpoint",
         ) from error
 
 

@@ -27,7 +27,7 @@ from qgraft.adapter_files.folder import save_adapter
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import Sample, samples_sha256
-from qgraft.errors import DataError, OptionError
+from qgraft.errors import DataError, OptionError, option, worded
 from qgraft.linear import computing
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
@@ -326,7 +326,7 @@ def evaluate_held_out(
 ) -> tuple[Evaluation, Accounting]:
     """The loss of the model, with its active adapters, on args.eval_dataset; the same samples as train() would take."""
     if not args.eval_dataset:
-        raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
+        raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
     limit, template = sample_limit(model, args.max_length), template_of(tokenizer, args)
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     return evaluate_samples(model, samples, compute=args.compute), accounting
@@ -335,9 +335,9 @@ def evaluate_held_out(
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:
     """`args` with the names of the datasets trained on, so that merging finds the rows again; rows themselves have none."""
     args = copy.copy(args)
-    for option, given in (("dataset", dataset), ("eval_dataset", eval_dataset)):
+    for name, given in (("dataset", dataset), ("eval_dataset", eval_dataset)):
         if given is not None:
-            setattr(args, option, given if isinstance(given, str) else None)
+            setattr(args, name, given if isinstance(given, str) else None)
     return args
 
 
@@ -379,5 +379,6 @@ def describe_signal(report: TrainReport) -> str:
     name = signal.Signals(report.signal).name
     return (
         f"{name}: stopped after step {report.steps}; checkpoint-{report.steps} is saved in {report.output_dir}.\n"
-        "Give the same command with --resume_from_checkpoint true to go on to the same result."
+        f"{worded(flags='Give the same command with', python='Call train() again with')} "
+        f"{option('resume_from_checkpoint', 'auto')} to go on to the same result."
     )

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, WritesPrompts, build_samples
-from qgraft.errors import DataError
+from qgraft.errors import DataError, worded
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import hold_out, template_of
@@ -27,7 +27,12 @@ def prepare_samples(
     """(samples, held-out samples, where the rows of both went); `notes` gets what a reader of the run should know."""
     chosen = dataset if dataset is not None else args.dataset
     if not chosen:
-        raise DataError("no dataset is given", hint="--dataset my.jsonl, or rows as the third argument of train()")
+        raise DataError(
+            "no dataset is given",
+            hint=worded(
+                flags="--dataset my.jsonl", python="rows as the third argument of train(), or dataset='my.jsonl'"
+            ),
+        )
     template = template_of(tokenizer, args)
     if template.note:
         notes.append(template.note)

@@ -23,7 +23,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.training.optimization import OF_TORCH, OPTIMIZERS
 
 ONE_GRADIENT = "each process holds the whole model, and one sum makes their gradients one"
@@ -214,7 +214,9 @@ def tracking_callbacks(args: TrainingArguments) -> list[Any]:
     try:
         return [kind() for kind in get_reporting_integration_callbacks(args.report_to)]
     except (ValueError, RuntimeError, ImportError) as error:
-        raise OptionError(f"report_to={args.report_to}: {error}", hint="pip install it, or --report_to none") from error
+        raise OptionError(
+            f"report_to={args.report_to}: {error}", hint=f"pip install it, or {option('report_to', 'none')}"
+        ) from error
 
 
 def rename_checkpointing(args: Any) -> None:
@@ -241,7 +243,7 @@ def check_evaluation(args: Any, held_out: Sequence[object]) -> None:
     if needing and not held_out:
         raise OptionError(
             f"{', '.join(needing)}: there are no held-out rows",
-            hint="give --eval_dataset held_out.jsonl, or --val_size 0.1 to hold out a share",
+            hint=f"give {option('eval_dataset', 'held_out.jsonl')}, or {option('val_size', 0.1)} to hold out a share",
         )
 
 
