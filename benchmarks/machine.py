@@ -45,6 +45,11 @@ def in_own_process(script: str, words: list[str], packages: str | None = None) -
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def is_trial(optimizer: Any) -> bool:
+    """Whether an optimizer has a single number to train: ours tries its options on one before it loads anything."""
+    return sum(each.numel() for group in optimizer.param_groups for each in group["params"]) == 1
+
+
 def describe(*packages: str) -> dict[str, Any]:
     """Date, device and versions: the first columns of a results file."""
     import torch

@@ -140,20 +140,19 @@ def one_run(
 
 
 class Clock:
-    """Time and memory at the end of every step of the optimizer that steps last in this process, whoever makes it."""
+    """Time and memory at the end of every optimizer step in this process, whoever makes it."""
 
     def __init__(self) -> None:
         from torch.optim.optimizer import register_optimizer_step_post_hook
 
         self.times: list[float] = []
         self.peak_mb = 0.0
-        self._optimizer: object = None
         register_optimizer_step_post_hook(self.tick)
 
-    def tick(self, optimizer: object, *_: object) -> None:
-        """A step is done. Steps of an optimizer before it (ours tries the options on one of its own) do not count."""
-        if optimizer is not self._optimizer:
-            self._optimizer, self.times = optimizer, []
+    def tick(self, optimizer: Any, *_: object) -> None:
+        """A step is done, unless it is of a single number, on which ours tries its options."""
+        if machine.is_trial(optimizer):
+            return
         self.times.append(time.perf_counter())
         self.peak_mb = machine.peak_mb()
 
