@@ -18,6 +18,7 @@ import errno
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -58,9 +59,14 @@ def require_room(path: Path, nbytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null."""
+    return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented UTF-8 JSON, whole or not at all."""
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    """Write `value` as json_text has it, in UTF-8, whole or not at all."""
+    write_file(path, json_text(value).encode())
 
 
 def append_line(path: Path, line: str) -> None:
@@ -216,6 +222,14 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from qgraft.adapter_files.combine import combine_files
 from qgraft.adapter_files.folder import (
     CONFIG,
-    SEAL,
     WEIGHTS,
     load_adapter,
     read_peft_config,
-    read_seal,
     save_adapter,
 )
+from qgraft.adapter_files.seal import SEAL, read_seal, seal_text
 from qgraft.adapters.attach import attach_lora, detach_lora
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
@@ -85,7 +84,9 @@ def folders(model: PreTrainedModel, tmp_path: Path) -> dict[str | Path, float]:
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    """Change values in a JSON file; a seal is sealed again."""
+    changed = {**json.loads(path.read_text()), **values}
+    path.write_text(seal_text(changed) if path.name == SEAL else json.dumps(changed))
 
 
 @pytest.mark.parametrize("options", [

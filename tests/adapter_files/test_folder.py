@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qgraft.adapter_files.folder import (
     CONFIG,
-    SEAL,
     WEIGHTS,
     load_adapter,
     read_peft_config,
-    read_seal,
     save_adapter,
 )
+from qgraft.adapter_files.seal import SEAL, read_seal, seal_text
 from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
 from qgraft.adapters.base import adapter_names, find_adapter
 from qgraft.adapters.choose import active_adapters
@@ -30,6 +29,7 @@ from qgraft.adapters.states import lora_state_dict
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
 from qgraft.linear import QuantizedLinear
+from qgraft.storage import describe_file
 
 Maker = Callable[..., Any]
 PREFIX = "base_model.model."
@@ -82,7 +82,9 @@ def saved(tiny: Any, tmp_path: Path) -> Path:
 
 
 def edit_json(path: Path, **values: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    """Change values in a JSON file; a seal is sealed again."""
+    changed = {**json.loads(path.read_text()), **values}
+    path.write_text(seal_text(changed) if path.name == SEAL else json.dumps(changed))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
@@ -235,7 +237,8 @@ def test_everything_that_differs_is_listed_at_once(tiny: Any, tiny_gguf: Maker, 
     save_file(state, saved / WEIGHTS, {"format": "pt"})
     seal = json.loads((saved / SEAL).read_text())
     base = {**seal["base"], "fingerprint": "qg1:0", "source": "elsewhere.gguf"}
-    edit_json(saved / SEAL, files={}, base=base)
+    files = {name: describe_file(saved / name) for name in seal["files"]}
+    edit_json(saved / SEAL, files=files, base=base)
     model = load_base(tiny)
     with pytest.raises(AdapterError) as caught:
         load_adapter(model, saved)
@@ -252,7 +255,7 @@ def test_everything_that_differs_is_listed_at_once(tiny: Any, tiny_gguf: Maker, 
         f"{PREFIX}model.layers.1.self_attn.v_proj.lora_A.weight: NaN or infinity",
     ])  # fmt: skip
     assert lines[0] == f"{saved} does not fit this model:"
-    assert "--force" in lines[-1]
+    assert "force=True" in lines[-1]
 
 
 def test_force_loads_what_fits_and_says_so(tiny: Any, saved: Path) -> None:
@@ -339,13 +342,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "seal not text": (lambda f: (f / SEAL).write_bytes(b"\xff"), AdapterError, f"{SEAL} is not JSON"),
     "seal without files": (lambda f: (f / SEAL).write_text("{}"), AdapterError, f"{SEAL} is not a seal"),
     "seal of numbers": (
-        lambda f: edit_json(f / SEAL, files={WEIGHTS: 1}), AdapterError, f"(?s)changed.*{WEIGHTS}: listed without"
+        lambda f: edit_json(f / SEAL, files={WEIGHTS: 1, CONFIG: 1}), AdapterError, f"(?s)changed.*{WEIGHTS}: listed without"
     ),
     "seal of another kind of base": (lambda f: edit_json(f / SEAL, base="x"), AdapterError, f"{SEAL} is not a seal"),
-    "weights not safetensors": (unsealed(lambda f: (f / WEIGHTS).write_text("x")), AdapterError, "weights cannot be read"),
-    "pickle that runs code": (pickle_instead(RunsCode()), AdapterError, "weights cannot be read"),
-    "pickle of a list": (pickle_instead([1]), AdapterError, "expected a dict of tensors"),
-    "pickle of numbers": (pickle_instead({"a": 1}), AdapterError, "expected a dict of tensors"),
+    "weights not safetensors": (unsealed(lambda f: (f / WEIGHTS).write_text("x")), AdapterError, "header cannot be read"),
+    "pickle that runs code": (pickle_instead(RunsCode()), AdapterError, "is refused: its pickle asks for"),
+    "pickle of a list": (pickle_instead([1]), AdapterError, "expected a mapping of names to tensors"),
+    "pickle of numbers": (pickle_instead({"a": 1}), AdapterError, "expected a mapping of names to tensors"),
     "NaN": (
         weights_become(f"{UP}.lora_A.weight", torch.full((4, 64), float("nan"))), AdapterError,
         rf"{UP}\.lora_A\.weight: NaN",
@@ -373,12 +376,41 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         options(peft_type="PREFIX_TUNING"), AdapterError, "num_virtual_tokens: got None, expected a positive number"
     ),
     "PiSSA": (options(init_lora_weights="pissa_niter_4"), UnsupportedError, "init_lora_weights=pissa_niter_4"),
-    "rank missing": (options(r=None), AdapterError, "r: got None, expected int"),
+    "rank missing": (options(r=None), AdapterError, "r: got None, expected a whole number"),
     "alpha of text": (options(lora_alpha="8"), AdapterError, "lora_alpha: got '8', expected a number"),
     "patterns a list": (options(rank_pattern=[1]), AdapterError, "rank_pattern"),
     "patterns broken": (options(alpha_pattern={"(": 1}), AdapterError, "alpha_pattern"),
+    "alpha of infinity": (options(lora_alpha=float("inf")), AdapterError, "Infinity is no JSON"),
+    "alpha of 400 digits": (options(lora_alpha=10**400), AdapterError, "lora_alpha: got 1000.*expected a number"),
+    "alpha true": (options(lora_alpha=True), AdapterError, "lora_alpha: got True"),
+    "pattern of NaN": (options(rank_pattern={"q_proj": float("nan")}), AdapterError, "NaN is no JSON"),
+    "pattern without end": (options(alpha_pattern={"(([a-z_.0-9]+)+)+!": 8}), AdapterError, "alpha_pattern: got"),
+    "targets without end": (options(target_modules="(([a-z_.0-9]+)+)+!"), AdapterError, "target_modules: got"),
+    "targets true": (options(target_modules=True), AdapterError, "target_modules: got True"),
+    "targets that name other layers": (
+        options(target_modules=["q_proj"]), AdapterError, r"k_proj: it has tensors, but target_modules does not name it"
+    ),
+    "nested deep": (
+        unsealed(lambda f: (f / CONFIG).write_text('{"r": ' + "[" * 99_999 + "]" * 99_999 + "}")),
+        AdapterError, "nested deeper",
+    ),
+    "a key twice": (unsealed(lambda f: (f / CONFIG).write_text('{"r": 4, "r": 8}')), AdapterError, "'r' stands twice"),
+    "8-bit floats": (
+        weights_become(f"{UP}.lora_A.weight", torch.ones(4, 64).to(torch.float8_e4m3fn)), AdapterError, "float8_e4m3fn"
+    ),
+    "pickle of numbered tensors": (pickle_instead({0: torch.ones(1)}), AdapterError, "0: its name is a int"),
+    "pickle of sparse tensors": (pickle_instead({"a": torch.eye(2).to_sparse()}), AdapterError, "'a': torch.sparse_coo"),
+    "pickle of a tensor that is not there": (
+        pickle_instead({"a": torch.ones(1).expand(1 << 20, 1 << 20)}), AdapterError, "larger than the file"
+    ),
+    "seal of no base": (lambda f: edit_json(f / SEAL, base={}), AdapterError, "`base` has no fingerprint"),
+    "seal of no files": (lambda f: edit_json(f / SEAL, files={}), AdapterError, "says nothing of adapter_config.json"),
+    "seal edited": (
+        lambda f: (f / SEAL).write_text((f / SEAL).read_text().replace("LoRA", "lora").replace('"lora"', '"Lora"')),
+        AdapterError, f"{SEAL} changed since it was written"
+    ),
     "other rank": (options(r=2), AdapterError, f"rank 4, but {CONFIG} says r=2"),
-    "dropout": (options(lora_dropout=1.5), OptionError, "lora_dropout"),
+    "dropout": (options(lora_dropout=1.5), AdapterError, "lora_dropout"),
     "more targets": (
         options(target_modules=["lm_head", "q_proj"]), AdapterError, "missing tensors of lm_head"
     ),

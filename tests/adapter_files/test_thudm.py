@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any] | None, str]] = {
     "numbers": ({f"{KEY}embedding.weight": 1}, None, "embedding.weight': int"),
     "a pickle that runs code": ({f"{KEY}embedding.weight": RunsCode()}, None, r"asks for _?io\.open"),
     "a tensor larger than its file": (
-        {f"{KEY}embedding.weight": torch.ones(1).expand(1 << 30, 192)}, None, "tensors that are larger than the file"
+        {f"{KEY}embedding.weight": torch.ones(1).expand(1 << 30, 192)}, None, "larger than the file"
     ),
 }  # fmt: skip
 

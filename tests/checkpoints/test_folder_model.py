@@ -267,8 +267,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"model\.safetensors: ",
     ),
     "weights are text": (lambda f: (f / "model.safetensors").write_text("weights"), CheckpointError, r"model\.safetensors: "),
-    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), CheckpointError, "not an index of shards"),
-    "index is a list": (lambda f: (f / INDEX).write_text("[]"), CheckpointError, "not an index of shards"),
+    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), CheckpointError, "is not JSON"),
+    "index is a list": (lambda f: (f / INDEX).write_text("[]"), CheckpointError, "got a JSON list, expected an object"),
     "index of lists": (
         lambda f: (f / INDEX).write_text('{"weight_map": {"a": ["b"]}}'), CheckpointError, "not an index of shards"
     ),

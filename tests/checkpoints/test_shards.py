@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor alone": (lambda p: torch.save(torch.ones(2), p), "expected a mapping of names to tensors, got Tensor"),
     "a list": (lambda p: torch.save([torch.ones(2)], p), "got list"),
     "nested": (lambda p: torch.save({"state_dict": {"a": torch.ones(2)}}, p), "got 'state_dict': dict"),
-    "complex numbers": (lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p), "a: torch.complex64"),
+    "complex numbers": (lambda p: torch.save({"a": torch.ones(2, dtype=torch.complex64)}, p), "'a': torch.complex64"),
 }
 
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgraft.adapter_files.folder import SEAL, WEIGHTS, read_adapter, write_adapter
+from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
+from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import prefix_error
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig

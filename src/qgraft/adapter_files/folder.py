@@ -13,13 +13,8 @@ cannot be verified and the report says so.
 """
 
 import dataclasses
-import datetime
-import json
-import pickle
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from qgraft import __version__, storage
+from qgraft import storage
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import attach_pairs, bare_options, fit_layers, holds_lora, lora_content, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, check_kind, check_values
@@ -39,19 +34,21 @@ from qgraft.adapter_files.prefix import (
     prefix_content,
     stored_prefix,
 )
+from qgraft.adapter_files.seal import SEAL, break_seal, read_seal, seal_notes, sealed_files, write_seal
 from qgraft.adapter_files.thudm import thudm_problem
 from qgraft.adapters.attach import check_new_name
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.folder_write import write_safetensors
-from qgraft.checkpoints.shards import WORDS
+from qgraft.checkpoints.pickles import WORDS, load_tensors
+from qgraft.checkpoints.shards import check_header
 from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
 from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option
+from qgraft.json_files import read_object
 
-WEIGHTS, PICKLED, SEAL = "adapter_model.safetensors", "adapter_model.bin", "qgraft.json"
+WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
 
 
 @dataclass(frozen=True)
@@ -120,20 +117,12 @@ def write_adapter(
     stored = {file: _converted(name, state, dtype) for file, state in tensors.items()}
     kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors]
     if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
-        storage.write_json(folder / SEAL, {"kind": kind, "files": dict.fromkeys(files, _UNWRITTEN)})
+        break_seal(folder, files, kind)
     for file, state in stored.items():
         write_safetensors(folder / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
     storage.write_json(folder / CONFIG, config)
-    seal = {
-        **details,
-        "kind": kind,
-        "base": details.get("base"),
-        "parameters": sum(tensor.numel() for tensor in list(tensors.values())[-1].values()),
-        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
-        "files": {file: storage.describe_file(folder / file) for file in files},
-    }
-    storage.write_json(folder / SEAL, seal)
+    parameters = sum(tensor.numel() for tensor in list(tensors.values())[-1].values())
+    write_seal(folder, files, {**details, "kind": kind, "parameters": parameters})
     if ENCODER not in files:
         (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
 
@@ -227,8 +216,7 @@ def _unfit(folder: Path, problems: list[str], hint: str) -> AdapterError:
 
 def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ...]:
     notes = [f"forced although: {problem}" for problem in problems]
-    if seal is None:
-        notes.append(f"no {SEAL} beside it: which base it was trained on cannot be verified")
+    notes += seal_notes(seal)
     return tuple(notes)
 
 
@@ -264,26 +252,11 @@ def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> No
     selection_of(model).change(name, trained=arguments if isinstance(arguments, dict) else {})
 
 
-def read_seal(folder: Path) -> dict[str, Any] | None:
-    """The contents of qgraft.json, or None where there is none. Raises AdapterError when it is not JSON."""
-    return _read_json(folder / SEAL) if (folder / SEAL).is_file() else None
-
-
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
     if not (folder / CONFIG).is_file():
         raise AdapterError(f"{folder} holds no {CONFIG}", hint="give the folder that save_adapter or PEFT wrote")
-    return _read_json(folder / CONFIG)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: got a JSON {type(value).__name__}, expected an object")
-    return value
+    return read_object(folder / CONFIG, AdapterError)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
@@ -298,11 +271,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
     else:
         check_kind(folder / CONFIG, config)
         check_values(folder / CONFIG, config)
-    files = {} if seal is None else sealed_files(folder / SEAL, seal)
-    if changed := storage.check_files(folder, files):
+    if changed := changed_files(folder, seal):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     state = read_tensors(folder)
-    return config, state | read_safetensors(folder / ENCODER) if ENCODER in files else state, seal
+    with_encoder = seal is not None and ENCODER in seal["files"]
+    return config, state | read_safetensors(folder / ENCODER) if with_encoder else state, seal
 
 
 def read_trained(folder: Path) -> dict[str, Tensor]:
@@ -311,12 +284,13 @@ def read_trained(folder: Path) -> dict[str, Tensor]:
     return dict(stored_prefix(config, state, seal).values) if is_prefix_config(config) else state
 
 
-def sealed_files(path: Path, seal: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the seal at `path` says of the files beside it, for storage.check_files. Raises AdapterError for no seal."""
-    files = seal.get("files")
-    if not isinstance(files, dict) or not isinstance(seal.get("base") or {}, dict):
-        raise AdapterError(f"{path} is not a seal: expected objects under `files` and `base`")
-    return dict(files)
+def changed_files(folder: Path, seal: Mapping[str, Any] | None) -> list[str]:
+    """What differs from the seal, a line for each file; nothing where there is no seal. Raises AdapterError for no seal."""
+    if seal is None:
+        return []
+    there = [name for name in (WEIGHTS, PICKLED, ENCODER) if (folder / name).is_file()]
+    needed = [CONFIG, *(there or [WEIGHTS])]
+    return storage.check_files(folder, sealed_files(folder / SEAL, seal, needed))
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -325,7 +299,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         return read_safetensors(folder / WEIGHTS)
     if not (folder / PICKLED).is_file():
         raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
-    return read_pickle(folder / PICKLED)
+    return load_tensors(folder / PICKLED, AdapterError)
 
 
 def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any], dict[str, Tensor], None]:
@@ -336,29 +310,22 @@ def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any]
             hint=f"load_adapter(model, {path.name!r}, lora_alpha=16), with what attach_lora() was given (16 where nothing "
             "was); save_adapter() writes a folder that says it",
         )
-    state = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    state = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, AdapterError)
     config = bare_options(state, lora_alpha)
     check_values(path, config)
     return config, state, None
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file of torch's, of which nothing is executed. Raises AdapterError."""
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, OSError, RuntimeError, ValueError) as error:
-        raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
-    if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
-        raise AdapterError(f"{path}: expected a dict of tensors")
-    return loaded
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """All tensors of one file. Raises AdapterError."""
+    check_header(path, AdapterError)
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+        state = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise AdapterError(f"{path}: the weights cannot be read: {error}") from error
+    if odd := [f"{name}: {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in WORDS]:
+        raise AdapterError(f"{path}: tensors of a kind that is not read: {', '.join(odd[:8])}")
+    return state
 
 
 def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str]:
@@ -370,8 +337,3 @@ def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str
         f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}), "
         f"this one is {base.fingerprint} ({base.source})"
     ]
-
-
-def _versions() -> dict[str, str]:
-    libraries = {package: version(package) for package in ("torch", "transformers")}
-    return {"python": platform.python_version(), "qgraft": __version__, **libraries}

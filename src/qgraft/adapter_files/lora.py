@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapter_files.peft_config import CONFIG, compiles, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_layers
 from qgraft.adapters.layer_choice import layer_number
@@ -25,6 +25,7 @@ from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.peft_names import is_lora, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.formats import PackedTensor, dequantize, take_rows
+from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
 
@@ -106,11 +107,14 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
         if pair["A"].shape[0] != (rank := stated_rank(config, path)):
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
-    if targets and loras and not config.get("exclude_modules"):
-        expected = _targets_of(layers, targets)
+    if targets and targets != "all-linear" and loras and not config.get("exclude_modules"):
+        expected = named = _targets_of(layers, targets)
         if isinstance(targets, list):
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
+        problems += [
+            f"{path}: it has tensors, but target_modules does not name it" for path in sorted(fitting.keys() - named)
+        ]
     return fitting, problems
 
 
@@ -123,7 +127,7 @@ def attach_pairs(model: nn.Module, name: str, config: Mapping[str, Any], loras: 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:
     """The layers that PEFT's target_modules names: last parts or whole paths, or one regular expression."""
     if isinstance(targets, str):
-        return {path for path in layers if compiles(targets) and re.fullmatch(targets, path)}
+        return {path for path in layers if matches(targets, path)}
     return {path for path in layers for target in targets if is_named(path, target)}
 
 

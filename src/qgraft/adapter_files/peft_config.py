@@ -12,14 +12,14 @@ said; the alpha that gives them the same scaling can.
 """
 
 import math
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.patterns import is_pattern, matches
 
 CONFIG = "adapter_config.json"
 
@@ -97,36 +97,75 @@ def check_kind(path: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_values(path: Path, config: Mapping[str, Any]) -> None:
-    """The options that loading computes with have the types they need, all of them checked at once."""
-    number = (int, float)
-    expected: dict[str, Any] = {"r": int, "lora_alpha": number, "lora_dropout": number, "use_rslora": bool}
+    """The options that loading computes with are of the types they need and in range, all of them checked at once."""
+    found = {**_LEFT_OUT, **{key: value for key, value in config.items() if value is not None or key not in _LEFT_OUT}}
     problems = [
-        f"{key}: got {config.get(key)!r}, expected {'a number' if kind == number else kind.__name__}"
-        for key, kind in expected.items()
-        if not isinstance(config.get(key, {"lora_dropout": 0.0, "use_rslora": False}.get(key)), kind)
+        f"{key}: got {_shown(found.get(key))}, expected {what}"
+        for key, (right, what) in _VALUES.items()
+        if not right(found.get(key))
     ]
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        pairs = patterns.items() if isinstance(patterns, dict) else [("", None)]
-        if not all(compiles(pattern) and isinstance(value, number) for pattern, value in pairs):
-            problems.append(f"{key}: got {patterns!r}, expected numbers under regular expressions")
-    numbers = config.get("layers_to_transform")
-    if not isinstance(numbers, int | None) and not (isinstance(numbers, list) and all(type(n) is int for n in numbers)):
-        problems.append(f"layers_to_transform: got {numbers!r}, expected a list of integers")
-    names = config.get("layers_pattern") or []
-    if not all(isinstance(name, str) and compiles(name) for name in ([names] if isinstance(names, str) else names)):
-        problems.append(f"layers_pattern: got {names!r}, expected names of lists of layers")
     if problems:
         raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
 
 
-def compiles(pattern: str) -> bool:
-    """Whether it is a regular expression."""
+def _shown(value: object) -> str:
     try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
+        text = repr(value)
+    except ValueError:  # more digits than Python writes
+        text = "a number of very many digits"
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MOST
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST  # NaN is not
+
+
+def _is_share(value: object) -> bool:
+    return _is_alpha(value) and 0 <= cast(float, value) < 1
+
+
+def _is_table(value: object, right: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(is_pattern(key) and right(each) for key, each in value.items())
+
+
+def _are_names(value: object) -> bool:
+    return is_pattern(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+
+
+def _are_patterns(value: object) -> bool:
+    return is_pattern(value) or (isinstance(value, list) and all(map(is_pattern, value)))
+
+
+def _are_numbers(value: object) -> bool:
+    return type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+MOST = 10**9  # of ranks and alphas; far beyond any use, and well within float32
+_LEFT_OUT: dict[str, Any] = {
+    "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
+    "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
+}  # fmt: skip
+_VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
+    "r": (_is_rank, "a whole number from 1 on"),
+    "lora_alpha": (_is_alpha, "a number"),
+    "lora_dropout": (_is_share, "a number from 0 to below 1"),
+    "use_rslora": (_is_flag, "true or false"),
+    "fan_in_fan_out": (_is_flag, "true or false"),  # how the base keeps its weight: nothing that a LoRA computes with
+    "rank_pattern": (lambda value: _is_table(value, _is_rank), "whole numbers under regular expressions"),
+    "alpha_pattern": (lambda value: _is_table(value, _is_alpha), "numbers under regular expressions"),
+    "layers_to_transform": (_are_numbers, "a list of integers"),
+    "layers_pattern": (_are_patterns, "names of lists of layers"),
+    "target_modules": (_are_names, "a list of names, or one regular expression"),
+    "exclude_modules": (_are_names, "a list of names, or one regular expression"),
+}
 
 
 def _most_common(values: Iterable[Any]) -> Any:
@@ -147,6 +186,6 @@ def _key(path: str, layers: Iterable[str]) -> str:
 def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key that matches the end of the module path."""
     for key, value in (patterns or {}).items():
-        if re.fullmatch(rf"(.*\.)?({key})", path):
+        if matches(rf"(.*\.)?({key})", path):
             return value
     return default

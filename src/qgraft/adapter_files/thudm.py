@@ -1,6 +1,5 @@
 """export_thudm(): a prefix as THUDM's P-Tuning scripts for ChatGLM store it; see checkpoints/thudm_prefix.py."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.thudm_prefix import KEY
-from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match, worded
+from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
+from qgraft.json_files import read_object
 
 LAYOUTS = ("chatglm", "chatglm2")
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -62,5 +62,5 @@ def _base_config(model: Any) -> dict[str, Any]:
     """config.json of the base, as it is in its folder."""
     origin = base_of(model).origin
     if isinstance(origin, Origin) and (origin.path / "config.json").is_file():
-        return dict(json.loads((origin.path / "config.json").read_text(encoding="utf-8")))
+        return read_object(origin.path / "config.json", CheckpointError, finite=False)
     return dict(model.config.to_dict())

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from qgraft.errors import OptionError
+from qgraft.patterns import first_group
 
 LayerNumbers = int | str | Sequence[int]  # 15, "15-29", "15,16,20-29", [15, 16]
 
@@ -50,8 +51,9 @@ def layer_number(path: str, patterns: str | Sequence[str] | None = None) -> int 
     match = _PATH.match(path)
     if patterns:
         names = [patterns] if isinstance(patterns, str) else patterns
-        found = (re.match(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
-        match = next((each for each in found if each), None)
+        found = (first_group(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
+        number = next((each for each in found if each), None)
+        return None if number is None else int(number)
     return int(match[1]) if match else None
 
 

@@ -10,6 +10,7 @@ from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.errors import OptionError, near_match
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear, is_plain_linear, weight_is_read
+from qgraft.patterns import matches
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
@@ -35,10 +36,9 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
 
 def _match_regex(linears: list[str], pattern: str) -> list[str]:
     try:
-        compiled = re.compile(pattern)
-    except re.error as error:
+        matched = [path for path in linears if matches(pattern, path)]
+    except ValueError as error:
         raise OptionError(f"target_modules={pattern!r} is not a regular expression: {error}") from error
-    matched = [path for path in linears if compiled.fullmatch(path)]
     if not matched:
         _raise_unknown_targets([pattern], linears)
     return matched

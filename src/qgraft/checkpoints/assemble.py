@@ -11,7 +11,6 @@ class and gets floats: some scale what they look up, some count positions from 2
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.compat import cap_scores
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, hold_floats
@@ -49,25 +49,6 @@ _SCALED = {
         *(("gemma4", "Gemma4"), ("gemma4_unified", "Gemma4Unified"), ("vaultgemma", "VaultGemma")),
     )
 }
-
-
-class TokenizerErrors:
-    """`with TokenizerErrors(path):` turns what transformers raises for a broken tokenizer into a CheckpointError.
-
-    The tokenizers package raises plain `Exception`, not a class of its own; exactly that one is meant, not all below it.
-    """
-
-    def __init__(self, source: object) -> None:
-        self.source = source
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        usual = (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError)
-        if kind is Exception or isinstance(error, usual):
-            problem = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.source}: transformers cannot build the tokenizer: {problem}") from error
 
 
 def assemble(
@@ -130,13 +111,11 @@ def weight_formats(model: nn.Module) -> dict[str, int]:
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     architecture = architecture_of(config)
-    with init_empty_weights(include_buffers=False):  # buffers (rotary tables) are computed, not loaded
-        try:
-            if architecture is not None:
-                return architecture.model._from_config(config, dtype=dtype)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-        except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            raise UnsupportedError(f"architecture {config.model_type!r}: {error}") from error
+    foreign = ForeignErrors(f"architecture {config.model_type!r}", UnsupportedError)
+    with init_empty_weights(include_buffers=False), foreign:  # buffers (rotary tables) are computed, not loaded
+        if architecture is not None:
+            return architecture.model._from_config(config, dtype=dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:

@@ -15,7 +15,6 @@ bring their architecture and tokenizer as Python files; ours are in models/, and
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
@@ -36,8 +34,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.adapters.base import BaseInfo, base_of
-from qgraft.checkpoints.assemble import TokenizerErrors, assemble, empty_model, packable, weight_formats
+from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -47,9 +46,8 @@ from qgraft.checkpoints.thudm_prefix import holds_only_prefix
 from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, get_format, hold_floats
 from qgraft.formats import quantize as quantize_weight
+from qgraft.json_files import read_object
 from qgraft.models.find import Architecture, architecture_of, find_architecture
-
-_BAD_CONFIG = (ArithmeticError, AttributeError, KeyError, TypeError, ValueError, StrictDataclassError)
 
 
 def load_folder(
@@ -102,7 +100,7 @@ def load_folder(
 def _stated_end_tokens(folder: Path) -> list[int]:
     """Those of generation_config.json: where a turn ends often stands there only, beside the end of a text."""
     path = folder / "generation_config.json"
-    told = _json_object(path).get("eos_token_id") if path.is_file() else None
+    told = read_object(path, CheckpointError).get("eos_token_id") if path.is_file() else None
     ids = told if isinstance(told, list) else [] if told is None else [told]
     if odd := [token for token in ids if type(token) is not int or token < 0]:
         raise CheckpointError(f"{path}: eos_token_id: got {odd[0]!r}, expected ids of tokens")
@@ -287,17 +285,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base as the model, and this folder as the adapter"
         raise CheckpointError(f"{folder}: no config.json", hint=hint)
-    return _json_object(path)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise CheckpointError(f"{path}: got a JSON {type(raw).__name__}, expected an object")
-    return raw
+    return read_object(path, CheckpointError, finite=False)
 
 
 def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
@@ -310,18 +298,19 @@ def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
             f"{folder} is already quantized with {quantization.get('quant_method')!r}",
             hint="load the float checkpoint with quantize=..., or a GGUF",
         )
+    kind = raw.get("model_type")
+    if not isinstance(kind, str | None):
+        raise CheckpointError(f"{path}: model_type: got {str(kind)[:80]!r}, expected a name")
     architecture = find_architecture(raw)
     if architecture is not None:
-        try:
+        with ForeignErrors(str(path)):
             return architecture.config.from_dict(raw)
-        except _BAD_CONFIG as error:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-    except _BAD_CONFIG as error:
-        if raw.get("model_type") in CONFIG_MAPPING:
-            raise CheckpointError(f"{path}: {' '.join(str(error).split())[:300]}") from error
-        raise UnsupportedError(f"{folder}: model_type {raw.get('model_type')!r} is unknown to transformers") from error
+    except FOREIGN as error:
+        if kind in CONFIG_MAPPING:
+            raise CheckpointError(f"{path}: {one_line(error)}") from error
+        raise UnsupportedError(f"{folder}: model_type {kind!r} is unknown to transformers") from error
 
 
 def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
@@ -330,7 +319,7 @@ def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokeni
         return _native_tokenizer(folder, architecture, config)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None, []
-    with TokenizerErrors(folder):
+    with ForeignErrors(f"{folder}: transformers cannot build the tokenizer"):
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), []
 
 
@@ -343,7 +332,8 @@ def _native_tokenizer(
     files = [folder / "config.json", folder / "tokenizer_config.json"]
     if any(re.search(rb"chatglm3", file.read_bytes(), re.IGNORECASE) for file in files if file.is_file()):
         return None, ["this is a ChatGLM3, whose prompts are not known here: the model loads without a tokenizer"]
-    tokenizer = architecture.tokenizer(vocab_file=str(path))
+    with ForeignErrors(f"{path}: no tokenizer can be built of it"):
+        tokenizer = architecture.tokenizer(vocab_file=str(path))
     if problems := _vocabulary_problems(tokenizer, config):
         raise CheckpointError(
             f"{path} is not this model's vocabulary: {'; '.join(problems)}",

@@ -40,7 +40,8 @@ from qgraft.checkpoints.layouts import (
     tensor_names,
 )
 from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
-from qgraft.checkpoints.shards import BIN_INDEX, INDEX, WORDS, Shard, open_shard, open_shards, shard_paths
+from qgraft.checkpoints.pickles import WORDS
+from qgraft.checkpoints.shards import BIN_INDEX, INDEX, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
 
 SHARD_BYTES = 4_000_000_000

@@ -6,33 +6,24 @@
 
 A tensor that is read is a view of the mapped file, so loading a packed weight copies nothing.
 
-A .bin is a zip archive of a pickle and raw storages. A pickle is a program: it can call any function of the machine it
-is read on. Here only torch's restricted unpickler reads it (`weights_only=True`), which builds tensors and plain
-containers and calls nothing else; a file that asks for more is refused, and the error names what it asked for. Not
-chosen: reading the archive ourselves, which would be a second unpickler to keep safe.
+What a .bin may hold is said in pickles.py.
 """
 
-import json
-import pickle
-import re
+import struct
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qgraft.errors import CheckpointError
+from qgraft.checkpoints.pickles import WORDS, load_tensors
+from qgraft.errors import CheckpointError, QgraftError
+from qgraft.json_files import parse_json, read_object
 
 INDEX = "model.safetensors.index.json"
 BIN_INDEX = "pytorch_model.bin.index.json"
-WORDS = {  # safetensors' words for dtypes
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.bool: "BOOL",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-}  # fmt: skip
-_ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,16 +95,28 @@ def shard_paths(folder: Path) -> list[Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     """{tensor name: file name} of an index. Raises CheckpointError."""
+    found = read_object(index, CheckpointError).get("weight_map")
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{index} is not an index of shards: it has no object under `weight_map`")
+    if odd := [name for name, file in found.items() if not isinstance(file, str)]:
+        raise CheckpointError(
+            f"{index} is not an index of shards: {odd[0]!r} lies in {found[odd[0]]!r}, expected a file's name"
+        )
+    return found
+
+
+def check_header(path: Path, error: type[QgraftError]) -> None:
+    """Raise `error` for a safetensors file whose header says something twice, which the library passes over."""
     try:
-        found = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"].items())
-        if odd := [name for name, file in found.items() if not isinstance(file, str)]:
-            raise TypeError(f"{odd[0]!r} lies in {found[odd[0]]!r}, expected a file's name")
-        return found
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{index} is not an index of shards: {error}") from error
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            parse_json(file.read(min(length, path.stat().st_size)))
+    except (OSError, ValueError, struct.error) as reason:
+        raise error(f"{path}: its header cannot be read: {reason}") from reason
 
 
 def _open_safetensors(path: Path, stack: ExitStack) -> Shard:
+    check_header(path, CheckpointError)
     try:
         file = stack.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError) as error:
@@ -127,39 +130,9 @@ def _open_safetensors(path: Path, stack: ExitStack) -> Shard:
 
 
 def _open_bin(path: Path) -> Shard:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise _refused(path, error) from error
-    except (AttributeError, EOFError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: torch cannot read it: {_one_line(error)}") from error
-    odd = [f"{name!r}: {type(value).__name__}" for name, value in state.items() if not isinstance(value, Tensor)] \
-        if isinstance(state, Mapping) else [type(state).__name__]  # fmt: skip
-    if odd:
-        raise CheckpointError(f"{path}: expected a mapping of names to tensors, got {', '.join(odd[:8])}")
-    if large := [
-        f"{name!r}: {list(value.shape)}" for name, value in state.items() if value.nbytes > path.stat().st_size
-    ]:
-        raise CheckpointError(f"{path}: tensors that are larger than the file: {', '.join(large[:8])}")
-    unknown = [f"{name}: {value.dtype}" for name, value in state.items() if value.dtype not in WORDS]
-    if unknown:
-        raise CheckpointError(f"{path}: tensors of a kind that is not read: {', '.join(unknown[:8])}")
+    state = load_tensors(path, CheckpointError, mmap=True)
 
     def describe(name: str) -> tuple[tuple[int, ...], str]:
         return tuple(state[name].shape), WORDS[state[name].dtype]
 
-    return Shard(tuple(map(str, state)), lambda name: state[name].detach().contiguous(), describe)
-
-
-def _refused(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
-    """The error for a pickle that holds more than tensors, or is none."""
-    if asked := _ASKED_FOR.search(str(error)):
-        return CheckpointError(
-            f"{path} is refused: its pickle asks for {asked[1]}, and a file of weights needs no such thing",
-            hint="it may be made to run commands on your machine: get the weights from elsewhere, as safetensors",
-        )
-    return CheckpointError(f"{path}: torch's restricted unpickler cannot read it: {_one_line(error)}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return Shard(tuple(state), lambda name: state[name].detach().contiguous(), describe)

@@ -13,7 +13,6 @@ Source: ptuning/main.py and trainer.py, modeling_chatglm.py of both releases. Wh
 """
 
 import dataclasses
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,6 +26,7 @@ from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.shards import open_shard, open_shards
 from qgraft.errors import CheckpointError
+from qgraft.json_files import read_object
 
 KEY = "transformer.prefix_encoder."
 
@@ -125,12 +125,12 @@ def is_weight_file(path: Path) -> bool:
 def _options(path: Path) -> tuple[dict[str, Any], list[str]]:
     """(pre_seq_len and prefix_projection, as far as a config.json names them, what is wrong with them)."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
-        return {}, [f"{path} is not JSON: {error}"]
+        raw = read_object(path, CheckpointError, finite=False) if path.is_file() else {}
+    except CheckpointError as error:
+        return {}, [error.message]
     options, problems = {}, []
     for key, kind in {"pre_seq_len": int, "prefix_projection": bool}.items():
-        value = raw.get(key) if isinstance(raw, dict) else None
+        value = raw.get(key)
         if value is not None and type(value) is not kind:
             problems.append(f"config.json: {key}: got {value!r}, expected {kind.__name__}")
         elif value is not None:

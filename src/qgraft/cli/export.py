@@ -79,7 +79,8 @@ def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
 
 
 def _peft(model: Any, source: Path, target: Path, name: str, dtype: str, arguments: dict[str, Any]) -> str:
-    from qgraft.adapter_files.folder import read_seal, save_adapter
+    from qgraft.adapter_files.folder import save_adapter
+    from qgraft.adapter_files.seal import read_seal
 
     details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
     save_adapter(model, target, name, details, dtype)

@@ -93,19 +93,12 @@ def _ranks(file: Any) -> dict[int, int]:
 
 
 def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
-    from qgraft import storage
-    from qgraft.adapter_files.folder import (
-        SEAL,
-        read_peft_config,
-        read_safetensors,
-        read_seal,
-        read_tensors,
-        sealed_files,
-    )
+    from qgraft.adapter_files.folder import changed_files, read_peft_config, read_safetensors, read_tensors
     from qgraft.adapter_files.prefix import ENCODER, is_prefix_config
+    from qgraft.adapter_files.seal import SEAL, read_seal
 
     state, seal, config = read_tensors(path), read_seal(path), read_peft_config(path)
-    problems = storage.check_files(path, sealed_files(path / SEAL, seal)) if seal else []
+    problems = changed_files(path, seal)
     prefix = {"pre_seq_len": config.get("num_virtual_tokens"), "prefix_projection": config.get("prefix_projection")}
     findings = {
         "kind": "prefix (P-Tuning v2)" if is_prefix_config(config) else "LoRA adapter",

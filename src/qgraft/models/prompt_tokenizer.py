@@ -223,7 +223,7 @@ def _load(data: bytes, path: Path) -> Any:
     model = SentencePieceProcessor()
     try:
         loaded = bool(data) and model.LoadFromSerializedProto(data)
-    except RuntimeError as error:
+    except (RuntimeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not a sentencepiece file ({error})", hint=_SENTENCEPIECE_HINT) from error
     if not loaded or not model.get_piece_size():
         raise CheckpointError(f"{path}: an empty sentencepiece file", hint=_SENTENCEPIECE_HINT)

@@ -8,21 +8,20 @@ trainer_options.py). Anything else that is unknown, or that cannot be obeyed, is
 
 import argparse
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args, get_type_hints
+from typing import Any, NoReturn, cast, get_type_hints
 
-import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.sizes import parse_size
+from qgraft.training.config_files import as_typed, overrides, read_config
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
@@ -220,7 +219,8 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     Raises OptionError for an unknown option (with the closest names) or an impossible value.
     """
     if argv and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        return arguments_from_dict(_own_names(_read_config(Path(argv[0]))) | _own_names(_overrides(argv[1:])))
+        given = overrides(argv[1:], get_type_hints(TrainArguments))
+        return arguments_from_dict(_own_names(read_config(Path(argv[0]))) | _own_names(given))
     words, notes = _translate_flags(argv)
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
@@ -317,45 +317,23 @@ def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
     hints = get_type_hints(TrainArguments)
     init = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     try:
-        arguments = TrainArguments(**{k: _as_typed(k, v, hints[k]) for k, v in values.items() if k in init})
-    except (ValueError, TypeError, ImportError) as error:
-        raise OptionError(str(error)) from error
+        arguments = TrainArguments(**{k: as_typed(k, v, hints[k]) for k, v in values.items() if k in init})
+    except _OF_TRANSFORMERS as error:  # its checks, and what it runs into where it has none
+        raise OptionError(str(error) or type(error).__name__) from error
     arguments.notes[:0] = notes
     return arguments
 
 
-def _as_typed(name: str, value: Any, hint: Any) -> Any:
-    """`value`, but for two things that YAML reads otherwise than meant: 2e-4 is a string, `save_strategy: no` is false."""
-    if value is False and name.endswith("_strategy"):
-        return "no"
-    wanted = {hint, *get_args(hint)}
-    if not isinstance(value, str) or str in wanted or not wanted & {int, float}:
-        return value
-    try:
-        return float(value) if float in wanted else int(value)
-    except ValueError:
-        raise OptionError(f"{name}: got {value!r}, expected a number") from None
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        loaded = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OptionError(f"{path} cannot be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise OptionError(f"{path}: got a {type(loaded).__name__}, expected option: value lines")
-    return loaded
-
-
-def _overrides(words: Sequence[str]) -> dict[str, Any]:
-    options = {}
-    for word in words:
-        key, equals, value = word.lstrip("-").partition("=")
-        if not equals:
-            raise OptionError(f"{word!r}: expected option=value after a configuration file")
-        options[key] = yaml.safe_load(value)
-    return options
+_OF_TRANSFORMERS = (
+    ArithmeticError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,0 +1,104 @@
+"""qgraft.json: the seal of an adapter's folder, written last.
+
+    base           which base it was trained on: fingerprint, source, formats; null where the model had none
+    files          {name: {bytes, sha256}} of the files beside it
+    kind, parameters, saved, versions; arguments, dataset, metrics of the run, prefix
+    sha256         of the seal itself, with 64 zeros in the place of this value
+
+So every byte of an adapter is covered: a bit that flips, in the weights, the options or the seal, is found when the adapter
+is loaded. It is no signature: whoever changes the files on purpose can seal them again.
+"""
+
+import datetime
+import hashlib
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qgraft import __version__, storage
+from qgraft.errors import AdapterError
+from qgraft.json_files import read_object
+
+SEAL, OWN = "qgraft.json", "sha256"
+_BLANK, _SHA256 = "0" * 64, re.compile("[0-9a-f]{64}")
+_UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
+
+
+def write_seal(folder: Path, files: list[str], details: Mapping[str, Any]) -> None:
+    """Seal the files of `folder` that these names stand for. Raises StorageError."""
+    seal = {
+        **details,
+        "base": details.get("base"),
+        "saved": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "files": {file: storage.describe_file(folder / file) for file in files},
+    }
+    storage.write_file(folder / SEAL, seal_text(seal).encode())
+
+
+def seal_text(seal: Mapping[str, Any]) -> str:
+    """The seal as it stands in its file, with its own hash."""
+    text = storage.json_text({**seal, OWN: _BLANK})
+    return text.replace(_BLANK, _hash(text))
+
+
+def break_seal(folder: Path, files: list[str], kind: str) -> None:
+    """A seal that no file keeps: while files are exchanged a kill must not leave some of them beside others, unnoticed."""
+    storage.write_json(folder / SEAL, {"kind": kind, "files": dict.fromkeys(files, _UNWRITTEN)})
+
+
+def read_seal(folder: Path) -> dict[str, Any] | None:
+    """The contents of qgraft.json, or None where there is none. Raises AdapterError when it is broken, or no seal."""
+    path = folder / SEAL
+    if not path.is_file():
+        return None
+    seal = read_object(path, AdapterError)
+    own = seal.get(OWN)
+    text = path.read_bytes().decode()
+    if OWN in seal and (not isinstance(own, str) or _hash(text.replace(own, _BLANK)) != own):
+        raise AdapterError(f"{path} changed since it was written", hint="take the folder from where it was saved again")
+    if OWN not in seal and any(isinstance(value, str) and _SHA256.fullmatch(value) for value in seal.values()):
+        raise AdapterError(f"{path} changed since it was written: its own {OWN} is called otherwise")
+    return seal
+
+
+def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict[str, dict[str, Any]]:
+    """What the seal at `path` says of the files beside it, for storage.check_files.
+
+    Args:
+        needed: the files that make up the adapter, which a seal has to name.
+
+    Raises AdapterError for what is no seal.
+    """
+    files, base = seal.get("files"), seal.get("base")
+    if not isinstance(files, dict) or not (base is None or isinstance(base, dict)):
+        raise AdapterError(f"{path} is not a seal: expected objects under `files` and `base`")
+    if missing := [name for name in needed if name not in files]:
+        raise AdapterError(f"{path} is not a seal: it says nothing of {', '.join(missing)}")
+    if base is not None and not isinstance(base.get("fingerprint"), str):
+        raise AdapterError(f"{path} is not a seal: `base` has no fingerprint")
+    return dict(files)
+
+
+def seal_notes(seal: Mapping[str, Any] | None) -> list[str]:
+    """What a reader should know of an adapter with this seal."""
+    if seal is None:
+        return [f"no {SEAL} beside it: which base it was trained on cannot be verified"]
+    notes = []
+    if not seal.get("base"):
+        notes.append(f"{SEAL} names no base: which one it was trained on cannot be verified")
+    if "files" in seal and OWN not in seal:  # that of a GGUF-LoRA is a part of its file
+        notes.append(f"{SEAL} is of an earlier qgraft, whose seals did not cover themselves")
+    return notes
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    libraries = {package: version(package) for package in ("torch", "transformers")}
+    return {"python": platform.python_version(), "qgraft": __version__, **libraries}

@@ -1,0 +1,86 @@
+"""JSON that comes from outside: read as it stands, or refused.
+
+What Python's own reader lets through is refused here, because other programs read it otherwise, or nothing that computes
+with it can be right: a key that stands twice, NaN and Infinity, numbers that no float holds, brackets nested deeper than any
+real file (Python answers with a RecursionError, and only where it happens to be called from deep enough). Errors say where.
+"""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+from qgraft.errors import QgraftError
+
+DEEPEST = 100  # brackets within brackets; tokenizer.json, the deepest of real files, has 8
+
+
+def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
+    """The value that `text` stands for.
+
+    Args:
+        finite: whether NaN and Infinity are refused. Mamba-2's config.json has an Infinity, so some must be let through.
+
+    Raises ValueError, which says where it can.
+    """
+    if isinstance(text, bytes):
+        text = text.decode("utf-8")  # Python's reader would take halves of pairs, and UTF-16
+    try:
+        if finite:
+            value = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
+        else:
+            value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise ValueError(f"brackets are nested deeper than {DEEPEST}") from None
+    _check_depth(value)
+    return value
+
+
+def read_object(path: Path, error: type[QgraftError], *, finite: bool = True) -> dict[str, Any]:
+    """The JSON object in the file at `path`. Raises `error` for anything else; see parse_json."""
+    try:
+        value = parse_json(path.read_bytes(), finite=finite)
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from reason
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not JSON: byte {reason.start} is no UTF-8") from reason
+    except ValueError as reason:
+        raise error(f"{path} is not JSON: {reason}") from reason
+    if not isinstance(value, dict):
+        raise error(f"{path}: got a JSON {type(value).__name__}, expected an object")
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is larger than any float")
+    return value
+
+
+def _refuse(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, (dict, list))
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return
+    raise ValueError(f"brackets are nested deeper than {DEEPEST}")
