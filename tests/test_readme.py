@@ -11,9 +11,9 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "README_zh.md", "docs/guide-train.md", "docs/guide-merge.md", "docs/guide-chatglm.md",
-         "docs/guide-chatglm_zh.md", "docs/guide-train_zh.md", "docs/guide-ptuning.md",
-         "docs/guide-ptuning_zh.md"]  # fmt: skip
+GUIDES = [f"docs/guide-{name}{tongue}.md" for name in ("train", "merge", "speed", "chatglm", "ptuning")
+          for tongue in ("", "_zh")]  # fmt: skip
+PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 
 def blocks(page: str, language: str) -> list[str]:
