@@ -32,7 +32,7 @@ def trained(tiny_gguf, tmp_path_factory) -> tuple[Path, Path, Path]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     words = ["train", "--model_name_or_path", base, "--dataset", folder / "rows.jsonl", "--output_dir", folder / "out",
              "--max_steps", "20", "--learning_rate", "2e-3", "--use_cpu", "--save_strategy", "no", "--plot_loss", "false",
-             "--system", "Be brief."]  # fmt: skip
+             "--system", "Be brief.", "--enable_thinking", "false"]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     return base, folder / "out", folder / "rows.jsonl"
 

@@ -91,10 +91,13 @@ def true_or_false(text: str) -> bool:
 
 
 def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
-    """Take what prompts depend on, where it is not given, from what the adapter was trained with, and say so."""
+    """Take what prompts depend on, where it is not given, from what the adapter was trained with, and say so.
+
+    An option that a command has not is not missing: merge reads enable_thinking from the adapter itself, with its rows.
+    """
     for key in ("system", "template", "enable_thinking"):
         value = trained.get(key)
-        if isinstance(value, str | bool) and getattr(options, key) is None:
+        if isinstance(value, str | bool) and getattr(options, key, value) is None:
             setattr(options, key, value)
             print_note(f"--{key} as in training: {value}")
 
