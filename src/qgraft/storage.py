@@ -27,7 +27,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from qgraft.errors import StorageError
+from qgraft.errors import OptionError, StorageError, option
 
 MANIFEST = "manifest.json"
 
@@ -57,6 +57,28 @@ def require_room(path: Path, nbytes: int) -> None:
     with _named_errors(path, nbytes):
         if nbytes > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def check_new(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Raise where writing to `path` would replace something: the one rule of merge, save, export and combine.
+
+    Args:
+        overwrite: whether what is there may be replaced; an empty folder always may.
+        inputs: what the new file or folder is made of. None of them is ever replaced, nor a folder that holds one.
+
+    Raises StorageError, and OptionError where `path` is an input.
+    """
+    here = path.resolve()
+    for source in (each.resolve() for each in inputs if each.exists()):
+        if here == source or (path.exists() and path.samefile(source)):
+            raise OptionError(f"{path} is what is read, and is never written over", hint="give another name")
+        if path.is_dir() and here in source.parents:
+            raise OptionError(f"{path} holds {source.name}, which is read", hint="give another name")
+    taken = any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
+    if taken and not overwrite:
+        raise StorageError(
+            f"{path} exists already", hint=f"give another name, or {option('overwrite')} to replace what is there"
+        )
 
 
 def json_text(value: Any) -> str:

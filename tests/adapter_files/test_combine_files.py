@@ -242,8 +242,10 @@ def test_all_that_is_wrong_is_listed_at_once(folders: Any, tmp_path: Path) -> No
 def test_mistakes_are_refused_before_anything_is_written(folders: Any, tmp_path: Path) -> None:
     law, med = folders
     cases: list[tuple[dict[str | Path, float], Path, dict[str, Any], type[Exception], str]] = [
-        (folders, law, {}, OptionError, "is one of the adapters to combine"),
-        (folders, tmp_path / "x" / ".." / "law", {}, OptionError, "is one of the adapters to combine"),
+        (folders, law, {}, OptionError, "law is what is read"),
+        (folders, law, {"overwrite": True}, OptionError, "law is what is read"),
+        (folders, tmp_path / "x" / ".." / "law", {"overwrite": True}, OptionError, "law is what is read"),
+        (folders, tmp_path, {"overwrite": True}, OptionError, "holds law, which is read"),
         (folders, tmp_path / "y", {"method": "svd", "r": 0}, OptionError, "r=0"),
         ({law: 1.0, str(law) + "/../law": 2.0}, tmp_path / "y", {}, OptionError, "given twice"),
         ({}, tmp_path / "y", {}, OptionError, "got no adapters"),
@@ -260,9 +262,11 @@ def test_mistakes_are_refused_before_anything_is_written(folders: Any, tmp_path:
     assert not (tmp_path / "y").exists()
     combine_files(folders, tmp_path / "both")
     before = (tmp_path / "both" / WEIGHTS).read_bytes()
-    with pytest.raises(StorageError, match="both holds an adapter already"):
+    with pytest.raises(StorageError, match="both exists already"):
         combine_files({law: 1.0}, tmp_path / "both")
     assert (tmp_path / "both" / WEIGHTS).read_bytes() == before
+    combine_files({law: 1.0}, tmp_path / "both", overwrite=True)
+    assert (tmp_path / "both" / WEIGHTS).read_bytes() != before
     (law / WEIGHTS).write_bytes(before)
     with pytest.raises(AdapterError, match="changed since it was saved"):
         combine_files(folders, tmp_path / "z")

@@ -303,10 +303,12 @@ def test_values_that_cannot_be_written_leave_the_old_file(value, dtype, message,
     with torch.no_grad():
         find_adapter(model, "default").parts[UP].lora_B[3, 1] = value
     with pytest.raises(AdapterError, match=message):
-        export_gguf_lora(model, tmp_path / "a.gguf", dtype=dtype)
+        export_gguf_lora(model, tmp_path / "a.gguf", dtype=dtype, overwrite=True)
     assert (tmp_path / "a.gguf").read_bytes() == b"old"
     if dtype == "float16":
-        export_gguf_lora(model, tmp_path / "a.gguf", dtype="float32")
+        with pytest.raises(StorageError, match=r"a\.gguf exists already"):
+            export_gguf_lora(model, tmp_path / "a.gguf", dtype="float32")
+        export_gguf_lora(model, tmp_path / "a.gguf", dtype="float32", overwrite=True)
         assert (tmp_path / "a.gguf").read_bytes()[:4] == b"GGUF"
     assert [path.name for path in tmp_path.iterdir()] == ["a.gguf"]
 
@@ -323,8 +325,8 @@ def test_the_base_is_never_overwritten(make_gguf, tmp_path):
     model, data = with_adapter(tiny), tiny.path.read_bytes()
     for path in (tiny.path, tmp_path / "link.gguf", tmp_path / "x" / ".." / "base.gguf"):
         (tmp_path / "x").mkdir(exist_ok=True)
-        with pytest.raises(OptionError, match="is the base model itself"):
-            export_gguf_lora(model, path)
+        with pytest.raises(OptionError, match="is what is read"):
+            export_gguf_lora(model, path, overwrite=True)
     assert tiny.path.read_bytes() == data
 
 

@@ -205,8 +205,10 @@ def test_export_refuses(tmp_path: Path, tiny_gguf: Maker) -> None:
     with pytest.raises(OptionError, match="dtype='float61'"):
         export_thudm(glm, tmp_path / "new", "default", "float61")
     for target in (taken, taken / "thesis.txt"):
-        with pytest.raises(StorageError, match="is there already"):
+        with pytest.raises(StorageError, match="exists already"):
             export_thudm(glm, target, "default")
+        with pytest.raises(StorageError, match="no export wrote: thesis.txt|it is a file"):
+            export_thudm(glm, target, "default", overwrite=True)
     with torch.no_grad():
         encoder_of(find_adapter(glm, "default")).embedding.weight[0, 0] = 1e30
     with pytest.raises(AdapterError, match=rf"NaN or infinity as float16 in {KEY}embedding\.weight"):

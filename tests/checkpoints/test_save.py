@@ -92,7 +92,7 @@ def test_the_real_model(tmp_path: Path) -> None:
     save(model, tmp_path / "copy.gguf")
     assert storage.sha256(tmp_path / "copy.gguf") == KNOWN_MODELS["smollm2-135m"].gguf_sha256
     change(model.model.layers[7].self_attn.q_proj)
-    report = save(model, tmp_path / "copy.gguf")
+    report = save(model, tmp_path / "copy.gguf", overwrite=True)
     assert (report.changed, report.nbytes) == (1, path.stat().st_size)
     assert current_fingerprint(model) == load(tmp_path / "copy.gguf").qgraft.info.fingerprint
 
@@ -189,7 +189,7 @@ def test_wrapped_layers(tiny_gguf: Maker, tmp_path: Path) -> None:
     assert save(model, tmp_path / "copy.gguf").changed == 0
     assert (tmp_path / "copy.gguf").read_bytes() == tiny.path.read_bytes()
     change(model.model.layers[0].self_attn.q_proj.base)
-    report = save(model, tmp_path / "copy.gguf")
+    report = save(model, tmp_path / "copy.gguf", overwrite=True)
     assert report.changed == 1
     again = load(tmp_path / "copy.gguf")
     wrapped = model.model.layers[0].self_attn.q_proj
@@ -289,7 +289,7 @@ def test_layers_replaced_in_another_format(tiny_gguf: Maker, tmp_path: Path) -> 
     with pytest.raises(
         UnsupportedError, match=r"1 matrices in chatglm-int8: a GGUF file can hold: bf16, f16,"
     ) as caught:
-        save(model, tmp_path / "copy.gguf")
+        save(model, tmp_path / "copy.gguf", overwrite=True)
     assert "q8_0" in str(caught.value.hint)
 
 
@@ -357,7 +357,7 @@ def test_a_source_that_changed(make_gguf: Maker, tmp_path: Path, case: str) -> N
     (out / "old.gguf").write_bytes(b"old")
     for call in (
         lambda: save(model, out / "copy.gguf"),
-        lambda: save(model, out / "old.gguf"),
+        lambda: save(model, out / "old.gguf", overwrite=True),
         lambda: current_fingerprint(model),
     ):
         with pytest.raises(
@@ -414,9 +414,17 @@ def test_targets_that_cannot_be(make_gguf: Maker, tmp_path: Path) -> None:
     (tmp_path / "link.gguf").symlink_to(source)
     (tmp_path / "folder").mkdir()
     for path in (source, tmp_path / "link.gguf", tmp_path / "folder" / ".." / "tiny.gguf"):
-        with pytest.raises(OptionError, match="is what the model was loaded from") as caught:
-            save(model, path)
-        assert caught.value.hint == "give the merged model another name"
+        for overwrite in (False, True):
+            with pytest.raises(OptionError, match="is what is read, and is never written over") as caught:
+                save(model, path, overwrite=overwrite)
+            assert caught.value.hint == "give another name"
+    (tmp_path / "old.gguf").write_bytes(b"old")
+    for call in (save, check_target):
+        with pytest.raises(StorageError, match=r"old\.gguf exists already\nhint: .*overwrite=True"):
+            call(model, tmp_path / "old.gguf")
+    assert (tmp_path / "old.gguf").read_bytes() == b"old"
+    save(model, tmp_path / "old.gguf", overwrite=True)
+    assert (tmp_path / "old.gguf").read_bytes() == before
     with pytest.raises(StorageError, match=r"folder: it is a folder\nhint: give a file: .*folder/tiny\.gguf"):
         save(model, tmp_path / "folder")
     with pytest.raises(StorageError, match=r"absent does not exist\nhint: create the folder first"):
@@ -424,7 +432,7 @@ def test_targets_that_cannot_be(make_gguf: Maker, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"tiny\.gguf is not a folder"):
         save(model, source / "copy.gguf")
     assert source.read_bytes() == before
-    assert names(tmp_path) == {"tiny.gguf", "link.gguf", "folder"}
+    assert names(tmp_path) == {"tiny.gguf", "link.gguf", "folder", "old.gguf"}
     assert names(tmp_path / "folder") == set()
 
 
@@ -448,7 +456,7 @@ def test_no_room(tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(
         StorageError, match=rf"No space left on device, {size} bytes to write, {size - 1} bytes free"
     ) as caught:
-        save(model, tmp_path / "copy.gguf")
+        save(model, tmp_path / "copy.gguf", overwrite=True)
     assert caught.value.hint == "free some space or choose another folder"
     assert opened == []
     assert (tmp_path / "copy.gguf").read_bytes() == b"old"
@@ -460,7 +468,7 @@ def test_a_disk_that_fills_up(tiny_gguf: Maker, tmp_path: Path, full_disk: Calla
     (tmp_path / "copy.gguf").write_bytes(b"old")
 
     with full_disk(), pytest.raises(StorageError, match=r"copy\.gguf: No space left on device, \d+ bytes to write"):
-        save(model, tmp_path / "copy.gguf", to=to)
+        save(model, tmp_path / "copy.gguf", to=to, overwrite=True)
     assert (tmp_path / "copy.gguf").read_bytes() == b"old"
     assert names(tmp_path) == {"copy.gguf"}
 
@@ -491,7 +499,7 @@ def test_a_save_that_is_killed(tiny_gguf: Maker, tmp_path: Path) -> None:
 
         model, _ = load_gguf(Path({str(tiny.path)!r}), torch.float32)
         storage.open = Killing
-        save(model, {str(copy)!r})
+        save(model, {str(copy)!r}, overwrite=True)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -499,7 +507,7 @@ def test_a_save_that_is_killed(tiny_gguf: Maker, tmp_path: Path) -> None:
     left = names(tmp_path) - {"copy.gguf"}
     assert [name.startswith(".copy.gguf.tmp-") for name in left] == [True]
     assert 60_000 < (tmp_path / left.pop()).stat().st_size < tiny.path.stat().st_size
-    save(load(tiny.path), copy)
+    save(load(tiny.path), copy, overwrite=True)
     assert copy.read_bytes() == tiny.path.read_bytes()
     assert names(tmp_path) == {"copy.gguf"}
 

@@ -217,7 +217,7 @@ def test_a_tied_output_that_the_file_repeats(tmp_path: Path) -> None:
     assert torch.equal(written["extra.weight"], weights["extra.weight"])
     assert report.formats == load(tmp_path / "copy").qgraft.info.formats
     with pytest.raises(OptionError, match="no linear layer is named so"):
-        save(model, tmp_path / "copy", to={"lm_head": "f16"})
+        save(model, tmp_path / "copy", to={"lm_head": "f16"}, overwrite=True)
 
 
 def test_changed_and_wrapped_layers(source: Path, tmp_path: Path) -> None:
@@ -396,8 +396,8 @@ def test_targets(source: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     storage.write_json(tmp_path / "run" / "manifest.json", {"files": {}})
     for path, kind, message in (
-        (source, OptionError, "is what the model was loaded from"),
-        (tmp_path, StorageError, "holds files that no save wrote: file, mine/deep/thesis.txt, "),
+        (source, OptionError, "is what is read"),
+        (tmp_path, OptionError, "holds source, which is read"),
         (tmp_path / "mine", StorageError, "holds files that no save wrote: deep/thesis.txt"),
         (tmp_path / "run", StorageError, "holds files that no save wrote: a training run"),
         (tmp_path / "file", StorageError, "it is a file; a model from a folder is saved as a folder"),
@@ -406,17 +406,19 @@ def test_targets(source: Path, tmp_path: Path) -> None:
     ):
         for call in (save, check_target):
             with pytest.raises(kind, match=message):
-                call(model, path)
+                call(model, path, overwrite=True)
     check_target(model, tmp_path / "new")
     assert {name: (source / name).read_bytes() for name in names(source)} == before
     assert (tmp_path / "mine" / "deep" / "thesis.txt").read_text() == "thesis"
     (tmp_path / "empty").mkdir()
     save(model, tmp_path / "empty")
-    save(load(source, "chatglm-int8"), tmp_path / "empty")  # written by an earlier save: replaced
+    with pytest.raises(StorageError, match="empty exists already"):
+        save(load(source, "chatglm-int8"), tmp_path / "empty")
+    save(load(source, "chatglm-int8"), tmp_path / "empty", overwrite=True)  # written by an earlier save: replaced
     assert load(tmp_path / "empty").get_submodule(PART).packed.format == "chatglm-int8"
     (tmp_path / "empty" / "my notes").write_text("")
     with pytest.raises(StorageError, match="no save wrote: my notes"):
-        save(model, tmp_path / "empty")
+        save(model, tmp_path / "empty", overwrite=True)
 
 
 @pytest.mark.parametrize("before", [True, False])
@@ -426,7 +428,7 @@ def test_a_disk_that_fills_up(source: Path, tmp_path: Path, full_disk: Callable[
         save(old, tmp_path / "copy")
 
     with full_disk(), pytest.raises(StorageError, match="No space left on device"):
-        save(new, tmp_path / "copy")
+        save(new, tmp_path / "copy", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"source"} | ({"copy"} if before else set())
     if before:
         assert packed_equal(load(tmp_path / "copy"), old)

@@ -92,8 +92,9 @@ def test_a_folder_goes_to_another_folder_with_its_seal(trained, tmp_path):
     ("change", "expected"),
     [
         ({"to": "onnx"}, "invalid choice: 'onnx'"),
-        ({"output": "base"}, "is the base model itself"),
-        ({"output": "adapter"}, "is the adapter itself"),
+        ({"output": "base"}, "is what is read"),
+        ({"output": "adapter"}, "is what is read"),
+        ({"output": "old"}, "old.gguf exists already\nhint: give another name, or --overwrite"),
         ({"dtype": "q4_0"}, "expected float32 or float16"),
         ({"adapter": "nowhere"}, "nowhere"),
         ({"model": "other"}, "this model is 'qwen2'"),
@@ -104,8 +105,15 @@ def test_mistakes_are_told_and_nothing_is_written(change, expected, trained, tin
     model, out = trained
     lora = tmp_path / "law.lora.gguf"
     assert export(model, out, lora) == 0
+    (tmp_path / "old.gguf").write_bytes(b"old")
     before = sorted(tmp_path.rglob("*"))
-    paths = {"base": model, "adapter": lora, "nowhere": tmp_path / "nowhere", "other": tiny_gguf("qwen2").path}
+    paths = {
+        "old": tmp_path / "old.gguf",
+        "base": model,
+        "adapter": lora,
+        "nowhere": tmp_path / "nowhere",
+        "other": tiny_gguf("qwen2").path,
+    }
     chosen = {key: paths.get(value, value) for key, value in change.items()}
     given = {"model": model, "adapter": lora, "output": tmp_path / "new.gguf", "to": "gguf-lora", **chosen}
     words = [str(word) for key, value in given.items() for word in (f"--{key}", value)]

@@ -100,8 +100,8 @@ def test_the_input_is_not_overwritten_and_nothing_is_begun(trained, tmp_path, ca
         raise AssertionError("the merge was begun")
 
     monkeypatch.setattr("qgraft.merging.merge.merge", begun)
-    assert merge("--model", base, "--adapter", adapter, "--output", output) == 2
-    assert "is what the model was loaded from" in capsys.readouterr().err
+    assert merge("--model", base, "--adapter", adapter, "--output", output, "--overwrite") == 2
+    assert "is what is read" in capsys.readouterr().err
     assert base.read_bytes() == before
 
 
@@ -154,7 +154,9 @@ def test_an_adapter_that_remembers_no_rows(trained, tmp_path, capsys):
     assert "retained gain: not measured" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged.merge.json").read_text())["kept"] is None
     # rows on which the adapter gains nothing: said, and not counted against it
-    assert merge(*words, "--dataset", rows) == 0
+    assert merge(*words, "--dataset", rows) == 2
+    assert "merged.gguf exists already" in (told := capsys.readouterr().err) and "--overwrite" in told
+    assert merge(*words, "--dataset", rows, "--overwrite") == 0
     assert "none to keep, the adapter lowers the loss on these rows by less than 0.01" in capsys.readouterr().out
 
 
@@ -213,7 +215,7 @@ def test_a_folder_is_merged_into_a_folder_again_and_again(tiny_gguf, tmp_path, c
     qgraft.save_adapter(model, tmp_path / "made")
     words = ["--model", tmp_path / "base", "--quantize", "chatglm-int4", "--adapter", tmp_path / "made"]
     for _ in range(2):  # the second replaces what the first wrote
-        assert merge(*words, "--output", tmp_path / "merged", "--method", "nearest") == 0
+        assert merge(*words, "--output", tmp_path / "merged", "--method", "nearest", "--overwrite") == 0
         assert unlisted_files(tmp_path / "merged") == []
         assert (tmp_path / "merged.merge.json").is_file() and (tmp_path / "merged.merge.png").is_file()
     again, _ = qgraft.load(tmp_path / "merged")

@@ -10,17 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qgraft import storage
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
-from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import prefix_error
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
-from qgraft.errors import AdapterError, OptionError, StorageError, option
+from qgraft.errors import AdapterError, OptionError, option
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
 
@@ -34,6 +34,7 @@ def combine_files(
     seed: int = 0,
     dtype: str = "float32",
     force: bool = False,
+    overwrite: bool = False,
 ) -> CombineReport:
     """Combine the adapters in these folders, folder -> weight, and write the result to the folder `output`.
 
@@ -41,14 +42,15 @@ def combine_files(
         method, r, density, seed: see adapters.combine.combine.
         dtype: of the stored weights: float32, float16 or bfloat16.
         force: combine although the base of an adapter is another one or not known.
+        overwrite: write over the adapter that `output` holds; never over an input.
 
     Raises AdapterError that lists all that is wrong with the inputs, OptionError, UnsupportedError, StorageError when
-    `output` holds an adapter already or cannot be written.
+    `output` exists already or cannot be written.
     """
     output = Path(output)
     folders = {Path(folder): weight for folder, weight in adapters.items()}
     names = _names(folders)
-    _check_output(output, folders)
+    storage.check_new(output, overwrite, folders)
     read = {folder: read_adapter(folder) for folder in folders}
     if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
         raise prefix_error("combine", prefixes)
@@ -90,13 +92,6 @@ def _names(folders: Mapping[Path, float]) -> dict[Path, str]:
     return {
         folder: name if short.count(name) == 1 else str(folder) for folder, name in zip(folders, short, strict=True)
     }
-
-
-def _check_output(output: Path, folders: Mapping[Path, float]) -> None:
-    if output.resolve() in [folder.resolve() for folder in folders]:
-        raise OptionError(f"{output} is one of the adapters to combine", hint="give another folder as the output")
-    if (output / CONFIG).exists() or (output / SEAL).exists():
-        raise StorageError(f"{output} holds an adapter already", hint="give another folder as the output, or delete it")
 
 
 def _factors(config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Factors], list[str]]:

@@ -75,6 +75,9 @@ def save_adapter(
 ) -> None:
     """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`, each file whole, the seal last.
 
+    An adapter that the folder holds is written over, as by save_pretrained of PEFT and transformers: this is what a loop of
+    training calls again and again. The commands that write adapters (export, combine) ask for --overwrite.
+
     Args:
         details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
         dtype: of the stored weights; "float16" or "bfloat16" halve the file. They load as float32.

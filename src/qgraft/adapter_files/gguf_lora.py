@@ -78,6 +78,7 @@ def export_gguf_lora(
     name: str | None = None,
     dtype: str = "float16",
     arguments: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
 ) -> ExportedLora:
     """Write the LoRA `name` (default: the only one) to `path` in llama.cpp's layout, whole or not at all.
 
@@ -85,6 +86,7 @@ def export_gguf_lora(
         model: from a GGUF file; its tensors give the pairs their names.
         dtype: "float16", which llama.cpp's users expect, or "float32", which keeps every bit.
         arguments: of the training; its system prompt and template are written, so that `qgraft chat` uses them.
+        overwrite: replace a file that is there; never the base's own.
 
     Raises AdapterError for layers without a tensor in the file, for NaN and on merged weights, UnsupportedError for a
     base from a folder, OptionError for an unknown dtype or the base's own file as `path`, CheckpointError for a base
@@ -95,8 +97,7 @@ def export_gguf_lora(
     path, adapter = Path(path), find_adapter(model, name)
     loras = loras_of(adapter, "a GGUF-LoRA")
     origin = _gguf_origin(model)
-    if path.exists() and path.samefile(origin.path):
-        raise OptionError(f"{path} is the base model itself", hint="give the adapter a file of its own")
+    storage.check_new(path, overwrite, [origin.path])
     base = open_source(origin)
     fingerprint = _unmerged(model, base)
     alpha = _common_alpha(lora.config for lora in loras.values())

@@ -26,12 +26,15 @@ def thudm_problem(model: nn.Module) -> str | None:
     return None if layout_of(model) in LAYOUTS else f"it is of a ChatGLM, and this is a {type(model).__name__}"
 
 
-def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, dtype: str = "float32") -> int:
+def export_thudm(
+    model: nn.Module, folder: str | Path, name: str | None = None, dtype: str = "float32", overwrite: bool = False
+) -> int:
     """Write the prefix `name` (default: the only adapter) as THUDM's scripts do; returns the bytes of the weights.
 
     Args:
-        folder: a new one; it is there whole or not at all.
+        folder: it is there whole or not at all.
         dtype: "float32", as the scripts save it, or "float16".
+        overwrite: replace the folder where an earlier export wrote all that is in it.
 
     Raises AdapterError for a LoRA or NaN, UnsupportedError for a model that is no ChatGLM, OptionError, StorageError.
     """
@@ -44,8 +47,10 @@ def export_thudm(model: nn.Module, folder: str | Path, name: str | None = None, 
             f"a prefix in THUDM's layout: {problem}",
             hint=worded(flags="--to peft", python="save_adapter()") + " writes it for other programs",
         )
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise StorageError(f"cannot write {folder}: it is there already", hint="give the name of a new folder")
+    storage.check_new(folder, overwrite)
+    if folder.is_file() or (foreign := storage.unlisted_files(folder)):
+        got = "it is a file" if folder.is_file() else f"it holds files that no export wrote: {', '.join(foreign[:4])}"
+        raise StorageError(f"cannot write {folder}: {got}", hint="give the name of a new folder")
     state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}
     if broken := non_finite(state):
         raise AdapterError(f"prefix {adapter.name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")

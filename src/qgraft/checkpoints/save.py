@@ -57,7 +57,9 @@ class SaveReport:
         return "\n".join([f"{self.path}: {size}, {self.changed} tensors changed", *self.notes])
 
 
-def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None) -> SaveReport:
+def save(
+    model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None, overwrite: bool = False
+) -> SaveReport:
     """Write the model's packed weights into a copy of the container that it was loaded from.
 
     Args:
@@ -65,6 +67,8 @@ def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | No
         to: another format for every linear layer but the output layer ("q8_0"), or for some layers: {name: format},
             where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
             it; the first that fits a layer counts. Layers are requantized from their present values.
+        overwrite: replace a file, or a folder that an earlier save wrote; without it an existing one is refused. What
+            the model was loaded from is never replaced.
 
     A prefix that came with the folder is in the copy as it is in the source.
 
@@ -77,7 +81,7 @@ def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | No
             hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
         )
     origin, target = find_origin(model), _absolute(path)
-    _check_target(target, origin)
+    _check_target(target, origin, overwrite)
     matrices, notes = _plan(model, origin, to)
     if origin.container == "gguf":
         written = write_gguf(target, origin, matrices, _uniform(model, matrices))
@@ -86,10 +90,12 @@ def save(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | No
     return SaveReport(target, *written, _count(matrices), tuple(notes))
 
 
-def check_target(model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None) -> None:
+def check_target(
+    model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None, overwrite: bool = False
+) -> None:
     """Raise what save() would raise for this path and these formats, before anything long is begun."""
     origin = find_origin(model)
-    _check_target(_absolute(path), origin)
+    _check_target(_absolute(path), origin, overwrite)
     _plan(model, origin, to)
 
 
@@ -107,10 +113,9 @@ def _absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
-def _check_target(target: Path, origin: Origin) -> None:
+def _check_target(target: Path, origin: Origin, overwrite: bool) -> None:
     parent = target.parent
-    if target.exists() and origin.path.exists() and target.samefile(origin.path):
-        raise OptionError(f"{target} is what the model was loaded from", hint="give the merged model another name")
+    storage.check_new(target, True, [origin.path])
     if not parent.is_dir():
         got = "is not a folder" if parent.exists() else "does not exist"
         raise StorageError(f"cannot write {target}: {parent} {got}", hint="create the folder first")
@@ -120,6 +125,7 @@ def _check_target(target: Path, origin: Origin) -> None:
         raise StorageError(f"cannot write {target}: it is a folder", hint=f"give a file: {target / origin.path.name}")
     if origin.container == "folder":
         _check_folder(target)
+    storage.check_new(target, overwrite)
 
 
 def _check_folder(target: Path) -> None:

@@ -31,6 +31,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of dare's random choice (default 0)")
     parser.add_argument("--dtype", default="float32", help="of the file: float32 (default), float16, bfloat16")
     parser.add_argument("--force", action="store_true", help="combine although the base differs or is not known")
+    parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --output holds")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
@@ -38,7 +39,7 @@ def run(words: Sequence[str]) -> int:
 
     report = combine_files(
         parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,
-        options.dtype, options.force,
+        options.dtype, options.force, options.overwrite,
     )  # fmt: skip
     if options.json:
         print_json(report.as_dict())

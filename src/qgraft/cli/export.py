@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qgraft import storage
 from qgraft.cli.options import Parser, free_name, print_note
-from qgraft.errors import OptionError
 
 TARGETS = ("gguf-lora", "peft", "thudm")
 
@@ -31,10 +31,10 @@ def run(words: Sequence[str]) -> int:
         "--dtype", help="of the values: float16, float32; default: float16 (gguf-lora), float32 (others)"
     )
     parser.add_argument("--force", action="store_true", help="load an adapter that does not fit, as far as it does")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     options = parser.parse_args(words)
     source, target = Path(options.adapter), Path(options.output)
-    if target.exists() and source.exists() and target.samefile(source):
-        raise OptionError(f"--output {target} is the adapter itself", hint="give another path")
+    storage.check_new(target, options.overwrite, [source, Path(options.model)])
 
     from qgraft.adapter_files.folder import load_adapter
     from qgraft.adapters.base import adapter_names, find_adapter
@@ -47,7 +47,7 @@ def run(words: Sequence[str]) -> int:
     if options.to == "gguf-lora":
         print(_gguf_lora(model, target, name, options, arguments))
     elif options.to == "thudm":
-        print(_thudm(model, target, name, options.dtype or "float32"))
+        print(_thudm(model, target, name, options.dtype or "float32", options.overwrite))
     else:
         print(_peft(model, source, target, name, options.dtype or "float32", arguments))
     return 0
@@ -57,7 +57,7 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
     from qgraft.adapter_files.gguf_lora import export_gguf_lora
 
     dtype = options.dtype or "float16"
-    done = export_gguf_lora(model, target, name, dtype, arguments)
+    done = export_gguf_lora(model, target, name, dtype, arguments, options.overwrite)
     base = shlex.quote(str(model.qgraft.info.source))
     system = arguments.get("system")
     prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
@@ -69,11 +69,11 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
     )
 
 
-def _thudm(model: Any, target: Path, name: str, dtype: str) -> str:
+def _thudm(model: Any, target: Path, name: str, dtype: str, overwrite: bool) -> str:
     from qgraft.adapter_files.thudm import export_thudm
     from qgraft.adapters.base import find_adapter
 
-    nbytes = export_thudm(model, target, name, dtype)
+    nbytes = export_thudm(model, target, name, dtype, overwrite)
     values = find_adapter(model, name).size
     return f"{target}: prefix in THUDM's layout, {values:,} values in {dtype}, {nbytes:,} bytes"
 

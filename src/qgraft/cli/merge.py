@@ -1,9 +1,11 @@
 """qgraft merge: an adapter into the packed weights of its base, written as the same kind of file."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qgraft import storage
 from qgraft.cli.options import Parser, load_with_adapters, print_note
 from qgraft.errors import MergeError, OptionError
 
@@ -31,6 +33,7 @@ def run(words: Sequence[str]) -> int:
         "--min-retained", type=float, default=0.9, help="fail below this share of the adapter's gain (default 0.9)"
     )
     parser.add_argument("--to", metavar="FORMAT", help="write the linear layers in another format; the file grows")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration rows (default 0)")
     options = parser.parse_args(words)
     target = Path(options.output)
@@ -38,6 +41,10 @@ def run(words: Sequence[str]) -> int:
         raise OptionError("qgraft merge: no --adapter is given", hint="give the folder of the adapter to merge")
     if len(options.weight) > len(options.adapter):
         raise OptionError(f"qgraft merge: got {len(options.weight)} --weight for {len(options.adapter)} --adapter")
+
+    json_file, picture = (_beside(target, suffix) for suffix in ("json", "png"))
+    for path in (target, json_file, picture):
+        storage.check_new(path, options.overwrite, [Path(each) for each in (options.model, *options.adapter)])
 
     from rich.console import Console
 
@@ -47,7 +54,7 @@ def run(words: Sequence[str]) -> int:
     from qgraft.merging.merge import merge
 
     model, tokenizer, names = load_with_adapters(options)
-    check_target(model, target, to=options.to)
+    check_target(model, target, to=options.to, overwrite=options.overwrite)
     use_adapter(model, dict(zip(names, [*options.weight, *[1.0] * len(names)], strict=False)))
     console = Console(stderr=True)
     failed: MergeError | None = None
@@ -64,10 +71,15 @@ def run(words: Sequence[str]) -> int:
     report.print(Console())
     if failed is not None:
         raise failed
-    saved = save(model, target, to=options.to)  # also for the layers that no adapter is on
+    saved = save(model, target, to=options.to, overwrite=options.overwrite)  # also for the layers that no adapter is on
     print_note(str(saved))
-    beside = f"{target.name.removesuffix('.gguf')}.merge"  # a folder holds nothing but what save wrote
-    report.save(target.with_name(f"{beside}.json"))
-    plots.plot_merge(target.with_name(f"{beside}.json"), target.with_name(f"{beside}.png"))
-    print_note(f"report: {target.with_name(beside)}.json and .png")
+    report.save(json_file)
+    plots.plot_merge(json_file, picture)
+    print_note(f"report: {json_file} and {picture.name}")
     return 0
+
+
+def _beside(target: Path, suffix: str) -> Path:
+    """A file of the report; a folder holds nothing but what save wrote, so it lies beside that."""
+    target = Path(os.path.abspath(target))
+    return target.with_name(f"{target.name.removesuffix('.gguf')}.merge.{suffix}")
