@@ -483,6 +483,6 @@ def test_what_exists_is_replaced_only_when_told_and_an_input_never(tmp_path: Pat
             storage.check_new(tmp_path / name)
         storage.check_new(tmp_path / name, overwrite=True)
     for name, source in (("file", "file"), ("hard", "file"), ("full", "full/.hidden"), (".", "full")):
-        with pytest.raises(OptionError, match="is what is read|which is read"):
+        with pytest.raises(OptionError, match=r"is what is read|which is read"):
             storage.check_new(tmp_path / name, True, [tmp_path / source])
     storage.check_new(tmp_path / "file", True, [tmp_path / "nowhere"])

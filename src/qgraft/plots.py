@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import storage
+from qgraft.json_files import parse_json
 
 
 def plot_losses(metrics: Path, target: Path) -> None:
@@ -70,11 +71,13 @@ def plot_merge(report: Path, target: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a torn last line, left by a kill, is passed over."""
+    """The entries of a metrics.jsonl; lines that are none, as a kill leaves one, are passed over."""
     entries = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         try:
-            entries.append(json.loads(line))
+            entry = parse_json(line)
         except ValueError:
             continue
+        if isinstance(entry, dict) and isinstance(entry.get("step", 0), int):
+            entries.append(entry)
     return entries

@@ -22,7 +22,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 
 def write_file(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all. Raises StorageError."""
-    with _named_errors(path, len(data)):
+    with named_errors(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, [data])
 
@@ -45,7 +45,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) 
     Temporary files that killed processes left of earlier attempts are removed, so two processes must not write the same
     path at once. Raises StorageError; where the disk has no room, before the first chunk is asked for.
     """
-    with _named_errors(path, nbytes):
+    with named_errors(path, nbytes):
         for abandoned in _beside(path, "tmp"):
             abandoned.unlink()
         require_room(path, nbytes)
@@ -54,7 +54,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes | memoryview], nbytes: int) 
 
 def require_room(path: Path, nbytes: int) -> None:
     """Raise StorageError when the disk of `path`, whose folder exists, has no room for `nbytes`."""
-    with _named_errors(path, nbytes):
+    with named_errors(path, nbytes):
         if nbytes > shutil.disk_usage(path.parent).free:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -93,7 +93,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def append_line(path: Path, line: str) -> None:
     """Append one line to a log; a torn last line is the worst that a kill leaves."""
-    with _named_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
+    with named_errors(path, len(line)), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
 
 
@@ -105,7 +105,7 @@ def publish_folder(target: Path) -> Iterator[Path]:
     processes left of earlier attempts is removed, so two processes must not publish the same target at once.
     """
     staging = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    with _named_errors(target):
+    with named_errors(target):
         recover_folder(target)
         for abandoned in _beside(target, "tmp", folders=True):
             shutil.rmtree(abandoned, ignore_errors=True)
@@ -126,14 +126,14 @@ class ScratchFile:
 
     def write_at(self, offset: int, data: memoryview) -> None:
         """Write `data`, contiguous bytes, at `offset`. Raises StorageError."""
-        with _named_errors(self.path, data.nbytes):
+        with named_errors(self.path, data.nbytes):
             self._file.seek(offset)
             while data:
                 data = data[self._file.write(data) :]
 
     def read_at(self, offset: int, into: memoryview) -> None:
         """Fill `into`, contiguous bytes, from `offset` on. Raises StorageError."""
-        with _named_errors(self.path):
+        with named_errors(self.path):
             self._file.seek(offset)
             while into:
                 count = self._file.readinto(into)
@@ -153,7 +153,7 @@ def scratch_file(path: Path, nbytes: int) -> Iterator[ScratchFile]:
     Raises StorageError.
     """
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    with _named_errors(path, nbytes):
+    with named_errors(path, nbytes):
         path.parent.mkdir(parents=True, exist_ok=True)
         for abandoned in _beside(path, "tmp"):
             abandoned.unlink()
@@ -161,7 +161,7 @@ def scratch_file(path: Path, nbytes: int) -> Iterator[ScratchFile]:
         file = FileIO(temporary, "w+")
     try:
         with file:
-            with _named_errors(path, nbytes):
+            with named_errors(path, nbytes):
                 if os.name == "posix":
                     temporary.unlink()
                 _take_room(file, nbytes)
@@ -240,7 +240,7 @@ def unlisted_files(folder: Path) -> list[str]:
 def remove_folder(folder: Path) -> None:
     """Delete a folder: renamed first, so that a kill in the middle leaves no half of it under its name."""
     doomed = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
-    with _named_errors(folder):
+    with named_errors(folder):
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
@@ -311,14 +311,63 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Turn an OSError into a StorageError that says where, what was needed and what is free."""
+def named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn an OSError into a StorageError that says where, and where it is about room, what was needed and what is free.
+
+    A path that no system takes, with a zero in it, is a ValueError, and said likewise.
+    """
     try:
         yield
     except OSError as error:
-        existing = next((folder for folder in (path, *path.parents) if folder.exists()), Path("."))
-        size = "" if needed is None else f", {needed} bytes to write"
-        free = shutil.disk_usage(existing).free
-        hint = "free some space or choose another folder" if error.errno in (errno.ENOSPC, errno.EDQUOT) else None
-        message = f"cannot write {path}: {error.strerror or error}{size}, {free} bytes free"
-        raise StorageError(message, hint=hint) from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        room = "" if needed is None else f", {needed} bytes to write"
+        room += f", {_free(path)} bytes free" if full else ""
+        hint = "free some space or choose another folder" if full else None
+        raise StorageError(f"cannot write {path}: {error.strerror or error}{room}", hint=hint) from error
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise StorageError(f"cannot write {str(path)!r}: {error}", hint="choose another name") from error
+
+
+def make_folder(folder: Path) -> bool:
+    """Make `folder` and those above it; whether it was not there. Raises StorageError where it cannot be written to."""
+    with named_errors(folder):
+        made = not folder.is_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    return made
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Take a folder away in which nothing is."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete the temporary files and folders in `folder` that processes of this machine left which are no more."""
+    for path in folder.glob(".*.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _lives(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True
+
+
+def _free(path: Path) -> int:
+    """Free bytes of the disk of `path`, or of the nearest folder above it that is there."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            if folder.exists():
+                return shutil.disk_usage(folder).free
+    return 0

@@ -351,7 +351,7 @@ def test_lengths_of_chatglms_scripts_are_refused_for_other_tokenizers(tiny_gguf,
     [
         ({"num_beams": 0, "max_new_tokens": 0}, "max_new_tokens=0: expected at least 1; num_beams=0"),
         ({"temperature": -1.0}, "temperature=-1.0: expected at least 0"),
-        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("nan")}, "temperature: got nan"),
         ({"top_p": 0.0}, "top_p=0.0: expected a share"),
         ({"max_predict_samples": 0}, "max_predict_samples=0"),
         ({"pre_seq_len": 0}, "pre_seq_len=0: expected at least 1"),

@@ -314,8 +314,9 @@ def test_overwriting_deletes_nothing_before_the_new_run_is_known_to_start(tiny_g
 
 
 def test_nothing_to_resume_from(tiny_gguf, tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint to resume from"):
-        run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="true")
+    with pytest.raises(CheckpointError, match="is not a whole checkpoint"):
+        run(tiny_gguf, tmp_path / "out", resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_ends_with_the_path_and_leaves_no_adapter(tiny_gguf, tmp_path, monkeypatch):

@@ -73,5 +73,8 @@ def _problem(name: object, value: Tensor, size: int) -> str:
 
 
 def _one_line(reason: Exception) -> str:
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return text.partition("weights_only")[0][:300].rstrip(" `.,(")
+    text = " ".join(str(reason).split())
+    if "Weights only load failed" in text:  # what follows is advice to load it all the same
+        text = text.partition("WeightsUnpickler error:")[2].strip().partition(" Please file")[0]
+    text = text.partition("weights_only")[0].partition(" Check the documentation")[0]
+    return text[:300].rstrip(" `.,(") or type(reason).__name__

@@ -37,7 +37,9 @@ def _demo(options: argparse.Namespace) -> int:
     from qgraft.adapters.choose import adapters_off
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import KNOWN_MODELS, pull
-    from qgraft.training.run import check_output_dir, describe_signal, train
+    from qgraft.training.output_dir import check_output_dir
+    from qgraft.training.report import describe_signal
+    from qgraft.training.run import train
 
     began = time.perf_counter()
     console = Console(stderr=True)

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from qgraft.training.arguments import TrainArguments
     from qgraft.training.predict import Predictions
-    from qgraft.training.run import TrainReport
+    from qgraft.training.report import TrainReport
 
 DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE --output_dir FOLDER [options]
        qgraft train --do_predict --model_name_or_path MODEL --adapter_name_or_path FOLDER --test_dataset FILE
@@ -50,7 +50,7 @@ def _work(arguments: "TrainArguments") -> int:
 
     first = Processes.of(arguments).first
     try:
-        with nullcontext() if first else _silent():
+        with nullcontext() if first else _silent(), _locked(arguments if first else None):
             _check(arguments)
             console = Console(stderr=True)
             model, tokenizer = _load(arguments)
@@ -64,6 +64,18 @@ def _work(arguments: "TrainArguments") -> int:
     finally:
         leave()
     return 0
+
+
+@contextmanager
+def _locked(*every: "TrainArguments | None") -> Iterator[None]:
+    """Within the block nobody else trains into these output_dirs. Said before the minutes that loading may take."""
+    from qgraft.locks import folder_locked
+
+    with ExitStack() as stack:
+        for arguments in every:
+            if arguments is not None and arguments.do_train:
+                stack.enter_context(folder_locked(Path(str(arguments.output_dir))))
+        yield
 
 
 @contextmanager
@@ -84,14 +96,21 @@ def _after_training(
 
 def _work_together(jobs: "list[TrainArguments]") -> int:
     """Train all jobs at once, then do for each what else it asks for. 2 when one failed, else as for one job."""
+    from qgraft.jobs.train import check_jobs, name_jobs
+
+    jobs = name_jobs(jobs)
+    check_jobs(jobs)
+    with _locked(*jobs):
+        return _train_together(jobs)
+
+
+def _train_together(jobs: "list[TrainArguments]") -> int:
     from rich.console import Console
 
     from qgraft.adapters.choose import use_adapter
     from qgraft.errors import QgraftError
-    from qgraft.jobs.train import check_jobs, name_jobs, raise_all, train_jobs
+    from qgraft.jobs.train import raise_all, train_jobs
 
-    jobs = name_jobs(jobs)
-    check_jobs(jobs)
     wrong = []
     for arguments in jobs:
         try:
@@ -129,8 +148,8 @@ def _work_together(jobs: "list[TrainArguments]") -> int:
 def _check(arguments: "TrainArguments") -> None:
     """Print the notes, and raise what can be known to be wrong before the minutes that loading a large model takes."""
     from qgraft.errors import DataError, OptionError
+    from qgraft.training.output_dir import check_output_dir
     from qgraft.training.predict import EVALUATED, check_predicting, check_results
-    from qgraft.training.run import check_output_dir
     from qgraft.training.scores import load_libraries
 
     for note in arguments.notes:
@@ -195,11 +214,13 @@ def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Co
 
 def _say(report: "TrainReport", arguments: "TrainArguments") -> None:
     """Print what came of a run, and the notes that were not printed before it."""
-    from qgraft.training.run import describe_signal
+    from qgraft.training.report import describe_signal
 
     seen = len(arguments.notes)
     for note in report.notes[seen:]:
         print_note(f"note: {note}")
+    if report.unchanged:
+        return
     print_note(report.accounting.summary())
     if report.signal is not None:
         print_note(describe_signal(report))

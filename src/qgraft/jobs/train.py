@@ -15,7 +15,7 @@ alone. Ctrl-C and SIGTERM end all, each with its checkpoint.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ from qgraft.compat import activation_checkpointing
 from qgraft.errors import OptionError, QgraftError, UnsupportedError
 from qgraft.jobs.joint_step import HandIn, learn_together
 from qgraft.linear import computing
+from qgraft.locks import folder_locked
 from qgraft.memory.budget import training_tokens
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
@@ -38,7 +39,8 @@ from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
 from qgraft.training.random_state import RandomState
-from qgraft.training.run import Prepared, Run, TrainReport, prepare
+from qgraft.training.report import TrainReport
+from qgraft.training.run import Prepared, Run, prepare
 
 SHARED = (  # options that concern the base and the passes through it
     "model_name_or_path", "quantize", "quantization_bit", "compute", "compute_dtype", "use_cpu", "max_tokens_per_pass",
@@ -68,7 +70,16 @@ def train_jobs(
     require_loras(model, adapter_names(model), "training several adapters at once")
     nn.Module.to(model, jobs[0].device)
     display = run_display(console, labels=True) if console else None
-    prepared = _prepare_all(model, tokenizer, jobs)
+    with ExitStack() as stack:
+        for args in jobs:
+            stack.enter_context(folder_locked(Path(str(args.output_dir))))
+        prepared = _prepare_all(model, tokenizer, jobs)
+        return _train_all(model, jobs, prepared, display)
+
+
+def _train_all(
+    model: PreTrainedModel, jobs: Sequence[TrainArguments], prepared: Sequence[Prepared], display: Progress | None
+) -> list[Outcome]:
     with _stopped_by_signals() as stop, _shown(display):
         every = [Job(model, each, display, stop) for each in prepared]
         try:
@@ -229,6 +240,7 @@ def _train(model: PreTrainedModel, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.run.prepared.notes += [f"{problem}; every sample passes through the model alone"] if problem else []
             job.turn(lambda job=job: job.run.start(budget, {}))  # type: ignore[misc]
+            job.outcome = job.outcome or job.run.ended_before
             if job.outcome is None and job.run.loop.ended:
                 job.finish()
         while moving := [job for job in jobs if job.outcome is None]:

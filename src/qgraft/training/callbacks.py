@@ -50,6 +50,11 @@ class Watch(TrainerCallback):
         """Over the training steps so far, evaluation and saving left out."""
         return (self.progress.tokens - self._before) / self.seconds if self.seconds else 0.0
 
+    def say(self, text: str) -> None:
+        """A line for people, above the bar."""
+        if self.console is not None:
+            self.console.print(text, highlight=False)
+
     def watch(self, progress: Progress) -> None:
         """Begin with a run that has done so much."""
         self.progress, self._before = progress, progress.tokens

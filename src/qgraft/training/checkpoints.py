@@ -15,8 +15,7 @@ that step on: learning rate, schedule and length are computed from the options o
 """
 
 import dataclasses
-import json
-import pickle
+import io
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,10 @@ from typing import Any
 import torch
 
 from qgraft import storage
+from qgraft.checkpoints.foreign import one_line
+from qgraft.checkpoints.pickles import load_pickle
 from qgraft.errors import CheckpointError, option
+from qgraft.json_files import read_object
 from qgraft.training.random_state import RandomState
 
 OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
@@ -49,6 +51,7 @@ class Progress:
         pending_loss, pending_steps: of these, what came after the last log.
         logged: the step of that log.
         skipped, skipped_in_a_row: steps that were not finite.
+        eval_loss_before: the held-out loss before the first step.
         metrics, count: sums of what else the objective measures, since the last log, and what they are divided by.
     """
 
@@ -63,6 +66,7 @@ class Progress:
     skipped_in_a_row: int = 0
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     count: float = 0.0
+    eval_loss_before: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,14 +123,16 @@ def read_saved(folder: Path) -> Saved:
     """What write_saved wrote. Raises CheckpointError for files of another kind."""
     check_resumable(folder)
     try:
-        about = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
+        about = read_object(folder / PROGRESS, CheckpointError)
         return Saved(
-            _load(folder / OPTIMIZER), [RandomState(**state) for state in _load(folder / RANDOM)],
+            load_pickle(folder / OPTIMIZER, CheckpointError),
+            [RandomState(**state) for state in load_pickle(folder / RANDOM, CheckpointError)],
             Progress(**about["progress"]), Bound(about["fixed"], about["options"]),
         )  # fmt: skip
-    except (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{folder} cannot be read: {reason}", hint=take_its_adapter()) from error
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=error.hint or take_its_adapter()) from error
+    except (LookupError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {one_line(error)}", hint=take_its_adapter()) from error
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -183,9 +189,7 @@ def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
 
 
 def _save(path: Path, value: Any) -> None:
-    with open(path, "wb") as file:  # given a path, torch raises something else for a full disk
-        torch.save(value, file)
-
-
-def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    buffer = io.BytesIO()  # torch would raise something else than an OSError for a full disk
+    torch.save(value, buffer)
+    with open(path, "wb") as file:
+        file.write(buffer.getbuffer())

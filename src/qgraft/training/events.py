@@ -5,7 +5,6 @@ gets TrainerState and TrainerControl; DefaultFlowCallback, always the first, say
 """
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
+from qgraft.json_files import parse_json
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.plan import Plan
 from qgraft.training.processes import Processes
@@ -81,7 +81,7 @@ class Events:
 
     def load(self, path: Path) -> None:
         """Take over what saved() gave; raises OSError, ValueError or TypeError for anything else."""
-        self.state = self._sized(TrainerState(**json.loads(path.read_text(encoding="utf-8"))))
+        self.state = self._sized(TrainerState(**parse_json(path.read_bytes(), finite=False)))
         if self.state.best_model_checkpoint and not Path(self.state.best_model_checkpoint).is_dir():
             self.state.best_model_checkpoint = None
         saved: Any = self.state.stateful_callbacks

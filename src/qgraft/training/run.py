@@ -9,26 +9,25 @@ output_dir/
 """
 
 import copy
-import dataclasses
 import json
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from qgraft import plots, storage
-from qgraft.adapter_files.folder import save_adapter
+from qgraft import storage
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import Sample, samples_sha256
-from qgraft.errors import DataError, OptionError, option, worded
+from qgraft.errors import DataError, OptionError, StorageError, option
 from qgraft.linear import computing
+from qgraft.locks import folder_locked
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
@@ -42,40 +41,12 @@ from qgraft.training.checkpoints import Bound, remove_later
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
-from qgraft.training.output_dir import check_output_dir, clear_earlier_run, trim_log
+from qgraft.training.output_dir import Earlier, check_output_dir, clear_earlier_run, trim_log
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
+from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
 from qgraft.training.trainer_options import check_evaluation, tracking_callbacks
-
-
-@dataclass(frozen=True)
-class TrainReport:
-    """What a run did; the same numbers stand in run.json.
-
-    Attributes:
-        output_dir: where everything is.
-        steps: optimizer steps in all; `finished` tells whether these are all that were planned.
-        signal: the number of the signal that ended the run early, or None.
-        metrics: train_loss, eval_loss_before, eval_loss, tokens_per_second, seconds, peak_memory_bytes, ...
-        accounting: where every row of the dataset went; held_out_accounting likewise of the held-out one, if given.
-        notes: what a reader should know, each one sentence.
-    """
-
-    output_dir: Path
-    steps: int
-    finished: bool
-    signal: int | None
-    parameters: int
-    metrics: dict[str, float]
-    accounting: Accounting
-    held_out_accounting: Accounting | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def exit_code(self) -> int:
-        """0, or the shell's code for the signal: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 0 if self.signal is None else 128 + self.signal
 
 
 def train(
@@ -102,14 +73,21 @@ def train(
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
-    prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
     processes = Processes.of(args)
+    with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
+        prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
+        return _train(model, prepared, processes, console)
+
+
+def _train(model: PreTrainedModel, prepared: "Prepared", processes: Processes, console: Console | None) -> TrainReport:
     with adapter_in_training(model, prepared.args):
         watch, stop = Watch(prepared.folder, console, writes=processes.first), StopOnSignal()
         run = Run(model, prepared, watch, stop, processes)
         try:
             with passes(model, prepared, console) as (tokens, estimated):
                 run.start(tokens, estimated)
+                if (report := run.ended_before) is not None:
+                    return report
                 run.loop.take_steps()
                 return run.finish()
         finally:
@@ -122,7 +100,7 @@ class Prepared:
 
     args: TrainArguments
     folder: Path
-    resume: Path | None
+    earlier: Earlier
     samples: list[Sample]
     eval_samples: list[Sample]
     accounting: Accounting
@@ -142,8 +120,8 @@ def prepare(
 ) -> Prepared:
     """Check the options of a run and tokenize its rows; see train()."""
     args = _remembering(args, dataset, eval_dataset)
-    resume, passed_over = check_output_dir(args)
-    notes = [*args.notes, *passed_over]
+    earlier = check_output_dir(args)
+    notes = [*args.notes, *earlier.passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     if limit < args.max_length:
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
@@ -155,7 +133,7 @@ def prepare(
     if any(isinstance(each, EarlyStoppingCallback) for each in every):
         _settle_early_stopping(args)
     return Prepared(
-        args, Path(str(args.output_dir)), resume, samples, eval_samples, accounting, held_out, notes, tokenizer, every
+        args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every
     )
 
 
@@ -185,27 +163,31 @@ class Run:
     def start(self, tokens: int, estimated: dict[str, float]) -> None:
         """Make room in output_dir, measure the held-out loss, begin with passes of at most so many tokens."""
         prepared, args = self.prepared, self.prepared.args
-        self._estimated, self._before = estimated, None
-        bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
-        self.processes.check_same(bound.fixed)
-        if prepared.resume is None:
-            if self.processes.first:  # only now, when nothing that is given can be wrong any more
-                clear_earlier_run(prepared.folder)
-            with self._alone():
-                self._before = held_out_loss(self.model, args, prepared.eval_samples, self.processes)
-        if self._before is not None and self.processes.first:
-            line = {"step": 0, "eval_loss": self._before}
-            storage.append_line(prepared.folder / METRICS, json.dumps(line))
+        resume = prepared.earlier.resume
+        self._estimated, self._before, self.ended_before = estimated, None, None
+        self._bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
+        self.processes.check_same(self._bound.fixed)
+        if resume is None and prepared.earlier.finished is not None:
+            self.ended_before = self._ended(prepared.earlier.finished)
+            return
+        if resume is None:
+            self._begin()
         self.model.config.use_cache = False
         self.loop = TrainingLoop(
-            self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=bound,
+            self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=self._bound,
             callbacks=[*prepared.callbacks, self.watch], stop=self.stop, tokenizer=prepared.tokenizer,
             processes=self.processes, alone=self._alone,
         )  # fmt: skip
-        self.loop.start(prepared.resume)
+        self.loop.start(resume)
         step = self.loop.events.state.global_step
-        if prepared.resume is not None and self.processes.first:  # it is known to go on
-            prepared.folder.mkdir(parents=True, exist_ok=True)
+        if resume is not None and self._has_ended(step):
+            self.ended_before = self._ended(cast(dict[str, Any], prepared.earlier.finished))
+            return
+        if resume is not None:
+            self._before = self.loop.progress.eval_loss_before
+            self.watch.say(f"going on from {resume.name}, step {step} of {self.loop.plan.steps}")
+        self.loop.progress.eval_loss_before = self._before
+        if resume is not None and self.processes.first:  # it is known to go on
             trim_log(prepared.folder / METRICS, step)
             if gone := remove_later(prepared.folder, step):
                 prepared.notes.append(f"goes on from step {step}: {', '.join(gone)} of later steps were deleted")
@@ -215,6 +197,40 @@ class Run:
             )
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
+
+    def _begin(self) -> None:
+        """Make room in output_dir, and measure where the run starts from."""
+        prepared = self.prepared
+        if self.processes.first:  # only now, when nothing that is given can be wrong any more
+            clear_earlier_run(prepared.folder)
+        with self._alone():
+            self._before = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        if self._before is not None and self.processes.first:
+            line = {"step": 0, "eval_loss": self._before}
+            storage.append_line(prepared.folder / METRICS, json.dumps(line))
+
+    def _has_ended(self, step: int) -> bool:
+        """Whether the run ended with the checkpoint at `step`, and has written what came of it."""
+        finished = self.prepared.earlier.finished
+        return self.loop.ended and finished is not None and finished.get("steps") == step
+
+    def _ended(self, finished: Mapping[str, Any]) -> TrainReport:
+        """The report of a run that came to its end before, which `finished`, its run.json, must be the same as."""
+        prepared = self.prepared
+        differ = self._bound.differences(Bound(finished.get("bound") or {}, {}))
+        steps = plan_of(prepared.args, len(prepared.samples), self.processes.count).steps
+        if finished.get("steps") != steps:
+            differ.append(f"steps: {finished.get('steps')} then, {steps} now, and there is no checkpoint to go on from")
+        if differ:
+            raise StorageError(
+                f"output_dir {prepared.folder} holds another run that has ended:\n  " + "\n  ".join(differ),
+                hint=f"choose another folder, or {option('overwrite_output_dir')}",
+            )
+        return TrainReport(
+            prepared.folder, steps, True, None, finished.get("parameters", 0), finished.get("metrics", {}),
+            prepared.accounting, prepared.held_out,
+            [f"already finished: step {steps} of {steps}; nothing was changed"], unchanged=True,
+        )  # fmt: skip
 
     def finish(self) -> TrainReport:
         """Measure, and write what came of it."""
@@ -247,7 +263,7 @@ class Run:
             notes=prepared.notes,
         )
         if self.processes.first:
-            _save(self.model, prepared.args, report, prepared.samples, prepared.eval_samples)
+            save_run(self.model, prepared.args, report, prepared.samples, prepared.eval_samples, self._bound)
         return report
 
     def close(self) -> None:
@@ -339,46 +355,3 @@ def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Da
         if given is not None:
             setattr(args, name, given if isinstance(given, str) else None)
     return args
-
-
-def _save(
-    model: PreTrainedModel, args: TrainArguments, report: TrainReport, samples: list[Sample], held_out: list[Sample]
-) -> None:
-    """The adapter, run.json and loss.png; a run that a signal ended leaves its checkpoint and run.json only."""
-    folder = report.output_dir
-    run = {
-        "finished": report.finished,
-        "compute": args.compute,
-        "steps": report.steps,
-        "adapter": describe_adapter(model, args.adapter_name),
-        "parameters": report.parameters,
-        "metrics": report.metrics,
-        "dataset": {
-            "name": args.dataset,
-            "samples": len(samples),
-            "held_out": len(held_out),
-            "sha256": samples_sha256(samples),
-            "accounting": report.accounting.as_dict(),
-            "held_out_accounting": report.held_out_accounting.as_dict() if report.held_out_accounting else None,
-        },
-        "arguments": changed_arguments(args),
-        "notes": report.notes,
-    }
-    if report.finished:
-        details = {key: run[key] for key in ("dataset", "arguments", "metrics")}
-        save_adapter(model, folder, args.adapter_name, details)
-    base = base_of(model).info
-    storage.write_json(folder / "run.json", {**run, "base": None if base is None else dataclasses.asdict(base)})
-    if args.plot_loss and (folder / METRICS).is_file():
-        plots.plot_losses(folder / METRICS, folder / "loss.png")
-
-
-def describe_signal(report: TrainReport) -> str:
-    """What to tell somebody whose run was interrupted."""
-    assert report.signal is not None
-    name = signal.Signals(report.signal).name
-    return (
-        f"{name}: stopped after step {report.steps}; checkpoint-{report.steps} is saved in {report.output_dir}.\n"
-        f"{worded(flags='Give the same command with', python='Call train() again with')} "
-        f"{option('resume_from_checkpoint', 'auto')} to go on to the same result."
-    )

@@ -1,0 +1,95 @@
+"""One process at a time writes to a place: a run's folder, the target of a merge.
+
+A lock is a file beside the place (`.name.lock`), or `.lock` within a folder of runs, that the kernel lets one process hold
+(flock). It is gone with the process, however that ends, so a lock that nobody holds is taken over without a word; the pid in
+it is for the message alone. Where the file system knows no locks, that is an error: two runs in one folder would delete each
+other's checkpoints. Not chosen: a file that exists or not, which a kill leaves behind.
+"""
+
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qgraft import storage
+from qgraft.errors import StorageError
+
+_held: dict[Path, int] = {}  # by this process, and how often: a command holds what the function that it calls asks for
+
+
+@contextmanager
+def folder_locked(folder: Path) -> Iterator[None]:
+    """Make `folder` if it is not there, and hold it within the block. It is taken away again where nothing came into it.
+
+    What killed processes left of files that they were writing in it is removed.
+
+    Raises StorageError where it cannot be made or another process holds it.
+    """
+    made = storage.make_folder(folder)
+    try:
+        with _locked(folder, folder / ".lock"):
+            storage.remove_abandoned(folder)
+            yield
+    finally:
+        if made:
+            storage.remove_if_empty(folder)
+
+
+@contextmanager
+def file_locked(path: Path) -> Iterator[None]:
+    """Hold `path`, a file or folder that is to be written whole, within the block. Raises StorageError."""
+    with _locked(path, path.with_name(f".{path.name}.lock")):
+        yield
+
+
+@contextmanager
+def _locked(place: Path, lock: Path) -> Iterator[None]:
+    key = lock.resolve()
+    if key in _held:
+        _held[key] += 1
+        try:
+            yield
+        finally:
+            _held[key] -= 1
+        return
+    descriptor = _take(place, lock)
+    _held[key] = 1
+    try:
+        yield
+    finally:
+        del _held[key]
+        lock.unlink(missing_ok=True)  # while it is held: who opens it now finds it gone, and makes another
+        os.close(descriptor)
+
+
+def _take(place: Path, lock: Path) -> int:
+    while True:
+        with storage.named_errors(place):
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            os.close(descriptor)
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise StorageError(
+                    f"{place} cannot be locked: {error.strerror}", hint="choose a folder on a local disk"
+                ) from error
+            raise StorageError(
+                f"{place} is in use by another process{f', pid {pid}' if pid else ''}",
+                hint="wait until it has ended, or choose another name",
+            ) from error
+        if _is_named(descriptor, lock):
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            return descriptor
+        os.close(descriptor)  # its holder has just ended and removed it
+
+
+def _is_named(descriptor: int, lock: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
+    except FileNotFoundError:
+        return False
