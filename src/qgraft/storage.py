@@ -86,6 +86,16 @@ def json_text(value: Any) -> str:
     return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def check_folder_target(target: Path) -> None:
+    """Raise StorageError where publish_folder would put a folder in place of what no publish_folder wrote."""
+    foreign = unlisted_files(target)
+    if target.is_dir() and not foreign:
+        return
+    if target.exists():
+        got = f"it holds other files: {', '.join(foreign[:4])}" if target.is_dir() else "it is a file"
+        raise StorageError(f"cannot write {target}: {got}", hint="give the name of a new folder")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as json_text has it, in UTF-8, whole or not at all."""
     write_file(path, json_text(value).encode())

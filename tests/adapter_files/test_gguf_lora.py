@@ -15,7 +15,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qgraft.adapter_files.folder import load_adapter
 from qgraft.adapter_files.gguf_lora import FINGERPRINT, export_gguf_lora
@@ -268,18 +268,24 @@ def test_an_adapter_is_no_model(tiny, tmp_path):
         load_gguf(tmp_path / "a.gguf", torch.float32)
 
 
-def test_a_base_from_a_folder_has_no_names_for_it(tmp_path):
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    model, _ = load_folder(tmp_path / "base", torch.float32, None)
-    attach_lora(model)
-    with pytest.raises(UnsupportedError, match="this base is a folder"):
-        export_gguf_lora(model, tmp_path / "a.gguf")
-    with pytest.raises(UnsupportedError, match="this base is a folder"):
-        load_adapter(model, write_lora(tmp_path / "b.gguf", pair()), name="b")
-    assert not (tmp_path / "a.gguf").exists()
+def test_a_base_from_a_folder_has_the_names_of_the_file_that_it_would_be(tiny_gguf, tmp_path):
+    """Read on the folder's model again, and on the file's: the same pairs, rows in the order of each."""
+    tiny = tiny_gguf("llama")
+    tiny.model.save_pretrained(tmp_path / "base")
+    folder, _ = load_folder(tmp_path / "base", torch.float32, None)
+    from_file, made = with_adapter(tiny), find_adapter(with_adapter(tiny), "default")
+    folder_lora = tmp_path / "a.gguf"
+    attach_lora(folder, r=4)
+    with torch.no_grad():
+        for lora in find_adapter(folder, "default").parts.values():
+            lora.lora_B.normal_()
+    export_gguf_lora(folder, folder_lora, dtype="float32")
+    for model in (folder, from_file):
+        load_adapter(model, folder_lora, name="b", force=True)
+        for path, lora in find_adapter(folder, "default").parts.items():
+            read = find_adapter(model, "b").parts[path]
+            assert torch.equal(read.lora_B, lora.lora_B) and torch.equal(read.lora_A, lora.lora_A)
+    assert made.parts.keys() == find_adapter(folder, "default").parts.keys()
 
 
 def test_an_output_layer_that_is_the_embedding_has_no_tensor(tiny_gguf, tmp_path):

@@ -401,7 +401,7 @@ def test_targets(source: Path, tmp_path: Path) -> None:
         (tmp_path / "mine", StorageError, "holds files that no save wrote: deep/thesis.txt"),
         (tmp_path / "run", StorageError, "holds files that no save wrote: a training run"),
         (tmp_path / "file", StorageError, "it is a file; a model from a folder is saved as a folder"),
-        (tmp_path / "model.gguf", StorageError, "that is a file's name"),
+        (tmp_path / "model.gguf", UnsupportedError, "it came without a tokenizer"),
         (tmp_path / "no" / "copy", StorageError, "no does not exist"),
     ):
         for call in (save, check_target):

@@ -78,7 +78,7 @@ def test_what_the_file_cannot_say_is_in_the_weights(make_gguf, random_ids, llama
     attach_noise(model, {path: kinds[i % len(kinds)] for i, path in enumerate(targets)})
     prompt = random_ids(model, rows=1)[0].tolist()
     for dtype, tolerance in (("float32", ROUNDING), ("float16", HALF)):
-        export_gguf_lora(model, tmp_path / "lora.gguf", dtype=dtype)
+        export_gguf_lora(model, tmp_path / "lora.gguf", dtype=dtype, overwrite=True)
         options = {"lora": tmp_path / "lora.gguf", "top": model.config.vocab_size, "exact": True}
         theirs = llamacpp_greedy(path, prompt, STEPS, **options)
         assert theirs.gap(our_logprobs(model, prompt, theirs.ids)).max() < tolerance
@@ -187,3 +187,28 @@ def test_the_real_base_scores_like_ours(llamacpp_greedy, our_logprobs):
     print(f"base apart: mean {theirs.gap(ours)[:, :10].mean():.4f}, KL {theirs.kl(ours).mean():.5f}")
     assert theirs.kl(ours).mean() < 0.02
     assert theirs.gap(ours)[:, :10].mean() < 0.3
+
+
+@pytest.mark.spread(4)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
+    architecture, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
+):
+    scale = {"head_dim": 256, "query_pre_attn_scalar": 256} if architecture in CONFIG else {}
+    tiny = tiny_gguf(architecture, types=(Q.F32,), config=scale)
+    _, tokenizer = load_gguf(tiny.path, torch.float32)
+    tiny.model.save_pretrained(tmp_path / "folder")
+    tokenizer.save_pretrained(tmp_path / "folder")
+    model, tokenizer = qgraft.load(tmp_path / "folder", dtype="float32", device="cpu")
+    attach_noise(model)
+    path, lora = tmp_path / "new.gguf", tmp_path / "lora.gguf"
+    export_gguf_lora(model, lora, dtype="float32")
+    use_adapter(model, None)
+    qgraft.save(model, path)
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    options = {"top": model.config.vocab_size, "exact": True}
+    theirs = llamacpp_greedy(path, prompt, STEPS, **options)
+    assert theirs.gap(our_logprobs(tiny.model, prompt, theirs.ids)).max() < tolerance
+    with_lora = llamacpp_greedy(path, prompt, STEPS, lora=lora, **options)
+    use_adapter(model, "default")
+    assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < tolerance

@@ -41,6 +41,7 @@ from qgraft.adapters.lora import Lora, LoraConfig, loras_of
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
@@ -83,29 +84,28 @@ def export_gguf_lora(
     """Write the LoRA `name` (default: the only one) to `path` in llama.cpp's layout, whole or not at all.
 
     Args:
-        model: from a GGUF file; its tensors give the pairs their names.
+        model: its tensors in a GGUF file give the pairs their names: in the file that it was loaded from, or in the
+            one that its folder would be, as save() and llama.cpp's converter write it.
         dtype: "float16", which llama.cpp's users expect, or "float32", which keeps every bit.
         arguments: of the training; its system prompt and template are written, so that `qgraft chat` uses them.
         overwrite: replace a file that is there; never the base's own.
 
     Raises AdapterError for layers without a tensor in the file, for NaN and on merged weights, UnsupportedError for a
-    base from a folder, OptionError for an unknown dtype or the base's own file as `path`, CheckpointError for a base
-    file that changed since it was loaded, StorageError.
+    folder of an architecture that has no GGUF file, OptionError for an unknown dtype or the base's own file as `path`,
+    CheckpointError for a base file that changed since it was loaded, StorageError.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     path, adapter = Path(path), find_adapter(model, name)
     loras = loras_of(adapter, "a GGUF-LoRA")
-    origin = _gguf_origin(model)
-    storage.check_new(path, overwrite, [origin.path])
-    base = open_source(origin)
-    fingerprint = _unmerged(model, base)
+    storage.check_new(path, overwrite, [find_origin(model).path])
+    base = _names_of_base(model)
+    fingerprint = _unmerged(model)
     alpha = _common_alpha(lora.config for lora in loras.values())
-    tensors = _file_tensors(adapter.name, loras, origin, alpha, DTYPES[dtype][0])
-    architecture = str(base.metadata[Keys.General.ARCHITECTURE])
+    tensors = _file_tensors(adapter.name, loras, base.origin, alpha, DTYPES[dtype][0])
     with tempfile.TemporaryDirectory() as folder:
         try:
-            writer = GGUFWriter(Path(folder) / "lora.gguf", architecture)
+            writer = GGUFWriter(Path(folder) / "lora.gguf", base.architecture)
             _add_metadata(writer, adapter.name, base, fingerprint, alpha, DTYPES[dtype][1])
             _add_prompt(writer, arguments or {})
             _write(writer, tensors)
@@ -114,7 +114,7 @@ def export_gguf_lora(
             raise StorageError(f"cannot write a temporary file in {folder}: {error.strerror or error}") from error
     storage.write_file(path, data)
     numbers = sum(tensor.numel() for tensor in tensors.values())
-    return ExportedLora(path, architecture, len(tensors) // 2, numbers, len(data), alpha)
+    return ExportedLora(path, base.architecture, len(tensors) // 2, numbers, len(data), alpha)
 
 
 def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any] | None]:
@@ -126,13 +126,13 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
     Raises CheckpointError for a file that is no whole GGUF, AdapterError for one that is no LoRA or of another
     architecture, UnsupportedError for a kind of LoRA or a base that this cannot serve.
     """
-    origin = _gguf_origin(model)
+    base = _names_of_base(model)
     file = read_gguf(path)
     alpha = _check_kind(file)
-    got, expected = (f.metadata.get(Keys.General.ARCHITECTURE) for f in (file, open_source(origin)))
-    if got != expected:
-        raise AdapterError(f"{path}: made for the architecture {got!r}, this model is {expected!r}")
-    places = {s.name: (p, s.row_order) for p, s in origin.matrices.items() if not s.repeated and is_linear(model, p)}
+    if (got := file.metadata.get(Keys.General.ARCHITECTURE)) != base.architecture:
+        raise AdapterError(f"{path}: made for the architecture {got!r}, this model is {base.architecture!r}")
+    matrices = base.origin.matrices
+    places = {s.name: (p, s.row_order) for p, s in matrices.items() if not s.repeated and is_linear(model, p)}
     pairs: dict[str, dict[str, Tensor]] = {}  # module path -> "A" and "B"
     state: dict[str, Tensor] = {}
     for name, info in file.tensors.items():
@@ -148,25 +148,40 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
     return _options(alpha, pairs), state, _seal(file)
 
 
-def _gguf_origin(model: nn.Module) -> Origin:
+@dataclass(frozen=True, eq=False)
+class _Base:
+    """The GGUF file that a LoRA is for: its architecture, its name, and where the model's matrices lie in it."""
+
+    architecture: str
+    name: str
+    origin: Origin
+
+
+def _names_of_base(model: nn.Module) -> _Base:
+    """Of the file that the model was loaded from, or that its folder would be (gguf_from_folder.py)."""
     origin = find_origin(model)
     if origin.container != "gguf":
-        raise UnsupportedError(
-            f"a GGUF-LoRA for {origin.path}: its tensors are named after those of a GGUF file, and this base is a folder",
-            hint="load the base from its GGUF file, or use the adapter folder, which PEFT and qgraft read",
-        )
-    return origin
+        architecture, to_be = gguf_names(model)
+        return _Base(architecture, origin.path.resolve().name, to_be)
+    metadata = open_source(origin).metadata
+    name = str(metadata.get(Keys.General.NAME) or origin.path.stem)
+    return _Base(str(metadata[Keys.General.ARCHITECTURE]), name, origin)
 
 
-def _unmerged(model: nn.Module, base: GgufFile) -> str:
-    """The fingerprint of the model: that of the file. llama.cpp will have that, so the adapter must be on its weights."""
-    info, expected = base_of(model).info, gguf_fingerprint(base)
-    if info is None or info.fingerprint != expected:
+def _unmerged(model: nn.Module) -> str | None:
+    """The fingerprint of the file that llama.cpp will have: the adapter must be on its weights.
+
+    None for a base from a folder, whose GGUF file, made here or by llama.cpp's converter, has a fingerprint of its own.
+    """
+    origin, info = find_origin(model), base_of(model).info
+    of_file = gguf_fingerprint(open_source(origin)) if origin.container == "gguf" else None
+    merged = base_of(model).merged is not None or info is None
+    if merged or (of_file is not None and info is not None and info.fingerprint != of_file):
         raise AdapterError(
-            f"the model's weights are no longer those of {base.path}: an adapter was merged into them",
+            f"the model's weights are no longer those of {origin.path}: an adapter was merged into them",
             hint="save the merged model and load that file, or unmerge",
         )
-    return expected
+    return of_file
 
 
 def _own_alpha(config: LoraConfig) -> float:
@@ -218,16 +233,17 @@ def _file_tensors(
 
 
 def _add_metadata(
-    writer: GGUFWriter, name: str, base: GgufFile, fingerprint: str, alpha: float, file_type: LlamaFileType
+    writer: GGUFWriter, name: str, base: _Base, fingerprint: str | None, alpha: float, file_type: LlamaFileType
 ) -> None:
     writer.add_type(GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_base_model_count(1)
-    writer.add_base_model_name(0, str(base.metadata.get(Keys.General.NAME) or base.path.stem))
+    writer.add_base_model_name(0, base.name)
     writer.add_file_type(file_type)
     writer.add_string(Keys.Adapter.TYPE, "lora")
     writer.add_float32(Keys.Adapter.LORA_ALPHA, alpha)
-    writer.add_string(FINGERPRINT, fingerprint)
+    if fingerprint is not None:
+        writer.add_string(FINGERPRINT, fingerprint)
 
 
 def _add_prompt(writer: GGUFWriter, arguments: Mapping[str, Any]) -> None:

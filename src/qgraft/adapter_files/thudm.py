@@ -13,7 +13,7 @@ from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.thudm_prefix import KEY
-from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
+from qgraft.errors import AdapterError, CheckpointError, OptionError, UnsupportedError, near_match, worded
 from qgraft.json_files import read_object
 
 LAYOUTS = ("chatglm", "chatglm2")
@@ -48,9 +48,7 @@ def export_thudm(
             hint=worded(flags="--to peft", python="save_adapter()") + " writes it for other programs",
         )
     storage.check_new(folder, overwrite)
-    if folder.is_file() or (foreign := storage.unlisted_files(folder)):
-        got = "it is a file" if folder.is_file() else f"it holds files that no export wrote: {', '.join(foreign[:4])}"
-        raise StorageError(f"cannot write {folder}: {got}", hint="give the name of a new folder")
+    storage.check_folder_target(folder)
     state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}
     if broken := non_finite(state):
         raise AdapterError(f"prefix {adapter.name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")

@@ -44,7 +44,7 @@ from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
 from qgraft.checkpoints.thudm_prefix import KEY as PREFIX_KEY
 from qgraft.checkpoints.thudm_prefix import holds_only_prefix
 from qgraft.errors import CheckpointError, UnsupportedError, worded
-from qgraft.formats import PackedTensor, get_format, hold_floats
+from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
 from qgraft.models.find import Architecture, architecture_of, find_architecture
@@ -88,7 +88,7 @@ def load_folder(
         architecture=config.model_type,
         fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
-        notes=(*reader.notes, *_unexpected_note(unexpected), *tokenizer_notes),
+        notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
     )
     if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
         model.generation_config.eos_token_id = ends
@@ -151,6 +151,7 @@ class _FolderReader:
         self.matrices: dict[str, Stored] = {}  # by module path
         self.vectors: list[str] = []  # the tensors that are read as floats
         self.notes: list[str] = []
+        self.fitted: dict[str, tuple[int, str | None]] = {}  # what was quantized -> its width and format
 
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
         if name in self.names.made:
@@ -251,6 +252,10 @@ class _FolderReader:
             return False
         return name not in tensor_names(find_layout(StoredMatrix(weight, self.tensors, self.config)), weight)
 
+    def misfits(self) -> list[str]:
+        """Which matrices are not in the format that was asked for."""
+        return [] if self.quantize is None else misfit_notes(self.quantize, self.fitted)
+
     def _pack(self, name: str, w_OI: Tensor) -> PackedTensor:
         try:
             return self._quantize(name, w_OI)
@@ -261,11 +266,21 @@ class _FolderReader:
         held = hold_floats(w_OI)
         if self.quantize is None or name not in self.quantized_names:
             return held
-        block = get_format(self.quantize).block_size
-        if w_OI.shape[1] % block:
-            self.notes.append(f"{name} stays {held.format}: {w_OI.shape[1]} inputs are no multiple of {block}")
-            return held
-        return quantize_weight(w_OI, self.quantize)
+        fitting = fitting_format(self.quantize, w_OI.shape[1])
+        self.fitted[name] = (w_OI.shape[1], fitting)
+        return held if fitting is None else quantize_weight(w_OI, fitting)
+
+
+def read_vectors(folder: Path, config: PreTrainedConfig, names: Collection[str]) -> dict[str, Tensor]:
+    """The parameters called so (norms, biases) as the folder stores them, whatever a model of it computes in."""
+    with ExitStack() as stack:
+        exact = architecture_of(config) is not None
+        tensors = open_shards(folder, stack)
+        reader = _FolderReader(tensors, read_config_json(folder), None, empty_model(config, torch.float32), exact)
+        found = {name: reader(name) for name in names}
+    if missing := [name for name, value in found.items() if not isinstance(value, Tensor)]:
+        raise CheckpointError(f"{folder}: no tensor for {missing[0]}")
+    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
 
 def matrix_entries(name: str, packed: PackedTensor) -> list[tuple[str, tuple[int, ...], str, Tensor]]:

@@ -32,6 +32,7 @@ from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor, take_rows
+from qgraft.model_parts import decoder_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     model = assemble(config, reader, dtype, str(path))
     header = Header(file)
     if TABLE[header.architecture].rotates:
-        apply_rotation(model, header, file)
+        apply_rotation(decoder_of(model).rotary_emb, header, file)
     _set_end_tokens(model, file)
     unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file))
     if unused:
@@ -107,7 +108,7 @@ class _TensorReader:
 
     def __init__(self, file: GgufFile, rules: Rules, config: PreTrainedConfig) -> None:
         self.file, self.rules, self.config = file, rules, config
-        self.names = _name_map(file, config)
+        self.names = name_map(file.metadata["general.architecture"], config)
         self.used: set[str] = set()
         self.matrices: dict[str, Stored] = {}  # by module path
 
@@ -121,7 +122,7 @@ class _TensorReader:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        order = self._row_order(gguf_name, info.shape[0])
+        order = row_order(gguf_name, info.shape[0], self.rules, self.config)
         if len(info.shape) == 2:
             packed = self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order)
@@ -142,22 +143,23 @@ class _TensorReader:
         heads = self.config.num_key_value_heads if ".attn_k_norm." in gguf_name else self.config.num_attention_heads
         return rows[head] if rows.shape[0] == heads else rows  # a wrong shape; assemble() reports it with the others
 
-    def _row_order(self, gguf_name: str, rows: int) -> Tensor | None:
-        """Which stored row is row i of transformers' q or k; None where the orders agree.
 
-        A head's rows are stored as pairs (i, i + dim/2) interleaved: [0, d/2, 1, d/2 + 1, ...].
-        """
-        match = re.search(r"\.attn_([qk])\.", gguf_name)
-        if match is None or not self.rules.permuted_qk:
-            return None
-        heads = self.config.num_attention_heads if match[1] == "q" else self.config.num_key_value_heads
-        if rows % (2 * heads):
-            return None  # a wrong shape; assemble() reports it with the others
-        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
+def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig) -> Tensor | None:
+    """Which stored row is row i of transformers' q or k; None where the orders agree.
+
+    A head's rows are stored as pairs (i, i + dim/2) interleaved: [0, d/2, 1, d/2 + 1, ...].
+    """
+    match = re.search(r"\.attn_([qk])\.", gguf_name)
+    if match is None or not rules.permuted_qk:
+        return None
+    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
+    if rows % (2 * heads):
+        return None  # a wrong shape; assemble() reports it with the others
+    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
 
 
-def _name_map(file: GgufFile, config: PreTrainedConfig) -> TensorNameMap:
-    architecture = file.metadata["general.architecture"]
+def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
+    """The tensor of a file for a module of the model, by the tables of the `gguf` package."""
     known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
     return get_tensor_name_map(known[architecture], config.num_hidden_layers)
 

@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.errors import CheckpointError
 from qgraft.formats import PackedTensor, dequantize
-from qgraft.model_parts import decoder_of
 
 FREQS = "rope_freqs.weight"
 LONG, SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -141,10 +139,9 @@ def _checked(header: Header, file: GgufFile, name: str) -> Tensor:
     return values
 
 
-def apply_rotation(model: PreTrainedModel, header: Header, file: GgufFile) -> None:
-    """Set what the configuration cannot state in the module that makes cos and sin of positions."""
+def apply_rotation(rotary: Any, header: Header, file: GgufFile) -> None:
+    """Set what the configuration cannot state in `rotary`, the module that makes cos and sin of positions."""
     kind, factor = scaling(header, file)
-    rotary: Any = decoder_of(model).rotary_emb
     divisor = torch.ones(1)
     if FREQS in rope_tensors(header, file):
         divisor = _checked(header, file, FREQS)

@@ -36,11 +36,11 @@ from qgraft.formats import GGML_TYPES, get_format
 
 CONTAINER = Container("a GGUF file", frozenset(GGML_TYPES.values()), 'give to="q8_0" or another format of GGUF')
 CHUNK_BYTES = 16 << 20  # copied at a time
-_TYPE_IDS = {name: number for number, name in GGML_TYPES.items()}
+TYPE_IDS = {name: number for number, name in GGML_TYPES.items()}
 _FIXED_BYTES = 24  # magic, version, two counts
 _INT32 = 5  # value type
 _FILE_TYPE = "general.file_type"
-_FILE_TYPES = {
+FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
     "bf16": LlamaFileType.MOSTLY_BF16,
@@ -119,12 +119,12 @@ def _patch(file: GgufFile, header: bytes, infos: dict[str, TensorInfo], uniform:
     """The header with the types and offsets of `infos`, and the number of the format `uniform` as its file type."""
     patched = bytearray(header)
     kind = file.metadata_types.get(_FILE_TYPE)
-    if uniform in _FILE_TYPES and isinstance(kind, int) and kind in (UINT32, _INT32):
-        struct.pack_into(f"<{CODES[kind]}", patched, _value_offset(file, _FILE_TYPE), _FILE_TYPES[uniform])
+    if uniform in FILE_TYPES and isinstance(kind, int) and kind in (UINT32, _INT32):
+        struct.pack_into(f"<{CODES[kind]}", patched, _value_offset(file, _FILE_TYPE), FILE_TYPES[uniform])
     position = file.header_nbytes - sum(_info_nbytes(info) for info in infos.values())
     for info in infos.values():
         position += _info_nbytes(info)
-        struct.pack_into("<IQ", patched, position - 12, _TYPE_IDS[info.format], info.offset - file.data_offset)
+        struct.pack_into("<IQ", patched, position - 12, TYPE_IDS[info.format], info.offset - file.data_offset)
     return bytes(patched)
 
 

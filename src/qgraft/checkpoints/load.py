@@ -1,5 +1,6 @@
 """load(): one door for every kind of base: a GGUF file, a folder, a hub id, or the name of a known model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -7,6 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
+from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
+from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.layouts.chatglm import stated_bits
 from qgraft.checkpoints.pull import KNOWN_MODELS, pull
@@ -55,12 +58,22 @@ def load(
     else:
         loaded, tokenizer = load_gguf(path, compute_dtype)
     base_of(loaded).tokenizer = tokenizer  # merging reads rows with it
+    _note_no_way_out(loaded, quantize)
     if tokenizer is not None and architecture_of(loaded.config) is None:
         _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):
         attach_own_prefix(loaded, path)
     return loaded, tokenizer
+
+
+def _note_no_way_out(model: PreTrainedModel, quantize: str | None) -> None:
+    """Say now, not after a training and a merge, where packed weights could be written nowhere."""
+    base = base_of(model)
+    if quantize is None or quantize in FOLDER.held or base.info is None or (why := why_not_gguf(model)) is None:
+        return
+    note = f"a merge into {quantize} weights could not be saved (an adapter can): {why}"
+    base.info = replace(base.info, notes=(*base.info.notes, note))
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

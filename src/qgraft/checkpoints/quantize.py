@@ -15,7 +15,7 @@ from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError, worded
-from qgraft.formats import convert, get_format
+from qgraft.formats import convert, fitting_format, get_format, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.linear import QuantizedLinear
 
@@ -27,9 +27,10 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
         model: from load(), or any module tree with nn.Linear layers.
         format: a format that can be written: "chatglm-int4", "q4_1", ...
 
-    Returns what a reader should know, each one sentence: the layers whose width the format has no blocks for, which
-    stay as they are. Raises UnsupportedError for a format that cannot be written, AdapterError while LoRAs are
-    attached: they were trained on the weights as they are. A prefix stays, as in ChatGLM's own quantize().
+    Returns what a reader should know, each one sentence: the layers whose width the format has no blocks for, with the
+    format that they get instead (`fitting_format`), or that they stay as they are. Raises UnsupportedError for a format
+    that cannot be written, AdapterError while LoRAs are attached: they were trained on the weights as they are. A prefix
+    stays, as in ChatGLM's own quantize().
     """
     if attached := [name for name, adapter in adapters_of(model).items() if not adapter.is_prefix]:
         raise AdapterError(
@@ -39,17 +40,19 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
     chosen = get_format(format)
     if chosen.quantize is None:
         raise UnsupportedError(f"quantize: {format} can be read but not written yet")
-    notes = []
+    fitted: dict[str, tuple[int, str | None]] = {}
     for path in find_targets(model, "all-linear"):
         layer: Any = model.get_submodule(path)
-        if layer.in_features % chosen.block_size:
-            notes.append(f"{path} keeps its format: {layer.in_features} inputs are no multiple of {chosen.block_size}")
-        elif isinstance(layer, QuantizedLinear):
-            layer.replace(convert(layer.packed, format))
+        fitting = fitting_format(format, layer.in_features)
+        fitted[path] = (layer.in_features, fitting)
+        if fitting is None:
+            continue
+        if isinstance(layer, QuantizedLinear):
+            layer.replace(convert(layer.packed, fitting))
         else:
-            model.set_submodule(path, QuantizedLinear(quantize_weight(layer.weight.detach(), format), layer.bias))
+            model.set_submodule(path, QuantizedLinear(quantize_weight(layer.weight.detach(), fitting), layer.bias))
     _tell_base(model)
-    return tuple(notes)
+    return tuple(misfit_notes(format, fitted))
 
 
 def _tell_base(model: Any) -> None:

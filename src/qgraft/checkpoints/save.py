@@ -1,5 +1,7 @@
 """save(): the model back into the container it came from, same format, same size, with what a merge put into it.
 
+A model from a folder may also become a GGUF file, by the target's name (gguf_from_folder.py).
+
 Only packed matrices are taken from the model. Everything else (metadata, tokenizer, norms, biases) is copied from the
 file or folder that was loaded, so an unchanged GGUF model gives an identical file. What is written stands under its
 final name whole or not at all (storage.py).
@@ -21,11 +23,12 @@ from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints import folder_write, gguf_write
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import check_source, folder_entries, write_folder
+from qgraft.checkpoints.gguf_from_folder import Draft, draft_gguf, write_new_gguf
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
-from qgraft.formats import FORMATS, Format, get_format
+from qgraft.formats import FORMATS, Format, fitting_format, get_format, misfit_notes
 
 CONTAINERS: Final = {"gguf": gguf_write.CONTAINER, "folder": folder_write.CONTAINER}  # by Origin.container
 
@@ -63,7 +66,8 @@ def save(
     """Write the model's packed weights into a copy of the container that it was loaded from.
 
     Args:
-        path: the file to write (GGUF), or the folder.
+        path: the file to write (GGUF), or the folder. A name that ends in .gguf makes a new GGUF file of a model from a
+            folder, for llama.cpp and what is built on it; what such a file cannot say is refused.
         to: another format for every linear layer but the output layer ("q8_0"), or for some layers: {name: format},
             where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
             it; the first that fits a layer counts. Layers are requantized from their present values.
@@ -81,9 +85,13 @@ def save(
             hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
         )
     origin, target = find_origin(model), _absolute(path)
-    _check_target(target, origin, overwrite)
-    matrices, notes = _plan(model, origin, to)
-    if origin.container == "gguf":
+    draft = _draft(model, origin, target)
+    _check_target(target, origin, draft is not None, overwrite)
+    matrices, notes = _plan(model, origin if draft is None else draft.origin, to)
+    if draft is not None:
+        written = write_new_gguf(target, model, draft, matrices, _uniform(model, matrices))
+        notes += [f"a new GGUF file ({draft.architecture}), made of {origin.path}", *draft.notes]
+    elif origin.container == "gguf":
         written = write_gguf(target, origin, matrices, _uniform(model, matrices))
     else:
         written = write_folder(target, origin, matrices)
@@ -94,9 +102,10 @@ def check_target(
     model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None, overwrite: bool = False
 ) -> None:
     """Raise what save() would raise for this path and these formats, before anything long is begun."""
-    origin = find_origin(model)
-    _check_target(_absolute(path), origin, overwrite)
-    _plan(model, origin, to)
+    origin, target = find_origin(model), _absolute(path)
+    draft = _draft(model, origin, target)
+    _check_target(target, origin, draft is not None, overwrite)
+    _plan(model, origin if draft is None else draft.origin, to)
 
 
 def current_fingerprint(model: nn.Module) -> str:
@@ -113,7 +122,12 @@ def _absolute(path: str | Path) -> Path:
     return Path(os.path.abspath(Path(path).expanduser()))
 
 
-def _check_target(target: Path, origin: Origin, overwrite: bool) -> None:
+def _draft(model: nn.Module, origin: Origin, target: Path) -> Draft | None:
+    """The new GGUF file, where a model from a folder is to be one: by the target's name."""
+    return draft_gguf(model) if origin.container == "folder" and target.suffix == ".gguf" else None
+
+
+def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> None:
     parent = target.parent
     storage.check_new(target, True, [origin.path])
     if not parent.is_dir():
@@ -121,18 +135,19 @@ def _check_target(target: Path, origin: Origin, overwrite: bool) -> None:
         raise StorageError(f"cannot write {target}: {parent} {got}", hint="create the folder first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {target}: no permission to write in {parent}")
-    if origin.container == "gguf" and target.is_dir():
+    if (new or origin.container == "gguf") and target.is_dir():
         raise StorageError(f"cannot write {target}: it is a folder", hint=f"give a file: {target / origin.path.name}")
-    if origin.container == "folder":
+    if origin.container == "folder" and not new:
         _check_folder(target)
     storage.check_new(target, overwrite)
 
 
 def _check_folder(target: Path) -> None:
     """A folder is replaced only if an earlier save wrote all that is in it."""
-    if target.suffix == ".gguf" or (target.exists() and not target.is_dir()):
-        got = "it is a file" if target.exists() else "that is a file's name"
-        raise StorageError(f"cannot write {target}: {got}; a model from a folder is saved as a folder")
+    if target.exists() and not target.is_dir():
+        raise StorageError(
+            f"cannot write {target}: it is a file; a model from a folder is saved as a folder, or as NAME.gguf"
+        )
     foreign = storage.unlisted_files(target)
     if foreign or (any(target.glob("*")) and not (target / "config.json").is_file()):
         listed = ", ".join(foreign[:4]) + (", ..." if len(foreign) > 4 else "")
@@ -145,16 +160,15 @@ def _check_folder(target: Path) -> None:
 def _plan(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) -> tuple[list[Matrix], list[str]]:
     """What is to be written, and notes on what stays as it is although `to` asks for it."""
     matrices = {matrix.path: matrix for matrix in current_matrices(model, origin)}
-    notes = []
+    fitted: dict[str, dict[str, tuple[int, str | None]]] = {}  # wanted format -> what fits whom
     for path, wanted in _wanted_formats(model, origin, to).items():
-        matrix, block = matrices[path], _writable(origin, wanted).block_size
-        if matrix.packed.shape[1] % block:
-            width = matrix.packed.shape[1]
-            notes.append(f"{path} stays {matrix.format}: {width} inputs are no multiple of {block}")
-        else:
-            matrices[path] = replace(matrix, format=wanted)
+        matrix, width = matrices[path], matrices[path].packed.shape[1]
+        fitting = fitting_format(_writable(origin, wanted).name, width)
+        fitted.setdefault(wanted, {})[path] = (width, fitting)
+        if fitting is not None:
+            matrices[path] = replace(matrix, format=fitting)
     _check_held(origin, list(matrices.values()))
-    return list(matrices.values()), notes
+    return list(matrices.values()), [note for wanted, found in fitted.items() for note in misfit_notes(wanted, found)]
 
 
 def _wanted_formats(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""qgraft export: an adapter in the layout of other programs."""
+"""qgraft export: a model or an adapter in the layout of other programs."""
 
 import argparse
 import shlex
@@ -7,50 +7,81 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import storage
-from qgraft.cli.options import Parser, free_name, print_note
+from qgraft.cli.options import Parser, free_name, print_note, print_notes
+from qgraft.errors import OptionError
 
-TARGETS = ("gguf-lora", "peft", "thudm")
+TARGETS = ("gguf", "gguf-lora", "ollama", "peft", "thudm")
 
 
 def run(words: Sequence[str]) -> int:
     """Parse, load, write, say what was written and how to use it."""
     parser = Parser(
         "export",
-        "Write an adapter for other programs: as a GGUF-LoRA, which llama.cpp runs beside the base's file,\n"
-        "as a folder that PEFT reads (from a GGUF-LoRA; qgraft's own folders are PEFT's already), or, a prefix of a\n"
-        "ChatGLM, as THUDM's P-Tuning scripts save it.",
+        "Write a model or an adapter for other programs:\n"
+        "  gguf       a folder as a GGUF file (an adapter in it: qgraft merge --output NAME.gguf)\n"
+        "  gguf-lora  an adapter that llama.cpp runs beside the base's file\n"
+        "  ollama     a folder with a Modelfile, for `ollama create`; with or without an adapter\n"
+        "  peft       a folder that PEFT reads, from a GGUF-LoRA; qgraft's own folders are PEFT's already\n"
+        "  thudm      a prefix of a ChatGLM, as THUDM's P-Tuning scripts save it",
     )
-    parser.add_argument("--adapter", required=True, metavar="PATH", help="adapter folder, GGUF-LoRA, or THUDM's prefix")
+    parser.add_argument("--adapter", metavar="PATH", help="adapter folder, GGUF-LoRA, or THUDM's prefix")
     parser.add_argument(
         "--model", required=True, help="the base: GGUF file, folder, hub id (org/name:file.gguf), known model"
     )
     parser.add_argument("--quantize", metavar="FORMAT", help="pack a float base while loading, as in training")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to write")
-    parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf-lora) or folder (others) to write")
+    parser.add_argument("--output", required=True, metavar="PATH", help="file (gguf, gguf-lora) or folder to write")
     parser.add_argument(
         "--dtype", help="of the values: float16, float32; default: float16 (gguf-lora), float32 (others)"
     )
     parser.add_argument("--force", action="store_true", help="load an adapter that does not fit, as far as it does")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     options = parser.parse_args(words)
-    source, target = Path(options.adapter), Path(options.output)
-    storage.check_new(target, options.overwrite, [source, Path(options.model)])
+    target = Path(options.output)
+    storage.check_new(target, options.overwrite, map(Path, filter(None, (options.adapter, options.model))))
+    if options.adapter is None and options.to not in ("gguf", "ollama"):
+        raise OptionError(f"qgraft export --to {options.to}: no --adapter is given", hint="give the adapter's folder")
+    if options.adapter is not None and options.to == "gguf":
+        raise OptionError(
+            "qgraft export --to gguf writes the base alone, and --adapter is given",
+            hint="qgraft merge --output NAME.gguf writes base and adapter in one; --to gguf-lora the adapter alone",
+        )
+    if options.to == "gguf" and target.suffix != ".gguf":
+        raise OptionError(f"--output {target}: expected a name that ends in .gguf")
+    model, tokenizer, name, arguments = _loaded(options)
+    if options.to == "gguf":
+        print(_gguf(model, target, options.overwrite))
+    elif options.to == "gguf-lora":
+        print(_gguf_lora(model, target, name, options, arguments))
+    elif options.to == "ollama":
+        print(_ollama(model, tokenizer, target, name, options, arguments))
+    elif options.to == "thudm":
+        print(_thudm(model, target, name, options.dtype or "float32", options.overwrite))
+    else:
+        print(_peft(model, Path(options.adapter), target, name, options.dtype or "float32", arguments))
+    return 0
 
+
+def _loaded(options: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
+    """(model, tokenizer, the adapter's name, what it was trained with); no adapter has the name ""."""
     from qgraft.adapter_files.folder import load_adapter
     from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
 
-    model, _ = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
+    model, tokenizer = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
+    if options.adapter is None:
+        print_notes(model)
+        return model, tokenizer, "", {}
+    source = Path(options.adapter)
     name = free_name(source.resolve().name, adapter_names(model))
     print_note(str(load_adapter(model, source, name, force=options.force)))
-    arguments = find_adapter(model, name).trained
-    if options.to == "gguf-lora":
-        print(_gguf_lora(model, target, name, options, arguments))
-    elif options.to == "thudm":
-        print(_thudm(model, target, name, options.dtype or "float32", options.overwrite))
-    else:
-        print(_peft(model, source, target, name, options.dtype or "float32", arguments))
-    return 0
+    return model, tokenizer, name, dict(find_adapter(model, name).trained)
+
+
+def _gguf(model: Any, target: Path, overwrite: bool) -> str:
+    from qgraft.checkpoints.save import save
+
+    return str(save(model, target, overwrite=overwrite))
 
 
 def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]) -> str:
@@ -61,12 +92,50 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
     base = shlex.quote(str(model.qgraft.info.source))
     system = arguments.get("system")
     prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
+    beside = base if model.qgraft.info.container == "gguf" else "BASE.gguf"
     return (
         f"{target}: GGUF-LoRA for {done.architecture}, {done.layers} layers, {done.parameters:,} values in {dtype}, "
         f"{done.nbytes:,} bytes\n\n"
-        f"  llama-cli -m {base} --lora {shlex.quote(str(target))}{prompt}\n"
+        f"  llama-cli -m {beside} --lora {shlex.quote(str(target))}{prompt}\n"
         f"  qgraft chat --model {base} --adapter {shlex.quote(str(target))}"
     )
+
+
+def _ollama(
+    model: Any, tokenizer: Any, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]
+) -> str:
+    """The folder for `ollama create`: the Modelfile and what it names, but the base's own file where there is one."""
+    from qgraft.adapter_files.gguf_lora import export_gguf_lora
+    from qgraft.adapter_files.modelfile import modelfile
+    from qgraft.adapters.choose import adapters_off
+    from qgraft.checkpoints.save import check_target, save
+    from qgraft.cli.options import without_tokenizer
+    from qgraft.data.ends import end_token_ids
+    from qgraft.data.templates import named_template
+
+    if tokenizer is None:
+        raise without_tokenizer(options.model, model, "a Modelfile")
+    storage.check_folder_target(target)
+    base = Path(model.qgraft.info.source).resolve()
+    if model.qgraft.info.container == "folder":
+        base = Path("model.gguf")
+        with adapters_off(model):
+            check_target(model, target.with_suffix(".gguf"), overwrite=True)
+    template = arguments.get("template")
+    stated = model.generation_config.eos_token_id
+    ends = end_token_ids(tokenizer, stated, named_template(tokenizer, template))
+    lora = "./adapter.gguf" if name else None
+    described = modelfile(base, lora, tokenizer, ends, arguments.get("system"), template)
+    with storage.publish_folder(target) as staging:
+        if name:
+            export_gguf_lora(model, staging / "adapter.gguf", name, options.dtype or "float16", arguments)
+        if model.qgraft.info.container == "folder":
+            with adapters_off(model):
+                save(model, staging / "model.gguf")
+        storage.write_file(staging / "Modelfile", described.text.encode())
+    file = shlex.quote(str(target / "Modelfile"))
+    notes = "".join(f"{note}\n" for note in described.notes)
+    return f"{notes}{target}: Modelfile\n\n  ollama create NAME -f {file}\n  ollama run NAME"
 
 
 def _thudm(model: Any, target: Path, name: str, dtype: str, overwrite: bool) -> str:

@@ -17,7 +17,8 @@ reads q2_k and q3_k but does not write them. `FORMATS` is the whole list; nothin
        the tables of tests/formats/test_grid.py.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -41,9 +42,11 @@ __all__ = [
     "checked",
     "convert",
     "dequantize",
+    "fitting_format",
     "get_format",
     "hold_floats",
     "join_rows",
+    "misfit_notes",
     "pack",
     "quantize",
     "take_rows",
@@ -86,6 +89,7 @@ GGML_TYPES: Final[dict[int, str]] = {  # tensor type id in a GGUF file (enum ggm
 }
 
 
+_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 _EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a format's values; float32 holds all others
 
 
@@ -132,6 +136,36 @@ def quantize(w_OI: Tensor, format: str) -> PackedTensor:
             hint="the weights were broken before: look at the run or the file that they come from",
         )
     return chosen.quantize(w_OI)
+
+
+def fitting_format(format: str, width: int) -> str | None:
+    """The format that a matrix of so many inputs gets where `format` is asked for; None where none fits.
+
+    K-quants have blocks of 256; where a width is no multiple of it, llama.cpp's quantizer takes a format with blocks of 32
+    instead (`tensor_type_fallback` in src/llama-quant.cpp), and so does this.
+    """
+    for name in (format, _FALLBACKS.get(format)):
+        if name is not None and width % get_format(name).block_size == 0:
+            return name
+    return None
+
+
+def misfit_notes(wanted: str, found: Mapping[str, tuple[int, str | None]]) -> list[str]:
+    """A sentence for each width that `wanted` has no blocks for: how many matrices, and what they are in instead.
+
+    Args:
+        found: name of a matrix -> (its inputs, the fitting format or None).
+    """
+    notes = []
+    groups = Counter((width, format) for width, format in found.values() if format != wanted)
+    block = get_format(wanted).block_size
+    for (width, format), number in sorted(groups.items(), key=str):
+        names = [name for name, each in found.items() if each == (width, format)]
+        which = names[0] if number == 1 else f"{number} matrices ({names[0]}, ...)"
+        got, stays = ("is", "stays in its format") if number == 1 else ("are", "stay in their format")
+        became = stays if format is None else f"{got} {format}, as llama.cpp does it"
+        notes.append(f"{which} {became}, not {wanted}: {width} inputs are no multiple of {block}")
+    return notes
 
 
 def convert(packed: PackedTensor, format: str) -> PackedTensor:

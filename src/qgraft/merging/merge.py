@@ -35,7 +35,7 @@ from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
-from qgraft.formats import FORMATS, PackedTensor, get_format, quantize
+from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.distill import distill_if_better
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
@@ -132,7 +132,7 @@ def merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=() if chosen is None else chosen.notes,
+        notes=(*(() if chosen is None else chosen.notes), *_misfits(layers, to)),
     )
     if report.retained_gain is not None and report.retained_gain < min_retained:
         raise MergeError(
@@ -227,7 +227,7 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
         return
     get_format(to)  # an unknown name gets the closest ones as a hint
     info = base_of(model).info
-    held = CONTAINERS[info.container].held if info else FORMATS
+    held = CONTAINERS[info.container].held | CONTAINERS["gguf"].held if info else FORMATS  # a folder may become one
     possible = [name for name in held if FORMATS[name].quantize is not None]
     if to not in possible:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
@@ -280,11 +280,19 @@ def _converted(layers: Mapping[str, LoraLinear], to: str | None) -> Iterator[Non
     before = {} if to is None else {path: layer.packed for path, layer in layers.items()}
     try:
         for path in before:
-            layers[path].replace(quantize(layers[path].dequantize(), str(to)))
+            if (fitting := fitting_format(str(to), layers[path].in_features)) is not None:
+                layers[path].replace(quantize(layers[path].dequantize(), fitting))
         yield
     finally:
         for path, packed in before.items():
             layers[path].replace(packed)
+
+
+def _misfits(layers: Mapping[str, LoraLinear], to: str | None) -> list[str]:
+    """Which layers got another format than `to`, or none."""
+    widths = {path: layer.in_features for path, layer in layers.items()}
+    found = {} if to is None else {path: (width, fitting_format(to, width)) for path, width in widths.items()}
+    return misfit_notes(str(to), found) if found else []
 
 
 def _advice(method: str) -> str:
