@@ -32,14 +32,14 @@ NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% 
 
 def go(template: str, messages: list[dict[str, str]]) -> str:
     """What Go's text/template makes of the few actions that are written here."""
-    body, answer = re.fullmatch(
-        r"\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.S
+    lead, body, answer = re.fullmatch(
+        r"(.*?)\{\{ range \.Messages \}\}(.*)\{\{ end \}\}\{\{ end \}\}(.*)", template, re.S
     ).groups()
     cases = re.findall(
         r'\{\{ (?:else )?if eq \.Role "(\w+)" \}\}(.*?)\{\{ \.Content \}\}(.*?)(?=\{\{ else if|\Z)', body, re.S
     )
     around = {role: (before, behind) for role, before, behind in cases}
-    return "".join(around[m["role"]][0] + m["content"] + around[m["role"]][1] for m in messages) + answer
+    return lead + "".join(around[m["role"]][0] + m["content"] + around[m["role"]][1] for m in messages) + answer
 
 
 @pytest.fixture
