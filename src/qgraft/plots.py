@@ -34,7 +34,10 @@ def plot_losses(metrics: Path, target: Path) -> None:
 
 
 def plot_merge(report: Path, target: Path) -> None:
-    """Draw a merge.json: the losses side by side, and the output error of each layer in the order of the model."""
+    """Draw a merge.json: the losses side by side, and what each layer kept of the delta's effect, in the model's order.
+
+    effect kept = 1 - error^2, see LayerReport.effect_kept.
+    """
     from matplotlib.figure import Figure
 
     merge = json.loads(report.read_text(encoding="utf-8"))
@@ -54,14 +57,15 @@ def plot_merge(report: Path, target: Path) -> None:
     kinds = dict.fromkeys(layer["path"].rpartition(".")[2] for layer in layers)
     for kind in kinds:
         points = [(n, each["error"]) for n, each in enumerate(layers) if each["path"].rpartition(".")[2] == kind]
-        shown = [(n, error) for n, error in points if error is not None]
+        shown = [(n, 100 * (1 - error**2)) for n, error in points if error is not None]
         if shown:
             right.plot(*zip(*shown, strict=True), ".", label=kind, markersize=6)
-    right.axhline(1.0, color="black", linewidth=0.8)
-    right.set_ylim(bottom=0)
+    right.axhline(100.0, color="black", linewidth=0.8)
+    lowest = right.get_ylim()[0]
+    right.set_ylim(min(0.0, lowest), 105)
     right.set_xlabel("layer, in the order of the model")
-    right.set_ylabel("output error (1 = not merged)")
-    right.set_title("Error of each layer's outputs on rows kept back")
+    right.set_ylabel("effect kept (%): 100 = as the adapter, 0 = as the base")
+    right.set_title("What each layer's outputs keep of the adapter's effect, on rows kept back")
     right.grid(alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         right.legend(ncols=4, fontsize=8)

@@ -12,7 +12,14 @@ import qgraft
 from qgraft.data.tokenizing import IGNORED, Sample
 from qgraft.errors import DataError, OptionError
 from qgraft.merging import calibration
-from qgraft.merging.calibration import Calibration, choose_samples, find_rows, neutral_samples
+from qgraft.merging.calibration import (
+    TRAINED_LENGTH,
+    TRAINED_SEED,
+    Calibration,
+    choose_samples,
+    find_rows,
+    neutral_samples,
+)
 
 
 class Letters:
@@ -130,17 +137,37 @@ def test_what_is_given_comes_before_what_is_remembered(tiny_gguf, rows, tmp_path
 
     assert find([]) is None and find([{}]) is None and find([{"dataset": None}]) is None
     whole = find(remembered)
-    assert whole.held_out and len(whole.measure) == 6 and whole.notes == (f"calibrated on the training set: {task}",)
+    assert whole.held_out and len(whole.measure) == 6 and whole.notes[0] == f"calibrated on the training set: {task}"
     assert all("Remembered." in text for text in texts(of_task(whole) + whole.measure))
     given = find(remembered, rows[:12])
     assert not given.held_out and len(of_task(given)) + len(given.measure) == 12
-    assert given.notes == ("calibrated on the rows given",)
+    assert given.notes[0] == "calibrated on the rows given"
     assert all("Remembered." in text for text in texts(of_task(given)))  # read as in training all the same
     told = find(remembered, None, rows[:3], system="Told.")
     assert told.held_out and len(told.measure) == 3
     assert all("Told." in text and "Remembered." not in text for text in texts(of_task(told) + told.measure))
     one_unknown = find([*remembered, {"dataset": task}])
     assert not one_unknown.held_out and len(of_task(one_unknown)) + len(one_unknown.measure) == 2 * len(rows)
+
+
+@pytest.mark.parametrize("options", [{"val_size": 0.25}, {"val_size": 5, "seed": 7, "max_train_samples": 12}])
+def test_what_a_run_held_out_measures_and_never_calibrates(tiny_gguf, rows, tmp_path, options):
+    """As a run splits them: by its own functions."""
+    from qgraft.training.arguments import TrainArguments
+    from qgraft.training.samples import prepare_samples
+
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    task = write_rows(tmp_path / "task.jsonl", rows)
+    args = TrainArguments(output_dir=str(tmp_path / "out"), dataset=task, use_cpu=True, **options)
+    learned, held, *_ = prepare_samples(model, tokenizer, None, None, args, 128, [])
+    assert (args.max_length, args.seed if "seed" not in options else 42) == (TRAINED_LENGTH, TRAINED_SEED)
+    chosen = find_rows(model, tokenizer, None, None, [{"dataset": task, **options}], {}, 0)
+    assert chosen is not None and chosen.held_out
+    assert [sample.input_ids for sample in chosen.measure] == [sample.input_ids for sample in held]
+    used = {sample.source for sample in of_task(chosen)}
+    assert used and not used & {sample.source for sample in held}
+    assert used >= {sample.source for sample in learned}
+    assert any("measured on what the run held out of" in note for note in chosen.notes)
 
 
 def test_the_tokenizer_of_the_model_serves_where_none_is_given(tiny_gguf, rows):

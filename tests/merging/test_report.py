@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 from dataclasses import replace
 
 import matplotlib.image
@@ -10,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qgraft.merging.layer import LayerReport
-from qgraft.merging.report import Kept, MergeReport, layer_table
+from qgraft.merging.report import STEP_WORDS, Kept, MergeReport, layer_table
 from qgraft.plots import plot_merge
 
 LAYERS = [
@@ -21,7 +22,7 @@ LAYERS = [
     LayerReport("model.layers.2.q_proj", "q4_1", 0.03, 0.02, 0.1, ("fit_reals",)),
     LayerReport("model.layers.2.up_proj", "q4_k", 0.02, 0.0, 1.0, ()),
 ]
-KEPT = Kept(2.5, 0.9, 0.916, 0.001, 0.005, 0.108, 9, 180, True)
+KEPT = Kept(2.5, 0.9, 0.916, 0.001, 0.005, 0.108, 9, 180, True, 0.975)
 REPORT = MergeReport({"law": 0.7}, "auto", LAYERS, KEPT, 44, 4200, 3, 1.5, 1 << 30, ("calibrated on the rows given",))
 BARE = replace(REPORT, kept=None, calibration_rows=0, calibration_tokens=0, notes=())
 
@@ -61,22 +62,28 @@ def test_the_summary_says_what_was_kept():
     lines = REPORT.summary()
     assert lines[0] == "calibrated on 44 rows, 4200 tokens"
     assert "loss on 9 held-out rows: base 2.5000, with the adapter 0.9000, merged 0.9160" in lines
-    assert "KL 0.0050 from the adapter's model, which itself is 0.1080 from the base" in lines[2]
-    assert lines[3:] == ["retained gain: 99.0%", "calibrated on the rows given"]
+    assert lines[2] == "perplexity there: base 12.18, with the adapter 2.46, merged 2.499"
+    assert lines[3] == "same likeliest token as with the adapter: 97.5% of 180 tokens"
+    assert "KL 0.0050 from the adapter's model, which itself is 0.1080 from the base" in lines[4]
+    assert lines[5:] == ["retained gain: 99.0%", "calibrated on the rows given"]
     not_held = replace(REPORT, kept=replace(KEPT, held_out=False)).summary()
     assert "rows kept back from the calibration set" in not_held[1]
     no_gain = replace(REPORT, kept=replace(KEPT, base=0.9)).summary()
-    assert no_gain[3].startswith("retained gain: none to keep, the adapter lowers the loss on these rows by less")
+    assert no_gain[5].startswith("retained gain: none to keep, the adapter lowers the loss on these rows by less")
     assert BARE.summary() == ["retained gain: not measured"]
 
 
 def test_the_table_has_a_line_for_each_kind_of_layer_with_its_medians():
-    lines = [line.split("│") for line in printed(REPORT).splitlines() if "│" in line]
-    cells = [[cell.strip() for cell in line if cell.strip()] for line in lines]
-    assert ["q_proj", "q4_1", "3", "0.030", "2.0%", "0.20", "fit_reals"] in cells
+    cells = [re.split(r"  +", line.strip()) for line in printed(REPORT).splitlines()]
+    assert ["q_proj", "q4_1", "3", "0.030", "2.0%", "96%", "scales"] in cells
     assert ["up_proj", "f16", "1", "0.000", "0.0%", "-", "nearest"] in cells
     both = next(line for line in cells if line[:2] == ["up_proj", "q4_k"])
-    assert both[2:6] == ["2", "0.030", "1.5%", "0.70"]
+    assert both[2:6] == ["2", "0.030", "1.5%", "42%"]
+    wide = [replace(LAYERS[0], path="model.layers.0.down_proj", steps=tuple(STEP_WORDS)[:4])]
+    report = replace(REPORT, layers=[*LAYERS, *wide])
+    table = [line for line in str(report).splitlines() if not line.startswith(("drift", "loss"))]
+    assert max(map(len, table)) <= 80 and any("sub-scales" in line for line in table)
+    assert [layer.effect_kept for layer in LAYERS[2:6]] == [pytest.approx(0.64), None, pytest.approx(0.99), 0.0]
     assert layer_table(LAYERS[-1:]).row_count == 1
     assert "as it was" in printed(replace(REPORT, layers=LAYERS[-1:]))
 

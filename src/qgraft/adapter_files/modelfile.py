@@ -17,14 +17,15 @@ Sources: docs/modelfile.md, template/template.go (Named) and server/model.go (de
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from qgraft.data.messages import ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate, named_template
 from qgraft.errors import QgraftError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _SYSTEM, _USER, _ANSWER = "qsystemq", "quserq", "qanswerq"
 _TALK = [("user", "Hi!"), ("assistant", "Hello. {x}"), ("user", "1 + 1?\nquick"), ("assistant", "2"), ("user", "好")]
@@ -63,7 +64,7 @@ class _Around:
 def modelfile(
     base: Path | str,
     adapter: Path | str | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     ends: list[int],
     system: str | None = None,
     template: str | None = None,
@@ -96,7 +97,7 @@ def modelfile(
     return Modelfile("\n".join(lines) + "\n", tuple(notes))
 
 
-def _around(tokenizer: PreTrainedTokenizerBase, system: str | None, name: str | None) -> tuple[_Around | None, str]:
+def _around(tokenizer: "PreTrainedTokenizerBase", system: str | None, name: str | None) -> tuple[_Around | None, str]:
     """(what the chat template writes around messages, or None; why it is None)."""
     chosen = named_template(tokenizer, name)
     begins = str(tokenizer.bos_token or "")
@@ -122,11 +123,11 @@ def _around(tokenizer: PreTrainedTokenizerBase, system: str | None, name: str | 
     return around, ""
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, template: ChatTemplate, messages: list[Message]) -> str:
+def _prompt(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, messages: list[Message]) -> str:
     return Writer(tokenizer, template).prompt(messages)
 
 
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
 
 

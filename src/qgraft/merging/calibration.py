@@ -20,6 +20,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
+from qgraft.data.held_out import hold_out
 from qgraft.data.reading import named_columns, read_dataset
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError, worded
@@ -29,6 +30,8 @@ TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text
 JUDGED = 6  # one row of so many judges
 LONGEST = 512  # tokens of a calibrating row
+FEW_ROWS = 200  # below it a merge says what to expect
+TRAINED_LENGTH, TRAINED_SEED = 2048, 42  # of a run whose arguments do not say it: their defaults in TrainArguments
 FEWEST_ROWS, FEWEST_TOKENS = 4, 128
 READING = ("dataset_dir", "template", "system", "name", "author")  # options of reading rows, as evaluate() has them
 
@@ -79,42 +82,90 @@ def find_rows(
     if unknown := [key for key in options if key not in READING]:
         raise OptionError(f"merge: unknown option {unknown[0]!r}; options of reading rows: {', '.join(READING)}")
     tokenizer = tokenizer or base_of(model).tokenizer
+    if tokenizer is None:
+        raise OptionError(
+            "merge: the model came without a tokenizer",
+            hint=worded(flags="put its vocabulary file beside config.json", python="give tokenizer="),
+        )
+    reader = _Reader(model, tokenizer, options)
+    first: Mapping[str, Any] = trained[0] if trained else {}
+    known = [arguments for arguments in trained if arguments.get("dataset")]
+    if calibration is not None:
+        task, source = reader.samples(calibration, first), "the rows given"
+    elif known:
+        task = [sample for arguments in known for sample in reader.samples(arguments["dataset"], arguments)]
+        source = f"the training set: {', '.join(arguments['dataset'] for arguments in known)}"
+    else:
+        return None
+    held, notes = None, [f"calibrated on {source}"]
+    if eval_dataset is not None:
+        held = reader.samples(eval_dataset, first)
+    elif known and all(
+        _holds_out(each) and (calibration is None or calibration == each["dataset"]) for each in trained
+    ):
+        task, held, said = _training_held_out(reader, task, known)
+        notes += said
+    if not task:
+        raise DataError("calibration: the dataset holds no rows", hint="give rows of the adapter's task")
+    if len(task) < FEW_ROWS:
+        notes.append(
+            f"a set of {len(task)} rows: with fewer than about {FEW_ROWS} a merge keeps less, and what it keeps is measured "
+            "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
+        )
+    return choose_samples(task, held, tokenizer, seed, *notes)
 
-    def samples(dataset: Dataset, arguments: Mapping[str, Any]) -> list[Sample]:
-        if tokenizer is None:
-            raise OptionError(
-                "merge: the model came without a tokenizer",
-                hint=worded(flags="put its vocabulary file beside config.json", python="give tokenizer="),
-            )
-        told = {key: options.get(key) or arguments.get(key) for key in READING}
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads rows as the adapters' trainings did, where the caller says nothing else."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    options: Mapping[str, str | None]
+
+    def samples(
+        self, dataset: Dataset, arguments: Mapping[str, Any], longest: int = LONGEST, most: int | None = None
+    ) -> list[Sample]:
+        told = {key: self.options.get(key) or arguments.get(key) for key in READING}
         known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
         columns = named_columns(arguments) if known else None
         rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"],
-                                        columns=columns)  # fmt: skip
-        template = resolve_template(tokenizer, told["template"], enable_thinking=arguments.get("enable_thinking"),
+                                        columns=columns, max_samples=most)  # fmt: skip
+        template = resolve_template(self.tokenizer, told["template"], enable_thinking=arguments.get("enable_thinking"),
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
-        return build_samples(tokenizer, rows, accounting, template=template, system=told["system"],
-                             max_length=sample_limit(model, LONGEST),
-                             mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(model),
+        return build_samples(self.tokenizer, rows, accounting, template=template, system=told["system"],
+                             max_length=sample_limit(self.model, longest),
+                             mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(self.model),
                              chatglm=ChatGlmOptions(numbered="history" in (columns or ())))  # fmt: skip
 
-    first: Mapping[str, Any] = trained[0] if trained else {}
-    if calibration is not None:
-        task, source = samples(calibration, first), "the rows given"
-    else:
-        known = [arguments for arguments in trained if arguments.get("dataset")]
-        if not known:
-            return None
-        task = [sample for arguments in known for sample in samples(arguments["dataset"], arguments)]
-        source = f"the training set: {', '.join(arguments['dataset'] for arguments in known)}"
-    held: list[Sample] | None = None
-    if eval_dataset is not None:
-        held = samples(eval_dataset, first)
-    elif calibration is None and all(arguments.get("eval_dataset") for arguments in trained):
-        held = [sample for arguments in trained for sample in samples(arguments["eval_dataset"], arguments)]
-    if tokenizer is None or not task:
-        raise DataError("calibration: the dataset holds no rows", hint="give rows of the adapter's task")
-    return choose_samples(task, held, tokenizer, seed, f"calibrated on {source}")
+    def trained_on(self, arguments: Mapping[str, Any]) -> list[Sample]:
+        """All samples of a run before it held some out, as long as it had them: which rows gave one decides the choice."""
+        most = arguments.get("max_train_samples") or arguments.get("max_samples")
+        return self.samples(arguments["dataset"], arguments, arguments.get("max_length", TRAINED_LENGTH), most)
+
+
+def _holds_out(arguments: Mapping[str, Any]) -> bool:
+    """Whether a run knew rows that it was not trained on, by its arguments."""
+    return bool(arguments.get("dataset") and (arguments.get("eval_dataset") or arguments.get("val_size")))
+
+
+def _training_held_out(
+    reader: _Reader, task: list[Sample], trained: Sequence[Mapping[str, Any]]
+) -> tuple[list[Sample], list[Sample] | None, list[str]]:
+    """(rows to calibrate on, rows that the trainings held out or None where none did, what to say of them)."""
+    kept_back, seen, held, said = set[str](), set[str](), list[Sample](), []
+    for arguments in trained:
+        if name := arguments.get("eval_dataset"):
+            held += reader.samples(name, arguments)
+            said.append(f"measured on the run's held-out set: {name}")
+        elif size := arguments.get("val_size"):
+            learned, back = hold_out(reader.trained_on(arguments), size, arguments.get("seed", TRAINED_SEED))
+            kept_back |= {sample.source for sample in back}
+            seen |= {sample.source for sample in learned}
+            said.append(f"measured on what the run held out of {arguments['dataset']} (val_size {size:g})")
+    held += [sample for sample in task if sample.source in kept_back - seen]
+    rest = [sample for sample in task if sample.source not in kept_back]
+    return (rest, held, said) if held else (task, None, [])
 
 
 def choose_samples(

@@ -80,6 +80,16 @@ class LayerReport:
     error: float | None
     steps: tuple[str, ...]
 
+    @property
+    def effect_kept(self) -> float | None:
+        """How much of what the delta does to this layer's outputs is there after the merge; None is not measured.
+
+        1 - sum |y_merged - y_adapter|^2 / sum |y_base - y_adapter|^2 on held-out tokens, which is 1 - error^2: 1 is all of
+        it, 0 is as if nothing had been merged, below 0 is worse. Layers make up for each other, so the gain that all of
+        them keep together is larger.
+        """
+        return None if self.error is None else 1.0 - self.error**2
+
 
 def check_method(method: str) -> None:
     """Raises OptionError for a method that does not exist."""

@@ -61,6 +61,7 @@ class Measurement:
             rows=len(self._rows.measure),
             labels=len(base.labels),
             held_out=self._rows.held_out,
+            same_token=same_token(adapter.task, merged.task, head),
         )
 
     def _states(self) -> States:
@@ -103,6 +104,15 @@ def mean_divergence(states_p: Tensor, states_q: Tensor, head: Head) -> float:
     for p, q in zip(states_p.split(CHUNK_ROWS), states_q.split(CHUNK_ROWS), strict=True):
         total += float(summed_divergence(head(p), head(q)))
     return total / max(len(states_p), 1)
+
+
+@torch.no_grad()
+def same_token(states_p: Tensor, states_q: Tensor, head: Head) -> float:
+    """The share of positions at which two models find the same token likeliest."""
+    same = 0
+    for p, q in zip(states_p.split(CHUNK_ROWS), states_q.split(CHUNK_ROWS), strict=True):
+        same += int((head(p).argmax(-1) == head(q).argmax(-1)).sum())
+    return same / max(len(states_p), 1)
 
 
 def summed_divergence(logits_p: Tensor, logits_q: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def merge(
         if chosen is not None and measurement is not None:
             kept = measurement.kept(packed)
             if method == "auto" and kept.retained_gain is not None and kept.retained_gain < TARGET:
-                packed, steps = distill_if_better(model, layers, packed, chosen, _steps_shown(bar))
+                packed, steps = distill_if_better(model, layers, packed, chosen, _shown(bar, "distilling"))
                 kept = measurement.kept(packed) if steps else kept
     report = MergeReport(
         adapters=weights,
@@ -157,13 +157,21 @@ def _solve(
     if chosen is None or method not in CHAINS:
         pairs = [merge_nearest(path, layer.packed, deltas[path](), method) for path, layer in layers.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
-    task = bar.add_task("layers", total=len(layers))
-    return merge_in_step(model, deltas, chosen.fit, chosen.judge, method, lambda _: bar.advance(task))
+    shown = _shown(bar, "layers")
+    done = count(1)
+    return merge_in_step(model, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(layers)))
 
 
-def _steps_shown(bar: Progress) -> Callable[[int, int], None]:
-    task = bar.add_task("distilling", total=None)
-    return lambda step, steps: bar.update(task, completed=step, total=steps)
+def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
+    """Shows (done, total): a bar in a terminal, elsewhere a line for each tenth."""
+    task = bar.add_task(what, total=None)
+
+    def show(done: int, total: int) -> None:
+        bar.update(task, completed=done, total=total)
+        if not bar.disable and not bar.console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
+            bar.console.print(f"{what}: {done}/{total}")
+
+    return show
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora

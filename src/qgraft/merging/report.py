@@ -1,5 +1,7 @@
 """What a merge kept, in numbers: for Python, for merge.json, and as a table."""
 
+import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -7,11 +9,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from qgraft import storage
 from qgraft.merging.layer import LayerReport
+
+STEP_WORDS = {  # of layer.CHAINS, for a narrow table
+    "fit_reals": "scales", "descend_codes": "codes", "descend_integers": "sub-scales", "feed_errors": "feedback",
+    "nearest": "nearest", "nearest_codes": "grid",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,7 @@ class Kept:
         adapter_kl: mean KL(base || adapter) on the same text: how far the adapter itself moves the model there.
         rows, labels: of the task.
         held_out: False where the rows were taken from the calibration set, so that the adapter may know them.
+        same_token: the share of the answers' tokens before which merged and adapter's model find the same token likeliest.
     """
 
     base: float
@@ -36,6 +45,7 @@ class Kept:
     rows: int
     labels: int
     held_out: bool
+    same_token: float
 
     @property
     def retained_gain(self) -> float | None:
@@ -75,6 +85,12 @@ class MergeReport:
         """The share of the adapter's gain that the merged weights keep; None where it was not measured."""
         return None if self.kept is None else self.kept.retained_gain
 
+    def __str__(self) -> str:
+        """The table and what was kept, as `print` has it, in 80 columns."""
+        out = io.StringIO()
+        self.print(Console(file=out, width=80))
+        return out.getvalue().rstrip("\n")
+
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON."""
         return {"retained_gain": self.retained_gain, **asdict(self)}
@@ -96,10 +112,15 @@ class MergeReport:
             lines.append(f"calibrated on {self.calibration_rows} rows, {self.calibration_tokens} tokens")
         if (kept := self.kept) is not None:
             where = "held-out rows" if kept.held_out else "rows kept back from the calibration set"
+            losses = (kept.base, kept.adapter, kept.merged)
+            perplexities = [f"{math.exp(min(loss, 700.0)):.4g}" for loss in losses]
             lines.append(
                 f"loss on {kept.rows} {where}: base {kept.base:.4f}, with the adapter {kept.adapter:.4f}, "
                 f"merged {kept.merged:.4f}"
             )
+            lines.append(f"perplexity there: base {perplexities[0]}, with the adapter {perplexities[1]}, "
+                         f"merged {perplexities[2]}")  # fmt: skip
+            lines.append(f"same likeliest token as with the adapter: {kept.same_token:.1%} of {kept.labels} tokens")
             lines.append(
                 f"drift on unrelated text: KL {kept.drift_kl:.4f} from the adapter's model, "
                 f"which itself is {kept.adapter_kl:.4f} from the base"
@@ -114,22 +135,24 @@ class MergeReport:
 
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:
-    """The layers by kind (q_proj, k_proj, ...), with medians."""
+    """The layers by kind (q_proj, k_proj, ...), with medians; "effect kept" is LayerReport.effect_kept."""
     kinds: dict[tuple[str, str], list[LayerReport]] = defaultdict(list)
     for layer in layers:
         kinds[layer.path.rpartition(".")[2], layer.format].append(layer)
-    table = Table(title="merged layers (medians)")
-    for heading in ("layer", "format", "number", "delta / step", "codes changed", "output error", "method"):
-        table.add_column(heading, justify="left" if heading in ("layer", "format", "method") else "right")
+    table = Table(title="merged layers (medians)", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for heading in ("layer", "format", "number", "delta / step", "codes changed", "effect kept", "method"):
+        left = heading in ("layer", "format", "method")
+        table.add_column(heading, justify="left" if left else "right", min_width=22 if heading == "method" else None)
     for (kind, format_), group in kinds.items():
-        errors = [layer.error for layer in group if layer.error is not None]
+        effects = [layer.effect_kept for layer in group if layer.effect_kept is not None]
+        steps = Counter(layer.steps for layer in group).most_common(1)[0][0]
         table.add_row(
             kind,
             format_,
             str(len(group)),
             f"{median(layer.delta_in_steps for layer in group):.3f}",
             f"{median(layer.codes_changed for layer in group):.1%}",
-            f"{median(errors):.2f}" if errors else "-",
-            " > ".join(Counter(layer.steps for layer in group).most_common(1)[0][0]) or "as it was",
+            f"{median(effects):.0%}" if effects else "-",
+            ", ".join(STEP_WORDS[step] for step in steps) or "as it was",
         )
     return table

@@ -1,7 +1,6 @@
 """The loss of a model on held-out samples: the mean over all label tokens, each by its weight, not of batch means."""
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,6 @@ from qgraft.adapters.base import alone
 from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Sample, build_samples, resolve_template
-from qgraft.errors import DataError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
 from qgraft.passes.decoder import evaluating, padding_free
@@ -74,22 +72,6 @@ def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> Cha
     return resolve_template(
         tokenizer, args.template, enable_thinking=args.enable_thinking, system_text=args.system_text
     )
-
-
-def hold_out(samples: list[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
-    """Training and held-out samples; all of a row are on one side."""
-    rows: list[list[Sample]] = []
-    for sample in samples:
-        if not sample.part:
-            rows.append([])
-        rows[-1].append(sample)
-    count = math.ceil(len(rows) * val_size) if val_size < 1 else int(val_size)
-    if count >= len(rows):
-        raise DataError(f"val_size={val_size} leaves no sample to train on: there are {len(rows)}")
-    chosen = set(random.Random(seed).sample(range(len(rows)), count))
-    sides = [[row for number, row in enumerate(rows) if (number in chosen) == held_out] for held_out in (False, True)]
-    training, held = ([sample for row in side for sample in row] for side in sides)
-    return training, held
 
 
 @torch.no_grad()

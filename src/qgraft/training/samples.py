@@ -4,13 +4,14 @@ from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.data.held_out import hold_out
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.evaluate import hold_out, template_of
+from qgraft.training.evaluate import template_of
 
 Dataset = str | Sequence[Mapping[str, object]]
 
