@@ -64,8 +64,8 @@ def plot_merge(report: Path, target: Path) -> None:
     lowest = right.get_ylim()[0]
     right.set_ylim(min(0.0, lowest), 105)
     right.set_xlabel("layer, in the order of the model")
-    right.set_ylabel("effect kept (%): 100 = as the adapter, 0 = as the base")
-    right.set_title("What each layer's outputs keep of the adapter's effect, on rows kept back")
+    right.set_ylabel("effect kept in %; 100: all of it, 0: none")
+    right.set_title("Adapter's effect on each layer's outputs: what is kept")
     right.grid(alpha=0.3)
     if right.get_legend_handles_labels()[0]:
         right.legend(ncols=4, fontsize=8)

@@ -121,3 +121,49 @@ def test_mistakes_are_told_and_nothing_is_written(change, expected, trained, tin
     assert cli.main(["export", *words]) == 2
     assert expected in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_becomes_a_file_with_the_adapter_in_it_or_beside_it(tiny_gguf, tmp_path, capsys):
+    """The ways out of a folder: merged GGUF, base and GGUF-LoRA, and a folder for ollama."""
+    tiny = tiny_gguf("llama")
+    model, tokenizer = qgraft.load(tiny.path, device="cpu")
+    folder, out = tmp_path / "folder", tmp_path / "out"
+    tiny.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model, _ = qgraft.load(folder, quantize="q8_0", device="cpu")
+    qgraft.attach_lora(model, r=2)
+    for key, value in qgraft.lora_state_dict(model).items():
+        if "lora_B" in key:
+            value.normal_(0, 0.05)
+    qgraft.save_adapter(model, out)
+    base = ["--model", str(folder), "--quantize", "q8_0"]
+    assert cli.main(["export", *base, "--to", "gguf", "--output", str(tmp_path / "base.gguf")]) == 0
+    words = [*base, "--adapter", str(out)]
+    assert (
+        cli.main(["export", *words, "--to", "gguf-lora", "--output", str(tmp_path / "lora.gguf"), "--dtype", "float32"])
+        == 0
+    )
+    assert cli.main(["export", *words, "--to", "ollama", "--output", str(tmp_path / "ollama")]) == 0
+    assert cli.main(["merge", *words, "--output", str(tmp_path / "merged.gguf"), "--method", "nearest"]) == 0
+    assert {path.name for path in (tmp_path / "ollama").iterdir()} >= {"Modelfile", "adapter.gguf", "model.gguf"}
+    assert (tmp_path / "ollama" / "model.gguf").read_bytes() == (tmp_path / "base.gguf").read_bytes()
+    ids = torch.arange(4, 24)[None]
+    with torch.no_grad():
+        expected = model(ids).logits
+        beside, _ = qgraft.load(tmp_path / "base.gguf", device="cpu")
+        plain = beside(ids).logits
+        qgraft.load_adapter(beside, tmp_path / "lora.gguf", force=True)
+        assert (beside(ids).logits - expected).abs().max() < 1e-3 < (plain - expected).abs().max()
+        merged, _ = qgraft.load(tmp_path / "merged.gguf", device="cpu")
+        assert (merged(ids).logits - expected).norm() < 0.5 * (plain - expected).norm()
+    capsys.readouterr()
+    for wrong, told in (
+        (
+            ["--to", "gguf", "--adapter", str(out), "--output", str(tmp_path / "x.gguf")],
+            "qgraft merge --output NAME.gguf",
+        ),
+        (["--to", "gguf", "--output", str(tmp_path / "x")], "expected a name that ends in .gguf"),
+        (["--to", "gguf-lora", "--output", str(tmp_path / "x.gguf")], "no --adapter is given"),
+    ):
+        assert cli.main(["export", *base, *wrong]) == 2
+        assert told in capsys.readouterr().err

@@ -6,7 +6,17 @@ import torch
 
 import qgraft.formats
 from qgraft.errors import UnsupportedError
-from qgraft.formats import FORMATS, GGML_TYPES, PackedTensor, dequantize, get_format, quantize, take_rows
+from qgraft.formats import (
+    FORMATS,
+    GGML_TYPES,
+    PackedTensor,
+    dequantize,
+    fitting_format,
+    get_format,
+    misfit_notes,
+    quantize,
+    take_rows,
+)
 
 READ_ONLY = ["q2_k", "q3_k"]
 WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32"]
@@ -96,3 +106,21 @@ def test_nbytes_counts_data_and_scales(name: str) -> None:
     packed = random_packed(name, out_features=3, in_features=512)
     scales = 3 * 2 if len(FORMATS[name].parts) > 1 else 0
     assert packed.nbytes == packed.parts[0].numel() + scales
+
+
+@pytest.mark.parametrize(
+    ("wanted", "width", "expected"),
+    [("q4_k", 512, "q4_k"), ("q4_k", 576, "q5_0"), ("q5_k", 576, "q5_1"), ("q6_k", 896, "q8_0"), ("q3_k", 64, "q4_0"),
+     ("q4_k", 80, None), ("q8_0", 80, None), ("q8_0", 96, "q8_0"), ("f16", 7, "f16")],
+)  # fmt: skip
+def test_widths_without_blocks_get_the_formats_that_llamacpp_takes(wanted, width, expected):
+    """tensor_type_fallback in llama.cpp's src/llama-quant.cpp."""
+    assert fitting_format(wanted, width) == expected
+
+
+def test_what_got_another_format_is_said_with_its_number():
+    found = {"a": (576, "q5_0"), "b": (576, "q5_0"), "c": (512, "q4_k"), "d": (80, None)}
+    assert misfit_notes("q4_k", found) == [
+        "2 matrices (a, ...) are q5_0, as llama.cpp does it, not q4_k: 576 inputs are no multiple of 256",
+        "d stays in its format, not q4_k: 80 inputs are no multiple of 256",
+    ]

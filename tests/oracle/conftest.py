@@ -64,6 +64,7 @@ def greedy(
     stop: Sequence[int] = (),
     forced: Sequence[int] = (),
     exact: bool = False,
+    scales: Sequence[float] | None = None,
 ) -> Continuation:
     """Up to `n` tokens after `prompt`, each the likeliest, by llama.cpp on the CPU with the GGUF file at `path`.
 
@@ -73,10 +74,12 @@ def greedy(
         stop: ids after which it ends; the last of `ids` is then one of them.
         forced: ids that are written instead of the likeliest ones, first to last: the log-probabilities of a given text.
         exact: compute a float32 model in float32; otherwise as llama.cpp does by itself.
+        scales: of the LoRA, as each request asks for it; None for what the server began with.
     """
     job = {
         "model": str(path), "loras": [str(lora)] if lora else [], "exact": exact, "prompt": list(prompt), "n": n,
         "top": top, "stop": list(stop), "forced": list(forced),
+        "scales": None if scales is None else list(scales),
     }  # fmt: skip
     result = _run(job)
     top = torch.tensor(result["top"], dtype=torch.float64)

@@ -1,7 +1,7 @@
 """Run a prompt through llama.cpp, in a process of its own: JSON on stdin, JSON as the last line of stdout.
 
 in      {"model": path, "loras": [path], "exact": bool, "prompt": [ids], "n": int, "top": int, "stop": [ids],
-         "forced": [ids]}
+         "forced": [ids], "scales": [number] or null}     scales of the LoRAs that each request asks for
 out     {"ids": [id], "top": [[[id, log-probability], ...], ...]}    of each step the `top` likeliest tokens, in order
 in      {"files": [[path, [ids], context]]}
 out     [[[id, log-probability], ...], ...]     of each file all tokens behind its prompt, computed exactly
@@ -39,9 +39,13 @@ def parameters(job: dict[str, Any], context: int = CONTEXT) -> xllamacpp.CommonP
     return params
 
 
-def step(server: xllamacpp.Server, prompt: list[int], top: int, clean: int) -> list[list[float]]:
+def step(
+    server: xllamacpp.Server, prompt: list[int], top: int, clean: int, scales: list[float] | None = None
+) -> list[list[float]]:
     """The likeliest tokens after `prompt`; [] if the token `clean` is not text by itself."""
     request = {"prompt": prompt, "n_predict": 1, "temperature": 0.0, "logprobs": top, "logit_bias": [[clean, 1e4]]}
+    if scales is not None:
+        request["lora"] = [{"id": number, "scale": scale} for number, scale in enumerate(scales)]
     answer = server.handle_completions(request)
     if "choices" not in answer:
         raise SystemExit(f"llama.cpp refused: {answer}")
@@ -65,7 +69,7 @@ def main() -> None:
     clean = next(token for token in range(3, 300) if step(server, ids, 1, token))
     written, likeliest = [], []
     while len(written) < job["n"] and not (written and written[-1] in job["stop"]):
-        likeliest.append(step(server, ids + written, top, clean))
+        likeliest.append(step(server, ids + written, top, clean, job["scales"]))
         written.append(forced.pop(0) if forced else likeliest[-1][0][0])
     print(json.dumps({"ids": written, "top": likeliest}))
 

@@ -212,3 +212,16 @@ def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
     with_lora = llamacpp_greedy(path, prompt, STEPS, lora=lora, **options)
     use_adapter(model, "default")
     assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < tolerance
+
+
+def test_a_request_chooses_the_scale_of_a_lora(make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    """What docs/guide-serve.md says of llama-server's "lora": 0 is the base, a half is half of the adapter."""
+    path, lora = float32_file(make_gguf, "llama", tmp_path), tmp_path / "lora.gguf"
+    model, _ = load_gguf(path, torch.float32)
+    attach_noise(model)
+    export_gguf_lora(model, lora, dtype="float32")
+    prompt, options = random_ids(model, rows=1)[0].tolist(), {"top": model.config.vocab_size, "exact": True}
+    for scale, weights in ((0.0, None), (0.5, {"default": 0.5})):
+        use_adapter(model, weights)
+        theirs = llamacpp_greedy(path, prompt, 3, lora=lora, scales=[scale], **options)
+        assert theirs.gap(our_logprobs(model, prompt, theirs.ids)).max() < ROUNDING

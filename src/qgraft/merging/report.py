@@ -139,8 +139,8 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     kinds: dict[tuple[str, str], list[LayerReport]] = defaultdict(list)
     for layer in layers:
         kinds[layer.path.rpartition(".")[2], layer.format].append(layer)
-    table = Table(title="merged layers (medians)", box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for heading in ("layer", "format", "number", "delta / step", "codes changed", "effect kept", "method"):
+    table = Table(title="merged layers (medians)", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ("layer", "format", "number", "delta /\nstep", "codes\nchanged", "effect\nkept", "method"):
         left = heading in ("layer", "format", "method")
         table.add_column(heading, justify="left" if left else "right", min_width=22 if heading == "method" else None)
     for (kind, format_), group in kinds.items():
