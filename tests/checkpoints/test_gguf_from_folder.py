@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+import transformers
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 import qgraft
-from qgraft.checkpoints.gguf_file import read_gguf
+from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import ARCHITECTURES
-from qgraft.checkpoints.gguf_write_tokenizer import PROBES
+from qgraft.checkpoints.gguf_write_tokenizer import PROBES, check_tokenizer, tokenizer_keys
+from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS
 from qgraft.errors import UnsupportedError
 
 Maker = Callable[..., Any]
@@ -22,6 +26,18 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0 + i for 
         "short_factor": [1.0 + i / 8 for i in range(8)], "original_max_position_embeddings": 32}  # fmt: skip
 GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
           "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}  # fmt: skip
+
+
+RAW = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+def cut(expression: str, behavior: str = "isolated", invert: bool = False) -> Any:
+    return pre_tokenizers.Split(Regex(expression), behavior, invert)
+
+
+def header_of(keys: dict[str, Any]) -> GgufFile:
+    """A file of nothing but these keys."""
+    return GgufFile(Path("draft"), 3, 32, {"general.architecture": "llama", **keys}, {}, {}, 0, 0, torch.empty(0))
 
 
 def make_folder(tiny_gguf: Maker, folder: Path, architecture: str, **options: Any) -> tuple[Path, Any]:
@@ -115,3 +131,52 @@ def test_what_no_key_states_is_refused(
         qgraft.save(model, tmp_path / "new.gguf")
     assert why_not_gguf(model) is not None
     assert not (tmp_path / "new.gguf").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "pre"),
+    [
+        ([pre_tokenizers.ByteLevel(add_prefix_space=False)], "gpt-2"),
+        ([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)], "smollm"),
+        ([cut(PRE_TOKENIZERS["llama-bpe"].splits[0]), RAW], "dbrx"),
+        ([cut(PRE_TOKENIZERS["stablelm2"].splits[0], "removed", True), RAW], "deepseek-r1-qwen"),
+        ([cut(r"\w+"), RAW], None),
+        ([pre_tokenizers.ByteLevel(add_prefix_space=True)], None),
+        ([pre_tokenizers.Whitespace(), RAW], None),
+    ],
+)  # fmt: skip
+def test_how_a_published_tokenizer_cuts_text_has_a_name_or_is_refused(
+    steps: list[Any], pre: str | None, tiny_gguf: Maker
+) -> None:
+    """As tokenizer.json files on the hub have it; the ids are those of the tokenizer that is read again."""
+    _, tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    rows = len(tokenizer)
+    if pre is None:
+        with pytest.raises(UnsupportedError, match="cuts text as none of llama"):
+            tokenizer_keys(tokenizer, rows)
+        return
+    keys = tokenizer_keys(tokenizer, rows + 3)
+    assert keys["tokenizer.ggml.pre"] == pre
+    assert keys["tokenizer.ggml.tokens"][rows:] == [f"[PAD{rows + n}]" for n in range(3)]
+    assert check_tokenizer(tokenizer, header_of(keys)) == []
+
+
+def test_a_tokenizer_of_another_kind_is_refused_and_odd_blanks_are_said(tiny_gguf: Maker) -> None:
+    _, tokenizer = qgraft.load(tiny_gguf("phi3").path, device="cpu")
+    backend = tokenizer.backend_tokenizer
+    keys = tokenizer_keys(tokenizer, len(tokenizer))
+    assert check_tokenizer(tokenizer, header_of(keys)) == []
+    backend.normalizer = normalizers.Sequence([])  # as transformers builds Llama's with legacy=False
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    keys = tokenizer_keys(tokenizer, len(tokenizer))
+    notes = check_tokenizer(tokenizer, header_of(keys))
+    assert ["special tokens" in note or "begins with a blank" in note for note in notes] == [True] * len(
+        notes
+    ) and notes
+    keys["tokenizer.ggml.scores"] = keys["tokenizer.ggml.scores"][::-1]
+    with pytest.raises(UnsupportedError, match=r"other ids than llama\.cpp would|depends on the text"):
+        check_tokenizer(tokenizer, header_of(keys))
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
+    with pytest.raises(UnsupportedError, match="of the kind WordLevel"):
+        tokenizer_keys(transformers.PreTrainedTokenizerFast(tokenizer_object=words), 2)
