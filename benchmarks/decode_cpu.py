@@ -145,8 +145,8 @@ def best_seconds(generate: Generate, prompt: Prompt, tokens: int) -> float:
 def load_qgraft(name: str, folder: Path) -> Generate:
     """Ours."""
     import qgraft
-    from qgraft.cli.options import answer
     from qgraft.passes.decoding import fast_decoding
+    from qgraft.serving.answering import answer
 
     model, tokenizer = qgraft.load(peers.MODEL)
     if name == "qgraft-adapter":

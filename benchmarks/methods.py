@@ -97,7 +97,7 @@ def append(path: Path, result: dict[str, Any]) -> None:
 def learn(name: str) -> dict[str, Any]:
     """The identity task with one method."""
     import qgraft
-    from qgraft.cli.options import answer
+    from qgraft.serving.answering import answer
     from qgraft.training.run import train
 
     model, tokenizer = qgraft.load("smollm2-135m")

@@ -218,7 +218,7 @@ def _say(report: "TrainReport", arguments: "TrainArguments") -> None:
 
     seen = len(arguments.notes)
     for note in report.notes[seen:]:
-        print_note(f"note: {note}")
+        print_note(note if note.startswith("warning: ") else f"note: {note}")
     if report.unchanged:
         return
     print_note(report.accounting.summary())
@@ -267,13 +267,18 @@ def _print_scores(found: "Predictions") -> None:
 
 
 def _print_report(report: "TrainReport") -> None:
+    from qgraft.training.loop import LAST
+
     metrics = report.metrics
     print(f"trained {report.parameters:,} parameters in {report.steps} steps, {metrics['seconds']:.0f} s")
     print(f"loss {metrics['train_loss']:.3f}", end="")
     if "eval_loss" in metrics:
         before = f"{metrics['eval_loss_before']:.3f} -> " if "eval_loss_before" in metrics else ""
-        print(f", held-out {before}{metrics['eval_loss']:.3f}", end="")
+        kept = f" at step {metrics['best_step']:.0f} (kept), {metrics['eval_loss_last']:.3f} at the end (in {LAST})" \
+            if "best_step" in metrics else ""  # fmt: skip
+        print(f", held-out {before}{metrics['eval_loss']:.3f}{kept}", end="")
     print(f", {metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB")
     if metrics["skipped_steps"]:
         print(f"{metrics['skipped_steps']:.0f} steps were skipped: their loss or gradient was not finite")
-    print(f"adapter, run.json and loss.png are in {report.output_dir}")
+    files = "adapter, run.json and loss.png" if (report.output_dir / "loss.png").is_file() else "adapter and run.json"
+    print(f"{files} are in {report.output_dir}")

@@ -30,6 +30,7 @@ from qgraft.training.trainer_options import (
     MOST_USED,
     inherited_options,
     rename_checkpointing,
+    settle_best,
     settle_options,
     settle_strategies,
     tracking_callbacks,
@@ -114,6 +115,16 @@ class TrainArguments(TrainingArguments):
     learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
     logging_steps: float = _option(5, "Log every so many steps (a share of all steps when below 1).")
     save_total_limit: int | None = _option(2, "Keep so many checkpoints.")
+    eval_strategy: str | None = _option(  # type: ignore[assignment]  # what is said, until it is settled
+        None, "no, steps or epoch; epoch where there are held-out rows."
+    )
+    load_best_model_at_end: bool | None = _option(  # type: ignore[assignment]
+        None, "Keep the adapter with the lowest held-out loss; true where there are held-out rows."
+    )
+    early_stopping_patience: int | None = _option(
+        None, "Stop after so many measurements without a lower held-out loss."
+    )
+    early_stopping_threshold: float = _option(0.0, "How much lower it has to be to count.")
     remove_unused_columns: bool = _option(False, "Samples are tokenized already.")
 
     def __post_init__(self) -> None:
@@ -122,13 +133,17 @@ class TrainArguments(TrainingArguments):
         self._check()
         self._compute_dtype = settle_precision(self)
         rename_checkpointing(self)
+        self.eval_unsaid: bool = self.eval_strategy is None
         settle_strategies(self, held_out=bool(self.do_train and (self.eval_dataset or self.val_size)))
-        asked = self.do_eval
+        asked, best = self.do_eval, self.load_best_model_at_end
+        self.load_best_model_at_end = False  # transformers' Trainer keeps the best only where it saves as it measures
         try:
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error)) from error
         self.do_eval = asked  # transformers sets it for any eval_strategy
+        self.load_best_model_at_end = best
+        settle_best(self)
         if self.do_train:
             check_optimization(self)
         tracking_callbacks(self)  # those of a package that is missing say so now

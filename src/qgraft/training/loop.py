@@ -38,6 +38,7 @@ from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.loss import check_gradient
 from qgraft.training.adapter import trained_parameters
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.broken import check_held_out, where_it_comes_from
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import (
     STATE,
@@ -58,6 +59,7 @@ from qgraft.training.processes import ALONE, Processes
 from qgraft.training.random_state import RandomState
 
 MAX_SKIPPED_IN_A_ROW = 3
+LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
 
 
 @dataclass(eq=False)
@@ -143,13 +145,27 @@ class TrainingLoop:
         if random is not None:
             random.restore()
 
-    def finish(self) -> None:
-        """Everything behind the last step: the last log, the best adapter, the callbacks' farewell."""
+    def best_before(self, last: float | None) -> Path | None:
+        """The checkpoint of the best adapter, where it is to be kept and the last one, with this loss, is another."""
+        state = self.events.state
+        if not self.args.load_best_model_at_end or state.best_model_checkpoint is None or self.events.signalled:
+            return None
+        better = last is None or (state.best_metric is not None and state.best_metric < last)
+        return Path(state.best_model_checkpoint) if better and state.best_global_step != state.global_step else None
+
+    def finish(self, best: Path | None = None) -> None:
+        """Everything behind the last step: the last log, the adapter that is kept, the callbacks' farewell.
+
+        Args:
+            best: the checkpoint whose adapter is kept; the last one is saved beside it, in the folder `last`.
+        """
         seconds = time.perf_counter() - self._began
         if not self.events.signalled:
             self.events.log({"train_runtime": round(seconds, 4), "train_loss": self.train_loss})
-        if self.args.load_best_model_at_end and self.events.state.best_model_checkpoint is not None:
-            self._take_adapter(Path(self.events.state.best_model_checkpoint))
+        if best is not None:
+            if self.processes.first:
+                save_adapter(self.model, Path(str(self.args.output_dir)) / LAST, self.args.adapter_name)
+            self._take_adapter(best)
         self.events.tell("on_train_end")
 
     def close(self) -> None:
@@ -174,7 +190,8 @@ class TrainingLoop:
         own = self.processes.share(chosen)
         self._loss = torch.zeros_like(self._loss)
         self._tokens = sum(len(sample.input_ids) for sample in own)
-        return Step(self.objective.batches(own, self.tokens_per_pass), self.objective.count(chosen))
+        count = self.objective.count(chosen) or 1.0  # all labels of a step may weigh nothing
+        return Step(self.objective.batches(own, self.tokens_per_pass), count)
 
     def learn(self, step: Step) -> None:
         """Forward and backward of the batches, one after another.
@@ -262,7 +279,8 @@ class TrainingLoop:
             raise TrainingError(
                 f"step {self.events.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times "
                 "in a row; the adapter was not changed by these steps",
-                hint="lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
+                hint=where_it_comes_from(self.model)
+                or "lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
             )
 
     # --- between steps
@@ -300,6 +318,7 @@ class TrainingLoop:
         tokens, state = evaluation_tokens(self.args), self.events.state
         with self.alone():
             found = evaluate_samples(self.model, self.eval_samples, tokens, processes=self.processes)
+        check_held_out(self.model, found.loss)
         metrics = {f"eval_{key}": value for key, value in found.as_dict().items()}
         self.events.log(metrics)
         self.events.tell("on_evaluate", metrics=metrics)

@@ -46,7 +46,7 @@ from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
-from qgraft.training.trainer_options import check_evaluation, tracking_callbacks
+from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks
 
 
 def train(
@@ -94,6 +94,9 @@ def _train(model: PreTrainedModel, prepared: "Prepared", processes: Processes, c
             run.close()
 
 
+DIVERGED = 1.1  # times the loss before the first step
+
+
 @dataclass
 class Prepared:
     """A run of which nothing that is given can be wrong any more, and which has changed nothing yet."""
@@ -127,9 +130,15 @@ def prepare(
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
+    if eval_samples and args.eval_unsaid and args.eval_strategy == IntervalStrategy.NO:  # rows beside the options
+        args.eval_strategy = IntervalStrategy.EPOCH
+        args.load_best_model_at_end = args.load_best_model_at_end or None
+        settle_best(args)
     check_evaluation(args, eval_samples)
     plan_of(args, len(samples), Processes.of(args).count)  # or an error, before anything is touched
     every = [*tracking_callbacks(args), *callbacks]
+    if args.early_stopping_patience is not None:
+        every.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if any(isinstance(each, EarlyStoppingCallback) for each in every):
         _settle_early_stopping(args)
     return Prepared(
@@ -235,12 +244,16 @@ class Run:
     def finish(self) -> TrainReport:
         """Measure, and write what came of it."""
         prepared, loop = self.prepared, self.loop
-        loop.finish()
-        after, signalled = self._last_eval_loss(), loop.events.signalled
-        if after is None and not signalled:  # who stops a run does not wait for a measurement
+        last, signalled = self._last_eval_loss(), loop.events.signalled
+        if last is None and not signalled:  # who stops a run does not wait for a measurement
             with self._alone():
-                after = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
-        held_out = {"eval_loss_before": self._before, "eval_loss": after}
+                last = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        state, best = loop.events.state, loop.best_before(last)
+        loop.finish(best)
+        held_out: dict[str, float | None] = {"eval_loss_before": self._before, "eval_loss": last}
+        if best is not None:
+            held_out |= {"eval_loss": state.best_metric, "eval_loss_last": last, "best_step": state.best_global_step}
+        self._warn_of_divergence(last)
         metrics: dict[str, float] = {
             "train_loss": loop.train_loss,
             "seconds": self.watch.seconds,
@@ -265,6 +278,18 @@ class Run:
         if self.processes.first:
             save_run(self.model, prepared.args, report, prepared.samples, prepared.eval_samples, self._bound)
         return report
+
+    def _warn_of_divergence(self, last: float | None) -> None:
+        """A note that cannot be missed where the run ended far above where it began."""
+        losses = [entry["loss"] for entry in self.loop.events.state.log_history if "loss" in entry]
+        if self._before is not None and last is not None and last > self._before * DIVERGED:
+            what = f"the held-out loss rose from {self._before:.3f} to {last:.3f}"
+        elif len(losses) > 1 and losses[-1] > max(losses[0] * DIVERGED, losses[0] + 0.5):
+            what = f"the training loss rose from {losses[0]:.3f} to {losses[-1]:.3f}"
+        else:
+            return
+        rate = option("learning_rate", self.prepared.args.learning_rate / 10)
+        self.prepared.notes.append(f"warning: the run diverged: {what}; try a tenth of the learning rate, {rate}")
 
     def close(self) -> None:
         """Leave the model, the terminal and the signals as they were, however the run ended."""
@@ -297,8 +322,6 @@ class Run:
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
         state = self.loop.events.state
-        if self.prepared.args.load_best_model_at_end:
-            return None
         measured = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step]
         return float(measured[-1]["eval_loss"]) if measured else None
 

@@ -47,11 +47,9 @@ MOST_USED = {  # of transformers' options, in the short help: name -> text
     "weight_decay": "Of AdamW.",
     "max_grad_norm": "Gradients are clipped to this norm.",
     "optim": "Optimizer.",
-    "eval_strategy": "no, steps or epoch.",
     "eval_steps": "Steps between evaluations.",
     "save_strategy": "no, steps or epoch.",
     "save_steps": "Steps between checkpoints.",
-    "load_best_model_at_end": "Keep the checkpoint with the lowest held-out loss.",
     "resume_from_checkpoint": "true: go on from the newest whole checkpoint in output_dir; or a checkpoint's folder.",
     "gradient_checkpointing": "Recompute activations in the backward pass: less memory, more time.",
     "bf16": "Compute in bfloat16, where the device has it.",
@@ -230,16 +228,31 @@ def rename_checkpointing(args: Any) -> None:
 
 def settle_strategies(args: Any, *, held_out: bool) -> None:
     """Evaluate each epoch where there are held-out rows and nothing is said; the best checkpoint has the lowest loss."""
-    if _plain(args.eval_strategy) is None and held_out:
-        args.eval_strategy = "epoch"
+    if args.eval_strategy is None:
+        args.eval_strategy = "epoch" if held_out else "no"
     if _plain(args.save_strategy) == "best" and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"
+
+
+def settle_best(args: Any) -> None:
+    """The best adapter is kept where the held-out loss is measured and nothing else is said."""
+    measured, saved = _plain(args.eval_strategy) is not None, _plain(args.save_strategy) is not None
+    if args.load_best_model_at_end is None:
+        args.load_best_model_at_end = measured and saved
+    if args.load_best_model_at_end and not saved:
+        raise OptionError(
+            "load_best_model_at_end: nothing is saved, as save_strategy=no asks", hint="leave save_strategy out"
+        )
+    if args.load_best_model_at_end or args.early_stopping_patience is not None:
+        args.metric_for_best_model, args.greater_is_better = "loss", False
 
 
 def check_evaluation(args: Any, held_out: Sequence[object]) -> None:
     """Raise OptionError for options that need held-out rows where there are none."""
     needing = [f"eval_strategy={args.eval_strategy.value}"] if args.eval_strategy.value != "no" else []
     needing += ["save_strategy=best"] if args.save_strategy.value == "best" else []
+    needing += ["load_best_model_at_end"] if args.load_best_model_at_end else []
+    needing += [] if args.early_stopping_patience is None else ["early_stopping_patience"]
     if needing and not held_out:
         raise OptionError(
             f"{', '.join(needing)}: there are no held-out rows",
