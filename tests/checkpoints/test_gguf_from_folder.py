@@ -180,3 +180,30 @@ def test_a_tokenizer_of_another_kind_is_refused_and_odd_blanks_are_said(tiny_ggu
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     with pytest.raises(UnsupportedError, match="of the kind WordLevel"):
         tokenizer_keys(transformers.PreTrainedTokenizerFast(tokenizer_object=words), 2)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_mistral_is_a_llama_unless_it_has_a_window(
+    dtype: str, tiny_gguf: Maker, random_ids: Maker, tmp_path: Path
+) -> None:
+    """Norms are float32 in the file whatever the model computes in."""
+    llama = tiny_gguf("llama").model
+    _, tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")
+    options = {
+        key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "architectures")
+    }
+    for window in (None, 16):
+        config = transformers.MistralConfig(**{**options, "sliding_window": window})
+        mistral = transformers.MistralForCausalLM(config).eval()
+        mistral.load_state_dict(llama.state_dict())
+        folder = tmp_path / f"window {window}"
+        mistral.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model, _ = qgraft.load(folder, dtype=dtype, device="cpu")
+        if window:
+            assert "sliding_window 16" in str(why_not_gguf(model))
+            continue
+        qgraft.save(model, tmp_path / "new.gguf")
+        again, _ = qgraft.load(tmp_path / "new.gguf", dtype="float32", device="cpu")
+        ids = random_ids(again)
+        assert (logits(again, ids) - logits(mistral, ids)).abs().max() < 1e-4
