@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +223,19 @@ def test_a_folder_is_merged_into_a_folder_again_and_again(tiny_gguf, tmp_path, c
     again, _ = qgraft.load(tmp_path / "merged")
     with torch.no_grad():
         assert again(torch.arange(4, 20)[None]).logits.isfinite().all()
+
+
+def test_a_target_that_another_process_writes_is_refused_before_anything_is_loaded(trained, tmp_path, capsys):
+    base, adapter, _ = trained
+    script = (
+        "import sys, time; from pathlib import Path; from qgraft.locks import file_locked\n"
+        f"with file_locked(Path({str(tmp_path / 'merged.gguf')!r})): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        assert merge("--model", base, "--adapter", adapter, "--output", tmp_path / "merged.gguf") == 2
+        assert str(other.pid) in (told := capsys.readouterr().err) and "applied to" not in told
+        other.communicate("")
+    assert sorted(tmp_path.iterdir()) == []

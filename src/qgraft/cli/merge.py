@@ -1,13 +1,16 @@
 """qgraft merge: an adapter into the packed weights of its base, written as the same kind of file."""
 
+import argparse
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from qgraft import storage
 from qgraft.cli.options import Parser, load_with_adapters, print_note
 from qgraft.errors import MergeError, OptionError
+from qgraft.locks import file_locked
 
 
 def run(words: Sequence[str]) -> int:
@@ -46,6 +49,13 @@ def run(words: Sequence[str]) -> int:
     for path in (target, json_file, picture):
         storage.check_new(path, options.overwrite, [Path(each) for each in (options.model, *options.adapter)])
 
+    # where the folder is missing, the check of the target says so
+    with file_locked(target) if target.parent.is_dir() else nullcontext():
+        return _merge_into(target, json_file, picture, options)
+
+
+def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.Namespace) -> int:
+    """Load, merge, save, report; nobody else writes there meanwhile."""
     from rich.console import Console
 
     from qgraft import plots
