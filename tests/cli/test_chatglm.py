@@ -368,7 +368,6 @@ def test_a_merge_keeps_what_the_adapter_learned(trained, folder, rows, tmp_path,
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["retained_gain"] > 0.9 and len(report["layers"]) == 8
     assert report["notes"][0] == f"calibrated on the training set: {rows}"
-    assert report["notes"][1].startswith("a set of 24 rows: with fewer than about 200 a merge keeps less")
     assert {p.name for p in target.iterdir()} == {p.name for p in path.iterdir()}
     assert (target / "config.json").read_bytes() == (path / "config.json").read_bytes()
     before, after = load_file(path / "model.safetensors"), load_file(target / "model.safetensors")
@@ -434,7 +433,7 @@ def test_export_is_for_gguf_bases(trained, folder, tmp_path, generation, capsys)
     words = ["export", "--model", path, "--adapter", out]
     assert run(*words, "--to", "gguf-lora", "--output", tmp_path / "x.gguf") == 2
     told = capsys.readouterr().err
-    assert "cannot be written as a GGUF" in told and "Traceback" not in told and not list(tmp_path.iterdir())
+    assert "cannot be written as a GGUF file" in told and "Traceback" not in told and not list(tmp_path.iterdir())
     assert run(*words, "--to", "peft", "--output", tmp_path / "peft") == 0
     exported, original = (load_file(each / "adapter_model.safetensors") for each in (tmp_path / "peft", out))
     assert exported.keys() == original.keys() and all(torch.equal(exported[key], original[key]) for key in original)
