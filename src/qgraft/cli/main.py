@@ -4,9 +4,12 @@ Each command is a file with `run(words) -> exit code`; what it does is one call 
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 from qgraft.errors import OptionError, QgraftError, flags_spoken, near_match
 
@@ -24,6 +27,29 @@ COMMANDS = {
     "doctor": "show versions, CPU features and which kernels serve",
 }
 
+_SERVERS = (
+    "llama-server, Ollama, LM Studio and vLLM serve what `qgraft export` and `qgraft merge` write: docs/guide-serve.md"
+)
+_TRAIN, _CHAT, _EXPORT = "`qgraft train` does that", "`qgraft chat` does that", "`qgraft export` does that"
+MEANT = {  # what people type who know other tools -> what there is for it
+    **dict.fromkeys(("serve", "server", "web", "webui", "api", "ui", "gui", "deploy", "host"), _SERVERS),
+    **dict.fromkeys(("finetune", "fine-tune", "sft", "lora", "tune", "fit", "learn", "resume"), _TRAIN),
+    **dict.fromkeys(("run", "generate", "ask", "talk", "answer", "cli", "infer", "inference", "prompt"), _CHAT),
+    **dict.fromkeys(("convert", "modelfile", "ollama", "gguf", "save"), _EXPORT),
+    **dict.fromkeys(("predict", "test"), "`qgraft train --do_predict` answers test rows"),
+    **dict.fromkeys(("evaluate", "bench", "benchmark", "perplexity", "ppl"), "`qgraft eval` measures the loss on rows"),
+    **dict.fromkeys(("download", "get", "fetch", "install"), "`qgraft pull` fetches a known model"),
+    **dict.fromkeys(("list", "ls", "models"), "`qgraft pull` without a name lists the models that are known"),
+    **dict.fromkeys(("show", "info", "describe", "dump"), "`qgraft inspect` shows what is in a file"),
+    **dict.fromkeys(("memory", "vram", "ram"), "`qgraft estimate` says how much memory training will take"),
+    **dict.fromkeys(("fuse", "bake", "apply"), "`qgraft merge` puts adapters into the file"),
+    **dict.fromkeys(("mix", "blend", "average"), "`qgraft combine` makes one adapter out of several"),
+    **dict.fromkeys(
+        ("check", "env", "status", "gpu"), "`qgraft doctor` shows what is installed and which kernels serve"
+    ),
+    "quantize": "a float folder is packed while loading: --quantize q4_1 of `qgraft train`, `chat` and `export`",
+}
+
 USAGE = """usage: qgraft COMMAND [options]      (--debug: show tracebacks)
 
 Fine-tune the quantized model file you already have.
@@ -37,6 +63,7 @@ Fine-tune the quantized model file you already have.
 def entry_point() -> None:
     """The console script."""
     _be_a_good_neighbour()
+    _be_interruptible()
     sys.exit(main(sys.argv[1:]))
 
 
@@ -74,7 +101,9 @@ def _dispatch(words: Sequence[str]) -> int:
         print(f"qgraft {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        hint = near_match(words[0], COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+        hint = (
+            MEANT.get(words[0].lower()) or near_match(words[0], COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+        )
         raise OptionError(f"unknown command {words[0]!r}", hint=hint)
     try:
         return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
@@ -83,6 +112,28 @@ def _dispatch(words: Sequence[str]) -> int:
 
         explain(error)
         raise
+
+
+def _be_interruptible() -> None:
+    """Let Ctrl-C and SIGTERM end a command in order wherever it is; training has its own way while it takes steps.
+
+    Python drops an exception that is raised within a `__del__` or a callback of a C library, and with it a Ctrl-C that comes
+    just then, while a tokenizer is made for example. It tells a hook, which sends the interrupt once more.
+    """
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt | SystemExit):
+            number = signal.SIGINT if issubclass(dropped.exc_type, KeyboardInterrupt) else signal.SIGTERM
+            threading.Timer(0.05, os.kill, (os.getpid(), number)).start()
+        else:
+            sys.__unraisablehook__(dropped)
+
+    def leave(number: int, frame: Any) -> None:
+        print("terminated", file=sys.stderr)
+        sys.exit(128 + number)
+
+    sys.unraisablehook = again
+    signal.signal(signal.SIGTERM, leave)
 
 
 def _be_a_good_neighbour() -> None:

@@ -1,7 +1,9 @@
 """What watches a run: the live display, the log on disk, and the signals that end it in order."""
 
 import json
+import os
 import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -148,12 +150,19 @@ class StopOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, Any] = {}
+        self._step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Listen."""
         self.listen()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Remember which step it is, for who interrupts it."""
+        self._step = state.global_step + 1
 
     def listen(self) -> None:
         """Take the signals; only possible in the main thread, elsewhere the process's own handlers stay."""
@@ -184,6 +193,18 @@ class StopOnSignal(TrainerCallback):
     def _handle(self, number: int, frame: Any) -> None:
         self.received = number
         self.close()  # the next signal acts as it always did
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        text = f"\n{name}: finishing step {self._step}, then saving a checkpoint; once more leaves now, without one\n"
+        os.write(sys.stderr.fileno(), text.encode()) if _has_fileno(sys.stderr) else sys.stderr.write(text)
+
+
+def _has_fileno(stream: Any) -> bool:
+    """Whether a stream is a file of the system's: written to past its buffer, which the handler may have interrupted."""
+    try:
+        stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return False
+    return True
 
 
 class StopWith(StopOnSignal):
