@@ -15,6 +15,7 @@ from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
+from qgraft.adapter_files.seal import remembered_arguments
 from qgraft.adapters.adapter import prefix_error
 from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
@@ -141,8 +142,7 @@ def _targets(configs: list[dict[str, Any]], paths: list[str]) -> list[str]:
 
 def _shared_arguments(seals: Mapping[Path, dict[str, Any] | None]) -> dict[str, Any]:
     """What all inputs were trained with alike, of the arguments that say which rows, and how a prompt looks."""
-    trained = [(seal or {}).get("arguments") for seal in seals.values()]
-    known = [arguments if isinstance(arguments, dict) else {} for arguments in trained]
+    known = [remembered_arguments(seal) for seal in seals.values()]
     return {
         key: known[0][key]
         for key in _OF_ROWS

@@ -34,7 +34,15 @@ from qgraft.adapter_files.prefix import (
     prefix_content,
     stored_prefix,
 )
-from qgraft.adapter_files.seal import SEAL, break_seal, read_seal, seal_notes, sealed_files, write_seal
+from qgraft.adapter_files.seal import (
+    SEAL,
+    break_seal,
+    read_seal,
+    remembered_arguments,
+    seal_notes,
+    sealed_files,
+    write_seal,
+)
 from qgraft.adapter_files.thudm import thudm_problem
 from qgraft.adapters.attach import check_new_name
 from qgraft.adapters.base import base_of, find_adapter, selection_of
@@ -251,8 +259,7 @@ def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
 
 
 def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> None:
-    arguments = (seal or {}).get("arguments")
-    selection_of(model).change(name, trained=arguments if isinstance(arguments, dict) else {})
+    selection_of(model).change(name, trained=remembered_arguments(seal))
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:

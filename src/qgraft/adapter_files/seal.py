@@ -24,6 +24,12 @@ from qgraft.json_files import read_object
 
 SEAL, OWN = "qgraft.json", "sha256"
 _BLANK, _SHA256 = "0" * 64, re.compile("[0-9a-f]{64}")
+_TEXTS = (
+    "dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template", "system_text", "prompt_column",
+    "response_column", "history_column",
+)  # fmt: skip
+_NUMBERS = ("max_length", "max_samples", "max_train_samples", "seed")
+_SWITCHES = ("enable_thinking", "mask_reasoning")
 _UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
 
 
@@ -81,6 +87,15 @@ def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict
     if base is not None and not isinstance(base.get("fingerprint"), str):
         raise AdapterError(f"{path} is not a seal: `base` has no fingerprint")
     return dict(files)
+
+
+def remembered_arguments(seal: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options that the adapter was trained with; none of those that are used again is of another type than theirs."""
+    arguments = (seal or {}).get("arguments")
+    held = arguments if isinstance(arguments, dict) else {}
+    kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_SWITCHES, bool)
+    kinds |= dict.fromkeys(_NUMBERS, int) | {"val_size": (int, float)}
+    return {key: value for key, value in held.items() if isinstance(value, kinds.get(key, object))}
 
 
 def seal_notes(seal: Mapping[str, Any] | None) -> list[str]:

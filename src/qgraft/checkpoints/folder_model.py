@@ -335,7 +335,9 @@ def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokeni
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         return None, []
     with ForeignErrors(f"{folder}: transformers cannot build the tokenizer"):
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False), []
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        tokenizer.decode(tokenizer("a 1").input_ids)  # a length that is a text, say, is only found out in use
+        return tokenizer, []
 
 
 def _native_tokenizer(

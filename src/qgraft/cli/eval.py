@@ -13,6 +13,9 @@ def run(words: Sequence[str]) -> int:
         "--dataset", required=True, help="comma list of files, dataset_info.json entries, built-in sets"
     )
     parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
+    parser.add_argument(
+        "--allow_outside_files", action="store_true", help="dataset_info.json may name files outside of its folder"
+    )
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
     parser.add_argument("--system", help="system prompt for rows that have none")
@@ -38,6 +41,7 @@ def run(words: Sequence[str]) -> int:
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
+            allow_outside_files=options.allow_outside_files,
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})

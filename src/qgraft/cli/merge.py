@@ -25,6 +25,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--dataset", help="rows to calibrate on; default: what the adapter was trained on")
     parser.add_argument("--eval_dataset", help="rows to measure on; default: the adapter's held-out set, or a split")
     parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
+    parser.add_argument(
+        "--allow_outside_files", action="store_true", help="dataset_info.json may name files outside of its folder"
+    )
     parser.add_argument("--template", help="chat template: auto, plain, chatml, or a .jinja file")
     parser.add_argument("--system", help="system prompt for rows that have none")
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
@@ -59,12 +62,17 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     from rich.console import Console
 
     from qgraft import plots
+    from qgraft.adapters.base import find_adapter
     from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.save import check_target, save
     from qgraft.merging.merge import merge
 
     model, tokenizer, names = load_with_adapters(options)
     check_target(model, target, to=options.to, overwrite=options.overwrite)
+    if options.dataset is None:
+        for name in names:
+            if rows := find_adapter(model, name).trained.get("dataset"):
+                print_note(f"adapter {name}: rows as in training: {rows}")  # before they are read
     use_adapter(model, dict(zip(names, [*options.weight, *[1.0] * len(names)], strict=False)))
     console = Console(stderr=True)
     failed: MergeError | None = None
@@ -74,7 +82,7 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
             model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
             to=options.to, min_retained=options.min_retained, seed=options.seed, console=console,
             dataset_dir=options.dataset_dir, template=options.template, system=options.system, name=options.name,
-            author=options.author,
+            author=options.author, allow_outside_files=options.allow_outside_files,
         )  # fmt: skip
     except MergeError as error:
         failed, report = error, error.report

@@ -95,9 +95,13 @@ def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
 
     An option that a command has not is not missing: merge reads enable_thinking from the adapter itself, with its rows.
     """
+    from qgraft.data.templates import remembered_template
+
     for key in ("system", "template", "enable_thinking"):
-        value = trained.get(key)
-        if isinstance(value, str | bool) and getattr(options, key, value) is None:
+        if getattr(options, key, key) is not None:  # given, or no option of this command
+            continue
+        value = remembered_template(trained) if key == "template" else trained.get(key)
+        if isinstance(value, str | bool):
             setattr(options, key, value)
             print_note(f"--{key} as in training: {value}")
 

@@ -38,6 +38,7 @@ BUILT_IN = {
 }
 _NOT_TEXT = {"images", "videos", "audios", "chosen", "rejected", "kto_tag"}  # columns of other kinds of training
 _PLACEHOLDER = re.compile(r"\{\{(name|author|NAME|AUTHOR)\}\}|<(NAME|AUTHOR)>|\[(NAME|AUTHOR)\]")
+_HUB_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the oldest datasets have no organisation
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\S+))?")
 
 
@@ -123,6 +124,7 @@ def read_dataset(
     author: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_samples: int | None = None,
+    allow_outside_files: bool = False,
 ) -> tuple[list[Conversation], Accounting]:
     """Read datasets into conversations.
 
@@ -133,6 +135,8 @@ def read_dataset(
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
         columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages".
         max_samples: read only so many rows of each entry of `names`.
+        allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
+            else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
     """
     if unknown := [part for part in columns or {} if part not in COLUMNS]:
         raise OptionError(f"columns: {unknown[0]!r} is no part, expected {', '.join(COLUMNS)}")
@@ -145,7 +149,8 @@ def read_dataset(
         folder = Path(dataset_dir or "data")
         if dataset_dir and not folder.is_dir():
             raise DataError(f"dataset_dir {dataset_dir} is not a folder")
-        items = [_resolve(part.strip(), folder, layout, fill) for part in names.split(",") if part.strip()]
+        wanted = [part.strip() for part in names.split(",") if part.strip()]
+        items = [_resolve(part, folder, layout, fill, allow_outside_files) for part in wanted]
     if not items:
         raise DataError("no dataset is named", hint=f"the built-in sets are {', '.join(BUILT_IN)}")
     accounting = Accounting()
@@ -199,13 +204,13 @@ def _fill_hint() -> str:
     return f"give {option('name', 'Tulip')} and {option('author', 'Ada')}"
 
 
-def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill) -> _Item:
+def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill, outside: bool) -> _Item:
     info_path = folder / "dataset_info.json"
     info = load_json(read_text(info_path), info_path) if info_path.is_file() else {}
     if not isinstance(info, dict):
         raise DataError(f"{info_path}: expected an object, got a {type(info).__name__}")
     if name in info:
-        return _info_item(name, info[name], folder, layout)
+        return _info_item(name, info[name], folder, layout, outside)
     if name in BUILT_IN:
         if not fill["name"] or not fill["author"]:
             raise DataError(f"{name} needs the name of the model and of its author", hint=_fill_hint())
@@ -230,16 +235,34 @@ def _built_in_rows(name: str) -> Iterator[Row]:
 
 def _path_item(name: str, path: Path, layout: RowLayout, limit: int | None = None) -> _Item:
     """A file, or all files of a folder in the order of their names."""
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != "dataset_info.json")
+    files = _files_at(path)
     for file in files or [path]:
         check_suffix(file)
     notes: list[str] = []
     return _Item(name, (row for file in files for row in file_rows(file, notes)), layout, limit, notes)
 
 
-def _info_item(name: str, entry: object, folder: Path, layout: RowLayout) -> _Item:
+def _files_at(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.name != "dataset_info.json")
+
+
+def _check_inside(where: str, folder: Path, path: Path) -> None:
+    """Raise DataError unless the file, or all files of the folder, at `path` lie in `folder`, links followed."""
+    home = folder.resolve()
+    try:
+        outside = [file for file in (path, *_files_at(path)) if not file.resolve().is_relative_to(home)]
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, links in a circle
+        raise DataError(f"{where}: {str(path)[:200]!r} is no file: {error}") from error
+    if outside:
+        raise DataError(
+            f"{where}: {outside[0]} lies outside of {folder}",
+            hint=f"name the file itself as the dataset, or trust dataset_info.json with {option('allow_outside_files')}",
+        )
+
+
+def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outside: bool) -> _Item:
     """What an entry of LLaMA-Factory's dataset_info.json stands for."""
     where = f"{folder / 'dataset_info.json'}: {name}"
     told = entry if isinstance(entry, dict) else {}
@@ -255,9 +278,20 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout) -> _It
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise DataError(f"{where}: num_samples is {limit!r}, expected a number above 0")
     if isinstance(file_name := told.get("file_name"), str):
+        if not outside:
+            _check_inside(where, folder, folder / file_name)
         return _path_item(name, folder / file_name, layout, limit)
     if isinstance(hub := told.get("hf_hub_url"), str):
         places = {"name": told.get("subset"), "split": told.get("split"), "data_dir": told.get("folder")}
+        if odd := [part for part in places.values() if not isinstance(part, str | None)]:
+            raise DataError(f"{where}: got {odd[0]!r}, expected text for subset, split and folder")
+        if not _HUB_DATASET.fullmatch(hub):
+            raise DataError(f"{where}: hf_hub_url is {hub[:200]!r}, expected the name of a dataset, as in org/name")
+        if not outside and Path(hub).exists():  # `datasets` would take it for the one that is meant
+            raise DataError(
+                f"{where}: hf_hub_url {hub} is a folder here",
+                hint=f"name the folder itself as the dataset, or give {option('allow_outside_files')}",
+            )
         return _Item(name, _hub_rows(hub, f"see {where}", **places), layout, limit)
     raise DataError(f"{where}: names no file_name and no hf_hub_url (scripts and other hubs are not read)")
 

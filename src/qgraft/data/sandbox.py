@@ -232,6 +232,15 @@ class _Metered(NodeTransformer):
         self.generic_visit(node)
         return nodes.Call(nodes.EnvironmentAttribute("concatenated"), node.nodes, [], None, None, lineno=node.lineno)
 
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
+        """`==` and `in` look at all of what they compare."""
+        self.generic_visit(node)
+        for side in (node, *node.ops):
+            if not isinstance(side.expr, nodes.Const):
+                call = nodes.Call(nodes.EnvironmentAttribute("paid"), [side.expr], [], None, None, lineno=node.lineno)
+                side.expr = call
+        return node
+
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
@@ -248,7 +257,7 @@ def _written(_: Context, value: Any) -> Any:
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox, in which calls and products are paid for; it has its own names for what `_Metered` puts in."""
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"+", "-", "*", "**", "/", "//", "%"})
 
     def __init__(self) -> None:
         super().__init__(
@@ -256,6 +265,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = _tojson
         self.filters = {name: _metered(name, function) for name, function in self.filters.items()}
+        self.tests = {name: _metered(name, function) for name, function in self.tests.items()}
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Names)
         self.tick, self.paid = _spend, _paid
@@ -290,7 +300,10 @@ class _Environment(ImmutableSandboxedEnvironment):
             _check_growth("%", (left, *(right if isinstance(right, tuple) else (right,))), {})
         else:
             _bounded(_size(left, right))
-        return _paid(super().call_binop(context, operator, left, right))
+        result = super().call_binop(context, operator, left, right)
+        if isinstance(result, int) and result.bit_length() > WIDEST:  # dividing takes the square of the digits
+            raise TooCostly("it asks for a number of more than 30,000 digits")
+        return _paid(result)
 
 
 @lru_cache(maxsize=64)

@@ -6,12 +6,13 @@ originals strip from the answer that is learned. None is needed where the own te
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from qgraft.errors import OptionError, near_match
+from qgraft.errors import OptionError, near_match, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,6 +83,23 @@ def tokenizers_own(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     if isinstance(held, dict):
         return held.get("default") or tokenizer.get_chat_template(), held.get("tool_use") or ""
     return (tokenizer.get_chat_template(), "") if held else ("", "")
+
+
+def remembered_template(arguments: Mapping[str, Any]) -> str | None:
+    """The template that an adapter says it was trained with; a name counts, a file has to be named by the user.
+
+    An adapter comes from anywhere, and its word alone must not make a program of any file of the machine. To pass over it
+    would prompt the model in another way than it was trained. Raises OptionError.
+    """
+    template = arguments.get("template")
+    if not isinstance(template, str):
+        return None
+    if template.endswith(".jinja"):
+        raise OptionError(
+            f"the adapter was trained with the template file {template}, which is not read unless you name it",
+            hint=f"{option('template', template)}, or {option('template', 'auto')} for the tokenizer's own",
+        )
+    return template
 
 
 def named_template(tokenizer: "PreTrainedTokenizerBase", template: str | None) -> ChatTemplate:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import base_of
 from qgraft.data.held_out import hold_out
 from qgraft.data.reading import named_columns, read_dataset
+from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError, worded
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -33,7 +34,8 @@ LONGEST = 512  # tokens of a calibrating row
 FEW_ROWS = 200  # below it a merge says what to expect
 TRAINED_LENGTH, TRAINED_SEED = 2048, 42  # of a run whose arguments do not say it: their defaults in TrainArguments
 FEWEST_ROWS, FEWEST_TOKENS = 4, 128
-READING = ("dataset_dir", "template", "system", "name", "author")  # options of reading rows, as evaluate() has them
+# Options of reading rows, as evaluate() has them; all but the last are remembered by adapters
+READING = ("dataset_dir", "template", "system", "name", "author", "allow_outside_files")
 
 Dataset = str | Sequence[Mapping[str, object]]
 
@@ -68,7 +70,7 @@ def find_rows(
     calibration: Dataset | None,
     eval_dataset: Dataset | None,
     trained: Sequence[Mapping[str, Any]],
-    options: Mapping[str, str | None],
+    options: Mapping[str, Any],
     seed: int,
 ) -> Calibration | None:
     """The rows that the caller gives, or else those that the adapters were trained on; None where neither is there.
@@ -121,17 +123,19 @@ class _Reader:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    options: Mapping[str, str | None]
+    options: Mapping[str, Any]
 
     def samples(
         self, dataset: Dataset, arguments: Mapping[str, Any], longest: int = LONGEST, most: int | None = None
     ) -> list[Sample]:
-        told = {key: self.options.get(key) or arguments.get(key) for key in READING}
+        told = {key: self.options.get(key) or arguments.get(key) for key in ("dataset_dir", "system", "name", "author")}
         known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
         columns = named_columns(arguments) if known else None
         rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"],
-                                        columns=columns, max_samples=most)  # fmt: skip
-        template = resolve_template(self.tokenizer, told["template"], enable_thinking=arguments.get("enable_thinking"),
+                                        columns=columns, max_samples=most,
+                                        allow_outside_files=bool(self.options.get("allow_outside_files")))  # fmt: skip
+        chosen = self.options.get("template") or remembered_template(arguments)
+        template = resolve_template(self.tokenizer, chosen, enable_thinking=arguments.get("enable_thinking"),
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
         return build_samples(self.tokenizer, rows, accounting, template=template, system=told["system"],
                              max_length=sample_limit(self.model, longest),

@@ -92,8 +92,8 @@ def merge(
         min_retained: fail, with nothing changed, below this share of the adapter's gain.
         seed: of the choice of rows.
         console: where progress is shown; None for none.
-        reading: dataset_dir, template, system, name, author for the rows, as in evaluate(); what is not given is as
-            the adapter was trained.
+        reading: dataset_dir, template, system, name, author, allow_outside_files for the rows, as in evaluate(); what is
+            not given is as the adapter was trained, but for a template in a file, which has to be given again.
 
     Raises AdapterError (no active adapter, NaN), DataError (no rows, or too few), MergeError (too little kept),
     OptionError, UnsupportedError (a format that cannot be written).

@@ -67,6 +67,7 @@ class TrainArguments(TrainingArguments):
 
     dataset: str | None = _option(None, "Comma list of files, dataset_info.json entries, hub names, built-in sets.")
     dataset_dir: str | None = _option(None, "Folder of dataset_info.json and of the files it names.")
+    allow_outside_files: bool = _option(False, "dataset_info.json may name files outside of its folder.")
     eval_dataset: str | None = _option(None, "Held-out rows, named like dataset; measured every epoch by default.")
     test_dataset: str | None = _option(None, "Rows that do_predict answers, named like dataset; default: eval_dataset.")
     val_size: float = _option(0.0, "Hold out this share (below 1) or number of rows of the dataset for evaluation.")

@@ -12,6 +12,8 @@ from qgraft.errors import OptionError
 from qgraft.json_files import parse_json
 from qgraft.training.option_names import ALIASES
 
+MOST_VALUES = 10_000  # in a configuration file
+
 
 def read_config(path: Path) -> dict[str, Any]:
     """{option: value} of a YAML or JSON file. Raises OptionError."""
@@ -21,11 +23,25 @@ def read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         why = "it is nested too deep" if isinstance(error, RecursionError) else error
         raise OptionError(f"{path} cannot be read: {why}") from error
+    _check_size(path, loaded)
     if not isinstance(loaded, dict):
         raise OptionError(f"{path}: got a {type(loaded).__name__}, expected option: value lines")
     if odd := [key for key in loaded if not isinstance(key, str)]:
         raise OptionError(f"{path}: got {odd[0]!r} as an option, expected a name")
     return loaded
+
+
+def _check_size(path: Path, loaded: Any) -> None:
+    """Raise OptionError for more values than any configuration has: in YAML an anchor that is named twice counts twice, so
+    thirty lines may stand for more than fit anywhere, as soon as they are printed."""
+    waiting, seen = [loaded], 0
+    while waiting:
+        value = waiting.pop()
+        seen += 1
+        if seen > MOST_VALUES:
+            raise OptionError(f"{path}: got more than {MOST_VALUES:,} values, or one within itself")
+        if isinstance(value, (dict, list, set, tuple)):
+            waiting.extend(value.values() if isinstance(value, dict) else value)
 
 
 class _OncePerKey(yaml.SafeLoader):

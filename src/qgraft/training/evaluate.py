@@ -50,6 +50,7 @@ def evaluate(
     max_length: int = 2048,
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
+    allow_outside_files: bool = False,
 ) -> Evaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
@@ -57,7 +58,8 @@ def evaluate(
 
     Raises DataError when the dataset cannot be read or holds no answers.
     """
-    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns)
+    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns,
+                                             allow_outside_files=allow_outside_files)  # fmt: skip
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     samples = build_samples(
         tokenizer, conversations, accounting, template=chosen, system=system,

@@ -216,7 +216,7 @@ def _questions(
     check_chatglm_options(tokenizer, chatglm)
     conversations, accounting = read_dataset(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
-        max_samples=max_samples or args.max_samples,
+        max_samples=max_samples or args.max_samples, allow_outside_files=args.allow_outside_files,
     )  # fmt: skip
     questions = []
     for conversation in conversations:

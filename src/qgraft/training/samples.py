@@ -71,7 +71,7 @@ def read_samples(
     longest = args.val_max_target_length if held_out else None
     conversations, accounting = read_dataset(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
-        max_samples=most or args.max_samples,
+        max_samples=most or args.max_samples, allow_outside_files=args.allow_outside_files,
     )  # fmt: skip
     samples = build_samples(
         tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
