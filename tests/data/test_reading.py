@@ -323,6 +323,26 @@ def test_bad_dataset_info(folder, info, message):
         read_dataset("x", str(folder))
 
 
+def test_dataset_info_names_no_file_outside_of_its_folder(folder):
+    data = folder / "data"
+    data.mkdir()
+    (folder / "secret.jsonl").write_text(lines(GOOD))
+    (data / "link.jsonl").symlink_to(folder / "secret.jsonl")
+    (data / "sub").mkdir()
+    (data / "sub" / "link.jsonl").symlink_to(folder / "secret.jsonl")
+    inside = ["../secret.jsonl", str(folder / "secret.jsonl"), "link.jsonl", "sub", ".."]
+    for name in inside:
+        (data / "dataset_info.json").write_text(json.dumps({"x": {"file_name": name}}))
+        with pytest.raises(DataError, match="lies outside of"):
+            read_dataset("x", str(data))
+        assert len(read_dataset("x", str(data), allow_outside_files=True)[0]) == 1
+    (data / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "a\0b"}, "y": {"hf_hub_url": "data"},
+                                                        "z": {"hf_hub_url": "../data"}}))  # fmt: skip
+    for name, message in (("x", "is no file"), ("y", "is a folder here"), ("z", "expected the name of a dataset")):
+        with pytest.raises(DataError, match=message):
+            read_dataset(name, str(data))
+
+
 def test_unknown_names_are_answered_with_near_ones(folder):
     (folder / "self.jsonl").write_text(lines(GOOD))
     (folder / "sub").mkdir()

@@ -66,6 +66,10 @@ HOSTILE = [  # each asks for hours, or for gigabytes
     "{{ '%*d' % (10**9, 1) }}", "{{ [[1]] | tojson(indent=10**8) }}", "{{ ('a\n' * 100000) | indent(99999) }}",
     "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "{{ (['a'] * 100000) | join('b' * 1000000) }}", "{{ ('b' * 1000000).join(['a'] * 100000) }}",
+    "{% set t = 'a' * 3000000 %}{% for i in range(99999) %}{% if 'b' in t %}{% endif %}{% endfor %}",
+    "{% set t = range(90000) | list %}{% for i in range(99999) %}{% if -1 in t %}{% endif %}{% endfor %}",
+    "{% set t = 'a' * 3000000 %}{% for i in range(99999) %}{% if t is lower %}{% endif %}{% endfor %}",
+    "{{ 10**60000 // 7 }}",
     "{{ ('\t' * 1000000).expandtabs(99999) }}", "{{ ('a' * 4000000) | wordwrap(1) }}",
 ]  # fmt: skip
 BROKEN = [  # each raises another type

@@ -44,7 +44,8 @@ from qgraft.training.arguments import parse_arguments
 SECONDS = 10  # that a case may take
 ODD: list[Any] = [
     None, True, False, 0, -1, 1, 3, 2**31, 2**63, -(2**70), 10**400, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x",
-    "0", "\ud800", "\x00", "q_proj", "(a+)+", "../../x", [], {}, [[]], [1], ["x"], {"x": 1}, {"": None}, [None], {"a": {"b": []}},
+    "0", "\ud800", "\x00", "q_proj", "(a+)+", "../../x", [], {}, [[]], [1], ["x"], {"x": 1}, {"": None}, [None],
+    {"a": {"b": []}},
 ]  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "model_name_or_path": "tiny.gguf", "dataset": "rows.jsonl", "output_dir": "out", "learning_rate": 2e-4, "lora_alpha": 16,

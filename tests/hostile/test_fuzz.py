@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz import KINDS, run  # noqa: E402
+from fuzz import KINDS, run
 
 
 @pytest.mark.parametrize(("kind", "cases"), [("adapter", 120), ("folder", 25), ("yaml", 25)])

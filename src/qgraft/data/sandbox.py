@@ -235,7 +235,8 @@ class _Metered(NodeTransformer):
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         """`==` and `in` look at all of what they compare."""
         self.generic_visit(node)
-        for side in (node, *node.ops):
+        sides: list[Any] = [node, *node.ops]
+        for side in sides:
             if not isinstance(side.expr, nodes.Const):
                 call = nodes.Call(nodes.EnvironmentAttribute("paid"), [side.expr], [], None, None, lineno=node.lineno)
                 side.expr = call
@@ -265,7 +266,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self.filters["tojson"] = _tojson
         self.filters = {name: _metered(name, function) for name, function in self.filters.items()}
-        self.tests = {name: _metered(name, function) for name, function in self.tests.items()}
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: _metered(name, function) for name, function in tests.items()}
         del self.globals["lipsum"]
         self.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, namespace=_Names)
         self.tick, self.paid = _spend, _paid
