@@ -5,7 +5,7 @@ from jinja2 import Environment, TemplateError
 
 from qgraft.data.messages import Call, ConversationError, Message, as_messages
 from qgraft.data.rendering import Writer
-from qgraft.data.templates import CHATML_TEMPLATE, VARIANTS, ChatTemplate, named_template, variant
+from qgraft.data.templates import CHATML_TEMPLATE, VARIANTS, ChatTemplate, named_template, remembered_template, variant
 from qgraft.data.tokenizing import resolve_template
 from qgraft.errors import OptionError
 
@@ -129,3 +129,10 @@ def test_options_that_a_template_does_not_read_are_said(chat_tokenizer, original
     assert resolve_template(chat_tokenizer(template=original("qwen3")), enable_thinking=False).note == ""
     with pytest.raises(OptionError, match="expected question or drop"):
         resolve_template(chat_tokenizer(template=original("gemma")), system_text="keep")
+
+
+def test_an_adapter_makes_no_template_of_a_file():
+    assert remembered_template({"template": "chatml"}) == "chatml"
+    assert remembered_template({}) is None
+    with pytest.raises(OptionError, match="not read unless you name it"):
+        remembered_template({"template": "/etc/x.jinja"})

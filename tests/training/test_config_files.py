@@ -1,0 +1,23 @@
+"""Configuration files that stand for more than anybody can hold."""
+
+from pathlib import Path
+
+import pytest
+
+from qgraft.errors import OptionError
+from qgraft.training.config_files import read_config
+
+
+@pytest.mark.parametrize("last", ["*h", "&x [*x]"])
+def test_anchors_that_multiply_are_refused(last: str, tmp_path: Path) -> None:
+    lines = ["a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]" for a, b in zip("abcdefg", "bcdefgh", strict=True)]
+    path = tmp_path / "run.yaml"
+    path.write_text("\n".join([*(lines if last == "*h" else []), f"lora_alpha: {last}"]))
+    with pytest.raises(OptionError, match="more than 10,000 values"):
+        read_config(path)
+
+
+def test_an_anchor_is_as_good_as_any(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("dataset: &d rows.jsonl\neval_dataset: *d\n")
+    assert read_config(tmp_path / "run.yaml") == {"dataset": "rows.jsonl", "eval_dataset": "rows.jsonl"}
