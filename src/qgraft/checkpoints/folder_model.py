@@ -49,6 +49,10 @@ from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
 from qgraft.models.find import Architecture, architecture_of, find_architecture
 
+LARGEST_ID = (
+    1 << 24
+)  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
+
 
 def load_folder(
     folder: Path, dtype: torch.dtype, quantize: str | None = None
@@ -337,7 +341,10 @@ def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokeni
     with ForeignErrors(f"{folder}: transformers cannot build the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         tokenizer.decode(tokenizer("a 1").input_ids)  # a length that is a text, say, is only found out in use
-        return tokenizer, []
+        largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest > LARGEST_ID:
+        raise CheckpointError(f"{folder}: the tokenizer has a token with id {largest}, expected at most {LARGEST_ID}")
+    return tokenizer, []
 
 
 def _native_tokenizer(
