@@ -222,7 +222,8 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"{self.in_features}, {self.out_features}, {self.packed_weight.format}, bias={self.bias is not None}"
+        shape = f"{self.in_features}, {self.out_features}, {self.packed_weight.format}, bias={self.bias is not None}"
+        return f"{shape}; adapters: qgraft.attach_lora"  # PEFT's error shows this where it cannot wrap the layer
 
 
 class QuantizedEmbedding(nn.Module):

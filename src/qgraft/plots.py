@@ -12,15 +12,21 @@ from qgraft.json_files import parse_json
 def plot_losses(metrics: Path, target: Path) -> None:
     """Draw training and held-out loss over steps from a metrics.jsonl into a PNG file."""
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+    from matplotlib.ticker import MaxNLocator
 
     entries = read_metrics(metrics)
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held-out", "o--")):
-        points = [(entry["step"], entry[key]) for entry in entries if key in entry]
+    for key, label, style in (("loss", "training", "."), ("eval_loss", "held-out", "o")):
+        points = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), float)]
         if points:
             steps, values = zip(*points, strict=True)
-            axes.plot(steps, values, style, label=f"{label} ({values[-1]:.3f})", linewidth=1.8, markersize=5)
+            line = "--" if key == "eval_loss" else "-"
+            axes.plot(steps, values, style + line, label=f"{label}: {values[-1]:.3f} at the end", linewidth=1.8)
+        if key == "eval_loss" and len(points) > 2:
+            step, best = min(points, key=lambda point: point[1])
+            axes.plot([step], [best], "*", markersize=14, color="tab:red", label=f"best: {best:.3f} at step {step}")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per answer token)")
     axes.set_title("Loss")

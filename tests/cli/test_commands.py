@@ -227,7 +227,7 @@ def test_the_demo_runs_from_end_to_end_on_another_model(tiny_gguf, tmp_path, cap
         (["train", "--finetuning_type", "full"], "only lora"),
         (["train", "nosuch.yaml"], "cannot be read"),
         (["inspect", "/nowhere"], "nowhere"),
-        (["pull", "smollm"], "did you mean smollm2-135m"),
+        (["pull", "smollm"], "or smollm2-135m or"),
         (["eval", "--model", "x", "--device", "tpu", "--dataset", "y"], "tpu"),
     ],
 )

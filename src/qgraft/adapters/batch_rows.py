@@ -1,6 +1,6 @@
 """A call of a model: what it goes by from its beginning to its end, and another adapter for each row of its batch.
 
-    model(..., adapter_names=["law", None, "med"])      None is the base
+    model(..., adapter_names=["law", None, "med"])      None (or PEFT's "__base__") is the base
 
     y = base(x)                                   once, for the whole batch
     y[rows of law] += s · (x[rows of law] A^T) B^T    once for each adapter, not for each row
@@ -36,6 +36,7 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.rotary import by_call
 
 KEYWORD = "adapter_names"
+BASE = "__base__"  # PEFT's word for no adapter
 # Models of transformers that keep what they know of a sequence in their modules, not in a cache.
 _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
 
@@ -162,8 +163,9 @@ def _checked(names: Sequence[str | None], batch: int, selection: Selection) -> t
             f"{KEYWORD}: got {len(names)} names, expected {batch}, one for each row of the batch",
             hint="None stands for the base; a padding-free batch is one row",
         )
-    selection.require(dict.fromkeys(name for name in names if name is not None))
-    return tuple(names)
+    chosen = tuple(None if name == BASE else name for name in names)
+    selection.require(dict.fromkeys(name for name in chosen if name is not None))
+    return chosen
 
 
 def _repeated(names: tuple[str | None, ...], batch: int) -> tuple[str | None, ...]:

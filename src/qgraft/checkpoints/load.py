@@ -7,12 +7,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
+from qgraft.adapters.transformers_names import Method, speak_transformers
 from qgraft.checkpoints.folder_model import load_folder, read_config_json
 from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.layouts.chatglm import stated_bits
 from qgraft.checkpoints.pull import from_hub, known_names, pull
+from qgraft.checkpoints.save import save_pretrained
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.templates import ChatTemplate
@@ -64,6 +66,8 @@ def load(
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):
         attach_own_prefix(loaded, path)
+    speak_transformers(loaded)
+    loaded.save_pretrained = Method(loaded, "save_pretrained", save_pretrained)
     return loaded, tokenizer
 
 

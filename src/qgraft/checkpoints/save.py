@@ -13,11 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
 from qgraft import storage
+from qgraft.adapters.base import base_of
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints import folder_write, gguf_write
@@ -96,6 +97,20 @@ def save(
     else:
         written = write_folder(target, origin, matrices)
     return SaveReport(target, *written, _count(matrices), tuple(notes))
+
+
+def save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> None:
+    """What `model.save_pretrained(folder)` does on a model of ours: save() for one that came from a folder.
+
+    Raises UnsupportedError for one that came as a GGUF file, which is no folder, and what save() raises.
+    """
+    origin = base_of(model).origin
+    if isinstance(origin, Origin) and origin.container == "gguf":
+        raise UnsupportedError(
+            f"save_pretrained({str(save_directory)!r}): the model came as a GGUF file, and is written as one",
+            hint="qgraft.save(model, 'x.gguf'); the adapter alone: qgraft.save_adapter(model, folder)",
+        )
+    save(model, save_directory)
 
 
 def check_target(

@@ -51,7 +51,7 @@ def _demo(options: argparse.Namespace) -> int:
         raise without_tokenizer(path, model, "the demo")
     print_note(f"loaded {path}: {_formats(model)}")
     before = [_ask(model, tokenizer, question, console) for question in QUESTIONS]
-    report = train(model, tokenizer, None, arguments, console=console)
+    report = train(model, tokenizer, None, arguments, progress=console)
     if report.signal is not None:
         print_note(describe_signal(report))
         return report.exit_code

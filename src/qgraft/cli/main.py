@@ -50,7 +50,7 @@ MEANT = {  # what people type who know other tools -> what there is for it
     "quantize": "a float folder is packed while loading: --quantize q4_1 of `qgraft train`, `chat` and `export`",
 }
 
-USAGE = """usage: qgraft COMMAND [options]      (--debug: show tracebacks)
+USAGE = """usage: qgraft COMMAND [options]      (--threads N, --debug: for all commands)
 
 Fine-tune the quantized model file you already have.
 
@@ -74,6 +74,7 @@ def main(words: Sequence[str]) -> int:
     words = [word for word in words if word != "--debug"]
     try:
         with flags_spoken():
+            words = _take_threads(words)
             return _dispatch(words)
     except QgraftError as error:
         if debug:
@@ -112,6 +113,23 @@ def _dispatch(words: Sequence[str]) -> int:
 
         explain(error)
         raise
+
+
+def _take_threads(words: Sequence[str]) -> list[str]:
+    """The words without --threads N, which is obeyed: by OpenMP, which torch and our C ask for how many there are."""
+    rest, given = list(words), None
+    for at, word in enumerate(words):
+        if word == "--threads" or word.startswith("--threads="):
+            given = word.partition("=")[2] or (words[at + 1] if at + 1 < len(words) else "")
+            del rest[at : at + (1 if "=" in word else 2)]
+            break
+    if given is not None:
+        if not given.isascii() or not given.isdigit() or not 1 <= int(given) <= 1024:
+            raise OptionError(f"--threads {given}: expected a number from 1 on")
+        os.environ["OMP_NUM_THREADS"] = given
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(int(given))
+    return rest
 
 
 def _be_interruptible() -> None:

@@ -55,7 +55,10 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
     from qgraft.adapter_files.folder import load_adapter
     from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
+    from qgraft.errors import AdapterError
 
+    if missing := [folder for folder in options.adapter if not Path(folder).exists()]:  # before minutes of loading
+        raise AdapterError(f"--adapter {missing[0]}: no such file or folder")
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")

@@ -122,7 +122,7 @@ def _train_together(jobs: "list[TrainArguments]") -> int:
     model, tokenizer = _load(jobs[0])
     for arguments in jobs[1:]:
         _load_adapter(model, arguments)
-    outcomes = train_jobs(model, tokenizer, jobs, console=console)
+    outcomes = train_jobs(model, tokenizer, jobs, progress=console)
     code = 0
     for arguments, outcome in zip(jobs, outcomes, strict=True):
         print_note(f"--- {arguments.adapter_name}: {arguments.output_dir}")
@@ -207,7 +207,7 @@ def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
 def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> "TrainReport":
     from qgraft.training.run import train
 
-    report = train(model, tokenizer, None, arguments, console=console)
+    report = train(model, tokenizer, None, arguments, progress=console)
     _say(report, arguments)
     return report
 
@@ -252,7 +252,7 @@ def _evaluate(
 def _predict(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> None:
     from qgraft.training.predict import PREDICTIONS, RESULTS, predict
 
-    found = predict(model, tokenizer, None, arguments, console=console)
+    found = predict(model, tokenizer, None, arguments, progress=console)
     for note in found.notes:
         print_note(f"note: {note}")
     print_note(found.accounting.summary())

@@ -35,6 +35,7 @@ from qgraft.locks import folder_locked
 from qgraft.memory.budget import training_tokens
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
+from qgraft.progress import shown
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
@@ -56,7 +57,7 @@ def train_jobs(
     tokenizer: PreTrainedTokenizerBase,
     jobs: Sequence[TrainArguments],
     *,
-    console: Console | None = None,
+    progress: bool | Console | None = None,
 ) -> list[Outcome]:
     """Train the adapters of several runs at once, each saved in its output_dir; see the module's docstring.
 
@@ -69,6 +70,7 @@ def train_jobs(
     check_jobs(jobs)
     require_loras(model, adapter_names(model), "training several adapters at once")
     nn.Module.to(model, jobs[0].device)
+    console = shown(progress)
     display = run_display(console, labels=True) if console else None
     with ExitStack() as stack:
         for args in jobs:
@@ -175,7 +177,7 @@ class Job:
     ) -> None:
         self.args, self.outcome, self.random = prepared.args, None, RandomState.now()
         self._model = model
-        watch = Watch(prepared.folder, None, display, prepared.args.adapter_name)
+        watch = Watch(prepared.folder, None, display, prepared.folder.name)
         self.run = Run(model, prepared, watch, StopWith(stop), alone=self._alone)
 
     outcome: Outcome | None

@@ -43,6 +43,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import MergeReport
 from qgraft.passes.decoder import evaluating
+from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
@@ -76,7 +77,7 @@ def merge(
     to: str | None = None,
     min_retained: float = 0.9,
     seed: int = 0,
-    console: Console | None = None,
+    progress: bool | Console | None = None,
     **reading: Any,
 ) -> MergeReport:
     """Merge the active adapters, with their weights, into the packed weights of the model, in the formats they have.
@@ -91,7 +92,7 @@ def merge(
         to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
         min_retained: fail, with nothing changed, below this share of the adapter's gain.
         seed: of the choice of rows.
-        console: where progress is shown; None for none.
+        progress: whether it is shown; None for in a terminal and a notebook.
         reading: dataset_dir, template, system, name, author, allow_outside_files for the rows, as in evaluate(); what is
             not given is as the adapter was trained, but for a template in a file, which has to be given again.
 
@@ -114,7 +115,7 @@ def merge(
         )
     deltas = {path: partial(_delta, layer, weights) for path, layer in layers.items()}
     kept, steps = None, 0
-    with evaluating(model), _converted(layers, to), _bar(console) as bar:
+    with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
         measurement = None if chosen is None else Measurement(model, layers, chosen)
         packed, reports = _solve(model, layers, deltas, chosen, method, bar)
         if chosen is not None and measurement is not None:

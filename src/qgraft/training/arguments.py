@@ -19,9 +19,9 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
-from qgraft.errors import OptionError, UnsupportedError, near_match
+from qgraft.errors import OptionError, UnsupportedError
 from qgraft.sizes import parse_size
-from qgraft.training.config_files import as_typed, overrides, read_config
+from qgraft.training.config_files import as_typed, overrides, read_config, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
@@ -241,7 +241,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
     if rest:
-        _unknown(rest[0].lstrip("-").split("=")[0] if rest[0].startswith("-") else rest[0])
+        unknown_option(TrainArguments, rest[0].lstrip("-").split("=")[0] if rest[0].startswith("-") else rest[0])
     return _build(vars(parsed), notes)
 
 
@@ -273,7 +273,7 @@ def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
         if name in WITHOUT_EFFECT:
             notes.append(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name not in known:
-            _unknown(name)
+            unknown_option(TrainArguments, name)
         else:
             values[name] = _as_words(value) if name in ("target_modules", "layers_to_transform") else value
     return _build(values, notes)
@@ -384,9 +384,3 @@ def _own_name(name: str, called: dict[str, str]) -> str:
     if called.setdefault(own, name) != name:
         raise OptionError(f"{called[own]} and {name} are the same option ({own}); give one of them")
     return own
-
-
-def _unknown(name: str) -> NoReturn:
-    known = [f.name for f in dataclasses.fields(TrainArguments)] + [*ALIASES, *WITHOUT_EFFECT]
-    hint = near_match(name, known) or "`qgraft train --help` lists the options"
-    raise OptionError(f"unknown option {name!r}", hint=hint)

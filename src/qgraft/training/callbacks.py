@@ -14,6 +14,7 @@ from rich.progress import Progress as Display
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qgraft import storage
+from qgraft.progress import LOGGER
 from qgraft.sizes import memory_now
 from qgraft.training.checkpoints import Progress
 
@@ -101,6 +102,8 @@ class Watch(TrainerCallback):
         entry["skipped_steps"] = self.progress.skipped
         if self.writes:
             storage.append_line(self.path, json.dumps(entry))
+        losses = {key: logs[key] for key in ("loss", "eval_loss") if key in logs}
+        LOGGER.info("step %d of %d: %s", state.global_step, state.max_steps, losses or logs)
         for key in ("loss", "eval_loss"):
             if key in logs:
                 self._shown[key] = f"{logs[key]:.3f}"

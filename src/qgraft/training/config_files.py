@@ -1,16 +1,17 @@
 """Configuration files and option=value words: what they say, as values of the types that options have."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, cast, get_args
 
 import yaml
 
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, near_match
 from qgraft.json_files import parse_json
-from qgraft.training.option_names import ALIASES
+from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 
 MOST_VALUES = 10_000  # in a configuration file
 
@@ -95,3 +96,21 @@ def as_typed(name: str, value: Any, hint: Any) -> Any:
         return float(value) if float in wanted else int(value)
     except ValueError:
         raise OptionError(f"{name}: got {value!r}, expected a number") from None
+
+
+class Named(type):
+    """Answers an option that there is not with the closest ones, in Python as on the command line."""
+
+    def __call__(cls, *args: Any, **options: Any) -> Any:
+        known = {f.name for f in dataclasses.fields(cast(Any, cls)) if f.init}
+        for name in options:
+            if name not in known:
+                unknown_option(cls, name)
+        return super().__call__(*args, **options)
+
+
+def unknown_option(kind: Any, name: str) -> NoReturn:
+    """Raise OptionError for an option that `kind`, a dataclass, does not have, with the closest ones."""
+    known = [f.name for f in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT]
+    hint = near_match(name, known) or "`qgraft train --help` lists the options"
+    raise OptionError(f"unknown option {name!r}", hint=hint)

@@ -36,6 +36,7 @@ from qgraft.errors import DataError, StorageError, option
 from qgraft.model_parts import argument_names, keeps_state
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
+from qgraft.progress import shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
 from qgraft.training.scores import load_libraries, mean_scores
@@ -93,20 +94,20 @@ def predict(
     dataset: Dataset | None,
     args: TrainArguments,
     *,
-    console: Console | None = None,
+    progress: bool | Console | None = None,
 ) -> Predictions:
     """Answer a dataset with the active adapters, and write answers and scores into args.output_dir.
 
     Args:
         dataset: what read_dataset takes, or rows; None for args.test_dataset, or else args.eval_dataset.
-        console: where the live display goes; None for none.
+        progress: whether it is shown; None for in a terminal and a notebook.
 
     Both files are written when everything is answered. Raises DataError, OptionError, StorageError, UnsupportedError.
     """
     check_predicting(args, dataset)
     chosen = dataset if dataset is not None else args.test_dataset or args.eval_dataset
     assert chosen is not None  # checked above
-    found = answer_rows(model, tokenizer, chosen, args, max_samples=args.max_predict_samples, console=console)
+    found = answer_rows(model, tokenizer, chosen, args, max_samples=args.max_predict_samples, console=shown(progress))
     lines = [json.dumps({"labels": label, "predict": answer}, ensure_ascii=False) for label, answer in found.pairs]
     folder = Path(str(args.output_dir))
     storage.write_file(folder / PREDICTIONS, "".join(f"{line}\n" for line in lines).encode())

@@ -33,6 +33,7 @@ from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.limits import sample_limit
+from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take
 from qgraft.training.arguments import TrainArguments, changed_arguments
@@ -57,7 +58,7 @@ def train(
     *,
     eval_dataset: Dataset | None = None,
     callbacks: Sequence[Callback] = (),
-    console: Console | None = None,
+    progress: bool | Console | None = None,
 ) -> TrainReport:
     """Train an adapter and save it in args.output_dir.
 
@@ -67,7 +68,7 @@ def train(
         dataset: what read_dataset takes, or rows; None for args.dataset.
         eval_dataset: held-out rows likewise; None for args.eval_dataset or a split of val_size.
         callbacks: transformers' TrainerCallbacks, for example EarlyStoppingCallback.
-        console: where the live display goes; None for none.
+        progress: whether it is shown; None for in a terminal and a notebook (progress.py).
 
     In one of several processes that a launcher started (torchrun), trains with the others; the first of them writes.
 
@@ -76,7 +77,7 @@ def train(
     processes = Processes.of(args)
     with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
         prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
-        return _train(model, prepared, processes, console)
+        return _train(model, prepared, processes, shown(progress))
 
 
 def _train(model: PreTrainedModel, prepared: "Prepared", processes: Processes, console: Console | None) -> TrainReport:
