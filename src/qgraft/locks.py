@@ -10,7 +10,7 @@ import errno
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from qgraft import storage
@@ -60,7 +60,8 @@ def _locked(place: Path, lock: Path) -> Iterator[None]:
         yield
     finally:
         del _held[key]
-        lock.unlink(missing_ok=True)  # while it is held: who opens it now finds it gone, and makes another
+        with suppress(OSError):  # left behind it does no harm
+            lock.unlink()  # while it is held: who opens it now finds it gone, and makes another
         os.close(descriptor)
 
 
