@@ -76,7 +76,9 @@ def test_python_examples_use_public_names(page):
 
 
 def test_the_table_of_rooms_names_every_room():
-    table = (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("| `cli/` |")[0].rpartition("|---|---|")[2]
+    table = (
+        (ROOT / "docs/architecture.md").read_text(encoding="utf-8").split("| `cli/` |")[0].rpartition("|---|---|")[2]
+    )
     rooms = {path.parent.name for path in (ROOT / "src" / "qgraft").glob("*/__init__.py")}
     assert rooms - {"cli"} == set(re.findall(r"`(\w+)/`", table)) & rooms
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
@@ -48,6 +49,7 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     if not adapter.is_prefix:
         if wanted == "p_tuning":
             raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
+        _check_lora(adapter, args)
         return
     length = encoder_of(adapter).config.pre_seq_len
     if wanted == "p_tuning" and args.pre_seq_len != length:
@@ -56,6 +58,28 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
         raise OptionError(
             f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
             hint=f"{option('pre_seq_len', length)} to train it, or {option('adapter_name', 'lora')} for a LoRA without it",
+        )
+
+
+def _check_lora(adapter: Adapter, args: TrainArguments) -> None:
+    """Raise OptionError for options of a new LoRA that the attached one does not have."""
+    said = {
+        "r": args.r,
+        "lora_alpha": args.lora_alpha,
+        "lora_dropout": args.lora_dropout,
+        "use_rslora": args.use_rslora,
+    }
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    configs = [vars(config) for config in adapter.configs.values()]
+    wrong = [
+        f"{name}={value}, the adapter has {configs[0][name]}"
+        for name, value in said.items()
+        if value != defaults[name] and all(config[name] != value for config in configs)
+    ]
+    if wrong:
+        raise OptionError(
+            f"the adapter {adapter.name!r} is on the model already: {'; '.join(wrong)}",
+            hint=f"leave them out to go on training it, or take another name: {option('adapter_name', 'second')}",
         )
 
 

@@ -37,6 +37,7 @@ from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take
 from qgraft.training.arguments import TrainArguments, changed_arguments
+from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import Bound, remove_later
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
@@ -215,6 +216,8 @@ class Run:
             clear_earlier_run(prepared.folder)
         with self._alone():
             self._before = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        if self._before is not None:
+            check_held_out(self.model, self._before)
         if self._before is not None and self.processes.first:
             line = {"step": 0, "eval_loss": self._before}
             storage.append_line(prepared.folder / METRICS, json.dumps(line))
