@@ -43,6 +43,13 @@ def test_the_table_has_a_column_for_each_setting_and_the_one_below_the_limit(pat
     assert lines[-1].startswith("below the limit: ") and "checkpointing off" in lines[-1]
 
 
+def test_without_a_limit_the_peak_is_that_of_a_run_without_one(path, capsys):
+    assert main(["estimate", "--model", path, "--tokens=100"]) == 0
+    table = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
+    most, limited = (int(table[row].split()[0]) for row in ("peak memory, at most", "with a memory_limit"))
+    assert most >= limited > 0
+
+
 def test_a_prefix_can_be_estimated(path, capsys):
     assert main(["estimate", "--model", path, "--pre_seq_len", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["adapter"] == 4 * (4 * 2 * 2 * 2 * 16 * 4)  # 4 x keys, values, layers

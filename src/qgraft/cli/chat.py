@@ -96,7 +96,7 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
     print_note(f"adapters: {', '.join(adapter_names(model)) or 'none'}; /help shows the commands")
     while True:
         try:
-            line = input("> ").strip()
+            line = input(f"{_speaker(model)}> ").strip()
         except EOFError:
             return 0
         if line in ("/quit", "/exit"):
@@ -112,6 +112,15 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
                 print_note(f"error: {error}")
                 continue
             messages += [("user", line), ("assistant", said)]
+
+
+def _speaker(model: Any) -> str:
+    """Who answers: the active adapters, with their weights where these are not 1; nothing where there are none at all."""
+    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.choose import active_adapters
+
+    active = [name if weight == 1 else f"{name}={weight:g}" for name, weight in active_adapters(model).items()]
+    return "+".join(active) or ("base" if adapter_names(model) else "")
 
 
 def _command(model: Any, line: str) -> None:

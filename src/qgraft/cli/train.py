@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from qgraft.training.predict import Predictions
     from qgraft.training.report import TrainReport
 
+UNSAID = "trainer_output"  # what transformers takes where nothing is said; nobody finds it there
+
 DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE --output_dir FOLDER [options]
        qgraft train --do_predict --model_name_or_path MODEL --adapter_name_or_path FOLDER --test_dataset FILE
                     --output_dir FOLDER [options]
@@ -156,6 +158,8 @@ def _check(arguments: "TrainArguments") -> None:
         print_note(f"note: {note}")
     if not arguments.model_name_or_path:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
+    if arguments.output_dir == UNSAID:
+        raise OptionError("no output_dir is given", hint="--output_dir out")
     if arguments.do_train:
         check_output_dir(arguments)
     if arguments.do_eval:
