@@ -48,3 +48,4 @@ def test_what_takes_too_long_is_ended() -> None:
 def test_first_group() -> None:
     assert first_group(r"(?:^|.*?\.)layers\.(\d+)\.", "model.layers.12.mlp") == "12"
     assert first_group(r"(?:^|.*?\.)h\.(\d+)\.", "model.layers.12.mlp") is None
+    assert first_group("(x)?y", "y") is None

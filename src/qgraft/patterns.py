@@ -40,7 +40,7 @@ def matches(pattern: str, path: str) -> bool:
 def first_group(pattern: str, path: str) -> str | None:
     """What the first group of the pattern is at the beginning of `path`; None where it is none. Raises as `matches`."""
     found = _within(pattern, path, "match")
-    return None if found is None else str(found[1])
+    return None if found is None or found[1] is None else str(found[1])
 
 
 def _within(pattern: str, path: str, how: str) -> Any:

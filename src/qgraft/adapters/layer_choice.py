@@ -52,7 +52,9 @@ def layer_number(path: str, patterns: str | Sequence[str] | None = None) -> int 
     if patterns:
         names = [patterns] if isinstance(patterns, str) else patterns
         found = (first_group(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
-        number = next((each for each in found if each), None)
+        number = next(
+            (each for each in found if each and each.isdecimal()), None
+        )  # a group of the pattern's own is none
         return None if number is None else int(number)
     return int(match[1]) if match else None
 
