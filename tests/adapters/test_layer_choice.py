@@ -96,3 +96,10 @@ def test_a_run_takes_them_from_flags_and_from_files(given_):
     assert parse_layers(arguments.layers_to_transform) == (1,)
     with pytest.raises(OptionError, match="layers_to_transform='upper'"):
         arguments_from_dict({"output_dir": "x", "use_cpu": True, "layers_to_transform": "upper"})
+
+
+def test_groups_of_a_pattern_are_no_numbers() -> None:
+    assert layer_number("model.layers.3.mlp", "layers") == 3
+    assert layer_number("model.layers.3.mlp", ["h", "layers"]) == 3
+    for pattern in ("(layers)", "(h)?layers", "(?:h|layers)(x)?"):
+        assert layer_number("model.layers.3.mlp", pattern) is None
