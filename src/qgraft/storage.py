@@ -2,6 +2,7 @@
 
     one file     write_file      temporary file beside it -> flush -> fsync -> rename -> fsync of the folder
                  write_chunks    the same for a file too large for memory, after asking whether the disk has room for it
+    some files   publish_files   all of them are written and synced in a staging folder, then renamed one after another
     a folder     publish_folder  a staging folder is filled by anyone, then: fsync of every file, a manifest with the size
                                  and SHA-256 of each, and one rename; two where it replaces a folder
                  recover_folder  undoes the first of the two after a kill between them
@@ -126,6 +127,29 @@ def publish_folder(target: Path) -> Iterator[Path]:
             _replace_folder(staging, target)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def publish_files(folder: Path, first: str) -> Iterator[Path]:
+    """Yield an empty staging folder; when the block ends well, its files take their names in `folder`, `first` before all.
+
+    On an error nothing in `folder` has changed. A kill between two of the renames leaves some files of now and some of
+    before; when `first` holds checksums of the others, whoever reads them finds that out.
+    """
+    made = make_folder(folder)
+    staging = folder / f".{first}.tmp-{os.getpid()}"
+    with named_errors(folder):
+        shutil.rmtree(staging, ignore_errors=True)
+        try:
+            staging.mkdir()
+            yield staging
+            for name in sorted(os.listdir(staging), key=lambda name: name != first):
+                os.replace(staging / name, folder / name)
+            _sync_folder(folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+            if made:
+                remove_if_empty(folder)
 
 
 class ScratchFile:

@@ -47,7 +47,7 @@ def test_a_finished_run_without_checkpoints_is_left_too_and_another_is_refused(t
     before = state(tmp_path / "out")
     assert train(tiny_gguf, tmp_path / "out", save_strategy="no").unchanged
     for change in ({"rows": ROWS[:6]}, {"num_train_epochs": 2}, {"seed": 5}):
-        with pytest.raises(StorageError, match="holds another run that has ended"):
+        with pytest.raises(StorageError, match="holds another run, without a checkpoint"):
             train(tiny_gguf, tmp_path / "out", save_strategy="no", **change)
     assert state(tmp_path / "out") == before
 

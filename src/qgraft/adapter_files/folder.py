@@ -3,8 +3,8 @@
     adapter_config.json          PEFT's options            readable by PEFT and by us
     adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
     prefix_encoder.safetensors   of prefixes with a projection: what is trained
-    qgraft.json                  the seal, written last: the base's fingerprint, SHA-256 of the other files, what it was
-                                 trained on and with, versions, metrics
+    qgraft.json                  the seal: the base's fingerprint, SHA-256 of the other files, what it was trained on and
+                                 with, versions, metrics. It takes its name before them, see storage.publish_files
 
 PEFT loads an adapter for another base, with missing layers or NaN inside, without a word; such an adapter then does
 nothing or harm. Here loading compares everything with the model, lists all that differs at once, and refuses;
@@ -36,7 +36,6 @@ from qgraft.adapter_files.prefix import (
 )
 from qgraft.adapter_files.seal import (
     SEAL,
-    break_seal,
     read_seal,
     remembered_arguments,
     seal_notes,
@@ -81,7 +80,7 @@ def save_adapter(
     details: Mapping[str, Any] | None = None,
     dtype: str = "float32",
 ) -> None:
-    """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`, each file whole, the seal last.
+    """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`: all of its files, or none.
 
     An adapter that the folder holds is written over, as by save_pretrained of PEFT and transformers: this is what a loop of
     training calls again and again. The commands that write adapters (export, combine) ask for --overwrite.
@@ -127,13 +126,12 @@ def write_adapter(
         raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     stored = {file: _converted(name, state, dtype) for file, state in tensors.items()}
     kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors]
-    if not (folder / SEAL).is_file():  # a kill must not leave new weights beside another adapter's options, unnoticed
-        break_seal(folder, files, kind)
-    for file, state in stored.items():
-        write_safetensors(folder / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
-    storage.write_json(folder / CONFIG, config)
     parameters = sum(tensor.numel() for tensor in list(tensors.values())[-1].values())
-    write_seal(folder, files, {**details, "kind": kind, "parameters": parameters})
+    with storage.publish_files(folder, first=SEAL) as staging:
+        for file, state in stored.items():
+            write_safetensors(staging / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
+        storage.write_json(staging / CONFIG, config)
+        write_seal(staging, files, {**details, "kind": kind, "parameters": parameters})
     if ENCODER not in files:
         (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
 

@@ -30,7 +30,6 @@ _TEXTS = (
 )  # fmt: skip
 _NUMBERS = ("max_length", "max_samples", "max_train_samples", "seed")
 _SWITCHES = ("enable_thinking", "mask_reasoning")
-_UNWRITTEN = {"bytes": -1, "sha256": ""}  # no file is like this
 
 
 def write_seal(folder: Path, files: list[str], details: Mapping[str, Any]) -> None:
@@ -49,11 +48,6 @@ def seal_text(seal: Mapping[str, Any]) -> str:
     """The seal as it stands in its file, with its own hash."""
     text = storage.json_text({**seal, OWN: _BLANK})
     return text.replace(_BLANK, _hash(text))
-
-
-def break_seal(folder: Path, files: list[str], kind: str) -> None:
-    """A seal that no file keeps: while files are exchanged a kill must not leave some of them beside others, unnoticed."""
-    storage.write_json(folder / SEAL, {"kind": kind, "files": dict.fromkeys(files, _UNWRITTEN)})
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:

@@ -271,7 +271,7 @@ def _print_scores(found: "Predictions") -> None:
 
 
 def _print_report(report: "TrainReport") -> None:
-    from qgraft.training.loop import LAST
+    from qgraft.training.output_dir import LAST
 
     metrics = report.metrics
     print(f"trained {report.parameters:,} parameters in {report.steps} steps, {metrics['seconds']:.0f} s")

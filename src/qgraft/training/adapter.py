@@ -3,19 +3,21 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from qgraft.adapter_files.folder import read_trained
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import encoder_of
-from qgraft.errors import OptionError, option
+from qgraft.errors import CheckpointError, OptionError, option
 from qgraft.training.arguments import TrainArguments
 
 
@@ -87,6 +89,20 @@ def positions_to_take(model: PreTrainedModel, args: TrainArguments) -> int:
     """How many positions of the context a prefix takes that is attached later."""
     is_new = args.finetuning_type == "p_tuning" and args.adapter_name not in adapter_names(model)
     return (args.pre_seq_len or 0) if is_new and layout_of(model) == "peft" else 0
+
+
+def take_trained(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """Put the weights of the sealed adapter in `folder` into the attached one, `name`. Raises CheckpointError."""
+    saved, current = read_trained(folder), find_adapter(model, name).state_dict()
+    if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
+        raise CheckpointError(
+            f"{folder} holds another adapter: {len(saved)} tensors of other names or shapes "
+            f"than the {len(current)} of this run",
+            hint="resume with the same options of the adapter, or start anew with another output_dir",
+        )
+    with torch.no_grad():
+        for key, tensor in saved.items():
+            current[key].copy_(tensor)
 
 
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:

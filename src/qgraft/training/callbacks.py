@@ -145,15 +145,12 @@ def run_display(console: Console, labels: bool = False) -> Display:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, leave. A second signal ends the process at once.
-
-    `received` is the signal that ended the run, or None.
-    """
+    """Ctrl-C and SIGTERM: finish the step, save a checkpoint, leave. A second signal ends the process at once."""
 
     def __init__(self) -> None:
-        self.received: int | None = None
+        self._received: int | None = None
+        self.doing = "finishing this step, then saving a checkpoint"  # what is done before the run ends
         self._before: dict[int, Any] = {}
-        self._step = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -165,7 +162,12 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Remember which step it is, for who interrupts it."""
-        self._step = state.global_step + 1
+        self.doing = f"finishing step {state.global_step + 1}, then saving a checkpoint"
+
+    @property
+    def received(self) -> int | None:
+        """The signal that came first; Events looks at it between two steps."""
+        return self._received
 
     def listen(self) -> None:
         """Take the signals; only possible in the main thread, elsewhere the process's own handlers stay."""
@@ -175,18 +177,6 @@ class StopOnSignal(TrainerCallback):
             except ValueError:
                 return
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a save and an end when a signal has come."""
-        if self.received is not None:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Stop listening."""
-        self.close()
-
     def close(self) -> None:
         """Put the earlier handlers back."""
         for number, handler in self._before.items():
@@ -194,10 +184,10 @@ class StopOnSignal(TrainerCallback):
         self._before = {}
 
     def _handle(self, number: int, frame: Any) -> None:
-        self.received = number
+        self._received = number
         self.close()  # the next signal acts as it always did
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        text = f"\n{name}: finishing step {self._step}, then saving a checkpoint; once more leaves now, without one\n"
+        text = f"\n{name}: {self.doing}; once more leaves now, without that\n"
         os.write(sys.stderr.fileno(), text.encode()) if _has_fileno(sys.stderr) else sys.stderr.write(text)
 
 
@@ -217,10 +207,10 @@ class StopWith(StopOnSignal):
         super().__init__()
         self._leader = leader
 
+    @property
+    def received(self) -> int | None:
+        """What the leader received."""
+        return self._leader.received
+
     def listen(self) -> None:
         """The leader listens."""
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask for a save and an end when the leader has received a signal."""
-        self.received = self._leader.received
-        super().on_step_end(args, state, control, **kwargs)

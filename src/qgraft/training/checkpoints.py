@@ -17,6 +17,7 @@ that step on: learning rate, schedule and length are computed from the options o
 import dataclasses
 import io
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Progress:
         logged: the step of that log.
         skipped, skipped_in_a_row: steps that were not finite.
         eval_loss_before: the held-out loss before the first step.
+        stopped: whether callbacks ended the run here, before its last step.
         metrics, count: sums of what else the objective measures, since the last log, and what they are divided by.
     """
 
@@ -67,6 +69,7 @@ class Progress:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     count: float = 0.0
     eval_loss_before: float | None = None
+    stopped: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,18 +143,31 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in _by_step(folder)]
 
 
+def step_of(path: Path) -> int | None:
+    """The step that a checkpoint is named after."""
+    match = _CHECKPOINT.fullmatch(path.name)
+    return None if match is None else int(match[1])
+
+
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    return sorted(
-        (int(match[1]), path) for path in folder.glob("checkpoint-*") if (match := _CHECKPOINT.fullmatch(path.name))
-    )
+    return sorted((step, path) for path in folder.glob("checkpoint-*") if (step := step_of(path)) is not None)
 
 
-def newest_whole_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over."""
+def adapters_alone(folder: Path) -> list[Path]:
+    """The checkpoints in `folder` that hold an adapter and nothing to go on with, as save_only_model leaves them."""
+    return [path for path in checkpoints(folder) if not (path / OPTIMIZER).is_file()]
+
+
+def newest_whole_checkpoint(folder: Path, besides: Container[Path] = ()) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose manifest holds, and a sentence for each newer one that was passed over.
+
+    Args:
+        besides: checkpoints that are not looked at.
+    """
     passed_over: list[str] = []
     for retired in folder.glob(".checkpoint-*.old-*"):  # killed while a checkpoint was being replaced
         storage.recover_folder(folder / retired.name[1:].partition(".old-")[0])
-    for path in reversed(checkpoints(folder)):
+    for path in reversed([each for each in checkpoints(folder) if each not in besides]):
         problems = storage.check_folder(path)
         if not problems:
             return path, passed_over

@@ -29,7 +29,8 @@ class Events:
 
     Attributes:
         context: what they are handed beside these: model, processing_class, optimizer, lr_scheduler.
-        signalled: whether a signal ended the run, whichever process it reached.
+        signalled: whether a signal ends the run, whichever process it reached. It is none of the wishes in `control`: a
+            run that callbacks ended is over, one that a signal ended goes on another time.
     """
 
     def __init__(
@@ -67,8 +68,8 @@ class Events:
         """What one process wants (a signal reached it, a callback of its own asks for a save) all do."""
         wishes = [getattr(self.control, name) for name in _WISHES]
         *wishes, self.signalled = self._processes.any([*wishes, self._stop.received is not None])
-        if self.signalled:  # it may have come after on_step_end was told
-            wishes[_WISHES.index("should_training_stop")] = wishes[_WISHES.index("should_save")] = True
+        if self.signalled:
+            wishes[_WISHES.index("should_save")] = True
         for name, wish in zip(_WISHES, wishes, strict=True):
             setattr(self.control, name, wish)
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, enable_full_d
 from transformers.trainer_utils import SaveStrategy
 
 from qgraft import storage
-from qgraft.adapter_files.folder import read_trained, save_adapter
-from qgraft.adapters.base import find_adapter
+from qgraft.adapter_files.folder import save_adapter
+from qgraft.adapter_files.seal import SEAL
 from qgraft.compat import activation_checkpointing
 from qgraft.data.batches import Batch
 from qgraft.data.tokenizing import Sample
@@ -36,7 +36,7 @@ from qgraft.errors import CheckpointError, TrainingError
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.loss import check_gradient
-from qgraft.training.adapter import trained_parameters
+from qgraft.training.adapter import take_trained, trained_parameters
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.broken import check_held_out, where_it_comes_from
 from qgraft.training.callbacks import StopOnSignal
@@ -54,12 +54,12 @@ from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.events import Callback, Events
 from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
+from qgraft.training.output_dir import LAST, goes_on_from_newest
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.random_state import RandomState
 
 MAX_SKIPPED_IN_A_ROW = 3
-LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
 
 
 @dataclass(eq=False)
@@ -101,7 +101,8 @@ class TrainingLoop:
         self.processes, self.alone = processes, alone
         self.objective: Objective = SupervisedFineTuning(args.label_smoothing_factor)
         self.plan = plan_of(args, len(samples), processes.count)
-        self.events = Events(args, self.plan, processes, callbacks, stop or StopOnSignal())
+        self.stop = stop or StopOnSignal()
+        self.events = Events(args, self.plan, processes, callbacks, self.stop)
         self.events.context |= {"model": model, "processing_class": tokenizer}
         self.progress, self.changes, self.ended = Progress(), list[str](), False
         self._left = ExitStack()
@@ -141,7 +142,9 @@ class TrainingLoop:
         self._began = time.perf_counter()
         self.events.tell("on_train_begin")
         self.events.tell("on_epoch_begin")
-        self.ended = self.progress.position >= self.plan.steps
+        if self.changes or not goes_on_from_newest(self.args):  # another command: more of it is wanted
+            self.progress.stopped = False
+        self.ended = self.progress.stopped or self.progress.position >= self.plan.steps
         if random is not None:
             random.restore()
 
@@ -162,14 +165,23 @@ class TrainingLoop:
         seconds = time.perf_counter() - self._began
         if not self.events.signalled:
             self.events.log({"train_runtime": round(seconds, 4), "train_loss": self.train_loss})
+        if self.processes.first and not self.events.signalled:
+            self._keep_last(best is not None)
         if best is not None:
-            if self.processes.first:
-                save_adapter(self.model, Path(str(self.args.output_dir)) / LAST, self.args.adapter_name)
-            self._take_adapter(best)
+            take_trained(self.model, best, self.args.adapter_name)
         self.events.tell("on_train_end")
+
+    def _keep_last(self, beside: bool) -> None:
+        """The adapter as it is, beside the one that is kept; or none there, where an earlier end of the run left one."""
+        folder = Path(str(self.args.output_dir)) / LAST
+        if beside:
+            save_adapter(self.model, folder, self.args.adapter_name)
+        elif (folder / SEAL).is_file():
+            storage.remove_folder(folder)
 
     def close(self) -> None:
         """Leave the model as it was found, however the run ended."""
+        self.stop.close()
         self._left.close()
         for parameter in getattr(self, "parameters", ()):
             parameter.grad = None
@@ -234,13 +246,17 @@ class TrainingLoop:
         self.events.agree()
         control = self.events.control
         epoch_ends = self.progress.position % self.plan.steps_per_epoch == 0 or control.should_epoch_stop
-        if epoch_ends or (control.should_training_stop and not self.events.signalled):
+        if epoch_ends or control.should_training_stop:
             self.events.tell("on_epoch_end")
             self.events.agree()
         if self.events.control.should_epoch_stop:
             self.progress.position = self.plan.next_epoch(self.progress.position - 1)
         self._log_evaluate_save(rate)
-        self.ended = self.events.control.should_training_stop or self.progress.position >= self.plan.steps
+        self.ended = (
+            self.events.control.should_training_stop
+            or self.events.signalled
+            or self.progress.position >= self.plan.steps
+        )
         if epoch_ends and not self.ended:
             self.events.control.should_epoch_stop = False
             self.events.tell("on_epoch_begin")
@@ -341,6 +357,7 @@ class TrainingLoop:
             state.best_model_checkpoint = str(best)
         if not self.processes.first:
             return
+        self.progress.stopped = self.events.control.should_training_stop and self.progress.position < self.plan.steps
         with storage.publish_folder(target) as staging:
             save_adapter(self.model, staging, self.args.adapter_name)
             if not self.args.save_only_model or self.events.signalled:  # or nobody could go on from it
@@ -356,7 +373,7 @@ class TrainingLoop:
                 f"{folder} is of another run:\n  " + "\n  ".join(wrong),
                 hint=f"give the options and rows of then, or {take_its_adapter()}",
             )
-        self._take_adapter(folder)
+        take_trained(self.model, folder, self.args.adapter_name)
         try:
             self.events.load(folder / STATE)
             self.optimization.load(saved.optimization)
@@ -368,15 +385,3 @@ class TrainingLoop:
         # one process more than then
         set_seed((self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32)
         return None
-
-    def _take_adapter(self, folder: Path) -> None:
-        saved, current = read_trained(folder), find_adapter(self.model, self.args.adapter_name).state_dict()
-        if {k: v.shape for k, v in saved.items()} != {k: v.shape for k, v in current.items()}:
-            raise CheckpointError(
-                f"{folder} holds another adapter: {len(saved)} tensors of other names or shapes "
-                f"than the {len(current)} of this run",
-                hint="resume with the same options of the adapter, or start anew with another output_dir",
-            )
-        with torch.no_grad():
-            for key, tensor in saved.items():
-                current[key].copy_(tensor)

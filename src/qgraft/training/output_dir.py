@@ -1,4 +1,15 @@
-"""What is in output_dir before a run: another run, a checkpoint to go on from, or nothing."""
+"""What is in output_dir before a run: another run, a checkpoint to go on from, or nothing.
+
+`resume_from_checkpoint=auto` makes one command that can be given again and again, whatever became of it before:
+
+    a checkpoint                                  goes on from the newest whole one; the loop checks that it is the same run
+    run.json of a run that ended, the same one    nothing is changed
+    run.json of a run that was begun              killed before its first checkpoint: starts anew
+    nothing, or a log                             starts
+
+run.json is written before the first step, with what the run is bound to, and once more at its end. So a folder that holds an
+adapter beside it is known to be this run's, and another run's is neither deleted nor mixed with.
+"""
 
 import json
 from dataclasses import dataclass
@@ -6,13 +17,24 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import plots, storage
-from qgraft.errors import CheckpointError, StorageError, option
+from qgraft.adapter_files.folder import changed_files
+from qgraft.adapter_files.seal import SEAL, read_seal
+from qgraft.errors import AdapterError, CheckpointError, StorageError, option
 from qgraft.json_files import read_object
-from qgraft.training.arguments import TrainArguments
+from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS
-from qgraft.training.checkpoints import check_resumable, checkpoints, newest_whole_checkpoint
+from qgraft.training.checkpoints import (
+    Bound,
+    adapters_alone,
+    check_resumable,
+    checkpoints,
+    newest_whole_checkpoint,
+    step_of,
+)
 
 RUN = "run.json"
+LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
+_WITHOUT_RESULT = {METRICS, RUN, "runs", "loss.png"}  # of a run that has no checkpoint yet
 
 
 @dataclass(frozen=True)
@@ -22,51 +44,85 @@ class Earlier:
     Attributes:
         resume: the checkpoint to go on from; None for a new run.
         passed_over: a sentence for each newer checkpoint that is not whole.
-        finished: run.json of a run that came to its end; whether it is this one is known with the rows.
+        run: its run.json, where it matters whether that is the run that is asked for, which is known with the rows.
     """
 
+    folder: Path
     resume: Path | None = None
     passed_over: tuple[str, ...] = ()
-    finished: dict[str, Any] | None = None
+    run: dict[str, Any] | None = None
+
+    def is_all(self, bound: Bound, steps: int) -> bool:
+        """Whether the run that is asked for, of so many steps, has come to its end here, so that nothing is left to do.
+
+        Raises StorageError where it is another run, unless there is a checkpoint: that one is compared when it is read.
+        """
+        if self.run is None:
+            return False
+        ended, then = self.run.get("finished") is True, Bound(self.run["bound"], self.run.get("arguments") or {})
+        differ = bound.differences(then)
+        if ended:
+            planned = self.run.get("planned_steps", self.run.get("steps"))
+            differ += [f"steps: were {planned}, now {steps}"] if planned != steps else []
+            differ += bound.changes(then) if self.run.get("steps") != planned else []  # callbacks stopped it
+        if differ and self.resume is None:
+            raise StorageError(
+                f"output_dir {self.folder} holds another run, without a checkpoint to go on from:\n  "
+                + "\n  ".join(differ),
+                hint=f"choose another folder, or {option('overwrite_output_dir')} without resume_from_checkpoint",
+            )
+        return ended and not differ
 
 
 def check_output_dir(args: TrainArguments) -> Earlier:
-    """What to go on from, and whether there is room for a new run.
-
-    `resume_from_checkpoint=auto` (or true) goes on from the newest whole checkpoint, starts where there is none yet, and
-    leaves a run as it is that has ended: one command that can be given again and again, whatever became of it before.
+    """What to go on from, and whether there is room for a new run; see the module's docstring.
 
     Raises StorageError when the folder holds another run, CheckpointError when the checkpoint that is named is none.
     """
     folder = Path(str(args.output_dir))
-    wanted = str(args.resume_from_checkpoint or "false").lower()
     with storage.named_errors(folder):  # a name too long, or with a zero in it
         if folder.exists() and not folder.is_dir():
             raise StorageError(f"output_dir {folder} is a file, expected a folder")
         names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
-    going_on = wanted in ("true", "auto", "1")
-    finished = _finished(folder) if going_on else None
-    if going_on:
-        newest, passed_over = newest_whole_checkpoint(folder)
-        if newest is not None:
-            check_resumable(newest)
-            return Earlier(newest, tuple(passed_over), finished)
-        if passed_over:
-            raise CheckpointError("\n".join([f"no whole checkpoint to go on from in {folder}", *passed_over]),
-                                  hint=f"{option('overwrite_output_dir')} starts anew")  # fmt: skip
-        if finished is not None or set(names) <= {METRICS, "runs"}:  # killed before its first checkpoint
-            return Earlier(finished=finished)
-    elif wanted not in ("false", "none", "0"):
-        path = Path(str(args.resume_from_checkpoint))
-        if problems := storage.check_folder(path):
-            raise CheckpointError(f"{path} is not a whole checkpoint: {problems[0]}")
-        check_resumable(path)
-        if path.resolve().parent == folder.resolve():
-            return Earlier(path)
+    if goes_on_from_newest(args):
+        return _newest(args, folder, names)
+    if str(args.resume_from_checkpoint or "none").lower() in ("false", "none", "0"):
         _require_room(folder, names, args)
-        return Earlier(path)
-    _require_room(folder, names, args)
-    return Earlier()
+        return Earlier(folder)
+    path = Path(str(args.resume_from_checkpoint))
+    if problems := storage.check_folder(path):
+        raise CheckpointError(f"{path} is not a whole checkpoint: {problems[0]}")
+    check_resumable(path)
+    if path.resolve().parent != folder.resolve():
+        _require_room(folder, names, args)
+        return Earlier(folder, path)
+    run = _run_in(folder)
+    nothing_left = run is not None and run.get("steps") == run.get("planned_steps") == step_of(path)
+    return Earlier(folder, path, run=run if run and nothing_left and _ended(folder, run) else None)
+
+
+def goes_on_from_newest(args: TrainArguments) -> bool:
+    """Whether a run goes on from whatever checkpoint there is, and not from one that is named or none."""
+    return str(args.resume_from_checkpoint).lower() in ("true", "auto", "1")
+
+
+def _newest(args: TrainArguments, folder: Path, names: list[str]) -> Earlier:
+    """What a command that can be given again and again finds."""
+    run = _run_in(folder)
+    alone = adapters_alone(folder) if args.save_only_model else []
+    newest, passed_over = newest_whole_checkpoint(folder, besides=alone)
+    if newest is not None:
+        check_resumable(newest)
+        return Earlier(folder, newest, tuple(passed_over), run if run and _ended(folder, run) else None)
+    if passed_over:
+        anew = f"{option('overwrite_output_dir')} without resume_from_checkpoint starts anew"
+        raise CheckpointError("\n".join([f"no whole checkpoint to go on from in {folder}", *passed_over]), hint=anew)
+    if set(names) <= _WITHOUT_RESULT:
+        return Earlier(folder)
+    if run is None:
+        _require_room(folder, names, args)
+    note = f"no checkpoint to go on from in {folder}: {len(alone)} hold an adapter alone (save_only_model)"
+    return Earlier(folder, passed_over=(note,) if alone else (), run=run)
 
 
 def _require_room(folder: Path, names: list[str], args: TrainArguments) -> None:
@@ -78,22 +134,39 @@ def _require_room(folder: Path, names: list[str], args: TrainArguments) -> None:
         )
 
 
-def _finished(folder: Path) -> dict[str, Any] | None:
-    """run.json, where it says that the run came to its end."""
+def _run_in(folder: Path) -> dict[str, Any] | None:
+    """run.json, where there is one that says what the run is bound to."""
     path = folder / RUN
-    if not path.is_file():
-        return None
-    run = read_object(path, CheckpointError)
-    return run if run.get("finished") is True else None
+    run = read_object(path, CheckpointError) if path.is_file() else {}
+    return run if isinstance(run.get("bound"), dict) else None
 
 
-def clear_earlier_run(folder: Path) -> None:
-    """Delete what a new run would be mixed up with: older checkpoints and the log."""
+def _ended(folder: Path, run: dict[str, Any]) -> bool:
+    """Whether this run came to its end, and its adapter is there as it was saved."""
+    if run.get("finished") is not True:
+        return False
+    try:
+        seal = read_seal(folder)
+        return seal is not None and not changed_files(folder, seal)
+    except AdapterError:
+        return False
+
+
+def begin_run(folder: Path, args: TrainArguments, bound: Bound, steps: int) -> None:
+    """Delete what a new run would be mixed up with, older checkpoints and the log, and say whose folder it is.
+
+    Args:
+        steps: how many the run has.
+    """
     storage.make_folder(folder)
     for path in checkpoints(folder):
         storage.remove_folder(path)
+    if (folder / LAST / SEAL).is_file():
+        storage.remove_folder(folder / LAST)
     with storage.named_errors(folder):
         (folder / METRICS).unlink(missing_ok=True)
+    begun = {"finished": False, "steps": 0, "planned_steps": steps}
+    storage.write_json(folder / RUN, {**begun, "arguments": changed_arguments(args), "bound": bound.fixed})
 
 
 def trim_log(log: Path, step: int) -> None:

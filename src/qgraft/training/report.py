@@ -58,6 +58,7 @@ def save_run(
     samples: list[Sample],
     held_out: list[Sample],
     bound: Bound,
+    planned_steps: int,
 ) -> None:
     """The adapter, run.json and loss.png; a run that a signal ended leaves its checkpoint and run.json only."""
     folder = report.output_dir
@@ -65,6 +66,7 @@ def save_run(
         "finished": report.finished,
         "compute": args.compute,
         "steps": report.steps,
+        "planned_steps": planned_steps,
         "adapter": describe_adapter(model, args.adapter_name),
         "parameters": report.parameters,
         "metrics": report.metrics,

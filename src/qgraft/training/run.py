@@ -22,10 +22,11 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from qgraft import storage
-from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapter_files.seal import read_seal, remembered_arguments
+from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import Sample, samples_sha256
-from qgraft.errors import DataError, OptionError, StorageError, option
+from qgraft.errors import DataError, OptionError, option
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
 from qgraft.memory.settings import settle_noted
@@ -35,7 +36,7 @@ from qgraft.passes.fused import fused_modules
 from qgraft.passes.limits import sample_limit
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
-from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take
+from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, take_trained
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
@@ -43,7 +44,7 @@ from qgraft.training.checkpoints import Bound, remove_later
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
-from qgraft.training.output_dir import Earlier, check_output_dir, clear_earlier_run, trim_log
+from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, trim_log
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
@@ -178,11 +179,12 @@ class Run:
         self._estimated, self._before, self.ended_before = estimated, None, None
         self._bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
         self.processes.check_same(self._bound.fixed)
-        if resume is None and prepared.earlier.finished is not None:
-            self.ended_before = self._ended(prepared.earlier.finished)
+        steps = plan_of(args, len(prepared.samples), self.processes.count).steps
+        if prepared.earlier.is_all(self._bound, steps):
+            self.ended_before = self._as_it_was(cast(dict[str, Any], prepared.earlier.run))
             return
         if resume is None:
-            self._begin()
+            self._begin(steps)
         self.model.config.use_cache = False
         self.loop = TrainingLoop(
             self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=self._bound,
@@ -191,9 +193,6 @@ class Run:
         )  # fmt: skip
         self.loop.start(resume)
         step = self.loop.events.state.global_step
-        if resume is not None and self._has_ended(step):
-            self.ended_before = self._ended(cast(dict[str, Any], prepared.earlier.finished))
-            return
         if resume is not None:
             self._before = self.loop.progress.eval_loss_before
             self.watch.say(f"going on from {resume.name}, step {step} of {self.loop.plan.steps}")
@@ -209,49 +208,47 @@ class Run:
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
 
-    def _begin(self) -> None:
-        """Make room in output_dir, and measure where the run starts from."""
+    def _begin(self, steps: int) -> None:
+        """Measure where the run starts from, and make room in output_dir."""
         prepared = self.prepared
-        if self.processes.first:  # only now, when nothing that is given can be wrong any more
-            clear_earlier_run(prepared.folder)
-        with self._alone():
-            self._before = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        self._before = self._measure()
+        if not self.processes.first:
+            return
+        begin_run(prepared.folder, prepared.args, self._bound, steps)  # now that nothing can be wrong any more
         if self._before is not None:
-            check_held_out(self.model, self._before)
-        if self._before is not None and self.processes.first:
-            line = {"step": 0, "eval_loss": self._before}
-            storage.append_line(prepared.folder / METRICS, json.dumps(line))
+            storage.append_line(prepared.folder / METRICS, json.dumps({"step": 0, "eval_loss": self._before}))
 
-    def _has_ended(self, step: int) -> bool:
-        """Whether the run ended with the checkpoint at `step`, and has written what came of it."""
-        finished = self.prepared.earlier.finished
-        return self.loop.ended and finished is not None and finished.get("steps") == step
-
-    def _ended(self, finished: Mapping[str, Any]) -> TrainReport:
-        """The report of a run that came to its end before, which `finished`, its run.json, must be the same as."""
+    def _measure(self) -> float | None:
+        """The held-out loss of the adapter as it is, where there are held-out rows. Raises TrainingError for NaN."""
         prepared = self.prepared
-        differ = self._bound.differences(Bound(finished.get("bound") or {}, {}))
-        steps = plan_of(prepared.args, len(prepared.samples), self.processes.count).steps
-        if finished.get("steps") != steps:
-            differ.append(f"steps: {finished.get('steps')} then, {steps} now, and there is no checkpoint to go on from")
-        if differ:
-            raise StorageError(
-                f"output_dir {prepared.folder} holds another run that has ended:\n  " + "\n  ".join(differ),
-                hint=f"choose another folder, or {option('overwrite_output_dir')}",
-            )
+        with self._alone():
+            loss = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+        if loss is not None:
+            check_held_out(self.model, loss)
+        return loss
+
+    def _as_it_was(self, run: Mapping[str, Any]) -> TrainReport:
+        """The report of a run that came to its end before, as its run.json tells; the model has its adapter."""
+        args, folder = self.prepared.args, self.prepared.folder
+        take_trained(self.model, folder, args.adapter_name)
+        selection_of(self.model).change(args.adapter_name, trained=remembered_arguments(read_seal(folder)))
+        prepared, steps, planned = self.prepared, run["steps"], run.get("planned_steps", run["steps"])
+        goes_on = option("resume_from_checkpoint", f"{folder}/checkpoint-N")
+        early = "" if steps == planned else f", where it was stopped early ({goes_on} goes on)"
         return TrainReport(
-            prepared.folder, steps, True, None, finished.get("parameters", 0), finished.get("metrics", {}),
+            prepared.folder, steps, True, None, run.get("parameters", 0), run.get("metrics", {}),
             prepared.accounting, prepared.held_out,
-            [f"already finished: step {steps} of {steps}; nothing was changed"], unchanged=True,
+            [*args.notes, *prepared.earlier.passed_over,
+             f"already finished: step {steps} of {planned}{early}; nothing was changed"], unchanged=True,
         )  # fmt: skip
 
     def finish(self) -> TrainReport:
         """Measure, and write what came of it."""
         prepared, loop = self.prepared, self.loop
         last, signalled = self._last_eval_loss(), loop.events.signalled
+        self.stop.doing = "measuring and saving the adapter"
         if last is None and not signalled:  # who stops a run does not wait for a measurement
-            with self._alone():
-                last = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
+            last = self._measure()
         state, best = loop.events.state, loop.best_before(last)
         loop.finish(best)
         held_out: dict[str, float | None] = {"eval_loss_before": self._before, "eval_loss": last}
@@ -280,7 +277,8 @@ class Run:
             notes=prepared.notes,
         )
         if self.processes.first:
-            save_run(self.model, prepared.args, report, prepared.samples, prepared.eval_samples, self._bound)
+            about = prepared.samples, prepared.eval_samples, self._bound, loop.plan.steps
+            save_run(self.model, prepared.args, report, *about)
         return report
 
     def _warn_of_divergence(self, last: float | None) -> None:
