@@ -80,7 +80,10 @@ def test_linear_computes_in_the_dtype_of_its_input(format: str, dtype: torch.dty
 def test_linear_has_no_trainable_parameters_and_names_its_format() -> None:
     layer = QuantizedLinear(make_packed("q4_1"), torch.randn(6))
     assert [name for name, parameter in layer.named_parameters() if parameter.requires_grad] == []
-    assert repr(layer) == "QuantizedLinear(\n  32, 6, q4_1, bias=True\n  (packed_weight): PackedWeight()\n)"
+    assert (
+        repr(layer)
+        == "QuantizedLinear(\n  32, 6, q4_1, bias=True; adapters: qgraft.attach_lora\n  (packed_weight): PackedWeight()\n)"
+    )
     assert "6, 32, q4_1" in repr(QuantizedEmbedding(make_packed("q4_1"), torch.float32))
 
 

@@ -9,6 +9,7 @@ other's checkpoints. Not chosen: a file that exists or not, which a kill leaves 
 import errno
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +31,7 @@ def folder_locked(folder: Path) -> Iterator[None]:
     made = storage.make_folder(folder)
     try:
         with _locked(folder, folder / ".lock"):
-            storage.remove_abandoned(folder)
+            _remove_abandoned(folder)
             yield
     finally:
         if made:
@@ -94,3 +95,21 @@ def _is_named(descriptor: int, lock: Path) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(lock))
     except FileNotFoundError:
         return False
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Delete the temporary files and folders in `folder` that processes of this machine left which are no more."""
+    for path in folder.glob(".*.tmp-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not _lives(int(pid)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True

@@ -380,24 +380,6 @@ def remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def remove_abandoned(folder: Path) -> None:
-    """Delete the temporary files and folders in `folder` that processes of this machine left which are no more."""
-    for path in folder.glob(".*.tmp-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not _lives(int(pid)):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is somebody else's
-        return True
-    return True
-
-
 def _free(path: Path) -> int:
     """Free bytes of the disk of `path`, or of the nearest folder above it that is there."""
     for folder in (path, *path.parents):

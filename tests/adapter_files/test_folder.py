@@ -628,7 +628,7 @@ def test_a_save_that_stops_is_never_a_mixture(
             refused = str(error)
         if refused:
             assert not finished
-            assert "changed since it was saved" in refused or f"holds no {CONFIG}" in refused
+            assert any(why in refused for why in ("changed since it was saved", f"holds no {CONFIG}", "no such file"))
             outcomes.append("refused")
         else:
             which = [torch.equal(logits(model, ids), expected) for expected in allowed]
@@ -640,4 +640,4 @@ def test_a_save_that_stops_is_never_a_mixture(
     assert finished
     assert outcomes[-1] == "new"
     assert outcomes[0] == ("refused" if before == "nothing" else "old")
-    assert "refused" in outcomes
+    assert "refused" in outcomes or operation == "fsync"  # all files are synced before the first takes its name

@@ -126,6 +126,7 @@ def trained(folder, rows, tmp_path_factory) -> Callable[[str, str], Path]:
         if (generation, kind) not in made:
             out = tmp_path_factory.mktemp("runs") / "out"
             words = ["--dataset", rows, *COLUMNS, "--output_dir", out, "--max_steps", 12, "--save_steps", 6]
+            words += ["--save_total_limit", 20]
             assert train(folder(generation, kind), *words, "--max_source_length", 48, "--val_size", 4) == 0
             made[generation, kind] = out
         return made[generation, kind]
@@ -257,7 +258,8 @@ def test_a_resumed_run_ends_in_the_same_bytes(trained, folder, rows, tmp_path, g
     whole = trained(generation, "int4")
     shutil.copytree(whole / "checkpoint-6", tmp_path / "out" / "checkpoint-6")
     words = ["--dataset", rows, *COLUMNS, "--output_dir", tmp_path / "out", "--max_steps", 12, "--save_steps", 6,
-             "--max_source_length", 48, "--val_size", 4, "--resume_from_checkpoint", "true"]  # fmt: skip
+             "--max_source_length", 48, "--val_size", 4, "--resume_from_checkpoint", "true",
+             "--save_total_limit", 20]  # fmt: skip
     assert train(folder(generation, "int4"), *words) == 0
     for file in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (whole / file).read_bytes()
@@ -550,7 +552,7 @@ def test_commands_name_the_vocabulary_that_is_missing(folder, rows, tmp_path, ge
         "train": ["--model_name_or_path", path, "--dataset", rows, "--output_dir", tmp_path / "o", "--use_cpu"],
         "chat": ["--model", path, "--prompt", "hi"],
         "eval": ["--model", path, "--dataset", rows],
-        "merge": ["--model", path, "--adapter", "x", "--output", tmp_path / "o"],
+        "merge": ["--model", path, "--adapter", path, "--output", tmp_path / "o"],
     }[command]
     assert run(command, *words) == 2
     told = capsys.readouterr().err

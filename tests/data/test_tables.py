@@ -12,7 +12,7 @@ from qgraft.data.messages import as_pairs
 from qgraft.data.reading import read_dataset
 from qgraft.data.rows import COLUMNS
 from qgraft.data.tables import SEPARATORS, table_rows
-from qgraft.errors import DataError
+from qgraft.errors import DataError, flags_spoken
 
 KNOWN = [name for names in COLUMNS.values() for name in names]
 TEXTS = [
@@ -106,7 +106,7 @@ def test_names_are_found_in_any_case(tmp_path: Path, names: tuple[str, str]) -> 
 )
 def test_an_unknown_header_is_answered_with_the_flags(tmp_path: Path, header: str, flags: str) -> None:
     (tmp_path / "a.csv").write_text(f"{header}\n{','.join('x' * len(header.split(',')))}\n", encoding="utf-8")
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError) as caught, flags_spoken():
         read_dataset(str(tmp_path / "a.csv"))
     assert f"the columns are {header.replace(',', ', ')}; name those to learn: {flags}" in str(caught.value)
 

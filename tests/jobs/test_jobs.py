@@ -168,7 +168,8 @@ def test_nan_in_one_job_ends_that_job_only(tiny_gguf, rows, alone, tmp_path):
 
 def test_an_adapter_that_is_on_the_model_is_trained_on(tiny_gguf, rows, tmp_path):
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
-    qgraft.attach_lora(model, r=2, name="old")
+    own = {name: JOBS["law"][name] for name in ("r", "lora_alpha", "lora_dropout") if name in JOBS["law"]}
+    qgraft.attach_lora(model, name="old", **own)
     jobs = [arguments(rows, tmp_path, "law", adapter_name_or_path="x"), arguments(rows, tmp_path, "med")]
     jobs[0].adapter_name = "old"
     first = {key: value.clone() for key, value in qgraft.lora_state_dict(model, "old").items()}

@@ -80,7 +80,7 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     try:
         report = merge(
             model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
-            to=options.to, min_retained=options.min_retained, seed=options.seed, console=console,
+            to=options.to, min_retained=options.min_retained, seed=options.seed, progress=console,
             dataset_dir=options.dataset_dir, template=options.template, system=options.system, name=options.name,
             author=options.author, allow_outside_files=options.allow_outside_files,
         )  # fmt: skip
