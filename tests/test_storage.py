@@ -20,6 +20,7 @@ from qgraft.storage import (
     MANIFEST,
     check_files,
     check_folder,
+    publish_files,
     publish_folder,
     remove_folder,
     unlisted_files,
@@ -68,6 +69,27 @@ class Failing:
             return function(*args, **options)
 
         return guarded
+
+
+@pytest.mark.parametrize("left", range(4))
+def test_publish_files_changes_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
+    def publish_both(text: str) -> None:
+        with publish_files(tmp_path / "out", first="b") as staging:
+            for name in "ab":
+                write_file(staging / name, f"{text} {name}".encode())
+
+    publish_both("old")
+    dead = tmp_path / "out" / ".b.tmp-999999999"
+    dead.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
+        Failing(patch, left, OSError(errno.ENOSPC, "No space left on device"))
+        publish_both("new")
+    assert contents(tmp_path / "out") == {"a": b"old a", "b": b"old b"} and not dead.exists()
+    publish_both("new")
+    assert contents(tmp_path / "out") == {"a": b"new a", "b": b"new b"}
+    with pytest.raises(ValueError, match="oh"), publish_files(tmp_path / "none", first="b"):
+        raise ValueError("oh")
+    assert names(tmp_path) == {"out"}
 
 
 def test_write_file(tmp_path: Path) -> None:

@@ -133,13 +133,15 @@ def publish_folder(target: Path) -> Iterator[Path]:
 def publish_files(folder: Path, first: str) -> Iterator[Path]:
     """Yield an empty staging folder; when the block ends well, its files take their names in `folder`, `first` before all.
 
-    On an error nothing in `folder` has changed. A kill between two of the renames leaves some files of now and some of
+    On an error nothing in `folder` has changed. What killed processes left of earlier attempts is removed, so two processes
+    must not write to the same folder at once. A kill between two of the renames leaves some files of now and some of
     before; when `first` holds checksums of the others, whoever reads them finds that out.
     """
     made = make_folder(folder)
     staging = folder / f".{first}.tmp-{os.getpid()}"
     with named_errors(folder):
-        shutil.rmtree(staging, ignore_errors=True)
+        for abandoned in _beside(folder / first, "tmp", folders=True):
+            shutil.rmtree(abandoned, ignore_errors=True)
         try:
             staging.mkdir()
             yield staging

@@ -14,6 +14,7 @@ from qgraft.data.batches import IGNORED
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError
 from qgraft.passes.decoder import padding_free
+from qgraft.training.adapter import take_trained
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loop import TrainingLoop
 
@@ -63,18 +64,18 @@ def test_checkpointing_changes_nothing_and_draws_the_same_dropout(tiny_gguf, tmp
 
 
 def test_the_tensors_of_a_checkpoint_are_taken_back(tiny_gguf, tmp_path):
-    model, loop = run(tiny_gguf, tmp_path)
+    model, _ = run(tiny_gguf, tmp_path)
     other, _ = qgraft.load(tiny_gguf("llama").path)
     for projection in (True, False):
         qgraft.detach_adapter(other)
         qgraft.attach_prefix(other, 4, prefix_projection=projection)
         qgraft.save_adapter(other, tmp_path / str(projection))
         if projection:
-            loop._take_adapter(tmp_path / "True")
+            take_trained(model, tmp_path / "True", "default")
             state = find_adapter(other).state_dict()
             assert all(torch.equal(tensor, state[name]) for name, tensor in find_adapter(model).state_dict().items())
     with pytest.raises(CheckpointError, match="holds another adapter"):
-        loop._take_adapter(tmp_path / "False")
+        take_trained(model, tmp_path / "False", "default")
 
 
 @pytest.mark.spread(2)

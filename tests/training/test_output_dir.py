@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 import qgraft
@@ -50,6 +52,76 @@ def test_a_finished_run_without_checkpoints_is_left_too_and_another_is_refused(t
         with pytest.raises(StorageError, match="holds another run, without a checkpoint"):
             train(tiny_gguf, tmp_path / "out", save_strategy="no", **change)
     assert state(tmp_path / "out") == before
+
+
+def test_a_run_that_early_stopping_ended_is_not_taken_up_again(tiny_gguf, tmp_path):
+    options = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5, "num_train_epochs": 9,
+               "early_stopping_patience": 2}  # fmt: skip
+    first = train(tiny_gguf, tmp_path / "out", **options)
+    assert first.steps < 27
+    before = state(tmp_path / "out")
+    again = train(tiny_gguf, tmp_path / "out", **options)
+    assert again.unchanged and f"already finished: step {first.steps} of 27, where it was" in again.notes[-1]
+    assert state(tmp_path / "out") == before
+    (tmp_path / "out" / "run.json").unlink()  # as a kill in its last moment leaves it
+    again = train(tiny_gguf, tmp_path / "out", **options)
+    assert (again.steps, again.unchanged) == (first.steps, False)
+    more = train(tiny_gguf, tmp_path / "out", **{**options, "early_stopping_patience": None})
+    assert (more.steps, more.unchanged) == (27, False)
+    assert (tmp_path / "out" / "last").is_dir() == ("best_step" in more.metrics)
+
+
+def test_a_finished_run_gives_the_model_its_adapter(tiny_gguf, tmp_path):
+    train(tiny_gguf, tmp_path / "out", learning_rate=0.1)
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    args = {
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "plot_loss": False,
+        "learning_rate": 0.1,
+    }
+    options = qgraft.TrainArguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint="auto", **args)
+    assert qgraft.train(model, tokenizer, ROWS, options).unchanged
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(saved[name], held) for name, held in qgraft.lora_state_dict(model).items())
+
+
+def test_a_run_killed_while_it_wrote_its_adapter_is_known_again(tiny_gguf, tmp_path):
+    """Without checkpoints, in the moment between the adapter's files and run.json."""
+    out = tmp_path / "out"
+    train(tiny_gguf, out, save_strategy="no")
+    weights = sha256(out / "adapter_model.safetensors")
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**run, "finished": False, "steps": 0}))
+    (out / "adapter_config.json").unlink()
+    with pytest.raises(StorageError, match="holds another run, without a checkpoint"):
+        train(tiny_gguf, out, save_strategy="no", seed=3)
+    assert sha256(out / "adapter_model.safetensors") == weights
+    assert not train(tiny_gguf, out, save_strategy="no").unchanged
+    assert sha256(out / "adapter_model.safetensors") == weights and (out / "adapter_config.json").is_file()
+
+
+def test_adapters_alone_are_not_gone_on_from_and_the_run_starts_anew(tiny_gguf, tmp_path):
+    whole = train(tiny_gguf, tmp_path / "whole", save_only_model=True)
+    out = tmp_path / "out"
+    train(tiny_gguf, out, save_only_model=True)
+    run = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps({**run, "finished": False, "steps": 0}))
+    again = train(tiny_gguf, out, save_only_model=True)
+    assert again.steps == whole.steps and any("hold an adapter alone" in note for note in again.notes)
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_was_moved(tiny_gguf, tmp_path):
+    options = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "learning_rate": 0.5,
+               "num_train_epochs": 9, "save_total_limit": 1, "early_stopping_patience": 2}  # fmt: skip
+    whole = train(tiny_gguf, tmp_path / "whole", **options)
+    best = whole.metrics["best_step"]
+    (tmp_path / "whole" / "run.json").unlink()
+    (tmp_path / "whole").rename(tmp_path / "moved")
+    again = train(tiny_gguf, tmp_path / "moved", **options)
+    assert again.metrics["best_step"] == best and again.metrics["eval_loss"] == whole.metrics["eval_loss"]
+    assert (tmp_path / "moved" / f"checkpoint-{best}").is_dir()
 
 
 def test_auto_starts_anew_after_a_kill_before_the_first_checkpoint(tiny_gguf, tmp_path):

@@ -1,4 +1,4 @@
-"""qgraft.json: the seal of an adapter's folder, written last.
+"""qgraft.json: the seal of an adapter's folder.
 
     base           which base it was trained on: fingerprint, source, formats; null where the model had none
     files          {name: {bytes, sha256}} of the files beside it
@@ -14,6 +14,7 @@ import hashlib
 import platform
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,7 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+@cache  # reading them takes longer than saving a small adapter
 def _versions() -> dict[str, str]:
     libraries = {package: version(package) for package in ("torch", "transformers")}
     return {"python": platform.python_version(), "qgraft": __version__, **libraries}

@@ -200,7 +200,8 @@ def remove_later(folder: Path, step: int) -> list[str]:
 def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
     """Delete the oldest checkpoints beyond `limit`, never the best one."""
     if limit is not None and limit > 0:
-        for path in [path for path in checkpoints(folder)[:-limit] if str(path) != best]:
+        kept = None if best is None else Path(best).resolve()
+        for path in [path for path in checkpoints(folder)[:-limit] if path.resolve() != kept]:
             storage.remove_folder(path)
 
 

@@ -83,8 +83,10 @@ class Events:
     def load(self, path: Path) -> None:
         """Take over what saved() gave; raises OSError, ValueError or TypeError for anything else."""
         self.state = self._sized(TrainerState(**parse_json(path.read_bytes(), finite=False)))
-        if self.state.best_model_checkpoint and not Path(self.state.best_model_checkpoint).is_dir():
-            self.state.best_model_checkpoint = None
+        if self.state.best_model_checkpoint:  # beside this one, wherever the folder was called so
+            best = path.parent.parent / Path(self.state.best_model_checkpoint).name
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            self.state.best_metric = self.state.best_metric if best.is_dir() else None
         saved: Any = self.state.stateful_callbacks
         held = {name: list(states) for name, states in saved.items()}
         for each in self._stateful():

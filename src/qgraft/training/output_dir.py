@@ -59,12 +59,12 @@ class Earlier:
         """
         if self.run is None:
             return False
-        ended, then = self.run.get("finished") is True, Bound(self.run["bound"], self.run.get("arguments") or {})
+        ended, then = self.run.get("finished") is True, Bound(self.run["bound"], self.run["arguments"])
         differ = bound.differences(then)
         if ended:
-            planned = self.run.get("planned_steps", self.run.get("steps"))
+            planned = self.run.get("planned_steps", self.run["steps"])
             differ += [f"steps: were {planned}, now {steps}"] if planned != steps else []
-            differ += bound.changes(then) if self.run.get("steps") != planned else []  # callbacks stopped it
+            differ += bound.changes(then) if self.run["steps"] != planned else []  # callbacks stopped it
         if differ and self.resume is None:
             raise StorageError(
                 f"output_dir {self.folder} holds another run, without a checkpoint to go on from:\n  "
@@ -138,7 +138,8 @@ def _run_in(folder: Path) -> dict[str, Any] | None:
     """run.json, where there is one that says what the run is bound to."""
     path = folder / RUN
     run = read_object(path, CheckpointError) if path.is_file() else {}
-    return run if isinstance(run.get("bound"), dict) else None
+    kinds = {"bound": dict, "steps": int, "arguments": dict}
+    return run if all(isinstance(run.get(key), kind) for key, kind in kinds.items()) else None
 
 
 def _ended(folder: Path, run: dict[str, Any]) -> bool:

@@ -40,7 +40,7 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, posit
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
-from qgraft.training.checkpoints import Bound, remove_later
+from qgraft.training.checkpoints import Bound, remove_later, remove_old
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
@@ -201,6 +201,7 @@ class Run:
             trim_log(prepared.folder / METRICS, step)
             if gone := remove_later(prepared.folder, step):
                 prepared.notes.append(f"goes on from step {step}: {', '.join(gone)} of later steps were deleted")
+            remove_old(prepared.folder, args.save_total_limit, self.loop.events.state.best_model_checkpoint)
         if step > self.loop.plan.steps:
             prepared.notes.append(
                 f"the checkpoint is at step {step}, behind the end that is asked for: {self.loop.plan.steps}"
