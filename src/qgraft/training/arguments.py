@@ -21,7 +21,7 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.sizes import parse_size
-from qgraft.training.config_files import as_typed, overrides, read_config, unknown_option
+from qgraft.training.config_files import Named, as_typed, overrides, read_config, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
@@ -44,7 +44,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class TrainArguments(TrainingArguments):
+class TrainArguments(TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")

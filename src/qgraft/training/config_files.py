@@ -110,7 +110,14 @@ class Named(type):
 
 
 def unknown_option(kind: Any, name: str) -> NoReturn:
-    """Raise OptionError for an option that `kind`, a dataclass, does not have, with the closest ones."""
+    """Raise OptionError for an option that `kind`, a dataclass, does not have, with what it is called here or the closest.
+
+    Files and flags are translated before they come here (option_names.py); Python's keywords are not.
+    """
+    if name in ALIASES:
+        raise OptionError(f"unknown option {name!r}", hint=f"it is called {ALIASES[name]} here")
+    if name in WITHOUT_EFFECT:
+        raise OptionError(f"unknown option {name!r}", hint=f"leave it out: {WITHOUT_EFFECT[name]}")
     known = [f.name for f in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT]
     hint = near_match(name, known) or "`qgraft train --help` lists the options"
     raise OptionError(f"unknown option {name!r}", hint=hint)
