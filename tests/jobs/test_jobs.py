@@ -11,7 +11,7 @@ import torch
 import qgraft
 from qgraft.errors import DataError, OptionError, StorageError, TrainingError, UnsupportedError
 from qgraft.jobs import train as jobs_module
-from qgraft.jobs.train import check_jobs, name_jobs, train_jobs
+from qgraft.jobs.train import check_jobs, name_jobs, short_names, train_jobs
 from qgraft.training.callbacks import StopWith
 from qgraft.training.checkpoints import checkpoints
 from qgraft.training.run import train
@@ -233,3 +233,8 @@ def test_what_is_wrong_with_any_job_is_told_before_one_begins(tiny_gguf, rows, t
     with pytest.raises(StorageError, match="is not empty"):
         train_jobs(model, tokenizer, jobs)
     assert [path.name for path in tmp_path.iterdir()] == ["art"]
+
+
+def test_names_in_the_display_tell_jobs_apart(tmp_path):
+    assert short_names([tmp_path / "anna", tmp_path / "bert"]) == ["anna", "bert"]
+    assert short_names([tmp_path / "anna" / "out", tmp_path / "bert" / "out"]) == ["anna/out", "bert/out"]

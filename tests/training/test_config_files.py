@@ -28,7 +28,11 @@ def test_an_anchor_is_as_good_as_any(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("lora_rank", "it is called r here"), ("learning_rat", "did you mean learning_rate"), ("packing", "leave it out: ")],
+    [
+        ("lora_rank", "it is called r here"),
+        ("learning_rat", "did you mean learning_rate"),
+        ("packing", "leave it out: "),
+    ],
 )
 def test_an_option_that_python_gives_is_answered_as_on_the_command_line(name: str, hint: str) -> None:
     with pytest.raises(OptionError, match=f"(?s)unknown option '{name}'.*{hint}"):

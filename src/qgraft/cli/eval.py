@@ -41,7 +41,7 @@ def run(words: Sequence[str]) -> int:
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
-            allow_outside_files=options.allow_outside_files,
+            allow_outside_files=options.allow_outside_files, progress=True,
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})

@@ -21,7 +21,6 @@ from typing import TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +34,7 @@ from qgraft.locks import folder_locked
 from qgraft.memory.budget import training_tokens
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
-from qgraft.progress import shown
+from qgraft.progress import Display, shown
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
@@ -80,10 +79,11 @@ def train_jobs(
 
 
 def _train_all(
-    model: PreTrainedModel, jobs: Sequence[TrainArguments], prepared: Sequence[Prepared], display: Progress | None
+    model: PreTrainedModel, jobs: Sequence[TrainArguments], prepared: Sequence[Prepared], display: Display | None
 ) -> list[Outcome]:
     with _stopped_by_signals() as stop, _shown(display):
-        every = [Job(model, each, display, stop) for each in prepared]
+        labels = short_names([each.folder for each in prepared])
+        every = [Job(model, *each, display, stop) for each in zip(prepared, labels, strict=True)]
         try:
             for job in every:
                 job.turn(lambda job=job: prepare_adapter(model, job.args))  # type: ignore[misc]
@@ -109,6 +109,16 @@ def name_jobs(jobs: Sequence[TrainArguments]) -> list[TrainArguments]:
         changed.adapter_name = name
         named.append(changed)
     return named
+
+
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, with as many of those above them as it takes to tell them apart."""
+    parts = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-depth:]) for each in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
 
 
 def check_jobs(jobs: Sequence[TrainArguments]) -> None:
@@ -173,11 +183,11 @@ class Job:
     """
 
     def __init__(
-        self, model: PreTrainedModel, prepared: Prepared, display: Progress | None, stop: StopOnSignal
+        self, model: PreTrainedModel, prepared: Prepared, label: str, display: Display | None, stop: StopOnSignal
     ) -> None:
         self.args, self.outcome, self.random = prepared.args, None, RandomState.now()
         self._model = model
-        watch = Watch(prepared.folder, None, display, prepared.folder.name)
+        watch = Watch(prepared.folder, None, display, label)
         self.run = Run(model, prepared, watch, StopWith(stop), alone=self._alone)
 
     outcome: Outcome | None
@@ -273,7 +283,7 @@ def _stopped_by_signals() -> Iterator[StopOnSignal]:
 
 
 @contextmanager
-def _shown(display: Progress | None) -> Iterator[None]:
+def _shown(display: Display | None) -> Iterator[None]:
     try:
         yield
     finally:

@@ -21,7 +21,7 @@ from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,7 +43,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import MergeReport
 from qgraft.passes.decoder import evaluating
-from qgraft.progress import shown
+from qgraft.progress import Display, shown
 from qgraft.sizes import peak_memory_bytes
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
@@ -152,7 +152,7 @@ def _solve(
     deltas: Mapping[str, Callable[[], Tensor]],
     chosen: Calibration | None,
     method: str,
-    bar: Progress,
+    bar: Display,
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
     if chosen is None or method not in CHAINS:
@@ -163,16 +163,10 @@ def _solve(
     return merge_in_step(model, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(layers)))
 
 
-def _shown(bar: Progress, what: str) -> Callable[[int, int], None]:
-    """Shows (done, total): a bar in a terminal, elsewhere a line for each tenth."""
+def _shown(bar: Display, what: str) -> Callable[[int, int], None]:
+    """Shows (done, total)."""
     task = bar.add_task(what, total=None)
-
-    def show(done: int, total: int) -> None:
-        bar.update(task, completed=done, total=total)
-        if not bar.disable and not bar.console.is_terminal and done * 10 // total > (done - 1) * 10 // total:
-            bar.console.print(f"{what}: {done}/{total}")
-
-    return show
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
@@ -311,13 +305,12 @@ def _advice(method: str) -> str:
     return f"give more calibration rows, {others}"
 
 
-def _bar(console: Console | None) -> Progress:
-    return Progress(
+def _bar(console: Console | None) -> Display:
+    return Display(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         TextColumn("{task.completed:.0f}/{task.total}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(compact=True),
         console=console,
-        disable=console is None,
     )

@@ -10,11 +10,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Display
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qgraft import storage
-from qgraft.progress import LOGGER
+from qgraft.progress import LOGGER, Display
 from qgraft.sizes import memory_now
 from qgraft.training.checkpoints import Progress
 

@@ -1,11 +1,13 @@
 """The loss of a model on held-out samples: the mean over all label tokens, each by its weight, not of batch means."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
@@ -17,6 +19,7 @@ from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_to
 from qgraft.passes.decoder import evaluating, padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.loss import batch_loss
+from qgraft.progress import Display, shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.processes import ALONE, Processes
 
@@ -51,10 +54,12 @@ def evaluate(
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
     allow_outside_files: bool = False,
+    progress: bool | Console | None = None,
 ) -> Evaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
-    Naming the history's column numbers the prompts of ChatGLM-6B from the first question on, as in training.
+    Naming the history's column numbers the prompts of ChatGLM-6B from the first question on, as in training. Progress is
+    shown in a terminal and a notebook, or as `progress` says.
 
     Raises DataError when the dataset cannot be read or holds no answers.
     """
@@ -66,7 +71,12 @@ def evaluate(
         max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
         chatglm=ChatGlmOptions(numbered="history" in (columns or ())), eos_ids=stated_ends(model),
     )  # fmt: skip
-    return replace(evaluate_samples(model, samples), dropped=sum(accounting.dropped.values()))
+    shows = (TextColumn("evaluated {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
+             TimeRemainingColumn(compact=True))  # fmt: skip
+    with Display(*shows, console=shown(progress)) as display:
+        task = display.add_task("", total=len(samples))
+        found = evaluate_samples(model, samples, passed=lambda count: display.advance(task, count))
+    return replace(found, dropped=sum(accounting.dropped.values()))
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> ChatTemplate:
@@ -84,12 +94,14 @@ def evaluate_samples(
     tokens: int | None = None,
     compute: str | None = None,
     processes: Processes = ALONE,
+    passed: Callable[[int], None] = lambda _: None,
 ) -> Evaluation:
     """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept.
 
     Args:
         compute: how products are computed, see QuantizedLinear; None for as they are.
         processes: those that share the work, each with all samples.
+        passed: called after each pass with the number of samples that were in it.
     """
     tokens = tokens or (GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS)
     total, labels, weight = 0.0, 0, 0.0
@@ -101,6 +113,7 @@ def evaluate_samples(
             total += float(batch_loss(model, part))
             labels += count_labels(part)
             weight += weigh_labels(part)
+            passed(int((part["position_ids"] == 0).sum()))  # each sample begins with one
     sums = torch.tensor([total, labels, weight], dtype=torch.float64, device=model.device)
     total, labels, weight = processes.add(sums).tolist()
     loss = total / (weight or 1.0)

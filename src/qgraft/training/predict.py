@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
@@ -36,7 +36,7 @@ from qgraft.errors import DataError, StorageError, option
 from qgraft.model_parts import argument_names, keeps_state
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
-from qgraft.progress import shown
+from qgraft.progress import Display, shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
 from qgraft.training.scores import load_libraries, mean_scores
@@ -273,7 +273,7 @@ def _answers(
     answers = [""] * len(questions)
     columns = (TextColumn("answered {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
                TimeRemainingColumn(compact=True))  # fmt: skip
-    with evaluating(model), Progress(*columns, console=console, disable=console is None) as progress:
+    with evaluating(model), Display(*columns, console=console) as progress:
         task = progress.add_task("", total=len(questions))
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
