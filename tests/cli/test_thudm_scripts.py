@@ -328,5 +328,6 @@ def test_mistakes_end_in_a_message_and_write_nothing(generation, options, expect
 
 def test_an_adapters_folder_in_place_of_the_model_is_named(tmp_path, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert cli.main(["train", "--do_predict", "--model_name_or_path", str(tmp_path), "--test_file", "x.json"]) == 2
+    words = ["--model_name_or_path", str(tmp_path), "--test_file", "x.json", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(["train", "--do_predict", *words]) == 2
     assert "this is an adapter: give its base as the model" in capsys.readouterr().err
