@@ -164,7 +164,7 @@ def test_several_configurations_train_at_once(tiny_gguf, tmp_path, rows_file, ca
     words = ["train", str(tmp_path / "law.yaml"), str(tmp_path / "med.yaml"), "max_steps=2", "use_cpu=true"]
     assert cli.main([*words, "val_size=2", "do_train=true", "do_eval=true"]) == 0
     said = capsys.readouterr()
-    assert "--- default: " in said.err and "--- default-2: " in said.err
+    assert "(adapter default)" in said.err and "(adapter default-2)" in said.err
     assert said.out.count("trained ") == said.out.count("perplexity") == 2 and "2 of 2 jobs" in said.out
     for name in ("law", "med"):
         assert json.loads((tmp_path / name / "run.json").read_text())["steps"] == 2
@@ -220,6 +220,8 @@ def test_the_demo_runs_from_end_to_end_on_another_model(tiny_gguf, tmp_path, cap
         (["chat"], "required: --model"),
         (["chat", "--model", "x", "--adaptor", "y"], "did you mean --adapter"),
         (["chat", "--model", "/nowhere/x.gguf"], "no such file or folder"),
+        (["chat", "--modle", "x"], "did you mean --model?"),
+        (["merge", "--min_retaine", "1"], "did you mean --min-retained?"),
         (["train", "--lora_rnak", "8"], "did you mean lora_rank"),
         (["train", "--r", "many"], "invalid int value"),
         (["train", "--output_dir", "x"], "no model is given"),
@@ -228,7 +230,9 @@ def test_the_demo_runs_from_end_to_end_on_another_model(tiny_gguf, tmp_path, cap
         (["train", "nosuch.yaml"], "cannot be read"),
         (["inspect", "/nowhere"], "nowhere"),
         (["serve"], "docs/guide-serve.md"),
+        (["servr"], "docs/guide-serve.md"),
         (["finetune"], "`qgraft train` does that"),
+        (["fintune"], "`qgraft train` does that"),
         (["--threads", "none", "doctor"], "--threads none: expected a number"),
         (["chat", "--model", "x.gguf", "--adapter", "nowhere"], "nowhere: no such file or folder"),
         (["pull", "smollm"], "or smollm2-135m or"),
@@ -280,7 +284,7 @@ def test_doctor_names_a_kernel_and_a_reason_for_every_op_and_format(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "q4_1" in shown
-    assert all(f"\ncpu    {row.name} " in shown for row in table.ROWS.values() if not row.by_format)
+    assert all(f"\n     {row.name} " in shown for row in table.ROWS.values() if not row.by_format)
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
@@ -301,3 +305,29 @@ def test_the_reference_is_what_help_prints(monkeypatch):
         capture_output=True, text=True, check=True, cwd=docs,
     )  # fmt: skip
     assert done.stdout == (docs / "reference.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+@pytest.mark.parametrize(
+    "words", [["doctor"], ["pull"], ["inspect", "MODEL"], ["inspect", "OUT"], ["estimate", "--model", "MODEL"]]
+)
+def test_what_is_printed_fits_80_columns(trained, words, capsys):
+    model, out = trained
+    assert cli.main([{"MODEL": str(model), "OUT": str(out)}.get(word, word) for word in words]) == 0
+    printed = capsys.readouterr().out
+    wide = [line for line in printed.splitlines() if len(line) > 80 and str(model.parent) not in line]
+    assert printed and not wide
+
+
+def test_dashes_and_underscores_in_options_are_the_same(trained, rows_file, capsys):
+    model, _ = trained
+    for flag in ("--max_length", "--max-length"):
+        assert (
+            cli.main(["eval", "--model", str(model), "--dataset", str(rows_file), flag, "64", "--device", "cpu"]) == 0
+        )
+    one, other = capsys.readouterr().out.splitlines()
+    assert one == other
+
+
+def test_options_that_switch_off_say_so(capsys):
+    assert cli.main(["train", "--help_all"]) == 0
+    assert "Switches plot_loss off" in " ".join(capsys.readouterr().out.split())

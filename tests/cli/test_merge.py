@@ -187,7 +187,7 @@ def test_an_adapter_of_another_base_is_refused(trained, tiny_gguf, tmp_path, cap
         ([], "required: --output"),
         (["--output", "x.gguf"], "no --adapter is given"),
         (["--output", "x.gguf", "--adapter", "a", "--weight", "1", "--weight", "2"], "got 2 --weight for 1 --adapter"),
-        (["--output", "x.gguf", "--adapter", "a", "--min_retained", "0"], "did you mean --min-retained"),
+        (["--output", "x.gguf", "--adapter", "a", "--min_retaine", "0"], "did you mean --min-retained"),
         (["--output", "x.gguf", "--adapter", "a", "--min-retained", "much"], "invalid float value"),
         (["--output", "x.gguf", "--adapter", "a"], "a: no such file or folder"),
     ],

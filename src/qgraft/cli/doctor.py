@@ -5,6 +5,7 @@ What stops every other command, a library made from other sources or a misspelt 
 
 import os
 import platform
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -101,7 +102,8 @@ def _print(findings: dict[str, Any]) -> None:
     packages = ", ".join(f"{name} {number or '-'}" for name, number in findings["packages"].items())
     cpu = findings["cpu"]
     bf16 = "in hardware: training multiplies in it" if cpu["fast_bfloat16"] else "not in hardware, so never chosen"
-    print(f"python {findings['python']} on {findings['platform']}\n{packages}")
+    print(f"python {findings['python']} on {findings['platform']}")
+    _print_wrapped(packages, indent=0)
     print(f"cpu    {cpu['capability']}, {cpu['threads']} threads, bfloat16 {bf16}")
     print(f"gpu    {findings['gpu'] or 'none'}")
     print(f"native {findings['native_kernels']['why']}")
@@ -116,24 +118,42 @@ def _print(findings: dict[str, Any]) -> None:
 
 
 def _print_rows(choices: list[dict[str, str]]) -> None:
-    """Two tables: the rows with weights, a line for each format; and the others, a line each."""
+    """For each device the rows with weights, a line for each format, and the others; then the reasons by their numbers."""
+    reasons: dict[str, int] = {}
+
+    def number(why: str) -> int:
+        return reasons.setdefault(why, len(reasons) + 1)
+
+    for device in dict.fromkeys(choice["device"] for choice in choices):
+        mine = [choice for choice in choices if choice["device"] == device]
+        _print_formats(device, [choice for choice in mine if choice["format"]], number)
+        print(f"\n{device:<5}{'computation':<22}{'dtype':<10}{'kernel':<12}why")
+        for choice in mine:
+            if not choice["format"]:
+                print(f"     {choice['op']:<22}{choice['dtype']:<10}{choice['kernel']:<12}{number(choice['why'])}")
+        print()
+    for why, its in reasons.items():
+        _print_wrapped(f"{its:>3}  {why}", indent=5)
+
+
+def _print_formats(device: str, choices: list[dict[str, str]], number: Callable[[str], int]) -> None:
+    """A line for each format; and for each row that another reason serves than that of the line."""
     columns = {"dequantize": "dequantize", "linear": "linear", "linear_grad_input": "grad_input", "lora": "with LoRAs",
                "decode_step": "decode"}  # fmt: skip
-    print(f"{'device':<7}{'format':<14}{''.join(f'{name:<12}' for name in columns.values())}{'int8 in':<9}why")
-    weights: dict[tuple[str, str], dict[str, dict[str, str]]] = {}
+    print(f"{device:<5}{'format':<13}{''.join(f'{name:<11}' for name in columns.values())}why")
+    formats: dict[str, dict[str, dict[str, str]]] = {}
     for choice in choices:
-        if choice["format"]:
-            weights.setdefault((choice["device"], choice["format"]), {})[choice["op"]] = choice
-    others: dict[tuple[str, str, str], str] = {}  # (device, row, why) -> kernel, where that is not the line's
-    for (device, name), rows in weights.items():
-        kernels = "".join(f"{rows[op]['kernel']:<12}" for op in columns)
-        print(f"{device:<7}{name:<14}{kernels}{rows['linear_int8']['compute']:<9}{rows['linear']['why']}")
-        for op, row in rows.items():
-            if row["why"] != rows["linear"]["why"]:
-                others[device, op, row["why"]] = row["kernel"]
-    for (device, op, why), kernel in others.items():
-        print(f"{device:<7}{op}: {kernel}: {why}")
-    print(f"\n{'device':<7}{'computation':<18}{'dtype':<10}{'kernel':<12}why")
-    for choice in choices:
-        if not choice["format"]:
-            print("{device:<7}{op:<18}{dtype:<10}{kernel:<12}{why}".format(**choice))
+        formats.setdefault(choice["format"], {})[choice["op"]] = choice
+    others: dict[tuple[str, str], str] = {}  # (row, why) -> kernel
+    for name, rows in formats.items():
+        kernels = "".join(f"{rows[op]['kernel']:<11}" for op in columns)
+        print(f"     {name:<13}{kernels}{number(rows['linear']['why'])}")
+        others |= {(op, row["why"]): row["kernel"] for op, row in rows.items() if row["why"] != rows["linear"]["why"]}
+    for (op, why), kernel in others.items():
+        print(f"     {op}: {kernel}  {number(why)}")
+    by_8_bits = [name for name, rows in formats.items() if rows["linear_int8"]["compute"] == "int8"]
+    _print_wrapped(f"     compute=int8 multiplies in 8 bits with {', '.join(by_8_bits) or 'none'}", indent=5)
+
+
+def _print_wrapped(text: str, indent: int) -> None:
+    print(textwrap.fill(text, 80, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False))

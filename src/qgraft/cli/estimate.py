@@ -1,5 +1,6 @@
 """qgraft estimate: what training a model will hold in memory with each setting, and which one a limit leads to."""
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -66,6 +67,6 @@ def _print(found: Sequence[Any], limited: bool) -> None:
     for name, cells in rows.items():
         print(f"{name:<22}" + "".join(f"{cell:>12}" for cell in cells))
     if limited:
-        print(f"\nbelow the limit: {found[-1]}")
+        print(textwrap.fill(f"below the limit: {found[-1]}", 80, initial_indent="\n"))
     else:
-        print("\nWithout --memory_limit freed memory is kept for speed; with one it goes back at once.")
+        print("\nWithout --memory_limit freed memory is kept for speed, with one it goes back.")

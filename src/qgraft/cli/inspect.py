@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -216,5 +217,13 @@ def _print(value: Any, indent: str = "") -> None:
             print(f"{indent}{key}:")
             _print(entry, indent + "  ")
         else:
-            text = str(entry).replace("\n", "\n" + indent + "  ")
-            print(f"{indent}{key}: {text}")
+            for number, line in enumerate(f"{key}: {entry}".split("\n")):
+                print(_wrapped(line, indent if number == 0 else indent + "  ", indent + "  "))
+
+
+def _wrapped(line: str, indent: str, further: str) -> str:
+    """A line of at most 80 columns where it has blanks to be cut at."""
+    if len(indent + line) <= 80:
+        return indent + line
+    return textwrap.fill(line, 80, initial_indent=indent, subsequent_indent=further, replace_whitespace=False,
+                         drop_whitespace=True, break_long_words=False, break_on_hyphens=False)  # fmt: skip

@@ -3,6 +3,7 @@
 Each command is a file with `run(words) -> exit code`; what it does is one call of the library.
 """
 
+import difflib
 import os
 import signal
 import sys
@@ -43,6 +44,7 @@ MEANT = {  # what people type who know other tools -> what there is for it
     **dict.fromkeys(("show", "info", "describe", "dump"), "`qgraft inspect` shows what is in a file"),
     **dict.fromkeys(("memory", "vram", "ram"), "`qgraft estimate` says how much memory training will take"),
     **dict.fromkeys(("fuse", "bake", "apply"), "`qgraft merge` puts adapters into the file"),
+    **dict.fromkeys(("upload", "push", "publish"), "`hf upload` publishes the folder that `qgraft train` has written"),
     **dict.fromkeys(("mix", "blend", "average"), "`qgraft combine` makes one adapter out of several"),
     **dict.fromkeys(
         ("check", "env", "status", "gpu"), "`qgraft doctor` shows what is installed and which kernels serve"
@@ -102,10 +104,7 @@ def _dispatch(words: Sequence[str]) -> int:
         print(f"qgraft {__version__}")
         return 0
     if words[0] not in COMMANDS:
-        hint = (
-            MEANT.get(words[0].lower()) or near_match(words[0], COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
-        )
-        raise OptionError(f"unknown command {words[0]!r}", hint=hint)
+        raise OptionError(f"unknown command {words[0]!r}", hint=_meant(words[0].lower()))
     try:
         return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
     except ImportError as error:
@@ -113,6 +112,16 @@ def _dispatch(words: Sequence[str]) -> int:
 
         explain(error)
         raise
+
+
+def _meant(word: str) -> str:
+    """The hint for a word that is no command: what there is for it, also where it is misspelt."""
+    if word not in MEANT:
+        closest = difflib.get_close_matches(word, [*COMMANDS, *MEANT], n=1, cutoff=0.75)
+        if not closest or closest[0] in COMMANDS:
+            return near_match(word, COMMANDS) or f"the commands are {', '.join(COMMANDS)}"
+        word = closest[0]
+    return MEANT[word]
 
 
 def _take_threads(words: Sequence[str]) -> list[str]:
@@ -163,4 +172,3 @@ def _be_a_good_neighbour() -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

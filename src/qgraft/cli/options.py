@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,7 +11,10 @@ from qgraft.errors import OptionError, near_match
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with our errors: an unknown option names the closest ones."""
+    """argparse with our errors: an unknown option names the closest ones, before another one that is missing is asked for.
+
+    Dashes and underscores within a name are the same, as in `qgraft train`.
+    """
 
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
@@ -18,6 +22,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog="--threads N and --debug (errors with a traceback) go with every command.",
         )
 
     def error(self, message: str) -> NoReturn:
@@ -26,6 +31,19 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         hint = near_match(unknown, known) if unknown and "unrecognized" in message else None
         raise OptionError(f"{self.prog}: {message}", hint=hint or f"`{self.prog} --help` lists the options")
+
+    def parse_args(self, words: Iterable[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        """As in argparse."""
+        known = {name.replace("-", "_"): name for action in self._actions for name in action.option_strings}
+        spelt = []
+        for word in words:
+            flag, equals, value = word.partition("=")
+            if flag.startswith("--") and flag != "--":
+                flag = known.get(flag.replace("-", "_"), "")
+                if not flag:
+                    self.error(f"unrecognized arguments: {word}")
+            spelt.append(flag + equals + value)
+        return super().parse_args(spelt, namespace)
 
     def add_model(self) -> None:
         """--model, --adapter, --force, --quantize, --dtype, --device."""

@@ -127,7 +127,7 @@ def _train_together(jobs: "list[TrainArguments]") -> int:
     outcomes = train_jobs(model, tokenizer, jobs, progress=console)
     code = 0
     for arguments, outcome in zip(jobs, outcomes, strict=True):
-        print_note(f"--- {arguments.adapter_name}: {arguments.output_dir}")
+        print_note(f"--- {arguments.output_dir} (adapter {arguments.adapter_name})")
         if isinstance(outcome, QgraftError):
             print_note(f"error: {outcome}")
             code = code or 2

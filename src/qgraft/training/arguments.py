@@ -299,6 +299,8 @@ def option_help(everything: bool = False) -> str:
         for action in parser._actions:
             if action.dest in inherited_options(TrainArguments).keys() - HONOURED:
                 action.help = argparse.SUPPRESS
+            elif action.option_strings[0].startswith("--no_"):  # its own default says nothing
+                action.help, action.default = f"Switches {action.dest} off, which is on by default.", argparse.SUPPRESS
         return parser.format_help().partition("\n\n")[2]
     defaults = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainArguments)}
     own = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainArguments) if f.name in _own_options()}
