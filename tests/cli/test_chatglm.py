@@ -24,9 +24,10 @@ from qgraft.cli import main as cli
 from qgraft.cli.chat import WordPrinter
 from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import IGNORED, Sample
-from qgraft.errors import CheckpointError, DataError
+from qgraft.errors import AdapterError, CheckpointError, DataError
 from qgraft.linear import QuantizedLinear
 from qgraft.merging.calibration import neutral_samples
+from qgraft.models.causal_lm import INSTEAD
 from qgraft.models.find import NATIVE, Architecture
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.loss import batch_loss
@@ -271,7 +272,7 @@ def test_the_built_in_set_alpaca_rows_and_checkpointed_activations(folder, rows,
     for name, more in (("plain", []), ("again", ["--gradient_checkpointing", "true"])):
         words = ["--output_dir", tmp_path / name, "--max_steps", 3, "--max_tokens_per_pass", 96]
         assert train(folder(generation, "int4"), *data, *words, *more) == 0
-    assert "the tokenizer writes the model's own prompts" in capsys.readouterr().err
+    assert "the last answer is learned" not in capsys.readouterr().err  # no row has more than one
     assert first_loss(tmp_path / "again") == pytest.approx(first_loss(tmp_path / "plain"), abs=1e-5)
     plain, again = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "again"))
     for key, value in plain.items():
@@ -542,6 +543,33 @@ def test_an_adapter_made_here_loads_in_peft(trained, folder, generation):
 
 
 # --- bad input
+
+
+def test_an_adapter_of_weights_packed_while_loading_is_told_how_to_load_them(folder, rows, tmp_path, capsys):
+    path, out = folder("chatglm2", "fp16"), tmp_path / "out"
+    words = ["--dataset", rows, *COLUMNS, "--output_dir", out, "--max_steps", 2, "--pre_seq_len", 4]
+    assert train(path, *words, "--quantization_bit", 4) == 0
+    chat = ["--model", path, "--adapter", out, "--prompt", "hi", "--max_new_tokens", 2]
+    assert run("chat", *chat) == 2
+    told = capsys.readouterr().err
+    assert "in chatglm-int4)" in told and "give --quantize chatglm-int4" in told and "--force" not in told
+    assert run("chat", *chat, "--quantize", "chatglm-int4") == 0
+    model, _ = loaded(path)
+    with pytest.raises(AdapterError, match="give quantize='chatglm-int4'"):
+        qgraft.load_adapter(model, out)
+    whole = tmp_path / "whole"
+    assert train(path, "--dataset", rows, *COLUMNS, "--output_dir", whole, "--max_steps", 2) == 0
+    capsys.readouterr()
+    assert run("chat", "--model", path, "--adapter", whole, "--prompt", "hi", "--quantize", "chatglm-int8") == 2
+    assert "leave --quantize out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", INSTEAD)
+def test_names_of_the_releases_say_what_there_is(folder, generation, name):
+    model, _ = loaded(folder(generation, "int4"))
+    assert not hasattr(model, name) and hasattr(model, "transformer")
+    with pytest.raises(AttributeError, match=rf"no '{name}'; instead: .*(qgraft\.|generate)"):
+        getattr(model, name)
 
 
 @pytest.mark.parametrize("command", ["train", "chat", "eval", "merge"])

@@ -51,7 +51,9 @@ from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
 from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
-from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option
+from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
+from qgraft.formats import FORMATS
+from qgraft.formats.blocks import FLOATS
 from qgraft.json_files import read_object
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -191,9 +193,8 @@ def load_adapter(
     problems = stored.problems + _base_problems(model, seal) + misfits
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
-        raise _unfit(
-            folder, problems, f"load it on the base that it was trained on, or use {option('force')} to load what fits"
-        )
+        raise _unfit(folder, problems, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
+                     f"{option('force')} to load what fits")  # fmt: skip
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     attach_pairs(model, name, config, fitting)
@@ -209,9 +210,8 @@ def _load_prefix(
     if fitted.misfits:
         raise _unfit(folder, [*fitted.misfits, *doubts], "a prefix fits only models with the same layers and key heads")
     if doubts and not force:
-        raise _unfit(
-            folder, doubts, f"load it on the base that it was trained on, or use {option('force')} to load it anyhow"
-        )
+        raise _unfit(folder, doubts, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
+                     f"{option('force')} to load it anyhow")  # fmt: skip
     fitted.attach(model, name)
     _remember(model, name, seal)
     config, layers = fitted.encoder.config, len(fitted.encoder.geometry.layers)
@@ -341,7 +341,35 @@ def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str
     trained = (seal or {}).get("base") or {}
     if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
         return []
+    packings = [_packing(trained.get("formats")), _packing(base.formats)]
+    one, other = (f" in {found}" if None not in packings and len(set(packings)) > 1 else "" for found in packings)
     return [
-        f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}), "
-        f"this one is {base.fingerprint} ({base.source})"
+        f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}{one}), "
+        f"this one is {base.fingerprint} ({base.source}{other})"
     ]
+
+
+def _base_hint(model: nn.Module, seal: Mapping[str, Any] | None) -> str | None:
+    """How the same folder is loaded as it was in training, where only the format of its weights tells the two apart.
+
+    Force would be bad advice there: the adapter belongs to the numbers that it was trained on.
+    """
+    base, trained = base_of(model).info, (seal or {}).get("base") or {}
+    if base is None or base.container != "folder" or Path(str(trained.get("source"))).name != Path(base.source).name:
+        return None
+    wanted, got = _packing(trained.get("formats")), _packing(base.formats)
+    if wanted == got or wanted not in FORMATS or got not in FORMATS:
+        return None
+    if got in FLOATS.values() and FORMATS[wanted].quantize is not None and wanted not in FLOATS.values():
+        return f"it was trained on the weights packed in {wanted}: give {option('quantize', wanted)}"
+    if wanted in FLOATS.values():
+        return f"it was trained on the weights in {wanted}: leave {worded(flags='--quantize', python='quantize')} out"
+    return None
+
+
+def _packing(formats: object) -> str | None:
+    """The packed format that most weights are in, or the format of all where none is packed; None where nothing is said."""
+    counts = formats if isinstance(formats, dict) else {}
+    known = {str(name): count for name, count in counts.items() if isinstance(count, int)}
+    packed = {name: count for name, count in known.items() if name not in FLOATS.values()} or known
+    return max(packed, key=lambda name: packed[name]) if packed else None

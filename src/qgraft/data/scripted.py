@@ -14,10 +14,7 @@ from qgraft.errors import OptionError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-OWN_PROMPTS = (
-    "the tokenizer writes the model's own prompts; of a conversation the last answer is learned, the rounds before it are "
-    "its history"
-)
+LAST_LEARNED = "of a conversation the last answer is learned, the rounds before it are its history"
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, con
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
 from qgraft.data.reading import Accounting
 from qgraft.data.rendering import Writer
-from qgraft.data.scripted import OWN_PROMPTS, ChatGlmOptions, WritesPrompts, check_chatglm_options, scripted_ids
+from qgraft.data.scripted import LAST_LEARNED, ChatGlmOptions, WritesPrompts, check_chatglm_options, scripted_ids
 from qgraft.data.templates import SYSTEM_TEXTS, ChatTemplate, named_template
 from qgraft.errors import DataError, OptionError, UnsupportedError
 
@@ -72,7 +72,7 @@ def resolve_template(
         if template not in (None, "auto") and not re.fullmatch(r"chatglm(?!3)[\w.-]*", str(template).lower()):
             raise OptionError(f"template {template!r}: this tokenizer puts special ids between pieces of text, which no "
                               "template can write", hint="leave template out")  # fmt: skip
-        return ChatTemplate("", "tokenizer", OWN_PROMPTS)
+        return ChatTemplate("", "tokenizer")
     chosen = named_template(tokenizer, template)
     if enable_thinking is not None and not Writer(tokenizer, chosen).reads_thinking:
         said = "enable_thinking has no effect: the chat template does not read it"
@@ -241,11 +241,16 @@ class _Encoder:
         self.writer = None if isinstance(tokenizer, WritesPrompts) else Writer(tokenizer, template)
         texts = () if self.writer is None else tuple(map(str, tokenizer.convert_ids_to_tokens(ends)))
         self._known: dict[str, list[int]] = {}  # of this conversation
+        self.has_history = (
+            False  # of a tokenizer that writes samples itself: whether this one has rounds before the last
+        )
         self.choice = Choice(learning.mask_history, learning.mask_reasoning, texts)
 
     def remarks(self) -> set[str]:
         """What somebody should know about the last conversation."""
-        return set() if self.writer is None else self.writer.remarks()
+        if self.writer is None:
+            return {LAST_LEARNED} if self.has_history else set()
+        return self.writer.remarks()
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The samples of a conversation; raises DataError where there is none."""
@@ -324,6 +329,7 @@ class _Encoder:
         """The sample of a tokenizer that writes it itself."""
         assert isinstance(self.tokenizer, WritesPrompts)
         weight = messages[-1].weight
+        self.has_history = sum(message.role == "assistant" for message in messages) > 1
         if conversation.tools:
             raise ConversationError("tools: the tokenizer writes the model's own prompts, without tools")
         if not weight:

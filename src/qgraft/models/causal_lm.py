@@ -1,4 +1,6 @@
-"""What both ChatGLMs do with the states of their decoder: logits, and the loss where there are labels."""
+"""What both ChatGLMs do with the states of their decoder: logits, and the loss where there are labels; and what is asked
+of them under the names of their releases and of the tutorials on them.
+"""
 
 from typing import Any
 
@@ -9,9 +11,25 @@ from transformers.utils import can_return_tuple
 
 from qgraft.compat import cache_in, takes_cache
 
+_CHAT = (
+    "the conversation is the tokenizer's: tokenizer.prompt_ids([('user', text)]) and model.generate(), or `qgraft chat`"
+)
+INSTEAD = {  # names of the released code and of the tutorials on its QuantizedLinear -> what there is for them
+    "chat": _CHAT,
+    "stream_chat": f"{_CHAT}; generate() takes a streamer",
+    "quantize": "qgraft.quantize(model, 'chatglm-int4'), or load(folder, quantize='chatglm-int4')",
+    "lora_attached": "qgraft.adapter_names(model)",
+}
+
 
 class CausalLM:
     """forward() of a language model: its decoder is `transformer`, its output layer that of get_output_embeddings()."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Parameters and modules, as torch has it. AttributeError for what the releases' models have names what there is."""
+        if name in INSTEAD:
+            raise AttributeError(f"{type(self).__name__} has no {name!r}; instead: {INSTEAD[name]}")
+        return super().__getattr__(name)  # type: ignore[misc]
 
     @takes_cache
     @can_return_tuple

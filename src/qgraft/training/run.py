@@ -129,10 +129,11 @@ def prepare(
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
-    if limit < args.max_length:
-        notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
+    given = args.max_length != TrainArguments.max_length
+    if limit < args.max_length and (given or accounting.truncated or (held_out and held_out.truncated)):
+        notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     if eval_samples and args.eval_unsaid and args.eval_strategy == IntervalStrategy.NO:  # rows beside the options
         args.eval_strategy = IntervalStrategy.EPOCH
         args.load_best_model_at_end = args.load_best_model_at_end or None
