@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +15,28 @@ def plot_losses(metrics: Path, target: Path) -> None:
     from matplotlib.figure import Figure  # no pyplot: no window system, no global state
     from matplotlib.ticker import MaxNLocator
 
-    entries = read_metrics(metrics)
+    entries, highest, last = read_metrics(metrics), 0.0, 1
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "."), ("eval_loss", "held-out", "o")):
-        points = [(entry["step"], entry[key]) for entry in entries if isinstance(entry.get(key), float)]
+        points = [(entry["step"], entry[key]) for entry in entries if _finite(entry.get(key))]
         if points:
             steps, values = zip(*points, strict=True)
+            highest, last = max(highest, *values), max(last, *steps)
             line = "--" if key == "eval_loss" else "-"
-            axes.plot(steps, values, style + line, label=f"{label}: {values[-1]:.3f} at the end", linewidth=1.8)
-        if key == "eval_loss" and len(points) > 2:
+            marker = "o" if len(points) == 1 else style
+            axes.plot(steps, values, marker + line, label=f"{label}: {values[-1]:.3f} at the end", linewidth=1.8)
+        if key == "eval_loss" and len(points) > 1:
             step, best = min(points, key=lambda point: point[1])
             axes.plot([step], [best], "*", markersize=14, color="tab:red", label=f"best: {best:.3f} at step {step}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per answer token)")
-    axes.set_title("Loss")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend()
-    axes.set_ylim(bottom=0)
+        figure.legend(loc="outside upper center", ncols=3)  # where it covers no point
+    axes.set_xlim(0, 1.03 * last)
+    axes.set_ylim(0, 1.06 * highest or 1.0)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     storage.write_file(target, buffer.getvalue())
@@ -78,6 +81,10 @@ def plot_merge(report: Path, target: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     storage.write_file(target, buffer.getvalue())
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

