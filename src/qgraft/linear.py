@@ -266,7 +266,7 @@ class QuantizedEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
 
 
 def to_autocast(x: Tensor) -> Tensor:

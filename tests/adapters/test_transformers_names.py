@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import qgraft
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
 Maker = Callable[..., Any]
 
@@ -74,13 +74,46 @@ def test_a_folders_model_is_saved(tiny_gguf: Maker, tmp_path: Path) -> None:
     assert torch.equal(again(ids).logits, model(ids).logits)
 
 
-def test_a_loras_tensors_are_not_dropped(model: Any) -> None:
-    with pytest.raises(AdapterError, match=r"(?s)LoRA's under PEFT's names.*load_lora_state_dict"):
-        model.load_state_dict(qgraft.lora_state_dict(model, "law"), strict=False)
-    model.load_state_dict(model.state_dict())
+NAMES = {  # of a LoRA's tensors elsewhere
+    "PEFT": lambda key: key,
+    "PEFT's own state_dict": lambda key: key.replace(".weight", ".default.weight"),
+    "transformers": lambda key: key.removeprefix("base_model.model."),
+    "the tutorials": lambda key: key.removeprefix("base_model.model.").replace("lora_A.weight", "lora_a"),
+    "THUDM": lambda key: f"transformer.prefix_encoder.{key}",
+    "nobody": lambda key: "x." + key.replace("lora_", ""),
+}
+
+
+@pytest.mark.parametrize("who", NAMES)
+def test_an_adapters_tensors_are_not_dropped(model: Any, who: str) -> None:
+    state = {NAMES[who](key): tensor for key, tensor in qgraft.lora_state_dict(model, "law").items()}
+    instead = "load_adapter" if who == "THUDM" else "load_lora_state_dict"
+    told = r"load_state_dict: none of" if who == "nobody" else rf"(?s)are an adapter's.*law, med.*{instead}"
+    with pytest.raises(AdapterError, match=told):
+        model.load_state_dict(state, strict=False)
+    if who != "nobody":
+        with pytest.raises(AdapterError, match=told):
+            model.load_state_dict({**model.state_dict(), **state}, strict=False)
+
+
+def test_what_is_the_models_is_loaded(model: Any) -> None:
+    state = model.state_dict()
+    model.load_state_dict(state)
+    part = {key: value + 1 for key, value in state.items() if key.endswith("norm.weight")}
+    model.load_state_dict(part, strict=False)
+    model.load_state_dict({}, strict=False)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in part.items())
+    whole = torch.nn.ModuleDict({"lm": model})
+    whole.load_state_dict(whole.state_dict())
+    with pytest.raises(AdapterError, match="are an adapter's"):
+        whole.load_state_dict(
+            {f"lm.{key}": value for key, value in qgraft.lora_state_dict(model, "law").items()}, strict=False
+        )
 
 
 def test_pefts_word_for_the_base(model: Any) -> None:
     ids = torch.arange(12).reshape(2, 6)
     ours = model(ids, adapter_names=[None, "law"]).logits
     assert torch.equal(model(ids, adapter_names=["__base__", "law"]).logits, ours)
+    with pytest.raises(OptionError, match="reserved"):
+        qgraft.attach_lora(model, name="__base__")

@@ -127,8 +127,9 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 
 def is_reserved(name: str) -> bool:
-    """Whether torch has this word for itself: adapters are the children of a ModuleDict, which has `train`, `keys` ..."""
-    return hasattr(nn.ModuleDict(), name)
+    """Whether somebody has this word: torch, as adapters are the children of a ModuleDict, with `train`, `keys` ...; or PEFT,
+    whose adapter_names calls the base `__base__`."""
+    return name == "__base__" or hasattr(nn.ModuleDict(), name)
 
 
 @one_at_a_time

@@ -7,6 +7,7 @@ transformers itself is left as it is. `load_state_dict` likewise: PEFT's names o
 modules, so with strict=False all of them would be dropped without a word.
 """
 
+import re
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
@@ -16,7 +17,6 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import detach_adapter
 from qgraft.adapters.base import adapter_names, selection_of
 from qgraft.adapters.choose import active_adapters, use_adapter
-from qgraft.adapters.peft_names import is_lora
 from qgraft.adapters.states import lora_state_dict
 from qgraft.errors import AdapterError, UnsupportedError
 
@@ -47,7 +47,7 @@ def speak_transformers(model: nn.Module) -> None:
     """Give the model transformers' methods for adapters, with ours behind them."""
     for name, function in _METHODS.items():
         setattr(model, name, Method(model, name, function))
-    model.register_load_state_dict_pre_hook(_refuse_loras)
+    model.register_load_state_dict_pre_hook(_refuse_lost)
 
 
 def _set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
@@ -97,14 +97,26 @@ _METHODS: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 
 
-def _refuse_loras(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Before load_state_dict: raise AdapterError for the tensors of a LoRA under PEFT's names."""
-    named = [key for key in state if isinstance(key, str) and is_lora(key) and ".loras." not in key]
-    if named:
-        attached = ", ".join(selection_of(module).adapters) or "none"
+_OF_ADAPTERS = re.compile(r"(^|\.)(lora_|prefix_encoder\.)")  # PEFT's, the tutorials' on ChatGLM, THUDM's
+
+
+def _refuse_lost(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Before load_state_dict: raise AdapterError where it would drop an adapter, or load nothing at all.
+
+    With strict=False torch passes over each name that it does not find.
+    """
+    given = [key.removeprefix(prefix) for key in state if isinstance(key, str) and key.startswith(prefix)]
+    lost = sorted(set(given) - module.state_dict().keys())
+    attached = ", ".join(selection_of(module).adapters) or "none"
+    if named := [key for key in lost if _OF_ADAPTERS.search(key)]:
+        lora = ("qgraft.load_lora_state_dict(model, tensors) puts what lora_state_dict gave into the LoRA that is attached; "
+                "qgraft.load_adapter(model, 'lora.pt', lora_alpha=16) attaches one")  # fmt: skip
+        prefix_there = any("prefix_encoder." in key for key in named)
         raise AdapterError(
-            f"load_state_dict: {named[0]} and {len(named) - 1} more are a LoRA's under PEFT's names, and no module here is "
-            f"called so; adapters on the model: {attached}",
-            hint="qgraft.load_lora_state_dict(model, tensors) puts them into the LoRA that is attached; "
-            "qgraft.load_adapter(model, 'lora.pt', lora_alpha=16) attaches one",
+            f"load_state_dict: {named[0]} and {len(named) - 1} more are an adapter's, and no module here is called so; "
+            f"adapters on the model: {attached}",
+            hint="qgraft.load_adapter(model, folder) attaches a prefix of THUDM's scripts" if prefix_there else lora,
         )
+    if lost and len(lost) == len(given):
+        raise AdapterError(f"load_state_dict: none of the {len(lost)} names ({lost[0]}, ...) is one of this model's, so "
+                           "nothing would be loaded", hint="model.state_dict() shows its names")  # fmt: skip

@@ -80,7 +80,9 @@ def run(words: Sequence[str]) -> int:
 
     from qgraft.passes.decoding import fast_decoding
 
-    model, tokenizer, _ = load_with_adapters(options)
+    model, tokenizer, names = load_with_adapters(options)
+    if len(names) > 1:
+        print_note(f"{_speaker(model)} answers")
     torch.manual_seed(options.seed)
     with fast_decoding(model):
         if options.prompt is not None:
