@@ -118,12 +118,17 @@ def put_on(model: nn.Module, adapter: Adapter, place: Place) -> None:
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise OptionError for a name that no adapter can have, AdapterError for one that is taken."""
+    check_name(name)
+    if name in adapter_names(model):
+        raise AdapterError(f"an adapter named {name!r} is already attached", hint="choose another name for this one")
+
+
+def check_name(name: str) -> None:
+    """Raise OptionError for a name that no adapter can have."""
     if not _NAME.fullmatch(name):
         raise OptionError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
     if is_reserved(name):
         raise OptionError(f"adapter name {name!r} is reserved", hint=f"call it {name}-1 or {name}-adapter")
-    if name in adapter_names(model):
-        raise AdapterError(f"an adapter named {name!r} is already attached", hint="choose another name for this one")
 
 
 def is_reserved(name: str) -> bool:

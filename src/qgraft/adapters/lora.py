@@ -66,6 +66,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.r < 1:
             raise OptionError(f"r={self.r}: the rank of a LoRA must be at least 1")
+        if not math.isfinite(self.lora_alpha):
+            raise OptionError(f"lora_alpha={self.lora_alpha}: expected a finite number")
         if not 0.0 <= self.lora_dropout < 1.0:
             raise OptionError(f"lora_dropout={self.lora_dropout}: expected a number from 0 up to, not including, 1")
 

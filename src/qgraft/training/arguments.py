@@ -8,7 +8,6 @@ trainer_options.py). Anything else that is unknown, or that cannot be obeyed, is
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -17,14 +16,16 @@ from typing import Any, NoReturn, cast, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
+from qgraft.adapters.attach import check_name
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
 from qgraft.training.config_files import Named, as_typed, overrides, read_config, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.precision import settle_precision
+from qgraft.training.ranges import check_intervals, out_of_range
 from qgraft.training.trainer_options import (
     HONOURED,
     MOST_USED,
@@ -145,6 +146,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
         self.do_eval = asked  # transformers sets it for any eval_strategy
         self.load_best_model_at_end = best
         settle_best(self)
+        check_intervals(self)
         if self.do_train:
             check_optimization(self)
         tracking_callbacks(self)  # those of a package that is missing say so now
@@ -177,46 +179,23 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise UnsupportedError(f"stage={self.stage!r}: only sft (supervised fine-tuning) is there")
         if self.finetuning_type not in ("lora", "p_tuning"):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
-        if self.max_tokens_per_pass < 0 or self.max_length < 2:
-            raise OptionError("max_tokens_per_pass must be at least 1, or 0 for the usual, and max_length at least 2")
-        lengths = self.max_source_length, self.max_target_length
-        if any(length is not None and length < 3 for length in (*lengths, self.val_max_target_length)):
-            raise OptionError("max_source_length and max_target_length must be at least 3: special ids count")
         if self.layers_to_transform is not None:
             parse_layers(self.layers_to_transform)
+        check_name(self.adapter_name)
+        if not self.target_modules.strip(", "):
+            raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))
         self._check_numbers()
-        if not self.ignore_pad_token_for_loss and None in lengths:
+        if not self.ignore_pad_token_for_loss and None in (self.max_source_length, self.max_target_length):
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
         if self.memory_limit not in (None, "auto"):
             parse_size(self.memory_limit)
         if self.system_text not in SYSTEM_TEXTS:
             raise OptionError(f"system_text={self.system_text!r}: expected {' or '.join(SYSTEM_TEXTS)}")
-        if self.val_size < 0:
-            raise OptionError(f"val_size={self.val_size}: expected a share below 1, or a number of rows")
 
     def _check_numbers(self) -> None:
-        """Raise OptionError for all numbers that are out of their bounds, at once."""
-        least = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
-                 "learning_rate": 0, "weight_decay": 0, "max_grad_norm": 0, "label_smoothing_factor": 0, "seed": 0,
-                 "data_seed": 0, "pre_seq_len": 1, "max_train_samples": 1, "max_eval_samples": 1, "max_predict_samples": 1,
-                 "max_new_tokens": 1, "num_beams": 1, "temperature": 0}  # fmt: skip
-        given = {name: getattr(self, name) for name in least if getattr(self, name) is not None}
-        problems = [f"{name}={value}: expected at least {least[name]}" for name, value in given.items()
-                    if not value >= least[name]]  # fmt: skip
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p}: expected a share above 0, at most 1")
-        finite = ("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs")
-        problems += [f"{name}={getattr(self, name)}: expected a finite number" for name in finite
-                     if not math.isfinite(float(getattr(self, name)))]  # fmt: skip
-        if self.max_steps <= 0 and not self.num_train_epochs > 0:
-            problems.append(f"num_train_epochs={self.num_train_epochs}: expected more than 0")
-        if not self.label_smoothing_factor < 1:
-            problems.append(f"label_smoothing_factor={self.label_smoothing_factor}: expected a share below 1")
-        if max(self.seed, self.data_seed or 0) >= 2**32:
-            problems.append("seed and data_seed: expected less than 2^32")
-        if not 0 <= self.prefix_dropout < 1:
-            problems.append(f"prefix_dropout={self.prefix_dropout}: expected a share below 1")
+        """Raise OptionError for all numbers that are out of their ranges, at once, and what does not go together."""
+        problems = out_of_range(self)
         if self.quantization_bit not in (None, 4, 8):
             problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
         if self.quantization_bit is not None and self.quantize is not None:
