@@ -1,15 +1,18 @@
 """One process at a time writes to a place: a run's folder, the target of a merge.
 
 A lock is a file beside the place (`.name.lock`), or `.lock` within a folder of runs, that the kernel lets one process hold
-(flock). It is gone with the process, however that ends, so a lock that nobody holds is taken over without a word; the pid in
-it is for the message alone. Where the file system knows no locks, that is an error: two runs in one folder would delete each
-other's checkpoints. Not chosen: a file that exists or not, which a kill leaves behind.
+(flock). It is gone with the process, however that ends, so a lock that nobody holds is taken over without a word; pid and
+host in it are for the message alone. Within a process a thread holds it, as often as it asks. Where the file system knows no
+locks, that is an error: two runs in one folder would delete each other's checkpoints. Not chosen: a file that exists or not,
+which a kill leaves behind.
 """
 
 import errno
 import fcntl
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,7 +20,10 @@ from pathlib import Path
 from qgraft import storage
 from qgraft.errors import StorageError
 
-_held: dict[Path, int] = {}  # by this process, and how often: a command holds what the function that it calls asks for
+_Owner = tuple[int, int]  # process and thread: a fork has all of its parent's variables and none of its locks
+_held: dict[
+    Path, tuple[_Owner, int]
+] = {}  # by whom, and how often: a command holds what the function that it calls asks for
 
 
 @contextmanager
@@ -47,47 +53,51 @@ def file_locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _locked(place: Path, lock: Path) -> Iterator[None]:
-    key = lock.resolve()
-    if key in _held:
-        _held[key] += 1
-        try:
-            yield
-        finally:
-            _held[key] -= 1
-        return
-    descriptor = _take(place, lock)
-    _held[key] = 1
+    key, me = lock.resolve(), (os.getpid(), threading.get_ident())
+    owner, times = _held.get(key, (me, 0))
+    if owner[0] != me[0]:
+        owner, times = me, 0
+    if owner != me:
+        raise _in_use(place, "another thread of this process")
+    descriptor = None if times else _take(place, lock)
+    _held[key] = me, times + 1
     try:
         yield
     finally:
-        del _held[key]
-        with suppress(OSError):  # left behind it does no harm
-            lock.unlink()  # while it is held: who opens it now finds it gone, and makes another
-        os.close(descriptor)
+        if descriptor is None:
+            _held[key] = me, times
+        else:
+            del _held[key]
+            with suppress(OSError):  # left behind it does no harm
+                lock.unlink()  # while it is held: who opens it now finds it gone, and makes another
+            os.close(descriptor)
 
 
 def _take(place: Path, lock: Path) -> int:
+    here = socket.gethostname()
     while True:
         with storage.named_errors(place):
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            pid = os.pread(descriptor, 20, 0).decode(errors="replace").strip()
+            pid, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
             os.close(descriptor)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise StorageError(
                     f"{place} cannot be locked: {error.strerror}", hint="choose a folder on a local disk"
                 ) from error
-            raise StorageError(
-                f"{place} is in use by another process{f', pid {pid}' if pid else ''}",
-                hint="wait until it has ended, or choose another name",
-            ) from error
+            which = f", pid {pid}" + (f" on {host}" if host != here else "") if pid else ""
+            raise _in_use(place, f"another process{which}") from error
         if _is_named(descriptor, lock):
             os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            os.pwrite(descriptor, f"{os.getpid()} {here}\n".encode(), 0)
             return descriptor
         os.close(descriptor)  # its holder has just ended and removed it
+
+
+def _in_use(place: Path, whom: str) -> StorageError:
+    return StorageError(f"{place} is in use by {whom}", hint="wait until it has ended, or choose another name")
 
 
 def _is_named(descriptor: int, lock: Path) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,35 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path
     with lock(place), lock(place):
         pass
     assert list(tmp_path.iterdir()) == ([place] if kind == "folder" else [])  # the dead one could not remove its folder
+
+
+def test_another_thread_and_a_fork_are_other_ones(tmp_path):
+    with folder_locked(tmp_path / "out"), folder_locked(tmp_path / "out"), ThreadPoolExecutor(1) as pool:
+        error = pool.submit(folder_locked(tmp_path / "out").__enter__).exception()
+        assert isinstance(error, StorageError) and "in use by another thread of this process" in str(error)
+        told = subprocess.run(
+            [sys.executable, "-c", FORK, str(tmp_path / "forked")], capture_output=True, text=True, check=True
+        )
+        parent, said = told.stdout.split("\n", 1)
+        assert f"in use by another process, pid {parent}" in said
+    assert not (tmp_path / "out").exists()
+
+
+FORK = """
+import os, sys
+from pathlib import Path
+from qgraft.errors import StorageError
+from qgraft.locks import folder_locked
+print(os.getpid(), flush=True)
+with folder_locked(Path(sys.argv[1])):
+    if os.fork() == 0:
+        try:
+            folder_locked(Path(sys.argv[1])).__enter__()
+        except StorageError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
 
 def test_the_command_is_refused_before_the_model_is_looked_for(tmp_path, capsys):
