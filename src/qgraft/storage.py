@@ -82,6 +82,15 @@ def check_new(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) 
         )
 
 
+def free_bytes(path: Path) -> int:
+    """Free bytes of the disk of `path`, or of the nearest folder above it that is there."""
+    for folder in (path, *path.parents):
+        with suppress(OSError):
+            if folder.exists():
+                return shutil.disk_usage(folder).free
+    return 0
+
+
 def json_text(value: Any) -> str:
     """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null."""
     return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -357,7 +366,7 @@ def named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         room = "" if needed is None else f", {needed} bytes to write"
-        room += f", {_free(path)} bytes free" if full else ""
+        room += f", {free_bytes(path)} bytes free" if full else ""
         hint = "free some space or choose another folder" if full else None
         raise StorageError(f"cannot write {path}: {error.strerror or error}{room}", hint=hint) from error
     except ValueError as error:
@@ -380,12 +389,3 @@ def remove_if_empty(folder: Path) -> None:
     """Take a folder away in which nothing is."""
     with suppress(OSError):
         folder.rmdir()
-
-
-def _free(path: Path) -> int:
-    """Free bytes of the disk of `path`, or of the nearest folder above it that is there."""
-    for folder in (path, *path.parents):
-        with suppress(OSError):
-            if folder.exists():
-                return shutil.disk_usage(folder).free
-    return 0

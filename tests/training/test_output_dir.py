@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,6 +162,25 @@ def test_what_a_run_started_from_is_remembered_when_it_goes_on(tiny_gguf, tmp_pa
     (tmp_path / "out" / "run.json").unlink()  # as a kill leaves it
     gone_on = train(tiny_gguf, tmp_path / "out", **options)
     assert gone_on.metrics["eval_loss_before"] == whole.metrics["eval_loss_before"]
+
+
+@pytest.mark.parametrize("free, what", [(10_000, "refused"), (250_000, "warned"), (10**9, "")])
+def test_a_disk_without_room_is_known_before_the_first_step(tiny_gguf, tmp_path, monkeypatch, free, what):
+    """22,528 numbers: 90,112 bytes of adapter, and 270,336 of a checkpoint with AdamW's two of each."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    options = {"r": 8, "optim": "sgd" if what == "warned" else "adamw_torch"}
+    if what == "refused":
+        with pytest.raises(
+            StorageError, match=r"disk has 100.. bytes free, and this run writes 360448 at least: 90112 of"
+        ):
+            train(tiny_gguf, tmp_path / "out", **options)
+        assert not (tmp_path / "out").exists()
+        return
+    report = train(tiny_gguf, tmp_path / "out", **options)
+    assert [note for note in report.notes if "warning: the disk of" in note] == (
+        [f"warning: the disk of {tmp_path / 'out'} has 0 MB free, and checkpoints of this run take 0 MB each, "
+         "3 of them at a time"] if what else []
+    )  # fmt: skip
 
 
 HOLD = """

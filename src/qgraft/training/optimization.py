@@ -139,6 +139,7 @@ _OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "rmsprop": (torch.optim.RMSprop, {}),
 }
 OPTIMIZERS = tuple(_OPTIMIZERS)
+STATES = {"adamw_torch_fused": 2, "adamw_torch": 2, "adagrad": 1, "rmsprop": 1}  # numbers kept for each that is trained
 OF_TORCH = {  # torch's names for them -> transformers'
     "AdamW": "adamw_torch_fused", "adamw": "adamw_torch_fused", "SGD": "sgd", "Adagrad": "adagrad", "RMSprop": "rmsprop",
     "Adafactor": "adafactor",

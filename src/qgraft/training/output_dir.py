@@ -16,11 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
+
 from qgraft import plots, storage
 from qgraft.adapter_files.folder import changed_files
 from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.errors import AdapterError, CheckpointError, StorageError, option
 from qgraft.json_files import read_object
+from qgraft.sizes import format_size
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS
 from qgraft.training.checkpoints import (
@@ -31,6 +35,7 @@ from qgraft.training.checkpoints import (
     newest_whole_checkpoint,
     step_of,
 )
+from qgraft.training.optimization import STATES
 
 RUN = "run.json"
 LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
@@ -151,6 +156,33 @@ def _ended(folder: Path, run: dict[str, Any]) -> bool:
         return seal is not None and not changed_files(folder, seal)
     except AdapterError:
         return False
+
+
+def check_room(folder: Path, args: TrainArguments, parameters: int) -> list[str]:
+    """A warning where the checkpoints of a run that trains so many numbers may fill the disk.
+
+    Raises StorageError where not even the first one fits beside the adapter: hours of training would end there.
+    """
+    adapter = 4 * parameters
+    saves = args.save_strategy != SaveStrategy.NO
+    full = adapter * (1 if args.save_only_model else 1 + STATES.get(OptimizerNames(args.optim).value, 0))
+    kept = max(args.save_total_limit or 0, 1) + 1 + bool(args.load_best_model_at_end)  # one while it replaces another
+    with storage.named_errors(folder):
+        held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    free = storage.free_bytes(folder) + held  # what is there is replaced
+    least = adapter + saves * full
+    if free < least:
+        raise StorageError(
+            f"{folder}: its disk has {free} bytes free, and this run writes {least} at least: "
+            f"{adapter} of the adapter{f', {full} of a checkpoint' if saves else ''}",
+            hint="free some space or choose another folder",
+        )
+    if saves and free < adapter + kept * full:
+        return [
+            f"warning: the disk of {folder} has {format_size(free)} free, and checkpoints of this run take "
+            f"{format_size(full)} each, {kept} of them at a time"
+        ]
+    return []
 
 
 def begin_run(folder: Path, args: TrainArguments, bound: Bound, steps: int) -> None:

@@ -44,7 +44,7 @@ from qgraft.training.checkpoints import Bound, remove_later, remove_old
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
-from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, trim_log
+from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, check_room, trim_log
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
@@ -184,6 +184,9 @@ class Run:
         if prepared.earlier.is_all(self._bound, steps):
             self.ended_before = self._as_it_was(cast(dict[str, Any], prepared.earlier.run))
             return
+        if self.processes.first:
+            size = find_adapter(self.model, args.adapter_name).size
+            prepared.notes += check_room(prepared.folder, args, size)
         if resume is None:
             self._begin(steps)
         self.model.config.use_cache = False
