@@ -71,6 +71,22 @@ class Failing:
         return guarded
 
 
+def test_errors_name_what_the_file_would_be_called(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        StorageError, match=r"cannot write .*/file/x: .*/file is a file, expected a folder, 3 bytes to write"
+    ):
+        write_file(tmp_path / "file" / "x", b"abc")
+    with (
+        pytest.raises(StorageError, match=rf"^cannot write {tmp_path}/out/inner/a: File name too long"),
+        publish_folder(tmp_path / "out") as staging,
+        publish_files(staging / "inner", first="b") as files,
+        storage.named_errors(files / "a"),
+    ):
+        raise OSError(errno.ENAMETOOLONG, "File name too long")
+    assert names(tmp_path) == {"file"}
+
+
 @pytest.mark.parametrize("left", range(4))
 def test_publish_files_changes_all_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     def publish_both(text: str) -> None:
@@ -79,7 +95,7 @@ def test_publish_files_changes_all_or_none(tmp_path: Path, monkeypatch: pytest.M
                 write_file(staging / name, f"{text} {name}".encode())
 
     publish_both("old")
-    dead = tmp_path / "out" / ".b.tmp-999999999"
+    dead = tmp_path / "out" / ".files.tmp-999999999"
     dead.mkdir()
     with monkeypatch.context() as patch, pytest.raises(StorageError, match="No space left"):
         Failing(patch, left, OSError(errno.ENOSPC, "No space left on device"))

@@ -90,8 +90,9 @@ def _take(place: Path, lock: Path) -> int:
             which = f", pid {pid}" + (f" on {host}" if host != here else "") if pid else ""
             raise _in_use(place, f"another process{which}") from error
         if _is_named(descriptor, lock):
-            os.truncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} {here}\n".encode(), 0)
+            with suppress(OSError):  # on a full disk the lock holds, only nobody reads whose it is
+                os.truncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} {here}\n".encode(), 0)
             return descriptor
         os.close(descriptor)  # its holder has just ended and removed it
 

@@ -21,6 +21,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from typing import Any
 from qgraft.errors import OptionError, StorageError, option
 
 MANIFEST = "manifest.json"
+_FILES = "files"  # the staging folder of those that publish_files writes
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -147,9 +149,9 @@ def publish_files(folder: Path, first: str) -> Iterator[Path]:
     before; when `first` holds checksums of the others, whoever reads them finds that out.
     """
     made = make_folder(folder)
-    staging = folder / f".{first}.tmp-{os.getpid()}"
+    staging = folder / f".{_FILES}.tmp-{os.getpid()}"
     with named_errors(folder):
-        for abandoned in _beside(folder / first, "tmp", folders=True):
+        for abandoned in _beside(folder / _FILES, "tmp", folders=True):
             shutil.rmtree(abandoned, ignore_errors=True)
         try:
             staging.mkdir()
@@ -226,7 +228,7 @@ def _take_room(file: FileIO, nbytes: int) -> None:
 
 
 def recover_folder(target: Path) -> bool:
-    """Whether `target` exists, after putting back what publish_folder had moved away when its process was killed."""
+    """Whether `target` exists, once what publish_folder had moved away when its process was killed is put back."""
     retired = _beside(target, "old", folders=True)
     if retired and not target.exists():
         os.replace(retired.pop(), target)
@@ -274,10 +276,9 @@ def sha256(path: Path) -> str:
 
 def unlisted_files(folder: Path) -> list[str]:
     """The files in `folder` that its manifest does not list, all of them where it has none; relative names, sorted."""
-    try:
+    listed = set[str]()
+    with suppress(OSError, ValueError, KeyError, TypeError):
         listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
-    except (OSError, ValueError, KeyError, TypeError):
-        listed = set()
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return sorted(found - listed)
 
@@ -368,11 +369,19 @@ def named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         room = "" if needed is None else f", {needed} bytes to write"
         room += f", {free_bytes(path)} bytes free" if full else ""
         hint = "free some space or choose another folder" if full else None
-        raise StorageError(f"cannot write {path}: {error.strerror or error}{room}", hint=hint) from error
+        no_folder = isinstance(error, FileExistsError)  # of mkdir()
+        why = f"{error.filename} is a file, expected a folder" if no_folder else error.strerror or str(error)
+        raise StorageError(f"cannot write {_without_staging(path)}: {why}{room}", hint=hint) from error
     except ValueError as error:
         if "null byte" not in str(error):
             raise
         raise StorageError(f"cannot write {str(path)!r}: {error}", hint="choose another name") from error
+
+
+def _without_staging(path: Path) -> Path:
+    """The path under the names that its parts will have."""
+    parts = [re.sub(r"^\.(.+)\.tmp-\d+$", r"\1", part) for part in path.parts if not part.startswith(f".{_FILES}.tmp-")]
+    return Path(*parts)
 
 
 def make_folder(folder: Path) -> bool:

@@ -5,6 +5,7 @@ That llama.cpp itself computes with them what we do is in tests/oracle/test_llam
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,14 @@ def test_what_is_written_is_read_back(architecture, tiny_gguf, random_ids, tmp_p
         assert (loaded.applied, loaded.total, loaded.notes) == (report.layers, report.layers, ())
         assert deltas(other).keys() == expected.keys()
         assert (logits(other, ids) - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def test_without_room_for_temporary_files(tiny, tmp_path, monkeypatch):
+    model = with_adapter(tiny)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(StorageError, match=r"(?s)cannot write a temporary file: No such file.*hint: TMPDIR"):
+        export_gguf_lora(model, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -320,8 +329,10 @@ def test_values_that_cannot_be_written_leave_the_old_file(value, dtype, message,
 
 
 def test_an_alpha_that_is_no_number(tiny, tmp_path):
-    model = with_adapter(tiny, lora_alpha=float("nan"))
-    with pytest.raises(AdapterError, match="lora_alpha: got nan"):
+    with pytest.raises(OptionError, match="lora_alpha=nan"):
+        with_adapter(tiny, lora_alpha=float("nan"))
+    model = with_adapter(tiny, lora_alpha=1e39)  # no float32, which the file holds it in
+    with pytest.raises(AdapterError, match="lora_alpha: got inf"):
         export_gguf_lora(model, tmp_path / "a.gguf")
 
 

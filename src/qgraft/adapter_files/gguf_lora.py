@@ -103,15 +103,17 @@ def export_gguf_lora(
     fingerprint = _unmerged(model)
     alpha = _common_alpha(lora.config for lora in loras.values())
     tensors = _file_tensors(adapter.name, loras, base.origin, alpha, DTYPES[dtype][0])
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             writer = GGUFWriter(Path(folder) / "lora.gguf", base.architecture)
             _add_metadata(writer, adapter.name, base, fingerprint, alpha, DTYPES[dtype][1])
             _add_prompt(writer, arguments or {})
             _write(writer, tensors)
             data = (Path(folder) / "lora.gguf").read_bytes()
-        except OSError as error:
-            raise StorageError(f"cannot write a temporary file in {folder}: {error.strerror or error}") from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a temporary file: {error.strerror or error}", hint="TMPDIR names the folder of such files"
+        ) from error
     storage.write_file(path, data)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     return ExportedLora(path, base.architecture, len(tensors) // 2, numbers, len(data), alpha)

@@ -259,8 +259,8 @@ def _padded(nbytes: int) -> int:
 
 def _header_bytes(draft: Draft, infos: dict[str, tuple[tuple[int, ...], str]], uniform: str | None) -> bytes:
     """Keys and tensor infos as the `gguf` package writes them, up to where the first tensor begins."""
-    with tempfile.TemporaryDirectory() as folder:
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "header.gguf"
             writer = GGUFWriter(path, draft.architecture)
             for key, value in draft.file.metadata.items():
@@ -276,8 +276,10 @@ def _header_bytes(draft: Draft, infos: dict[str, tuple[tuple[int, ...], str]], u
             writer.write_ti_data_to_file()
             writer.close()
             header = path.read_bytes()
-        except OSError as error:
-            raise StorageError(f"cannot write a temporary file in {folder}: {error.strerror or error}") from error
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a temporary file: {error.strerror or error}", hint="TMPDIR names the folder of such files"
+        ) from error
     return header + bytes(_padded(len(header)) - len(header))
 
 

@@ -208,5 +208,4 @@ def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
 def _save(path: Path, value: Any) -> None:
     buffer = io.BytesIO()  # torch would raise something else than an OSError for a full disk
     torch.save(value, buffer)
-    with open(path, "wb") as file:
-        file.write(buffer.getbuffer())
+    storage.write_file(path, buffer.getvalue())

@@ -186,7 +186,9 @@ class Run:
             return
         if self.processes.first:
             size = find_adapter(self.model, args.adapter_name).size
-            prepared.notes += check_room(prepared.folder, args, size)
+            for warning in check_room(prepared.folder, args, size):
+                self.watch.say(warning)
+                prepared.notes.append(warning)
         if resume is None:
             self._begin(steps)
         self.model.config.use_cache = False
