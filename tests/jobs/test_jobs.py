@@ -14,6 +14,7 @@ from qgraft.jobs import train as jobs_module
 from qgraft.jobs.train import check_jobs, name_jobs, short_names, train_jobs
 from qgraft.training.callbacks import StopWith
 from qgraft.training.checkpoints import checkpoints
+from qgraft.training.optimization import Optimization
 from qgraft.training.run import train
 
 JOBS = {  # ranks, rows, lengths, targets, seeds, batch sizes, dropout; "med" ends first, "art" accumulates
@@ -164,6 +165,29 @@ def test_nan_in_one_job_ends_that_job_only(tiny_gguf, rows, alone, tmp_path):
     for name in ("law", "art"):
         assert reports[name].finished and reports[name].metrics["skipped_steps"] == 0
         assert_as_alone(tmp_path, alone, name)
+
+
+def test_an_error_of_torch_ends_its_job_only(tiny_gguf, rows, alone, tmp_path, monkeypatch):
+    original = Optimization.step
+
+    def step(self):
+        if "broken" in self.optimizer.param_groups[0]:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory\nmore")
+        original(self)
+
+    def prepare(self, *args, **options):
+        made(self, *args, **options)
+        if self.optimizer.param_groups[0]["lr"] == 0.125:
+            self.optimizer.param_groups[0]["broken"] = True
+
+    made = Optimization.__init__
+    monkeypatch.setattr(Optimization, "__init__", prepare)
+    monkeypatch.setattr(Optimization, "step", step)
+    each = {"bad": {"learning_rate": 0.125, "r": 2, "max_steps": 9, "lr_scheduler_type": "constant"}}
+    _, reports = run_together(tiny_gguf, rows, tmp_path, ("law", "bad"), each)
+    assert isinstance(reports["bad"], TrainingError) and "can't allocate memory" in str(reports["bad"])
+    assert isinstance(reports["bad"].__cause__, RuntimeError)
+    assert_as_alone(tmp_path, alone, "law")
 
 
 def test_an_adapter_that_is_on_the_model_is_trained_on(tiny_gguf, rows, tmp_path):

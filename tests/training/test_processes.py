@@ -1,5 +1,6 @@
 """One run in several processes: shares, agreement, and the result of one process that takes the same samples a step."""
 
+import hashlib
 import json
 import os
 import signal
@@ -179,3 +180,47 @@ def test_processes_with_other_rows_are_refused(tiny_gguf, rows, tmp_path):
     done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
     said = done.stdout + done.stderr
     assert done.returncode != 0 and said.count("do not train the same") == 2 and "rows (SHA-256" in said, said
+
+
+PROGRAM = """
+import hashlib, os, sys
+import torch, qgraft
+from transformers import TrainerCallback
+from qgraft.training.run import train
+
+class OnTheSecond(TrainerCallback):
+    def on_step_begin(self, args, state, control, optimizer, **_):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-2 if state.global_step < 4 else 30.0  # so the loss rises
+
+    def on_step_end(self, args, state, control, **_):
+        if os.environ["RANK"] == "1":
+            control.should_save = state.global_step == 3
+            control.should_training_stop = state.global_step == 7
+
+model, tokenizer = qgraft.load(sys.argv[1])
+args = qgraft.TrainArguments(
+    output_dir=sys.argv[3], per_device_train_batch_size=2, learning_rate=0.5, lr_scheduler_type="constant", max_steps=9,
+    val_size=3, eval_strategy="steps", eval_steps=1, save_steps=100, save_total_limit=None, plot_loss=False, use_cpu=True,
+)
+report = train(model, tokenizer, sys.argv[2], args, callbacks=[OnTheSecond])
+state = qgraft.lora_state_dict(model)
+digest = hashlib.sha256(b"".join(state[name].numpy().tobytes() for name in sorted(state))).hexdigest()
+print(f"rank {os.environ['RANK']}: {report.steps} steps, best {report.metrics['best_step']}, {digest}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_callback_of_one_process_asks_for_all_do_and_all_end_with_the_best_adapter(tiny_gguf, rows, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words += [str(tmp_path / "program.py"), str(tiny_gguf("llama").path), str(rows), str(tmp_path / "out")]
+    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = sorted(line for line in done.stdout.splitlines() if line.startswith("rank "))
+    assert first.partition(":")[2] == second.partition(":")[2] and ": 7 steps, best " in first
+    best = int(first.split("best ")[1].partition(",")[0])
+    assert best < 7 and {3, best} <= {int(p.name.partition("-")[2]) for p in (tmp_path / "out").glob("checkpoint-*")}
+    saved = safetensors.torch.load_file(tmp_path / "out" / "adapter_model.safetensors")
+    whole = hashlib.sha256(b"".join(saved[name].numpy().tobytes() for name in sorted(saved))).hexdigest()
+    assert first.endswith(whole)

@@ -26,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import adapter_names, require_loras, selection_of
 from qgraft.adapters.choose import use_adapter
+from qgraft.checkpoints.foreign import one_line
 from qgraft.compat import activation_checkpointing
-from qgraft.errors import OptionError, QgraftError, UnsupportedError
+from qgraft.errors import OptionError, QgraftError, TrainingError, UnsupportedError
 from qgraft.jobs.joint_step import HandIn, learn_together
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
@@ -193,14 +194,17 @@ class Job:
     outcome: Outcome | None
 
     def turn(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives; or None where it raises an error of ours, which ends this job alone."""
+        """What `work` gives; or None where it raises an error of ours or torch's, which ends this job alone."""
         with self.random.drawn_from():
             try:
                 return work()
             except QgraftError as error:
                 self.outcome = error
-                self.run.close()
-                return None
+            except RuntimeError as error:
+                self.outcome = TrainingError(f"{type(error).__name__}: {one_line(error)}")
+                self.outcome.__cause__ = error
+            self.run.close()
+            return None
 
     def hand_in(self) -> HandIn | None:
         """The batches of the next step, with a generator that drops what the job alone would drop."""
