@@ -266,6 +266,24 @@ def test_published_folder_is_sealed(tmp_path: Path) -> None:
     assert names(target.parent) == {"run"}
 
 
+def test_every_bit_that_flips_in_a_manifest_is_seen(tmp_path: Path) -> None:
+    publish(tmp_path / "run", OLD)
+    manifest = tmp_path / "run" / MANIFEST
+    whole = manifest.read_bytes()
+    for place in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        assert check_folder(tmp_path / "run"), f"bit {place}"
+
+
+def test_a_manifest_of_an_earlier_release_is_read(tmp_path: Path) -> None:
+    publish(tmp_path / "run", OLD)
+    manifest = tmp_path / "run" / MANIFEST
+    manifest.write_text(json.dumps({"files": json.loads(manifest.read_text())["files"]}))
+    assert check_folder(tmp_path / "run") == []
+
+
 def test_an_error_in_the_block_is_passed_on(tmp_path: Path) -> None:
     target = tmp_path / "run"
     publish(target, OLD)

@@ -1,19 +1,26 @@
-"""JSON that comes from outside: read as it stands, or refused.
+"""JSON: what comes from outside is read as it stands, or refused; what is written is JSON to every reader.
 
 What Python's own reader lets through is refused here, because other programs read it otherwise, or nothing that computes
 with it can be right: a key that stands twice, NaN and Infinity, numbers that no float holds, brackets nested deeper than any
 real file (Python answers with a RecursionError, and only where it happens to be called from deep enough). Errors say where.
+
+A file that lists the hashes of others can hold its own beside them (`covered_text`), so that a bit that flips in it is seen
+too: under `sha256` stands the hash of the text with 64 zeros in the place of that value.
 """
 
+import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qgraft.errors import QgraftError
 
 DEEPEST = 100  # brackets within brackets; tokenizer.json, the deepest of real files, has 8
+OWN = "sha256"  # under which a file holds its own hash
+_BLANK = "0" * 64
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
@@ -50,6 +57,34 @@ def read_object(path: Path, error: type[QgraftError], *, finite: bool = True) ->
     if not isinstance(value, dict):
         raise error(f"{path}: got a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def json_text(value: Any) -> str:
+    """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null."""
+    return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def covered_text(value: Mapping[str, Any]) -> str:
+    """`value` as json_text has it, with the hash of this text in it."""
+    text = json_text({**value, OWN: _BLANK})
+    return text.replace(_BLANK, _hash(text))
+
+
+def is_covered(text: str, own: Any) -> bool:
+    """Whether `text`, which holds `own` as its hash, is as covered_text wrote it."""
+    return isinstance(own, str) and _hash(text.replace(own, _BLANK)) == own
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,8 +18,6 @@ one is first renamed to `.name.old-<pid>`; killed right then, it is whole under 
 import errno
 import glob
 import hashlib
-import json
-import math
 import os
 import re
 import shutil
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraft.errors import OptionError, StorageError, option
+from qgraft.json_files import OWN, covered_text, is_covered, json_text, read_object
 
 MANIFEST = "manifest.json"
 _FILES = "files"  # the staging folder of those that publish_files writes
@@ -91,11 +90,6 @@ def free_bytes(path: Path) -> int:
             if folder.exists():
                 return shutil.disk_usage(folder).free
     return 0
-
-
-def json_text(value: Any) -> str:
-    """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null."""
-    return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_folder_target(target: Path) -> None:
@@ -240,11 +234,19 @@ def recover_folder(target: Path) -> bool:
 
 def check_folder(folder: Path) -> list[str]:
     """What differs from the folder's manifest: missing files, other sizes or contents. An empty list means whole."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return [f"{MANIFEST}: missing"]
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST}: {type(error).__name__}: {error}"]
-    return check_files(folder, listed) if isinstance(listed, dict) else [f"{MANIFEST}: `files` is not an object"]
+        manifest = read_object(path, StorageError)
+    except StorageError as error:
+        return [error.message]
+    listed, own = manifest.get("files"), manifest.get(OWN)
+    if not isinstance(listed, dict):
+        return [f"{MANIFEST}: `files` is not an object"]
+    if len(manifest) > 1 and not is_covered(path.read_bytes().decode(), own):  # an earlier qgraft wrote `files` alone
+        return [f"{MANIFEST}: changed since it was written"]
+    return check_files(folder, listed)
 
 
 def check_files(folder: Path, listed: dict[str, dict[str, Any]]) -> list[str]:
@@ -277,8 +279,8 @@ def sha256(path: Path) -> str:
 def unlisted_files(folder: Path) -> list[str]:
     """The files in `folder` that its manifest does not list, all of them where it has none; relative names, sorted."""
     listed = set[str]()
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        listed = set(json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]) | {MANIFEST}
+    with suppress(StorageError, KeyError, TypeError):
+        listed = set(read_object(folder / MANIFEST, StorageError)["files"]) | {MANIFEST}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return sorted(found - listed)
 
@@ -290,14 +292,6 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         os.replace(folder, doomed)
         shutil.rmtree(doomed)
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write_whole(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
@@ -324,7 +318,7 @@ def _seal(folder: Path) -> None:
         if path.is_dir():
             _sync_folder(path)
     entries = {path.relative_to(folder).as_posix(): describe_file(path) for path in files}
-    write_json(folder / MANIFEST, {"files": entries})
+    write_file(folder / MANIFEST, covered_text({"files": entries}).encode())
 
 
 def _replace_folder(staging: Path, target: Path) -> None:

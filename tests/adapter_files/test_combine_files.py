@@ -21,13 +21,14 @@ from qgraft.adapter_files.folder import (
     read_peft_config,
     save_adapter,
 )
-from qgraft.adapter_files.seal import SEAL, read_seal, seal_text
+from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.adapters.attach import attach_lora, detach_lora
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.combine import combine
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
+from qgraft.json_files import covered_text
 
 Maker = Callable[..., Any]
 WEIGHT = {"law": 0.7, "med": -0.4}
@@ -86,7 +87,7 @@ def folders(model: PreTrainedModel, tmp_path: Path) -> dict[str | Path, float]:
 def edit_json(path: Path, **values: Any) -> None:
     """Change values in a JSON file; a seal is sealed again."""
     changed = {**json.loads(path.read_text()), **values}
-    path.write_text(seal_text(changed) if path.name == SEAL else json.dumps(changed))
+    path.write_text(covered_text(changed) if path.name == SEAL else json.dumps(changed))
 
 
 @pytest.mark.parametrize("options", [

@@ -20,7 +20,7 @@ from qgraft.adapter_files.folder import (
     read_peft_config,
     save_adapter,
 )
-from qgraft.adapter_files.seal import SEAL, read_seal, seal_text
+from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
 from qgraft.adapters.base import adapter_names, find_adapter
 from qgraft.adapters.choose import active_adapters
@@ -28,6 +28,7 @@ from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.states import lora_state_dict
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
+from qgraft.json_files import covered_text
 from qgraft.linear import QuantizedLinear
 from qgraft.storage import describe_file
 
@@ -84,7 +85,7 @@ def saved(tiny: Any, tmp_path: Path) -> Path:
 def edit_json(path: Path, **values: Any) -> None:
     """Change values in a JSON file; a seal is sealed again."""
     changed = {**json.loads(path.read_text()), **values}
-    path.write_text(seal_text(changed) if path.name == SEAL else json.dumps(changed))
+    path.write_text(covered_text(changed) if path.name == SEAL else json.dumps(changed))
 
 
 def edit_weights(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:

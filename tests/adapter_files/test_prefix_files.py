@@ -25,7 +25,7 @@ from qgraft.adapter_files.folder import (
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapter_files.prefix import ENCODER, PROMPT
-from qgraft.adapter_files.seal import SEAL, read_seal, seal_text
+from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.attach_prefix import attach_encoder, attach_prefix
 from qgraft.adapters.base import adapter_names, find_adapter
@@ -33,6 +33,7 @@ from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.prefix import PrefixConfig, encoder_of
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError
+from qgraft.json_files import covered_text
 
 Maker = Callable[..., Any]
 LENGTH = 5
@@ -82,7 +83,7 @@ def saved(tiny: Any, projection: bool, tmp_path: Path) -> Path:
 def edit_json(path: Path, **values: Any) -> None:
     """Change values in a JSON file; a seal is sealed again."""
     changed = {**json.loads(path.read_text()), **values}
-    path.write_text(seal_text(changed) if path.name == SEAL else json.dumps(changed))
+    path.write_text(covered_text(changed) if path.name == SEAL else json.dumps(changed))
 
 
 @pytest.mark.spread(3)

@@ -11,10 +11,11 @@ import torch
 
 from qgraft.adapter_files.folder import changed_files, load_adapter, save_adapter
 from qgraft.adapter_files.peft_config import CONFIG
-from qgraft.adapter_files.seal import OWN, SEAL, read_seal, seal_text
+from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.adapters.attach import attach_lora
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError
+from qgraft.json_files import OWN, covered_text
 
 Maker = Callable[..., Any]
 
@@ -67,7 +68,7 @@ def test_an_earlier_seal_loads_and_says_what_it_lacks(adapter: Path, tiny_gguf: 
 
 def test_a_seal_without_a_base_is_said(adapter: Path, tiny_gguf: Maker) -> None:
     seal = json.loads((adapter / SEAL).read_text())
-    (adapter / SEAL).write_text(seal_text({**seal, "base": None}))
+    (adapter / SEAL).write_text(covered_text({**seal, "base": None}))
     model, _ = load_gguf(tiny_gguf("llama").path, torch.float32)
     assert load_adapter(model, adapter).notes == (
         f"{SEAL} names no base: which one it was trained on cannot be verified",

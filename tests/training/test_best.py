@@ -119,7 +119,7 @@ def test_options_of_another_lora_than_the_one_there_is(tiny_gguf, tmp_path):
 def test_run_json_is_json(tiny_gguf, tmp_path):
     report = run(tiny_gguf, tmp_path / "out")
     object.__setattr__(report, "metrics", {**report.metrics, "odd": float("nan"), "odder": float("inf")})
-    from qgraft.storage import json_text
+    from qgraft.json_files import json_text
 
     assert json.loads(json_text(report.metrics), parse_constant=pytest.fail)["odd"] is None
     json.loads((tmp_path / "out" / "run.json").read_text(), parse_constant=pytest.fail)

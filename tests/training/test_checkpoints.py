@@ -12,10 +12,13 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 import qgraft
 from qgraft import storage
 from qgraft.errors import CheckpointError, OptionError, StorageError
+from qgraft.json_files import covered_text
 from qgraft.training.checkpoints import Bound, checkpoints
 from qgraft.training.random_state import RandomState
 from qgraft.training.run import train
 
+PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1, "val_size": 4,
+           "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 10.0}}  # fmt: skip
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(12)]
 
 
@@ -52,6 +55,58 @@ def test_another_run_is_refused_by_name(what, change, tiny_gguf, stopped):
     with pytest.raises(CheckpointError, match=rf"of another run:[\s\S]*{what}.*: was .*, now [\s\S]*hint:"):
         run(tiny_gguf, stopped, resume_from_checkpoint="true", **change)
     assert {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "what, change",
+    [("rows", {"rows": ROWS[:7]}), ("adapter: lora_alpha", {"lora_alpha": 3}), ("seed", {"seed": 1}),
+     ("optim", {"optim": "sgd"}), ("samples of a step", {"per_device_train_batch_size": 2}),
+     ("lr_scheduler_type", PLATEAU)],
+)  # fmt: skip
+def test_force_goes_on_with_what_is_now(what, change, tiny_gguf, stopped):
+    log = (stopped / "metrics.jsonl").read_bytes().splitlines()[:4]
+    report = run(tiny_gguf, stopped, resume_from_checkpoint="true", force=True, num_train_epochs=4, **change)
+    assert any(note.startswith(f"goes on as force=True says: {what}") for note in report.notes), report.notes
+    assert (stopped / "metrics.jsonl").read_bytes().splitlines()[:4] == log and report.steps > 4
+    again = run(tiny_gguf, stopped, resume_from_checkpoint="true", num_train_epochs=4, **change)
+    assert again.unchanged  # it is that run now
+
+
+def test_forced_steps_learn_the_new_rows_from_where_the_run_was(tiny_gguf, stopped, tmp_path):
+    """Against a run from the checkpoint's adapter: SGD keeps nothing between steps but the weights."""
+    rows = [{"instruction": "other", "output": f"rows {i}"} for i in range(12)]
+    more = {"optim": "sgd", "lr_scheduler_type": "constant", "train_sampling_strategy": "sequential"}
+    run(tiny_gguf, stopped, rows, resume_from_checkpoint="true", force=True, max_steps=6, **more)
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    args = qgraft.TrainArguments(
+        output_dir=str(tmp_path / "new"), adapter_name_or_path=str(stopped / "checkpoint-4"), max_steps=2, use_cpu=True,
+        per_device_train_batch_size=4, learning_rate=1e-2, plot_loss=False, **more,
+    )  # fmt: skip
+    qgraft.load_adapter(model, stopped / "checkpoint-4")
+    train(model, tokenizer, rows[4:], args)  # step 4 of runs of 3 steps is the second of an epoch
+    ours, fresh = (safetensors.torch.load_file(f / "adapter_model.safetensors") for f in (stopped, tmp_path / "new"))
+    torch.testing.assert_close(ours, fresh, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what, change", [("base", {"kind": "qwen2"}), ("adapter: r", {"r": 3})])
+def test_no_force_makes_another_base_or_shape_fit(what, change, tiny_gguf, stopped):
+    with pytest.raises(CheckpointError, match=rf"{what}.*: was .*, now [\s\S]*hint: give (?!.*force)"):
+        run(tiny_gguf, stopped, resume_from_checkpoint="true", force=True, **change)
+
+
+def test_new_rows_need_steps_that_are_left(tiny_gguf, stopped):
+    run(tiny_gguf, stopped, resume_from_checkpoint="true")
+    with pytest.raises(CheckpointError, match=r"at step 6 of 6: none is left for what is new[\s\S]*num_train_epochs"):
+        run(tiny_gguf, stopped, rows=ROWS[::-1], resume_from_checkpoint="true", force=True)
+
+
+def test_the_best_of_other_held_out_rows_is_forgotten(tiny_gguf, tmp_path):
+    more = {"eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 4}
+    run(tiny_gguf, tmp_path / "out", callbacks=[StopAt(3)], val_size=4, **more)
+    report = run(tiny_gguf, tmp_path / "out", resume_from_checkpoint="auto", force=True, val_size=3, **more)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert report.metrics["eval_loss"] == min(e["eval_loss"] for e in lines if "eval_loss" in e and e["step"] > 3)
+    assert "eval_loss_before" not in report.metrics
 
 
 def test_what_may_change_is_obeyed_and_named(tiny_gguf, stopped):
@@ -104,10 +159,6 @@ class StopAt(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGTERM)
-
-
-PLATEAU = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps", "eval_steps": 1, "val_size": 4,
-           "lr_scheduler_kwargs": {"patience": 0, "factor": 0.5, "threshold": 10.0}}  # fmt: skip
 
 
 def test_a_schedule_that_follows_the_loss_goes_on_with_its_rate(tiny_gguf, tmp_path):
@@ -189,7 +240,7 @@ def test_a_state_of_another_kind_is_refused_in_words(content, tiny_gguf, stopped
     (newest / "trainer_state.json").write_bytes(content)
     listed = json.loads((newest / "manifest.json").read_text())
     listed["files"]["trainer_state.json"] = storage.describe_file(newest / "trainer_state.json")
-    (newest / "manifest.json").write_text(json.dumps(listed))
+    (newest / "manifest.json").write_text(covered_text(listed))
     with pytest.raises(CheckpointError, match="cannot be read"):
         run(tiny_gguf, stopped, resume_from_checkpoint="true")
 
@@ -199,7 +250,7 @@ def test_a_checkpoint_of_another_loop_is_refused_in_words(tiny_gguf, stopped):
         (path / "progress.json").unlink()
         listed = json.loads((path / "manifest.json").read_text())
         del listed["files"]["progress.json"]
-        (path / "manifest.json").write_text(json.dumps(listed))
+        (path / "manifest.json").write_text(covered_text(listed))
     with pytest.raises(CheckpointError, match=r"an earlier qgraft wrote it[\s\S]*hint: adapter_name_or_path="):
         run(tiny_gguf, stopped, resume_from_checkpoint="true")
 
@@ -210,7 +261,7 @@ def test_files_of_another_kind_are_refused_in_words(name, content, tiny_gguf, st
     (newest / name).write_bytes(content)
     listed = json.loads((newest / "manifest.json").read_text())
     listed["files"][name] = storage.describe_file(newest / name)
-    (newest / "manifest.json").write_text(json.dumps(listed))
+    (newest / "manifest.json").write_text(covered_text(listed))
     with pytest.raises(CheckpointError, match=r"cannot (be )?read"):
         run(tiny_gguf, stopped, resume_from_checkpoint="true")
 
@@ -222,7 +273,7 @@ def test_nothing_is_unpickled_from_a_checkpoint_but_tensors_and_numbers(tiny_ggu
 
 def test_differences_and_changes_are_told_apart():
     before, now = Bound({"seed": 1, "x": 2}, {"r": 4, "a": 1}), Bound({"seed": 1, "x": 3}, {"r": 4, "b": 2})
-    assert now.differences(before) == ["x: was 2, now 3"]
+    assert now.differences(before) == {"x": "x: was 2, now 3"}
     assert now.changes(before) == ["a 1 -> default", "b default -> 2"]
 
 

@@ -10,7 +10,6 @@ is loaded. It is no signature: whoever changes the files on purpose can seal the
 """
 
 import datetime
-import hashlib
 import platform
 import re
 from collections.abc import Mapping
@@ -21,10 +20,10 @@ from typing import Any
 
 from qgraft import __version__, storage
 from qgraft.errors import AdapterError
-from qgraft.json_files import read_object
+from qgraft.json_files import OWN, covered_text, is_covered, read_object
 
-SEAL, OWN = "qgraft.json", "sha256"
-_BLANK, _SHA256 = "0" * 64, re.compile("[0-9a-f]{64}")
+SEAL = "qgraft.json"
+_SHA256 = re.compile("[0-9a-f]{64}")
 _TEXTS = (
     "dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template", "system_text", "prompt_column",
     "response_column", "history_column",
@@ -42,13 +41,7 @@ def write_seal(folder: Path, files: list[str], details: Mapping[str, Any]) -> No
         "versions": _versions(),
         "files": {file: storage.describe_file(folder / file) for file in files},
     }
-    storage.write_file(folder / SEAL, seal_text(seal).encode())
-
-
-def seal_text(seal: Mapping[str, Any]) -> str:
-    """The seal as it stands in its file, with its own hash."""
-    text = storage.json_text({**seal, OWN: _BLANK})
-    return text.replace(_BLANK, _hash(text))
+    storage.write_file(folder / SEAL, covered_text(seal).encode())
 
 
 def read_seal(folder: Path) -> dict[str, Any] | None:
@@ -57,9 +50,7 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     seal = read_object(path, AdapterError)
-    own = seal.get(OWN)
-    text = path.read_bytes().decode()
-    if OWN in seal and (not isinstance(own, str) or _hash(text.replace(own, _BLANK)) != own):
+    if OWN in seal and not is_covered(path.read_bytes().decode(), seal[OWN]):
         raise AdapterError(f"{path} changed since it was written", hint="take the folder from where it was saved again")
     if OWN not in seal and any(isinstance(value, str) and _SHA256.fullmatch(value) for value in seal.values()):
         raise AdapterError(f"{path} changed since it was written: its own {OWN} is called otherwise")
@@ -103,10 +94,6 @@ def seal_notes(seal: Mapping[str, Any] | None) -> list[str]:
     if "files" in seal and OWN not in seal:  # that of a GGUF-LoRA is a part of its file
         notes.append(f"{SEAL} is of an earlier qgraft, whose seals did not cover themselves")
     return notes
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache  # reading them takes longer than saving a small adapter

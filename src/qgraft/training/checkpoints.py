@@ -10,8 +10,9 @@
 With save_only_model there is the adapter alone, with trainer_state.json.
 
 A run that is gone on with is the same run: its samples, its adapter's options and whatever says which samples a step
-learns must be what they were (`Bound`), or going on is refused. Other options may be changed, and are then obeyed from
-that step on: learning rate, schedule and length are computed from the options of now, not restored. Each is named.
+learns must be what they were (`Bound`), or going on is refused; with `force` what is now is taken, but for another base or
+an adapter of another shape, which no checkpoint fits. Other options may be changed, and are then obeyed from that step on:
+learning rate, schedule and length are computed from the options of now, not restored. Each is named.
 """
 
 import dataclasses
@@ -33,6 +34,11 @@ from qgraft.training.random_state import RandomState
 
 OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
 STATE, PROGRESS = "trainer_state.json", "progress.json"
+BASE, HELD_OUT = "base (fingerprint)", "held-out rows (SHA-256 of the samples)"
+OF_ADAPTER = "adapter: "
+_OF_ITS_SHAPE = {"kind", "layers", "r", "target_modules", "layers_to_transform", "pre_seq_len", "prefix_projection",
+                 "prefix_hidden_size", "layout"}  # fmt: skip
+NEVER_FORCED = {BASE, *(OF_ADAPTER + name for name in _OF_ITS_SHAPE)}
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -84,14 +90,25 @@ class Bound:
     fixed: dict[str, Any]
     options: dict[str, Any]
 
-    def differences(self, before: "Bound") -> list[str]:
-        """Of what is fixed: a line each."""
-        keys = sorted({*self.fixed, *before.fixed})
-        return [
-            f"{key}: was {before.fixed.get(key)}, now {self.fixed.get(key)}"
-            for key in keys
+    def differences(self, before: "Bound") -> dict[str, str]:
+        """Of what is fixed, by name: a line each."""
+        return {
+            key: f"{key}: was {before.fixed.get(key)}, now {self.fixed.get(key)}"
+            for key in sorted({*self.fixed, *before.fixed})
             if before.fixed.get(key) != self.fixed.get(key)
-        ]
+        }
+
+    def check(self, before: "Bound", folder: Path, force: bool) -> dict[str, str]:
+        """The differences, which `force` lets pass. Raises CheckpointError where a run of `before` cannot go on."""
+        differ = self.differences(before)
+        never = differ.keys() & NEVER_FORCED
+        if differ and (never or not force):
+            forced = "" if never else f"{option('force')} to go on with those of now, "
+            raise CheckpointError(
+                f"{folder} is of another run:\n  " + "\n  ".join(differ.values()),
+                hint=f"give the options and rows of then, {forced}or {take_its_adapter()}",
+            )
+        return differ
 
     def changes(self, before: "Bound") -> list[str]:
         """Of the options that may change: a line each."""

@@ -94,6 +94,10 @@ class Events:
             for name, value in states.pop(0)["attributes"].items() if states else ():
                 setattr(each, name, value)
 
+    def forget_best(self) -> None:
+        """Let whatever is measured next be the best so far."""
+        self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+
     def _stateful(self) -> list[Any]:
         return [each for each in self.callbacks if isinstance(each, ExportableState)]
 

@@ -32,7 +32,7 @@ from qgraft.adapter_files.seal import SEAL
 from qgraft.compat import activation_checkpointing
 from qgraft.data.batches import Batch
 from qgraft.data.tokenizing import Sample
-from qgraft.errors import CheckpointError, TrainingError
+from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.loss import check_gradient
@@ -41,19 +41,19 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.broken import check_held_out, where_it_comes_from
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import (
+    HELD_OUT,
     STATE,
     Bound,
     Progress,
     Saved,
     read_saved,
     remove_old,
-    take_its_adapter,
     write_saved,
 )
 from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.events import Callback, Events
 from qgraft.training.objective import Objective, SupervisedFineTuning
-from qgraft.training.optimization import Optimization
+from qgraft.training.optimization import OF_OPTIMIZER, Optimization
 from qgraft.training.output_dir import LAST, goes_on_from_newest
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
@@ -77,6 +77,7 @@ class TrainingLoop:
         events: the callbacks, with transformers' state and control.
         progress: what has been done since the run's first step.
         changes: options that are other ones than before the checkpoint that the run went on from.
+        forced: what else is another than then, by name, and is taken because args.force says so.
         ended: whether no step is left, or somebody asked to stop.
     """
 
@@ -104,7 +105,8 @@ class TrainingLoop:
         self.stop = stop or StopOnSignal()
         self.events = Events(args, self.plan, processes, callbacks, self.stop)
         self.events.context |= {"model": model, "processing_class": tokenizer}
-        self.progress, self.changes, self.ended = Progress(), list[str](), False
+        self.progress, self.ended = Progress(), False
+        self.changes, self.forced = list[str](), dict[str, str]()
         self._left = ExitStack()
         self._loss = torch.zeros((), device=model.device)  # of this step
 
@@ -142,7 +144,7 @@ class TrainingLoop:
         self._began = time.perf_counter()
         self.events.tell("on_train_begin")
         self.events.tell("on_epoch_begin")
-        if self.changes or not goes_on_from_newest(self.args):  # another command: more of it is wanted
+        if self.changes or self.forced or not goes_on_from_newest(self.args):  # another command: more of it is wanted
             self.progress.stopped = False
         self.ended = self.progress.stopped or self.progress.position >= self.plan.steps
         if random is not None:
@@ -368,20 +370,27 @@ class TrainingLoop:
     def _go_on_from(self, folder: Path) -> RandomState | None:
         """Take over what a checkpoint holds; returns the random generators, for the first step. Raises CheckpointError."""
         saved = read_saved(folder)
-        if wrong := self.bound.differences(saved.bound):
+        self.forced = self.bound.check(saved.bound, folder, self.args.force)
+        if self.forced and saved.progress.position >= self.plan.steps:
             raise CheckpointError(
-                f"{folder} is of another run:\n  " + "\n  ".join(wrong),
-                hint=f"give the options and rows of then, or {take_its_adapter()}",
+                f"{folder} is at step {saved.progress.position} of {self.plan.steps}: none is left for what is new",
+                hint=f"more {option('num_train_epochs')} or {option('max_steps')}",
             )
         take_trained(self.model, folder, self.args.adapter_name)
         try:
             self.events.load(folder / STATE)
-            self.optimization.load(saved.optimization)
+            if self.forced.keys() & OF_OPTIMIZER:
+                self.optimization.go_to(saved.progress.position)
+            else:
+                self.optimization.load(saved.optimization)
         except (OSError, AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"{folder} cannot be read: {error!r}") from error
         self.progress, self.changes = saved.progress, self.bound.changes(saved.bound)
-        if self.processes.rank < len(saved.random):
+        if HELD_OUT in self.forced:  # losses of other rows say nothing of these
+            self.events.forget_best()
+            self.progress.eval_loss_before = None
+        if self.processes.rank < len(saved.random) and "seed" not in self.forced:
             return saved.random[self.processes.rank]
-        # one process more than then
+        # one process more than then, or another seed
         set_seed((self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32)
         return None

@@ -90,8 +90,13 @@ class Optimization:
             self.scaler.load_state_dict(saved["scaler"])
         if self.by_loss:
             self.schedule.load_state_dict(saved["schedule"])
-        elif saved["schedule"]["last_epoch"]:
-            self.schedule.last_epoch = saved["schedule"]["last_epoch"] - 1
+        else:
+            self.go_to(saved["schedule"]["last_epoch"])
+
+    def go_to(self, step: int) -> None:
+        """Set the learning rate to that of `step`, which a schedule that goes by the loss has no idea of."""
+        if step and not self.by_loss:
+            self.schedule.last_epoch = step - 1
             with warnings.catch_warnings():  # torch has not seen the optimizer step, and says so
                 warnings.simplefilter("ignore", UserWarning)
                 self.schedule.step()
@@ -130,6 +135,7 @@ def _make_optimizer(args: "TrainArguments", parameters: Sequence[nn.Parameter]) 
     return optimizer
 
 
+OF_OPTIMIZER = {"optim", "lr_scheduler_type", "learning_rate"}  # with another one its state says nothing
 _OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
     "adamw_torch": (torch.optim.AdamW, {}),

@@ -65,7 +65,7 @@ class Earlier:
         if self.run is None:
             return False
         ended, then = self.run.get("finished") is True, Bound(self.run["bound"], self.run["arguments"])
-        differ = bound.differences(then)
+        differ = [*bound.differences(then).values()]
         if ended:
             planned = self.run.get("planned_steps", self.run["steps"])
             differ += [f"steps: were {planned}, now {steps}"] if planned != steps else []

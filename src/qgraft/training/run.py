@@ -40,7 +40,7 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, posit
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
-from qgraft.training.checkpoints import Bound, remove_later, remove_old
+from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.loop import TrainingLoop
@@ -214,6 +214,7 @@ class Run:
             )
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
+        prepared.notes += [f"goes on as {option('force')} says: {line}" for line in self.loop.forced.values()]
 
     def _begin(self, steps: int) -> None:
         """Measure where the run starts from, and make room in output_dir."""
@@ -319,13 +320,13 @@ class Run:
         by_loss = SchedulerType(args.lr_scheduler_type).value in ("reduce_lr_on_plateau", "greedy")
         base = base_of(self.model).info
         return {
-            "base (fingerprint)": None if base is None else base.fingerprint,
+            BASE: None if base is None else base.fingerprint,
             "samples of a step": size,
             "steps of an epoch": plan_of(args, len(self.prepared.samples), self.processes.count).steps_per_epoch,
             "rows (SHA-256 of the samples)": samples_sha256(self.prepared.samples),
-            "held-out rows (SHA-256 of the samples)": samples_sha256(self.prepared.eval_samples),
+            HELD_OUT: samples_sha256(self.prepared.eval_samples),
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
-            **json.loads(json.dumps({**options, **{f"adapter: {key}": value for key, value in adapter.items()}})),
+            **json.loads(json.dumps({**options, **{f"{OF_ADAPTER}{key}": value for key, value in adapter.items()}})),
         }
 
     def _last_eval_loss(self) -> float | None:
