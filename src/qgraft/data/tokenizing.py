@@ -241,9 +241,7 @@ class _Encoder:
         self.writer = None if isinstance(tokenizer, WritesPrompts) else Writer(tokenizer, template)
         texts = () if self.writer is None else tuple(map(str, tokenizer.convert_ids_to_tokens(ends)))
         self._known: dict[str, list[int]] = {}  # of this conversation
-        self.has_history = (
-            False  # of a tokenizer that writes samples itself: whether this one has rounds before the last
-        )
+        self.has_history = False  # where the tokenizer writes samples itself: rounds before the last
         self.choice = Choice(learning.mask_history, learning.mask_reasoning, texts)
 
     def remarks(self) -> set[str]:

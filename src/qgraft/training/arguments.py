@@ -64,9 +64,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
     prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")
     adapter_name: str = _option("default", "How the adapter is called in this process.")
-    force: bool = _option(
-        False, "Load an adapter that does not fit, as far as it does; go on with other rows or seed."
-    )
+    force: bool = _option(False, "Load an adapter that does not fit, as far as it does; go on with other rows or seed.")
 
     dataset: str | None = _option(None, "Comma list of files, dataset_info.json entries, hub names, built-in sets.")
     dataset_dir: str | None = _option(None, "Folder of dataset_info.json and of the files it names.")
