@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from jinja2 import Environment
 from transformers import PreTrainedTokenizerFast
 
-from qgraft.data import sandbox
-from qgraft.data.sandbox import ALLOWANCE, CLOSE, FAILURES, LONGEST, OPEN, TooCostly, compiled, render
+from qgraft.data import metering, sandbox
+from qgraft.data.metering import ALLOWANCE, LONGEST, TooCostly
+from qgraft.data.sandbox import CLOSE, FAILURES, OPEN, compiled, render
 
 TOOL = {
     "type": "function",
@@ -51,7 +52,7 @@ HOSTILE = [  # each asks for hours, or for gigabytes
     "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
     "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(40) }}",
     "{% set x = range(99999) | list %}{% for a in x %}{% for b in x %}{% if a == b %}{% endif %}{% endfor %}{% endfor %}",
-    "{% set s = 'a' * 3000000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
+    "{% set s = 'a' * 900000 %}{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "{% set x %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endset %}",
     "{% filter upper %}{% for i in range(99999) %}{{ 'a' * 1000 }}{% endfor %}{% endfilter %}",
     "{% for i in range(99999) %}" + "x" * 10000 + "{% endfor %}",
@@ -66,11 +67,23 @@ HOSTILE = [  # each asks for hours, or for gigabytes
     "{{ '%*d' % (10**9, 1) }}", "{{ [[1]] | tojson(indent=10**8) }}", "{{ ('a\n' * 100000) | indent(99999) }}",
     "{{ ('a' * 1000000).replace('a', 'b' * 1000000) }}", "{{ ('a' * 1000000) | replace('a', 'b' * 1000000) }}",
     "{{ (['a'] * 100000) | join('b' * 1000000) }}", "{{ ('b' * 1000000).join(['a'] * 100000) }}",
-    "{% set t = 'a' * 3000000 %}{% for i in range(99999) %}{% if 'b' in t %}{% endif %}{% endfor %}",
+    "{% set t = 'a' * 900000 %}{% for i in range(99999) %}{% if 'b' in t %}{% endif %}{% endfor %}",
     "{% set t = range(90000) | list %}{% for i in range(99999) %}{% if -1 in t %}{% endif %}{% endfor %}",
-    "{% set t = 'a' * 3000000 %}{% for i in range(99999) %}{% if t is lower %}{% endif %}{% endfor %}",
+    "{% set t = 'a' * 900000 %}{% for i in range(99999) %}{% if t is lower %}{% endif %}{% endfor %}",
     "{{ 10**60000 // 7 }}",
-    "{{ ('\t' * 1000000).expandtabs(99999) }}", "{{ ('a' * 4000000) | wordwrap(1) }}",
+    "{{ ('\t' * 900000).expandtabs(99999) }}", "{{ ('a' * 900000) | wordwrap(1) }}",
+    "{% for i in range(99999) %}{% for j in range(99999) if false %}x{% endfor %}{% endfor %}",
+    "{{ ('a' * 900000).rfind('a' * 200000 ~ 'b' ~ 'a' * 200000) }}", "{{ ('<>' * 400000) | striptags }}",
+    "{{ ('(' * 400000) | urlize }}", "{{ ([[1]] * 90000) | sum(start=[]) }}",
+    "{% for i in range(99999) %}{% set x = [1] | batch(99999, 'x') | list %}{% endfor %}",
+    "{% for i in range(99999) %}{% set x = range(99999) | map(attribute='a') | select | list %}{% endfor %}",
+    "{% for i in range(99999) %}{% if 0 in range(99999) | reject('number') %}{% endif %}{% endfor %}",
+    "{{ range(99999) | map(attribute='" + "a." * 9999 + "a') | list }}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(900) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x | tojson }}",
+    "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | safe }}",
+    "{% for i in range(99999) %}" + "{% if i %}{% endif %}" * 3000 + "{% endfor %}",
+    "{% for i in range(99999) %}{% set x = 'a' * 900000 ~ i %}{% endfor %}", "{{ ('ab' * 450000) | max }}" * 999,
+    "{% autoescape 'a' * 10**9 %}{% endautoescape %}",
 ]  # fmt: skip
 BROKEN = [  # each raises another type
     "{{ 1 / 0 }}", "{{ '{0}'.format() }}", "{{ '{a}'.format() }}", "{{ 'x'.encode('nope') }}", "{{ 'x' | xmlattr }}",
@@ -85,7 +98,7 @@ BROKEN = [  # each raises another type
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_templates_that_ask_for_too_much_are_refused(text, monkeypatch):
     """In bounded memory; the bound on time is the allowance, which counts the same on every machine (a tenth of it here)."""
-    monkeypatch.setattr(sandbox, "ALLOWANCE", ALLOWANCE // 10)
+    monkeypatch.setattr(metering, "ALLOWANCE", ALLOWANCE // 10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(TooCostly):
         render(text, {"messages": []})
@@ -98,15 +111,27 @@ def test_what_broken_templates_raise_is_known(text):
         render(text, {"messages": []})
 
 
-def test_what_chats_take_is_far_from_the_bound():
-    text = "{% for m in messages %}{{ m.role + ': ' + m.content | trim + '\n' }}{% endfor %}"
-    chat = [{"role": "user", "content": "word " * 400}] * 500  # a million characters
-    assert len(render(text, {"messages": chat})) == 500 * (len("user: ") + 1999 + 1)
+@pytest.mark.parametrize("rounds, characters", [(1, 3_000_000), (50, 6_000), (1_000, 100)])
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_what_chats_take_is_far_from_the_bound(original, name, rounds, characters, monkeypatch):
+    """Half of it is enough for a text of megabytes, and for thousands of turns, with tools."""
+    for bound in ("ALLOWANCE", "FOR_TEXT", "FOR_VALUE"):
+        monkeypatch.setattr(metering, bound, getattr(metering, bound) // 2)
+    chat = [
+        {"role": "user", "content": "word " * (characters // 5)},
+        {"role": "assistant", "content": "<think>\nhm\n</think>\na"},
+    ]
+    tools = [TOOL] * 30 if characters == 6_000 else None
+    text = render(original(name), {"messages": chat * rounds, "tools": tools, "bos_token": "", "eos_token": "",
+                                   "add_generation_prompt": True})  # fmt: skip
+    assert len(text) > rounds * characters
+
+
+def test_no_template_is_longer_than_templates_are():
+    with pytest.raises(TooCostly, match="characters, more than"):
+        compiled("a" * (sandbox.LONGEST + 1))
     with pytest.raises(TooCostly):
-        render(text, {"messages": [{"role": "user", "content": "a" * (LONGEST + 1)}]})
-    with pytest.raises(TooCostly):
-        compiled("a" * (LONGEST + 1))
-    assert ALLOWANCE > 10 * LONGEST
+        render(f"{{{{ 'a' * {LONGEST + 100} }}}}", {})
 
 
 SMALL = (

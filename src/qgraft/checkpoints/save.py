@@ -30,6 +30,7 @@ from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_ori
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
 from qgraft.formats import FORMATS, Format, fitting_format, get_format, misfit_notes
+from qgraft.locks import file_locked
 
 CONTAINERS: Final = {"gguf": gguf_write.CONTAINER, "folder": folder_write.CONTAINER}  # by Origin.container
 
@@ -78,7 +79,8 @@ def save(
     A prefix that came with the folder is in the copy as it is in the source.
 
     Raises AdapterError while other adapters are active, CheckpointError when the container changed since it was loaded,
-    OptionError, UnsupportedError for a format that the container cannot hold, StorageError.
+    OptionError, UnsupportedError for a format that the container cannot hold, StorageError, also while another process
+    writes there.
     """
     if unsaved := unsaved_adapters(model, list(active_adapters(model))):
         raise AdapterError(
@@ -88,14 +90,16 @@ def save(
     origin, target = find_origin(model), _absolute(path)
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
-    matrices, notes = _plan(model, origin if draft is None else draft.origin, to)
-    if draft is not None:
-        written = write_new_gguf(target, model, draft, matrices, _uniform(model, matrices))
-        notes += [f"a new GGUF file ({draft.architecture}), made of {origin.path}", *draft.notes]
-    elif origin.container == "gguf":
-        written = write_gguf(target, origin, matrices, _uniform(model, matrices))
-    else:
-        written = write_folder(target, origin, matrices)
+    with file_locked(target):
+        storage.check_new(target, overwrite)  # another process may just have written it
+        matrices, notes = _plan(model, origin if draft is None else draft.origin, to)
+        if draft is not None:
+            written = write_new_gguf(target, model, draft, matrices, _uniform(model, matrices))
+            notes += [f"a new GGUF file ({draft.architecture}), made of {origin.path}", *draft.notes]
+        elif origin.container == "gguf":
+            written = write_gguf(target, origin, matrices, _uniform(model, matrices))
+        else:
+            written = write_folder(target, origin, matrices)
     return SaveReport(target, *written, _count(matrices), tuple(notes))
 
 
