@@ -83,6 +83,7 @@ HOSTILE = [  # each asks for hours, or for gigabytes
     "{% set n = namespace(x=[1]) %}{% for i in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | safe }}",
     "{% for i in range(99999) %}" + "{% if i %}{% endif %}" * 3000 + "{% endfor %}",
     "{% for i in range(99999) %}{% set x = 'a' * 900000 ~ i %}{% endfor %}", "{{ ('ab' * 450000) | max }}" * 999,
+    "{% set t, c = 'ab' * 400000, 'x' * 100000 ~ 'ab' %}{% for i in range(99) %}{% set x = t.strip(c) %}{% endfor %}",
     "{% autoescape 'a' * 10**9 %}{% endautoescape %}",
 ]  # fmt: skip
 BROKEN = [  # each raises another type

@@ -45,7 +45,8 @@ _SLOW = {
 }
 _SEARCHING = {"find", "index", "count", "split", "partition"}
 _BACKWARDS = {"rfind", "rindex", "rsplit", "rpartition"}  # Python takes the product of both lengths for these
-_PLAIN = {"startswith", "endswith", "strip", "lstrip", "rstrip", "trim", "string", "removeprefix", "removesuffix"}
+_STRIPPING = {"strip", "lstrip", "rstrip", "trim"}  # so it does for these, of characters that are named
+_PLAIN = {"startswith", "endswith", "string", "removeprefix", "removesuffix"}
 _COUNTED = {
     "center", "ljust", "rjust", "zfill", "expandtabs", "indent", "tojson", "wordwrap", "batch", "slice", "safe_range",
 }  # fmt: skip
@@ -186,6 +187,8 @@ def pay_call(name: str, values: tuple[Any, ...], options: Mapping[str, Any]) -> 
     elif name in _BACKWARDS:
         sought = max((len(each) for each in everything[1:] if isinstance(each, str)), default=1)
         units += text * (8 + sought) // 40
+    elif name in _STRIPPING:
+        units += text * sum(len(each) for each in everything[1:] if isinstance(each, str)) // 20
     elif name in _COMPARING or name in _BY_ENTRY:
         units += 2 * ENTRY * _length(values[0] if values else 0)
         if name == "sum" and any(isinstance(each, (list, tuple)) for each in everything[1:]):
