@@ -415,14 +415,14 @@ def test_a_killed_save_is_cleaned_by_the_next(tmp_path: Path) -> None:
         (lambda f: (f / "a.bin").write_bytes(b"old!" * 3000), "a.bin: SHA-256 differs from the one it was saved with"),
         (lambda f: (f / "a.bin").write_bytes(b"old"), "a.bin: got 3 bytes, expected 12000"),
         (lambda f: (f / "sub" / "b.txt").unlink(), "sub/b.txt: missing"),
-        (lambda f: (f / MANIFEST).unlink(), f"{MANIFEST}: FileNotFoundError"),
-        (lambda f: (f / MANIFEST).write_text("{"), f"{MANIFEST}: JSONDecodeError"),
-        (lambda f: (f / MANIFEST).write_text("[]"), f"{MANIFEST}: TypeError"),
+        (lambda f: (f / MANIFEST).unlink(), f"{MANIFEST}: missing"),
+        (lambda f: (f / MANIFEST).write_text("{"), f"{MANIFEST} is not JSON"),
+        (lambda f: (f / MANIFEST).write_text("[]"), f"{MANIFEST}: got a JSON list"),
         (lambda f: (f / MANIFEST).write_text('{"files": [1]}'), f"{MANIFEST}: `files` is not an object"),
         (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin": {}}}'), "a.bin: listed without"),
         (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin": 1}}'), "a.bin: listed without"),
         (lambda f: (f / MANIFEST).write_text('{"files": {"../x": {"bytes": 1, "sha256": ""}}}'), "../x: "),
-        (shutil.rmtree, f"{MANIFEST}: FileNotFoundError"),
+        (shutil.rmtree, f"{MANIFEST}: missing"),
     ],
 )
 def test_tampering_is_noticed(tmp_path: Path, spoil: Callable[[Path], Any], problem: str) -> None:
@@ -430,7 +430,7 @@ def test_tampering_is_noticed(tmp_path: Path, spoil: Callable[[Path], Any], prob
     publish(target, OLD)
     spoil(target)
     (found,) = check_folder(target)
-    assert found.startswith(problem)
+    assert found.removeprefix(f"{target}/").startswith(problem)
 
 
 def test_every_difference_is_listed(tmp_path: Path) -> None:
