@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qgraft import storage
-from qgraft.errors import OptionError, StorageError
+from qgraft.errors import StorageError
 from qgraft.storage import (
     MANIFEST,
     check_files,
@@ -523,22 +523,3 @@ def test_a_scratch_file_without_room_leaves_nothing(tmp_path, monkeypatch):
 def test_an_error_within_the_block_is_not_the_disks(tmp_path):
     with pytest.raises(FileNotFoundError), storage.scratch_file(tmp_path / "states", 10):
         (tmp_path / "absent").read_bytes()
-
-
-def test_what_exists_is_replaced_only_when_told_and_an_input_never(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "full").mkdir()
-    for name in ("file", "full/.hidden"):
-        (tmp_path / name).write_text("old")
-    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    os.link(tmp_path / "file", tmp_path / "hard")
-    for name in ("new", "empty"):
-        storage.check_new(tmp_path / name)
-    for name in ("file", "full", "dangling"):
-        with pytest.raises(StorageError, match=rf"{name} exists already\nhint: .*overwrite=True"):
-            storage.check_new(tmp_path / name)
-        storage.check_new(tmp_path / name, overwrite=True)
-    for name, source in (("file", "file"), ("hard", "file"), ("full", "full/.hidden"), (".", "full")):
-        with pytest.raises(OptionError, match=r"is what is read|which is read"):
-            storage.check_new(tmp_path / name, True, [tmp_path / source])
-    storage.check_new(tmp_path / "file", True, [tmp_path / "nowhere"])

@@ -27,7 +27,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from qgraft.errors import OptionError, StorageError, option
+from qgraft.errors import StorageError
 from qgraft.json_files import OWN, covered_text, is_covered, json_text, read_object
 
 MANIFEST = "manifest.json"
@@ -61,28 +61,6 @@ def require_room(path: Path, nbytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def check_new(path: Path, overwrite: bool = False, inputs: Iterable[Path] = ()) -> None:
-    """Raise where writing to `path` would replace something: the one rule of merge, save, export and combine.
-
-    Args:
-        overwrite: whether what is there may be replaced; an empty folder always may.
-        inputs: what the new file or folder is made of. None of them is ever replaced, nor a folder that holds one.
-
-    Raises StorageError, and OptionError where `path` is an input.
-    """
-    here = path.resolve()
-    for source in (each.resolve() for each in inputs if each.exists()):
-        if here == source or (path.exists() and path.samefile(source)):
-            raise OptionError(f"{path} is what is read, and is never written over", hint="give another name")
-        if path.is_dir() and here in source.parents:
-            raise OptionError(f"{path} holds {source.name}, which is read", hint="give another name")
-    taken = any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
-    if taken and not overwrite:
-        raise StorageError(
-            f"{path} exists already", hint=f"give another name, or {option('overwrite')} to replace what is there"
-        )
-
-
 def free_bytes(path: Path) -> int:
     """Free bytes of the disk of `path`, or of the nearest folder above it that is there."""
     for folder in (path, *path.parents):
@@ -90,16 +68,6 @@ def free_bytes(path: Path) -> int:
             if folder.exists():
                 return shutil.disk_usage(folder).free
     return 0
-
-
-def check_folder_target(target: Path) -> None:
-    """Raise StorageError where publish_folder would put a folder in place of what no publish_folder wrote."""
-    foreign = unlisted_files(target)
-    if target.is_dir() and not foreign:
-        return
-    if target.exists():
-        got = f"it holds other files: {', '.join(foreign[:4])}" if target.is_dir() else "it is a file"
-        raise StorageError(f"cannot write {target}: {got}", hint="give the name of a new folder")
 
 
 def write_json(path: Path, value: Any) -> None:

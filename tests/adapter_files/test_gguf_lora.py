@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qgraft.adapter_files import gguf_lora
 from qgraft.adapter_files.folder import load_adapter
 from qgraft.adapter_files.gguf_lora import FINGERPRINT, export_gguf_lora
 from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
@@ -106,6 +107,20 @@ def test_without_room_for_temporary_files(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(StorageError, match=r"(?s)cannot write a temporary file: No such file.*hint: TMPDIR"):
         export_gguf_lora(model, tmp_path / "x.gguf")
+    assert not (tmp_path / "x.gguf").exists()
+
+
+def test_a_disk_that_takes_only_some_of_the_temporary_file(tiny, tmp_path, monkeypatch):
+    """numpy's tofile() says nothing of what the disk did not take."""
+    closed = gguf_lora.GGUFWriter.close
+
+    def cut(writer):
+        closed(writer)
+        os.truncate(writer.path, 4096)
+
+    monkeypatch.setattr(gguf_lora.GGUFWriter, "close", cut)
+    with pytest.raises(StorageError, match=r"(?s)cannot write a temporary file: .*got 4096 bytes.*hint: TMPDIR"):
+        export_gguf_lora(with_adapter(tiny), tmp_path / "x.gguf")
     assert not (tmp_path / "x.gguf").exists()
 
 

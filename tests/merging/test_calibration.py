@@ -170,6 +170,26 @@ def test_what_a_run_held_out_measures_and_never_calibrates(tiny_gguf, rows, tmp_
     assert any("measured on what the run held out of" in note for note in chosen.notes)
 
 
+@pytest.mark.parametrize("limit", [{}, {"max_samples": 10}])
+def test_other_rows_than_those_of_the_training_are_refused_unless_they_are_given(tiny_gguf, rows, tmp_path, limit):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    task, back = write_rows(tmp_path / "task.jsonl", rows), write_rows(tmp_path / "back.jsonl", rows[:5])
+    args = qgraft.TrainArguments(output_dir=str(tmp_path / "out"), eval_dataset=back, use_cpu=True, max_steps=1,
+                                 eval_strategy="no", save_strategy="no", plot_loss=False, **limit)  # fmt: skip
+    qgraft.train(model, tokenizer, task, args)
+    trained = [qgraft.adapters.base.find_adapter(model, None).trained]
+    assert find_rows(model, tokenizer, None, None, trained, {}, 0).held_out
+    write_rows(tmp_path / "back.jsonl", rows[1:6])
+    with pytest.raises(DataError, match=r"(?s)back\.jsonl holds other rows than .*hint: .*calibration="):
+        find_rows(model, tokenizer, None, None, trained, {}, 0)
+    write_rows(tmp_path / "back.jsonl", rows[:5])
+    write_rows(tmp_path / "task.jsonl", rows[::-1])
+    with pytest.raises(DataError, match=r"task\.jsonl holds other rows than"):
+        find_rows(model, tokenizer, None, None, trained, {}, 0)
+    given = find_rows(model, tokenizer, task, None, trained, {}, 0)
+    assert not given.held_out and given.notes[0] == "calibrated on the rows given"
+
+
 def test_the_tokenizer_of_the_model_serves_where_none_is_given(tiny_gguf, rows):
     model, tokenizer = qgraft.load(tiny_gguf().path)
     own = find_rows(model, None, rows, None, [], {}, 0)

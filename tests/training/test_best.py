@@ -123,3 +123,24 @@ def test_run_json_is_json(tiny_gguf, tmp_path):
 
     assert json.loads(json_text(report.metrics), parse_constant=pytest.fail)["odd"] is None
     json.loads((tmp_path / "out" / "run.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_nothing_that_is_asked_for_is_ignored_in_silence(tiny_gguf, tmp_path):
+    often = run(tiny_gguf, tmp_path / "often", val_size=4, eval_steps=1, eval_strategy=None, max_steps=4)
+    lines = [json.loads(line) for line in (tmp_path / "often" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 1, 2, 3, 4] and often.steps == 4
+    last = run(tiny_gguf, tmp_path / "last", val_size=4, save_strategy="no", max_steps=2, eval_strategy=None)
+    assert any("so the last one is kept, not the best" in note for note in last.notes)
+    args = qgraft.TrainArguments(output_dir=str(tmp_path), prefix_projection=True, prefix_dropout=0.3, use_cpu=True)
+    assert [note.split()[0] for note in args.notes] == ["prefix_projection", "prefix_dropout"]
+
+
+def test_other_layers_than_those_of_the_adapter_are_refused(tiny_gguf, tmp_path):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    qgraft.attach_lora(model, r=8, target_modules="q_proj")
+    for options in ({"target_modules": "q_proj,v_proj"}, {"layers_to_transform": "0"}, {"target_modules": "v_proj"}):
+        args = qgraft.TrainArguments(output_dir=str(tmp_path / "out"), use_cpu=True, **options)
+        with pytest.raises(OptionError, match="is on the model already: target_modules and layers_to_transform name"):
+            qgraft.train(model, tokenizer, ROWS, args)
+    args = qgraft.TrainArguments(output_dir=str(tmp_path / "out"), use_cpu=True, max_steps=1, target_modules="q_proj")
+    assert qgraft.train(model, tokenizer, ROWS, args).steps == 1

@@ -10,18 +10,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qgraft import storage
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
 from qgraft.adapter_files.seal import remembered_arguments
 from qgraft.adapters.adapter import prefix_error
-from qgraft.adapters.combine import PRUNING, CombineReport, Factors, combine_layers
+from qgraft.adapters.combine import DENSITY, PRUNING, CombineReport, Factors, combine_layers
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
 from qgraft.errors import AdapterError, OptionError, option
+from qgraft.targets import check_new
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
 
@@ -31,7 +31,7 @@ def combine_files(
     output: str | Path,
     method: str = "linear",
     r: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     dtype: str = "float32",
     force: bool = False,
@@ -51,7 +51,11 @@ def combine_files(
     output = Path(output)
     folders = {Path(folder): weight for folder, weight in adapters.items()}
     names = _names(folders)
-    storage.check_new(output, overwrite, folders)
+    check_new(output, overwrite, folders)
+    for folder in folders:
+        if folder.is_file():
+            raise AdapterError(f"{folder} is a file, and combining takes folders",
+                               hint="qgraft export --to peft makes the folder of a GGUF-LoRA")  # fmt: skip
     read = {folder: read_adapter(folder) for folder in folders}
     if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
         raise prefix_error("combine", prefixes)
@@ -150,12 +154,12 @@ def _shared_arguments(seals: Mapping[Path, dict[str, Any] | None]) -> dict[str, 
     }
 
 
-def _details(report: CombineReport, folders: Mapping[Path, float], density: float, seed: int) -> dict[str, Any]:
+def _details(report: CombineReport, folders: Mapping[Path, float], density: float | None, seed: int) -> dict[str, Any]:
     """What the seal says about the combination."""
     details: dict[str, Any] = {
         "combined": {str(folder): weight for folder, weight in folders.items()},
         "method": report.method,
     }
     if report.method in PRUNING:
-        details |= {"density": density, "seed": seed}
+        details |= {"density": DENSITY if density is None else density, "seed": seed}
     return details | ({"truncation_error": report.error} if report.cuts else {})

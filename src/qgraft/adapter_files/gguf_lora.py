@@ -34,7 +34,7 @@ import torch
 from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor, nn
 
-from qgraft import storage
+from qgraft import storage, targets
 from qgraft.adapter_files.peft_config import peft_config
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.lora import Lora, LoraConfig, loras_of
@@ -45,7 +45,7 @@ from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
-from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match, worded
+from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
 from qgraft.formats import dequantize
 
 DTYPES = {
@@ -98,7 +98,7 @@ def export_gguf_lora(
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     path, adapter = Path(path), find_adapter(model, name)
     loras = loras_of(adapter, "a GGUF-LoRA")
-    storage.check_new(path, overwrite, [find_origin(model).path])
+    targets.check_new(path, overwrite, [find_origin(model).path], "gguf")
     base = _names_of_base(model)
     fingerprint = _unmerged(model)
     alpha = _common_alpha(lora.config for lora in loras.values())
@@ -109,10 +109,11 @@ def export_gguf_lora(
             _add_metadata(writer, adapter.name, base, fingerprint, alpha, DTYPES[dtype][1])
             _add_prompt(writer, arguments or {})
             _write(writer, tensors)
-            data = (Path(folder) / "lora.gguf").read_bytes()
-    except OSError as error:
+            data = _whole(Path(folder) / "lora.gguf")
+    except (OSError, CheckpointError) as error:
         raise StorageError(
-            f"cannot write a temporary file: {error.strerror or error}", hint="TMPDIR names the folder of such files"
+            f"cannot write a temporary file: {error.message if isinstance(error, CheckpointError) else error.strerror}",
+            hint="TMPDIR names the folder of such files",
         ) from error
     storage.write_file(path, data)
     numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -261,6 +262,15 @@ def _write(writer: GGUFWriter, tensors: Mapping[str, Tensor]) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _whole(path: Path) -> bytes:
+    """The bytes of a file that numpy wrote tensors to, which says nothing where the disk took only some of them.
+
+    Raises CheckpointError.
+    """
+    read_gguf(path)
+    return path.read_bytes()
 
 
 def _check_kind(file: GgufFile) -> float:

@@ -76,12 +76,25 @@ def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict
 
 
 def remembered_arguments(seal: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that the adapter was trained with; none of those that are used again is of another type than theirs."""
+    """The options that the adapter was trained with; none of those that are used again is of another type than theirs.
+
+    Beside them `rows_sha256` and `held_out_rows_sha256`, of the rows that were read then (data.reading.Accounting).
+    """
     arguments = (seal or {}).get("arguments")
     held = arguments if isinstance(arguments, dict) else {}
     kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_SWITCHES, bool)
     kinds |= dict.fromkeys(_NUMBERS, int) | {"val_size": (int, float)}
-    return {key: value for key, value in held.items() if isinstance(value, kinds.get(key, object))}
+    return {key: value for key, value in held.items() if isinstance(value, kinds.get(key, object))} | _rows(seal or {})
+
+
+def _rows(seal: Mapping[str, Any]) -> dict[str, str]:
+    dataset, found = seal.get("dataset"), {}
+    for key, part in (("rows_sha256", "accounting"), ("held_out_rows_sha256", "held_out_accounting")):
+        accounting = dataset.get(part) if isinstance(dataset, dict) else None
+        value = accounting.get("sha256") if isinstance(accounting, dict) else None
+        if isinstance(value, str) and value:
+            found[key] = value
+    return found
 
 
 def seal_notes(seal: Mapping[str, Any] | None) -> list[str]:

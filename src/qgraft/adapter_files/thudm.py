@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qgraft import storage
+from qgraft import storage, targets
 from qgraft.adapters.attach_prefix import layout_of
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.prefix import encoder_of
@@ -47,8 +47,8 @@ def export_thudm(
             f"a prefix in THUDM's layout: {problem}",
             hint=worded(flags="--to peft", python="save_adapter()") + " writes it for other programs",
         )
-    storage.check_new(folder, overwrite)
-    storage.check_folder_target(folder)
+    targets.check_new(folder, overwrite)
+    targets.check_folder_target(folder)
     state = {f"{KEY}{key}": p.detach().cpu().to(DTYPES[dtype]).contiguous() for key, p in encoder.named_parameters()}
     if broken := non_finite(state):
         raise AdapterError(f"prefix {adapter.name!r} is not written: NaN or infinity as {dtype} in {', '.join(broken)}")

@@ -65,9 +65,16 @@ def attach_lora(
     targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
     config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers)
-    paths = find_targets(model, targets)
-    attach_layers(model, name, dict.fromkeys(paths if numbers is None else within_layers(paths, numbers), config))
+    attach_layers(model, name, dict.fromkeys(chosen_layers(model, targets, numbers), config))
     return config
+
+
+def chosen_layers(
+    model: nn.Module, target_modules: str | Sequence[str], layers_to_transform: LayerNumbers | None
+) -> list[str]:
+    """The paths of the layers that attach_lora() would put a LoRA on. Raises OptionError for none."""
+    paths = find_targets(model, target_modules)
+    return paths if layers_to_transform is None else within_layers(paths, parse_layers(layers_to_transform))
 
 
 @one_at_a_time

@@ -39,6 +39,7 @@ from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_matc
 
 PRUNING = ("ties", "dare", "magnitude_prune")
 METHODS = ("linear", "svd", *PRUNING)
+DENSITY = 0.5  # where nothing is said
 _OVERSAMPLED, _ITERATIONS = 16, 4  # of the range finder
 
 
@@ -134,7 +135,7 @@ def combine(
     name: str,
     method: str = "linear",
     r: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
 ) -> CombineReport:
     """Make a new adapter `name` out of attached ones and make it the active one; those stay attached.
@@ -143,7 +144,7 @@ def combine(
         adapters: attached adapter -> weight, which may be negative.
         method: linear (exact), svd (cut to rank r), ties, dare or magnitude_prune; see the module's docstring.
         r: rank of the result; default the largest of the inputs. Not for linear, whose ranks add up.
-        density: share of each delta's numbers that ties, dare and magnitude_prune keep.
+        density: share of each delta's numbers that ties, dare and magnitude_prune keep; None for DENSITY.
         seed: of dare's choice; the result depends on it, not on torch's own generator.
 
     Raises AdapterError for an unknown or taken name and for NaN, OptionError for an impossible option, UnsupportedError
@@ -171,7 +172,7 @@ def combine_layers(
     name: str,
     method: str = "linear",
     r: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
 ) -> tuple[dict[str, Factors], CombineReport]:
     """The new adapter's factors, each of scaling 1, on the CPU in float32; see combine for the arguments.
@@ -183,7 +184,7 @@ def combine_layers(
     _check_options(weights, method, r, density)
     _check_shapes(adapters)
     rank = r or max(factors.rank for layers in adapters.values() for factors in layers.values())
-    merge = _pruning(method, density) if method in PRUNING else None
+    merge = _pruning(method, DENSITY if density is None else density) if method in PRUNING else None
     combined: dict[str, Factors] = {}
     cuts: dict[str, Cut] = {}
     with torch.random.fork_rng(devices=[]):
@@ -205,7 +206,7 @@ def combine_layers(
     return combined, CombineReport(name, method, dict(weights), input_ranks, ranks, cuts)
 
 
-def _check_options(weights: Mapping[str, float], method: str, r: int | None, density: float) -> None:
+def _check_options(weights: Mapping[str, float], method: str, r: int | None, density: float | None) -> None:
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected {', '.join(METHODS)}", hint=near_match(method, METHODS))
     if not weights:
@@ -215,7 +216,11 @@ def _check_options(weights: Mapping[str, float], method: str, r: int | None, den
         raise OptionError(f"r={r}: the rank of a LoRA must be at least 1")
     if r is not None and method == "linear":
         raise OptionError(f"r={r}: the ranks of a linear sum add up", hint=f"method svd cuts the sum to rank {r}")
-    if not 0.0 < density <= 1.0:
+    if density is not None and method not in PRUNING:
+        raise OptionError(
+            f"density={density}: {method} prunes nothing", hint=f"leave it out, or take {', '.join(PRUNING)}"
+        )
+    if density is not None and not 0.0 < density <= 1.0:
         raise OptionError(f"density={density}: expected a share above 0 and up to 1")
 
 

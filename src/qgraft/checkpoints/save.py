@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from qgraft import storage
+from qgraft import storage, targets
 from qgraft.adapters.base import base_of
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.targets import find_targets
@@ -91,7 +91,7 @@ def save(
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
     with file_locked(target):
-        storage.check_new(target, overwrite)  # another process may just have written it
+        _check_target(target, origin, draft is not None, overwrite)  # another process may just have written it
         matrices, notes = _plan(model, origin if draft is None else draft.origin, to)
         if draft is not None:
             written = write_new_gguf(target, model, draft, matrices, _uniform(model, matrices))
@@ -148,7 +148,7 @@ def _draft(model: nn.Module, origin: Origin, target: Path) -> Draft | None:
 
 def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> None:
     parent = target.parent
-    storage.check_new(target, True, [origin.path])
+    targets.check_new(target, True, [origin.path])
     if not parent.is_dir():
         got = "is not a folder" if parent.exists() else "does not exist"
         raise StorageError(f"cannot write {target}: {parent} {got}", hint="create the folder first")
@@ -158,7 +158,7 @@ def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> N
         raise StorageError(f"cannot write {target}: it is a folder", hint=f"give a file: {target / origin.path.name}")
     if origin.container == "folder" and not new:
         _check_folder(target)
-    storage.check_new(target, overwrite)
+    targets.check_new(target, overwrite, kind="gguf" if new or origin.container == "gguf" else "")
 
 
 def _check_folder(target: Path) -> None:

@@ -26,7 +26,7 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--rank", type=int, help="rank of the result, not for linear (default: the inputs' largest)")
     parser.add_argument(
-        "--density", type=float, default=0.5, help="what ties, dare, magnitude_prune keep of each adapter (default 0.5)"
+        "--density", type=float, help="what ties, dare, magnitude_prune keep of each adapter (default 0.5)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of dare's random choice (default 0)")
     parser.add_argument("--dtype", default="float32", help="of the file: float32 (default), float16, bfloat16")

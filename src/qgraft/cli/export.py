@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qgraft import storage
+from qgraft import storage, targets
 from qgraft.cli.options import Parser, free_name, print_note, print_notes
 from qgraft.errors import OptionError
 
@@ -24,7 +24,9 @@ def run(words: Sequence[str]) -> int:
         "  peft       a folder that PEFT reads, from a GGUF-LoRA; qgraft's own folders are PEFT's already\n"
         "  thudm      a prefix of a ChatGLM, as THUDM's P-Tuning scripts save it",
     )
-    parser.add_argument("--adapter", metavar="PATH", help="adapter folder, GGUF-LoRA, or THUDM's prefix")
+    parser.add_argument(
+        "--adapter", metavar="PATH", action="append", help="adapter folder, GGUF-LoRA, or THUDM's prefix"
+    )
     parser.add_argument(
         "--model", required=True, help="the base: GGUF file, folder, hub id (org/name:file.gguf), known model"
     )
@@ -38,7 +40,12 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     options = parser.parse_args(words)
     target = Path(options.output)
-    storage.check_new(target, options.overwrite, map(Path, filter(None, (options.adapter, options.model))))
+    if len(options.adapter or ()) > 1:
+        raise OptionError("qgraft export writes one adapter, and several are given",
+                          hint="qgraft combine makes one of several")  # fmt: skip
+    options.adapter = options.adapter[0] if options.adapter else None
+    kind = "gguf" if options.to in ("gguf", "gguf-lora") else ""
+    targets.check_new(target, options.overwrite, map(Path, filter(None, (options.adapter, options.model))), kind)
     if options.adapter is None and options.to not in ("gguf", "ollama"):
         raise OptionError(f"qgraft export --to {options.to}: no --adapter is given", hint="give the adapter's folder")
     if options.adapter is not None and options.to == "gguf":
@@ -115,7 +122,7 @@ def _ollama(
 
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "a Modelfile")
-    storage.check_folder_target(target)
+    targets.check_folder_target(target)
     base = Path(model.qgraft.info.source).resolve()
     if model.qgraft.info.container == "folder":
         base = Path("model.gguf")

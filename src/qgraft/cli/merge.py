@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from qgraft import storage
+from qgraft import targets
 from qgraft.cli.options import Parser, load_with_adapters, print_note
 from qgraft.errors import MergeError, OptionError
 from qgraft.locks import file_locked
@@ -49,8 +49,9 @@ def run(words: Sequence[str]) -> int:
         raise OptionError(f"qgraft merge: got {len(options.weight)} --weight for {len(options.adapter)} --adapter")
 
     json_file, picture = (_beside(target, suffix) for suffix in ("json", "png"))
-    for path in (target, json_file, picture):
-        storage.check_new(path, options.overwrite, [Path(each) for each in (options.model, *options.adapter)])
+    inputs = [Path(each) for each in (options.model, *options.adapter)]
+    for path, kind in ((target, "" if target.is_dir() else "gguf"), (json_file, "json"), (picture, "png")):
+        targets.check_new(path, options.overwrite, inputs, kind)
 
     # where the folder is missing, the check of the target says so
     with file_locked(target) if target.parent.is_dir() else nullcontext():

@@ -14,6 +14,8 @@ The user's text of alpaca is instruction + "\\n" + input, and answers in `histor
 LLaMA-Factory.   names -> files: this file   files -> rows: files.py   row -> messages: rows.py
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -46,7 +48,8 @@ _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\S+))?")
 class Accounting:
     """Where every row went: kept + dropped = read. Truncated ones are kept, but lost tokens at the end.
 
-    `ignored` counts the rows that have a key without effect; `notes` are sentences about the rows that were kept.
+    `ignored` counts the rows that have a key without effect; `notes` are sentences about the rows that were kept; `sha256`
+    is of what the conversations say, wherever they were read from.
     """
 
     read: int = 0
@@ -57,6 +60,7 @@ class Accounting:
     truncated_tokens: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sha256: str = ""
 
     def drop(self, reason: str, source: str) -> None:
         """Count one row that is not learned from."""
@@ -156,7 +160,17 @@ def read_dataset(
     accounting = Accounting()
     conversations = [found for item in items for found in _read_item(item, accounting, fill, max_samples)]
     accounting.check()
+    accounting.sha256 = _sha256(conversations)
     return conversations, accounting
+
+
+def _sha256(conversations: Iterable[Conversation]) -> str:
+    digest = hashlib.sha256()
+    for each in conversations:
+        turns = [(m.role, m.content, m.reasoning, [(c.name, c.arguments, c.id) for c in m.calls], m.call_id, m.name, m.weight)
+                 for m in each.messages]  # fmt: skip
+        digest.update(json.dumps([turns, each.tools]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> list[Conversation]:

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
 from qgraft.data.held_out import hold_out
-from qgraft.data.reading import named_columns, read_dataset
+from qgraft.data.messages import Conversation
+from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError, worded
@@ -95,6 +96,8 @@ def find_rows(
     if calibration is not None:
         task, source = reader.samples(calibration, first), "the rows given"
     elif known:
+        for arguments in known:
+            reader.check_rows(arguments, eval_dataset is None)
         task = [sample for arguments in known for sample in reader.samples(arguments["dataset"], arguments)]
         source = f"the training set: {', '.join(arguments['dataset'] for arguments in known)}"
     else:
@@ -103,7 +106,9 @@ def find_rows(
     if eval_dataset is not None:
         held = reader.samples(eval_dataset, first)
     elif known and all(
-        _holds_out(each) and (calibration is None or calibration == each["dataset"]) for each in trained
+        _holds_out(each)
+        and (calibration is None or (calibration == each["dataset"] and reader.changed_rows(each) is None))
+        for each in trained
     ):
         task, held, said = _training_held_out(reader, task, known)
         notes += said
@@ -128,19 +133,50 @@ class _Reader:
     def samples(
         self, dataset: Dataset, arguments: Mapping[str, Any], longest: int = LONGEST, most: int | None = None
     ) -> list[Sample]:
-        told = {key: self.options.get(key) or arguments.get(key) for key in ("dataset_dir", "system", "name", "author")}
-        known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
-        columns = named_columns(arguments) if known else None
-        rows, accounting = read_dataset(dataset, told["dataset_dir"], name=told["name"], author=told["author"],
-                                        columns=columns, max_samples=most,
-                                        allow_outside_files=bool(self.options.get("allow_outside_files")))  # fmt: skip
+        rows, accounting, columns = self._read(dataset, arguments, most)
         chosen = self.options.get("template") or remembered_template(arguments)
         template = resolve_template(self.tokenizer, chosen, enable_thinking=arguments.get("enable_thinking"),
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
-        return build_samples(self.tokenizer, rows, accounting, template=template, system=told["system"],
+        system = self.options.get("system") or arguments.get("system")
+        return build_samples(self.tokenizer, rows, accounting, template=template, system=system,
                              max_length=sample_limit(self.model, longest),
                              mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(self.model),
                              chatglm=ChatGlmOptions(numbered="history" in (columns or ())))  # fmt: skip
+
+    def _read(
+        self, dataset: Dataset, arguments: Mapping[str, Any], most: int | None
+    ) -> tuple[list[Conversation], Accounting, dict[str, str] | None]:
+        folder, name, author = (
+            self.options.get(key) or arguments.get(key) for key in ("dataset_dir", "name", "author")
+        )
+        known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
+        columns = named_columns(arguments) if known else None
+        rows, accounting = read_dataset(dataset, folder, name=name, author=author, columns=columns, max_samples=most,
+                                        allow_outside_files=bool(self.options.get("allow_outside_files")))  # fmt: skip
+        return rows, accounting, columns
+
+    def changed_rows(self, arguments: Mapping[str, Any], held_out: bool = True) -> str | None:
+        """The name of a dataset of a run that holds other rows today than then; None where it is not known to."""
+        if any(self.options.get(key) not in (None, arguments.get(key)) for key in ("name", "author")):
+            return None  # which are words of the rows
+        most = arguments.get("max_samples")
+        sets = [("dataset", "max_train_samples", "rows_sha256")]
+        sets += [("eval_dataset", "max_eval_samples", "held_out_rows_sha256")] if held_out else []
+        for name, limit, sha256 in sets:
+            if arguments.get(name) and arguments.get(sha256):
+                _, accounting, _ = self._read(arguments[name], arguments, arguments.get(limit) or most)
+                if accounting.sha256 != arguments[sha256]:
+                    return str(arguments[name])
+        return None
+
+    def check_rows(self, arguments: Mapping[str, Any], held_out: bool) -> None:
+        """Raise DataError where the rows of the training, or its held-out ones, are other ones today."""
+        if changed := self.changed_rows(arguments, held_out):
+            raise DataError(
+                f"{changed} holds other rows than the adapter was trained with",
+                hint="give the rows of then, or name the ones to go by: "
+                + worded(flags="--dataset", python="calibration="),
+            )
 
     def trained_on(self, arguments: Mapping[str, Any]) -> list[Sample]:
         """All samples of a run before it held some out, as long as it had them: which rows gave one decides the choice."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from qgraft.adapter_files.folder import read_trained
 from qgraft.adapters.adapter import Adapter
-from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.attach import attach_lora, chosen_layers
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
@@ -51,7 +51,7 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     if not adapter.is_prefix:
         if wanted == "p_tuning":
             raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
-        _check_lora(adapter, args)
+        _check_lora(model, adapter, args)
         return
     length = encoder_of(adapter).config.pre_seq_len
     if wanted == "p_tuning" and args.pre_seq_len != length:
@@ -63,7 +63,7 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
         )
 
 
-def _check_lora(adapter: Adapter, args: TrainArguments) -> None:
+def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) -> None:
     """Raise OptionError for options of a new LoRA that the attached one does not have."""
     said = {
         "r": args.r,
@@ -78,6 +78,11 @@ def _check_lora(adapter: Adapter, args: TrainArguments) -> None:
         for name, value in said.items()
         if value != defaults[name] and all(config[name] != value for config in configs)
     ]
+    if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
+        asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
+        if set(asked) != set(adapter.configs):
+            wrong.append(f"target_modules and layers_to_transform name {len(asked)} layers, it is on "
+                         f"{len(adapter.configs)}{'' if len(asked) != len(adapter.configs) else ' other ones'}")  # fmt: skip
     if wrong:
         raise OptionError(
             f"the adapter {adapter.name!r} is on the model already: {'; '.join(wrong)}",

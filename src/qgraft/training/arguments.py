@@ -145,7 +145,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise OptionError(str(error)) from error
         self.do_eval = asked  # transformers sets it for any eval_strategy
         self.load_best_model_at_end = best
-        settle_best(self)
+        self.notes += settle_best(self)
         check_intervals(self)
         if self.do_train:
             check_optimization(self)
@@ -169,8 +169,12 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             self.finetuning_type = "lora" if self.pre_seq_len is None else "p_tuning"
         if self.finetuning_type == "p_tuning":
             self.pre_seq_len = 128 if self.pre_seq_len is None else self.pre_seq_len
-        elif self.pre_seq_len is not None:
-            self.notes.append(f"pre_seq_len has no effect: finetuning_type is {self.finetuning_type}")
+        else:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            said = [name for name in ("pre_seq_len", "prefix_projection", "prefix_dropout")
+                    if getattr(self, name) != defaults[name]]  # fmt: skip
+            without = option("finetuning_type", "p_tuning")
+            self.notes += [f"{name} has no effect on a LoRA; {without} trains a prefix" for name in said]
         if self.predict_with_generate and not (self.do_eval or self.do_predict):
             self.notes.append("predict_with_generate has no effect: neither do_eval nor do_predict is asked for")
 

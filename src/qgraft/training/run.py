@@ -49,7 +49,7 @@ from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import Dataset, prepare_samples, read_samples
-from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks
+from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
 
 def train(
@@ -135,9 +135,9 @@ def prepare(
     if limit < args.max_length and (given or accounting.truncated or (held_out and held_out.truncated)):
         notes.append(f"max_length {args.max_length}: the model's context is {limit} tokens, so samples end there")
     if eval_samples and args.eval_unsaid and args.eval_strategy == IntervalStrategy.NO:  # rows beside the options
-        args.eval_strategy = IntervalStrategy.EPOCH
+        args.eval_strategy = IntervalStrategy(unsaid_strategy(args))
         args.load_best_model_at_end = args.load_best_model_at_end or None
-        settle_best(args)
+        notes += settle_best(args)
     check_evaluation(args, eval_samples)
     plan_of(args, len(samples), Processes.of(args).count)  # or an error, before anything is touched
     every = [*tracking_callbacks(args), *callbacks]

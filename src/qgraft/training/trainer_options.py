@@ -229,15 +229,21 @@ def rename_checkpointing(args: Any) -> None:
 def settle_strategies(args: Any, *, held_out: bool) -> None:
     """Evaluate each epoch where there are held-out rows and nothing is said; the best checkpoint has the lowest loss."""
     if args.eval_strategy is None:
-        args.eval_strategy = "epoch" if held_out else "no"
+        args.eval_strategy = unsaid_strategy(args) if held_out else "no"
     if _plain(args.save_strategy) == "best" and args.metric_for_best_model is None:
         args.metric_for_best_model = "loss"
 
 
-def settle_best(args: Any) -> None:
-    """The best adapter is kept where the held-out loss is measured and nothing else is said."""
+def unsaid_strategy(args: Any) -> str:
+    """When the held-out loss is measured where that is not said: each epoch, or so often as eval_steps says."""
+    return "epoch" if args.eval_steps is None else "steps"
+
+
+def settle_best(args: Any) -> list[str]:
+    """The best adapter is kept where the held-out loss is measured and nothing else is said; returns what to say of it."""
     measured, saved = _plain(args.eval_strategy) is not None, _plain(args.save_strategy) is not None
-    if args.load_best_model_at_end is None:
+    unsaid = args.load_best_model_at_end is None
+    if unsaid:
         args.load_best_model_at_end = measured and saved
     if args.load_best_model_at_end and not saved:
         raise OptionError(
@@ -245,6 +251,9 @@ def settle_best(args: Any) -> None:
         )
     if args.load_best_model_at_end or args.early_stopping_patience is not None:
         args.metric_for_best_model, args.greater_is_better = "loss", False
+    if unsaid and measured and not saved:
+        return ["save_strategy=no: no earlier adapter is there at the end, so the last one is kept, not the best"]
+    return []
 
 
 def check_evaluation(args: Any, held_out: Sequence[object]) -> None:
