@@ -15,7 +15,7 @@ demo: $(READY)            ## the main job, on a real 4-bit model
 	$(BIN)/qgraft demo
 
 test: $(READY)            ## the tests that need neither a network nor a GPU; those of other people's libraries are in `make contract`
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --ignore=tests/contract
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal --ignore=tests/contract
 
 test-slow: $(READY)       ## the others, but those for a GPU
 	$(BIN)/python -m pytest -q -m "slow and not cuda"
@@ -110,7 +110,7 @@ $(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/cpu/*.[c
 	touch $@
 
 CONTRACT := contract models adapters serving training
-run_tests = PYTHONPATH=src OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 $(addprefix tests/,$(2))
+run_tests = PYTHONPATH=src OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 --dist worksteal $(addprefix tests/,$(2))
 releases = $(1)/bin/python -m pip list --format freeze --exclude-editable --disable-pip-version-check
 
 clean:
