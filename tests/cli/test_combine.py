@@ -83,7 +83,7 @@ def test_combine_with_every_option(adapters: Path, capsys: pytest.CaptureFixture
         ("--adapter law --output both --method tie", "did you mean ties"),
         ("--adapter law --output both --rank 3", "method svd cuts the sum to rank 3"),
         ("--adapter law --output both --densty 3", "did you mean --density"),
-        ("--adapter law --output both --density 0.3", "density=0.3: linear prunes nothing"),
+        ("--adapter law --output both --density 0.3", "--density 0.3: linear prunes nothing"),
         ("--adapter law/qgraft.json --output both", "qgraft.json is a file, and combining takes folders"),
     ],
 )

@@ -216,10 +216,6 @@ def _check_options(weights: Mapping[str, float], method: str, r: int | None, den
         raise OptionError(f"r={r}: the rank of a LoRA must be at least 1")
     if r is not None and method == "linear":
         raise OptionError(f"r={r}: the ranks of a linear sum add up", hint=f"method svd cuts the sum to rank {r}")
-    if density not in (None, 1.0) and method not in PRUNING:
-        raise OptionError(
-            f"density={density}: {method} prunes nothing", hint=f"leave it out, or take {', '.join(PRUNING)}"
-        )
     if density is not None and not 0.0 < density <= 1.0:
         raise OptionError(f"density={density}: expected a share above 0 and up to 1")
 

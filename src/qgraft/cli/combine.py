@@ -36,6 +36,11 @@ def run(words: Sequence[str]) -> int:
     options = parser.parse_args(words)
 
     from qgraft.adapter_files.combine import combine_files
+    from qgraft.adapters.combine import METHODS, PRUNING
+
+    if options.density is not None and options.method in METHODS and options.method not in PRUNING:
+        raise OptionError(f"--density {options.density:g}: {options.method} prunes nothing",
+                          hint=f"leave it out, or take {', '.join(PRUNING)}")  # fmt: skip
 
     report = combine_files(
         parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,
