@@ -11,7 +11,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizer,
 SOURCE = Path(__file__).parent.parent / "src" / "qgraft"
 
 RANKS = [  # a lower rank never imports a higher one; rooms of the same rank never import each other
-    {"errors", "storage", "plots", "releases", "sizes", "json_files", "patterns", "locks", "progress", "targets"},
+    {
+        "errors",
+        "storage",
+        "plots",
+        "releases",
+        "sizes",
+        "json_files",
+        "patterns",
+        "locks",
+        "progress",
+        "ranges",
+        "targets",
+    },
     {"formats"},
     {"kernels", "compat", "model_parts"},
     {"linear", "attention", "rotary"},

@@ -74,8 +74,19 @@ def test_combine_with_every_option(adapters: Path, capsys: pytest.CaptureFixture
     [
         ("--output both", "required: --adapter"),
         ("--adapter law", "required: --output"),
+        (
+            "--adapter law --output both --method ties --density nan",
+            "--density: got nan, expected a number above 0, at most 1",
+        ),
+        ("--adapter law --output both --method ties --density 2", "--density: got 2, expected a number above 0"),
+        ("--adapter law --output both --rank -1", "--rank: got -1, expected a whole number from 1"),
+        ("--adapter law --output both --seed -1", "--seed: got -1, expected a whole number from 0"),
+        ("--adapter law=-inf --output both", "got -inf, expected a finite number"),
         ("--adapter law=much --output both", "--adapter law=much: expected FOLDER or FOLDER=NUMBER"),
-        ("--adapter law=nan --output both", "got law=nan, expected finite"),
+        (
+            "--adapter law=nan --output both",
+            "--adapter law=nan: expected FOLDER or FOLDER=NUMBER; got nan, expected a finite number",
+        ),
         ("--adapter law=1 --adapter law=2 --output both", "law is given twice"),
         ("--adapter nowhere --output both", "nowhere holds no adapter_config.json"),
         ("--adapter law --output law --overwrite", "law is what is read"),

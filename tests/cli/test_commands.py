@@ -248,6 +248,40 @@ def test_mistakes_end_in_a_message_and_exit_code_2(words, expected, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--max_new_tokens", ("0", "-1", "2.5", "many", str(2**31))),
+        ("--temperature", ("-1", "-1e-3", "nan", "inf", "1e-300", "1e300", "")),
+        ("--top_p", ("0", "-0.5", "2", "nan")),
+        ("--seed", ("-1", "9" * 20, "9" * 5000, "1.5")),
+        ("--max_length", ("1", "-5", "1e3")),
+    ],
+)
+def test_numbers_out_of_their_ranges_are_named_before_anything_is_loaded(flag, values, capsys):
+    command = ["eval", "--dataset", "none"] if flag == "--max_length" else ["chat"]
+    for value in values:
+        assert cli.main([*command, "--model", "/nowhere.gguf", flag, value]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: qgraft {command[0]}: argument {flag}: got {value}, expected ")
+
+
+@pytest.mark.parametrize("sampling", [["1e-5", "1"], ["1e5", "1e-300"], ["0", "1"]])
+def test_the_edges_of_the_ranges_can_be_drawn_from(sampling, tiny_gguf, capsys):
+    words = [
+        "chat",
+        "--model",
+        str(tiny_gguf("llama").path),
+        "--device",
+        "cpu",
+        "--prompt",
+        "hi",
+        "--max_new_tokens",
+        "2",
+    ]
+    assert cli.main([*words, "--temperature", sampling[0], "--top_p", sampling[1], "--seed", str(2**32 - 1)]) == 0
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("learning_rat: 1\n", "did you mean learning_rate"),

@@ -62,7 +62,7 @@ def test_a_prefix_can_be_estimated(path, capsys):
         (["--memory_limit", "1MB"], "smallest setting needs"),
         (["--memory_limit", "6 apples"], "no amount of memory"),
         (["--max_lenght", "6"], "max_length"),
-        (["--tokens", "0"], "at least 1"),
+        (["--tokens", "0"], "--tokens: got 0, expected a whole number from 1 "),
     ],
 )
 def test_what_cannot_be_is_an_error(path, capsys, words, complaint):

@@ -95,7 +95,7 @@ def test_a_folder_goes_to_another_folder_with_its_seal(trained, tmp_path):
         ({"output": "base"}, "is what is read"),
         ({"output": "adapter"}, "is what is read"),
         ({"output": "old"}, "old.gguf exists already\nhint: give another name, or --overwrite"),
-        ({"dtype": "q4_0"}, "expected float32 or float16"),
+        ({"dtype": "q4_0"}, "--dtype q4_0: expected float32, float16"),
         ({"adapter": "nowhere"}, "nowhere"),
         ({"model": "other"}, "this model is 'qwen2'"),
     ],

@@ -188,7 +188,16 @@ def test_an_adapter_of_another_base_is_refused(trained, tiny_gguf, tmp_path, cap
         (["--output", "x.gguf"], "no --adapter is given"),
         (["--output", "x.gguf", "--adapter", "a", "--weight", "1", "--weight", "2"], "got 2 --weight for 1 --adapter"),
         (["--output", "x.gguf", "--adapter", "a", "--min_retaine", "0"], "did you mean --min-retained"),
-        (["--output", "x.gguf", "--adapter", "a", "--min-retained", "much"], "invalid float value"),
+        (["--output", "x.gguf", "--adapter", "a", "--min-retained", "much"], "got much, expected a finite number"),
+        (
+            ["--output", "x.gguf", "--adapter", "a", "--min-retained", "nan"],
+            "got nan, expected a finite number, at most 1",
+        ),
+        (["--output", "x.gguf", "--adapter", "a", "--min-retained", "2"], "got 2, expected a finite number, at most 1"),
+        (["--output", "x.gguf", "--adapter", "a", "--seed", "-1"], "--seed: got -1, expected a whole number from 0"),
+        (["--output", "x.gguf", "--adapter", "a", "--weight", "-inf"], "--weight: got -inf, expected a finite number"),
+        (["--output", "x.gguf", "--adapter", "a", "--method", "nearst"], "did you mean nearest?"),
+        (["--output", "x.gguf", "--adapter", "a", "--to", "q8"], "did you mean q8_0"),
         (["--output", "x.gguf", "--adapter", "a"], "a: no such file or folder"),
     ],
 )

@@ -368,6 +368,31 @@ def test_other_adapters_stay_attached(trained, rows):
 # ---------------------------------------------------------------- a merge that does not happen
 
 
+def test_losses_that_are_no_numbers_end_a_merge_whatever_is_asked_to_be_kept(trained, rows):
+    model, tokenizer = trained().load()
+    before = everything(model)
+    qgraft.use_adapter(model, dict.fromkeys(qgraft.adapter_names(model), 1e30))
+    with pytest.raises(MergeError, match=r"losses are no numbers \(adapter nan, merged nan\); nothing is replaced"):
+        merge(model, tokenizer, calibration=rows, eval_dataset=rows, method="nearest", min_retained=ANY)
+    qgraft.use_adapter(model, dict.fromkeys(qgraft.adapter_names(model), 1.0))
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"min_retained": float("nan")}, "min_retained=nan: expected a finite number, at most 1"),
+        ({"min_retained": 2}, "min_retained=2: expected"),
+        ({"min_retained": "x", "seed": -1}, "min_retained='x': .*; seed=-1: expected a whole number"),
+        ({"seed": 1.5}, "seed=1.5: expected"),
+    ],
+)
+def test_numbers_out_of_their_ranges_are_named(trained, options, told):
+    model, _ = trained().load()
+    with pytest.raises(OptionError, match=told):
+        merge(model, calibration="nowhere.jsonl", **options)
+
+
 def test_a_merge_that_keeps_too_little_replaces_nothing(trained, rows):
     model, tokenizer = trained().load()
     before = everything(model)
@@ -376,8 +401,8 @@ def test_a_merge_that_keeps_too_little_replaces_nothing(trained, rows):
     assert caught.value.report.retained_gain < 0.9 and len(caught.value.report.layers) == 14
     assert "auto keeps more" in caught.value.hint
     assert everything(model) == before
-    with pytest.raises(MergeError, match="would be kept, expected at least 200%") as caught:
-        merge(model, tokenizer, calibration=rows, min_retained=2.0)
+    with pytest.raises(MergeError, match="would be kept, expected at least 100%") as caught:
+        merge(model, tokenizer, calibration=rows, min_retained=1.0)
     assert caught.value.report.retained_gain > 0.9 and "more calibration rows" in caught.value.hint
     assert everything(model) == before
     with pytest.raises(AdapterError, match="nothing is merged"):
@@ -517,7 +542,7 @@ def test_another_format_keeps_more_and_unmerge_brings_the_old_one_back(trained, 
     unmerge(model)
     before = everything(model)
     with pytest.raises(MergeError):
-        merge(model, tokenizer, calibration=rows, to=to, method="scales", min_retained=2.0)
+        merge(model, tokenizer, calibration=rows, to=to, method="scales", min_retained=1.0)
     assert everything(model) == before
     report = merge(model, tokenizer, calibration=rows, eval_dataset=rows, method="nearest", to=to)
     assert report.retained_gain > 0.99 > same.retained_gain + 0.05

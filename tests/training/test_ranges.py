@@ -8,7 +8,8 @@ import pytest
 
 import qgraft
 from qgraft.errors import OptionError
-from qgraft.training.ranges import RANGES, Range
+from qgraft.ranges import FINITE, TEMPERATURE, Range
+from qgraft.training.ranges import RANGES
 
 WITHOUT = {
     "save_total_limit": "any number: none and less than one keep all",
@@ -45,7 +46,7 @@ def test_what_is_out_of_range_is_named(name: str) -> None:
     outside += [] if allowed.most == math.inf else [allowed.most + 1]
     outside += [allowed.least + 0.5] if allowed.whole else []
     for value in outside:
-        with pytest.raises(OptionError, match=rf"{name}={value}: expected an? (whole )?number"):
+        with pytest.raises(OptionError, match=rf"{name}={value}: expected (0, or )?an? (whole )?number"):
             arguments(**{**BESIDES.get(name, {}), name: value})
 
 
@@ -65,5 +66,7 @@ def test_all_that_is_wrong_is_told_at_once() -> None:
 
 def test_edges_belong_to_a_range() -> None:
     assert 0 in Range() and 0 not in Range(open="least") and 1e300 in Range()
+    assert 0 in TEMPERATURE and 1e-300 not in TEMPERATURE and -1 not in TEMPERATURE
+    assert str(TEMPERATURE) == "0, or a number from 1e-05 to 100000" and -math.inf not in FINITE and -1e300 in FINITE
     assert 1 not in Range(0, 1, open="most") and 1 in Range(0, 1) and 10**400 not in Range(most=5)
     arguments(learning_rate=0, max_grad_norm=0.0, warmup_steps=0.1, logging_steps=0.5, max_steps=0, lora_alpha=1e-3)

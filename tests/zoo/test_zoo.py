@@ -12,8 +12,8 @@ TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 ROW = re.compile(r"^\| `([\w-]+)` \| (.+) \|$", re.MULTILINE)
 USUAL = {
     "cohere", "deepseek_v3", "falcon", "gemma", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_oss", "granite", "lfm2",
-    "llama", "llama4_text", "mamba2", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3", "qwen3_next", "smollm3",
-    "stablelm", "starcoder2",
+    "llama", "llama4_text", "mamba2", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2", "qwen3",
+    "qwen3_next", "smollm3", "stablelm", "starcoder2",
 }  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, 
 from qgraft.adapter_files.prefix import is_prefix_config
 from qgraft.adapter_files.seal import remembered_arguments
 from qgraft.adapters.adapter import prefix_error
-from qgraft.adapters.combine import DENSITY, PRUNING, CombineReport, Factors, combine_layers
+from qgraft.adapters.combine import DENSITY, PRUNING, CombineReport, Factors, check_options, combine_layers
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
@@ -50,6 +50,7 @@ def combine_files(
     """
     output = Path(output)
     folders = {Path(folder): weight for folder, weight in adapters.items()}
+    check_options(folders, method, r, density, seed)
     names = _names(folders)
     check_new(output, overwrite, folders)
     for folder in folders:

@@ -1,6 +1,5 @@
 """Choose which of a model's adapters are active, LoRAs and prefixes alike; selection.py says what that means when."""
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -8,6 +7,7 @@ from torch import nn
 
 from qgraft.adapters.base import selection_of
 from qgraft.errors import OptionError
+from qgraft.ranges import FINITE
 
 
 def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> None:
@@ -34,8 +34,8 @@ def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> 
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Raise OptionError for a weight that is not finite."""
-    wrong = [f"{name}={weight}" for name, weight in weights.items() if not math.isfinite(weight)]
+    """Raise OptionError for a weight that is no number, or not finite."""
+    wrong = [f"{name}={weight!r}" for name, weight in weights.items() if weight not in FINITE]
     if wrong:
         raise OptionError(f"weights of adapters: got {', '.join(wrong)}, expected finite numbers")
 

@@ -36,6 +36,7 @@ from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
 from qgraft.adapters.lora import LoraConfig, loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
+from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, check_ranges
 
 PRUNING = ("ties", "dare", "magnitude_prune")
 METHODS = ("linear", "svd", *PRUNING)
@@ -181,7 +182,7 @@ def combine_layers(
         adapters: adapter -> its layers, on the CPU.
         weights: the same adapters' weights.
     """
-    _check_options(weights, method, r, density)
+    check_options(weights, method, r, density, seed)
     _check_shapes(adapters)
     rank = r or max(factors.rank for layers in adapters.values() for factors in layers.values())
     merge = _pruning(method, DENSITY if density is None else density) if method in PRUNING else None
@@ -206,18 +207,17 @@ def combine_layers(
     return combined, CombineReport(name, method, dict(weights), input_ranks, ranks, cuts)
 
 
-def _check_options(weights: Mapping[str, float], method: str, r: int | None, density: float | None) -> None:
+def check_options(weights: Mapping[Any, float], method: str, r: int | None, density: float | None, seed: int) -> None:
+    """Raise OptionError for options of combine that cannot be; `weights` by whatever the adapters are named."""
     if method not in METHODS:
         raise OptionError(f"method={method!r}: expected {', '.join(METHODS)}", hint=near_match(method, METHODS))
     if not weights:
         raise OptionError("combine: got no adapters, expected at least one")
     check_weights(weights)
-    if r is not None and r < 1:
-        raise OptionError(f"r={r}: the rank of a LoRA must be at least 1")
+    share = DENSITY if density is None else density
+    check_ranges({"r": (1 if r is None else r, COUNT), "density": (share, SHARE_ABOVE_0), "seed": (seed, SEED)})
     if r is not None and method == "linear":
         raise OptionError(f"r={r}: the ranks of a linear sum add up", hint=f"method svd cuts the sum to rank {r}")
-    if density is not None and not 0.0 < density <= 1.0:
-        raise OptionError(f"density={density}: expected a share above 0 and up to 1")
 
 
 def _check_shapes(adapters: Mapping[str, Layers]) -> None:

@@ -35,12 +35,13 @@ from qgraft.adapters.holder import Holder, set_module
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.recompute import Recompute, recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.errors import AdapterError, OptionError
+from qgraft.errors import AdapterError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.summed_lora import casts_kept, kept_casts
 from qgraft.kernels.terms import Term
 from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
+from qgraft.ranges import COUNT, FINITE, SHARE, check_ranges
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,9 @@ class LoraConfig:
     layers_to_transform: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise OptionError(f"r={self.r}: the rank of a LoRA must be at least 1")
-        if not math.isfinite(self.lora_alpha):
-            raise OptionError(f"lora_alpha={self.lora_alpha}: expected a finite number")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise OptionError(f"lora_dropout={self.lora_dropout}: expected a number from 0 up to, not including, 1")
+        check_ranges(
+            {"r": (self.r, COUNT), "lora_alpha": (self.lora_alpha, FINITE), "lora_dropout": (self.lora_dropout, SHARE)}
+        )
 
     @property
     def scaling(self) -> float:

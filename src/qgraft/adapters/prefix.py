@@ -32,6 +32,7 @@ from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.holder import Holder
 from qgraft.adapters.selection import Selection
 from qgraft.errors import AdapterError, OptionError
+from qgraft.ranges import COUNT, SHARE, check_ranges
 
 LAYOUTS = ("chatglm", "chatglm2", "peft")
 HOME = "prefixes"  # the name of Prefixes among the children of the base model
@@ -56,17 +57,13 @@ class PrefixConfig:
     layout: str = "peft"
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.pre_seq_len < 1:
-            problems.append(f"pre_seq_len={self.pre_seq_len}: a prefix must have at least 1 token")
-        if not 0.0 <= self.prefix_dropout < 1.0:
-            problems.append(f"prefix_dropout={self.prefix_dropout}: expected a number from 0 up to, not including, 1")
-        if self.prefix_hidden_size is not None and self.prefix_hidden_size < 1:
-            problems.append(f"prefix_hidden_size={self.prefix_hidden_size}: expected at least 1")
+        hidden = 1 if self.prefix_hidden_size is None else self.prefix_hidden_size
+        check_ranges({
+            "pre_seq_len": (self.pre_seq_len, COUNT), "prefix_dropout": (self.prefix_dropout, SHARE),
+            "prefix_hidden_size": (hidden, COUNT),
+        })  # fmt: skip
         if self.layout not in LAYOUTS:
-            problems.append(f"layout={self.layout!r}: expected {', '.join(LAYOUTS)}")
-        if problems:
-            raise OptionError("; ".join(problems))
+            raise OptionError(f"layout={self.layout!r}: expected {', '.join(LAYOUTS)}")
 
     @property
     def count_positions(self) -> bool:

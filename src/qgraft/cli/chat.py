@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qgraft.cli.options import Parser, load_with_adapters, print_note, true_or_false
+from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note, true_or_false
 from qgraft.errors import DataError, OptionError, QgraftError
+from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE
 
 HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
 /base                  answer as the base            /adapters              which there are
@@ -68,12 +69,14 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="longest answer (default 256)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the likeliest token")
-    parser.add_argument(
-        "--top_p", type=float, default=0.9, help="with a temperature: sample from this share (default 0.9)"
+    parser.add_argument("--max_new_tokens", type=number_in(COUNT), default=256, help="longest answer (default 256)")
+    likeliest, share = (
+        "0 (default): always the likeliest token",
+        "with a temperature: sample from this share (default 0.9)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling (default 42)")
+    parser.add_argument("--temperature", type=number_in(TEMPERATURE), default=0.0, help=likeliest)
+    parser.add_argument("--top_p", type=number_in(SHARE_ABOVE_0), default=0.9, help=share)
+    parser.add_argument("--seed", type=number_in(SEED), default=42, help="of the sampling (default 42)")
     options = parser.parse_args(words)
 
     import torch
@@ -161,7 +164,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
     """Generate one answer, printed word by word; returns it."""
     from qgraft.serving.answering import answer
 
-    sampling = {"do_sample": False} if options.temperature <= 0 else {
+    sampling = {"do_sample": False} if options.temperature == 0 else {
         "do_sample": True, "temperature": options.temperature, "top_p": options.top_p,
     }  # fmt: skip
     said = answer(

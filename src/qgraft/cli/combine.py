@@ -1,10 +1,12 @@
 """qgraft combine: make one adapter out of several, from their folders alone."""
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qgraft.cli.options import Parser, print_json
+from qgraft.cli.options import Parser, number_in, print_json
 from qgraft.errors import OptionError
+from qgraft.ranges import FINITE, RANK, SEED, SHARE_ABOVE_0
 
 
 def run(words: Sequence[str]) -> int:
@@ -24,11 +26,11 @@ def run(words: Sequence[str]) -> int:
         help="linear (default): the exact sum, ranks add up; svd: the sum cut to --rank; ties, dare, magnitude_prune: "
         "pruned before the sum (these need PEFT)",
     )
-    parser.add_argument("--rank", type=int, help="rank of the result, not for linear (default: the inputs' largest)")
-    parser.add_argument(
-        "--density", type=float, help="what ties, dare, magnitude_prune keep of each adapter (default 0.5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of dare's random choice (default 0)")
+    largest = "rank of the result, not for linear (default: the inputs' largest)"
+    parser.add_argument("--rank", type=number_in(RANK), help=largest)
+    kept = "what ties, dare, magnitude_prune keep of each adapter (default 0.5)"
+    parser.add_argument("--density", type=number_in(SHARE_ABOVE_0), help=kept)
+    parser.add_argument("--seed", type=number_in(SEED), default=0, help="of dare's random choice (default 0)")
     parser.add_argument("--dtype", default="float32", help="of the file: float32 (default), float16, bfloat16")
     parser.add_argument("--force", action="store_true", help="combine although the base differs or is not known")
     parser.add_argument("--overwrite", action="store_true", help="replace the adapter that --output holds")
@@ -60,9 +62,9 @@ def parse_weights(words: Sequence[str]) -> dict[str | Path, float]:
     for word in words:
         folder, equals, weight = word.rpartition("=")
         try:
-            number = float(weight) if equals else 1.0
-        except ValueError:
-            raise OptionError(f"--adapter {word}: expected FOLDER or FOLDER=NUMBER, got {weight!r} as number") from None
+            number = number_in(FINITE)(weight) if equals else 1.0
+        except argparse.ArgumentTypeError as error:
+            raise OptionError(f"--adapter {word}: expected FOLDER or FOLDER=NUMBER; {error}") from None
         name = folder if equals else word
         if name in weights:
             raise OptionError(f"--adapter {name} is given twice", hint="give it once, with the sum of the weights")

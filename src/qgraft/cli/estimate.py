@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qgraft.cli.options import Parser, print_json
-from qgraft.errors import OptionError
+from qgraft.cli.options import Parser, number_in, print_json
+from qgraft.ranges import COUNT
 
 DESCRIPTION = """Show how much memory training will hold, by its parts, with and without gradient checkpointing.
 Every option of `qgraft train` is understood: --r 16, --target_modules q_proj, --optim sgd, --pre_seq_len 128, ...
@@ -19,12 +19,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--model", required=True, help="GGUF file, Hugging Face folder, hub id, or a known model's name"
     )
-    parser.add_argument("--tokens", type=int, help="most tokens in a pass (default: max_tokens_per_pass)")
+    parser.add_argument("--tokens", type=number_in(COUNT), help="most tokens in a pass (default: max_tokens_per_pass)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(words)
-
-    if options.tokens is not None and options.tokens < 1:
-        raise OptionError(f"--tokens {options.tokens}: expected at least 1")
 
     from qgraft.checkpoints.load import load
     from qgraft.memory.settings import estimate

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from qgraft.cli.options import Parser, load_with_adapters, print_json, true_or_false
+from qgraft.cli.options import Parser, load_with_adapters, number_in, print_json, true_or_false
+from qgraft.ranges import LENGTH
 
 
 def run(words: Sequence[str]) -> int:
@@ -24,7 +25,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--prompt_column", help="column of the question, where the rows' own names are not recognized")
     parser.add_argument("--response_column", help="column of the answer")
     parser.add_argument("--history_column", help="column of earlier rounds, [[question, answer], ...]")
-    parser.add_argument("--max_length", type=int, default=2048, help="longer samples are cut (default 2048)")
+    parser.add_argument(
+        "--max_length", type=number_in(LENGTH), default=2048, help="longer samples are cut (default 2048)"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from qgraft import storage, targets
 from qgraft.cli.options import Parser, free_name, print_note, print_notes
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, near_match
 
 TARGETS = ("gguf", "gguf-lora", "ollama", "peft", "thudm")
 
@@ -55,6 +55,7 @@ def run(words: Sequence[str]) -> int:
         )
     if options.to == "gguf" and target.suffix != ".gguf":
         raise OptionError(f"--output {target}: expected a name that ends in .gguf")
+    _check_dtype(options)
     model, tokenizer, name, arguments = _loaded(options)
     if options.to == "gguf":
         print(_gguf(model, target, options.overwrite))
@@ -67,6 +68,22 @@ def run(words: Sequence[str]) -> int:
     else:
         print(_peft(model, Path(options.adapter), target, name, options.dtype or "float32", arguments))
     return 0
+
+
+def _check_dtype(options: argparse.Namespace) -> None:
+    """Raise OptionError for a --dtype that the target has not, before the base is loaded."""
+    if options.dtype is None:
+        return
+    if options.adapter is None:
+        raise OptionError(
+            f"--dtype {options.dtype}: it is that of an adapter's values, and no --adapter is given",
+            hint="leave it out: the base's weights are written as they are",
+        )
+    possible = ("float32", "float16", "bfloat16") if options.to == "peft" else ("float32", "float16")
+    if options.dtype not in possible:
+        raise OptionError(
+            f"--dtype {options.dtype}: expected {', '.join(possible)}", hint=near_match(options.dtype, possible)
+        )
 
 
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:

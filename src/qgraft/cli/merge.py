@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import targets
-from qgraft.cli.options import Parser, load_with_adapters, print_note
+from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note
 from qgraft.errors import MergeError, OptionError
 from qgraft.locks import file_locked
+from qgraft.ranges import AT_MOST_1, FINITE, SEED
 
 
 def run(words: Sequence[str]) -> int:
@@ -33,14 +34,17 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
     parser.add_argument("--author", help="what {{author}} in the dataset becomes")
     parser.add_argument(
-        "--weight", action="append", default=[], type=float, help="of each --adapter, in their order (default 1)"
+        "--weight",
+        action="append",
+        default=[],
+        type=number_in(FINITE),
+        help="of each --adapter, in their order (default 1)",
     )
-    parser.add_argument(
-        "--min-retained", type=float, default=0.9, help="fail below this share of the adapter's gain (default 0.9)"
-    )
+    least = "fail below this share of the adapter's gain (default 0.9); -1: take whatever does no greater harm"
+    parser.add_argument("--min-retained", type=number_in(AT_MOST_1), default=0.9, help=least)
     parser.add_argument("--to", metavar="FORMAT", help="write the linear layers in another format; the file grows")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of calibration rows (default 0)")
+    parser.add_argument("--seed", type=number_in(SEED), default=0, help="of the choice of calibration rows (default 0)")
     options = parser.parse_args(words)
     target = Path(options.output)
     if not options.adapter:
@@ -48,6 +52,7 @@ def run(words: Sequence[str]) -> int:
     if len(options.weight) > len(options.adapter):
         raise OptionError(f"qgraft merge: got {len(options.weight)} --weight for {len(options.adapter)} --adapter")
 
+    _check_names(options.method, options.to)
     json_file, picture = (_beside(target, suffix) for suffix in ("json", "png"))
     inputs = [Path(each) for each in (options.model, *options.adapter)]
     for path, kind in ((target, "" if target.is_dir() else "gguf"), (json_file, "json"), (picture, "png")):
@@ -56,6 +61,16 @@ def run(words: Sequence[str]) -> int:
     # where the folder is missing, the check of the target says so
     with file_locked(target) if target.parent.is_dir() else nullcontext():
         return _merge_into(target, json_file, picture, options)
+
+
+def _check_names(method: str, to: str | None) -> None:
+    """Raise for a method or a format that there is not, before the minutes that loading may take."""
+    from qgraft.formats import get_format
+    from qgraft.merging.layer import check_method
+
+    check_method(method)
+    if to is not None:
+        get_format(to)
 
 
 def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.Namespace) -> int:

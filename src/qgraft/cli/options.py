@@ -3,11 +3,12 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 from qgraft.errors import OptionError, near_match
+from qgraft.ranges import Range
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,8 +36,11 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words: Iterable[str], namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         """As in argparse."""
         known = {name.replace("-", "_"): name for action in self._actions for name in action.option_strings}
-        spelt = []
+        spelt: list[str] = []
         for word in words:
+            if spelt and spelt[-1].startswith("--") and "=" not in spelt[-1] and is_negative(word):
+                spelt[-1] += f"={word}"  # argparse takes -1 for a number, and -1e9 for an option
+                continue
             flag, equals, value = word.partition("=")
             if flag.startswith("--") and flag != "--":
                 flag = known.get(flag.replace("-", "_"), "")
@@ -109,6 +113,29 @@ def true_or_false(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r}: expected true or false")
     return text.lower() == "true"
+
+
+def is_negative(word: str) -> bool:
+    """Whether this is a number below 0, as words of a command line go."""
+    try:
+        return word.startswith("-") and float(word) <= 0
+    except ValueError:
+        return False
+
+
+def number_in(allowed: Range) -> Callable[[str], Any]:
+    """The `type` of an option that is a number of this range: looked at before anything is loaded."""
+
+    def parse(text: str) -> Any:
+        try:
+            number = int(text) if allowed.whole else float(text)
+        except ValueError:
+            number = None
+        if number not in allowed:
+            raise argparse.ArgumentTypeError(f"got {text}, expected {allowed}")
+        return number
+
+    return parse
 
 
 def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 """
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import MergeReport
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
+from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
 
 TARGET = 0.99  # of the gain; below it the real numbers are distilled
@@ -90,7 +92,7 @@ def merge(
         method: auto; or a part of it: scales, codes, feedback (GPTQ's order); or nearest (requantize), grid (requantize
             on the base's own scales).
         to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
-        min_retained: fail, with nothing changed, below this share of the adapter's gain.
+        min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
         seed: of the choice of rows.
         progress: whether it is shown; None for in a terminal and a notebook.
         reading: dataset_dir, template, system, name, author, allow_outside_files for the rows, as in evaluate(); what is
@@ -101,6 +103,7 @@ def merge(
     """
     began = time.perf_counter()
     check_method(method)
+    check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
     layers, weights = _layers_to_merge(model, to)
     if base_of(model).info is not None:
@@ -135,15 +138,27 @@ def merge(
         peak_memory_bytes=peak_memory_bytes(),
         notes=(*(() if chosen is None else chosen.notes), *_misfits(layers, to)),
     )
-    if report.retained_gain is not None and report.retained_gain < min_retained:
-        raise MergeError(
-            f"merge: {report.retained_gain:.1%} of the adapter's gain would be kept, expected at least "
-            f"{min_retained:.0%}; nothing is replaced",
-            hint=_advice(method),
-            report=report,
-        )
+    _check_kept(report, min_retained)
     _replace(model, packed, weights)
     return report
+
+
+def _check_kept(report: MergeReport, least: float) -> None:
+    """Raise MergeError where less of the gain would be kept, or the losses that say so are no numbers."""
+    kept, gain = report.kept, report.retained_gain
+    losses = {} if kept is None else {"base": kept.base, "adapter": kept.adapter, "merged": kept.merged}
+    if odd := [f"{which} {loss}" for which, loss in losses.items() if not math.isfinite(loss)]:
+        raise MergeError(
+            f"merge: the losses are no numbers ({', '.join(odd)}); nothing is replaced",
+            hint="the adapters, by their weights, are too large for the model to compute with",
+            report=report,
+        )
+    if gain is not None and gain < least:
+        raise MergeError(
+            f"merge: {gain:.1%} of the adapter's gain would be kept, expected at least {least:.0%}; nothing is replaced",
+            hint=_advice(report.method),
+            report=report,
+        )
 
 
 def _solve(
