@@ -5,6 +5,7 @@ minutes; others they take, and compute NaN, or something that nobody asked for.
 """
 
 import math
+import sys
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -30,7 +31,7 @@ class Range:
             return True
         above = number > self.least if "least" in self.open else number >= self.least
         below = number < self.most if "most" in self.open else number <= self.most
-        return above and below and abs(number) < math.inf
+        return above and below and abs(number) <= sys.float_info.max
 
     def __str__(self) -> str:
         number = ("0, or " if self.zero else "") + ("a whole number" if self.whole else "a number")

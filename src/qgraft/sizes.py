@@ -18,7 +18,9 @@ def parse_size(text: str) -> int:
     units = {unit.lower(): factor for unit, factor in UNITS.items()}
     if match and re.fullmatch(r"\d+(\.\d+)?", match[1]) and match[2].lower() in units and float(match[1]):
         return int(float(match[1]) * units[match[2].lower()])
-    raise OptionError(f"{text!r} is no amount of memory: expected a number and a unit", hint="6GB, 800MB, 5.5GiB")
+    raise OptionError(
+        f"memory_limit={text!r} is no amount of memory: expected a number and a unit", hint="6GB, 800MB, 5.5GiB"
+    )
 
 
 def format_size(size: float) -> str:

@@ -103,6 +103,7 @@ OTHER_VALUES: dict[str, Any] = {  # where a value of the default's type will not
     "deepspeed": "zero2.json", "accelerator_config": {"split_batches": True}, "include_for_metrics": ["inputs"],
     "label_names": ["labels"], "optim_args": "beta1=0.8", "optim_target_modules": "all-linear",
     "parallelism_config": object(), "liger_kernel_config": {"rope": False}, "dataloader_prefetch_factor": 2,
+    "ddp_bucket_cap_mb": 25, "eval_accumulation_steps": 3, "torch_empty_cache_steps": 3,
     "dataloader_multiprocessing_context": "spawn", "ddp_backend": "gloo", "torch_compile_backend": "inductor",
     "torch_compile_mode": "default", "hub_model_id": "me/adapter", "hub_revision": "main",
 }  # fmt: skip
@@ -149,7 +150,12 @@ def test_all_that_is_refused_is_told_at_once(tmp_path):
 def test_values_that_are_not_supported_are_refused(name, tmp_path):
     wrong = {"greater_is_better": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
     wrong["activation_checkpointing_kwargs"] = wrong["gradient_checkpointing_kwargs"]
-    known = {"optim": "lomo", "train_sampling_strategy": "batch_rebalance", "metric_for_best_model": "accuracy"}
+    known = {
+        "optim": "lomo",
+        "ddp_backend": "mpi",
+        "train_sampling_strategy": "batch_rebalance",
+        "metric_for_best_model": "accuracy",
+    }
     with pytest.raises(UnsupportedError, match=name):
         arguments(tmp_path, **{name: {**wrong, **known}[name]})
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_type_hints
+from typing import Any, NoReturn, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -21,14 +21,16 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
-from qgraft.training.config_files import Named, as_typed, overrides, read_config, unknown_option
+from qgraft.training.config_files import Named, overrides, read_config, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
+from qgraft.training.option_types import option_kinds, settle_types
 from qgraft.training.precision import settle_precision
 from qgraft.training.ranges import check_intervals, out_of_range
 from qgraft.training.trainer_options import (
     HONOURED,
     MOST_USED,
+    REFUSED,
     inherited_options,
     rename_checkpointing,
     settle_best,
@@ -130,6 +132,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     remove_unused_columns: bool = _option(False, "Samples are tokenized already.")
 
     def __post_init__(self) -> None:
+        settle_types(self, REFUSED)
         self.notes: list[str] = settle_options(self)  # what was replaced or ignored; the command line prints it
         self._settle_work()
         self._check()
@@ -218,7 +221,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     Raises OptionError for an unknown option (with the closest names) or an impossible value.
     """
     if argv and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        given = overrides(argv[1:], get_type_hints(TrainArguments))
+        given = overrides(argv[1:], option_kinds(TrainArguments))
         return arguments_from_dict(_own_names(read_config(Path(argv[0]))) | _own_names(given))
     words, notes = _translate_flags(argv)
     parser = _parser()
@@ -258,13 +261,8 @@ def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
         elif name not in known:
             unknown_option(TrainArguments, name)
         else:
-            values[name] = _as_words(value) if name in ("target_modules", "layers_to_transform") else value
+            values[name] = value
     return _build(values, notes)
-
-
-def _as_words(value: Any) -> Any:
-    """A comma list where YAML has a list, or one number."""
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value) if isinstance(value, int) else value
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:
@@ -315,10 +313,9 @@ def _parser() -> _Parser:
 
 
 def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
-    hints = get_type_hints(TrainArguments)
     init = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
     try:
-        arguments = TrainArguments(**{k: as_typed(k, v, hints[k]) for k, v in values.items() if k in init})
+        arguments = TrainArguments(**{name: value for name, value in values.items() if name in init})
     except _OF_TRANSFORMERS as error:  # its checks, and what it runs into where it has none
         raise OptionError(str(error) or type(error).__name__) from error
     arguments.notes[:0] = notes

@@ -1,17 +1,17 @@
-"""Configuration files and option=value words: what they say, as values of the types that options have."""
+"""Configuration files and the words behind them: what they say. option_types.py says what kind of value an option takes."""
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, cast, get_args
+from typing import Any, NoReturn, cast
 
 import yaml
 
 from qgraft.errors import OptionError, near_match
 from qgraft.json_files import parse_json
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
+from qgraft.training.option_types import NAMES
 
 MOST_VALUES = 10_000  # in a configuration file
 
@@ -56,46 +56,55 @@ class _OncePerKey(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def overrides(words: Sequence[str], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """{option: value} of option=value words. `hints` are the types of the options."""
-    options = {}
+def overrides(words: Sequence[str], kinds: Mapping[str, frozenset[Any]]) -> dict[str, Any]:
+    """{option: value} of option=value words and of flags. `kinds` are the types that the options' values may have.
+
+    Both are taken behind a configuration file: --flag=value, --flag value, and --flag alone for true. A word behind a flag is
+    its value, but for another flag, and for option=value of an option that there is.
+    """
+    options: dict[str, Any] = {}
+    waiting: str | None = None  # a flag whose value may come
     for word in words:
-        key, equals, value = word.lstrip("-").partition("=")
-        if not equals:
-            raise OptionError(f"{word!r}: expected option=value after a configuration file")
-        options[key] = _override(value, hints.get(ALIASES.get(key, key), Any))
+        name, equals, value = word.removeprefix("--").partition("=")
+        name = name.replace("-", "_") if word.startswith("--") else name
+        known = ALIASES.get(name, name) in kinds or name in WITHOUT_EFFECT
+        if waiting is not None and not word.startswith("--") and not (equals and known):
+            options[waiting] = _override(word, waiting, kinds)
+            waiting = None
+            continue
+        waiting = None
+        if equals:
+            options[name] = _override(value, name, kinds)
+        elif not word.startswith("--"):
+            raise OptionError(f"{word!r}: expected option=value, or a flag, after a configuration file")
+        elif (
+            (plain := name.removeprefix("no_")) != name
+            and not known
+            and bool in kinds.get(ALIASES.get(plain, plain), ())
+        ):
+            options[plain] = False
+        else:
+            options[name], waiting = True, name
     return options
 
 
-def _override(text: str, wanted: Any) -> Any:
+def _override(text: str, option: str, kinds: Mapping[str, frozenset[Any]]) -> Any:
     """The value of option=text: what stands there, but for numbers, true and false, null and lists.
 
     `system=You are: a bot` is text, whatever YAML makes of a colon; so is everything that is given for an option of text.
     """
+    name = ALIASES.get(option, option)
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         return text
-    if value is not None and set(get_args(wanted) or (wanted,)) <= {str, type(None)}:
+    if name in NAMES and isinstance(value, list):
+        return value
+    if value is not None and kinds.get(name, frozenset({Any})) <= {str, type(None)}:
         quoted = isinstance(value, str) and text[0] == text[-1] and text[0] in "'\""
         return value if quoted else text
     plain = value is None or isinstance(value, bool | int | float | list) or text.lstrip().startswith("{")
     return value if plain else text
-
-
-def as_typed(name: str, value: Any, hint: Any) -> Any:
-    """`value`, but for two things that YAML reads otherwise than meant: 2e-4 is a string, `save_strategy: no` is false."""
-    if value is False and name.endswith("_strategy"):
-        return "no"
-    wanted = {hint, *get_args(hint)}
-    if isinstance(value, float) and not math.isfinite(value):
-        raise OptionError(f"{name}: got {value}, expected a finite number")
-    if not isinstance(value, str) or str in wanted or not wanted & {int, float}:
-        return value
-    try:
-        return float(value) if float in wanted else int(value)
-    except ValueError:
-        raise OptionError(f"{name}: got {value!r}, expected a number") from None
 
 
 class Named(type):

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from enum import Enum
 from typing import Any
 
@@ -82,6 +83,7 @@ CHOICES: dict[str, tuple[tuple[Any, ...], str]] = {  # honoured for these values
         "optimizer is small",
     ),
     "train_sampling_strategy": (("random", "sequential"), f"{NO_PADDING}, so samples need not be grouped by length"),
+    "ddp_backend": ((None, "gloo", "nccl"), "processes add up their gradients on CPUs or on NVIDIA's GPUs"),
     "metric_for_best_model": ((None, "loss", "eval_loss"), OWN_EVALUATION),
     "greater_is_better": ((None, False), "the best checkpoint is the one with the lowest held-out loss"),
     "gradient_checkpointing_kwargs": (
@@ -168,6 +170,8 @@ def settle_options(args: TrainingArguments) -> list[str]:
     for name, default in inherited_options(type(args)).items():
         value = _plain(getattr(args, name))
         if value == _plain(default):
+            if name in REFUSED or name in CHOICES:
+                setattr(args, name, default)  # "" and {} say as little, and transformers reads a file of that name
             continue
         if name in WITHOUT_NEED:
             notes.append(f"{name} has no effect: {WITHOUT_NEED[name]}")
@@ -279,7 +283,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         value = value.value
     if isinstance(value, str) and value.startswith("{"):
-        value = json.loads(value)
+        with suppress(ValueError):  # of an option that is refused, whatever it says
+            value = json.loads(value)
+    if not isinstance(value, str | bool | int | float | list | dict | None):
+        return repr(value)  # of an option that is refused: nothing that compares, or fails to, as it likes
     if value is False or value in ("", [], {}, "none", ["none"], "no"):  # off, in the words of different options
         return None
     return value
