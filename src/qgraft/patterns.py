@@ -24,10 +24,10 @@ DEEPEST = 50  # groups within groups
 _TOKENS = re.compile(r"(?P<token>\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.)(?P<endless>[*+]|\{\d*,\})?[?+]?", re.DOTALL)
 
 
-def is_pattern(text: object) -> bool:
-    """Whether it is a regular expression."""
+def is_pattern(text: object, groups: int = 0) -> bool:
+    """Whether it is a regular expression, of so many groups at least."""
     try:
-        return isinstance(text, str) and _compiled(text) is not None
+        return isinstance(text, str) and bool(_compiled(text).groups >= groups)
     except ValueError:
         return False
 

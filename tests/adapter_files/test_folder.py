@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from qgraft.adapter_files.combine import combine_files
 from qgraft.adapter_files.folder import (
     CONFIG,
     WEIGHTS,
@@ -374,7 +375,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         options(peft_type="P_TUNING"), UnsupportedError, "peft_type 'P_TUNING'; supported: LORA, PREFIX_TUNING"
     ),
     "options of a prefix": (
-        options(peft_type="PREFIX_TUNING"), AdapterError, "num_virtual_tokens: got None, expected a positive number"
+        options(peft_type="PREFIX_TUNING"), AdapterError, "num_virtual_tokens: got None, expected a whole number"
     ),
     "PiSSA": (options(init_lora_weights="pissa_niter_4"), UnsupportedError, "init_lora_weights=pissa_niter_4"),
     "rank missing": (options(r=None), AdapterError, "r: got None, expected a whole number"),
@@ -412,11 +413,39 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     ),
     "other rank": (options(r=2), AdapterError, f"rank 4, but {CONFIG} says r=2"),
     "dropout": (options(lora_dropout=1.5), AdapterError, "lora_dropout"),
+    "alpha of null": (options(lora_alpha=None), AdapterError, "lora_alpha: got None, expected a number"),
+    "a rank of 19 digits": (options(r=2**63), AdapterError, "r: got 9223372036854775808, expected a whole number"),
+    "a pattern that only stands alone": (
+        options(rank_pattern={"(?x)q_proj #": 4}), AdapterError, "rank_pattern: got"
+    ),
+    "a list of layers that only stands alone": (
+        options(layers_pattern="(?x)layers #", layers_to_transform=[0]), AdapterError, "layers_pattern: got"
+    ),
     "more targets": (
         options(target_modules=["lm_head", "q_proj"]), AdapterError, "missing tensors of lm_head"
     ),
     "more targets by expression": (options(target_modules=".*"), AdapterError, "missing tensors of lm_head"),
 }  # fmt: skip
+
+
+def test_null_is_as_good_as_left_out(tiny: Any, saved: Path, tmp_path: Path, random_ids: Maker) -> None:
+    """Of what may be left out; combining reads the same options."""
+    expected, (model, ids) = load_base(tiny), (load_base(tiny), random_ids(load_base(tiny)))
+    load_adapter(expected, saved)
+    nulls = dict.fromkeys(
+        ("lora_dropout", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "layers_to_transform",
+         "layers_pattern", "exclude_modules", "modules_to_save", "use_dora", "init_lora_weights")
+    )  # fmt: skip
+    options(**nulls)(saved)
+    load_adapter(model, saved)
+    assert torch.equal(logits(model.train(), ids), logits(expected.eval(), ids))
+    assert {each.lora_dropout for each in find_adapter(model).configs.values()} == {0.0}
+    combine_files({saved: 1.0}, tmp_path / "combined", force=True)
+    again = load_base(tiny)
+    load_adapter(again, tmp_path / "combined")
+    torch.testing.assert_close(
+        logits(again, ids), logits(expected, ids), atol=1e-5, rtol=1e-5
+    )  # alpha / r is in B then
 
 
 @pytest.mark.parametrize("case", REFUSED)

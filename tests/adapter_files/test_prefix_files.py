@@ -325,7 +325,20 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "number of tokens": (
         options(num_virtual_tokens=6), AdapterError, f"says num_virtual_tokens=6, but {PROMPT} holds 5 tokens"
     ),
-    "no number of tokens": (options(num_virtual_tokens=None), AdapterError, "num_virtual_tokens: got None, expected a pos"),
+    "no number of tokens": (options(num_virtual_tokens=None), AdapterError, "num_virtual_tokens: got None, expected a whole"),
+    "more layers than there are numbers": (
+        options(num_layers=2**63), AdapterError, "num_layers: got 9223372036854775808, expected a whole number from 1"
+    ),
+    "a number of 400 digits": (options(token_dim=10**400), AdapterError, r"token_dim: got 10{116}\.\.\., expected a whole"),
+    "more tokens than there is memory": (
+        options(num_virtual_tokens=10**12), AdapterError, "num_virtual_tokens: got 1000000000000, expected"
+    ),
+    "a middle of the projection of 19 digits": (
+        about(prefix_hidden_size=2**63), AdapterError, "`prefix` is not as save_adapter writes it: prefix_hidden_size"
+    ),
+    "true for a dropout": (about(prefix_dropout=True), AdapterError, "as save_adapter writes it: prefix_dropout"),
+    "a dropout of all": (about(prefix_dropout=1), AdapterError, "as save_adapter writes it: prefix_dropout"),
+    "a layout that there is not": (about(layout="x"), AdapterError, "as save_adapter writes it: layout"),
     "zero layers": (options(num_layers=0, token_dim=True), AdapterError, "(?s)num_layers: got 0.*token_dim: got True"),
     "heads that do not divide": (options(num_attention_heads=3), AdapterError, "token_dim: got 32, expected a multiple"),
     "projection of text": (options(prefix_projection="no"), AdapterError, "prefix_projection: got 'no', expected true"),

@@ -11,7 +11,7 @@ import torch
 
 from qgraft.adapter_files.folder import changed_files, load_adapter, save_adapter
 from qgraft.adapter_files.peft_config import CONFIG
-from qgraft.adapter_files.seal import SEAL, read_seal
+from qgraft.adapter_files.seal import SEAL, read_seal, remembered_arguments
 from qgraft.adapters.attach import attach_lora
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.errors import AdapterError
@@ -54,6 +54,19 @@ def test_bits_of_the_other_files_count(adapter: Path, file: str) -> None:
         at, bit = draw.randrange(len(whole)), draw.randrange(8)
         (adapter / file).write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
         assert notices(adapter), (at, bit)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "right"),
+    [
+        ("dataset", [1], "rows.jsonl"), ("enable_thinking", 1, True), ("max_length", 2**70, 512), ("max_length", True, 2),
+        ("max_samples", -1, 3), ("seed", -1, 0), ("seed", 2**32, 42), ("val_size", -0.5, 0.1), ("val_size", "x", 4),
+        ("max_train_samples", None, 1),
+    ],
+)  # fmt: skip
+def test_what_no_run_can_have_had_is_not_remembered(key: str, wrong: Any, right: Any) -> None:
+    assert remembered_arguments({"arguments": {key: right}}) == {key: right}
+    assert remembered_arguments({"arguments": {key: wrong, "r": 8}}) == {"r": 8}
 
 
 def test_an_earlier_seal_loads_and_says_what_it_lacks(adapter: Path, tiny_gguf: Maker) -> None:

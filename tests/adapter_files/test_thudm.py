@@ -251,9 +251,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any] | None, str]] = {
         PROJ, {"prefix_projection": False}, r"(?s)trans\.0\.bias: \[64\], expected no such tensor.*trans\.2\.weight"
     ),
     "fewer tokens than said": (PROJ, {"pre_seq_len": 128}, r"config\.json says pre_seq_len=128, but .*holds 6 tokens"),
-    "tokens as text": (PROJ, {"pre_seq_len": "6"}, r"config\.json: pre_seq_len: got '6', expected int"),
-    "true tokens": (PROJ, {"pre_seq_len": True}, "pre_seq_len: got True, expected int"),
-    "projection as a number": (PROJ, {"prefix_projection": 1}, "prefix_projection: got 1, expected bool"),
+    "tokens as text": (PROJ, {"pre_seq_len": "6"}, r"config\.json: pre_seq_len: got 6, expected a whole number"),
+    "tokens of 19 digits": (PROJ, {"pre_seq_len": 2**63}, "pre_seq_len: got 9223372036854775808, expected a whole"),
+    "no tokens said": (PROJ, {"pre_seq_len": 0}, "pre_seq_len: got 0, expected a whole number from 1"),
+    "true tokens": (PROJ, {"pre_seq_len": True}, "pre_seq_len: got True, expected a whole"),
+    "projection as a number": (PROJ, {"prefix_projection": 1}, "prefix_projection: got 1, expected true or false"),
     "the other generation": (
         weights_of("chatglm_prefix"), None, rf"{KEY}embedding\.weight: got \[6, 384\], expected \[6, 192\]"
     ),
@@ -300,7 +302,7 @@ def test_all_that_differs_is_listed_at_once(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
         load_adapter(load_base(tmp_path, "chatglm2"), folder)
     assert [line.strip() for line in str(caught.value).splitlines()[1:-1]] == [
-        "config.json: prefix_projection: got 'yes', expected bool",
+        "config.json: prefix_projection: got yes, expected true or false",
         f"{KEY}trans.0.weight: got [64, 191], expected [64, 192]",
         f"{KEY}trans.2.weight: missing, expected [192, 64]",
         f"{KEY}trans.3.weight: [2], expected no such tensor",

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from qgraft import storage
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import attach_pairs, bare_options, fit_layers, holds_lora, lora_content, parse_state
-from qgraft.adapter_files.peft_config import CONFIG, check_kind, check_values
+from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values
 from qgraft.adapter_files.prefix import (
     ENCODER,
     check_prefix_config,
@@ -278,7 +278,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[
         check_prefix_config(folder / CONFIG, config)
     else:
         check_kind(folder / CONFIG, config)
-        check_values(folder / CONFIG, config)
+        config = checked_values(folder / CONFIG, config)
     if changed := changed_files(folder, seal):
         raise AdapterError(f"{folder} changed since it was saved:\n  " + "\n  ".join(changed))
     state = read_tensors(folder)
@@ -319,9 +319,7 @@ def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any]
             "was); save_adapter() writes a folder that says it",
         )
     state = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, AdapterError)
-    config = bare_options(state, lora_alpha)
-    check_values(path, config)
-    return config, state, None
+    return checked_values(path, bare_options(state, lora_alpha)), state, None
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

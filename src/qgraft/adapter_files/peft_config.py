@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.patterns import is_pattern, matches
@@ -96,19 +97,25 @@ def check_kind(path: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def check_values(path: Path, config: Mapping[str, Any]) -> None:
-    """The options that loading computes with are of the types they need and in range, all of them checked at once."""
-    found = {**_LEFT_OUT, **{key: value for key, value in config.items() if value is not None or key not in _LEFT_OUT}}
+def checked_values(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, which loading computes with: of the types they need and in range, all of them checked at once.
+
+    A null of one that may be left out means that it is, and is gone from what is returned.
+    """
+    given = {key: value for key, value in config.items() if value is not None or key not in _LEFT_OUT}
+    found = {**_LEFT_OUT, **given}
     problems = [
-        f"{key}: got {_shown(found.get(key))}, expected {what}"
+        f"{key}: got {shown(found.get(key))}, expected {what}"
         for key, (right, what) in _VALUES.items()
         if not right(found.get(key))
     ]
     if problems:
         raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
+    return given
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value of a file as an error shows it, cut where it is long."""
     try:
         text = repr(value)
     except ValueError:  # more digits than Python writes
@@ -129,7 +136,9 @@ def _is_share(value: object) -> bool:
 
 
 def _is_table(value: object, right: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(is_pattern(key) and right(each) for key, each in value.items())
+    return isinstance(value, dict) and all(
+        is_pattern(key) and is_pattern(_ending(key)) and right(each) for key, each in value.items()
+    )
 
 
 def _are_names(value: object) -> bool:
@@ -137,7 +146,10 @@ def _are_names(value: object) -> bool:
 
 
 def _are_patterns(value: object) -> bool:
-    return is_pattern(value) or (isinstance(value, list) and all(map(is_pattern, value)))
+    names = value if isinstance(value, list) else [value]
+    return all(
+        isinstance(name, str) and is_pattern(name) and is_pattern(list_pattern(name), groups=1) for name in names
+    )
 
 
 def _are_numbers(value: object) -> bool:
@@ -186,6 +198,11 @@ def _key(path: str, layers: Iterable[str]) -> str:
 def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key that matches the end of the module path."""
     for key, value in (patterns or {}).items():
-        if matches(rf"(.*\.)?({key})", path):
+        if matches(_ending(key), path):
             return value
     return default
+
+
+def _ending(key: str) -> str:
+    """The pattern that a path matches which ends in `key`."""
+    return rf"(.*\.)?({key})"

@@ -16,7 +16,7 @@ Source: PEFT 0.21, tuners/prefix_tuning and peft_model.py (get_prompt).
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qgraft.adapter_files.peft_config import CONFIG
+from qgraft.adapter_files.peft_config import CONFIG, shown
 from qgraft.adapters.adapter import Adapter
-from qgraft.adapters.fit_prefix import ROWS, StoredPrefix
-from qgraft.adapters.prefix import Geometry, PrefixEncoder, encoder_of
+from qgraft.adapters.fit_prefix import LONGEST, ROWS, StoredPrefix, is_size
+from qgraft.adapters.prefix import LAYOUTS, Geometry, PrefixEncoder, encoder_of
 from qgraft.errors import AdapterError, UnsupportedError
 
 ENCODER, PROMPT = "prefix_encoder.safetensors", "prompt_embeddings"
-_SEALED: dict[str, Any] = {  # key of `prefix` in the seal -> its types
-    "prefix_dropout": (int, float), "prefix_hidden_size": (int, type(None)), "layout": str, "layers": list,
-}  # fmt: skip
+_SIZES = {"num_virtual_tokens": LONGEST, "num_layers": 10_000, "num_attention_heads": LONGEST, "token_dim": LONGEST}
+_SEALED: dict[str, Callable[[Any], bool]] = {  # key of `prefix` in the seal -> whether its value can be one
+    "prefix_dropout": lambda share: type(share) in (int, float) and 0 <= share < 1,
+    "prefix_hidden_size": lambda width: width is None or is_size(width),
+    "layout": LAYOUTS.__contains__,
+    "layers": lambda layers: isinstance(layers, list) and all(type(layer) is int for layer in layers),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,14 +97,13 @@ def is_prefix_config(config: Mapping[str, Any]) -> bool:
 
 def check_prefix_config(path: Path, config: Mapping[str, Any]) -> None:
     """Raise AdapterError for options of a wrong type, all of them, UnsupportedError for what is more than a prefix."""
-    sizes = ("num_virtual_tokens", "num_layers", "num_attention_heads", "token_dim")
     problems = [
-        f"{key}: got {config.get(key)!r}, expected a positive number"
-        for key in sizes
-        if type(config.get(key)) is not int or config[key] < 1
+        f"{key}: got {shown(config.get(key))}, expected a whole number from 1 to {most}"
+        for key, most in _SIZES.items()
+        if not is_size(config.get(key), most)
     ]
     if not isinstance(config.get("prefix_projection", False), bool):
-        problems.append(f"prefix_projection: got {config['prefix_projection']!r}, expected true or false")
+        problems.append(f"prefix_projection: got {shown(config['prefix_projection'])}, expected true or false")
     if not problems and config["token_dim"] % config["num_attention_heads"]:
         problems.append(f"token_dim: got {config['token_dim']}, expected a multiple of num_attention_heads")
     if problems:
@@ -150,7 +153,6 @@ def _sealed_options(seal: Mapping[str, Any] | None) -> tuple[dict[str, Any], lis
     if about is None:
         return {}, []
     held = about if isinstance(about, dict) else {}
-    odd = [key for key, kind in _SEALED.items() if not isinstance(held.get(key, ...), kind)]
-    if odd or not all(isinstance(layer, int) for layer in held["layers"]):
-        return {}, [f"qgraft.json: `prefix` is not as save_adapter writes it: {', '.join(odd or ['layers'])}"]
+    if odd := [key for key, right in _SEALED.items() if key not in held or not right(held[key])]:
+        return {}, [f"qgraft.json: `prefix` is not as save_adapter writes it: {', '.join(odd)}"]
     return dict(held), []

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qgraft import __version__, storage
 from qgraft.errors import AdapterError
@@ -28,7 +28,7 @@ _TEXTS = (
     "dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template", "system_text", "prompt_column",
     "response_column", "history_column",
 )  # fmt: skip
-_NUMBERS = ("max_length", "max_samples", "max_train_samples", "seed")
+_COUNTS, _MOST = ("max_length", "max_samples", "max_train_samples"), 10**12
 _SWITCHES = ("enable_thinking", "mask_reasoning")
 
 
@@ -76,15 +76,26 @@ def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict
 
 
 def remembered_arguments(seal: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The options that the adapter was trained with; none of those that are used again is of another type than theirs.
+    """The options that the adapter was trained with, without those that are used again and that no run can have had.
 
     Beside them `rows_sha256` and `held_out_rows_sha256`, of the rows that were read then (data.reading.Accounting).
     """
     arguments = (seal or {}).get("arguments")
     held = arguments if isinstance(arguments, dict) else {}
-    kinds: dict[str, Any] = dict.fromkeys(_TEXTS, str) | dict.fromkeys(_SWITCHES, bool)
-    kinds |= dict.fromkeys(_NUMBERS, int) | {"val_size": (int, float)}
-    return {key: value for key, value in held.items() if isinstance(value, kinds.get(key, object))} | _rows(seal or {})
+    return {key: value for key, value in held.items() if _can_be(key, value)} | _rows(seal or {})
+
+
+def _can_be(key: str, value: object) -> bool:
+    """Whether the option can have had this value; true of every option that nothing asks for after the training."""
+    if key in _TEXTS:
+        return isinstance(value, str)
+    if key in _SWITCHES:
+        return isinstance(value, bool)
+    if key in _COUNTS:
+        return type(value) is int and (2 if key == "max_length" else 1) <= value <= _MOST
+    if key == "seed":
+        return type(value) is int and 0 <= value < 2**32
+    return key != "val_size" or (type(value) in (int, float) and 0 <= cast(float, value) <= _MOST)
 
 
 def _rows(seal: Mapping[str, Any]) -> dict[str, str]:

@@ -11,6 +11,12 @@ from qgraft.adapters.prefix import Geometry, PrefixConfig, PrefixEncoder
 from qgraft.adapters.states import non_finite
 
 ROWS = "embedding.weight"  # of a PrefixEncoder: a row for each token of the prefix
+LONGEST = 10**6  # tokens, layers and widths that a file may say: far beyond any model, and small enough to be counted
+
+
+def is_size(value: object, most: int = LONGEST) -> bool:
+    """Whether what a file says is a whole number from 1 to `most`."""
+    return type(value) is int and 1 <= value <= most
 
 
 @dataclass(frozen=True, eq=False)

@@ -51,12 +51,17 @@ def layer_number(path: str, patterns: str | Sequence[str] | None = None) -> int 
     match = _PATH.match(path)
     if patterns:
         names = [patterns] if isinstance(patterns, str) else patterns
-        found = (first_group(rf"(?:^|.*?\.){name}\.(\d+)\.", path) for name in names)
+        found = (first_group(list_pattern(name), path) for name in names)
         number = next(
             (each for each in found if each and each.isdecimal()), None
         )  # a group of the pattern's own is none
         return None if number is None else int(number)
     return int(match[1]) if match else None
+
+
+def list_pattern(name: str) -> str:
+    """The pattern whose first group is the number behind a list of layers of this name, one of PEFT's `layers_pattern`."""
+    return rf"(?:^|.*?\.){name}\.(\d+)\."
 
 
 def within_layers(paths: Iterable[str], layers: Sequence[int]) -> list[str]:

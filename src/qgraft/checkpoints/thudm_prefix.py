@@ -22,13 +22,17 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.base import base_of, find_adapter
-from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
+from qgraft.adapters.fit_prefix import LONGEST, StoredPrefix, fit_prefix, is_size
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.shards import open_shard, open_shards
 from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 
 KEY = "transformer.prefix_encoder."
+_SAID: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "pre_seq_len": (is_size, f"a whole number from 1 to {LONGEST}"),
+    "prefix_projection": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def read_thudm(path: Path) -> StoredPrefix | None:
@@ -61,7 +65,9 @@ def attach_own_prefix(model: nn.Module, folder: Path) -> None:
     """
     base, stored = base_of(model), read_thudm(folder)
     assert base.info is not None
-    options, _ = _options(folder / "config.json")
+    options, wrong = _options(folder / "config.json")
+    if stored is None and wrong:
+        raise CheckpointError(f"{folder}:\n  " + "\n  ".join(wrong))
     length = options.get("pre_seq_len")
     if stored is None and not length:
         return
@@ -129,10 +135,10 @@ def _options(path: Path) -> tuple[dict[str, Any], list[str]]:
     except CheckpointError as error:
         return {}, [error.message]
     options, problems = {}, []
-    for key, kind in {"pre_seq_len": int, "prefix_projection": bool}.items():
+    for key, (right, what) in _SAID.items():
         value = raw.get(key)
-        if value is not None and type(value) is not kind:
-            problems.append(f"config.json: {key}: got {value!r}, expected {kind.__name__}")
+        if value is not None and not right(value):
+            problems.append(f"config.json: {key}: got {str(value)[:80]}, expected {what}")
         elif value is not None:
             options[key] = value
     return options, problems
