@@ -70,6 +70,43 @@ def test_a_run_that_early_stopping_ended_is_not_taken_up_again(tiny_gguf, tmp_pa
     assert (tmp_path / "out" / "last").is_dir() == ("best_step" in more.metrics)
 
 
+BROKEN = {
+    "empty": b"", "cut": b'{"finished": true, "st', "no text": b"\xff\x00", "a list": b"[]", "nothing": b"{}",
+    "steps of text": b'{"bound": {}, "arguments": {}, "steps": "4"}', "deep": b"[" * 9999,
+    "metrics of text": b'{"bound": {}, "arguments": {}, "steps": 4, "metrics": {"seconds": "x"}}',
+}  # fmt: skip
+
+
+def test_a_broken_run_json_keeps_nobody_from_going_on(tiny_gguf, tmp_path):
+    """The checkpoints say what they are of, so the result is that of a run which was never interrupted."""
+    options = {"lr_scheduler_type": "constant", "num_train_epochs": 2, "max_steps": 6}
+    train(tiny_gguf, tmp_path / "whole", **options)
+    train(tiny_gguf, tmp_path / "half", **{**options, "max_steps": 4})
+    whole = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    for number, broken in enumerate(BROKEN.values()):
+        out = tmp_path / str(number)
+        shutil.copytree(tmp_path / "half", out)
+        (out / "run.json").write_bytes(broken)
+        given = "auto" if number else str(out / "checkpoint-4")
+        report = train(tiny_gguf, out, **options, resume_from_checkpoint=given)
+        assert report.steps == 6 and any("run.json" in note and "nothing of the run" in note for note in report.notes)
+        weights = load_file(out / "adapter_model.safetensors")
+        assert all(torch.equal(weights[key], whole[key]) for key in whole)
+        assert json.loads((out / "run.json").read_text())["steps"] == 6
+
+
+def test_a_broken_run_json_beside_an_adapter_alone_is_said(tiny_gguf, tmp_path):
+    train(tiny_gguf, tmp_path / "out", save_strategy="no")
+    (tmp_path / "out" / "run.json").write_bytes(b"")
+    before = state(tmp_path / "out")
+    with pytest.raises(StorageError, match=r"(?s)is not empty.*run\.json is not JSON.*hint: choose another folder"):
+        train(tiny_gguf, tmp_path / "out", save_strategy="no")
+    assert state(tmp_path / "out") == before
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "run.json").write_bytes(b"")  # of a run that got no further
+    assert train(tiny_gguf, tmp_path / "new").steps == 4
+
+
 def test_a_finished_run_gives_the_model_its_adapter(tiny_gguf, tmp_path):
     train(tiny_gguf, tmp_path / "out", learning_rate=0.1)
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)

@@ -2,7 +2,8 @@
 
 `resume_from_checkpoint=auto` makes one command that can be given again and again, whatever became of it before:
 
-    a checkpoint                                  goes on from the newest whole one; the loop checks that it is the same run
+    a checkpoint                                  goes on from the newest whole one; the loop checks that it is the same run,
+                                                  so a run.json that cannot be read is noted, and does not matter
     run.json of a run that ended, the same one    nothing is changed
     run.json of a run that was begun              killed before its first checkpoint: starts anew
     nothing, or a log                             starts
@@ -12,8 +13,10 @@ adapter beside it is known to be this run's, and another run's is neither delete
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from transformers.trainer_utils import SaveStrategy
@@ -48,7 +51,7 @@ class Earlier:
 
     Attributes:
         resume: the checkpoint to go on from; None for a new run.
-        passed_over: a sentence for each newer checkpoint that is not whole.
+        passed_over: a sentence for each newer checkpoint that is not whole, and for a run.json that cannot be read.
         run: its run.json, where it matters whether that is the run that is asked for, which is known with the rows.
     """
 
@@ -101,9 +104,9 @@ def check_output_dir(args: TrainArguments) -> Earlier:
     if path.resolve().parent != folder.resolve():
         _require_room(folder, names, args)
         return Earlier(folder, path)
-    run = _run_in(folder)
+    run, unreadable = _run_in(folder)
     nothing_left = run is not None and run.get("steps") == run.get("planned_steps") == step_of(path)
-    return Earlier(folder, path, run=run if run and nothing_left and _ended(folder, run) else None)
+    return Earlier(folder, path, unreadable, run if run and nothing_left and _ended(folder, run) else None)
 
 
 def goes_on_from_newest(args: TrainArguments) -> bool:
@@ -113,38 +116,67 @@ def goes_on_from_newest(args: TrainArguments) -> bool:
 
 def _newest(args: TrainArguments, folder: Path, names: list[str]) -> Earlier:
     """What a command that can be given again and again finds."""
-    run = _run_in(folder)
+    run, unreadable = _run_in(folder)
     alone = adapters_alone(folder) if args.save_only_model else []
     newest, passed_over = newest_whole_checkpoint(folder, besides=alone)
     if newest is not None:
         check_resumable(newest)
-        return Earlier(folder, newest, tuple(passed_over), run if run and _ended(folder, run) else None)
+        notes = (*unreadable, *passed_over)
+        return Earlier(folder, newest, notes, run if run and _ended(folder, run) else None)
     if passed_over:
         anew = f"{option('overwrite_output_dir')} without resume_from_checkpoint starts anew"
         raise CheckpointError("\n".join([f"no whole checkpoint to go on from in {folder}", *passed_over]), hint=anew)
     if set(names) <= _WITHOUT_RESULT:
-        return Earlier(folder)
+        return Earlier(folder, passed_over=unreadable)
     if run is None:
-        _require_room(folder, names, args)
+        _require_room(folder, names, args, *unreadable)
     note = f"no checkpoint to go on from in {folder}: {len(alone)} hold an adapter alone (save_only_model)"
-    return Earlier(folder, passed_over=(note,) if alone else (), run=run)
+    return Earlier(folder, passed_over=(*unreadable, *([note] if alone else [])), run=run)
 
 
-def _require_room(folder: Path, names: list[str], args: TrainArguments) -> None:
+def _require_room(folder: Path, names: list[str], args: TrainArguments, *why: str) -> None:
+    """Raise StorageError for a folder that holds something which is not to be overwritten; `why` says more of it."""
     if names and not args.overwrite_output_dir:
         raise StorageError(
-            f"output_dir {folder} is not empty: {', '.join(names[:5])}",
+            "\n".join([f"output_dir {folder} is not empty: {', '.join(names[:5])}", *why]),
             hint=f"choose another folder, {option('resume_from_checkpoint', 'auto')} to go on, or "
             f"{option('overwrite_output_dir')}",
         )
 
 
-def _run_in(folder: Path) -> dict[str, Any] | None:
-    """run.json, where there is one that says what the run is bound to."""
+def _run_in(folder: Path) -> tuple[dict[str, Any] | None, tuple[str, ...]]:
+    """(run.json, where there is one that says what the run is bound to; a sentence where it cannot be read).
+
+    Checkpoints say themselves what they belong to, so a run goes on from them without it.
+    """
     path = folder / RUN
-    run = read_object(path, CheckpointError) if path.is_file() else {}
-    kinds = {"bound": dict, "steps": int, "arguments": dict}
-    return run if all(isinstance(run.get(key), kind) for key, kind in kinds.items()) else None
+    try:
+        run = read_object(path, CheckpointError) if path.is_file() else None
+    except CheckpointError as error:
+        return None, (f"{error.message}, so it says nothing of the run here",)
+    if run is None:
+        return None, ()
+    if odd := [key for key, right in _OF_RUN.items() if not right(run.get(key))]:
+        return None, (f"{path} is not as a run writes it ({', '.join(odd)}), so it says nothing of the run here",)
+    return run, ()
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _are_numbers(value: object) -> bool:
+    return isinstance(value, dict) and all(type(number) in (int, float, NoneType) for number in value.values())
+
+
+_OF_RUN: dict[str, Callable[[Any], bool]] = {  # of run.json, what is used again
+    "bound": lambda value: isinstance(value, dict),
+    "arguments": lambda value: isinstance(value, dict),
+    "steps": _is_count,
+    "planned_steps": lambda value: value is None or _is_count(value),  # earlier releases did not write it
+    "parameters": lambda value: value is None or _is_count(value),  # nor does a run that has only begun; as metrics
+    "metrics": lambda value: value is None or _are_numbers(value),
+}
 
 
 def _ended(folder: Path, run: dict[str, Any]) -> bool:
