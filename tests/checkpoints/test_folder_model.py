@@ -254,6 +254,18 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         lambda f: edit_json(f / "config.json", quantization_config=[1]), CheckpointError, "config.json"
     ),
     "unknown type": (lambda f: edit_json(f / "config.json", model_type="lama"), UnsupportedError, "model_type 'lama'"),
+    "layers below zero": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=-1), CheckpointError, "num_hidden_layers: got -1, expected"
+    ),
+    "no layers": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=0), CheckpointError, "num_hidden_layers: got 0, expected"
+    ),
+    "layers without end": (
+        lambda f: edit_json(f / "config.json", num_hidden_layers=2**70), CheckpointError, "num_hidden_layers: got 1180591"
+    ),
+    "layers without end, under another name": (
+        lambda f: edit_json(f / "config.json", text_config={"n_layer": 2**31}), CheckpointError, "n_layer: got 2147483648"
+    ),
     "width of text": (lambda f: edit_json(f / "config.json", hidden_size="x"), CheckpointError, "hidden_size"),
     "heads that do not divide": (
         lambda f: edit_json(f / "config.json", num_attention_heads=3), CheckpointError, "number of attention heads"

@@ -54,6 +54,10 @@ LARGEST_ID = (
 )  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
 
 
+MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
+_COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+
+
 def load_folder(
     folder: Path, dtype: torch.dtype, quantize: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -304,7 +308,14 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base as the model, and this folder as the adapter"
         raise CheckpointError(f"{folder}: no config.json", hint=hint)
-    return read_object(path, CheckpointError, finite=False)
+    raw = read_object(path, CheckpointError, finite=False)
+    for part in [raw, *(each for each in raw.values() if isinstance(each, dict))]:  # text_config and the like
+        for key in _COUNTS_OF_LAYERS & part.keys():
+            if type(count := part[key]) is int and not 1 <= count <= MOST_LAYERS:  # other types transformers refuses
+                raise CheckpointError(
+                    f"{path}: {key}: got {str(count)[:80]}, expected a number from 1 to {MOST_LAYERS}"
+                )
+    return raw
 
 
 def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
