@@ -11,6 +11,14 @@ from qgraft.cli.main import main
 from qgraft.errors import StorageError
 from qgraft.locks import file_locked, folder_locked
 
+RUNS = """
+import sys
+from pathlib import Path
+from qgraft.locks import folder_locked
+with folder_locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -35,6 +43,39 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path
     with lock(place), lock(place):
         pass
     assert list(tmp_path.iterdir()) == ([place] if kind == "folder" else [])  # the dead one could not remove its folder
+
+
+def test_no_command_writes_into_the_folder_of_a_run(tmp_path, tiny_gguf, capsys, monkeypatch):
+    """Whatever is in it: the adapter of an earlier end, nothing yet, or what another command wrote there before."""
+    monkeypatch.chdir(tmp_path)
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    qgraft.attach_lora(model, r=2)
+    qgraft.save_adapter(model, "a")
+    qgraft.save_adapter(model, "run")
+    base = str(tiny_gguf("llama").path)
+    commands = [
+        ["combine", "--adapter", "a", "--output"], ["export", "--model", base, "--adapter", "a", "--to", "peft", "--output"],
+        ["export", "--model", base, "--adapter", "a", "--to", "ollama", "--output"],
+        ["merge", "--model", base, "--adapter", "a", "--output"],
+    ]  # fmt: skip
+    assert main([*commands[2], "ollama"]) == 0
+    for place in ("run", "new", "ollama"):
+        held = subprocess.Popen([sys.executable, "-c", RUNS, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            assert held.stdout is not None and held.stdout.readline() == b"held\n"
+            before = {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()}
+            for command in commands:
+                assert main([*command, place, "--overwrite"]) == 2
+                assert f"{place} is in use by another process, pid {held.pid}" in capsys.readouterr().err
+                assert {path.name: path.read_bytes() for path in (tmp_path / place).iterdir()} == before
+        finally:
+            held.communicate()
+    for command in (commands[0], commands[1]):
+        assert main([*command, "run", "--overwrite"]) == 0
+        assert main([*command, f"{command[0]}-new"]) == 0
+        assert (tmp_path / f"{command[0]}-new" / "qgraft.json").exists()
+    assert main([*commands[2], "ollama", "--overwrite"]) == 0
+    assert not [*tmp_path.rglob("*.lock")] and not (tmp_path / "new").exists()
 
 
 def test_another_thread_and_a_fork_are_other_ones(tmp_path):

@@ -1,10 +1,10 @@
 """One process at a time writes to a place: a run's folder, the target of a merge.
 
-A lock is a file beside the place (`.name.lock`), or `.lock` within a folder of runs, that the kernel lets one process hold
-(flock). It is gone with the process, however that ends, so a lock that nobody holds is taken over without a word; pid and
-host in it are for the message alone. Within a process a thread holds it, as often as it asks. Where the file system knows no
-locks, that is an error: two runs in one folder would delete each other's checkpoints. Not chosen: a file that exists or not,
-which a kill leaves behind.
+A lock is a file beside the place (`.name.lock`), or `.lock` within a folder of a run or an adapter, that the kernel lets
+one process hold (flock). It is gone with the process, however that ends, so a lock that nobody holds is taken over without
+a word; pid and host in it are for the message alone. Within a process a thread holds it, as often as it asks. Where the
+file system knows no locks, that is an error: two runs in one folder would delete each other's checkpoints. Not chosen: a
+file that exists or not, which a kill leaves behind.
 """
 
 import errno
@@ -14,7 +14,7 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from qgraft import storage
@@ -36,7 +36,7 @@ def folder_locked(folder: Path) -> Iterator[None]:
     """
     made = storage.make_folder(folder)
     try:
-        with _locked(folder, folder / ".lock"):
+        with _locked(folder, folder / storage.LOCK):
             _remove_abandoned(folder)
             yield
     finally:
@@ -48,6 +48,19 @@ def folder_locked(folder: Path) -> Iterator[None]:
 def file_locked(path: Path) -> Iterator[None]:
     """Hold `path`, a file or folder that is to be written whole, within the block. Raises StorageError."""
     with _locked(path, path.with_name(f".{path.name}.lock")):
+        yield
+
+
+@contextmanager
+def output_locked(path: Path) -> Iterator[None]:
+    """Hold `path`, a file or folder that a command writes, within the block: no other command writes it, nor does a run.
+
+    Where the folder above is missing, who writes there makes it or says so. Raises StorageError.
+    """
+    with (
+        file_locked(path) if path.parent.is_dir() else nullcontext(),
+        folder_locked(path) if path.is_dir() else nullcontext(),
+    ):
         yield
 
 

@@ -31,6 +31,7 @@ from qgraft.errors import StorageError
 from qgraft.json_files import OWN, covered_text, is_covered, json_text, read_object
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"  # in a folder, while a process holds it (locks.py)
 _FILES = "files"  # the staging folder of those that publish_files writes
 
 
@@ -245,10 +246,13 @@ def sha256(path: Path) -> str:
 
 
 def unlisted_files(folder: Path) -> list[str]:
-    """The files in `folder` that its manifest does not list, all of them where it has none; relative names, sorted."""
-    listed = set[str]()
+    """The files in `folder` that its manifest does not list, all of them where it has none; relative names, sorted.
+
+    A lock is none of them: nobody but who holds it goes on.
+    """
+    listed = {LOCK}
     with suppress(StorageError, KeyError, TypeError):
-        listed = set(read_object(folder / MANIFEST, StorageError)["files"]) | {MANIFEST}
+        listed |= {*read_object(folder / MANIFEST, StorageError)["files"], MANIFEST}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
     return sorted(found - listed)
 

@@ -13,7 +13,7 @@ def check_new(path: Path, overwrite: bool = False, inputs: Iterable[Path] = (), 
     """Raise where writing to `path` would replace something: the one rule of merge, save, export and combine.
 
     Args:
-        overwrite: whether what is there may be replaced; an empty folder always may.
+        overwrite: whether what is there may be replaced; an empty folder always may, also one that is locked (locks.py).
         inputs: what the new file or folder is made of. None of them is ever replaced, nor a folder that holds one, nor what
             one holds, but for a file of this kind.
         kind: of the file that is written (KINDS). One that neither is called so nor begins so is not replaced: rows, weights.
@@ -30,7 +30,8 @@ def check_new(path: Path, overwrite: bool = False, inputs: Iterable[Path] = (), 
         if path.exists() and source in here.parents and not alike:
             raise OptionError(f"{path} is a part of {source}, which is read, and is never written over",
                               hint="give another name")  # fmt: skip
-    taken = any(path.iterdir()) if path.is_dir() else path.exists() or path.is_symlink()
+    held = (each for each in path.iterdir() if each.name != storage.LOCK) if path.is_dir() else ()
+    taken = any(held) if path.is_dir() else path.exists() or path.is_symlink()
     if taken and not overwrite:
         raise StorageError(
             f"{path} exists already", hint=f"give another name, or {option('overwrite')} to replace what is there"

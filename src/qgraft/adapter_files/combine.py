@@ -21,6 +21,7 @@ from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
 from qgraft.errors import AdapterError, OptionError, option
+from qgraft.locks import folder_locked
 from qgraft.targets import check_new
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
@@ -46,7 +47,7 @@ def combine_files(
         overwrite: write over the adapter that `output` holds; never over an input.
 
     Raises AdapterError that lists all that is wrong with the inputs, OptionError, UnsupportedError, StorageError when
-    `output` exists already or cannot be written.
+    `output` exists already, is held by a run or another process, or cannot be written.
     """
     output = Path(output)
     folders = {Path(folder): weight for folder, weight in adapters.items()}
@@ -81,7 +82,9 @@ def combine_files(
         for part in "AB"
     }
     options = peft_config(configs, targets, (base or {}).get("source"))
-    write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype)
+    with folder_locked(output):
+        check_new(output, overwrite, folders)  # another process may just have written it
+        write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype)
     return report
 
 

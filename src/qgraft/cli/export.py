@@ -9,6 +9,7 @@ from typing import Any
 from qgraft import storage, targets
 from qgraft.cli.options import Parser, free_name, print_note, print_notes
 from qgraft.errors import OptionError, near_match
+from qgraft.locks import folder_locked, output_locked
 
 TARGETS = ("gguf", "gguf-lora", "ollama", "peft", "thudm")
 
@@ -56,18 +57,23 @@ def run(words: Sequence[str]) -> int:
     if options.to == "gguf" and target.suffix != ".gguf":
         raise OptionError(f"--output {target}: expected a name that ends in .gguf")
     _check_dtype(options)
+    with output_locked(target):
+        print(_written(target, options))
+    return 0
+
+
+def _written(target: Path, options: argparse.Namespace) -> str:
+    """Load and write; returns what to say of it."""
     model, tokenizer, name, arguments = _loaded(options)
     if options.to == "gguf":
-        print(_gguf(model, target, options.overwrite))
-    elif options.to == "gguf-lora":
-        print(_gguf_lora(model, target, name, options, arguments))
-    elif options.to == "ollama":
-        print(_ollama(model, tokenizer, target, name, options, arguments))
-    elif options.to == "thudm":
-        print(_thudm(model, target, name, options.dtype or "float32", options.overwrite))
-    else:
-        print(_peft(model, Path(options.adapter), target, name, options.dtype or "float32", arguments))
-    return 0
+        return _gguf(model, target, options.overwrite)
+    if options.to == "gguf-lora":
+        return _gguf_lora(model, target, name, options, arguments)
+    if options.to == "ollama":
+        return _ollama(model, tokenizer, target, name, options, arguments)
+    if options.to == "thudm":
+        return _thudm(model, target, name, options.dtype or "float32", options.overwrite)
+    return _peft(model, Path(options.adapter), target, name, options, arguments)
 
 
 def _check_dtype(options: argparse.Namespace) -> None:
@@ -171,11 +177,16 @@ def _thudm(model: Any, target: Path, name: str, dtype: str, overwrite: bool) -> 
     return f"{target}: prefix in THUDM's layout, {values:,} values in {dtype}, {nbytes:,} bytes"
 
 
-def _peft(model: Any, source: Path, target: Path, name: str, dtype: str, arguments: dict[str, Any]) -> str:
+def _peft(
+    model: Any, source: Path, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]
+) -> str:
     from qgraft.adapter_files.folder import save_adapter
     from qgraft.adapter_files.seal import read_seal
 
     details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
-    save_adapter(model, target, name, details, dtype)
+    dtype = options.dtype or "float32"
+    with folder_locked(target):  # now that it is there if it was not
+        targets.check_new(target, options.overwrite, [source, Path(options.model)])  # somebody may just have written it
+        save_adapter(model, target, name, details, dtype)
     parameters = (read_seal(target) or {}).get("parameters", 0)
     return f"{target}: PEFT adapter folder, {parameters:,} values in {dtype}"

@@ -3,14 +3,13 @@
 import argparse
 import os
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from qgraft import targets
 from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note
 from qgraft.errors import MergeError, OptionError
-from qgraft.locks import file_locked
+from qgraft.locks import output_locked
 from qgraft.ranges import AT_MOST_1, FINITE, SEED
 
 
@@ -58,8 +57,7 @@ def run(words: Sequence[str]) -> int:
     for path, kind in ((target, "" if target.is_dir() else "gguf"), (json_file, "json"), (picture, "png")):
         targets.check_new(path, options.overwrite, inputs, kind)
 
-    # where the folder is missing, the check of the target says so
-    with file_locked(target) if target.parent.is_dir() else nullcontext():
+    with output_locked(target):
         return _merge_into(target, json_file, picture, options)
 
 
