@@ -8,12 +8,13 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_utils import rotate_checkpoints
 
 import qgraft
 from qgraft import storage
 from qgraft.errors import CheckpointError, OptionError, StorageError
 from qgraft.json_files import covered_text
-from qgraft.training.checkpoints import Bound, checkpoints
+from qgraft.training.checkpoints import Bound, checkpoints, remove_old
 from qgraft.training.random_state import RandomState
 from qgraft.training.run import train
 
@@ -299,3 +300,18 @@ def test_random_numbers_go_on_where_they_were():
     with state.drawn_from():
         third = draw()
     assert third not in (first, second)
+
+
+@pytest.mark.parametrize("limit", [None, -1, 1, 2, 3])
+@pytest.mark.parametrize("best", [None, 2, 6, 8])
+def test_as_many_checkpoints_are_kept_as_transformers_keeps(tmp_path, limit, best):
+    for folder in ("ours", "theirs"):
+        for step in (2, 4, 6, 8):
+            (tmp_path / folder / f"checkpoint-{step}").mkdir(parents=True)
+    named = {
+        folder: None if best is None else str(tmp_path / folder / f"checkpoint-{best}") for folder in ("ours", "theirs")
+    }
+    remove_old(tmp_path / "ours", limit, named["ours"])
+    rotate_checkpoints(str(tmp_path / "theirs"), limit, named["theirs"])
+    ours, theirs = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("ours", "theirs"))
+    assert ours == theirs and "checkpoint-8" in ours

@@ -107,6 +107,24 @@ def test_a_broken_run_json_beside_an_adapter_alone_is_said(tiny_gguf, tmp_path):
     assert train(tiny_gguf, tmp_path / "new").steps == 4
 
 
+def test_a_run_that_callbacks_ended_goes_on_from_its_very_end(tiny_gguf, tmp_path):
+    """Between two saves; so that more of it is what the run would have been that nobody stopped."""
+    options = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.5, "num_train_epochs": 9,
+               "save_steps": 100, "load_best_model_at_end": False}  # fmt: skip
+    patient = {**options, "early_stopping_patience": 2}
+    first = train(tiny_gguf, tmp_path / "out", **patient)
+    assert first.steps < 27 and (tmp_path / "out" / f"checkpoint-{first.steps}").is_dir()
+    more = train(tiny_gguf, tmp_path / "out", **options)
+    log = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    measured = [entry["step"] for entry in log if "eval_loss" in entry]
+    assert (more.steps, measured) == (27, list(range(28)))
+    train(tiny_gguf, tmp_path / "whole", **options)
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("out", "whole")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+    none = train(tiny_gguf, tmp_path / "none", **patient, save_strategy="no")
+    assert none.steps == first.steps and not [*(tmp_path / "none").glob("checkpoint-*")]
+
+
 def test_a_finished_run_gives_the_model_its_adapter(tiny_gguf, tmp_path):
     train(tiny_gguf, tmp_path / "out", learning_rate=0.1)
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)

@@ -118,7 +118,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     # transformers' options with another default
     learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
     logging_steps: float = _option(5, "Log every so many steps (a share of all steps when below 1).")
-    save_total_limit: int | None = _option(2, "Keep so many checkpoints.")
+    save_total_limit: int | None = _option(2, "Keep so many checkpoints, the best and the last among them.")
     eval_strategy: str | None = _option(  # type: ignore[assignment]  # what is said, until it is settled
         None, "no, steps or epoch; epoch where there are held-out rows."
     )

@@ -215,11 +215,14 @@ def remove_later(folder: Path, step: int) -> list[str]:
 
 
 def remove_old(folder: Path, limit: int | None, best: str | None) -> None:
-    """Delete the oldest checkpoints beyond `limit`, never the best one."""
-    if limit is not None and limit > 0:
-        kept = None if best is None else Path(best).resolve()
-        for path in [path for path in checkpoints(folder)[:-limit] if path.resolve() != kept]:
-            storage.remove_folder(path)
+    """Delete the oldest checkpoints beyond `limit`, the last one and the best one never: both count, as in transformers."""
+    every = checkpoints(folder)
+    if limit is None or limit <= 0 or not every:
+        return
+    kept = {every[-1].resolve()} | ({Path(best).resolve()} if best is not None else set())
+    others = [path for path in every if path.resolve() not in kept]
+    for path in others[: len(every) - max(limit, len(every) - len(others))]:
+        storage.remove_folder(path)
 
 
 def _save(path: Path, value: Any) -> None:

@@ -311,10 +311,15 @@ class TrainingLoop:
             if self._evaluate() and kept:
                 self.events.control.should_save = True
         self.events.agree()
-        if self.events.control.should_save:
-            self._save()
+        if self.events.control.should_save or (self._stopped and self.args.save_strategy != SaveStrategy.NO):
+            self._save()  # also where callbacks end the run between two saves: whoever wants more goes on from here
             self.events.tell("on_save")
             self.events.agree()
+
+    @property
+    def _stopped(self) -> bool:
+        """Whether callbacks end the run before its last step."""
+        return self.events.control.should_training_stop and self.progress.position < self.plan.steps
 
     def _log_steps(self, rate: float) -> None:
         """The means over the steps since the last log."""
@@ -359,7 +364,7 @@ class TrainingLoop:
             state.best_model_checkpoint = str(best)
         if not self.processes.first:
             return
-        self.progress.stopped = self.events.control.should_training_stop and self.progress.position < self.plan.steps
+        self.progress.stopped = self._stopped
         with storage.publish_folder(target) as staging:
             save_adapter(self.model, staging, self.args.adapter_name)
             if not self.args.save_only_model or self.events.signalled:  # or nobody could go on from it
@@ -391,6 +396,5 @@ class TrainingLoop:
             self.progress.eval_loss_before = None
         if self.processes.rank < len(saved.random) and "seed" not in self.forced:
             return saved.random[self.processes.rank]
-        # one process more than then, or another seed
         set_seed((self.args.seed + self.processes.rank + 1000 * self.progress.position) % 2**32)
-        return None
+        return None  # one process more than then, or another seed

@@ -198,7 +198,7 @@ def check_room(folder: Path, args: TrainArguments, parameters: int) -> list[str]
     adapter = 4 * parameters
     saves = args.save_strategy != SaveStrategy.NO
     full = adapter * (1 if args.save_only_model else 1 + STATES.get(OptimizerNames(args.optim).value, 0))
-    kept = max(args.save_total_limit or 0, 1) + 1 + bool(args.load_best_model_at_end)  # one while it replaces another
+    kept = max(args.save_total_limit or 0, 1 + bool(args.load_best_model_at_end)) + 1  # one while it replaces another
     with storage.named_errors(folder):
         held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
     free = storage.free_bytes(folder) + held  # what is there is replaced
