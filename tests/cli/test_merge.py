@@ -155,11 +155,14 @@ def test_an_adapter_that_remembers_no_rows(trained, tmp_path, capsys):
     assert merge(*words, "--method", "nearest") == 0
     assert "retained gain: not measured" in capsys.readouterr().out
     assert json.loads((tmp_path / "merged.merge.json").read_text())["kept"] is None
-    # rows on which the adapter gains nothing: said, and not counted against it
+    # rows on which the adapter makes the model worse: said, and warned of
     assert merge(*words, "--dataset", rows) == 2
     assert "merged.gguf exists already" in (told := capsys.readouterr().err) and "--overwrite" in told
     assert merge(*words, "--dataset", rows, "--overwrite") == 0
-    assert "none to keep, the adapter lowers the loss on these rows by less than 0.01" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "retained gain: none to keep, the adapter makes the loss on these rows worse" in printed
+    assert "warning: with the adapter the loss on these rows is higher than without it" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
 
 
 def test_another_format_is_stated_as_growing_the_file(trained, tmp_path, capsys):

@@ -150,6 +150,21 @@ def test_what_is_given_comes_before_what_is_remembered(tiny_gguf, rows, tmp_path
     assert not one_unknown.held_out and len(of_task(one_unknown)) + len(one_unknown.measure) == 2 * len(rows)
 
 
+@pytest.mark.parametrize("by", ["val_size", "eval_dataset"])
+def test_rows_that_two_adapters_share_are_counted_once(tiny_gguf, rows, tmp_path, by):
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    task, back = write_rows(tmp_path / "task.jsonl", rows), write_rows(tmp_path / "back.jsonl", rows[:5])
+    trained = {"dataset": task, by: 0.25 if by == "val_size" else back}
+
+    def found(*adapters: dict[str, Any]) -> Any:
+        return find_rows(model, tokenizer, None, None, adapters, {}, 0)
+
+    one, two = found(trained), found(trained, dict(trained))
+    assert one.held_out and (one.fit, one.judge, one.measure, one.notes) == (two.fit, two.judge, two.measure, two.notes)
+    asked_otherwise = found(trained, {**trained, "system": "Answer in verse."})
+    assert len(asked_otherwise.measure) == 2 * len(one.measure)
+
+
 @pytest.mark.parametrize("options", [{"val_size": 0.25}, {"val_size": 5, "seed": 7, "max_train_samples": 12}])
 def test_what_a_run_held_out_measures_and_never_calibrates(tiny_gguf, rows, tmp_path, options):
     """As a run splits them: by its own functions."""

@@ -48,7 +48,7 @@ def test_the_json_holds_every_field(tmp_path):
     REPORT.save(tmp_path / "merge.json")
     read = json.loads((tmp_path / "merge.json").read_text())
     assert read == json.loads(json.dumps(REPORT.as_dict()))
-    assert set(read) == {"retained_gain"} | {field.name for field in dataclasses.fields(MergeReport)}
+    assert set(read) == {"retained_gain", "warning"} | {field.name for field in dataclasses.fields(MergeReport)}
     assert read["retained_gain"] == pytest.approx(0.99)
     assert read["kept"] == dataclasses.asdict(KEPT)
     assert [layer["path"] for layer in read["layers"]] == [layer.path for layer in LAYERS]
@@ -71,6 +71,15 @@ def test_the_summary_says_what_was_kept():
     no_gain = replace(REPORT, kept=replace(KEPT, base=0.9)).summary()
     assert no_gain[5].startswith("retained gain: none to keep, the adapter lowers the loss on these rows by less")
     assert BARE.summary() == ["retained gain: not measured"]
+    assert not [report for report in (REPORT, BARE, replace(REPORT, kept=replace(KEPT, base=0.9))) if report.warning]
+
+
+def test_an_adapter_that_makes_the_rows_worse_is_warned_of_at_the_end():
+    worse = replace(REPORT, kept=replace(KEPT, base=0.88))
+    *_, told, note, warning = worse.summary()
+    assert told == "retained gain: none to keep, the adapter makes the loss on these rows worse"
+    assert note == REPORT.notes[0] and warning.startswith("warning: with the adapter the loss on these rows is higher")
+    assert worse.as_dict()["warning"] == worse.warning == warning
 
 
 def test_the_table_has_a_line_for_each_kind_of_layer_with_its_medians():
@@ -81,7 +90,7 @@ def test_the_table_has_a_line_for_each_kind_of_layer_with_its_medians():
     assert both[2:6] == ["2", "0.030", "1.5%", "42%"]
     wide = [replace(LAYERS[0], path="model.layers.0.down_proj", steps=tuple(STEP_WORDS)[:4])]
     report = replace(REPORT, layers=[*LAYERS, *wide])
-    table = [line for line in str(report).splitlines() if not line.startswith(("drift", "loss"))]
+    table = str(replace(report, notes=("a sentence " * 20, "with_an_option_as_long_as_it_gets " * 9))).splitlines()
     assert max(map(len, table)) <= 80 and any("sub-scales" in line for line in table)
     assert [layer.effect_kept for layer in LAYERS[2:6]] == [pytest.approx(0.64), None, pytest.approx(0.99), 0.0]
     assert layer_table(LAYERS[-1:]).row_count == 1

@@ -11,7 +11,7 @@ A few thousand tokens are enough: a row of a Q4_1 weight has 36 to 96 numbers to
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from itertools import islice
@@ -98,8 +98,8 @@ def find_rows(
     elif known:
         for arguments in known:
             reader.check_rows(arguments, eval_dataset is None)
-        task = [sample for arguments in known for sample in reader.samples(arguments["dataset"], arguments)]
-        source = f"the training set: {', '.join(arguments['dataset'] for arguments in known)}"
+        task = _once(sample for each in known for sample in reader.samples(each["dataset"], each))
+        source = f"the training set: {', '.join(dict.fromkeys(arguments['dataset'] for arguments in known))}"
     else:
         return None
     held, notes = None, [f"calibrated on {source}"]
@@ -203,9 +203,14 @@ def _training_held_out(
             kept_back |= {sample.source for sample in back}
             seen |= {sample.source for sample in learned}
             said.append(f"measured on what the run held out of {arguments['dataset']} (val_size {size:g})")
-    held += [sample for sample in task if sample.source in kept_back - seen]
+    held = _once([*held, *(sample for sample in task if sample.source in kept_back - seen)])
     rest = [sample for sample in task if sample.source not in kept_back]
-    return (rest, held, said) if held else (task, None, [])
+    return (rest, held, list(dict.fromkeys(said))) if held else (task, None, [])
+
+
+def _once(samples: Iterable[Sample]) -> list[Sample]:
+    """Each row once that several adapters were trained on, but for one that they were asked in another way."""
+    return list({(each.source, each.part, *each.input_ids, *each.labels): each for each in samples}.values())
 
 
 def choose_samples(

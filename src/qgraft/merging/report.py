@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -85,6 +86,16 @@ class MergeReport:
         """The share of the adapter's gain that the merged weights keep; None where it was not measured."""
         return None if self.kept is None else self.kept.retained_gain
 
+    @property
+    def warning(self) -> str | None:
+        """What is wrong with a merge of which the share that it keeps says nothing; None where nothing is."""
+        if self.kept is None or self.kept.adapter < self.kept.base + 0.01:
+            return None
+        return (
+            "warning: with the adapter the loss on these rows is higher than without it, so whether the merge has kept "
+            "what it learned cannot be told: give rows of its task, or look at the adapter"
+        )
+
     def __str__(self) -> str:
         """The table and what was kept, as `print` has it, in 80 columns."""
         out = io.StringIO()
@@ -93,7 +104,7 @@ class MergeReport:
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON."""
-        return {"retained_gain": self.retained_gain, **asdict(self)}
+        return {"retained_gain": self.retained_gain, "warning": self.warning, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON. Raises StorageError."""
@@ -103,7 +114,9 @@ class MergeReport:
         """One line for each kind of layer, then what was kept."""
         console.print(layer_table(self.layers))
         for line in self.summary():
-            console.print(line, highlight=False, markup=False, soft_wrap=True)  # paths stay as they are
+            if "/" not in line:  # paths stay as they are
+                line = textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False)
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def summary(self) -> list[str]:
         """What was kept, line by line."""
@@ -127,11 +140,13 @@ class MergeReport:
             )
         if (gain := self.retained_gain) is not None:
             lines.append(f"retained gain: {gain:.1%}")
+        elif self.warning is not None:
+            lines.append("retained gain: none to keep, the adapter makes the loss on these rows worse")
         elif kept is not None:
             lines.append("retained gain: none to keep, the adapter lowers the loss on these rows by less than 0.01")
         else:
             lines.append("retained gain: not measured")
-        return [*lines, *self.notes]
+        return [*lines, *self.notes, *filter(None, [self.warning])]
 
 
 def layer_table(layers: Sequence[LayerReport]) -> Table:
