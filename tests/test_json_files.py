@@ -34,7 +34,8 @@ def test_what_python_writes_is_read_as_python_reads_it(value: object) -> None:
         ("[" * 99_999 + "]" * 99_999, f"deeper than {DEEPEST}"),
         ("[" * 102 + "]" * 102, f"deeper than {DEEPEST}"),
         ('{"a":' * 102 + "1" + "}" * 102, f"deeper than {DEEPEST}"),
-        ("1" * 5000, "digits"),
+        ("1" * 5000, r"^the number 1{40}\.\.\. has 5000 digits$"),
+        ('{"a": -' + "1" * 5000 + "}", r"^the number -1{39}\.\.\. has 5000 digits$"),
         ("{", "property name"),
     ],
 )

@@ -35,9 +35,11 @@ def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
         text = text.decode("utf-8")  # Python's reader would take halves of pairs, and UTF-16
     try:
         if finite:
-            value = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_refuse)
+            value = json.loads(
+                text, object_pairs_hook=_object, parse_int=_whole, parse_float=_finite, parse_constant=_refuse
+            )
         else:
-            value = json.loads(text, object_pairs_hook=_object)
+            value = json.loads(text, object_pairs_hook=_object, parse_int=_whole)
     except RecursionError:
         raise ValueError(f"brackets are nested deeper than {DEEPEST}") from None
     _check_depth(value)
@@ -93,6 +95,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {twice[:80]!r} stands twice in one object")
     return found
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # of Python, whose advice is for programmers
+        raise ValueError(f"the number {text[:40]}... has {len(text.lstrip('-'))} digits") from None
 
 
 def _finite(text: str) -> float:

@@ -85,6 +85,10 @@ def test_a_layer_that_is_not_there_is_refused(tiny_gguf):
     model, _ = qgraft.load(tiny_gguf("llama").path)
     with pytest.raises(OptionError, match=r"no target layer in 2, 3; there are targets in layers 0 to 1"):
         qgraft.attach_lora(model, layers_to_transform="1-3")
+    with pytest.raises(
+        OptionError, match=r"no target layer in 2, 3, 4, 5, 6, 7, 8, 9, \.\.\. \(98 in all\); there are"
+    ):
+        qgraft.attach_lora(model, layers_to_transform="0-99")
     assert qgraft.adapter_names(model) == []
 
 

@@ -430,7 +430,7 @@ def test_targets_that_cannot_be(make_gguf: Maker, tmp_path: Path) -> None:
         save(model, tmp_path / "folder")
     with pytest.raises(StorageError, match=r"absent does not exist\nhint: create the folder first"):
         save(model, tmp_path / "absent" / "copy.gguf")
-    with pytest.raises(StorageError, match=r"tiny\.gguf is not a folder"):
+    with pytest.raises(StorageError, match=r"tiny\.gguf is a file\nhint: give a place"):
         save(model, source / "copy.gguf")
     assert source.read_bytes() == before
     assert names(tmp_path) == {"tiny.gguf", "link.gguf", "folder", "old.gguf"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,7 +52,12 @@ def test_train_chat_eval_and_inspect_work_on_the_same_adapter(trained, rows_file
     results = json.loads(capsys.readouterr().out)["results"]
     assert results["out"]["loss"] < results["base"]["loss"]
     assert cli.main(["eval", *base, "--dataset", str(rows_file)]) == 0
-    assert capsys.readouterr().out.startswith("base  loss ")
+    assert (printed := capsys.readouterr().out).startswith("base  loss ") and "cut" not in printed
+    assert printed.splitlines()[-1].endswith(" answer tokens of 12 samples, 0 rows dropped")
+    assert cli.main(["eval", *base, "--adapter", str(out), "--dataset", str(rows_file), "--max_length", "24"]) == 0
+    *losses, counts = capsys.readouterr().out.replace("\n  ", " ").splitlines()
+    assert [line.split()[0] for line in losses] == ["base", "out"]
+    assert re.search(r" of 12 samples, 0 rows dropped, \d+ cut at max_length 24: their ends are not measured", counts)
     assert cli.main(["inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seal"] == "holds"
@@ -180,6 +186,21 @@ def test_several_configurations_train_at_once(tiny_gguf, tmp_path, rows_file, ca
     outcome = cli.main([*words[:-2], "max_steps=5", "use_cpu=true", "overwrite_output_dir=true"])
     said = capsys.readouterr()
     assert outcome == 2 and "3 times in a row" in said.err and "1 of 2 jobs" in said.out
+
+
+def test_jobs_that_have_nothing_left_to_do_have_no_speed(tiny_gguf, tmp_path, rows_file, capsys):
+    for name in ("law", "med"):
+        text = f"model_name_or_path: {tiny_gguf('llama').path}\ndataset: {rows_file}\noutput_dir: {tmp_path / name}\n"
+        (tmp_path / f"{name}.yaml").write_text(text + "use_cpu: true\nmax_steps: 2\nresume_from_checkpoint: auto\n")
+    words = ["train", str(tmp_path / "law.yaml"), str(tmp_path / "med.yaml")]
+    assert cli.main(words) == 0
+    assert re.search(r"2 of 2 jobs in \d+ s, \d{1,6} tokens/s together", capsys.readouterr().out)
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 2 jobs; no step was left to take"
+    assert cli.main([*words, "num_train_epochs=4", "max_steps=-1"]) == 0  # goes on: only what it did now counts
+    taken = [json.loads((tmp_path / name / "run.json").read_text())["metrics"] for name in ("law", "med")]
+    speed = int(re.findall(r"(\d+) tokens/s together", capsys.readouterr().out)[-1])
+    assert 0 < speed * max(each["seconds"] for each in taken) < sum(each["tokens"] for each in taken)
 
 
 def test_the_command_line_of_the_chatglm_tutorials_works_unchanged(tiny_gguf, tmp_path, capsys):
@@ -358,8 +379,8 @@ def test_dashes_and_underscores_in_options_are_the_same(trained, rows_file, caps
         assert (
             cli.main(["eval", "--model", str(model), "--dataset", str(rows_file), flag, "64", "--device", "cpu"]) == 0
         )
-    one, other = capsys.readouterr().out.splitlines()
-    assert one == other
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == printed[2:]
 
 
 def test_options_that_switch_off_say_so(capsys):

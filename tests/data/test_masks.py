@@ -262,7 +262,7 @@ def test_rows_that_no_template_takes_are_counted_and_all_of_them_are_an_error(ch
     accounting = Accounting(read=4, kept=4)
     assert [sample.source for sample in build_samples(tokenizer, rows, accounting)] == ["a:3"]
     assert accounting.kept + sum(accounting.dropped.values()) == 4 and len(accounting.dropped) == 3
-    with pytest.raises(DataError, match="no sample is left to train on: read 3 rows, kept 0, dropped 3") as error:
+    with pytest.raises(DataError, match="no sample is left: read 3 rows, kept 0, dropped 3") as error:
         build_samples(tokenizer, rows[:3], Accounting(read=3, kept=3))
     assert "built-in training variants chatml, llama-3, gemma, qwen3" in (error.value.hint or "")
 

@@ -315,3 +315,10 @@ def test_as_many_checkpoints_are_kept_as_transformers_keeps(tmp_path, limit, bes
     rotate_checkpoints(str(tmp_path / "theirs"), limit, named["theirs"])
     ours, theirs = ({path.name for path in (tmp_path / folder).iterdir()} for folder in ("ours", "theirs"))
     assert ours == theirs and "checkpoint-8" in ours
+
+
+def test_hashes_are_told_by_their_first_digits():
+    before, now = (Bound({"rows": digit * 64, "base": f"qg1:{digit * 32}", "r": 2}, {}) for digit in "ab")
+    assert now.differences(before) == {
+        "base": "base: was qg1:aaaaaaaaaaaa, now qg1:bbbbbbbbbbbb", "rows": "rows: was aaaaaaaaaaaa, now bbbbbbbbbbbb"
+    }  # fmt: skip

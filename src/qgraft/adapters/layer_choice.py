@@ -70,7 +70,9 @@ def within_layers(paths: Iterable[str], layers: Sequence[int]) -> list[str]:
     there = {number for number in numbers.values() if number is not None}
     if missing := sorted(set(layers) - there):
         said = f"{min(there)} to {max(there)}" if there else "none"
+        more = f", ... ({len(missing)} in all)" if len(missing) > 8 else ""
         raise OptionError(
-            f"layers_to_transform: no target layer in {', '.join(map(str, missing[:8]))}; there are targets in layers {said}"
+            f"layers_to_transform: no target layer in {', '.join(map(str, missing[:8]))}{more}; "
+            f"there are targets in layers {said}"
         )
     return [path for path, number in numbers.items() if number in layers]

@@ -150,8 +150,10 @@ def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> N
     parent = target.parent
     targets.check_new(target, True, [origin.path])
     if not parent.is_dir():
-        got = "is not a folder" if parent.exists() else "does not exist"
-        raise StorageError(f"cannot write {target}: {parent} {got}", hint="create the folder first")
+        nearest = next(each for each in (parent, *parent.parents) if each.exists())
+        if not nearest.is_dir():
+            raise StorageError(f"cannot write {target}: {nearest} is a file", hint="give a place in a folder")
+        raise StorageError(f"cannot write {target}: {parent} does not exist", hint="create the folder first")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise StorageError(f"cannot write {target}: no permission to write in {parent}")
     if (new or origin.container == "gguf") and target.is_dir():

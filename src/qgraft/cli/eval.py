@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from qgraft.cli.options import Parser, load_with_adapters, number_in, print_json, true_or_false
+from qgraft.cli.options import Parser, comma_lines, load_with_adapters, number_in, print_json, true_or_false
 from qgraft.ranges import LENGTH
 
 
@@ -51,8 +51,10 @@ def run(words: Sequence[str]) -> int:
         return 0
     width = max(map(len, results))
     for key, result in results.items():
-        print(
-            f"{key:<{width}}  loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}  "
-            f"({result['labels']} answer tokens, {result['samples']} samples, {result['dropped']} rows dropped)"
-        )
+        print(f"{key:<{width}}  loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}")
+    rows = results["base"]  # the same for all
+    counts = [f"{rows['labels']} answer tokens of {rows['samples']} samples", f"{rows['dropped']} rows dropped"]
+    if rows["truncated"]:
+        counts.append(f"{rows['truncated']} cut at max_length {options.max_length}: their ends are not measured")
+    print(comma_lines(counts))
     return 0

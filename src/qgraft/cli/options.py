@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -161,6 +162,12 @@ def free_name(wanted: str, taken: list[str]) -> str:
     wanted = wanted.removesuffix(".gguf").removesuffix(".lora")
     name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in wanted)[:60] or "adapter"
     return f"{name}-{len(taken) + 1}" if name in taken or is_reserved(name) else name
+
+
+def comma_lines(parts: Iterable[str]) -> str:
+    """The parts, with commas between them, in lines of at most 80 columns that end behind one."""
+    line = ", ".join(part.replace(" ", "\xa0") for part in parts)
+    return textwrap.fill(line, 80, subsequent_indent="  ", break_on_hyphens=False).replace("\xa0", " ")
 
 
 def print_note(text: str) -> None:

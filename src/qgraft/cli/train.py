@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, redirect_stderr, 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qgraft.cli.options import print_note, print_notes, prompt_as_in_training, without_tokenizer
+from qgraft.cli.options import comma_lines, print_note, print_notes, prompt_as_in_training, without_tokenizer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -137,14 +137,19 @@ def _train_together(jobs: "list[TrainArguments]") -> int:
         if not outcome.exit_code:
             use_adapter(model, arguments.adapter_name)
             _after_training(model, tokenizer, arguments, console, outcome)
-    done = [outcome.metrics for outcome in outcomes if not isinstance(outcome, QgraftError)]
-    if done:
-        seconds = max(metrics["seconds"] for metrics in done)
-        tokens = sum(metrics["tokens"] for metrics in done)
-        print(
-            f"{len(done)} of {len(jobs)} jobs in {seconds:.0f} s, {tokens / max(seconds, 1e-9):.0f} tokens/s together"
-        )
+    if done := [outcome for outcome in outcomes if not isinstance(outcome, QgraftError)]:
+        print(_together(done, len(jobs)))
     return code
+
+
+def _together(done: "Sequence[TrainReport]", jobs: int) -> str:
+    """How many of the jobs came to their end, and how fast those went that had steps to take now."""
+    worked = [each.metrics for each in done if not each.unchanged and each.metrics["seconds"] > 0]
+    if not worked:
+        return f"{len(done)} of {jobs} jobs; no step was left to take"
+    seconds = max(metrics["seconds"] for metrics in worked)
+    tokens = sum(metrics["tokens_per_second"] * metrics["seconds"] for metrics in worked)
+    return f"{len(done)} of {jobs} jobs in {seconds:.0f} s, {tokens / seconds:.0f} tokens/s together"
 
 
 def _check(arguments: "TrainArguments") -> None:
@@ -275,13 +280,15 @@ def _print_report(report: "TrainReport") -> None:
 
     metrics = report.metrics
     print(f"trained {report.parameters:,} parameters in {report.steps} steps, {metrics['seconds']:.0f} s")
-    print(f"loss {metrics['train_loss']:.3f}", end="")
+    parts = [f"loss {metrics['train_loss']:.3f}"]
     if "eval_loss" in metrics:
         before = f"{metrics['eval_loss_before']:.3f} -> " if "eval_loss_before" in metrics else ""
-        kept = f" at step {metrics['best_step']:.0f} (kept), {metrics['eval_loss_last']:.3f} at the end (in {LAST})" \
-            if "best_step" in metrics else ""  # fmt: skip
-        print(f", held-out {before}{metrics['eval_loss']:.3f}{kept}", end="")
-    print(f", {metrics['tokens_per_second']:.0f} tokens/s, peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB")
+        kept = f" at step {metrics['best_step']:.0f} (kept)" if "best_step" in metrics else ""
+        parts.append(f"held-out {before}{metrics['eval_loss']:.3f}{kept}")
+    if "best_step" in metrics:
+        parts.append(f"{metrics['eval_loss_last']:.3f} at the end (in {LAST})")
+    parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
+    print(comma_lines([*parts, f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"]))
     if metrics["skipped_steps"]:
         print(f"{metrics['skipped_steps']:.0f} steps were skipped: their loss or gradient was not finite")
     files = "adapter, run.json and loss.png" if (report.output_dir / "loss.png").is_file() else "adapter and run.json"

@@ -13,6 +13,7 @@ from pathlib import Path
 from qgraft.data.rows import COLUMNS
 from qgraft.data.tables import Row, table_rows
 from qgraft.errors import DataError
+from qgraft.json_files import parse_json
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
 _SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
@@ -80,12 +81,12 @@ def _encoding_hint(data: bytes, path: Path) -> str:
 def load_json(text: str, path: Path, line: int = 1) -> object:
     """JSON text that begins at `line` of the file."""
     try:
-        return json.loads(text)
+        return parse_json(text, finite=False)  # NaN in some column that nobody asks for is no fault
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
         hint = "each line of a .jsonl file is one object" if path.suffix == ".jsonl" else None
         raise DataError(f"{path}: {where}: not JSON: {error.msg}", hint=hint) from error
-    except (RecursionError, ValueError) as error:  # nested too deep; a number of 5000 digits
+    except ValueError as error:  # nested too deep, a key twice, a number of 5000 digits
         raise DataError(f"{path}: line {line}: not JSON: {error}") from error
 
 

@@ -209,7 +209,7 @@ def build_samples(
     accounting.check()
     accounting.notes += [f"{sentence} (rows: {count})" for sentence, count in sorted(remarks.items())]
     if not samples:
-        raise DataError(f"no sample is left to train on: {accounting.summary()}", hint=hint)
+        raise DataError(f"no sample is left: {accounting.summary()}", hint=hint)
     return samples
 
 

@@ -39,6 +39,7 @@ OF_ADAPTER = "adapter: "
 _OF_ITS_SHAPE = {"kind", "layers", "r", "target_modules", "layers_to_transform", "pre_seq_len", "prefix_projection",
                  "prefix_hidden_size", "layout"}  # fmt: skip
 NEVER_FORCED = {BASE, *(OF_ADAPTER + name for name in _OF_ITS_SHAPE)}
+_HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -91,9 +92,9 @@ class Bound:
     options: dict[str, Any]
 
     def differences(self, before: "Bound") -> dict[str, str]:
-        """Of what is fixed, by name: a line each."""
+        """Of what is fixed, by name: a line each; of a hash its first digits."""
         return {
-            key: f"{key}: was {before.fixed.get(key)}, now {self.fixed.get(key)}"
+            key: f"{key}: was {_short(before.fixed.get(key))}, now {_short(self.fixed.get(key))}"
             for key in sorted({*self.fixed, *before.fixed})
             if before.fixed.get(key) != self.fixed.get(key)
         }
@@ -119,6 +120,10 @@ class Bound:
             for key in keys
             if before.options.get(key) != self.options.get(key)
         ]
+
+
+def _short(value: object) -> str:
+    return _HASH.sub(r"\1", str(value))
 
 
 @dataclass

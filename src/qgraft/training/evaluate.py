@@ -26,13 +26,17 @@ from qgraft.training.processes import ALONE, Processes
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss), rows `dropped` of the dataset."""
+    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss).
+
+    Of the dataset's rows, `dropped` gave no sample, and `truncated` were cut at max_length.
+    """
 
     loss: float
     perplexity: float
     samples: int
     labels: int
     dropped: int = 0
+    truncated: int = 0
 
     def as_dict(self) -> dict[str, float]:
         """The fields by name, for JSON."""
@@ -76,7 +80,7 @@ def evaluate(
     with Display(*shows, console=shown(progress)) as display:
         task = display.add_task("", total=len(samples))
         found = evaluate_samples(model, samples, passed=lambda count: display.advance(task, count))
-    return replace(found, dropped=sum(accounting.dropped.values()))
+    return replace(found, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
 
 
 def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> ChatTemplate:
