@@ -27,7 +27,7 @@ def _section(title: str, words: list[str]) -> str:
     return f"## {title}\n\n```\n{printed.getvalue().rstrip()}\n```\n"
 
 
-os.environ["COLUMNS"] = "100"  # argparse wraps to the terminal's width
+os.environ["COLUMNS"] = "80"  # argparse wraps to the terminal's width
 
 if __name__ == "__main__":
     Path(__file__).with_name("reference.md").write_text(reference(), encoding="utf-8")

@@ -9,9 +9,12 @@ from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note
 from qgraft.errors import DataError, OptionError, QgraftError
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE
 
-HELP = """/adapter NAME          answer with this adapter      /adapter a=0.7 b=0.3   with a weighted few
-/base                  answer as the base            /adapters              which there are
-/clear                 forget the conversation       /quit                  leave"""
+HELP = """/adapter NAME          answer with this adapter
+/adapter a=0.7 b=0.3   with a weighted few
+/adapters              which there are
+/base                  answer as the base
+/clear                 forget the conversation
+/quit                  leave"""
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
 _WIDE = re.compile(r".*[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]", re.DOTALL)

@@ -21,7 +21,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, command: str, description: str) -> None:
         super().__init__(
             prog=f"qgraft {command}",
-            description=description,
+            description="\n".join(
+                textwrap.fill(line, 80, subsequent_indent=" " * 13 if line.startswith("  ") else "")
+                for line in description.split("\n")  # an indented one is of a table
+            ),
             allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             epilog="--threads N and --debug (errors with a traceback) go with every command.",

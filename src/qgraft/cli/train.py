@@ -18,17 +18,22 @@ if TYPE_CHECKING:
 
 UNSAID = "trainer_output"  # what transformers takes where nothing is said; nobody finds it there
 
-DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE --output_dir FOLDER [options]
-       qgraft train --do_predict --model_name_or_path MODEL --adapter_name_or_path FOLDER --test_dataset FILE
+DESCRIPTION = """usage: qgraft train --model_name_or_path MODEL --dataset FILE
+                    --output_dir FOLDER [options]
+       qgraft train --do_predict --model_name_or_path MODEL
+                    --adapter_name_or_path FOLDER --test_dataset FILE
                     --output_dir FOLDER [options]
        qgraft train CONFIG.yaml [CONFIG.yaml ...] [option=value ...]
 
-Train an adapter (a LoRA, or P-Tuning v2) on the packed weights of a model file, measure it, or let it answer test rows.
-CONFIG.yaml (or .json) holds the same options as the flags; later option=value words win. Names known from PEFT,
-LLaMA-Factory, ChatGLM-Efficient-Tuning and ChatGLM's ptuning/main.py are understood.
+Train an adapter (a LoRA, or P-Tuning v2) on the packed weights of a model file,
+measure it, or let it answer test rows. CONFIG.yaml (or .json) holds the same
+options as the flags; later option=value words win. Names known from PEFT,
+LLaMA-Factory, ChatGLM-Efficient-Tuning and ChatGLM's ptuning/main.py are
+understood.
 
-Several configurations train their LoRAs on one base at once, in shared passes, each with the result that it has alone.
-They may differ in all that is not about the base: rows, rank, targets, learning rate, steps, seed, ...; option=value
+Several configurations train their LoRAs on one base at once, in shared passes,
+each with the result that it has alone. They may differ in all that is not about
+the base: rows, rank, targets, learning rate, steps, seed, ...; option=value
 words apply to all of them.
 
 """
