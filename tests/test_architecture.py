@@ -22,6 +22,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
         "locks",
         "progress",
         "ranges",
+        "given",
         "targets",
     },
     {"formats"},

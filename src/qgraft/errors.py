@@ -97,7 +97,7 @@ def option(name: str, value: object = True) -> str:
     return worded(flags=flag, python=f"{name}={value!r}")
 
 
-def near_match(name: str, known: Iterable[str]) -> str | None:
+def near_match(name: object, known: Iterable[str]) -> str | None:
     """The hint for an unknown `name`: the closest known names, or None when nothing is close."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.6)
+    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.6)
     return f"did you mean {' or '.join(close)}?" if close else None

@@ -54,6 +54,7 @@ from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, re
 from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
 from qgraft.formats import FORMATS
 from qgraft.formats.blocks import FLOATS
+from qgraft.given import path_given
 from qgraft.json_files import read_object
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
@@ -94,17 +95,17 @@ def save_adapter(
     Raises AdapterError when there is no such adapter or its weights hold NaN or do not fit into `dtype`, OptionError
     for another dtype, StorageError when it cannot be written.
     """
-    adapter = find_adapter(model, name)
+    folder, adapter = path_given("folder", folder), find_adapter(model, name)
     info = base_of(model).info
     source = None if info is None else info.source
     seal = {**(details or {}), "base": None if info is None else dataclasses.asdict(info)}
     if adapter.is_prefix:
         content = prefix_content(adapter, source)
         files = {WEIGHTS: content.served, **({ENCODER: content.trained} if content.trained else {})}
-        write_adapter(Path(folder), adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
+        write_adapter(folder, adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
     else:
         config, state = lora_content(model, adapter, source)
-        write_adapter(Path(folder), adapter.name, {WEIGHTS: state}, config, seal, dtype)
+        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype)
     _remember(model, adapter.name, seal)
 
 
@@ -171,7 +172,7 @@ def load_adapter(
     another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
     that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
     """
-    folder = Path(folder)
+    folder = path_given("folder", folder)
     if folder.name in (WEIGHTS, PICKLED) and folder.with_name(CONFIG).is_file():
         folder = folder.parent
     check_new_name(model, name)

@@ -13,13 +13,14 @@ call uses cannot be detached, and the first prefix cannot come, or the last one 
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 from torch import Tensor, nn
 
 from qgraft.adapters.adapter import Adapter
-from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, selection_of
+from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, require_model, selection_of
 from qgraft.adapters.batch_rows import accept_rows, refuse_rows
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
@@ -29,7 +30,7 @@ from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
-from qgraft.errors import AdapterError, OptionError
+from qgraft.errors import AdapterError, OptionError, option
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -62,7 +63,9 @@ def attach_lora(
     Returns the options as a LoraConfig. Raises OptionError for a target that names no linear layer, AdapterError for a
     name that is taken.
     """
-    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    require_model(model)
+    check_new_name(model, name)
+    targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
     config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers)
     attach_layers(model, name, dict.fromkeys(chosen_layers(model, targets, numbers), config))
@@ -75,6 +78,15 @@ def chosen_layers(
     """The paths of the layers that attach_lora() would put a LoRA on. Raises OptionError for none."""
     paths = find_targets(model, target_modules)
     return paths if layers_to_transform is None else within_layers(paths, parse_layers(layers_to_transform))
+
+
+def _names(target_modules: Any) -> tuple[str, ...]:
+    """Names of layers as a tuple. Raises OptionError for what is none."""
+    names = tuple(target_modules) if isinstance(target_modules, Collection) else (target_modules,)
+    if not all(isinstance(name, str) for name in names):
+        raise OptionError(f"target_modules={target_modules!r}: expected names of layers, a text or a list of them",
+                          hint=option("target_modules", "all-linear"))  # fmt: skip
+    return names
 
 
 @one_at_a_time
@@ -132,7 +144,7 @@ def check_new_name(model: nn.Module, name: str) -> None:
 
 def check_name(name: str) -> None:
     """Raise OptionError for a name that no adapter can have."""
-    if not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise OptionError(f"adapter name {name!r}: expected 1 to 64 letters, digits, '_' or '-'")
     if is_reserved(name):
         raise OptionError(f"adapter name {name!r} is reserved", hint=f"call it {name}-1 or {name}-adapter")

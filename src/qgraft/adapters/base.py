@@ -9,6 +9,7 @@ through which adapters are asked for has a Base of its own, which says where it 
 """
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,8 @@ from torch.utils.hooks import RemovableHandle
 from qgraft.adapters.adapter import Adapter, Part, join, prefix_error
 from qgraft.adapters.holder import Holder, modules_outside_adapters
 from qgraft.adapters.selection import Selection
-from qgraft.errors import AdapterError
+from qgraft.errors import AdapterError, OptionError
+from qgraft.given import described
 from qgraft.model_parts import decoder_of
 
 Parameters = ParamSpec("Parameters")
@@ -86,8 +88,19 @@ class Base:
         return replace(self, selection=selection, hooks=hooks)
 
 
+def require_model(model: Any) -> None:
+    """Raise OptionError where this is no model, but for example where one would be loaded from."""
+    if isinstance(model, nn.Module):
+        return
+    hint = "model, tokenizer = qgraft.load('model.gguf')"
+    if isinstance(model, str | os.PathLike):
+        hint = f"model, tokenizer = qgraft.load({os.fspath(model)!r})"
+    raise OptionError(f"model: got {described(model)}, expected a model", hint=hint)
+
+
 def base_of(model: nn.Module) -> Base:
-    """`model.qgraft`; a new one where the model has none."""
+    """`model.qgraft`; a new one where the model has none. Raises OptionError for what is no model."""
+    require_model(model)
     base = vars(model).get(ATTRIBUTE) or vars(model).setdefault(ATTRIBUTE, Base())
     assert isinstance(base, Base)
     return base

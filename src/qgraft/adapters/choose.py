@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
 from qgraft.adapters.base import selection_of
 from qgraft.errors import OptionError
+from qgraft.given import described
 from qgraft.ranges import FINITE
 
 
@@ -19,7 +21,7 @@ def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> 
     Raises AdapterError when a name is not attached, OptionError for a weight that is not finite, or not 1 for a prefix,
     UnsupportedError while another thread trains or merges.
     """
-    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter or {})
+    weights = weights_given(adapter)
     selection = selection_of(model)
     selection.require(weights)
     check_weights(weights)
@@ -31,6 +33,19 @@ def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> 
             hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
         )
     selection.choose(weights)
+
+
+def weights_given(adapter: Any) -> dict[str, float]:
+    """The weights that use_adapter's argument stands for. Raises OptionError for another kind of value."""
+    if adapter is None or isinstance(adapter, str):
+        return {} if adapter is None else {adapter: 1.0}
+    if not isinstance(adapter, Mapping):
+        named = [name for name in adapter if isinstance(name, str)] if isinstance(adapter, list | tuple) else []
+        raise OptionError(
+            f"use_adapter: got {described(adapter)}, expected a name, weights by names, or None for the base",
+            hint=f"use_adapter(model, {dict.fromkeys(named or ['law'], 1.0)})",
+        )
+    return dict(adapter)
 
 
 def check_weights(weights: Mapping[str, float]) -> None:

@@ -36,6 +36,7 @@ from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
 from qgraft.adapters.lora import LoraConfig, loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
+from qgraft.given import described
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, check_ranges
 
 PRUNING = ("ties", "dare", "magnitude_prune")
@@ -152,6 +153,10 @@ def combine(
     where a method needs PEFT and it is not installed.
     """
     check_new_name(model, name)
+    if not isinstance(adapters, Mapping):
+        raise OptionError(
+            f"combine: got {described(adapters)}, expected weights by names", hint="{'law': 0.7, 'med': 0.3}"
+        )
     selection_of(model).require(adapters)
     require_loras(model, adapters, "combine")
     layers = {

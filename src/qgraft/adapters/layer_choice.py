@@ -26,6 +26,8 @@ def parse_layers(layers: LayerNumbers) -> tuple[int, ...]:
     """The numbers of layers, sorted; raises OptionError for what names none."""
     if isinstance(layers, int):
         layers = [layers]
+    if not isinstance(layers, str | Sequence):
+        raise OptionError(f"layers_to_transform={layers!r}: expected numbers of layers, counted from 0")
     if not isinstance(layers, str):
         wrong = [number for number in layers if type(number) is not int or number < 0]
         if wrong or not layers:

@@ -140,11 +140,11 @@ class Selection:
 
     def require(self, names: Iterable[str]) -> None:
         """Raise AdapterError when one of these names is not attached."""
-        missing = [name for name in names if name not in self.adapters]
+        missing = [name for name in names if not isinstance(name, str) or name not in self.adapters]
         if missing:
             raise AdapterError(
                 f"no adapter named {', '.join(map(repr, missing))}; attached: {', '.join(self.adapters) or 'none'}",
-                hint=near_match(missing[0], self.adapters),
+                hint=near_match(str(missing[0]), self.adapters),
             )
 
     def add(self, adapter: Adapter) -> None:

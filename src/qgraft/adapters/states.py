@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from qgraft.adapters.adapter import prefix_error
 from qgraft.adapters.base import find_adapter
 from qgraft.errors import AdapterError
+from qgraft.given import described
 
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
@@ -37,16 +38,21 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: st
     that is missing, unexpected, of another size or not finite.
     """
     own = lora_state_dict(model, name)
+    if not isinstance(state, Mapping):
+        raise AdapterError(f"load_lora_state_dict: got {described(state)}, expected tensors by their names",
+                           hint="torch.load(file) makes them of a file")  # fmt: skip
     problems = [f"missing tensor {key}" for key in own.keys() - state.keys()]
     problems += [f"unexpected tensor {key}" for key in state.keys() - own.keys()]
     for key in own.keys() & state.keys():
-        if state[key].shape != own[key].shape or not state[key].is_floating_point():
+        if not isinstance(state[key], Tensor):
+            problems.append(f"{key}: got {described(state[key])}, expected a tensor")
+        elif state[key].shape != own[key].shape or not state[key].is_floating_point():
             got = f"{state[key].dtype} {list(state[key].shape)}"
             problems.append(f"{key}: got {got}, expected floats {list(own[key].shape)}")
         elif non_finite({key: state[key]}):
             problems.append(f"{key}: NaN or infinity")
     if problems:
-        listed = "\n  ".join(sorted(problems)[:20] + ["..."] * (len(problems) > 20))
+        listed = "\n  ".join(sorted(map(str, problems))[:20] + ["..."] * (len(problems) > 20))
         raise AdapterError(f"these tensors do not fit the adapter {find_adapter(model, name).name!r}:\n  {listed}",
                            hint="attach_lora() with the options that it was trained with comes first")  # fmt: skip
     for key, tensor in own.items():

@@ -19,6 +19,7 @@ from qgraft.adapters.base import adapter_names, selection_of
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.states import lora_state_dict
 from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.given import described
 
 _INSTEAD = {  # methods of transformers that need another function of ours
     "load_adapter": "qgraft.load_adapter(model, folder, name)",
@@ -50,9 +51,18 @@ def speak_transformers(model: nn.Module) -> None:
     model.register_load_state_dict_pre_hook(_refuse_lost)
 
 
+def _names(method: str, given: Any) -> list[str]:
+    """One name or several. Raises AdapterError for what is none: no adapter is called None."""
+    names = [given] if isinstance(given, str) else given
+    if not isinstance(names, list | tuple) or not names or not all(isinstance(name, str) for name in names):
+        hint = "model.disable_adapters() makes it the base" if method == "set_adapter" else None
+        raise AdapterError(f"model.{method}: got {described(given)}, expected the name of an adapter, or a list of them",
+                           hint=hint)  # fmt: skip
+    return list(names)
+
+
 def _set_adapter(model: nn.Module, adapter_name: str | list[str]) -> None:
-    names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-    use_adapter(model, dict.fromkeys(names, 1.0))
+    use_adapter(model, dict.fromkeys(_names("set_adapter", adapter_name), 1.0))
 
 
 def _disable(model: nn.Module) -> None:
@@ -70,7 +80,7 @@ def _active(model: nn.Module) -> list[str]:
 
 
 def _delete(model: nn.Module, adapter_names: str | list[str]) -> None:
-    for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+    for name in _names("delete_adapter", adapter_names):
         detach_adapter(model, name)
 
 

@@ -19,6 +19,7 @@ from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
+from qgraft.given import path_given
 from qgraft.models.find import architecture_of, find_architecture
 from qgraft.releases import check_releases
 
@@ -49,7 +50,7 @@ def load(
     check_releases()
     device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
-    path = _resolve(str(model))
+    path = _resolve(str(path_given("model", model)))
     if path.is_dir():
         loaded, tokenizer = load_folder(path, compute_dtype, quantize)
     elif quantize is not None:

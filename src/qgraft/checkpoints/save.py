@@ -18,7 +18,7 @@ from typing import Any, Final
 from torch import nn
 
 from qgraft import storage, targets
-from qgraft.adapters.base import base_of
+from qgraft.adapters.base import base_of, require_model
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints import folder_write, gguf_write
@@ -30,6 +30,7 @@ from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_ori
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
 from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
 from qgraft.formats import FORMATS, Format, fitting_format, get_format, misfit_notes
+from qgraft.given import path_given
 from qgraft.locks import file_locked
 
 CONTAINERS: Final = {"gguf": gguf_write.CONTAINER, "folder": folder_write.CONTAINER}  # by Origin.container
@@ -87,6 +88,7 @@ def save(
             f"the adapter {', '.join(unsaved)} is active and would not be in the saved weights",
             hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
         )
+    require_model(model)
     origin, target = find_origin(model), _absolute(path)
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
@@ -138,7 +140,7 @@ def current_fingerprint(model: nn.Module) -> str:
 
 
 def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(Path(path).expanduser()))
+    return Path(os.path.abspath(path_given("path", path).expanduser()))
 
 
 def _draft(model: nn.Module, origin: Origin, target: Path) -> Draft | None:

@@ -16,13 +16,14 @@ LLaMA-Factory.   names -> files: this file   files -> rows: files.py   row -> me
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qgraft.data.calls import RowError
 from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
@@ -30,7 +31,9 @@ from qgraft.data.messages import Conversation
 from qgraft.data.rows import COLUMNS, RowLayout, column_flags, read_row, schemas
 from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match, option
+from qgraft.given import described
 
+Dataset = str | os.PathLike[str] | Sequence[Mapping[str, object]]  # as_dataset takes tables, too
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
 
 BUILT_IN = {
@@ -121,7 +124,7 @@ def named_columns(options: Mapping[str, Any]) -> dict[str, str] | None:
 
 
 def read_dataset(
-    names: str | Sequence[Mapping[str, object]],
+    names: Dataset,
     dataset_dir: str | None = None,
     *,
     name: str | None = None,
@@ -133,8 +136,8 @@ def read_dataset(
     """Read datasets into conversations.
 
     Args:
-        names: comma list of entries of `dataset_dir/dataset_info.json`, built-in sets, files or folders, and Hugging
-            Face names "org/name[:split]", looked up in this order; or the rows themselves.
+        names: comma list of entries of `dataset_dir/dataset_info.json`, built-in sets, files or folders, and Hugging Face
+            names "org/name[:split]", looked up in this order; or one path; or the rows themselves.
         dataset_dir: folder of dataset_info.json and of the files it names; "data" where that exists.
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
         columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages".
@@ -146,6 +149,7 @@ def read_dataset(
         raise OptionError(f"columns: {unknown[0]!r} is no part, expected {', '.join(COLUMNS)}")
     if max_samples is not None and max_samples < 1:
         raise OptionError(f"max_samples is {max_samples}, expected at least 1")
+    names = as_dataset(names)
     layout, fill = RowLayout(columns=dict(columns or {})), {"name": name, "author": author}
     if not isinstance(names, str):
         items = [_Item("rows", ((row, f"rows:{number}") for number, row in enumerate(names, 1)), layout)]
@@ -171,6 +175,31 @@ def _sha256(conversations: Iterable[Conversation]) -> str:
                  for m in each.messages]  # fmt: skip
         digest.update(json.dumps([turns, each.tools]).encode() + b"\n")
     return digest.hexdigest()
+
+
+def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
+    """What was given for a dataset as names or as rows: a path is a name, a table of pandas its rows.
+
+    What is missing there is NaN; in a row it is None, or a column that only some rows have would be text of nothing else.
+
+    Raises DataError for what is neither.
+    """
+    if isinstance(given, os.PathLike):
+        given = os.fspath(given)
+    if isinstance(given, str):
+        return given
+    if all(hasattr(given, name) for name in ("columns", "notna", "to_dict")):
+        table = given.astype(object)
+        rows: list[Mapping[str, object]] = table.where(table.notna(), None).to_dict("records")
+        return rows
+    if isinstance(given, Mapping) and given and all(hasattr(part, "column_names") for part in given.values()):
+        raise DataError(
+            f"dataset: got several, {', '.join(map(str, given))}", hint=f"give one: dataset[{next(iter(given))!r}]"
+        )
+    if isinstance(given, Mapping | bytes) or not isinstance(given, Iterable):
+        hint = "a row stands in a list: [row]" if isinstance(given, Mapping) else None
+        raise DataError(f"dataset: got {described(given)}, expected names of files, or a list of rows", hint=hint)
+    return cast(Sequence[Mapping[str, object]], given)
 
 
 def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> list[Conversation]:

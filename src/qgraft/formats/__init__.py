@@ -95,10 +95,10 @@ _EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a fo
 
 def get_format(name: str) -> Format:
     """The format called `name` (lower case); UnsupportedError, with the closest names, when there is none."""
-    if name in FORMATS:
+    if isinstance(name, str) and name in FORMATS:
         return FORMATS[name]
     message = f"unknown format: got {name!r}, expected one of {', '.join(sorted(FORMATS))}"
-    raise UnsupportedError(message, hint=near_match(name.lower(), FORMATS))
+    raise UnsupportedError(message, hint=near_match(str(name).lower(), FORMATS))
 
 
 def checked(parts: Sequence[Tensor], format: str, in_features: int) -> PackedTensor:

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import base_of
 from qgraft.data.held_out import hold_out
 from qgraft.data.messages import Conversation
-from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.reading import Accounting, Dataset, as_dataset, named_columns, read_dataset
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError, worded
@@ -37,8 +37,6 @@ TRAINED_LENGTH, TRAINED_SEED = 2048, 42  # of a run whose arguments do not say i
 FEWEST_ROWS, FEWEST_TOKENS = 4, 128
 # Options of reading rows, as evaluate() has them; all but the last are remembered by adapters
 READING = ("dataset_dir", "template", "system", "name", "author", "allow_outside_files")
-
-Dataset = str | Sequence[Mapping[str, object]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +80,7 @@ def find_rows(
 
     Raises DataError, OptionError.
     """
+    calibration, eval_dataset = (None if each is None else as_dataset(each) for each in (calibration, eval_dataset))
     if unknown := [key for key in options if key not in READING]:
         raise OptionError(f"merge: unknown option {unknown[0]!r}; options of reading rows: {', '.join(READING)}")
     tokenizer = tokenizer or base_of(model).tokenizer

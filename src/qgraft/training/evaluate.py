@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
 from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
-from qgraft.data.reading import read_dataset
+from qgraft.data.reading import Dataset, read_dataset
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Sample, build_samples, resolve_template
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
@@ -20,7 +20,9 @@ from qgraft.passes.decoder import evaluating, padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.loss import batch_loss
 from qgraft.progress import Display, shown
+from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.given import check_pair
 from qgraft.training.processes import ALONE, Processes
 
 
@@ -46,7 +48,7 @@ class Evaluation:
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    dataset: str | Sequence[Mapping[str, object]],
+    dataset: Dataset,
     *,
     dataset_dir: str | None = None,
     template: str | None = None,
@@ -67,6 +69,8 @@ def evaluate(
 
     Raises DataError when the dataset cannot be read or holds no answers.
     """
+    check_pair(model, tokenizer)
+    check_ranges({"max_length": (max_length, LENGTH)})
     conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns,
                                              allow_outside_files=allow_outside_files)  # fmt: skip
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)

@@ -24,7 +24,7 @@ from transformers.trainer_utils import IntervalStrategy, SchedulerType
 from qgraft import storage
 from qgraft.adapter_files.seal import read_seal, remembered_arguments
 from qgraft.adapters.base import base_of, find_adapter, selection_of
-from qgraft.data.reading import Accounting
+from qgraft.data.reading import Accounting, Dataset, as_dataset
 from qgraft.data.tokenizing import Sample, samples_sha256
 from qgraft.errors import DataError, OptionError, option
 from qgraft.linear import computing
@@ -43,12 +43,13 @@ from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
+from qgraft.training.given import check_arguments, check_pair, ready_callbacks
 from qgraft.training.loop import TrainingLoop
 from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, check_room, trim_log
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
-from qgraft.training.samples import Dataset, prepare_samples, read_samples
+from qgraft.training.samples import prepare_samples, read_samples
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
 
@@ -76,6 +77,8 @@ def train(
 
     Raises DataError, OptionError, StorageError, TrainingError.
     """
+    check_pair(model, tokenizer)
+    check_arguments(args)
     processes = Processes.of(args)
     with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
         prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
@@ -125,7 +128,8 @@ def prepare(
     callbacks: Sequence[Callback] = (),
 ) -> Prepared:
     """Check the options of a run and tokenize its rows; see train()."""
-    args = _remembering(args, dataset, eval_dataset)
+    dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
+    args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
@@ -140,7 +144,6 @@ def prepare(
         notes += settle_best(args)
     check_evaluation(args, eval_samples)
     plan_of(args, len(samples), Processes.of(args).count)  # or an error, before anything is touched
-    every = [*tracking_callbacks(args), *callbacks]
     if args.early_stopping_patience is not None:
         every.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if any(isinstance(each, EarlyStoppingCallback) for each in every):

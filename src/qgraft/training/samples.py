@@ -1,19 +1,15 @@
 """The samples of a run: its rows read and tokenized as its options say, and some of them held out."""
 
-from collections.abc import Mapping, Sequence
-
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.data.held_out import hold_out
-from qgraft.data.reading import Accounting, named_columns, read_dataset
+from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
-
-Dataset = str | Sequence[Mapping[str, object]]
 
 
 def prepare_samples(
