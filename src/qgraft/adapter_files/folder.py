@@ -61,6 +61,12 @@ WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+def _folders() -> str:
+    """The hint where a folder holds no adapter."""
+    return worded(flags="give the output_dir of `qgraft train`, or a folder that PEFT wrote",
+                  python="give the folder that save_adapter or PEFT wrote")  # fmt: skip
+
+
 @dataclass(frozen=True)
 class LoadedAdapter:
     """What load_adapter did: `applied` of `total` layers, what a reader should know, and of a prefix, what it is."""
@@ -177,7 +183,7 @@ def load_adapter(
         folder = folder.parent
     check_new_name(model, name)
     if not folder.exists():
-        raise AdapterError(f"{folder}: no such file or folder", hint="give the folder that save_adapter or PEFT wrote")
+        raise AdapterError(f"{folder}: no such file or folder", hint=_folders())
     bare = is_weight_file(folder) and _holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
@@ -250,9 +256,7 @@ def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
         raise AdapterError(error.message, hint=error.hint) from error
     if stored is None:
         missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
-        raise AdapterError(
-            f"{missing} {KEY}* among its tensors", hint="give the folder that save_adapter or PEFT wrote"
-        )
+        raise AdapterError(f"{missing} {KEY}* among its tensors", hint=_folders())
     problem = thudm_problem(model)
     return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
 
@@ -264,7 +268,7 @@ def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> No
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} holds no {CONFIG}", hint="give the folder that save_adapter or PEFT wrote")
+        raise AdapterError(f"{folder} holds no {CONFIG}", hint=_folders())
     return read_object(folder / CONFIG, AdapterError)
 
 
@@ -307,7 +311,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if not (folder / PICKLED).is_file():
-        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint="give the folder that save_adapter or PEFT wrote")
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint=_folders())
     return load_tensors(folder / PICKLED, AdapterError)
 
 
@@ -316,8 +320,9 @@ def read_bare_lora(path: Path, lora_alpha: float | None) -> tuple[dict[str, Any]
     if lora_alpha is None:
         raise AdapterError(
             f"{path} holds a LoRA's tensors and none of its options: by which lora_alpha is it scaled?",
-            hint=f"load_adapter(model, {path.name!r}, lora_alpha=16), with what attach_lora() was given (16 where nothing "
-            "was); save_adapter() writes a folder that says it",
+            hint=worded(flags="in Python: ", python="")
+            + f"load_adapter(model, {path.name!r}, lora_alpha=16), with what "
+            "attach_lora() was given (16 where nothing was); save_adapter() writes a folder that says it",
         )
     state = read_safetensors(path) if path.suffix == ".safetensors" else load_tensors(path, AdapterError)
     return checked_values(path, bare_options(state, lora_alpha)), state, None

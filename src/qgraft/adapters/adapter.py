@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor, nn
 
-from qgraft.errors import AdapterError
+from qgraft.errors import AdapterError, worded
 
 Kind = Literal["lora", "prefix"]
 
@@ -110,5 +110,6 @@ def prefix_error(action: str, names: Iterable[str]) -> AdapterError:
     return AdapterError(
         f"{action}: {', '.join(map(repr, names))} is a prefix (P-Tuning v2): keys and values in front of the "
         "attention, which change no weight, so there is no delta",
-        hint="choose LoRAs with use_adapter(); a prefix stays an adapter beside its base",
+        hint=worded(flags="give LoRAs alone", python="choose LoRAs with use_adapter()")
+        + "; a prefix stays an adapter beside its base",
     )

@@ -28,7 +28,7 @@ from qgraft.checkpoints.gguf_from_folder import Draft, draft_gguf, write_new_ggu
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
-from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match
+from qgraft.errors import AdapterError, OptionError, StorageError, UnsupportedError, near_match, worded
 from qgraft.formats import FORMATS, Format, fitting_format, get_format, misfit_notes
 from qgraft.given import path_given
 from qgraft.locks import file_locked
@@ -86,7 +86,10 @@ def save(
     if unsaved := unsaved_adapters(model, list(active_adapters(model))):
         raise AdapterError(
             f"the adapter {', '.join(unsaved)} is active and would not be in the saved weights",
-            hint="merge it first, write it with save_adapter(), or take it off with detach_lora()",
+            hint=worded(
+                flags="`qgraft merge` writes it into the weights, `qgraft export` beside them",
+                python="merge it first, write it with save_adapter(), or take it off with detach_lora()",
+            ),
         )
     require_model(model)
     origin, target = find_origin(model), _absolute(path)

@@ -17,7 +17,7 @@ from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import encoder_of
-from qgraft.errors import CheckpointError, OptionError, option
+from qgraft.errors import CheckpointError, OptionError, option, worded
 from qgraft.training.arguments import TrainArguments
 
 
@@ -50,12 +50,16 @@ def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
     adapter = find_adapter(model, name)
     if not adapter.is_prefix:
         if wanted == "p_tuning":
-            raise OptionError(f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA", hint="leave pre_seq_len out")
+            raise OptionError(
+                f"finetuning_type=p_tuning: the adapter {name!r} is a LoRA",
+                hint="leave finetuning_type and pre_seq_len out",
+            )
         _check_lora(model, adapter, args)
         return
     length = encoder_of(adapter).config.pre_seq_len
     if wanted == "p_tuning" and args.pre_seq_len != length:
-        raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens")
+        raise OptionError(f"pre_seq_len={args.pre_seq_len}: the prefix {name!r} has {length} tokens",
+                          hint=f"{option('pre_seq_len', length)} goes on training it")  # fmt: skip
     if wanted == "lora" and not args.adapter_name_or_path:
         raise OptionError(
             f"finetuning_type=lora: the model has a prefix of that name, {name!r}",
@@ -86,7 +90,11 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
     if wrong:
         raise OptionError(
             f"the adapter {adapter.name!r} is on the model already: {'; '.join(wrong)}",
-            hint=f"leave them out to go on training it, or take another name: {option('adapter_name', 'second')}",
+            hint="leave them out to go on training it, or "
+            + worded(
+                flags="--adapter_name_or_path for a new one",
+                python=f"take another name for a new one: {option('adapter_name', 'second')}",
+            ),
         )
 
 

@@ -22,7 +22,7 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
-from qgraft.training.config_files import Named, overrides, read_config, unknown_option
+from qgraft.training.config_files import CONFIG_SUFFIXES, Named, overrides, read_config, stray_word, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.option_types import option_kinds, settle_types
@@ -39,8 +39,6 @@ from qgraft.training.trainer_options import (
     settle_strategies,
     tracking_callbacks,
 )
-
-CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 
 
 def _option(default: Any, help: str) -> Any:
@@ -228,7 +226,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
     parser = _parser()
     parsed, rest = parser.parse_known_args(words)
     if rest:
-        unknown_option(TrainArguments, rest[0].lstrip("-").split("=")[0] if rest[0].startswith("-") else rest[0])
+        stray_word(TrainArguments, rest)
     return _build(vars(parsed), notes)
 
 

@@ -1,6 +1,7 @@
 """Configuration files and the words behind them: what they say. option_types.py says what kind of value an option takes."""
 
 import dataclasses
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any, NoReturn, cast
 
 import yaml
 
-from qgraft.errors import OptionError, near_match
+from qgraft.errors import OptionError, near_match, worded
 from qgraft.json_files import parse_json
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.option_types import NAMES
 
+CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 MOST_VALUES = 10_000  # in a configuration file
 
 
@@ -127,6 +129,30 @@ def unknown_option(kind: Any, name: str) -> NoReturn:
         raise OptionError(f"unknown option {name!r}", hint=f"it is called {ALIASES[name]} here")
     if name in WITHOUT_EFFECT:
         raise OptionError(f"unknown option {name!r}", hint=f"leave it out: {WITHOUT_EFFECT[name]}")
-    known = [f.name for f in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT]
-    hint = near_match(name, known) or "`qgraft train --help` lists the options"
-    raise OptionError(f"unknown option {name!r}", hint=hint)
+    own = [field.name for field in dataclasses.fields(kind)]
+    everywhere = worded(
+        flags="`qgraft train --help` lists the options", python="help(qgraft.TrainArguments) lists the options"
+    )
+    known = worded(
+        flags=" ".join([*ALIASES, *WITHOUT_EFFECT]), python=""
+    ).split()  # Python's keywords are not translated
+    raise OptionError(f"unknown option {name!r}", hint=near_match(name, [*own, *known]) or everywhere)
+
+
+def stray_word(kind: Any, words: Sequence[str]) -> NoReturn:
+    """Raise OptionError for the first of these words among flags, which is neither one nor the value of one."""
+    word = words[0]
+    name, _, value = word.lstrip("-").partition("=")
+    if word.startswith("--"):
+        unknown_option(kind, name)
+    own = {ALIASES.get(each, each) for each in (name, name.replace("-", "_"))} & {
+        f.name for f in dataclasses.fields(kind)
+    }
+    if own:
+        value = value or next(iter(words[1:]), "VALUE")
+        raise OptionError(f"{word!r}: expected a flag", hint=f"--{own.pop()} {shlex.quote(value)}")
+    if Path(word).suffix in CONFIG_SUFFIXES:
+        raise OptionError(
+            f"{word!r} stands behind flags", hint=f"qgraft train {word} ...: a configuration file comes first"
+        )
+    raise OptionError(f"{word!r}: expected a flag, or the value of one", hint="a value with blanks needs quotes")

@@ -7,7 +7,7 @@ in the first step.
 from collections.abc import Sequence
 from typing import Any
 
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, option
 from qgraft.ranges import ABOVE_0, AMOUNT, COUNT, LENGTH, RANK, SEED, SHARE, SHARE_ABOVE_0, TEMPERATURE, Range
 
 RANGES = {
@@ -51,5 +51,5 @@ def check_intervals(args: Any) -> None:
     if zero:
         raise OptionError(
             "; ".join(f"{kind}_steps=0: expected a number above 0" for kind in zero),
-            hint=f"{zero[0]}_strategy=no asks for none",
+            hint=f"{option(f'{zero[0]}_strategy', 'no')} asks for none",
         )

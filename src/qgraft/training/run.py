@@ -366,9 +366,10 @@ def passes(
 def _settle_early_stopping(args: TrainArguments) -> None:
     """Let EarlyStoppingCallback go by the held-out loss. Raises OptionError where that is never measured."""
     if args.eval_strategy == IntervalStrategy.NO:
+        who = "EarlyStoppingCallback" if args.early_stopping_patience is None else "early_stopping_patience"
         raise OptionError(
-            "EarlyStoppingCallback: the held-out loss is never measured",
-            hint="eval_strategy='steps' with eval_steps, or 'epoch'",
+            f"{who}: the held-out loss is never measured",
+            hint=f"{option('eval_strategy', 'epoch')}, or {option('eval_strategy', 'steps')} with eval_steps",
         )
     args.metric_for_best_model, args.greater_is_better = "loss", False
 

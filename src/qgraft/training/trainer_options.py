@@ -24,7 +24,7 @@ from typing import Any
 from transformers import TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from qgraft.errors import OptionError, UnsupportedError, option
+from qgraft.errors import OptionError, UnsupportedError, option, worded
 from qgraft.training.optimization import OF_TORCH, OPTIMIZERS
 
 ONE_GRADIENT = "each process holds the whole model, and one sum makes their gradients one"
@@ -185,7 +185,9 @@ def settle_options(args: TrainingArguments) -> list[str]:
     if problems:
         raise UnsupportedError(
             "options of transformers that cannot be obeyed here:\n  " + "\n  ".join(problems),
-            hint="leave them out; `qgraft train --help_all` lists those that are obeyed",
+            hint="leave them out; "
+            + worded(flags="`qgraft train --help_all`", python="`qgraft train --help_all` in a terminal")
+            + " lists those that are obeyed",
         )
     return notes
 
