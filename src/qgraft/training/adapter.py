@@ -92,7 +92,7 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
             f"the adapter {adapter.name!r} is on the model already: {'; '.join(wrong)}",
             hint="leave them out to go on training it, or "
             + worded(
-                flags="--adapter_name_or_path for a new one",
+                flags="leave --adapter_name_or_path out for a new one",
                 python=f"take another name for a new one: {option('adapter_name', 'second')}",
             ),
         )
