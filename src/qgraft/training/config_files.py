@@ -116,27 +116,24 @@ class Named(type):
         known = {f.name for f in dataclasses.fields(cast(Any, cls)) if f.init}
         for name in options:
             if name not in known:
-                unknown_option(cls, name)
+                unknown_option(cls, name, translated=False)
         return super().__call__(*args, **options)
 
 
-def unknown_option(kind: Any, name: str) -> NoReturn:
+def unknown_option(kind: Any, name: str, *, translated: bool = True) -> NoReturn:
     """Raise OptionError for an option that `kind`, a dataclass, does not have, with what it is called here or the closest.
 
-    Files and flags are translated before they come here (option_names.py); Python's keywords are not.
+    Args:
+        translated: whether names of other tools would have been: those of files and flags are (option_names.py), Python's
+            keywords are not.
     """
     if name in ALIASES:
         raise OptionError(f"unknown option {name!r}", hint=f"it is called {ALIASES[name]} here")
     if name in WITHOUT_EFFECT:
         raise OptionError(f"unknown option {name!r}", hint=f"leave it out: {WITHOUT_EFFECT[name]}")
-    own = [field.name for field in dataclasses.fields(kind)]
-    everywhere = worded(
-        flags="`qgraft train --help` lists the options", python="help(qgraft.TrainArguments) lists the options"
-    )
-    known = worded(
-        flags=" ".join([*ALIASES, *WITHOUT_EFFECT]), python=""
-    ).split()  # Python's keywords are not translated
-    raise OptionError(f"unknown option {name!r}", hint=near_match(name, [*own, *known]) or everywhere)
+    known = [field.name for field in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT] * translated
+    listed = worded(flags="`qgraft train --help`", python="help(qgraft.TrainArguments)") + " lists the options"
+    raise OptionError(f"unknown option {name!r}", hint=near_match(name, known) or listed)
 
 
 def stray_word(kind: Any, words: Sequence[str]) -> NoReturn:
