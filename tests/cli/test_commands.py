@@ -13,8 +13,11 @@ import torch
 import qgraft
 from qgraft.cli import main as cli
 from qgraft.cli.chat import parse_mixture
+from qgraft.cli.train import _print_report
+from qgraft.data.reading import Accounting
 from qgraft.errors import OptionError
 from qgraft.kernels import table
+from qgraft.training.report import TrainReport
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
 
@@ -373,6 +376,19 @@ def test_what_is_printed_fits_80_columns(trained, words, capsys):
     printed = capsys.readouterr().out
     wide = [line for line in printed.splitlines() if len(line) > 80 and " " in line.strip()]  # paths are not cut
     assert printed and not wide
+
+
+def test_what_a_run_reports_fits_80_columns_also_with_a_best_step(capsys):
+    """A line ends behind a comma, never within a part."""
+    metrics = {"seconds": 1.0, "train_loss": 25.9541, "eval_loss_before": 29.247, "eval_loss": 22.908, "best_step": 1.0,
+               "eval_loss_last": 24.57, "tokens_per_second": 4400.0, "peak_memory_bytes": 4.1e8,
+               "skipped_steps": 0}  # fmt: skip
+    report = TrainReport(Path("out"), 3, True, None, 16384, metrics, Accounting())
+    _print_report(report)
+    assert capsys.readouterr().out.splitlines()[1:3] == [
+        "loss 25.954, held-out 29.247 -> 22.908 at step 1 (kept),",
+        "  24.570 at the end (in last), 4400 tokens/s, peak memory 0.41 GB",
+    ]
 
 
 def test_dashes_and_underscores_in_options_are_the_same(trained, rows_file, capsys):
