@@ -50,7 +50,7 @@ def test_options_of_an_adapter_that_is_loaded_are_left_out_or_it_is(
     capsys.readouterr()
     told = refusal(["train", "run.yaml", "--adapter_name_or_path", "first", "--r", "99"], capsys)
     assert "r=99, the adapter has 8" in told and "hint: leave them out" in told
-    assert "--adapter_name_or_path for a new one" in told and "second" not in told
+    assert "leave --adapter_name_or_path out for a new one" in told and "second" not in told
     assert cli.main(["train", "run.yaml", "--adapter_name_or_path", "first"]) == 0
     assert cli.main(["train", "run.yaml", "--r", "9", "--overwrite_output_dir"]) == 0
 
