@@ -1,5 +1,6 @@
 """load(): one door for every kind of base: a GGUF file, a folder, a hub id, or the name of a known model."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def load(
     check_releases()
     device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
-    path = _resolve(str(path_given("model", model)))
+    path_given("model", model)
+    path = _resolve(os.fspath(model))  # as it is spelt: ./org/name is no name of the hub
     if path.is_dir():
         loaded, tokenizer = load_folder(path, compute_dtype, quantize)
     elif quantize is not None:
