@@ -5,6 +5,7 @@ one, transposed Conv1D) and keeps a float model whose weights are what the writt
 package.
 """
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -32,6 +33,13 @@ from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_collection_finish() -> None:
+    """Spare the collector the million objects of torch and transformers, which it would look through again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`spread(n)`: of a test's cases n run by default, evenly spread over them in their order; the others are slow."""
     cases: dict[tuple[Path, str], list[pytest.Item]] = {}

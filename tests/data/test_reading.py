@@ -476,7 +476,7 @@ ROW_KEYS = ["instruction", "input", "output", "history", "messages", "conversati
             "functions"]  # fmt: skip
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.dictionaries(st.sampled_from(ROW_KEYS), json_values) | json_values, max_size=6))
 def test_no_row_breaks_the_reading(rows):
     conversations, accounting = read_dataset([GOOD, *rows])
