@@ -75,8 +75,9 @@ class Allowance:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Allowance":
         """That of a rendering of these values."""
-        texts, count = _texts(values, _UNBOUNDED), sum(1 for _ in _walk(values, _UNBOUNDED))  # they share nothing
-        return cls(ALLOWANCE + FOR_TEXT * texts + FOR_VALUE * count, LONGEST + TIMES * texts)
+        characters = [_characters(each) for each in _walk(values, _UNBOUNDED)]  # they share nothing
+        texts = sum(characters)
+        return cls(ALLOWANCE + FOR_TEXT * texts + FOR_VALUE * len(characters), LONGEST + TIMES * texts)
 
     def spend(self, units: int) -> None:
         """Raises TooCostly when the allowance ends."""
@@ -118,7 +119,10 @@ def looked_at(value: Any) -> Any:
 
 def searched(value: Any) -> Any:
     """`value`, in which something is looked for, or which is looked for."""
-    return looked_at(value) if not isinstance(value, str) else _spent(value, len(value) // 2)
+    if not isinstance(value, str):
+        return looked_at(value)
+    tick(len(value) // 2)
+    return value
 
 
 def made(value: Any) -> Any:
@@ -233,11 +237,6 @@ def metered_tests(tests: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     return {name: metered(name, function, name in _FREE_TESTS) for name, function in tests.items()}
 
 
-def _spent(value: Any, units: int) -> Any:
-    _allowance.get().spend(units)
-    return value
-
-
 def _counted(value: Any) -> Any:
     """An iterator that pays for each entry that is taken from it; anything else as it is."""
     return _paying(value) if isinstance(value, Iterator) else value
@@ -285,16 +284,16 @@ def _whole(value: Any) -> int:
     return total
 
 
-def _texts(value: Any, most: int | None = None) -> int:
+def _texts(value: Any) -> int:
     """Characters of a value as text, about."""
-    total = 0
-    for each in _walk(value, most):
-        if isinstance(each, (str, bytes)):
-            total += len(each)
-        elif isinstance(each, int):
-            total += each.bit_length() // 3
-        total += 4
-    return total
+    return sum(map(_characters, _walk(value)))
+
+
+def _characters(value: Any) -> int:
+    """Of a value without what is in it."""
+    if isinstance(value, (str, bytes)):
+        return 4 + len(value)
+    return 4 + (value.bit_length() // 3 if isinstance(value, int) else 0)
 
 
 def check_nesting(value: Any, indent: int) -> None:
