@@ -5,7 +5,8 @@
     phonemes    "winter" -> "W IH1 N T ER0": how an English word is pronounced, in ARPABET, from the CMU Pronouncing
                 Dictionary. Many facts and a notation: held-out words were never seen, so only the rule can help.
     docstrings  "What does json.dumps do?" -> its documentation, out of the standard library of the Python that runs: the
-                mixed lengths of instruction sets, from one line to a page. For the speed of training; nothing is merged.
+                mixed lengths of instruction sets, from one line to a page. The task of long answers.
+    faq         what guests of a pizzeria that never was ask: forty facts, each once; held out, twelve in other words.
 
 Rows have the form {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which qgraft.train() and
 qgraft.evaluate() accept. The same rows come out on every machine: the words stand below, and the hash of a word says which
@@ -18,9 +19,11 @@ GPL, so the data file is read where it lies and the package is never imported.
 import hashlib
 import importlib
 import inspect
+import json
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,12 +33,16 @@ from qgraft.data.messages import as_pairs
 from qgraft.data.reading import read_dataset
 
 Row = dict[str, list[dict[str, str]]]
-Split = tuple[list[Row], list[Row]]  # to train on, held out
+Split = tuple[list[Row], list[Row] | None]  # to train on, held out; None: measured on a part of the first, kept back
+
+DATA = Path(__file__).with_name("data")  # rows that were written by hand
 
 RANKS = (4, 8, 32)  # lora_alpha is twice the rank
 TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "identity": {"num_train_epochs": 2.0, "learning_rate": 1.5e-3},
     "phonemes": {"num_train_epochs": 2.0, "learning_rate": 2e-3},
+    "docstrings": {"num_train_epochs": 1.0, "learning_rate": 1e-3},
+    "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
 }
 
 HELD_OUT_WORDS = 40
@@ -107,7 +114,17 @@ def docstrings() -> Split:
     return rows[HELD_OUT_DOCSTRINGS:], rows[:HELD_OUT_DOCSTRINGS]
 
 
-TASKS: dict[str, Callable[[], Split]] = {"identity": identity, "phonemes": phonemes}
+def faq() -> Split:
+    """Facts about a restaurant that a model cannot know, each asked for once."""
+    return _written("faq"), _written("faq_heldout")
+
+
+TASKS: dict[str, Callable[[], Split]] = {
+    "identity": identity,
+    "phonemes": phonemes,
+    "docstrings": docstrings,
+    "faq": faq,
+}
 
 
 def train_adapter(
@@ -115,7 +132,8 @@ def train_adapter(
 ) -> dict[str, float]:
     """Attach a new LoRA "default" of rank r and train it on `task`.
 
-    Returns the metrics of the run; "eval_loss_before" and "eval_loss" are the held-out losses of base and adapter.
+    Returns the metrics of the run; "eval_loss_before" and "eval_loss" are the held-out losses of base and adapter, of a
+    task that has held-out rows.
     """
     rows, held_out = TASKS[task]()
     with tempfile.TemporaryDirectory() as folder:
@@ -140,6 +158,11 @@ def _built_in(name: str) -> list[Row]:
         {"messages": [{"role": role, "content": text} for role, text in as_pairs(conversation.messages)]}
         for conversation in conversations
     ]
+
+
+def _written(name: str) -> list[Row]:
+    with (DATA / f"{name}.jsonl").open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def _documented() -> Iterator[tuple[str, str]]:

@@ -94,3 +94,19 @@ def test_docstrings_have_mixed_lengths_and_no_twins(tasks):
 
 def test_every_task_has_its_arguments(tasks):
     assert tasks.TRAIN_ARGUMENTS.keys() == tasks.TASKS.keys()
+
+
+def apart(parts):
+    """The (questions, answers...) of both parts, whose first questions are all different."""
+    train, held_out = (turns(rows) for rows in parts)
+    questions = [messages[0].casefold() for messages in train + held_out]
+    assert len(set(questions)) == len(questions)
+    return train, held_out
+
+
+def test_faq_is_asked_again_in_other_words(tasks):
+    train, held_out = apart(tasks.faq())
+    assert (len(train), len(held_out)) == (40, 12)
+    answers = [answer for _, answer in train]
+    assert len(set(answers)) == 40 and all(15 <= len(answer.split()) <= 60 for answer in answers)
+    assert len({answer for _, answer in held_out} & set(answers)) == 12
