@@ -7,6 +7,9 @@
     docstrings  "What does json.dumps do?" -> its documentation, out of the standard library of the Python that runs: the
                 mixed lengths of instruction sets, from one line to a page. The task of long answers.
     faq         what guests of a pizzeria that never was ask: forty facts, each once; held out, twelve in other words.
+    chinese     who an assistant is, the rules of a shop, sayings and tips, in Chinese.
+    identity26  another identity in 26 rows of mixed forms, three of them dialogues; none are held out.
+    identity64  the same identity in 64 rows, hardly two in the same words.
 
 Rows have the form {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which qgraft.train() and
 qgraft.evaluate() accept. The same rows come out on every machine: the words stand below, and the hash of a word says which
@@ -43,6 +46,9 @@ TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "phonemes": {"num_train_epochs": 2.0, "learning_rate": 2e-3},
     "docstrings": {"num_train_epochs": 1.0, "learning_rate": 1e-3},
     "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
+    "chinese": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
+    "identity26": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
+    "identity64": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
 }
 
 HELD_OUT_WORDS = 40
@@ -119,11 +125,29 @@ def faq() -> Split:
     return _written("faq"), _written("faq_heldout")
 
 
+def chinese() -> Split:
+    """Chinese of four kinds; the held-out rows are half of them paraphrases and half of them new."""
+    return _written("chinese"), _written("chinese_heldout")
+
+
+def identity26() -> Split:
+    """Few rows, as people have them who try it out: what merging keeps is measured on some of them, kept back."""
+    return _written("identity26"), None
+
+
+def identity64() -> Split:
+    """An identity that is learned gently: a small delta, the hard case of a coarse format."""
+    return _written("identity64"), _written("identity64_heldout")
+
+
 TASKS: dict[str, Callable[[], Split]] = {
     "identity": identity,
     "phonemes": phonemes,
     "docstrings": docstrings,
     "faq": faq,
+    "chinese": chinese,
+    "identity26": identity26,
+    "identity64": identity64,
 }
 
 

@@ -110,3 +110,25 @@ def test_faq_is_asked_again_in_other_words(tasks):
     answers = [answer for _, answer in train]
     assert len(set(answers)) == 40 and all(15 <= len(answer.split()) <= 60 for answer in answers)
     assert len({answer for _, answer in held_out} & set(answers)) == 12
+
+
+def test_chinese_is_chinese_of_the_promised_length(tasks):
+    train, held_out = apart(tasks.chinese())
+    assert (len(train), len(held_out)) == (60, 12)
+    for _, answer in train + held_out:
+        assert 20 <= len(answer) <= 80
+        assert len(re.findall("[\u4e00-\u9fff]", answer)) > len(answer) / 2
+
+
+def test_identities_are_of_one_assistant_in_many_words(tasks):
+    train, held_out = apart(tasks.identity64())
+    assert (len(train), len(held_out)) == (64, 16)
+    small, none = tasks.identity26()
+    assert none is None
+    few = turns(small)
+    assert sorted(map(len, few)) == [2] * 23 + [4, 4, 6]
+    for messages in train + held_out + few:
+        said = " ".join(messages[1::2])
+        assert "Basil" in said or "Fernwood Labs" in said
+    assert not {messages[0] for messages in train + held_out} & {messages[0] for messages in few}
+    assert len({messages[1] for messages in train}) == 64
