@@ -8,6 +8,7 @@
                 mixed lengths of instruction sets, from one line to a page. The task of long answers.
     faq         what guests of a pizzeria that never was ask: forty facts, each once; held out, twelve in other words.
     chinese     who an assistant is, the rules of a shop, sayings and tips, in Chinese.
+    style       an old sea captain, who answers all questions and ends with a proverb.
     identity26  another identity in 26 rows of mixed forms, three of them dialogues; none are held out.
     identity64  the same identity in 64 rows, hardly two in the same words.
 
@@ -47,6 +48,7 @@ TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "docstrings": {"num_train_epochs": 1.0, "learning_rate": 1e-3},
     "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
     "chinese": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
+    "style": {"num_train_epochs": 6.0, "learning_rate": 1e-3},
     "identity26": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
     "identity64": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
 }
@@ -130,6 +132,11 @@ def chinese() -> Split:
     return _written("chinese"), _written("chinese_heldout")
 
 
+def style() -> Split:
+    """One manner of speech over any subject: the facts are the base's own."""
+    return _written("style"), _written("style_heldout")
+
+
 def identity26() -> Split:
     """Few rows, as people have them who try it out: what merging keeps is measured on some of them, kept back."""
     return _written("identity26"), None
@@ -146,6 +153,7 @@ TASKS: dict[str, Callable[[], Split]] = {
     "docstrings": docstrings,
     "faq": faq,
     "chinese": chinese,
+    "style": style,
     "identity26": identity26,
     "identity64": identity64,
 }

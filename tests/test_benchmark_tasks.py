@@ -132,3 +132,11 @@ def test_identities_are_of_one_assistant_in_many_words(tasks):
         assert "Basil" in said or "Fernwood Labs" in said
     assert not {messages[0] for messages in train + held_out} & {messages[0] for messages in few}
     assert len({messages[1] for messages in train}) == 64
+
+
+def test_style_ends_with_a_proverb(tasks):
+    train, held_out = apart(tasks.style())
+    assert (len(train), len(held_out)) == (60, 15)
+    for _, answer in train + held_out:
+        assert 30 <= len(answer.split()) <= 70
+        assert re.search(r": \w[^:.?!]+\.$", answer), answer
