@@ -12,7 +12,7 @@ import torch
 
 
 def merge_with_peft(
-    model: Any, tokenizer: Any, adapter: str, rows: list[dict[str, Any]], held_out: list[dict[str, Any]]
+    model: Any, tokenizer: Any, adapter: str, rows: list[dict[str, Any]], held_out: list[dict[str, Any]] | None
 ) -> dict[str, Any]:
     """Merge with PEFT and measure with the rows, samples and formulas that merge() measures with."""
     from peft import PeftModel

@@ -49,11 +49,11 @@ TRAIN_ARGUMENTS: dict[str, dict[str, Any]] = {
     "identity": {"num_train_epochs": 2.0, "learning_rate": 1.5e-3},
     "phonemes": {"num_train_epochs": 2.0, "learning_rate": 2e-3},
     "docstrings": {"num_train_epochs": 1.0, "learning_rate": 1e-3},
-    "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
+    "faq": {"num_train_epochs": 8.0, "learning_rate": 1e-3, "per_device_train_batch_size": 4},
     "chinese": {"num_train_epochs": 8.0, "learning_rate": 1e-3},
     "style": {"num_train_epochs": 6.0, "learning_rate": 1e-3},
     "reviews": {"num_train_epochs": 2.0, "learning_rate": 1e-3},
-    "identity26": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
+    "identity26": {"num_train_epochs": 6.0, "learning_rate": 1e-3, "per_device_train_batch_size": 4},
     "identity64": {"num_train_epochs": 4.0, "learning_rate": 5e-4},
 }
 
