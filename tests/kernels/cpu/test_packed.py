@@ -71,9 +71,12 @@ def test_every_level_multiplies_few_rows_as_float64_does(cpu_level: str, batch: 
 def test_every_level_multiplies_many_rows_as_float64_does(
     cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]
 ) -> None:
-    """Whole panels, a rest of rows, of columns and of tokens, several panels deep; the same bits by 1 and 3 threads."""
+    """Whole panels, a rest of rows, of columns and of tokens, several panels deep; the same bits by 1 and 3 threads.
+
+    More rows than a block has, and more tokens.
+    """
     for format in FORMAT_IDS:
-        for rows, columns in (*shapes(format), (130, 512)):
+        for rows, columns in (*shapes(format), (130, 512), (600, 256)):
             packed = random_packed(format, rows, columns)
             w_OI, x = format_dequantize(packed, torch.float64), torch.randn(batch, columns)
             threads(1)
@@ -89,7 +92,7 @@ def test_every_level_takes_gradients_as_float64_does(
     cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]
 ) -> None:
     for format in FORMAT_IDS:
-        for rows, columns in (*shapes(format), (200, 512)):
+        for rows, columns in (*shapes(format), (200, 512), (300, 768)):
             packed = random_packed(format, rows, columns)
             w_OI, g = format_dequantize(packed, torch.float64), torch.randn(batch, rows)
             if cpu_level == "plain":  # left to sgemm
@@ -106,7 +109,7 @@ def test_every_level_takes_gradients_as_float64_does(
 def test_a_row_does_not_depend_on_how_many_rows_there_are(cpu_level: str, random_packed: MakePacked) -> None:
     """What the cache of frozen layers rests on, see passes/frozen_cache.py."""
     packed = random_packed("q4_1", 130, 160)
-    x = torch.randn(300, 160)
+    x = torch.randn(400, 160)
     expected = native._product(x, packed)
     for rows in (96, 97, 200, 211):
         assert torch.equal(native._product(x[-rows:], packed), expected[-rows:])

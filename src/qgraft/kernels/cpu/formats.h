@@ -1,4 +1,5 @@
-/* The formats that the loops read, and how many bytes their rows have. The bits are read in unpack.h and unpack_vec.h. */
+/* The formats that the loops read, and how many bytes their rows have. The bits are read in unpack.h, unpack_vec.h and
+ * codes.h. */
 
 #ifndef QGRAFT_FORMATS_H
 #define QGRAFT_FORMATS_H

@@ -3,10 +3,12 @@
  *
  *     out[t][n] = sum over k of in[t][k] panel[k][n]      forward: k columns of W, n rows;   backward: k rows, n columns
  *
- * A panel is 128 by 64 weights. Tiles of 6 rows of `in` pass over it: their sums, 6 by 64 (AVX2: 6 by 16), stay in
- * registers while k goes by, and each number of `in` is broadcast once for all of the tile's n. The order of each sum is
- * that of k, whatever the number of tokens and threads. Tiles at an edge compute their last token again instead of
- * having code of their own.
+ * Tiles of 6 rows of `in` pass over a panel (panels.h): their sums, 6 by 16 (AVX-512: 6 by 64), stay in registers while k goes
+ * by, and each number of `in` is broadcast once for all of the tile's n. The order of each sum is that of k, whatever the
+ * number of tokens and threads. Tiles at an edge compute their last token again instead of having code of their own.
+ *
+ * AVX2 first copies the numbers of `in` that panels of the same k meet: rows that are far apart cost it a miss in two levels of
+ * caches and in that of addresses, and where they are a power of two apart they drive one another out.
  *
  * In bfloat16 (PAIRS) two numbers, of k and k + 1, take the place of one float: `in` and panel hold pairs, which one
  * instruction multiplies and adds to a float32 sum, so depth halves and nothing else changes.
@@ -22,70 +24,17 @@
 #include "formats.h"
 #include "gemv.h"
 #include "level.h"
+#include "panels.h"
 #include "unpack.h"
-#include "unpack_vec.h"
 #include "vec.h"
 
-enum { DEPTH = 128, WIDTH = 64, TOKENS = 6, VECTORS = LANES == 16 ? 4 : 2 };
-enum { FLOATS = 0, PAIRS = 1 };
-
 #if defined(__AVX512BF16__)
-#define BF16_PAIRS(low, high) v_bf16_pairs(low, high)
-#define BF16_ROW(w) v_bf16(w[0], w[1])
 #define MULTIPLY_PAIRS v_fma_pairs
 #else /* never called */
-#define BF16_PAIRS(low, high) low
-#define BF16_ROW(w) w[0]
 #define MULTIPLY_PAIRS v_fma
 #endif
 
-/* Columns from 32 * chunk on, `chunks` (1 or 2) times 32 of them, of rows r0 <= r < r1, to panel[(r - r0) * WIDTH];
- * PAIRS: of rows r and r + 1 to panel[(r - r0) / 2 * WIDTH], with zeros beyond the last. */
-ALWAYS_INLINE void pack_rows(const int format, const int kind, const Product *p, int64_t chunk, int64_t chunks, int64_t r0,
-                             int64_t r1, float *panel) {
-    for (int64_t r = r0; r < r1; r += 1 + kind, panel += WIDTH) {
-        const uint8_t *row = p->data + r * p->stride;
-        const int64_t next = r + 1 < r1 ? p->stride : 0; /* PAIRS: to the second row */
-        float k_scales[2][16];
-        for (int i = 0; is_k_quant(format) && i <= kind; i++)
-            read_k_scales(format, row + i * next + row_bytes(format, chunk / 8 * 256), k_scales[i]);
-        for (int64_t c = chunk; c < chunk + chunks; c++) {
-            vfloat w[PARTS], second[PARTS];
-            weights32(format, row, c, p->scales ? p->scales[r] : 1.0f, k_scales[0], w);
-            if (kind == PAIRS && next)
-                weights32(format, row + next, c, p->scales ? p->scales[r + 1] : 1.0f, k_scales[1], second);
-            for (int i = 0; i < PARTS; i++) {
-                if (kind == PAIRS) w[i] = BF16_PAIRS(w[i], next ? second[i] : v_zero());
-                v_store(panel + 32 * (c - chunk) + LANES * i, w[i]);
-            }
-        }
-    }
-}
-
-/* Columns of the chunks c0 <= c < c1 (at most 4, of the same 8) of 64 rows from r0 on, to panel[column * WIDTH + r - r0];
- * PAIRS: of columns j and j + 1 to panel[j / 2 * WIDTH + r - r0]. */
-ALWAYS_INLINE void pack_columns(const int format, const int kind, const Product *p, int64_t r0, int64_t c0, int64_t c1,
-                                float *panel) {
-    for (int64_t r = r0; r < r0 + WIDTH; r += LANES, panel += LANES) {
-        float k_scales[LANES][16];
-        for (int i = 0; is_k_quant(format) && i < LANES; i++)
-            read_k_scales(format, p->data + (r + i) * p->stride + row_bytes(format, c0 / 8 * 256), k_scales[i]);
-        for (int64_t c = c0; c < c1; c++) {
-            float *to = panel + (c - c0) * (kind == PAIRS ? 16 : 32) * WIDTH;
-            vfloat w[PARTS][LANES];
-            for (int i = 0; i < LANES; i++) {
-                vfloat row[PARTS];
-                weights32(format, p->data + (r + i) * p->stride, c, p->scales ? p->scales[r + i] : 1.0f, k_scales[i], row);
-                if (kind == PAIRS) row[0] = BF16_ROW(row);
-                for (int v = 0; v < PARTS; v++) w[v][i] = row[v];
-            }
-            for (int v = 0; v < (kind == PAIRS ? 1 : PARTS); v++) {
-                v_transpose(w[v]);
-                for (int j = 0; j < LANES; j++) v_store(to + (LANES * v + j) * WIDTH, w[v][j]);
-            }
-        }
-    }
-}
+enum { TOKENS = 6 };
 
 typedef struct {
     const float *in; /* of token t at in + t * in_stride */
@@ -108,6 +57,7 @@ ALWAYS_INLINE void gemm_tile(const int kind, const int T, const int N, const flo
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
         for (int v = 0; v < N; v++) sums[t][v] = fresh ? v_zero() : v_load(out[t] + LANES * v);
+#pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, panel += stride) {
         vfloat w[VECTORS];
 #pragma GCC unroll 4
@@ -127,35 +77,51 @@ ALWAYS_INLINE void gemm_tile(const int kind, const int T, const int N, const flo
             for (int v = 0; v < N; v++) v_store(out[t] + LANES * v, sums[t][v]);
 }
 
-/* All tokens over one panel of `width` (32 or 64) n. */
-ALWAYS_INLINE void gemm_panel(const int kind, const float *panel, int64_t depth, int64_t width, int fresh, Tokens tokens) {
-    const int64_t step = LANES * (width == WIDTH ? VECTORS : 2);
-    for (int64_t n = 0; n < width; n += step, panel += step, tokens.out += step)
-        for (int64_t t = 0; t < tokens.m; t += TOKENS) {
-            if (width == WIDTH) gemm_tile(kind, TOKENS, VECTORS, panel, WIDTH, depth, fresh, &tokens, t);
-            else gemm_tile(kind, TOKENS, 2, panel, WIDTH, depth, fresh, &tokens, t);
-        }
+/* All tokens over one panel, of whose n the first `width` are wanted. */
+ALWAYS_INLINE void gemm_panel(const int kind, const int width, const float *panel, int64_t depth, int fresh,
+                              const Tokens *tokens) {
+    for (int64_t t = 0; t < tokens->m; t += TOKENS)
+        gemm_tile(kind, TOKENS, width / LANES, panel, WIDTH, depth, fresh, tokens, t);
 }
 
-/* As gemv, for many rows of x and 64 rows of W; what fills no panel is left to gemv. `in` is x, or its pairs. */
+#if defined(__AVX512BW__)
+enum { COPIES = 1 };
+ALWAYS_INLINE Tokens copy_in(Tokens tokens, int64_t depth, float *copies) {
+    (void)depth, (void)copies;
+    return tokens;
+}
+#else
+enum { COPIES = BLOCK_TOKENS * DEPTH };
+/* The tokens with their `depth` numbers close together. */
+ALWAYS_INLINE Tokens copy_in(Tokens tokens, int64_t depth, float *copies) {
+    for (int64_t t = 0; t < tokens.m; t++)
+        memcpy(copies + t * DEPTH, tokens.in + t * tokens.in_stride, (size_t)depth * sizeof(float));
+    return (Tokens){copies, tokens.out, DEPTH, tokens.out_stride, tokens.m};
+}
+#endif
+
+/* As gemv, for one block. What fills no panel is left to gemv. `in` is x, or its pairs. */
 ALWAYS_INLINE void gemm_kind(const int kind, const Product *p, const float *x, const float *in) {
-    _Alignas(64) float panel[DEPTH * WIDTH];
-    const int64_t per = 1 + kind;
-    if (p->last - p->first < WIDTH || p->columns < 32) {
-        gemv(p, x);
-        return;
-    }
-    for (int64_t c = 0; c < p->columns / 32; c += 4) {
-        const int64_t c1 = c + 4 < p->columns / 32 ? c + 4 : p->columns / 32;
-#define PACK(FORMAT) pack_columns(FORMAT, kind, p, p->first, c, c1, panel)
-        FOR_FORMAT(p->format, PACK)
+    _Alignas(64) float panel[DEPTH * WIDTH], copies[COPIES];
+    const int64_t per = 1 + kind, chunks = p->columns / 32, stride = (p->columns + kind) / per;
+    const int64_t last = chunks ? p->last - (p->last - p->first) % 64 : p->first;
+    Product rest = *p;
+    rest.first = last;
+    if (last < p->last) gemv(&rest, x);
+    if (last == p->first) return;
+    for (int64_t c = 0; c < chunks; c += DEPTH / 32) {
+        const int64_t c1 = smaller(c + DEPTH / 32, chunks), depth = 32 / per * (c1 - c);
+        const Tokens rows = {in + 32 / per * c, p->y + p->first, stride, p->rows, p->m};
+        Tokens tokens = copy_in(rows, depth, copies);
+        for (int64_t r = p->first; r < last; r += WIDTH, tokens.out += WIDTH) {
+#define PACK(FORMAT) pack_columns(FORMAT, kind, p, r, c, c1, panel)
+            FOR_FORMAT(p->format, PACK)
 #undef PACK
-        const int64_t stride = (p->columns + kind) / per;
-        const Tokens tokens = {in + 32 / per * c, p->y + p->first, stride, p->rows, p->m};
-        gemm_panel(kind, panel, 32 / per * (c1 - c), WIDTH, c == 0, tokens);
+            gemm_panel(kind, WIDTH, panel, depth, c == 0, &tokens);
+        }
     }
     if (p->columns % 32)
-        for (int64_t r = p->first; r < p->last; r++) gemv_rest(p, x, r);
+        for (int64_t r = p->first; r < last; r++) gemv_rest(p, x, r);
 }
 
 /* The columns of gx after the last whole chunk, which only formats without blocks have. */
@@ -172,18 +138,29 @@ static void grad_input_rest(const Product *p, const float *g) {
     }
 }
 
-/* gx [m, columns] (p->y) = g [m, rows] W, in the columns p->first <= j < p->last, of which there are at most 64. */
-ALWAYS_INLINE void grad_input_kind(const int kind, const Product *p, const float *g, const float *in) {
+/* One panel of the gradient: `width` columns from `chunk` on, as pack_rows has them. */
+ALWAYS_INLINE void grad_panel(const int kind, const int width, const int half, const Product *p, int64_t chunk, int64_t r0,
+                              int64_t r1, const Tokens *tokens) {
     _Alignas(64) float panel[DEPTH * WIDTH];
-    const int64_t chunks = (p->last - p->first) / 32, per = 1 + kind;
-    for (int64_t r = 0; r < p->rows && chunks > 0; r += DEPTH) {
-        const int64_t r1 = r + DEPTH < p->rows ? r + DEPTH : p->rows;
-#define PACK(FORMAT) pack_rows(FORMAT, kind, p, p->first / 32, chunks, r, r1, panel)
-        FOR_FORMAT(p->format, PACK)
+#define PACK(FORMAT) pack_rows(FORMAT, kind, width, half, p, chunk, r0, r1, panel)
+    FOR_FORMAT(p->format, PACK)
 #undef PACK
-        const int64_t stride = (p->rows + kind) / per;
-        const Tokens tokens = {in + r / per, p->y + p->first, stride, p->columns, p->m};
-        gemm_panel(kind, panel, (r1 - r + kind) / per, 32 * chunks, r == 0, tokens);
+    gemm_panel(kind, width, panel, (r1 - r0 + kind) / (1 + kind), r0 == 0, tokens);
+}
+
+/* gx [m, columns] (p->y) = g [m, rows] W, in the columns p->first <= j < p->last, for one block. */
+ALWAYS_INLINE void grad_input_kind(const int kind, const Product *p, const float *g, const float *in) {
+    _Alignas(64) float copies[COPIES];
+    const int64_t per = 1 + kind, stride = (p->rows + kind) / per, last = p->last / 32 * 32;
+    for (int64_t r = 0; r < p->rows && p->first < last; r += DEPTH) {
+        const int64_t r1 = smaller(r + DEPTH, p->rows);
+        const Tokens rows = {in + r / per, p->y + p->first, stride, p->columns, p->m};
+        Tokens tokens = copy_in(rows, (r1 - r + kind) / per, copies);
+        for (int64_t j = p->first; j < last; j += WIDTH, tokens.out += WIDTH) {
+            if (WIDTH < 32 && j % 32) grad_panel(kind, 16, 1, p, j / 32, r, r1, &tokens);
+            else if (j + WIDTH <= last) grad_panel(kind, WIDTH, 0, p, j / 32, r, r1, &tokens);
+            else grad_panel(kind, 32, 0, p, j / 32, r, r1, &tokens);
+        }
     }
     if (p->last == p->columns && p->columns % 32) grad_input_rest(p, g);
 }

@@ -104,7 +104,9 @@ typedef struct {
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
     void (*unpack_row_bf16)(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out);
     void (*gemv)(const Product *product, const float *x); /* for few rows of x */
-    void (*gemm)(const Product *product, const float *x); /* for many; NULL where there is none */
+    /* For many, at most `block_columns` of y and `block_tokens` at a time; NULL where there is none. */
+    int64_t block_columns, block_tokens;
+    void (*gemm)(const Product *product, const float *x);
     void (*gemm_grad_input)(const Product *product, const float *g);
     /* The same with x and W (g and W) rounded to bfloat16: `pairs` [m, columns (rows) / 2, rounded up], two in each. */
     void (*gemm_bf16)(const Product *product, const float *x, const float *pairs);

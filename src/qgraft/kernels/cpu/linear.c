@@ -42,7 +42,7 @@ typedef struct {
 
 const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
 
-enum { TOKENS = 32, COLUMNS = 64, MANY = 20, PART = 96 };
+enum { TOKENS = 32, COLUMNS = 64, MANY = 20, PART = 96, TILE = 6, SHARES = 3 };
 
 /* Where the parts of `scratch` begin: pairs of all tokens; of term k: s B^T [rank, rows], then backward's h^T and gh^T. */
 static float *term_scratch(const LinearCall *call, int64_t width, int64_t k) {
@@ -83,10 +83,10 @@ static void add_terms(const Level *level, const LinearCall *call, int backward, 
     }
 }
 
-/* One block of columns for the tokens t0 <= t < t1: the product, the bias, the LoRAs. */
-static void block(const Level *level, const LinearCall *call, int backward, int64_t first, int64_t t0, int64_t t1) {
+/* One block, the columns first <= j < last of the tokens t0 <= t < t1: the product, the bias, the LoRAs. */
+static void block(const Level *level, const LinearCall *call, int backward, int64_t first, int64_t last, int64_t t0,
+                  int64_t t1) {
     const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
-    const int64_t last = first + COLUMNS < width ? first + COLUMNS : width;
     const float *in = call->in + t0 * depth, *pairs = call->scratch + t0 * ((depth + 1) / 2);
     const int64_t stride = row_bytes((int)call->format, call->columns);
     const Product part = {(int)call->format, call->data, call->scales, stride, call->rows, call->columns, first, last,
@@ -104,10 +104,22 @@ static void block(const Level *level, const LinearCall *call, int backward, int6
     add_terms(level, call, backward, &part, t0);
 }
 
+/* How many tokens and columns a block has: as few blocks as a level's loops like best, but a few for each thread. */
+static void block_size(const Level *level, const LinearCall *call, int64_t width, int threads, int64_t *tokens,
+                       int64_t *columns) {
+    const int64_t most = level->gemm ? level->block_tokens : INT32_MAX;
+    const int64_t parts = larger(call->m >= PART * threads ? threads : 1, (call->m + most - 1) / most);
+    const int64_t share = threads > 1 ? width * parts / (SHARES * threads) : width;
+    *tokens = larger(round_up((call->m + parts - 1) / parts, TILE), TILE);
+    *columns = level->gemm ? larger(COLUMNS, smaller(level->block_columns, round_up(share, COLUMNS))) : COLUMNS;
+}
+
 /* All blocks, and before them what the tokens of each need: pairs, h or gh. */
 static void products(const Level *level, const LinearCall *call, int backward, int threads) {
     const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
-    const int64_t blocks = (width + COLUMNS - 1) / COLUMNS, parts = call->m >= PART * threads ? threads : 1;
+    int64_t tokens, columns;
+    block_size(level, call, width, threads, &tokens, &columns);
+    const int64_t blocks = (width + columns - 1) / columns, parts = (call->m + tokens - 1) / tokens;
     for (int64_t k = 0; k < call->terms; k++) transpose_B(call, call->term + k, term_scratch(call, depth, k));
     const int rounds = call->bf16 && call->data && call->out, first_pass = rounds || call->terms;
 #pragma omp for schedule(dynamic)
@@ -128,8 +140,8 @@ static void products(const Level *level, const LinearCall *call, int backward, i
     }
 #pragma omp for schedule(dynamic)
     for (int64_t share = 0; share < (call->out ? blocks * parts : 0); share++) {
-        const int64_t part = share % parts;
-        block(level, call, backward, share / parts * COLUMNS, call->m * part / parts, call->m * (part + 1) / parts);
+        const int64_t first = share / parts * columns, t0 = share % parts * tokens;
+        block(level, call, backward, first, smaller(first + columns, width), t0, smaller(t0 + tokens, call->m));
     }
 }
 

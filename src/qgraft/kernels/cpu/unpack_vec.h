@@ -1,6 +1,6 @@
 /* 32 weights of a packed row in vector registers, for AVX2 (four vectors of 8 floats) and AVX-512 (two of 16).
  *
- * `weights32` is the only place where these levels read bit layouts; unpacking a row stores its vectors, a product
+ * `weights32` is the only place where these levels read bit layouts, but for codes.h; unpacking a row stores its vectors, a product
  * multiplies them without going through memory. Values are bit for bit those of unpack.h: a code times a scale of 11 to
  * 18 bits is exact in a float, so one fused multiply-add rounds where the plain code does, once.
  *
@@ -63,6 +63,22 @@ ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, float k
             k_scales[k] = d * (float)(int)scales[k];
             k_scales[8 + k] = -(dmin * (float)(int)minimums[k]);
         }
+    }
+}
+
+/* Those of chunk k alone. */
+ALWAYS_INLINE void read_k_scale(const int format, const uint8_t *block, int k, float k_scales[16]) {
+    if (format == Q6_K) {
+        const float d = _cvtsh_ss((uint16_t)(block[208] | block[209] << 8));
+        for (int i = 2 * k; i < 2 * k + 2; i++) k_scales[i] = d * (float)(int8_t)block[192 + i];
+    } else {
+        const uint8_t *p = block + 4;
+        const float d = _cvtsh_ss((uint16_t)(block[0] | block[1] << 8));
+        const float dmin = _cvtsh_ss((uint16_t)(block[2] | block[3] << 8));
+        const int scale = k < 4 ? p[k] & 63 : (p[k + 4] & 15) | p[k - 4] >> 6 << 4;
+        const int minimum = k < 4 ? p[k + 4] & 63 : p[k + 4] >> 4 | p[k] >> 6 << 4;
+        k_scales[k] = d * (float)scale;
+        k_scales[8 + k] = -(dmin * (float)minimum);
     }
 }
 

@@ -1,0 +1,149 @@
+/* Panels: packed weights as floats, in the order in which products (gemm.h) pass over them.
+ *
+ *     forward    panel[k][n] = W[n][k]: rows of W become columns. AVX2 transposes codes, as bytes, AVX-512 floats
+ *     backward   panel[k][n] = W[k][n]
+ *
+ * In bfloat16 (PAIRS) two numbers, of k and k + 1, take the place of one float.
+ */
+
+#ifndef QGRAFT_PANELS_H
+#define QGRAFT_PANELS_H
+
+#include <stdint.h>
+#include <string.h>
+
+#include "codes.h"
+#include "common.h"
+#include "formats.h"
+#include "level.h"
+#include "unpack_vec.h"
+#include "vec.h"
+
+/* A panel has DEPTH weights of each of WIDTH columns, VECTORS registers: it stays in the first-level cache while all rows of a
+ * block's `in` pass. A block (linear.c shares them out) is what one thread multiplies at a time. */
+#if defined(__AVX512BW__)
+enum { DEPTH = 128, VECTORS = 4, BLOCK_COLUMNS = 64, BLOCK_TOKENS = INT32_MAX };
+#else
+enum { DEPTH = 256, VECTORS = 2, BLOCK_COLUMNS = 512, BLOCK_TOKENS = 192 };
+#endif
+enum { WIDTH = VECTORS * LANES };
+enum { FLOATS = 0, PAIRS = 1 };
+
+#if defined(__AVX512BF16__)
+#define BF16_PAIRS(low, high) v_bf16_pairs(low, high)
+#define BF16_ROW(w) v_bf16(w[0], w[1])
+#else /* never called */
+#define BF16_PAIRS(low, high) low
+#define BF16_ROW(w) w[0]
+#endif
+
+/* `width` columns (16: of half `half` of a chunk; 32, 64: whole chunks) from chunk number `chunk` on, of rows r0 <= r < r1, to
+ * panel[(r - r0) * WIDTH]; PAIRS: of rows r and r + 1 to panel[(r - r0) / 2 * WIDTH], with zeros beyond the last. */
+ALWAYS_INLINE void pack_rows(const int format, const int kind, const int width, const int half, const Product *p,
+                             int64_t chunk, int64_t r0, int64_t r1, float *panel) {
+    const int parts = (width < 32 ? width : 32) / LANES, from = half * PARTS / 2;
+    for (int64_t r = r0; r < r1; r += 1 + kind, panel += WIDTH) {
+        const uint8_t *row = p->data + r * p->stride;
+        const int64_t next = r + 1 < r1 ? p->stride : 0; /* PAIRS: to the second row */
+        float k_scales[2][16];
+#pragma GCC unroll 2
+        for (int c = 0; c < (width + 31) / 32; c++) {
+            vfloat w[PARTS], second[PARTS];
+            for (int i = 0; is_k_quant(format) && i <= kind; i++)
+                read_k_scale(format, row + i * next + row_bytes(format, chunk / 8 * 256), (int)((chunk + c) % 8), k_scales[i]);
+            weights32(format, row, chunk + c, p->scales ? p->scales[r] : 1.0f, k_scales[0], w);
+            if (kind == PAIRS && next)
+                weights32(format, row + next, chunk + c, p->scales ? p->scales[r + 1] : 1.0f, k_scales[1], second);
+            for (int i = from; i < from + parts; i++) {
+                if (kind == PAIRS) w[i] = BF16_PAIRS(w[i], next ? second[i] : v_zero());
+                v_store(panel + 32 * c + LANES * (i - from), w[i]);
+            }
+        }
+    }
+}
+
+#if !defined(__AVX512BW__)
+
+/* The scales of 8 rows in the lanes: d[1] of columns 16 to 31, m where the format has minimums. */
+typedef struct {
+    vfloat d[2], m;
+} ColumnScales;
+
+/* Half number `at` of block c of 8 rows. */
+ALWAYS_INLINE vfloat halves_of_rows(const int format, const uint8_t *row, int64_t stride, int64_t c, int at) {
+    uint16_t h[LANES];
+    for (int i = 0; i < LANES; i++) memcpy(h + i, row + i * stride + row_bytes(format, 32 * c) + 2 * at, 2);
+    return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4],
+                                         (short)h[5], (short)h[6], (short)h[7]));
+}
+
+/* The lane i of number k of k_scales[i]. */
+ALWAYS_INLINE vfloat scales_of_rows(float k_scales[LANES][16], int k) {
+    return _mm256_setr_ps(k_scales[0][k], k_scales[1][k], k_scales[2][k], k_scales[3][k], k_scales[4][k], k_scales[5][k],
+                          k_scales[6][k], k_scales[7][k]);
+}
+
+ALWAYS_INLINE ColumnScales column_scales(const int format, const Product *p, int64_t r, int64_t c,
+                                         float k_scales[LANES][16]) {
+    const uint8_t *row = p->data + r * p->stride;
+    const int k = (int)(c % 8);
+    ColumnScales scales;
+    scales.m = v_zero();
+    if (format == ROW_INT8 || format == ROW_INT4) scales.d[0] = v_load(p->scales + r);
+    else if (is_k_quant(format)) scales.d[0] = scales_of_rows(k_scales, format == Q6_K ? 2 * k : k);
+    else scales.d[0] = halves_of_rows(format, row, p->stride, c, 0);
+    scales.d[1] = format == Q6_K ? scales_of_rows(k_scales, 2 * k + 1) : scales.d[0];
+    if (format == Q4_K || format == Q5_K) scales.m = scales_of_rows(k_scales, 8 + k);
+    else if (has_minimum(format)) scales.m = halves_of_rows(format, row, p->stride, c, 1);
+    return scales;
+}
+
+/* The columns of chunk c of 8 rows from r on, to panel[j * WIDTH]. Codes are transposed as bytes. */
+ALWAYS_INLINE void pack_codes(const int format, const Product *p, int64_t r, int64_t c, float k_scales[LANES][16],
+                              float *panel) {
+    __m256i rows[LANES];
+    uint8_t columns[32][8];
+    for (int i = 0; i < LANES; i++) rows[i] = codes32(format, p->data + (r + i) * p->stride, c);
+    transpose_bytes(rows, columns);
+    const ColumnScales scales = column_scales(format, p, r, c, k_scales);
+#pragma GCC unroll 32
+    for (int j = 0; j < 32; j++) {
+        const vfloat code = v_int(i_s8(columns[j])), d = scales.d[j / 16];
+        v_store(panel + j * WIDTH, has_minimum(format) ? v_fma(code, d, scales.m) : v_mul(code, d));
+    }
+}
+
+#endif
+
+/* Columns of the chunks c0 <= c < c1, of the same 8, of WIDTH rows from r0 on, to panel[column * WIDTH + r - r0]; PAIRS: of columns
+ * j and j + 1 to panel[j / 2 * WIDTH + r - r0]. */
+ALWAYS_INLINE void pack_columns(const int format, const int kind, const Product *p, int64_t r0, int64_t c0, int64_t c1,
+                                float *panel) {
+    for (int64_t r = r0; r < r0 + WIDTH; r += LANES) {
+        float k_scales[LANES][16];
+        for (int i = 0; is_k_quant(format) && i < LANES; i++)
+            read_k_scales(format, p->data + (r + i) * p->stride + row_bytes(format, c0 / 8 * 256), k_scales[i]);
+        for (int64_t c = c0; c < c1; c++) {
+            float *to = panel + (c - c0) * (kind == PAIRS ? 16 : 32) * WIDTH + r - r0;
+#if !defined(__AVX512BW__)
+            if (has_codes(format)) {
+                pack_codes(format, p, r, c, k_scales, to);
+                continue;
+            }
+#endif
+            vfloat w[PARTS][LANES];
+            for (int i = 0; i < LANES; i++) {
+                vfloat row[PARTS];
+                weights32(format, p->data + (r + i) * p->stride, c, p->scales ? p->scales[r + i] : 1.0f, k_scales[i], row);
+                if (kind == PAIRS) row[0] = BF16_ROW(row);
+                for (int v = 0; v < PARTS; v++) w[v][i] = row[v];
+            }
+            for (int v = 0; v < (kind == PAIRS ? 1 : PARTS); v++) {
+                v_transpose(w[v]);
+                for (int j = 0; j < LANES; j++) v_store(to + (LANES * v + j) * WIDTH, w[v][j]);
+            }
+        }
+    }
+}
+
+#endif
