@@ -321,22 +321,30 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
 
 
 def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np.ndarray, Q]:
-    """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks; all
-    in F32 where matrices are."""
+    """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
+    are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
     if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight":
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
     if gguf_name == f"blk.{LAYERS - 1}.ffn_down.weight" and array.shape[1] % 256 == 0:
-        return _random_q4_k(*array.shape, seed), Q.Q4_K
+        return _random_blocks(Q.Q4_K, *array.shape, seed), Q.Q4_K
+    if kind in RANDOM_BLOCKS:
+        return _random_blocks(kind, *array.shape, seed), kind
     return gguf.quants.quantize(array, kind), kind
 
 
-def _random_q4_k(rows: int, width: int, seed: int) -> np.ndarray:
-    """Random codes and 6-bit scales, but small finite d and dmin: 0.12 or so of standard deviation."""
-    blocks = np.random.default_rng(seed).integers(0, 256, (rows, width // 256, 144), dtype=np.uint8)
-    blocks[..., :4] = np.array([0.0006, 0.004], np.float16).view(np.uint8)
+RANDOM_BLOCKS = {  # bytes of a block, where its d and dmin are, and these
+    Q.Q2_K: (84, 80, [0.007, 0.01]), Q.Q4_K: (144, 0, [0.0006, 0.004]), Q.Q5_K: (176, 0, [0.0003, 0.004]),
+}  # fmt: skip
+
+
+def _random_blocks(kind: Q, rows: int, width: int, seed: int) -> np.ndarray:
+    """Random codes and integers of sub-groups, but small finite d and dmin: 0.12 or so of standard deviation."""
+    size, at, reals = RANDOM_BLOCKS[kind]
+    blocks = np.random.default_rng(seed).integers(0, 256, (rows, width // 256, size), dtype=np.uint8)
+    blocks[..., at : at + 4] = np.array(reals, np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 

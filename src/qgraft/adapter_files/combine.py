@@ -14,9 +14,17 @@ from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.prefix import is_prefix_config
-from qgraft.adapter_files.seal import remembered_arguments
+from qgraft.adapter_files.seal import EXACT, is_exact, remembered_arguments
 from qgraft.adapters.adapter import prefix_error
-from qgraft.adapters.combine import DENSITY, PRUNING, CombineReport, Factors, check_options, combine_layers
+from qgraft.adapters.combine import (
+    DENSITY,
+    PRUNING,
+    CombineReport,
+    Factors,
+    check_options,
+    combine_layers,
+    minimums_error,
+)
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
@@ -66,6 +74,8 @@ def combine_files(
         stored = parse_state(state)
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
+        if stored.minimums:
+            raise minimums_error("combine", sorted(stored.minimums)[0])
         problems += [f"{folder}: {problem}" for problem in wrong]
     if problems:
         raise AdapterError("the adapters cannot be combined:\n  " + "\n  ".join(problems))
@@ -76,6 +86,7 @@ def combine_files(
     configs = {path: LoraConfig(made.rank, lora_alpha=made.rank) for path, made in combined.items()}
     targets = _targets([config for config, _, _ in read.values()], sorted(combined))
     details = {**_details(report, folders, density, seed), "arguments": _shared_arguments(seals), "base": base}
+    details[EXACT] = method == "linear" and all(map(is_exact, seals.values()))  # sums of A stay as A are, cuts do not
     state = {
         tensor_name(path, part, path in embeddings): getattr(made, part)
         for path, made in combined.items()

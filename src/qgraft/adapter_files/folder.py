@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
-from qgraft.adapter_files.lora import attach_pairs, bare_options, fit_layers, holds_lora, lora_content, parse_state
+from qgraft.adapter_files.lora import (
+    attach_pairs,
+    bare_options,
+    fit_layers,
+    holds_lora,
+    inexact_layers,
+    lora_content,
+    parse_state,
+)
 from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values
 from qgraft.adapter_files.prefix import (
     ENCODER,
@@ -35,7 +43,9 @@ from qgraft.adapter_files.prefix import (
     stored_prefix,
 )
 from qgraft.adapter_files.seal import (
+    EXACT,
     SEAL,
+    is_exact,
     read_seal,
     remembered_arguments,
     seal_notes,
@@ -111,6 +121,7 @@ def save_adapter(
         write_adapter(folder, adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
     else:
         config, state = lora_content(model, adapter, source)
+        seal[EXACT] = all(config.exact for config in adapter.configs.values())
         write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype)
     _remember(model, adapter.name, seal)
 
@@ -197,14 +208,16 @@ def load_adapter(
         return _load_prefix(model, folder, stored_prefix(config, state, seal), seal, name, force)
     stored = parse_state(state)
     fitting, misfits = fit_layers(model, config, stored)
-    problems = stored.problems + _base_problems(model, seal) + misfits
+    inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
+    problems = stored.problems + _base_problems(model, seal) + misfits + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise _unfit(folder, problems, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
                      f"{option('force')} to load what fits")  # fmt: skip
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
-    attach_pairs(model, name, config, fitting)
+    exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
+    attach_pairs(model, name, config, fitting, exact)
     _remember(model, name, seal)
     return LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
 

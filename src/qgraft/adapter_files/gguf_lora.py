@@ -215,18 +215,21 @@ def _file_tensors(
         if lora.of_embedding:
             problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")
             continue
-        B = lora.lora_B.detach().cpu()
+        if (pair := lora.factors()) is None:
+            problems.append(f"{path}: an exact LoRA on a K-quant, which llama.cpp cannot compute; merge it")
+            continue
+        A, B = (each.detach().cpu() for each in pair)
         if (own := _own_alpha(lora.config)) != alpha:
             B = (B.double() * (own / alpha)).float()
         if stored.row_order is not None:
             B = B[stored.row_order.argsort()]
-        tensors[stored.name + ".lora_a"] = lora.lora_A.detach().cpu().to(dtype).contiguous()
+        tensors[stored.name + ".lora_a"] = A.to(dtype).contiguous()
         tensors[stored.name + ".lora_b"] = B.to(dtype).contiguous()
     if problems:
         listed = "\n  ".join(problems)
         raise AdapterError(
             f"adapter {name!r} cannot be a GGUF-LoRA:\n  {listed}",
-            hint="llama.cpp has no LoRA on an output layer that is the embedding; train without it",
+            hint="merge it and give llama.cpp the merged file, or train without these layers",
         )
     if broken := non_finite(tensors):
         reason = f"NaN or infinity in {len(broken)} tensors as {dtype}".replace("torch.", "")

@@ -10,20 +10,23 @@ over where it is the base's; a larger vocabulary, or another base's, is a differ
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_layers
+from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
-from qgraft.adapters.peft_names import is_lora, parse_name, tensor_name
+from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
+from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.patterns import matches
 
@@ -41,12 +44,14 @@ class StoredLoras:
     Attributes:
         pairs: A and B by the module path of the layer.
         embeddings: the paths that are said to be embeddings.
+        minimums: the paths of exact LoRAs on K-quants, whose A is [r, groups].
         copies: weights of the base by the module path.
         problems: what is wrong with the names.
     """
 
     pairs: Pairs
     embeddings: set[str]
+    minimums: set[str]
     copies: dict[str, Tensor]
     problems: list[str]
 
@@ -54,12 +59,23 @@ class StoredLoras:
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
     targets, numbers = _target_names(model, list(adapter.parts))
-    return peft_config(adapter.configs, targets, source, numbers), adapter.state_dict()
+    state = adapter.state_dict()
+    peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
+    return peft_config(adapter.configs, targets, source, numbers, peft_type), state
+
+
+def refuse_minimums(adapter: Adapter) -> None:
+    """Raise UnsupportedError for an adapter that PEFT cannot compute: an exact LoRA with layers in K-quants."""
+    if found := sorted(parse_state(adapter.state_dict()).minimums):
+        raise UnsupportedError(
+            f"{adapter.name}: an exact LoRA with {len(found)} layers in K-quants ({found[0]} first) is none of PEFT's",
+            hint="merge it: the merged file has all of it",
+        )
 
 
 def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
     """The tensors of a file by what they are."""
-    stored = StoredLoras({}, set(), {}, [])
+    stored = StoredLoras({}, set(), set(), {}, [])
     loras = stored.pairs
     for key, tensor in state.items():
         name = parse_name(key)
@@ -70,10 +86,13 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
         else:
             loras.setdefault(name.path, {})[name.part] = tensor
             stored.embeddings.update([name.path] if name.of_embedding else [])
+            stored.minimums.update([name.path] if name.of_minimums else [])
     for path, pair in list(loras.items()):
         if len(pair) == 1:
             missing = "B" if "A" in pair else "A"
-            stored.problems.append(f"missing tensor {tensor_name(path, missing, path in stored.embeddings)}")
+            name_of = minimums_name if path in stored.minimums else tensor_name
+            stored.problems.append(f"missing tensor {name_of(path, missing)}" if path not in stored.embeddings else
+                                   f"missing tensor {tensor_name(path, missing, True)}")  # fmt: skip
             del loras[path]
     return stored
 
@@ -100,7 +119,7 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
     loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
     problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
     for path, pair in loras.items():
-        if problem := _shape_problem(model, layers, path, pair, path in stored.embeddings):
+        if problem := _shape_problem(model, layers, path, pair, stored):
             problems.append(problem)
             continue
         fitting[path] = pair
@@ -118,9 +137,25 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
     return fitting, problems
 
 
-def attach_pairs(model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs) -> None:
-    """Attach each layer with the rank of its tensors and the alpha of its pattern."""
-    layers = {path: layer_config(config, path, pair["A"].shape[0]) for path, pair in loras.items()}
+def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dict[str, str]:
+    """Layers that cannot have the exact LoRA that their file says it is, each with the reason."""
+    problems = {}
+    for path, pair in fitting.items():
+        place = minimums_at(model.get_submodule(path))
+        if path in stored.minimums:
+            continue  # which fit no other layer
+        if place is None or place.subs > 1:
+            problems[path] = f"{path}: an exact LoRA, and the layer has no such minimums: it would be an ordinary one"
+        elif blocks(pair["A"], place.width) is None:
+            problems[path] = f"{path}: A differs within {place.width} columns, so it is no exact LoRA, as {SEAL} says"
+    return problems
+
+
+def attach_pairs(
+    model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = ()
+) -> None:
+    """Attach each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as exact LoRAs."""
+    layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
     attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
 
 
@@ -140,8 +175,9 @@ def _in_layers(path: str, config: Mapping[str, Any]) -> bool:
 
 
 def _shape_problem(
-    model: nn.Module, layers: Mapping[str, nn.Module], path: str, pair: dict[str, Tensor], of_embedding: bool
+    model: nn.Module, layers: Mapping[str, nn.Module], path: str, pair: dict[str, Tensor], stored: StoredLoras
 ) -> str | None:
+    of_embedding = path in stored.embeddings
     if path not in layers:
         there = dict(model.named_modules()).get(path)
         if there is None:
@@ -158,6 +194,11 @@ def _shape_problem(
     out, width = (
         (layer.embedding_dim, layer.num_embeddings) if of_embedding else (layer.out_features, layer.in_features)
     )
+    if path in stored.minimums:
+        place = minimums_at(layer)
+        if place is None or place.subs == 1:
+            return f"{path}: got a change of a K-quant's minimums, and the layer has none"
+        width //= place.width
     expected_sizes = [A.shape[0], width], [out, A.shape[0]]
     if (list(A.shape), list(B.shape)) != expected_sizes:
         got = f"A {list(A.shape)}, B {list(B.shape)}"

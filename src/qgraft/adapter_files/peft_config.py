@@ -23,6 +23,7 @@ from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.patterns import is_pattern, matches
 
 CONFIG = "adapter_config.json"
+MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quants: PEFT refuses it, as it should
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
@@ -38,6 +39,7 @@ def peft_config(
     targets: list[str] | str,
     source: str | None,
     numbers: Sequence[int] | None = None,
+    peft_type: str = "LORA",
 ) -> dict[str, Any]:
     """adapter_config.json: what PEFT needs to build the same adapter on the float model.
 
@@ -46,6 +48,7 @@ def peft_config(
         targets: PEFT's target_modules that select exactly these layers, together with `numbers`.
         source: the base's file or name.
         numbers: PEFT's layers_to_transform; None for all layers of the decoder.
+        peft_type: MINIMUMS for what PEFT cannot compute.
     """
     stabilized = _most_common(config.use_rslora for config in layers.values())
     r = _most_common(config.r for config in layers.values())
@@ -61,7 +64,7 @@ def peft_config(
         **({} if numbers is None else {"layers_to_transform": list(numbers)}),
         "lora_alpha": alpha,
         "lora_dropout": max(config.lora_dropout for config in layers.values()),
-        "peft_type": "LORA",
+        "peft_type": peft_type,
         "r": r,
         "rank_pattern": {_key(path, layers): config.r for path, config in layers.items() if config.r != r},
         "target_modules": targets,
@@ -70,10 +73,10 @@ def peft_config(
     }
 
 
-def layer_config(config: Mapping[str, Any], path: str, r: int) -> LoraConfig:
+def layer_config(config: Mapping[str, Any], path: str, r: int, exact: bool = False) -> LoraConfig:
     """The options of the layer at `path`, whose tensors have rank `r`."""
     alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return LoraConfig(r, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora")))
+    return LoraConfig(r, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora")), exact=exact)
 
 
 def stated_rank(config: Mapping[str, Any], path: str) -> int:
@@ -83,7 +86,7 @@ def stated_rank(config: Mapping[str, Any], path: str) -> int:
 
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedError for the configuration, read from `path`, of anything but a plain LoRA."""
-    if config.get("peft_type") != "LORA":
+    if config.get("peft_type") not in ("LORA", MINIMUMS):
         raise UnsupportedError(f"{path.parent}: peft_type {config.get('peft_type')!r}; supported: LORA, PREFIX_TUNING")
     used = [key for key in _UNSUPPORTED if config.get(key)]
     if config.get("bias", "none") != "none":

@@ -3,6 +3,7 @@
     base           which base it was trained on: fingerprint, source, formats; null where the model had none
     files          {name: {bytes, sha256}} of the files beside it
     kind, parameters, saved, versions; arguments, dataset, metrics of the run, prefix
+    exact          whether all of a LoRA changes minimums of the base only (adapters/exact.py)
     sha256         of the seal itself, with 64 zeros in the place of this value
 
 So every byte of an adapter is covered: a bit that flips, in the weights, the options or the seal, is found when the adapter
@@ -22,7 +23,7 @@ from qgraft import __version__, storage
 from qgraft.errors import AdapterError
 from qgraft.json_files import OWN, covered_text, is_covered, read_object
 
-SEAL = "qgraft.json"
+SEAL, EXACT = "qgraft.json", "exact"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _TEXTS = (
     "dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template", "system_text", "prompt_column",
@@ -73,6 +74,11 @@ def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict
     if base is not None and not isinstance(base.get("fingerprint"), str):
         raise AdapterError(f"{path} is not a seal: `base` has no fingerprint")
     return dict(files)
+
+
+def is_exact(seal: Mapping[str, Any] | None) -> bool:
+    """Whether the seal says that the adapter is an exact LoRA; one without a seal may be, but goes on training freely."""
+    return (seal or {}).get(EXACT) is True
 
 
 def remembered_arguments(seal: Mapping[str, Any] | None) -> dict[str, Any]:

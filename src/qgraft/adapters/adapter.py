@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from qgraft.errors import AdapterError, worded
@@ -34,8 +35,15 @@ class Part(nn.Module):
     config: Any
 
     def tensors(self, path: str) -> dict[str, Tensor]:
-        """Its weights, sharing memory, under the names that they have in a file when it stands at `path`."""
+        """Its weights under the names that they have in a file when it stands at `path`; sharing memory, if they can."""
         raise NotImplementedError
+
+    def taken(self, path: str, state: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(own tensor, what is to be copied into it), from tensors by the names and of the shapes of `tensors`.
+
+        Raises AdapterError for values that it cannot have.
+        """
+        return [(own, state[name]) for name, own in self.tensors(path).items()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,8 +80,15 @@ class Adapter:
         return sum(parameter.numel() for _, parameter in self.named_parameters())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Its weights, sharing memory with the model, under the names that they have in files."""
+        """Its weights under the names that they have in files; see Part.tensors."""
         return {name: tensor for path, part in self.parts.items() for name, tensor in part.tensors(path).items()}
+
+    @torch.no_grad()
+    def take(self, state: Mapping[str, Tensor]) -> None:
+        """Put the weights that `state_dict` gave back, all of them or none. Raises AdapterError for impossible values."""
+        pairs = [pair for path, part in self.parts.items() for pair in part.taken(path, state)]
+        for own, value in pairs:
+            own.copy_(value)
 
     def let_train(self, wanted: bool) -> None:
         """Let its weights require gradients, or not."""

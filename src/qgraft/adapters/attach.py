@@ -23,6 +23,7 @@ from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, require_model, selection_of
 from qgraft.adapters.batch_rows import accept_rows, refuse_rows
 from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.exact import check_exact, make_part
 from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
 from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
@@ -48,6 +49,7 @@ def attach_lora(
     use_rslora: bool = False,
     name: str = "default",
     layers_to_transform: LayerNumbers | None = None,
+    exact: bool = False,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -59,15 +61,17 @@ def attach_lora(
             module paths, as in PEFT.
         name: how the adapter is called in use_adapter(); letters, digits, "_" and "-".
         layers_to_transform: only targets in these layers of the decoder, "15-29", "15,16" or [15, 16]; None for all.
+        exact: change the base's minimums only, so that a merge loses nothing but their rounding; for layers in formats
+            with minimums (q4_1, q5_1, q2_k, q4_k, q5_k). A rank above the number of groups of a row adds nothing.
 
     Returns the options as a LoraConfig. Raises OptionError for a target that names no linear layer, AdapterError for a
-    name that is taken.
+    name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
     """
     require_model(model)
     check_new_name(model, name)
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
-    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers)
+    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact)
     attach_layers(model, name, dict.fromkeys(chosen_layers(model, targets, numbers), config))
     return config
 
@@ -99,14 +103,16 @@ def attach_layers(
     """Attach a LoRA `name` to the linear layers at these module paths, each with its own options, and make it active.
 
     Args:
-        values: A and B of each layer, copied; without them A is random and B zero.
+        values: A and B of each layer as files have them, copied; without them A is random and B zero.
 
-    Raises OptionError for an impossible name, AdapterError for one that is taken.
+    Raises OptionError for an impossible name, AdapterError for one that is taken, UnsupportedError for an exact LoRA on
+    a layer without minimums.
     """
     check_new_name(model, name)
+    check_exact(model, [path for path, config in layers.items() if config.exact])
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
     parts = {
-        path: _wrapper(model.get_submodule(path)).make(layers[path], values[path] if values else None)
+        path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
     put_loras(model, Adapter(name, "lora", parts))

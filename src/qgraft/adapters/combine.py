@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import attach_layers, check_new_name
 from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
-from qgraft.adapters.lora import LoraConfig, loras_of
-from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match
+from qgraft.adapters.lora import Lora, LoraConfig, loras_of
+from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match, worded
 from qgraft.given import described
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, check_ranges
 
@@ -159,17 +159,28 @@ def combine(
         )
     selection_of(model).require(adapters)
     require_loras(model, adapters, "combine")
-    layers = {
-        adapter: {
-            path: Factors(lora.lora_A.detach().cpu(), lora.lora_B.detach().cpu(), lora.config.scaling)
-            for path, lora in loras_of(find_adapter(model, adapter), "combine").items()
-        }
-        for adapter in adapters
-    }
+    loras = {adapter: loras_of(find_adapter(model, adapter), "combine") for adapter in adapters}
+    layers = {adapter: {path: _factors(path, lora) for path, lora in own.items()} for adapter, own in loras.items()}
     combined, report = combine_layers(layers, adapters, name, method, r, density, seed)
-    configs = {path: LoraConfig(made.rank, lora_alpha=made.rank) for path, made in combined.items()}
+    inexact = {path for own in loras.values() for path, lora in own.items() if not lora.config.exact}
+    exact = combined.keys() - (inexact if method == "linear" else combined.keys())  # sums of A stay as A are, cuts do not
+    configs = {path: LoraConfig(made.rank, made.rank, exact=path in exact) for path, made in combined.items()}
     attach_layers(model, name, configs, {path: (made.A, made.B) for path, made in combined.items()})
     return report
+
+
+def minimums_error(action: str, path: str) -> UnsupportedError:
+    """The error where `action` needs A and B, and the layer at `path` has an exact LoRA on a K-quant."""
+    return UnsupportedError(
+        f"{action}: {path}: the exact LoRA of a K-quant is no product of two matrices",
+        hint=worded(flags="merge one after the other", python="use_adapter(model, {'a': 0.5, 'b': 0.5}) adds them up"),
+    )
+
+
+def _factors(path: str, lora: Lora) -> Factors:
+    if (pair := lora.factors()) is None:
+        raise minimums_error("combine", path)
+    return Factors(*(each.detach().cpu() for each in pair), lora.config.scaling)
 
 
 def combine_layers(

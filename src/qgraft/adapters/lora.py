@@ -55,6 +55,7 @@ class LoraConfig:
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         target_modules: "all-linear", a regular expression, or names of linear layers.
         layers_to_transform: numbers of the decoder's layers that have it; None for all.
+        exact: change the base's minimums only, so that a merge loses nothing but their rounding (exact.py).
     """
 
     r: int = 8
@@ -63,6 +64,7 @@ class LoraConfig:
     use_rslora: bool = False
     target_modules: str | tuple[str, ...] = "all-linear"
     layers_to_transform: tuple[int, ...] | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(
@@ -103,6 +105,14 @@ class Lora(Part):
         else:
             self.lora_A.data.copy_(values[0])
             self.lora_B.data.copy_(values[1])
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] for the kernels; None for a part that is no product of two, which `added` computes."""
+        return self.lora_A, self.lora_B
+
+    def added(self, x_SI: Tensor, segment: "LayerSegment") -> Tensor:
+        """What a part without factors adds for these inputs, [tokens, out] in the dtype of x."""
+        raise NotImplementedError
 
     def delta(self) -> Tensor:
         """What the adapter adds to the weight: scaling · B·A, [out, in]."""
@@ -243,23 +253,43 @@ class LoraLinear(LoraLayer):
 
     def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
         """x [..., in] -> [..., out] with each of these adapters on its own tokens."""
-        if not served:
-            return self.base(x)
+        found = [(lora, lora.factors(), segment) for lora, segment in served]
+        products = [(pair, segment) for _, pair, segment in found if pair is not None]
+        y = self._with_products(x, products) if products else self.base(x)
+        for lora, pair, segment in found:
+            if pair is None:
+                y = self._with_part(y, x, lora, segment)
+        return y
+
+    def _with_products(self, x: Tensor, products: "Sequence[tuple[tuple[Tensor, Tensor], LayerSegment]]") -> Tensor:
         again = recompute_of(x)
-        weights = [weight for lora, _ in served for weight in (lora.lora_A, lora.lora_B)]
-        segments = [segment for _, segment in served]
+        weights, segments = [weight for pair, _ in products for weight in pair], [segment for _, segment in products]
         return LoraFunction.apply(
             to_autocast(x), self.base, segments, again, *weights, *(again.tensors if again else ())
         )
+
+    def _with_part(self, y: Tensor, x: Tensor, lora: Lora, segment: "LayerSegment") -> Tensor:
+        """y with what a part without factors adds to the tokens of its segment."""
+        x_NI = to_autocast(x).reshape(-1, self.in_features)
+        added = lora.added(x_NI[segment.start : segment.stop], segment).to(y.dtype)
+        if len(added) == len(x_NI):
+            return y + added.view_as(y)
+        rows = torch.arange(segment.start, segment.stop, device=y.device)
+        return y.reshape(-1, self.out_features).index_add(0, rows, added).view_as(y)
 
     def _row_by_row(self, x: Tensor, rows: BatchRows | None) -> Tensor:
         return super()._row_by_row(to_autocast(x), rows)
 
     def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
-        dropped = drop_inputs(x.index_select(0, index), lora.config.lora_dropout, self.training)
-        h = dropped @ lora.lora_A.to(x.dtype).T
-        add = y.index_add if y.requires_grad else y.index_add_  # autograd forbids it in place
-        return add(0, index, h @ lora.lora_B.to(x.dtype).T, alpha=lora.config.scaling)
+        own, add = x.index_select(0, index), y.index_add if y.requires_grad else y.index_add_  # which autograd forbids
+        if (pair := lora.factors()) is None:
+            tokens = self.tokens_of(own)
+            segment = LayerSegment(0, tokens, lora.config.scaling, *self._dropout(lora))
+            added = lora.added(own.reshape(tokens, -1), segment)
+            return add(0, index, added.view(*own.shape[:-1], -1).to(y.dtype))
+        dropped = drop_inputs(own, lora.config.lora_dropout, self.training)
+        h = dropped @ pair[0].to(x.dtype).T
+        return add(0, index, h @ pair[1].to(x.dtype).T, alpha=lora.config.scaling)
 
     @property
     def weight(self) -> Tensor:

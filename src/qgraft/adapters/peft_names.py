@@ -4,6 +4,8 @@
     base_model.model.<module path>.lora_B.weight       [out, r]
     base_model.model.<module path>.lora_embedding_A    [r, vocabulary]     of an embedding
     base_model.model.<module path>.lora_embedding_B    [width, r]
+    base_model.model.<module path>.minimum_A           [r, groups]         of an exact LoRA on a K-quant (exact.py): no
+    base_model.model.<module path>.minimum_B           [out, r]            names of PEFT's, which cannot compute it
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
                                                        output layer; without `base_layer` where it was resized
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
 )
+_MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
 
 
@@ -28,11 +31,13 @@ class TensorName:
         path: of the layer.
         part: "A" or "B" of its LoRA; None for a copy of the base's weight.
         of_embedding: whether the LoRA is that of an embedding.
+        of_minimums: whether it is an exact one on a K-quant.
     """
 
     path: str
     part: str | None = None
     of_embedding: bool = False
+    of_minimums: bool = False
 
 
 def tensor_name(path: str, part: str, of_embedding: bool = False) -> str:
@@ -40,9 +45,14 @@ def tensor_name(path: str, part: str, of_embedding: bool = False) -> str:
     return f"base_model.model.{path}." + (f"lora_embedding_{part}" if of_embedding else f"lora_{part}.weight")
 
 
+def minimums_name(path: str, part: str) -> str:
+    """Our name of the A or B of an exact LoRA on the layer at this module path, which is in a K-quant."""
+    return f"base_model.model.{path}.minimum_{part}"
+
+
 def is_lora(name: str) -> bool:
     """Whether a tensor that is called so is, or means to be, of a LoRA."""
-    return _NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None or _MINIMUMS.fullmatch(name) is not None
 
 
 def parse_name(name: str) -> TensorName | None:
@@ -50,5 +60,7 @@ def parse_name(name: str) -> TensorName | None:
     if (lora := _NAME.fullmatch(name)) is not None:
         of_embedding = bool(lora["of"])
         return TensorName(lora["path"], lora["part"], of_embedding) if of_embedding != bool(lora["weight"]) else None
+    if (minimums := _MINIMUMS.fullmatch(name)) is not None:
+        return TensorName(minimums["path"], minimums["part"], of_minimums=True)
     copied = _COPY.fullmatch(name)
     return None if copied is None else TensorName(copied["path"])

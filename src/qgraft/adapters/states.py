@@ -12,13 +12,14 @@ from qgraft.given import described
 
 
 def lora_state_dict(model: nn.Module, name: str | None = None) -> dict[str, Tensor]:
-    """The weights of one LoRA under PEFT's names, sharing memory with the model.
+    """The weights of one LoRA under PEFT's names, sharing memory with the model (but for the A of an exact LoRA, a copy).
 
     Args:
         name: the adapter; may be left out when only one is attached.
 
     Returns `base_model.model.<module path>.lora_A.weight` [r, in] and `...lora_B.weight` [out, r], float32; of an
-    embedding `...lora_embedding_A` [r, vocabulary] and `...lora_embedding_B` [width, r].
+    embedding `...lora_embedding_A` [r, vocabulary] and `...lora_embedding_B` [width, r]; of an exact LoRA on a K-quant
+    `...minimum_A` [r, groups] and `...minimum_B` [out, r].
     Raises AdapterError when there is no adapter, or several and no name, or when it is a prefix.
     """
     adapter = find_adapter(model, name)
@@ -55,8 +56,7 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: st
         listed = "\n  ".join(sorted(map(str, problems))[:20] + ["..."] * (len(problems) > 20))
         raise AdapterError(f"these tensors do not fit the adapter {find_adapter(model, name).name!r}:\n  {listed}",
                            hint="attach_lora() with the options that it was trained with comes first")  # fmt: skip
-    for key, tensor in own.items():
-        tensor.copy_(state[key])
+    find_adapter(model, name).take(state)
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -181,8 +181,11 @@ def _peft(
     model: Any, source: Path, target: Path, name: str, options: argparse.Namespace, arguments: dict[str, Any]
 ) -> str:
     from qgraft.adapter_files.folder import save_adapter
+    from qgraft.adapter_files.lora import refuse_minimums
     from qgraft.adapter_files.seal import read_seal
+    from qgraft.adapters.base import find_adapter
 
+    refuse_minimums(find_adapter(model, name))
     details = read_seal(source) or {"exported_from": source.name, "arguments": arguments}
     dtype = options.dtype or "float32"
     with folder_locked(target):  # now that it is there if it was not

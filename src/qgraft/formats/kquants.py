@@ -27,7 +27,8 @@ Source: ggml-common.h and `dequantize_row_q*_K` in ggml-quants.c of llama.cpp, `
 Exactness: bit for bit equal to `gguf.quants` in float32 (NaN stays NaN without its payload). How q4_k, q5_k and q6_k are
 written is in kquants_fit.py.
 
-Not chosen: writing q2_k and q3_k, each of which has a search of its own.
+Not chosen: quantizing to q2_k and q3_k, each of which has a search of its own. The blocks of q2_k are written again where
+only their minimums changed (an exact merge).
 """
 
 import torch
@@ -41,6 +42,12 @@ from qgraft.formats.blocks import Bits, Layout, SubIntegers, read_fields
 def _read_nibbles(raw_N16: Tensor) -> tuple[Tensor, Tensor]:
     """q2_k: 16 bytes -> 16 scales and 16 minimums of 4 bits."""
     return (raw_N16 & 15).view(torch.int8), (raw_N16 >> 4).view(torch.int8)
+
+
+def _write_nibbles(scales_N16: Tensor, minimums_N16: Tensor | None) -> Tensor:
+    """The inverse of `_read_nibbles`."""
+    assert minimums_N16 is not None
+    return scales_N16.view(torch.uint8) | (minimums_N16.view(torch.uint8) << 4)
 
 
 def _read_split(raw_N12: Tensor) -> tuple[Tensor, None]:
@@ -77,7 +84,7 @@ def _write_bytes(scales_N16: Tensor, _: Tensor | None) -> Tensor:
     return scales_N16.view(torch.uint8)
 
 
-_NIBBLES = SubIntegers(0, 16, count=16, low=0, high=15, read=_read_nibbles)
+_NIBBLES = SubIntegers(0, 16, count=16, low=0, high=15, read=_read_nibbles, write=_write_nibbles)
 _SPLIT = SubIntegers(96, 108, count=16, low=-32, high=31, read=_read_split)
 _PAIRS = SubIntegers(4, 16, count=8, low=0, high=63, read=_read_pairs, write=_write_pairs)
 _BYTES = SubIntegers(192, 208, count=16, low=-128, high=127, read=_read_bytes, write=_write_bytes)

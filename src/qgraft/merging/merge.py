@@ -1,6 +1,7 @@
 """merge() and unmerge(): an adapter's delta into the packed weights of its base, and the original bytes back.
 
     rows       that fit, that judge, that measure (calibration.py)
+    exact      layers whose deltas only change minimums, in closed form (exact.py); they need no rows, and no more is done
     measure    base and base + adapter on the rows that measure (measure.py)
     solve      every layer in the order of the forward pass (lockstep.py, layer.py)
     measure    the merged model; where it has not kept enough, distill.py trains the real numbers; measure again
@@ -38,6 +39,7 @@ from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
+from qgraft.merging.exact import merge_exactly
 from qgraft.merging.distill import distill_if_better
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
@@ -87,9 +89,9 @@ def merge(
     Args:
         tokenizer: None for the one that was loaded with the model.
         calibration: rows of the adapter's task, or what read_dataset takes; None for the training set that the adapter
-            remembers. A few thousand tokens are used. Methods nearest and grid need none.
+            remembers. A few thousand tokens are used. Methods nearest and grid, and exact LoRAs, need none.
         eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
-        method: auto; or a part of it: scales, codes, feedback (GPTQ's order); or nearest (requantize), grid (requantize
+        method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes, feedback (GPTQ's order); or nearest (requantize), grid (requantize
             on the base's own scales).
         to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
         min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
@@ -105,42 +107,59 @@ def merge(
     check_method(method)
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
-    layers, weights = _layers_to_merge(model, to)
+    layers, weights = _layers_to_merge(model, to, method)
+    exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     trained = [find_adapter(model, name).trained for name in weights]
-    chosen = find_rows(model, tokenizer, calibration, eval_dataset, trained, reading, seed)
-    if chosen is None and method in CHAINS:
+    find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed)
+    chosen, unmeasured = _rows_to_measure(find, calibration or eval_dataset) if len(exact) == len(layers) else (find(), ())
+    if chosen is None and method in CHAINS and len(exact) < len(layers):
         raise DataError(
             f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
             hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
             "none and keeps little",
         )
-    deltas = {path: partial(_delta, layer, weights) for path, layer in layers.items()}
+    solved = {path: layer for path, layer in layers.items() if path not in exact}
+    deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
         measurement = None if chosen is None else Measurement(model, layers, chosen)
-        packed, reports = _solve(model, layers, deltas, chosen, method, bar)
+        done, reports = _solve(model, solved, deltas, chosen, method, bar)
+        packed = {path: merged for path, (merged, _) in exact.items()} | done
         if chosen is not None and measurement is not None:
             kept = measurement.kept(packed)
-            if method == "auto" and kept.retained_gain is not None and kept.retained_gain < TARGET:
-                packed, steps = distill_if_better(model, layers, packed, chosen, _shown(bar, "distilling"))
+            if method == "auto" and solved and kept.retained_gain is not None and kept.retained_gain < TARGET:
+                done, steps = distill_if_better(model, solved, done, chosen, _shown(bar, "distilling"))
+                packed = packed | done
                 kept = measurement.kept(packed) if steps else kept
     report = MergeReport(
         adapters=weights,
         method=method,
-        layers=reports,
+        layers=[*(report for _, report in exact.values()), *reports],
         kept=kept,
-        calibration_rows=0 if chosen is None else len(chosen.fit) + len(chosen.judge),
-        calibration_tokens=0 if chosen is None else chosen.tokens(),
+        calibration_rows=0 if chosen is None or not solved else len(chosen.fit) + len(chosen.judge),
+        calibration_tokens=0 if chosen is None or not solved else chosen.tokens(),
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(() if chosen is None else chosen.notes), *_misfits(layers, to)),
+        notes=(*(() if chosen is None else chosen.notes), *unmeasured, *_misfits(layers, to)),
     )
     _check_kept(report, min_retained)
     _replace(model, packed, weights)
     return report
+
+
+def _rows_to_measure(
+    find: Callable[[], Calibration | None], given: Dataset | None
+) -> tuple[Calibration | None, tuple[str, ...]]:
+    """(rows, notes) where nothing is solved for, so that no rows are needed: only those that are given have to be there."""
+    try:
+        return find(), ()
+    except (DataError, OptionError) as error:
+        if given is not None:
+            raise
+        return None, (f"what was kept is not measured: {error.message}",)
 
 
 def _check_kept(report: MergeReport, least: float) -> None:
@@ -170,6 +189,8 @@ def _solve(
     bar: Display,
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
+    if not layers:
+        return {}, []
     if chosen is None or method not in CHAINS:
         pairs = [merge_nearest(path, layer.packed, deltas[path](), method) for path, layer in layers.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
@@ -251,7 +272,7 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
 
-def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, LoraLinear], dict[str, float]]:
+def _layers_to_merge(model: PreTrainedModel, to: str | None, method: str) -> tuple[dict[str, LoraLinear], dict[str, float]]:
     """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
     weights = active_adapters(model)
     if not weights:
@@ -276,7 +297,7 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None) -> tuple[dict[str, 
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
         elif not layer.is_packed:
             problems.append(f"{path} holds no packed weight")
-        elif to is None and not is_writable(layer.packed):
+        elif to is None and not (is_writable(layer.packed) or (method == "auto" and merge_exactly({path: layer}, weights))):
             problems.append(f"{path} is {layer.packed.format}, which qgraft does not write")
     if problems:
         shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))

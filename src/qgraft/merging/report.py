@@ -19,7 +19,7 @@ from qgraft.merging.layer import LayerReport
 
 STEP_WORDS = {  # of layer.CHAINS, for a narrow table
     "fit_reals": "scales", "descend_codes": "codes", "descend_integers": "sub-scales", "feed_errors": "feedback",
-    "nearest": "nearest", "nearest_codes": "grid",
+    "nearest": "nearest", "nearest_codes": "grid", "exact": "exact",
 }  # fmt: skip
 
 

@@ -175,11 +175,20 @@ class Network:
         for name, weight in self.weights.items():
             lora = self._child(layer.loras, name)
             if lora is not None:
-                A, B = (self._tensor(lora._parameters, part) for part in ("lora_A", "lora_B"))
-                scaling = cast(Lora, lora).config.scaling * weight
+                A, B = self._factors(lora, name)
+                scaling = lora.config.scaling * weight
                 self._rank = max(self._rank, len(A))
                 loras.append(decode.lora(A, B, scaling, self.held))
         return loras
+
+    def _factors(self, lora: Lora, name: str) -> tuple[Tensor, Tensor]:
+        """A and B; the network does not hold any more when what they are made of changes."""
+        A, B = (self._tensor(lora._parameters, part) for part in ("lora_A", "lora_B"))
+        if (pair := lora.factors()) is None:
+            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which C does not add")
+        if pair[0] is not A:  # made of it, so that it does not follow when A is written to
+            self._tensors.append((lora._parameters.get, "lora_A", A, lambda: A._version, A._version))
+        return pair[0].detach(), B
 
     def _norm(self, parent: nn.Module, name: str) -> int | None:
         norm = self._child(parent, name)

@@ -74,6 +74,7 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         "lora_alpha": args.lora_alpha,
         "lora_dropout": args.lora_dropout,
         "use_rslora": args.use_rslora,
+        "exact": args.exact,
     }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     configs = [vars(config) for config in adapter.configs.values()]
@@ -113,9 +114,7 @@ def take_trained(model: PreTrainedModel, folder: Path, name: str) -> None:
             f"than the {len(current)} of this run",
             hint="resume with the same options of the adapter, or start anew with another output_dir",
         )
-    with torch.no_grad():
-        for key, tensor in saved.items():
-            current[key].copy_(tensor)
+    find_adapter(model, name).take(saved)
 
 
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
@@ -137,5 +136,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         return
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
-        arguments.use_rslora, name, arguments.layers_to_transform,
+        arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact,
     )  # fmt: skip

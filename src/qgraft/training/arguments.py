@@ -61,6 +61,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
+    exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
     prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")
@@ -206,6 +207,8 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
         if self.quantization_bit is not None and self.quantize is not None:
             problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
+        if self.exact and self.finetuning_type == "p_tuning":
+            problems.append("exact: a prefix changes no weight; it is an option of a LoRA")
         if self.cache_frozen_layers and self.finetuning_type == "p_tuning":
             problems.append("cache_frozen_layers: a prefix is in every layer, so none is frozen")
         if self.cache_frozen_layers and self.fp16:
