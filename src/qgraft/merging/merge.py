@@ -36,7 +36,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
+from qgraft.errors import AdapterError, DataError, MergeError, OptionError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
@@ -113,7 +113,7 @@ def merge(
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     trained = [find_adapter(model, name).trained for name in weights]
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed)
-    chosen, unmeasured = _rows_to_measure(find, calibration or eval_dataset) if len(exact) == len(layers) else (find(), ())
+    chosen, unmeasured = (find(), ()) if len(exact) < len(layers) else _rows_to_measure(find, calibration, eval_dataset)
     if chosen is None and method in CHAINS and len(exact) < len(layers):
         raise DataError(
             f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
@@ -143,7 +143,7 @@ def merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(() if chosen is None else chosen.notes), *unmeasured, *_misfits(layers, to)),
+        notes=(*(chosen.notes if chosen is not None and solved else ()), *unmeasured, *_misfits(layers, to)),
     )
     _check_kept(report, min_retained)
     _replace(model, packed, weights)
@@ -151,13 +151,13 @@ def merge(
 
 
 def _rows_to_measure(
-    find: Callable[[], Calibration | None], given: Dataset | None
+    find: Callable[[], Calibration | None], *given: Dataset | None
 ) -> tuple[Calibration | None, tuple[str, ...]]:
     """(rows, notes) where nothing is solved for, so that no rows are needed: only those that are given have to be there."""
     try:
         return find(), ()
     except (DataError, OptionError) as error:
-        if given is not None:
+        if any(each is not None for each in given):
             raise
         return None, (f"what was kept is not measured: {error.message}",)
 
