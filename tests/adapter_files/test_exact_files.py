@@ -47,8 +47,12 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("format", KIND)
-@pytest.mark.parametrize("options", [{}, {"target_modules": r".*\.1\..*(up|q)_proj", "use_rslora": True}], ids=["all", "some"])
-def test_it_comes_back_bit_for_bit(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, format: str, options: Any) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"target_modules": r".*\.1\..*(up|q)_proj", "use_rslora": True}], ids=["all", "some"]
+)
+def test_it_comes_back_bit_for_bit(
+    tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, format: str, options: Any
+) -> None:
     tiny = tiny_in(tiny_gguf, format)
     model = made(tiny, **options)
     qgraft.save_adapter(model, tmp_path / "a")
@@ -88,11 +92,23 @@ def test_what_others_cannot_compute_they_are_not_given(tiny_gguf: Maker, tmp_pat
     assert all(".minimum_" in name for name in load_file(folder / "adapter_model.safetensors"))
     with pytest.raises((KeyError, ValueError), match="QGRAFT_MINIMUMS"):
         peft.PeftModel.from_pretrained(torch.nn.Linear(2, 2), folder)
-    with pytest.raises(AdapterError, match=r"an exact LoRA on a K-quant, which llama.cpp cannot compute[\s\S]*hint: merge it"):
+    with pytest.raises(
+        AdapterError, match=r"an exact LoRA on a K-quant, which llama.cpp cannot compute[\s\S]*hint: merge it"
+    ):
         export_gguf_lora(model, tmp_path / "a.gguf")
     with pytest.raises(UnsupportedError, match=r"combine: .*exact LoRA of a K-quant"):
         combine_files({folder: 1.0}, tmp_path / "b")
-    words = ["export", "--model", str(tiny.path), "--adapter", str(folder), "--to", "peft", "--output", str(tmp_path / "p")]
+    words = [
+        "export",
+        "--model",
+        str(tiny.path),
+        "--adapter",
+        str(folder),
+        "--to",
+        "peft",
+        "--output",
+        str(tmp_path / "p"),
+    ]
     assert main(words) != 0
     assert "is none of PEFT's" in capsys.readouterr().err
     assert not (tmp_path / "p" / "adapter_config.json").exists()
@@ -109,7 +125,9 @@ def test_layers_that_cannot_have_it_are_listed(tiny_gguf: Maker, tmp_path: Path)
     qgraft.save_adapter(made(blocks), tmp_path / "blocks")
     qgraft.save_adapter(made(k_quants), tmp_path / "k")
     model = qgraft.load(other.path)[0]
-    with pytest.raises(AdapterError, match=r"another base[\s\S]*q_proj: an exact LoRA, and the layer has no such minimums"):
+    with pytest.raises(
+        AdapterError, match=r"another base[\s\S]*q_proj: an exact LoRA, and the layer has no such minimums"
+    ):
         qgraft.load_adapter(model, tmp_path / "blocks")
     report = qgraft.load_adapter(model, tmp_path / "blocks", force=True)
     assert any("it would be an ordinary one" in note for note in report.notes)

@@ -85,7 +85,7 @@ def test_every_scale_survives(name: str) -> None:
         assert torch.equal(bits(again.m), bits(grid.m))
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize("name", [name for name in PACKABLE if FORMATS[name].quantize is not None])
 def test_what_quantize_wrote_packs_to_the_same_bytes(name: str) -> None:
     packed = quantize(torch.randn(7, 512, generator=torch.Generator().manual_seed(1)), name)
     assert torch.equal(pack(unpack(packed), name).parts[0], packed.parts[0])
@@ -218,10 +218,9 @@ def test_float_formats_have_no_grid(name: str) -> None:
         pack(grid_of("q8_0", 1.0), name)
 
 
-@pytest.mark.parametrize("name", ["q2_k", "q3_k"])
-def test_read_only_formats_do_not_pack(name: str) -> None:
-    with pytest.raises(UnsupportedError, match=rf"^{name}: qgraft reads this format .*\nhint: write .*q4_k"):
-        pack(grid_of(name, 1.0), name)
+def test_read_only_formats_do_not_pack() -> None:
+    with pytest.raises(UnsupportedError, match=r"^q3_k: qgraft reads this format .*\nhint: write .*q4_k"):
+        pack(grid_of("q3_k", 1.0), "q3_k")
 
 
 def test_unknown_format() -> None:

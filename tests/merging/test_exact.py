@@ -26,7 +26,13 @@ from qgraft.merging import calibration
 from qgraft.merging.merge import merge, unmerge
 
 Maker = Callable[..., Any]
-FORMATS = {"q4_1": ([2, 4], 20), "q5_1": ([2, 4], 24), "q2_k": ([82, 84], 84), "q4_k": ([2, 4], 144), "q5_k": ([2, 4], 176)}
+FORMATS = {
+    "q4_1": ([2, 4], 20),
+    "q5_1": ([2, 4], 24),
+    "q2_k": ([82, 84], 84),
+    "q4_k": ([2, 4], 144),
+    "q5_k": ([2, 4], 176),
+}
 UP = "model.layers.0.mlp.up_proj"
 
 
@@ -101,7 +107,10 @@ def test_the_written_file_is_base_and_delta_but_for_the_rounding_of_minimums(
     assert torch.equal(logits_of(again, ids), logits_of(model, ids))
     for ours, theirs in ((adapted, exactly), (logits_of(model, ids), merged)):
         torch.testing.assert_close(ours.double(), logits_of(theirs, ids), rtol=1e-3, atol=2e-3)
-    apart, moved = logits_of(merged, ids) - logits_of(exactly, ids), logits_of(exactly, ids) - logits_of(tiny.model, ids)
+    apart, moved = (
+        logits_of(merged, ids) - logits_of(exactly, ids),
+        logits_of(exactly, ids) - logits_of(tiny.model, ids),
+    )
     assert float(apart.norm() / moved.norm()) < 0.03
     unmerge(model)
     assert torch.equal(logits_of(model, ids), adapted)
@@ -131,7 +140,9 @@ def test_what_is_exact_is_told_by_the_numbers(tiny_gguf: Maker, tmp_path: Path, 
     assert float((logits_of(fresh, ids) - adapted).abs().max()) < 0.2
 
 
-def test_a_layer_with_an_ordinary_lora_too_is_solved_for_as_ever(tiny_gguf: Maker, rows: Any, random_ids: Maker) -> None:
+def test_a_layer_with_an_ordinary_lora_too_is_solved_for_as_ever(
+    tiny_gguf: Maker, rows: Any, random_ids: Maker
+) -> None:
     """Exact layers in closed form, whatever happens to the others."""
     tiny = tiny_in(tiny_gguf, "q4_1")
     model = with_exact(qgraft.load(tiny.path)[0], target_modules="up_proj,q_proj")
@@ -209,4 +220,6 @@ def test_minimums_that_cannot_be_stored_are_refused_by_name(tiny_gguf: Maker) ->
     before = model.get_submodule(UP).packed
     with pytest.raises(UnsupportedError, match=r"merge: model.layers.0.mlp.up_proj: .*too large to store"):
         merge(model)
-    assert model.get_submodule(UP).packed is before or torch.equal(model.get_submodule(UP).packed.parts[0], before.parts[0])
+    assert model.get_submodule(UP).packed is before or torch.equal(
+        model.get_submodule(UP).packed.parts[0], before.parts[0]
+    )

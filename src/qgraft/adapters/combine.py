@@ -163,7 +163,9 @@ def combine(
     layers = {adapter: {path: _factors(path, lora) for path, lora in own.items()} for adapter, own in loras.items()}
     combined, report = combine_layers(layers, adapters, name, method, r, density, seed)
     inexact = {path for own in loras.values() for path, lora in own.items() if not lora.config.exact}
-    exact = combined.keys() - (inexact if method == "linear" else combined.keys())  # sums of A stay as A are, cuts do not
+    exact = combined.keys() - (
+        inexact if method == "linear" else combined.keys()
+    )  # sums of A stay as A are, cuts do not
     configs = {path: LoraConfig(made.rank, made.rank, exact=path in exact) for path, made in combined.items()}
     attach_layers(model, name, configs, {path: (made.A, made.B) for path, made in combined.items()})
     return report
@@ -180,7 +182,7 @@ def minimums_error(action: str, path: str) -> UnsupportedError:
 def _factors(path: str, lora: Lora) -> Factors:
     if (pair := lora.factors()) is None:
         raise minimums_error("combine", path)
-    return Factors(*(each.detach().cpu() for each in pair), lora.config.scaling)
+    return Factors(pair[0].detach().cpu(), pair[1].detach().cpu(), lora.config.scaling)
 
 
 def combine_layers(

@@ -135,9 +135,7 @@ class MinimumLora(Lora):
     integers: Tensor
     unit: Tensor
 
-    def __init__(
-        self, packed: PackedTensor, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None
-    ) -> None:
+    def __init__(self, packed: PackedTensor, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> None:
         out_features, in_features = packed.shape
         grid = unpack(packed)
         assert grid.m is not None
@@ -227,7 +225,7 @@ def blocks(A: Tensor, width: int) -> Tensor | None:
     if A.shape[1] % width:
         return None
     A_RGW = A.unflatten(1, (-1, width))
-    return A_RGW[:, :, 0] if bool((A_RGW == A_RGW[:, :, :1]).all()) else None
+    return A_RGW[:, :, 0] if bool((A_RGW[:, :, :1] == A_RGW).all()) else None
 
 
 def make_part(layer: LoraLayer, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> Lora:
@@ -270,7 +268,9 @@ def _other_layers(fitting: list[str], missing: list[str]) -> str:
     names = sorted({path.rpartition(".")[2] for path in fitting} - left_out)
     chosen = option("target_modules", ",".join(names)) if names else "target_modules with a regular expression of paths"
     mixed = left_out & {path.rpartition(".")[2] for path in fitting}
-    among = f" (of {', '.join(sorted(mixed))} some do: a regular expression of whole paths chooses them)" if mixed else ""
+    among = (
+        f" (of {', '.join(sorted(mixed))} some do: a regular expression of whole paths chooses them)" if mixed else ""
+    )
     return f"{formats}; {chosen} leaves out the layers that have none{among}"
 
 

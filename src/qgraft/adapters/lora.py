@@ -264,9 +264,8 @@ class LoraLinear(LoraLayer):
     def _with_products(self, x: Tensor, products: "Sequence[tuple[tuple[Tensor, Tensor], LayerSegment]]") -> Tensor:
         again = recompute_of(x)
         weights, segments = [weight for pair, _ in products for weight in pair], [segment for _, segment in products]
-        return LoraFunction.apply(
-            to_autocast(x), self.base, segments, again, *weights, *(again.tensors if again else ())
-        )
+        sources = again.tensors if again else ()
+        return LoraFunction.apply(to_autocast(x), self.base, segments, again, *weights, *sources)
 
     def _with_part(self, y: Tensor, x: Tensor, lora: Lora, segment: "LayerSegment") -> Tensor:
         """y with what a part without factors adds to the tokens of its segment."""
@@ -283,9 +282,8 @@ class LoraLinear(LoraLayer):
     def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
         own, add = x.index_select(0, index), y.index_add if y.requires_grad else y.index_add_  # which autograd forbids
         if (pair := lora.factors()) is None:
-            tokens = self.tokens_of(own)
-            segment = LayerSegment(0, tokens, lora.config.scaling, *self._dropout(lora))
-            added = lora.added(own.reshape(tokens, -1), segment)
+            segment = LayerSegment(0, self.tokens_of(own), lora.config.scaling, *self._dropout(lora))
+            added = lora.added(own.reshape(-1, self.in_features), segment)
             return add(0, index, added.view(*own.shape[:-1], -1).to(y.dtype))
         dropped = drop_inputs(own, lora.config.lora_dropout, self.training)
         h = dropped @ pair[0].to(x.dtype).T

@@ -1,9 +1,9 @@
 """Deltas that only change minimums, merged in closed form: m' = m + sum of weight * dm, rounded as the format stores it.
 
 Nothing is solved for, so no rows are needed. What is lost is the rounding of the new minimums: float16 in all formats that
-have them, relative 2^-11 a number at most. A layer is merged so where every active adapter on it is exact there, by what its
-numbers are and not by what a file says: a LoRA of PEFT's files whose A is the same in the columns of each group is exact, too,
-and so are sums of such. An exact LoRA on a K-quant has to have been made for the very integers that the layer now has.
+have them, relative 2^-11 a number at most. A layer is merged so where every active adapter on it is exact there, by what
+its numbers are and not by what a file says: a LoRA of PEFT's files whose A is the same in the columns of each group is
+exact, too, and so are sums of such. An exact LoRA on a K-quant has to be for the very integers that the layer has now.
 """
 
 from collections.abc import Mapping

@@ -39,8 +39,8 @@ from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, OptionError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
-from qgraft.merging.exact import merge_exactly
 from qgraft.merging.distill import distill_if_better
+from qgraft.merging.exact import merge_exactly
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
@@ -91,8 +91,8 @@ def merge(
         calibration: rows of the adapter's task, or what read_dataset takes; None for the training set that the adapter
             remembers. A few thousand tokens are used. Methods nearest and grid, and exact LoRAs, need none.
         eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
-        method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes, feedback (GPTQ's order); or nearest (requantize), grid (requantize
-            on the base's own scales).
+        method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes,
+            feedback (GPTQ's order); or nearest (requantize), grid (requantize on the base's own scales).
         to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
         min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
         seed: of the choice of rows.
@@ -131,7 +131,7 @@ def merge(
             kept = measurement.kept(packed)
             if method == "auto" and solved and kept.retained_gain is not None and kept.retained_gain < TARGET:
                 done, steps = distill_if_better(model, solved, done, chosen, _shown(bar, "distilling"))
-                packed = packed | done
+                packed = {**packed, **done}
                 kept = measurement.kept(packed) if steps else kept
     report = MergeReport(
         adapters=weights,
@@ -272,7 +272,9 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
 
-def _layers_to_merge(model: PreTrainedModel, to: str | None, method: str) -> tuple[dict[str, LoraLinear], dict[str, float]]:
+def _layers_to_merge(
+    model: PreTrainedModel, to: str | None, method: str
+) -> tuple[dict[str, LoraLinear], dict[str, float]]:
     """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
     weights = active_adapters(model)
     if not weights:
@@ -297,7 +299,9 @@ def _layers_to_merge(model: PreTrainedModel, to: str | None, method: str) -> tup
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
         elif not layer.is_packed:
             problems.append(f"{path} holds no packed weight")
-        elif to is None and not (is_writable(layer.packed) or (method == "auto" and merge_exactly({path: layer}, weights))):
+        elif to is None and not (
+            is_writable(layer.packed) or (method == "auto" and merge_exactly({path: layer}, weights))
+        ):
             problems.append(f"{path} is {layer.packed.format}, which qgraft does not write")
     if problems:
         shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))

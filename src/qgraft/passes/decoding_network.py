@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from itertools import repeat
 from operator import contains
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
