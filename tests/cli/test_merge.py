@@ -165,6 +165,46 @@ def test_an_adapter_that_remembers_no_rows(trained, tmp_path, capsys):
     assert max(len(line) for line in printed.splitlines()) <= 80
 
 
+def test_an_exact_adapter_needs_no_rows(tiny_gguf, tmp_path, capsys):
+    base, rows, out = tiny_gguf("llama", types=(Q.Q4_1,)).path, tmp_path / "rows.jsonl", tmp_path / "merged.gguf"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:6]))
+    words = ["train", "--model_name_or_path", base, "--dataset", rows, "--output_dir", tmp_path / "out", "--max_steps", "2",
+             "--use_cpu", "--save_strategy", "no", "--plot_loss", "false", "--exact"]  # fmt: skip
+    assert cli.main([str(word) for word in words]) == 0
+    rows.unlink()
+    capsys.readouterr()
+    assert merge("--model", base, "--adapter", tmp_path / "out", "--output", out) == 0
+    shown = capsys.readouterr().out
+    assert "exact" in shown
+    assert "what was kept is not measured: " in shown
+    assert "retained gain: not measured" in shown
+    report = json.loads((tmp_path / "merged.merge.json").read_text())
+    assert {tuple(layer["steps"]) for layer in report["layers"]} == {("exact",)}
+    assert formats(out) == formats(base)
+
+
+def test_exact_names_the_layers_that_cannot_and_the_option_that_leaves_them_out(tiny_gguf, tmp_path, capsys):
+    base, rows = tiny_gguf("llama", types=TYPES).path, tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:6]))
+    words = [
+        "train",
+        "--model_name_or_path",
+        base,
+        "--dataset",
+        rows,
+        "--output_dir",
+        tmp_path / "out",
+        "--use_cpu",
+        "--exact",
+    ]
+    assert cli.main([str(word) for word in words]) != 0
+    told = capsys.readouterr().err
+    assert "target layers hold no minimums" in told
+    assert "_proj: q4_0" in told
+    assert "--target_modules" in told or "target_modules with a regular expression" in told
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
 def test_another_format_is_stated_as_growing_the_file(trained, tmp_path, capsys):
     base, adapter, _ = trained
     output = tmp_path / "merged.gguf"

@@ -124,8 +124,8 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     if adapter.is_prefix:
         return {"kind": adapter.kind, **configs[0]}
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
-    if not common["exact"]:
-        del common["exact"]  # as the checkpoints of earlier releases have it, which are compared with this
+    if not common.get("exact"):
+        common.pop("exact", None)  # as the checkpoints of earlier releases have it, which are compared with this
     return {"kind": adapter.kind, "layers": len(configs), **common}
 
 
