@@ -8,11 +8,12 @@ exact, too, and so are sums of such. An exact LoRA on a K-quant has to be for th
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from qgraft.adapters.exact import BlockLora, MinimumLora, blocks, minimums_of
+from qgraft.adapters.exact import BlockLora, MinimumLora, Minimums, blocks, minimums_of
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.errors import UnsupportedError
 from qgraft.formats import Grid, PackedTensor, pack, unpack
@@ -33,38 +34,38 @@ def merge_exactly(
     """
     merged = {}
     for path, layer in layers.items():
-        if not layer.is_packed or minimums_of(layer.packed.format) is None:
-            continue
+        place = minimums_of(layer.packed.format) if layer.is_packed else None
+        loras = [(cast(Lora, layer.loras[name]), weight) for name, weight in weights.items() if name in layer.loras]
+        if place is None or not all(_changes_minimums(lora, place) for lora, _ in loras):
+            continue  # before anything is unpacked
         grid = unpack(layer.packed)
-        if (change := _change(grid, layer, weights)) is not None:
+        if all(_has_integers(lora, grid) for lora, _ in loras):
+            change = sum(
+                (weight * _change(lora, place) for lora, weight in loras), start=torch.zeros((), dtype=torch.float64)
+            )
             merged[path] = _merged(path, layer.packed, grid, change)
     return merged
 
 
-def _change(grid: Grid, layer: LoraLinear, weights: Mapping[str, float]) -> Tensor | None:
-    """What the active adapters change the minimums by, [out, groups] float64; None where one does more than that."""
-    assert grid.m is not None
-    total = torch.zeros_like(grid.m, dtype=torch.float64)
-    for name, weight in weights.items():
-        if name not in layer.loras:
-            continue
-        lora = layer.loras[name]
-        assert isinstance(lora, Lora)
-        if (change := _change_of(grid, lora)) is None:
-            return None
-        total += weight * change
-    return total
-
-
-def _change_of(grid: Grid, lora: Lora) -> Tensor | None:
-    if grid.sub_minimums is not None:
-        fits = isinstance(lora, MinimumLora) and torch.equal(lora.integers, grid.sub_minimums)
-        return lora.change() if fits and isinstance(lora, MinimumLora) else None
-    if isinstance(lora, BlockLora):
-        return lora.change()
+def _changes_minimums(lora: Lora, place: Minimums) -> bool:
+    if place.subs > 1:
+        return isinstance(lora, MinimumLora)
     pair = lora.factors()
-    A = None if pair is None else blocks(pair[0], grid.codes.shape[1] // grid.d.shape[1])
-    return None if A is None or pair is None else (pair[1].double() @ A.double()) * lora.config.scaling
+    return pair is not None and blocks(pair[0], place.width) is not None
+
+
+def _has_integers(lora: Lora, grid: Grid) -> bool:
+    """Whether the integers that the minimums are multiplied by are those that the adapter was made for."""
+    return grid.sub_minimums is None or (
+        isinstance(lora, MinimumLora) and torch.equal(lora.integers, grid.sub_minimums)
+    )
+
+
+def _change(lora: Lora, place: Minimums) -> Tensor:
+    """What the adapter changes the minimums by, [out, groups] float64."""
+    if isinstance(lora, BlockLora | MinimumLora):
+        return lora.change()
+    return (lora.lora_B.double() @ lora.lora_A[:, :: place.width].double()) * lora.config.scaling
 
 
 def _merged(path: str, packed: PackedTensor, grid: Grid, change: Tensor) -> tuple[PackedTensor, LayerReport]:
