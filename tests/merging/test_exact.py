@@ -20,7 +20,7 @@ from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.targets import lora_layers
-from qgraft.errors import DataError, UnsupportedError
+from qgraft.errors import DataError, OptionError, UnsupportedError
 from qgraft.formats import dequantize, pack, unpack
 from qgraft.merging import calibration
 from qgraft.merging.merge import merge, unmerge
@@ -213,6 +213,11 @@ def test_rows_are_only_measured_on_and_their_absence_is_said(tiny_gguf: Maker, r
     report = merge(model)
     assert report.kept is None
     assert any("what was kept is not measured: " in note for note in report.notes)
+    unmerge(model)
+    with pytest.raises(OptionError, match="unknown option 'rows'"):
+        merge(model, rows=3)
+    model.qgraft.tokenizer = None
+    assert merge(model).notes == ("what was kept is not measured: the model came without a tokenizer",)
 
 
 def test_minimums_that_cannot_be_stored_are_refused_by_name(tiny_gguf: Maker) -> None:

@@ -36,7 +36,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, DataError, MergeError, OptionError, UnsupportedError, option, worded
+from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.distill import distill_if_better
@@ -113,20 +113,21 @@ def merge(
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     trained = [find_adapter(model, name).trained for name in weights]
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed)
-    chosen, unmeasured = (find(), ()) if len(exact) < len(layers) else _rows_to_measure(find, calibration, eval_dataset)
-    if chosen is None and method in CHAINS and len(exact) < len(layers):
+    solved = {path: layer for path, layer in layers.items() if path not in exact}
+    speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
+    chosen, unmeasured = (find(), None) if solved else _rows_to_measure(find, speaks, *given)
+    if chosen is None and method in CHAINS and solved:
         raise DataError(
             f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
             hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
             "none and keeps little",
         )
-    solved = {path: layer for path, layer in layers.items() if path not in exact}
     deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
         measurement = None if chosen is None else Measurement(model, layers, chosen)
         done, reports = _solve(model, solved, deltas, chosen, method, bar)
-        packed = {path: merged for path, (merged, _) in exact.items()} | done
+        packed = {path: merged for path, (merged, _) in exact.items()} | dict(done)
         if chosen is not None and measurement is not None:
             kept = measurement.kept(packed)
             if method == "auto" and solved and kept.retained_gain is not None and kept.retained_gain < TARGET:
@@ -143,7 +144,11 @@ def merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(chosen.notes if chosen is not None and solved else ()), *unmeasured, *_misfits(layers, to)),
+        notes=(
+            *(chosen.notes if chosen is not None and solved else ()),
+            *filter(None, [unmeasured]),
+            *_misfits(layers, to),
+        ),
     )
     _check_kept(report, min_retained)
     _replace(model, packed, weights)
@@ -151,15 +156,18 @@ def merge(
 
 
 def _rows_to_measure(
-    find: Callable[[], Calibration | None], *given: Dataset | None
-) -> tuple[Calibration | None, tuple[str, ...]]:
-    """(rows, notes) where nothing is solved for, so that no rows are needed: only those that are given have to be there."""
+    find: Callable[[], Calibration | None], tokenizer: PreTrainedTokenizerBase | None, *given: Dataset | None
+) -> tuple[Calibration | None, str | None]:
+    """(rows, or why there are none) where nothing is solved for: only rows that are given have to be there."""
+    needed = any(each is not None for each in given)
+    if tokenizer is None and not needed:
+        return None, "what was kept is not measured: the model came without a tokenizer"
     try:
-        return find(), ()
-    except (DataError, OptionError) as error:
-        if any(each is not None for each in given):
+        return find(), None
+    except DataError as error:
+        if needed:
             raise
-        return None, (f"what was kept is not measured: {error.message}",)
+        return None, f"what was kept is not measured: {error.message}"
 
 
 def _check_kept(report: MergeReport, least: float) -> None:
