@@ -115,13 +115,7 @@ def merge(
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed)
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
-    chosen, unmeasured = (find(), None) if solved else _rows_to_measure(find, speaks, *given)
-    if chosen is None and method in CHAINS and solved:
-        raise DataError(
-            f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
-            hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
-            "none and keeps little",
-        )
+    chosen, unmeasured = (_rows_to_solve(find, method), None) if solved else _rows_to_measure(find, speaks, *given)
     deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
@@ -153,6 +147,18 @@ def merge(
     _check_kept(report, min_retained)
     _replace(model, packed, weights)
     return report
+
+
+def _rows_to_solve(find: Callable[[], Calibration | None], method: str) -> Calibration | None:
+    """The rows; DataError where the method needs some and there are none."""
+    chosen = find()
+    if chosen is None and method in CHAINS:
+        raise DataError(
+            f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
+            hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
+            "none and keeps little",
+        )
+    return chosen
 
 
 def _rows_to_measure(
