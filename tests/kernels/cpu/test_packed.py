@@ -67,6 +67,15 @@ def test_every_level_multiplies_few_rows_as_float64_does(cpu_level: str, batch: 
             assert bool(((got.double() - x.double() @ w_OI.T).abs() <= bound).all()), (format, rows, columns)
 
 
+def test_a_row_wider_than_is_taken_at_a_time_is_multiplied_whole(cpu_level: str, random_packed: MakePacked) -> None:
+    """As in decoding: one row of x, some thousand columns of which are put in the order of the codes."""
+    for format in ("q4_0", "q4_1", "q8_0"):
+        packed, x = random_packed(format, 6, 8224), torch.randn(1, 8224)
+        w_OI = format_dequantize(packed, torch.float64)
+        bound = 2e-6 * (x.double().abs() @ w_OI.abs().T) + 1e-30
+        assert bool(((native._product(x, packed).double() - x.double() @ w_OI.T).abs() <= bound).all()), format
+
+
 @pytest.mark.parametrize("batch", [96, 101, 250])
 def test_every_level_multiplies_many_rows_as_float64_does(
     cpu_level: str, batch: int, random_packed: MakePacked, threads: Callable[[int], None]

@@ -1,5 +1,7 @@
 /* y = x W^T for a few rows of x, in float32: packed weights go to registers and are multiplied there.
  *
+ * One row of x alone may have a way of its own (gemv_codes.h).
+ *
  * A tile is R rows of W by T rows of x. Its R * T sums stay in registers while it goes along the columns: 32 weights of
  * each of the R rows are unpacked (weights32) and multiplied with all T rows of x, so a packed byte is read once for
  * every T rows of x and a vector of x once for R rows of W. Tiles at an edge compute their last row again instead of
@@ -13,6 +15,7 @@
 
 #include "common.h"
 #include "formats.h"
+#include "gemv_codes.h"
 #include "level.h"
 #include "unpack.h"
 #include "unpack_vec.h"
@@ -99,6 +102,10 @@ TILES(gemv_tile_8)
 /* Rows of x go by in blocks that stay in the first-level cache while all rows of W pass. */
 static void gemv(const Product *p, const float *x) {
     enum { BLOCK = 16 };
+    if (multiplies_codes(p)) {
+        gemv_codes(p, x);
+        return;
+    }
     for (int64_t i = 0; i < p->m; i += BLOCK) {
         const int64_t n = p->m - i < BLOCK ? p->m - i : BLOCK;
         const int64_t step = n <= 1 ? ROWS_1 : n <= 2 ? ROWS_2 : n <= 4 ? ROWS_4 : ROWS_8;
