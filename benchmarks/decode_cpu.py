@@ -16,8 +16,9 @@ Greedy, batch 1, SmolLM2-135M, the same questions with the same ids for all, tor
     prefill    one token after a question of about 512 tokens
 
 Each contestant runs in a process of its own, warms up once and repeats each measurement three times; the best counts for
-the round, the median of the rounds for the table. Nobody is asked for a least number of tokens, which costs generate() two passes over
-the vocabulary for each: the answers do not end before, or nothing ends them. Written to benchmarks/results/decode_cpu.csv.
+the round, the median of the rounds for the table. Nobody is asked for a least number of tokens, which costs generate() two
+passes over the vocabulary for each: the answers do not end before, or nothing ends them. Written to
+benchmarks/results/decode_cpu.csv.
 """
 
 import argparse

@@ -22,7 +22,7 @@ EPSILON = 1e-5
 
 
 class Decoder:
-    """Random layers, half of them with biases, LoRAs of two ranks and norms of the heads."""
+    """Random layers, half of them with biases, LoRAs of two ranks (one fills vectors) and norms of the heads."""
 
     def __init__(self) -> None:
         self.held: decode.Held = []
@@ -32,7 +32,7 @@ class Decoder:
         self.layers = [self._layer(index) for index in range(LAYERS)]
         self.array = (abi.DecoderLayer * LAYERS)(*(self._structure(i, layer) for i, layer in enumerate(self.layers)))
         self.model = abi.Decoder(
-            LAYERS, HIDDEN, INNER, HEADS, GROUPS, CHANNELS, 7, CAPACITY, EPSILON, CHANNELS**-0.5,
+            LAYERS, HIDDEN, INNER, HEADS, GROUPS, CHANNELS, 16, CAPACITY, EPSILON, CHANNELS**-0.5,
             self.norm.data_ptr(), self.array,
         )  # fmt: skip
 
@@ -43,7 +43,7 @@ class Decoder:
             **packed,
             "bias": {name: torch.randn(rows) if extra else None for name, (rows, _) in SHAPES.items()},
             "loras": {
-                name: [(torch.randn(r, columns), torch.randn(rows, r), 0.1 * r) for r in (3, 7) if extra]
+                name: [(torch.randn(r, columns), torch.randn(rows, r), 0.1 * r) for r in (3, 16) if extra]
                 for name, (rows, columns) in SHAPES.items()
             },
             "norms": [torch.rand(n) + 0.5 for n in (HIDDEN, HIDDEN, *((CHANNELS, CHANNELS) if extra else ()))],

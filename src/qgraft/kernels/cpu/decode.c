@@ -99,9 +99,11 @@ static void project(const Thread *thread, const Linear *linear, const float *x, 
     if (linear->bias)
         for (int64_t r = first; r < last; r++) to[r] += linear->bias[r];
     for (const Lora *lora = linear->lora; lora < linear->lora + linear->loras; lora++) {
-        for (int64_t i = 0; i < lora->rank; i++)
-            h[i] = (float)lora->scaling * level->decoding->dot(lora->A + i * columns, x, columns);
-        for (int64_t r = first; r < last; r++) to[r] += level->decoding->dot(lora->B + r * lora->rank, h, lora->rank);
+        const Product down = {F32, (const uint8_t *)lora->A, NULL, row_bytes(F32, columns), lora->rank, columns, 0, lora->rank,
+                              1, h};
+        level->gemv(&down, x);
+        for (int64_t i = 0; i < lora->rank; i++) h[i] *= (float)lora->scaling;
+        level->decoding->add_rows(lora->B + first * lora->rank, h, last - first, lora->rank, to + first);
     }
     if (add)
         for (int64_t r = first; r < last; r++) y[r] += to[r];

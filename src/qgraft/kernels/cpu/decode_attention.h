@@ -1,5 +1,5 @@
 /* Attention of one query in one head, over the keys and values of the tokens before it: what a decoding step computes
- * beside products with packed weights and what pointwise.h has. All in float32.
+ * beside products with packed weights and what pointwise.h has; and what a LoRA adds there. All in float32.
  */
 
 #ifndef QGRAFT_DECODE_ATTENTION_H
@@ -9,6 +9,7 @@
 
 #include "common.h"
 #include "level.h"
+#include "vec.h"
 #include "vector_math.h"
 
 /* Four rows of K or V at once: q, or the sums, then pass through the registers a quarter as often. */
@@ -51,6 +52,20 @@ static void decode_attention(const float *q, const float *keys, const float *val
     for (int64_t j = 0; j < channels; j++) out[j] /= sum;
 }
 
-static const Decoding decoding = {dot, decode_attention};
+/* y[r] += rows[r] h for n rows [n, rank]: what the B of a LoRA adds. A call for each row would take longer than its sum. */
+static void add_rows(const float *rows, const float *h, int64_t n, int64_t rank, float *y) {
+    int64_t r = 0;
+#if defined(__AVX2__)
+    for (; rank % LANES == 0 && r + 4 <= n; r += 4) {
+        vfloat sums[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+        for (int64_t i = 0; i < rank; i += LANES)
+            for (int k = 0; k < 4; k++) sums[k] = v_fma(v_load(rows + (r + k) * rank + i), v_load(h + i), sums[k]);
+        _mm_storeu_ps(y + r, _mm_add_ps(_mm_loadu_ps(y + r), v_sum4(sums[0], sums[1], sums[2], sums[3])));
+    }
+#endif
+    for (; r < n; r++) y[r] += dot(rows + r * rank, h, rank);
+}
+
+static const Decoding decoding = {add_rows, decode_attention};
 
 #endif

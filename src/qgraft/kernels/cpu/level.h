@@ -68,7 +68,7 @@ typedef struct {
 
 /* What decoding computes for one query and one row (decode_attention.h, vector_math.h). */
 typedef struct {
-    float (*dot)(const float *a, const float *b, int64_t n);
+    void (*add_rows)(const float *rows, const float *h, int64_t n, int64_t rank, float *y);
     void (*attention)(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
                       const float *newest_value, int64_t channels, float scale, float *scores, float *out);
 } Decoding;

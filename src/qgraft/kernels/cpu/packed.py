@@ -3,8 +3,8 @@
 Forward and backward read the same packed bytes; nothing is repacked or transposed.
 
     C loops    few rows of x (decoding): weights go from the packed row to registers, since memory traffic is the limit.
-               Many: panels of 8 192 weights (AVX2: 4 096) are unpacked into the first-level cache and multiplied there (gemm.h),
-               in float32 on CPUs with AVX2, in bfloat16 where they have AVX512-BF16.
+               Many: panels of 8 192 weights (AVX2: 4 096) are unpacked into the first-level cache and multiplied there
+               (gemm.h), in float32 on CPUs with AVX2, in bfloat16 where they have AVX512-BF16.
     panels     for x in half precision, for bfloat16 products with AMX, which oneDNN multiplies in, and for float32
                on CPUs without AVX2: a few hundred packed rows are unpacked into a scratch buffer that stays in the
                second-level cache, and torch multiplies it.
