@@ -6,8 +6,8 @@ integers and scales for which the layer's *output* is the wanted one,
 
     minimize  E(V) = |X V^T - Y|^2 / T  =  tr(V H V^T) - 2 tr(V P^T) + const      H = X^T X / T,  P = Y^T X / T
 
-with X [T, in] the inputs of the layer on T calibration tokens and Y [T, out] the outputs it should have. Everything
-here needs only H, P and the gradient R = V H - P. A row of the weight is a problem of its own; all rows share H.
+with X [T, in] the inputs of the layer on T calibration tokens and Y [T, out] the outputs it should have (problem.py).
+Everything here needs only H and the gradient R = V H - P. A row of the weight is a problem of its own; all rows share H.
 
     nearest_codes       no metric: the nearest codes of the base's own grid. The honest baseline: it changes nothing.
     fit_reals           codes stay; the real numbers of each row (scales, minimums) in closed form
@@ -35,12 +35,13 @@ descent. Not chosen: requantizing W + delta with fresh scales, which adds new ro
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from qgraft.formats.grid import Grid, stored_reals
+from qgraft.merging.problem import Problem, Residual, TokenProblem
 
 RIDGE = 1e-3  # times the diagonal of the normal equations, and of H where it is inverted
 SWEEPS = 2
@@ -48,41 +49,8 @@ BLOCK = 64  # columns whose updates are gathered before they reach the rest of R
 NORMAL_BYTES = 8 << 20  # of normal equations at a time; so many rows also stay in the cache
 
 
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """The least-squares problem of one layer.
-
-    Attributes:
-        H: float32 [in, in], second moments X^T X / T of the inputs.
-        P: float32 [out, in], moments Y^T X / T of the wanted outputs with the inputs.
-    """
-
-    H: Tensor
-    P: Tensor
-
-    @classmethod
-    def of_delta(cls, w_OI: Tensor, delta_OI: Tensor, H: Tensor) -> "Problem":
-        """The problem whose wanted outputs are those of W + delta on the very inputs that H was measured on."""
-        return cls(H, (w_OI + delta_OI) @ H)
-
-    def damped(self, target_OI: Tensor, share: float) -> "Problem":
-        """The same with inputs that also carry white noise, `share` of their mean energy, and the target's answer to it.
-
-        What calibration has not shown then costs something as well: without it descent trades whole steps of codes for
-        what happens to suit the calibration tokens. (SmolLM2, chatglm-int4: 97.1 % of the gain is kept and KL 0.070 on
-        unrelated text without it, 97.8 % and 0.047 with a share of 0.01.)
-        """
-        noise = share * self.H.diagonal().mean()
-        H = self.H.clone()
-        H.diagonal().add_(noise)
-        return Problem(H, self.P + noise * target_OI)
-
-    def gradient(self, w_OI: Tensor) -> Tensor:
-        """R = W H - P, half the gradient of E, [out, in]."""
-        return w_OI @ self.H - self.P
-
-
-Algorithm = Callable[[Grid, Problem], Grid]
+AnyProblem = Problem | TokenProblem
+Algorithm = Callable[[Grid, AnyProblem], Grid]
 
 
 def nearest_codes(grid: Grid, w_OI: Tensor) -> Grid:
@@ -98,11 +66,13 @@ def nearest_codes(grid: Grid, w_OI: Tensor) -> Grid:
 # ---------------------------------------------------------------- real numbers
 
 
-def fit_reals(grid: Grid, problem: Problem) -> Grid:
+def fit_reals(grid: Grid, problem: AnyProblem) -> Grid:
     """The scales and minimums that minimize E with the codes as they are, rounded as they are stored."""
     numbers = grid.d.shape[1] * (1 if grid.m is None else 2)
     rows = max(1, NORMAL_BYTES // (4 * numbers * numbers))
     gradient = problem.gradient(grid.weight())
+    if numbers == 1:
+        return replace(grid, d=_fit_scales(grid, problem, gradient)).rounded()
     parts = [
         _fit_rows(grid.rows(start, start + rows), problem.H, gradient[start : start + rows])
         for start in range(0, len(grid.codes), rows)
@@ -122,6 +92,14 @@ def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
     theta = (grid.d if grid.m is None else torch.cat([grid.d, grid.m], dim=1)) - step
     theta = _round_in_turn(theta, torch.cholesky_inverse(factor), grid)
     return replace(grid, d=theta[:, :groups], m=None if grid.m is None else theta[:, groups:])
+
+
+def _fit_scales(grid: Grid, problem: AnyProblem, gradient: Tensor) -> Tensor:
+    """The one scale of each row, [out, 1]: what _fit_rows gives, without H where the problem is kept by its tokens."""
+    (basis,) = _bases(grid)
+    curvature = problem.energies(basis)
+    curvature += (RIDGE + 1e-6) * curvature + 1e-30
+    return grid.d - ((gradient * basis).sum(1) / curvature)[:, None]
 
 
 def _bases(grid: Grid) -> list[Tensor]:
@@ -165,17 +143,16 @@ def _round_in_turn(theta: Tensor, covariance: Tensor, grid: Grid) -> Tensor:
 # ---------------------------------------------------------------- integers
 
 
-def descend_codes(grid: Grid, problem: Problem) -> Grid:
+def descend_codes(grid: Grid, problem: AnyProblem) -> Grid:
     """Coordinate descent on the codes from those of `grid`, its scales fixed. E never rises."""
-    H, width = problem.H, problem.H.shape[0]
-    R = problem.gradient(grid.weight())
+    residual, width = problem.residual(grid.weight()), grid.codes.shape[1]
     codes_IO, steps_IO = grid.codes.T.float().contiguous(), grid.spread(grid.steps()).T.contiguous()
     for _ in range(SWEEPS):
         for start in range(0, width, BLOCK):
             block = slice(start, min(start + BLOCK, width))
-            R_BO = R[:, block].T.clone(memory_format=torch.contiguous_format)
-            moved_BO = _descend_block(R_BO, codes_IO[block], steps_IO[block], H[block, block], grid)
-            R.addmm_(moved_BO.T, H[block])
+            R_BO = residual.at(block).T.contiguous()
+            moved_BO = _descend_block(R_BO, codes_IO[block], steps_IO[block], problem.curvature(block), grid)
+            residual.move(block, moved_BO.T)
     return replace(grid, codes=codes_IO.T.to(torch.int8).contiguous())
 
 
@@ -199,38 +176,48 @@ def _descend_block(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tenso
     return moved_BO
 
 
-def descend_integers(grid: Grid, problem: Problem) -> Grid:
+def descend_integers(grid: Grid, problem: AnyProblem) -> Grid:
     """Coordinate descent on the integers of groups: scales and minimums of sub-groups, zero points. E never rises."""
-    R, H = problem.gradient(grid.weight()), problem.H
+    residual = problem.residual(grid.weight())
     low, high = grid.sub_low, grid.sub_high
     if grid.sub_scales is not None:
         directions = grid.spread(grid.d) * grid.values()
-        grid = replace(grid, sub_scales=_descend_groups(R, grid.sub_scales, directions, H, grid, low, high))
+        grid = replace(
+            grid, sub_scales=_descend_groups(residual, grid.sub_scales, directions, problem, grid, low, high)
+        )
     if grid.sub_minimums is not None and grid.m is not None:
         directions = grid.spread(grid.m).contiguous()
-        grid = replace(grid, sub_minimums=_descend_groups(R, grid.sub_minimums, directions, H, grid, low, high))
+        grid = replace(
+            grid, sub_minimums=_descend_groups(residual, grid.sub_minimums, directions, problem, grid, low, high)
+        )
     if grid.zeros is not None:
         directions, low, high = -grid.spread(grid.d), grid.zero_low, grid.zero_high
-        grid = replace(grid, zeros=_descend_groups(R, grid.zeros, directions, H, grid, low, high))
+        grid = replace(grid, zeros=_descend_groups(residual, grid.zeros, directions, problem, grid, low, high))
     return grid
 
 
 def _descend_groups(
-    R: Tensor, integers_OS: Tensor, directions_OI: Tensor, H: Tensor, grid: Grid, low: int, high: int
+    residual: Residual,
+    integers_OS: Tensor,
+    directions_OI: Tensor,
+    problem: AnyProblem,
+    grid: Grid,
+    low: int,
+    high: int,
 ) -> Tensor:
-    """The integers moved within low..high, one group or sub-group after another; R follows in place."""
+    """The integers moved within low..high, one group or sub-group after another; the residual follows."""
     moved = integers_OS.float()
     for s in range(integers_OS.shape[1]):
         columns = grid.columns(s, integers_OS.shape[1])
         v_OW = directions_OI[:, columns]
-        slope, curvature = (R[:, columns] * v_OW).sum(1), ((v_OW @ H[columns][:, columns]) * v_OW).sum(1)
+        slope, curvature = (residual.at(columns) * v_OW).sum(1), ((v_OW @ problem.curvature(columns)) * v_OW).sum(1)
         best = (moved[:, s] - (slope * _inverse(curvature)).round_()).clamp_(low, high)
-        R.addmm_((best - moved[:, s])[:, None] * v_OW, H[columns])
+        residual.move(columns, (best - moved[:, s])[:, None] * v_OW)
         moved[:, s] = best
     return moved.to(integers_OS.dtype)
 
 
-def feed_errors(grid: Grid, problem: Problem) -> Grid:
+def feed_errors(grid: Grid, problem: AnyProblem) -> Grid:
     """The codes of the weight that solves the problem (with a ridge toward the base), rounded in GPTQ's order."""
     damped = problem.H + RIDGE * torch.diag(problem.H.diagonal().mean().expand(len(problem.H)))
     covariance = torch.cholesky_inverse(torch.linalg.cholesky(damped))

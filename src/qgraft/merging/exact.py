@@ -69,12 +69,21 @@ def _change(lora: Lora, place: Minimums) -> Tensor:
 
 
 def _merged(path: str, packed: PackedTensor, grid: Grid, change: Tensor) -> tuple[PackedTensor, LayerReport]:
-    assert grid.m is not None
     try:
-        merged = pack(replace(grid, m=(grid.m + change).float()), packed.format)
+        merged = _with_minimums(grid, packed.format, change)
     except UnsupportedError as error:
         raise UnsupportedError(f"merge: {path}: {error.message}", hint="a smaller weight of the adapter") from error
     integers = 1.0 if grid.sub_minimums is None else grid.sub_minimums.double()
     delta = change.repeat_interleave(grid.steps().shape[1] // change.shape[1], dim=1) * integers
     size, step = float(delta.square().mean().sqrt()), float(grid.steps().square().mean().sqrt())
     return merged, LayerReport(path, packed.format, size / max(step, 1e-30), 0.0, None, (STEP,))
+
+
+def with_minimums(packed: PackedTensor, change: Tensor) -> PackedTensor:
+    """The weight with `change` [out, groups] added to its stored minimums. Raises UnsupportedError for too large ones."""
+    return _with_minimums(unpack(packed), packed.format, change)
+
+
+def _with_minimums(grid: Grid, format: str, change: Tensor) -> PackedTensor:
+    assert grid.m is not None
+    return pack(replace(grid, m=(grid.m + change).float()), format)

@@ -142,6 +142,8 @@ def merge_layer(
         if error < CLEARLY * unmerged:
             best, least, kept = rounded, error, ["nearest"]
     for algorithm in CHAINS[method]:
+        if kept and kept[-1] == algorithm.__name__:
+            continue  # nothing has changed since it was done
         candidate = algorithm(best, problem)
         if candidate is best:
             continue  # the algorithm has nothing to do in this format

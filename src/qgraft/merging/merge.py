@@ -39,18 +39,16 @@ from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
-from qgraft.merging.distill import distill_if_better
 from qgraft.merging.exact import merge_exactly
+from qgraft.merging.finish import finish
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
-from qgraft.merging.report import MergeReport
+from qgraft.merging.report import Kept, MergeReport
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
-
-TARGET = 0.99  # of the gain; below it the real numbers are distilled
 
 
 @dataclass(frozen=True)
@@ -123,11 +121,12 @@ def merge(
         done, reports = _solve(model, solved, deltas, chosen, method, bar)
         packed = {path: merged for path, (merged, _) in exact.items()} | dict(done)
         if chosen is not None and measurement is not None:
-            kept = measurement.kept(packed)
-            if method == "auto" and solved and kept.retained_gain is not None and kept.retained_gain < TARGET:
-                done, steps = distill_if_better(model, solved, done, chosen, _shown(bar, "distilling"))
-                packed = {**packed, **done}
-                kept = measurement.kept(packed) if steps else kept
+            measured = partial(_kept_with, measurement, packed)
+            if method == "auto" and solved:
+                done, kept, steps = finish(model, solved, done, chosen, measured, _shown(bar, "distilling"))
+            else:
+                kept = measured(done)
+            packed = {**packed, **done}
     report = MergeReport(
         adapters=weights,
         method=method,
@@ -174,6 +173,11 @@ def _rows_to_measure(
         if needed:
             raise
         return None, f"what was kept is not measured: {error.message}"
+
+
+def _kept_with(measurement: Measurement, others: Packed, done: Packed) -> Kept:
+    """What is kept with these weights, and those of `others` in the other layers."""
+    return measurement.kept({**others, **done})
 
 
 def _check_kept(report: MergeReport, least: float) -> None:

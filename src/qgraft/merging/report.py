@@ -34,6 +34,7 @@ class Kept:
         adapter_kl: mean KL(base || adapter) on the same text: how far the adapter itself moves the model there.
         rows, labels: of the task.
         held_out: False where the rows were taken from the calibration set, so that the adapter may know them.
+        before: the retained gain on these rows before a last round that learned from them, too; None where there was none.
         same_token: the share of the answers' tokens before which merged and adapter's model find the same token likeliest.
     """
 
@@ -47,6 +48,7 @@ class Kept:
     labels: int
     held_out: bool
     same_token: float
+    before: float | None = None
 
     @property
     def retained_gain(self) -> float | None:
@@ -102,6 +104,10 @@ class MergeReport:
         self.print(Console(file=out, width=80))
         return out.getvalue().rstrip("\n")
 
+    def _before(self) -> str:
+        before = None if self.kept is None else self.kept.before
+        return "" if before is None else f" ({before:.1%} before these rows took part, in a last round)"
+
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON."""
         return {"retained_gain": self.retained_gain, "warning": self.warning, **asdict(self)}
@@ -125,6 +131,8 @@ class MergeReport:
             lines.append(f"calibrated on {self.calibration_rows} rows, {self.calibration_tokens} tokens")
         if (kept := self.kept) is not None:
             where = "held-out rows" if kept.held_out else "rows kept back from the calibration set"
+            if kept.before is not None:
+                where = "rows of the calibration set"
             losses = (kept.base, kept.adapter, kept.merged)
             perplexities = [f"{math.exp(min(loss, 700.0)):.4g}" for loss in losses]
             lines.append(
@@ -139,7 +147,7 @@ class MergeReport:
                 f"which itself is {kept.adapter_kl:.4f} from the base"
             )
         if (gain := self.retained_gain) is not None:
-            lines.append(f"retained gain: {gain:.1%}")
+            lines.append(f"retained gain: {gain:.1%}" + self._before())
         elif self.warning is not None:
             lines.append("retained gain: none to keep, the adapter makes the loss on these rows worse")
         elif kept is not None:

@@ -1,0 +1,71 @@
+"""When the layers of a merge are distilled together (distill.py), how often, and on what at last.
+
+    solved layer by layer -> measured -> wanting? -> a round of distilling -> measured -> wanting? -> ... -> all rows
+
+Wanting is a merge that keeps less of the adapter's gain than TARGET on rows that it has not seen, or that is further from
+the adapter's model on unrelated text than a tenth of what that itself is from the base. Rounds end where the rows that judge
+come no closer.
+
+Where there are no held-out rows, those that measured are rows that the adapter was trained on. They may hold what no other
+row says: the opening hours of a shop are not learned from its prices. So a merge that was wanting on them learns from
+them, too, in a last round; the report has both figures.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from qgraft.adapters.lora import LoraLinear
+from qgraft.merging.calibration import Calibration
+from qgraft.merging.distill import Distillation
+from qgraft.merging.measure import Packed
+from qgraft.merging.report import Kept
+
+TARGET = 0.993  # of the gain
+DRIFT = 0.1  # of the adapter's own
+ROUNDS = 3
+
+
+def finish(
+    model: PreTrainedModel,
+    layers: Mapping[str, LoraLinear],
+    packed: Packed,
+    rows: Calibration,
+    measured: Callable[[Packed], Kept],
+    progress: Callable[[int, int], None],
+) -> tuple[Packed, Kept, int]:
+    """(merged weights, what they keep, steps taken); the weights that are given where they keep enough.
+
+    Args:
+        model: with the adapter active.
+        layers: the wrapped layers that were solved.
+        packed: their merged weights.
+        measured: what is kept with these weights.
+        progress: called with (step, steps) of each round.
+    """
+    kept, taken = measured(packed), 0
+    if not wanting(kept):
+        return packed, kept, taken
+    distillation = Distillation(model, layers, rows)
+    for _ in range(ROUNDS):
+        better, steps = distillation.round(packed, progress)
+        if not steps:
+            break
+        packed, taken = better, taken + steps
+        kept = measured(packed)
+        if not wanting(kept):
+            return packed, kept, taken
+    if rows.held_out:
+        return packed, kept, taken
+    learned, steps = distillation.last_round(packed, progress)
+    after = measured(learned)
+    if after.task_kl >= kept.task_kl:
+        return packed, kept, taken
+    return learned, replace(after, before=kept.retained_gain), taken + steps
+
+
+def wanting(kept: Kept) -> bool:
+    """Whether a merge that keeps this may keep more."""
+    gain = kept.retained_gain
+    return gain is not None and (gain < TARGET or kept.drift_kl > DRIFT * kept.adapter_kl)
