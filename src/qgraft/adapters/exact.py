@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraLayer, LoraLinear, drop_by_seed
+from qgraft.adapters.lora import ALL_ROWS, LayerSegment, Lora, LoraConfig, LoraLayer, LoraLinear, drop_by_seed
 from qgraft.adapters.peft_names import minimums_name, tensor_name
 from qgraft.errors import AdapterError, UnsupportedError, option
 from qgraft.formats import FORMATS, PackedTensor, unpack
@@ -108,9 +108,9 @@ class BlockLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * (SPREAD * self.config.scaling)
 
-    def delta(self) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
         """See Lora."""
-        return self.change().float().repeat_interleave(self.width, dim=1)
+        return self.change()[rows].float().repeat_interleave(self.width, dim=1)
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """Those of the LoRA that it is. A is a copy, unlike B; `taken` puts it back."""
@@ -159,10 +159,10 @@ class MinimumLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * self.config.scaling * self.unit.double()
 
-    def delta(self) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
         """See Lora."""
-        n_OGS = self.integers.double().unflatten(1, (self.unit.shape[1], -1))
-        return (n_OGS * self.change()[:, :, None]).flatten(1).float().repeat_interleave(self.width, dim=1)
+        n_OGS = self.integers[rows].double().unflatten(1, (self.unit.shape[1], -1))
+        return (n_OGS * self.change()[rows, :, None]).flatten(1).float().repeat_interleave(self.width, dim=1)
 
     def added(self, x_SI: Tensor, segment: LayerSegment) -> Tensor:
         """See Lora."""

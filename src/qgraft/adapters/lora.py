@@ -23,7 +23,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,9 @@ class LoraConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
+ALL_ROWS: Final = slice(None)
+
+
 class Lora(Part):
     """One adapter's part in one layer: A [r, in], B [out, r] in float32, and their scaling.
 
@@ -114,9 +117,9 @@ class Lora(Part):
         """What a part without factors adds for these inputs, [tokens, out] in the dtype of x."""
         raise NotImplementedError
 
-    def delta(self) -> Tensor:
-        """What the adapter adds to the weight: scaling · B·A, [out, in]."""
-        return (self.lora_B @ self.lora_A) * self.config.scaling
+    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
+        """What the adapter adds to these rows of the weight: scaling · B·A, [out, in]."""
+        return (self.lora_B[rows] @ self.lora_A) * self.config.scaling
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """See Part."""

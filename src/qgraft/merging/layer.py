@@ -12,25 +12,26 @@ W + delta is where it starts when the delta is large beside a step, as in 8 bits
 direction, of which the judging tokens see only a part, so it has to win clearly.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, near_match
-from qgraft.formats import FORMATS, PackedTensor, dequantize, pack, quantize, unpack
+from qgraft.formats import FORMATS, PackedTensor, dequantize, join_rows, pack, quantize, take_rows, unpack
 from qgraft.merging.algorithms import (
     Algorithm,
-    Problem,
     descend_codes,
     descend_integers,
     feed_errors,
     fit_reals,
     nearest_codes,
 )
+from qgraft.merging.problem import Problem, TokenProblem
 
 CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
     "auto": (fit_reals, descend_codes, descend_integers, fit_reals),
@@ -40,6 +41,8 @@ CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
 }
 DAMPING = 0.02  # see Problem.damped
 CLEARLY = 0.25  # of the squared error without merging: requantizing must be better than that to be where auto starts
+WIDE = 2048  # inputs of a layer from which on its problem may be kept by its tokens
+PANEL_BYTES = 64 << 20  # of a panel's weights in float32
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
 
@@ -58,6 +61,40 @@ class Inputs:
     C: Tensor
     held_a: Tensor
     held_m: Tensor
+
+    def problem(self, target_OI: Tensor) -> Problem:
+        """What is to be solved for some rows of the target W + delta."""
+        return Problem(self.H, target_OI @ self.C).damped(target_OI, DAMPING)
+
+
+@dataclass(frozen=True, eq=False)
+class FewInputs:
+    """The same of a wide layer that few tokens have passed: the tokens themselves.
+
+    Attributes:
+        X_a, X_m: [T, in], over the root of T.
+        held_a, held_m: see Inputs.
+    """
+
+    X_a: Tensor
+    X_m: Tensor
+    held_a: Tensor
+    held_m: Tensor
+
+    def problem(self, target_OI: Tensor) -> TokenProblem:
+        """See Inputs."""
+        noise = DAMPING * float(self.X_m.square().sum()) / self.X_m.shape[1]
+        return TokenProblem(self.X_m, self.X_a @ target_OI.T, target_OI, noise)
+
+
+def seen(x_a: Tensor, x_m: Tensor, held_a: Tensor, held_m: Tensor) -> Inputs | FewInputs:
+    """A layer's inputs [T, in] in the form in which their problem is the smaller one."""
+    tokens, width = x_m.shape
+    if width >= WIDE and 2 * tokens < width:
+        root = max(tokens, 1) ** -0.5
+        return FewInputs(x_a * root, x_m * root, held_a, held_m)
+    tokens = max(tokens, 1)
+    return Inputs((x_m.T @ x_m).div_(tokens), (x_a.T @ x_m).div_(tokens), held_a, held_m)
 
 
 @dataclass(frozen=True)
@@ -110,30 +147,83 @@ def merge_nearest(path: str, packed: PackedTensor, delta_OI: Tensor, method: str
         merged = pack(nearest_codes(unpack(packed), target_OI), packed.format)
     else:
         merged = _requantize(packed, target_OI)
-    return merged, _report(path, packed, merged, delta_OI, None, ("nearest",))
+    sizes = _sizes(packed, merged, delta_OI)
+    return merged, _joined(path, packed, [_Panel(merged, ("nearest",), None, 0.0, sizes)])
 
 
 def merge_layer(
-    path: str, packed: PackedTensor, delta_OI: Tensor, inputs: Inputs, method: str
+    path: str,
+    packed: PackedTensor,
+    delta_OI: Tensor | Callable[[slice], Tensor],
+    inputs: Inputs | FewInputs,
+    method: str,
 ) -> tuple[PackedTensor, LayerReport]:
     """Solve for bytes whose outputs on the merged model's inputs are those of W + delta on the adapter's.
 
+    A row is a problem of its own, so a large layer is solved in panels of rows, which bounds the memory.
+
     Args:
         packed: the base's weight W.
-        delta_OI: float32 [out, in].
+        delta_OI: float32 [out, in], or what gives some rows of it.
         method: a key of CHAINS.
 
     Returns the merged weight in the same format, and what was done.
     """
+    panels = []
+    for rows in _panels(packed):
+        part = packed if rows is None else take_rows(packed, torch.arange(rows.start, rows.stop, device=packed.device))
+        some = rows or slice(0, packed.shape[0])
+        delta = delta_OI[some] if isinstance(delta_OI, Tensor) else delta_OI(some)
+        panels.append(_merge_panel(part, delta, inputs, method))
+    return join_rows([panel.packed for panel in panels]), _joined(path, packed, panels)
+
+
+def is_large(packed: PackedTensor) -> bool:
+    """Whether a weight is solved in panels of rows."""
+    return packed.shape[0] > _panel_rows(packed) and FORMATS[packed.format].by_rows
+
+
+def _panel_rows(packed: PackedTensor) -> int:
+    return max(1, PANEL_BYTES // (4 * packed.shape[1]))
+
+
+def _panels(packed: PackedTensor) -> list[slice] | list[None]:
+    """Rows that are solved at a time; None for all of them."""
+    if not is_large(packed):
+        return [None]
+    rows, count = packed.shape[0], _panel_rows(packed)
+    return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Panel:
+    """Some rows, solved; sums over their weights, and over their outputs on held-out tokens."""
+
+    packed: PackedTensor
+    steps: tuple[str, ...]
+    error: float | None  # squared, where it was measured; of the base: `unmerged`
+    unmerged: float
+    sizes: "_Sizes"
+
+
+class _Sizes(NamedTuple):
+    changed: float  # codes
+    delta: float  # squared
+    step: float  # squared, of the mean of each row's groups
+    rows: int
+
+
+def _merge_panel(packed: PackedTensor, delta_OI: Tensor, inputs: Inputs | FewInputs, method: str) -> _Panel:
     base_OI = dequantize(packed, torch.float32)
     target_OI = base_OI + delta_OI
     held = inputs.held_a @ target_OI.T  # [n, out], what the outputs should be
     unmerged = _held_error(base_OI, inputs, held)
+    del base_OI
     if not has_grid(packed):
         merged = quantize(target_OI, packed.format)
         error = _held_error(dequantize(merged, torch.float32), inputs, held)
-        return merged, _report(path, packed, merged, delta_OI, _ratio(error, unmerged), ("nearest",))
-    problem = Problem(inputs.H, target_OI @ inputs.C).damped(target_OI, DAMPING)
+        return _Panel(merged, ("nearest",), error, unmerged, _sizes(packed, merged, delta_OI))
+    problem = inputs.problem(target_OI)
     best, least = unpack(packed), unmerged
     kept: list[str] = []
     if method == "auto":
@@ -141,6 +231,7 @@ def merge_layer(
         error = _held_error(rounded.weight(), inputs, held)
         if error < CLEARLY * unmerged:
             best, least, kept = rounded, error, ["nearest"]
+        del rounded
     for algorithm in CHAINS[method]:
         if kept and kept[-1] == algorithm.__name__:
             continue  # nothing has changed since it was done
@@ -152,7 +243,7 @@ def merge_layer(
             best, least = candidate, error
             kept.append(algorithm.__name__)
     merged = pack(best, packed.format)
-    return merged, _report(path, packed, merged, delta_OI, _ratio(least, unmerged), tuple(kept))
+    return _Panel(merged, tuple(kept), least, unmerged, _sizes(packed, merged, delta_OI))
 
 
 def _requantize(packed: PackedTensor, w_OI: Tensor) -> PackedTensor:
@@ -167,25 +258,39 @@ def has_grid(packed: PackedTensor) -> bool:
     return FORMATS[packed.format].unpack is not None
 
 
-def _held_error(w_OI: Tensor, inputs: Inputs, held: Tensor) -> float:
-    """Mean squared error of the outputs on the tokens kept back."""
-    return float((inputs.held_m @ w_OI.T).sub_(held).square_().mean())
+def _held_error(w_OI: Tensor, inputs: Inputs | FewInputs, held: Tensor) -> float:
+    """Summed squared error of the outputs on the tokens kept back."""
+    return float((inputs.held_m @ w_OI.T).sub_(held).square_().sum(dtype=torch.float64))
 
 
-def _ratio(error: float, unmerged: float) -> float:
-    return (error / unmerged) ** 0.5 if unmerged else 0.0
-
-
-def _report(
-    path: str, packed: PackedTensor, merged: PackedTensor, delta_OI: Tensor, error: float | None, steps: Sequence[str]
-) -> LayerReport:
+def _sizes(packed: PackedTensor, merged: PackedTensor, delta_OI: Tensor) -> _Sizes:
     if not has_grid(packed):
-        return LayerReport(path, packed.format, 0.0, 0.0, error, tuple(steps))
+        return _Sizes(0.0, 0.0, 0.0, packed.shape[0])
     before, after = unpack(packed), unpack(merged)
-    changed = float((before.codes != after.codes).float().mean())
-    step = before.spacing() * float(before.steps().square().mean().sqrt())
-    delta_in_steps = float(delta_OI.square().mean().sqrt()) / max(step, 1e-30)
-    return LayerReport(path, packed.format, delta_in_steps, changed, error, collapse(steps))
+    step = before.spacing() ** 2 * float(before.steps().square().mean(1).sum())
+    changed = float((before.codes != after.codes).sum())
+    return _Sizes(changed, float(delta_OI.square().sum(dtype=torch.float64)), step, packed.shape[0])
+
+
+def _joined(path: str, packed: PackedTensor, panels: Sequence[_Panel]) -> LayerReport:
+    """What happened to the layer, by its panels; the steps are those of most rows."""
+    sizes, weights = [panel.sizes for panel in panels], packed.shape[0] * packed.shape[1]
+    rows = Counter[tuple[str, ...]]()
+    for panel in panels:
+        rows[panel.steps] += panel.sizes.rows
+    errors = [panel.error for panel in panels if panel.error is not None]
+    unmerged = sum(panel.unmerged for panel in panels)
+    error = (sum(errors) / unmerged) ** 0.5 if unmerged else 0.0
+    step = (sum(each.step for each in sizes) / packed.shape[0]) ** 0.5
+    delta = (sum(each.delta for each in sizes) / weights) ** 0.5
+    return LayerReport(
+        path,
+        packed.format,
+        delta / max(step, 1e-30) if has_grid(packed) else 0.0,
+        sum(each.changed for each in sizes) / weights,
+        error if errors else None,
+        collapse(rows.most_common(1)[0][0]),
+    )
 
 
 def collapse(steps: Sequence[str]) -> tuple[str, ...]:

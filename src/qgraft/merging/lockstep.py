@@ -32,7 +32,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
-from qgraft.merging.layer import Inputs, LayerReport, merge_layer
+from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
 from qgraft.model_parts import decoder_of
 from qgraft.passes.decoder import attention_arguments, padding_free
 
@@ -41,7 +41,7 @@ _NO_INPUTS = "method nearest and method grid need no inputs"
 
 def merge_in_step(
     model: PreTrainedModel,
-    deltas: Mapping[str, Callable[[], Tensor]],
+    deltas: Mapping[str, Callable[..., Tensor]],
     samples: Sequence[Sample],
     held: Sequence[Sample],
     method: str,
@@ -50,7 +50,7 @@ def merge_in_step(
     """Merge the layers of `deltas`; the model is left as it was.
 
     Args:
-        deltas: module path of a LoraLinear -> its delta [out, in].
+        deltas: module path of a LoraLinear -> its delta [out, in], or, called with a slice, these rows of it.
         samples: what the layers are solved on.
         held: what each step is judged on.
         progress: called after each layer.
@@ -88,22 +88,21 @@ class _Pass:
         self.calibrates = self.judges = torch.empty(0, dtype=torch.bool)  # which tokens of a stream do
         self.packed: dict[str, PackedTensor] = {}
         self.layers: list[LayerReport] = []
-        self._last: tuple[Tensor, Inputs] | None = None
+        self._last: tuple[Tensor, Inputs | FewInputs] | None = None
 
-    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs:
+    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs | FewInputs:
         """The moments of a layer's inputs; q, k and v, and gate and up, are given the same tensor and share them."""
         if self._last is None or self._last[0] is not x:
-            fit_a, fit_m = x_a[self.calibrates].float(), x_m[self.calibrates].float()
-            tokens = max(len(fit_m), 1)
-            moments = (fit_m.T @ fit_m).div_(tokens), (fit_a.T @ fit_m).div_(tokens)
-            self._last = x, Inputs(*moments, x_a[self.judges].float(), x_m[self.judges].float())
+            self._last = None  # its memory is needed
+            parts = [each[tokens].float() for tokens in (self.calibrates, self.judges) for each in (x_a, x_m)]
+            self._last = x, seen(*parts)
         return self._last[1]
 
 
 class _SplitLayer(nn.Module):
     """In the place of a LoraLinear: the adapter's layer for stream a, the merged layer for stream m."""
 
-    def __init__(self, path: str, layer: LoraLinear, delta: Callable[[], Tensor], pass_: _Pass) -> None:
+    def __init__(self, path: str, layer: LoraLinear, delta: Callable[..., Tensor], pass_: _Pass) -> None:
         super().__init__()
         self.path, self.layer, self.delta, self.pass_ = path, layer, delta, pass_
         self.in_features, self.out_features = layer.in_features, layer.out_features
@@ -123,9 +122,11 @@ class _SplitLayer(nn.Module):
             y_m = y_m + bias.to(y_m.dtype)
         return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
 
-    def _solve(self, inputs: Inputs) -> PackedTensor:
+    def _solve(self, inputs: Inputs | FewInputs) -> PackedTensor:
         pass_ = self.pass_
-        merged, report = merge_layer(self.path, self.layer.packed, self.delta(), inputs, pass_.method)
+        packed = self.layer.packed
+        delta = self.delta if is_large(packed) else self.delta()
+        merged, report = merge_layer(self.path, packed, delta, inputs, pass_.method)
         pass_.packed[self.path] = merged
         pass_.layers.append(report)
         pass_.progress(report)

@@ -31,7 +31,7 @@ from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import detach_lora, put_loras
 from qgraft.adapters.base import BaseInfo, adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
-from qgraft.adapters.lora import Lora, LoraLinear
+from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
@@ -201,7 +201,7 @@ def _check_kept(report: MergeReport, least: float) -> None:
 def _solve(
     model: PreTrainedModel,
     layers: Mapping[str, LoraLinear],
-    deltas: Mapping[str, Callable[[], Tensor]],
+    deltas: Mapping[str, Callable[..., Tensor]],
     chosen: Calibration | None,
     method: str,
     bar: Display,
@@ -329,9 +329,11 @@ def _layers_to_merge(
 
 
 @torch.no_grad()
-def _delta(layer: LoraLinear, weights: Mapping[str, float]) -> Tensor:
-    """What the active adapters add to the layer's weight, [out, in] float32."""
-    parts = [weight * cast(Lora, layer.loras[name]).delta() for name, weight in weights.items() if name in layer.loras]
+def _delta(layer: LoraLinear, weights: Mapping[str, float], rows: slice = ALL_ROWS) -> Tensor:
+    """Some rows of what the active adapters add to the layer's weight, [out, in] float32."""
+    parts = [
+        weight * cast(Lora, layer.loras[name]).delta(rows) for name, weight in weights.items() if name in layer.loras
+    ]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
