@@ -6,7 +6,8 @@
 The unrelated text is there because the moments of the task alone leave directions free in which the merged model may
 drift, and because drift must be measured on text that neither calibrated nor judged.
 
-A few thousand tokens are enough: a row of a Q4_1 weight has 36 to 96 numbers to solve for.
+A few thousand tokens are enough: a row of a Q4_1 weight has 36 to 96 numbers to solve for. Models of billions of weights, for
+which a token costs ten and more gigaflops, are given a quarter of them.
 """
 
 import json
@@ -17,6 +18,7 @@ from importlib import resources
 from itertools import islice
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
@@ -26,10 +28,12 @@ from qgraft.data.reading import Accounting, Dataset, as_dataset, named_columns, 
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import IGNORED, ChatGlmOptions, Sample, WritesPrompts, build_samples, resolve_template
 from qgraft.errors import DataError, OptionError, worded
+from qgraft.linear import QuantizedLinear
 from qgraft.passes.limits import sample_limit, stated_ends
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
-MEASURE_TOKENS, DRIFT_TOKENS = 2048, 1536  # to measure: of the task, of unrelated text
+MEASURE_TOKENS, DRIFT_TOKENS = 1536, 1024  # to measure: of the task, of unrelated text
+FULL_WEIGHTS, FEWEST_SHARE = 4e8, 0.25  # up to so many weights all these tokens; larger models this share at least
 JUDGED = 6  # one row of so many judges
 LONGEST = 512  # tokens of a calibrating row
 FEW_ROWS = 200  # below it a merge says what to expect
@@ -118,7 +122,14 @@ def find_rows(
             f"a set of {len(task)} rows: with fewer than about {FEW_ROWS} a merge keeps less, and what it keeps is measured "
             "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
         )
-    return choose_samples(task, held, tokenizer, seed, *notes)
+    return choose_samples(task, held, tokenizer, seed, *notes, share=_share(model))
+
+
+def _share(model: PreTrainedModel) -> float:
+    """Which part of the tokens a model of this size is given: less, as the root of its size grows."""
+    linear = [each for each in model.modules() if isinstance(each, QuantizedLinear | nn.Linear)]
+    weights = sum(each.in_features * each.out_features for each in linear)
+    return max(FEWEST_SHARE, min(1.0, (FULL_WEIGHTS / max(weights, 1)) ** 0.5))
 
 
 @dataclass(frozen=True)
@@ -218,8 +229,12 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *notes: str,
+    share: float = 1.0,
 ) -> Calibration:
     """Share out the rows of a task, and the neutral ones.
+
+    Args:
+        share: of the numbers of tokens above.
 
     Raises DataError for fewer than FEWEST_ROWS rows or FEWEST_TOKENS tokens.
     """
@@ -232,15 +247,15 @@ def choose_samples(
         )
     rows = random.Random(seed).sample(list(task), len(task))
     if measure is None:
-        measured = _up_to(rows[: max(1, len(rows) // 4)], MEASURE_TOKENS)
+        measured = _up_to(rows[: max(1, len(rows) // 4)], share * MEASURE_TOKENS)
         rows = rows[len(measured) :]
     else:
-        measured = _up_to(measure, MEASURE_TOKENS)
-    chosen = _up_to(rows, TASK_TOKENS)
+        measured = _up_to(measure, share * MEASURE_TOKENS)
+    chosen = _up_to(rows, share * TASK_TOKENS)
     neutral = neutral_samples(tokenizer)
     fit, judge = _judging(chosen)
-    neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
-    drift = _up_to(neutral[1::2], DRIFT_TOKENS)
+    neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], share * NEUTRAL_TOKENS))
+    drift = _up_to(neutral[1::2], share * DRIFT_TOKENS)
     return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes)
 
 
@@ -268,7 +283,7 @@ def _judging(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [row for n, row in enumerate(rows) if n % JUDGED], rows[::JUDGED]
 
 
-def _up_to(rows: Sequence[Sample], tokens: int) -> list[Sample]:
+def _up_to(rows: Sequence[Sample], tokens: float) -> list[Sample]:
     """The first rows that hold so many tokens together; at least two."""
     total, count = 0, 0
     for row in rows:
