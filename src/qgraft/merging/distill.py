@@ -63,36 +63,38 @@ class Distillation:
     Args:
         model: with the adapter active.
         layers: the wrapped layers that are merged.
+        others: merged weights of those that are not distilled.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, LoraLinear], rows: Calibration) -> None:
-        self._model, self._layers, self._rows = model, layers, rows
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, LoraLinear], others: Packed, rows: Calibration
+    ) -> None:
+        self._model, self._layers, self._others, self._rows = model, layers, others, rows
         self._fit, self._judge = (states_of(model, samples)[0] for samples in (rows.fit, rows.judge))
         self._rounds = 0
 
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps), or the same and 0 where the rows that judge come no closer to the adapter's model."""
-        trainable = {path: each for path, each in packed.items() if has_grid(each)}
-        if not trainable:
-            return packed, 0
-        self._rounds += 1
-        trained, steps = distill(
-            self._model, trainable, self._rows.fit, self._fit, progress=progress, seed=self._rounds
-        )
-        distilled = {**packed, **trained}
+        distilled, steps = self._distilled(packed, self._rows.fit, self._fit, progress)
         return (distilled, steps) if self._apart(distilled) < self._apart(packed) else (packed, 0)
 
     def last_round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps): on all rows of the task, those that judge and those that measure, too."""
-        trainable = {path: each for path, each in packed.items() if has_grid(each)}
         measure, _ = states_of(self._model, self._rows.measure)
         samples = [*self._rows.fit, *self._rows.judge, *self._rows.measure]
-        targets = torch.cat([self._fit, self._judge, measure])
-        trained, steps = distill(self._model, trainable, samples, targets, progress=progress, seed=self._rounds + 1)
+        return self._distilled(packed, samples, torch.cat([self._fit, self._judge, measure]), progress)
+
+    def _distilled(
+        self, packed: Packed, samples: Sequence[Sample], targets: Tensor, progress: Callable[[int, int], None]
+    ) -> tuple[Packed, int]:
+        """(weights after one more round, steps); those of formats without a grid as they are."""
+        self._rounds += 1
+        trainable = {path: each for path, each in packed.items() if has_grid(each)}
+        trained, steps = distill(self._model, trainable, samples, targets, progress=progress, seed=self._rounds)
         return {**packed, **trained}, steps
 
     def _apart(self, candidate: Packed) -> float:
-        with in_place(self._layers, candidate), adapters_off(self._model):
+        with in_place(self._layers, {**self._others, **candidate}), adapters_off(self._model):
             states, _ = states_of(self._model, self._rows.judge)
         return mean_divergence(self._judge, states, output_head(self._model))
 
@@ -129,7 +131,7 @@ def distill(
 
     order = random.Random(seed)
     samples, targets = _shuffled(samples, targets, order)
-    with padding_free(model, samples) as problem, _seeded(seed), standing_in(model, merged, free):
+    with padding_free(model, samples) as problem, _seeded(seed, model.device), standing_in(model, merged, free):
         _look_around(model, layers.values(), samples, PASS_TOKENS if problem is None else 0)
         trained = [
             ([each for each in layer.parameters() if each.requires_grad], layer.rate) for layer in layers.values()
@@ -169,10 +171,14 @@ def _shuffled(samples: Sequence[Sample], targets: Tensor, order: random.Random) 
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Within the block torch draws by this seed, and afterwards as if there had been no block."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block torch draws by this seed, on the CPU and on `device`; afterwards as if there had been no block."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus):
+        torch.default_generator.manual_seed(seed)
+        for gpu in gpus:  # torch.manual_seed would seed all of them
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
         yield
 
 

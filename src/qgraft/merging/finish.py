@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qgraft.adapters.lora import LoraLinear
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.distill import Distillation
+from qgraft.merging.layer import has_grid
 from qgraft.merging.measure import Packed
 from qgraft.merging.report import Kept
 
@@ -31,6 +32,7 @@ def finish(
     model: PreTrainedModel,
     layers: Mapping[str, LoraLinear],
     packed: Packed,
+    others: Packed,
     rows: Calibration,
     measured: Callable[[Packed], Kept],
     progress: Callable[[int, int], None],
@@ -39,15 +41,16 @@ def finish(
 
     Args:
         model: with the adapter active.
-        layers: the wrapped layers that were solved.
-        packed: their merged weights.
+        layers: the wrapped layers that are merged.
+        packed: merged weights of those that were solved.
+        others: of the rest, which stay as they are.
         measured: what is kept with these weights.
         progress: called with (step, steps) of each round.
     """
     kept, taken = measured(packed), 0
-    if not wanting(kept):
+    if not wanting(kept) or not any(has_grid(each) for each in packed.values()):
         return packed, kept, taken
-    distillation = Distillation(model, layers, rows)
+    distillation = Distillation(model, layers, others, rows)
     for _ in range(ROUNDS):
         better, steps = distillation.round(packed, progress)
         if not steps:
@@ -60,9 +63,9 @@ def finish(
         return packed, kept, taken
     learned, steps = distillation.last_round(packed, progress)
     after = measured(learned)
-    if after.task_kl >= kept.task_kl:
-        return packed, kept, taken
-    return learned, replace(after, before=kept.retained_gain), taken + steps
+    if after.task_kl < kept.task_kl:  # which NaN is not
+        return learned, replace(after, before=kept.retained_gain), taken + steps
+    return packed, kept, taken
 
 
 def wanting(kept: Kept) -> bool:

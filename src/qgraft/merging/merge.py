@@ -119,14 +119,13 @@ def merge(
     with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
         measurement = None if chosen is None else Measurement(model, layers, chosen)
         done, reports = _solve(model, solved, deltas, chosen, method, bar)
-        packed = {path: merged for path, (merged, _) in exact.items()} | dict(done)
+        others = {path: merged for path, (merged, _) in exact.items()}
         if chosen is not None and measurement is not None:
-            measured = partial(_kept_with, measurement, packed)
+            measured = partial(_kept_with, measurement, others)
             if method == "auto" and solved:
-                done, kept, steps = finish(model, solved, done, chosen, measured, _shown(bar, "distilling"))
+                done, kept, steps = finish(model, layers, done, others, chosen, measured, _shown(bar, "distilling"))
             else:
                 kept = measured(done)
-            packed = {**packed, **done}
     report = MergeReport(
         adapters=weights,
         method=method,
@@ -144,7 +143,7 @@ def merge(
         ),
     )
     _check_kept(report, min_retained)
-    _replace(model, packed, weights)
+    _replace(model, {**others, **done}, weights)
     return report
 
 
