@@ -1,41 +1,48 @@
-"""Gradients of the real numbers against autograd in float64; distilling lowers what it minimizes and keeps the codes."""
+"""Gradients of scales against autograd in float64; distilling lowers what it minimizes and leaves the codes.
 
+What distills by an exact LoRA is held to what an exact LoRA is elsewhere (tests/adapters/test_exact.py has its gradients):
+only the minimums of the weight change, and the layer computes what its merged weight computes.
+"""
+
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Q
 from torch import Tensor, nn
 
 import qgraft
 from qgraft.adapters.choose import adapters_off
+from qgraft.adapters.exact import minimums_of
 from qgraft.adapters.targets import lora_layers
-from qgraft.formats import FORMATS, Grid, PackedTensor, dequantize, pack, quantize, unpack
+from qgraft.formats import FORMATS, Grid, PackedTensor, pack, quantize, unpack
 from qgraft.linear import QuantizedLinear
+from qgraft.merging import calibration, finish
 from qgraft.merging.calibration import find_rows
-from qgraft.merging.distill import _RealFunction, _RealLinear, distill
-from qgraft.merging.layer import CHAINS, has_grid
-from qgraft.merging.measure import mean_divergence, states_of
-from qgraft.merging.merge import merge, unmerge
+from qgraft.merging.distill import SCALE_RATE, Distillation, _FreeMinimums, _FreeScales, _ScaleFunction, distill
+from qgraft.merging.layer import has_grid
+from qgraft.merging.measure import in_place, mean_divergence, states_of
+from qgraft.merging.merge import merge
 from qgraft.passes.decoder import output_head
 
-SHAPES = {  # odd shapes where the blocks of the format allow them: (out, in)
-    "q4_0": (7, 96), "q4_1": (5, 160), "q5_1": (1, 32), "q4_k": (3, 512), "q5_k": (9, 256), "q6_k": (5, 256),
-    "chatglm-int4": (11, 38), "chatglm-int8": (3, 17),
+SYMMETRIC = {  # odd shapes where the blocks of the format allow them: (out, in)
+    "q4_0": (7, 96), "q5_0": (1, 32), "q8_0": (5, 160), "q6_k": (5, 256), "chatglm-int4": (11, 38), "chatglm-int8": (3, 17),
 }  # fmt: skip
+MINIMUMS = {"q4_1": (5, 160), "q5_1": (1, 32), "q4_k": (3, 512), "q5_k": (9, 256)}
 OTHERS = ["levels", "act_order"]  # as NF4 and GPTQ have them
 
 
-def a_grid(format_: str, seed: int = 0) -> Grid:
-    if format_ in OTHERS:
-        return another_grid(format_)
-    shape = SHAPES[format_]
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.05
-    return unpack(quantize(weight.half() if len(FORMATS[format_].parts) > 1 else weight, format_))
+def a_weight(format_: str, seed: int = 0) -> PackedTensor:
+    weight = torch.randn({**SYMMETRIC, **MINIMUMS}[format_], generator=torch.Generator().manual_seed(seed)) * 0.05
+    return quantize(weight.half() if len(FORMATS[format_].parts) > 1 else weight, format_)
 
 
-def another_grid(kind: str) -> Grid:
-    """5 rows of 96 weights in 3 groups."""
+def a_grid(kind: str) -> Grid:
+    """That of a format, or 5 rows of 96 weights in 3 groups."""
+    if kind not in OTHERS:
+        return unpack(a_weight(kind))
     generator = torch.Generator().manual_seed(4)
     codes = torch.randint(0, 16, (5, 96), generator=generator, dtype=torch.int8)
     d = (torch.rand(5, 3, generator=generator) * 0.01).half().float()
@@ -53,43 +60,11 @@ def spread(grid: Grid, values: Tensor) -> Tensor:
     return values[:, groups]
 
 
-def explicit_weight(grid: Grid, d: Tensor, m: Tensor | None) -> Tensor:
-    """The formula at the top of formats/grid.py, in float64."""
+def explicit_weight(grid: Grid, d: Tensor) -> Tensor:
+    """The formula at the top of formats/grid.py for a format without minimums, in float64."""
     scale = spread(grid, d) * (1.0 if grid.sub_scales is None else spread(grid, grid.sub_scales.double()))
     value = grid.codes.double() if grid.levels is None else grid.levels.double()[grid.codes.long()]
-    weight = scale * (value if grid.zeros is None else value - spread(grid, grid.zeros.double()))
-    if m is None:
-        return weight
-    return weight + spread(grid, m) * (1.0 if grid.sub_minimums is None else spread(grid, grid.sub_minimums.double()))
-
-
-@pytest.mark.parametrize("format_", [*SHAPES, *OTHERS])
-@pytest.mark.parametrize("batch", [(13,), (2, 3)])
-def test_gradients_are_those_of_the_formula(format_, batch):
-    grid = a_grid(format_)
-    generator = torch.Generator().manual_seed(1)
-    rows, width = grid.codes.shape
-    x = torch.randn(*batch, width, generator=generator, dtype=torch.float64)
-    g = torch.randn(*batch, rows, generator=generator, dtype=torch.float64)
-    layer = _RealLinear(grid)
-    d_unit, m_unit = layer._units()
-
-    x_64 = x.clone().requires_grad_()
-    d_64 = torch.zeros(grid.d.shape, dtype=torch.float64, requires_grad=True)
-    m_64 = None if grid.m is None else torch.zeros(grid.m.shape, dtype=torch.float64, requires_grad=True)
-    m = None if grid.m is None or m_64 is None else grid.m.double() + m_64 * m_unit.double()
-    y_64 = x_64 @ explicit_weight(grid, grid.d.double() + d_64 * d_unit.double(), m).T
-    (y_64 * g).sum().backward()
-
-    x_free = x.clone().requires_grad_()
-    y = _RealFunction.apply(x_free, layer.d, layer.m, layer.grid(), d_unit, m_unit)
-    (y * g).sum().backward()
-    close(y, y_64)
-    close(x_free.grad, x_64.grad)
-    close(layer.d.grad, d_64.grad)
-    if m_64 is not None:
-        close(layer.m.grad, m_64.grad)
-    assert (layer.m is None) == (grid.m is None)
+    return scale * (value if grid.zeros is None else value - spread(grid, grid.zeros.double()))
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -98,32 +73,100 @@ def close(got: Tensor, expected: Tensor) -> None:
     assert float((got.detach().double() - expected).norm()) < 1e-5 * float(expected.norm())
 
 
+# ---------------------------------------------------------------- layers whose numbers are free
+
+
+def test_every_format_that_a_merge_writes_is_looked_at():
+    written = {name for name, each in FORMATS.items() if each.unpack is not None and each.quantize is not None}
+    assert written == {*SYMMETRIC, *MINIMUMS}
+    assert {name for name in written if minimums_of(name) is not None} == {*MINIMUMS}
+
+
+@pytest.mark.parametrize("kind", [*SYMMETRIC, *OTHERS])
+@pytest.mark.parametrize("batch", [(13,), (2, 3)])
+def test_gradients_are_those_of_the_formula(kind, batch):
+    grid = a_grid(kind)
+    generator = torch.Generator().manual_seed(1)
+    rows, width = grid.codes.shape
+    x = torch.randn(*batch, width, generator=generator, dtype=torch.float64)
+    g = torch.randn(*batch, rows, generator=generator, dtype=torch.float64)
+    layer = _FreeScales(grid, kind, None)
+
+    x_64 = x.clone().requires_grad_()
+    d_64 = torch.zeros(grid.d.shape, dtype=torch.float64, requires_grad=True)
+    y_64 = x_64 @ explicit_weight(grid, grid.d.double() + d_64 * layer.unit.double()).T
+    (y_64 * g).sum().backward()
+
+    x_free = x.clone().requires_grad_()
+    y = _ScaleFunction.apply(x_free, layer.d, layer.grid(), layer.unit)
+    (y * g).sum().backward()
+    close(y, y_64)
+    close(x_free.grad, x_64.grad)
+    close(layer.d.grad, d_64.grad)
+
+
 def test_the_inputs_gradient_is_skipped_where_nobody_asks():
-    layer = _RealLinear(a_grid("q4_1"))
-    x = torch.randn(4, 160)
+    layer = _FreeScales(a_grid("q4_0"), "q4_0", None)
+    x = torch.randn(4, 96)
     layer(x).sum().backward()
     assert x.grad is None and layer.d.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("format_", [*SHAPES])
-def test_the_numbers_are_the_start_plus_offsets_as_they_are_stored(format_):
-    grid = a_grid(format_)
-    layer = _RealLinear(grid)
+@pytest.mark.parametrize("format_", [*SYMMETRIC])
+@pytest.mark.parametrize("biased", [False, True])
+def test_scales_are_the_start_plus_offsets_as_they_are_stored(format_, biased):
+    packed, generator = a_weight(format_), torch.Generator().manual_seed(3)
+    grid, (out, width) = unpack(packed), packed.shape
+    bias = torch.randn(out, generator=generator) if biased else None
+    layer = _FreeScales(grid, format_, bias)
     assert torch.equal(layer.grid().weight(), grid.weight())
-    generator = torch.Generator().manual_seed(3)
     nn.init.normal_(layer.d, std=0.01, generator=generator)
-    if layer.m is not None:
-        nn.init.normal_(layer.m, std=0.01, generator=generator)
-    d_unit, m_unit = layer._units()
     moved = layer.grid()
     assert torch.equal(moved.codes, grid.codes)
-    assert torch.equal(moved.d, (grid.d + layer.d.detach() * d_unit).half().float())
-    if layer.m is not None:
-        assert torch.equal(moved.m, (grid.m + layer.m.detach() * m_unit).half().float())
-    packed = pack(moved, format_)
-    x = torch.randn(3, SHAPES[format_][1], generator=generator)
-    expected = QuantizedLinear(packed)(x)
+    assert torch.equal(moved.d, (grid.d + layer.d.detach() * layer.unit).half().float())
+    assert not torch.equal(moved.d, grid.d)
+    x = torch.randn(3, width, generator=generator)
+    expected = QuantizedLinear(layer.merged(), bias)(x)
     torch.testing.assert_close(layer(x).detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("format_", [*SYMMETRIC, *OTHERS])
+def test_a_step_of_one_moves_a_row_as_far_in_every_format(format_):
+    """Offsets of 1 and -1 in the groups of a row change the length of (d_1 .. d_G) by about a mean scale."""
+    grid = a_grid(format_)
+    layer = _FreeScales(grid, format_, None)
+    assert layer.rate == SCALE_RATE and layer.unit.shape == (len(grid.d), 1)
+    torch.testing.assert_close(
+        (layer.unit * torch.ones_like(grid.d)).norm(dim=1), grid.d.abs().mean(dim=1), rtol=1e-5, atol=0
+    )
+
+
+@pytest.mark.parametrize("format_", [*MINIMUMS])
+@pytest.mark.parametrize("biased", [False, True])
+def test_minimums_are_changed_by_what_the_exact_lora_adds(format_, biased):
+    packed, generator = a_weight(format_), torch.Generator().manual_seed(3)
+    grid, (out, width) = unpack(packed), packed.shape
+    bias = torch.randn(out, generator=generator) if biased else None
+    layer = _FreeMinimums(packed, bias)
+    x = torch.randn(6, width, generator=generator)
+    torch.testing.assert_close(layer(x), QuantizedLinear(packed, bias)(x), rtol=1e-6, atol=1e-6)  # B is zero
+    trainable = {name for name, each in layer.named_parameters() if each.requires_grad}
+    assert {name.rpartition(".")[2] for name in trainable} == {"lora_A", "lora_B"}
+    for parameter in layer.lora.parameters():
+        nn.init.normal_(parameter, std=0.03, generator=generator)
+    merged = layer.merged()
+    assert (merged.format, merged.shape) == (packed.format, packed.shape)
+    moved = unpack(merged)
+    assert torch.equal(moved.m, (grid.m + layer.lora.change()).float().half().float())
+    assert not torch.equal(moved.m, grid.m) and torch.equal(moved.d, grid.d) and torch.equal(moved.codes, grid.codes)
+    for name in ("sub_scales", "sub_minimums"):
+        assert getattr(grid, name) is None or torch.equal(getattr(moved, name), getattr(grid, name))
+    expected, before = (QuantizedLinear(each, bias)(x) for each in (merged, packed))
+    assert float((layer(x).detach() - expected).norm()) < 0.02 * float((expected - before).norm())
+    assert torch.equal(layer.packed.parts[0], packed.parts[0])
+
+
+# ---------------------------------------------------------------- a model of them
 
 
 def perturbed(packed: PackedTensor, seed: int) -> PackedTensor:
@@ -137,90 +180,173 @@ def perturbed(packed: PackedTensor, seed: int) -> PackedTensor:
     return pack(shaken.rounded(), packed.format)
 
 
-def divergence(model: Any, merged: dict[str, PackedTensor], samples: Any, targets: Tensor) -> float:
-    layers = dict(lora_layers(model))
-    before = {path: layers[path].packed for path in merged}
-    for path, packed in merged.items():
-        layers[path].replace(packed)
-    with adapters_off(model):
-        states, _ = states_of(model, samples)
-    for path, packed in before.items():
-        layers[path].replace(packed)
-    return mean_divergence(targets, states, output_head(model))
-
-
-@pytest.mark.spread(1)
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2 has biases
-def test_distilling_lowers_the_divergence_and_changes_real_numbers_only(trained, rows, architecture):
-    model, tokenizer = trained(architecture).load()
-    chosen = find_rows(model, tokenizer, rows, None, [], {}, 0)
-    samples = chosen.fit[: len(chosen.fit) - 2]
-    targets, _ = states_of(model, samples)
+def shaken_merge(model: Any) -> dict[str, PackedTensor]:
+    """Of every layer with a grid: what its adapter makes of the weight, rounded and perturbed."""
     merged = {}
     for n, (path, layer) in enumerate(lora_layers(model)):
         target = layer.dequantize() + layer.loras["default"].delta().detach()
         if has_grid(layer.packed):
             merged[path] = perturbed(quantize(target, layer.packed.format), n)
+    return merged
+
+
+def divergence(model: Any, merged: Mapping[str, PackedTensor], samples: Any, targets: Tensor) -> float:
+    with in_place(dict(lora_layers(model)), merged), adapters_off(model):
+        states, _ = states_of(model, samples)
+    return mean_divergence(targets, states, output_head(model))
+
+
+def silent(done: int, total: int) -> None:
+    """Progress that nobody looks at."""
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2 has biases
+def test_distilling_lowers_the_divergence_and_leaves_the_codes(trained, rows, architecture):
+    model, tokenizer = trained(architecture).load()
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:-2]
+    targets, _ = states_of(model, samples)
+    merged = shaken_merge(model)
+    formats = {packed.format for packed in merged.values()}
+    assert {minimums_of(format_) is None for format_ in formats} == {True, False}
     before = {path: layer.packed.parts[0].clone() for path, layer in lora_layers(model)}
-    modules = {path: type(module) for path, module in model.named_modules()}
+    modules, active = {path: type(each) for path, each in model.named_modules()}, qgraft.active_adapters(model)
     seen: list[tuple[int, int]] = []
-    trained_, steps = distill(
-        model, merged, samples, targets, learning_rate=6e-3,
-        progress=lambda done, total: seen.append((done, total)),
-    )  # fmt: skip
+    random = torch.get_rng_state()
+    distilled, steps = distill(model, merged, samples, targets, progress=lambda *each: seen.append(each))
+    assert torch.equal(torch.get_rng_state(), random)
     assert seen == [(n + 1, steps) for n in range(steps)] and steps >= 4
-    assert trained_.keys() == merged.keys()
-    for path, packed in trained_.items():
+    assert distilled.keys() == merged.keys()
+    for path, packed in distilled.items():
         old, new = unpack(merged[path]), unpack(packed)
-        assert (packed.format, packed.shape, packed.parts[0].dtype) == (
-            merged[path].format,
-            merged[path].shape,
-            merged[path].parts[0].dtype,
-        )
-        assert torch.equal(old.codes, new.codes) and not torch.equal(old.d, new.d)
-        for name in ("sub_scales", "sub_minimums"):
-            integers = getattr(old, name), getattr(new, name)
-            assert integers == (None, None) or torch.equal(*integers)
-    start, end = (divergence(model, each, samples, targets) for each in (merged, trained_))
+        assert (packed.format, packed.shape) == (merged[path].format, merged[path].shape)
+        assert [part.dtype for part in packed.parts] == [part.dtype for part in merged[path].parts]
+        changed = {name for name in ("codes", "d", "m", "sub_scales", "sub_minimums") if differs(old, new, name)}
+        assert changed == ({"d"} if old.m is None else {"m"}), path
+    start, end = (divergence(model, each, samples, targets) for each in (merged, distilled))
     assert end < 0.7 * start
     # the model is as it was, adapters of layers that are not distilled (f16) included
     assert all(torch.equal(layer.packed.parts[0], before[path]) for path, layer in lora_layers(model))
-    assert {path: type(module) for path, module in model.named_modules()} == modules
-    assert all(p.grad is None for p in model.parameters())
+    assert {path: type(each) for path, each in model.named_modules()} == modules
+    assert qgraft.active_adapters(model) == active and all(p.grad is None for p in model.parameters())
+    for only in (True, False):  # each kind of format has its part in it
+        part = {path: distilled[path] for path in merged if (minimums_of(merged[path].format) is None) == only}
+        assert divergence(model, {**merged, **part}, samples, targets) < start
 
 
-@pytest.mark.slow
-def test_distilled_numbers_are_taken_only_if_the_judging_rows_gain(trained, rows, monkeypatch):
-    monkeypatch.setitem(CHAINS, "auto", ())  # leaves the base's numbers, so that there is much to gain
+def differs(old: Grid, new: Grid, name: str) -> bool:
+    one, other = getattr(old, name), getattr(new, name)
+    assert (one is None) == (other is None)
+    return one is not None and not torch.equal(one, other)
+
+
+def test_the_same_seed_gives_the_same_bytes(trained, rows):
     model, tokenizer = trained().load()
-    original = {path: layer.packed for path, layer in lora_layers(model)}
-    results, reports = [], []
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:6]
+    targets, _ = states_of(model, samples)
+    merged = dict([*shaken_merge(model).items()][:4])
 
-    def merged_with(target: float, rate: float = 1e-3) -> None:
-        monkeypatch.setattr("qgraft.merging.merge.TARGET", target)
-        monkeypatch.setattr("qgraft.merging.distill.LEARNING_RATE", rate)
-        reports.append(merge(model, tokenizer, calibration=rows, min_retained=-10.0))
-        results.append({path: dequantize(model.get_submodule(path).packed, torch.float32) for path in original})
-        unmerge(model)
+    def bytes_with(seed: int) -> list[bytes]:
+        torch.rand(3)  # whatever the generator is at
+        distilled, _ = distill(model, merged, samples, targets, progress=silent, seed=seed)
+        return [part.numpy().tobytes() for path in merged for part in distilled[path].parts]
 
-    merged_with(-10.0)  # never wanting
-    merged_with(10.0, rate=2.0)  # destroys the weights
-    merged_with(10.0, rate=5e-3)
-    assert reports[0].distilled_steps == reports[1].distilled_steps == 0 < reports[2].distilled_steps
-    assert all(torch.equal(results[0][path], results[1][path]) for path in original)
-    assert any(not torch.equal(results[0][path], results[2][path]) for path in original)
-    assert reports[2].kept.task_kl < reports[0].kept.task_kl
-    assert reports[0].kept == reports[1].kept
+    first = bytes_with(1)
+    assert bytes_with(1) == first != bytes_with(2)
 
 
+def test_nothing_of_the_generator_is_left_behind_by_an_exception(trained, rows):
+    model, tokenizer = trained().load()
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:3]
+    targets, _ = states_of(model, samples)
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    random, modules = torch.get_rng_state(), [*map(type, model.modules())]
+    with pytest.raises(KeyboardInterrupt):
+        distill(model, shaken_merge(model), samples, targets, progress=stop)
+    assert torch.equal(torch.get_rng_state(), random) and [*map(type, model.modules())] == modules
+
+
+# ---------------------------------------------------------------- rounds
+
+
+@pytest.fixture
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "NEUTRAL_TOKENS", 300)
+    monkeypatch.setattr(calibration, "DRIFT_TOKENS", 100)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_round_counts_only_if_the_judging_rows_come_closer(trained, rows, monkeypatch):
+    model, tokenizer = trained().load()
+    chosen, layers = find_rows(model, tokenizer, rows, None, [], {}, 0), dict(lora_layers(model))
+    merged = shaken_merge(model)
+    targets, _ = states_of(model, chosen.judge)
+    distillation = Distillation(model, layers, {}, chosen)
+    better, steps = distillation.round(merged, silent)
+    apart = [divergence(model, each, chosen.judge, targets) for each in (merged, better)]
+    assert steps > 0 and apart[1] < apart[0]
+    for name in ("SCALE_RATE", "LORA_RATE"):
+        monkeypatch.setattr(f"qgraft.merging.distill.{name}", 0.5)  # destroys the weights
+    assert distillation.round(merged, silent) == (merged, 0)
+    assert Distillation(model, layers, {}, chosen).round(merged, silent)[0] is merged
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_round_is_judged_with_the_rest_of_the_merge_in_place(trained, rows, monkeypatch):
+    """Layers that are merged in closed form are not distilled, but the merged model has them."""
+    model, tokenizer = trained().load()
+    chosen, layers = find_rows(model, tokenizer, rows, None, [], {}, 0), dict(lora_layers(model))
+    merged = shaken_merge(model)
+    others = {path: packed for path, packed in merged.items() if path.endswith("up_proj")}
+    solved = {path: packed for path, packed in merged.items() if path not in others}
+    targets, _ = states_of(model, chosen.judge)
+    seen: list[float] = []
+
+    def spied(*args: Any) -> float:
+        seen.append(mean_divergence(*args))
+        return seen[-1]
+
+    monkeypatch.setattr("qgraft.merging.distill.mean_divergence", spied)
+    monkeypatch.setattr("qgraft.merging.distill.PASSES", 1)
+    better, steps = Distillation(model, layers, others, chosen).round(solved, silent)
+    assert better.keys() == solved.keys()
+    assert seen[1] == pytest.approx(divergence(model, merged, chosen.judge, targets), rel=1e-4)
+    assert (steps > 0) == (seen[0] < seen[1])
+    assert seen[1] != pytest.approx(divergence(model, solved, chosen.judge, targets), rel=1e-2)
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_a_last_round_learns_from_all_rows_but_the_unrelated_ones_that_measure(trained, rows, monkeypatch):
+    model, tokenizer = trained().load()
+    chosen = find_rows(model, tokenizer, rows, None, [], {}, 0)
+    given: list[Any] = []
+
+    def distilled(model: Any, merged: Any, samples: Any, targets: Tensor, *, progress: Any, seed: int) -> Any:
+        given.append((samples, targets, seed))
+        return dict(merged), 1
+
+    monkeypatch.setattr("qgraft.merging.distill.distill", distilled)
+    merged = {path: layer.packed for path, layer in lora_layers(model)}  # f16 among them
+    distillation = Distillation(model, dict(lora_layers(model)), {}, chosen)
+    distillation.round(merged, silent)
+    packed, steps = distillation.last_round(merged, silent)
+    assert packed == merged and steps == 1
+    (fit, fit_targets, first), (all_, targets, second) = given
+    assert fit == chosen.fit and all_ == [*chosen.fit, *chosen.judge, *chosen.measure] and first != second
+    torch.testing.assert_close(fit_targets, states_of(model, fit)[0])
+    torch.testing.assert_close(targets, states_of(model, all_)[0], rtol=1e-4, atol=1e-4)
+    assert not {sample.source for sample in all_} & {sample.source for sample in chosen.drift}
+
+
+@pytest.mark.usefixtures("few_rows")
 def test_a_model_in_float_formats_only_has_nothing_to_distill(tiny_gguf, rows, monkeypatch):
-    from gguf import GGMLQuantizationType as Q
-
     model, tokenizer = qgraft.load(tiny_gguf("llama", types=(Q.F16, Q.BF16)).path)
     qgraft.attach_lora(model, r=2, target_modules="q_proj,v_proj,up_proj")
     for _, layer in lora_layers(model):
         nn.init.normal_(layer.loras["default"].lora_B, std=0.05, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("qgraft.merging.merge.TARGET", 10.0)
+    monkeypatch.setattr(finish, "wanting", lambda kept: True)
     report = merge(model, tokenizer, calibration=rows, min_retained=-100.0)
     assert report.distilled_steps == 0 and {each.format for each in report.layers} == {"f16", "bf16"}
-    assert report.kept.task_kl < 0.05
+    assert report.kept.task_kl < 0.05 and report.kept.before is None
