@@ -22,7 +22,7 @@ from qgraft.checkpoints.save import save
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import AdapterError, CheckpointError, DataError, MergeError, OptionError, UnsupportedError
 from qgraft.formats import PackedTensor
-from qgraft.merging import calibration, distill, layer, measure
+from qgraft.merging import calibration, finish, layer, measure
 from qgraft.merging import merge as merge_module
 from qgraft.merging.merge import merge, unmerge
 
@@ -422,11 +422,8 @@ class Bomb:
         return args[0]
 
 
-PLACES = {"in a layer": (layer.CHAINS, "auto"), "distilling": (distill, "distill"), "at the end": (merge_module, None)}
-
-
 @pytest.mark.spread(2)
-@pytest.mark.parametrize("place", [*PLACES])
+@pytest.mark.parametrize("place", ["in a layer", "distilling", "at the end"])
 @pytest.mark.parametrize(("error", "to"), [(KeyboardInterrupt, None), (RuntimeError, "q8_0")])
 def test_an_exception_half_way_leaves_the_model_as_it_was(trained, rows, monkeypatch, place, error, to):
     model, tokenizer = trained().load("law")
@@ -437,7 +434,7 @@ def test_an_exception_half_way_leaves_the_model_as_it_was(trained, rows, monkeyp
     if place == "in a layer":
         monkeypatch.setitem(layer.CHAINS, "auto", (Bomb(6, error),))
     elif place == "distilling":
-        monkeypatch.setattr(merge_module, "TARGET", 10.0)
+        monkeypatch.setattr(finish, "TARGET", 10.0)
         monkeypatch.setattr("qgraft.merging.distill.summed_divergence", Bomb(1, error))
     else:
         monkeypatch.setattr(merge_module, "current_fingerprint", Bomb(2, error))  # the first is before the work
