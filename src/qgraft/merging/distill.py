@@ -24,7 +24,7 @@ instead of learning the task, and the calibration's unrelated text is in it, so 
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.adapters.choose import adapters_off
-from qgraft.adapters.exact import SPREAD, BlockLora, MinimumLora, make_part, minimums_of
+from qgraft.adapters.exact import BlockLora, MinimumLora, make_part, minimums_of
 from qgraft.adapters.lora import LoraConfig, LoraLinear
 from qgraft.data.batches import IGNORED, Batch, collate, count_labels, split_batch
 from qgraft.data.tokenizing import Sample
@@ -49,11 +49,11 @@ from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, Packed, in_place, mean_divergence, states_of, summed_divergence
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 
-PASSES = 2  # of a round
+PASSES = 3  # of a round
 PASS_TOKENS = 256  # of a step
 SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
-LORA_RATE = 2e-3  # of the exact LoRAs
-RANK = 16  # of them, at most
+LORA_RATE = 1e-3  # of the exact LoRAs
+RANK = 8  # of them
 _NAME: Final = "distilled"
 
 
@@ -132,7 +132,6 @@ def distill(
     order = random.Random(seed)
     samples, targets = _shuffled(samples, targets, order)
     with padding_free(model, samples) as problem, _seeded(seed, model.device), standing_in(model, merged, free):
-        _look_around(model, layers.values(), samples, PASS_TOKENS if problem is None else 0)
         trained = [
             ([each for each in layer.parameters() if each.requires_grad], layer.rate) for layer in layers.values()
         ]
@@ -149,18 +148,6 @@ def distill(
             optimizer.zero_grad()
             progress(step + 1, len(steps))
     return {path: layer.merged() for path, layer in layers.items()}, len(steps)
-
-
-@torch.no_grad()
-def _look_around(model: PreTrainedModel, layers: Iterable[nn.Module], samples: Sequence[Sample], tokens: int) -> None:
-    """Show the layers what passes through them, by the first samples."""
-    minimums = [layer for layer in layers if isinstance(layer, _FreeMinimums)]
-    for layer in minimums:
-        layer.looks = True
-    batch = split_batch(collate(samples), 4 * tokens)[0]
-    label_states(model, {key: value.to(model.device) for key, value in batch.items()})
-    for layer in minimums:
-        layer.looks = False
 
 
 def _shuffled(samples: Sequence[Sample], targets: Tensor, order: random.Random) -> tuple[list[Sample], Tensor]:
@@ -201,42 +188,14 @@ def _backward(
 
 
 class _FreeMinimums(LoraLinear):
-    """A merged layer with an exact LoRA of its own on it: what it changes are the minimums.
-
-    Of the LoRA B trains; A are the principal directions of what the layer's minimums are multiplied by, each of the same
-    energy. So a step of Adam in B, which is as large for each number, moves the outputs as far along all of them. `look`
-    finds them out.
-    """
+    """A merged layer with an exact LoRA of its own on it: what it changes are the minimums."""
 
     def __init__(self, packed: PackedTensor, bias: Tensor | None) -> None:
         super().__init__(QuantizedLinear(packed, bias))
-        place = minimums_of(packed.format)
-        assert place is not None
-        self.width = place.width  # of a group
-        rank = min(RANK, packed.shape[1] // place.width)
-        self.lora = make_part(self, LoraConfig(r=rank, lora_alpha=rank, exact=True))
-        self.lora.lora_A.requires_grad = False
+        self.lora = make_part(self, LoraConfig(r=RANK, lora_alpha=2 * RANK, exact=True))
         self.add(_NAME, self.lora)
-        self.rate = LORA_RATE
-        self.looks = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        y = super().forward(x)
-        if self.looks:
-            self._look(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]))
-        return y
-
-    def _look(self, x_NI: Tensor, y_NO: Tensor) -> None:
-        """Choose A by these inputs and outputs, in which the LoRA has no part yet."""
-        sums_NG = x_NI.double().unflatten(1, (-1, self.width)).sum(2)
-        energies, directions = torch.linalg.eigh(sums_NG.T @ sums_NG / len(sums_NG))
-        rank = len(self.lora.lora_A)
-        energies, directions = energies[-rank:], directions[:, -rank:]  # the largest are the last
-        weights = energies.clamp(min=1e-6 * float(energies[-1]) + 1e-30).rsqrt()
-        size = y_NO.double().square().mean().sqrt() / SPREAD
-        self.lora.lora_A.copy_((directions * weights * size).T)
         self.active = {_NAME: 1.0}
+        self.rate = LORA_RATE
 
     @torch.no_grad()
     def merged(self) -> PackedTensor:
