@@ -4,7 +4,7 @@
     exact      layers whose deltas only change minimums, in closed form (exact.py); they need no rows, and no more is done
     measure    base and base + adapter on the rows that measure (measure.py)
     solve      every layer in the order of the forward pass (lockstep.py, layer.py)
-    measure    the merged model; where it has not kept enough, distill.py trains the real numbers; measure again
+    finish     the merged model is measured; where it may keep more, layers are distilled together (finish.py, distill.py)
     decide     below `min_retained` nothing is replaced and MergeError says what was reached
 
 Merging takes the adapter off the model, so that it cannot count twice; `unmerge` puts the bytes and the adapters back.
