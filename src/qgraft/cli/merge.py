@@ -80,6 +80,7 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.save import check_target, save
     from qgraft.merging.merge import merge
+    from qgraft.merging.store import work_in
 
     model, tokenizer, names = load_with_adapters(options)
     check_target(model, target, to=options.to, overwrite=options.overwrite)
@@ -91,24 +92,32 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     console = Console(stderr=True)
     failed: MergeError | None = None
     report: Any  # MergeReport; a MergeError brings it as well
-    try:
-        report = merge(
-            model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
-            to=options.to, min_retained=options.min_retained, seed=options.seed, progress=console,
-            dataset_dir=options.dataset_dir, template=options.template, system=options.system, name=options.name,
-            author=options.author, allow_outside_files=options.allow_outside_files,
-        )  # fmt: skip
-    except MergeError as error:
-        failed, report = error, error.report
-    report.print(Console())
-    if failed is not None:
-        raise failed
-    saved = save(model, target, to=options.to, overwrite=options.overwrite)  # also for the layers that no adapter is on
+    with work_in(_work_folder(target), console) as work:  # until all is saved
+        try:
+            report = merge(
+                model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,
+                to=options.to, min_retained=options.min_retained, seed=options.seed, work_dir=work, progress=console,
+                dataset_dir=options.dataset_dir, template=options.template, system=options.system, name=options.name,
+                author=options.author, allow_outside_files=options.allow_outside_files,
+            )  # fmt: skip
+        except MergeError as error:
+            failed, report = error, error.report
+        report.print(Console())
+        if failed is not None:
+            raise failed
+        # also for the layers that no adapter is on
+        saved = save(model, target, to=options.to, overwrite=options.overwrite)
     print_note(str(saved))
     report.save(json_file)
     plots.plot_merge(json_file, picture)
     print_note(f"report: {json_file} and {picture.name}")
     return 0
+
+
+def _work_folder(target: Path) -> Path:
+    """Where the layers are kept that are solved, as long as the merge is not done."""
+    target = Path(os.path.abspath(target))
+    return target.with_name(f"{target.name}.merging")
 
 
 def _beside(target: Path, suffix: str) -> Path:

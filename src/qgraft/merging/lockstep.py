@@ -33,6 +33,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
+from qgraft.merging.store import WorkDir
 from qgraft.model_parts import decoder_of
 from qgraft.passes.decoder import attention_arguments, padding_free
 
@@ -46,6 +47,7 @@ def merge_in_step(
     held: Sequence[Sample],
     method: str,
     progress: Callable[[LayerReport], None],
+    work: WorkDir | None = None,
 ) -> tuple[dict[str, PackedTensor], list[LayerReport]]:
     """Merge the layers of `deltas`; the model is left as it was.
 
@@ -53,12 +55,13 @@ def merge_in_step(
         deltas: module path of a LoraLinear -> its delta [out, in], or, called with a slice, these rows of it.
         samples: what the layers are solved on.
         held: what each step is judged on.
-        progress: called after each layer.
+        progress: called after each layer that is solved.
+        work: what is found there is not solved again, what is solved is kept there.
 
     Returns module path -> merged weight, and the layers' reports in the order of the pass. Raises UnsupportedError for a
     layer that the decoder's pass does not reach.
     """
-    pass_ = _Pass(method, progress)
+    pass_ = _Pass(method, progress, work)
 
     def split(path: str, layer: LoraLinear) -> nn.Module:
         return _SplitLayer(path, layer, deltas[path], pass_)
@@ -83,8 +86,9 @@ def merge_in_step(
 class _Pass:
     """What the split layers of one pass share."""
 
-    def __init__(self, method: str, progress: Callable[[LayerReport], None]) -> None:
-        self.method, self.progress = method, progress
+    def __init__(self, method: str, progress: Callable[[LayerReport], None], work: WorkDir | None) -> None:
+        self.method, self.progress, self.work = method, progress, work
+        self.found = {} if work is None else work.found
         self.calibrates = self.judges = torch.empty(0, dtype=torch.bool)  # which tokens of a stream do
         self.packed: dict[str, PackedTensor] = {}
         self.layers: list[LayerReport] = []
@@ -116,21 +120,29 @@ class _SplitLayer(nn.Module):
                 "the adapter's and the merged model's cannot be told apart (a mixture of experts?)",
                 hint=_NO_INPUTS,
             )
-        merged = self._solve(self.pass_.inputs(x, x_a, x_m))
+        merged = self._merged(x, x_a, x_m)
         y_a, y_m = self.layer(x_a), linear(x_m, merged)
         if (bias := self.layer.base.bias) is not None:
             y_m = y_m + bias.to(y_m.dtype)
         return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
 
-    def _solve(self, inputs: Inputs | FewInputs) -> PackedTensor:
+    def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> PackedTensor:
         pass_ = self.pass_
-        packed = self.layer.packed
-        delta = self.delta if is_large(packed) else self.delta()
-        merged, report = merge_layer(self.path, packed, delta, inputs, pass_.method)
+        found = pass_.found.get(self.path)
+        merged, report = found or self._solve(pass_.inputs(x, x_a, x_m))
         pass_.packed[self.path] = merged
         pass_.layers.append(report)
-        pass_.progress(report)
+        if found is None:
+            pass_.progress(report)
         return merged
+
+    def _solve(self, inputs: Inputs | FewInputs) -> tuple[PackedTensor, LayerReport]:
+        packed = self.layer.packed
+        delta = self.delta if is_large(packed) else self.delta()
+        merged, report = merge_layer(self.path, packed, delta, inputs, self.pass_.method)
+        if self.pass_.work is not None:
+            self.pass_.work.keep(self.path, merged, report)
+        return merged, report
 
 
 @contextmanager

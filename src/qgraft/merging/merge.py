@@ -12,13 +12,13 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -36,7 +36,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, DataError, MergeError, UnsupportedError, option, worded
+from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
@@ -44,7 +44,8 @@ from qgraft.merging.finish import finish
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
-from qgraft.merging.report import Kept, MergeReport
+from qgraft.merging.report import Kept, MergeReport, check_kept
+from qgraft.merging.store import WorkDir, held, identity
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -79,6 +80,7 @@ def merge(
     to: str | None = None,
     min_retained: float = 0.9,
     seed: int = 0,
+    work_dir: str | Path | WorkDir | None = None,
     progress: bool | Console | None = None,
     **reading: Any,
 ) -> MergeReport:
@@ -94,13 +96,36 @@ def merge(
         to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
         min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
         seed: of the choice of rows.
+        work_dir: a folder to keep solved layers in, so that a merge which was killed goes on from them, to the same bytes;
+            it is taken away when the merge is done. (A WorkDir: by whoever made it.)
         progress: whether it is shown; None for in a terminal and a notebook.
         reading: dataset_dir, template, system, name, author, allow_outside_files for the rows, as in evaluate(); what is
             not given is as the adapter was trained, but for a template in a file, which has to be given again.
 
     Raises AdapterError (no active adapter, NaN), DataError (no rows, or too few), MergeError (too little kept),
-    OptionError, UnsupportedError (a format that cannot be written).
+    OptionError, UnsupportedError (a format that cannot be written), StorageError (work_dir).
     """
+    console = shown(progress)
+    with held(work_dir, console) as work:
+        return _merge(
+            model, tokenizer, calibration, eval_dataset, method, to, min_retained, seed, reading, console, work
+        )
+
+
+def _merge(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    calibration: Dataset | None,
+    eval_dataset: Dataset | None,
+    method: str,
+    to: str | None,
+    min_retained: float,
+    seed: int,
+    reading: Mapping[str, Any],
+    console: Console | None,
+    work: WorkDir | None,
+) -> MergeReport:
+    """The parts of a merge in their order."""
     began = time.perf_counter()
     check_method(method)
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
@@ -116,9 +141,10 @@ def merge(
     chosen, unmeasured = (_rows_to_solve(find, method), None) if solved else _rows_to_measure(find, speaks, *given)
     deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), _converted(layers, to), _bar(shown(progress)) as bar:
+    with evaluating(model), _converted(layers, to), _bar(console) as bar:
+        about = partial(identity, model, weights, method=method, to=to, seed=seed)
         measurement = None if chosen is None else Measurement(model, layers, chosen)
-        done, reports = _solve(model, solved, deltas, chosen, method, bar)
+        done, reports = _solve(model, solved, deltas, chosen, method, bar, work, about)
         others = {path: merged for path, (merged, _) in exact.items()}
         if chosen is not None and measurement is not None:
             measured = partial(_kept_with, measurement, others)
@@ -126,23 +152,20 @@ def merge(
                 done, kept, steps = finish(model, layers, done, others, chosen, measured, _shown(bar, "distilling"))
             else:
                 kept = measured(done)
+    calibrated, again = chosen if solved else None, work.note if work else None
     report = MergeReport(
         adapters=weights,
         method=method,
         layers=[*(report for _, report in exact.values()), *reports],
         kept=kept,
-        calibration_rows=0 if chosen is None or not solved else len(chosen.fit) + len(chosen.judge),
-        calibration_tokens=0 if chosen is None or not solved else chosen.tokens(),
+        calibration_rows=len(calibrated.fit) + len(calibrated.judge) if calibrated else 0,
+        calibration_tokens=calibrated.tokens() if calibrated else 0,
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(
-            *(chosen.notes if chosen is not None and solved else ()),
-            *filter(None, [unmeasured]),
-            *_misfits(layers, to),
-        ),
+        notes=(*(calibrated.notes if calibrated else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
     )
-    _check_kept(report, min_retained)
+    check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights)
     return report
 
@@ -179,24 +202,6 @@ def _kept_with(measurement: Measurement, others: Packed, done: Packed) -> Kept:
     return measurement.kept({**others, **done})
 
 
-def _check_kept(report: MergeReport, least: float) -> None:
-    """Raise MergeError where less of the gain would be kept, or the losses that say so are no numbers."""
-    kept, gain = report.kept, report.retained_gain
-    losses = {} if kept is None else {"base": kept.base, "adapter": kept.adapter, "merged": kept.merged}
-    if odd := [f"{which} {loss}" for which, loss in losses.items() if not math.isfinite(loss)]:
-        raise MergeError(
-            f"merge: the losses are no numbers ({', '.join(odd)}); nothing is replaced",
-            hint="the adapters, by their weights, are too large for the model to compute with",
-            report=report,
-        )
-    if gain is not None and gain < least:
-        raise MergeError(
-            f"merge: {gain:.1%} of the adapter's gain would be kept, expected at least {least:.0%}; nothing is replaced",
-            hint=_advice(report.method),
-            report=report,
-        )
-
-
 def _solve(
     model: PreTrainedModel,
     layers: Mapping[str, LoraLinear],
@@ -204,6 +209,8 @@ def _solve(
     chosen: Calibration | None,
     method: str,
     bar: Display,
+    work: WorkDir | None,
+    about: Callable[[Calibration], dict[str, Any]],
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
     if not layers:
@@ -211,9 +218,15 @@ def _solve(
     if chosen is None or method not in CHAINS:
         pairs = [merge_nearest(path, layer.packed, deltas[path](), method) for path, layer in layers.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
-    shown = _shown(bar, "layers")
-    done = count(1)
-    return merge_in_step(model, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(layers)))
+    found = 0
+    if work is not None:
+        work.begin(about(chosen), {path: layer.packed for path, layer in layers.items()})
+        found = len(work.found)
+    shown, done = _shown(bar, "layers"), count(found + 1)
+    shown(found, len(layers))  # time left is reckoned from here on: what was found takes none
+    return merge_in_step(
+        model, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(layers)), work
+    )
 
 
 def _shown(bar: Display, what: str) -> Callable[[int, int], None]:
@@ -355,13 +368,6 @@ def _misfits(layers: Mapping[str, LoraLinear], to: str | None) -> list[str]:
     widths = {path: layer.in_features for path, layer in layers.items()}
     found = {} if to is None else {path: (width, fitting_format(to, width)) for path, width in widths.items()}
     return misfit_notes(str(to), found) if found else []
-
-
-def _advice(method: str) -> str:
-    others = f"or merge into another format ({option('to', 'q8_0')}), or accept less ({option('min_retained', 0.5)})"
-    if method != "auto":
-        return f"method auto keeps more; {others}"
-    return f"give more calibration rows, {others}"
 
 
 def _bar(console: Console | None) -> Display:

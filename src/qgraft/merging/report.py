@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qgraft import storage
+from qgraft.errors import MergeError, option
 from qgraft.merging.layer import LayerReport
 
 STEP_WORDS = {  # of layer.CHAINS, for a narrow table
@@ -179,3 +180,28 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
             ", ".join(STEP_WORDS[step] for step in steps) or "as it was",
         )
     return table
+
+
+def check_kept(report: MergeReport, least: float) -> None:
+    """Raise MergeError where less of the gain would be kept, or the losses that say so are no numbers."""
+    kept, gain = report.kept, report.retained_gain
+    losses = {} if kept is None else {"base": kept.base, "adapter": kept.adapter, "merged": kept.merged}
+    if odd := [f"{which} {loss}" for which, loss in losses.items() if not math.isfinite(loss)]:
+        raise MergeError(
+            f"merge: the losses are no numbers ({', '.join(odd)}); nothing is replaced",
+            hint="the adapters, by their weights, are too large for the model to compute with",
+            report=report,
+        )
+    if gain is not None and gain < least:
+        raise MergeError(
+            f"merge: {gain:.1%} of the adapter's gain would be kept, expected at least {least:.0%}; nothing is replaced",
+            hint=_advice(report.method),
+            report=report,
+        )
+
+
+def _advice(method: str) -> str:
+    others = f"or merge into another format ({option('to', 'q8_0')}), or accept less ({option('min_retained', 0.5)})"
+    if method != "auto":
+        return f"method auto keeps more; {others}"
+    return f"give more calibration rows, {others}"
