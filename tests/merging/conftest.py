@@ -1,5 +1,6 @@
 """Adapters trained once a session on tiny models, small against the quantization steps as real ones are."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,12 @@ import pytest
 from gguf import GGMLQuantizationType as Q
 
 import qgraft
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from disks import failing_after
+
+__all__ = ["failing_after"]
 
 ROWS: list[dict[str, object]] = [
     {"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(20)
