@@ -52,7 +52,7 @@ from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 PASSES = 3  # of a round
 PASS_TOKENS = 256  # of a step
 SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
-LORA_RATE = 1e-3  # of the exact LoRAs
+LORA_RATE = 2e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
 RANK = 8  # of them
 _NAME: Final = "distilled"
 
@@ -90,7 +90,10 @@ class Distillation:
         """(weights after one more round, steps); those of formats without a grid as they are."""
         self._rounds += 1
         trainable = {path: each for path, each in packed.items() if has_grid(each)}
-        trained, steps = distill(self._model, trainable, samples, targets, progress=progress, seed=self._rounds)
+        pace = 1.0 / self._rounds  # the less is left, the more of a step is noise
+        trained, steps = distill(
+            self._model, trainable, samples, targets, progress=progress, seed=self._rounds, pace=pace
+        )
         return {**packed, **trained}, steps
 
     def _apart(self, candidate: Packed) -> float:
@@ -107,6 +110,7 @@ def distill(
     *,
     progress: Callable[[int, int], None],
     seed: int = 0,
+    pace: float = 1.0,
 ) -> tuple[dict[str, PackedTensor], int]:
     """The merged weights with what may move trained for PASSES passes, and the steps taken.
 
@@ -118,6 +122,7 @@ def distill(
         targets: the adapter's last hidden states at the label positions of the samples, [labels, hidden].
         progress: called after each step with (step, steps).
         seed: of the order of the samples and of the LoRAs.
+        pace: what the learning rates are multiplied by.
     """
     layers: dict[str, _FreeMinimums | _FreeScales] = {}
 
@@ -133,7 +138,8 @@ def distill(
     samples, targets = _shuffled(samples, targets, order)
     with padding_free(model, samples) as problem, _seeded(seed, model.device), standing_in(model, merged, free):
         trained = [
-            ([each for each in layer.parameters() if each.requires_grad], layer.rate) for layer in layers.values()
+            ([each for each in layer.parameters() if each.requires_grad], pace * layer.rate)
+            for layer in layers.values()
         ]
         parameters = [each for group, _ in trained for each in group]
         optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in trained], betas=(0.9, 0.99))
