@@ -43,6 +43,8 @@ from qgraft.kernels.terms import Term
 from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
 from qgraft.ranges import COUNT, FINITE, SHARE, check_ranges
 
+ALL_ROWS: Final = slice(None)
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -75,9 +77,6 @@ class LoraConfig:
     def scaling(self) -> float:
         """What the product B·A is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
-
-
-ALL_ROWS: Final = slice(None)
 
 
 class Lora(Part):
@@ -208,13 +207,11 @@ class LoraLayer(Holder):
         tokens = self.tokens_of(x)
         active = [(lora, weight) for name, weight in weights.items() if (lora := self._lora(name)) is not None]
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
-        return self.with_segments(
-            x,
-            [
-                (lora, LayerSegment(0, tokens, lora.config.scaling * weight, *self._dropout(lora)))
-                for lora, weight in active
-            ],
-        )
+        served = [
+            (lora, LayerSegment(0, tokens, lora.config.scaling * weight, *self._dropout(lora)))
+            for lora, weight in active
+        ]
+        return self.with_segments(x, served)
 
     def _lora(self, name: str) -> Lora | None:
         """The layer's LoRA of this name, in one look: another thread may be taking it off."""
