@@ -223,7 +223,7 @@ def test_distilling_lowers_the_divergence_and_leaves_the_codes(trained, rows, ar
         changed = {name for name in ("codes", "d", "m", "sub_scales", "sub_minimums") if differs(old, new, name)}
         assert changed == ({"d"} if old.m is None else {"m"}), path
     start, end = (divergence(model, each, samples, targets) for each in (merged, distilled))
-    assert end < 0.7 * start
+    assert end < 0.8 * start
     # the model is as it was, adapters of layers that are not distilled (f16) included
     assert all(torch.equal(layer.packed.parts[0], before[path]) for path, layer in lora_layers(model))
     assert {path: type(each) for path, each in model.named_modules()} == modules

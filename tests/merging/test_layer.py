@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError
-from qgraft.formats import FORMATS, PackedTensor, dequantize, quantize, unpack
-from qgraft.merging.layer import CHAINS, METHODS, Inputs, check_method, collapse, merge_layer, merge_nearest
+from qgraft.formats import FORMATS, PackedTensor, dequantize, quantize, take_rows, unpack
+from qgraft.merging import layer as layer_module
+from qgraft.merging.layer import (
+    CHAINS,
+    DAMPING,
+    METHODS,
+    FewInputs,
+    Inputs,
+    check_method,
+    collapse,
+    merge_layer,
+    merge_nearest,
+    seen,
+)
 
 WRITABLE = [name for name, each in FORMATS.items() if each.quantize is not None]
 GRIDS = [name for name in WRITABLE if FORMATS[name].unpack is not None]
@@ -68,6 +80,57 @@ def test_the_outputs_come_closer_and_the_report_says_how_close(format_, method):
     assert report.delta_in_steps == pytest.approx(float(delta.double().square().mean().sqrt() / step), rel=1e-4)
     if method == "scales":
         assert torch.equal(before.codes, after.codes)
+
+
+@pytest.mark.parametrize("tokens", [40, 128, 129])
+def test_wide_layers_of_few_tokens_keep_the_tokens_and_pose_the_same_problem(monkeypatch, tokens):
+    monkeypatch.setattr(layer_module, "WIDE", WIDTH)
+    generator = torch.Generator().manual_seed(2)
+    x_a, x_m = (torch.randn(tokens, WIDTH, generator=generator) for _ in range(2))
+    target, w = (0.05 * torch.randn(5, WIDTH, generator=generator) for _ in range(2))
+    inputs = seen(x_a, x_m, x_a[:3], x_m[:3])
+    assert isinstance(inputs, FewInputs if 2 * tokens < WIDTH else Inputs)
+    assert torch.equal(inputs.held_a, x_a[:3]) and torch.equal(inputs.held_m, x_m[:3])
+    a, m = x_a.double(), x_m.double()
+    H, noise = m.T @ m / tokens, DAMPING * float(m.square().sum()) / tokens / WIDTH
+    expected = w.double() @ H - target.double() @ (a.T @ m / tokens) + noise * (w - target).double()
+    got = inputs.problem(target).gradient(w)
+    assert float((got - expected).norm()) < 1e-5 * float(expected.norm())
+    H.diagonal().add_(noise)
+    assert float((inputs.problem(target).H - H).norm()) < 1e-5 * float(H.norm())
+    monkeypatch.setattr(layer_module, "WIDE", WIDTH + 1)
+    assert isinstance(seen(x_a, x_m, x_a, x_m), Inputs)
+
+
+@pytest.mark.parametrize(
+    ("format_", "method"), [("q4_1", "auto"), ("q4_k", "auto"), ("q8_0", "codes"), ("f16", "auto")]
+)
+def test_a_large_layer_is_solved_in_panels_of_rows(monkeypatch, format_, method):
+    """As layers of their own; the report is of all of them."""
+    packed, delta, inputs = a_layer(format_, out=20)
+    whole, told = merge_layer("x", packed, delta, inputs, method)
+    parts = [slice(0, 8), slice(8, 16), slice(16, 20)]
+    alone = [
+        merge_layer("x", take_rows(packed, torch.arange(20)[rows]), delta[rows], inputs, method)[0] for rows in parts
+    ]
+    monkeypatch.setattr(layer_module, "PANEL_BYTES", 8 * 4 * WIDTH)
+    asked: list[slice] = []
+
+    def some_of_it(rows: slice) -> Tensor:
+        asked.append(rows)
+        return delta[rows]
+
+    merged, report = merge_layer("x", packed, some_of_it, inputs, method)
+    assert asked == parts and merged.shape == packed.shape
+    assert torch.equal(merged.parts[0], torch.cat([each.parts[0] for each in alone]))
+    assert torch.equal(merge_layer("x", packed, delta, inputs, method)[0].parts[0], merged.parts[0])
+    assert report.error == pytest.approx(held_error(dequantize(merged, torch.float32), packed, delta, inputs), rel=1e-3)
+    assert (report.path, report.format) == ("x", format_)
+    assert report.delta_in_steps == pytest.approx(told.delta_in_steps, rel=1e-4)
+    if format_ != "f16":
+        changed = float((unpack(packed).codes != unpack(merged).codes).double().mean())
+        assert report.codes_changed == pytest.approx(changed, abs=1e-6)
+    assert report.error < 1.05 * told.error and whole.shape == merged.shape
 
 
 @pytest.mark.spread(3)
