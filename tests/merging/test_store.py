@@ -251,8 +251,16 @@ def change_base(model: Any) -> None:
     layer.replace(changed)
 
 
+def change_embedding(model: Any, token: int = 6) -> None:
+    weight = model.get_input_embeddings().packed_weight
+    changed = weight.get().map(torch.Tensor.clone)
+    changed.parts[0][token, -1] ^= 1
+    weight.set(changed)
+
+
 CHANGES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a bit of a wrapped layer": ("base", change_base),
+    "a row of the embedding": ("rows", change_embedding),
     "a norm": ("base", lambda model: add_to(model.model.norm.weight)),
     "an option of the model": ("config", lambda model: setattr(model.config, "rms_norm_eps", 1e-3)),
     "a LoRA": ("adapters", lambda model: add_to(next(find_adapter(model).named_parameters())[1])),
@@ -279,6 +287,13 @@ def test_what_decides_the_bytes_is_in_the_identity(trained, change):
     finally:
         torch.set_num_threads(threads)
     assert {each for each in before if after[each] != before[each]} == {key}
+
+
+def test_of_the_embedding_only_the_rows_that_are_read_count(trained):
+    model, _ = trained().load()
+    before = about(model)
+    change_embedding(model, 50)
+    assert about(model) == before
 
 
 def test_rows_are_in_the_identity_and_what_they_are_for(trained):

@@ -37,7 +37,6 @@ from qgraft.attention import attention_of
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS
 from qgraft.checkpoints.shards import open_shard
-from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, StorageError, worded
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.json_files import OWN, covered_text, is_covered, parse_json, read_object
@@ -49,7 +48,9 @@ from qgraft.merging.layer import LayerReport
 from qgraft.progress import LOGGER
 
 ABOUT = "merging.json"
-_LAYER_FILE = re.compile(r"\d{5,}\.safetensors|\..+\.tmp-\d+")  # and what a kill leaves of one
+_ISA_VARIABLES = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")  # limits that libraries obey
+# and what a kill leaves of one that is being written
+_LAYER_FILE = re.compile(r"\d{5,}\.safetensors|\.(\d{5,}\.safetensors|merging\.json)\.tmp-\d+")
 
 Solved = tuple[PackedTensor, LayerReport]
 
@@ -234,11 +235,11 @@ def identity(model: PreTrainedModel, weights: Mapping[str, float], rows: Calibra
         "base": _digest(_numbers_of(model)),
         "config": _digest([json.dumps(config, sort_keys=True, default=str).encode()]),
         "adapters": {name: [weight, _digest(_numbers_of_adapter(model, name))] for name, weight in weights.items()},
-        "rows": _digest(_tokens(rows.fit, rows.judge)),
+        "rows": _digest(_tokens(model, rows)),
         "releases": {"qgraft": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         "machine": {
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else str(model.device),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cpu": [_cpu_name(), torch.backends.cpu.get_cpu_capability(), *map(os.environ.get, _ISA_VARIABLES)],
             "kernels": native_status()[1],
             "kernels_variable": os.environ.get(KERNELS_VARIABLE, "auto"),
             "threads": torch.get_num_threads(),
@@ -250,12 +251,11 @@ def identity(model: PreTrainedModel, weights: Mapping[str, float], rows: Calibra
 
 
 def _numbers_of(model: PreTrainedModel) -> Iterator[bytes | memoryview]:
-    """Every tensor of the model that is none of an adapter, and what its layers compute in."""
-    parts = {
-        module for each in adapters_of(model).values() for part in each.parts.values() for module in part.modules()
-    }
+    """Every tensor of the model that is none of an adapter, and what its layers compute in; no embedding, see _tokens."""
+    parts = (part for each in adapters_of(model).values() for part in each.parts.values())
+    apart = {module for part in parts for module in part.modules()} | {*_embedding(model).modules()}
     for path, module in model.named_modules():
-        if module in parts:
+        if module in apart:
             continue
         compute = module.compute if isinstance(module, QuantizedLinear) else None
         yield json.dumps([path, type(module).__qualname__, compute]).encode()
@@ -271,9 +271,24 @@ def _numbers_of_adapter(model: PreTrainedModel, name: str) -> Iterator[bytes | m
             yield from _described(key, tensor)
 
 
-def _tokens(*lists: Iterable[Sample]) -> Iterator[bytes]:
-    for samples in lists:
+def _tokens(model: PreTrainedModel, rows: Calibration) -> Iterator[bytes | memoryview]:
+    """The samples, and the embeddings of their tokens: to read all rows would bring a large file into memory for nothing."""
+    for samples in (rows.fit, rows.judge):
         yield json.dumps([[sample.input_ids, sample.labels] for sample in samples]).encode()
+    ids = sorted({0, *(token for sample in [*rows.fit, *rows.judge] for token in sample.input_ids)})  # 0 pads
+    with torch.no_grad():
+        yield from _described("embedding", _embedding(model)(torch.tensor(ids, device=model.device)))
+
+
+def _embedding(model: PreTrainedModel) -> Any:
+    return model.get_input_embeddings()
+
+
+def _cpu_name() -> str:
+    """What Linux calls the CPU: libraries choose by it how they multiply. Empty elsewhere."""
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _described(name: str, tensor: Tensor) -> Iterator[bytes | memoryview]:
