@@ -493,17 +493,17 @@ def test_kills_at_any_moment_leave_no_trace(command, tmp_path):
     out = tmp_path / "out"
     _, errors = (process := start(command("whole.gguf", "auto"), -1)).communicate(timeout=300)
     assert process.returncode == 0, errors
-    work, kept = out / "part.gguf.merging", 0
-    for _ in range(5):
+    work, kept, kills = out / "part.gguf.merging", 0, 0
+    while True:
         process = start(command("part.gguf", "auto"), -1)
         while process.poll() is None and len(list(work.glob("[0-9]*"))) < kept + 2:
             time.sleep(0.002)
         process.kill()
-        process.communicate()
-        kept = len(list(work.glob("[0-9]*")))
-    assert 10 <= kept < LAYERS
-    _, errors = (process := start(command("part.gguf", "auto"), -1)).communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert f"going on from layer {kept + 1} of 14" in errors
+        _, errors = process.communicate()
+        if process.returncode == 0:
+            break  # no two layers were left, or it was faster than the kill
+        assert process.returncode == -signal.SIGKILL, errors
+        kept, kills = len(list(work.glob("[0-9]*"))), kills + 1
+    assert kills >= 2
     assert (out / "part.gguf").read_bytes() == (out / "whole.gguf").read_bytes()
     assert not [path for path in out.iterdir() if "merging" in path.name or path.name.startswith(".")]

@@ -7,8 +7,8 @@
 
 A layer's file is written whole, as soon as the layer is solved. A merge that finds a folder of its own takes what is whole
 there, and computes only the passes through these layers; the bytes are those of a merge without a kill, because all that
-decides them is in merging.json: every number of base and adapters, the calibration rows, what computes and with how many
-threads. One that differs in any of it begins anew. A file that is damaged is solved again.
+decides them is in merging.json: every number of base and adapters that is read, the calibration rows, what computes and with
+how many threads. One that differs in any of it begins anew. A file that is damaged is solved again.
 
 Not chosen: the fingerprint for the base, which samples its bytes (checkpoints/fingerprint.py) and needs the file: all are
 hashed here, seconds for the gigabytes of a merge that takes minutes. Nor are the rounds of distilling kept that may follow
