@@ -323,8 +323,8 @@ def test_a_last_round_learns_from_all_rows_but_the_unrelated_ones_that_measure(t
     chosen = find_rows(model, tokenizer, rows, None, [], {}, 0)
     given: list[Any] = []
 
-    def distilled(model: Any, merged: Any, samples: Any, targets: Tensor, *, progress: Any, seed: int) -> Any:
-        given.append((samples, targets, seed))
+    def distilled(model: Any, merged: Any, samples: Any, targets: Tensor, **options: Any) -> Any:
+        given.append((samples, targets, options["seed"]))
         return dict(merged), 1
 
     monkeypatch.setattr("qgraft.merging.distill.distill", distilled)

@@ -135,12 +135,21 @@ def test_rounds_have_an_end(monkeypatch):
 @pytest.mark.parametrize("closer", [[True] * ROUNDS, [False], [True, False]])
 def test_without_held_out_rows_a_last_round_learns_from_those_that_measured(monkeypatch, closer):
     taken = sum(closer)
-    after = kept(0.99, task_kl=0.004)
+    after = kept(0.995, task_kl=0.004)
     script = Script([*(kept(0.9 + 0.01 * n) for n in range(taken + 1)), after], [*closer])
     packed, result, steps = run(monkeypatch, script, False)
     assert script.asked[-2:] == ["last round", "measured"] and script.asked.count("round") == len(closer)
     assert result == replace(after, before=pytest.approx(0.9 + 0.01 * taken))
     assert "last" in packed and steps == 4 * taken + 7
+
+
+@pytest.mark.parametrize("helping", range(1, ROUNDS + 1))
+def test_last_rounds_go_on_while_they_help_and_are_needed(monkeypatch, helping):
+    results = [kept(0.95 + 0.01 * n, task_kl=0.008 - 0.001 * n) for n in range(helping)]
+    script = Script([kept(0.9), *results, kept(0.98, task_kl=0.5)], [False])
+    _, result, steps = run(monkeypatch, script, False)
+    assert script.asked.count("last round") == min(helping + 1, ROUNDS)
+    assert result == replace(results[-1], before=pytest.approx(0.9)) and steps == 7 * helping
 
 
 @pytest.mark.parametrize("task_kl", [0.01, 0.02, math.nan])
@@ -187,7 +196,7 @@ def test_a_merge_that_learned_from_the_rows_that_measured_says_so(trained, rows,
     assert report.retained_gain > 0.9 and report.distilled_steps > 0
     assert results[-1].task_kl < results[-2].task_kl
     assert report.kept == replace(results[-1], before=results[-2].retained_gain) and not report.kept.held_out
-    told = f"retained gain: {report.retained_gain:.1%} ({report.kept.before:.1%} before these rows took part, in a last"
+    told = f"retained gain: {report.retained_gain:.1%} ({report.kept.before:.1%} before these rows took part, in last"
     words = " ".join(str(report).split())
     assert told in words and f"loss on {report.kept.rows} rows of the calibration set: base" in words
     assert report.as_dict()["kept"]["before"] == report.kept.before

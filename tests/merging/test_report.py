@@ -70,7 +70,7 @@ def test_the_summary_says_what_was_kept():
     assert "rows kept back from the calibration set" in not_held[1]
     learned = replace(REPORT, kept=replace(KEPT, held_out=False, before=0.954)).summary()
     assert "loss on 9 rows of the calibration set: base" in learned[1]
-    assert learned[5] == "retained gain: 99.0% (95.4% before these rows took part, in a last round)"
+    assert learned[5] == "retained gain: 99.0% (95.4% before these rows took part, in last rounds)"
     no_gain = replace(REPORT, kept=replace(KEPT, base=0.9)).summary()
     assert no_gain[5].startswith("retained gain: none to keep, the adapter lowers the loss on these rows by less")
     assert BARE.summary() == ["retained gain: not measured"]

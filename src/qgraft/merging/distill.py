@@ -11,8 +11,8 @@ until the rows that judge come no closer. The codes stay. What is trained is
     the others               the scales themselves
 
 A change of minimums costs a LoRA's time and memory, and a low rank does not follow the noise of single rows as numbers of
-their own do: Adam moves each of those by its learning rate, whether rows agree about it or not. (SmolLM2, q4_1: from
-@FIG1@.) The scales of symmetric formats have no such narrow product; their gradient is that of a
+their own do: Adam moves each of those by its learning rate, whether rows agree about it or not. (SmolLM2, q4_1, a FAQ of
+40 rows, scales solved for: KL 0.064 on its rows, 0.016 after three passes so, 0.013 after six.) The scales of symmetric formats have no such narrow product; their gradient is that of a
 weight matrix, which the frozen base never needs, formed layer by layer and summed at once:
 
     G = g^T x [out, in]        dE/d_k = sub_scale * sum over group k of G * value
@@ -52,7 +52,7 @@ from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 PASSES = 3  # of a round
 PASS_TOKENS = 256  # of a step
 SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
-LORA_RATE = 2e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
+LORA_RATE = 1e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
 RANK = 8  # of them
 _NAME: Final = "distilled"
 
@@ -90,7 +90,7 @@ class Distillation:
         """(weights after one more round, steps); those of formats without a grid as they are."""
         self._rounds += 1
         trainable = {path: each for path, each in packed.items() if has_grid(each)}
-        pace = 1.0 / self._rounds  # the less is left, the more of a step is noise
+        pace = self._rounds**-0.5  # the less is left, the more of a step is noise
         trained, steps = distill(
             self._model, trainable, samples, targets, progress=progress, seed=self._rounds, pace=pace
         )

@@ -1,6 +1,6 @@
 """When the layers of a merge are distilled together (distill.py), how often, and on what at last.
 
-    solved layer by layer -> measured -> wanting? -> a round of distilling -> measured -> wanting? -> ... -> all rows
+    solved layer by layer -> measured -> wanting? -> a round of distilling -> measured -> wanting? -> ... -> of all rows
 
 Wanting is a merge that keeps less of the adapter's gain than TARGET on rows that it has not seen, or that is further from
 the adapter's model on unrelated text than a tenth of what that itself is from the base. Rounds end where the rows that judge
@@ -8,7 +8,7 @@ come no closer.
 
 Where there are no held-out rows, those that measured are rows that the adapter was trained on. They may hold what no other
 row says: the opening hours of a shop are not learned from its prices. So a merge that was wanting on them learns from
-them, too, in a last round; the report has both figures.
+them, too, in last rounds, as many again; the report has both figures.
 """
 
 from collections.abc import Callable, Mapping
@@ -59,12 +59,15 @@ def finish(
         kept = measured(packed)
         if not wanting(kept):
             return packed, kept, taken
-    if rows.held_out:
-        return packed, kept, taken
-    learned, steps = distillation.last_round(packed, progress)
-    after = measured(learned)
-    if after.task_kl < kept.task_kl:  # which NaN is not
-        return learned, replace(after, before=kept.retained_gain), taken + steps
+    before = kept.retained_gain
+    for _ in range(0 if rows.held_out else ROUNDS):
+        learned, steps = distillation.last_round(packed, progress)
+        after = measured(learned)
+        if not after.task_kl < kept.task_kl:  # which NaN is not
+            break
+        packed, kept, taken = learned, replace(after, before=before), taken + steps
+        if not wanting(kept):
+            break
     return packed, kept, taken
 
 

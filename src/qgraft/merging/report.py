@@ -107,7 +107,7 @@ class MergeReport:
 
     def _before(self) -> str:
         before = None if self.kept is None else self.kept.before
-        return "" if before is None else f" ({before:.1%} before these rows took part, in a last round)"
+        return "" if before is None else f" ({before:.1%} before these rows took part, in last rounds)"
 
     def as_dict(self) -> dict[str, Any]:
         """All of it for JSON."""
