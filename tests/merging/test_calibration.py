@@ -1,10 +1,13 @@
 """Which rows do what: no row does two things, and budgets hold."""
 
+import itertools
 import json
+import math
 from importlib import resources
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -229,3 +232,19 @@ def test_no_rows_at_all_are_refused(tiny_gguf):
             find_rows(model, tokenizer, empty, None, [], {}, 0)
     with pytest.raises(OptionError, match="unknown option 'max_length'; options of reading rows: dataset_dir"):
         find_rows(model, tokenizer, None, None, [], {"max_length": "7"}, 0)
+
+
+@pytest.mark.parametrize(("weights", "share"), [(1e8, 1.0), (4e8, 1.0), (1.6e9, 0.5), (6.4e9, 0.25), (1e11, 0.25)])
+def test_large_models_are_given_fewer_tokens(weights, share):
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(round(weights / 1e4), 10_000, bias=False))
+    assert calibration._share(model) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9, 1.0])
+def test_a_share_of_rows_comes_from_all_over_them(share):
+    rows = [Sample([n], [n], str(n)) for n in range(40)]
+    taken = [sample.input_ids[0] for sample in calibration._evenly(rows, share)]
+    assert len(taken) == 40 * share and taken == sorted(set(taken))
+    assert max(b - a for a, b in itertools.pairwise(taken)) <= math.ceil(1 / share)
+    assert len(calibration._evenly(rows[:1], share)) == 1

@@ -13,7 +13,7 @@ which a token costs ten and more gigaflops, are given a quarter of them.
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
 from typing import Any
@@ -122,7 +122,11 @@ def find_rows(
             f"a set of {len(task)} rows: with fewer than about {FEW_ROWS} a merge keeps less, and what it keeps is measured "
             "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
         )
-    return choose_samples(task, held, tokenizer, seed, *notes, share=_share(model))
+    chosen = choose_samples(task, held, tokenizer, seed, *notes)
+    fit, judge, measure, drift = (
+        _evenly(rows, _share(model)) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift)
+    )
+    return replace(chosen, fit=fit, judge=judge, measure=measure, drift=drift)
 
 
 def _share(model: PreTrainedModel) -> float:
@@ -194,6 +198,11 @@ class _Reader:
         return self.samples(arguments["dataset"], arguments, arguments.get("max_length", TRAINED_LENGTH), most)
 
 
+def _evenly(rows: list[Sample], share: float) -> list[Sample]:
+    """This share of the rows, from all over the list; at least one."""
+    return [row for n, row in enumerate(rows) if int((n + 1) * share) > int(n * share)] or rows[:1]
+
+
 def _holds_out(arguments: Mapping[str, Any]) -> bool:
     """Whether a run knew rows that it was not trained on, by its arguments."""
     return bool(arguments.get("dataset") and (arguments.get("eval_dataset") or arguments.get("val_size")))
@@ -229,12 +238,8 @@ def choose_samples(
     tokenizer: PreTrainedTokenizerBase,
     seed: int,
     *notes: str,
-    share: float = 1.0,
 ) -> Calibration:
     """Share out the rows of a task, and the neutral ones.
-
-    Args:
-        share: of the numbers of tokens above.
 
     Raises DataError for fewer than FEWEST_ROWS rows or FEWEST_TOKENS tokens.
     """
@@ -247,15 +252,15 @@ def choose_samples(
         )
     rows = random.Random(seed).sample(list(task), len(task))
     if measure is None:
-        measured = _up_to(rows[: max(1, len(rows) // 4)], share * MEASURE_TOKENS)
+        measured = _up_to(rows[: max(1, len(rows) // 4)], MEASURE_TOKENS)
         rows = rows[len(measured) :]
     else:
-        measured = _up_to(measure, share * MEASURE_TOKENS)
-    chosen = _up_to(rows, share * TASK_TOKENS)
+        measured = _up_to(measure, MEASURE_TOKENS)
+    chosen = _up_to(rows, TASK_TOKENS)
     neutral = neutral_samples(tokenizer)
     fit, judge = _judging(chosen)
-    neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], share * NEUTRAL_TOKENS))
-    drift = _up_to(neutral[1::2], share * DRIFT_TOKENS)
+    neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
+    drift = _up_to(neutral[1::2], DRIFT_TOKENS)
     return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes)
 
 
@@ -283,7 +288,7 @@ def _judging(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [row for n, row in enumerate(rows) if n % JUDGED], rows[::JUDGED]
 
 
-def _up_to(rows: Sequence[Sample], tokens: float) -> list[Sample]:
+def _up_to(rows: Sequence[Sample], tokens: int) -> list[Sample]:
     """The first rows that hold so many tokens together; at least two."""
     total, count = 0, 0
     for row in rows:

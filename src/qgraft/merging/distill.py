@@ -12,8 +12,10 @@ until the rows that judge come no closer. The codes stay. What is trained is
 
 A change of minimums costs a LoRA's time and memory, and a low rank does not follow the noise of single rows as numbers of
 their own do: Adam moves each of those by its learning rate, whether rows agree about it or not. (SmolLM2, q4_1, a FAQ of
-40 rows, scales solved for: KL 0.064 on its rows, 0.016 after three passes so, 0.013 after six.) The scales of symmetric formats have no such narrow product; their gradient is that of a
-weight matrix, which the frozen base never needs, formed layer by layer and summed at once:
+40 rows, after their scales were solved for: KL 0.064 on these rows, 0.016 after three passes so, 0.013 after six.)
+
+The scales of symmetric formats have no such narrow product; their gradient is that of a weight matrix, which the frozen base
+never needs, formed layer by layer and summed at once:
 
     G = g^T x [out, in]        dE/d_k = sub_scale * sum over group k of G * value
 
