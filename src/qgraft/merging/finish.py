@@ -23,7 +23,9 @@ from qgraft.merging.layer import has_grid
 from qgraft.merging.measure import Packed
 from qgraft.merging.report import Kept
 
-TARGET = 0.993  # of the gain
+# Of the gain. Nearer to 1 a round of three passes takes as long as all layers before it, and the rows that judge come no
+# closer: SmolLM2, q4_1, identity rows, 99.1 % kept, 110 s for a round that was not taken.
+TARGET = 0.99
 DRIFT = 0.1  # of the adapter's own
 ROUNDS = 3
 
