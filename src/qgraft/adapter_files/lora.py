@@ -90,9 +90,9 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
     for path, pair in list(loras.items()):
         if len(pair) == 1:
             missing = "B" if "A" in pair else "A"
-            name_of = minimums_name if path in stored.minimums else tensor_name
-            stored.problems.append(f"missing tensor {name_of(path, missing)}" if path not in stored.embeddings else
-                                   f"missing tensor {tensor_name(path, missing, True)}")  # fmt: skip
+            of_minimums, of_embedding = path in stored.minimums, path in stored.embeddings
+            key = minimums_name(path, missing) if of_minimums else tensor_name(path, missing, of_embedding)
+            stored.problems.append(f"missing tensor {key}")
             del loras[path]
     return stored
 

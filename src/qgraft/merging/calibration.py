@@ -122,9 +122,9 @@ def find_rows(
             f"a set of {len(task)} rows: with fewer than about {FEW_ROWS} a merge keeps less, and what it keeps is measured "
             "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
         )
-    chosen = choose_samples(task, held, tokenizer, seed, *notes)
+    chosen, share = choose_samples(task, held, tokenizer, seed, *notes), _share(model)
     fit, judge, measure, drift = (
-        _evenly(rows, _share(model)) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift)
+        _evenly(rows, share) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift)
     )
     return replace(chosen, fit=fit, judge=judge, measure=measure, drift=drift)
 

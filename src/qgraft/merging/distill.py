@@ -29,7 +29,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, cast
 
 import torch
@@ -82,9 +82,13 @@ class Distillation:
 
     def last_round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps): on all rows of the task, those that judge and those that measure, too."""
-        measure, _ = states_of(self._model, self._rows.measure)
         samples = [*self._rows.fit, *self._rows.judge, *self._rows.measure]
-        return self._distilled(packed, samples, torch.cat([self._fit, self._judge, measure]), progress)
+        return self._distilled(packed, samples, torch.cat([self._fit, self._judge, self._measure]), progress)
+
+    @cached_property
+    def _measure(self) -> Tensor:
+        """What the adapter's model makes of the rows that measure, which last rounds alone ask for."""
+        return states_of(self._model, self._rows.measure)[0]
 
     def _distilled(
         self, packed: Packed, samples: Sequence[Sample], targets: Tensor, progress: Callable[[int, int], None]
@@ -149,8 +153,9 @@ def distill(
         parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
         steps = [part for _ in range(PASSES) for part in order.sample(parts, len(parts))]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_schedule, steps=len(steps)))
+        head = output_head(model)
         for step, (batch, states) in enumerate(steps):
-            _backward(model, output_head(model), batch, states, parameters)
+            _backward(model, head, batch, states, parameters)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()

@@ -171,9 +171,10 @@ def merge_layer(
     """
     panels = []
     for rows in _panels(packed):
-        part = packed if rows is None else take_rows(packed, torch.arange(rows.start, rows.stop, device=packed.device))
-        some = rows or slice(0, packed.shape[0])
-        delta = delta_OI[some] if isinstance(delta_OI, Tensor) else delta_OI(some)
+        part = (
+            take_rows(packed, torch.arange(rows.start, rows.stop, device=packed.device)) if is_large(packed) else packed
+        )
+        delta = delta_OI[rows] if isinstance(delta_OI, Tensor) else delta_OI(rows)
         panels.append(_merge_panel(part, delta, inputs, method))
     return join_rows([panel.packed for panel in panels]), _joined(path, packed, panels)
 
@@ -187,11 +188,10 @@ def _panel_rows(packed: PackedTensor) -> int:
     return max(1, PANEL_BYTES // (4 * packed.shape[1]))
 
 
-def _panels(packed: PackedTensor) -> list[slice] | list[None]:
-    """Rows that are solved at a time; None for all of them."""
-    if not is_large(packed):
-        return [None]
-    rows, count = packed.shape[0], _panel_rows(packed)
+def _panels(packed: PackedTensor) -> list[slice]:
+    """Rows that are solved at a time."""
+    rows = packed.shape[0]
+    count = _panel_rows(packed) if is_large(packed) else rows
     return [slice(start, min(start + count, rows)) for start in range(0, rows, count)]
 
 
