@@ -130,8 +130,7 @@ def _merge(
     check_method(method)
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
-    layers, weights = _layers_to_merge(model, to, method)
-    exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
+    layers, weights, exact = _layers_to_merge(model, to, method)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     trained = [find_adapter(model, name).trained for name in weights]
@@ -304,8 +303,11 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
 
 def _layers_to_merge(
     model: PreTrainedModel, to: str | None, method: str
-) -> tuple[dict[str, LoraLinear], dict[str, float]]:
-    """The layers that an active adapter is on, and the active adapters; AdapterError or UnsupportedError otherwise."""
+) -> tuple[dict[str, LoraLinear], dict[str, float], dict[str, tuple[PackedTensor, LayerReport]]]:
+    """The layers that an active adapter is on, the active adapters, and what is merged in closed form already.
+
+    Raises AdapterError, or UnsupportedError for layers that cannot take their delta.
+    """
     weights = active_adapters(model)
     if not weights:
         merges = _merged(model)
@@ -321,6 +323,7 @@ def _layers_to_merge(
             raise AdapterError(f"merge: NaN or infinity in {len(broken)} tensors of {name!r}, {broken[0]} first")
     adapted = {path: layer for path, layer in adapted_layers(model) if any(name in layer.loras for name in weights)}
     layers = {path: layer for path, layer in adapted.items() if isinstance(layer, LoraLinear)}
+    exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
     output: Any = model.get_output_embeddings()
     held = {name for name, each in FORMATS.items() if each.quantize is not None}
     problems = [f"{path} is the embedding" for path in adapted if path not in layers]
@@ -329,15 +332,13 @@ def _layers_to_merge(
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
         elif not layer.is_packed:
             problems.append(f"{path} holds no packed weight")
-        elif to is None and not (
-            is_writable(layer.packed) or (method == "auto" and merge_exactly({path: layer}, weights))
-        ):
+        elif to is None and path not in exact and not is_writable(layer.packed):
             problems.append(f"{path} is {layer.packed.format}, which qgraft does not write")
     if problems:
         shown = "\n  ".join(problems[:8] + (["..."] if len(problems) > 8 else []))
         raise UnsupportedError(f"merge: these layers cannot take the delta:\n  {shown}",
                                hint=f"formats that can be written: {', '.join(sorted(held))}")  # fmt: skip
-    return layers, weights
+    return layers, weights, exact
 
 
 @torch.no_grad()
