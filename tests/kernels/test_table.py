@@ -58,6 +58,14 @@ def _cross_entropy(module: Any, packed: PackedTensor) -> Any:
     return module.loss_to_gradient(logits, targets, 0.1), logits
 
 
+def _descend(module: Any, packed: PackedTensor) -> Any:
+    block, rows = 33, 50
+    factor = torch.randn(block, block)
+    codes, steps = torch.randint(-9, 8, (block, rows)).float(), torch.rand(block, rows).sub_(0.2)
+    steps[:, 3] = 0.0
+    return module.descend(torch.randn(block, rows), codes, steps, factor @ factor.T / block, -7, 7), codes
+
+
 def _product(op: str) -> Case:
     width = OUTPUTS if "grad_input" in op else INPUTS
     return lambda module, packed: getattr(module, op)(torch.randn(20, width), packed)
@@ -68,6 +76,7 @@ CASES: dict[str, Case] = {
     "dequantize": lambda module, packed: module.dequantize(packed, torch.float32),
     "lora": _lora, "lora_bf16": lambda module, packed: _lora(module, packed, True),
     "norm": _norm, "gated": _gated, "rotate": _rotate, "varlen_attention": _attention, "cross_entropy": _cross_entropy,
+    "descend": _descend,
 }  # fmt: skip
 JUDGED_ELSEWHERE = {  # module -> (file, test)
     # whose reference is the model's own forward pass, in transformers: tests/passes/test_decoding.py; and in float64

@@ -219,3 +219,27 @@ def _sample_mask(tokens: int, prefix: int, window: int | None, context: int, dev
     if window is not None:
         visible &= distance < window
     return F.pad(visible | (key < context), (prefix, 0), value=True)
+
+
+def descend(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tensor, low: int, high: int) -> Tensor:
+    """Coordinate descent on the codes of B columns of a weight, once each; returns how far each weight moves, [B, O].
+
+        n = -R_k / (H_kk step_k), rounded, within low..high        R += n step_k H_k
+
+    Args:
+        R_BO: half the gradient of the squared error, (W H - P)^T.
+        codes_BO: whole float32 numbers, moved in place.
+        steps_BO: what a code is worth; where it has no effect the code stays.
+        H_BB: the curvature.
+        low, high: of the codes; one below `low` (read, never written: -8 in 4 bits) may stay.
+    """
+    R_BO, moved_BO = R_BO.clone(), torch.zeros_like(R_BO)
+    slope_BO = H_BB.diagonal()[:, None] * steps_BO
+    inverse_BO = torch.where(slope_BO.abs() > 1e-30, 1.0 / slope_BO, 0.0)
+    for k in range(len(R_BO)):
+        wanted_O = (codes_BO[k] - (R_BO[k] * inverse_BO[k]).round_()).clamp_(max=high)
+        best_O = torch.maximum(wanted_O, codes_BO[k].clamp(max=low))
+        moved_BO[k] = (best_O - codes_BO[k]) * steps_BO[k]
+        codes_BO[k] = best_O
+        R_BO.addr_(H_BB[k], moved_BO[k])
+    return moved_BO

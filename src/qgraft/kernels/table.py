@@ -6,6 +6,7 @@
     norm gated rotate   reference.py   cpu/pointwise.py    gpu_rows.py
     varlen_attention    reference.py   cpu/varlen_...py                        varlen.py
     cross_entropy       reference.py                       gpu_rows.py
+    descend             reference.py   cpu/descend.py
     decode_step         the model's    cpu/decode.py
                         own pass
 
@@ -164,5 +165,6 @@ ROWS: dict[str, Row] = {
             "cross_entropy", "loss of logits, and its gradient", ("loss_to_gradient",), False,
             (_triton("gpu_rows", _no_triton_rows),),
         ),
+        Row("descend", "steps of codes, of a merge", ("descend",), False, (_native("descend", _not_float32),)),
     )
 }  # fmt: skip

@@ -21,7 +21,8 @@ where v_k are the codes of group k (or ones), zero elsewhere. With V = [v_1 .. v
     (V^T H V + ridge) step = -V^T r        r = the row of R        ridge = RIDGE times the diagonal
 
 Stored numbers are rounded (to float16), so they are rounded one after another, each error made good by those that
-follow (the optimal-brain step, as GPTQ takes it over codes): theta_j -= error * U_kj / U_kk, U^T U = (V^T H V + ridge)^-1.
+follow (the optimal-brain step, as GPTQ takes it over codes). With V^T H V + ridge = M M^T, M upper triangular, what is lost
+is |M^T errors|^2, and the number k that makes up for the errors of those before it is theta_k - sum_i<k M_ik error_i / M_kk.
 
 descend_codes. The best integer move of column k is n = -R_k / (H_kk step_k), rounded, and R += n step_k H_k. E never
 rises: each move is the exact minimum over its own number. `descend_integers` does that over groups. In a codebook the best
@@ -41,6 +42,7 @@ import torch
 from torch import Tensor
 
 from qgraft.formats.grid import Grid, stored_reals
+from qgraft.kernels.descend import descend
 from qgraft.merging.problem import Problem, Residual, TokenProblem
 
 RIDGE = 1e-3  # times the diagonal of the normal equations, and of H where it is inverted
@@ -87,10 +89,10 @@ def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
     slope = torch.cat([grid.group_sums(gradient * basis) for basis in bases], dim=1)  # [out, K]
     diagonal = normal.diagonal(dim1=1, dim2=2)
     diagonal += RIDGE * diagonal + 1e-6 * diagonal.mean(dim=1, keepdim=True) + 1e-30
-    factor = torch.linalg.cholesky(normal)
-    step = torch.cholesky_solve(slope[..., None], factor)[..., 0]
+    factor = torch.linalg.cholesky(normal.flip(1, 2))  # of the numbers from the last to the first: M, turned round
+    step = torch.cholesky_solve(slope.flip(1)[..., None], factor)[..., 0].flip(1)
     theta = (grid.d if grid.m is None else torch.cat([grid.d, grid.m], dim=1)) - step
-    theta = _round_in_turn(theta, torch.cholesky_inverse(factor), grid)
+    theta = _round_in_turn(theta, factor, grid)
     return replace(grid, d=theta[:, :groups], m=None if grid.m is None else theta[:, groups:])
 
 
@@ -116,28 +118,48 @@ def _bases(grid: Grid) -> list[Tensor]:
 def _normal_equations(bases: list[Tensor], H: Tensor, grid: Grid) -> Tensor:
     """V^T H V of every row, [out, K, K] with K = groups * len(bases)."""
     rows, groups = grid.d.shape
-    normal = H.new_empty(rows, len(bases) * groups, len(bases) * groups)
+    normal = H.new_empty(rows, len(bases), groups, len(bases), groups)
     for j, left in enumerate(bases):
-        for g in range(groups):
-            columns = grid.columns(g, groups)
-            image = left[:, columns] @ H[columns]  # [rows or 1, in]
-            for k, right in enumerate(bases[j:], start=j):
-                sums = grid.group_sums(image * right)
-                normal[:, j * groups + g, k * groups : (k + 1) * groups] = sums
-                normal[:, k * groups : (k + 1) * groups, j * groups + g] = sums
-    return normal
+        for k, right in enumerate(bases[j:], start=j):
+            block = normal[:, j, :, k]  # [rows, groups, groups]
+            _pair_sums(left, right, H, grid, left is right, block)
+            if left is not right:
+                normal[:, k, :, j] = block.mT
+    return normal.flatten(3).flatten(1, 2)
 
 
-def _round_in_turn(theta: Tensor, covariance: Tensor, grid: Grid) -> Tensor:
-    """theta [out, K] as it is stored, number by number, each error made good by the numbers after it."""
-    U, groups = torch.linalg.cholesky(covariance, upper=True), grid.d.shape[1]
-    for k in range(theta.shape[1]):
-        number = theta[:, k : k + 1]
-        stored = (grid.stored_d(number, k) if k < groups else stored_reals(number, grid.real_dtype))[:, 0]
-        error = (theta[:, k] - stored) / U[:, k, k]
-        theta[:, k:] -= error[:, None] * U[:, k, k:]
-        theta[:, k] = stored
-    return theta
+def _pair_sums(left: Tensor, right: Tensor, H: Tensor, grid: Grid, symmetric: bool, sums: Tensor) -> None:
+    """sums[:, g, h] = left_g^T H right_h for all groups g and h of each row, [rows, G, G]."""
+    groups = grid.d.shape[1]
+    shared = grid.group_sums(H * right) if len(right) == 1 else None  # [in, G], where all rows have one `right`
+    for g in range(groups):
+        columns = grid.columns(g, groups)
+        if shared is not None:
+            sums[:, g] = left[:, columns] @ shared[columns]
+        elif symmetric and isinstance(columns, slice):  # groups of neighbours: what is before g is known
+            later = slice(columns.start, None)
+            image = (left[:, columns] @ H[columns, later]).mul_(right[:, later])
+            sums[:, g, g:] = image.unflatten(1, (groups - g, -1)).sum(dim=2)
+            sums[:, g + 1 :, g] = sums[:, g, g + 1 :]
+        else:
+            sums[:, g] = grid.group_sums((left[:, columns] @ H[columns]).mul_(right))
+
+
+def _round_in_turn(theta: Tensor, factor: Tensor, grid: Grid) -> Tensor:
+    """theta [out, K] as it is stored, number by number, each error made good by the numbers after it.
+
+    Args:
+        factor: lower triangular [out, K, K], of the normal equations with the numbers from the last to the first.
+    """
+    groups, last = grid.d.shape[1], theta.shape[1] - 1
+    stored, errors = torch.empty_like(theta), torch.zeros_like(theta)  # errors: from the last to the first
+    for k in range(last + 1):
+        r = last - k
+        owed = (factor[:, r + 1 :, r] * errors[:, r + 1 :]).sum(1) / factor[:, r, r]
+        number = (theta[:, k] - owed)[:, None]
+        stored[:, k : k + 1] = grid.stored_d(number, k) if k < groups else stored_reals(number, grid.real_dtype)
+        errors[:, r] = stored[:, k] - theta[:, k]
+    return stored
 
 
 # ---------------------------------------------------------------- integers
@@ -158,19 +180,14 @@ def descend_codes(grid: Grid, problem: AnyProblem) -> Grid:
 
 def _descend_block(R_BO: Tensor, codes_BO: Tensor, steps_BO: Tensor, H_BB: Tensor, grid: Grid) -> Tensor:
     """Move the codes of a block of columns, in place; returns how far each weight moved, [block, out]."""
-    moved_BO = torch.zeros_like(R_BO)
-    inverse_BO = _inverse(H_BB.diagonal()[:, None] * steps_BO)
-    floor_BO = codes_BO.clamp(max=grid.low)  # a code below `low` (read, never written: -8 in 4 bits) may stay
-    for k in range(len(R_BO)):
-        if grid.levels is None:
-            best = (codes_BO[k] - (R_BO[k] * inverse_BO[k]).round_()).clamp_(max=grid.high)
-            best = torch.maximum(best, floor_BO[k])
-            moved_BO[k] = (best - codes_BO[k]) * steps_BO[k]
-        else:  # E is a parabola of the value, so of all levels the nearest to its bottom is the best
-            value = _levels_of(grid, codes_BO[k])
-            best = grid.nearest(value - R_BO[k] * inverse_BO[k])
-            best = torch.where(_levels_of(grid, best) == value, codes_BO[k], best)  # 0 and -0 are two codes of a float
-            moved_BO[k] = (_levels_of(grid, best) - value) * steps_BO[k]
+    if grid.levels is None:
+        return descend(R_BO, codes_BO, steps_BO, H_BB, grid.low, grid.high)
+    moved_BO, inverse_BO = torch.zeros_like(R_BO), _inverse(H_BB.diagonal()[:, None] * steps_BO)
+    for k in range(len(R_BO)):  # E is a parabola of the value, so of all levels the nearest to its bottom is the best
+        value = _levels_of(grid, codes_BO[k])
+        best = grid.nearest(value - R_BO[k] * inverse_BO[k])
+        best = torch.where(_levels_of(grid, best) == value, codes_BO[k], best)  # 0 and -0 are two codes of a float
+        moved_BO[k] = (_levels_of(grid, best) - value) * steps_BO[k]
         codes_BO[k] = best
         R_BO.addr_(H_BB[k], moved_BO[k])
     return moved_BO

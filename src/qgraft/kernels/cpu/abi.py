@@ -113,6 +113,7 @@ def declare(library: ctypes.CDLL) -> None:
         "qgraft_decode_step": [_pointer, _pointer, _pointer, _pointer, _i64, i32],
         "qgraft_varlen_attention": [_pointer, _pointer, _pointer, i32],
         "qgraft_varlen_attention_backward": [*[_pointer] * 9, i32],
+        "qgraft_descend": [*[_pointer] * 4, _i64, _i64, i32, i32, _pointer, i32],
         "qgraft_level_name": [i32],
         "qgraft_use_level": [i32],
     }  # fmt: skip

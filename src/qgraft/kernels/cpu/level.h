@@ -99,6 +99,18 @@ typedef struct {
                      const float *g, const float *out, const float *lse, float *gq, float *gk, float *gv);
 } VarlenAttention;
 
+/* Some columns of a weight whose codes are moved (descend.h): R, codes, steps, moved [columns, rows], H [columns, columns]. */
+typedef struct {
+    const float *R;
+    float *codes;
+    const float *steps, *H;
+    int64_t columns, rows;
+    int low, high;
+    float *moved;
+} Descent;
+
+enum { DESCENT_COLUMNS = 64 }; /* the most */
+
 typedef struct {
     const char *name;
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
@@ -118,6 +130,7 @@ typedef struct {
     const Pointwise *pointwise;
     const Decoding *decoding;
     const VarlenAttention *attention;
+    void (*descend)(const Descent *call, int64_t first, int64_t last); /* rows first <= r < last */
 } Level;
 
 const Level *qgraft_level(void); /* the one chosen */

@@ -5,6 +5,7 @@
 
 #include "common.h"
 #include "decode_attention.h"
+#include "descend.h"
 #include "floats.h"
 #include "formats.h"
 #include "level.h"
@@ -69,5 +70,5 @@ static void gemm_int8_plain(const Product *p, const QuantizedX *x) {
 const Level qgraft_plain = {
     .name = "plain", .unpack_row = unpack_row_plain, .unpack_row_bf16 = unpack_row_plain_bf16, .gemv = gemv_plain,
     .quantize_x = quantize_x, .gemm_int8 = gemm_int8_plain, .pointwise = &pointwise, .decoding = &decoding,
-    .attention = &varlen_attention,
+    .attention = &varlen_attention, .descend = descend,
 };

@@ -4,6 +4,7 @@
 #define QGRAFT_VECTOR_LEVEL_H
 
 #include "decode_attention.h"
+#include "descend.h"
 #include "gemm.h"
 #include "gemv.h"
 #include "level.h"
@@ -18,6 +19,7 @@
     .name = NAME, .unpack_row = unpack_row, .unpack_row_bf16 = unpack_row_bf16, .gemv = gemv,                          \
     .block_columns = BLOCK_COLUMNS, .block_tokens = BLOCK_TOKENS, .gemm = gemm,                                        \
     .gemm_grad_input = gemm_grad_input, .low_rank = &low_rank, .quantize_x = quantize_x, .gemm_int8 = INT8,            \
-    .pointwise = &pointwise, .decoding = &decoding, .attention = &varlen_attention
+    .pointwise = &pointwise, .decoding = &decoding, .attention = &varlen_attention,         \
+    .descend = descend
 
 #endif
