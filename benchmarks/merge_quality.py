@@ -2,12 +2,14 @@
 
     python benchmarks/merge_quality.py                          # everything: hours on two cores
     python benchmarks/merge_quality.py --formats q4_1 --ranks 8 # one format
+    python benchmarks/merge_quality.py --model gemma-3-270m-Q4_K_M.gguf --formats own --ranks 8   # another model
     python benchmarks/merge_quality.py --plot                   # only draw the chart from the CSV
 
-For each task and rank one adapter is trained on SmolLM2-135M in Q4_1 (tasks.py). The base is then converted to each format
-(K-quants as llama.cpp does where a width is no multiple of 256: q4_k -> q5_0, q5_k -> q5_1, q6_k -> q8_0), the same adapter
-put on it, and merged: loss of base, adapter and merged model on held-out rows of the task, and KL on unrelated text. Every
-merge runs in a process of its own, which gives its seconds and its peak memory.
+For each task and rank one adapter is trained on the model, SmolLM2-135M in Q4_1 unless another is given (tasks.py). The base
+is then converted to each format (K-quants as llama.cpp does where a width is no multiple of 256: q4_k -> q5_0, q5_k -> q5_1,
+q6_k -> q8_0), or left in its own mix, the same adapter put on it, and merged: loss of base, adapter and merged model on
+held-out rows of the task, or on rows kept back where a task has none, and KL on unrelated text. Every merge runs in a
+process of its own, which gives its seconds and its peak memory.
 
     nearest     dequantize, add, quantize again: what everybody does
     auto        qgraft's
@@ -34,7 +36,9 @@ RESULTS = Path(__file__).with_name("results") / "merge_quality.csv"
 FORMATS = ("q4_1", "q5_1", "q4_k", "q5_k", "q4_0", "q5_0", "q6_k", "chatglm-int4", "q8_0", "chatglm-int8")
 FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # llama.cpp's, for widths that K-quants have no blocks for
 METHODS = ("nearest", "auto")
-KEY = ("task", "r", "format", "method")
+KEY = ("model", "task", "r", "format", "method")
+SMOLLM2 = "smollm2-135m"
+OWN = "own"  # the formats that the file has
 FIELDS = (
     *KEY, "retained_gain", "base", "adapter", "merged", "task_kl", "drift_kl", "adapter_kl", "distilled_steps",
     "calibration_tokens", "seconds", "peak_mb", "rows", "date", "threads", "cpu", "qgraft", "torch",
@@ -45,7 +49,8 @@ def main() -> None:
     """Run what is asked for and not yet in the CSV, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS))
-    parser.add_argument("--tasks", default="identity,phonemes")
+    parser.add_argument("--model", default=SMOLLM2, help="another GGUF")
+    parser.add_argument("--tasks", default="identity,identity64,faq,chinese,style,reviews,docstrings")
     parser.add_argument("--ranks", default="4,8,32")
     parser.add_argument("--methods", default=",".join(METHODS), help="also peft-nf4, for format nf4, and parts of auto")
     parser.add_argument(
@@ -61,19 +66,19 @@ def main() -> None:
         wanted = itertools.product(
             options.tasks.split(","), options.ranks.split(","), options.formats.split(","), options.methods.split(",")
         )
-        for task, r, format_, method in wanted:
-            run_new(dict(zip(KEY, (task, r, format_, method), strict=True)), options.adapters)
+        for case in wanted:
+            run_new(dict(zip(KEY, (Path(options.model).stem, *case), strict=True)), options.model, options.adapters)
     plot()
 
 
-def run_new(case: dict[str, str], adapters: Path) -> None:
+def run_new(case: dict[str, str], file: str, adapters: Path) -> None:
     """Run one merge in its own process and append its line, unless the CSV has it."""
     if any(all(row[key] == case[key] for key in KEY) for row in read()):
         return
-    folder = adapters / f"{case['task']}-r{case['r']}"
+    folder = adapters / f"{case['model']}-{case['task']}-r{case['r']}"
     if not (folder / "qgraft.json").is_file():
-        call({**case, "train": str(folder)})
-    result = call({**case, "adapter": str(folder)})
+        call({**case, "file": file, "train": str(folder)})
+    result = call({**case, "file": file, "adapter": str(folder)})
     about = {
         "date": datetime.date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
         "cpu": platform.processor() or platform.machine(), "qgraft": version("qgraft"), "torch": version("torch"),
@@ -100,7 +105,7 @@ def run_one(case: dict[str, str]) -> dict[str, Any]:
 
     import qgraft
 
-    model, tokenizer = qgraft.load("smollm2-135m")
+    model, tokenizer = qgraft.load(case["file"])
     if "train" in case:
         train_adapter(model, tokenizer, case["task"], int(case["r"]))
         qgraft.save_adapter(model, case["train"])
@@ -110,8 +115,9 @@ def run_one(case: dict[str, str]) -> dict[str, Any]:
         from peft_nf4 import merge_with_peft
 
         return merge_with_peft(model, tokenizer, case["adapter"], rows, held_out)
-    convert(model, case["format"])
-    qgraft.load_adapter(model, case["adapter"], force=True)  # trained on the Q4_1 file: another fingerprint
+    if case["format"] != OWN:
+        convert(model, case["format"])
+    qgraft.load_adapter(model, case["adapter"], force=True)  # trained on the file as it is: another fingerprint
     report = qgraft.merge(
         model, tokenizer, calibration=rows, eval_dataset=held_out, method=case["method"], min_retained=-1e9
     )

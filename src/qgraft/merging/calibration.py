@@ -265,7 +265,7 @@ def choose_samples(
 
 
 def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """The passages of neutral.jsonl, every token a label.
+    """The passages of neutral.jsonl, every token a label, of weight 0: what is predicted there counts, not the passage.
 
     Where the tokenizer writes samples itself, they are answers to an empty question: ChatGLM-6B reads a prompt in both
     directions, so that nothing in it is left to predict.
@@ -279,7 +279,7 @@ def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
         else:
             ids = list(tokenizer(text)["input_ids"])
             labels = [IGNORED, *ids[1:]]
-        samples.append(Sample(ids, labels, f"neutral:{number}"))
+        samples.append(Sample(ids, labels, f"neutral:{number}", weights=[0.0] * len(ids)))
     return samples
 
 

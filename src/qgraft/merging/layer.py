@@ -42,6 +42,7 @@ CHAINS: Final[dict[str, tuple[Algorithm, ...]]] = {
 DAMPING = 0.02  # see Problem.damped
 CLEARLY = 0.25  # of the squared error without merging: requantizing must be better than that to be where auto starts
 WIDE = 2048  # inputs of a layer from which on its problem may be kept by its tokens
+MOMENT_PANELS = 4  # of columns
 PANEL_BYTES = 64 << 20  # of a panel's weights in float32
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
@@ -94,7 +95,18 @@ def seen(x_a: Tensor, x_m: Tensor, held_a: Tensor, held_m: Tensor) -> Inputs | F
         root = max(tokens, 1) ** -0.5
         return FewInputs(x_a * root, x_m * root, held_a, held_m)
     tokens = max(tokens, 1)
-    return Inputs((x_m.T @ x_m).div_(tokens), (x_a.T @ x_m).div_(tokens), held_a, held_m)
+    return Inputs(_second_moments(x_m).div_(tokens), (x_a.T @ x_m).div_(tokens), held_a, held_m)
+
+
+def _second_moments(x_TI: Tensor) -> Tensor:
+    """X^T X, of which one half is computed."""
+    width = x_TI.shape[1]
+    H_II, panel = x_TI.new_empty(width, width), max(1, width // MOMENT_PANELS)
+    for start in range(0, width, panel):
+        columns, rest, below = slice(start, start + panel), slice(start, None), slice(start + panel, None)
+        H_II[columns, rest] = x_TI[:, columns].T @ x_TI[:, rest]
+        H_II[below, columns] = H_II[columns, below].T
+    return H_II
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from qgraft.merging.store import WorkDir
 from qgraft.model_parts import decoder_of
 from qgraft.passes.decoder import attention_arguments, padding_free
 
+JUDGING_TOKENS = 512  # that judge each step of each layer
 _NO_INPUTS = "method nearest and method grid need no inputs"
 
 
@@ -72,6 +73,7 @@ def merge_in_step(
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
         else:
             batch, pass_.calibrates, pass_.judges = _padded(samples, held)
+        pass_.judges = _thinned(pass_.judges, JUDGING_TOKENS)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         decoder_of(model)(**batch, use_cache=False, **bounds)
@@ -158,6 +160,14 @@ def standing_in(
     finally:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
+
+
+def _thinned(chosen: Tensor, most: int) -> Tensor:
+    """At most so many of the chosen tokens, from all over."""
+    places = chosen.nonzero()[:, 0]
+    thinned = torch.zeros_like(chosen)
+    thinned[places[:: -(-len(places) // most) or 1]] = True
+    return thinned
 
 
 def _in_one_row(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
