@@ -5,11 +5,13 @@ only the minimums of the weight change, and the layer computes what its merged w
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Q
 from torch import Tensor, nn
 
@@ -17,11 +19,22 @@ import qgraft
 from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.exact import minimums_of
 from qgraft.adapters.targets import lora_layers
+from qgraft.data.batches import collate, label_weights
 from qgraft.formats import FORMATS, Grid, PackedTensor, pack, quantize, unpack
 from qgraft.linear import QuantizedLinear
 from qgraft.merging import calibration, finish
 from qgraft.merging.calibration import find_rows
-from qgraft.merging.distill import SCALE_RATE, Distillation, _FreeMinimums, _FreeScales, _ScaleFunction, distill
+from qgraft.merging.distill import (
+    MOST_LABELS,
+    SCALE_RATE,
+    Distillation,
+    _FreeMinimums,
+    _FreeScales,
+    _Labels,
+    _lost,
+    _ScaleFunction,
+    distill,
+)
 from qgraft.merging.layer import has_grid
 from qgraft.merging.measure import in_place, mean_divergence, states_of
 from qgraft.merging.merge import merge
@@ -266,6 +279,60 @@ def test_nothing_of_the_generator_is_left_behind_by_an_exception(trained, rows):
     with pytest.raises(KeyboardInterrupt):
         distill(model, shaken_merge(model), samples, targets, progress=stop)
     assert torch.equal(torch.get_rng_state(), random) and [*map(type, model.modules())] == modules
+
+
+# ---------------------------------------------------------------- what the labels lost
+
+
+def test_labels_count_by_what_they_lost_in_this_step_and_on_the_mean():
+    """The slope of lost^2; nothing where the step's labels, or those of the last steps, are as likely as they were."""
+    lost = _Labels()
+    assert lost.share(0.1) == pytest.approx(0.2)
+    assert lost.share(0.3) == pytest.approx(0.4)  # of the mean, 0.2
+    assert lost.share(-0.1) == 0.0 and lost.share(0.02) == pytest.approx(0.04)
+    assert lost.share(9.0) == MOST_LABELS
+    gained = _Labels()
+    assert [gained.share(each) for each in (-0.4, 0.1, 0.1)] == [0.0, 0.0, 0.0]
+
+
+def test_what_labels_lost_is_the_difference_of_the_losses_where_they_weigh(trained, rows):
+    model, tokenizer = trained().load()
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit
+    task = [sample for sample in samples if sample.weights is None]
+    assert 0 < len(task) < len(samples)  # unrelated text weighs 0
+
+    def losses(samples: Any) -> list[float]:
+        found = []
+        for off in (nullcontext(), adapters_off(model)):
+            with off, torch.no_grad():
+                logits = [model(torch.tensor([sample.input_ids])).logits[0, :-1] for sample in samples]
+            labels = [torch.tensor(sample.labels[1:]) for sample in samples]
+            found.append(float(F.cross_entropy(torch.cat(logits).double(), torch.cat(labels))))
+        return found
+
+    states_p, labels = states_of(model, samples)
+    with adapters_off(model):
+        states_q, _ = states_of(model, samples)
+    weights = label_weights(collate(samples))
+    adapter, base = losses(task)
+    assert _lost(states_p, states_q, labels, weights, output_head(model)) == pytest.approx(base - adapter, rel=1e-4)
+    assert _lost(states_p, states_p, labels, torch.zeros_like(weights), output_head(model)) == 0.0
+
+
+def test_distilling_gives_the_labels_back_what_they_lost(trained, rows, monkeypatch):
+    model, tokenizer = trained().load()
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit
+    targets, labels = states_of(model, samples)
+    merged, weights, layers = shaken_merge(model), label_weights(collate(samples)), dict(lora_layers(model))
+    distilled, _ = distill(model, merged, samples, targets, progress=silent)
+    monkeypatch.setattr("qgraft.merging.distill.MOST_LABELS", 0.0)
+    by_divergence, _ = distill(model, merged, samples, targets, progress=silent)
+    lost = []
+    for packed in (merged, by_divergence, distilled):
+        with in_place(layers, packed), adapters_off(model):
+            states, _ = states_of(model, samples)
+        lost.append(_lost(targets, states, labels, weights, output_head(model)))
+    assert lost[0] > lost[1] > lost[2] > 0
 
 
 # ---------------------------------------------------------------- rounds

@@ -3,12 +3,13 @@
 Layer by layer a merge cannot weigh which of its remaining errors matter to the logits. So where not enough is kept yet,
 the merged layers are trained to minimize, by Adam and in rounds of a few passes,
 
-    KL(p || q) + max(0, lost)^2        lost = mean of log p_label - log q_label        p: the adapter's model, q: the merged one
+    KL(p || q) + max(0, lost)^2        lost = mean of log p_label - log q_label
 
-at the label positions of the calibration rows, until the rows that judge come no closer. The divergence is of second order in
-what is wrong, what the adapter gained on its labels is lost to first order: a merge that is near in KL still knows every fact
-a little less surely. The second term makes up for that and no more; it asks nothing of the unrelated text, whose labels
-weigh 0. One step sees too few labels to know what they lost on the whole, so it goes by a running mean as well.
+with p the adapter's model and q the merged one, at the label positions of the calibration rows, until the rows that judge
+come no closer. The divergence is of second order in what is wrong, what the adapter gained on its labels is lost to first
+order: a merge that is near in KL still knows every fact a little less surely. The second term makes up for that and no more;
+it asks nothing of the unrelated text, whose labels weigh 0. One step sees too few labels to know what they lost on the whole,
+so it goes by a running mean as well.
 
 The codes stay. What is trained is
 
