@@ -15,6 +15,8 @@ process of its own, which gives its seconds and its peak memory.
     auto        qgraft's
     peft-nf4    transformers + bitsandbytes NF4 of the same float weights, PEFT's merge_and_unload, the same adapter and rows
 
+`before` is what was kept before rows took part that measure, in last rounds, where a task has no held-out rows.
+
 Results are appended to benchmarks/results/merge_quality.csv, one line a merge; a line that is there already is not run
 again. The chart is merge_quality.png beside it.
 """
@@ -40,7 +42,7 @@ KEY = ("model", "task", "r", "format", "method")
 SMOLLM2 = "smollm2-135m"
 OWN = "own"  # the formats that the file has
 FIELDS = (
-    *KEY, "retained_gain", "base", "adapter", "merged", "task_kl", "drift_kl", "adapter_kl", "distilled_steps",
+    *KEY, "retained_gain", "before", "base", "adapter", "merged", "task_kl", "drift_kl", "adapter_kl", "distilled_steps",
     "calibration_tokens", "seconds", "peak_mb", "rows", "date", "threads", "cpu", "qgraft", "torch",
 )  # fmt: skip
 
@@ -125,7 +127,7 @@ def run_one(case: dict[str, str]) -> dict[str, Any]:
     assert kept is not None
     figures = ("base", "adapter", "merged", "task_kl", "drift_kl", "adapter_kl", "rows")
     return {
-        "retained_gain": report.retained_gain, **{key: getattr(kept, key) for key in figures},
+        "retained_gain": report.retained_gain, "before": kept.before, **{key: getattr(kept, key) for key in figures},
         "distilled_steps": report.distilled_steps, "calibration_tokens": report.calibration_tokens,
         "seconds": report.seconds, "peak_mb": report.peak_memory_bytes / 1e6,
     }  # fmt: skip
