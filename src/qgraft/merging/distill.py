@@ -8,8 +8,8 @@ the merged layers are trained to minimize, by Adam and in rounds of a few passes
 with p the adapter's model and q the merged one, at the label positions of the calibration rows, until the rows that judge
 come no closer. The divergence is of second order in what is wrong, what the adapter gained on its labels is lost to first
 order: a merge that is near in KL still knows every fact a little less surely. The second term makes up for that and no more;
-it asks nothing of the unrelated text, whose labels weigh 0. One step sees too few labels to know what they lost on the whole,
-so it goes by a running mean as well.
+it asks nothing of the unrelated text, whose labels weigh 0. A step sees too few labels to know what they lost on the whole,
+so a running mean is asked as well.
 
 The codes stay. What is trained is
 
@@ -64,7 +64,7 @@ SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
 LORA_RATE = 1e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
 RANK = 8  # of them
 MOST_LABELS = 0.5  # the largest share of the labels beside the divergence
-REMEMBERED = 8  # steps, of which the mean says what labels lost
+REMEMBERED = 8  # chunks of labels, of which the mean says what they lost
 _NAME: Final = "distilled"
 
 
@@ -201,13 +201,13 @@ def _schedule(step: int, steps: int) -> float:
 
 
 class _Labels:
-    """What labels lost by the merge, log p_label - log q_label in nats, as the steps find it."""
+    """What labels lost by the merge, log p_label - log q_label in nats, as it is found in a few of them after others."""
 
     def __init__(self) -> None:
         self._mean, self._seen = 0.0, 0
 
     def share(self, lost: float) -> float:
-        """What the labels of a step count that finds `lost`: the slope of the mean's square, 0 where these lost nothing."""
+        """How much labels count that `lost` so much: the slope of the mean's square, nothing where these lost nothing."""
         self._seen += 1
         self._mean += (lost - self._mean) / min(self._seen, REMEMBERED)
         return min(MOST_LABELS, 2 * max(0.0, min(lost, self._mean)))
@@ -219,13 +219,15 @@ def _backward(
     """Accumulate the gradients of a part's mean loss, without ever holding the logits of all its positions."""
     states, labels = label_states(model, {key: value.to(model.device) for key, value in batch.items()})
     free, weights = states.detach().requires_grad_(), _weights_of(batch, states)
-    share = lost.share(_lost(targets, states.detach(), labels, weights, head))
     parts = (each.split(CHUNK_ROWS) for each in (free, targets, labels, weights))
     for chunk, target, label, weight in zip(*parts, strict=True):
         with torch.no_grad():
             wanted = head(target)
+            known = weight @ F.cross_entropy(wanted.float(), label, reduction="none")
         got = head(chunk)
         missed = weight @ F.cross_entropy(got.float(), label, reduction="none")
+        total = float(weight.sum())
+        share = lost.share(float(missed.detach() - known) / total) if total else 0.0
         ((summed_divergence(wanted, got) + share * missed) / len(targets)).backward()
     states.backward(free.grad, inputs=parameters)  # not into adapters of layers that are not distilled
 
