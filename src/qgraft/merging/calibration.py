@@ -34,7 +34,7 @@ from qgraft.passes.limits import sample_limit, stated_ends
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 1536, 1024  # to measure: of the task, of unrelated text
 FULL_WEIGHTS, FEWEST_SHARE = 4e8, 0.25  # up to so many weights all these tokens; larger models this share at least
-JUDGED = 6  # one row of so many judges
+JUDGED = 12  # one row of so many judges
 LONGEST = 512  # tokens of a calibrating row
 FEW_ROWS = 200  # below it a merge says what to expect
 TRAINED_LENGTH, TRAINED_SEED = 2048, 42  # of a run whose arguments do not say it: their defaults in TrainArguments
