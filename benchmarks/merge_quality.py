@@ -71,6 +71,7 @@ def main() -> None:
         for case in wanted:
             run_new(dict(zip(KEY, (Path(options.model).stem, *case), strict=True)), options.model, options.adapters)
     plot()
+    print_table()
 
 
 def run_new(case: dict[str, str], file: str, adapters: Path) -> None:
@@ -154,12 +155,25 @@ def read() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def print_table() -> None:
+    """The merges by `auto` as Markdown, a line each; drift as a share of the adapter's own."""
+    print("| model | task | r | format | retained gain | drift | seconds | peak |\n|---|---|---|---|---|---|---|---|")
+    for row in read():
+        if row["method"] == "auto":
+            drift, gain = float(row["drift_kl"]) / float(row["adapter_kl"]), float(row["retained_gain"])
+            before = f" ({float(row['before']):.1%} before last rounds)" if row["before"] else ""
+            print(
+                f"| {row['model']} | {row['task']} | {row['r']} | {row['format']} | {gain:.1%}{before} | {drift:.2f} "
+                f"| {float(row['seconds']):.0f} | {float(row['peak_mb']) / 1e3:.2f} GB |"
+            )
+
+
 def plot() -> None:
     """Retained gain of `nearest` and `auto` by format, the worst of all tasks and ranks, with every merge as a dot."""
     from matplotlib.figure import Figure
 
     rows = read()
-    formats = [each for each in (*FORMATS, "nf4") if any(row["format"] == each for row in rows)]
+    formats = [each for each in (*FORMATS, OWN, "nf4") if any(row["format"] == each for row in rows)]
     figure = Figure(figsize=(9, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     styles = {
@@ -182,10 +196,13 @@ def plot() -> None:
             values = gains[formats[n]]
             axes.plot([n + offset] * len(values), [max(0.0, v) for v in values], "k.", markersize=3)
     axes.axhline(100, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(formats)), formats, rotation=20)
+    labels = ["gemma-3-270m\nQ4_K_M" if each == OWN else each for each in formats]
+    axes.set_xticks(range(len(formats)), labels, rotation=20)
     axes.set_ylabel("retained gain, % (bar: worst case)")
     axes.set_ylim(0, 126)
-    axes.set_title("What an adapter learned and a merged 4- to 8-bit file still knows (SmolLM2-135M, held-out rows)")
+    axes.set_title(
+        "What an adapter learned and a merged 4- to 8-bit file still knows (SmolLM2-135M; every task and rank a dot)"
+    )
     axes.legend(loc="upper center", ncols=3, frameon=False)
     figure.savefig(RESULTS.with_suffix(".png"))
 
