@@ -162,9 +162,10 @@ def print_table() -> None:
         if row["method"] == "auto":
             drift, gain = float(row["drift_kl"]) / float(row["adapter_kl"]), float(row["retained_gain"])
             before = f" ({float(row['before']):.1%} before last rounds)" if row["before"] else ""
+            seconds = f"{float(row['seconds']):.0f}" if row["seconds"] else ""
             print(
                 f"| {row['model']} | {row['task']} | {row['r']} | {row['format']} | {gain:.1%}{before} | {drift:.2f} "
-                f"| {float(row['seconds']):.0f} | {float(row['peak_mb']) / 1e3:.2f} GB |"
+                f"| {seconds} | {float(row['peak_mb']) / 1e3:.2f} GB |"
             )
 
 
