@@ -84,11 +84,16 @@ class Distillation:
         self._fit, _ = states_of(model, rows.fit)
         self._judge, _ = states_of(model, rows.judge)
         self._rounds = 0
+        self._taken: tuple[Packed, float] = {}, math.inf  # by the last round, and how far it is apart
 
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps), or the same and 0 where the rows that judge come no closer to the adapter's model."""
         distilled, steps = self._distilled(packed, self._rows.fit, self._fit, progress)
-        return (distilled, steps) if self._apart(distilled) < self._apart(packed) else (packed, 0)
+        apart, (last, before) = self._apart(distilled), self._taken
+        if not apart < (before if last is packed else self._apart(packed)):
+            return packed, 0
+        self._taken = distilled, apart
+        return distilled, steps
 
     def last_round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps): on all rows of the task, those that judge and those that measure, too."""
