@@ -118,12 +118,12 @@ class Distillation:
         return {**packed, **trained}, steps
 
     def _apart(self, candidate: Packed) -> float:
-        """What a round minimizes, on the rows that judge."""
+        """How far the rows that judge are from the adapter's model: their divergence, and what their labels lost, in nats."""
         with in_place(self._layers, {**self._others, **candidate}), adapters_off(self._model):
             states, labels = states_of(self._model, self._rows.judge)
         head, weights = output_head(self._model), _weights_of(collate(self._rows.judge), states)
         lost = _lost(self._judge, states, labels, weights, head)
-        return mean_divergence(self._judge, states, head) + max(0.0, lost) ** 2
+        return mean_divergence(self._judge, states, head) + max(0.0, lost)
 
 
 def distill(
