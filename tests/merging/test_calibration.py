@@ -15,14 +15,8 @@ import qgraft
 from qgraft.data.tokenizing import IGNORED, Sample
 from qgraft.errors import DataError, OptionError
 from qgraft.merging import calibration
-from qgraft.merging.calibration import (
-    TRAINED_LENGTH,
-    TRAINED_SEED,
-    Calibration,
-    choose_samples,
-    find_rows,
-    neutral_samples,
-)
+from qgraft.merging.calibration import Calibration, choose_samples, find_rows, neutral_samples
+from qgraft.merging.task_rows import TRAINED_LENGTH, TRAINED_SEED
 
 
 class Letters:

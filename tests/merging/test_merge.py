@@ -231,6 +231,7 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
     arguments = qgraft.TrainArguments(
         output_dir=str(tmp_path / "out"), dataset=str(tmp_path / "train.jsonl"), system="Be brief.", max_steps=10,
         eval_dataset=str(tmp_path / "held.jsonl"), learning_rate=3e-3, save_strategy="no", use_cpu=True, plot_loss=False,
+        save_calibration=False,
     )  # fmt: skip
     qgraft.train(model, tokenizer, None, arguments)
     fresh, _ = qgraft.load(tiny_gguf().path)

@@ -109,6 +109,8 @@ def test_two_processes_come_to_the_result_of_one(tiny_gguf, rows, tmp_path):
     assert_same_result(tmp_path / "two", tmp_path / "one")
     names = [sorted(p.name for p in (tmp_path / name).iterdir()) for name in ("one", "two")]
     assert names[0] == names[1]
+    ours, theirs = ((tmp_path / name / "calibration.safetensors").read_bytes() for name in ("one", "two"))
+    assert ours == theirs
     states = torch.load(tmp_path / "two" / "checkpoint-10" / "random_state.pt", weights_only=True)
     assert len(states) == 2 and not torch.equal(states[0]["torch"], states[1]["torch"])
 

@@ -67,6 +67,7 @@ def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf
     assert {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "calibration.safetensors",
         "qgraft.json",
         "run.json",
         "metrics.jsonl",
@@ -104,7 +105,8 @@ def test_a_dataset_named_in_the_call_is_remembered_for_merging(tiny_gguf, tmp_pa
 def test_rows_are_not_sealed_as_the_dataset_that_the_options_name(tiny_gguf, tmp_path):
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     options = arguments(tmp_path / "out", max_steps=1, save_strategy="no", dataset="identity_en", name="Aria",
-                        author="the team", eval_dataset="identity_en_heldout", max_eval_samples=2)  # fmt: skip
+                        author="the team", eval_dataset="identity_en_heldout", max_eval_samples=2,
+                        save_calibration=False)  # fmt: skip
     train(model, tokenizer, ROWS, options)
     remembered = find_adapter(model, "default").trained
     assert "dataset" not in remembered and remembered["eval_dataset"] == "identity_en_heldout"

@@ -3,13 +3,14 @@
 The arithmetic is adapters/combine.py's. Here: the adapters must have been trained on the same base, by the fingerprints
 in their seals; the new folder is written like any other adapter (folder.py), its seal carries that base over and
 says what was combined. What all inputs share of the dataset and the prompt (template, system ...) goes into the seal as
-well, so that the new adapter is prompted as they were.
+well, so that the new adapter is prompted as they were; and where all of them keep rows to be merged with, it has rows of all.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qgraft.adapter_files.calibration import read_rows
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
@@ -25,6 +26,7 @@ from qgraft.adapters.combine import (
     combine_layers,
     minimums_error,
 )
+from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
@@ -93,9 +95,10 @@ def combine_files(
         for part in "AB"
     }
     options = peft_config(configs, targets, (base or {}).get("source"))
+    kept = rows_of_all([read_rows(folder, seal) for folder, seal in seals.items()])
     with folder_locked(output):
         check_new(output, overwrite, folders)  # another process may just have written it
-        write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype)
+        write_adapter(output, output.name, {WEIGHTS: state}, options, details, dtype, kept)
     return report
 
 

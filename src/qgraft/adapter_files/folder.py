@@ -3,6 +3,7 @@
     adapter_config.json          PEFT's options            readable by PEFT and by us
     adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
     prefix_encoder.safetensors   of prefixes with a projection: what is trained
+    calibration.safetensors      of LoRAs: rows of the training, to be merged with (calibration.py); may be deleted
     qgraft.json                  the seal: the base's fingerprint, SHA-256 of the other files, what it was trained on and
                                  with, versions, metrics. It takes its name before them, see storage.publish_files
 
@@ -24,6 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from qgraft import storage
+from qgraft.adapter_files.calibration import CALIBRATION, read_rows, write_rows
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import (
     attach_pairs,
@@ -56,6 +58,7 @@ from qgraft.adapter_files.thudm import thudm_problem
 from qgraft.adapters.attach import check_new_name
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
+from qgraft.adapters.kept_rows import KeptRows
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
@@ -98,6 +101,7 @@ def save_adapter(
     name: str | None = None,
     details: Mapping[str, Any] | None = None,
     dtype: str = "float32",
+    save_calibration: bool = False,
 ) -> None:
     """Write the adapter `name` (default: the only one), LoRA or prefix, into `folder`: all of its files, or none.
 
@@ -107,6 +111,7 @@ def save_adapter(
     Args:
         details: what qgraft.json shall remember beside the base: "dataset", "arguments", "metrics", any JSON.
         dtype: of the stored weights; "float16" or "bfloat16" halve the file. They load as float32.
+        save_calibration: the rows of its training that it keeps go with it, to be merged with; readable ones.
 
     Raises AdapterError when there is no such adapter or its weights hold NaN or do not fit into `dtype`, OptionError
     for another dtype, StorageError when it cannot be written.
@@ -122,8 +127,9 @@ def save_adapter(
     else:
         config, state = lora_content(model, adapter, source)
         seal[EXACT] = all(config.exact for config in adapter.configs.values())
-        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype)
-    _remember(model, adapter.name, seal)
+        kept = adapter.kept if save_calibration else None
+        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept)
+    selection_of(model).change(adapter.name, trained=remembered_arguments(seal))
 
 
 def write_adapter(
@@ -133,6 +139,7 @@ def write_adapter(
     config: Mapping[str, Any],
     details: Mapping[str, Any],
     dtype: str = "float32",
+    kept: KeptRows | None = None,
 ) -> None:
     """Write an adapter that is on no model; see save_adapter.
 
@@ -141,19 +148,22 @@ def write_adapter(
         tensors: of each file of weights, by their names in it; the last file holds what is trained.
         config: what adapter_config.json holds.
         details: what the seal holds beside versions and checksums; "base" among it.
+        kept: rows that go with it.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     stored = {file: _converted(name, state, dtype) for file, state in tensors.items()}
-    kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors]
+    kind, files = "prefix" if is_prefix_config(config) else "lora", [CONFIG, *tensors, *([CALIBRATION] if kept else [])]
     parameters = sum(tensor.numel() for tensor in list(tensors.values())[-1].values())
     with storage.publish_files(folder, first=SEAL) as staging:
         for file, state in stored.items():
             write_safetensors(staging / file, {key: (WORDS[t.dtype], t) for key, t in state.items()}, {"format": "pt"})
+        if kept is not None:
+            write_rows(staging / CALIBRATION, kept)
         storage.write_json(staging / CONFIG, config)
         write_seal(staging, files, {**details, "kind": kind, "parameters": parameters})
-    if ENCODER not in files:
-        (folder / ENCODER).unlink(missing_ok=True)  # of an adapter that was here before
+    for file in {ENCODER, CALIBRATION} - {*files}:
+        (folder / file).unlink(missing_ok=True)  # of an adapter that was here before
 
 
 def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -217,8 +227,9 @@ def load_adapter(
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
+    kept = read_rows(folder, seal)
     attach_pairs(model, name, config, fitting, exact)
-    _remember(model, name, seal)
+    selection_of(model).change(name, trained=remembered_arguments(seal), kept=kept)
     return LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
 
 
@@ -233,7 +244,7 @@ def _load_prefix(
         raise _unfit(folder, doubts, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
                      f"{option('force')} to load it anyhow")  # fmt: skip
     fitted.attach(model, name)
-    _remember(model, name, seal)
+    selection_of(model).change(name, trained=remembered_arguments(seal))
     config, layers = fitted.encoder.config, len(fitted.encoder.geometry.layers)
     about = f"prefix of {config.pre_seq_len} tokens{' with projection' * config.prefix_projection}, "
     return LoadedAdapter(name, layers, layers, (*stored.notes, *_notes(doubts, seal)), about)
@@ -272,10 +283,6 @@ def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
         raise AdapterError(f"{missing} {KEY}* among its tensors", hint=_folders())
     problem = thudm_problem(model)
     return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
-
-
-def _remember(model: nn.Module, name: str, seal: Mapping[str, Any] | None) -> None:
-    selection_of(model).change(name, trained=remembered_arguments(seal))
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:

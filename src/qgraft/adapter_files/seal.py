@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qgraft import __version__, storage
+from qgraft.adapter_files.calibration import CALIBRATION
 from qgraft.errors import AdapterError
 from qgraft.json_files import OWN, covered_text, is_covered, read_object
 
@@ -59,7 +60,7 @@ def read_seal(folder: Path) -> dict[str, Any] | None:
 
 
 def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict[str, dict[str, Any]]:
-    """What the seal at `path` says of the files beside it, for storage.check_files.
+    """What the seal at `path` says of the files beside it, for storage.check_files; rows that were deleted are passed over.
 
     Args:
         needed: the files that make up the adapter, which a seal has to name.
@@ -73,7 +74,7 @@ def sealed_files(path: Path, seal: Mapping[str, Any], needed: list[str]) -> dict
         raise AdapterError(f"{path} is not a seal: it says nothing of {', '.join(missing)}")
     if base is not None and not isinstance(base.get("fingerprint"), str):
         raise AdapterError(f"{path} is not a seal: `base` has no fingerprint")
-    return dict(files)
+    return {name: about for name, about in files.items() if name != CALIBRATION or path.with_name(name).exists()}
 
 
 def is_exact(seal: Mapping[str, Any] | None) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapters.kept_rows import KeptRows
 from qgraft.errors import AdapterError, worded
 
 Kind = Literal["lora", "prefix"]
@@ -53,12 +54,14 @@ class Adapter:
     Attributes:
         parts: module path -> what is there, in the order of the model.
         trained: the arguments it was trained with, as its seal has them; empty where they are not known.
+        kept: rows of its training, to be merged with; None where it brings none.
     """
 
     name: str
     kind: Kind
     parts: Mapping[str, Part]
     trained: dict[str, Any] = field(default_factory=dict)
+    kept: KeptRows | None = None
 
     @property
     def is_prefix(self) -> bool:

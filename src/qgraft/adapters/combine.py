@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from qgraft.adapters.attach import attach_layers, check_new_name
 from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
+from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import Lora, LoraConfig, loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match, worded
 from qgraft.given import described
@@ -167,7 +168,9 @@ def combine(
         inexact if method == "linear" else combined.keys()
     )  # sums of A stay as A are, cuts do not
     configs = {path: LoraConfig(made.rank, made.rank, exact=path in exact) for path, made in combined.items()}
+    kept = rows_of_all([find_adapter(model, adapter).kept for adapter in adapters])
     attach_layers(model, name, configs, {path: (made.A, made.B) for path, made in combined.items()})
+    selection_of(model).change(name, kept=kept)
     return report
 
 

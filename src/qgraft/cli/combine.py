@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from qgraft.cli.options import Parser, number_in, print_json
+from qgraft.cli.options import Parser, number_in, print_json, print_note
 from qgraft.errors import OptionError
 from qgraft.ranges import FINITE, RANK, SEED, SHARE_ABOVE_0
 
@@ -37,6 +37,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
+    from qgraft.adapter_files.calibration import CALIBRATION
     from qgraft.adapter_files.combine import combine_files
     from qgraft.adapters.combine import METHODS, PRUNING
 
@@ -48,6 +49,9 @@ def run(words: Sequence[str]) -> int:
         parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,
         options.dtype, options.force, options.overwrite,
     )  # fmt: skip
+    if (Path(options.output) / CALIBRATION).is_file():
+        print_note(f"note: {CALIBRATION} holds rows of all of their data to be merged with, which can be read: delete it "
+                   "before you give the adapter away")  # fmt: skip
     if options.json:
         print_json(report.as_dict())
         return 0

@@ -22,7 +22,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_model()
     parser.add_argument("--output", required=True, metavar="PATH", help="file (or folder) to write")
     parser.add_argument("--method", default="auto", help="auto, scales, codes, feedback, nearest, grid (default auto)")
-    parser.add_argument("--dataset", help="rows to calibrate on; default: what the adapter was trained on")
+    parser.add_argument(
+        "--dataset", help="rows to calibrate on; default: those that the adapter keeps, or was trained on"
+    )
     parser.add_argument("--eval_dataset", help="rows to measure on; default: the adapter's held-out set, or a split")
     parser.add_argument("--dataset_dir", help="folder of dataset_info.json and of the files it names")
     parser.add_argument(
@@ -81,13 +83,17 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     from qgraft.checkpoints.save import check_target, save
     from qgraft.merging.merge import merge
     from qgraft.merging.store import work_in
+    from qgraft.merging.task_rows import as_asked
 
-    model, tokenizer, names = load_with_adapters(options)
+    # rows of the adapters themselves are asked as each of them was trained
+    model, tokenizer, names = load_with_adapters(options, prompts=options.dataset is not None)
     check_target(model, target, to=options.to, overwrite=options.overwrite)
     if options.dataset is None:
-        for name in names:
-            if rows := find_adapter(model, name).trained.get("dataset"):
-                print_note(f"adapter {name}: rows as in training: {rows}")  # before they are read
+        for adapter in (find_adapter(model, name) for name in names):  # before they are read
+            if as_asked(adapter.kept, adapter.trained, vars(options)) is not None:
+                print_note(f"adapter {adapter.name}: the rows that it keeps")
+            elif rows := adapter.trained.get("dataset"):
+                print_note(f"adapter {adapter.name}: rows as in training: {rows}")
     use_adapter(model, dict(zip(names, [*options.weight, *[1.0] * len(names)], strict=False)))
     console = Console(stderr=True)
     failed: MergeError | None = None

@@ -73,8 +73,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU where there is one")
 
 
-def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]]:
+def load_with_adapters(options: argparse.Namespace, prompts: bool = True) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied.
+
+    Args:
+        prompts: take what prompts depend on from the last adapter, see prompt_as_in_training.
 
     A prefix that came with the model is not among the names; it is active where no --adapter is given.
     """
@@ -96,7 +99,7 @@ def load_with_adapters(options: argparse.Namespace) -> tuple[Any, Any, list[str]
         name = free_name(Path(folder).resolve().name, adapter_names(model))
         print_note(str(load_adapter(model, folder, name, force=options.force)))
         names.append(name)
-    if options.adapter:
+    if options.adapter and prompts:
         prompt_as_in_training(options, find_adapter(model, names[-1]).trained)
     return model, tokenizer, names
 

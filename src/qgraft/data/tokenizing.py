@@ -190,7 +190,7 @@ def build_samples(
     for conversation in conversations:
         try:
             found = encoder.samples(conversation)
-            fitting = [cut for sample in found if (cut := _cut(sample, max_length, truncate)) is not None]
+            fitting = [cut for sample in found if (cut := cut_sample(sample, max_length, truncate)) is not None]
             if not fitting:
                 learns = max_length is not None and any(_learns(sample, max_length) for sample in found)
                 what = "longer than" if learns else "no answer token within"
@@ -218,7 +218,7 @@ def _learns(sample: Sample, length: int) -> bool:
     return any(label != IGNORED for label in sample.labels[1:length])
 
 
-def _cut(sample: Sample, max_length: int | None, truncate: bool) -> Sample | None:
+def cut_sample(sample: Sample, max_length: int | None, truncate: bool = True) -> Sample | None:
     """The sample, cut to `max_length`; None where it may not be cut or no answer token would remain."""
     if max_length is None or len(sample.input_ids) <= max_length:
         return sample

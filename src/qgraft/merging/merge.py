@@ -88,8 +88,9 @@ def merge(
 
     Args:
         tokenizer: None for the one that was loaded with the model.
-        calibration: rows of the adapter's task, or what read_dataset takes; None for the training set that the adapter
-            remembers. A few thousand tokens are used. Methods nearest and grid, and exact LoRAs, need none.
+        calibration: rows of the adapter's task, or what read_dataset takes; None for the rows that the adapter keeps
+            (calibration.safetensors), else for the training set that it names. A few thousand tokens are used. Methods
+            nearest and grid, and exact LoRAs, need none.
         eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
         method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes,
             feedback (GPTQ's order); or nearest (requantize), grid (requantize on the base's own scales).
@@ -133,8 +134,9 @@ def _merge(
     layers, weights, exact = _layers_to_merge(model, to, method)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
-    trained = [find_adapter(model, name).trained for name in weights]
-    find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed)
+    adapters = [find_adapter(model, name) for name in weights]
+    trained, brought = [each.trained for each in adapters], [each.kept for each in adapters]
+    find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     chosen, unmeasured = (_rows_to_solve(find, method), None) if solved else _rows_to_measure(find, speaks, *given)

@@ -1,22 +1,25 @@
 """Which adapter a run trains: one that is on the model, or a new one of the kind and with the options that are asked for."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapter_files.calibration import CALIBRATION, keep_samples, read_rows
 from qgraft.adapter_files.folder import read_trained
+from qgraft.adapter_files.seal import read_seal, remembered_arguments
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_lora, chosen_layers
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import encoder_of
+from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
 from qgraft.training.arguments import TrainArguments
 
@@ -117,6 +120,13 @@ def take_trained(model: PreTrainedModel, folder: Path, name: str) -> None:
     find_adapter(model, name).take(saved)
 
 
+def take_saved(model: PreTrainedModel, folder: Path, name: str) -> None:
+    """The same of a run that ended, with what its seal says and the rows that were kept."""
+    take_trained(model, folder, name)
+    seal = read_seal(folder)
+    selection_of(model).change(name, trained=remembered_arguments(seal), kept=read_rows(folder, seal))
+
+
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What kind of adapter was trained, and with which options of its own."""
     adapter = find_adapter(model, name)
@@ -127,6 +137,29 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     if not common.get("exact"):
         common.pop("exact", None)  # as the checkpoints of earlier releases have it, which are compared with this
     return {"kind": adapter.kind, "layers": len(configs), **common}
+
+
+def keep_rows(
+    model: PreTrainedModel,
+    args: TrainArguments,
+    tokenizer: PreTrainedTokenizerBase | None,
+    learned: Sequence[Sample],
+    held_out: Sequence[Sample],
+) -> list[str]:
+    """Let the adapter bring rows of its training, to be merged with, and say so; or none, where none are asked for.
+
+    A prefix changes no weight, so none is merged.
+    """
+    adapter, kept = find_adapter(model, args.adapter_name), None
+    if args.save_calibration and tokenizer is not None and not adapter.is_prefix:
+        kept = keep_samples(tokenizer, learned, held_out, args.seed)
+    selection_of(model).change(adapter.name, kept=kept)
+    if kept is None:
+        return []
+    return [
+        f"the adapter keeps {len(kept.rows)} rows of its data to be merged with, which can be read: delete {CALIBRATION}, or "
+        f"train with {option('save_calibration', False)}, before you give it away"
+    ]
 
 
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:

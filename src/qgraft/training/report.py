@@ -84,7 +84,7 @@ def save_run(
     }
     if report.finished:
         details = {key: run[key] for key in ("dataset", "arguments", "metrics")}
-        save_adapter(model, folder, args.adapter_name, details)
+        save_adapter(model, folder, args.adapter_name, details, save_calibration=True)
     base = base_of(model).info
     storage.write_json(folder / RUN, {**run, "base": None if base is None else dataclasses.asdict(base)})
     if args.plot_loss and (folder / METRICS).is_file():

@@ -2,6 +2,7 @@
 
 output_dir/
   adapter_config.json, adapter_model.safetensors, qgraft.json    the adapter (adapter_files/folder.py)
+  calibration.safetensors    rows to merge it with (adapter_files/calibration.py)
   run.json        options, row accounting, base, losses, speed, memory, versions
   metrics.jsonl   one line a log
   loss.png        training and held-out loss
@@ -22,8 +23,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from qgraft import storage
-from qgraft.adapter_files.seal import read_seal, remembered_arguments
-from qgraft.adapters.base import base_of, find_adapter, selection_of
+from qgraft.adapters.base import base_of, find_adapter
 from qgraft.data.reading import Accounting, Dataset, as_dataset
 from qgraft.data.tokenizing import Sample, samples_sha256
 from qgraft.errors import DataError, OptionError, option
@@ -36,7 +36,7 @@ from qgraft.passes.fused import fused_modules
 from qgraft.passes.limits import sample_limit
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
-from qgraft.training.adapter import adapter_in_training, describe_adapter, positions_to_take, take_trained
+from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_rows, positions_to_take, take_saved
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
@@ -241,8 +241,7 @@ class Run:
     def _as_it_was(self, run: Mapping[str, Any]) -> TrainReport:
         """The report of a run that came to its end before, as its run.json tells; the model has its adapter."""
         args, folder = self.prepared.args, self.prepared.folder
-        take_trained(self.model, folder, args.adapter_name)
-        selection_of(self.model).change(args.adapter_name, trained=remembered_arguments(read_seal(folder)))
+        take_saved(self.model, folder, args.adapter_name)
         prepared, steps, planned = self.prepared, run["steps"], run.get("planned_steps", run["steps"])
         goes_on = option("resume_from_checkpoint", f"{folder}/checkpoint-N")
         early = "" if steps == planned else f", where it was stopped early ({goes_on} goes on)"
@@ -266,6 +265,9 @@ class Run:
         if best is not None:
             held_out |= {"eval_loss": state.best_metric, "eval_loss_last": last, "best_step": state.best_global_step}
         self._warn_of_divergence(last)
+        if not signalled:
+            kept = prepared.tokenizer, prepared.samples, prepared.eval_samples
+            prepared.notes += keep_rows(self.model, prepared.args, *kept)
         metrics: dict[str, float] = {
             "train_loss": loop.train_loss,
             "seconds": self.watch.seconds,
