@@ -169,7 +169,8 @@ def test_an_exact_adapter_needs_no_rows(tiny_gguf, tmp_path, capsys):
     base, rows, out = tiny_gguf("llama", types=(Q.Q4_1,)).path, tmp_path / "rows.jsonl", tmp_path / "merged.gguf"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:6]))
     words = ["train", "--model_name_or_path", base, "--dataset", rows, "--output_dir", tmp_path / "out", "--max_steps", "2",
-             "--use_cpu", "--save_strategy", "no", "--plot_loss", "false", "--exact", "--save_calibration", "false"]  # fmt: skip
+             "--use_cpu", "--save_strategy", "no", "--plot_loss", "false", "--exact",
+             "--save_calibration", "false"]  # fmt: skip
     assert cli.main([str(word) for word in words]) == 0
     rows.unlink()
     capsys.readouterr()

@@ -114,7 +114,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
-    save_calibration: bool = _option(True, "Keep rows beside a LoRA, so that it merges where the dataset is not.")
+    save_calibration: bool = _option(True, "Leave some rows, readable, beside a LoRA: it merges without the dataset.")
 
     # transformers' options with another default
     learning_rate: float = _option(2e-4, "Peak learning rate of AdamW.")
