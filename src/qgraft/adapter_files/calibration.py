@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qgraft.adapters.kept_rows import LONGEST, KeptRow, KeptRows, chosen_rows
+from qgraft.adapters.kept_rows import HELD_TOKENS, KEPT_TOKENS, LONGEST, KeptRow, KeptRows, drawn
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.shards import Shard, open_shard
 from qgraft.data.tokenizing import IGNORED, Sample, cut_sample
@@ -46,21 +46,25 @@ def keep_samples(
     tokenizer: "PreTrainedTokenizerBase", learned: Sequence[Sample], held_out: Sequence[Sample], seed: int
 ) -> KeptRows | None:
     """What an adapter keeps of the samples of its run; None where not one of them learns something within LONGEST tokens."""
-    kept, held = (_rows(tokenizer, samples, samples is held_out) for samples in (learned, held_out))
-    return chosen_rows(kept, held, seed, len(learned)) if kept else None
+    kept = _rows(tokenizer, learned, KEPT_TOKENS, seed, held_out=False)
+    held = _rows(tokenizer, held_out, HELD_TOKENS, seed, held_out=True)
+    return KeptRows((*kept, *held), len(learned)) if kept else None
 
 
-def _rows(tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], held_out: bool) -> list[KeptRow]:
-    rows = []
-    for sample in samples:
-        if (cut := cut_sample(sample, LONGEST)) is None:
-            continue
-        given = cut.weights or [1.0] * len(cut.labels)
-        weights = [0.0 if label == IGNORED else weight for label, weight in zip(cut.labels, given, strict=True)]
-        row = KeptRow(array("i", cut.input_ids), array("f", weights), held_out, _text(tokenizer, cut.input_ids))
-        if any(row.weights[1:]):
-            rows.append(row)
-    return rows
+def _rows(
+    tokenizer: "PreTrainedTokenizerBase", samples: Sequence[Sample], tokens: int, seed: int, *, held_out: bool
+) -> list[KeptRow]:
+    """Some of the samples, of so many tokens; all are looked at, and only those that are kept are hashed."""
+    cut = [each for sample in samples if (each := cut_sample(sample, LONGEST)) is not None]
+    chosen = [cut[number] for number in drawn([len(each.input_ids) for each in cut], tokens, seed)]
+    rows = [KeptRow(*_columns(each), held_out, _text(tokenizer, each.input_ids)) for each in chosen]
+    return [row for row in rows if any(row.weights[1:])]
+
+
+def _columns(sample: Sample) -> "tuple[array[int], array[float]]":
+    given = sample.weights or [1.0] * len(sample.labels)
+    weights = [0.0 if label == IGNORED else weight for label, weight in zip(sample.labels, given, strict=True)]
+    return array("i", sample.input_ids), array("f", weights)
 
 
 def samples_of(rows: Iterable[KeptRow]) -> list[Sample]:

@@ -56,16 +56,6 @@ class KeptRows:
         return [row for row in self.rows if row.held_out == held_out]
 
 
-def chosen_rows(learned: Sequence[KeptRow], held_out: Sequence[KeptRow], seed: int, of: int = 0) -> KeptRows:
-    """As many of the rows as are kept, drawn at random.
-
-    Args:
-        of: how many rows were learned, where these are not all of them.
-    """
-    few = [*_drawn(learned, KEPT_TOKENS, seed), *_drawn(held_out, HELD_TOKENS, seed)]
-    return KeptRows(tuple(few), max(of, len(learned)))
-
-
 def united_rows(every: Sequence[KeptRows]) -> KeptRows:
     """The rows of several adapters; those of one as they are.
 
@@ -75,8 +65,11 @@ def united_rows(every: Sequence[KeptRows]) -> KeptRows:
         return every[0]
     learned, held = (_once(each.of(part) for each in every) for part in (False, True))
     known = {row.key for row in learned}
-    fit = [row for row in held if row.key not in known] if all(each.of(held_out=True) for each in every) else []
-    return chosen_rows(learned, fit, 0, sum(each.learned for each in every))
+    if not all(each.of(held_out=True) for each in every):
+        held = []
+    few = [*_few(learned, KEPT_TOKENS), *_few([row for row in held if row.key not in known], HELD_TOKENS)]
+    shared = sum(len(each.of(held_out=False)) for each in every) - len(learned)
+    return KeptRows(tuple(few), sum(each.learned for each in every) - shared)
 
 
 def rows_of_all(every: Sequence[KeptRows | None]) -> KeptRows | None:
@@ -86,6 +79,10 @@ def rows_of_all(every: Sequence[KeptRows | None]) -> KeptRows | None:
     """
     found = [each for each in every if each is not None]
     return united_rows(found) if found and len(found) == len(every) else None
+
+
+def _few(rows: Sequence[KeptRow], tokens: int) -> list[KeptRow]:
+    return [rows[number] for number in drawn([len(row.ids) for row in rows], tokens, 0)]
 
 
 def _once(every: Iterable[Iterable[KeptRow]]) -> list[KeptRow]:
@@ -98,12 +95,12 @@ def _once(every: Iterable[Iterable[KeptRow]]) -> list[KeptRow]:
     return rows
 
 
-def _drawn(rows: Sequence[KeptRow], tokens: int, seed: int) -> list[KeptRow]:
-    """Rows with at most so many tokens together, in their order."""
+def drawn(sizes: Sequence[int], tokens: int, seed: int) -> list[int]:
+    """The numbers of rows of these sizes, at random, with at most so many tokens together; in their order."""
     taken, total = list[int](), 0
-    for number in random.Random(seed).sample(range(len(rows)), len(rows)):
-        total += len(rows[number].ids)
+    for number in random.Random(seed).sample(range(len(sizes)), len(sizes)):
+        total += sizes[number]
         if total > tokens:
             break
         taken.append(number)
-    return [rows[number] for number in sorted(taken)]
+    return sorted(taken)
