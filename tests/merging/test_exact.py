@@ -206,6 +206,7 @@ def test_rows_are_only_measured_on_and_their_absence_is_said(tiny_gguf: Maker, r
     assert "retained gain" in str(measured)
     assert not any("calibrated" in line for line in measured.summary())
     data.unlink()
+    (tmp_path / "out" / "calibration.safetensors").unlink()
     model, _ = qgraft.load(path)
     qgraft.load_adapter(model, tmp_path / "out")
     with pytest.raises(DataError):
