@@ -5,11 +5,11 @@ the merged layers are trained to minimize, by Adam and in rounds of a few passes
 
     KL(p || q) + max(0, lost)^2        lost = mean of log p_label - log q_label
 
-with p the adapter's model and q the merged one, at the label positions of the calibration rows, until the rows that judge
-come no closer. The divergence is of second order in what is wrong, what the adapter gained on its labels is lost to first
-order: a merge that is near in KL still knows every fact a little less surely. The second term makes up for that and no more;
-it asks nothing of the unrelated text, whose labels weigh 0. A step sees too few labels to know what they lost on the whole,
-so a running mean is asked as well.
+with p the adapter's model and q the merged one, at the label positions of the calibration rows, unless the rows that judge
+say that a round did harm. The divergence is of second order in what is wrong, what the adapter gained on its labels is lost
+to first order: a merge that is near in KL still knows every fact a little less surely. The second term makes up for that and
+no more; it asks nothing of the unrelated text, whose labels weigh 0. A step sees too few labels to know what they lost on the
+whole, so a running mean is asked as well.
 
 The codes stay. What is trained is
 
@@ -64,6 +64,7 @@ SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
 LORA_RATE = 1e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
 RANK = 8  # of them
 MOST_LABELS = 0.5  # the largest share of the labels beside the divergence
+HARM = 1.25  # of a small set few rows judge, so less than a quarter further from the adapter's model says nothing
 REMEMBERED = 8  # chunks of labels, of which the mean says what they lost
 _NAME: Final = "distilled"
 
@@ -84,15 +85,16 @@ class Distillation:
         self._fit, _ = states_of(model, rows.fit)
         self._judge, _ = states_of(model, rows.judge)
         self._rounds = 0
-        self._taken: tuple[Packed, float] = {}, math.inf  # by the last round, and how far it is apart
+        self._nearest: float | None = None  # that the rows which judge came
 
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
-        """(distilled weights, steps), or the same and 0 where the rows that judge come no closer to the adapter's model."""
+        """(distilled weights, steps), or the same and 0 where the rows that judge say that it did harm."""
         distilled, steps = self._distilled(packed, self._rows.fit, self._fit, progress)
-        apart, (last, before) = self._apart(distilled), self._taken
-        if not apart < (before if last is packed else self._apart(packed)):
+        apart = self._apart(distilled)
+        nearest = self._apart(packed) if self._nearest is None else self._nearest
+        if not apart <= HARM * nearest:
             return packed, 0
-        self._taken = distilled, apart
+        self._nearest = min(apart, nearest)
         return distilled, steps
 
     def last_round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:

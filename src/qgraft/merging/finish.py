@@ -4,7 +4,7 @@
 
 Wanting is a merge that keeps less of the adapter's gain than TARGET on rows that it has not seen, or that is further from
 the adapter's model on unrelated text than a tenth of what that itself is from the base. Rounds end where the rows that judge
-come no closer.
+say that one did harm.
 
 Where there are no held-out rows, those that measured are rows that the adapter was trained on. They may hold what no other
 row says: the opening hours of a shop are not learned from its prices. So a merge that was wanting on them learns from
