@@ -111,7 +111,7 @@ def put(model: Any, weights: dict[str, Tensor], format_: str) -> None:
 
 def losses(model: Any, tokenizer: Any, task: str) -> tuple[float, float]:
     """(on held-out rows of the task, on unrelated text), nats a token."""
-    held = qgraft.evaluate(model, tokenizer, TASKS[task]()[1])["loss"]
+    held = qgraft.evaluate(model, tokenizer, TASKS[task]()[1]).loss
     text = _up_to(neutral_samples(tokenizer)[1::2], DRIFT_TOKENS)
     return held, mean_loss(*states_of(model, text), output_head(model))
 
