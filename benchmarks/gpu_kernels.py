@@ -68,7 +68,7 @@ def products() -> None:
         x, g = (torch.randn(tokens, 4096, device="cuda").bfloat16() for _ in range(2))
         row = {"cublas_us": timed(lambda x=x: x @ unpacked.T), "us": timed(lambda x=x: linear(x, packed))}
         if tokens > triton_ops.FEW_ROWS:
-            term, base = Term(0, tokens, 1.0, A, B, x), Weight(packed, None, False)
+            term, base = Term(0, tokens, 1.0, A, B, x), Weight(packed, None, "float32")
             hs = lora_forward(x, base, [term])[1]
             row["lora_us"] = timed(lambda x=x, term=term, base=base: lora_forward(x, base, [term]))
             row["lora_backward_us"] = timed(lambda g=g, term=term, base=base, hs=hs: lora_backward(g, base, [term], hs))

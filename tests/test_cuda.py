@@ -99,7 +99,7 @@ def test_products_are_those_of_float64(name: str, tokens: int, kernels: str) -> 
 def test_a_layer_with_a_lora_is_one_product(name: str, dtype: torch.dtype, kernels: str) -> None:
     packed, x, g = quantize(torch.randn(200, 512), name), torch.randn(90, 512).to(dtype), torch.randn(90, 200).to(dtype)
     A, B, w_OI = torch.randn(5, 512), torch.randn(200, 5), format_dequantize(packed, torch.float64)
-    term, base = Term(0, 90, 0.5, A.cuda(), B.cuda(), x.cuda()), Weight(on_gpu(packed), None, False)
+    term, base = Term(0, 90, 0.5, A.cuda(), B.cuda(), x.cuda()), Weight(on_gpu(packed), None, "float32")
     y, hs = lora_forward(x.cuda(), base, [term])
     gx, (grads,) = lora_backward(g.cuda(), base, [term], hs)
     h, gh = x.double() @ A.double().T, 0.5 * g.double() @ B.double()

@@ -302,7 +302,7 @@ def test_from_params_refuses_what_is_no_checkpoint(arguments: tuple[Any, ...], m
 
 
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_8_bit_products_are_near_the_float32_ones_with_the_same_gradient(tokens: int) -> None:
+def test_8_bit_products_and_gradients_are_near_the_float32_ones(tokens: int) -> None:
     layer = QuantizedLinear(make_packed("q4_1", columns=64), torch.randn(6))
     x, grad = torch.randn(tokens, 64, requires_grad=True), torch.randn(tokens, 6)
     exact = layer(x)
@@ -311,7 +311,9 @@ def test_8_bit_products_are_near_the_float32_ones_with_the_same_gradient(tokens:
         assert layer(x.detach().double()).dtype == torch.float64
     assert not torch.equal(y, exact)
     torch.testing.assert_close(y, exact, rtol=0, atol=0.02 * float(exact.detach().abs().max()))
-    assert torch.equal(torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(exact, x, grad)[0])
+    gx, exact_gx = torch.autograd.grad(y, x, grad)[0], torch.autograd.grad(exact, x, grad)[0]
+    torch.testing.assert_close(gx, exact_gx, rtol=0, atol=0.02 * float(exact_gx.abs().max()))
+    assert torch.equal(grad_input(layer, grad, "int8"), gx)
 
 
 def test_bf16_products_are_those_of_rounded_numbers_and_only_within_the_block() -> None:

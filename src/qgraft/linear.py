@@ -20,17 +20,21 @@ from torch import Tensor, nn
 
 from qgraft.formats import PackedTensor, checked, get_format, take_rows
 from qgraft.kernels import (
+    choose,
     dequantize,
     linear,
     linear_bf16,
     linear_grad_input,
     linear_grad_input_bf16,
+    linear_grad_input_int8,
     linear_int8,
 )
 from qgraft.kernels.lora import fuses
 from qgraft.kernels.terms import Weight
 
-_ROUNDED = {"bf16": linear_bf16, "int8": linear_int8}  # by QuantizedLinear.compute
+# By QuantizedLinear.compute, for a float32 x.
+_ROUNDED = {"bf16": linear_bf16, "int8": linear_int8}
+_ROUNDED_GRADIENTS = {"bf16": linear_grad_input_bf16, "int8": linear_grad_input_int8}
 
 
 @runtime_checkable
@@ -139,8 +143,8 @@ class QuantizedLinear(nn.Module):
 
     Attributes:
         compute: how the products of a float32 x are computed: "float32", or "bf16": x and W rounded to bfloat16,
-            which is faster on CPUs that multiply bfloat16 in hardware, or "int8": x rounded to
-            8 bits, for which decoding is a little faster; gradients are float32 then. Set by `computing`.
+            which is faster on CPUs that multiply bfloat16 in hardware, or "int8": x, and gradients where that is
+            faster, rounded to 8 bits. Set by `computing`.
 
     Args:
         weight: the packed weight, or a PackedWeight to share (a tied output layer).
@@ -303,19 +307,20 @@ def product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
     """The layer for a kernel that computes its product with x together with those of LoRAs, if one does."""
-    if not isinstance(layer, QuantizedLinear) or layer.compute == "int8":
-        return None
-    if not fuses(layer.packed_weight.format, x, layer.compute == "bf16"):
+    if not isinstance(layer, QuantizedLinear) or not fuses(layer.packed_weight.format, x, layer.compute):
         return None
     bias = None if layer.bias is None else layer.bias.to(torch.promote_types(x.dtype, layer.bias.dtype))
-    return Weight(layer.packed, bias, layer.compute == "bf16")
+    return Weight(layer.packed, bias, layer.compute)
 
 
 def fused_gradient(layer: nn.Module, grad: Tensor, compute: str) -> Weight | None:
     """The same for its input gradient; `compute` is what the layer's was in the forward pass."""
-    if not isinstance(layer, QuantizedLinear) or not fuses(layer.packed_weight.format, grad, compute == "bf16"):
+    if not isinstance(layer, QuantizedLinear):
         return None
-    return Weight(layer.packed, None, compute == "bf16")
+    format = layer.packed_weight.format
+    if compute == "int8":  # or float32, for formats whose gradient is no faster in 8 bits
+        compute = choose("linear_grad_input_int8", format, grad.device.type).compute
+    return Weight(layer.packed, None, compute) if fuses(format, grad, compute) else None
 
 
 def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tensor:
@@ -327,8 +332,8 @@ def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tens
     Raises TypeError for a module that is neither a QuantizedLinear nor an nn.Linear.
     """
     if isinstance(layer, QuantizedLinear):
-        rounded = compute == "bf16" and grad.dtype == torch.float32
-        return (linear_grad_input_bf16 if rounded else linear_grad_input)(grad, layer.packed)
+        rounded = _ROUNDED_GRADIENTS.get(compute) if grad.dtype == torch.float32 else None
+        return (rounded or linear_grad_input)(grad, layer.packed)
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

@@ -11,6 +11,8 @@ from qgraft.kernels import (
     Choice,
     choose,
     linear,
+    linear_grad_input,
+    linear_grad_input_int8,
     linear_int8,
     native_status,
     reference,
@@ -18,7 +20,7 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.cpu import library
 from qgraft.kernels.cpu import packed as native
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS, INT8_PANEL_FORMATS
 from qgraft.kernels.table import ROWS
 
 UseKernels = Callable[[str | None], None]
@@ -61,14 +63,20 @@ def test_formats_without_8_bit_products_are_computed_in_float32_and_say_so(
     for format, layout in FORMATS.items():
         if layout.quantize is None:
             continue
-        choice, packed, x = (
-            choose("linear_int8", format, "cpu"),
-            quantize(torch.randn(5, 256), format),
-            torch.randn(3, 256),
-        )
-        assert choice.compute == ("int8" if format in INT8_FORMATS else "float32")
-        assert choice.kernel == choose("linear", format, "cpu").kernel
-        assert torch.equal(linear_int8(x, packed), linear(x, packed)) == (choice.compute == "float32"), format
+        packed, x, g = quantize(torch.randn(5, 256), format), torch.randn(20, 256), torch.randn(20, 5)
+        for op, rounded, exact, given in (
+            ("linear_int8", linear_int8, linear, x),
+            ("linear_grad_input_int8", linear_grad_input_int8, linear_grad_input, g),
+        ):
+            choice = choose(op, format, "cpu")
+            assert choice.compute in ("int8", "float32")
+            assert choice.compute == "int8" or format not in INT8_FORMATS or "grad" in op
+            assert choice.compute == "float32" or format in INT8_PANEL_FORMATS
+            assert choice.kernel == choose("linear", format, "cpu").kernel
+            assert torch.equal(rounded(given, packed), exact(given, packed)) == (choice.compute == "float32"), (
+                op,
+                format,
+            )
 
 
 def test_native_knows_only_formats_that_exist() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels import linear_grad_input_int8, linear_int8
 from qgraft.kernels.cpu.abi import FORMAT_IDS
 from qgraft.kernels.cpu.library import has_bf16, has_panels
 from qgraft.kernels.lora import lora_backward, lora_forward
@@ -75,8 +76,8 @@ def test_every_level_computes_the_formulas(
             results = []
             for count in (1, 3):
                 threads(count)
-                got_y, hs = lora_forward(x_NI, Weight(packed, bias, False), terms)
-                got_gx, got_grads = lora_backward(g_NO, Weight(packed, None, False), terms, hs)
+                got_y, hs = lora_forward(x_NI, Weight(packed, bias, "float32"), terms)
+                got_gx, got_grads = lora_backward(g_NO, Weight(packed, None, "float32"), terms, hs)
                 results.append([got_y, got_gx, *(tensor for own in got_grads for tensor in own)])
             expected = [y, gx, *(tensor for own in grads for tensor in own)]
             for one, three, right in zip(*results, expected, strict=True):
@@ -94,8 +95,8 @@ def test_bfloat16_products_are_those_of_rounded_numbers(cpu_level: str, tokens: 
         packed, bias = random_packed(format, 192, 512), torch.randn(192)
         x_NI, g_NO = torch.randn(tokens, 512), torch.randn(tokens, 192)
         terms = make_terms(x_NI, 192, (8,))
-        got_y, hs = lora_forward(x_NI, Weight(packed, bias, True), terms)
-        got_gx, grads = lora_backward(g_NO, Weight(packed, None, True), terms, hs)
+        got_y, hs = lora_forward(x_NI, Weight(packed, bias, "bf16"), terms)
+        got_gx, grads = lora_backward(g_NO, Weight(packed, None, "bf16"), terms, hs)
         w_OI, exact = format_dequantize(packed, torch.float32), by_formula
         few = tokens < 10
         rounded = [t if few else t.bfloat16().float() for t in (x_NI, g_NO, w_OI)]
@@ -106,6 +107,24 @@ def test_bfloat16_products_are_those_of_rounded_numbers(cpu_level: str, tokens: 
         for own, right in zip(grads, expected, strict=True):
             for got, wanted in zip(own, right, strict=True):
                 assert_close(got, wanted, 3e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 10, 64, 230])
+@pytest.mark.parametrize("format", ["q4_1", "q8_0", "q6_k", "f16"])
+def test_8_bit_products_with_loras_are_those_of_the_ops(
+    cpu_level: str, tokens: int, format: str, random_packed: MakePacked
+) -> None:
+    """In one call where the level has it, else in two: what the LoRAs add is not rounded."""
+    packed, bias = random_packed(format, 201, 512), torch.randn(201)
+    x_NI, g_NO = torch.randn(tokens, 512), torch.randn(tokens, 201)
+    terms = make_terms(x_NI, 201, (8,))
+    y, hs = lora_forward(x_NI, Weight(packed, bias, "int8"), terms)
+    gx, grads = lora_backward(g_NO, Weight(packed, None, "int8"), terms, hs)
+    delta, gx_delta, expected = by_formula(x_NI, g_NO, torch.zeros(201, 512), bias, terms)
+    assert_close(y, linear_int8(x_NI, packed) + delta, 3e-6)
+    assert_close(gx, linear_grad_input_int8(g_NO, packed) + gx_delta, 3e-6)
+    for got, wanted in zip(grads[0], expected[0], strict=True):
+        assert_close(got, wanted, 3e-6)
 
 
 def test_a_product_from_elsewhere_is_added_to(random_packed: MakePacked) -> None:
@@ -126,14 +145,14 @@ def test_a_product_from_elsewhere_is_added_to(random_packed: MakePacked) -> None
             assert torch.equal(got, again)
 
 
-@pytest.mark.parametrize("bf16", [False, True])
-def test_nan_stays_in_its_token_and_in_its_term(bf16: bool, random_packed: MakePacked) -> None:
+@pytest.mark.parametrize("compute", ["float32", "bf16", "int8"])
+def test_nan_stays_in_its_token_and_in_its_term(compute: str, random_packed: MakePacked) -> None:
     packed = random_packed("q4_1", 128, 96)
     x_NI, g_NO = torch.randn(60, 96), torch.randn(60, 128)
     x_NI[3, 5] = g_NO[3, 5] = torch.nan
     terms = make_terms(x_NI, 128, (4, 2))
-    y, hs = lora_forward(x_NI, Weight(packed, None, bf16), terms)
-    gx, grads = lora_backward(g_NO, Weight(packed, None, bf16), terms, hs)
+    y, hs = lora_forward(x_NI, Weight(packed, None, compute), terms)
+    gx, grads = lora_backward(g_NO, Weight(packed, None, compute), terms, hs)
     for got in (y, gx):
         assert got.isnan().any(dim=1).nonzero().flatten().tolist() == [3]
     assert grads[0].A.isnan().any()
@@ -145,15 +164,16 @@ def test_a_token_is_the_same_bits_whatever_else_is_in_the_pass(cpu_level: str, r
     if not has_panels():
         pytest.skip("the plain level leaves this to torch")
     packed, x_NI = random_packed("q4_1", 130, 160), torch.randn(300, 160)
-    for bf16 in (False, has_bf16()):
-        (expected, _) = lora_forward(x_NI, Weight(packed, None, bf16), [])
+    for compute in ("float32", "int8", *(("bf16",) if has_bf16() else ())):
+        weight = Weight(packed, None, compute)
+        expected, _ = lora_forward(x_NI, weight, [])
         for tokens in (20, 31, 97, 211):
-            assert torch.equal(lora_forward(x_NI[-tokens:], Weight(packed, None, bf16), [])[0], expected[-tokens:])
+            assert torch.equal(lora_forward(x_NI[-tokens:], weight, [])[0], expected[-tokens:])
 
 
 def test_an_input_of_another_width_is_refused(random_packed: MakePacked) -> None:
     with pytest.raises(ValueError, match=r"got an input \[3, 64\], expected \[tokens, 96\]"):
-        lora_forward(torch.randn(3, 64), Weight(random_packed("q4_1", 70, 96), None, False), [])
+        lora_forward(torch.randn(3, 64), Weight(random_packed("q4_1", 70, 96), None, "float32"), [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -168,8 +188,8 @@ def test_the_sum_in_half_precision_computes_the_formulas(
     terms = make_terms(x_NI, 201, ranks)
     y, gx, grads = by_formula(x_NI, g_NO, format_dequantize(packed, torch.float64), bias, terms)
     tolerance = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
-    got_y, hs = summed_forward(x_NI, Weight(packed, bias, False), terms)
-    got_gx, got_grads = summed_backward(g_NO, Weight(packed, None, False), terms, hs)
+    got_y, hs = summed_forward(x_NI, Weight(packed, bias, "float32"), terms)
+    got_gx, got_grads = summed_backward(g_NO, Weight(packed, None, "float32"), terms, hs)
     assert got_gx is not None and got_y.dtype == got_gx.dtype == dtype
     assert_close(got_y, y, tolerance)
     assert_close(got_gx, gx, tolerance)
@@ -191,7 +211,7 @@ def test_the_sum_keeps_a_delta_that_rounding_would_lose(random_packed: MakePacke
         """The share of the delta that is in y - y_base, in the direction of the delta."""
         return float(((y.double() - y_base.double()) * delta).sum() / delta.square().sum())
 
-    y, _ = summed_forward(x_NI, Weight(packed, None, False), [term])
+    y, _ = summed_forward(x_NI, Weight(packed, None, "float32"), [term])
     exact = base + delta
     assert float((y.double() - exact).norm() / exact.norm()) < 2e-3
     assert kept(y, base) == pytest.approx(1.0, abs=0.1)
@@ -200,15 +220,15 @@ def test_the_sum_keeps_a_delta_that_rounding_would_lose(random_packed: MakePacke
 def test_a_broken_lora_stays_in_its_own_rows_of_the_sum(random_packed: MakePacked) -> None:
     packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(90, 96).bfloat16()
     terms = make_terms(x_NI, 64, (4, 4))
-    expected, _ = summed_forward(x_NI, Weight(packed, None, False), terms)
+    expected, _ = summed_forward(x_NI, Weight(packed, None, "float32"), terms)
     terms[0].B[3, 1] = torch.nan
-    y, _ = summed_forward(x_NI, Weight(packed, None, False), terms)
+    y, _ = summed_forward(x_NI, Weight(packed, None, "float32"), terms)
     assert bool(y[:30].isnan().any()) and torch.equal(y[30:], expected[30:])
 
 
 def test_casts_are_kept_within_a_block_and_no_longer(random_packed: MakePacked) -> None:
     packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(30, 96).bfloat16()
-    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, False)
+    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, "float32")
     first, _ = summed_forward(x_NI, base, [term])
     with casts_kept():
         assert torch.equal(summed_forward(x_NI, base, [term])[0], first)
@@ -220,7 +240,7 @@ def test_casts_are_kept_within_a_block_and_no_longer(random_packed: MakePacked) 
 def test_casts_are_those_of_their_thread_and_of_the_pass_forward(random_packed: MakePacked) -> None:
     """Blocks of two threads that overlap: neither sees what the other keeps, nor does one outlive its block."""
     packed, x_NI = random_packed("q4_1", 64, 96), torch.randn(30, 96).bfloat16()
-    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, False)
+    (term,), base = make_terms(x_NI, 64, (4,)), Weight(packed, None, "float32")
     with casts_kept():
         summed_forward(x_NI, base, [term])
         here = kept_casts()

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native_status, ops
+from qgraft.kernels import (
+    dequantize,
+    linear,
+    linear_grad_input,
+    linear_grad_input_int8,
+    linear_int8,
+    native_status,
+    ops,
+)
 from qgraft.kernels.cpu import packed as native
 from qgraft.kernels.cpu.abi import FORMAT_IDS
 from qgraft.kernels.table import PACKED_OPS
@@ -285,6 +293,7 @@ def test_ops_pass_opcheck(kernel: str, format: str, random_packed: MakePacked, u
         grad = torch.randn(*leading, 3, requires_grad=True)
         checks.append((table.linear.default, (x, parts, format)))
         checks.append((table.linear_int8.default, (x, parts, format)))
+        checks.append((table.linear_grad_input_int8.default, (grad, parts, format, width)))
         checks.append((table.linear_bf16.default, (x, parts, format)))
         checks.append((table.linear_grad_input_bf16.default, (grad, parts, format, width)))
         checks.append((table.linear_grad_input.default, (grad, parts, format, width)))
@@ -308,17 +317,20 @@ def test_first_and_second_derivatives_of_both_ops(
 
 
 @pytest.mark.parametrize(("kernel", "format"), KERNELS)
-def test_8_bit_products_have_the_gradient_of_the_float_ones(
+def test_8_bit_products_have_the_8_bit_gradient_and_that_one_theirs(
     kernel: str, format: str, random_packed: MakePacked, use_kernels: UseKernels
 ) -> None:
     use_kernels(kernel)
     packed = random_packed(format, 33, widths(format)[-1])
-    x = torch.randn(2, 3, packed.shape[1], requires_grad=True)
-    y, grad = linear_int8(x, packed), torch.randn(2, 3, 33)
-    exact = x.detach().double() @ format_dequantize(packed, torch.float64).T
-    assert y.shape == exact.shape
-    assert float((y.detach() - exact).norm() / exact.norm()) < 0.02
-    assert torch.equal(torch.autograd.grad(y, x, grad)[0], linear_grad_input(grad, packed))
+    x = torch.randn(2, 6, packed.shape[1], requires_grad=True)
+    g = torch.randn(2, 6, 33, requires_grad=True)
+    w_OI = format_dequantize(packed, torch.float64)
+    y, gx = linear_int8(x, packed), linear_grad_input_int8(g, packed)
+    for got, exact in ((y.detach(), x.detach().double() @ w_OI.T), (gx.detach(), g.detach().double() @ w_OI)):
+        assert got.shape == exact.shape
+        assert float((got - exact).norm() / exact.norm()) < 0.02
+    assert torch.equal(torch.autograd.grad(y, x, g.detach())[0], gx)
+    assert torch.equal(torch.autograd.grad(gx, g, x.detach())[0], y)
 
 
 def test_8_bit_products_are_for_float32_only(random_packed: MakePacked) -> None:

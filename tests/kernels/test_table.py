@@ -18,13 +18,15 @@ Case = Callable[[Any, PackedTensor], Any]  # (a module with the row's functions,
 TOKENS, OUTPUTS, INPUTS = 12, 96, 64
 
 
-def _lora(module: Any, packed: PackedTensor, bf16: bool = False) -> Any:
+def _lora(module: Any, packed: PackedTensor, compute: str = "float32") -> Any:
     """Kernels multiply with the weight in the same call, the reference adds to its product."""
+    rounded = "_int8" if compute == "int8" else ""
+    product, gradient = (getattr(reference, op + rounded) for op in ("linear", "linear_grad_input"))
     x, g = torch.randn(TOKENS, INPUTS), torch.randn(TOKENS, OUTPUTS)
     term = Term(0, TOKENS, 0.5, torch.randn(4, INPUTS), torch.randn(OUTPUTS, 4), x)
-    plain, weight = module is reference, Weight(packed, None, bf16)
-    y, hs = module.lora_forward(x, reference.linear(x, packed) if plain else weight, [term])
-    gx, grads = module.lora_backward(g, reference.linear_grad_input(g, packed) if plain else weight, [term], hs)
+    plain, weight = module is reference, Weight(packed, None, compute)
+    y, hs = module.lora_forward(x, product(x, packed) if plain else weight, [term])
+    gx, grads = module.lora_backward(g, gradient(g, packed) if plain else weight, [term], hs)
     return y, *hs, gx, *grads[0]
 
 
@@ -74,7 +76,8 @@ def _product(op: str) -> Case:
 CASES: dict[str, Case] = {
     **{op: _product(op) for op in PACKED_OPS},
     "dequantize": lambda module, packed: module.dequantize(packed, torch.float32),
-    "lora": _lora, "lora_bf16": lambda module, packed: _lora(module, packed, True),
+    "lora": _lora, "lora_bf16": lambda module, packed: _lora(module, packed, "bf16"),
+    "lora_int8": lambda module, packed: _lora(module, packed, "int8"),
     "norm": _norm, "gated": _gated, "rotate": _rotate, "varlen_attention": _attention, "cross_entropy": _cross_entropy,
     "descend": _descend,
 }  # fmt: skip
@@ -119,6 +122,8 @@ def test_every_kernel_computes_what_the_reference_does(
         request.getfixturevalue("native_kernels")
         if lacks := kernel.lacks("q4_1" if row.by_format else None, torch.float32):
             pytest.skip(lacks)
+        if "int8" in row.name and choose(row.name, "q4_1", "cpu").compute != "int8":
+            pytest.skip("this CPU's level computes it in float32")
     module, packed = import_module(f"qgraft.kernels.{kernel.module}"), random_packed("q4_1", OUTPUTS, INPUTS)
     results = []
     for each in (reference, module):

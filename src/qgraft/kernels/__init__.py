@@ -21,6 +21,7 @@ from qgraft.kernels.ops import (
     linear_bf16,
     linear_grad_input,
     linear_grad_input_bf16,
+    linear_grad_input_int8,
     linear_int8,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "linear_bf16",
     "linear_grad_input",
     "linear_grad_input_bf16",
+    "linear_grad_input_int8",
     "linear_int8",
     "native_status",
 ]

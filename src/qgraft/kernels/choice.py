@@ -19,7 +19,7 @@ from torch import Tensor
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import triton_ops
 from qgraft.kernels.cpu import library
-from qgraft.kernels.cpu.abi import INT8_FORMATS
+from qgraft.kernels.cpu.abi import INT8_FORMATS, INT8_GRADIENT_FORMATS, INT8_PANEL_FORMATS
 from qgraft.kernels.table import ROWS, Kernel
 
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
@@ -34,7 +34,7 @@ _HINTS = {
 class Choice:
     """An answer of the table: `kernel` is "native", "triton", "torch" or "reference", `why` is for people.
 
-    `compute` is what the products of float32 are computed in: "int8" for linear_int8 and a format that has it.
+    `compute` is what the products of float32 are computed in: "int8" for the rows of that name and a format that has it.
     """
 
     op: str
@@ -72,9 +72,8 @@ def choose(op: str, format: str | None, device: str, dtype: torch.dtype = torch.
     InstallationError for a library that was made from other sources.
     """
     wanted = _wanted()
-    compute = "int8" if op == "linear_int8" and format in INT8_FORMATS else "float32"
     kernel, why = _chosen(op, format, device, dtype, wanted)
-    return Choice(op, format, device, kernel, why, compute, str(dtype).removeprefix("torch."))
+    return Choice(op, format, device, kernel, why, _compute(op, format, kernel), str(dtype).removeprefix("torch."))
 
 
 def serving(op: str, first: Tensor, *others: Tensor) -> Any:
@@ -122,6 +121,18 @@ def _chosen(op: str, format: str | None, device: str, dtype: torch.dtype, wanted
         if kernel.name == wanted:
             raise UnsupportedError(_missing(op, format, kernel, reason), hint=_HINTS[wanted])
     return "reference", reason
+
+
+def _compute(op: str, format: str | None, kernel: str) -> str:
+    """Plain torch computes in 8 bits what C does on any level: results to compare with, whatever CPU there is."""
+    everything = kernel != "native" or library.has_int8_panels()
+    if op == "linear_int8":
+        served = INT8_PANEL_FORMATS if everything else INT8_FORMATS
+    elif op in ("linear_grad_input_int8", "lora_int8"):
+        served = INT8_GRADIENT_FORMATS if everything else ()
+    else:
+        served = ()
+    return "int8" if format in served else "float32"
 
 
 def _missing(op: str, format: str | None, kernel: Kernel, why: str) -> str:

@@ -4,10 +4,11 @@
     qgraft::linear(x, parts, format) -> y                                y = x W^T
     qgraft::linear_grad_input(grad, parts, format, in_features) -> gx    gx = g W
     qgraft::linear_int8(x, parts, format) -> y              linear with x rounded to 8 bits, float32 in and out
+    qgraft::linear_grad_input_int8(grad, parts, format, in_features) -> gx                linear_grad_input likewise
     qgraft::linear_bf16, qgraft::linear_grad_input_bf16     both factors rounded to bfloat16, float32 in and out
 
 The base is frozen, so a weight gradient does not exist; linear's input gradient is linear_grad_input and the other way
-round, in bfloat16, too. The gradient of linear_int8 is that of linear: the rounding of x is passed through. `parts` are
+round, in bfloat16 and in 8 bits, too: the rounding of x is passed through. `parts` are
 the stored tensors of a weight, as many as its format has (formats/packed.py): one table for all formats, since no kernel
 differs in anything but how it reads a row, and a format of more parts changes no schema.
 
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor, checked
 from qgraft.kernels.choice import choose
-from qgraft.kernels.cpu.packed import BF16_ROWS
+from qgraft.kernels.cpu.packed import FEW_ROUNDED
 
 # Not torch.library.custom_op: its wrapper takes 2 us more of each call, and a small product of decoding takes 5.
 _LIBRARY = torch.library.Library("qgraft", "DEF")
@@ -53,7 +54,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear` for float32 x, with x and W rounded to bfloat16, their products summed in float32.
 
-    Fewer than BF16_ROWS rows are computed in float32, by every kernel: it takes no longer.
+    Fewer than FEW_ROUNDED rows are computed in float32, by every kernel: it takes no longer.
     """
     return torch.ops.qgraft.linear_bf16(x, packed.parts, packed.format)
 
@@ -61,8 +62,8 @@ def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear` for float32 x, which is rounded to 8 bits in groups of 32 columns: the products are of integers.
 
-    Formats without such a kernel are computed in float32: `choose("linear_int8", ...).compute` says so. The gradient is that
-    of `linear`.
+    Formats without such a kernel are computed in float32: `choose("linear_int8", ...).compute` says so. The gradient is
+    `linear_grad_input_int8`.
     """
     return torch.ops.qgraft.linear_int8(x, packed.parts, packed.format)
 
@@ -75,6 +76,14 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     """As `linear_grad_input` for float32 g, which is rounded to bfloat16 as `linear_bf16` rounds x."""
     return torch.ops.qgraft.linear_grad_input_bf16(grad, packed.parts, packed.format, packed.shape[1])
+
+
+def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """As `linear_grad_input` for float32 g: g times the scales of W is rounded to 8 bits, in runs of 32 rows of W.
+
+    Fewer than FEW_ROUNDED rows of g are computed in float32, by every kernel, and so are formats without such a kernel.
+    """
+    return torch.ops.qgraft.linear_grad_input_int8(grad, packed.parts, packed.format, packed.shape[1])
 
 
 def _kernel(op: str, format: str, device: torch.device) -> Any:
@@ -125,8 +134,17 @@ def _grad_input_bf16_op(grad: Tensor, parts: Sequence[Tensor], format: str, in_f
     return kernel.linear_grad_input(grad, packed) if _few(grad) else kernel.linear_grad_input_bf16(grad, packed)
 
 
+@_op("linear_grad_input_int8")
+def _grad_input_int8_op(grad: Tensor, parts: Sequence[Tensor], format: str, in_features: int) -> Tensor:
+    packed = _packed_for(grad, parts, format, in_features)
+    _expect_float32("linear_grad_input_int8", grad)
+    choice = choose("linear_grad_input_int8", format, grad.device.type)
+    rounds, kernel = choice.compute == "int8" and not _few(grad), choice.module
+    return kernel.linear_grad_input_int8(grad, packed) if rounds else kernel.linear_grad_input(grad, packed)
+
+
 def _few(x: Tensor) -> bool:
-    return x.numel() < BF16_ROWS * x.shape[-1]
+    return x.numel() < FEW_ROUNDED * x.shape[-1]
 
 
 def _packed_for(grad: Tensor, parts: Sequence[Tensor], format: str, in_features: int) -> PackedTensor:
@@ -156,6 +174,7 @@ def _(x: Tensor, parts: Sequence[Tensor], format: str) -> Tensor:
 
 @torch.library.register_fake("qgraft::linear_grad_input", lib=_LIBRARY)
 @torch.library.register_fake("qgraft::linear_grad_input_bf16", lib=_LIBRARY)
+@torch.library.register_fake("qgraft::linear_grad_input_int8", lib=_LIBRARY)
 def _(grad: Tensor, parts: Sequence[Tensor], format: str, in_features: int) -> Tensor:
     return grad.new_empty(*grad.shape[:-1], in_features)
 
@@ -186,9 +205,10 @@ def _by_linear(name: str):  # type: ignore[no-untyped-def]
 
 for _name, _backward in (
     ("linear", _by_grad_input("linear_grad_input")),
-    ("linear_int8", _by_grad_input("linear_grad_input")),
+    ("linear_int8", _by_grad_input("linear_grad_input_int8")),
     ("linear_bf16", _by_grad_input("linear_grad_input_bf16")),
     ("linear_grad_input", _by_linear("linear")),
     ("linear_grad_input_bf16", _by_linear("linear_bf16")),
+    ("linear_grad_input_int8", _by_linear("linear_int8")),
 ):
     torch.library.register_autograd("qgraft::" + _name, _backward, setup_context=_save_packed, lib=_LIBRARY)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.formats import dequantize as format_dequantize
+from qgraft.formats import unpack
 from qgraft.kernels.terms import Grads, Term
 
 if TYPE_CHECKING:
@@ -56,14 +57,53 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     the native kernel sums as integers.
     """
     x_BI = x.reshape(-1, x.shape[-1]).to(torch.float32)
-    x_BG = torch.nn.functional.pad(x_BI, (0, -x.shape[-1] % 32)).unflatten(1, (-1, 32))
-    largest_BG = x_BG.abs().amax(dim=-1, keepdim=True)
-    largest_BG = largest_BG.masked_fill(largest_BG < 2.0**-100, 0.0)
-    inverse_BG = torch.full_like(largest_BG, 127.0) / largest_BG  # 127.0 / t would be rounded twice: 1 / t, times 127
-    code_BG = (x_BG * inverse_BG).round().masked_fill(largest_BG == 0.0, 0.0)
-    rounded_BI = (code_BG.double() * (largest_BG / 127.0).double()).flatten(1)[:, : x.shape[-1]]
+    code_BGN, step_BG1 = _integers(F.pad(x_BI, (0, -x.shape[-1] % 32)).unflatten(1, (-1, 32)), 127)
+    rounded_BI = (code_BGN * step_BG1).flatten(1)[:, : x.shape[-1]]
     y = rounded_BI.reshape(x.shape) @ format_dequantize(packed, torch.float64).T
     return y.to(torch.float32)  # a copy, and no view, which could not be changed in place
+
+
+def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W with v = g d rounded to 8 bits, summed in float64 and given as float32; w = d q + m, q around 0.
+
+    The scales d are those of W's groups of columns, so v is another for each. In runs of 32 rows of W g and d are rounded to
+    integers of 16 bits a and b first, and a b / 2^23 to the code, -127 to 127. Minimums m are rounded to 12 bits. What is below
+    2^-100 in a whole run counts as zero; a NaN or an infinity makes its token NaN.
+    """
+    grid = unpack(packed)
+    steps_OS, offsets_OS = grid.steps(), grid.offsets()
+    middle = 0 if offsets_OS is None else (grid.high + 1) // 2
+    q_SON = (grid.values().double() - middle).unflatten(1, (steps_OS.shape[1], -1)).transpose(0, 1)
+    g_BO = grad.reshape(-1, grad.shape[-1])
+    a_BRN, a_step_BR1 = _runs(g_BO, 32767)
+    gx_BSN = [_of_group(a_BRN, a_step_BR1, d_O, q_ON) for d_O, q_ON in zip(steps_OS.T, q_SON, strict=True)]
+    gx_BI = torch.stack(gx_BSN, dim=1)
+    if offsets_OS is not None:
+        m_OS = (offsets_OS.double() + middle * steps_OS.double()).float()
+        m_SRN, m_step_SR1 = _runs(m_OS.T, 2047)
+        gx_BI += ((a_BRN * a_step_BR1).flatten(1) @ (m_SRN * m_step_SR1).flatten(1).T)[..., None]
+    return gx_BI.view(*grad.shape[:-1], packed.shape[1]).to(torch.float32)
+
+
+def _of_group(a_BRN: Tensor, a_step_BR1: Tensor, d_O: Tensor, q_ON: Tensor) -> Tensor:
+    """v of a group of columns with scales d, times their q."""
+    b_1RN, b_step_1R1 = _runs(d_O[None], 32513)
+    halves_BRN = (a_BRN * b_1RN / 2.0**15 + 0.5).floor()
+    v_BRN = (halves_BRN / 2.0**8 + 0.5).floor() * (2.0**23 * a_step_BR1 * b_step_1R1)
+    return v_BRN.flatten(1)[:, : len(d_O)] @ q_ON
+
+
+def _runs(values_BO: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """_integers of runs of 32, zeros behind the last."""
+    return _integers(F.pad(values_BO, (0, -values_BO.shape[1] % 32)).unflatten(1, (-1, 32)), most)
+
+
+def _integers(values: Tensor, most: int) -> tuple[Tensor, Tensor]:
+    """Integers up to `most` and what they are worth in float64, a step for each last dimension: 0 below 2^-100."""
+    largest = values.abs().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest < 2.0**-100, 0.0)
+    inverse = torch.full_like(largest, most) / largest  # most / t would be rounded twice: 1 / t, times most
+    return (values * inverse).round().masked_fill(largest == 0.0, 0.0).double(), (largest / most).double()
 
 
 def norm(x: Tensor, weight_H: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,8 @@
 """The one table: every computation that has more than one implementation is a row of it.
 
     row                 reference      C, on a CPU         Triton, on a GPU    torch's own kernels, on a GPU
-    the six packed ops  reference.py   cpu/packed.py       triton_ops.py
-    lora, lora_bf16     reference.py   cpu/lora.py                             summed_lora.py
+    the packed ops      reference.py   cpu/packed.py       triton_ops.py
+    lora, _bf16, _int8  reference.py   cpu/lora.py                             summed_lora.py
     norm gated rotate   reference.py   cpu/pointwise.py    gpu_rows.py
     varlen_attention    reference.py   cpu/varlen_...py                        varlen.py
     cross_entropy       reference.py                       gpu_rows.py
@@ -22,7 +22,7 @@ import torch
 
 from qgraft.kernels import triton_ops, varlen
 from qgraft.kernels.cpu import library
-from qgraft.kernels.cpu.abi import FORMAT_IDS
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_GRADIENT_FORMATS
 from qgraft.kernels.reference import HALVES
 
 Lacks = Callable[
@@ -94,6 +94,14 @@ def _no_lora_bf16(format: str | None, dtype: torch.dtype) -> str:
     return _no_lora(format, dtype)
 
 
+def _no_lora_int8(format: str | None, dtype: torch.dtype) -> str:
+    if library.load() is not None and not library.has_int8_panels():
+        return "this CPU's level takes no gradients in 8 bits"
+    if format not in INT8_GRADIENT_FORMATS:
+        return "no 8-bit gradients of this format, which would be no faster"
+    return _no_lora(format, dtype)
+
+
 def _no_decoding(format: str | None, dtype: torch.dtype) -> str:
     return _unread(format, dtype) or _not_float32(format, dtype)
 
@@ -137,6 +145,7 @@ def _rows(name: str, what: str, functions: tuple[str, ...], lacks: Lacks) -> Row
 
 PACKED_OPS = (
     "dequantize", "linear", "linear_grad_input", "linear_bf16", "linear_grad_input_bf16", "linear_int8",
+    "linear_grad_input_int8",
 )  # fmt: skip
 _LORA = ("lora_forward", "lora_backward")
 _SUMMED = Kernel("torch", "cuda", "summed_lora", _not_summed, _summed_status)
@@ -151,8 +160,10 @@ ROWS: dict[str, Row] = {
         _packed("linear_bf16", "y = x W^T, both rounded to bfloat16"),
         _packed("linear_grad_input_bf16", "gx = g W, both rounded to bfloat16"),
         _packed("linear_int8", "y = x W^T, x rounded to 8 bits"),
+        _packed("linear_grad_input_int8", "gx = g W, g rounded to 8 bits"),
         Row("lora", "a layer with its LoRAs", _LORA, True, (_native("lora", _no_lora), _SUMMED)),
         Row("lora_bf16", "the same in bfloat16", _LORA, True, (_native("lora", _no_lora_bf16),)),
+        Row("lora_int8", "the same in 8 bits", _LORA, True, (_native("lora", _no_lora_int8),)),
         Row("decode_step", "one token through a decoder", ("step",), True, (_native("decode", _no_decoding),)),
         _rows("norm", "RMSNorm", ("norm", "normalized", "norm_backward"), _not_float32),
         _rows("gated", "act(gate) up", ("gated", "gated_backward"), _not_gated),

@@ -11,11 +11,11 @@ from qgraft.formats import PackedTensor
 
 
 class Weight(NamedTuple):
-    """A packed weight that the kernel multiplies with, its bias, and whether in bfloat16 (see ops.linear_bf16)."""
+    """A packed weight that the kernel multiplies with, its bias, and how: see QuantizedLinear.compute."""
 
     packed: PackedTensor
     bias: Tensor | None
-    bf16: bool
+    compute: str
 
 
 class Term(NamedTuple):

@@ -130,6 +130,11 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
     return reference.linear_int8(x, packed)
 
 
+def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W with g rounded to 8 bits."""
+    return reference.linear_grad_input_int8(grad, packed)
+
+
 def _gemv(x: Tensor, packed: PackedTensor) -> Tensor:
     block_bytes, run, units_in_block = UNITS[packed.format]
     data = packed.parts[0].contiguous().view(torch.uint8)

@@ -4,6 +4,7 @@ import ctypes
 import re
 
 import pytest
+import torch
 
 from qgraft.kernels import native_status
 from qgraft.kernels.cpu import abi, library
@@ -71,7 +72,7 @@ def test_functions_take_the_arguments_of_c() -> None:
             function = getattr(library.loaded(), name)
             assert function.argtypes == found[name], name
             assert function.restype == (ctypes.c_char_p if "char" in result else ctypes.c_int), name
-    assert len(found) >= 15
+    assert len(found) >= 14
 
 
 def test_numbers_of_formats_are_those_of_c() -> None:
@@ -86,6 +87,15 @@ def test_numbers_of_formats_are_those_of_c() -> None:
 
 @needs_native
 def test_formats_with_8_bit_products_are_those_of_c() -> None:
-    no_rows = (None, None, 0, 256, None, 0, None, 1)
-    served = [f for f, number in abi.FORMAT_IDS.items() if library.loaded().qgraft_linear_int8(number, *no_rows) == 0]
-    assert sorted(served) == sorted(abi.INT8_FORMATS)
+    """Asked with a product of no tokens; what a level does not have is refused."""
+    weight, panels = torch.zeros(1024, dtype=torch.uint8), library.has_int8_panels()
+
+    def served(backward: bool) -> list[str]:
+        call = [abi.LinearCall(number, 0, 256, 0, abi.ROUNDINGS.index("int8"), 0, weight.data_ptr())
+                for number in abi.FORMAT_IDS.values()]  # fmt: skip
+        codes = [library.loaded().qgraft_linear(ctypes.byref(each), backward, 1) for each in call]
+        assert set(codes) <= {0, -1}
+        return sorted(name for name, code in zip(abi.FORMAT_IDS, codes, strict=True) if code == 0)
+
+    assert served(backward=False) == sorted(abi.INT8_PANEL_FORMATS if panels else abi.INT8_FORMATS)
+    assert served(backward=True) == sorted(abi.INT8_GRADIENT_FORMATS if panels else ())

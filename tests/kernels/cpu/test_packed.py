@@ -7,13 +7,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from qgraft.formats import FORMATS, PackedTensor
+from qgraft.formats import FORMATS, PackedTensor, unpack
 from qgraft.formats import dequantize as format_dequantize
+from qgraft.kernels import reference
 from qgraft.kernels.cpu import packed as native
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
-from qgraft.kernels.cpu.library import has_panels, loaded
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS, INT8_GRADIENT_FORMATS, INT8_PANEL_FORMATS
+from qgraft.kernels.cpu.library import has_int8_panels, has_panels, loaded
 from qgraft.kernels.reference import linear_int8
 
 MakePacked = Callable[..., PackedTensor]
@@ -139,6 +143,104 @@ def test_every_level_multiplies_8_bit_activations_as_the_reference_does(
             expected, got = linear_int8(x, packed), native.linear_int8(x, packed)
             bound = 3e-6 * (x.abs() @ format_dequantize(packed, torch.float32).abs().T) + 1e-30
             assert bool(((got - expected).abs() <= bound).all()), (format, rows, columns)
+
+
+def parts_of(packed: PackedTensor) -> tuple[Tensor, Tensor, Tensor]:
+    """|q|, |d| and |m| of w = d q + m with q around 0, [out, in] in float64: what is rounded, and how far."""
+    grid = unpack(packed)
+    d, offsets = grid.spread(grid.steps().double()), grid.offsets()
+    middle = 0 if offsets is None else (grid.high + 1) // 2
+    m = torch.zeros_like(d) if offsets is None else grid.spread(offsets.double()) + middle * d
+    return (grid.values().double() - middle).abs(), d.abs(), m.abs()
+
+
+def largest_of_runs(values_NO: Tensor) -> Tensor:
+    """Each number's largest neighbour in its run of 32, [n, out]."""
+    runs = F.pad(values_NO.abs(), (0, -values_NO.shape[1] % 32)).unflatten(1, (-1, 32))
+    return runs.amax(dim=2, keepdim=True).expand_as(runs).flatten(1)[:, : values_NO.shape[1]]
+
+
+def check_int8(packed: PackedTensor, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
+    """Products and gradients of many rows in 8 bits: those of the reference but for float32 sums, of float64 but for rounding.
+
+    Rounding to steps of max |g| max |d| / 127, in a run of 32 rows, is off by half a step, and by 3 / 256 of one for the 16
+    bits before (reference.linear_grad_input_int8); half a step of 2^-11 max |m|, and of 2^-15 max |g|, for the minimums.
+    """
+    q, d, m = parts_of(packed)
+    w_OI, whole = format_dequantize(packed, torch.float64), q * d + m
+    y, step = native.linear_int8(x, packed), largest_of_runs(x.double()) / 127
+    sums = 3e-6 * (x.double().abs() @ whole.T) + 1e-30
+    assert bool(((y - reference.linear_int8(x, packed)).abs() <= sums).all())
+    assert bool(((y - x.double() @ w_OI.T).abs() <= 0.501 * step @ w_OI.abs().T + sums).all())
+    if packed.format not in INT8_GRADIENT_FORMATS:
+        return (y,)
+    gx, g64 = native.linear_grad_input_int8(g, packed), g.double()
+    sums, most_g = 3e-6 * (g64.abs() @ whole) + 1e-30, largest_of_runs(g64)
+    assert bool(((gx - reference.linear_grad_input_int8(g, packed)).abs() <= sums).all())
+    bound = 0.512 / 127 * most_g @ (q * largest_of_runs(d.T).T)
+    bound += most_g / 65000 @ m + g64.abs() @ largest_of_runs(m.T).T / 4000
+    assert bool(((gx - g64 @ w_OI).abs() <= bound + sums).all())
+    return y, gx
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    format=st.sampled_from(INT8_PANEL_FORMATS), rows=st.integers(1, 330), blocks=st.integers(1, 5), rest=st.integers(0, 15),
+    tokens=st.integers(10, 300), seed=st.integers(0, 9),
+)  # fmt: skip
+def test_8_bit_products_and_gradients_of_many_rows(
+    format: str, rows: int, blocks: int, rest: int, tokens: int, seed: int, random_packed: MakePacked,
+    threads: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Any shape, sizes that differ a hundredfold within a token; the same bits by 1 and 3 threads, and alone."""
+    if not has_int8_panels():
+        pytest.skip("this level has none")
+    block = FORMATS[format].block_size
+    packed = random_packed(format, rows, blocks * (block if block > 2 else 64) + (2 * rest if block <= 2 else 0))
+    generator = torch.Generator().manual_seed(seed)
+    x, g = (torch.randn(tokens, n, generator=generator) * torch.logspace(-1, 1, n) for n in packed.shape[::-1])
+    threads(1)
+    results = check_int8(packed, x, g)
+    threads(3)
+    assert all(torch.equal(one, three) for one, three in zip(results, check_int8(packed, x, g), strict=True))
+    assert torch.equal(native.linear_int8(x[-8:], packed), results[0][-8:])
+    if len(results) == 2:
+        assert torch.equal(native.linear_grad_input_int8(g[-10:], packed), results[1][-10:])
+
+
+@pytest.mark.parametrize("format", INT8_GRADIENT_FORMATS)
+def test_8_bit_gradients_of_zeros_tiny_and_bad_numbers(format: str, random_packed: MakePacked) -> None:
+    """Each in a token of its own: zeros and what is below 2^-100 give zero, one NaN or infinity the whole token NaN."""
+    if not has_int8_panels():
+        pytest.skip("this level has none")
+    packed = random_packed(format, 70, 256)
+    g = torch.randn(12, 70)
+    g[1], g[2] = 0.0, 1e-38
+    g[3, 40], g[4, 69], g[5, 0] = torch.nan, torch.inf, -torch.inf
+    for multiply in (native.linear_grad_input_int8, reference.linear_grad_input_int8):
+        gx = multiply(g, packed)
+        assert gx[1:3].abs().max() == 0.0
+        assert gx.isnan().any(dim=1).tolist() == gx.isnan().all(dim=1).tolist() == [3 <= t <= 5 for t in range(12)]
+
+
+def test_8_bit_sums_of_the_largest_codes_do_not_overflow(random_packed: MakePacked) -> None:
+    """16 bits hold the sum of 32 products of 5 bits, just: every code the lowest or highest, all of x and g at the limit."""
+    if not has_int8_panels():
+        pytest.skip("this level has none")
+    for format in INT8_PANEL_FORMATS:
+        packed = random_packed(format, 64, 256)
+        for byte in (0x00, 0x88, 0x77, 0xFF, 0x80, 0x7F):
+            data = torch.full_like(packed.parts[0].view(torch.uint8), byte)
+            if len(packed.parts) == 1:
+                halves = {"q6_k": [208], "q4_1": [0, 2], "q5_1": [0, 2], "q4_k": [0, 2], "q5_k": [0, 2]}.get(
+                    format, [0]
+                )
+                for blocks in data.view(-1, FORMATS[format].nbytes(1, FORMATS[format].block_size)):
+                    for at in halves:
+                        blocks[at : at + 2] = torch.tensor([0.5], dtype=torch.float16).view(torch.uint8)
+            same = PackedTensor(format, packed.shape, (data.view(packed.parts[0].dtype), *packed.parts[1:]))
+            for sign in (1.0, -1.0):
+                check_int8(same, torch.full((16, 256), sign), torch.full((16, 64), sign))
 
 
 def test_8_bit_products_are_near_the_float_ones(cpu_level: str, random_packed: MakePacked) -> None:

@@ -13,7 +13,11 @@ FORMAT_IDS = {  # as in formats.h; float32 needs no unpacking, so the reference 
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
     "q4_k": 9, "q5_k": 10, "q6_k": 11,
 }  # fmt: skip
-INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")  # has_int8 in formats.h
+# Products in 8 bits, as in formats.h: has_int8, on every level; has_int8_panels and has_int8_gradient, on AVX2.
+INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")
+INT8_PANEL_FORMATS = (*INT8_FORMATS, "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+INT8_GRADIENT_FORMATS = tuple(name for name in INT8_PANEL_FORMATS if name not in ("q8_0", "chatglm-int8"))
+ROUNDINGS = ("float32", "bf16", "int8")  # of a product, as in linear.c
 
 _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64
 
@@ -33,7 +37,7 @@ class LinearCall(ctypes.Structure):
     """A packed layer and what goes through it, as in linear.c."""
 
     _fields_ = [
-        *((name, _i64) for name in ("format", "rows", "columns", "m", "bf16", "terms")),
+        *((name, _i64) for name in ("format", "rows", "columns", "m", "rounding", "terms")),
         *((name, _pointer) for name in ("data", "scales", "bias", "input", "output", "scratch")),
         ("term", ctypes.POINTER(LoraTerm)),
     ]
@@ -100,7 +104,6 @@ def declare(library: ctypes.CDLL) -> None:
     arguments: dict[str, Sequence[type]] = {
         "qgraft_dequantize": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
         "qgraft_dequantize_bf16": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
-        "qgraft_linear_int8": [i32, _pointer, _pointer, _i64, _i64, _pointer, _i64, _pointer, i32],
         "qgraft_linear": [_pointer, i32, i32],
         "qgraft_norm": [_pointer, _pointer, ctypes.c_float, _i64, _i64, _pointer, _pointer, i32],
         "qgraft_normalized": [_pointer, _pointer, _pointer, _i64, _i64, _pointer, i32],

@@ -14,14 +14,6 @@
 #include "formats.h"
 #include "vec.h"
 
-/* Formats that are codes times scales: all but floats. */
-ALWAYS_INLINE int has_codes(const int format) { return format != F32 && format != F16 && format != BF16; }
-
-/* Whether a minimum is added. */
-ALWAYS_INLINE int has_minimum(const int format) {
-    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
-}
-
 /* 16 bytes -> 32 codes of 4 bits, low nibbles first. */
 ALWAYS_INLINE __m256i nibble_bytes(const uint8_t *p) {
     const __m128i both = _mm_loadu_si128((const __m128i *)p);
@@ -56,8 +48,8 @@ ALWAYS_INLINE __m256i bits_of(const uint8_t *p, int shift, int mask) {
 
 /* Codes 32 c to 32 c + 31 of `row`. */
 ALWAYS_INLINE __m256i codes32(const int format, const uint8_t *row, int64_t c) {
-    const int is_k = format == Q4_K || format == Q5_K || format == Q6_K, k = (int)(c % 8);
-    const uint8_t *p = row + (is_k ? row_bytes(format, c / 8 * 256) : row_bytes(format, c * 32));
+    const int k = (int)(c % 8);
+    const uint8_t *p = row + (is_k_quant(format) ? row_bytes(format, c / 8 * 256) : row_bytes(format, c * 32));
     switch (format) {
         case Q4_0: return _mm256_sub_epi8(nibble_bytes(p + 2), _mm256_set1_epi8(8));
         case Q4_1: return nibble_bytes(p + 4);

@@ -33,6 +33,21 @@ enum {
         case Q6_K: CALL(Q6_K); break;   \
     }
 
+/* The same for formats of codes and scales: all but floats. */
+#define FOR_CODES(format, CALL)         \
+    switch (format) {                   \
+        case Q4_0: CALL(Q4_0); break;   \
+        case Q4_1: CALL(Q4_1); break;   \
+        case Q5_0: CALL(Q5_0); break;   \
+        case Q5_1: CALL(Q5_1); break;   \
+        case Q8_0: CALL(Q8_0); break;   \
+        case ROW_INT8: CALL(ROW_INT8); break; \
+        case ROW_INT4: CALL(ROW_INT4); break; \
+        case Q4_K: CALL(Q4_K); break;   \
+        case Q5_K: CALL(Q5_K); break;   \
+        case Q6_K: CALL(Q6_K); break;   \
+    }
+
 /* Bytes of `columns` weights of one row, -1 for an unknown format. */
 ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
     switch (format) {
@@ -52,9 +67,23 @@ ALWAYS_INLINE int64_t row_bytes(int format, int64_t columns) {
     return -1;
 }
 
-/* Whether there are products in 8-bit integers (gemm_int8.h) for the format. */
+/* Blocks of 256 weights in chunks of 32 that have scales of their own. */
+ALWAYS_INLINE int is_k_quant(int format) { return format == Q4_K || format == Q5_K || format == Q6_K; }
+
+/* Formats that are codes times scales: all but floats. */
+ALWAYS_INLINE int has_codes(int format) { return format != F32 && format != F16 && format != BF16; }
+
+/* Whether a minimum is added. */
+ALWAYS_INLINE int has_minimum(int format) {
+    return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K;
+}
+
+/* Whether there are products in 8-bit integers for the format: of any number of tokens on every level (gemm_int8.h); of many
+ * on AVX2 (gemm_int8_panels.h); and input gradients there, which for codes of 8 bits float32 is faster at. */
 ALWAYS_INLINE int has_int8(int format) {
     return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
 }
+ALWAYS_INLINE int has_int8_panels(int format) { return has_codes(format); }
+ALWAYS_INLINE int has_int8_gradient(int format) { return has_codes(format) && format != Q8_0 && format != ROW_INT8; }
 
 #endif

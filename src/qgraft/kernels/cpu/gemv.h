@@ -42,7 +42,7 @@ ALWAYS_INLINE void gemv_tile(const int format, const int R, const int T, const P
         const int64_t bytes = R * row_bytes(format, 256) / 8; /* of a chunk */
         if (T <= 2) prefetch(row[0] + c * bytes, bytes); /* more rows of x take longer than reading */
         if (is_k_quant(format) && c % 8 == 0)
-            for (int r = 0; r < R; r++) read_k_scales(format, row[r] + row_bytes(format, c * 32), k_scales[r]);
+            for (int r = 0; r < R; r++) read_k_scales(format, row[r] + row_bytes(format, c * 32), 0, 8, k_scales[r]);
 #pragma GCC unroll 4
         for (int r = 0; r < R; r++) {
             if (T <= 2) _mm_prefetch((const char *)row[r] + row_bytes(format, 32) * c + PREFETCH_DISTANCE, _MM_HINT_T0);

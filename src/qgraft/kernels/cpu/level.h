@@ -127,6 +127,9 @@ typedef struct {
     const LowRank *low_rank;
     void (*quantize_x)(int format, const float *x, int64_t columns, int64_t token, const QuantizedX *to);
     void (*gemm_int8)(const Product *product, const QuantizedX *x);
+    /* For many tokens, as `gemm`, and more formats; NULL where there is none. */
+    void (*gemm_int8_panels)(const Product *product, const QuantizedX *x);
+    void (*gemm_grad_input_int8)(const Product *product, const float *g);
     const Pointwise *pointwise;
     const Decoding *decoding;
     const VarlenAttention *attention;

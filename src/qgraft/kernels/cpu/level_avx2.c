@@ -7,6 +7,10 @@
 #include "vector_level.h"
 #define GEMM_INT8 qgraft_gemm_int8_avx2
 #include "gemm_int8.h"
+#include "gemm_int8_panels.h"
 
-const Level qgraft_avx2 = {VECTOR_LEVEL("avx2", qgraft_gemm_int8_avx2)};
+const Level qgraft_avx2 = {
+    VECTOR_LEVEL("avx2", qgraft_gemm_int8_avx2),
+    .gemm_int8_panels = gemm_int8_panels, .gemm_grad_input_int8 = gemm_grad_input_int8,
+};
 #endif

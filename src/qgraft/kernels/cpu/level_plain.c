@@ -33,7 +33,7 @@ static void gemv_plain(const Product *p, const float *x) {
         }
 }
 
-/* Group g of a row: signed codes in the order of code_place, and d and m of w = d * code + m. */
+/* Group g of a row: signed codes in the order of quantize_x.h, and d and m of w = d * code + m. */
 static void read_group(const Product *p, int64_t r, int64_t g, int codes[32], float *d, float *m) {
     const int64_t bytes = row_bytes(p->format, 32), left = p->columns - 32 * g;
     const uint8_t *group = p->data + r * p->stride + g * bytes;

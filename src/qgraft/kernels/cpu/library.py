@@ -122,6 +122,14 @@ def has_amx() -> bool:
     return level() == "amx"
 
 
+def has_int8_panels() -> bool:
+    """Whether many rows are multiplied in 8 bits panel by panel here, and input gradients are: with AVX2 and no more.
+
+    VNNI has instructions of its own for the forward pass; with AVX-512 float32 gradients are as fast.
+    """
+    return level() == "avx2"
+
+
 def use_level(library: ctypes.CDLL, name: str) -> None:
     """Run as `name` from now on, one of `levels`; C knows no `amx`, for which torch multiplies."""
     code = library.qgraft_use_level(LEVELS.index("avx512-bf16" if name == "amx" else name))

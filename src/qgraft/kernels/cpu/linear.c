@@ -6,7 +6,7 @@
  * Each LoRA serves tokens of its own, start <= t < stop: all of them, or the samples of one job among others. As products
  * of their own they would pass over x, y and g five times more, and take a dozen calls of torch.
  *
- * Everything is float32 but the product with W, where x and W (g and W) may be rounded to bfloat16 (`bf16`).
+ * Everything is float32 but the product with W: there x and W (g and W) may be rounded to bfloat16, or x (g) to 8 bits.
  * Threads share the tokens for h, blocks of columns and of tokens for the products, and blocks of columns for the
  * gradients of A and B: the order of each sum depends on none of this.
  */
@@ -31,22 +31,39 @@ typedef struct {
 } LoraTerm;
 
 typedef struct {
-    int64_t format, rows, columns, m, bf16, terms;
+    int64_t format, rows, columns, m, rounding, terms; /* rounding: FLOAT32, BFLOAT16, INT8 */
     const uint8_t *data; /* NULL: the product with W stands in `out` */
     const float *scales, *bias;
     const float *in; /* forward: x [m, columns], backward: g [m, rows] */
     float *out;      /* y [m, rows], or gx [m, columns], which may be NULL */
-    float *scratch;  /* bf16: m (width of `in` / 2 + 1) floats; and rank (rows + 2 tokens) for each term */
+    float *scratch;  /* as many floats as scratch_size says, and rank (rows + 2 tokens) for each term */
     const LoraTerm *term;
 } LinearCall;
 
 const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
 
-enum { TOKENS = 32, COLUMNS = 64, MANY = 20, PART = 96, TILE = 6, SHARES = 3 };
+enum { FLOAT32, BFLOAT16, INT8 };
+enum { TOKENS = 32, COLUMNS = 64, MANY = 20, INT8_MANY = 8, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
 
-/* Where the parts of `scratch` begin: pairs of all tokens; of term k: s B^T [rank, rows], then backward's h^T and gh^T. */
+/* Groups of a row in 8 bits: an even number. */
+static int64_t groups_of(int64_t columns) { return (columns + 63) / 64 * 2; }
+
+/* Floats that x or g [m, width] take when they are rounded: pairs, or forward the codes, steps and sums of quantize_x.h. */
+static int64_t scratch_size(const LinearCall *call, int64_t width) {
+    if (call->rounding == BFLOAT16) return call->m * (width / 2 + 1);
+    return call->rounding == INT8 ? call->m * groups_of(width) * 10 : 0;
+}
+
+/* Codes of the tokens from t0 on. */
+static QuantizedX codes_of(const LinearCall *call, int64_t t0) {
+    const int64_t groups = groups_of(call->columns), all = call->m * groups, at = t0 * groups;
+    return (QuantizedX){(int8_t *)(call->scratch + 2 * all) + 32 * at, call->scratch + at, call->scratch + all + at, groups};
+}
+
+/* Where the parts of `scratch` begin: what all tokens are rounded to; of term k: s B^T [rank, rows], then backward's h^T and
+ * gh^T. */
 static float *term_scratch(const LinearCall *call, int64_t width, int64_t k) {
-    float *at = call->scratch + (call->bf16 ? call->m * (width / 2 + 1) : 0);
+    float *at = call->scratch + scratch_size(call, width);
     for (const LoraTerm *term = call->term; term < call->term + k; term++)
         at += term->rank * (call->rows + 2 * (term->stop - term->start));
     return at;
@@ -83,22 +100,32 @@ static void add_terms(const Level *level, const LinearCall *call, int backward, 
     }
 }
 
+/* y of a block. 8-bit products of few tokens have loops of their own, for the formats of `has_int8`. */
+static void forward(const Level *level, const LinearCall *call, const Product *part, const float *in, int64_t t0) {
+    const QuantizedX codes = codes_of(call, t0);
+    if (call->rounding == BFLOAT16) level->gemm_bf16(part, in, call->scratch + t0 * ((call->columns + 1) / 2));
+    else if (call->rounding == INT8 && call->m >= INT8_MANY && level->gemm_int8_panels) level->gemm_int8_panels(part, &codes);
+    else if (call->rounding == INT8 && has_int8(part->format)) level->gemm_int8(part, &codes);
+    else if (call->m < MANY || !level->gemm) level->gemv(part, in);
+    else level->gemm(part, in);
+}
+
+/* gx of a block. */
+static void backward_input(const Level *level, const LinearCall *call, const Product *part, const float *in, int64_t t0) {
+    if (call->rounding == BFLOAT16) level->gemm_grad_input_bf16(part, in, call->scratch + t0 * ((call->rows + 1) / 2));
+    else if (call->rounding == INT8) level->gemm_grad_input_int8(part, in);
+    else level->gemm_grad_input(part, in);
+}
+
 /* One block, the columns first <= j < last of the tokens t0 <= t < t1: the product, the bias, the LoRAs. */
 static void block(const Level *level, const LinearCall *call, int backward, int64_t first, int64_t last, int64_t t0,
                   int64_t t1) {
     const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
-    const float *in = call->in + t0 * depth, *pairs = call->scratch + t0 * ((depth + 1) / 2);
+    const float *in = call->in + t0 * depth;
     const int64_t stride = row_bytes((int)call->format, call->columns);
     const Product part = {(int)call->format, call->data, call->scales, stride, call->rows, call->columns, first, last,
                           t1 - t0, call->out + t0 * width};
-    if (call->data && backward) {
-        if (call->bf16) level->gemm_grad_input_bf16(&part, in, pairs);
-        else level->gemm_grad_input(&part, in);
-    } else if (call->data) {
-        if (call->bf16) level->gemm_bf16(&part, in, pairs);
-        else if (call->m < MANY || !level->gemm) level->gemv(&part, in);
-        else level->gemm(&part, in);
-    }
+    if (call->data) (backward ? backward_input : forward)(level, call, &part, in, t0);
     for (int64_t t = t0; call->bias && !backward && t < t1; t++)
         for (int64_t r = first; r < last; r++) call->out[t * width + r] += call->bias[r];
     add_terms(level, call, backward, &part, t0);
@@ -110,7 +137,8 @@ static void block_size(const Level *level, const LinearCall *call, int64_t width
     const int64_t most = level->gemm ? level->block_tokens : INT32_MAX;
     const int64_t parts = larger(call->m >= PART * threads ? threads : 1, (call->m + most - 1) / most);
     const int64_t share = threads > 1 ? width * parts / (SHARES * threads) : width;
-    *tokens = larger(round_up((call->m + parts - 1) / parts, TILE), TILE);
+    const int64_t tile = call->rounding == INT8 ? OCTET : TILE;
+    *tokens = larger(round_up((call->m + parts - 1) / parts, tile), tile);
     *columns = level->gemm ? larger(COLUMNS, smaller(level->block_columns, round_up(share, COLUMNS))) : COLUMNS;
 }
 
@@ -121,12 +149,16 @@ static void products(const Level *level, const LinearCall *call, int backward, i
     block_size(level, call, width, threads, &tokens, &columns);
     const int64_t blocks = (width + columns - 1) / columns, parts = (call->m + tokens - 1) / tokens;
     for (int64_t k = 0; k < call->terms; k++) transpose_B(call, call->term + k, term_scratch(call, depth, k));
-    const int rounds = call->bf16 && call->data && call->out, first_pass = rounds || call->terms;
+    const int product = call->data && call->out, to_codes = product && call->rounding == INT8 && !backward;
+    const int to_pairs = product && call->rounding == BFLOAT16, first_pass = to_pairs || to_codes || call->terms;
+    const QuantizedX codes = codes_of(call, 0);
 #pragma omp for schedule(dynamic)
     for (int64_t t = 0; t < (first_pass ? call->m : 0); t += TOKENS) {
         const int64_t end = t + TOKENS < call->m ? t + TOKENS : call->m;
-        for (int64_t i = t; rounds && i < end; i++)
-            level->round_pairs(call->in + i * depth, depth, call->scratch + i * ((depth + 1) / 2));
+        for (int64_t i = t; i < end; i++) {
+            if (to_pairs) level->round_pairs(call->in + i * depth, depth, call->scratch + i * ((depth + 1) / 2));
+            if (to_codes) level->quantize_x((int)call->format, call->in + i * depth, depth, i, &codes);
+        }
         for (int64_t k = 0; k < call->terms; k++) {
             const LoraTerm *term = call->term + k;
             const int64_t start = term->start > t ? term->start : t, stop = term->stop < end ? term->stop : end;
@@ -173,6 +205,13 @@ static void gradients(const Level *level, const LinearCall *call) {
     }
 }
 
+/* Whether the product can be taken in 8 bits: what Python has asked for otherwise is a mistake. */
+static int has_rounding(const Level *level, const LinearCall *call, int backward) {
+    if (call->rounding != INT8 || !call->data) return 1;
+    if (backward) return has_int8_gradient((int)call->format) && level->gemm_grad_input_int8;
+    return has_int8((int)call->format) || (has_int8_panels((int)call->format) && level->gemm_int8_panels);
+}
+
 /* The forward or backward pass. 0; -1 for a bad format, or a pass that this CPU level has no loops for (base). */
 int qgraft_linear(const LinearCall *asked, int backward, int threads) {
     enum { PARALLEL_WORK = 65536 }; /* fewer products are done before a second thread has woken up */
@@ -180,7 +219,8 @@ int qgraft_linear(const LinearCall *asked, int backward, int threads) {
     LinearCall call = *asked;
     if ((backward || call.terms) && !level->low_rank) return -1;
     if (call.data && row_bytes((int)call.format, call.columns) < 0) return -1;
-    call.bf16 = call.bf16 && level->gemm_bf16;
+    if (!has_rounding(level, &call, backward)) return -1;
+    if (call.rounding == BFLOAT16 && !level->gemm_bf16) call.rounding = FLOAT32;
     if (call.rows * call.columns * call.m <= PARALLEL_WORK) threads = 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

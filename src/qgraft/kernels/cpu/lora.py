@@ -1,4 +1,4 @@
-"""A frozen layer with its LoRAs in one call of linear.c, forward and backward: float32, or W and x rounded to bfloat16."""
+"""A frozen layer with its LoRAs in one call of linear.c, forward and backward: float32, or the product with W rounded."""
 
 from collections.abc import Sequence
 
@@ -15,15 +15,15 @@ def lora_forward(x_NI: Tensor, base: Weight | Tensor, terms: Sequence[Term]) -> 
     """As lora.lora_forward."""
     weight: PackedTensor | tuple[int, int]
     if isinstance(base, Weight):
-        y_NO, (weight, bias, bf16) = x_NI.new_empty(len(x_NI), base.packed.shape[0]), base
+        y_NO, (weight, bias, compute) = x_NI.new_empty(len(x_NI), base.packed.shape[0]), base
     else:
-        y_NO, weight, bias, bf16 = base, (base.shape[1], x_NI.shape[1]), None, False
+        y_NO, weight, bias, compute = base, (base.shape[1], x_NI.shape[1]), None, "float32"
     hs = [x_NI.new_empty(len(term.x), len(term.A)) for term in terms]
     pointers = [
         LoraTerm(*_start(term), _rows(term.x), h.data_ptr(), None, None, None, 0)
         for term, h in zip(terms, hs, strict=True)
     ]
-    linear_call(x_NI, y_NO, weight, bias=bias, terms=pointers, bf16=bf16)
+    linear_call(x_NI, y_NO, weight, bias=bias, terms=pointers, compute=compute)
     return y_NO, hs
 
 
@@ -34,9 +34,9 @@ def lora_backward(
     gx_NI: Tensor | None
     weight: PackedTensor | tuple[int, int]
     if isinstance(base, Weight):
-        gx_NI, (weight, _, bf16) = g_NO.new_empty(len(g_NO), base.packed.shape[1]), base
+        gx_NI, (weight, _, compute) = g_NO.new_empty(len(g_NO), base.packed.shape[1]), base
     else:
-        gx_NI, weight, bf16 = base, (g_NO.shape[1], terms[0].A.shape[1]), False
+        gx_NI, weight, compute = base, (g_NO.shape[1], terms[0].A.shape[1]), "float32"
     grads = [
         Grads(torch.empty_like(t.A), torch.empty_like(t.B), torch.empty_like(h)) for t, h in zip(terms, hs, strict=True)
     ]
@@ -47,7 +47,7 @@ def lora_backward(
         )
         for term, h, grad in zip(terms, hs, grads, strict=True)
     ]  # fmt: skip
-    linear_call(g_NO, gx_NI, weight, terms=pointers, backward=True, bf16=bf16)
+    linear_call(g_NO, gx_NI, weight, terms=pointers, backward=True, compute=compute)
     return gx_NI, grads
 
 

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
-from qgraft.kernels.cpu.abi import FORMAT_IDS, LinearCall, LoraTerm, pointer
+from qgraft.kernels.cpu.abi import FORMAT_IDS, ROUNDINGS, LinearCall, LoraTerm, pointer
 from qgraft.kernels.cpu.library import has_amx, has_bf16, has_panels, loaded
 
 FEW_PLAIN_ROWS = 2  # of x, up to which the plain C loop of CPUs without AVX2 beats torch.mm
-BF16_ROWS = 10  # of x or g, from which on rounding them and W to bfloat16 saves time; fewer are computed in float32
+FEW_ROUNDED = 10  # rows of x or g, from which on rounding them saves time; fewer are computed in float32
 FEW_ROWS = 16  # of half-precision x, up to which the C loop in float32 beats torch.mm in that precision
 PANEL_BYTES = 4 * 512 * 576  # of weights unpacked at a time: 1.2 MB, about one core's second-level cache
 BF16_PANEL_BYTES = 8 << 20  # oneDNN packs a bfloat16 panel anew anyway, and does better with large ones
@@ -56,7 +56,7 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
     """y = x W^T with float32 x and W rounded to bfloat16, their products summed in float32."""
     if has_bf16():
-        return _product(x, packed, bf16=True)
+        return _product(x, packed, compute="bf16")
     if has_amx():  # oneDNN gives its sums in bfloat16
         return linear(x.to(torch.bfloat16), packed).to(torch.float32)
     rounded_BI = x.reshape(x.numel() // x.shape[-1], x.shape[-1]).bfloat16().float()
@@ -67,18 +67,8 @@ def linear_bf16(x: Tensor, packed: PackedTensor) -> Tensor:
 
 
 def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
-    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns, for INT8_FORMATS."""
-    rows, columns = packed.shape
-    x, (data, scales) = x.contiguous(), stored(packed)
-    y = torch.empty((*x.shape[:-1], rows), dtype=torch.float32)
-    code = loaded().qgraft_linear_int8(
-        FORMAT_IDS[packed.format], data.data_ptr(), pointer(scales), rows, columns,
-        x.data_ptr(), x.numel() // columns, y.data_ptr(), torch.get_num_threads(),
-    )  # fmt: skip
-    if code == -2:
-        raise MemoryError(f"linear_int8: no memory for {x.numel()} activations")
-    assert code == 0, f"linear_int8 returned {code} for {packed.format}"
-    return y
+    """y = x W^T with float32 x rounded to 8 bits in groups of 32 columns, for the formats of its choice."""
+    return _product(x, packed, compute="int8")
 
 
 def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
@@ -106,7 +96,7 @@ def linear_grad_input(grad: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W with float32 g and W rounded to bfloat16, their products summed in float32."""
     if has_bf16():
-        return _product(grad, packed, backward=True, bf16=True)
+        return _product(grad, packed, backward=True, compute="bf16")
     if has_amx():
         return linear_grad_input(grad.to(torch.bfloat16), packed).to(torch.float32)
     rounded_BO = grad.reshape(grad.numel() // grad.shape[-1], grad.shape[-1]).bfloat16().float()
@@ -114,6 +104,11 @@ def linear_grad_input_bf16(grad: Tensor, packed: PackedTensor) -> Tensor:
     for start, stop, w_PI in _panels(packed, torch.bfloat16):
         gx_BI.addmm_(rounded_BO[:, start:stop], w_PI.float())
     return _own(gx_BI, *grad.shape[:-1], packed.shape[1])
+
+
+def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
+    """dL/dx = g W with float32 g rounded to 8 bits in runs of 32 rows of W, for the formats of its choice."""
+    return _product(grad, packed, backward=True, compute="int8")
 
 
 def _own(y_NO: Tensor, *shape: int) -> Tensor:
@@ -165,11 +160,11 @@ def _unpack(packed: PackedTensor, start: int, stop: int, out: Tensor) -> None:
     assert code == 0, f"native dequantize returned {code} for {packed.format}"
 
 
-def _product(x: Tensor, packed: PackedTensor, *, backward: bool = False, bf16: bool = False) -> Tensor:
-    """x W^T, or x W where `backward`, in C; float32."""
+def _product(x: Tensor, packed: PackedTensor, *, backward: bool = False, compute: str = "float32") -> Tensor:
+    """x W^T, or x W where `backward`, in C; float32 but for what `compute` rounds."""
     x = x.contiguous()
     y = torch.empty((*x.shape[:-1], packed.shape[1 if backward else 0]), dtype=torch.float32)
-    linear_call(x.view(-1, x.shape[-1]), y, packed, backward=backward, bf16=bf16)
+    linear_call(x.view(-1, x.shape[-1]), y, packed, backward=backward, compute=compute)
     return y
 
 
@@ -181,7 +176,7 @@ def linear_call(
     bias: Tensor | None = None,
     terms: Sequence[LoraTerm] = (),
     backward: bool = False,
-    bf16: bool = False,
+    compute: str = "float32",
 ) -> None:
     """qgraft_linear: y = x W^T + bias + what the terms add; or, where `backward`, gx from g and the terms' gradients.
 
@@ -189,23 +184,32 @@ def linear_call(
         x_NI: x or g, contiguous float32.
         y: written, contiguous float32; None if no gx is wanted.
         weight: W, or its shape where y holds the product with it already.
-        bf16: round x and W (g and W) to bfloat16, unless there are few rows.
+        compute: "bf16": round x and W (g and W) to bfloat16; "int8": x (g) to 8 bits. Few rows of x or g are not rounded
+            to bfloat16, few of g not to 8 bits: it would save no time.
     """
     packed = weight if isinstance(weight, PackedTensor) else None
     rows, columns = packed.shape if packed else weight  # type: ignore[misc]
     data, scales = stored(packed) if packed else (None, None)
     tokens, width = x_NI.shape
-    bf16 = bf16 and tokens >= BF16_ROWS
-    floats = (width // 2 + 1) * tokens if bf16 else 0
+    if tokens < FEW_ROUNDED and (compute == "bf16" or backward):
+        compute = "float32"
+    floats = _scratch_floats(compute, tokens, width)
     for term in terms:
         floats += term.rank * (rows + 2 * (term.stop - term.start))
     call = LinearCall(
-        FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, bf16, len(terms), pointer(data),
+        FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, ROUNDINGS.index(compute), len(terms), pointer(data),
         pointer(scales), pointer(bias), x_NI.data_ptr(), pointer(y),
         _scratch_buffer(4 * floats).data_ptr() if floats else None, (LoraTerm * len(terms))(*terms),
     )  # fmt: skip
     code = loaded().qgraft_linear(ctypes.byref(call), backward, torch.get_num_threads())
     assert code == 0, f"qgraft_linear returned {code}"
+
+
+def _scratch_floats(compute: str, tokens: int, width: int) -> int:
+    """What x or g take when they are rounded: as scratch_size of linear.c."""
+    if compute == "bf16":
+        return (width // 2 + 1) * tokens
+    return (width + 63) // 64 * 20 * tokens if compute == "int8" else 0
 
 
 def stored(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:

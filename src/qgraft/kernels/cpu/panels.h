@@ -50,7 +50,8 @@ ALWAYS_INLINE void pack_rows(const int format, const int kind, const int width, 
         for (int c = 0; c < (width + 31) / 32; c++) {
             vfloat w[PARTS], second[PARTS];
             for (int i = 0; is_k_quant(format) && i <= kind; i++)
-                read_k_scale(format, row + i * next + row_bytes(format, chunk / 8 * 256), (int)((chunk + c) % 8), k_scales[i]);
+                read_k_scales(format, row + i * next + row_bytes(format, chunk / 8 * 256), (int)((chunk + c) % 8),
+                              (int)((chunk + c) % 8) + 1, k_scales[i]);
             weights32(format, row, chunk + c, p->scales ? p->scales[r] : 1.0f, k_scales[0], w);
             if (kind == PAIRS && next)
                 weights32(format, row + next, chunk + c, p->scales ? p->scales[r + 1] : 1.0f, k_scales[1], second);
@@ -64,48 +65,68 @@ ALWAYS_INLINE void pack_rows(const int format, const int kind, const int width, 
 
 #if !defined(__AVX512BW__)
 
+/* 8 rows from r on; those beyond `last` are the last one again. */
+typedef struct {
+    const uint8_t *data[LANES];
+    float scales[LANES], k_scales[LANES][16];
+} EightRows;
+
+ALWAYS_INLINE EightRows eight_rows(const Product *p, int64_t r, int64_t last) {
+    EightRows rows;
+    for (int i = 0; i < LANES; i++) {
+        const int64_t at = smaller(r + i, last - 1);
+        rows.data[i] = p->data + at * p->stride;
+        rows.scales[i] = p->scales ? p->scales[at] : 1.0f;
+    }
+    return rows;
+}
+
+/* Read what column_scales wants of the chunks first <= c < last, of the same 256 weights. */
+ALWAYS_INLINE void read_scales_of_rows(const int format, EightRows *rows, int64_t first, int64_t last) {
+    const int k = (int)(first % 8);
+    for (int i = 0; is_k_quant(format) && i < LANES; i++)
+        read_k_scales(format, rows->data[i] + row_bytes(format, first / 8 * 256), k, k + (int)(last - first), rows->k_scales[i]);
+}
+
 /* The scales of 8 rows in the lanes: d[1] of columns 16 to 31, m where the format has minimums. */
 typedef struct {
     vfloat d[2], m;
 } ColumnScales;
 
 /* Half number `at` of block c of 8 rows. */
-ALWAYS_INLINE vfloat halves_of_rows(const int format, const uint8_t *row, int64_t stride, int64_t c, int at) {
+ALWAYS_INLINE vfloat halves_of_rows(const int format, const EightRows *rows, int64_t c, int at) {
     uint16_t h[LANES];
-    for (int i = 0; i < LANES; i++) memcpy(h + i, row + i * stride + row_bytes(format, 32 * c) + 2 * at, 2);
+    for (int i = 0; i < LANES; i++) memcpy(h + i, rows->data[i] + row_bytes(format, 32 * c) + 2 * at, 2);
     return _mm256_cvtph_ps(_mm_setr_epi16((short)h[0], (short)h[1], (short)h[2], (short)h[3], (short)h[4],
                                          (short)h[5], (short)h[6], (short)h[7]));
 }
 
 /* The lane i of number k of k_scales[i]. */
-ALWAYS_INLINE vfloat scales_of_rows(float k_scales[LANES][16], int k) {
-    return _mm256_setr_ps(k_scales[0][k], k_scales[1][k], k_scales[2][k], k_scales[3][k], k_scales[4][k], k_scales[5][k],
-                          k_scales[6][k], k_scales[7][k]);
+ALWAYS_INLINE vfloat k_scales_of_rows(const EightRows *rows, int k) {
+    const float(*s)[16] = rows->k_scales;
+    return _mm256_setr_ps(s[0][k], s[1][k], s[2][k], s[3][k], s[4][k], s[5][k], s[6][k], s[7][k]);
 }
 
-ALWAYS_INLINE ColumnScales column_scales(const int format, const Product *p, int64_t r, int64_t c,
-                                         float k_scales[LANES][16]) {
-    const uint8_t *row = p->data + r * p->stride;
+ALWAYS_INLINE ColumnScales column_scales(const int format, const EightRows *rows, int64_t c) {
     const int k = (int)(c % 8);
     ColumnScales scales;
     scales.m = v_zero();
-    if (format == ROW_INT8 || format == ROW_INT4) scales.d[0] = v_load(p->scales + r);
-    else if (is_k_quant(format)) scales.d[0] = scales_of_rows(k_scales, format == Q6_K ? 2 * k : k);
-    else scales.d[0] = halves_of_rows(format, row, p->stride, c, 0);
-    scales.d[1] = format == Q6_K ? scales_of_rows(k_scales, 2 * k + 1) : scales.d[0];
-    if (format == Q4_K || format == Q5_K) scales.m = scales_of_rows(k_scales, 8 + k);
-    else if (has_minimum(format)) scales.m = halves_of_rows(format, row, p->stride, c, 1);
+    if (format == ROW_INT8 || format == ROW_INT4) scales.d[0] = v_load(rows->scales);
+    else if (is_k_quant(format)) scales.d[0] = k_scales_of_rows(rows, format == Q6_K ? 2 * k : k);
+    else scales.d[0] = halves_of_rows(format, rows, c, 0);
+    scales.d[1] = format == Q6_K ? k_scales_of_rows(rows, 2 * k + 1) : scales.d[0];
+    if (format == Q4_K || format == Q5_K) scales.m = k_scales_of_rows(rows, 8 + k);
+    else if (has_minimum(format)) scales.m = halves_of_rows(format, rows, c, 1);
     return scales;
 }
 
-/* The columns of chunk c of 8 rows from r on, to panel[j * WIDTH]. Codes are transposed as bytes. */
-ALWAYS_INLINE void pack_codes(const int format, const Product *p, int64_t r, int64_t c, float k_scales[LANES][16],
-                              float *panel) {
-    __m256i rows[LANES];
+/* The columns of chunk c of 8 rows, to panel[j * WIDTH]. Codes are transposed as bytes. */
+ALWAYS_INLINE void pack_codes(const int format, const EightRows *rows, int64_t c, float *panel) {
+    __m256i codes[LANES];
     uint8_t columns[32][8];
-    for (int i = 0; i < LANES; i++) rows[i] = codes32(format, p->data + (r + i) * p->stride, c);
-    transpose_bytes(rows, columns);
-    const ColumnScales scales = column_scales(format, p, r, c, k_scales);
+    for (int i = 0; i < LANES; i++) codes[i] = codes32(format, rows->data[i], c);
+    transpose_bytes(codes, columns);
+    const ColumnScales scales = column_scales(format, rows, c);
 #pragma GCC unroll 32
     for (int j = 0; j < 32; j++) {
         const vfloat code = v_int(i_s8(columns[j])), d = scales.d[j / 16];
@@ -120,17 +141,19 @@ ALWAYS_INLINE void pack_codes(const int format, const Product *p, int64_t r, int
 ALWAYS_INLINE void pack_columns(const int format, const int kind, const Product *p, int64_t r0, int64_t c0, int64_t c1,
                                 float *panel) {
     for (int64_t r = r0; r < r0 + WIDTH; r += LANES) {
+#if !defined(__AVX512BW__)
+        if (has_codes(format)) {
+            EightRows rows = eight_rows(p, r, r + LANES);
+            read_scales_of_rows(format, &rows, c0, c1);
+            for (int64_t c = c0; c < c1; c++) pack_codes(format, &rows, c, panel + (c - c0) * 32 * WIDTH + r - r0);
+            continue;
+        }
+#endif
         float k_scales[LANES][16];
         for (int i = 0; is_k_quant(format) && i < LANES; i++)
-            read_k_scales(format, p->data + (r + i) * p->stride + row_bytes(format, c0 / 8 * 256), k_scales[i]);
+            read_k_scales(format, p->data + (r + i) * p->stride + row_bytes(format, c0 / 8 * 256), 0, 8, k_scales[i]);
         for (int64_t c = c0; c < c1; c++) {
             float *to = panel + (c - c0) * (kind == PAIRS ? 16 : 32) * WIDTH + r - r0;
-#if !defined(__AVX512BW__)
-            if (has_codes(format)) {
-                pack_codes(format, p, r, c, k_scales, to);
-                continue;
-            }
-#endif
             vfloat w[PARTS][LANES];
             for (int i = 0; i < LANES; i++) {
                 vfloat row[PARTS];

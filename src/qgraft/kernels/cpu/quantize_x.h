@@ -17,42 +17,99 @@
 #include "common.h"
 #include "formats.h"
 #include "level.h"
+#include "vec.h"
 
-/* Where column j of 32 goes, so that codes meet their weights' codes in the order in which gemm_int8.h takes these apart. */
-ALWAYS_INLINE int code_place(int format, int j) { return format == ROW_INT4 ? (j % 2 ? j / 2 : 16 + j / 2) : j; }
+/* The step of a group whose largest |x| has these bits, and what x is multiplied by. */
+ALWAYS_INLINE float group_step(uint32_t bits, float *inverse) {
+    float largest;
+    memcpy(&largest, &bits, 4); /* as integers, NaN > infinity > numbers */
+    const float nothing = largest - largest; /* NaN where a number is not finite */
+    *inverse = largest < 0x1p-100f ? 0.0f : 127.0f / largest;
+    return largest < 0x1p-100f ? 0.0f : largest / 127.0f + nothing;
+}
 
-static void quantize_group(int format, const float *x, int64_t n, int8_t *codes, float *step, float *sum) {
+/* Columns of ROW_INT4 are put in the order in which gemm_int8.h takes its codes apart: odd ones, then even ones. */
+#if defined(__AVX2__)
+
+/* 32 numbers -> codes; their sum. */
+ALWAYS_INLINE int round_group(const int format, const float *x, float inverse, int8_t *codes) {
+    __m256i code[4];
+    for (int i = 0; i < 4; i++)
+        code[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), _mm256_set1_ps(inverse)));
+    const __m256i low = _mm256_packs_epi32(code[0], code[1]), high = _mm256_packs_epi32(code[2], code[3]);
+    const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), in_order);
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), bytes);
+    const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
+    if (format == ROW_INT4) {
+        const __m256i odd_even = _mm256_broadcastsi128_si256(_mm_setr_epi8(1, 3, 5, 7, 9, 11, 13, 15, 0, 2, 4, 6, 8, 10, 12, 14));
+        bytes = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(bytes, odd_even), 0xd8);
+    }
+    _mm256_storeu_si256((__m256i *)codes, bytes);
+    return _mm_cvtsi128_si32(sum);
+}
+
+ALWAYS_INLINE uint32_t largest_bits(const float *x) {
+    __m256i most = _mm256_setzero_si256();
+    for (int i = 0; i < 4; i++) {
+        const __m256i bits = _mm256_loadu_si256((const __m256i *)(x + 8 * i));
+        most = _mm256_max_epi32(most, _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+    }
+    __m128i half = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
+    half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+    return (uint32_t)_mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
+
+#else
+
+ALWAYS_INLINE int round_group(const int format, const float *x, float inverse, int8_t *codes) {
     const float magic = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    float values[32] = {0};
+    int sum = 0;
+    for (int j = 0; j < 32; j++) {
+        const int code = (int)((x[j] * inverse + magic) - magic);
+        codes[format == ROW_INT4 ? (j % 2 ? j / 2 : 16 + j / 2) : j] = (int8_t)code;
+        sum += code;
+    }
+    return sum;
+}
+
+ALWAYS_INLINE uint32_t largest_bits(const float *x) {
     uint32_t largest = 0;
-    memcpy(values, x, (size_t)n * sizeof(float));
     for (int j = 0; j < 32; j++) {
         uint32_t bits;
-        memcpy(&bits, values + j, 4);
-        bits &= 0x7fffffff; /* as integers, NaN > infinity > numbers */
+        memcpy(&bits, x + j, 4);
+        bits &= 0x7fffffff;
         largest = bits > largest ? bits : largest;
     }
-    float maximum, total = 0.0f;
-    memcpy(&maximum, &largest, 4);
-    memset(codes, 0, 32);
-    if (largest >= 0x7f800000) {
-        *step = *sum = maximum - maximum;
-        return;
+    return largest;
+}
+
+#endif
+
+ALWAYS_INLINE void quantize_group(const int format, const float *x, int8_t *codes, float *step, float *sum) {
+    const uint32_t bits = largest_bits(x);
+    float inverse;
+    *step = group_step(bits, &inverse);
+    if (bits < 0x7f800000) *sum = *step * (float)round_group(format, x, inverse, codes);
+    else memset(codes, 0, 32), *sum = *step;
+}
+
+/* `columns` of a token, and zeros up to the end of its groups. */
+ALWAYS_INLINE void quantize_groups(const int format, const float *x, int64_t columns, int64_t token, const QuantizedX *to) {
+    for (int64_t g = 0; g < to->groups; g++) {
+        const int64_t at = token * to->groups + g, left = columns - 32 * g;
+        float rest[32] = {0};
+        if (left > 0 && left < 32) memcpy(rest, x + 32 * g, (size_t)left * sizeof(float));
+        quantize_group(format, left < 32 ? rest : x + 32 * g, to->codes + 32 * at, to->steps + at, to->sums + at);
     }
-    *step = maximum < 0x1p-100f ? 0.0f : maximum / 127.0f;
-    const float inverse = maximum < 0x1p-100f ? 0.0f : 127.0f / maximum;
-    for (int j = 0; j < 32; j++) values[j] = (values[j] * inverse + magic) - magic;
-    for (int j = 0; j < 32; j++) total += values[j];
-    for (int j = 0; j < 32; j++) codes[code_place(format, j)] = (int8_t)(int)values[j];
-    *sum = *step * total;
 }
 
 static void quantize_x(int format, const float *x, int64_t columns, int64_t token, const QuantizedX *codes) {
-    for (int64_t g = 0; g < codes->groups; g++) {
-        const int64_t at = token * codes->groups + g, left = columns - 32 * g;
-        const int64_t n = left < 0 ? 0 : left < 32 ? left : 32;
-        quantize_group(format, x + 32 * g * (n > 0), n, codes->codes + 32 * at, codes->steps + at, codes->sums + at);
-    }
+    if (format == ROW_INT4) quantize_groups(ROW_INT4, x, columns, token, codes);
+    else quantize_groups(Q8_0, x, columns, token, codes); /* as all others */
 }
 
 #endif

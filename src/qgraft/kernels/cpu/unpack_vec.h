@@ -49,40 +49,23 @@ ALWAYS_INLINE void five_bits(const uint8_t *fifth, const uint8_t *low, vint *q) 
     for (int i = 0; i < PARTS; i++) q[i] = i_or(i_and(q[i], i_set(15)), i_fifth(bits >> (LANES * i)));
 }
 
-/* The scales of a K-quant's 256 weights, floats that `weights32` reads: 8 steps and 8 minimums, or 16 steps. */
-ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, float k_scales[16]) {
+/* The scales of chunks first <= k < last of a K-quant's 256 weights, floats that `weights32` reads: of chunk k the step at k
+ * and the minimum at 8 + k, or the steps of its halves at 2 k and 2 k + 1. */
+ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, int first, int last, float k_scales[16]) {
     if (format == Q6_K) {
         const float d = _cvtsh_ss((uint16_t)(block[208] | block[209] << 8));
-        for (int k = 0; k < 16; k++) k_scales[k] = d * (float)(int8_t)block[192 + k];
+        for (int k = 2 * first; k < 2 * last; k++) k_scales[k] = d * (float)(int8_t)block[192 + k];
     } else {
         const float d = _cvtsh_ss((uint16_t)(block[0] | block[1] << 8));
         const float dmin = _cvtsh_ss((uint16_t)(block[2] | block[3] << 8));
         uint8_t scales[8], minimums[8];
         unpack_k_scales(block + 4, scales, minimums);
-        for (int k = 0; k < 8; k++) {
+        for (int k = first; k < last; k++) {
             k_scales[k] = d * (float)(int)scales[k];
             k_scales[8 + k] = -(dmin * (float)(int)minimums[k]);
         }
     }
 }
-
-/* Those of chunk k alone. */
-ALWAYS_INLINE void read_k_scale(const int format, const uint8_t *block, int k, float k_scales[16]) {
-    if (format == Q6_K) {
-        const float d = _cvtsh_ss((uint16_t)(block[208] | block[209] << 8));
-        for (int i = 2 * k; i < 2 * k + 2; i++) k_scales[i] = d * (float)(int8_t)block[192 + i];
-    } else {
-        const uint8_t *p = block + 4;
-        const float d = _cvtsh_ss((uint16_t)(block[0] | block[1] << 8));
-        const float dmin = _cvtsh_ss((uint16_t)(block[2] | block[3] << 8));
-        const int scale = k < 4 ? p[k] & 63 : (p[k + 4] & 15) | p[k - 4] >> 6 << 4;
-        const int minimum = k < 4 ? p[k + 4] & 63 : p[k + 4] >> 4 | p[k] >> 6 << 4;
-        k_scales[k] = d * (float)scale;
-        k_scales[8 + k] = -(dmin * (float)minimum);
-    }
-}
-
-ALWAYS_INLINE int is_k_quant(const int format) { return format == Q4_K || format == Q5_K || format == Q6_K; }
 
 /* Weights 32 c to 32 c + 31 of `row`; `k_scales` from read_k_scales of their block, `scale` of the row where it has one. */
 ALWAYS_INLINE void weights32(const int format, const uint8_t *row, int64_t c, float scale, const float *k_scales, vfloat *w) {
@@ -159,7 +142,7 @@ ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t c
     float k_scales[16];
     for (int64_t c = 0; c < columns / 32; c++) {
         vfloat w[PARTS];
-        if (is_k_quant(format) && c % 8 == 0) read_k_scales(format, row + row_bytes(format, c * 32), k_scales);
+        if (is_k_quant(format) && c % 8 == 0) read_k_scales(format, row + row_bytes(format, c * 32), 0, 8, k_scales);
         weights32(format, row, c, scale, k_scales, w);
         for (int i = 0; i < PARTS; i++) {
             if (out) v_store(out + 32 * c + LANES * i, w[i]);
