@@ -151,8 +151,9 @@ def _print_formats(device: str, choices: list[dict[str, str]], number: Callable[
         others |= {(op, row["why"]): row["kernel"] for op, row in rows.items() if row["why"] != rows["linear"]["why"]}
     for (op, why), kernel in others.items():
         print(f"     {op}: {kernel}  {number(why)}")
-    by_8_bits = [name for name, rows in formats.items() if rows["linear_int8"]["compute"] == "int8"]
-    _print_wrapped(f"     compute=int8 multiplies in 8 bits with {', '.join(by_8_bits) or 'none'}", indent=5)
+    for op, does in (("linear_int8", "multiplies"), ("linear_grad_input_int8", "takes gradients")):
+        by_8_bits = [name for name, rows in formats.items() if rows[op]["compute"] == "int8"]
+        _print_wrapped(f"     compute=int8 {does} in 8 bits with {', '.join(by_8_bits) or 'none'}", indent=5)
 
 
 def _print_wrapped(text: str, indent: int) -> None:

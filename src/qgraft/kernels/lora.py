@@ -3,10 +3,10 @@
     forward    h = x A^T                 y  = base(x) + s h B^T
     backward   gh = s g B                gx = g W + gh A                 gA = gh^T x        gB = s g^T h
 
-Each LoRA is a `Term`: it serves tokens start:stop. Kernels of the rows `lora`, `lora_bf16` and `lora_int8` compute the product
-with W in the same call, where W is packed in a format that they read (`Weight`): linear.c on a CPU, one sum in cuBLAS on a GPU
-(summed_lora.py). Where none does, the ops of ops.py compute that product, and what the LoRAs add to it is again a row of the
-table, without a format: C in float32, else plain torch.
+Each LoRA is a `Term`: it serves tokens start:stop. Kernels of the rows `lora`, `lora_bf16` and `lora_int8` compute the
+product with W in the same call, where W is packed in a format that they read (`Weight`): linear.c on a CPU, one sum in
+cuBLAS on a GPU (summed_lora.py). Where none does, the ops of ops.py compute that product, and what the LoRAs add to it is
+again a row of the table, without a format: C in float32, else plain torch.
 
 Shapes: N tokens, S tokens of a term, I inputs, O outputs, R rank.
 """
@@ -26,7 +26,6 @@ from qgraft.kernels.ops import (
     linear_int8,
 )
 from qgraft.kernels.terms import Grads, Term, Weight
-
 
 # By the `compute` of a product: its row with LoRAs, the product alone, its input gradient.
 _ROWS = {"float32": "lora", "bf16": "lora_bf16", "int8": "lora_int8"}

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qgraft.formats import PackedTensor
+from qgraft.formats import PackedTensor, unpack
 from qgraft.formats import dequantize as format_dequantize
-from qgraft.formats import unpack
 from qgraft.kernels.terms import Grads, Term
 
 if TYPE_CHECKING:
@@ -66,9 +65,9 @@ def linear_int8(x: Tensor, packed: PackedTensor) -> Tensor:
 def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
     """dL/dx = g W with v = g d rounded to 8 bits, summed in float64 and given as float32; w = d q + m, q around 0.
 
-    The scales d are those of W's groups of columns, so v is another for each. In runs of 32 rows of W g and d are rounded to
-    integers of 16 bits a and b first, and a b / 2^23 to the code, -127 to 127. Minimums m are rounded to 12 bits. What is below
-    2^-100 in a whole run counts as zero; a NaN or an infinity makes its token NaN.
+    The scales d are those of W's groups of columns, so v is another for each. In runs of 32 rows of W g and d are rounded
+    to integers of 16 bits a and b first, and a b / 2^23 to the code, -127 to 127. Minimums m are rounded to 12 bits. What is
+    below 2^-100 in a whole run counts as zero; a NaN or an infinity makes its token NaN.
     """
     grid = unpack(packed)
     steps_OS, offsets_OS = grid.steps(), grid.offsets()

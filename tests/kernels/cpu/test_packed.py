@@ -161,7 +161,7 @@ def largest_of_runs(values_NO: Tensor) -> Tensor:
 
 
 def check_int8(packed: PackedTensor, x: Tensor, g: Tensor) -> tuple[Tensor, ...]:
-    """Products and gradients of many rows in 8 bits: those of the reference but for float32 sums, of float64 but for rounding.
+    """Products and gradients of many rows in 8 bits: the reference's but for float32 sums, those of float64 but for rounding.
 
     Rounding to steps of max |g| max |d| / 127, in a run of 32 rows, is off by half a step, and by 3 / 256 of one for the 16
     bits before (reference.linear_grad_input_int8); half a step of 2^-11 max |m|, and of 2^-15 max |g|, for the minimums.

@@ -131,12 +131,15 @@ static void block(const Level *level, const LinearCall *call, int backward, int6
     add_terms(level, call, backward, &part, t0);
 }
 
-/* How many tokens and columns a block has: as few blocks as a level's loops like best, but a few for each thread. */
-static void block_size(const Level *level, const LinearCall *call, int64_t width, int threads, int64_t *tokens,
+/* How many tokens and columns a block has: as few blocks as a level's loops like best, but a few for each thread. 8-bit gradients
+ * round g for each block of columns anew, so these are wide. */
+static void block_size(const Level *level, const LinearCall *call, int backward, int threads, int64_t *tokens,
                        int64_t *columns) {
+    const int64_t width = backward ? call->columns : call->rows;
+    const int64_t shares = backward && call->rounding == INT8 ? threads : SHARES * threads;
     const int64_t most = level->gemm ? level->block_tokens : INT32_MAX;
     const int64_t parts = larger(call->m >= PART * threads ? threads : 1, (call->m + most - 1) / most);
-    const int64_t share = threads > 1 ? width * parts / (SHARES * threads) : width;
+    const int64_t share = threads > 1 ? width * parts / shares : width;
     const int64_t tile = call->rounding == INT8 ? OCTET : TILE;
     *tokens = larger(round_up((call->m + parts - 1) / parts, tile), tile);
     *columns = level->gemm ? larger(COLUMNS, smaller(level->block_columns, round_up(share, COLUMNS))) : COLUMNS;
@@ -146,7 +149,7 @@ static void block_size(const Level *level, const LinearCall *call, int64_t width
 static void products(const Level *level, const LinearCall *call, int backward, int threads) {
     const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
     int64_t tokens, columns;
-    block_size(level, call, width, threads, &tokens, &columns);
+    block_size(level, call, backward, threads, &tokens, &columns);
     const int64_t blocks = (width + columns - 1) / columns, parts = (call->m + tokens - 1) / tokens;
     for (int64_t k = 0; k < call->terms; k++) transpose_B(call, call->term + k, term_scratch(call, depth, k));
     const int product = call->data && call->out, to_codes = product && call->rounding == INT8 && !backward;

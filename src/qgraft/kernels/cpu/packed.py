@@ -197,8 +197,8 @@ def linear_call(
     for term in terms:
         floats += term.rank * (rows + 2 * (term.stop - term.start))
     call = LinearCall(
-        FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, ROUNDINGS.index(compute), len(terms), pointer(data),
-        pointer(scales), pointer(bias), x_NI.data_ptr(), pointer(y),
+        FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, ROUNDINGS.index(compute), len(terms),
+        pointer(data), pointer(scales), pointer(bias), x_NI.data_ptr(), pointer(y),
         _scratch_buffer(4 * floats).data_ptr() if floats else None, (LoraTerm * len(terms))(*terms),
     )  # fmt: skip
     code = loaded().qgraft_linear(ctypes.byref(call), backward, torch.get_num_threads())
