@@ -3,7 +3,7 @@
     compute    on a CPU: how the products with packed weights are computed ("float32", "bf16", "int8"); everything else,
                norms, attention, residual stream, loss, stays in float32. `auto` is bf16 where the CPU multiplies
                bfloat16 in hardware (AVX512-BF16, AMX), else float32. int8 rounds the inputs of a layer to 8 bits in
-               groups of 32, in the forward pass only; never chosen by itself.
+               groups of 32, and where the CPU is faster so, gradients; never chosen by itself.
     bf16       transformers' name: on a CPU the same as compute=bf16; on a GPU the whole model is in bfloat16
     fp16       on a GPU transformers' autocast with loss scaling; no CPU has it
 
