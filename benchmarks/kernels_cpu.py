@@ -24,8 +24,16 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import quantize
-from qgraft.kernels import dequantize, linear, linear_grad_input, linear_int8, native_status
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS
+from qgraft.kernels import (
+    choose,
+    dequantize,
+    linear,
+    linear_grad_input,
+    linear_grad_input_int8,
+    linear_int8,
+    native_status,
+)
+from qgraft.kernels.cpu.abi import FORMAT_IDS
 
 RESULTS = Path(__file__).with_name("results") / "kernels_cpu.csv"
 ROWS, COLUMNS = 1536, 768
@@ -81,8 +89,8 @@ def products(op: str, weight: Tensor, tokens: int) -> Contestants:
         run = partial(linear if op == "linear" else linear_grad_input, packed=packed)
         calls[name, "float32"] = partial(run, x)
         calls[name, "bf16"] = partial(run, x_bf16)
-        if op == "linear" and name in INT8_FORMATS:
-            calls[name, "int8"] = partial(linear_int8, x, packed)
+        if choose(f"{op}_int8", name, "cpu").compute == "int8":
+            calls[name, "int8"] = partial(linear_int8 if op == "linear" else linear_grad_input_int8, x, packed)
     peer = bitsandbytes_layer(weight)
     if peer is not None and op == "linear":
         calls["bitsandbytes-nf4", "float32"] = lambda: peer(x)

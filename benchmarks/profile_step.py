@@ -44,7 +44,6 @@ OPTIMIZER = ("Optimizer.", "aten::_foreach_", "aten::linalg_vector_norm", "aten:
 ATTENTION = ("aten::scaled_dot_product", "aten::_scaled_dot_product", "ScaledDotProduct", "attention::")
 NATIVE = {  # C functions, which the profiler does not see by itself -> what they are called here
     "qgraft_linear": "qgraft::layer",
-    "qgraft_linear_int8": "qgraft::int8",
     "qgraft_varlen_attention": "attention::forward",
     "qgraft_varlen_attention_backward": "attention::backward",
     "qgraft_norm": "pointwise::norm",

@@ -72,9 +72,6 @@ typedef struct {
     int64_t position;
 } Thread;
 
-/* Groups of a row in 8 bits: an even number. */
-static int64_t groups_of(int64_t columns) { return (columns + 63) / 64 * 2; }
-
 /* The thread's share of `n`, in whole tiles of 8 rows. */
 static void rows_of_thread(const Thread *thread, int64_t n, int64_t *first, int64_t *last) {
     const int64_t tiles = (n + 7) / 8;

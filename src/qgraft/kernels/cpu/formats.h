@@ -86,4 +86,7 @@ ALWAYS_INLINE int has_int8(int format) {
 ALWAYS_INLINE int has_int8_panels(int format) { return has_codes(format); }
 ALWAYS_INLINE int has_int8_gradient(int format) { return has_codes(format) && format != Q8_0 && format != ROW_INT8; }
 
+/* Groups of 32 columns that a row of x has in 8 bits (quantize_x.h): an even number. */
+ALWAYS_INLINE int64_t groups_of(int64_t columns) { return (columns + 63) / 64 * 2; }
+
 #endif

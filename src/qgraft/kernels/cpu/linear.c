@@ -45,9 +45,6 @@ const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
 enum { FLOAT32, BFLOAT16, INT8 };
 enum { TOKENS = 32, COLUMNS = 64, MANY = 20, INT8_MANY = 8, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
 
-/* Groups of a row in 8 bits: an even number. */
-static int64_t groups_of(int64_t columns) { return (columns + 63) / 64 * 2; }
-
 /* Floats that x or g [m, width] take when they are rounded: pairs, or forward the codes, steps and sums of quantize_x.h. */
 static int64_t scratch_size(const LinearCall *call, int64_t width) {
     if (call->rounding == BFLOAT16) return call->m * (width / 2 + 1);
