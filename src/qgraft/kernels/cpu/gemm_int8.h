@@ -1,4 +1,5 @@
-/* y = x W^T in 8-bit integers: codes of W times codes of x (quantize_x.h), for AVX2 and AVX-512 VNNI.
+/* y = x W^T in 8-bit integers: codes of W times codes of x (quantize_x.h), for AVX2 and AVX-512 VNNI. With AVX2 this is for few
+ * tokens: gemm_int8_panels.h multiplies many.
  *
  *     y = sum over groups of 32:  d * step * (integer sum of (q - zero) * code)  +  m * sum
  *

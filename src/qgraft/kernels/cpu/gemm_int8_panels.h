@@ -163,8 +163,8 @@ static void gemm_int8_panels(const Product *p, const QuantizedX *x) {
     }
 }
 
-/* g of 8 tokens, STEPS steps deep, as integers up to LARGEST_G and their steps: rows 4 i and 4 i + 2 in the lane of each token, then
- * rows 4 i + 1 and 4 i + 3. */
+/* g of 8 tokens, STEPS steps deep, as integers up to LARGEST_G and their steps: rows 4 i and 4 i + 2 in the lane of each token,
+ * then rows 4 i + 1 and 4 i + 3. */
 typedef struct {
     __m256i g[16 * STEPS];
     vfloat steps[STEPS];

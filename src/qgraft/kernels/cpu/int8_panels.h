@@ -36,7 +36,7 @@ enum { STEPS = 8, INT8_VECTORS = 2, INT8_WIDTH = INT8_VECTORS * LANES };
 enum { ONE_PART, HALVES, PLANES };
 
 typedef struct {
-    __m256i codes[STEPS * 2 * 8 * INT8_VECTORS]; /* of step s, part i, register k, vector v: see register_at */
+    __m256i codes[STEPS * 2 * 8 * INT8_VECTORS]; /* of each step, part, register, vector: see store_step */
     __m256i starts[STEPS * 2 * INT8_VECTORS];    /* -128 times the sums of pairs, of each part */
     vfloat d[STEPS * 2 * INT8_VECTORS], m[STEPS * INT8_VECTORS]; /* forward: of each part, of each step */
 } Int8Panel;

@@ -4,7 +4,8 @@
  *     vint, i_*     the same registers as 32-bit integers or bytes; AVX2 and AVX-512 alone
  *
  * Which of the three is compiled follows from the `#pragma GCC target` in front. Bit layouts are read with these words in
- * unpack_vec.h (AVX2: and in codes.h), products are summed in gemv.h, gemm.h, gemm_int8.h and varlen_attention.h.
+ * unpack_vec.h (AVX2: and in codes.h), products are summed in gemv.h, gemm.h, gemm_int8.h, varlen_attention.h
+ * and gemm_int8_panels.h.
  */
 
 #ifndef QGRAFT_VEC_H
