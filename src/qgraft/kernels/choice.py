@@ -126,12 +126,11 @@ def _chosen(op: str, format: str | None, device: str, dtype: torch.dtype, wanted
 def _compute(op: str, format: str | None, kernel: str) -> str:
     """Plain torch computes in 8 bits what C does on any level: results to compare with, whatever CPU there is."""
     everything = kernel != "native" or library.has_int8_panels()
+    served: tuple[str, ...] = ()
     if op == "linear_int8":
         served = INT8_PANEL_FORMATS if everything else INT8_FORMATS
-    elif op in ("linear_grad_input_int8", "lora_int8"):
-        served = INT8_GRADIENT_FORMATS if everything else ()
-    else:
-        served = ()
+    elif everything and op in ("linear_grad_input_int8", "lora_int8"):
+        served = INT8_GRADIENT_FORMATS
     return "int8" if format in served else "float32"
 
 
