@@ -187,6 +187,7 @@ def test_json_list_tells_the_line_of_each_row(folder):
         (json.dumps(GOOD), ["a.json:1"]),
         (json.dumps({"messages": messages(*QA)}), ["a.json:1"]),
         (lines(GOOD, GOOD), ["a.json:1", "a.json:2"]),
+        (json.dumps([GOOD, GOOD, GOOD]), ["a.json:1", "a.json:1[1]", "a.json:1[2]"]),
         (" [ ] "[:2] + json.dumps(GOOD) + "]", ["a.json:1"]),
     ],
 )

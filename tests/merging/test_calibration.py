@@ -163,13 +163,17 @@ def test_rows_that_two_adapters_share_are_counted_once(tiny_gguf, rows, tmp_path
 
 
 @pytest.mark.parametrize("options", [{"val_size": 0.25}, {"val_size": 5, "seed": 7, "max_train_samples": 12}])
-def test_what_a_run_held_out_measures_and_never_calibrates(tiny_gguf, rows, tmp_path, options):
+@pytest.mark.parametrize("file", ["task.jsonl", "task.json"])  # the latter on one line
+def test_what_a_run_held_out_measures_and_never_calibrates(tiny_gguf, rows, tmp_path, options, file):
     """As a run splits them: by its own functions."""
     from qgraft.training.arguments import TrainArguments
     from qgraft.training.samples import prepare_samples
 
     model, tokenizer = qgraft.load(tiny_gguf().path)
     task = write_rows(tmp_path / "task.jsonl", rows)
+    if file != "task.jsonl":
+        (tmp_path / file).write_text(json.dumps(rows), encoding="utf-8")
+        task = str(tmp_path / file)
     args = TrainArguments(output_dir=str(tmp_path / "out"), dataset=task, use_cpu=True, **options)
     learned, held, *_ = prepare_samples(model, tokenizer, None, None, args, 128, [])
     assert (args.max_length, args.seed if "seed" not in options else 42) == (TRAINED_LENGTH, TRAINED_SEED)

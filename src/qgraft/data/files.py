@@ -115,15 +115,19 @@ def _json_rows(text: str, path: Path) -> Iterator[Row]:
 
 
 def _list_rows(text: str, path: Path) -> Iterator[Row]:
-    """Rows of valid JSON text that is a list, decoded one by one: that tells the line of each."""
-    decoder, line, seen = json.JSONDecoder(), 1, 0
+    """Rows of valid JSON text that is a list, decoded one by one: that tells the line of each.
+
+    One that does not begin its line has its number in the list behind it: what held a row out knows it by its name.
+    """
+    decoder, line, seen, number, taken = json.JSONDecoder(), 1, 0, 0, 0
     start = text.index("[") + 1
     while start := next((at for at in range(start, len(text)) if text[at] not in " \t\r\n,"), 0):
         if text[start] == "]":
             return
         line, seen = line + text.count("\n", seen, start), start
         row, start = decoder.raw_decode(text, start)
-        yield row, f"{path.name}:{line}"
+        yield row, f"{path.name}:{line}" + (f"[{number}]" if line == taken else "")
+        number, taken = number + 1, line
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

@@ -208,6 +208,8 @@ def _training_held_out(
             said.append(f"measured on what the run held out of {arguments['dataset']} (val_size {size:g})")
     held = _once([*held, *(sample for sample in task if sample.source in kept_back - seen)])
     rest = [sample for sample in task if sample.source not in kept_back]
+    if kept_back and not held:
+        return task, None, ["none of the rows that were held out can be told from those that were learned"]
     return (rest, held, list(dict.fromkeys(said))) if held else (task, None, [])
 
 
