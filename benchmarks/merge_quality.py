@@ -201,9 +201,7 @@ def plot() -> None:
     axes.set_xticks(range(len(formats)), labels, rotation=20)
     axes.set_ylabel("retained gain, % (bar: worst case)")
     axes.set_ylim(0, 126)
-    axes.set_title(
-        "What an adapter learned and a merged 4- to 8-bit file still knows (SmolLM2-135M; every task and rank a dot)"
-    )
+    axes.set_title("What an adapter learned and a merged file still knows (SmolLM2-135M; each dot a task and rank)")
     axes.legend(loc="upper center", ncols=3, frameon=False)
     figure.savefig(RESULTS.with_suffix(".png"))
 

@@ -160,7 +160,9 @@ def test_nearest_requantizes_as_the_gguf_package_does(format_):
 @pytest.mark.parametrize("format_", GRIDS)
 def test_grid_keeps_the_scales_of_the_base(format_):
     packed, delta, _ = a_layer(format_)
-    before, after = unpack(packed), unpack(merge_nearest("x", packed, 20 * delta, "grid")[0])
+    merged, report = merge_nearest("x", packed, 20 * delta, "grid")
+    before, after = unpack(packed), unpack(merged)
+    assert report.steps == ("nearest_codes",)
     for name in ("d", "m", "sub_scales", "sub_minimums"):
         old, new = getattr(before, name), getattr(after, name)
         assert (old is None and new is None) or torch.equal(old, new)

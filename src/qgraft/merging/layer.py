@@ -156,11 +156,11 @@ def merge_nearest(path: str, packed: PackedTensor, delta_OI: Tensor, method: str
     """Round W + delta, which is all that can be done without calibration: `nearest`, or on the base's own `grid`."""
     target_OI = dequantize(packed, torch.float32) + delta_OI
     if method == "grid" and has_grid(packed):
-        merged = pack(nearest_codes(unpack(packed), target_OI), packed.format)
+        merged, step = pack(nearest_codes(unpack(packed), target_OI), packed.format), "nearest_codes"
     else:
-        merged = _requantize(packed, target_OI)
+        merged, step = _requantize(packed, target_OI), "nearest"
     sizes = _sizes(packed, merged, delta_OI)
-    return merged, _joined(path, packed, [_Panel(merged, ("nearest",), None, 0.0, sizes)])
+    return merged, _joined(path, packed, [_Panel(merged, (step,), None, 0.0, sizes)])
 
 
 def merge_layer(
