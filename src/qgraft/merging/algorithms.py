@@ -122,13 +122,13 @@ def _normal_equations(bases: list[Tensor], H: Tensor, grid: Grid) -> Tensor:
     for j, left in enumerate(bases):
         for k, right in enumerate(bases[j:], start=j):
             block = normal[:, j, :, k]  # [rows, groups, groups]
-            _pair_sums(left, right, H, grid, left is right, block)
+            _pair_sums(left, right, H, grid, block)
             if left is not right:
                 normal[:, k, :, j] = block.mT
     return normal.flatten(3).flatten(1, 2)
 
 
-def _pair_sums(left: Tensor, right: Tensor, H: Tensor, grid: Grid, symmetric: bool, sums: Tensor) -> None:
+def _pair_sums(left: Tensor, right: Tensor, H: Tensor, grid: Grid, sums: Tensor) -> None:
     """sums[:, g, h] = left_g^T H right_h for all groups g and h of each row, [rows, G, G]."""
     groups = grid.d.shape[1]
     shared = grid.group_sums(H * right) if len(right) == 1 else None  # [in, G], where all rows have one `right`
@@ -136,7 +136,7 @@ def _pair_sums(left: Tensor, right: Tensor, H: Tensor, grid: Grid, symmetric: bo
         columns = grid.columns(g, groups)
         if shared is not None:
             sums[:, g] = left[:, columns] @ shared[columns]
-        elif symmetric and isinstance(columns, slice):  # groups of neighbours: what is before g is known
+        elif left is right and isinstance(columns, slice):  # groups of neighbours: what is before g is known
             later = slice(columns.start, None)
             image = (left[:, columns] @ H[columns, later]).mul_(right[:, later])
             sums[:, g, g:] = image.unflatten(1, (groups - g, -1)).sum(dim=2)
