@@ -16,7 +16,7 @@ from qgraft.formats import PackedTensor, quantize
 from qgraft.merging import calibration, finish
 from qgraft.merging.calibration import Calibration, find_rows
 from qgraft.merging.exact import merge_exactly
-from qgraft.merging.finish import DRIFT, ROUNDS, TARGET, wanting
+from qgraft.merging.finish import DRIFT, LAST_ROUNDS, ROUNDS, TARGET, WORTH_IT, wanting
 from qgraft.merging.measure import Measurement, mean_divergence, mean_loss, states_of
 from qgraft.merging.merge import merge
 from qgraft.merging.report import Kept
@@ -29,6 +29,11 @@ GRID, FLOAT = (quantize(torch.ones(1, 32), format_) for format_ in ("q4_1", "f16
 
 def kept(gain: float, **others: Any) -> Kept:
     return replace(KEPT, merged=2.0 - gain, **others)
+
+
+def halved(times: int) -> Kept:
+    """What is kept where each round brought half of what was missing."""
+    return kept(TARGET - 0.09 * 0.5**times)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +108,7 @@ def test_what_keeps_enough_is_not_distilled(monkeypatch, held_out):
 @pytest.mark.parametrize("held_out", [False, True])
 @pytest.mark.parametrize("rounds", range(1, ROUNDS + 1))
 def test_rounds_end_where_enough_is_kept(monkeypatch, held_out, rounds):
-    script = Script([*(kept(0.9) for _ in range(rounds)), kept(0.999)])
+    script = Script([*(halved(n) for n in range(rounds)), kept(0.999)])
     packed, result, steps = run(monkeypatch, script, held_out)
     assert script.asked == ["measured", *["round", "measured"] * rounds]
     assert result == kept(0.999) and steps == 4 * rounds and len(packed) == 1 + rounds and len(script.made) == 1
@@ -118,7 +123,7 @@ def test_enough_of_the_gain_is_not_enough_where_the_drift_is_large(monkeypatch):
 @pytest.mark.parametrize("rounds", range(ROUNDS))
 def test_rounds_end_where_the_judging_rows_come_no_closer(monkeypatch, rounds):
     """And what such a round has made is not measured, nor taken."""
-    results = [kept(0.9 + 0.01 * n) for n in range(rounds + 1)]
+    results = [halved(n) for n in range(rounds + 1)]
     script = Script([*results], [*[True] * rounds, False])
     packed, result, steps = run(monkeypatch, script, True)
     assert script.asked == ["measured", *["round", "measured"] * rounds, "round"]
@@ -126,29 +131,47 @@ def test_rounds_end_where_the_judging_rows_come_no_closer(monkeypatch, rounds):
 
 
 def test_rounds_have_an_end(monkeypatch):
-    script = Script([kept(0.9)] * (ROUNDS + 1))
+    script = Script([halved(n) for n in range(ROUNDS + 1)])
     packed, result, steps = run(monkeypatch, script, True)
     assert script.asked == ["measured", *["round", "measured"] * ROUNDS]
-    assert result == kept(0.9) and steps == 4 * ROUNDS and len(packed) == 1 + ROUNDS
+    assert result == halved(ROUNDS) and steps == 4 * ROUNDS and len(packed) == 1 + ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "follows"),
+    [
+        (kept(TARGET - 0.1), kept(TARGET - 0.1 * (1 - 1.1 * WORTH_IT)), True),
+        (kept(TARGET - 0.1), kept(TARGET - 0.1 * (1 - 0.9 * WORTH_IT)), False),
+        (kept(TARGET - 0.1), kept(TARGET - 0.2), False),
+        (kept(1.0, drift_kl=0.1), kept(1.0, drift_kl=0.05), True),  # the drift is what is wanted
+        (kept(1.0, drift_kl=0.1), kept(1.0, drift_kl=0.09), False),
+        (kept(TARGET - 0.1, drift_kl=0.02), kept(TARGET - 0.02, drift_kl=0.04), False),  # one for the other
+    ],
+)
+def test_a_round_that_brings_little_is_kept_and_none_follows(monkeypatch, first, second, follows):
+    script = Script([first, second, kept(0.999)])
+    _, result, steps = run(monkeypatch, script, True)
+    assert script.asked.count("round") == 1 + follows and steps == 4 * (1 + follows)
+    assert result == (kept(0.999) if follows else second)
 
 
 @pytest.mark.parametrize("closer", [[True] * ROUNDS, [False], [True, False]])
 def test_without_held_out_rows_a_last_round_learns_from_those_that_measured(monkeypatch, closer):
     taken = sum(closer)
     after = kept(0.995, task_kl=0.004)
-    script = Script([*(kept(0.9 + 0.01 * n) for n in range(taken + 1)), after], [*closer])
+    script = Script([*(halved(n) for n in range(taken + 1)), after], [*closer])
     packed, result, steps = run(monkeypatch, script, False)
     assert script.asked[-2:] == ["last round", "measured"] and script.asked.count("round") == len(closer)
-    assert result == replace(after, before=pytest.approx(0.9 + 0.01 * taken))
+    assert result == replace(after, before=pytest.approx(halved(taken).retained_gain))
     assert "last" in packed and steps == 4 * taken + 7
 
 
-@pytest.mark.parametrize("helping", range(1, ROUNDS + 1))
+@pytest.mark.parametrize("helping", range(1, LAST_ROUNDS + 1))
 def test_last_rounds_go_on_while_they_help_and_are_needed(monkeypatch, helping):
-    results = [kept(0.95 + 0.01 * n, task_kl=0.008 - 0.001 * n) for n in range(helping)]
+    results = [kept(0.95 + 0.005 * n, task_kl=0.008 - 0.001 * n) for n in range(helping)]
     script = Script([kept(0.9), *results, kept(0.98, task_kl=0.5)], [False])
     _, result, steps = run(monkeypatch, script, False)
-    assert script.asked.count("last round") == min(helping + 1, ROUNDS)
+    assert script.asked.count("last round") == min(helping + 1, LAST_ROUNDS)
     assert result == replace(results[-1], before=pytest.approx(0.9)) and steps == 7 * helping
 
 
@@ -177,6 +200,7 @@ def test_floats_have_nothing_that_could_move(monkeypatch, held_out):
 def never_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "wanting", lambda kept: True)
     monkeypatch.setattr(finish, "ROUNDS", 1)
+    monkeypatch.setattr(finish, "LAST_ROUNDS", 1)
     monkeypatch.setattr(calibration, "NEUTRAL_TOKENS", 300)
     monkeypatch.setattr(calibration, "DRIFT_TOKENS", 100)
 

@@ -4,11 +4,11 @@
 
 Wanting is a merge that keeps less of the adapter's gain than TARGET on rows that it has not seen, or that is further from
 the adapter's model on unrelated text than a tenth of what that itself is from the base. Rounds end where the rows that judge
-say that one did harm.
+say that one did harm, or where one brought little of what is wanted.
 
 Where there are no held-out rows, those that measured are rows that the adapter was trained on. They may hold what no other
 row says: the opening hours of a shop are not learned from its prices. So a merge that was wanting on them learns from
-them, too, in last rounds, as many again; the report has both figures.
+them, too, in last rounds; the report has both figures.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,6 +28,8 @@ from qgraft.merging.report import Kept
 TARGET = 0.99
 DRIFT = 0.1  # of the adapter's own
 ROUNDS = 3
+LAST_ROUNDS = 6
+WORTH_IT = 0.25  # the least share of what is missing that a round must bring for another to follow
 
 
 def finish(
@@ -57,12 +59,14 @@ def finish(
         better, steps = distillation.round(packed, progress)
         if not steps:
             break
-        packed, taken = better, taken + steps
+        was, packed, taken = missing(kept), better, taken + steps
         kept = measured(packed)
         if not wanting(kept):
             return packed, kept, taken
+        if missing(kept) > (1 - WORTH_IT) * was:
+            break
     before = kept.retained_gain
-    for _ in range(0 if rows.held_out else ROUNDS):
+    for _ in range(0 if rows.held_out else LAST_ROUNDS):
         learned, steps = distillation.last_round(packed, progress)
         after = measured(learned)
         if not after.task_kl < kept.task_kl:  # which NaN is not
@@ -75,5 +79,13 @@ def finish(
 
 def wanting(kept: Kept) -> bool:
     """Whether a merge that keeps this may keep more."""
+    return missing(kept) > 0
+
+
+def missing(kept: Kept) -> float:
+    """How much of the gain TARGET is away, and by how much of the adapter's own the drift is above DRIFT; 0 for no gain."""
     gain = kept.retained_gain
-    return gain is not None and (gain < TARGET or kept.drift_kl > DRIFT * kept.adapter_kl)
+    if gain is None:
+        return 0.0
+    excess = kept.drift_kl - DRIFT * kept.adapter_kl
+    return max(0.0, TARGET - gain) + max(0.0, excess) / max(kept.adapter_kl, 1e-9)
