@@ -181,7 +181,8 @@ def test_every_method_merges_and_says_its_name(trained, rows, method):
     if method in ("nearest", "grid"):
         floats = [each for each in report.layers if each.format == "f16"]
         assert all(each.error is None for each in report.layers) and all(each.steps == ("nearest",) for each in floats)
-        assert {each.steps for each in report.layers if each not in floats} == {("nearest_codes" if method == "grid" else method,)}
+        step = "nearest_codes" if method == "grid" else method
+        assert {each.steps for each in report.layers if each not in floats} == {(step,)}
     else:
         assert report.retained_gain > 0.3
 
