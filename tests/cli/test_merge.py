@@ -58,7 +58,7 @@ def test_a_merge_writes_the_same_kind_of_file_and_a_report_beside_it(trained, tm
     assert formats(output) == formats(base)
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["retained_gain"] > 0.9 and len(report["layers"]) == 14
-    assert report["notes"][0].startswith("calibrated on the rows that the adapter keeps (calibration.safetensors): ")
+    assert report["notes"][0].startswith("rows of the task: the rows that the adapter keeps (calibration.safetensors): ")
     assert (tmp_path / "merged.merge.png").read_bytes().startswith(b"\x89PNG")
     assert "merged layers" in printed.out and "down_proj" in printed.out
     assert f"retained gain: {report['retained_gain']:.1%}" in printed.out
@@ -83,7 +83,7 @@ def test_a_dataset_can_be_given_and_several_adapters_weighted(trained, tmp_path,
     assert output.read_bytes() != (tmp_path / "other.gguf").read_bytes()
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["adapters"] == {"out": 0.25, "out-2": 0.75}
-    assert report["notes"][0] == "calibrated on the rows given" and report["kept"]["held_out"]
+    assert report["notes"][0] == "rows of the task: the rows given" and report["kept"]["held_out"]
     assert report["kept"]["rows"] == len(ROWS)
 
 

@@ -134,11 +134,11 @@ def test_what_is_given_comes_before_what_is_remembered(tiny_gguf, rows, tmp_path
 
     assert find([]) is None and find([{}]) is None and find([{"dataset": None}]) is None
     whole = find(remembered)
-    assert whole.held_out and len(whole.measure) == 6 and whole.notes[0] == f"calibrated on the training set: {task}"
+    assert whole.held_out and len(whole.measure) == 6 and whole.notes[0] == f"rows of the task: the training set: {task}"
     assert all("Remembered." in text for text in texts(of_task(whole) + whole.measure))
     given = find(remembered, rows[:12])
     assert not given.held_out and len(of_task(given)) + len(given.measure) == 12
-    assert given.notes[0] == "calibrated on the rows given"
+    assert given.notes[0] == "rows of the task: the rows given"
     assert all("Remembered." in text for text in texts(of_task(given)))  # read as in training all the same
     told = find(remembered, None, rows[:3], system="Told.")
     assert told.held_out and len(told.measure) == 3
@@ -203,7 +203,7 @@ def test_other_rows_than_those_of_the_training_are_refused_unless_they_are_given
     with pytest.raises(DataError, match=r"task\.jsonl holds other rows than"):
         find_rows(model, tokenizer, None, None, trained, {}, 0)
     given = find_rows(model, tokenizer, task, None, trained, {}, 0)
-    assert not given.held_out and given.notes[0] == "calibrated on the rows given"
+    assert not given.held_out and given.notes[0] == "rows of the task: the rows given"
 
 
 def test_the_tokenizer_of_the_model_serves_where_none_is_given(tiny_gguf, rows):

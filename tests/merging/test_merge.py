@@ -156,7 +156,7 @@ def test_the_report_says_what_was_done(trained, rows):
     assert report.kept.drift_kl < report.kept.adapter_kl
     assert report.calibration_rows > len(rows)  # unrelated text counts
     assert report.calibration_tokens > 600 and report.seconds > 0 and report.peak_memory_bytes > 1 << 20
-    assert report.notes[0] == "calibrated on the rows given"
+    assert report.notes[0] == "rows of the task: the rows given"
     assert re.match(r"a set of \d+ rows: with fewer than about 200", report.notes[1])
     gridded = [each for each in report.layers if each.format != "f16"]
     floats = [each for each in report.layers if each.format == "f16"]
@@ -195,6 +195,13 @@ def test_nearest_and_grid_need_no_rows_and_measure_nothing_without(trained):
         report = merge(model, method=method)
         assert report.kept is None and report.retained_gain is None and report.calibration_rows == 0
         assert plain(model)
+
+
+@pytest.mark.parametrize("method", ["nearest", "grid"])
+def test_nearest_and_grid_measure_on_rows_and_do_not_say_that_they_calibrate(trained, rows, method):
+    model, tokenizer = trained().load()
+    report = merge(model, tokenizer, calibration=rows, method=method, min_retained=ANY)
+    assert report.kept is not None and report.calibration_rows == 0 and "calibrated" not in str(report)
 
 
 @pytest.mark.slow
@@ -243,7 +250,7 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
     make = merge_module.Measurement
     monkeypatch.setattr(merge_module, "Measurement", lambda *args: seen.append(args[2]) or make(*args))
     remembered = merge(fresh, method="nearest", min_retained=ANY)
-    assert remembered.notes[0] == f"calibrated on the training set: {tmp_path / 'train.jsonl'}"
+    assert remembered.notes[0] == f"rows of the task: the training set: {tmp_path / 'train.jsonl'}"
     assert remembered.notes[1] == f"measured on the run's held-out set: {tmp_path / 'held.jsonl'}"
     assert remembered.kept.held_out and remembered.kept.rows == 6
     assert remembered.calibration_rows == 14 + sum(s.source.startswith("neutral") for s in seen[0].fit + seen[0].judge)
@@ -256,7 +263,7 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
         fresh, tokenizer, calibration=rows[:14], eval_dataset=rows[14:], system="Be brief.", method="nearest",
         min_retained=ANY,
     )  # fmt: skip
-    assert given.notes[0] == "calibrated on the rows given"
+    assert given.notes[0] == "rows of the task: the rows given"
     assert given.kept.adapter == pytest.approx(remembered.kept.adapter, rel=1e-6)
 
 

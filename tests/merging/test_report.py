@@ -23,7 +23,7 @@ LAYERS = [
     LayerReport("model.layers.2.up_proj", "q4_k", 0.02, 0.0, 1.0, ()),
 ]
 KEPT = Kept(2.5, 0.9, 0.916, 0.001, 0.005, 0.108, 9, 180, True, 0.975)
-REPORT = MergeReport({"law": 0.7}, "auto", LAYERS, KEPT, 44, 4200, 3, 1.5, 1 << 30, ("calibrated on the rows given",))
+REPORT = MergeReport({"law": 0.7}, "auto", LAYERS, KEPT, 44, 4200, 3, 1.5, 1 << 30, ("rows of the task: the rows given",))
 BARE = replace(REPORT, kept=None, calibration_rows=0, calibration_tokens=0, notes=())
 
 
@@ -60,12 +60,12 @@ def test_the_json_holds_every_field(tmp_path):
 
 def test_the_summary_says_what_was_kept():
     lines = REPORT.summary()
-    assert lines[0] == "calibrated on 44 rows, 4200 tokens"
+    assert lines[0] == "calibrated on 44 rows, 4200 tokens, unrelated text included"
     assert "loss on 9 held-out rows: base 2.5000, with the adapter 0.9000, merged 0.9160" in lines
     assert lines[2] == "perplexity there: base 12.18, with the adapter 2.46, merged 2.499"
     assert lines[3] == "same likeliest token as with the adapter: 97.5% of 180 tokens"
     assert "KL 0.0050 from the adapter's model, which itself is 0.1080 from the base" in lines[4]
-    assert lines[5:] == ["retained gain: 99.0%", "calibrated on the rows given"]
+    assert lines[5:] == ["retained gain: 99.0%", "rows of the task: the rows given"]
     not_held = replace(REPORT, kept=replace(KEPT, held_out=False)).summary()
     assert "rows kept back from the calibration set" in not_held[1]
     learned = replace(REPORT, kept=replace(KEPT, held_out=False, before=0.954)).summary()
@@ -101,9 +101,9 @@ def test_the_table_has_a_line_for_each_kind_of_layer_with_its_medians():
 
 
 def test_printing_ends_with_the_gain_and_the_notes():
-    assert printed(REPORT).endswith("retained gain: 99.0%\ncalibrated on the rows given\n")
+    assert printed(REPORT).endswith("retained gain: 99.0%\nrows of the task: the rows given\n")
     assert printed(BARE).endswith("retained gain: not measured\n")
-    path = f"calibrated on the training set: /data/{'long/' * 30}rows[old].jsonl"  # neither markup nor wrapped
+    path = f"rows of the task: the training set: /data/{'long/' * 30}rows[old].jsonl"  # neither markup nor wrapped
     assert printed(replace(REPORT, notes=(path,)), width=80).endswith(path + "\n")
 
 

@@ -64,7 +64,7 @@ def test_kept_rows_are_those_that_the_training_set_gives(tiny_gguf, rows, tmp_pa
         len(options) > 1 and "system" not in options
     )
     count = len(kept.of(held_out=False))
-    assert brought.notes[0] == f"calibrated on the rows that the adapter keeps ({CALIBRATION}): {count} rows"
+    assert brought.notes[0] == f"rows of the task: the rows that the adapter keeps ({CALIBRATION}): {count} rows"
     assert brought.held_out == any("measured on what was held out" in note for note in brought.notes)
     with pytest.raises(DataError):
         find_rows(model, tokenizer, None, None, [trained], {}, 3)
@@ -89,7 +89,7 @@ def test_what_is_given_or_asked_for_wins(tiny_gguf, rows, tmp_path):
     def find(given: Any = None, measure: Any = None, arguments: Any = trained, **options: Any) -> Any:
         return find_rows(model, tokenizer, given, measure, [arguments], options, 0, [kept])
 
-    assert find(rows).notes[0] == "calibrated on the rows given"
+    assert find(rows).notes[0] == "rows of the task: the rows given"
     measured = find(None, rows[:3])
     assert (
         "keeps" in measured.notes[0] and len(measured.measure) == 3 and not any("what was" in n for n in measured.notes)
@@ -97,7 +97,7 @@ def test_what_is_given_or_asked_for_wins(tiny_gguf, rows, tmp_path):
     same = find(system="Be brief.", template=None, allow_outside_files=False)
     assert "keeps" in same.notes[0]
     anew = find(system="Else.")
-    assert anew.notes[0] == f"calibrated on the training set: {task}"
+    assert anew.notes[0] == f"rows of the task: the training set: {task}"
     assert all("Else." in tokenizer.decode(sample.input_ids) for sample in anew.measure)
     with pytest.raises(DataError, match="merge: template, system cannot be followed: the rows that the adapter keeps"):
         find(arguments={}, system="Else.", template="chatml")
@@ -142,7 +142,7 @@ def test_a_run_keeps_rows_and_its_adapter_merges_where_nothing_else_is(tiny_gguf
     qgraft.load_adapter(fresh, tmp_path / "out")
     merged.append(qgraft.merge(fresh, method="nearest", min_retained=-1e9))
     for each in merged:
-        assert each.notes[0] == f"calibrated on the rows that the adapter keeps ({CALIBRATION}): 14 rows"
+        assert each.notes[0] == f"rows of the task: the rows that the adapter keeps ({CALIBRATION}): 14 rows"
         assert each.notes[1] == "measured on what was held out: 6 rows that the adapter keeps" and each.kept.rows == 6
     assert merged[0].kept == merged[1].kept
     again = qgraft.train(fresh, tokenizer, rows, options_of(tmp_path / "out", overwrite_output_dir=True,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
@@ -139,7 +139,8 @@ def _merge(
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
-    chosen, unmeasured = (_rows_to_solve(find, method), None) if solved else _rows_to_measure(find, speaks, *given)
+    solves = bool(solved) and method in CHAINS
+    chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
     deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _converted(layers, to), _bar(console) as bar:
@@ -153,7 +154,7 @@ def _merge(
                 done, kept, steps = finish(model, layers, done, others, chosen, measured, _shown(bar, "distilling"))
             else:
                 kept = measured(done)
-    calibrated, again = chosen if solved else None, work.note if work else None
+    calibrated, again = chosen if solves else None, work.note if work else None
     report = MergeReport(
         adapters=weights,
         method=method,
@@ -171,10 +172,10 @@ def _merge(
     return report
 
 
-def _rows_to_solve(find: Callable[[], Calibration | None], method: str) -> Calibration | None:
-    """The rows; DataError where the method needs some and there are none."""
+def _rows_to_solve(find: Callable[[], Calibration | None], method: str) -> Calibration:
+    """The rows; DataError where there are none."""
     chosen = find()
-    if chosen is None and method in CHAINS:
+    if chosen is None:
         raise DataError(
             f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
             hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
@@ -231,9 +232,9 @@ def _solve(
 
 
 def _shown(bar: Display, what: str) -> Callable[[int, int], None]:
-    """Shows (done, total)."""
-    task = bar.add_task(what, total=None)
-    return lambda done, total: bar.update(task, completed=done, total=total)
+    """Shows (done, total), from the first call on."""
+    task = cache(lambda: bar.add_task(what))
+    return lambda done, total: bar.update(task(), completed=done, total=total)
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora

@@ -129,7 +129,8 @@ class MergeReport:
         """What was kept, line by line."""
         lines = []
         if self.calibration_rows:
-            lines.append(f"calibrated on {self.calibration_rows} rows, {self.calibration_tokens} tokens")
+            rows, tokens = self.calibration_rows, self.calibration_tokens
+            lines.append(f"calibrated on {rows} rows, {tokens} tokens, unrelated text included")
         if (kept := self.kept) is not None:
             where = "held-out rows" if kept.held_out else "rows kept back from the calibration set"
             if kept.before is not None:
