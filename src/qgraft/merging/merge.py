@@ -165,7 +165,7 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(calibrated.notes if calibrated else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
+        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
     )
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights)
