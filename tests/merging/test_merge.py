@@ -253,7 +253,7 @@ def test_rows_come_from_the_training_set_that_the_adapter_remembers(tiny_gguf, r
     assert remembered.notes[0] == f"rows of the task: the training set: {tmp_path / 'train.jsonl'}"
     assert remembered.notes[1] == f"measured on the run's held-out set: {tmp_path / 'held.jsonl'}"
     assert remembered.kept.held_out and remembered.kept.rows == 6
-    assert remembered.calibration_rows == 14 + sum(s.source.startswith("neutral") for s in seen[0].fit + seen[0].judge)
+    assert sum(not each.source.startswith("neutral") for each in seen[0].fit + seen[0].judge) == 14
     texts = [tokenizer.decode(sample.input_ids) for sample in seen[0].measure]
     assert all("Be brief." in text for text in texts)
     assert sorted(text.split("question ")[1][:2] for text in texts) == [str(i) for i in range(14, 20)]
