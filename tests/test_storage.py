@@ -194,6 +194,12 @@ def test_write_chunks(tmp_path: Path) -> None:
     assert not (tmp_path / "no-folder").exists()
 
 
+def test_a_limit_on_the_size_of_files_is_not_called_a_full_disk(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="File too large") as caught, storage.named_errors(tmp_path / "file.bin"):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert "ulimit -f" in str(caught.value.hint)
+
+
 def test_chunks_that_fail_leave_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "large.bin"
     path.write_bytes(b"old")

@@ -335,6 +335,8 @@ def named_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         room = "" if needed is None else f", {needed} bytes to write"
         room += f", {free_bytes(path)} bytes free" if full else ""
         hint = "free some space or choose another folder" if full else None
+        if error.errno == errno.EFBIG:
+            hint = "a limit on the size of files: see ulimit -f, or choose a folder of another file system"
         no_folder = isinstance(error, FileExistsError)  # of mkdir()
         why = f"{error.filename} is a file, expected a folder" if no_folder else error.strerror or str(error)
         raise StorageError(f"cannot write {_without_staging(path)}: {why}{room}", hint=hint) from error

@@ -370,7 +370,9 @@ def test_a_merge_keeps_what_the_adapter_learned(trained, folder, rows, tmp_path,
     assert "8 tensors changed" in capsys.readouterr().err
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["retained_gain"] > 0.9 and len(report["layers"]) == 8
-    assert report["notes"][0].startswith("rows of the task: the rows that the adapter keeps (calibration.safetensors): ")
+    assert report["notes"][0].startswith(
+        "rows of the task: the rows that the adapter keeps (calibration.safetensors): "
+    )
     assert {p.name for p in target.iterdir()} == {p.name for p in path.iterdir()}
     assert (target / "config.json").read_bytes() == (path / "config.json").read_bytes()
     before, after = load_file(path / "model.safetensors"), load_file(target / "model.safetensors")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from qgraft.adapter_files.calibration import CALIBRATION
 from qgraft.adapter_files.folder import load_adapter, save_adapter
 from qgraft.adapters.attach import attach_lora
-from qgraft.adapters.base import find_adapter
+from qgraft.adapters.base import find_adapter, selection_of
 from qgraft.adapters.choose import active_adapters
+from qgraft.adapters.kept_rows import KeptRow, KeptRows
 from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.cli import chat
 from qgraft.cli import main as cli
@@ -56,6 +59,23 @@ def test_combine_prints_what_it_made(adapters: Path, tiny_gguf: Maker, capsys: p
     ]
     report = load_adapter(load_gguf(tiny_gguf("llama").path, torch.float32)[0], adapters / "both")
     assert str(report) == "adapter default: applied to 4/4 layers"
+
+
+@pytest.mark.parametrize("keeping", [(), ("law",), ("law", "med")])
+def test_combine_says_whether_the_result_brings_rows_to_be_merged_with(
+    adapters: Path, tiny_gguf: Maker, capsys: pytest.CaptureFixture[str], keeping: tuple[str, ...]
+) -> None:
+    model = load_gguf(tiny_gguf("llama").path, torch.float32)[0]
+    kept = KeptRows((KeptRow(array("i", [1, 2, 3]), array("f", [0, 1, 1]), False, 7),), 1)
+    for name, folder in (("law", "law"), ("med", "lr=1")):
+        load_adapter(model, adapters / folder, name)
+        selection_of(model).change(name, kept=kept if name in keeping else None)
+        save_adapter(model, adapters / folder, name)
+    assert cli.main(["combine", "--adapter", "law", "--adapter", "lr=1", "--output", "both"]) == 0
+    said = "".join(capsys.readouterr())
+    assert (adapters / "both" / CALIBRATION).exists() == (len(keeping) == 2)
+    assert ("holds rows of all of their data" in said) == (len(keeping) == 2)
+    assert ("since there is none in lr=1: " in said) == (len(keeping) == 1)
 
 
 def test_combine_with_every_option(adapters: Path, capsys: pytest.CaptureFixture[str]) -> None:

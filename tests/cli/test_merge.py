@@ -58,7 +58,9 @@ def test_a_merge_writes_the_same_kind_of_file_and_a_report_beside_it(trained, tm
     assert formats(output) == formats(base)
     report = json.loads((tmp_path / "merged.merge.json").read_text())
     assert report["retained_gain"] > 0.9 and len(report["layers"]) == 14
-    assert report["notes"][0].startswith("rows of the task: the rows that the adapter keeps (calibration.safetensors): ")
+    assert report["notes"][0].startswith(
+        "rows of the task: the rows that the adapter keeps (calibration.safetensors): "
+    )
     assert (tmp_path / "merged.merge.png").read_bytes().startswith(b"\x89PNG")
     assert "merged layers" in printed.out and "down_proj" in printed.out
     assert f"retained gain: {report['retained_gain']:.1%}" in printed.out

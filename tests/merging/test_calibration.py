@@ -134,7 +134,9 @@ def test_what_is_given_comes_before_what_is_remembered(tiny_gguf, rows, tmp_path
 
     assert find([]) is None and find([{}]) is None and find([{"dataset": None}]) is None
     whole = find(remembered)
-    assert whole.held_out and len(whole.measure) == 6 and whole.notes[0] == f"rows of the task: the training set: {task}"
+    assert (
+        whole.held_out and len(whole.measure) == 6 and whole.notes[0] == f"rows of the task: the training set: {task}"
+    )
     assert all("Remembered." in text for text in texts(of_task(whole) + whole.measure))
     given = find(remembered, rows[:12])
     assert not given.held_out and len(of_task(given)) + len(given.measure) == 12

@@ -23,7 +23,9 @@ LAYERS = [
     LayerReport("model.layers.2.up_proj", "q4_k", 0.02, 0.0, 1.0, ()),
 ]
 KEPT = Kept(2.5, 0.9, 0.916, 0.001, 0.005, 0.108, 9, 180, True, 0.975)
-REPORT = MergeReport({"law": 0.7}, "auto", LAYERS, KEPT, 44, 4200, 3, 1.5, 1 << 30, ("rows of the task: the rows given",))
+REPORT = MergeReport(
+    {"law": 0.7}, "auto", LAYERS, KEPT, 44, 4200, 3, 1.5, 1 << 30, ("rows of the task: the rows given",)
+)
 BARE = replace(REPORT, kept=None, calibration_rows=0, calibration_tokens=0, notes=())
 
 

@@ -109,17 +109,23 @@ def test_rows_of_several_adapters_are_put_together_each_once(tiny_gguf, rows, tm
     one, of_one = kept_and_named(model, tokenizer, tmp_path, dataset=whole)
     two, of_two = kept_and_named(model, tokenizer, tmp_path, dataset=some, system="Be brief.")
     back, of_back = kept_and_named(model, tokenizer, tmp_path, dataset=whole, val_size=5)
-    held = len(back.of(held_out=True))
+    held, counted = len(back.of(held_out=True)), []
 
     def find(*adapters: Any) -> tuple[int, int | None, str]:
         trained, kept = ([each[part] for each in adapters] for part in (1, 0))
         found = find_rows(model, tokenizer, None, None, trained, {}, 0, kept)
+        small = next(note for note in found.notes if note.startswith("a set of "))
+        counted.append(int(small.split()[3]))
         task = [each for each in (*found.fit, *found.judge) if not each.source.startswith("neutral")]
         if not found.held_out:
             task += found.measure
         return len(task), len(found.measure) if found.held_out else None, found.notes[0]
 
     assert find((one, of_one), (one, of_one))[:2] == (20, None)
+    assert find((one, of_one), (None, of_one))[:2] == (20, None) and counted == [
+        20,
+        20,
+    ]  # kept by one, named by another
     total, _, told = find((one, of_one), (two, of_two))
     assert total == 29 and f"the rows that 2 adapters keep ({CALIBRATION}): 29 rows" in told
     total, _, told = find((one, of_one), (None, of_two))  # one keeps rows, one names some

@@ -45,13 +45,18 @@ def run(words: Sequence[str]) -> int:
         raise OptionError(f"--density {options.density:g}: {options.method} prunes nothing",
                           hint=f"leave it out, or take {', '.join(PRUNING)}")  # fmt: skip
 
+    weights = parse_weights(options.adapter)
     report = combine_files(
-        parse_weights(options.adapter), options.output, options.method, options.rank, options.density, options.seed,
+        weights, options.output, options.method, options.rank, options.density, options.seed,
         options.dtype, options.force, options.overwrite,
     )  # fmt: skip
     if (Path(options.output) / CALIBRATION).is_file():
         print_note(f"note: {CALIBRATION} holds rows of all of their data to be merged with, which can be read: delete it "
                    "before you give the adapter away")  # fmt: skip
+    elif any((Path(folder) / CALIBRATION).is_file() for folder in weights):
+        without = ", ".join(str(folder) for folder in weights if not (Path(folder) / CALIBRATION).is_file())
+        print_note(f"note: no {CALIBRATION} is written, since there is none in {without}: to merge what was combined, give "
+                   "rows of all tasks (qgraft merge --dataset)")  # fmt: skip
     if options.json:
         print_json(report.as_dict())
         return 0

@@ -103,7 +103,12 @@ def find_rows(
         found = given_rows(reader, calibration, trained, eval_dataset is None)
     if found is None:
         return None
-    task, held, size, notes = found.task, found.held, found.size, [f"rows of the task: {found.source}", *found.measured_on]
+    task, held, size, notes = (
+        found.task,
+        found.held,
+        found.size,
+        [f"rows of the task: {found.source}", *found.measured_on],
+    )
     if eval_dataset is not None:
         held = reader.samples(eval_dataset, first)
     if not task:

@@ -151,11 +151,12 @@ def brought_rows(
 
 def _together(kept: Found, named: Found) -> Found:
     """Both, each row once; held-out rows are those that neither has learned."""
-    task = kept.task + _besides(named.task, kept.task)
+    new = _besides(named.task, kept.task)
+    task = kept.task + new
     held = [*(kept.held or ()), *_besides(named.held or (), kept.held or ())]
     held = _besides(held, task)
     said = [*kept.measured_on, *named.measured_on] if held else []
-    return Found(task, held or None, kept.size + named.size, f"{kept.source}, and {named.source}", said)
+    return Found(task, held or None, kept.size + len(new), f"{kept.source}, and {named.source}", said)
 
 
 def _besides(samples: Iterable[Sample], others: Iterable[Sample]) -> list[Sample]:
