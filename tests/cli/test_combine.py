@@ -70,7 +70,7 @@ def test_combine_says_whether_the_result_brings_rows_to_be_merged_with(
     for name, folder in (("law", "law"), ("med", "lr=1")):
         load_adapter(model, adapters / folder, name)
         selection_of(model).change(name, kept=kept if name in keeping else None)
-        save_adapter(model, adapters / folder, name)
+        save_adapter(model, adapters / folder, name, save_calibration=True)
     assert cli.main(["combine", "--adapter", "law", "--adapter", "lr=1=0.5", "--output", "both"]) == 0
     said = "".join(capsys.readouterr())
     assert (adapters / "both" / CALIBRATION).exists() == (len(keeping) == 2)
