@@ -272,15 +272,17 @@ def test_published_folder_is_sealed(tmp_path: Path) -> None:
     assert names(target.parent) == {"run"}
 
 
-def test_every_bit_that_flips_in_a_manifest_is_seen(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bits", [1, pytest.param(8, marks=pytest.mark.slow)])
+def test_every_bit_that_flips_in_a_manifest_is_seen(tmp_path: Path, bits: int) -> None:
+    """One bit of each byte, another one in each, or all of them."""
     publish(tmp_path / "run", OLD)
     manifest = tmp_path / "run" / MANIFEST
     whole = manifest.read_bytes()
-    for place in range(8 * len(whole)):
+    for at, bit in [(at, (at + more) % 8) for at in range(len(whole)) for more in range(bits)]:
         flipped = bytearray(whole)
-        flipped[place // 8] ^= 1 << place % 8
+        flipped[at] ^= 1 << bit
         manifest.write_bytes(flipped)
-        assert check_folder(tmp_path / "run"), f"bit {place}"
+        assert check_folder(tmp_path / "run"), f"byte {at}, bit {bit}"
 
 
 def test_a_manifest_of_an_earlier_release_is_read(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_path_and_a_table_are_the_rows_that_they_hold(loaded: Loaded, tmp_path
     assert report.held_out_accounting is not None and report.held_out_accounting.kept == 12
     for given in (file, table):
         merged = qgraft.merge(loaded[0], calibration=given, eval_dataset=given, min_retained=-1e9, method="nearest")
-        assert merged.calibration_rows > 0
+        assert merged.kept is not None and merged.kept.rows == 12 and merged.kept.held_out
         qgraft.unmerge(loaded[0])
 
 
