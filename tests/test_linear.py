@@ -362,6 +362,16 @@ def test_bf16_leaves_the_output_layer_in_float32(tiny_gguf: Callable[..., Any]) 
     assert all(m.compute == "float32" for m in model.modules() if isinstance(m, QuantizedLinear))
 
 
+def test_keys_and_values_of_grouped_heads_are_not_computed_in_8_bits(tiny_gguf: Callable[..., Any]) -> None:
+    for architecture, narrow in (("llama", {"k_proj", "v_proj"}), ("gpt2", set())):
+        model, _ = qgraft.load(tiny_gguf(architecture).path)
+        with computing(model, "int8"):
+            layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+            exact = {name.rpartition(".")[2] for name, layer in layers.items() if layer.compute == "float32"}
+            assert exact - {"lm_head"} == narrow
+        assert {layer.compute for layer in layers.values()} == {"float32"}
+
+
 def test_a_layer_refuses_data_of_another_size() -> None:
     """The C loops trust these sizes: a wrong one would read past the end."""
     good = make_packed("q4_1", 6, 64)

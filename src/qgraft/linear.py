@@ -286,13 +286,17 @@ def computing(model: nn.Module, compute: str) -> Iterator[None]:
     """Within the block the packed layers of `model` compute products so, see QuantizedLinear; the output layer does not.
 
     Rounded to bfloat16, a logit of 20 is off by up to 0.06: that would be felt in the loss, unlike everything before it.
+    Neither do layers in 8 bits that make at most half as many numbers as a state has, the keys and values of grouped heads:
+    several heads read each of these. In SmolLM2 they are 6 % of the products and make 38 % of the error.
     """
     output_layer = getattr(model, "get_output_embeddings", None)
     head = output_layer() if callable(output_layer) else None
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module is not head]
     before = [layer.compute for layer in layers]
+    embedding = getattr(model, "get_input_embeddings", lambda: None)() if compute == "int8" else None
+    width = getattr(embedding, "embedding_dim", 0)
     for layer in layers:
-        layer.compute = compute
+        layer.compute = compute if layer.out_features > width // 2 else "float32"
     try:
         yield
     finally:

@@ -15,7 +15,8 @@ from qgraft.cli.chat import parse_mixture
 from qgraft.cli.train import _print_report
 from qgraft.data.reading import Accounting
 from qgraft.errors import CheckpointError, OptionError
-from qgraft.kernels import table
+from qgraft.kernels import KERNELS_VARIABLE, choose, native_status, table
+from qgraft.kernels.cpu import library
 from qgraft.training.report import TrainReport
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
@@ -340,6 +341,22 @@ def test_doctor_names_a_kernel_and_a_reason_for_every_op_and_format(capsys):
     shown = capsys.readouterr().out
     assert "q4_1" in shown
     assert all(f"\n     {row.name} " in shown for row in table.ROWS.values() if not row.by_format)
+
+
+def test_doctor_says_what_was_measured_on_a_cpu_of_this_kind(capsys, monkeypatch, request):
+    if not native_status()[0]:
+        pytest.skip("the C library is not built")
+    for level, said in (("avx2", "--compute int8 (Zen 3)"), ("amx", None), ("plain", None)):
+        monkeypatch.setattr(library, "level", lambda level=level: level)
+        assert cli.main(["doctor"]) == 0
+        shown = " ".join(capsys.readouterr().out.split())
+        assert ("speed training on a CPU of this kind" in shown) == (said is not None) and (said or "") in shown
+    monkeypatch.setenv(KERNELS_VARIABLE, "reference")
+    request.addfinalizer(choose.cache_clear)
+    choose.cache_clear()
+    monkeypatch.setattr(library, "level", lambda: "avx2")
+    assert cli.main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cpu"]["measured"] is None
 
 
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
