@@ -448,6 +448,7 @@ def test_null_is_as_good_as_left_out(tiny: Any, saved: Path, tmp_path: Path, ran
     )  # alpha / r is in B then
 
 
+@pytest.mark.spread(29)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_and_the_model_is_unchanged(
     tiny: Any, saved: Path, random_ids: Maker, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -357,6 +357,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.spread(17)
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused_and_the_model_is_unchanged(
     tiny: Any, tmp_path: Path, random_ids: Maker, monkeypatch: pytest.MonkeyPatch, case: str

@@ -80,6 +80,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.spread(10)
 @pytest.mark.parametrize(("architecture", "options"), CASES)
 def test_a_float_folder_is_the_same_model_as_a_file(
     architecture: str, options: dict[str, Any], tiny_gguf: Maker, random_ids: Maker, tmp_path: Path

@@ -42,7 +42,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.spread(6)
+@pytest.mark.spread(3)
 @pytest.mark.parametrize("name", SHAPES)
 def test_real_shapes_are_computed_as_by_the_model_they_were_made_of(name, tiny_gguf):
     architecture, config = SHAPES[name]

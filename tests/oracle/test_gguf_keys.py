@@ -154,7 +154,7 @@ def gap(path: Path, length: int, theirs: dict[int, float]) -> float:
     return max(abs(float(ours[token]) - logprob) for token, logprob in theirs.items())
 
 
-@pytest.mark.spread(21)
+@pytest.mark.spread(11)
 @pytest.mark.parametrize("label", CASES)
 def test_a_key_does_what_it_does_in_llamacpp(judged, label):
     case, (path, theirs) = CASES[label], judged[label]

@@ -395,7 +395,7 @@ def packed(kind: str, **options: Any) -> Any:
     return qgraft.quantize(model, "q8_0") or model
 
 
-@pytest.mark.spread(15)
+@pytest.mark.spread(7)
 @pytest.mark.parametrize("prompt", [3, 24])
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])

@@ -44,6 +44,7 @@ def stopped(tiny_gguf, tmp_path):
     return tmp_path / "out"
 
 
+@pytest.mark.spread(5)
 @pytest.mark.parametrize(
     "what, change",
     [("rows", {"rows": ROWS[::-1]}), ("rows", {"max_length": 40}), ("samples of a step", {"per_device_train_batch_size": 2}),
