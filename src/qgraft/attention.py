@@ -114,10 +114,10 @@ def attend_with_prefix(
         attention_mask = prefix.widened(attention_mask, keys_BGPD.shape[2])
     if softcap is None:
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
-    return _attend_capped(query, key, value, attention_mask, softcap, **kwargs), None
+    return attend_capped(query, key, value, attention_mask, softcap, **kwargs), None
 
 
-def _attend_capped(
+def attend_capped(
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -18,10 +18,19 @@ _CHANGING = ("dynamic", "longrope")  # in a rope_type
 def by_call(model: nn.Module) -> None:
     """Let each call of such a module of the model go by its own text. Once is enough."""
     for module in model.modules():
-        types = getattr(module, "rope_type", ())  # with several kinds of layers, one for each
-        names = types.values() if isinstance(types, dict) else (types,)
-        if any(kind in str(name) for name in names for kind in _CHANGING) and "forward" not in vars(module):
+        if _changes(module) and "forward" not in vars(module):
             module.forward = _ByCall(module)
+
+
+def by_length(model: nn.Module) -> bool:
+    """Whether a token's rotation depends on how long the text is, so that texts in one pass would change each other's."""
+    return any(_changes(module) for module in model.modules())
+
+
+def _changes(module: nn.Module) -> bool:
+    types = getattr(module, "rope_type", ())  # with several kinds of layers, one for each
+    names = types.values() if isinstance(types, dict) else (types,)
+    return any(kind in str(name) for name in names for kind in _CHANGING)
 
 
 class _ByCall:

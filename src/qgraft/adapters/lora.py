@@ -185,9 +185,9 @@ class LoraLayer(Holder):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the base makes of x, with what the active adapters add."""
-        if self.selection.serve is not None:
-            return self.selection.serve(self, x)
         active = self.selection.now()
+        if (serve := self.selection.serve or active.serve) is not None:
+            return serve(self, x)
         weights = active.uniform
         return self._row_by_row(x, active.rows) if weights is None else self._with(x, weights)
 
@@ -205,7 +205,7 @@ class LoraLayer(Holder):
 
     def _with(self, x: Tensor, weights: Mapping[str, float]) -> Tensor:
         tokens = self.tokens_of(x)
-        active = [(lora, weight) for name, weight in weights.items() if (lora := self._lora(name)) is not None]
+        active = [(lora, weight) for name, weight in weights.items() if (lora := self.named(name)) is not None]
         # A seed instead of a mask: drawn from torch's generator, so a resumed run draws the same ones.
         served = [
             (lora, LayerSegment(0, tokens, lora.config.scaling * weight, *self._dropout(lora)))
@@ -213,7 +213,7 @@ class LoraLayer(Holder):
         ]
         return self.with_segments(x, served)
 
-    def _lora(self, name: str) -> Lora | None:
+    def named(self, name: str) -> Lora | None:
         """The layer's LoRA of this name, in one look: another thread may be taking it off."""
         return cast(Lora | None, self.loras._modules.get(name))
 
@@ -228,7 +228,7 @@ class LoraLayer(Holder):
         y = self.base(x)
         rows.check(y)
         for name, index in rows.groups:
-            if (lora := self._lora(name)) is not None:
+            if (lora := self.named(name)) is not None:
                 y = self._add_to_rows(y, x, index, lora)
         return y
 

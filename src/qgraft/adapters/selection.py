@@ -76,6 +76,8 @@ class Active:
         rows: where set, it stands in for `weights`: each row of the batch has its own adapter.
         row_names: of a call of generate(), the adapters of the rows it was called with.
         evaluated: within a call of generate(), the keys and values of the prefixes that were computed in it.
+        serve: where set, it stands in for `weights` and `rows` in layers with LoRAs: layer, input -> output
+            (passes/batched.py); `weights` then says which adapters the call may come to.
         entrance: the module whose forward the call is; None for generate() and blocks.
         frame: of the function that the call lasts as long as; None for a block, which always ends by itself.
         thread: where it was begun.
@@ -87,6 +89,7 @@ class Active:
     rows: BatchRows | None = None
     row_names: tuple[str | None, ...] | None = None
     evaluated: dict[str, Tensor] | None = None
+    serve: Callable[[Any, Tensor], Tensor] | None = None
     entrance: nn.Module | None = None
     frame: FrameType | None = None
     thread: int = field(default_factory=threading.get_ident)
@@ -114,8 +117,8 @@ class Active:
 
     def differs(self) -> bool:
         """Whether it is more than the default of its selection, so that it matters whether it lasts."""
-        only_forward = self.row_names is None and self.evaluated is None and self.rows is None
-        return not only_forward or self.weights is not self.selection.weights
+        more = (self.row_names, self.evaluated, self.rows, self.serve)
+        return any(part is not None for part in more) or self.weights is not self.selection.weights
 
 
 @dataclass(eq=False)
@@ -196,7 +199,7 @@ class Selection:
         Raises UnsupportedError where another thread has taken the model.
         """
         around, outer = self.now(), _lasting(_NOW.get())
-        given = {"weights": around.weights, "evaluated": around.evaluated, **more}
+        given = {"weights": around.weights, "evaluated": around.evaluated, "serve": around.serve, **more}
         active = Active(self, frame=frame, outer=outer, **given)
         with _CHANGING:
             self.check_free()
