@@ -1,0 +1,100 @@
+"""A request that is being answered: its ids so far, what others are told of it, and where it ends."""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from qgraft.errors import QgraftError
+from qgraft.serving.mixes import Mix
+from qgraft.serving.requests import Delta, Finish, Listener, Request
+from qgraft.serving.sampling import Sampler, Token
+from qgraft.serving.text import AnswerText
+
+
+@dataclass(eq=False)
+class Running:
+    """One request in the engine, from its queue to its end.
+
+    Attributes:
+        limit: how many ids it may have: the model's context beside its prefixes.
+        ids: the prompt's and the answer's.
+        past: how many of them have gone through the model.
+        place: what the passes keep for it: blocks, or a cache (passes_of.py).
+        cancelled: whether nobody waits for it any more; set by any thread.
+        cached: how many of the prompt's tokens another request has passed through.
+        reason: why it is finished.
+    """
+
+    request: Request
+    listener: Listener
+    mix: Mix
+    limit: int
+    text: AnswerText
+    sampler: Sampler
+    ids: list[int]
+    past: int = 0
+    place: Any = None
+    cancelled: bool = False
+    cached: int = 0
+    finished: bool = False
+    reason: str = ""
+    _untold: list[Token] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        listener: Listener,
+        mix: Mix,
+        limit: int,
+        decode: Callable[[list[int]], str],
+        rewrites: bool,
+    ) -> "Running":
+        """A request at its beginning."""
+        prompt = list(request.prompt)
+        text, sampler = AnswerText(decode, request.stop, rewrites), Sampler(request.sampling, prompt)
+        return cls(request, listener, mix, limit, text, sampler, prompt)
+
+    @property
+    def new(self) -> int:
+        """How many ids have not gone through."""
+        return len(self.ids) - self.past
+
+    @property
+    def answered(self) -> int:
+        """How many tokens the answer has."""
+        return len(self.ids) - len(self.request.prompt)
+
+    def take(self, logits_V: Tensor, ends: Collection[int]) -> None:
+        """Choose the next token and tell it; with it the answer may end."""
+        try:
+            token = self.sampler.draw(logits_V)
+        except QgraftError as error:
+            self.finish("error", error)
+            return
+        if token.id in ends and not self.request.ignore_ends:
+            self.finish("stop")
+            return
+        self.ids.append(token.id)
+        self._untold.append(token)
+        self._tell(self.text.push(token.id))
+        if self.text.stopped is not None:
+            self.finish("stop")
+        elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
+            self.finish("length")
+
+    def finish(self, reason: str, error: QgraftError | None = None) -> None:
+        """Tell what is left of the answer, and that it ends here."""
+        if self.finished:
+            return
+        self.finished, self.reason = True, reason
+        self._tell(self.text.end(), last=True)
+        prompt, answered = len(self.request.prompt), self.answered + (reason == "stop" and self.text.stopped is None)
+        self.listener(Finish(reason, prompt, answered, self.cached, self.text.stopped, error))
+
+    def _tell(self, text: str, last: bool = False) -> None:
+        if text or (self._untold and (last or self.request.sampling.logprobs is not None)):
+            self.listener(Delta(text, tuple(self._untold)))
+            self._untold.clear()

@@ -1,0 +1,157 @@
+"""Which token comes next: logits of one text -> penalties -> temperature -> cuts -> a draw from the text's own generator.
+
+    penalties     repetition (Keskar et al. 2019): of every token that is in the text already, logits above 0 are divided by
+                  it and those below multiplied; presence and frequency (OpenAI): of the answer's tokens, p is subtracted
+                  once, f for every time; logit_bias is added
+    temperature   logits / t; 0 takes the likeliest token, and nothing is drawn
+    cuts          top_k tokens; of these the fewest that have the share top_p; of these those with at least min_p of the
+                  likeliest one's share
+
+The order is that of transformers and vLLM. Each text has a generator of its own, made of its seed: what it draws does not
+depend on who else is in the batch. Log probabilities are those of the model, before all of the above, as OpenAI's are.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qgraft.errors import OptionError, QgraftError
+from qgraft.ranges import ABOVE_0, COUNT, FINITE, SEED, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
+
+_PENALTY = Range(-2, 2)
+_SHARE = Range(0, 1)
+_TOP_K = Range(-1, 2**31 - 1, whole=True)
+TOP_LOGPROBS = Range(0, 20, whole=True)
+
+
+class BrokenLogitsError(QgraftError):
+    """Logits from which no token can be taken: NaN, or nothing that is allowed."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of an answer are chosen, by the names of OpenAI and vLLM.
+
+    Attributes:
+        top_k: 0 and -1 are all tokens.
+        seed: None for one that nobody knows.
+        logprobs: of how many likeliest tokens the log probabilities are told, beside the chosen one's; None for none.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_ranges({
+            "temperature": (self.temperature, TEMPERATURE), "top_p": (self.top_p, SHARE_ABOVE_0),
+            "top_k": (self.top_k, _TOP_K), "min_p": (self.min_p, _SHARE),
+            "repetition_penalty": (self.repetition_penalty, ABOVE_0),
+            "presence_penalty": (self.presence_penalty, _PENALTY),
+            "frequency_penalty": (self.frequency_penalty, _PENALTY),
+            "seed": (0 if self.seed is None else self.seed, SEED),
+            "logprobs": (self.logprobs or 0, TOP_LOGPROBS),
+        })  # fmt: skip
+        wrong = [f"{token}: {bias}" for token, bias in self.logit_bias.items() if bias not in FINITE]
+        if wrong or not all(token in Range(0, COUNT.most, whole=True) for token in self.logit_bias):
+            raise OptionError(f"logit_bias: got {wrong or dict(self.logit_bias)}, expected finite numbers by token ids")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer.
+
+    Attributes:
+        logprob, top: its log probability, and those of the likeliest tokens; where they were asked for.
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one answer.
+
+    Args:
+        prompt: the ids that repetition_penalty knows from the beginning.
+    """
+
+    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator()
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(sampling.seed)
+        self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
+        self._counts: dict[int, int] = {}
+
+    def draw(self, logits_V: Tensor) -> Token:
+        """The next token. Raises BrokenLogitsError for logits that are NaN."""
+        raw_V = logits_V.detach().to("cpu", torch.float32)
+        if bool(raw_V.isnan().any()) or not bool((raw_V < torch.inf).all()) or not bool(raw_V.isfinite().any()):
+            raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
+        scores_V = self.penalized(raw_V)
+        temperature = self.sampling.temperature
+        chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
+        self._count(chosen)
+        return self._told(chosen, raw_V)
+
+    def _count(self, token: int) -> None:
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self.sampling.repetition_penalty != 1:
+            self._seen.add(token)
+
+    def penalized(self, raw_V: Tensor) -> Tensor:
+        """The logits with all penalties and biases."""
+        s = self.sampling
+        plain = s.repetition_penalty == 1 and not (s.presence_penalty or s.frequency_penalty or s.logit_bias)
+        if plain:
+            return raw_V
+        scores_V = raw_V.clone()
+        if self._seen:
+            seen_N = torch.tensor(sorted(token for token in self._seen if token < len(raw_V)))
+            old_N = scores_V[seen_N]
+            scores_V[seen_N] = torch.where(old_N > 0, old_N / s.repetition_penalty, old_N * s.repetition_penalty)
+        for token, count in self._counts.items():
+            scores_V[token] -= s.presence_penalty + s.frequency_penalty * count
+        for token, bias in s.logit_bias.items():
+            if token >= len(raw_V):
+                raise OptionError(f"logit_bias: there is no token {token}, expected ids below {len(raw_V)}")
+            scores_V[token] += bias
+        return scores_V
+
+    def _drawn(self, scores_V: Tensor) -> int:
+        """A token by the shares that are left."""
+        tokens_N, shares_N = self.shares(scores_V)
+        return int(tokens_N[torch.multinomial(shares_N, 1, generator=self._generator)])
+
+    def shares(self, scores_V: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens [n], the likeliest first, what they weigh [n]) of scores that the temperature has divided."""
+        s = self.sampling
+        ordered_N, tokens_N = scores_V.sort(descending=True, stable=True)
+        if s.top_k > 0:
+            ordered_N, tokens_N = ordered_N[: s.top_k], tokens_N[: s.top_k]
+        shares_N = ordered_N.softmax(-1)
+        before_N = shares_N.cumsum(-1) - shares_N
+        kept_N = (before_N < s.top_p) & (shares_N >= s.min_p * shares_N[0])
+        kept_N[0] = True
+        return tokens_N, shares_N * kept_N
+
+    def _told(self, token: int, raw_V: Tensor) -> Token:
+        if self.sampling.logprobs is None:
+            return Token(token)
+        logprobs_V = raw_V.log_softmax(-1)
+        top = logprobs_V.topk(min(self.sampling.logprobs, len(raw_V))) if self.sampling.logprobs else None
+        likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        return Token(token, float(logprobs_V[token]), likeliest)

@@ -1,0 +1,83 @@
+"""The text of an answer while it is written: what can be shown of it already, and whether it has come to a stop string.
+
+What an id means depends on those before it: a character may be several ids, sentencepiece drops the blank at the beginning,
+and some tokenizers take blanks before punctuation out again. So all ids are decoded, and what is shown is what further ids
+cannot change: nothing that ends in a part of a character; with such a tokenizer, nothing behind the last blank; nothing that
+may be the beginning of a stop string. What has been shown is the answer: in a stream and in one piece it is the same text.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+_LAST_WORD = re.compile(r"\s+\S*\Z")
+LINES = 64  # ids behind which a line's end lets the ids before it be forgotten
+
+
+class AnswerText:
+    """One answer.
+
+    Args:
+        decode: ids -> text, of all of them.
+        stop: texts that end the answer; they are not shown.
+        rewrites: whether the tokenizer may change blanks that it has written (clean_up_tokenization_spaces).
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), rewrites: bool = False) -> None:
+        self._text_of, self._stop, self._rewrites = decode, tuple(stop), rewrites
+        self._ids: list[int] = []
+        self._settled = 0  # characters of what self._ids decodes to that are in `text`
+        self._pending = ""  # known, and held back
+        self.text = ""  # shown
+        self.stopped: str | None = None
+
+    def push(self, token: int) -> str:
+        """What one more id lets be shown."""
+        self._ids.append(token)
+        decoded = self._text_of(self._ids)
+        whole = decoded.rstrip("\ufffd") if decoded.endswith("\ufffd") else decoded
+        if self._rewrites and (word := _LAST_WORD.search(whole)):
+            whole = whole[: word.start()]
+        elif self._rewrites:
+            whole = ""
+        shown = self._take(whole)
+        if len(self._ids) > LINES and decoded.endswith("\n") and self._settled == len(decoded):
+            self._begin_again()
+        return shown
+
+    def end(self) -> str:
+        """The answer is complete: what is left of it."""
+        if self.stopped is not None:
+            return ""
+        shown = self._take(self._text_of(self._ids))
+        if self.stopped is None:
+            shown += self._pending
+            self.text += self._pending
+        self._pending = ""
+        return shown
+
+    def _take(self, whole: str) -> str:
+        """What may be shown when `whole` is known of what the ids decode to."""
+        if self.stopped is not None or len(whole) <= self._settled:
+            return ""
+        self._pending += whole[self._settled :]
+        self._settled = len(whole)
+        found = [(at, text) for text in self._stop if (at := self._pending.find(text)) >= 0]
+        if found:
+            at, self.stopped = min(found)
+            shown, self._pending = self._pending[:at], ""
+        else:
+            held = max((_overlap(self._pending, text) for text in self._stop), default=0)
+            shown = self._pending[: len(self._pending) - held]
+            self._pending = self._pending[len(shown) :]
+        self.text += shown
+        return shown
+
+    def _begin_again(self) -> None:
+        """Forget the ids before the last line: what they decode to has been shown. The last one stays as a beginning."""
+        last = self._ids[-1:]
+        self._ids, self._settled = last, len(self._text_of(last))
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

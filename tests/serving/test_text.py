@@ -1,0 +1,76 @@
+"""What is shown of an answer stays, adds up to the answer, and never holds a stop string."""
+
+from collections.abc import Callable
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qgraft.serving.blocks import Blocks
+from qgraft.serving.text import AnswerText
+
+
+def by_bytes(ids: list[int]) -> str:
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+def shown(
+    decode: Callable[[list[int]], str], ids: list[int], stop: tuple[str, ...] = (), rewrites: bool = False
+) -> AnswerText:
+    text = AnswerText(decode, stop, rewrites)
+    pieces = []
+    for token in ids:
+        if text.stopped is None:
+            pieces.append(text.push(token))
+    pieces.append(text.end())
+    assert "".join(pieces) == text.text
+    return text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=60))
+def test_characters_of_several_ids_come_whole(text: str) -> None:
+    answer = AnswerText(by_bytes)
+    pieces = [answer.push(byte) for byte in text.encode("utf-8", "replace")]
+    assert "".join(pieces) + answer.end() == text.encode("utf-8", "replace").decode()
+    assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("ab\n", max_size=300), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_an_answer_ends_before_its_first_stop_string(text: str, stop: list[str]) -> None:
+    answer = shown(by_bytes, list(text.encode()), tuple(stop))
+    ends = [text.find(each) + len(each) for each in stop if each in text]
+    if not ends:
+        assert answer.text == text and answer.stopped is None
+    else:  # the one that is complete first, where several begin there the one that begins first
+        assert answer.stopped in stop and text.startswith(answer.text + str(answer.stopped))
+        assert len(answer.text) + len(str(answer.stopped)) == min(ends) and not any(
+            each in answer.text for each in stop
+        )
+
+
+def test_a_tokenizer_that_takes_blanks_out_again_is_waited_for() -> None:
+    words = {1: "it", 2: " '", 3: "s", 4: " here", 5: " ."}
+
+    def decode(ids: list[int]) -> str:
+        return "".join(words[token] for token in ids).replace(" 's", "'s").replace(" .", ".")
+
+    text = AnswerText(decode, rewrites=True)
+    assert [text.push(token) for token in (1, 2, 3, 4, 5)] == ["", "it", "", "'s", ""]
+    assert text.end() == " here." and text.text == "it's here."
+
+
+def test_blocks_are_known_by_what_is_before_them_and_given_away_when_there_are_no_others() -> None:
+    blocks = Blocks(6)
+    ids = list(range(64))
+    first = blocks.begin("law", ids)
+    first.blocks += blocks.take(4) or []
+    blocks.tell(first, ids, 64)
+    second = blocks.begin("law", [*ids[:40], 99])
+    assert second.blocks == first.blocks[:2] and blocks.available == 2
+    assert blocks.begin("med", ids).blocks == [] and blocks.begin("law", ids[16:]).blocks == []
+    blocks.release(first.blocks)
+    assert blocks.available == 4 and blocks.take(5) is None
+    taken = blocks.take(4)
+    assert taken is not None and not set(taken) & set(second.blocks)
+    assert blocks.begin("law", ids).blocks == second.blocks  # the end was forgotten first
