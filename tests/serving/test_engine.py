@@ -1,8 +1,10 @@
 """An answer in a batch is the answer alone, whoever comes and goes beside it; and one that fails fails alone."""
 
+import json
 import random
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +17,12 @@ from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
 from qgraft.attention import attention_of
 from qgraft.errors import AdapterError, DataError, OptionError, UnsupportedError
+from qgraft.model_parts import decoder_of
 from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
+from qgraft.passes.decoding import why_not
 from qgraft.serving.engine import Engine, answer_all
+from qgraft.serving.json_text import JsonText
 from qgraft.serving.passes_of import SharedPasses, SinglePasses
 from qgraft.serving.requests import BusyError, Delta, Finish, Request
 from qgraft.serving.sampling import Sampling
@@ -293,3 +298,42 @@ def test_a_thread_answers_while_adapters_come_and_go(talker: Any) -> None:
     engine.stop(5)
     with pytest.raises(BusyError, match="being stopped"):
         engine.submit(request, listen)
+
+
+def test_who_is_alone_is_decoded_in_c_over_the_same_memory(talker: Any) -> None:
+    model, tokenizer = talker
+    if why_not(decoder_of(model)) is not None:
+        pytest.skip("no native kernels here")
+    prompt = tuple(range(10, 40))
+    requests = [
+        Request(prompt[: 20 + n], mix, GREEDY, max_tokens=20, ignore_ends=True) for n, mix in enumerate(MIXES[:5])
+    ]
+    engine = Engine(model, tokenizer)
+    together = answer_all(engine, requests)
+    assert isinstance(engine.passes, SharedPasses)
+    before = engine.passes.single.steps
+    alone = [answer_all(engine, [request])[0] for request in requests]
+    assert engine.passes.single.steps - before > 50
+    assert [each["tokens"] for each in alone] == [each["tokens"] for each in together]
+    mixed = answer_all(engine, [replace(requests[1], max_tokens=3), requests[2]])[1]  # by the one, then by the other
+    assert mixed["tokens"] == alone[2]["tokens"]
+    engine.stop()
+
+
+def test_an_answer_that_must_be_json_is_json(talker: Any) -> None:
+    model, tokenizer = talker
+    engine = Engine(model, tokenizer)
+    bias = dict.fromkeys(tokenizer('{"}:,', add_special_tokens=False)["input_ids"], 6.0)
+    requests = [
+        Request((5, 6 + n), mix, Sampling(seed=n, temperature=heat, logit_bias=bias), max_tokens=90, json=True)
+        for n, mix in enumerate(MIXES[:4])
+        for heat in (0, 1)
+    ]
+    complete = 0
+    for answer in answer_all(engine, requests):
+        assert answer["finish"].error is None and JsonText().after(answer["text"]) is not None
+        if answer["finish"].reason == "stop":
+            assert isinstance(json.loads(answer["text"]), dict)
+            complete += 1
+    assert complete
+    engine.stop()

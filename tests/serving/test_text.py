@@ -35,6 +35,12 @@ def test_characters_of_several_ids_come_whole(text: str) -> None:
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
 
 
+def test_long_answers_forget_what_is_settled() -> None:
+    text = "Grüße, 世界! " * 60
+    answer = AnswerText(by_bytes)
+    assert "".join(map(answer.push, text.encode())) + answer.end() == text and len(answer._ids) < 100
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab\n", max_size=300), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_its_first_stop_string(text: str, stop: list[str]) -> None:

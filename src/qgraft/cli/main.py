@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train an adapter on the packed weights of a model file",
     "estimate": "say how much memory training will take",
     "chat": "talk to a model, with or without adapters",
+    "serve": "answer many people at once, each with own adapters (OpenAI's API)",
     "eval": "measure the loss on held-out rows",
     "merge": "put adapters into the packed weights, and write the same kind of file",
     "combine": "make one adapter out of several",
@@ -28,12 +29,10 @@ COMMANDS = {
     "doctor": "show versions, CPU features and which kernels serve",
 }
 
-_SERVERS = (
-    "llama-server, Ollama, LM Studio and vLLM serve what `qgraft export` and `qgraft merge` write: docs/guide-serve.md"
-)
+_SERVE = "`qgraft serve` does that; other servers take what `qgraft export` and `merge` write: docs/guide-serve.md"
 _TRAIN, _CHAT, _EXPORT = "`qgraft train` does that", "`qgraft chat` does that", "`qgraft export` does that"
 MEANT = {  # what people type who know other tools -> what there is for it
-    **dict.fromkeys(("serve", "server", "web", "webui", "api", "ui", "gui", "deploy", "host"), _SERVERS),
+    **dict.fromkeys(("server", "web", "webui", "api", "ui", "gui", "deploy", "host"), _SERVE),
     **dict.fromkeys(("finetune", "fine-tune", "sft", "lora", "tune", "fit", "learn", "resume"), _TRAIN),
     **dict.fromkeys(("run", "generate", "ask", "talk", "answer", "cli", "infer", "inference", "prompt"), _CHAT),
     **dict.fromkeys(("convert", "modelfile", "ollama", "gguf", "save"), _EXPORT),

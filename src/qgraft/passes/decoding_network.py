@@ -19,11 +19,12 @@ detached, weights replaced, hooks added and layers exchanged at any time.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from operator import contains
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -131,6 +132,24 @@ class Network:
             self._memory, self.model.capacity = memory, memory.shape[3]
             for index, layer in enumerate(self._array):
                 layer.keys, layer.values = memory[2 * index].data_ptr(), memory[2 * index + 1].data_ptr()
+
+    def write_behind(self, memory: Mapping[int, tuple[Tensor, Tensor]], first: int) -> bool:
+        """Write keys and values into these, [groups, slots, channels] by the number of the layer, from a slot on.
+
+        False for memories of another kind.
+        """
+        self._memory = None
+        shape = (self.groups, next(iter(memory.values()))[0].shape[1], self.channels)
+        if len(memory) != len(self._array) or any(
+            part.shape != shape or part.dtype != torch.float32 or not part.is_contiguous() or part.device.type != "cpu"
+            for pair in memory.values()
+            for part in pair
+        ):
+            return False
+        self.model.capacity, offset = shape[1], first * self.channels * 4
+        for index, layer in enumerate(self._array):
+            layer.keys, layer.values = (part.data_ptr() + offset for part in memory[index])
+        return True
 
     def _layer(self, index: int, layer: Any) -> abi.DecoderLayer:
         self._check(layer, "DecoderLayer", f"layers.{index}")

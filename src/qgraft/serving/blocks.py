@@ -9,6 +9,9 @@ those of the block before it, under the same adapters:
 The next text with that root that begins a b c d e f g h x takes blocks 7 and 2 and passes from x on. Known blocks that no
 text holds are kept, and given away again when there are no others, the least recently used first. Keys are compared, never
 hashes alone.
+
+A text gets the block behind its last one where nobody holds that, and a new text begins in the middle of the longest free
+run: blocks that follow each other are read without a copy (passes/single_text.py).
 """
 
 from collections import OrderedDict
@@ -23,7 +26,7 @@ class Blocks:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._free = list(range(count - 1, -1, -1))
+        self._free = set(range(count))
         self._users = [0] * count
         self._known: dict[tuple[Hashable, tuple[int, ...]], int] = {}
         self._keys: dict[int, tuple[Hashable, tuple[int, ...]]] = {}  # of the known blocks
@@ -36,16 +39,32 @@ class Blocks:
         """How many blocks a text could get."""
         return len(self._free) + len(self._idle)
 
-    def take(self, wanted: int) -> list[int] | None:
-        """So many blocks, or None where there are fewer."""
+    def take(self, wanted: int, behind: int | None = None) -> list[int] | None:
+        """So many blocks, behind this one if they can be; None where there are fewer."""
         if wanted > self.available:
             return None
-        taken = []
+        taken: list[int] = []
         for _ in range(wanted):
-            block = self._free.pop() if self._free else self._forget_oldest()
-            self._users[block] = 1
+            block = self._best(behind)
+            self._free.discard(block)
+            if block in self._idle:
+                self._forget(block)
+            self._users[block], behind = 1, block
             taken.append(block)
         return taken
+
+    def _best(self, behind: int | None) -> int:
+        """The next block of a text whose last one is `behind`."""
+        if behind is not None and (behind + 1 in self._free or behind + 1 in self._idle):
+            return behind + 1
+        if not self._free:
+            return next(iter(self._idle))
+        start, longest, run = 0, 0, 0
+        for block in range(self.count):
+            run = run + 1 if block in self._free else 0
+            if run > longest:
+                start, longest = block + 1 - run, run
+        return start if longest == self.count else start + longest // 2
 
     def release(self, blocks: Sequence[int]) -> None:
         """A text does not hold these any more."""
@@ -56,12 +75,11 @@ class Blocks:
             if block in self._keys:
                 self._idle[block] = None
             else:
-                self._free.append(block)
+                self._free.add(block)
 
-    def _forget_oldest(self) -> int:
-        block, _ = self._idle.popitem(last=False)
-        del self._known[self._keys.pop(block)], self._numbers[block]
-        return block
+    def _forget(self, block: int) -> None:
+        """Let a known block that no text holds be any block."""
+        del self._idle[block], self._known[self._keys.pop(block)], self._numbers[block]
 
     def begin(self, root: Hashable, ids: Sequence[int]) -> "Held":
         """The known blocks of the longest beginning of `ids`, held from now on; the last id is never among them."""

@@ -33,7 +33,7 @@ from qgraft.passes.key_values import BLOCK
 from qgraft.passes.limits import stated_ends
 from qgraft.serving.mixes import mix_of
 from qgraft.serving.passes_of import Part, Passes, SharedPasses, SinglePasses
-from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request
+from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
 
 LONGEST = (
@@ -106,7 +106,7 @@ class Engine:
         running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites)
         with self._changed:
             if self._stopping:
-                raise BusyError("the server is being stopped")
+                raise StoppedError("the server is being stopped")
             if len(self.waiting) >= self.max_queue + max(self.max_batch - len(self.running), 0):
                 raise BusyError(f"{len(self.waiting)} requests are waiting, expected at most {self.max_queue}")
             self.waiting.append(running)
@@ -166,6 +166,14 @@ class Engine:
         self.passes.close()
 
     def _run(self) -> None:
+        try:
+            self._go_on()
+        finally:  # by itself only where nothing is left
+            self._stopping = True
+            for each in (*self.waiting, *self.running):
+                each.finish("error", StoppedError("the engine has ended"))
+
+    def _go_on(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: not self._guests and (self.waiting or self.running or self._stopping))

@@ -22,6 +22,7 @@ from qgraft.model_parts import decoder_of
 from qgraft.passes.batched import CACHED, Piece, next_logits
 from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.own_passes import OwnPasses
+from qgraft.passes.single_text import SingleText
 from qgraft.serving.blocks import Blocks, Held
 from qgraft.serving.mixes import Mix, prefix_layers
 from qgraft.serving.running import Running
@@ -81,6 +82,7 @@ class SharedPasses:
         self.blocks = Blocks(slots // BLOCK)
         self.memory = KeyValues(self.blocks.count * BLOCK)
         self.whole_prompts = hasattr(decoder_of(model), "marks")  # a context is read in both directions
+        self.single = SingleText(model)  # a request that is alone
         self.mixes_share = True  # whether every layer sees every token, so that each can have its own adapters
         self._prefixes: dict[tuple[tuple[str, int, float], ...], tuple[list[int], int]] = {}  # blocks, requests
         self._attention = attention_of(model)
@@ -113,7 +115,7 @@ class SharedPasses:
         wanted = max(-(-length // BLOCK) - len(held.blocks), 0)
         if wanted > self.blocks.available:
             self._drop_prefixes()
-        more = self.blocks.take(wanted)
+        more = self.blocks.take(wanted, held.blocks[-1] if held.blocks else None)
         held.blocks += more or []
         return more is not None
 
@@ -154,7 +156,8 @@ class SharedPasses:
     def _passed(self, parts: Sequence[Part]) -> list[Result]:
         pieces = [self._piece(running, count) for running, count in parts]
         try:
-            logits_NV = iter(next_logits(self.model, self.memory, pieces))
+            alone_V = self.single.next_logits(self.memory, pieces[0]) if len(pieces) == 1 else None
+            logits_NV = iter(next_logits(self.model, self.memory, pieces) if alone_V is None else [alone_V])
         except (RuntimeError, ValueError, LookupError) as error:
             if len(parts) == 1:
                 return [_failed(error)]

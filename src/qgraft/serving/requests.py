@@ -25,6 +25,7 @@ class Request:
         stop: texts that end it.
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.
+        json: whether it must be a JSON object; it ends where that is complete.
     """
 
     prompt: tuple[int, ...]
@@ -34,6 +35,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_ends: bool = False
     keep_special: bool = False
+    json: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,4 +69,8 @@ Listener = Callable[[Delta | Finish], None]
 
 
 class BusyError(QgraftError):
-    """The queue is full, or the engine is being stopped."""
+    """The queue is full."""
+
+
+class StoppedError(BusyError):
+    """The engine takes no more requests, or has ended."""

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from qgraft.errors import QgraftError
+from qgraft.serving.json_text import JsonText
 from qgraft.serving.mixes import Mix
 from qgraft.serving.requests import Delta, Finish, Listener, Request
 from qgraft.serving.sampling import Sampler, Token
@@ -40,7 +41,9 @@ class Running:
     cached: int = 0
     finished: bool = False
     reason: str = ""
+    _ended: bool = False  # by a token, which counts as one of the answer's
     _untold: list[Token] = field(default_factory=list)
+    _form: JsonText = field(default_factory=JsonText)
 
     @classmethod
     def of(
@@ -70,20 +73,29 @@ class Running:
     def take(self, logits_V: Tensor, ends: Collection[int]) -> None:
         """Choose the next token and tell it; with it the answer may end."""
         try:
-            token = self.sampler.draw(logits_V)
+            token = self.sampler.draw(logits_V, self._keeps_form if self.request.json else None)
         except QgraftError as error:
             self.finish("error", error)
             return
         if token.id in ends and not self.request.ignore_ends:
+            self._ended = True
             self.finish("stop")
             return
+        if self.request.json:
+            self._form = self._form.after(self.text.peek(token.id)[0]) or self._form
         self.ids.append(token.id)
         self._untold.append(token)
         self._tell(self.text.push(token.id))
-        if self.text.stopped is not None:
+        if self.text.stopped is not None or self._form.complete:
             self.finish("stop")
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")
+
+    def _keeps_form(self, token: int) -> bool:
+        """Whether the answer with this token can still become a JSON object."""
+        text, partly = self.text.peek(token)
+        state = self._form.after(text)
+        return state is not None and (state.in_string if partly else bool(text))
 
     def finish(self, reason: str, error: QgraftError | None = None) -> None:
         """Tell what is left of the answer, and that it ends here."""
@@ -91,7 +103,7 @@ class Running:
             return
         self.finished, self.reason = True, reason
         self._tell(self.text.end(), last=True)
-        prompt, answered = len(self.request.prompt), self.answered + (reason == "stop" and self.text.stopped is None)
+        prompt, answered = len(self.request.prompt), self.answered + self._ended
         self.listener(Finish(reason, prompt, answered, self.cached, self.text.stopped, error))
 
     def _tell(self, text: str, last: bool = False) -> None:

@@ -11,7 +11,7 @@ The order is that of transformers and vLLM. Each text has a generator of its own
 depend on who else is in the batch. Log probabilities are those of the model, before all of the above, as OpenAI's are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -96,14 +96,23 @@ class Sampler:
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
 
-    def draw(self, logits_V: Tensor) -> Token:
-        """The next token. Raises BrokenLogitsError for logits that are NaN."""
+    def draw(self, logits_V: Tensor, allowed: Callable[[int], bool] | None = None) -> Token:
+        """The next token, of those that are allowed: what is drawn and is not counts as if it had no share.
+
+        Raises BrokenLogitsError for logits that are NaN, and where nothing is allowed.
+        """
         raw_V = logits_V.detach().to("cpu", torch.float32)
         if bool(raw_V.isnan().any()) or not bool((raw_V < torch.inf).all()) or not bool(raw_V.isfinite().any()):
             raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
         scores_V = self.penalized(raw_V)
         temperature = self.sampling.temperature
         chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
+        while allowed is not None and not allowed(chosen):
+            scores_V = scores_V.clone() if scores_V is raw_V else scores_V
+            scores_V[chosen] = -torch.inf
+            if not bool(scores_V.isfinite().any()):
+                raise BrokenLogitsError("no token can go on with the answer in the form that was asked for")
+            chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
         self._count(chosen)
         return self._told(chosen, raw_V)
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
-LINES = 64  # ids behind which a line's end lets the ids before it be forgotten
+MOST, KEPT = 64, 8  # ids that are decoded each time; so many of them stay where others are forgotten
 
 
 class AnswerText:
@@ -26,7 +26,8 @@ class AnswerText:
         self._text_of, self._stop, self._rewrites = decode, tuple(stop), rewrites
         self._ids: list[int] = []
         self._settled = 0  # characters of what self._ids decodes to that are in `text`
-        self._pending = ""  # known, and held back
+        self._known = 0  # characters of it without a part of one at its end
+        self._pending = ""  # settled, and held back
         self.text = ""  # shown
         self.stopped: str | None = None
 
@@ -35,14 +36,21 @@ class AnswerText:
         self._ids.append(token)
         decoded = self._text_of(self._ids)
         whole = decoded.rstrip("\ufffd") if decoded.endswith("\ufffd") else decoded
+        self._known = len(whole)
         if self._rewrites and (word := _LAST_WORD.search(whole)):
             whole = whole[: word.start()]
         elif self._rewrites:
             whole = ""
         shown = self._take(whole)
-        if len(self._ids) > LINES and decoded.endswith("\n") and self._settled == len(decoded):
+        if len(self._ids) > MOST and self._settled == len(decoded):
             self._begin_again()
         return shown
+
+    def peek(self, token: int) -> tuple[str, bool]:
+        """(what one more id would add to what is known, whether it would end in a part of a character)."""
+        decoded = self._text_of([*self._ids, token])
+        whole = decoded.rstrip("\ufffd")
+        return whole[self._known :], len(whole) < len(decoded)
 
     def end(self) -> str:
         """The answer is complete: what is left of it."""
@@ -73,9 +81,9 @@ class AnswerText:
         return shown
 
     def _begin_again(self) -> None:
-        """Forget the ids before the last line: what they decode to has been shown. The last one stays as a beginning."""
-        last = self._ids[-1:]
-        self._ids, self._settled = last, len(self._text_of(last))
+        """Forget the first ids: what they decode to is settled, and the last ones are beginning enough for those to come."""
+        self._ids = self._ids[-KEPT:]
+        self._settled = self._known = len(self._text_of(self._ids))
 
 
 def _overlap(text: str, stop: str) -> int:

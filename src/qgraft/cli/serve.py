@@ -1,0 +1,185 @@
+"""qgraft serve: answer many people at once, each with their own adapters, over OpenAI's API."""
+
+import argparse
+import ipaddress
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qgraft.cli.options import Parser, free_name, number_in, print_note, print_notes, true_or_false, without_tokenizer
+from qgraft.errors import AdapterError, InstallationError, OptionError
+from qgraft.ranges import ABOVE_0, COUNT, Range
+
+_PORT = Range(0, 65535, whole=True)
+_QUEUE = Range(0, 2**31 - 1, whole=True)
+
+
+def run(words: Sequence[str]) -> int:
+    """Parse, load, and serve until a signal comes."""
+    options = _parser().parse_args(words)
+    _check_host(options)
+    _require_extra()
+
+    from qgraft.serving.engine import Engine
+    from qgraft.serving.service import Service
+
+    service = make_service(options)
+    engine: Engine = service.engine
+    assert isinstance(service, Service)
+    engine.start()
+    try:
+        return _listen(service, options)
+    finally:
+        engine.stop()
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "serve",
+        "Answer many people at once over HTTP: OpenAI's chat completions and completions, each request with its own "
+        "adapters. A request says which by its model: an adapter's name, a mix like law=0.7+med=0.3, or the base's name.",
+    )
+    parser.add_model()
+    parser.add_argument(
+        "--adapters", metavar="FOLDER", help="a folder of adapters, each found by its name when asked for"
+    )
+    parser.add_argument("--name", help="what the base is called (default: the name of its file)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1: this machine alone)"
+    )
+    parser.add_argument("--port", type=number_in(_PORT), default=8080, help="port to listen on (default 8080)")
+    parser.add_argument(
+        "--api_key", action="append", default=[], help="a key that requests need; also the variable QGRAFT_API_KEY"
+    )
+    parser.add_argument(
+        "--admin_key", default=os.environ.get("QGRAFT_ADMIN_KEY"),
+        help="a key for loading and unloading adapters; also the variable QGRAFT_ADMIN_KEY",
+    )  # fmt: skip
+    parser.add_argument("--keys", metavar="FILE", help="a JSON file of keys, some of them for some adapters only")
+    count = number_in(COUNT)
+    parser.add_argument("--max_adapters", type=count, default=64, help="adapters held in memory (default 64)")
+    parser.add_argument("--max_batch", type=count, default=16, help="requests answered at once (default 16)")
+    parser.add_argument("--max_queue", type=number_in(_QUEUE), default=64, help="requests that wait (default 64)")
+    parser.add_argument(
+        "--cache_tokens", type=count, help="tokens whose keys and values are held (default: by the model)"
+    )
+    parser.add_argument("--pass_tokens", type=count, default=256, help="tokens in one pass (default 256)")
+    parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
+    parser.add_argument("--system", help="system prompt where a chat has none")
+    parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
+    parser.add_argument("--max_body", type=count, default=4 * 2**20, help="largest request in bytes (default 4 MiB)")
+    seconds = number_in(ABOVE_0)
+    parser.add_argument(
+        "--timeout", type=seconds, default=600.0, help="longest time for an answer in seconds (default 600)"
+    )
+    parser.add_argument(
+        "--grace", type=seconds, default=30.0, help="seconds that a stop waits for answers that are being written"
+    )
+    return parser
+
+
+def make_service(options: argparse.Namespace) -> Any:
+    """The service that the options describe; its engine is not started."""
+    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.choose import use_adapter
+    from qgraft.checkpoints.load import load
+    from qgraft.serving.catalogue import Catalogue
+    from qgraft.serving.engine import Engine
+    from qgraft.serving.keys import Keys
+    from qgraft.serving.prompting import Prompter, Prompting
+    from qgraft.serving.service import Limits, Service
+
+    named = [_name_and_path(each) for each in options.adapter]
+    permissions = _permissions(options)
+    if options.adapters is not None and not Path(options.adapters).is_dir():
+        raise AdapterError(f"--adapters {options.adapters}: no such folder")
+    model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
+    if tokenizer is None:
+        raise without_tokenizer(options.model, model, "this command")
+    print_notes(model)
+    own = adapter_names(model)
+    if own:
+        use_adapter(model, None)
+    prompting = Prompting(options.template, options.system, options.enable_thinking)
+    engine = Engine(
+        model, tokenizer, template=Prompter(tokenizer, prompting).template, max_batch=options.max_batch,
+        max_queue=options.max_queue, cache_tokens=options.cache_tokens, pass_tokens=options.pass_tokens,
+    )  # fmt: skip
+    if engine.why_not_shared is not None:
+        print_note(f"requests do not share passes: {engine.why_not_shared}")
+    base = options.name or Path(options.model).name.removesuffix(".gguf")
+    folder = None if options.adapters is None else Path(options.adapters)
+    catalogue = Catalogue(engine, base, folder, options.max_adapters, force=options.force)
+    for name in own:
+        catalogue.adopt(name, options.model)
+    for given, path in named:
+        free = given or free_name(Path(path).resolve().name, catalogue.names())
+        print_note(str(catalogue.pin(free, path)))
+    limits = Limits(options.max_body, options.timeout)
+    return Service(engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits)
+
+
+def _name_and_path(text: str) -> tuple[str | None, str]:
+    """(name, path) of --adapter law=out1 or out1. Raises AdapterError for a path that is not there."""
+    name, equals, path = text.partition("=")
+    if Path(text).exists() or not equals:
+        name, path = "", text
+    if not Path(path).exists():
+        raise AdapterError(f"--adapter {path}: no such file or folder")
+    return name or None, path
+
+
+def _permissions(options: argparse.Namespace) -> dict[str, Any]:
+    from qgraft.serving.keys import Permission, read_keys
+
+    found = read_keys(Path(options.keys)) if options.keys else {}
+    given = options.api_key or ([os.environ["QGRAFT_API_KEY"]] if os.environ.get("QGRAFT_API_KEY") else [])
+    found |= {key: Permission(f"key {number}") for number, key in enumerate(given, start=1)}
+    if options.admin_key:
+        found[options.admin_key] = Permission("admin", admin=True)
+    return found
+
+
+def _check_host(options: argparse.Namespace) -> None:
+    """Raise OptionError where everybody in the network could ask."""
+    try:
+        local = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
+    except ValueError:
+        local = False
+    if not local and not (options.api_key or options.keys or os.environ.get("QGRAFT_API_KEY")):
+        raise OptionError(
+            f"--host {options.host} lets other machines ask, and no key is needed", hint="give --api_key or --keys"
+        )
+
+
+def _require_extra() -> None:
+    try:
+        from qgraft.serving import app  # noqa: F401
+    except ImportError as error:
+        raise InstallationError(f"qgraft serve needs {error.name}", hint="pip install 'qgraft[serve]'") from error
+
+
+def _listen(service: Any, options: argparse.Namespace) -> int:
+    import uvicorn
+    from sse_starlette.sse import AppStatus
+
+    from qgraft.serving.app import make_app
+
+    logging.getLogger("qgraft").setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("qgraft.access").addHandler(handler)
+    AppStatus.disable_automatic_graceful_drain()  # streams are finished before the server ends
+    config = uvicorn.Config(
+        make_app(service), host=options.host, port=options.port, log_level="warning", access_log=False,
+        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(round(options.grace), 1),
+    )  # fmt: skip
+    server = uvicorn.Server(config)
+    socket = config.bind_socket()
+    host, port = socket.getsockname()[:2]
+    print_note(f"{service.base}: http://{host}:{port}/v1")
+    server.run([socket])
+    return 0

@@ -1,0 +1,270 @@
+"""The adapters of a server: those that it was started with, those of a folder, those that somebody loaded.
+
+A name that is not loaded is looked for in the folder of adapters: NAME or NAME.gguf there. Of these at most `limit` are held;
+for one more the one goes that was asked for least recently and that nobody uses. What somebody loads under a name of its own
+is written into a list in the folder, which the next start reads. Nothing outside of the folder is ever opened for a request:
+names are letters, digits, "_" and "-", and a path, with all of its links followed, must lie in the folder.
+
+An adapter of another base, or one that is broken, is refused by load_adapter, which compares its seal.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qgraft import storage
+from qgraft.adapter_files.folder import LoadedAdapter, load_adapter
+from qgraft.adapters.attach import check_name, detach_adapter
+from qgraft.adapters.base import selection_of
+from qgraft.adapters.choose import use_adapter
+from qgraft.errors import AdapterError, OptionError, near_match
+from qgraft.json_files import read_object
+from qgraft.serving.engine import Engine
+from qgraft.serving.lora_protocol import LoadBody
+from qgraft.serving.protocol import ApiError
+
+LIST = "served.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One adapter that is loaded.
+
+    Attributes:
+        pinned: whether it stays, however long nobody asks for it.
+    """
+
+    path: str
+    pinned: bool = False
+
+
+class Catalogue:
+    """See the module.
+
+    Args:
+        base: the base's name, which no adapter can have.
+        folder: where names are looked for; None for nowhere.
+        limit: how many adapters are held beside those that are pinned.
+        force: load pinned ones although something differs.
+    """
+
+    def __init__(
+        self, engine: Engine, base: str, folder: Path | None = None, limit: int = 64, *, force: bool = False
+    ) -> None:
+        self.engine, self.base, self.limit, self.force = engine, base, limit, force
+        self.folder = None if folder is None else folder.resolve()
+        self.entries: OrderedDict[str, Entry] = OrderedDict()
+        self.scales: dict[str, float] = {}  # llama-server's global ones
+        self._used: dict[str, float] = {}
+        self._leaving: set[str] = set()
+        self._lock = threading.RLock()
+        self._named: dict[str, str] = {}  # in the list
+        if self.folder is not None:
+            self._named = self._read_list()
+
+    def names(self) -> list[str]:
+        """The adapters that are loaded, and can be asked for, in the order of their loading."""
+        with self._lock:
+            return [name for name in self.entries if name not in self._leaving]
+
+    def available(self) -> dict[str, str]:
+        """Every name that can be asked for, with its path: those that are loaded, those of the list and of the folder."""
+        with self._lock:
+            found = {name: self.entries[name].path for name in self.names()}
+            found |= {name: path for name, path in self._named.items() if name not in found}
+        if self.folder is not None:
+            for path in sorted(self.folder.iterdir()):
+                name = path.name.removesuffix(".gguf")
+                if name not in found and name != self.base and self._in_folder(name) is not None:
+                    found[name] = str(path)
+        return found
+
+    def pin(self, name: str, path: str) -> LoadedAdapter:
+        """Load an adapter that stays: one that the server was started with."""
+        check_name(name)
+        with self._lock:
+            return self._load(name, Path(path), pinned=True)
+
+    def adopt(self, name: str, path: str) -> None:
+        """An adapter that is on the model already: its own prefix."""
+        self.entries[name] = Entry(path, pinned=True)
+
+    def need(self, names: Iterable[str]) -> None:
+        """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
+        with self._lock:
+            wanted = list(names)
+            self.sweep()
+            for name in wanted:
+                if name in self._leaving:
+                    raise self._unknown(name)
+                if name not in self.entries:
+                    path = self._found(name)
+                    if path is None:
+                        raise self._unknown(name)
+                    self._make_room(wanted)
+                    self._load(name, path)
+                self._used[name] = time.monotonic()
+
+    @contextmanager
+    def holding(self, names: Iterable[str]) -> Iterator[None]:
+        """Within the block these are loaded, and stay so. Raises as need() does."""
+        with self._lock:
+            self.need(names)
+            yield
+
+    def load(self, body: LoadBody) -> None:
+        """Load an adapter under a name, for good. Raises ApiError, AdapterError."""
+        with self._lock:
+            self.sweep()
+            try:
+                check_name(body.name)
+            except OptionError as error:
+                raise ApiError(400, error.message, param="lora_name", kind="InvalidUserInput") from error
+            if body.name == self.base:
+                raise ApiError(
+                    400, f"'{body.name}' is the base model's name", param="lora_name", kind="InvalidUserInput"
+                )
+            path = self._path_given(body.path)
+            if body.name in self.entries:
+                if not body.replace:
+                    raise ApiError(
+                        400, f"The lora adapter '{body.name}' has already been loaded. If you want to load the adapter in "
+                        "place, set 'load_inplace' to True.", kind="InvalidUserInput",
+                    )  # fmt: skip
+                self._replace(body.name, path)
+            else:
+                self._make_room([body.name])
+                self._load(body.name, path)
+            self._named[body.name] = str(path.relative_to(self._root()))
+            self._write_list()
+
+    def unload(self, name: str) -> None:
+        """Take an adapter off, when nobody uses it any more. Raises ApiError 404 for one that is not loaded."""
+        with self._lock:
+            if name not in self.names():
+                raise ApiError(
+                    404, f"The lora adapter '{name}' cannot be found.", kind="NotFoundError", param="lora_name"
+                )
+            self._leaving.add(name)
+            self.scales.pop(name, None)
+            if self._named.pop(name, None) is not None:
+                self._write_list()
+            self.sweep()
+
+    def sweep(self) -> None:
+        """Take off what was unloaded while somebody used it."""
+        with self._lock:
+            for name in [name for name in self._leaving if not self.engine.uses(name)]:
+                self._detach(name)
+
+    def trained(self, names: Iterable[str]) -> list[Mapping[str, Any]]:
+        """What these were trained with, of those that are loaded."""
+        adapters = selection_of(self.engine.model).adapters
+        return [adapters[name].trained for name in names if name in adapters]
+
+    # -- loading --
+
+    def _load(self, name: str, path: Path, pinned: bool = False) -> LoadedAdapter:
+        with self.engine.paused():
+            try:
+                loaded = load_adapter(self.engine.model, path, name, force=self.force and pinned)
+            finally:
+                use_adapter(self.engine.model, None)
+        self.entries[name] = Entry(str(path), pinned)
+        self._used[name] = time.monotonic()
+        return loaded
+
+    def _detach(self, name: str) -> None:
+        with self.engine.paused():
+            detach_adapter(self.engine.model, name)
+        self._leaving.discard(name)
+        self._used.pop(name, None)
+        del self.entries[name]
+
+    def _replace(self, name: str, path: Path) -> None:
+        """Another adapter under the name; the one before stays where that cannot be loaded."""
+        if self.engine.uses(name):
+            raise ApiError(409, f"adapter '{name}' is in use: it is replaced when no answer needs it", retry_after=1)
+        trial, before = f"{name[:56]}-loading", self.entries[name]
+        self._load(trial, path)
+        self._detach(trial)
+        self._detach(name)
+        self._load(name, path, before.pinned)
+
+    def _make_room(self, wanted: Iterable[str]) -> None:
+        """Take adapters off until there is room for one more. Raises ApiError 503 where all are in use."""
+        keep = set(wanted)
+        while len(held := [name for name, entry in self.entries.items() if not entry.pinned]) >= self.limit:
+            idle = [name for name in held if name not in keep and not self.engine.uses(name)]
+            if not idle:
+                raise ApiError(
+                    503, f"{self.limit} adapters are in use, and no more are held", kind="overloaded", retry_after=1
+                )
+            self._detach(min(idle, key=lambda name: self._used.get(name, 0.0)))
+
+    # -- paths --
+
+    def _root(self) -> Path:
+        if self.folder is None:
+            raise ApiError(403, "this server has no folder of adapters to load from", kind="permission_error")
+        return self.folder
+
+    def _path_given(self, text: str) -> Path:
+        """The path of a request, in the folder. Raises ApiError for one that leaves it, or is not there."""
+        root = self._root()
+        outside = ApiError(403, "lora_path: expected a path in the server's folder of adapters", param="lora_path",
+                           kind="permission_error")  # fmt: skip
+        if "\x00" in text or len(text) > 4096:
+            raise outside
+        path = (root / text).resolve()
+        if root not in path.parents:
+            raise outside
+        if not path.exists():
+            raise ApiError(404, "lora_path: there is no such adapter in the server's folder", param="lora_path",
+                           kind="NotFoundError")  # fmt: skip
+        return path
+
+    def _in_folder(self, name: str) -> Path | None:
+        """The adapter of this name in the folder."""
+        try:
+            check_name(name)
+        except OptionError:
+            return None
+        for path in (self._root() / name, self._root() / f"{name}.gguf"):
+            inside = self._root() in path.resolve().parents
+            if inside and (path.is_dir() if path.suffix != ".gguf" else path.is_file()):
+                return path.resolve()
+        return None
+
+    def _found(self, name: str) -> Path | None:
+        if self.folder is None:
+            return None
+        if name in self._named:
+            return self._path_given(self._named[name])
+        return self._in_folder(name)
+
+    def _unknown(self, name: str) -> ApiError:
+        close = near_match(name, [self.base, *self.names()])
+        return ApiError(404, f"The model `{name}` does not exist.", kind="NotFoundError", code="model_not_found",
+                        param="model", hint=close)  # fmt: skip
+
+    # -- the list --
+
+    def _read_list(self) -> dict[str, str]:
+        path = self._root() / LIST
+        if not path.is_file():
+            return {}
+        given = read_object(path, AdapterError).get("adapters")
+        if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+            raise AdapterError(f"{path}: expected an object `adapters` of paths by names")
+        for name in given:
+            check_name(name)
+        return dict(given)
+
+    def _write_list(self) -> None:
+        storage.write_json(self._root() / LIST, {"adapters": self._named})

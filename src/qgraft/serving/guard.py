@@ -1,0 +1,127 @@
+"""What stands in front of every request: its key, the size of its body, the time it may take to arrive, and the log.
+
+A body is counted while it comes, whatever its header says. A server without keys listens on its machine alone, where a web
+page in a browser can reach it, too: requests by another name than the machine's own are refused, and bodies that a page may
+send anywhere without being asked (forms, plain text). The log has a line for each request: who, what, how it ended, how
+long it took; no prompt, no answer, no key, and no path that is not one of ours.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import time
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qgraft.serving.protocol import ApiError
+from qgraft.serving.service import Service
+
+PUBLIC = ("/health",)
+
+
+class Guard:
+    """A layer of ASGI around the application."""
+
+    def __init__(self, app: ASGIApp, service: Service, log: logging.Logger) -> None:
+        self.app, self.service, self.log = app, service, log
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See the module."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 0
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._admit(scope)
+            await self.app(scope, _Body(receive, scope, self.service), sending)
+        except ApiError as error:
+            if not status:
+                await _send_error(sending, error)
+        finally:
+            self._log(scope, status, time.monotonic() - began)
+
+    def _admit(self, scope: Scope) -> None:
+        """Look at the key, and at the size that the header says. Raises ApiError."""
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        kind = headers.get(b"content-type", "application/json").partition(";")[0].strip().lower()
+        if scope["method"] == "POST" and kind != "application/json":
+            raise ApiError(415, f"Content-Type: got {kind[:100]}, expected application/json")
+        if not self.service.keys.are_needed and not _is_local(headers.get(b"host", "")):
+            raise ApiError(
+                403, "Host: expected this machine's own name: the server has no keys", kind="permission_error"
+            )
+        permission = self.service.keys.of(headers.get(b"authorization"))
+        if permission is None and scope["path"] not in PUBLIC:
+            raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
+        scope["qgraft_permission"] = permission
+        length = headers.get(b"content-length", "0")
+        if length.isdigit() and int(length) > self.service.limits.body:
+            raise _too_large(self.service)
+
+    def _log(self, scope: Scope, status: int, seconds: float) -> None:
+        permission = scope.get("qgraft_permission")
+        route = getattr(scope.get("route"), "path", "-")
+        asked = str(scope.get("qgraft_asked", "-"))[:100]
+        self.log.info(
+            "%s %s %s %s model=%r %.3fs", "-" if permission is None else permission.name, scope["method"], route,
+            status or 499, asked, seconds,
+        )  # fmt: skip
+
+
+class _Body:
+    """A receive() that counts, and does not wait for ever."""
+
+    def __init__(self, receive: Receive, scope: Scope, service: Service) -> None:
+        self._receive, self._service = receive, service
+        self._size, self._complete = 0, False
+        self._end = time.monotonic() + service.limits.body_seconds
+
+    async def __call__(self) -> Any:
+        if self._complete:
+            return await self._receive()
+        try:
+            message = await asyncio.wait_for(self._receive(), max(self._end - time.monotonic(), 0.01))
+        except TimeoutError:
+            raise ApiError(408, "the body took too long", kind="timeout") from None
+        if message["type"] == "http.request":
+            self._size += len(message.get("body", b""))
+            self._complete = not message.get("more_body", False)
+            if self._size > self._service.limits.body:
+                raise _too_large(self._service)
+        return message
+
+
+def _is_local(host: str) -> bool:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+    try:
+        return name.lower() == "localhost" or ipaddress.ip_address(name.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def _too_large(service: Service) -> ApiError:
+    return ApiError(413, f"the body is larger than {service.limits.body} bytes", code="request_too_large")
+
+
+async def _send_error(send: Send, error: ApiError) -> None:
+    async def nothing() -> Message:
+        return {"type": "http.disconnect"}
+
+    await error_response(error)({"type": "http", "method": "GET", "headers": []}, nothing, send)
+
+
+def error_response(error: ApiError) -> Response:
+    """The JSON of an error, with its status."""
+    headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)

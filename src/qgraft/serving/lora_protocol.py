@@ -1,0 +1,147 @@
+"""Which adapters a request is for, and the bodies of those who load them: vLLM's and llama-server's.
+
+    model = "base's name"          the base, or what `lora` says, or llama-server's global scales
+    model = "law"                  an adapter
+    model = "law=0.7+med=0.3"      a weighted mix; a name alone weighs 1
+    lora  = [{"id": 0, "scale": 0.5}]      llama-server's: numbers of /lora-adapters; those not listed count 0
+    lora  = [{"name": "law", "scale": 0.5}] or {"law": 0.5}
+
+Names and texts of vLLM's endpoints are those of vllm/entrypoints/serve/lora.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qgraft.ranges import FINITE
+from qgraft.serving.protocol import ApiError
+
+Weights = dict[str, float]
+
+
+def mix_named(model: str) -> Weights | None:
+    """The weights that a model's name says, {"law": 0.7, "med": 0.3}; None where it is no list of names with weights."""
+    mix: Weights = {}
+    for part in model.split("+"):
+        name, equals, text = part.partition("=")
+        weight = _number(text) if equals else 1.0
+        if not name or name in mix or weight is None:
+            return None
+        mix[name] = weight
+    return mix
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if number in FINITE else None
+
+
+def lora_given(lora: object, listed: Sequence[str]) -> Weights:
+    """The weights that a request's `lora` says, without those of 0.
+
+    Args:
+        listed: the adapters by their numbers.
+
+    Raises ApiError.
+    """
+    if isinstance(lora, Mapping):
+        pairs = list(lora.items())
+    elif isinstance(lora, list):
+        pairs = [_pair(entry, listed) for entry in lora]
+    else:
+        raise _wrong_lora()
+    if any(not isinstance(name, str) or weight not in FINITE for name, weight in pairs):
+        raise _wrong_lora()
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ApiError(400, "lora: an adapter is listed twice", param="lora")
+    return {name: float(weight) for name, weight in pairs if weight}
+
+
+def _pair(entry: object, listed: Sequence[str]) -> tuple[Any, Any]:
+    if not isinstance(entry, Mapping) or ("id" in entry) == ("name" in entry) or entry.keys() - {"id", "name", "scale"}:
+        raise _wrong_lora()
+    scale = entry.get("scale", 1.0)
+    if "name" in entry:
+        return entry["name"], scale
+    number = entry["id"]
+    if type(number) is not int or not 0 <= number < len(listed):
+        raise ApiError(400, f"lora: there is no adapter {number!r}, expected 0 to {len(listed) - 1}", param="lora")
+    return listed[number], scale
+
+
+def _wrong_lora() -> ApiError:
+    return ApiError(
+        400, 'lora: expected [{"id": 0, "scale": 0.5}], [{"name": "law", "scale": 0.5}] or {"law": 0.5}', param="lora"
+    )
+
+
+@dataclass(frozen=True)
+class LoadBody:
+    """vLLM's body of /v1/load_lora_adapter."""
+
+    name: str
+    path: str
+    replace: bool = False
+
+
+def read_load(body: object) -> LoadBody:
+    """Raises ApiError."""
+    given = body if isinstance(body, dict) else {}
+    name, path, replace = given.get("lora_name"), given.get("lora_path"), given.get("load_inplace", False)
+    if not (isinstance(name, str) and name and isinstance(path, str) and path):
+        raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", kind="InvalidUserInput")
+    if not isinstance(replace, bool):
+        raise ApiError(400, "load_inplace: expected true or false", param="load_inplace")
+    return LoadBody(name, path, replace)
+
+
+def read_unload(body: object) -> str:
+    """The name in vLLM's body of /v1/unload_lora_adapter. Raises ApiError."""
+    given = body if isinstance(body, dict) else {}
+    name = given.get("lora_name")
+    if not (isinstance(name, str) and name):
+        raise ApiError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", kind="InvalidUserInput")
+    return name
+
+
+def loaded_text(name: str) -> str:
+    """What vLLM answers."""
+    return f"Success: LoRA adapter '{name}' added successfully."
+
+
+def unloaded_text(name: str) -> str:
+    """What vLLM answers."""
+    return f"Success: LoRA adapter '{name}' removed successfully."
+
+
+def read_scales(body: object, listed: Sequence[str]) -> Weights:
+    """The global scales of llama-server's POST /lora-adapters: a list as in `lora`. Raises ApiError."""
+    if not isinstance(body, list):
+        raise ApiError(400, 'expected a list, [{"id": 0, "scale": 0.5}]')
+    return lora_given(body, listed)
+
+
+def adapters_body(listed: Sequence[str], paths: Mapping[str, str], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+    """llama-server's GET /lora-adapters."""
+    return [
+        {"id": number, "path": paths.get(name, ""), "name": name, "scale": scales.get(name, 0.0)}
+        for number, name in enumerate(listed)
+    ]
+
+
+def models_body(base: str, adapters: Mapping[str, str], created: int, context: int | None) -> dict[str, Any]:
+    """OpenAI's GET /v1/models; adapters are models whose parent is the base, as vLLM lists them.
+
+    Args:
+        adapters: name -> where it is from.
+    """
+    own = {"id": base, "object": "model", "created": created, "owned_by": "qgraft", "root": base, "parent": None,
+           "max_model_len": context}  # fmt: skip
+    others = [
+        {"id": name, "object": "model", "created": created, "owned_by": "qgraft", "root": path, "parent": base}
+        for name, path in adapters.items()
+    ]
+    return {"object": "list", "data": [own, *others]}

@@ -1,0 +1,93 @@
+"""What somebody asks, as the ids of a prompt: the way in which the adapter was trained.
+
+An adapter remembers the template, the system text and the thinking option that it was trained with; prompted otherwise it
+answers otherwise. So a request for one adapter is prompted so, unless the server was told a template or a system text. A mix
+whose adapters differ in it, and the base, get the server's own.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from qgraft.data.messages import ConversationError, Message
+from qgraft.data.rendering import Writer
+from qgraft.data.scripted import WritesPrompts
+from qgraft.data.templates import ChatTemplate, remembered_template
+from qgraft.data.tokenizing import encode_prompt, resolve_template
+from qgraft.serving.protocol import Ask
+from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, CallFormat, call_format
+
+_KEYS = ("template", "system", "enable_thinking")
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """What prompts depend on beside the messages."""
+
+    template: str | None = None
+    system: str | None = None
+    enable_thinking: bool | None = None
+
+    def as_trained(self, trained: Sequence[Mapping[str, Any]]) -> "Prompting":
+        """With what adapters were trained with, where it is not given here and they agree."""
+        found: dict[str, Any] = {}
+        for key in _KEYS:
+            said = [remembered_template(each) if key == "template" else each.get(key) for each in trained]
+            agreed = said[0] if said and all(value == said[0] for value in said) else None
+            own = getattr(self, key)
+            found[key] = agreed if own is None and isinstance(agreed, str | bool) else own
+        return Prompting(**found)
+
+
+class Prompter:
+    """Makes prompts; what it finds out about a template is asked once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompting: Prompting) -> None:
+        self.tokenizer, self.prompting = tokenizer, prompting
+        self._known = lru_cache(maxsize=32)(self._look)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The server's own."""
+        return self._known(self.prompting.template, self.prompting.enable_thinking)[0]
+
+    def chat(self, ask: Ask, trained: Sequence[Mapping[str, Any]]) -> tuple[list[int], AnswerReader]:
+        """The ids of a chat's prompt, and what reads the answer to it.
+
+        Raises DataError where the template cannot write what the messages say.
+        """
+        how = self.prompting.as_trained(trained)
+        thinking = how.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
+        template, writer, form = self._known(how.template, thinking)
+        assert ask.messages is not None
+        turns = list(ask.messages)
+        if how.system and turns[0].role != "system":
+            turns = [Message("system", how.system), *turns]
+        if writer is None:
+            if ask.tools:
+                raise ConversationError("tools: the tokenizer writes the model's own prompts, without tools")
+        else:
+            if ask.tools and form is None:
+                raise ConversationError(
+                    f"tools: how the chat template ({template.origin}) writes calls is not known here"
+                )
+            settled = writer.settled(turns)
+            writer.check_asked(writer.prompt(settled, ask.tools), settled, ask.tools)
+        ids = encode_prompt(self.tokenizer, turns, template=template, tools=ask.tools)
+        ending = str(self.tokenizer.decode(ids[-8:])).rstrip()
+        reasons = OPEN in template.text or OPEN in self.tokenizer.get_added_vocab()
+        names = [tool["function"]["name"] for tool in ask.tools]
+        return ids, AnswerReader(ending.endswith(OPEN), reasons and not ending.endswith(CLOSE), form, names)
+
+    def plain(self, text: str) -> list[int]:
+        """The ids of a completion's prompt."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def _look(self, name: str | None, thinking: bool | None) -> tuple[ChatTemplate, Writer | None, CallFormat | None]:
+        template = resolve_template(self.tokenizer, name, enable_thinking=thinking)
+        if isinstance(self.tokenizer, WritesPrompts):
+            return template, None, None
+        return template, Writer(self.tokenizer, template), call_format(self.tokenizer, template)

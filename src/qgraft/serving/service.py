@@ -1,0 +1,185 @@
+"""What a server does, without HTTP: from what is asked to requests of the engine, and from its events to answers.
+
+Ask -> which adapters -> may this key? -> loaded -> prompts -> Request, Request, ...    (prepare)
+events of each -> Choice: text, reasoning, calls, tokens                               (Reading)
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedTokenizerBase
+
+from qgraft.errors import AdapterError, DataError, OptionError, QgraftError
+from qgraft.serving.answers import Choice
+from qgraft.serving.catalogue import Catalogue
+from qgraft.serving.engine import Engine
+from qgraft.serving.keys import Keys, Permission
+from qgraft.serving.lora_protocol import lora_given, mix_named
+from qgraft.serving.prompting import Prompter, Prompting
+from qgraft.serving.protocol import ApiError, Ask
+from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.running import Running
+from qgraft.serving.tool_calls import AnswerReader
+
+MIXED = 8  # adapters of a mix
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may cost.
+
+    Attributes:
+        body: bytes.
+        seconds: until an answer is complete.
+        body_seconds: until a body has arrived.
+    """
+
+    body: int = 4 * 2**20
+    seconds: float = 600.0
+    body_seconds: float = 30.0
+
+
+@dataclass
+class Reading:
+    """An answer that comes, as the client gets it."""
+
+    choice: Choice
+    reader: AnswerReader = field(default_factory=AnswerReader)
+
+    def take(self, event: Delta | Finish) -> tuple[str, str]:
+        """(more reasoning, more content) of an event."""
+        if isinstance(event, Finish):
+            self.choice.finish = event
+            reasoning, content = self.reader.push("", last=True)
+            self.choice.calls = self.reader.calls
+        else:
+            self.choice.tokens += event.tokens
+            reasoning, content = self.reader.push(event.text)
+        self.choice.reasoning += reasoning
+        self.choice.text += content
+        return reasoning, content
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The requests of an Ask, a reader for each answer, and the name of what answers."""
+
+    requests: tuple[Request, ...]
+    readers: tuple[AnswerReader, ...]
+    adapters: Mapping[str, float]
+    prompts: int
+
+
+class Service:
+    """A base with its adapters, as people ask for them.
+
+    Args:
+        base: the name of the base, as `model` says it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        *,
+        keys: Keys | None = None,
+        prompting: Prompting | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
+        self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
+        self.keys, self.limits = keys or Keys({}), limits or Limits()
+        self.prompter = Prompter(self.tokenizer, prompting or Prompting())
+        self.started = int(time.time())
+
+    def prepare(self, ask: Ask, permission: Permission) -> Prepared:
+        """The requests that an Ask comes to; adapters that are not loaded are.
+
+        Raises ApiError with the status that the client gets.
+        """
+        adapters = self._adapters(ask)
+        if refused := [name for name in adapters or (self.base,) if not permission.allows(name)]:
+            raise ApiError(403, f"this key is not for {refused[0]!r}", kind="permission_error", param="model")
+        with errors_as_answers():
+            self.catalogue.need(adapters)
+            if ask.messages is None:
+                prompts = [self.prompter.plain(each) if isinstance(each, str) else list(each) for each in ask.prompts]
+                readers = [AnswerReader() for _ in prompts]
+            else:
+                ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
+                prompts, readers = [ids], [reader]
+        requests = [self._request(ask, prompt, adapters, choice) for prompt in prompts for choice in range(ask.count)]
+        each = [replace(reader) for reader in readers for _ in range(ask.count)]
+        return Prepared(tuple(requests), tuple(each), adapters, len(prompts))
+
+    def submit(self, prepared: Prepared, listeners: Sequence[Listener]) -> list[Running]:
+        """Hand the requests to the engine, all of them or none. Raises ApiError."""
+        running: list[Running] = []
+        with errors_as_answers(), self.catalogue.holding(prepared.adapters):
+            try:
+                for request, listener in zip(prepared.requests, listeners, strict=True):
+                    running.append(self.engine.submit(request, listener))
+            except QgraftError:
+                for each in running:
+                    self.engine.cancel(each)
+                raise
+        return running
+
+    def _request(self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int) -> Request:
+        sampling = ask.sampling
+        if sampling.seed is not None and choice:
+            sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
+        return Request(
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), ask.json
+        )
+
+    def _adapters(self, ask: Ask) -> dict[str, float]:
+        """The adapters that are asked for, with their weights."""
+        listed = self.catalogue.names()
+        if ask.model == self.base:
+            if ask.lora is None:
+                return {name: scale for name, scale in self.catalogue.scales.items() if scale and name in listed}
+            mix = lora_given(ask.lora, listed)
+        else:
+            if ask.lora is not None:
+                raise ApiError(400, "model names an adapter, and lora is given, too", param="lora")
+            found = mix_named(ask.model)
+            if found is None:
+                raise ApiError(404, f"The model `{ask.model[:200]}` does not exist.", kind="NotFoundError",
+                               code="model_not_found", param="model")  # fmt: skip
+            mix = {name: weight for name, weight in found.items() if weight and name != self.base}
+        if len(mix) > MIXED:
+            raise ApiError(400, f"a mix of {len(mix)} adapters, expected at most {MIXED}", param="model")
+        return mix
+
+    def spell(self, token: int) -> str:
+        """The text of a token."""
+        return str(self.tokenizer.decode([token]))
+
+
+class errors_as_answers:  # noqa: N801 (used like a function)
+    """Within the block errors of ours become those of the API, with their status."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ApiError) or not isinstance(error, QgraftError):
+            return
+        raise as_api_error(error) from error
+
+
+def as_api_error(error: QgraftError) -> ApiError:
+    """The answer that an error of ours is."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, StoppedError):
+        return ApiError(503, error.message, kind="server_error")
+    if isinstance(error, BusyError):
+        return ApiError(429, error.message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
+    if isinstance(error, DataError) and "context" in error.message:
+        return ApiError(400, error.message, code="context_length_exceeded", param="messages", hint=error.hint)
+    if isinstance(error, (AdapterError, DataError, OptionError)):
+        return ApiError(400, error.message, hint=error.hint)
+    return ApiError(500, error.message, kind="server_error", hint=error.hint)

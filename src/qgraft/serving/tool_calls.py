@@ -1,0 +1,254 @@
+"""Calls of tools and reasoning, read back out of what a model wrote.
+
+How a model writes calls is in its chat template, the one that asked it: it is rendered once with a call of our own, and
+around the call stands what the model writes around its calls.
+
+    Qwen, Hermes     <tool_call>\\n{"name": "f", "arguments": {...}}\\n</tool_call>        object
+    Llama 3          {"name": "f", "parameters": {...}}                                   object, nothing before it
+    Mistral          [TOOL_CALLS] [{"name": "f", "arguments": {...}}]                     list of objects
+    GLM-4            f\\n{...}                                                             name, then arguments
+
+A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
+other. Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
+first of these themselves.
+"""
+
+import json
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from qgraft.data.ends import ENDS
+from qgraft.data.messages import Call, ConversationError, Message
+from qgraft.data.rendering import Writer
+from qgraft.data.templates import ChatTemplate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_NAME, _KEY, _VALUE = "probe_function", "probe_key", "probe value"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _NAME, "description": "A probe.",
+        "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}, "required": [_KEY]},
+    },
+}  # fmt: skip
+_ID = "a1B2c3D4e"  # Mistral wants nine letters and digits
+_ARGUMENTS = ("arguments", "parameters")
+OPEN, CLOSE = "<think>", "</think>"
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """How a template writes calls.
+
+    Attributes:
+        before, after: what stands around a call, or around the list of them.
+        separate: whether the name stands alone, `between` it and the arguments.
+    """
+
+    before: str
+    after: str
+    separate: bool = False
+    between: str = ""
+
+    @property
+    def mark(self) -> str:
+        """What tells where calls begin; "" where they begin like any JSON."""
+        return self.before.strip()
+
+    def may_begin(self, text: str) -> int:
+        """Where in the text calls may begin, so that what follows is not shown as text; its length for nowhere."""
+        if self.mark:
+            at = text.find(self.mark)
+            return at if at >= 0 else len(text) - _overlap(text, self.mark)
+        return 0 if not text.strip() or text.lstrip()[0] in "{[" or self.separate else len(text)
+
+    def read(self, text: str, names: Collection[str]) -> tuple[str, tuple[Call, ...]]:
+        """(the text without its calls, the calls). What is none stays text."""
+        at = text.find(self.mark) if self.mark else 0
+        if at < 0:
+            return text, ()
+        calls, place, rest = [], at, text[at:]
+        while rest:
+            found = self._one(rest, names)
+            if found is None:
+                break
+            new, place = found
+            calls += new
+            rest = rest[place:]
+        return (text[:at].rstrip() if not rest.strip() else text[:at] + rest, tuple(calls)) if calls else (text, ())
+
+    def _one(self, text: str, names: Collection[str]) -> tuple[list[Call], int] | None:
+        """The calls at the beginning of the text, and where they end."""
+        start = len(text) - len(text.lstrip())
+        if self.mark:
+            if not text.startswith(self.mark, start):
+                return None
+            start += len(self.mark)
+        if self.separate:
+            found = re.compile(r"\s*([\w.-]+)" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*").match(
+                text, start
+            )
+            value = None if found is None else _json_at(text, found.end())
+            calls = [_call(found[1], value[0], names)] if found is not None and value is not None else [None]
+        else:
+            value = _json_at(text, start)
+            each = value[0] if value is not None and isinstance(value[0], list) else [value and value[0]]
+            calls = [_object_call(one, names) for one in each]
+        if value is None or not calls or None in calls:
+            return None
+        stop = value[1]
+        tail = self.after.strip()
+        blanks = len(text[stop:]) - len(text[stop:].lstrip())
+        if tail and text.startswith(tail, stop + blanks):
+            stop += blanks + len(tail)
+        return [call for call in calls if call is not None], stop
+
+
+def call_format(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> CallFormat | None:
+    """How the template writes calls; None where it writes none, or in a way that is not known here."""
+    asked = Message("user", "probe question")
+    called = Message("assistant", calls=(Call(_NAME, json.dumps({_KEY: _VALUE}), _ID),))
+    writer = Writer(tokenizer, template)
+    try:
+        prompt, whole = writer.prompt([asked], [_TOOL]), writer.answered([asked, called], [_TOOL]).text
+    except ConversationError:
+        return None
+    said = whole[_header(prompt, whole) :]
+    at = said.find(_NAME)
+    value = None if at < 0 else _json_around(said, at)
+    if value is not None:
+        start, stop = value
+        return CallFormat(_own(said[:start]), _until_end(said[stop:], tokenizer))
+    if at < 0 or (brace := said.find("{", at)) < 0 or (arguments := _json_at(said, brace)) is None:
+        return None
+    if arguments[0] != {_KEY: _VALUE}:
+        return None
+    between = said[at + len(_NAME) : brace]
+    return CallFormat(_own(said[:at]), _until_end(said[arguments[1] :], tokenizer), True, between)
+
+
+def _header(prompt: str, whole: str) -> int:
+    """Where the answer begins in the whole text: behind what the prompt has of it; that may end in a <think> of its own."""
+    if whole.startswith(prompt):
+        return len(prompt)
+    common = next((at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(whole))
+    return len(re.sub(r"<[^<>]*\Z", "", whole[:common]))
+
+
+def _own(before: str) -> str:
+    """What is written before a call, without reasoning that is empty."""
+    return re.sub(rf"^\s*{OPEN}\s*{CLOSE}", "", before).strip()
+
+
+def _until_end(after: str, tokenizer: "PreTrainedTokenizerBase") -> str:
+    """What is written after a call, up to the first token that ends the turn: that one the model's answer is without."""
+    ends = {str(tokenizer.eos_token or ENDS[0]), *ENDS}
+    cut = min((at for end in ends if (at := after.find(end)) >= 0), default=len(after))
+    return after[:cut].strip()
+
+
+def _json_around(text: str, at: int) -> tuple[int, int] | None:
+    """The JSON list or object that the place is in, with the name and the arguments of the probe."""
+    for start in range(at):
+        if text[start] in "[{" and (value := _json_at(text, start)) is not None and value[1] > at:
+            each = value[0] if isinstance(value[0], list) else [value[0]]
+            if len(each) == 1 and _object_call(each[0], [_NAME]) is not None:
+                return start, value[1]
+    return None
+
+
+def _json_at(text: str, start: int) -> tuple[Any, int] | None:
+    start += len(text[start:]) - len(text[start:].lstrip())
+    try:
+        value, stop = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return value, stop
+
+
+def _object_call(value: object, names: Collection[str]) -> Call | None:
+    if not isinstance(value, dict):
+        return None
+    inner = value.get("function") if isinstance(value.get("function"), dict) else value
+    assert isinstance(inner, dict)
+    return _call(inner.get("name"), next((inner[key] for key in _ARGUMENTS if key in inner), None), names)
+
+
+def _call(name: object, arguments: object, names: Collection[str]) -> Call | None:
+    if name not in names or not isinstance(arguments, dict):
+        return None
+    return Call(str(name), json.dumps(arguments, ensure_ascii=False))
+
+
+def _overlap(text: str, mark: str) -> int:
+    """How many characters at the end of `text` may be the beginning of `mark`."""
+    return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
+
+
+@dataclass
+class AnswerReader:
+    """An answer that is being written: what of it is reasoning, what is content, which calls it has.
+
+    Attributes:
+        thinking: whether the prompt ended in <think>.
+        reasons: whether the template knows reasoning at all.
+        format, names: how calls are written, and the request's tools; None without tools.
+    """
+
+    thinking: bool = False
+    reasons: bool = False
+    format: CallFormat | None = None
+    names: Sequence[str] = ()
+    calls: tuple[Call, ...] = ()
+    _state: str = field(default="beginning", init=False)
+    _held: str = field(default="", init=False)
+    _thought: bool = field(default=False, init=False)
+
+    def push(self, text: str, last: bool = False) -> tuple[str, str]:
+        """(more reasoning, more content) that can be shown now."""
+        self._held += text
+        reasoning = ""
+        if self._state == "beginning":
+            self._begin(last)
+        if self._state == "reasoning":
+            reasoning = self._reason(last)
+        return reasoning, self._content(last) if self._state == "content" else ""
+
+    def _begin(self, last: bool) -> None:
+        start = self._held.lstrip()
+        if self.thinking:
+            self._state = "reasoning"
+        elif not self.reasons or not (OPEN.startswith(start) or start.startswith(OPEN)):
+            self._state = "content"
+        elif start.startswith(OPEN):
+            self._state, self._held = "reasoning", start[len(OPEN) :]
+        elif last:
+            self._state = "content"
+
+    def _reason(self, last: bool) -> str:
+        thought, found, rest = self._held.partition(CLOSE)
+        if found:
+            self._state, self._held, self._thought = "content", rest, True
+            return thought
+        kept = 0 if last else _overlap(self._held, CLOSE)
+        thought, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
+        return thought
+
+    def _content(self, last: bool) -> str:
+        if self._thought:  # the empty line behind reasoning
+            self._held = self._held.lstrip("\n")
+            self._thought = not self._held
+        if self.format is None or not self.names:
+            shown, self._held = self._held, ""
+            return shown
+        if last:
+            shown, self.calls = self.format.read(self._held, self.names)
+            self._held = ""
+            return shown
+        at = self.format.may_begin(self._held)
+        shown, self._held = self._held[:at], self._held[at:]
+        return shown

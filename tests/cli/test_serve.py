@@ -1,0 +1,87 @@
+"""The command: what it refuses before it loads, and a server as people start and stop it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qgraft.cli.main import main
+
+pytest.importorskip("fastapi")
+pytest.importorskip("sse_starlette")
+pytest.importorskip("uvicorn")
+httpx = pytest.importorskip("httpx")
+
+Maker = Callable[..., Any]
+
+
+@pytest.mark.parametrize(
+    "words,said",
+    [
+        (["--host", "0.0.0.0"], "lets other machines ask, and no key is needed"),
+        (["--host", "example.org"], "lets other machines ask"),
+        (["--adapters", "nowhere"], "--adapters nowhere: no such folder"),
+        (["--adapter", "law=nowhere"], "--adapter nowhere: no such file or folder"),
+        (["--port", "99999"], "--port"), (["--max_batch", "0"], "--max_batch"), (["--adaptors", "x"], "did you mean"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_said_before_loading(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("QGRAFT_API_KEY", raising=False)
+    assert main(["serve", "--model", "nothing.gguf", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_wrong_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.json"
+    for wrong in (
+        "[]",
+        '{"": {}}',
+        '{"k": {"adapters": "law"}}',
+        '{"k": {"admin": 1}}',
+        '{"k": {"more": 1}}',
+        '{"k": 1}',
+    ):
+        path.write_text(wrong, encoding="utf-8")
+        assert main(["serve", "--model", "nothing.gguf", "--keys", str(path)]) == 2
+        assert "keys.json" in capsys.readouterr().err
+
+
+def test_a_stop_finishes_streams_and_the_log_has_no_prompt(tiny_gguf: Maker) -> None:
+    environment = {**os.environ, "QGRAFT_API_KEY": "sk-secret"}
+    words = ["serve", "--model", str(tiny_gguf("llama").path), "--port", "0", "--device", "cpu"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "qgraft", *words], stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert server.stderr is not None
+    try:
+        lines = []
+        while not (lines and "http://" in lines[-1]):
+            lines.append(server.stderr.readline())
+            assert lines[-1], "".join(lines)
+        url = re.findall(r"http://\S+", lines[-1])[0]
+        body = {"model": "tiny", "prompt": "confidential", "max_tokens": 90, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(headers={"Authorization": "Bearer sk-secret"}, timeout=300) as client,
+            client.stream("POST", f"{url}/completions", json=body) as response,
+        ):
+            stream = response.iter_lines()
+            chunks = [next(stream)]
+            server.send_signal(signal.SIGTERM)
+            chunks += list(stream)
+        told = [json.loads(line[6:]) for line in chunks if line.startswith("data: {")]
+        assert "data: [DONE]" in chunks and told[-1]["choices"][0]["finish_reason"] == "length"
+        rest = server.communicate(timeout=120)[1]
+        assert server.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), rest
+        assert "POST /v1/completions 200 model='tiny'" in rest
+        assert "confidential" not in rest and "sk-secret" not in rest
+    finally:
+        server.kill()

@@ -1,0 +1,100 @@
+"""Calls and reasoning come back out of what training's templates write, whole and piece by piece."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qgraft
+from qgraft.data.messages import Call, Message
+from qgraft.data.rendering import Writer
+from qgraft.data.templates import ChatTemplate, variant
+from qgraft.serving.tool_calls import AnswerReader, CallFormat, call_format
+
+Maker = Callable[..., Any]
+QWEN = CallFormat("<tool_call>", "</tool_call>")
+MISTRAL = '[TOOL_CALLS] [{"name": "time", "arguments": {"at": "Rome"}}]'
+TIME = Call("time", '{"at": "Rome"}')
+
+
+def pieces(reader: AnswerReader, text: str, step: int) -> tuple[str, str]:
+    """(reasoning, content) of an answer that comes `step` characters at a time."""
+    shown = [reader.push(text[at : at + step]) for at in range(0, len(text), step)] + [reader.push("", last=True)]
+    return "".join(each[0] for each in shown), "".join(each[1] for each in shown)
+
+
+@pytest.mark.parametrize("step", [1, 3, 1000])
+@pytest.mark.parametrize(
+    "text,content,calls",
+    [
+        ("Hello <tool world>", "Hello <tool world>", ()),
+        ('<tool_call>\n{"name": "time", "arguments": {"at": "Rome"}}\n</tool_call>', "", (TIME,)),
+        ('Wait.\n<tool_call>\n{"name": "time", "arguments": {"at": "Rome"}}\n</tool_call>\n<tool_call>'
+         '{"name": "time", "arguments": {}}</tool_call>', "Wait.", (TIME, Call("time", "{}"))),
+        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+         '<tool_call>{"name": "other", "arguments": {}}</tool_call>', ()),
+        ('<tool_call>{"name": "time", "arguments"', '<tool_call>{"name": "time", "arguments"', ()),
+        ('<tool_call>{"name": "time", "arguments": [1]}</tool_call>',
+         '<tool_call>{"name": "time", "arguments": [1]}</tool_call>', ()),
+    ],
+)  # fmt: skip
+def test_calls_between_marks(text: str, content: str, calls: tuple[Call, ...], step: int) -> None:
+    reader = AnswerReader(format=QWEN, names=["time"])
+    reasoning, shown = pieces(reader, text, step)
+    assert (reasoning, shown.rstrip() if calls else shown, reader.calls) == ("", content, calls)
+
+
+@pytest.mark.parametrize("step", [1, 4, 1000])
+def test_calls_without_marks_and_lists_and_names_apart(step: int) -> None:
+    for form, text in (
+        (CallFormat("", ""), '{"name": "time", "parameters": {"at": "Rome"}}'),
+        (CallFormat("[TOOL_CALLS]", ""), MISTRAL),
+        (CallFormat("", "", True, "\n"), 'time\n{"at": "Rome"}'),
+    ):
+        reader = AnswerReader(format=form, names=["time"])
+        assert pieces(reader, text, step) == ("", "") and reader.calls == (TIME,)
+    reader = AnswerReader(format=CallFormat("", ""), names=["time"])
+    assert pieces(reader, "It is noon.", step) == ("", "It is noon.") and reader.calls == ()
+
+
+@pytest.mark.parametrize("step", [1, 5, 1000])
+def test_reasoning(step: int) -> None:
+    assert pieces(AnswerReader(reasons=True), "<think>\nHm </thin\n</think>\n\nYes.", step) == ("\nHm </thin\n", "Yes.")
+    assert pieces(AnswerReader(thinking=True, reasons=True), "Hm</think>Yes.", step) == ("Hm", "Yes.")
+    assert pieces(AnswerReader(reasons=True), "<this> is", step) == ("", "<this> is")
+    assert pieces(AnswerReader(), "<think>Hm</think>Yes.", step) == ("", "<think>Hm</think>Yes.")
+    assert pieces(AnswerReader(thinking=True, reasons=True), "Hm </th", step) == ("Hm </th", "")
+    reader = AnswerReader(reasons=True, format=QWEN, names=["time"])
+    text = '<think>Which?</think>\n<tool_call>{"name": "time", "arguments": {"at": "Rome"}}</tool_call>'
+    assert pieces(reader, text, step) == ("Which?", "") and reader.calls == (TIME,)
+
+
+ORIGINALS = Path(__file__).parents[1] / "data" / "originals"
+KNOWN = {"qwen2_5": QWEN, "qwen3": QWEN, "llama3_1": CallFormat("", ""), "deepseekv3": None}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_a_template_writes_is_read_back(tiny_gguf: Maker, name: str) -> None:
+    """The models' own templates, which training knows: their calls come back out of what they write."""
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    template = ChatTemplate((ORIGINALS / f"{name}.jinja").read_text(encoding="utf-8"), name)
+    form = call_format(tokenizer, template)
+    assert form is not None and (KNOWN[name] is None or form == KNOWN[name])
+    writer, asked = Writer(tokenizer, template), Message("user", "What time is it in Rome?")
+    said = Message("assistant", calls=(replace(TIME, id="a1B2c3D4e"),))
+    tools = [{"type": "function", "function": {"name": "time", "description": "", "parameters": {"type": "object"}}}]
+    prompt, whole = writer.prompt([asked], tools), writer.answered([asked, said], tools).text
+    written = whole.removeprefix(prompt).rpartition("<｜Assistant｜>")[2]
+    for end in ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<｜end▁of▁sentence｜>"):
+        written = written.partition(end)[0]
+    assert form.read(written, ["time"])[1] == (TIME,)
+
+
+def test_a_template_without_calls_has_no_format(tiny_gguf: Maker) -> None:
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    assert call_format(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "none")) is None
+    assert call_format(tokenizer, ChatTemplate(variant("qwen3"), "qwen3")) == QWEN
+    glm = (ORIGINALS / "glm4moe.jinja").read_text(encoding="utf-8")  # arguments as tags, which are not read back
+    assert call_format(tokenizer, ChatTemplate(glm, "glm4moe")) is None
