@@ -360,7 +360,7 @@ def test_tools_and_reasoning_by_openais_client(running: Running, monkeypatch: py
     tokenizer, prompter = running.tokenizer, running.service.prompter
     said = iter(())
 
-    def take(self: Any, logits: torch.Tensor) -> Any:
+    def take(self: Any, logits: torch.Tensor, allowed: Any = None) -> Any:
         return Token(next(said, 2))
 
     monkeypatch.setattr(Sampler, "draw", take)

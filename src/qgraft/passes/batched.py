@@ -14,7 +14,8 @@ against each alone and whole. What it cannot show is asked of the mask's note an
 than the texts of the trial; rotations that go by the longest text of a pass. A text comes out as alone up to the rounding
 of products with other numbers of rows.
 
-Shapes: T new tokens in the row, n of one text, K keys of one text, M texts with one new token, G groups of heads, H heads.
+Shapes: T new tokens in the row, n of one text, K keys of one text, G groups of heads that share keys, h heads of a group,
+H of all.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.model_parts import argument_names, decoder_of, decoder_states
 from qgraft.models.prefix_lm import context_positions
 from qgraft.passes.decoder import output_head
-from qgraft.passes.key_values import KeyValues
+from qgraft.passes.key_values import KeyValues, as_slice
 
 CACHED = "qgraft_cached"
 _TEXTS: ContextVar["_Texts | None"] = ContextVar("qgraft_texts", default=None)
@@ -155,19 +156,12 @@ class _Texts:
         self.contexts = [context for _, context in rows]
         self.positions = torch.cat([positions for positions, _ in rows], dim=-1)[None]
         self.has_contexts = marks is not None
-        self._padded: dict[int | None, tuple[Tensor, Tensor]] = {}
+        self._slots: dict[tuple[int, int | None], Tensor | slice] = {}
 
     @cached_property
     def new_slots(self) -> Tensor:
         """Where the keys and values of the new tokens go, [T]."""
         return torch.cat([piece.slots[piece.prefix + piece.past :] for piece in self.pieces])
-
-    @cached_property
-    def singles(self) -> tuple[list[int], Tensor]:
-        """The pieces that are one token, and where in the row these are."""
-        found = [index for index, piece in enumerate(self.pieces) if piece.new == 1]
-        places = torch.tensor([self.bounds[index] for index in found], device=self.pieces[0].slots.device)
-        return found, places
 
     def window(self, mask: Tensor | None) -> int | None:
         """How many tokens a layer with this mask sees. Raises ValueError for a mask that is of no known kind."""
@@ -180,16 +174,13 @@ class _Texts:
             note.window(torch.tensor([0, max(self.bounds[-1], (note.local_size or 0) + 2)]))
         return note.local_size
 
-    def padded(self, window: int | None) -> tuple[Tensor, Tensor]:
-        """(slots [M, K], whether each is one [M, K]) that the single tokens see; in the place of none, the text's first."""
-        if window not in self._padded:
-            seen = [_seen_by_last(self.pieces[index], window) for index in self.singles[0]]
-            longest = max(len(slots) for slots in seen)
-            filled = [F.pad(slots, (0, longest - len(slots)), value=int(slots[0])) for slots in seen]
-            lengths_M = torch.tensor([len(slots) for slots in seen], device=seen[0].device)
-            there_MK = torch.arange(longest, device=seen[0].device) < lengths_M[:, None]
-            self._padded[window] = (torch.stack(filled), there_MK)
-        return self._padded[window]
+    def read(self, layer: int, index: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """The keys [G, K, D] and values [G, K, E] that a layer reads of a text: of one new token, those that it sees."""
+        if (index, window) not in self._slots:
+            piece = self.pieces[index]
+            slots = _seen_by_last(piece, window) if piece.new == 1 else piece.slots
+            self._slots[index, window] = as_slice(slots)
+        return self.memory.take(layer, self._slots[index, window])
 
 
 def _positions(piece: Piece, marks: Any) -> tuple[Tensor, int]:
@@ -236,33 +227,26 @@ def attend_cached(
     texts.memory.put(layer, texts.new_slots, key[0], value[0])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    singles, places_M = texts.singles
-    if singles:
-        slots_MK, there_MK = texts.padded(window)
-        q_MHD = query[0].index_select(1, places_M).transpose(0, 1)
-        out_THE[places_M] = _attend_singles(q_MHD, texts.memory, layer, slots_MK, there_MK, scale, softcap)
     for index, piece in enumerate(texts.pieces):
-        if piece.new > 1:
-            rows = slice(texts.bounds[index], texts.bounds[index + 1])
-            kv = texts.memory.take(layer, piece.slots)
+        rows = slice(texts.bounds[index], texts.bounds[index + 1])
+        q_1HnD, kv = query[:, :, rows], texts.read(layer, index, window)
+        if piece.new == 1:
+            out_THE[rows] = _attend_one(q_1HnD[0, :, 0], *kv, scale, softcap)
+        else:
             visible = _visible(piece, window, texts.contexts[index])
-            out_THE[rows] = _attend_piece(query[:, :, rows], *kv, visible, scale, softcap)
+            out_THE[rows] = _attend_piece(q_1HnD, *kv, visible, scale, softcap)
     return out_THE[None], None
 
 
-def _attend_singles(
-    q_MHD: Tensor, memory: KeyValues, layer: int, slots_MK: Tensor, there_MK: Tensor, scale: float, cap: float | None
-) -> Tensor:
-    """[M, H, E]: one query of each of M texts, over its own keys."""
-    keys, values = memory.take(layer, slots_MK.flatten())
-    k_GMKD, v_GMKE = (part.unflatten(1, slots_MK.shape) for part in (keys, values))
-    q_GMhD = q_MHD.unflatten(1, (len(keys), -1)).transpose(0, 1)
-    scores = (q_GMhD @ k_GMKD.mT).float() * scale
-    if cap is not None:
-        scores = torch.tanh(scores / cap) * cap
-    scores = scores.masked_fill(~there_MK[None, :, None], -torch.inf)
-    mixed_GMhE = scores.softmax(-1).to(v_GMKE.dtype) @ v_GMKE
-    return mixed_GMhE.transpose(0, 1).flatten(1, 2)
+def _attend_one(q_HD: Tensor, k_GKD: Tensor, v_GKE: Tensor, scale: float, cap: float | None) -> Tensor:
+    """[1, H, E]: the query of one token, which sees all of these keys. The heads that share keys are queries of one head."""
+    q_GhD = q_HD.unflatten(0, (len(k_GKD), -1))
+    if cap is None:
+        mixed_GhE = F.scaled_dot_product_attention(q_GhD[None], k_GKD[None], v_GKE[None], scale=scale)[0]
+    else:
+        scores_GhK = torch.tanh((q_GhD @ k_GKD.mT).float() * scale / cap) * cap
+        mixed_GhE = scores_GhK.softmax(-1).to(v_GKE.dtype) @ v_GKE
+    return mixed_GhE.flatten(0, 1)[None]
 
 
 def _attend_piece(

@@ -35,10 +35,12 @@ class KeyValues:
         for memory, new in zip(self._of(layer, key_GTD, value_GTE), (key_GTD, value_GTE), strict=True):
             memory.index_copy_(1, slots_T, new.to(memory.dtype))
 
-    def take(self, layer: int, slots_N: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys [G, n, D] and values [G, n, E] in these slots."""
+    def take(self, layer: int, slots: "Tensor | slice") -> tuple[Tensor, Tensor]:
+        """The keys [G, n, D] and values [G, n, E] in these slots; without a copy where they are a slice."""
         keys, values = self.layers[layer]
-        return keys.index_select(1, slots_N), values.index_select(1, slots_N)
+        if isinstance(slots, slice):
+            return keys[:, slots], values[:, slots]
+        return keys.index_select(1, slots), values.index_select(1, slots)
 
     def _of(self, layer: int, key_GTD: Tensor, value_GTE: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
@@ -46,6 +48,13 @@ class KeyValues:
             keys, values = made
             self.layers[layer] = (keys, values)
         return self.layers[layer]
+
+
+def as_slice(slots_N: Tensor) -> Tensor | slice:
+    """Slots that follow each other as a slice; others as they are."""
+    first, last = int(slots_N[0]), int(slots_N[-1])
+    follow = last - first == len(slots_N) - 1 and bool((slots_N.diff() == 1).all())
+    return slice(first, last + 1) if follow else slots_N
 
 
 def slots_of(blocks: list[int], length: int, device: torch.device | str = "cpu") -> Tensor:

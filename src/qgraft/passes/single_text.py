@@ -20,7 +20,7 @@ from qgraft.passes.batched import Piece
 from qgraft.passes.decoder import output_head
 from qgraft.passes.decoding import CHOICES, why_not
 from qgraft.passes.decoding_network import Network
-from qgraft.passes.key_values import KeyValues
+from qgraft.passes.key_values import KeyValues, as_slice
 
 
 class SingleText:
@@ -38,13 +38,16 @@ class SingleText:
     def next_logits(self, memory: KeyValues, piece: Piece) -> Tensor | None:
         """The logits [vocabulary] after one new token; None where C does not compute them."""
         keys = piece.prefix + piece.past
-        if not self.serves or piece.new != 1 or not keys or not memory.layers or not _follow_each_other(piece.slots):
+        if not self.serves or piece.new != 1 or not keys or not memory.layers:
+            return None
+        slots = as_slice(piece.slots)
+        if not isinstance(slots, slice):
             return None
         with selection_of(self.model).within(None, weights=dict(piece.loras)):
             network = self._network(piece)
             if network is None or piece.past + 1 >= network.window:
                 return None
-            if not network.write_behind(memory.layers, int(piece.slots[0])):
+            if not network.write_behind(memory.layers, slots.start):
                 return None
             base: Any = self.base
             x_11H = base.embed_tokens(torch.tensor([list(piece.text[-1:])])).clone()  # C writes over it
@@ -71,8 +74,3 @@ class SingleText:
                 del self._networks[next(iter(self._networks))]
             self._networks[wanted] = network
         return network
-
-
-def _follow_each_other(slots_K: Tensor) -> bool:
-    first = int(slots_K[0])
-    return int(slots_K[-1]) - first == len(slots_K) - 1 and bool((slots_K.diff() == 1).all())

@@ -57,9 +57,9 @@ class JsonText:
         """The state behind more text; None where that is the beginning of no object."""
         state: JsonText | None = self
         for character in text:
-            state = state._next(character)
             if state is None:
                 return None
+            state = state._next(character)
         return state
 
     def _next(self, c: str) -> "JsonText | None":

@@ -89,7 +89,7 @@ class CallFormat:
                 return None
             start += len(self.mark)
         if self.separate:
-            found = re.compile(r"\s*([\w.-]+)" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*").match(
+            found = re.compile(r"\s*([\w.-]+)\s*" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*").match(
                 text, start
             )
             value = None if found is None else _json_at(text, found.end())
