@@ -16,7 +16,7 @@ VALUES = st.recursive(
 OBJECTS = st.dictionaries(st.text(max_size=5), VALUES, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(OBJECTS, st.sampled_from([None, 1, 2]), st.booleans())
 def test_objects_are_followed_to_their_end(value: dict[str, object], indent: int | None, ascii_only: bool) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
@@ -29,7 +29,7 @@ def test_objects_are_followed_to_their_end(value: dict[str, object], indent: int
     assert state.complete and state == JsonText().after(text) and state.after("x") is None
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(OBJECTS, st.integers(0, 200), st.sampled_from(string.printable))
 def test_what_is_let_through_and_complete_is_json(value: dict[str, object], place: int, other: str) -> None:
     text = json.dumps(value)

@@ -26,7 +26,7 @@ def shown(
     return text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_characters_of_several_ids_come_whole(text: str) -> None:
     answer = AnswerText(by_bytes)
@@ -41,7 +41,7 @@ def test_long_answers_forget_what_is_settled() -> None:
     assert "".join(map(answer.push, text.encode())) + answer.end() == text and len(answer._ids) < 100
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text("ab\n", max_size=300), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_its_first_stop_string(text: str, stop: list[str]) -> None:
     answer = shown(by_bytes, list(text.encode()), tuple(stop))

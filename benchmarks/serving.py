@@ -1,0 +1,190 @@
+"""Many requests at once on one base, with and without adapters, through the engine of `qgraft serve`; no HTTP.
+
+    python benchmarks/serving.py [--model smollm2-135m] [--clients 16] [--tokens 128] [--rounds 3]
+
+    one           one request alone, base and one adapter; beside it generate() in fast_decoding, which `qgraft chat` uses
+    together      all clients at once: base, one adapter for all, another adapter (r=8) for each
+    first token   of a prompt of 64 tokens: alone, and while all other clients decode; the time of one of their tokens
+    load          an adapter from its folder while all decode, and the longest time between two of their tokens meanwhile
+
+Ways take turns within a round; the median of the rounds counts. Written to benchmarks/results/serving.csv.
+"""
+
+import argparse
+import csv
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import describe
+
+import qgraft
+from qgraft.adapters.attach import attach_lora, detach_adapter
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.choose import use_adapter
+from qgraft.passes.decoding import fast_decoding
+from qgraft.serving.engine import Engine
+from qgraft.serving.requests import Finish, Request
+from qgraft.serving.sampling import Sampling
+
+RESULTS = Path(__file__).with_name("results") / "serving.csv"
+GREEDY, PROMPT = Sampling(temperature=0), 64
+
+
+def main() -> None:
+    """Measure, print, write the CSV."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    model, tokenizer = qgraft.load(options.model, device="cpu")
+    names = [f"user-{number}" for number in range(options.clients)]
+    for name in names:
+        _attach(model, name)
+    use_adapter(model, None)
+    bench = Bench(model, tokenizer, options.clients, options.tokens)
+    found: dict[str, list[float]] = {}
+    for _ in range(options.rounds):
+        for measure, value in bench.round(names).items():
+            found.setdefault(measure, []).append(value)
+    about = {**describe("qgraft", "torch", "transformers"), "model": options.model, "clients": options.clients}
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*about, "measure", "value"])
+        writer.writeheader()
+        for measure, values in found.items():
+            value = statistics.median(values)
+            print(f"{measure:<52}{value:10.2f}")
+            writer.writerow({**about, "measure": measure, "value": f"{value:.4g}"})
+
+
+def _attach(model: Any, name: str) -> None:
+    attach_lora(model, r=8, name=name)
+    for lora in find_adapter(model, name).parts.values():
+        torch.nn.init.normal_(lora.lora_B, 0, 0.01)
+
+
+class Bench:
+    """One model with its adapters."""
+
+    def __init__(self, model: Any, tokenizer: Any, clients: int, tokens: int) -> None:
+        self.model, self.tokenizer, self.clients, self.tokens = model, tokenizer, clients, tokens
+        self.size, self.draw = model.get_input_embeddings().weight.shape[0], torch.Generator().manual_seed(0)
+
+    def request(self, adapters: dict[str, float], tokens: int | None = None) -> Request:
+        """A prompt that nobody has asked before."""
+        prompt = torch.randint(4, self.size, (PROMPT,), generator=self.draw).tolist()
+        return Request(tuple(prompt), adapters, GREEDY, tokens or self.tokens, ignore_ends=True)
+
+    def round(self, names: list[str]) -> dict[str, float]:
+        """Each measure once."""
+        found = {f"generate() alone, {what}, tokens/s": self.generated(mix) for what, mix in
+                 (("base", {}), ("adapter", {names[0]: 1.0}))}  # fmt: skip
+        engine = Engine(self.model, self.tokenizer, max_batch=self.clients, max_queue=self.clients)
+        ways = {
+            "one client, base": [{}], "one client, adapter": [{names[0]: 1.0}], "together, base": [{}] * self.clients,
+            "together, one adapter": [{names[0]: 1.0}] * self.clients,
+            "together, another adapter each": [{name: 1.0} for name in names],
+        }  # fmt: skip
+        for way, mixes in ways.items():
+            found[f"{way}, tokens/s"] = self.rate(engine, mixes)
+        found |= self.first_token(engine, names) | self.loading(engine, names)
+        engine.stop()
+        return found
+
+    def generated(self, mix: dict[str, float]) -> float:
+        """Tokens a second after the prompt, as in `qgraft chat`."""
+        use_adapter(self.model, mix)
+        ids = torch.tensor([list(self.request({}).prompt)])
+        with fast_decoding(self.model), torch.inference_mode():
+            told = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+            begin = time.perf_counter()
+            self.model.generate(ids, max_new_tokens=1, **told)
+            prompt = time.perf_counter() - begin
+            begin = time.perf_counter()
+            self.model.generate(ids, max_new_tokens=self.tokens, min_new_tokens=self.tokens, **told)
+            seconds = time.perf_counter() - begin - prompt
+        use_adapter(self.model, None)
+        return (self.tokens - 1) / seconds
+
+    def rate(self, engine: Engine, mixes: list[dict[str, float]]) -> float:
+        """Tokens a second of all together, from the first pass without a prompt on."""
+        requests = [self.request(mix) for mix in mixes]
+        for request in requests:
+            engine.submit(request, lambda event: None)
+        while engine.step() and any(each.new > 1 for each in engine.running):
+            pass
+        left = sum(self.tokens - each.answered for each in engine.running)
+        begin = time.perf_counter()
+        while engine.step():
+            pass
+        return left / (time.perf_counter() - begin)
+
+    def first_token(self, engine: Engine, names: list[str]) -> dict[str, float]:
+        """Milliseconds to the first token, alone and with the others, and of one token of theirs."""
+        alone = self._first(engine, names[-1])
+        for name in names[:-1]:
+            engine.submit(self.request({name: 1.0}, 10**4), lambda event: None)
+        while engine.step() and any(each.new > 1 for each in engine.running):
+            pass
+        begin = time.perf_counter()
+        for _ in range(8):
+            engine.step()
+        token = (time.perf_counter() - begin) / 8 * 1e3
+        beside = self._first(engine, names[-1])
+        self._clear(engine)
+        return {
+            "first token alone, ms": alone,
+            "first token beside the others, ms": beside,
+            "a token of theirs, ms": token,
+        }
+
+    def _first(self, engine: Engine, name: str) -> float:
+        done: list[float] = []
+        begin = time.perf_counter()
+
+        def listen(event: Any) -> None:
+            if isinstance(event, Finish):
+                done.append(time.perf_counter() - begin)
+
+        engine.submit(self.request({name: 1.0}, 1), listen)
+        while not done:
+            engine.step()
+        return done[0] * 1e3
+
+    def loading(self, engine: Engine, names: list[str]) -> dict[str, float]:
+        """Milliseconds of a load while all decode, and the longest pass around it against the median one."""
+        with tempfile.TemporaryDirectory() as folder:
+            qgraft.save_adapter(self.model, folder, names[0])
+            for name in names:
+                engine.submit(self.request({name: 1.0}, 10**4), lambda event: None)
+            steps, load = [], 0.0
+            while engine.step() and any(each.new > 1 for each in engine.running):
+                pass
+            for number in range(24):
+                begin = time.perf_counter()
+                if number == 12:
+                    with engine.paused():
+                        qgraft.load_adapter(self.model, folder, "loaded")
+                    load = time.perf_counter() - begin
+                engine.step()
+                steps.append(time.perf_counter() - begin)
+        self._clear(engine)
+        with engine.paused():
+            detach_adapter(self.model, "loaded")
+            use_adapter(self.model, None)
+        return {"load while serving, ms": load * 1e3, "longest pause, in tokens": max(steps) / statistics.median(steps)}
+
+    def _clear(self, engine: Engine) -> None:
+        for each in (*engine.running, *engine.waiting):
+            engine.cancel(each)
+        engine.step()
+
+
+if __name__ == "__main__":
+    main()
