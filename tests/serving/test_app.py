@@ -2,131 +2,27 @@
 """The server by its HTTP: OpenAI's client, vLLM's and llama-server's bodies, keys, limits, and who goes away."""
 
 import asyncio
-import contextlib
 import json
-import os
-import random
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-pytest.importorskip("sse_starlette")
+pytest.importorskip("fastapi", reason="needs qgraft[serve]")
+pytest.importorskip("sse_starlette", reason="needs qgraft[serve]")
+pytest.importorskip("uvicorn", reason="needs qgraft[serve]")
 httpx = pytest.importorskip("httpx")
-uvicorn = pytest.importorskip("uvicorn")
 
 import torch
-from talkers import generated
+from served import ADMIN, ALL, HELLO, LAW_ONLY, TRAVERSALS, Running, ask, serving, told
 
-import qgraft
-from qgraft.adapters.attach import attach_lora, detach_adapter
-from qgraft.adapters.base import find_adapter
-from qgraft.cli.serve import _parser, make_service
-from qgraft.data.tokenizing import encode_prompt
-from qgraft.serving.app import make_app
 from qgraft.serving.prompting import Prompting
+from qgraft.serving.requests import Request
 from qgraft.serving.sampling import Sampler, Token
-from qgraft.sizes import memory_now
 
 Maker = Callable[..., Any]
-ADMIN, LAW_ONLY, ALL = "sk-admin", "sk-law", "sk-all"
-HELLO = [{"role": "user", "content": "hello world"}]
-
-
-class Running:
-    """A server in a thread, and the model behind it."""
-
-    def __init__(self, service: Any) -> None:
-        self.service, self.model, self.tokenizer = service, service.engine.model, service.tokenizer
-        config = uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="error", access_log=False)
-        self.server = uvicorn.Server(config)
-        socket = config.bind_socket()
-        self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        self.thread = threading.Thread(target=self.server.run, args=([socket],), daemon=True)
-        service.engine.start()
-        self.thread.start()
-
-    def stop(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(60)
-        self.service.engine.stop()
-
-    def client(self, key: str = ALL, **options: Any) -> Any:
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=300, **options)
-
-
-def save_random(model: Any, folder: Path, name: str, seed: int) -> None:
-    attach_lora(model, r=4, lora_alpha=8, name=name)
-    draw = torch.Generator().manual_seed(seed)
-    for lora in find_adapter(model, name).parts.values():
-        lora.lora_B.data.normal_(0, 0.3, generator=draw)
-    qgraft.save_adapter(model, folder, name)
-    detach_adapter(model, name)
-
-
-@pytest.fixture(scope="module")
-def adapters(tiny_gguf: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of adapters; one beside it that no request may reach; one of another base."""
-    root = tmp_path_factory.mktemp("served")
-    folder = root / "adapters"
-    model, _ = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
-    for seed, name in enumerate(("law", "med", "tax")):
-        save_random(model, folder / name, name, seed)
-    save_random(model, root / "secret", "secret", 9)
-    other, _ = qgraft.load(str(tiny_gguf("llama", seed=5).path), device="cpu")
-    save_random(other, folder / "foreign", "foreign", 1)
-    (folder / "link").symlink_to(root / "secret")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def running(tiny_gguf: Maker, adapters: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    keys = tmp_path_factory.mktemp("keys") / "keys.json"
-    keys.write_text(json.dumps({LAW_ONLY: {"adapters": ["law"]}, ADMIN: {"admin": True}, ALL: {}}))
-    words = [
-        "--model",
-        str(tiny_gguf("llama").path),
-        "--adapters",
-        str(adapters),
-        "--keys",
-        str(keys),
-        "--name",
-        "base",
-    ]
-    options = _parser().parse_args(
-        [*words, "--max_body", "20000", "--max_adapters", "2", "--max_batch", "4", "--device", "cpu"]
-    )
-    server = Running(make_service(options))
-    yield server
-    server.stop()
-
-
-def ask(client: Any, **options: Any) -> Any:
-    body = {"model": "base", "messages": HELLO, "temperature": 0, "max_tokens": 6, **options}
-    return client.post("/v1/chat/completions", json=body)
-
-
-def told(response: Any) -> str:
-    assert response.status_code == 200, response.text
-    return str(response.json()["choices"][0]["message"]["content"])
-
-
-@pytest.fixture(scope="module")
-def expected(tiny_gguf: Maker, adapters: Path) -> Callable[[dict[str, float]], str]:
-    """What transformers' generate() says to HELLO with a mix."""
-    model, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
-    for name in ("law", "med", "tax"):
-        qgraft.load_adapter(model, adapters / name, name)
-    prompt = encode_prompt(tokenizer, [("user", "hello world")])
-
-    def said(mix: dict[str, float]) -> str:
-        return str(tokenizer.decode(generated(model, prompt, mix, 6, [2]), skip_special_tokens=True))
-
-    return said
 
 
 def test_adapters_by_name_by_mix_and_by_lora(running: Running, expected: Any) -> None:
@@ -193,15 +89,6 @@ def test_keys(running: Running) -> None:
         assert {each["id"] for each in client.get("/v1/models").json()["data"]} == {"base", "law"}
         load = {"lora_name": "mine", "lora_path": "law"}
         assert client.post("/v1/load_lora_adapter", json=load).status_code == 403
-
-
-TRAVERSALS = [
-    "../secret", "..", ".", "/etc/passwd", "law/../../secret", "./../secret", "link", "link/adapter_config.json", "~",
-    "~root", "..\\secret", "%2e%2e/secret", "..%2fsecret", "law\x00", "....//secret", "//etc", "/", "", " ", "secret",
-    "law/../..", "../adapters/../secret", "\\\\host\\share", "C:\\x", "file:///etc/passwd", "http://x/y", "../" * 30,
-    "a" * 5000, "law/../../../../../../etc/passwd", "..;/secret", "..\u2215secret", "\u202e../secret", "${HOME}", "`id`",
-    "law\n../secret", "/proc/self/environ", "/dev/zero", "../secret/.", "./link", "link/", "law/\x00/../../secret",
-]  # fmt: skip
 
 
 def test_no_path_leaves_the_folder(running: Running) -> None:
@@ -274,9 +161,14 @@ def test_completions_tokens_props_and_metrics(running: Running) -> None:
         body = {"model": "base", "prompt": ["hello", "hello world"], "max_tokens": 4, "temperature": 0, "logprobs": 1}
         both = client.post("/v1/completions", json=body).json()
         assert [each["index"] for each in both["choices"]] == [0, 1] and both["usage"]["completion_tokens"] <= 8
-        alone = client.post("/v1/completions", json={**body, "prompt": ids, "echo": True}).json()["choices"][0]
-        assert alone["text"] == "hello world" + both["choices"][1]["text"]
-        assert len(alone["logprobs"]["tokens"]) == len(alone["logprobs"]["token_logprobs"])
+        echo = {**body, "prompt": ids, "echo": True, "logprobs": None}
+        text = client.post("/v1/completions", json=echo).json()["choices"][0]["text"]
+        assert text == "hello world" + both["choices"][1]["text"]
+        streamed = client.post("/v1/completions", json={**body, "prompt": ids, "stream": True}).text.splitlines()
+        chunks = [json.loads(line[6:])["choices"][0] for line in streamed if line.startswith("data: {")]
+        for key, whole in both["choices"][1]["logprobs"].items():
+            pieces = [value for chunk in chunks if chunk["logprobs"] for value in chunk["logprobs"][key]]
+            assert len(pieces) == len(whole) and (pieces == whole or "logprobs" in key)
         assert client.get("/props").json()["total_slots"] == 4
         metrics = client.get("/metrics").text
         assert "qgraft_requests_running 0" in metrics and 'qgraft_requests_total{reason="error"} 0' in metrics
@@ -329,11 +221,16 @@ def test_openais_own_client(running: Running, expected: Any) -> None:
 def test_the_list_outlives_a_restart(running: Running, tiny_gguf: Maker, adapters: Path, expected: Any) -> None:
     with running.client(ADMIN) as admin:
         assert admin.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": "tax"}).status_code == 200
-    words = ["--model", str(tiny_gguf("llama").path), "--adapters", str(adapters), "--device", "cpu", "--name", "base"]
-    other = Running(make_service(_parser().parse_args([*words, "--adapter", f"pinned={adapters / 'law'}"])))
+    other = serving(
+        "--model", str(tiny_gguf("llama").path), "--adapters", str(adapters), "--name", "base", "--adapter",
+        f"pinned={adapters / 'law'}", "--admin_key", ADMIN,
+    )  # fmt: skip
     with other.client("any") as client:  # without keys anyone on this machine may ask, and nobody may load
         assert client.get("/v1/models", headers={"Host": "evil.example:80"}).status_code == 403
         assert client.get("/v1/models", headers={"Host": "localhost:1"}).status_code == 200
+        assert ask(client).status_code == 200
+        for origin, status in (("http://evil.example", 403), ("null", 403), (other.url, 200)):
+            assert client.get("/v1/models", headers={"Origin": origin}).status_code == status
         assert told(ask(client, model="kept")) == expected({"tax": 1.0})
         assert told(ask(client, model="pinned")) == expected({"law": 1.0})
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "kept"}).status_code == 403
@@ -345,12 +242,15 @@ def test_the_list_outlives_a_restart(running: Running, tiny_gguf: Maker, adapter
 
 def test_a_full_queue_says_when_to_come_again(running: Running) -> None:
     engine = running.service.engine
-    before, engine.max_queue = engine.max_queue, 0
+    before, engine.max_queue = engine.max_queue, 4
     try:
-        with running.client() as client:
-            response = ask(client, n=9)
+        with running.client() as client, engine.paused():
+            first = [engine.submit(Request((5,)), lambda event: None) for _ in range(8)]
+            response = ask(client)
     finally:
         engine.max_queue = before
+        for each in first:
+            engine.cancel(each)
     assert response.status_code == 429 and response.headers["Retry-After"] == "1"
     assert response.json()["error"]["code"] == "rate_limit_exceeded"
     with running.client() as client:
@@ -389,87 +289,3 @@ def test_tools_and_reasoning_by_openais_client(running: Running, monkeypatch: py
     )
     calls = [call for each in deltas for call in each.delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["time"] and calls[0].index == 0
-
-
-@pytest.mark.slow
-def test_sixteen_clients_with_loads_unloads_and_kills(
-    tiny_gguf: Maker, adapters: Path, tmp_path: Path, expected: Any
-) -> None:
-    """SOAK_SECONDS (120) of what a day brings: no wrong answer, no crash, memory that stays."""
-    keys = tmp_path / "keys.json"
-    keys.write_text(json.dumps({ADMIN: {"admin": True}, ALL: {}}))
-    words = [
-        "--model",
-        str(tiny_gguf("llama").path),
-        "--adapters",
-        str(adapters),
-        "--keys",
-        str(keys),
-        "--name",
-        "base",
-    ]
-    server = Running(make_service(_parser().parse_args([*words, "--max_body", "20000", "--device", "cpu"])))
-    names = {
-        "base": {},
-        "law": {"law": 1.0},
-        "med": {"med": 1.0},
-        "tax": {"tax": 1.0},
-        "law=0.7+med=0.3": {"law": 0.7, "med": 0.3},
-    }
-    right = {name: expected(mix) for name, mix in names.items()}
-    seconds = float(os.environ.get("SOAK_SECONDS", "120"))
-    end, wrong, asked = time.monotonic() + seconds, list[Any](), [0] * 16
-
-    def whole(client: Any, draw: random.Random) -> bool:
-        name = draw.choice(list(right))
-        return told(ask(client, model=name)) == right[name]
-
-    def stream(client: Any, draw: random.Random) -> bool:
-        name = draw.choice(list(right))
-        lines = [
-            line[6:] for line in ask(client, model=name, stream=True).text.splitlines() if line.startswith("data: {")
-        ]
-        return "".join(json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines) == right[name]
-
-    def vanish(client: Any, draw: random.Random) -> bool:
-        given: Any = {"base_url": server.url, "headers": client.headers, "timeout": 0.05}
-        with httpx.Client(**given) as other, contextlib.suppress(httpx.TimeoutException):
-            ask(other, max_tokens=60, n=2)
-        return True
-
-    def too_long(client: Any, draw: random.Random) -> bool:
-        return bool(ask(client, messages=[{"role": "user", "content": "x" * 30000}]).status_code == 413)
-
-    def stranger(client: Any, draw: random.Random) -> bool:
-        return bool(ask(client, model=draw.choice(TRAVERSALS)).status_code in (400, 404))
-
-    def load(client: Any, draw: random.Random) -> bool:
-        name, of = f"mine-{draw.randrange(10**9)}", draw.choice(["law", "med", "tax"])
-        admin = {"Authorization": f"Bearer {ADMIN}"}
-        made = client.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": of}, headers=admin)
-        good = made.status_code == 200 and told(ask(client, model=name)) == right[of]
-        gone = client.post("/v1/unload_lora_adapter", json={"lora_name": name}, headers=admin)
-        return good and gone.status_code == 200 and ask(client, model=name).status_code == 404
-
-    def one(number: int) -> None:
-        draw = random.Random(number)
-        with server.client() as client:
-            while time.monotonic() < end:
-                what = draw.choices([whole, stream, vanish, too_long, stranger, load], [8, 8, 2, 1, 1, 1])[0]
-                asked[number] += 1
-                if not what(client, draw):
-                    wrong.append((number, what.__name__))
-
-    threads = [threading.Thread(target=one, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    time.sleep(seconds / 3)
-    early = memory_now()
-    for thread in threads:
-        thread.join()
-    late, engine = memory_now(), server.service.engine
-    time.sleep(0.5)
-    assert not wrong and min(asked) > 0
-    assert not engine.running and not engine.waiting and engine.is_alive and engine.passes.used < 0.2
-    assert late - early < 40 * 2**20
-    server.stop()

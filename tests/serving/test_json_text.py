@@ -16,7 +16,7 @@ VALUES = st.recursive(
 OBJECTS = st.dictionaries(st.text(max_size=5), VALUES, max_size=4)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(OBJECTS, st.sampled_from([None, 1, 2]), st.booleans())
 def test_objects_are_followed_to_their_end(value: dict[str, object], indent: int | None, ascii_only: bool) -> None:
     text = json.dumps(value, indent=indent, ensure_ascii=ascii_only)
@@ -29,7 +29,7 @@ def test_objects_are_followed_to_their_end(value: dict[str, object], indent: int
     assert state.complete and state == JsonText().after(text) and state.after("x") is None
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(OBJECTS, st.integers(0, 200), st.sampled_from(string.printable))
 def test_what_is_let_through_and_complete_is_json(value: dict[str, object], place: int, other: str) -> None:
     text = json.dumps(value)
@@ -48,3 +48,12 @@ def test_wrong_beginnings() -> None:
                  '{"a":[1,]', '{"a":[1}', "{" + " " * 30, '{"a":"\\u12g', "{}{", '{"a":1e}', '{"a":--1'):  # fmt: skip
         assert JsonText().after(text) is None, text
     assert JsonText().after("{}").complete and not JsonText().after('{"a":1').complete
+
+
+def test_an_object_behind_other_text() -> None:
+    state = JsonText.behind("</think>")
+    for text, following in (("Hm <", True), ("/thin", True), ("<</think>", True), ("x", False), ('\n{"a": 1}', True)):
+        after = state.after(text)
+        assert (after is not None) == following
+        state = after or state
+    assert state.complete

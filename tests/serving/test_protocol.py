@@ -64,7 +64,8 @@ def test_the_examples_of_the_documentation() -> None:
     )
     ask = read_completion(COMPLETION)
     assert (ask.prompts, ask.max_tokens, ask.sampling.temperature) == (("Say this is a test",), 7, 0)
-    assert read_completion({"model": "m", "prompt": "x"}).max_tokens == 16
+    for change in ({}, {"max_tokens": None}):
+        assert read_completion({"model": "m", "prompt": "x", **change}).max_tokens == 16
     assert read_completion({"model": "m", "prompt": [[1, 2], [3]]}).prompts == ((1, 2), (3,))
     assert read_completion({"model": "m", "prompt": [1, 2]}).prompts == ((1, 2),)
 
@@ -83,6 +84,8 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         Message("tool", "noon", call_id="call_1"),
     )
     assert (asked.max_tokens, asked.stop) == (9, ("a", "b"))
+    assert read_chat({**DEFAULT, "max_completion_tokens": None, "max_tokens": 5}).max_tokens == 5
+    assert read_chat({**FUNCTIONS, "parallel_tool_calls": False}).one_call and not read_chat(FUNCTIONS).one_call
 
 
 @pytest.mark.parametrize(
@@ -94,7 +97,10 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": "much"}}, "logit_bias"), ({"response_format": {"type": "json_schema"}}, "response_format"),
         ({"tool_choice": "required"}, "tool_choice"), ({"tools": [{"type": "function"}]}, "tools"),
-        ({"seed": "x"}, "seed"), ({"audio": {}}, "audio"), ({"temprature": 1}, "temprature"), ({"stream": 1}, "stream"),
+        ({"seed": "x"}, "seed"), ({"stop": "x" * 501}, "stop"),
+        ({"repetition_penalty": 1.1, "repeat_penalty": 2}, "repeat_penalty"),
+        ({"parallel_tool_calls": 1}, "parallel_tool_calls"), ({"audio": {}}, "audio"), ({"temprature": 1}, "temprature"),
+        ({**FUNCTIONS, "response_format": {"type": "json_object"}}, "response_format"), ({"stream": 1}, "stream"),
         ({"model": None}, "model"), ({"messages": []}, "messages"), ({"messages": [{"role": "king"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"frequency_penalty": 3}, "frequency_penalty"),
@@ -116,7 +122,14 @@ def test_an_unknown_option_names_the_one_that_was_meant() -> None:
         read_chat({**DEFAULT, "temprature": 1})
     with pytest.raises(ApiError, match="expected a JSON object"):
         read_chat([])
-    for change in ({"best_of": 3}, {"suffix": "x"}, {"prompt": []}, {"prompt": [1, "a"]}, {"logprobs": 30}):
+    for change in (
+        {"best_of": 3},
+        {"suffix": "x"},
+        {"prompt": []},
+        {"prompt": [1, "a"]},
+        {"logprobs": 30},
+        {"echo": True, "logprobs": 1},
+    ):
         with pytest.raises(ApiError):
             read_completion({**COMPLETION, **change})
 
@@ -133,7 +146,8 @@ def test_lora_as_llama_server_has_it() -> None:
     listed = ["law", "med"]
     # github.com/ggml-org/llama.cpp/tree/master/tools/server: "lora": [{"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.1}]
     assert lora_given([{"id": 0, "scale": 0.5}, {"id": 1, "scale": 1.1}], listed) == {"law": 0.5, "med": 1.1}
-    assert lora_given([{"id": 1, "scale": 0.0}], listed) == {} == lora_given([], listed) == lora_given({}, listed)
+    assert lora_given([{"id": 1, "scale": 0.0}], listed) == {"med": 0.0}
+    assert lora_given([], listed) == {} == lora_given({}, listed)
     assert lora_given([{"name": "tax", "scale": 2}], listed) == {"tax": 2.0} == lora_given({"tax": 2}, listed)
     assert read_scales([{"id": 0, "scale": 0.2}, {"id": 1, "scale": 0.8}], listed) == {"law": 0.2, "med": 0.8}
     for wrong in ("law", [1], [{"id": 2}], [{"id": True}], [{"id": 0, "name": "law"}], {"law": "x"}, [{"scale": 1}],

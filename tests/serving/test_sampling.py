@@ -23,7 +23,7 @@ from qgraft.serving.sampling import BrokenLogitsError, Sampler, Sampling
 )  # fmt: skip
 def test_cuts_are_those_of_transformers(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    for _ in range(10):
+    for _ in range(4):
         logits = torch.randn(40) * 3
         s = Sampling(**options)
         expected = logits[None]
@@ -59,10 +59,10 @@ def test_penalties() -> None:
 def test_draws_follow_the_seed_and_the_shares() -> None:
     logits = torch.tensor([0.5, 0.3, 0.2]).log()
     one, same, other = (Sampler(Sampling(seed=seed), []) for seed in (1, 1, 2))
-    drawn = [[sampler.draw(logits).id for _ in range(2000)] for sampler in (one, same, other)]
+    drawn = [[sampler.draw(logits).id for _ in range(800)] for sampler in (one, same, other)]
     assert drawn[0] == drawn[1] != drawn[2]
-    counts = torch.bincount(torch.tensor(drawn[0]), minlength=3) / 2000
-    torch.testing.assert_close(counts, logits.exp(), atol=0.04, rtol=0)  # four standard deviations
+    counts = torch.bincount(torch.tensor(drawn[0]), minlength=3) / 800
+    torch.testing.assert_close(counts, logits.exp(), atol=0.07, rtol=0)  # four standard deviations
 
 
 def test_log_probabilities_are_the_models() -> None:

@@ -22,6 +22,7 @@ class Choice:
     calls: tuple[Call, ...] = ()
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
+    spelt: int = 0  # characters of the tokens that a stream has told
 
     @property
     def reason(self) -> str:
@@ -102,7 +103,8 @@ def chat_logprobs(tokens: Sequence[Token], spell: Spell) -> list[dict[str, Any]]
 
 def _spelt(token: int, logprob: float | None, spell: Spell) -> dict[str, Any]:
     text = spell(token)
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8"))}
+    partly = "\ufffd" in text  # which bytes of a character these are its text does not say
+    return {"token": text, "logprob": logprob, "bytes": None if partly else list(text.encode("utf-8"))}
 
 
 def completion_body(
@@ -127,10 +129,10 @@ def completion_chunk(
     return {"id": identity, "object": "text_completion", "created": created, "model": model, "choices": [choice]}
 
 
-def completion_logprobs(tokens: Sequence[Token], spell: Spell) -> dict[str, Any]:
-    """OpenAI's logprobs of a completion."""
+def completion_logprobs(tokens: Sequence[Token], spell: Spell, start: int = 0) -> dict[str, Any]:
+    """OpenAI's logprobs of a completion, from this place of its text on."""
     texts = [spell(token.id) for token in tokens]
-    offsets = [sum(map(len, texts[:at])) for at in range(len(texts))]
+    offsets = [start + sum(map(len, texts[:at])) for at in range(len(texts))]
     return {
         "tokens": texts, "token_logprobs": [token.logprob for token in tokens], "text_offset": offsets,
         "top_logprobs": [{spell(id_): logprob for id_, logprob in token.top} for token in tokens],

@@ -15,8 +15,10 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from sse_starlette.sse import EventSourceResponse
+from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 from qgraft import __version__
 from qgraft.serving import answers, lora_protocol
@@ -28,6 +30,7 @@ from qgraft.serving.service import Service, as_api_error, errors_as_answers
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 
 log = logging.getLogger("qgraft.access")
+SLOWEST = 60.0  # seconds in which a client takes nothing of its stream
 
 
 def make_app(service: Service) -> FastAPI:
@@ -63,11 +66,16 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 async def body_of(request: Request) -> Any:
     """The JSON that was sent. Raises ApiError."""
-    raw = await request.body()
     try:
-        return json.loads(raw)
+        text = (await request.body()).decode("utf-8")
+        found = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair, which is no character
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client has gone", kind="closed") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from error
+    return found
 
 
 def permission_of(request: Request) -> Permission:
@@ -100,11 +108,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 async def _answer(service: Service, request: Request, ask: Ask) -> Response:
     prepared = await run_in_threadpool(service.prepare, ask, permission_of(request))
     request.scope["qgraft_asked"] = ask.model
-    answering = Answering(service, prepared, asyncio.get_running_loop())
+    answering = Answering(service, prepared, asyncio.get_running_loop(), ask.one_call)
     await run_in_threadpool(answering.begin)
     if ask.stream:
         events = chat_stream(answering, ask) if ask.messages is not None else completion_stream(answering, ask)
-        return EventSourceResponse(_counted(answering, events), ping=15, sep="\n")
+        return _Stream(answering, events)
     try:
         await _whole(answering, request, service.limits.seconds)
     finally:
@@ -112,13 +120,20 @@ async def _answer(service: Service, request: Request, ask: Ask) -> Response:
     return JSONResponse(_whole_body(service, ask, answering))
 
 
-async def _counted(answering: Answering, events: AsyncIterator[dict[str, str]]) -> AsyncIterator[dict[str, str]]:
-    """The events of a stream; whoever ends it, the engine's place is free."""
-    try:
-        async for event in events:
-            yield event
-    finally:
-        answering.leave()
+class _Stream(EventSourceResponse):
+    """A stream of events; whoever ends it, and whenever, the engine's place is free."""
+
+    def __init__(self, answering: Answering, events: AsyncIterator[dict[str, str]]) -> None:
+        super().__init__(events, ping=15, sep="\n", send_timeout=SLOWEST)
+        self._answering = answering
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except SendTimeoutError:
+            log.info("a client took nothing for %g seconds: its stream is closed", SLOWEST)
+        finally:
+            self._answering.leave()
 
 
 async def _whole(answering: Answering, request: Request, seconds: float) -> None:
@@ -134,6 +149,7 @@ async def _whole(answering: Answering, request: Request, seconds: float) -> None
         raise ApiError(504, f"the answer took longer than {seconds:g} seconds", kind="timeout", code="timeout")
     if complete not in done:
         raise ApiError(499, "the client has gone", kind="closed")
+    complete.result()
     for reading in answering.readings:
         finish = reading.choice.finish
         if finish is not None and finish.error is not None:
@@ -251,11 +267,7 @@ def _add_tools(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> dict[str, Any]:
-        body = await body_of(request)
-        content = body.get("content") if isinstance(body, dict) else None
-        if not isinstance(content, str):
-            raise ApiError(400, "content: expected a text", param="content")
-        special = bool(body.get("add_special", False))
+        content, special = lora_protocol.read_tokenize(await body_of(request))
         ids = await run_in_threadpool(
             lambda: tokenizer(content, add_special_tokens=special, verbose=False)["input_ids"]
         )
@@ -263,9 +275,6 @@ def _add_tools(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> dict[str, Any]:
-        body = await body_of(request)
-        tokens = body.get("tokens") if isinstance(body, dict) else None
         size = engine.model.get_input_embeddings().weight.shape[0]
-        if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
-            raise ApiError(400, f"tokens: expected a list of ids below {size}", param="tokens")
+        tokens = lora_protocol.read_detokenize(await body_of(request), size)
         return {"content": await run_in_threadpool(tokenizer.decode, tokens)}

@@ -11,7 +11,7 @@ An adapter of another base, or one that is broken, is refused by load_adapter, w
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,11 @@ from qgraft.serving.engine import Engine
 from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.protocol import ApiError
 
-LIST = "served.json"
+LIST, LONGEST = "served.json", 200  # characters of an unknown name that are told
+
+
+def _all(name: str) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -94,18 +98,23 @@ class Catalogue:
         """An adapter that is on the model already: its own prefix."""
         self.entries[name] = Entry(path, pinned=True)
 
-    def need(self, names: Iterable[str]) -> None:
+    def knows(self, name: str) -> bool:
+        """Whether it can be asked for."""
+        with self._lock:
+            return name in self.names() or (name not in self._leaving and self._found(name) is not None)
+
+    def need(self, names: Iterable[str], allows: Callable[[str], bool] = _all) -> None:
         """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
         with self._lock:
             wanted = list(names)
             self.sweep()
             for name in wanted:
                 if name in self._leaving:
-                    raise self._unknown(name)
+                    raise self.unknown(name, allows)
                 if name not in self.entries:
                     path = self._found(name)
                     if path is None:
-                        raise self._unknown(name)
+                        raise self.unknown(name, allows)
                     self._make_room(wanted)
                     self._load(name, path)
                 self._used[name] = time.monotonic()
@@ -130,6 +139,8 @@ class Catalogue:
                     400, f"'{body.name}' is the base model's name", param="lora_name", kind="InvalidUserInput"
                 )
             path = self._path_given(body.path)
+            if body.name in self._leaving:
+                raise ApiError(409, f"adapter '{body.name}' is being unloaded: answers still need it", retry_after=1)
             if body.name in self.entries:
                 if not body.replace:
                     raise ApiError(
@@ -248,10 +259,15 @@ class Catalogue:
             return self._path_given(self._named[name])
         return self._in_folder(name)
 
-    def _unknown(self, name: str) -> ApiError:
-        close = near_match(name, [self.base, *self.names()])
-        return ApiError(404, f"The model `{name}` does not exist.", kind="NotFoundError", code="model_not_found",
-                        param="model", hint=close)  # fmt: skip
+    def unknown(self, name: str, allows: Callable[[str], bool] = _all) -> ApiError:
+        """What is said of a name that there is not, in OpenAI's words.
+
+        Args:
+            allows: which others may be told of, for who meant one of them.
+        """
+        close = near_match(name[:LONGEST], [each for each in (self.base, *self.names()) if allows(each)])
+        return ApiError(404, f"The model `{name[:LONGEST]}` does not exist.", kind="NotFoundError",
+                        code="model_not_found", param="model", hint=close)  # fmt: skip
 
     # -- the list --
 

@@ -1,15 +1,17 @@
 """What stands in front of every request: its key, the size of its body, the time it may take to arrive, and the log.
 
 A body is counted while it comes, whatever its header says. A server without keys listens on its machine alone, where a web
-page in a browser can reach it, too: requests by another name than the machine's own are refused, and bodies that a page may
-send anywhere without being asked (forms, plain text). The log has a line for each request: who, what, how it ended, how
-long it took; no prompt, no answer, no key, and no path that is not one of ours.
+page in a browser can reach it, too: requests by another name than the machine's own are refused, those of pages from
+elsewhere, and bodies that a page may send anywhere without being asked (forms, plain text). The log has a line for each
+request: who, what, how it ended, how long it took; no prompt, no answer, no key, and no path that is not one of ours.
 """
 
 import asyncio
 import ipaddress
 import logging
+import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -55,16 +57,14 @@ class Guard:
         kind = headers.get(b"content-type", "application/json").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise ApiError(415, f"Content-Type: got {kind[:100]}, expected application/json")
-        if not self.service.keys.are_needed and not _is_local(headers.get(b"host", "")):
-            raise ApiError(
-                403, "Host: expected this machine's own name: the server has no keys", kind="permission_error"
-            )
+        if not self.service.keys.are_needed:
+            _check_caller(headers)
         permission = self.service.keys.of(headers.get(b"authorization"))
         if permission is None and scope["path"] not in PUBLIC:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
         scope["qgraft_permission"] = permission
         length = headers.get(b"content-length", "0")
-        if length.isdigit() and int(length) > self.service.limits.body:
+        if length.isascii() and length.isdigit() and int(length[:18]) > self.service.limits.body:
             raise _too_large(self.service)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
@@ -73,7 +73,7 @@ class Guard:
         asked = str(scope.get("qgraft_asked", "-"))[:100]
         self.log.info(
             "%s %s %s %s model=%r %.3fs", "-" if permission is None else permission.name, scope["method"], route,
-            status or 499, asked, seconds,
+            status or (500 if isinstance(sys.exception(), Exception) else 499), asked, seconds,
         )  # fmt: skip
 
 
@@ -98,6 +98,15 @@ class _Body:
             if self._size > self._service.limits.body:
                 raise _too_large(self._service)
         return message
+
+
+def _check_caller(headers: Mapping[bytes, str]) -> None:
+    """Raise ApiError for a page of somebody else's in a browser on this machine."""
+    host, origin = headers.get(b"host", ""), headers.get(b"origin")
+    if not _is_local(host):
+        raise ApiError(403, "Host: expected this machine's own name: the server has no keys", kind="permission_error")
+    if origin is not None and origin.partition("://")[2] != host:
+        raise ApiError(403, "Origin: expected a page of this server: it has no keys", kind="permission_error")
 
 
 def _is_local(host: str) -> bool:

@@ -35,6 +35,8 @@ class JsonText:
         mode: what may come next.
         rest: letters of a word, or hexadecimal digits of an escape, that are missing.
         is_key: whether the string is a key.
+        blanks: how many there are, one after another.
+        mark: what ends the text before the object; it begins with a character that is not in it again.
     """
 
     open: tuple[str, ...] = ()
@@ -42,6 +44,12 @@ class JsonText:
     rest: str = ""
     is_key: bool = False
     blanks: int = 0
+    mark: str = ""
+
+    @classmethod
+    def behind(cls, mark: str) -> "JsonText":
+        """The state before an object that comes after other text, behind this mark, such as </think>."""
+        return cls((), "before", mark, mark=mark)
 
     @property
     def complete(self) -> bool:
@@ -51,7 +59,7 @@ class JsonText:
     @property
     def in_string(self) -> bool:
         """Whether any character may come next, so that a part of one may."""
-        return self.mode == "string"
+        return self.mode in ("string", "before")
 
     def after(self, text: str) -> "JsonText | None":
         """The state behind more text; None where that is the beginning of no object."""
@@ -63,6 +71,9 @@ class JsonText:
         return state
 
     def _next(self, c: str) -> "JsonText | None":
+        if self.mode == "before":
+            rest = self.rest[1:] if c == self.rest[0] else self.mark[1:] if c == self.mark[0] else self.mark
+            return JsonText((), "before", rest, mark=self.mark) if rest else JsonText()
         if self.mode in ("string", "escape", "hex"):
             return self._in_string(c)
         if self.mode == "word":

@@ -40,7 +40,7 @@ def _number(text: str) -> float | None:
 
 
 def lora_given(lora: object, listed: Sequence[str]) -> Weights:
-    """The weights that a request's `lora` says, without those of 0.
+    """The weights that a request's `lora` says.
 
     Args:
         listed: the adapters by their numbers.
@@ -57,7 +57,7 @@ def lora_given(lora: object, listed: Sequence[str]) -> Weights:
         raise _wrong_lora()
     if len({name for name, _ in pairs}) < len(pairs):
         raise ApiError(400, "lora: an adapter is listed twice", param="lora")
-    return {name: float(weight) for name, weight in pairs if weight}
+    return {name: float(weight) for name, weight in pairs}
 
 
 def _pair(entry: object, listed: Sequence[str]) -> tuple[Any, Any]:
@@ -130,6 +130,25 @@ def adapters_body(listed: Sequence[str], paths: Mapping[str, str], scales: Mappi
         {"id": number, "path": paths.get(name, ""), "name": name, "scale": scales.get(name, 0.0)}
         for number, name in enumerate(listed)
     ]
+
+
+def read_tokenize(body: object) -> tuple[str, bool]:
+    """(the text, whether with the tokens at a text's beginning) of llama-server's body. Raises ApiError."""
+    given = body if isinstance(body, dict) else {}
+    content, special = given.get("content"), given.get("add_special", False)
+    if not isinstance(content, str) or not isinstance(special, bool):
+        raise ApiError(400, "expected content, a text, and add_special, true or false", param="content")
+    if unknown := given.keys() - {"content", "add_special"}:
+        raise ApiError(400, f"unknown option {min(unknown)!r}: it would have no effect", param=min(unknown))
+    return content, special
+
+
+def read_detokenize(body: object, size: int) -> list[int]:
+    """The ids of llama-server's body, all of them below `size`. Raises ApiError."""
+    tokens = body.get("tokens") if isinstance(body, dict) else None
+    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
+        raise ApiError(400, f"tokens: expected a list of ids below {size}", param="tokens")
+    return tokens
 
 
 def models_body(base: str, adapters: Mapping[str, str], created: int, context: int | None) -> dict[str, Any]:

@@ -20,11 +20,11 @@ from qgraft.ranges import COUNT, Range
 from qgraft.serving.sampling import TOP_LOGPROBS, Sampling
 
 CHOICES = Range(1, 16, whole=True)  # n
-STOPS = 16
+STOPS, STOP_LENGTH = 16, 500  # stop strings, and characters of one: each is looked for at every token
 
 _IGNORED = {  # say nothing about the answer
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "cache_prompt", "stream_options", "parallel_tool_calls", "model", "stream", "n", "stop", "lora", "ignore_eos",
+    "cache_prompt", "stream_options", "model", "stream", "n", "stop", "lora", "ignore_eos",
     "prediction",
 }  # fmt: skip
 _SAMPLING = {
@@ -33,7 +33,7 @@ _SAMPLING = {
 }  # fmt: skip
 _CHAT = {
     "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
-    "chat_template_kwargs",
+    "chat_template_kwargs", "parallel_tool_calls",
 }  # fmt: skip
 _FORMS = ({"type": "text"}, {"type": "json_object"})
 _COMPLETION = {"prompt", "max_tokens", "echo", "suffix", "best_of"}
@@ -73,6 +73,7 @@ class Ask:
         enable_thinking: what the chat template is told.
         echo: whether the prompt is a part of the text.
         json: whether answers must be JSON objects.
+        one_call: whether an answer has one call of a tool at most.
     """
 
     model: str
@@ -90,6 +91,7 @@ class Ask:
     enable_thinking: bool | None = None
     echo: bool = False
     json: bool = False
+    one_call: bool = False
 
 
 def read_chat(body: object) -> Ask:
@@ -98,15 +100,16 @@ def read_chat(body: object) -> Ask:
     _check_keys(given, _CHAT)
     thinking = _check_chat_options(given)
     tools = _tools(given.get("tools")) if given.get("tool_choice", "auto") != "none" else ()
-    wanted = given.get("max_completion_tokens", given.get("max_tokens"))
+    limit = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
     top = given.get("top_logprobs")
     if top is not None and not given.get("logprobs"):
         raise _bad("top_logprobs", "it needs logprobs: true")
     logprobs = (0 if top is None else top) if _flag(given, "logprobs") else None
     return Ask(
         sampling=_sampling(given, logprobs, "top_logprobs"), messages=_messages(given.get("messages")), tools=tools,
-        max_tokens=_tokens(wanted, "max_completion_tokens" if "max_completion_tokens" in given else "max_tokens"),
-        enable_thinking=thinking, json=given.get("response_format") == _FORMS[1], **_shared(given),
+        max_tokens=_tokens(given.get(limit), limit), enable_thinking=thinking,
+        json=given.get("response_format") == _FORMS[1],
+        one_call=not _flag(given, "parallel_tool_calls", default=True), **_shared(given),
     )  # fmt: skip
 
 
@@ -116,10 +119,13 @@ def read_completion(body: object) -> Ask:
     _check_keys(given, _COMPLETION)
     for name, harmless in (("suffix", ("", None)), ("best_of", (None, given.get("n", 1)))):
         if given.get(name) not in harmless:
-            raise _bad(name, "it is not supported")
+            raise _bad(name, "nothing: it is not supported")
+    if _flag(given, "echo") and given.get("logprobs") is not None:
+        raise _bad("logprobs", "nothing beside echo: those of the prompt are not computed")
+    wanted = given.get("max_tokens")
     return Ask(
         sampling=_sampling(given, given.get("logprobs"), "logprobs"), prompts=_prompts(given.get("prompt")),
-        max_tokens=_tokens(given.get("max_tokens", 16), "max_tokens"), echo=_flag(given, "echo"), **_shared(given),
+        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), **_shared(given),
     )  # fmt: skip
 
 
@@ -143,6 +149,8 @@ def _check_chat_options(given: Mapping[str, Any]) -> bool | None:
     form = given.get("response_format")
     if form not in (None, *_FORMS):
         raise _bad("response_format", " or ".join(map(str, _FORMS)) + "; answers are not held to a schema")
+    if form == _FORMS[1] and given.get("tools"):
+        raise _bad("response_format", "text beside tools: a call of one is no JSON object of its own in every model")
     choice = given.get("tool_choice")
     if choice not in (None, "auto", "none"):
         raise _bad("tool_choice", "auto or none: a model cannot be made to call a function")
@@ -166,6 +174,8 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts) or len(texts) > STOPS:
         raise _bad("stop", f"a text, or a list of at most {STOPS}, none of them empty")
+    if max(map(len, texts), default=0) > STOP_LENGTH:
+        raise _bad("stop", f"texts of at most {STOP_LENGTH} characters")
     options = given.get("stream_options") or {}
     if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
         raise _bad("stream_options", '{"include_usage": true or false}')
@@ -185,8 +195,10 @@ def _sampling(given: Mapping[str, Any], logprobs: object, asked_as: str) -> Samp
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty", "seed"):  # fmt: skip
         value = given.get(name)
-        if name == "repetition_penalty" and value is None:
-            value = given.get("repeat_penalty")
+        if name == "repetition_penalty" and (other := given.get("repeat_penalty")) is not None:
+            if value not in (None, other):
+                raise _bad("repeat_penalty", f"the same as repetition_penalty, {value!r}")
+            value = other
         if value is not None:
             options[name] = value % 2**32 if name == "seed" and type(value) is int else value
     bias = given.get("logit_bias") or {}
@@ -268,11 +280,11 @@ def _tokens(given: object, name: str) -> int | None:
     return int(str(given))
 
 
-def _flag(given: Mapping[str, Any], name: str) -> bool:
+def _flag(given: Mapping[str, Any], name: str, default: bool = False) -> bool:
     value = given.get(name)
     if not isinstance(value, bool | None):
         raise _bad(name, "true or false")
-    return bool(value)
+    return default if value is None else value
 
 
 def _bad(param: str, expected: str) -> ApiError:

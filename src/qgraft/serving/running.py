@@ -43,7 +43,7 @@ class Running:
     reason: str = ""
     _ended: bool = False  # by a token, which counts as one of the answer's
     _untold: list[Token] = field(default_factory=list)
-    _form: JsonText = field(default_factory=JsonText)
+    _form: JsonText | None = None
 
     @classmethod
     def of(
@@ -58,7 +58,7 @@ class Running:
         """A request at its beginning."""
         prompt = list(request.prompt)
         text, sampler = AnswerText(decode, request.stop, rewrites), Sampler(request.sampling, prompt)
-        return cls(request, listener, mix, limit, text, sampler, prompt)
+        return cls(request, listener, mix, limit, text, sampler, prompt, _form=request.form)
 
     @property
     def new(self) -> int:
@@ -73,7 +73,7 @@ class Running:
     def take(self, logits_V: Tensor, ends: Collection[int]) -> None:
         """Choose the next token and tell it; with it the answer may end."""
         try:
-            token = self.sampler.draw(logits_V, self._keeps_form if self.request.json else None)
+            token = self.sampler.draw(logits_V, None if self._form is None else self._keeps_form)
         except QgraftError as error:
             self.finish("error", error)
             return
@@ -81,12 +81,12 @@ class Running:
             self._ended = True
             self.finish("stop")
             return
-        if self.request.json:
+        if self._form is not None:
             self._form = self._form.after(self.text.peek(token.id)[0]) or self._form
         self.ids.append(token.id)
         self._untold.append(token)
         self._tell(self.text.push(token.id))
-        if self.text.stopped is not None or self._form.complete:
+        if self.text.stopped is not None or (self._form is not None and self._form.complete):
             self.finish("stop")
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")
@@ -94,7 +94,7 @@ class Running:
     def _keeps_form(self, token: int) -> bool:
         """Whether the answer with this token can still become a JSON object."""
         text, partly = self.text.peek(token)
-        state = self._form.after(text)
+        state = None if self._form is None else self._form.after(text)
         return state is not None and (state.in_string if partly else bool(text))
 
     def finish(self, reason: str, error: QgraftError | None = None) -> None:

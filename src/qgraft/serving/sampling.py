@@ -95,6 +95,7 @@ class Sampler:
             self._generator.manual_seed(sampling.seed)
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
+        self._bias = _by_token(sampling.logit_bias)
 
     def draw(self, logits_V: Tensor, allowed: Callable[[int], bool] | None = None) -> Token:
         """The next token, of those that are allowed: what is drawn and is not counts as if it had no share.
@@ -132,12 +133,16 @@ class Sampler:
             seen_N = torch.tensor(sorted(token for token in self._seen if token < len(raw_V)))
             old_N = scores_V[seen_N]
             scores_V[seen_N] = torch.where(old_N > 0, old_N / s.repetition_penalty, old_N * s.repetition_penalty)
-        for token, count in self._counts.items():
-            scores_V[token] -= s.presence_penalty + s.frequency_penalty * count
-        for token, bias in s.logit_bias.items():
-            if token >= len(raw_V):
-                raise OptionError(f"logit_bias: there is no token {token}, expected ids below {len(raw_V)}")
-            scores_V[token] += bias
+        if self._counts and (s.presence_penalty or s.frequency_penalty):
+            said_N, counts_N = _by_token(self._counts)
+            scores_V[said_N] -= s.presence_penalty + s.frequency_penalty * counts_N
+        if s.logit_bias:
+            tokens_N, added_N = self._bias
+            if int(tokens_N.max()) >= len(raw_V):
+                raise OptionError(
+                    f"logit_bias: there is no token {int(tokens_N.max())}, expected ids below {len(raw_V)}"
+                )
+            scores_V[tokens_N] += added_N
         return scores_V
 
     def _drawn(self, scores_V: Tensor) -> int:
@@ -164,3 +169,8 @@ class Sampler:
         top = logprobs_V.topk(min(self.sampling.logprobs, len(raw_V))) if self.sampling.logprobs else None
         likeliest = () if top is None else tuple(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         return Token(token, float(logprobs_V[token]), likeliest)
+
+
+def _by_token(values: Mapping[int, float]) -> tuple[Tensor, Tensor]:
+    """(tokens [n], their values [n])."""
+    return torch.tensor(list(values), dtype=torch.long), torch.tensor(list(values.values()), dtype=torch.float32)

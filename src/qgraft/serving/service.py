@@ -14,13 +14,14 @@ from qgraft.errors import AdapterError, DataError, OptionError, QgraftError
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
+from qgraft.serving.json_text import JsonText
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import ApiError, Ask
 from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import AnswerReader
+from qgraft.serving.tool_calls import CLOSE, AnswerReader
 
 MIXED = 8  # adapters of a mix
 
@@ -46,13 +47,14 @@ class Reading:
 
     choice: Choice
     reader: AnswerReader = field(default_factory=AnswerReader)
+    one_call: bool = False
 
     def take(self, event: Delta | Finish) -> tuple[str, str]:
         """(more reasoning, more content) of an event."""
         if isinstance(event, Finish):
             self.choice.finish = event
             reasoning, content = self.reader.push("", last=True)
-            self.choice.calls = self.reader.calls
+            self.choice.calls = self.reader.calls[:1] if self.one_call else self.reader.calls
         else:
             self.choice.tokens += event.tokens
             reasoning, content = self.reader.push(event.text)
@@ -98,18 +100,24 @@ class Service:
 
         Raises ApiError with the status that the client gets.
         """
-        adapters = self._adapters(ask)
-        if refused := [name for name in adapters or (self.base,) if not permission.allows(name)]:
-            raise ApiError(403, f"this key is not for {refused[0]!r}", kind="permission_error", param="model")
+        adapters = self._adapters(ask, permission)
+        most = self.engine.max_batch + self.engine.max_queue
+        if (wanted := max(len(ask.prompts), 1) * ask.count) > most:
+            raise ApiError(400, f"{wanted} answers are asked for at once, expected at most {most}", param="n")
         with errors_as_answers():
-            self.catalogue.need(adapters)
+            self.catalogue.need(adapters, permission.allows)
             if ask.messages is None:
                 prompts = [self.prompter.plain(each) if isinstance(each, str) else list(each) for each in ask.prompts]
                 readers = [AnswerReader() for _ in prompts]
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        requests = [self._request(ask, prompt, adapters, choice) for prompt in prompts for choice in range(ask.count)]
+        forms = [_form_of(reader) if ask.json else None for reader in readers]
+        requests = [
+            self._request(ask, prompt, adapters, choice, form)
+            for prompt, form in zip(prompts, forms, strict=True)
+            for choice in range(ask.count)
+        ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
         return Prepared(tuple(requests), tuple(each), adapters, len(prompts))
 
@@ -126,36 +134,57 @@ class Service:
                 raise
         return running
 
-    def _request(self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int) -> Request:
+    def _request(
+        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, form: JsonText | None
+    ) -> Request:
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), ask.json
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), form
         )
 
-    def _adapters(self, ask: Ask) -> dict[str, float]:
-        """The adapters that are asked for, with their weights."""
+    def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
+        """The adapters that are asked for, with their weights; each of them is there, and the key is good for it.
+
+        What weighs 0 takes no part, and must be there as well: a name with a slip of the pen is no base.
+        """
+        asked = self._asked(ask)
+        if len(asked) > MIXED:
+            raise ApiError(400, f"a mix of {len(asked)} adapters, expected at most {MIXED}", param="model")
+        mix = {name: weight for name, weight in asked.items() if weight}
+        for name in asked if mix else (*asked, self.base):
+            if not permission.allows(name):
+                raise ApiError(403, f"this key is not for {name[:200]!r}", kind="permission_error", param="model")
+            if name != self.base and not self.catalogue.knows(name):
+                raise self.catalogue.unknown(name, permission.allows)
+        return mix
+
+    def _asked(self, ask: Ask) -> dict[str, float]:
         listed = self.catalogue.names()
         if ask.model == self.base:
             if ask.lora is None:
                 return {name: scale for name, scale in self.catalogue.scales.items() if scale and name in listed}
-            mix = lora_given(ask.lora, listed)
-        else:
-            if ask.lora is not None:
-                raise ApiError(400, "model names an adapter, and lora is given, too", param="lora")
-            found = mix_named(ask.model)
-            if found is None:
-                raise ApiError(404, f"The model `{ask.model[:200]}` does not exist.", kind="NotFoundError",
-                               code="model_not_found", param="model")  # fmt: skip
-            mix = {name: weight for name, weight in found.items() if weight and name != self.base}
-        if len(mix) > MIXED:
-            raise ApiError(400, f"a mix of {len(mix)} adapters, expected at most {MIXED}", param="model")
-        return mix
+            return lora_given(ask.lora, listed)
+        if ask.lora is not None:
+            raise ApiError(400, "model names an adapter, and lora is given, too", param="lora")
+        found = mix_named(ask.model)
+        if found is None:
+            raise self.catalogue.unknown(ask.model)
+        if self.base in found:
+            raise ApiError(400, f"{self.base!r} is the base, which every answer has whole: it has no weight in a mix",
+                           param="model")  # fmt: skip
+        return found
 
     def spell(self, token: int) -> str:
-        """The text of a token."""
-        return str(self.tokenizer.decode([token]))
+        """The text of a token within others: alone, sentencepiece leaves out its blank."""
+        once, twice = str(self.tokenizer.decode([token])), str(self.tokenizer.decode([token, token]))
+        return twice.removeprefix(once) if twice.startswith(once) else once
+
+
+def _form_of(reader: AnswerReader) -> JsonText:
+    """What an answer must be an object of: from its beginning, or behind the reasoning that the prompt has begun."""
+    return JsonText.behind(CLOSE) if reader.thinking else JsonText()
 
 
 class errors_as_answers:  # noqa: N801 (used like a function)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from qgraft.serving import answers
@@ -23,10 +24,12 @@ class Answering:
         loop: that of the client's connection.
     """
 
-    def __init__(self, service: Service, prepared: Prepared, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, service: Service, prepared: Prepared, loop: asyncio.AbstractEventLoop, one_call: bool = False
+    ) -> None:
         self.service, self.prepared = service, prepared
         self.created = int(time.time())
-        self.readings = [Reading(Choice(index), reader) for index, reader in enumerate(prepared.readers)]
+        self.readings = [Reading(Choice(index), reader, one_call) for index, reader in enumerate(prepared.readers)]
         self._loop, self._queue = loop, asyncio.Queue[Event]()
         self._running: list[Running] = []
         self._identity = ""
@@ -68,7 +71,7 @@ class Answering:
 
     def _listener(self, index: int) -> Listener:
         def listen(event: Delta | Finish) -> None:
-            if not self._loop.is_closed():
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
                 self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, event))
 
         return listen
@@ -158,7 +161,10 @@ async def completion_stream(answering: Answering, ask: Ask) -> AsyncIterator[dic
                 return
             yield _data(answers.completion_chunk(*head, index, content, reading.choice.reason))
         elif content or with_logprobs:
-            logprobs = answers.completion_logprobs(event.tokens, spell) if with_logprobs else None
+            logprobs = None
+            if with_logprobs:
+                logprobs = answers.completion_logprobs(event.tokens, spell, reading.choice.spelt)
+                reading.choice.spelt += sum(map(len, logprobs["tokens"]))
             yield _data(answers.completion_chunk(*head, index, content, logprobs=logprobs))
     if ask.include_usage:
         chunk = answers.completion_chunk(*head, 0, "")
