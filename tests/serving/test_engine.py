@@ -189,6 +189,28 @@ def test_an_adapter_of_nans_fails_alone(talker: Any) -> None:
     detach_adapter(model, "broken")
 
 
+def test_a_text_that_cannot_be_decoded_fails_alone(talker: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = talker
+    engine = Engine(model, tokenizer)
+    request = Request((5, 6, 7), {"law": 1.0}, GREEDY, max_tokens=6)
+    (expected,) = answer_all(engine, [request])
+    told: list[list[Any]] = [[], [], []]
+    asked = [engine.submit(request, events.append) for events in told]
+
+    def broken(*args: Any) -> str:
+        raise IndexError("piece id is out of range")
+
+    asked[0].text.push = broken  # type: ignore[method-assign]
+    asked[1].text.end = broken  # type: ignore[method-assign]
+    while engine.step():
+        pass
+    for events in told[:2]:
+        assert "piece id is out of range" in str(events[-1].error) and events[-1].reason == "error"
+    assert "".join(event.text for event in told[2][:-1]) == expected["text"] and not engine.running
+    assert "an answer has failed" in caplog.text
+    engine.stop()
+
+
 def test_who_is_cancelled_leaves_a_place(talker: Any) -> None:
     model, tokenizer = talker
     engine = Engine(model, tokenizer, max_batch=2)

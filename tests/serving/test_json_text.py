@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qgraft.serving.json_text import JsonText
+from qgraft.serving.json_tokens import JsonTokens
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=8),
@@ -57,3 +58,31 @@ def test_an_object_behind_other_text() -> None:
         assert (after is not None) == following
         state = after or state
     assert state.complete
+
+
+@settings(max_examples=30, deadline=None)
+@given(OBJECTS, st.integers(0, 200))
+def test_tokens_are_left_by_their_texts(value: dict[str, object], place: int) -> None:
+    texts = [
+        *string.printable,
+        "",
+        "true",
+        "tru",
+        "trx",
+        '"}',
+        '",',
+        '": {"',
+        "12.5",
+        " {",
+        "}}",
+        "\ufffd",
+        'x"\n',
+        "\u4f60",
+    ]
+    text = json.dumps(value)
+    state = JsonText().after(text[: place % len(text)])
+    assert state is not None
+    may = [state.in_string if text == "\ufffd" else bool(text) and state.after(text) is not None for text in texts]
+    tokens = JsonTokens(texts)
+    assert tokens.whole(state).tolist() == may
+    assert not (tokens.whole(state) & ~tokens.beginning(state)).any()

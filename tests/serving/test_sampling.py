@@ -65,6 +65,26 @@ def test_draws_follow_the_seed_and_the_shares() -> None:
     torch.testing.assert_close(counts, logits.exp(), atol=0.07, rtol=0)  # four standard deviations
 
 
+def test_what_is_not_allowed_has_no_share() -> None:
+    class Odd:
+        asked = 0
+
+        def __call__(self, token: int) -> bool:
+            self.asked += 1
+            return token % 10 == 7
+
+        def left(self, exact: bool) -> torch.Tensor:
+            return torch.arange(990) % (10 if exact else 2) == (7 if exact else 1)
+
+    torch.manual_seed(0)
+    logits = torch.randn(1000)
+    expected = max(range(7, 990, 10), key=lambda token: float(logits[token]))
+    for temperature, tokens in ((0, {expected}), (1.0, set(range(7, 1000, 10)))):
+        allowed = Odd()
+        assert Sampler(Sampling(temperature=temperature, seed=3), []).draw(logits, allowed).id in tokens
+        assert 1 < allowed.asked <= 17
+
+
 def test_log_probabilities_are_the_models() -> None:
     logits = torch.tensor([1.0, 3.0, 2.0, -1.0])
     token = Sampler(Sampling(temperature=0, logprobs=2, logit_bias={3: 100}), []).draw(logits)

@@ -13,13 +13,16 @@ One thread runs the steps (`start`), and owns the model meanwhile: who wants to 
 it while the engine is `paused`, between two steps. Listeners are called in that thread and must not block.
 """
 
+import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.attention import attention_of
@@ -31,11 +34,13 @@ from qgraft.passes.batched import CACHED
 from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.key_values import BLOCK
 from qgraft.passes.limits import stated_ends
+from qgraft.serving.json_tokens import JsonTokens
 from qgraft.serving.mixes import mix_of
-from qgraft.serving.passes_of import Part, Passes, SharedPasses, SinglePasses
+from qgraft.serving.passes_of import Part, PassError, Passes, SharedPasses, SinglePasses
 from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
 
+log = logging.getLogger("qgraft.serving")
 LONGEST = (
     8192  # tokens of one text that there is room for, where the model's context is longer and nothing else is said
 )
@@ -103,7 +108,8 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites)
+        texts = None if request.form is None else self._json_tokens
+        running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites, texts)
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")
@@ -203,10 +209,18 @@ class Engine:
             if isinstance(result, QgraftError):
                 running.finish("error", result)
             elif result is not None:
-                running.take(result, self.ends)
-                self.counts["generation_tokens"] += 1
+                self._take(running, result)
         self._leave([running for running, _ in parts if running.finished])
         return True
+
+    def _take(self, running: Running, logits_V: Tensor) -> None:
+        """The next token of a request; where its text or its form cannot go on with it, it fails alone."""
+        try:
+            running.take(logits_V, self.ends)
+        except (RuntimeError, ValueError, LookupError, TypeError) as error:
+            log.exception("an answer has failed")
+            running.fail(PassError(f"the answer cannot go on: {type(error).__name__}: {str(error)[:300]}"))
+        self.counts["generation_tokens"] += 1
 
     def _drop_cancelled(self) -> None:
         gone = [each for each in (*self.running, *self.waiting) if each.cancelled]
@@ -291,6 +305,13 @@ class Engine:
             return str(tokenizer.decode(ids, skip_special_tokens=skip))
 
         return decode
+
+    @cached_property
+    def _json_tokens(self) -> JsonTokens:
+        """Of the whole vocabulary: seconds of work, done once, in the thread of who asks for JSON first."""
+        size = self.model.get_input_embeddings().weight.shape[0]
+        special = set(self.tokenizer.all_special_ids) | self.ends
+        return JsonTokens(["" if token in special else str(self.tokenizer.decode([token])) for token in range(size)])
 
     @property
     def _rewrites(self) -> bool:

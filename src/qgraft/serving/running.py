@@ -8,10 +8,29 @@ from torch import Tensor
 
 from qgraft.errors import QgraftError
 from qgraft.serving.json_text import JsonText
+from qgraft.serving.json_tokens import JsonTokens
 from qgraft.serving.mixes import Mix
 from qgraft.serving.requests import Delta, Finish, Listener, Request
 from qgraft.serving.sampling import Sampler, Token
 from qgraft.serving.text import AnswerText
+
+
+@dataclass(frozen=True)
+class _Keeps:
+    """The tokens with which an answer can still become a JSON object."""
+
+    form: JsonText
+    text: AnswerText
+    texts: JsonTokens | None
+
+    def __call__(self, token: int) -> bool:
+        text, partly = self.text.peek(token)
+        state = self.form.after(text)
+        return state is not None and (state.in_string if partly else bool(text))
+
+    def left(self, exact: bool) -> Tensor:
+        assert self.texts is not None
+        return self.texts.whole(self.form) if exact else self.texts.beginning(self.form)
 
 
 @dataclass(eq=False)
@@ -44,6 +63,7 @@ class Running:
     _ended: bool = False  # by a token, which counts as one of the answer's
     _untold: list[Token] = field(default_factory=list)
     _form: JsonText | None = None
+    _texts: JsonTokens | None = None
 
     @classmethod
     def of(
@@ -54,11 +74,12 @@ class Running:
         limit: int,
         decode: Callable[[list[int]], str],
         rewrites: bool,
+        texts: JsonTokens | None = None,
     ) -> "Running":
         """A request at its beginning."""
         prompt = list(request.prompt)
         text, sampler = AnswerText(decode, request.stop, rewrites), Sampler(request.sampling, prompt)
-        return cls(request, listener, mix, limit, text, sampler, prompt, _form=request.form)
+        return cls(request, listener, mix, limit, text, sampler, prompt, _form=request.form, _texts=texts)
 
     @property
     def new(self) -> int:
@@ -73,7 +94,9 @@ class Running:
     def take(self, logits_V: Tensor, ends: Collection[int]) -> None:
         """Choose the next token and tell it; with it the answer may end."""
         try:
-            token = self.sampler.draw(logits_V, None if self._form is None else self._keeps_form)
+            token = self.sampler.draw(
+                logits_V, None if self._form is None else _Keeps(self._form, self.text, self._texts)
+            )
         except QgraftError as error:
             self.finish("error", error)
             return
@@ -91,20 +114,24 @@ class Running:
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")
 
-    def _keeps_form(self, token: int) -> bool:
-        """Whether the answer with this token can still become a JSON object."""
-        text, partly = self.text.peek(token)
-        state = None if self._form is None else self._form.after(text)
-        return state is not None and (state.in_string if partly else bool(text))
-
     def finish(self, reason: str, error: QgraftError | None = None) -> None:
         """Tell what is left of the answer, and that it ends here."""
         if self.finished:
             return
-        self.finished, self.reason = True, reason
+        self.reason = reason
         self._tell(self.text.end(), last=True)
+        self._finish(error)
+
+    def fail(self, error: QgraftError) -> None:
+        """End it without what is left of its text, which may be what failed."""
+        if not self.finished:
+            self.reason = "error"
+            self._finish(error)
+
+    def _finish(self, error: QgraftError | None) -> None:
+        self.finished = True
         prompt, answered = len(self.request.prompt), self.answered + self._ended
-        self.listener(Finish(reason, prompt, answered, self.cached, self.text.stopped, error))
+        self.listener(Finish(self.reason, prompt, answered, self.cached, self.text.stopped, error))
 
     def _tell(self, text: str, last: bool = False) -> None:
         if text or (self._untold and (last or self.request.sampling.logprobs is not None)):

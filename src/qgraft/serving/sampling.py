@@ -11,8 +11,9 @@ The order is that of transformers and vLLM. Each text has a generator of its own
 depend on who else is in the batch. Log probabilities are those of the model, before all of the above, as OpenAI's are.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ _PENALTY = Range(-2, 2)
 _SHARE = Range(0, 1)
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
+MANY = 16  # tokens that were drawn and may not come: then all are looked at
 
 
 class BrokenLogitsError(QgraftError):
@@ -79,6 +81,16 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class Allowed(Protocol):
+    """Which tokens may come next."""
+
+    def __call__(self, token: int) -> bool:
+        """Whether this one may."""
+
+    def left(self, exact: bool) -> Tensor:
+        """Those [vocabulary] that are worth asking for, bool; to be `exact` takes longer."""
+
+
 class Sampler:
     """Chooses the tokens of one answer.
 
@@ -97,7 +109,7 @@ class Sampler:
         self._counts: dict[int, int] = {}
         self._bias = _by_token(sampling.logit_bias)
 
-    def draw(self, logits_V: Tensor, allowed: Callable[[int], bool] | None = None) -> Token:
+    def draw(self, logits_V: Tensor, allowed: "Allowed | None" = None) -> Token:
         """The next token, of those that are allowed: what is drawn and is not counts as if it had no share.
 
         Raises BrokenLogitsError for logits that are NaN, and where nothing is allowed.
@@ -108,9 +120,14 @@ class Sampler:
         scores_V = self.penalized(raw_V)
         temperature = self.sampling.temperature
         chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
+        refused = 0
         while allowed is not None and not allowed(chosen):
             scores_V = scores_V.clone() if scores_V is raw_V else scores_V
             scores_V[chosen] = -torch.inf
+            refused += 1
+            if refused in (1, MANY):
+                left_V = allowed.left(exact=refused == MANY)
+                scores_V[: len(left_V)].masked_fill_(~left_V[: len(scores_V)], -torch.inf)
             if not bool(scores_V.isfinite().any()):
                 raise BrokenLogitsError("no token can go on with the answer in the form that was asked for")
             chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
