@@ -159,6 +159,8 @@ def _require_extra() -> None:
     try:
         from qgraft.serving import app  # noqa: F401
     except ImportError as error:
+        if (error.name or "qgraft").partition(".")[0] == "qgraft":
+            raise
         raise InstallationError(f"qgraft serve needs {error.name}", hint="pip install 'qgraft[serve]'") from error
 
 

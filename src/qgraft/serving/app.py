@@ -2,35 +2,28 @@
 
     body -> protocol.py -> service.py -> engine, in its thread -> events -> a queue of asyncio's -> JSON, or a stream
 
-Preparing a prompt, and loading an adapter for it, is done in a worker thread; the engine tells its events into the event
-loop. Who goes away frees its place: a stream that is closed, and a client that does not wait for the whole answer. The log
-says who asked for what and how long it took, never what was said.
+The log says who asked for what and how long it took, never what was said.
 """
 
-import asyncio
-import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from sse_starlette.sse import EventSourceResponse, SendTimeoutError
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
-from starlette.types import Receive, Scope, Send
 
 from qgraft import __version__
 from qgraft.serving import answers, lora_protocol
+from qgraft.serving.agents import add_agents
+from qgraft.serving.exchange import Stream, begin, body_of, complete, permission_of, require_admin
 from qgraft.serving.guard import Guard, error_response
-from qgraft.serving.keys import Permission
 from qgraft.serving.metrics import metrics_text
 from qgraft.serving.protocol import ApiError, Ask, read_chat, read_completion
-from qgraft.serving.service import Service, as_api_error, errors_as_answers
+from qgraft.serving.service import Service, errors_as_answers
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 
 log = logging.getLogger("qgraft.access")
-SLOWEST = 60.0  # seconds in which a client takes nothing of its stream
 
 
 def make_app(service: Service) -> FastAPI:
@@ -43,6 +36,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(405, _no_such_path)
     app.add_exception_handler(500, _broken)
     _add_answers(app, service)
+    add_agents(app, service)
     _add_models(app, service)
     _add_adapters(app, service)
     _add_tools(app, service)
@@ -51,44 +45,17 @@ def make_app(service: Service) -> FastAPI:
 
 async def _answer_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return error_response(error)
+    return error_response(error, request.url.path)
 
 
 async def _no_such_path(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 404)
-    return error_response(ApiError(status, f"{request.method} {request.url.path} is not served here", code="not_found"))
+    status, path = getattr(error, "status_code", 404), request.url.path
+    return error_response(ApiError(status, f"{request.method} {path} is not served here", code="not_found"), path)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     """A fault of ours; the server logs it, and says no more."""
-    return error_response(ApiError(500, "the server has failed", kind="server_error"))
-
-
-async def body_of(request: Request) -> Any:
-    """The JSON that was sent. Raises ApiError."""
-    try:
-        text = (await request.body()).decode("utf-8")
-        found = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair, which is no character
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
-    except ClientDisconnect as error:
-        raise ApiError(499, "the client has gone", kind="closed") from error
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from error
-    return found
-
-
-def permission_of(request: Request) -> Permission:
-    """What the key of the request is good for; Guard has looked at it."""
-    permission = request.scope["qgraft_permission"]
-    assert isinstance(permission, Permission)
-    return permission
-
-
-def require_admin(request: Request) -> None:
-    """Raise ApiError for a request without an admin's key."""
-    if not permission_of(request).admin:
-        raise ApiError(403, "this needs an admin's key", kind="permission_error")
+    return error_response(ApiError(500, "the server has failed", kind="server_error"), request.url.path)
 
 
 # -- answers --
@@ -106,61 +73,13 @@ def _add_answers(app: FastAPI, service: Service) -> None:
 
 
 async def _answer(service: Service, request: Request, ask: Ask) -> Response:
-    prepared = await run_in_threadpool(service.prepare, ask, permission_of(request))
-    request.scope["qgraft_asked"] = ask.model
-    answering = Answering(service, prepared, asyncio.get_running_loop(), ask.one_call)
-    await run_in_threadpool(answering.begin)
+    answering = await begin(service, request, ask)
     if ask.stream:
-        events = chat_stream(answering, ask) if ask.messages is not None else completion_stream(answering, ask)
-        return _Stream(answering, events)
-    try:
-        await _whole(answering, request, service.limits.seconds)
-    finally:
-        answering.leave()
+        return Stream(
+            answering, chat_stream(answering, ask) if ask.messages is not None else completion_stream(answering, ask)
+        )
+    await complete(answering, request)
     return JSONResponse(_whole_body(service, ask, answering))
-
-
-class _Stream(EventSourceResponse):
-    """A stream of events; whoever ends it, and whenever, the engine's place is free."""
-
-    def __init__(self, answering: Answering, events: AsyncIterator[dict[str, str]]) -> None:
-        super().__init__(events, ping=15, sep="\n", send_timeout=SLOWEST)
-        self._answering = answering
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log.info("a client took nothing for %g seconds: its stream is closed", SLOWEST)
-        finally:
-            self._answering.leave()
-
-
-async def _whole(answering: Answering, request: Request, seconds: float) -> None:
-    """Wait for all of the answers. Raises ApiError where one fails, it takes too long, or nobody waits any more."""
-    complete = asyncio.ensure_future(answering.complete())
-    gone = asyncio.ensure_future(_disconnected(request))
-    try:
-        done, _ = await asyncio.wait({complete, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in (complete, gone):
-            task.cancel()
-    if not done:
-        raise ApiError(504, f"the answer took longer than {seconds:g} seconds", kind="timeout", code="timeout")
-    if complete not in done:
-        raise ApiError(499, "the client has gone", kind="closed")
-    complete.result()
-    for reading in answering.readings:
-        finish = reading.choice.finish
-        if finish is not None and finish.error is not None:
-            raise as_api_error(finish.error)
-        if finish is not None and finish.reason == "cancelled":
-            raise ApiError(503, "the server is being stopped", kind="server_error")
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def _whole_body(service: Service, ask: Ask, answering: Answering) -> dict[str, Any]:

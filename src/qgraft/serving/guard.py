@@ -17,6 +17,7 @@ from typing import Any
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qgraft.serving import messages_protocol
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service
 
@@ -47,7 +48,7 @@ class Guard:
             await self.app(scope, _Body(receive, scope, self.service), sending)
         except ApiError as error:
             if not status:
-                await _send_error(sending, error)
+                await _send_error(sending, error, scope["path"])
         finally:
             self._log(scope, status, time.monotonic() - began)
 
@@ -59,7 +60,9 @@ class Guard:
             raise ApiError(415, f"Content-Type: got {kind[:100]}, expected application/json")
         if not self.service.keys.are_needed:
             _check_caller(headers)
-        permission = self.service.keys.of(headers.get(b"authorization"))
+        key = headers.get(b"x-api-key")  # Anthropic's clients
+        given = headers.get(b"authorization") or (None if key is None else f"Bearer {key}")
+        permission = self.service.keys.of(given)
         if permission is None and scope["path"] not in PUBLIC:
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
         scope["qgraft_permission"] = permission
@@ -121,16 +124,17 @@ def _too_large(service: Service) -> ApiError:
     return ApiError(413, f"the body is larger than {service.limits.body} bytes", code="request_too_large")
 
 
-async def _send_error(send: Send, error: ApiError) -> None:
+async def _send_error(send: Send, error: ApiError, path: str) -> None:
     async def nothing() -> Message:
         return {"type": "http.disconnect"}
 
-    await error_response(error)({"type": "http", "method": "GET", "headers": []}, nothing, send)
+    await error_response(error, path)({"type": "http", "method": "GET", "headers": []}, nothing, send)
 
 
-def error_response(error: ApiError) -> Response:
-    """The JSON of an error, with its status."""
+def error_response(error: ApiError, path: str) -> Response:
+    """The JSON of an error, with its status, in the form of the API that the path is of."""
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers)
+    body = messages_protocol.error_body(error) if path.startswith("/v1/messages") else error.body()
+    return JSONResponse(body, error.status, headers)

@@ -84,12 +84,12 @@ def _data(value: dict[str, Any]) -> dict[str, str]:
 _DONE = {"data": "[DONE]"}
 
 
-def _problem(finish: Finish) -> dict[str, str] | None:
+def _problem(finish: Finish) -> ApiError | None:
     """What a stream says of an answer that failed; the status was sent long ago."""
     if finish.error is not None:
-        return _data(as_api_error(finish.error).body())
+        return as_api_error(finish.error)
     if finish.reason == "cancelled":
-        return _data(ApiError(503, "the server is being stopped", kind="server_error").body())
+        return ApiError(503, "the server is being stopped", kind="server_error")
     return None
 
 
@@ -107,6 +107,24 @@ async def _timed(answering: Answering) -> AsyncIterator[Event | ApiError]:
             return
 
 
+async def pieces(answering: Answering) -> AsyncIterator[tuple[str, str] | ApiError]:
+    """("reasoning" or "text", more of it) of one answer while it is written; at last an error, where it fails."""
+    (reading,) = answering.readings
+    async for told in _timed(answering):
+        if isinstance(told, ApiError):
+            yield told
+            return
+        event = told[1]
+        reasoning, content = reading.take(event)
+        if isinstance(event, Finish) and (problem := _problem(event)) is not None:
+            yield problem
+            return
+        if reasoning:
+            yield "reasoning", reasoning
+        if content:
+            yield "text", content
+
+
 async def chat_stream(answering: Answering, ask: Ask) -> AsyncIterator[dict[str, str]]:
     """The chunks of a chat completion."""
     head = (answering.identity("chatcmpl"), answering.created, ask.model)
@@ -121,7 +139,7 @@ async def chat_stream(answering: Answering, ask: Ask) -> AsyncIterator[dict[str,
         reading = answering.readings[index]
         reasoning, content = reading.take(event)
         if isinstance(event, Finish) and (problem := _problem(event)) is not None:
-            yield problem
+            yield _data(problem.body())
             return
         if reasoning:
             yield _data(answers.chat_chunk(*head, index, {"reasoning_content": reasoning}))
@@ -157,7 +175,7 @@ async def completion_stream(answering: Answering, ask: Ask) -> AsyncIterator[dic
         _, content = reading.take(event)
         if isinstance(event, Finish):
             if (problem := _problem(event)) is not None:
-                yield problem
+                yield _data(problem.body())
                 return
             yield _data(answers.completion_chunk(*head, index, content, reading.choice.reason))
         elif content or with_logprobs:
