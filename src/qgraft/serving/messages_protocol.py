@@ -126,8 +126,9 @@ def _choice(given: object) -> dict[str, Any]:
 def _thinking(given: object) -> bool | None:
     if given is None:
         return None
-    kind = given.get("type") if isinstance(given, dict) else None
-    if kind not in ("enabled", "disabled", "adaptive") or given.get("budget_tokens") is not None:
+    told = given if isinstance(given, dict) else {}
+    kind = told.get("type")
+    if kind not in ("enabled", "disabled", "adaptive") or told.get("budget_tokens") is not None:
         raise ApiError(400, "thinking: expected a type, enabled, disabled or adaptive, and no budget_tokens: it is not kept",
                        param="thinking")  # fmt: skip
     return None if kind == "adaptive" else kind == "enabled"
