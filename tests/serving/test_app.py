@@ -240,6 +240,28 @@ def test_the_list_outlives_a_restart(running: Running, tiny_gguf: Maker, adapter
         assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "kept"}).status_code == 200
 
 
+def test_servers_of_one_folder_follow_each_other(
+    running: Running, tiny_gguf: Maker, adapters: Path, expected: Any
+) -> None:
+    other = serving(
+        "--model", str(tiny_gguf("llama").path), "--adapters", str(adapters), "--name", "base", "--admin_key", ADMIN
+    )
+    body = {"lora_name": "ours", "lora_path": "med"}
+    with running.client(ADMIN) as admin, other.client(ADMIN) as there:
+        assert ask(there, model="ours").status_code == 404
+        assert admin.post("/v1/load_lora_adapter", json=body).status_code == 200
+        assert told(ask(there, model="ours")) == expected({"med": 1.0}) == told(ask(admin, model="ours"))
+        assert there.post("/v1/load_lora_adapter", json={**body, "lora_name": "theirs"}).status_code == 200
+        assert "theirs" in [each["id"] for each in admin.get("/v1/models").json()["data"]]
+        inplace = {**body, "lora_path": "tax", "load_inplace": True}
+        assert there.post("/v1/load_lora_adapter", json=inplace).status_code == 200
+        assert told(ask(admin, model="ours")) == expected({"tax": 1.0})
+        for name in ("ours", "theirs"):
+            assert there.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
+            assert ask(admin, model=name).status_code == ask(there, model=name).status_code == 404
+    other.stop()
+
+
 def test_a_full_queue_says_when_to_come_again(running: Running) -> None:
     engine = running.service.engine
     before, engine.max_queue = engine.max_queue, 4

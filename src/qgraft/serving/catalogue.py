@@ -2,7 +2,8 @@
 
 A name that is not loaded is looked for in the folder of adapters: NAME or NAME.gguf there. Of these at most `limit` are held;
 for one more the one goes that was asked for least recently and that nobody uses. What somebody loads under a name of its own
-is written into a list in the folder, which the next start reads. Nothing outside of the folder is ever opened for a request:
+is written into a list in the folder, which the next start reads, and other servers of the same folder at their next request:
+what one of them loads or unloads, all do. Nothing outside of the folder is ever opened for a request:
 names are letters, digits, "_" and "-", and a path, with all of its links followed, must lie in the folder.
 
 An adapter of another base, or one that is broken, is refused by load_adapter, which compares its seal.
@@ -22,13 +23,15 @@ from qgraft.adapter_files.folder import LoadedAdapter, load_adapter
 from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.choose import use_adapter
-from qgraft.errors import AdapterError, OptionError, near_match
+from qgraft.errors import AdapterError, OptionError, StorageError, near_match
 from qgraft.json_files import read_object
+from qgraft.locks import file_locked
 from qgraft.serving.engine import Engine
 from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.protocol import ApiError
 
 LIST, LONGEST = "served.json", 200  # characters of an unknown name that are told
+ATTEMPTS = 50  # to write the list, while another server does
 
 
 def _all(name: str) -> bool:
@@ -41,10 +44,12 @@ class Entry:
 
     Attributes:
         pinned: whether it stays, however long nobody asks for it.
+        listed: what the list said of it when it was loaded.
     """
 
     path: str
     pinned: bool = False
+    listed: str | None = None
 
 
 class Catalogue:
@@ -68,8 +73,9 @@ class Catalogue:
         self._leaving: set[str] = set()
         self._lock = threading.RLock()
         self._named: dict[str, str] = {}  # in the list
+        self._mark: tuple[int, ...] | None = None  # which list that was
         if self.folder is not None:
-            self._named = self._read_list()
+            self._follow_list()
 
     def names(self) -> list[str]:
         """The adapters that are loaded, and can be asked for, in the order of their loading."""
@@ -79,6 +85,7 @@ class Catalogue:
     def available(self) -> dict[str, str]:
         """Every name that can be asked for, with its path: those that are loaded, those of the list and of the folder."""
         with self._lock:
+            self._follow_list()
             found = {name: self.entries[name].path for name in self.names()}
             found |= {name: path for name, path in self._named.items() if name not in found}
         if self.folder is not None:
@@ -101,14 +108,20 @@ class Catalogue:
     def knows(self, name: str) -> bool:
         """Whether it can be asked for."""
         with self._lock:
+            self._follow_list()
             return name in self.names() or (name not in self._leaving and self._found(name) is not None)
 
     def need(self, names: Iterable[str], allows: Callable[[str], bool] = _all) -> None:
         """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
         with self._lock:
             wanted = list(names)
+            self._follow_list()
             self.sweep()
             for name in wanted:
+                if name in self._leaving and name in self._named:
+                    raise ApiError(
+                        409, f"adapter '{name}' is being replaced: answers still need the old one", retry_after=1
+                    )
                 if name in self._leaving:
                     raise self.unknown(name, allows)
                 if name not in self.entries:
@@ -116,7 +129,7 @@ class Catalogue:
                     if path is None:
                         raise self.unknown(name, allows)
                     self._make_room(wanted)
-                    self._load(name, path)
+                    self._load(name, path, listed=self._named.get(name))
                 self._used[name] = time.monotonic()
 
     @contextmanager
@@ -139,6 +152,7 @@ class Catalogue:
                     400, f"'{body.name}' is the base model's name", param="lora_name", kind="InvalidUserInput"
                 )
             path = self._path_given(body.path)
+            listed = str(path.relative_to(self._root()))
             if body.name in self._leaving:
                 raise ApiError(409, f"adapter '{body.name}' is being unloaded: answers still need it", retry_after=1)
             if body.name in self.entries:
@@ -147,24 +161,25 @@ class Catalogue:
                         400, f"The lora adapter '{body.name}' has already been loaded. If you want to load the adapter in "
                         "place, set 'load_inplace' to True.", kind="InvalidUserInput",
                     )  # fmt: skip
-                self._replace(body.name, path)
+                self._replace(body.name, path, listed)
             else:
                 self._make_room([body.name])
-                self._load(body.name, path)
-            self._named[body.name] = str(path.relative_to(self._root()))
-            self._write_list()
+                self._load(body.name, path, listed=listed)
+            self._change_list(body.name, listed)
 
     def unload(self, name: str) -> None:
         """Take an adapter off, when nobody uses it any more. Raises ApiError 404 for one that is not loaded."""
         with self._lock:
-            if name not in self.names():
+            self._follow_list()
+            if name not in self.names() and name not in self._named:
                 raise ApiError(
                     404, f"The lora adapter '{name}' cannot be found.", kind="NotFoundError", param="lora_name"
                 )
-            self._leaving.add(name)
+            if name in self.entries:
+                self._leaving.add(name)
             self.scales.pop(name, None)
-            if self._named.pop(name, None) is not None:
-                self._write_list()
+            if name in self._named:
+                self._change_list(name, None)
             self.sweep()
 
     def sweep(self) -> None:
@@ -180,13 +195,13 @@ class Catalogue:
 
     # -- loading --
 
-    def _load(self, name: str, path: Path, pinned: bool = False) -> LoadedAdapter:
+    def _load(self, name: str, path: Path, pinned: bool = False, listed: str | None = None) -> LoadedAdapter:
         with self.engine.paused():
             try:
                 loaded = load_adapter(self.engine.model, path, name, force=self.force and pinned)
             finally:
                 use_adapter(self.engine.model, None)
-        self.entries[name] = Entry(str(path), pinned)
+        self.entries[name] = Entry(str(path), pinned, listed)
         self._used[name] = time.monotonic()
         return loaded
 
@@ -197,7 +212,7 @@ class Catalogue:
         self._used.pop(name, None)
         del self.entries[name]
 
-    def _replace(self, name: str, path: Path) -> None:
+    def _replace(self, name: str, path: Path, listed: str) -> None:
         """Another adapter under the name; the one before stays where that cannot be loaded."""
         if self.engine.uses(name):
             raise ApiError(409, f"adapter '{name}' is in use: it is replaced when no answer needs it", retry_after=1)
@@ -205,7 +220,7 @@ class Catalogue:
         self._load(trial, path)
         self._detach(trial)
         self._detach(name)
-        self._load(name, path, before.pinned)
+        self._load(name, path, before.pinned, listed)
 
     def _make_room(self, wanted: Iterable[str]) -> None:
         """Take adapters off until there is room for one more. Raises ApiError 503 where all are in use."""
@@ -271,6 +286,22 @@ class Catalogue:
 
     # -- the list --
 
+    def _follow_list(self) -> None:
+        """Take in what others have written since: what is not listed any more as it was loaded leaves."""
+        if self.folder is None:
+            return
+        try:
+            stat = (self._root() / LIST).stat()
+        except FileNotFoundError:
+            mark = None
+        else:
+            mark = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
+        if mark != self._mark:
+            self._named, self._mark = self._read_list(), mark
+        for name, entry in self.entries.items():
+            if entry.listed is not None and self._named.get(name) != entry.listed and not entry.pinned:
+                self._leaving.add(name)
+
     def _read_list(self) -> dict[str, str]:
         path = self._root() / LIST
         if not path.is_file():
@@ -282,5 +313,18 @@ class Catalogue:
             check_name(name)
         return dict(given)
 
-    def _write_list(self) -> None:
-        storage.write_json(self._root() / LIST, {"adapters": self._named})
+    def _change_list(self, name: str, path: str | None) -> None:
+        """Write a name into the list, or take it out; what others have written into it stays."""
+        for attempt in range(ATTEMPTS):
+            try:
+                with file_locked(self._root() / LIST):
+                    named = {each: where for each, where in self._read_list().items() if each != name}
+                    storage.write_json(
+                        self._root() / LIST, {"adapters": named if path is None else {**named, name: path}}
+                    )
+                break
+            except StorageError:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                time.sleep(0.02)
+        self._follow_list()
