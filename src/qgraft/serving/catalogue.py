@@ -109,7 +109,8 @@ class Catalogue:
         """Whether it can be asked for."""
         with self._lock:
             self._follow_list()
-            return name in self.names() or (name not in self._leaving and self._found(name) is not None)
+            returns = name not in self._leaving or name in self._named  # under its name comes another one
+            return name in self.names() or (returns and self._found(name) is not None)
 
     def need(self, names: Iterable[str], allows: Callable[[str], bool] = _all) -> None:
         """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
