@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from qgraft.errors import StorageError
 from qgraft.json_files import OWN, covered_text, is_covered, json_text, read_object
@@ -366,3 +366,19 @@ def remove_if_empty(folder: Path) -> None:
     """Take a folder away in which nothing is."""
     with suppress(OSError):
         folder.rmdir()
+
+
+@contextmanager
+def child_log(path: Path) -> Iterator[IO[bytes]]:
+    """A new log that a child process is given to write its output to; the only file of ours that comes piece by piece."""
+    with named_errors(path), open(path, "wb") as file:
+        yield file
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, in one step. Raises StorageError where something has that name."""
+    with named_errors(target):
+        if target.exists():
+            raise StorageError(f"{target} is there already", hint="choose another name")
+        os.rename(source, target)
+        _sync_folder(target.parent)

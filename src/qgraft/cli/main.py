@@ -21,6 +21,7 @@ COMMANDS = {
     "estimate": "say how much memory training will take",
     "chat": "talk to a model, with or without adapters",
     "serve": "answer many people at once, each with own adapters (OpenAI's API)",
+    "ui": "a page in the browser to chat, train, compare and merge",
     "eval": "measure the loss on held-out rows",
     "merge": "put adapters into the packed weights, and write the same kind of file",
     "combine": "make one adapter out of several",
@@ -30,9 +31,11 @@ COMMANDS = {
 }
 
 _SERVE = "`qgraft serve` does that; other servers take what `qgraft export` and `merge` write: docs/guide-serve.md"
+_UI = "`qgraft ui` opens a page to chat, train, compare and merge"
 _TRAIN, _CHAT, _EXPORT = "`qgraft train` does that", "`qgraft chat` does that", "`qgraft export` does that"
 MEANT = {  # what people type who know other tools -> what there is for it
-    **dict.fromkeys(("server", "web", "webui", "api", "ui", "gui", "deploy", "host"), _SERVE),
+    **dict.fromkeys(("server", "api", "deploy", "host"), _SERVE),
+    **dict.fromkeys(("web", "webui", "gui", "page", "studio", "browser", "board"), _UI),
     **dict.fromkeys(("finetune", "fine-tune", "sft", "lora", "tune", "fit", "learn", "resume"), _TRAIN),
     **dict.fromkeys(("run", "generate", "ask", "talk", "answer", "cli", "infer", "inference", "prompt"), _CHAT),
     **dict.fromkeys(("convert", "modelfile", "ollama", "gguf", "save"), _EXPORT),

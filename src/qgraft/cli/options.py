@@ -53,10 +53,10 @@ class Parser(argparse.ArgumentParser):
             spelt.append(flag + equals + value)
         return super().parse_args(spelt, namespace)
 
-    def add_model(self) -> None:
+    def add_model(self, required: bool = True) -> None:
         """--model, --adapter, --force, --quantize, --dtype, --device."""
         self.add_argument(
-            "--model", required=True, help="GGUF file, Hugging Face folder, hub id, or a known model's name"
+            "--model", required=required, help="GGUF file, Hugging Face folder, hub id, or a known model's name"
         )
         self.add_argument(
             "--adapter",

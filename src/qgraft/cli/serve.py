@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +19,72 @@ _QUEUE = Range(0, 2**31 - 1, whole=True)
 
 def run(words: Sequence[str]) -> int:
     """Parse, load, and serve until a signal comes."""
-    options = _parser().parse_args(words)
+    return serve(_parser().parse_args(words))
+
+
+def serve(options: argparse.Namespace, ready: Callable[[str], None] = lambda address: None) -> int:
+    """Load, and serve until a signal comes; `ready` is called with the address once the port is taken."""
     _check_host(options)
     _require_extra()
 
     from qgraft.serving.engine import Engine
     from qgraft.serving.service import Service
 
+    if options.folder is not None and options.adapters is None:
+        Path(options.folder).mkdir(parents=True, exist_ok=True)
+        options.adapters = options.folder
     service = make_service(options)
     engine: Engine = service.engine
     assert isinstance(service, Service)
+    work = make_work(service, options)
     engine.start()
     try:
-        return _listen(service, options)
+        return _listen(service, work, options, ready)
     finally:
+        if work is not None:
+            work.close(options.grace)
         engine.stop()
+
+
+def make_work(service: Any, options: argparse.Namespace) -> Any:
+    """What the page works in; None without a folder."""
+    from qgraft.serving.studio.work import Work
+    from qgraft.serving.studio.workplace import Workplace
+
+    if options.folder is None:
+        return None
+    return Work(service, Workplace(Path(options.folder), options.model, options.quantize))
+
+
+def make_page_app(service: Any, work: Any) -> Any:
+    """The whole application: the API and the page."""
+    from qgraft.serving.app import make_app
+    from qgraft.serving.studio.routes import add_studio
+    from qgraft.serving.studio.static import add_page
+
+    app = make_app(service)
+    add_page(app)
+    add_studio(app, service, work)
+    return app
 
 
 def _parser() -> Parser:
     parser = Parser(
         "serve",
         "Answer many people at once over HTTP: OpenAI's chat completions and completions, each request with its own "
-        "adapters. A request says which by its model: an adapter's name, a mix like law=0.7+med=0.3, or the base's name.",
+        "adapters. A request says which by its model: an adapter's name, a mix like law=0.7+med=0.3, or the base's name. "
+        "A page to chat, and with --folder to train and merge, is at /.",
     )
     parser.add_model()
+    add_serving(parser)
+    return parser
+
+
+def add_serving(parser: Parser) -> None:
+    """What `serve` and `ui` share, beside the model."""
+    parser.add_argument(
+        "--folder", help="what the page trains and merges in: runs, datasets, merged files; also the --adapters"
+    )
     parser.add_argument(
         "--adapters", metavar="FOLDER", help="a folder of adapters, each found by its name when asked for"
     )
@@ -78,7 +120,6 @@ def _parser() -> Parser:
     parser.add_argument(
         "--grace", type=seconds, default=30.0, help="seconds that a stop waits for answers that are being written"
     )
-    return parser
 
 
 def make_service(options: argparse.Namespace) -> Any:
@@ -164,11 +205,9 @@ def _require_extra() -> None:
         raise InstallationError(f"qgraft serve needs {error.name}", hint="pip install 'qgraft[serve]'") from error
 
 
-def _listen(service: Any, options: argparse.Namespace) -> int:
+def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callable[[str], None]) -> int:
     import uvicorn
     from sse_starlette.sse import AppStatus
-
-    from qgraft.serving.app import make_app
 
     logging.getLogger("qgraft").setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stderr)
@@ -176,12 +215,14 @@ def _listen(service: Any, options: argparse.Namespace) -> int:
     logging.getLogger("qgraft.access").addHandler(handler)
     AppStatus.disable_automatic_graceful_drain()  # streams are finished before the server ends
     config = uvicorn.Config(
-        make_app(service), host=options.host, port=options.port, log_level="warning", access_log=False,
+        make_page_app(service, work), host=options.host, port=options.port, log_level="warning", access_log=False,
         server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(round(options.grace), 1),
     )  # fmt: skip
     server = uvicorn.Server(config)
     socket = config.bind_socket()
     host, port = socket.getsockname()[:2]
-    print_note(f"{service.base}: http://{host}:{port}/v1")
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print_note(f"{service.base}: {address}/v1, and a page at {address}/")
+    ready(address)
     server.run([socket])
     return 0

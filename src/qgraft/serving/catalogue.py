@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import storage
-from qgraft.adapter_files.folder import LoadedAdapter, load_adapter
+from qgraft.adapter_files.folder import LoadedAdapter, holds_adapter, load_adapter
 from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.choose import use_adapter
@@ -264,7 +264,7 @@ class Catalogue:
             return None
         for path in (self._root() / name, self._root() / f"{name}.gguf"):
             inside = self._root() in path.resolve().parents
-            if inside and (path.is_dir() if path.suffix != ".gguf" else path.is_file()):
+            if inside and (holds_adapter(path) if path.suffix != ".gguf" else path.is_file()):
                 return path.resolve()
         return None
 

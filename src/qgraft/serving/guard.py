@@ -1,9 +1,10 @@
 """What stands in front of every request: its key, the size of its body, the time it may take to arrive, and the log.
 
-A body is counted while it comes, whatever its header says. A server without keys listens on its machine alone, where a web
-page in a browser can reach it, too: requests by another name than the machine's own are refused, those of pages from
-elsewhere, and bodies that a page may send anywhere without being asked (forms, plain text). The log has a line for each
-request: who, what, how it ended, how long it took; no prompt, no answer, no key, and no path that is not one of ours.
+A body is counted while it comes, whatever its header says; a file of rows, which is PUT, may be larger and take longer. A
+server without keys listens on its machine alone, where a web page in a browser can reach it, too: requests by another name
+than the machine's own are refused, those of pages from elsewhere, and bodies that a page may send anywhere without being asked
+(forms, plain text). The log has a line for each request: who, what, how it ended, how long it took; no prompt, no answer, no
+key, and no path that is not one of ours.
 """
 
 import asyncio
@@ -21,7 +22,8 @@ from qgraft.serving import messages_protocol
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service
 
-PUBLIC = ("/health",)
+PUBLIC = ("/health", "/")
+PUBLIC_BELOW = ("/page/", "/studio/download/")  # the page itself; addresses that hold a key of their own
 
 
 class Guard:
@@ -63,12 +65,13 @@ class Guard:
         key = headers.get(b"x-api-key")  # Anthropic's clients
         given = headers.get(b"authorization") or (None if key is None else f"Bearer {key}")
         permission = self.service.keys.of(given)
-        if permission is None and scope["path"] not in PUBLIC:
+        if permission is None and scope["path"] not in PUBLIC and not scope["path"].startswith(PUBLIC_BELOW):
             raise ApiError(401, "Incorrect API key provided.", code="invalid_api_key", kind="authentication_error")
         scope["qgraft_permission"] = permission
         length = headers.get(b"content-length", "0")
-        if length.isascii() and length.isdigit() and int(length[:18]) > self.service.limits.body:
-            raise _too_large(self.service)
+        most, _ = self.service.limits.of(scope["method"])
+        if length.isascii() and length.isdigit() and int(length[:18]) > most:
+            raise _too_large(most)
 
     def _log(self, scope: Scope, status: int, seconds: float) -> None:
         permission = scope.get("qgraft_permission")
@@ -84,9 +87,10 @@ class _Body:
     """A receive() that counts, and does not wait for ever."""
 
     def __init__(self, receive: Receive, scope: Scope, service: Service) -> None:
-        self._receive, self._service = receive, service
+        self._receive = receive
         self._size, self._complete = 0, False
-        self._end = time.monotonic() + service.limits.body_seconds
+        self._most, seconds = service.limits.of(scope["method"])
+        self._end = time.monotonic() + seconds
 
     async def __call__(self) -> Any:
         if self._complete:
@@ -98,8 +102,8 @@ class _Body:
         if message["type"] == "http.request":
             self._size += len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
-            if self._size > self._service.limits.body:
-                raise _too_large(self._service)
+            if self._size > self._most:
+                raise _too_large(self._most)
         return message
 
 
@@ -120,8 +124,8 @@ def _is_local(host: str) -> bool:
         return False
 
 
-def _too_large(service: Service) -> ApiError:
-    return ApiError(413, f"the body is larger than {service.limits.body} bytes", code="request_too_large")
+def _too_large(most: int) -> ApiError:
+    return ApiError(413, f"the body is larger than {most} bytes", code="request_too_large")
 
 
 async def _send_error(send: Send, error: ApiError, path: str) -> None:

@@ -34,11 +34,18 @@ class Limits:
         body: bytes.
         seconds: until an answer is complete.
         body_seconds: until a body has arrived.
+        upload, upload_seconds: the same of a file of rows.
     """
 
     body: int = 4 * 2**20
     seconds: float = 600.0
     body_seconds: float = 30.0
+    upload: int = 64 * 2**20
+    upload_seconds: float = 300.0
+
+    def of(self, method: str) -> tuple[int, float]:
+        """(bytes, seconds) of a request's body; files are PUT."""
+        return (self.upload, self.upload_seconds) if method == "PUT" else (self.body, self.body_seconds)
 
 
 @dataclass

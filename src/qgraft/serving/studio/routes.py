@@ -1,0 +1,200 @@
+"""The page's own endpoints. All of them but the first two need an admin's key; what they do is in work.py.
+
+A page of another site may send requests to this machine, but no JSON, no PUT and no key: the browser asks first, and this
+server never answers that it may. Beside that, a request that names another origin than the server's own is refused.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import FileResponse, Response
+from starlette.concurrency import run_in_threadpool
+
+from qgraft import __version__
+from qgraft.serving.app import body_of, permission_of, require_admin
+from qgraft.serving.protocol import ApiError
+from qgraft.serving.service import Service, errors_as_answers
+from qgraft.serving.studio import adapters, recipes, runs
+from qgraft.serving.studio.static import HEADERS
+from qgraft.serving.studio.work import METHODS, Work
+
+
+def add_studio(app: FastAPI, service: Service, work: Work | None) -> None:
+    """The endpoints below /studio/.
+
+    Args:
+        work: None where the server has no folder to work in: what needs one is refused.
+    """
+    _add_looking(app, service, work)
+    _add_training(app, work)
+    _add_merging(app, work)
+
+
+async def admitted(request: Request, work: Work | None) -> tuple[Work, Any]:
+    """The folder's work and the body of a request, if it may. Raises ApiError."""
+    same_origin(request)
+    require_admin(request)
+    if work is None:
+        raise ApiError(
+            404, "this server works in no folder", kind="NotFoundError", hint="start it with --folder, or `qgraft ui`"
+        )
+    if request.method != "POST":
+        return work, {}
+    body = await body_of(request)
+    if not isinstance(body, dict):
+        raise ApiError(400, "the body: expected an object")
+    return work, body
+
+
+def same_origin(request: Request) -> None:
+    """Raise ApiError for a request that a page of another site makes."""
+    origin, host = request.headers.get("origin"), request.headers.get("host", "")
+    elsewhere = origin is not None and origin.partition("://")[2].lower() != host.lower()
+    if elsewhere or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        raise ApiError(403, "requests of other sites are refused", kind="permission_error")
+
+
+async def told(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function says, run beside the event loop; its errors are answers."""
+
+    def call() -> Any:
+        with errors_as_answers():
+            return function(*args)
+
+    return await run_in_threadpool(call)
+
+
+def text_of(body: dict[str, Any], key: str) -> str:
+    """A text that a body has to have. Raises ApiError."""
+    value = body.get(key)
+    if not isinstance(value, str) or not value:
+        raise ApiError(400, f"{key}: expected a text", param=key)
+    return value
+
+
+def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
+    @app.get("/studio/about")
+    async def about(request: Request) -> dict[str, Any]:
+        return {
+            "version": __version__, "base": service.base, "admin": permission_of(request).admin,
+            "folder": None if work is None else work.place.root.name, "context": service.engine.context,
+            "presets": recipes.PRESETS, "methods": METHODS, "upload": service.limits.upload,
+            "can_load": service.catalogue.folder is not None,
+        }  # fmt: skip
+
+    @app.get("/studio/adapters")
+    async def listed(request: Request) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await told(adapters.listed, service, permission_of(request))
+        return found
+
+    @app.post("/studio/adapters/rename")
+    async def rename(request: Request) -> dict[str, Any]:
+        same_origin(request)
+        require_admin(request)
+        body = await body_of(request)
+        if not isinstance(body, dict):
+            raise ApiError(400, "the body: expected an object")
+        name, new = text_of(body, "name"), text_of(body, "new_name")
+        await told(adapters.rename, service, name, new)
+        if work is not None:
+            await told(work.renamed, name, new)
+        return {"name": new}
+
+    @app.get("/studio/runs")
+    async def all_runs(request: Request) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await told((await admitted(request, work))[0].runs)
+        return found
+
+    @app.post("/studio/curves")
+    async def curves(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        names = body.get("names")
+        if not isinstance(names, list) or len(names) > 16:
+            raise ApiError(400, "names: expected at most 16 runs", param="names")
+        return {name: await told(lambda name=name: runs.curves(there.place.run(name))) for name in map(str, names)}
+
+    @app.post("/studio/log")
+    async def log(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        kind, name = body.get("kind"), body.get("name")
+        if kind not in ("train", "merge") or name not in there.children.jobs(kind):
+            raise ApiError(404, "there is no such job", kind="NotFoundError")
+        return {"log": await told(there.children.tail, kind, name)}
+
+
+def _add_training(app: FastAPI, work: Work | None) -> None:
+    @app.get("/studio/datasets")
+    async def datasets(request: Request) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = await told((await admitted(request, work))[0].datasets)
+        return found
+
+    @app.put("/studio/datasets/{name}")
+    async def keep(request: Request, name: str) -> dict[str, Any]:
+        there, _ = await admitted(request, work)
+        there.place.dataset(name)
+        content = await request.body()
+        found: dict[str, Any] = await told(there.keep, name, content)
+        return found
+
+    @app.post("/studio/rows")
+    async def rows(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.preview, body)
+        return found
+
+    @app.post("/studio/train")
+    async def train(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.train, body)
+        return found
+
+    @app.post("/studio/train/stop")
+    async def stop(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        await told(there.children.stop, "train", text_of(body, "name"))
+        return {"stopping": body["name"]}
+
+    @app.post("/studio/train/resume")
+    async def resume(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.go_on, text_of(body, "name"))
+        return found
+
+    @app.post("/studio/sample")
+    async def sample(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.sample, text_of(body, "name"))
+        return found
+
+
+def _add_merging(app: FastAPI, work: Work | None) -> None:
+    @app.get("/studio/merges")
+    async def merges(request: Request) -> dict[str, Any]:
+        found: dict[str, Any] = await told((await admitted(request, work))[0].merges)
+        return found
+
+    @app.post("/studio/merge")
+    async def merge(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.merge, body)
+        return found
+
+    @app.post("/studio/merge/stop")
+    async def stop(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        await told(there.children.stop, "merge", text_of(body, "name"))
+        return {"stopping": body["name"]}
+
+    @app.post("/studio/downloads")
+    async def ticket(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        found: dict[str, Any] = await told(there.ticket, text_of(body, "name"))
+        return found
+
+    @app.get("/studio/download/{word}/{name}")
+    async def download(word: str, name: str) -> Response:
+        if work is None:
+            raise ApiError(404, "this server works in no folder", kind="NotFoundError")
+        path = work.ticketed(word)
+        return FileResponse(path, filename=path.name, media_type="application/octet-stream", headers=HEADERS)
