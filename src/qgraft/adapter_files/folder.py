@@ -260,11 +260,6 @@ def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ..
     return tuple(notes)
 
 
-def holds_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in a folder, as its names tell: that it can be read is load_adapter's question."""
-    return folder.is_dir() and ((folder / CONFIG).is_file() or has_weights(folder))
-
-
 def _is_thudm(path: Path) -> bool:
     """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
     return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))

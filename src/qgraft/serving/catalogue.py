@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from qgraft import storage
-from qgraft.adapter_files.folder import LoadedAdapter, holds_adapter, load_adapter
+from qgraft.adapter_files.folder import LoadedAdapter, load_adapter
+from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.choose import use_adapter
+from qgraft.checkpoints.thudm_prefix import has_weights
 from qgraft.errors import AdapterError, OptionError, StorageError, near_match
 from qgraft.json_files import read_object
 from qgraft.locks import file_locked
@@ -264,7 +266,7 @@ class Catalogue:
             return None
         for path in (self._root() / name, self._root() / f"{name}.gguf"):
             inside = self._root() in path.resolve().parents
-            if inside and (holds_adapter(path) if path.suffix != ".gguf" else path.is_file()):
+            if inside and (_holds_adapter(path) if path.suffix != ".gguf" else path.is_file()):
                 return path.resolve()
         return None
 
@@ -329,3 +331,8 @@ class Catalogue:
                     raise
                 time.sleep(0.02)
         self._follow_list()
+
+
+def _holds_adapter(folder: Path) -> bool:
+    """Whether there is an adapter in a folder, as its names tell: that it can be read is load_adapter's question."""
+    return folder.is_dir() and ((folder / CONFIG).is_file() or has_weights(folder))

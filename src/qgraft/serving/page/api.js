@@ -80,7 +80,7 @@ export async function* chat(body, signal) {
     pending = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data: ")) continue;
-      if (line === "data: [DONE]") return;
+      if (line === "data: [DONE]") continue; // the end of the stream follows
       const event = JSON.parse(line.slice(6));
       if (event.error) throw new Error(event.error.message);
       yield event;

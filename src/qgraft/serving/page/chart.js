@@ -1,6 +1,6 @@
 // Line charts in SVG, drawn here: several series, ticks at round numbers, a readout under the pointer or the arrow keys.
 const NS = "http://www.w3.org/2000/svg";
-const W = 760, H = 320, LEFT = 52, RIGHT = 12, TOP = 12, BOTTOM = 30;
+const H = 320, LEFT = 52, RIGHT = 12, TOP = 12, BOTTOM = 30;
 
 function s(tag, props = {}, ...children) {
   const element = document.createElementNS(NS, tag);
@@ -24,8 +24,9 @@ export function smoothed(points, share = 0.85) {
   return points.map(([x, y]) => { mean = share * mean + (1 - share) * y; weight = share * weight + (1 - share); return [x, mean / weight]; });
 }
 
-/** A chart. series: [{name, points, colour (number of a CSS variable), dashed, dots}]; words: {x, y, empty}. */
-export function chart(series, words) {
+/** A chart. series: [{name, points, colour (number of a CSS variable), dashed, dots}]; words: {x, empty}. `W` is how
+    wide the place is, so that letters have the page's size. */
+export function chart(series, words, W) {
   const drawn = series.filter((each) => each.points.length);
   const root = s("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", tabindex: "0" });
   if (!drawn.length) {
@@ -38,7 +39,7 @@ export function chart(series, words) {
   const bottom = low >= 0 && low < (high - low) ? 0 : low - pad, top = high + pad;
   const px = (x) => LEFT + (x / right) * (W - LEFT - RIGHT), py = (y) => TOP + (1 - (y - bottom) / (top - bottom)) * (H - TOP - BOTTOM);
   for (const y of ticks(bottom, top, 5)) root.append(s("line", { class: "grid", x1: LEFT, x2: W - RIGHT, y1: py(y), y2: py(y) }), s("text", { x: LEFT - 8, y: py(y) + 4, "text-anchor": "end" }, String(y)));
-  for (const x of ticks(0, right, 6).filter(Number.isInteger)) root.append(s("text", { x: px(x), y: H - 10, "text-anchor": "middle" }, String(x)));
+  for (const x of ticks(0, right, W / 110).filter(Number.isInteger)) root.append(s("text", { x: px(x), y: H - 10, "text-anchor": "middle" }, String(x)));
   root.append(s("line", { class: "axis", x1: LEFT, x2: W - RIGHT, y1: H - BOTTOM, y2: H - BOTTOM }));
   for (const each of drawn) {
     const path = each.points.map(([x, y], at) => `${at ? "L" : "M"}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("");
@@ -46,11 +47,11 @@ export function chart(series, words) {
     if (each.dots || each.points.length === 1) for (const [x, y] of each.points) root.append(s("circle", { class: `dot c${each.colour}`, cx: px(x), cy: py(y), r: 3 }));
   }
   root.setAttribute("aria-label", drawn.map((each) => `${each.name}: ${each.points.at(-1)[1].toFixed(3)} (${words.x} ${each.points.at(-1)[0]})`).join("; "));
-  readout(root, drawn, px, words, right);
+  readout(root, drawn, px, words, right, W);
   return root;
 }
 
-function readout(root, drawn, px, words, right) {
+function readout(root, drawn, px, words, right, W) {
   const line = s("line", { class: "cursor", y1: TOP, y2: H - BOTTOM, visibility: "hidden" });
   const text = s("text", { class: "readout", y: TOP + 10, visibility: "hidden" });
   root.append(line, text);

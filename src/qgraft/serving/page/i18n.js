@@ -64,7 +64,7 @@ const WORDS = {
   rows_read: ["{read} rows read, {kept} kept", "读取 {read} 行，保留 {kept} 行"], first_rows: ["the first {read} rows: {kept} kept", "前 {read} 行：保留 {kept} 行"],
   tokens_learned: ["{learned} of {tokens} tokens are learned; the longest row has {longest}", "{tokens} 个词元中学习 {learned} 个；最长一行 {longest} 个"],
   cut_rows: ["{n} rows are cut at the longest length", "{n} 行被截断"],
-  dropped_row: ["{n} rows: {why} (first {where})", "{n} 行：{why}（首个 {where}）"],
+  dropped_row: ["dropped {n}: {why} (first in {where})", "丢弃 {n} 行：{why}（首个 {where}）"],
   question_column: ["Column of the question", "问题所在列"], answer_column: ["Column of the answer", "答案所在列"],
   columns: ["Columns and texts", "列与文本"], read_again: ["Read again", "重新读取"],
   model_name: ["What {{name}} in the rows becomes", "数据中 {{name}} 替换为"], author_name: ["What {{author}} becomes", "{{author}} 替换为"],

@@ -9,6 +9,8 @@ const KINDS = { training: "busy", finished: "good", stopped: "", failed: "bad", 
 let about, all = [], chosen = new Map(), pace = new Map(), cards = new Map(), curves = {}, timer = null, drawnAt = "";
 let list, picture, legend, question, answers, what, smooth;
 
+addEventListener("resize", () => picture?.clientWidth && draw());
+
 export function build(root, facts) {
   about = facts; chosen = new Map(); cards = new Map(); drawnAt = "";
   list = h("div", { class: "cards runs" });
@@ -86,7 +88,7 @@ function fill(run) {
   const box = h("input", { type: "checkbox", checked: chosen.has(run.name), "aria-label": t("compare_named", { name: run.name }), "data-focus": "box", on: { change: () => { if (chosen.has(run.name)) chosen.delete(run.name); else chosen.set(run.name, colour()); card.told = ""; fill(run); look(); } } });
   const left = run.state === "training" ? timeLeft(run) : null;
   const rows = run.rows, dropped = Object.entries(rows?.dropped ?? {});
-  card.root.replaceChildren(
+  card.root.replaceChildren(...[
     h("div", { class: "row wrap" }, h("label", { class: "check" }, box, h("span", { class: `swatch c${chosen.get(run.name) ?? 0}` }), h("strong", { class: "clip", textContent: run.name })), badge(`state_${run.state}`, KINDS[run.state])),
     run.planned_steps ? h("progress", { max: run.planned_steps, value: run.steps, label: "step" }) : null,
     h("div", { class: "row wrap dim facts" },
@@ -101,7 +103,7 @@ function fill(run) {
     h("div", { class: "row wrap" },
       run.state === "training" && run.can_go_on ? h("button", { class: "danger", t: "stop", "data-focus": "stop", on: { click: action(() => post("/studio/train/stop", { name: run.name }).then(look)) } }) : null,
       run.can_go_on && ["stopped", "failed", "begun"].includes(run.state) ? h("button", { t: "go_on", "data-focus": "stop", on: { click: action(() => post("/studio/train/resume", { name: run.name }).then(() => { pace.delete(run.name); return look(); })) } }) : null,
-      run.can_go_on ? h("button", { class: "quiet", t: "log", "data-focus": "log", on: { click: action(() => showLog(run)) } }) : null));
+      run.can_go_on ? h("button", { class: "quiet", t: "log", "data-focus": "log", on: { click: action(() => showLog(run)) } }) : null)].filter(Boolean));
   if (had && focus) card.root.querySelector(`[data-focus="${focus}"]`)?.focus();
 }
 
@@ -114,7 +116,8 @@ async function showLog(run) {
 }
 
 function draw() {
-  const told = JSON.stringify([curves, [...chosen], what.value, smooth.checked]);
+  const width = Math.max(280, picture.clientWidth);
+  const told = JSON.stringify([curves, [...chosen], what.value, smooth.checked, width]);
   if (told === drawnAt || picture.contains(document.activeElement) || picture.matches(":hover")) return; // who reads is not disturbed
   drawnAt = told;
   const series = [];
@@ -125,7 +128,7 @@ function draw() {
     series.push({ name: chosen.size > 1 ? name : t(what.value === "loss" ? "training_loss" : "curve_speed"), points: smooth.checked ? smoothed(points) : points, colour });
     if (what.value === "loss") series.push({ name: chosen.size > 1 ? `${name} (${t("held_out")})` : t("held_out_loss"), points: found.eval_loss, colour, dashed: true, dots: true });
   }
-  picture.replaceChildren(chart(series, { x: t("step"), empty: t("no_points") }));
+  picture.replaceChildren(chart(series, { x: t("step"), empty: t("no_points") }, width));
   legend.replaceChildren(...series.filter((each) => each.points.length).map((each) => h("span", { class: "row tight" }, h("span", { class: `swatch c${each.colour}${each.dashed ? " dashed" : ""}` }), each.name)));
 }
 

@@ -69,8 +69,7 @@ def configuration(
     model: str, quantize: str | None, dataset: Path, output: Path, preset: object, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What `qgraft train` is given. Raises ApiError for a preset that there is not."""
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ApiError(400, f"preset: expected {', '.join(PRESETS)}", param="preset")
-    assert isinstance(preset, str)
     base = {"model_name_or_path": model, **({"quantize": quantize} if quantize else {})}
     return {**base, "dataset": str(dataset), "output_dir": str(output), **ALWAYS, **PRESETS[preset], **options}

@@ -117,7 +117,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
     @app.post("/studio/log")
     async def log(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        kind, name = body.get("kind"), body.get("name")
+        kind, name = text_of(body, "kind"), text_of(body, "name")
         if kind not in ("train", "merge") or name not in there.children.jobs(kind):
             raise ApiError(404, "there is no such job", kind="NotFoundError")
         return {"log": await told(there.children.tail, kind, name)}

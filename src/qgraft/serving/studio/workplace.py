@@ -136,7 +136,7 @@ def is_run(path: Path) -> bool:
 def read_or_none(path: Path) -> dict[str, object] | None:
     """The object in a JSON file that others write; None where there is none, or it is broken."""
     try:
-        return read_object(path, StorageError) if path.is_file() else None
+        return read_object(path, StorageError, finite=False) if path.is_file() else None
     except StorageError:
         return None
 

@@ -1,0 +1,90 @@
+"""Jobs in processes of their own: one at a time, lower priority, ended in order, found again."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from qgraft.serving.protocol import ApiError
+from qgraft.serving.studio import children
+from qgraft.serving.studio.children import NICE, Children
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def sleeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What is started instead of Python: it says its words, and ends with 143 when it is asked to."""
+    script = tmp_path / "sleeper"
+    script.write_text('#!/bin/sh\necho "$@"\ntrap "echo leaving; exit 143" TERM\nwhile :; do sleep 0.05; done\n')
+    script.chmod(0o755)
+    monkeypatch.setattr(children.sys, "executable", str(script))
+    folder = tmp_path / "work" / ".qgraft"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def test_one_job_runs_at_a_time_and_ends_when_asked(sleeper: Path) -> None:
+    jobs = Children(sleeper)
+    job = jobs.start("train", "law", ["train", "x.json"])
+    assert psutil.Process(job.pid).nice() == min(os.nice(0) + NICE, 19) or psutil.Process(job.pid).nice() == NICE
+    until(lambda: "-m qgraft train x.json" in jobs.tail("train", "law"))
+    with pytest.raises(ApiError, match="'law' is running"):
+        jobs.start("merge", "other", ["merge"])
+    with pytest.raises(ApiError, match="not running"):
+        jobs.stop("merge", "law")
+    jobs.stop("train", "law")
+    jobs.stop("train", "law")  # asked once more it is not killed: that would lose its checkpoint
+    until(lambda: jobs.jobs("train")["law"].code is not None)
+    assert jobs.jobs("train")["law"].code == 143 and jobs.running() is None
+    assert jobs.tail("train", "law").endswith("leaving\n")
+    jobs.start("merge", "other", ["merge"])
+    jobs.close(60)
+    assert not psutil.pid_exists(job.pid)
+    until(lambda: jobs.running() is None)
+
+
+def test_a_server_that_was_killed_finds_its_jobs(sleeper: Path) -> None:
+    first = Children(sleeper)
+    job = first.start("train", "law", ["train"])
+    second = Children(sleeper)  # as after a restart
+    running = second.running()
+    assert running is not None and (running.name, running.pid) == ("law", job.pid)
+    second.stop("train", "law")
+    until(lambda: second.running() is None)
+    ended = Children(sleeper).jobs("train")["law"]
+    assert ended.code is not None and ended.asked_to_stop
+
+
+def test_a_number_that_another_process_has_now_is_not_a_job(sleeper: Path) -> None:
+    jobs = Children(sleeper)
+    jobs.start("train", "law", ["train"])
+    jobs.close(60)
+    until(lambda: jobs.running() is None)
+    path = sleeper / "train-law.json"
+    text = path.read_text().replace('"code": 143', '"code": null')
+    path.write_text(text.replace(f'"pid": {jobs.jobs("train")["law"].pid}', f'"pid": {os.getpid()}'))
+    again = Children(sleeper)
+    assert again.running() is None and again.jobs("train")["law"].code == -1
+    (sleeper / "train-odd.json").write_text("[1]")
+    (sleeper / "train-odder.json").write_text("{")
+    assert set(Children(sleeper).jobs("train")) == {"law"}
+
+
+def test_the_command_is_this_pythons(tmp_path: Path) -> None:
+    folder = tmp_path / ".qgraft"
+    folder.mkdir()
+    jobs = Children(folder)
+    jobs.start("train", "said", ["version"])
+    until(lambda: jobs.running() is None)
+    assert jobs.jobs("train")["said"].code == 0 and jobs.tail("train", "said").startswith("qgraft ")
+    assert os.path.exists(sys.executable)
