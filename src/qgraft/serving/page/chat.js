@@ -15,7 +15,7 @@ export function build(root, facts) {
   input = h("textarea", { rows: "2", label: "your_message", hint: "ask_hint", on: { keydown: entered } });
   sendButton = h("button", { type: "submit", t: "send" });
   stopButton = h("button", { type: "button", class: "danger", t: "stop", hidden: true, on: { click: () => running?.abort() } });
-  form = { temperature: numberInput(0.7, 0, 2, 0.1), max_tokens: numberInput(256, 1, 100000, 1), seed: numberInput(1, 0, 4294967295, 1), system: h("textarea", { rows: "2" }) };
+  form = { temperature: numberInput(0.7, 0, 2, 0.1), max_tokens: numberInput(256, 1, 100000, 1), seed: numberInput(1, 0, 4294967295, 1), system: h("textarea", { rows: "1" }) };
   grid = h("div", { class: "columns" });
   addButton = h("button", { type: "button", class: "quiet", t: "add_column", on: { click: () => addColumn(adapters[0] ? [{ name: adapters[0].name, weight: 1 }] : []) } });
   const fresh = h("button", { type: "button", class: "quiet", t: "new_chat", on: { click: clear } });

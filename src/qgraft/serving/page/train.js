@@ -36,7 +36,7 @@ function fillFiles(found) {
 
 function columnFields() {
   const text = () => h("input", { type: "text", autocomplete: "off" });
-  columns = { prompt_column: text(), response_column: text(), system: h("textarea", { rows: "2" }), name: text(), author: text(), mask_history: h("input", { type: "checkbox" }) };
+  columns = { prompt_column: text(), response_column: text(), system: h("textarea", { rows: "1" }), name: text(), author: text(), mask_history: h("input", { type: "checkbox" }) };
   return h("details", {}, h("summary", { t: "columns" }), h("div", { class: "fields" },
     field("question_column", columns.prompt_column), field("answer_column", columns.response_column), field("system", columns.system),
     field("model_name", columns.name), field("author_name", columns.author), h("label", { class: "check" }, columns.mask_history, h("span", { t: "mask_history" }))),

@@ -85,7 +85,7 @@ class Children:
                 )  # fmt: skip
             child = psutil.Process(process.pid)
             with suppress(psutil.Error):  # it has ended already
-                child.nice(NICE if psutil.POSIX else psutil.BELOW_NORMAL_PRIORITY_CLASS)
+                child.nice(lower_priority())
             job = Job(kind, name, list(words), process.pid, _created(process.pid) or 0.0, time.time())
             self._jobs[kind, name] = job
             self._own.append(process)
@@ -163,6 +163,11 @@ class Children:
 
     def _path(self, kind: str, name: str, suffix: str) -> Path:
         return self.folder / f"{kind}-{name.replace('/', '.')}.{suffix}"
+
+
+def lower_priority() -> int:
+    """That of a child: below the server's own, whatever that is."""
+    return min(psutil.Process().nice() + NICE, 19) if psutil.POSIX else psutil.BELOW_NORMAL_PRIORITY_CLASS
 
 
 def _read(path: Path) -> Job | None:
