@@ -222,7 +222,8 @@ def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callabl
     socket = config.bind_socket()
     host, port = socket.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print_note(f"{service.base}: {address}/v1, and a page at {address}/")
+    print_note(f"{service.base}: {address}/v1")
+    print_note(f"a page to look at: {address}/")
     ready(address)
     server.run([socket])
     return 0

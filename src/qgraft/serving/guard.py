@@ -2,9 +2,9 @@
 
 A body is counted while it comes, whatever its header says; a file of rows, which is PUT, may be larger and take longer. A
 server without keys listens on its machine alone, where a web page in a browser can reach it, too: requests by another name
-than the machine's own are refused, those of pages from elsewhere, and bodies that a page may send anywhere without being asked
-(forms, plain text). The log has a line for each request: who, what, how it ended, how long it took; no prompt, no answer, no
-key, and no path that is not one of ours.
+than the machine's own are refused, those of pages from elsewhere, and bodies that a page may send anywhere without being
+asked (forms, plain text). The log has a line for each request: who, what, how it ended, how long it took; no prompt, no
+answer, no key, and no path that is not one of ours.
 """
 
 import asyncio

@@ -1,9 +1,12 @@
 """Jobs in processes of their own: one at a time, lower priority, ended in order, found again."""
 
+import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
@@ -11,7 +14,7 @@ import pytest
 
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.studio import children
-from qgraft.serving.studio.children import NICE, Children
+from qgraft.serving.studio.children import NICE, Children, Job
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -54,15 +57,22 @@ def test_one_job_runs_at_a_time_and_ends_when_asked(sleeper: Path) -> None:
 
 
 def test_a_server_that_was_killed_finds_its_jobs(sleeper: Path) -> None:
-    first = Children(sleeper)
-    job = first.start("train", "law", ["train"])
-    second = Children(sleeper)  # as after a restart
-    running = second.running()
-    assert running is not None and (running.name, running.pid) == ("law", job.pid)
-    second.stop("train", "law")
-    until(lambda: second.running() is None)
+    process = subprocess.Popen([children.sys.executable, "train"])  # as one that is no more has left it
+    created = psutil.Process(process.pid).create_time()
+    job = Job("train", "law", ["train"], process.pid, created, created)
+    (sleeper / "train-law.json").write_text(json.dumps(asdict(job)))
+    jobs = Children(sleeper)
+    running = jobs.running()
+    assert running is not None and (running.name, running.pid) == ("law", process.pid)
+    with pytest.raises(ApiError, match="is running"):
+        jobs.start("merge", "other", ["merge"])
+    jobs.close(0.0)  # it is not this server's
+    assert process.poll() is None
+    jobs.stop("train", "law")
+    assert process.wait(60) == 143
+    until(lambda: jobs.running() is None)
     ended = Children(sleeper).jobs("train")["law"]
-    assert ended.code is not None and ended.asked_to_stop
+    assert ended.code == -1 and ended.asked_to_stop
 
 
 def test_a_number_that_another_process_has_now_is_not_a_job(sleeper: Path) -> None:

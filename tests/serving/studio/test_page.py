@@ -172,8 +172,10 @@ def test_errors_are_shown_and_answers_are_stopped(page: Any, server: tuple[str, 
     page.wait_for_selector("#chat .turn.model [role=alert]")
     assert "128" in page.inner_text("#chat .turn.model [role=alert]")  # the model's context
     page.evaluate("sessionStorage.setItem('qgraft-key', 'wrong')")
-    page.click("#tab-adapters")
-    page.wait_for_selector("#key-dialog[open]")
+    page.reload()
+    page.wait_for_selector("#chat .column")
+    page.click("#tab-train")
+    page.get_by_role("button", name="Give a key").click()
     page.fill("#key-input", KEY)
     page.keyboard.press("Enter")
-    page.wait_for_selector("#adapters .card")
+    page.wait_for_selector("#train .drop")

@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from qgraft import __version__
-from qgraft.serving.app import body_of, permission_of, require_admin
+from qgraft.serving.exchange import body_of, permission_of, require_admin
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service, errors_as_answers
 from qgraft.serving.studio import adapters, recipes, runs
