@@ -531,3 +531,21 @@ def test_a_scratch_file_without_room_leaves_nothing(tmp_path, monkeypatch):
 def test_an_error_within_the_block_is_not_the_disks(tmp_path):
     with pytest.raises(FileNotFoundError), storage.scratch_file(tmp_path / "states", 10):
         (tmp_path / "absent").read_bytes()
+
+
+def test_a_name_that_is_taken_stays_whose_it_is(tmp_path):
+    for name in ("law", "med"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(StorageError, match="is there already"):
+        storage.move(tmp_path / "law", tmp_path / "med")
+    assert (tmp_path / "med" / "file").read_text() == "med"
+    storage.move(tmp_path / "law", tmp_path / "lex")
+    assert (tmp_path / "lex" / "file").read_text() == "law" and not (tmp_path / "law").exists()
+    with pytest.raises(StorageError, match="No such file"):
+        storage.move(tmp_path / "law", tmp_path / "lux")
+
+
+def test_a_log_that_cannot_be_opened_says_where(tmp_path):
+    with pytest.raises(StorageError, match="missing"), storage.child_log(tmp_path / "missing" / "x.log"):
+        raise AssertionError("there is no folder")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from qgraft.locks import folder_locked
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.studio import children, work
 
@@ -232,6 +233,13 @@ def test_an_adapter_gets_another_name(studio: Any, monkeypatch: pytest.MonkeyPat
         assert client.post("/v1/chat/completions", json={**ask, "model": "lex"}).json()["choices"] == said
         assert client.post("/v1/chat/completions", json={**ask, "model": "law"}).status_code == 404
         assert rename("lex", "law") == 200
+        assert client.post("/v1/load_lora_adapter", json={"lora_name": "kept", "lora_path": "law"}).status_code == 200
+        assert rename("law", "lex") == 409 and (studio.root / "law").is_dir()  # it would be gone for the other name
+        assert rename("kept", "held") == 200 and (studio.root / "law").is_dir()
+        assert "held" in studio.service.catalogue.names() and "kept" not in studio.service.catalogue.available()
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "held"}).status_code == 200
+        with folder_locked(studio.root / "law"):  # a run writes there
+            assert rename("law", "lex") == 409
 
 
 def test_runs_answer_with_what_they_have_saved(studio: Any) -> None:

@@ -72,14 +72,21 @@ function drawHead(column) {
     h("option", { value: "", t: "base_model", vars: { name: about.base } }), known(single).map((name) => h("option", { value: name, textContent: name })));
   select.value = single;
   const close = columns.length > 1 ? h("button", { class: "quiet small", label: "remove", textContent: "✕", on: { click: () => removeColumn(column) } }) : null;
-  const rows = column.parts.map((part, at) => sliderRow(column, part, at));
+  const rows = column.parts.filter((part, at) => at || weighable(part)).map((part) => sliderRow(column, part, column.parts.indexOf(part)));
   const free = adapters.filter((each) => !column.parts.some((part) => part.name === each.name));
   const more = column.parts.length && column.parts.length < MIX && free.length
-    ? h("select", { label: "add_to_mix", class: "small", on: { change: (event) => { column.parts.push({ name: event.target.value, weight: 0.5 }); drawHead(column); } } },
+    ? h("select", { label: "add_to_mix", class: "small", on: { change: (event) => { addToMix(column, event.target.value); } } },
       h("option", { value: "", t: "add_to_mix" }), free.map((each) => h("option", { value: each.name, textContent: each.name }))) : null;
   column.head.replaceChildren(h("div", { class: "row" }, select, close), ...rows, ...(more ? [more] : []));
   addButton.hidden = columns.length >= MOST;
   grid.dataset.count = columns.length;
+}
+
+function addToMix(column, name) {
+  const part = { name, weight: 1 };
+  if (weighable(part)) part.weight = 0.5;
+  column.parts.push(part);
+  drawHead(column);
 }
 
 function known(also) {
@@ -87,10 +94,13 @@ function known(also) {
   return also && !names.includes(also) ? [also, ...names] : names;
 }
 
+/** A prefix is there or not: a share of one means nothing. */
+function weighable(part) { return ["LoRA", "gguf", undefined].includes(adapters.find((each) => each.name === part.name)?.kind); }
+
 function sliderRow(column, part, at) {
   const shown = h("output", { textContent: number(part.weight, 2) });
   const label = at ? h("span", { class: "clip", textContent: part.name }) : h("span", { class: "clip", t: "weight" });
-  const slider = h("input", { type: "range", min: "-1", max: "2", step: "0.05", value: String(part.weight), "aria-label": t("weight_of", { name: part.name }),
+  const slider = h("input", { type: "range", min: "-1", max: "2", step: "0.05", value: String(part.weight), "aria-label": t("weight_of", { name: part.name }), disabled: !weighable(part),
     on: { input: (event) => { part.weight = Number(event.target.value); shown.textContent = number(part.weight, 2); } } });
   const drop = at ? h("button", { class: "quiet small", label: "remove", textContent: "✕", on: { click: () => { column.parts.splice(at, 1); drawHead(column); } } }) : null;
   return h("div", { class: "slider" }, label, slider, shown, drop);

@@ -10,10 +10,11 @@ from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapter_files.seal import SEAL, read_seal
 from qgraft.adapters.attach import check_name
 from qgraft.adapters.base import base_of
-from qgraft.errors import AdapterError, OptionError
+from qgraft.errors import AdapterError, OptionError, StorageError
 from qgraft.json_files import read_object
 from qgraft.locks import folder_locked
 from qgraft.serving.keys import Permission
+from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service
 
@@ -75,7 +76,7 @@ def about(path: Path, fingerprint: str | None) -> dict[str, Any]:
 
 
 def rename(service: Service, name: object, new: object) -> None:
-    """Give an adapter of the folder another name: its folder or file, or its name in the list. Raises ApiError."""
+    """Give an adapter of the folder another name: its folder or file, or what somebody loaded it as. Raises ApiError."""
     catalogue = service.catalogue
     if not isinstance(name, str) or not isinstance(new, str):
         raise ApiError(400, "expected name and new_name", param="name")
@@ -89,8 +90,13 @@ def rename(service: Service, name: object, new: object) -> None:
     if service.engine.uses(name):
         raise ApiError(409, f"adapter {name!r} is in use: it is renamed when no answer needs it", retry_after=1)
     source = _absolute(service, path)
-    if catalogue.folder is None or source.parent != catalogue.folder:
-        raise ApiError(403, f"{name!r} does not lie in the server's folder", kind="permission_error", param="name")
+    if source.name.removesuffix(".gguf") != name:  # a name that somebody loaded it under
+        relative = _relative(service, path)
+        assert relative is not None
+        catalogue.load(LoadBody(new, relative))
+        catalogue.unload(name)
+        return
+    _check_alone(service, name, source)
     if name in catalogue.names():
         catalogue.unload(name)
     _move(source, source.with_name(new + (".gguf" if source.is_file() else "")))
@@ -98,13 +104,26 @@ def rename(service: Service, name: object, new: object) -> None:
         catalogue.need([new])
 
 
+def _check_alone(service: Service, name: str, source: Path) -> None:
+    """Raise ApiError unless the folder or file lies in the server's folder, and nobody has loaded it under another name."""
+    if source.parent != service.catalogue.folder:
+        raise ApiError(403, f"{name!r} does not lie in the server's folder", kind="permission_error", param="name")
+    others = [each for each, path in service.catalogue.available().items() if _absolute(service, path) == source]
+    if others != [name]:
+        also = next(each for each in others if each != name)
+        raise ApiError(409, f"{name!r} is loaded as {also!r}, too: unload that first", param="name")
+
+
 def _move(source: Path, target: Path) -> None:
     """Another name for a folder in which no run writes, or a file."""
     if source.is_file():
         storage.move(source, target)
         return
-    with folder_locked(source):
-        storage.move(source, target)
+    try:
+        with folder_locked(source):
+            storage.move(source, target)
+    except StorageError as error:
+        raise ApiError(409, error.message, hint=error.hint) from error
     (target / storage.LOCK).unlink(missing_ok=True)  # it was ours, and went along
 
 

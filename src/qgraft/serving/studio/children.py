@@ -71,13 +71,15 @@ class Children:
         with self._lock:
             return next((job for job in self._jobs.values() if job.code is None), None)
 
+    def require_idle(self) -> None:
+        """Raise ApiError 409 where one runs."""
+        if (job := self.running()) is not None:
+            raise ApiError(409, f"{job.kind} {job.name!r} is running: stop it, or wait for its end", retry_after=5)
+
     def start(self, kind: str, name: str, words: Sequence[str]) -> Job:
         """Start `qgraft words...`. Raises ApiError 409 where another one runs."""
         with self._lock:
-            if (other := self.running()) is not None:
-                raise ApiError(
-                    409, f"{other.kind} {other.name!r} is running: stop it, or wait for its end", retry_after=5
-                )
+            self.require_idle()
             with storage.child_log(self.log(kind, name)) as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "qgraft", *words], cwd=self.folder.parent, stdin=subprocess.DEVNULL,

@@ -96,9 +96,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
         if not isinstance(body, dict):
             raise ApiError(400, "the body: expected an object")
         name, new = text_of(body, "name"), text_of(body, "new_name")
-        await told(adapters.rename, service, name, new)
-        if work is not None:
-            await told(work.renamed, name, new)
+        await (told(adapters.rename, service, name, new) if work is None else told(work.rename, name, new))
         return {"name": new}
 
     @app.get("/studio/runs")

@@ -5,6 +5,7 @@ Everything here is a method that raises ApiError or another error of ours, and k
 
 import json
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from qgraft.ranges import AT_MOST_1, FINITE
 from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import MIXED, Service
-from qgraft.serving.studio import recipes, rows, runs
+from qgraft.serving.studio import adapters, recipes, rows, runs
 from qgraft.serving.studio.children import Children
 from qgraft.serving.studio.workplace import DATASETS, HIDDEN, Workplace, read_or_none
 
@@ -29,6 +30,7 @@ class Work:
     def __init__(self, service: Service, place: Workplace) -> None:
         self.service, self.place = service, place
         self.children = Children(place.root / HIDDEN)
+        self._lock = threading.Lock()  # of what is started and renamed: one after another
         self._tickets: dict[str, tuple[Path, float]] = {}
         self._trials: dict[str, str] = {}  # adapters that were loaded from checkpoints, by their runs
 
@@ -79,8 +81,6 @@ class Work:
         configuration = recipes.configuration(
             self.place.model, self.place.quantize, dataset, output, body.get("preset"), options
         )
-        if (job := self.children.running()) is not None:  # before an earlier configuration is replaced
-            raise ApiError(409, f"{job.kind} {job.name!r} is running: stop it, or wait for its end", retry_after=5)
         return self._begin(output.name, configuration)
 
     def go_on(self, name: str) -> dict[str, Any]:
@@ -93,9 +93,11 @@ class Work:
 
     def _begin(self, name: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
         file = self._file(name)
-        storage.write_json(file, configuration)
-        storage.make_folder(Path(configuration["output_dir"]))
-        job = self.children.start("train", name, ["train", str(file)])
+        with self._lock:
+            self.children.require_idle()  # before an earlier configuration is replaced
+            storage.write_json(file, configuration)
+            storage.make_folder(Path(configuration["output_dir"]))
+            job = self.children.start("train", name, ["train", str(file)])
         return {"name": name, "pid": job.pid}
 
     def _configuration(self, name: str) -> dict[str, Any]:
@@ -104,10 +106,20 @@ class Work:
     def _file(self, name: str) -> Path:
         return self.place.root / HIDDEN / f"{name.replace('/', '.')}.train.json"
 
-    def renamed(self, name: str, new: str) -> None:
-        """What was known of a run goes with its new name."""
+    def rename(self, name: str, new: str) -> None:
+        """Another name for an adapter; what is known of its run goes along."""
+        with self._lock:
+            job = self.children.running()
+            if job is not None and job.kind == "train" and job.name in (name, new):
+                raise ApiError(409, f"{job.name!r} is being trained", param="name", retry_after=5)
+            adapters.rename(self.service, name, new)
+            self._renamed(name, new)
+
+    def _renamed(self, name: str, new: str) -> None:
+        if (self.place.root / name).exists():  # it had another name, and its folder stays
+            return
         self.children.rename("train", name, new)
-        if (given := self._configuration(name)) and (self.place.root / new).is_dir():
+        if given := self._configuration(name):
             storage.write_json(self._file(new), {**given, "output_dir": str(self.place.root / new)})
             self._file(name).unlink()
 
