@@ -128,6 +128,10 @@ def test_a_run_is_started_stopped_and_goes_on(studio: Any, sleeper: None) -> Non
         assert client.put("/studio/datasets/x.csv", content="other").status_code == 409
         other = client.post("/studio/train", json={**body, "name": "second"})
         assert other.status_code == 409 and not (studio.root / "second").exists()
+        told = {run["name"]: run for run in client.get("/studio/runs").json()}
+        assert told["new"]["state"] == "training" and told["new"]["steps"] == 0  # it has written nothing yet
+        assert client.post("/studio/curves", json={"names": ["new"]}).json()["new"]["loss"] == []
+        assert client.post("/studio/sample", json={"name": "new"}).status_code == 409
         (studio.root / "new" / "metrics.jsonl").write_text('{"step": 1, "loss": 3.0}\n')
         told = {run["name"]: run for run in client.get("/studio/runs").json()}
         assert told["new"]["state"] == "training" and told["law"]["state"] == "finished"
@@ -142,6 +146,24 @@ def test_a_run_is_started_stopped_and_goes_on(studio: Any, sleeper: None) -> Non
         assert client.post("/studio/train/resume", json={"name": "law"}).status_code == 409  # not started here
         assert client.post("/studio/log", json={"kind": "train", "name": "new"}).json() == {"log": ""}
     shutil.rmtree(studio.root / "new")
+
+
+def test_a_run_that_fails_before_it_writes_anything_says_why(
+    studio: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script = tmp_path / "failing"
+    script.write_text("#!/bin/sh\necho 'error: no rows'\nrmdir \"$PWD/early\"\nexit 2\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(children.sys, "executable", str(script))
+    with studio.client() as client:
+        client.put("/studio/datasets/x.csv", content=CSV)
+        client.post("/studio/train", json={"name": "early", "dataset": "x.csv", "preset": "quick"})
+        until(lambda: studio.work.children.running() is None)
+        told = {run["name"]: run for run in client.get("/studio/runs").json()}["early"]
+        assert (told["state"], told["error"], told["can_go_on"]) == ("failed", "error: no rows", True)
+        assert not (studio.root / "early").exists()
+        assert client.post("/studio/train/resume", json={"name": "early"}).status_code == 200
+        until(lambda: studio.work.children.running() is None)
 
 
 def test_a_merge_is_started_with_its_weights(studio: Any, sleeper: None) -> None:

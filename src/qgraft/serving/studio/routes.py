@@ -15,7 +15,7 @@ from qgraft import __version__
 from qgraft.serving.exchange import body_of, permission_of, require_admin
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service, errors_as_answers
-from qgraft.serving.studio import adapters, recipes, runs
+from qgraft.serving.studio import adapters, recipes
 from qgraft.serving.studio.static import HEADERS
 from qgraft.serving.studio.work import METHODS, Work
 
@@ -110,7 +110,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
         names = body.get("names")
         if not isinstance(names, list) or len(names) > 16:
             raise ApiError(400, "names: expected at most 16 runs", param="names")
-        return {name: await told(lambda name=name: runs.curves(there.place.run(name))) for name in map(str, names)}
+        return {name: await told(there.curves, name) for name in map(str, names)}
 
     @app.post("/studio/log")
     async def log(request: Request) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def thinned(points: list[list[float]], most: int = POINTS) -> list[list[float]]:
 
 def newest_checkpoint(path: Path) -> tuple[int, Path] | None:
     """(step, folder) of the newest checkpoint that is whole."""
-    found = [(int(match[1]), each) for each in path.iterdir() if (match := _CHECKPOINT.fullmatch(each.name))]
+    there = path.iterdir() if path.is_dir() else ()
+    found = [(int(match[1]), each) for each in there if (match := _CHECKPOINT.fullmatch(each.name))]
     whole = ((step, each) for step, each in sorted(found, reverse=True) if (each / storage.MANIFEST).is_file())
     return next(whole, None)
 

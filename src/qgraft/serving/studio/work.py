@@ -71,8 +71,18 @@ class Work:
     # -- training --
 
     def runs(self) -> list[dict[str, Any]]:
-        """The runs of the folder."""
-        return [runs.summary(name, path, self.children) for name, path in self.place.runs().items()]
+        """The runs of the folder; first those that were started and have written nothing yet, or failed before they did."""
+        found = self.place.runs()
+        begun = {name: self.place.root / name for name in self.children.jobs("train") if name not in found}
+        return [runs.summary(name, path, self.children) for name, path in (begun | found).items()]
+
+    def curves(self, name: str) -> dict[str, Any]:
+        """The curves of a run; empty ones where it has written nothing yet."""
+        return runs.curves(self._run(name))
+
+    def _run(self, name: str) -> Path:
+        """The folder of a run, which is there or will be."""
+        return self.place.root / name if name in self.children.jobs("train") else self.place.run(name)
 
     def train(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Start a run."""
@@ -85,8 +95,7 @@ class Work:
 
     def go_on(self, name: str) -> dict[str, Any]:
         """Start a run again that was stopped, with the options that it had."""
-        path = self.place.run(name)
-        configuration = self._configuration(name)
+        path, configuration = self._run(name), self._configuration(name)
         if not configuration:
             raise ApiError(409, f"{name!r} was not started here: give its own command again", param="name")
         return self._begin(name, {**configuration, "output_dir": str(path)})
@@ -127,7 +136,7 @@ class Work:
 
     def sample(self, name: str) -> dict[str, Any]:
         """Have the adapter of a run loaded: its last, or of its newest checkpoint. How it is called, and what to ask it."""
-        path, catalogue = self.place.run(name), self.service.catalogue
+        path, catalogue = self._run(name), self.service.catalogue
         asked = self._questions(path)
         step, folder = self._newest(name, path)
         if step is None and catalogue.available().get(name) == str(path):
