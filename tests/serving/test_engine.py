@@ -336,9 +336,9 @@ def test_who_is_alone_is_decoded_in_c_over_the_same_memory(talker: Any) -> None:
     engine = Engine(model, tokenizer)
     together = answer_all(engine, requests)
     assert isinstance(engine.passes, SharedPasses)
-    before = engine.passes.single.steps
+    before = engine.passes.native.steps
     alone = [answer_all(engine, [request])[0] for request in requests]
-    assert engine.passes.single.steps - before > 50
+    assert engine.passes.native.steps - before > 50
     assert [each["tokens"] for each in alone] == [each["tokens"] for each in together]
     mixed = answer_all(engine, [replace(requests[1], max_tokens=3), requests[2]])[1]  # by the one, then by the other
     assert mixed["tokens"] == alone[2]["tokens"]

@@ -164,7 +164,7 @@ ROWS: dict[str, Row] = {
         Row("lora", "a layer with its LoRAs", _LORA, True, (_native("lora", _no_lora), _SUMMED)),
         Row("lora_bf16", "the same in bfloat16", _LORA, True, (_native("lora", _no_lora_bf16),)),
         Row("lora_int8", "the same in 8 bits", _LORA, True, (_native("lora", _no_lora_int8),)),
-        Row("decode_step", "one token through a decoder", ("step",), True, (_native("decode", _no_decoding),)),
+        Row("decode_step", "tokens through a decoder", ("step",), True, (_native("decode", _no_decoding),)),
         _rows("norm", "RMSNorm", ("norm", "normalized", "norm_backward"), _not_float32),
         _rows("gated", "act(gate) up", ("gated", "gated_backward"), _not_gated),
         _rows("rotate", "rotary positions", ("rotate",), _not_float32),

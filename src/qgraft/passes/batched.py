@@ -84,14 +84,14 @@ def next_logits(model: PreTrainedModel, memory: KeyValues, pieces: Sequence[Piec
     """
     texts = _Texts(memory, pieces, getattr(decoder_of(model), "marks", None), trial)
     parts = [(piece.loras, piece.new) for piece in pieces]
-    with _adapters(model, parts), _passing(texts):
+    with with_adapters(model, parts), _passing(texts):
         ids, positions = texts.ids.to(model.device), texts.positions.to(model.device)
         states_TH = decoder_states(model, input_ids=ids, position_ids=positions)[0]
     asked = [(index, piece) for index, piece in enumerate(pieces) if piece.logits]
     if not asked:
         return states_TH[:0]
     last_N = torch.tensor([texts.bounds[index + 1] - 1 for index, _ in asked], device=states_TH.device)
-    with _adapters(model, [(piece.loras, 1) for _, piece in asked]):
+    with with_adapters(model, [(piece.loras, 1) for _, piece in asked]):
         return output_head(model)(states_TH.index_select(0, last_N))
 
 
@@ -106,7 +106,7 @@ def _passing(texts: "_Texts") -> Iterator[None]:
 
 
 @contextmanager
-def _adapters(model: PreTrainedModel, parts: Sequence[tuple[Mapping[str, float], int]]) -> Iterator[None]:
+def with_adapters(model: PreTrainedModel, parts: Sequence[tuple[Mapping[str, float], int]]) -> Iterator[None]:
     """Within the block a row goes by these adapters, each set for so many of its tokens."""
     runs = [(dict(loras), sum(count for _, count in run)) for loras, run in groupby(parts, key=lambda part: part[0])]
     if len(runs) == 1:

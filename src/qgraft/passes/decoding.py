@@ -35,6 +35,7 @@ from qgraft.compat import given_cache
 from qgraft.errors import UnsupportedError
 from qgraft.kernels.cpu import decode
 from qgraft.model_parts import decoder_of
+from qgraft.passes.decoding_adapters import DecoderLoras, Decoding
 from qgraft.passes.decoding_network import Network
 
 ROOM = 256  # tokens that a new buffer of keys and values has room for
@@ -71,7 +72,9 @@ def why_not(base: nn.Module) -> str | None:
     if forward is not None and not isinstance(forward, _Decoder):
         return f"{name}: its forward pass was replaced, which C would pass by"
     try:
-        Network(base)
+        network = Network(base)
+        weights = network.selection.now().uniform if network.selection else {}
+        DecoderLoras(network, weights or {})
     except (UnsupportedError, ValueError) as error:
         return f"{name}: {error}"
     return None
@@ -85,8 +88,7 @@ class _Decoder:
         self.own: Callable[..., Any] = base.forward
         self.users = 0
         self.lock = threading.RLock()
-        self.networks: dict[tuple[tuple[str, float], ...], Network] = {}
-        self.latest: Network | None = None
+        self.structures = Decoding(base, CHOICES)
         self.buffers: WeakKeyDictionary[DynamicCache, _Buffers] = WeakKeyDictionary()
         update_wrapper(self, self.own)  # with the signature of its own
         base.forward = self
@@ -118,35 +120,19 @@ class _Decoder:
         if not x.dtype == cos.dtype == torch.float32:
             return None
         with self.lock:
-            network = self._network()
+            network = self.structures.now()
             if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
                 return None
-            buffers = self._buffers_for(cache, past, network)
-            if buffers is None:
+            weights = network.selection.now().uniform if network.selection else {}
+            loras = None if weights is None else self.structures.loras(weights)  # None: an adapter for each row
+            buffers = None if loras is None else self._buffers_for(cache, past, network)
+            if loras is None or buffers is None:
                 return None
             network.use(buffers.memory)
-            decode.step(network.model, x.view(-1), cos.view(-1), sin.view(-1), past)
+            parts, rows = [decode.Part(loras.loras, 1)], [decode.Row(torch.arange(past + 1), past + 1)]
+            decode.step(network.model, parts, rows, x[0], cos[0], sin[0])
             buffers.advance(cache, past + 1)
         return BaseModelOutputWithPast(x, cache)
-
-    def _network(self) -> Network | None:
-        """The structures of what the model is, and what is active, now; None where C cannot compute that."""
-        selection = self.latest and self.latest.selection
-        weights = selection.now().uniform if selection else {}
-        if weights is None:  # an adapter for each row
-            return None
-        network = self.networks.get(tuple(weights.items()))
-        if network is None or not network.holds():
-            if network is not None:  # the others neither; and they keep what was detached in memory
-                self.networks.clear()
-            try:
-                network = Network(self.base)
-            except (UnsupportedError, ValueError):  # an adapter was attached, or weights moved, that C does not take
-                return None
-            while len(self.networks) >= CHOICES:
-                del self.networks[next(iter(self.networks))]
-            self.networks[tuple(network.weights.items())] = self.latest = network
-        return network
 
     def _buffers_for(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
         buffers = self.buffers.get(cache)

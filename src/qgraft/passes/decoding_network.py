@@ -9,17 +9,18 @@ or by trial: a scaled position or a window shows only in texts as long as nobody
     hidden_act                                                        silu
     rope_parameters                                                   any: the model's own module makes cos and sin of the
                                                                       token's position, at which C rotates
-    sliding_window, layer_types                                       tokens within every window (decoding.py)
+    sliding_window, layer_types                                       each layer's window, as the mask of its type is made
     _attn_implementation                                              one that computes softmax(q k s) v (decoding.py)
     attention_dropout                                                 none in evaluation mode
 
 No other field of these configurations enters the decoder's pass over a token. What C reads are addresses. So a network
 lists what the modules held when it was made, and `holds()` compares that before each token: adapters may be attached and
-detached, weights replaced, hooks added and layers exchanged at any time.
+detached, weights replaced, hooks added and layers exchanged at any time. What adapters add is read from structures of their
+own (decoding_adapters.py), so that one network serves them all.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import repeat
 from operator import contains
 from typing import Any
@@ -28,11 +29,12 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from qgraft.adapters.lora import Lora, LoraLinear
+from qgraft.adapters.lora import LoraLinear
 from qgraft.adapters.selection import Selection
 from qgraft.errors import UnsupportedError
 from qgraft.kernels.cpu import abi, decode
 from qgraft.linear import QuantizedLinear
+from qgraft.passes.key_values import KeyValues
 
 FAMILIES = {
     "llama": "Llama",
@@ -60,15 +62,24 @@ def _class(family: str, name: str) -> Any:
     return getattr(sys.modules.get(f"transformers.models.{family}.{kind}_{family}"), name, None)
 
 
+def _windows(family: str, config: Any) -> list[int]:
+    """Of each layer, how many tokens it sees at most; 0 for all. A layer sees what the mask that it is given shows."""
+    layers, window = config.num_hidden_layers, getattr(config, "sliding_window", None) or 0
+    if family == "mistral":
+        return [window] * layers
+    types = getattr(config, "layer_types", None) or ["full_attention"] * layers
+    return [window if name == "sliding_attention" else 0 for name in types]
+
+
 class Network:
-    """The C structures of a decoder with the LoRAs that are active now.
+    """The C structures of a decoder, without its adapters.
 
     Raises UnsupportedError or ValueError, with the reason, for a decoder that decode.c does not compute.
 
     Attributes:
         model: the structure to hand to decode.step.
+        adapted: its linear layers, in the order of C; None for one that has no adapters.
         selection: of the model's adapters; None where no layer has any.
-        weights: the LoRAs it is made with.
         window: how many tokens the narrowest sliding window of a layer takes.
     """
 
@@ -82,10 +93,8 @@ class Network:
         self._called: list[dict[str, Any]] = []  # attributes of modules that are called, by their class's forward
         self._hooks: list[Any] = []  # of these modules, none
         self._own_hooks: list[tuple[Any, int]] = []  # of these modules, and how many: transformers' own
+        self.adapted: list[LoraLinear | None] = []
         self.selection: Selection | None = None
-        self.weights: dict[str, float] = {}
-        self.window = sys.maxsize
-        self._rank = 0
         self._heads: set[tuple[int, float]] = set()  # head_dim and scaling of all layers, which are the same
         self._epsilons: set[float] = set()
         self._norms: list[tuple[str, tuple[int, ...]]] = []
@@ -93,6 +102,8 @@ class Network:
         self._family, self._config = family_of(base), base.config
         self._name = FAMILIES[self._family]
         self._check_config(base)
+        self._windows = _windows(self._family, self._config)
+        self.window = min(filter(None, self._windows), default=sys.maxsize)
         self._read(base)
 
     def _read(self, base: Any) -> None:
@@ -110,13 +121,15 @@ class Network:
         self._array = (abi.DecoderLayer * len(made))(*made)
         self.model = abi.Decoder(
             len(made), first.q.columns, first.gate.rows, heads, self.groups, self.channels,
-            self._rank, 0, self._epsilons.pop(), scaling, norm, self._array,
+            0, self._epsilons.pop(), scaling, norm, self._array,
         )  # fmt: skip
         self._check_shapes()
 
     def holds(self) -> bool:
         """Whether the decoder still is what the structures were made of; of 30 layers in a tenth of a millisecond."""
         if self._now != self._then or any(self._hooks) or any(map(contains, self._called, repeat("forward"))):
+            return False
+        if _windows(self._family, self._config) != self._windows:
             return False
         for held, name, tensor, address, before in self._tensors:
             if held(name) is not tensor or address() != before:
@@ -133,23 +146,12 @@ class Network:
             for index, layer in enumerate(self._array):
                 layer.keys, layer.values = memory[2 * index].data_ptr(), memory[2 * index + 1].data_ptr()
 
-    def write_behind(self, memory: Mapping[int, tuple[Tensor, Tensor]], first: int) -> bool:
-        """Write keys and values into these, [groups, slots, channels] by the number of the layer, from a slot on.
-
-        False for memories of another kind.
-        """
-        self._memory = None
-        shape = (self.groups, next(iter(memory.values()))[0].shape[1], self.channels)
-        if len(memory) != len(self._array) or any(
-            part.shape != shape or part.dtype != torch.float32 or not part.is_contiguous() or part.device.type != "cpu"
-            for pair in memory.values()
-            for part in pair
-        ):
-            return False
-        self.model.capacity, offset = shape[1], first * self.channels * 4
+    def use_slots(self, memory: KeyValues) -> None:
+        """Write keys and values there."""
+        self._memory, self.model.capacity = None, memory.slots
         for index, layer in enumerate(self._array):
-            layer.keys, layer.values = (part.data_ptr() + offset for part in memory[index])
-        return True
+            keys, values = memory.laid_out(index, self.groups, self.channels)
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
 
     def _layer(self, index: int, layer: Any) -> abi.DecoderLayer:
         self._check(layer, "DecoderLayer", f"layers.{index}")
@@ -160,20 +162,23 @@ class Network:
         if attention.layer_idx != index or attention.config is not self._config:
             raise UnsupportedError(f"layers.{index} was made for another place or another model")
         self._heads.add((int(attention.head_dim), float(attention.scaling)))
-        self.window = min(self.window, getattr(attention, "sliding_window", None) or sys.maxsize)
         head_norms = _HEAD_NORMS.get(self._family)
         return abi.DecoderLayer(
             *(self._linear(attention, name) for name in _LINEARS["self_attn"]),
             *(self._linear(mlp, name) for name in _LINEARS["mlp"]),
             *(self._norm(layer, name) for name in _LAYER_NORMS),
             *(self._norm(attention, name) for name in head_norms or ()),
+            window=self._windows[index],
         )
 
     def _linear(self, parent: nn.Module, name: str) -> abi.Linear:
-        layer, loras = self._child(parent, name), []
+        layer = self._child(parent, name)
+        self.adapted.append(layer if type(layer) is LoraLinear else None)
         if type(layer) is LoraLinear:
             self._check_plain(layer, name)
-            loras = self._loras(layer)
+            if layer.selection is not (self.selection or layer.selection):
+                raise UnsupportedError("its layers do not share one selection of adapters")
+            self.selection = layer.selection
             layer = self._child(layer, "base")
         if type(layer) is not QuantizedLinear:
             raise UnsupportedError(f"{name} is a {type(layer).__name__}, expected packed weights")
@@ -182,32 +187,7 @@ class Network:
             self._place(layer.packed_weight._buffers, name, tensor)
         bias = self._tensor(layer._parameters, "bias")
         self._computes.append((vars(layer), layer.compute))
-        return decode.linear(layer.packed, bias, loras, self.held, layer.compute == "int8")
-
-    def _loras(self, layer: LoraLinear) -> list[abi.Lora]:
-        selection = layer.selection
-        if self.selection is None:
-            self.selection, self.weights = selection, dict(selection.now().uniform or {})
-        if selection is not self.selection:
-            raise UnsupportedError("its layers do not share one selection of adapters")
-        loras = []
-        for name, weight in self.weights.items():
-            lora = self._child(layer.loras, name)
-            if lora is not None:
-                A, B = self._factors(lora, name)
-                scaling = lora.config.scaling * weight
-                self._rank = max(self._rank, len(A))
-                loras.append(decode.lora(A, B, scaling, self.held))
-        return loras
-
-    def _factors(self, lora: Lora, name: str) -> tuple[Tensor, Tensor]:
-        """A and B; the network does not hold any more when what they are made of changes."""
-        A, B = (self._tensor(lora._parameters, part) for part in ("lora_A", "lora_B"))
-        if (pair := lora.factors()) is None:
-            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which C does not add")
-        if pair[0] is not A:  # made of it, so that it does not follow when A is written to
-            self._tensors.append((lora._parameters.get, "lora_A", A, lambda: A._version, A._version))
-        return pair[0].detach(), B
+        return decode.linear(layer.packed, bias, self.held, layer.compute == "int8")
 
     def _norm(self, parent: nn.Module, name: str) -> int | None:
         norm = self._child(parent, name)

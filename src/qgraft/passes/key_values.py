@@ -42,6 +42,11 @@ class KeyValues:
             return keys[:, slots], values[:, slots]
         return keys.index_select(1, slots), values.index_select(1, slots)
 
+    def laid_out(self, layer: int, groups: int, channels: int) -> tuple[Tensor, Tensor]:
+        """The memory of a layer, in float32 on the CPU where nothing was written yet."""
+        like = torch.empty(groups, 0, channels)
+        return self._of(layer, like, like)
+
     def _of(self, layer: int, key_GTD: Tensor, value_GTE: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:
             made = (part.new_empty(part.shape[0], self.slots, part.shape[2]) for part in (key_GTD, value_GTE))

@@ -11,7 +11,7 @@ text holds are kept, and given away again when there are no others, the least re
 hashes alone.
 
 A text gets the block behind its last one where nobody holds that, and a new text begins in the middle of the longest free
-run: blocks that follow each other are read without a copy (passes/single_text.py).
+run: blocks that follow each other are read without a copy.
 """
 
 from collections import OrderedDict

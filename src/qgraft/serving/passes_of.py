@@ -1,6 +1,6 @@
 """How the tokens of several requests go through the model: in passes that they share, or one request after another.
 
-    SharedPasses    one pass for all (passes/batched.py), keys and values in blocks (blocks.py), beginnings shared
+    SharedPasses    one pass for all (passes/native_texts.py, passes/batched.py), keys and values in blocks (blocks.py), beginnings shared
     SinglePasses    the model's own pass for each, with a cache of its own (passes/own_passes.py)
 
 Both answer the same. Which one a model gets is found out by a trial (passes/batched_trial.py). A pass that fails is taken
@@ -21,8 +21,8 @@ from qgraft.errors import QgraftError, UnsupportedError
 from qgraft.model_parts import decoder_of
 from qgraft.passes.batched import CACHED, Piece, next_logits
 from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
+from qgraft.passes.native_texts import NativeTexts
 from qgraft.passes.own_passes import OwnPasses
-from qgraft.passes.single_text import SingleText
 from qgraft.serving.blocks import Blocks, Held
 from qgraft.serving.mixes import Mix, prefix_layers
 from qgraft.serving.running import Running
@@ -82,7 +82,7 @@ class SharedPasses:
         self.blocks = Blocks(slots // BLOCK)
         self.memory = KeyValues(self.blocks.count * BLOCK)
         self.whole_prompts = hasattr(decoder_of(model), "marks")  # a context is read in both directions
-        self.single = SingleText(model)  # a request that is alone
+        self.native = NativeTexts(model)
         self.mixes_share = True  # whether every layer sees every token, so that each can have its own adapters
         self._prefixes: dict[tuple[tuple[str, int, float], ...], tuple[list[int], int]] = {}  # blocks, requests
         self._attention = attention_of(model)
@@ -156,8 +156,8 @@ class SharedPasses:
     def _passed(self, parts: Sequence[Part]) -> list[Result]:
         pieces = [self._piece(running, count) for running, count in parts]
         try:
-            alone_V = self.single.next_logits(self.memory, pieces[0]) if len(pieces) == 1 else None
-            logits_NV = iter(next_logits(self.model, self.memory, pieces) if alone_V is None else [alone_V])
+            found_NV = self.native.next_logits(self.memory, pieces)
+            logits_NV = iter(next_logits(self.model, self.memory, pieces) if found_NV is None else found_NV)
         except (RuntimeError, ValueError, LookupError) as error:
             if len(parts) == 1:
                 return [_failed(error)]

@@ -60,7 +60,7 @@ def test_every_level_unpacks_what_the_reference_does_bit_for_bit(cpu_level: str,
             assert torch.equal(got_halves.view(torch.int16), halves.view(torch.int16)), (format, rows, columns)
 
 
-@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 5, 8, 9, 16, 19])
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 4, 5, 8, 9, 16, 19, 25, 39, 40, 64])
 def test_every_level_multiplies_few_rows_as_float64_does(cpu_level: str, batch: int, random_packed: MakePacked) -> None:
     for format in FORMAT_IDS:
         for rows, columns in shapes(format):

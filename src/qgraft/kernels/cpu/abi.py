@@ -61,41 +61,59 @@ class Attention(ctypes.Structure):
     ]
 
 
-class Lora(ctypes.Structure):
-    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder, as in decode.c."""
-
-    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
-
-
 class Linear(ctypes.Structure):
-    """One packed layer with its bias and LoRAs."""
+    """One packed layer with its bias, as in decode.c."""
 
     _fields_ = [
-        *((name, _i64) for name in ("format", "rows", "columns", "int8", "loras")),
+        *((name, _i64) for name in ("format", "rows", "columns", "int8")),
         *((name, _pointer) for name in ("data", "scales", "bias")),
-        ("lora", ctypes.POINTER(Lora)),
     ]
 
 
 class DecoderLayer(ctypes.Structure):
-    """One layer of the decoder. keys and values: [groups, capacity, channels] float32."""
+    """One layer of the decoder. keys and values: [groups, capacity, channels] float32; window: 0 for none."""
 
     _fields_ = [
         *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
         *((name, _pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        ("window", _i64),
     ]
 
 
 class Decoder(ctypes.Structure):
-    """The decoder. rank: of its largest LoRA; capacity: of the buffers of keys and values."""
+    """The decoder. capacity: slots of the memory of keys and values."""
 
     _fields_ = [
-        *((name, _i64) for name in ("layers", "hidden", "inner", "heads", "groups", "channels", "rank", "capacity")),
+        *((name, _i64) for name in ("layers", "hidden", "inner", "heads", "groups", "channels", "capacity")),
         ("epsilon", ctypes.c_double),
         ("scale", ctypes.c_double),
         ("norm", _pointer),
         ("layer", ctypes.POINTER(DecoderLayer)),
     ]
+
+
+class Lora(ctypes.Structure):
+    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder."""
+
+    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
+
+
+class Loras(ctypes.Structure):
+    """The adapters on one layer."""
+
+    _fields_ = [("count", _i64), ("lora", ctypes.POINTER(Lora))]
+
+
+class DecoderPart(ctypes.Structure):
+    """Rows that follow each other and have the same adapters: [layers, 7] Loras, or none."""
+
+    _fields_ = [("loras", ctypes.POINTER(Loras)), ("rows", _i64)]
+
+
+class DecoderRow(ctypes.Structure):
+    """A token: the slots of its text, how many of them it sees, how many in front are a prefix's."""
+
+    _fields_ = [("slots", _pointer), ("seen", _i64), ("front", _i64)]
 
 
 def declare(library: ctypes.CDLL) -> None:
@@ -113,7 +131,7 @@ def declare(library: ctypes.CDLL) -> None:
         "qgraft_rotate": [
             i32, *[_pointer, _i64, _i64, _i64] * 2, _pointer, _pointer, _i64, _i64, _i64, _pointer, _pointer, i32,
         ],
-        "qgraft_decode_step": [_pointer, _pointer, _pointer, _pointer, _i64, i32],
+        "qgraft_decode_rows": [_pointer, _pointer, _i64, _pointer, _i64, _pointer, _pointer, _pointer, i32],
         "qgraft_varlen_attention": [_pointer, _pointer, _pointer, i32],
         "qgraft_varlen_attention_backward": [*[_pointer] * 9, i32],
         "qgraft_descend": [*[_pointer] * 4, _i64, _i64, i32, i32, _pointer, i32],

@@ -1,16 +1,18 @@
-/* One token of one sequence through a whole decoder of Llama's kind, in one call.
+/* New tokens of some texts through a whole decoder of Llama's kind, in one call: a row for each.
  *
  *     for each layer:  n = norm(x);  q, k, v = n Wq, n Wk, n Wv;  norm of q and k by heads (Qwen3);  rotate q and k;
- *                      append k and v;  x += attention(q) Wo;  n = norm(x);  x += (silu(n Wg) * n Wu) Wd
+ *                      keep k and v;  x += attention(q) Wo;  n = norm(x);  x += (silu(n Wg) * n Wu) Wd
  *     x = norm(x)
  *
- * Each W may have a bias and any number of LoRAs. All in float32, the products of a single row of gemv.h; those with W
- * are in 8-bit integers (gemm_int8.h) where the layer asks for it.
+ * Each W may have a bias. Rows that follow each other and have the same LoRAs are a part: any number of LoRAs on each W, which
+ * add s (n A^T) B^T. All in float32; the products with W are in 8-bit integers (gemm_int8.h) where the layer asks for it.
  *
  * A product of one row takes 20 microseconds, so calls and passes of their own for each, in Python and torch, take
- * longer than the work. Here the threads stay in one parallel region. Rows of W, or heads, are shared out evenly, and
- * there are five barriers (barrier.h) in a layer; what is cheap (norms, x A^T of a LoRA, the rotated key) each thread
- * computes for itself instead of waiting for another one.
+ * longer than the work. Here the threads stay in one parallel region. Columns of a product, rows of what is cheap (norms, x A^T
+ * of a LoRA, the rotated keys) and heads of attention are shared out evenly, with a barrier (barrier.h) between what reads
+ * others' shares.
+ *
+ * Keys and values are in slots of a memory that all texts share; a row is told those of its text.
  */
 
 #include <stdlib.h>
@@ -20,6 +22,7 @@
 #include "common.h"
 #include "formats.h"
 #include "level.h"
+#include "product.h"
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -30,16 +33,9 @@ static int omp_get_num_threads(void) { return 1; }
 
 /* As the structures of abi.py, field by field. */
 typedef struct {
-    const float *A, *B; /* [rank, columns], [rows, rank] */
-    int64_t rank;
-    double scaling;
-} Lora;
-
-typedef struct {
-    int64_t format, rows, columns, int8, loras; /* int8: x is rounded to 8 bits (quantize_x.h) */
+    int64_t format, rows, columns, int8; /* int8: x is rounded to 8 bits (quantize_x.h) */
     const uint8_t *data;
     const float *scales, *bias; /* [rows] or NULL */
-    const Lora *lora;           /* [loras] */
 } Linear;
 
 typedef struct {
@@ -47,149 +43,334 @@ typedef struct {
     const float *attention_norm, *mlp_norm; /* [hidden] */
     const float *q_norm, *k_norm;           /* [channels] or NULL */
     float *keys, *values;                   /* [groups, capacity, channels] */
+    int64_t window;                         /* of how many tokens the last one sees, itself among them; 0: of all */
 } DecoderLayer;
 
 typedef struct {
-    int64_t layers, hidden, inner, heads, groups, channels, rank, capacity; /* rank: of the largest LoRA */
+    int64_t layers, hidden, inner, heads, groups, channels, capacity;
     double epsilon, scale;
     const float *norm;
     const DecoderLayer *layer;
 } Decoder;
 
-const int64_t qgraft_decode_sizes[] = {sizeof(Lora), sizeof(Linear), sizeof(DecoderLayer), sizeof(Decoder)};
+typedef struct {
+    const float *A, *B; /* [rank, columns], [rows, rank] */
+    int64_t rank;
+    double scaling;
+} Lora;
+
+typedef struct {
+    int64_t count;
+    const Lora *lora;
+} Loras;
+
+typedef struct {
+    const Loras *loras; /* [layers, 7], in the order of a layer's products; NULL for none */
+    int64_t rows;
+} DecoderPart;
+
+typedef struct {
+    const int64_t *slots;  /* of the keys of its text, in their order */
+    int64_t seen, front; /* how many it sees, its own the last; those in front are a prefix's, which no window hides */
+} DecoderRow;
+
+const int64_t qgraft_decode_sizes[] = {sizeof(Linear), sizeof(DecoderLayer), sizeof(Decoder), sizeof(Lora),
+                                       sizeof(Loras), sizeof(DecoderPart), sizeof(DecoderRow)};
+
+enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };
 
 /* What one thread knows. */
 typedef struct {
     const Decoder *decoder;
+    const DecoderPart *part;
+    const DecoderRow *row;
     const Level *level;
     Barrier *barrier;
-    int64_t index, count;
-    float *x;                                /* [hidden] */
-    float *q, *k, *v, *attended, *gate, *up; /* shared by the threads */
-    float *normed, *lora_h, *head, *scores;  /* its own */
-    QuantizedX codes;                        /* its own */
-    const float *cos, *sin;                  /* [channels] */
-    int64_t position;
+    int64_t index, count, parts, rows, ranks;
+    float *x, *normed, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
+    const float *cos, *sin;                                   /* [rows, channels] */
+    float *head, *scores;                                     /* its own */
+    int64_t *spans;
+    QuantizedX codes;
 } Thread;
 
-/* The thread's share of `n`, in whole tiles of 8 rows. */
-static void rows_of_thread(const Thread *thread, int64_t n, int64_t *first, int64_t *last) {
+static const Linear *linear_of(const Thread *thread, int64_t layer, int which) {
+    return &thread->decoder->layer[layer].q + which;
+}
+
+static Loras loras_of(const DecoderPart *part, int64_t layer, int which) {
+    return part->loras ? part->loras[layer * LINEARS + which] : (Loras){0, NULL};
+}
+
+/* The thread's share of the columns of y, in whole tiles of 8. */
+static void columns_of_thread(const Thread *thread, int64_t n, int64_t *first, int64_t *last) {
     const int64_t tiles = (n + 7) / 8;
     *first = 8 * (tiles * thread->index / thread->count), *last = 8 * (tiles * (thread->index + 1) / thread->count);
     if (*last > n) *last = n;
 }
 
-/* The thread's rows of y = W x + b + LoRAs; added to y where `add`. */
-static void project(const Thread *thread, const Linear *linear, const float *x, float *y, float *scratch, int add) {
-    const Level *level = thread->level;
-    const int64_t rows = linear->rows, columns = linear->columns, stride = row_bytes((int)linear->format, columns);
-    int64_t first, last;
-    rows_of_thread(thread, rows, &first, &last);
-    if (first >= last) return;
-    float *to = add ? scratch : y, *h = thread->lora_h;
-    const Product product = {(int)linear->format, linear->data, linear->scales, stride, rows, columns, first, last, 1, to};
-    if (linear->int8) {
-        const QuantizedX codes = {thread->codes.codes, thread->codes.steps, thread->codes.sums, groups_of(columns)};
-        level->quantize_x(product.format, x, columns, 0, &codes);
-        level->gemm_int8(&product, &codes);
-    } else level->gemv(&product, x);
-    if (linear->bias)
-        for (int64_t r = first; r < last; r++) to[r] += linear->bias[r];
-    for (const Lora *lora = linear->lora; lora < linear->lora + linear->loras; lora++) {
-        const Product down = {F32, (const uint8_t *)lora->A, NULL, row_bytes(F32, columns), lora->rank, columns, 0, lora->rank,
-                              1, h};
-        level->gemv(&down, x);
-        for (int64_t i = 0; i < lora->rank; i++) h[i] *= (float)lora->scaling;
-        level->decoding->add_rows(lora->B + first * lora->rank, h, last - first, lora->rank, to + first);
+static int64_t first_row(const Thread *thread) { return thread->rows * thread->index / thread->count; }
+static int64_t last_row(const Thread *thread) { return thread->rows * (thread->index + 1) / thread->count; }
+
+/* The thread's rows of h = s x A^T, of all LoRAs on these of a layer's products, one behind the other. */
+static void lower(const Thread *thread, int64_t layer, int from, int to, const float *x) {
+    const int64_t columns = linear_of(thread, layer, from)->columns;
+    for (int64_t p = 0, end = 0; p < thread->parts; p++) {
+        const int64_t first = larger(end, first_row(thread));
+        end += thread->part[p].rows;
+        const int64_t n = smaller(end, last_row(thread)) - first;
+        float *h = thread->h + first * thread->ranks;
+        for (int which = from; which < to && n > 0; which++) {
+            const Loras loras = loras_of(thread->part + p, layer, which);
+            for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; h += lora->rank, lora++) {
+                const Product product = {F32, (const uint8_t *)lora->A, NULL, row_bytes(F32, columns), thread->ranks, columns,
+                                         0, lora->rank, n, h};
+                thread->level->gemv(&product, x + first * columns);
+                for (int64_t t = 0; t < n; t++)
+                    for (int64_t i = 0; i < lora->rank; i++) h[t * thread->ranks + i] *= (float)lora->scaling;
+            }
+        }
     }
-    if (add)
-        for (int64_t r = first; r < last; r++) y[r] += to[r];
 }
 
-/* out = norm(head), where there is one, rotated by the token's angles. */
-static void rotate(const Thread *thread, const float *head, const float *norm, float *out) {
+/* What LoRAs add to the columns first <= r < last of y [rows, ..]; `from`: the first product that `lower` was told. */
+static void add_loras(const Thread *thread, int64_t layer, int from, int which, int64_t first, int64_t last, float *y) {
+    const int64_t width = linear_of(thread, layer, which)->rows;
+    for (int64_t p = 0, start = 0; p < thread->parts; start += thread->part[p].rows, p++) {
+        const float *h = thread->h + start * thread->ranks;
+        for (int other = from; other < which; other++) {
+            const Loras before = loras_of(thread->part + p, layer, other);
+            for (int64_t i = 0; i < before.count; i++) h += before.lora[i].rank;
+        }
+        const Loras loras = loras_of(thread->part + p, layer, which);
+        for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; h += lora->rank, lora++)
+            for (int64_t t = 0; t < thread->part[p].rows; t++)
+                thread->level->decoding->add_rows(lora->B + first * lora->rank, h + t * thread->ranks, last - first, lora->rank,
+                                                  y + (start + t) * width + first);
+    }
+}
+
+/* The product with W, by the codes of x. */
+static void multiply_codes(const Thread *thread, Product product, const float *x) {
+    const Level *level = thread->level;
+    const int panels = product.m >= INT8_MANY && level->gemm_int8_panels;
+    const int64_t rows = product.m, most = panels ? level->block_tokens : rows;
+    QuantizedX codes = thread->codes;
+    codes.groups = groups_of(product.columns);
+    for (int64_t t = 0; t < rows; t += most, product.y += most * product.rows) {
+        product.m = smaller(most, rows - t);
+        for (int64_t i = 0; i < product.m; i++)
+            level->quantize_x(product.format, x + (t + i) * product.columns, product.columns, i, &codes);
+        if (panels) level->gemm_int8_panels(&product, &codes);
+        else level->gemm_int8(&product, &codes);
+    }
+}
+
+/* The thread's columns of y = x W^T + b + LoRAs. */
+static void project(const Thread *thread, int64_t layer, int from, int which, const float *x, float *y) {
+    const Linear *linear = linear_of(thread, layer, which);
+    const int64_t rows = linear->rows, stride = row_bytes((int)linear->format, linear->columns);
+    int64_t first, last;
+    columns_of_thread(thread, rows, &first, &last);
+    if (first >= last) return;
+    const Product product = {(int)linear->format, linear->data, linear->scales, stride, rows, linear->columns, first, last,
+                             thread->rows, y};
+    if (linear->int8) multiply_codes(thread, product, x);
+    else multiply(thread->level, &product, x);
+    for (int64_t t = 0; linear->bias && t < thread->rows; t++)
+        for (int64_t r = first; r < last; r++) y[t * rows + r] += linear->bias[r];
+    if (thread->ranks) add_loras(thread, layer, from, which, first, last, y);
+}
+
+/* x += y W^T .., in the thread's columns; all of y is there, the LoRAs' h not yet. */
+static void project_back(const Thread *thread, int64_t layer, int which, const float *y) {
+    const int64_t hidden = thread->decoder->hidden;
+    int64_t first, last;
+    if (thread->ranks) {
+        lower(thread, layer, which, which + 1, y);
+        barrier_wait(thread->barrier, thread->count);
+    }
+    project(thread, layer, which, which, y, thread->normed);
+    columns_of_thread(thread, hidden, &first, &last);
+    for (int64_t t = 0; t < thread->rows; t++)
+        for (int64_t r = first; r < last; r++) thread->x[t * hidden + r] += thread->normed[t * hidden + r];
+}
+
+/* out = norm(head), where there is one, rotated by the row's angles. */
+static void rotate(const Thread *thread, int64_t row, const float *head, const float *norm, float *out) {
     const Pointwise *loops = thread->level->pointwise;
-    const int64_t channels = thread->decoder->channels;
+    const int64_t channels = thread->decoder->channels, at = row * channels;
     if (norm) loops->norm(head, norm, (float)thread->decoder->epsilon, channels, out);
-    loops->rotate(0, norm ? out : head, 0, 1, thread->cos, thread->sin, channels / 2, channels, out);
+    loops->rotate(0, norm ? out : head, 0, 1, thread->cos + at, thread->sin + at, channels / 2, channels, out);
 }
 
-/* The thread's heads. Heads that share a key may be with several threads: each rotates it for itself, and the thread of
- * the first of them writes it down for the tokens to come, where nobody reads in this step. */
+/* Keys and values of the thread's rows, into their slots. */
+static void keep(const Thread *thread, const DecoderLayer *layer) {
+    const Decoder *decoder = thread->decoder;
+    const int64_t channels = decoder->channels, width = decoder->groups * channels;
+    for (int64_t t = first_row(thread); t < last_row(thread); t++)
+        for (int64_t group = 0; group < decoder->groups; group++) {
+            const int64_t slot = thread->row[t].slots[thread->row[t].seen - 1], from = t * width + group * channels;
+            const int64_t at = (group * decoder->capacity + slot) * channels;
+            rotate(thread, t, thread->k + from, layer->k_norm, layer->keys + at);
+            memcpy(layer->values + at, thread->v + from, (size_t)channels * sizeof(float));
+        }
+}
+
+/* The slots of the keys first <= i < last, as (slot, how many follow each other) behind `count` such pairs; how many pairs. */
+static int64_t find_spans(const int64_t *slots, int64_t first, int64_t last, int64_t *spans, int64_t count) {
+    for (int64_t i = first; i < last; i++) {
+        int64_t *span = spans + 2 * (count - 1);
+        if (count && span[0] + span[1] == slots[i]) span[1]++;
+        else span[2] = slots[i], span[3] = 1, count++;
+    }
+    return count;
+}
+
+/* The thread's share of attention: of each row the heads that share keys, or each head alone where there are few rows. */
 static void attend(const Thread *thread, const DecoderLayer *layer) {
     const Decoder *decoder = thread->decoder;
     const int64_t channels = decoder->channels, heads = decoder->heads, shared = heads / decoder->groups;
-    const size_t bytes = (size_t)channels * sizeof(float);
-    for (int64_t h = heads * thread->index / thread->count; h < heads * (thread->index + 1) / thread->count; h++) {
-        const int64_t group = h / shared, start = group * decoder->capacity * channels;
-        float *key = thread->head + channels, *keys = layer->keys + start, *values = layer->values + start;
-        const float *value = thread->v + group * channels;
-        rotate(thread, thread->q + h * channels, layer->q_norm, thread->head);
-        rotate(thread, thread->k + group * channels, layer->k_norm, key);
-        thread->level->decoding->attention(thread->head, keys, values, thread->position, key, value, channels,
-                                           (float)decoder->scale, thread->scores, thread->attended + h * channels);
-        if (h % shared) continue;
-        memcpy(keys + thread->position * channels, key, bytes);
-        memcpy(values + thread->position * channels, value, bytes);
+    const int64_t together = thread->rows * decoder->groups >= 4 * thread->count || thread->count == 1 ? shared : 1;
+    const int64_t each = heads / together, all = thread->rows * each;
+    for (int64_t u = all * thread->index / thread->count; u < all * (thread->index + 1) / thread->count; u++) {
+        const int64_t t = u / each, head = u % each * together, start = head / shared * decoder->capacity * channels;
+        const int64_t at = (t * heads + head) * channels;
+        const DecoderRow *row = thread->row + t;
+        const int64_t hidden = layer->window ? larger(row->seen - row->front - layer->window, 0) : 0;
+        const int64_t front = find_spans(row->slots, 0, row->front, thread->spans, 0);
+        const int64_t spans = find_spans(row->slots, row->front + hidden, row->seen, thread->spans, front);
+        for (int64_t i = 0; i < together; i++)
+            rotate(thread, t, thread->q + at + i * channels, layer->q_norm, thread->head + i * channels);
+        thread->level->decoding->attention(thread->head, together, layer->keys + start, layer->values + start, thread->spans,
+                                           spans, channels, (float)decoder->scale, thread->scores, thread->attended + at);
     }
 }
 
-static void run_layer(const Thread *thread, const DecoderLayer *layer) {
-    const Decoder *decoder = thread->decoder;
-    const Pointwise *loops = thread->level->pointwise;
+/* The thread's rows of x, normed. */
+static void norm_rows(const Thread *thread, const float *weight, float *out) {
+    const int64_t hidden = thread->decoder->hidden;
+    for (int64_t t = first_row(thread); t < last_row(thread); t++)
+        thread->level->pointwise->norm(thread->x + t * hidden, weight, (float)thread->decoder->epsilon, hidden, out + t * hidden);
+}
+
+static void run_layer(const Thread *thread, int64_t i) {
+    const DecoderLayer *layer = thread->decoder->layer + i;
+    const int64_t inner = thread->decoder->inner;
     int64_t first, last;
-    loops->norm(thread->x, layer->attention_norm, (float)decoder->epsilon, decoder->hidden, thread->normed);
-    project(thread, &layer->q, thread->normed, thread->q, NULL, 0);
-    project(thread, &layer->k, thread->normed, thread->k, NULL, 0);
-    project(thread, &layer->v, thread->normed, thread->v, NULL, 0);
+    norm_rows(thread, layer->attention_norm, thread->normed);
+    lower(thread, i, Q, O, thread->normed);
+    barrier_wait(thread->barrier, thread->count);
+    project(thread, i, Q, Q, thread->normed, thread->q);
+    project(thread, i, Q, K, thread->normed, thread->k);
+    project(thread, i, Q, V, thread->normed, thread->v);
+    barrier_wait(thread->barrier, thread->count);
+    keep(thread, layer);
     barrier_wait(thread->barrier, thread->count);
     attend(thread, layer);
     barrier_wait(thread->barrier, thread->count);
-    project(thread, &layer->o, thread->attended, thread->x, thread->normed, 1);
+    project_back(thread, i, O, thread->attended);
     barrier_wait(thread->barrier, thread->count);
-    loops->norm(thread->x, layer->mlp_norm, (float)decoder->epsilon, decoder->hidden, thread->normed);
-    project(thread, &layer->gate, thread->normed, thread->gate, NULL, 0);
-    project(thread, &layer->up, thread->normed, thread->up, NULL, 0);
-    rows_of_thread(thread, decoder->inner, &first, &last);
-    if (first < last) loops->gated(SILU, thread->gate + first, thread->up + first, last - first, thread->gate + first);
+    norm_rows(thread, layer->mlp_norm, thread->normed);
+    lower(thread, i, GATE, DOWN, thread->normed);
     barrier_wait(thread->barrier, thread->count);
-    project(thread, &layer->down, thread->gate, thread->x, thread->normed, 1);
+    project(thread, i, GATE, GATE, thread->normed, thread->gate);
+    project(thread, i, GATE, UP, thread->normed, thread->up);
+    columns_of_thread(thread, inner, &first, &last);
+    for (int64_t t = 0; t < thread->rows && first < last; t++) {
+        float *gate = thread->gate + t * inner + first;
+        thread->level->pointwise->gated(SILU, gate, thread->up + t * inner + first, last - first, gate);
+    }
+    barrier_wait(thread->barrier, thread->count);
+    project_back(thread, i, DOWN, thread->gate);
     barrier_wait(thread->barrier, thread->count);
 }
 
-/* x [hidden]: in, the token's embedding; out, the normed last state. cos, sin [channels]: of its rotation. `position`:
- * how many keys and values there are; those of the token are written behind them. 0, or -1 for a bad size or format, -2
- * without memory. */
-int qgraft_decode_step(const Decoder *decoder, float *x, const float *cos, const float *sin, int64_t position, int threads) {
-    const int64_t wide = decoder->heads * decoder->channels, narrow = decoder->groups * decoder->channels;
-    const int64_t codes = groups_of(larger(decoder->hidden, larger(wide, decoder->inner)));
-    const int64_t floats_of_codes = (2 + 32 / sizeof(float)) * codes;
-    const int64_t own = decoder->hidden + decoder->rank + 2 * decoder->channels + position + 1 + floats_of_codes;
-    const int64_t shared = 2 * wide + 2 * narrow + 2 * decoder->inner;
-    if (position < 0 || position >= decoder->capacity) return -1;
-    if (decoder->heads % decoder->groups || decoder->channels % 2) return -1;
+/* How many numbers of h a row has at most. */
+static int64_t most_ranks(const Decoder *decoder, const DecoderPart *part, int64_t parts) {
+    static const int groups[][2] = {{Q, O}, {O, GATE}, {GATE, DOWN}, {DOWN, LINEARS}};
+    int64_t most = 0;
+    for (int64_t p = 0; p < parts; p++)
+        for (int64_t i = 0; i < decoder->layers * 4; i++) {
+            int64_t ranks = 0;
+            for (int which = groups[i % 4][0]; which < groups[i % 4][1]; which++) {
+                const Loras loras = loras_of(part + p, i / 4, which);
+                for (int64_t k = 0; k < loras.count; k++) ranks += loras.lora[k].rank;
+            }
+            most = larger(most, ranks);
+        }
+    return most;
+}
+
+/* Whether every number is one that the loops can go by. */
+static int is_sound(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows) {
+    int64_t left = rows;
+    if (rows < 1 || decoder->heads % decoder->groups || decoder->channels % 2) return 0;
+    for (int64_t p = 0; p < parts; p++) left -= part[p].rows;
+    for (const DecoderRow *each = row; each < row + rows; each++) {
+        if (each->seen < 1 || each->front < 0 || each->front >= each->seen) return 0;
+        for (int64_t i = 0; i < each->seen; i++)
+            if (each->slots[i] < 0 || each->slots[i] >= decoder->capacity) return 0;
+    }
     for (const DecoderLayer *layer = decoder->layer; layer < decoder->layer + decoder->layers; layer++)
         for (const Linear *linear = &layer->q; linear <= &layer->down; linear++)
             if (row_bytes((int)linear->format, linear->columns) < 0 || (linear->int8 && !has_int8((int)linear->format)))
-                return -1;
+                return 0;
+    return left == 0;
+}
+
+/* Numbers of memory: of all rows, and of each thread, whose spans come first; all that follows is a multiple of 8 bytes. */
+static int64_t numbers_of_rows(const Decoder *decoder, int64_t ranks) {
+    return decoder->hidden + 2 * decoder->channels * (decoder->heads + decoder->groups) + 2 * decoder->inner + ranks;
+}
+
+static int64_t groups_of_codes(const Decoder *decoder) {
+    return groups_of(larger(decoder->hidden, larger(decoder->heads * decoder->channels, decoder->inner)));
+}
+
+static int64_t numbers_of_thread(const Decoder *decoder, int64_t rows, int64_t seen) {
+    const int64_t shared = decoder->heads / decoder->groups, codes = rows * groups_of_codes(decoder);
+    return round_up(4 * (seen + 1) + shared * (decoder->channels + seen) + (2 + 32 / (int64_t)sizeof(float)) * codes, 2);
+}
+
+/* A thread with its places in memory: [rows, ..] from `all` on, its own from `own` on. */
+static Thread thread_of(const Decoder *decoder, int64_t rows, int64_t ranks, int64_t seen, float *all, float *own) {
+    const int64_t wide = decoder->heads * decoder->channels, narrow = decoder->groups * decoder->channels;
+    const int64_t codes = rows * groups_of_codes(decoder), shared = decoder->heads / decoder->groups;
+    float *places[] = {all, 0, 0, 0, 0, 0, 0, 0}, *head = own + 4 * (seen + 1), *scores = head + shared * decoder->channels;
+    const int64_t sizes[] = {decoder->hidden, wide, narrow, narrow, wide, decoder->inner, decoder->inner};
+    float *steps = scores + shared * seen;
+    for (int i = 0; i < 7; i++) places[i + 1] = places[i] + rows * sizes[i];
+    return (Thread){
+        .decoder = decoder, .rows = rows, .ranks = ranks, .level = qgraft_level(),
+        .index = omp_get_thread_num(), .count = omp_get_num_threads(),
+        .normed = places[0], .q = places[1], .k = places[2], .v = places[3], .attended = places[4], .gate = places[5],
+        .up = places[6], .h = places[7], .head = head, .scores = scores, .spans = (int64_t *)own,
+        .codes = {(int8_t *)(steps + 2 * codes), steps, steps + codes, 0},
+    };
+}
+
+/* x [rows, hidden]: in, the tokens' embeddings; out, the normed last states. cos, sin [rows, channels]: of their rotations.
+ * Rows of one text may see each other. 0, or -1 for a bad size, slot or format, -2 without memory. */
+int qgraft_decode_rows(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows,
+                       float *x, const float *cos, const float *sin, int threads) {
+    if (!is_sound(decoder, part, parts, row, rows)) return -1;
+    const int64_t ranks = most_ranks(decoder, part, parts), all = round_up(rows * numbers_of_rows(decoder, ranks), 2);
+    int64_t seen = 0;
+    for (int64_t t = 0; t < rows; t++) seen = larger(seen, row[t].seen);
+    const int64_t own = numbers_of_thread(decoder, rows, seen);
     threads = threads > 1 ? threads : 1;
-    float *memory = malloc((size_t)(shared + threads * own) * sizeof(float));
+    float *memory = malloc((size_t)(all + threads * own) * sizeof(float));
     if (!memory) return -2;
     Barrier barrier = {0, 0, 0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float *q = memory, *k = q + wide, *v = k + narrow, *attended = v + narrow, *gate = attended + wide;
-        float *mine = memory + shared + omp_get_thread_num() * own, *lora_h = mine + decoder->hidden;
-        float *head = lora_h + decoder->rank, *scores = head + 2 * decoder->channels, *steps = scores + position + 1;
-        const Thread thread = {
-            decoder, qgraft_level(), &barrier, omp_get_thread_num(), omp_get_num_threads(),
-            x, q, k, v, attended, gate, gate + decoder->inner,
-            mine, lora_h, head, scores, {(int8_t *)(steps + 2 * codes), steps, steps + codes, codes},
-            cos, sin, position,
-        };
-        for (int64_t i = 0; i < decoder->layers; i++) run_layer(&thread, decoder->layer + i);
+        Thread thread = thread_of(decoder, rows, ranks, seen, memory, memory + all + omp_get_thread_num() * own);
+        thread.part = part, thread.parts = parts, thread.row = row, thread.barrier = &barrier;
+        thread.x = x, thread.cos = cos, thread.sin = sin;
+        for (int64_t i = 0; i < decoder->layers; i++) run_layer(&thread, i);
+        norm_rows(&thread, decoder->norm, x);
     }
-    qgraft_level()->pointwise->norm(x, decoder->norm, (float)decoder->epsilon, decoder->hidden, x);
     free(memory);
     return 0;
 }

@@ -1,4 +1,4 @@
-"""One token through a whole decoder in one C call: decode.c's structures made of tensors.
+"""New tokens through a whole decoder in one C call: decode.c's structures made of tensors.
 
 C is given addresses, so what stands behind them must stay: each structure made here is listed in a `Held` together with
 the tensors whose memory it names.
@@ -6,14 +6,14 @@ the tensors whose memory it names.
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, checked
 from qgraft.kernels.choice import choose
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS, Decoder, Linear, Lora
+from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS, Decoder, DecoderPart, DecoderRow, Linear, Lora, Loras
 from qgraft.kernels.cpu.library import loaded
 from qgraft.kernels.cpu.packed import stored
 
@@ -40,7 +40,15 @@ def lora(A: Tensor, B: Tensor, scaling: float, held: Held) -> Lora:
     return Lora(address(A, held), address(B, held), A.shape[0], scaling)
 
 
-def linear(packed: PackedTensor, bias: Tensor | None, loras: Sequence[Lora], held: Held, int8: bool = False) -> Linear:
+def adapters(of_linears: Sequence[Sequence[Lora]], held: Held) -> "ctypes.Array[Loras]":
+    """The LoRAs of all linear layers of a decoder, layer by layer: q, k, v, o, gate, up, down."""
+    arrays = [(Lora * len(loras))(*loras) for loras in of_linears]
+    made = (Loras * len(arrays))(*(Loras(len(array), array) for array in arrays))
+    held += [*arrays, made]
+    return made
+
+
+def linear(packed: PackedTensor, bias: Tensor | None, held: Held, int8: bool = False) -> Linear:
     """The structure of one packed layer; `int8` where it is to compute as ops.linear_int8 does.
 
     Raises ValueError for what C does not multiply.
@@ -53,25 +61,50 @@ def linear(packed: PackedTensor, bias: Tensor | None, loras: Sequence[Lora], hel
     if bias is not None and bias.shape != (rows,):
         raise ValueError(f"{packed.format} weight {packed.shape}: got bias {list(bias.shape)}")
     data, scales = stored(packed)
-    array = (Lora * len(loras))(*loras)
-    held += [data.detach(), array]
+    held.append(data.detach())
     return Linear(
         FORMAT_IDS[packed.format], rows, columns, int8 and packed.format in INT8_FORMATS,
-        len(loras), data.data_ptr(), address(scales, held),
-        address(bias, held), array,
+        data.data_ptr(), address(scales, held), address(bias, held),
     )  # fmt: skip
 
 
-def step(decoder: Decoder, x: Tensor, cos: Tensor, sin: Tensor, position: int) -> None:
-    """Take one token through the decoder: x [hidden] is its embedding, and becomes its normed last state.
+class Part(NamedTuple):
+    """Rows that follow each other and have the same adapters; None for none."""
+
+    loras: "ctypes.Array[Loras] | None"
+    rows: int
+
+
+class Row(NamedTuple):
+    """A new token of a text.
+
+    Attributes:
+        slots: of the keys and values of its text, int64; its own are written to slots[seen - 1].
+        seen: how many of them it sees, itself among them.
+        front: how many at the beginning are a prefix's, which no window hides.
+    """
+
+    slots: Tensor
+    seen: int
+    front: int = 0
+
+
+def step(decoder: Decoder, parts: Sequence[Part], rows: Sequence[Row], x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Take tokens through the decoder: x [rows, hidden] is their embeddings, and becomes their normed last states.
 
     Args:
-        cos, sin: [channels], of its rotation.
-        position: how many keys and values there are; the token's own are written behind them.
+        parts: the adapters of the rows, in their order.
+        cos, sin: [rows, channels], of their rotations.
     """
     held: Held = []
     places = [address(tensor, held) or 0 for tensor in (x, cos, sin)]
-    code = loaded().qgraft_decode_step(ctypes.addressof(decoder), *places, position, torch.get_num_threads())
+    if len(x) != len(rows) or any(row.slots.dtype != torch.int64 or len(row.slots) < row.seen for row in rows):
+        raise ValueError(f"got {len(rows)} rows, expected {len(x)}, each with int64 slots for what it sees")
+    part_array = (DecoderPart * len(parts))(*parts)
+    row_array = (DecoderRow * len(rows))(*((row.slots.data_ptr(), row.seen, row.front) for row in rows))
+    code = loaded().qgraft_decode_rows(
+        ctypes.addressof(decoder), part_array, len(parts), row_array, len(rows), *places, torch.get_num_threads()
+    )
     if code == -2:
-        raise MemoryError("qgraft_decode_step: no memory for the activations of one token")
-    assert code == 0, f"qgraft_decode_step returned {code}"
+        raise MemoryError(f"qgraft_decode_rows: no memory for the activations of {len(rows)} tokens")
+    assert code == 0, f"qgraft_decode_rows returned {code}"

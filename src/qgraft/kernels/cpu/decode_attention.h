@@ -1,11 +1,12 @@
-/* Attention of one query in one head, over the keys and values of the tokens before it: what a decoding step computes
- * beside products with packed weights and what pointwise.h has; and what a LoRA adds there. All in float32.
+/* Attention of one token, in the heads that share keys, over its own key and those of the tokens before it: what a decoding
+ * step computes beside products with packed weights and what pointwise.h has; and what a LoRA adds there. All in float32.
  */
 
 #ifndef QGRAFT_DECODE_ATTENTION_H
 #define QGRAFT_DECODE_ATTENTION_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "common.h"
 #include "level.h"
@@ -30,26 +31,63 @@ static void add4(const float *shares, const float *rows, int64_t channels, float
     for (int64_t j = 0; j < channels; j++) out[j] += (s0 * rows[j] + s1 * b[j]) + (s2 * c[j] + s3 * d[j]);
 }
 
-/* out [channels] = softmax(scale q K^T) V over `past` keys and values [past, channels] and the newest, which other threads
- * may be about to write behind them; scores [past + 1]: scratch. */
-static void decode_attention(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
-                             const float *newest_value, int64_t channels, float scale, float *scores, float *out) {
-    const int64_t fours = past / 4 * 4;
-    scores[past] = scale * dot(q, newest_key, channels);
-    float largest = scores[past], sum = 0.0f;
-    for (int64_t t = 0; t < fours; t += 4) dot4(q, keys + t * channels, channels, scale, scores + t);
-    for (int64_t t = fours; t < past; t++) scores[t] = scale * dot(q, keys + t * channels, channels);
-    for (int64_t t = 0; t < past; t++) largest = scores[t] > largest ? scores[t] : largest;
+/* scores [heads, keys] of queries [heads, channels] with `count` keys from `at` on. */
+static void score_keys(const float *q, int64_t heads, const float *keys, int64_t count, int64_t channels, float scale,
+                       float *scores, int64_t stride) {
+    const int64_t fours = count / 4 * 4;
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t t = 0; t < fours; t += 4)
+            dot4(q + h * channels, keys + t * channels, channels, scale, scores + h * stride + t);
+        for (int64_t t = fours; t < count; t++)
+            scores[h * stride + t] = scale * dot(q + h * channels, keys + t * channels, channels);
+    }
+}
+
+/* out [heads, channels] += shares [heads, keys] times values. */
+static void add_values(const float *shares, int64_t heads, const float *values, int64_t count, int64_t channels, float *out,
+                       int64_t stride) {
+    const int64_t fours = count / 4 * 4;
+    for (int64_t h = 0; h < heads; h++) {
+        for (int64_t t = 0; t < fours; t += 4)
+            add4(shares + h * stride + t, values + t * channels, channels, out + h * channels);
+        for (int64_t t = fours; t < count; t++)
+            for (int64_t j = 0; j < channels; j++) out[h * channels + j] += shares[h * stride + t] * values[t * channels + j];
+    }
+}
+
+/* scores -> exp(score - the largest), the last one first: a NaN there is one everywhere; their sum. */
+static float exponentials(float *scores, int64_t n) {
+    float largest = scores[n - 1], sum = 0.0f;
+    for (int64_t t = 0; t < n; t++) largest = scores[t] > largest ? scores[t] : largest;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t t = 0; t <= past; t++) {
+    for (int64_t t = 0; t < n; t++) {
         scores[t] = exp_negative(scores[t] - largest);
         sum += scores[t];
     }
-    for (int64_t j = 0; j < channels; j++) out[j] = scores[past] * newest_value[j];
-    for (int64_t t = 0; t < fours; t += 4) add4(scores + t, values + t * channels, channels, out);
-    for (int64_t t = fours; t < past; t++)
-        for (int64_t j = 0; j < channels; j++) out[j] += scores[t] * values[t * channels + j];
-    for (int64_t j = 0; j < channels; j++) out[j] /= sum;
+    return sum;
+}
+
+/* out [heads, channels] = softmax(scale q K^T) V of queries that share keys and values. These are in `count` spans, (first slot,
+ * how many) each; the last of the last span is the token's own. scores [heads, keys]: scratch. Heads take turns after a
+ * few keys, which stay in the first-level cache meanwhile. */
+static void decode_attention(const float *q, int64_t heads, const float *keys, const float *values, const int64_t *spans,
+                             int64_t count, int64_t channels, float scale, float *scores, float *out) {
+    enum { KEYS = 32 };
+    int64_t all = 0;
+    for (int64_t i = 0; i < count; i++) all += spans[2 * i + 1];
+    for (int64_t i = 0, at = 0; i < count; at += spans[2 * i + 1], i++)
+        for (int64_t t = 0; t < spans[2 * i + 1]; t += KEYS)
+            score_keys(q, heads, keys + (spans[2 * i] + t) * channels, smaller(KEYS, spans[2 * i + 1] - t), channels, scale,
+                       scores + at + t, all);
+    memset(out, 0, (size_t)(heads * channels) * sizeof(float));
+    for (int64_t h = 0; h < heads; h++) {
+        const float sum = exponentials(scores + h * all, all);
+        for (int64_t t = 0; t < all; t++) scores[h * all + t] /= sum;
+    }
+    for (int64_t i = 0, at = 0; i < count; at += spans[2 * i + 1], i++)
+        for (int64_t t = 0; t < spans[2 * i + 1]; t += KEYS)
+            add_values(scores + at + t, heads, values + (spans[2 * i] + t) * channels, smaller(KEYS, spans[2 * i + 1] - t),
+                       channels, out, all);
 }
 
 /* y[r] += rows[r] h for n rows [n, rank]: what the B of a LoRA adds. A call for each row would take longer than its sum. */

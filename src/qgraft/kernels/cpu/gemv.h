@@ -1,6 +1,6 @@
 /* y = x W^T for a few rows of x, in float32: packed weights go to registers and are multiplied there.
  *
- * One row of x alone may have a way of its own (gemv_codes.h).
+ * One row of x alone may have a way of its own (gemv_codes.h), and so may more than 8 (gemm_lanes.h).
  *
  * A tile is R rows of W by T rows of x. Its R * T sums stay in registers while it goes along the columns: 32 weights of
  * each of the R rows are unpacked (weights32) and multiplied with all T rows of x, so a packed byte is read once for
@@ -15,6 +15,7 @@
 
 #include "common.h"
 #include "formats.h"
+#include "gemm_lanes.h"
 #include "gemv_codes.h"
 #include "level.h"
 #include "unpack.h"
@@ -106,7 +107,9 @@ static void gemv(const Product *p, const float *x) {
         gemv_codes(p, x);
         return;
     }
-    for (int64_t i = 0; i < p->m; i += BLOCK) {
+    const int by_lanes = p->m >= FEWEST_LANES;
+    if (by_lanes) gemm_lanes(p, x);
+    for (int64_t i = 0; i < p->m && !by_lanes; i += BLOCK) {
         const int64_t n = p->m - i < BLOCK ? p->m - i : BLOCK;
         const int64_t step = n <= 1 ? ROWS_1 : n <= 2 ? ROWS_2 : n <= 4 ? ROWS_4 : ROWS_8;
         for (int64_t r = p->first; r < p->last; r += step) {

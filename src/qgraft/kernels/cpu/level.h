@@ -66,11 +66,11 @@ typedef struct {
                    int64_t half, int64_t channels, float *out);
 } Pointwise;
 
-/* What decoding computes for one query and one row (decode_attention.h, vector_math.h). */
+/* What decoding computes for one token (decode_attention.h, vector_math.h). */
 typedef struct {
     void (*add_rows)(const float *rows, const float *h, int64_t n, int64_t rank, float *y);
-    void (*attention)(const float *q, const float *keys, const float *values, int64_t past, const float *newest_key,
-                      const float *newest_value, int64_t channels, float scale, float *scores, float *out);
+    void (*attention)(const float *q, int64_t heads, const float *keys, const float *values, const int64_t *spans,
+                      int64_t count, int64_t channels, float scale, float *scores, float *out);
 } Decoding;
 
 /* Token t of head h is at data + t * token + h * head; its channels follow one another. */
@@ -116,8 +116,8 @@ typedef struct {
     void (*unpack_row)(int format, const uint8_t *row, int64_t columns, float scale, float *out);
     void (*unpack_row_bf16)(int format, const uint8_t *row, int64_t columns, float scale, uint16_t *out);
     void (*gemv)(const Product *product, const float *x); /* for few rows of x */
-    /* For many, at most `block_columns` of y and `block_tokens` at a time; NULL where there is none. */
-    int64_t block_columns, block_tokens;
+    /* For `many` and more, at most `block_columns` of y and `block_tokens` at a time; NULL where there is none. */
+    int64_t many, block_columns, block_tokens;
     void (*gemm)(const Product *product, const float *x);
     void (*gemm_grad_input)(const Product *product, const float *g);
     /* The same with x and W (g and W) rounded to bfloat16: `pairs` [m, columns (rows) / 2, rounded up], two in each. */
@@ -146,6 +146,6 @@ void qgraft_gemm_int8_vnni(const Product *product, const QuantizedX *x);
 #endif
 
 /* sizeof of the structures that Python fills in, in the order in which their file defines them: for a test. */
-extern const int64_t qgraft_linear_sizes[2], qgraft_attention_sizes[2], qgraft_decode_sizes[4];
+extern const int64_t qgraft_linear_sizes[2], qgraft_attention_sizes[2], qgraft_decode_sizes[7];
 
 #endif

@@ -17,6 +17,7 @@
 #include "common.h"
 #include "formats.h"
 #include "level.h"
+#include "product.h"
 
 /* As the structures of abi.py, field by field. */
 typedef struct {
@@ -43,7 +44,7 @@ typedef struct {
 const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
 
 enum { FLOAT32, BFLOAT16, INT8 };
-enum { TOKENS = 32, COLUMNS = 64, MANY = 20, INT8_MANY = 8, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
+enum { TOKENS = 32, COLUMNS = 64, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
 
 /* Floats that x or g [m, width] take when they are rounded: pairs, or forward the codes, steps and sums of quantize_x.h. */
 static int64_t scratch_size(const LinearCall *call, int64_t width) {
@@ -103,8 +104,7 @@ static void forward(const Level *level, const LinearCall *call, const Product *p
     if (call->rounding == BFLOAT16) level->gemm_bf16(part, in, call->scratch + t0 * ((call->columns + 1) / 2));
     else if (call->rounding == INT8 && call->m >= INT8_MANY && level->gemm_int8_panels) level->gemm_int8_panels(part, &codes);
     else if (call->rounding == INT8 && has_int8(part->format)) level->gemm_int8(part, &codes);
-    else if (call->m < MANY || !level->gemm) level->gemv(part, in);
-    else level->gemm(part, in);
+    else multiply_block(level, part, call->m, in);
 }
 
 /* gx of a block. */

@@ -20,11 +20,12 @@
 #include "vec.h"
 
 /* A panel has DEPTH weights of each of WIDTH columns, VECTORS registers: it stays in the first-level cache while all rows of a
- * block's `in` pass. A block (linear.c shares them out) is what one thread multiplies at a time. */
+ * block's `in` pass. A block (linear.c shares them out) is what one thread multiplies at a time. From MANY
+ * rows of x on panels are faster than gemv. */
 #if defined(__AVX512BW__)
-enum { DEPTH = 128, VECTORS = 4, BLOCK_COLUMNS = 64, BLOCK_TOKENS = INT32_MAX };
+enum { DEPTH = 128, VECTORS = 4, BLOCK_COLUMNS = 64, BLOCK_TOKENS = INT32_MAX, MANY = 20 };
 #else
-enum { DEPTH = 256, VECTORS = 2, BLOCK_COLUMNS = 512, BLOCK_TOKENS = 192 };
+enum { DEPTH = 256, VECTORS = 2, BLOCK_COLUMNS = 512, BLOCK_TOKENS = 192, MANY = 40 };
 #endif
 enum { WIDTH = VECTORS * LANES };
 enum { FLOATS = 0, PAIRS = 1 };

@@ -1,0 +1,146 @@
+/* AVX2: y = x W^T for some rows of x, as when several texts decode together, in float32: a lane for each row of x.
+ *
+ *     y[t][r] = sum over k of x[t][k] w[r][k]        lanes: t
+ *
+ * Panels (gemm.h) have rows of W in the lanes, which must be transposed for it: worth it where they meet many rows of x. Here
+ * it is x that is transposed, which is small, and W is unpacked as it stands. A tile is 6 rows of W by 16 of x: its 12 sums stay
+ * in registers while k goes by, each number of W is broadcast once. A number of W that was unpacked meets up to 32 rows of x.
+ *
+ * The order of each sum is that of k, whatever the number of rows.
+ */
+
+#ifndef QGRAFT_GEMM_LANES_H
+#define QGRAFT_GEMM_LANES_H
+
+#include <stdint.h>
+
+#include "common.h"
+#include "formats.h"
+#include "level.h"
+#include "unpack_vec.h"
+#include "vec.h"
+
+#if defined(__AVX512BW__)
+
+enum { FEWEST_LANES = INT32_MAX }; /* with 32 registers the tiles of gemv.h are as good */
+static void gemm_lanes(const Product *p, const float *x) { (void)p, (void)x; }
+
+#else
+
+enum { FEWEST_LANES = 9 };
+
+/* Rows of W in a tile and columns of W that are unpacked at a time; rows of x and of W of which sums are kept. */
+enum { LANE_ROWS = 6, LANE_DEPTH = 256, LANE_TOKENS = 32, LANE_BLOCK = 192 };
+
+typedef struct {
+    _Alignas(32) float x[LANE_DEPTH * LANE_TOKENS]; /* x[k * width + t] */
+    _Alignas(32) float y[LANE_BLOCK * LANE_TOKENS]; /* y[r * width + t] */
+    _Alignas(32) float w[LANE_ROWS * LANE_DEPTH];
+    int64_t width;                                  /* rows of x, a multiple of the lanes */
+} Lanes;
+
+/* `depth` columns of n rows of x, to the lanes; lanes beyond n hold the last row again. */
+ALWAYS_INLINE void lanes_of_x(const float *x, int64_t stride, int64_t n, int64_t depth, Lanes *lanes) {
+    for (int64_t t = 0; t < lanes->width; t += LANES)
+        for (int64_t k = 0; k < depth; k += LANES) {
+            vfloat rows[LANES];
+            for (int i = 0; i < LANES; i++) rows[i] = v_load(x + smaller(t + i, n - 1) * stride + k);
+            v_transpose(rows);
+            for (int i = 0; i < LANES; i++) v_store(lanes->x + (k + i) * lanes->width + t, rows[i]);
+        }
+}
+
+/* Chunks c0 <= c < c1, of the same 256 weights, of the rows from r on; those beyond the last are the last one again. */
+ALWAYS_INLINE void unpack_lane_rows(const int format, const Product *p, int64_t r, int64_t c0, int64_t c1, Lanes *lanes) {
+    for (int i = 0; i < LANE_ROWS; i++) {
+        const int64_t at = smaller(r + i, p->last - 1);
+        const uint8_t *row = p->data + at * p->stride;
+        const float scale = p->scales ? p->scales[at] : 1.0f;
+        float k_scales[16], *to = lanes->w + i * LANE_DEPTH;
+        if (is_k_quant(format)) read_k_scales(format, row + row_bytes(format, c0 * 32), 0, (int)(c1 - c0), k_scales);
+        for (int64_t c = c0; c < c1; c++, to += 32) {
+            vfloat w[PARTS];
+            weights32(format, row, c, scale, k_scales, w);
+            for (int v = 0; v < PARTS; v++) v_store(to + LANES * v, w[v]);
+        }
+        prefetch(row + row_bytes(format, c0 / 8 * 256), row_bytes(format, 256));
+    }
+}
+
+/* The sums of a tile, of `V` vectors of rows of x from t on, `fresh` or added to. */
+ALWAYS_INLINE void lanes_tile(const int V, const Lanes *lanes, int64_t t, int64_t depth, int fresh, float *y) {
+    const float *x = lanes->x + t, *w = lanes->w;
+    vfloat sums[LANE_ROWS][2];
+    y += t;
+#pragma GCC unroll 6
+    for (int r = 0; r < LANE_ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) sums[r][v] = fresh ? v_zero() : v_load(y + r * lanes->width + LANES * v);
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; k++, x += lanes->width) {
+        vfloat values[2];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) values[v] = v_load(x + LANES * v);
+#pragma GCC unroll 6
+        for (int r = 0; r < LANE_ROWS; r++) {
+            const vfloat weight = v_set(w[r * LANE_DEPTH + k]);
+#pragma GCC unroll 2
+            for (int v = 0; v < V; v++) sums[r][v] = v_fma(weight, values[v], sums[r][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < LANE_ROWS; r++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) v_store(y + r * lanes->width + LANES * v, sums[r][v]);
+}
+
+/* Sums of `rows` rows of W -> y[t][r]. */
+ALWAYS_INLINE void lanes_to_y(const Lanes *lanes, int64_t rows, int64_t n, float *y, int64_t stride) {
+    for (int64_t r = 0; r < rows; r += LANES)
+        for (int64_t t = 0; t < n; t += LANES) {
+            vfloat tile[LANES];
+            for (int i = 0; i < LANES; i++) tile[i] = v_load(lanes->y + smaller(r + i, rows - 1) * lanes->width + t);
+            v_transpose(tile);
+            for (int64_t i = 0; i < LANES && t + i < n; i++) {
+                float *to = y + (t + i) * stride + r;
+                if (r + LANES <= rows) v_store(to, tile[i]);
+                else
+                    for (int64_t j = 0; j < rows - r; j++) to[j] = tile[i][j];
+            }
+        }
+}
+
+ALWAYS_INLINE void lanes_block(const int format, const Product *p, const float *x, int64_t n, int64_t r0, int64_t r1,
+                               Lanes *lanes) {
+    const int64_t chunks = p->columns / 32;
+    lanes->width = round_up(n, LANES);
+    for (int64_t c = 0; c < chunks; c += LANE_DEPTH / 32) {
+        const int64_t c1 = smaller(c + LANE_DEPTH / 32, chunks), depth = 32 * (c1 - c);
+        lanes_of_x(x + 32 * c, p->columns, n, depth, lanes);
+        for (int64_t r = r0; r < r1; r += LANE_ROWS) {
+            float *y = lanes->y + (r - r0) * lanes->width;
+            unpack_lane_rows(format, p, r, c, c1, lanes);
+            for (int64_t t = 0; t < lanes->width; t += 2 * LANES) {
+                if (t + LANES < lanes->width) lanes_tile(2, lanes, t, depth, c == 0, y);
+                else lanes_tile(1, lanes, t, depth, c == 0, y);
+            }
+        }
+    }
+}
+
+/* As gemv; the columns after the last whole chunk are left to it. */
+static void gemm_lanes(const Product *p, const float *x) {
+    Lanes lanes;
+    for (int64_t t = 0; t < p->m; t += LANE_TOKENS)
+        for (int64_t r = p->first; r < p->last; r += LANE_BLOCK) {
+            const int64_t n = smaller(LANE_TOKENS, p->m - t), r1 = smaller(r + LANE_BLOCK, p->last);
+#define BLOCK_OF(FORMAT) lanes_block(FORMAT, p, x + t * p->columns, n, r, r1, &lanes)
+            FOR_FORMAT(p->format, BLOCK_OF)
+#undef BLOCK_OF
+            lanes_to_y(&lanes, r1 - r, n, p->y + t * p->rows + r, p->rows);
+        }
+}
+
+#endif
+
+#endif

@@ -1,0 +1,111 @@
+"""What adapters add in a decoder that C computes (decoding_network.py): the structures of some LoRAs with their weights.
+
+One network serves any number of them, and a new adapter, or another choice, makes nothing anew but its own structures. As a
+network does, they list what the modules held when they were made, and are compared before each token.
+"""
+
+from collections.abc import Callable, Mapping
+from operator import is_
+from typing import Any
+
+from torch import Tensor, nn
+
+from qgraft.adapters.lora import Lora
+from qgraft.errors import UnsupportedError
+from qgraft.kernels.cpu import abi, decode
+from qgraft.passes.decoding_network import Network
+
+Weights = Mapping[str, float]
+
+
+class DecoderLoras:
+    """The C structures of some adapters on the layers of a network.
+
+    Raises UnsupportedError or ValueError, with the reason, for adapters that C does not add.
+
+    Attributes:
+        loras: the structures; None where nothing is added.
+    """
+
+    def __init__(self, network: Network, weights: Weights) -> None:
+        self.held: decode.Held = []
+        self._holders: list[dict[str, Any]] = []  # dictionaries of modules, what is asked of them,
+        self._names: list[str] = []
+        self._found: list[Any] = []  # and what they had
+        self._places: list[Callable[[], int]] = []  # where tensors lie, or how often they were written to,
+        self._placed: list[int] = []  # and what that was
+        layers = [self._of_layer(layer, weights) for layer in network.adapted]
+        self.loras = decode.adapters(layers, self.held) if any(layers) else None
+
+    def holds(self) -> bool:
+        """Whether the adapters still are what the structures were made of."""
+        return (
+            all(map(is_, map(dict.get, self._holders, self._names), self._found))
+            and [place() for place in self._places] == self._placed
+        )
+
+    def _of_layer(self, layer: Any, weights: Weights) -> list[abi.Lora]:
+        if layer is None:
+            return []
+        named = [(name, self._ask(layer.loras._modules, name)) for name in weights]
+        return [self._lora(name, lora, weights[name]) for name, lora in named if lora is not None]
+
+    def _lora(self, name: str, lora: Lora, weight: float) -> abi.Lora:
+        A, B = (self._parameter(lora, part) for part in ("lora_A", "lora_B"))
+        if (pair := lora.factors()) is None:
+            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which C does not add")
+        if pair[0] is not A:  # made of it, so that it does not follow when A is written to
+            self._place(lambda: A._version)
+        return decode.lora(pair[0].detach(), B, lora.config.scaling * weight, self.held)
+
+    def _parameter(self, lora: nn.Module, name: str) -> Tensor:
+        parameter: Tensor = self._ask(lora._parameters, name)
+        self._place(parameter.data_ptr)
+        return parameter
+
+    def _ask(self, holder: Any, name: str) -> Any:
+        self._holders.append(holder)
+        self._names.append(name)
+        self._found.append(holder.get(name))
+        return self._found[-1]
+
+    def _place(self, place: Callable[[], int]) -> None:
+        self._places.append(place)
+        self._placed.append(place())
+
+
+class Decoding:
+    """A decoder's structures and those of choices of adapters, made when they are asked for, kept while they are right."""
+
+    def __init__(self, base: nn.Module, choices: int) -> None:
+        self.base, self.choices = base, choices
+        self.network: Network | None = None
+        self._loras: dict[tuple[tuple[str, float], ...], DecoderLoras] = {}
+
+    def now(self) -> Network | None:
+        """The structures of what the decoder is now; None where C cannot compute that."""
+        if self.network is None or not self.network.holds():
+            self._loras.clear()  # they keep what was detached in memory
+            try:
+                self.network = Network(self.base)
+            except (UnsupportedError, ValueError):  # layers were exchanged, or weights moved
+                self.network = None
+        return self.network
+
+    def loras(self, weights: Weights) -> DecoderLoras | None:
+        """The structures of these adapters on the network that `now` gave; None where C cannot add them."""
+        assert self.network is not None
+        key = tuple(weights.items())
+        found = self._loras.get(key)
+        if found is None or not found.holds():
+            self._loras.pop(key, None)
+            for other in [other for other, loras in self._loras.items() if not loras.holds()]:
+                del self._loras[other]
+            while len(self._loras) >= self.choices:
+                del self._loras[next(iter(self._loras))]
+            try:
+                found = DecoderLoras(self.network, weights)
+            except (UnsupportedError, ValueError):  # an adapter that C does not take
+                return None
+            self._loras[key] = found
+        return found
