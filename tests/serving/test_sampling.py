@@ -19,21 +19,22 @@ from qgraft.serving.sampling import BrokenLogitsError, Sampler, Sampling
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_p": 1e-6}, {"top_k": 1},
+     {"top_k": 512}, {"top_k": 600, "top_p": 0.5, "temperature": 5.0}, {"temperature": 9.0, "top_p": 0.9}, {"top_k": 1000, "min_p": 1e-9},
      {"temperature": 1.3, "top_k": 9, "top_p": 0.7, "min_p": 0.05}, {"temperature": 0.5, "top_p": 0.95, "min_p": 0.3}],
 )  # fmt: skip
 def test_cuts_are_those_of_transformers(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    for _ in range(4):
-        logits = torch.randn(40) * 3
+    for size in (*[40] * 4, *[3000] * 4):
+        logits = torch.randn(size) * 3
         s = Sampling(**options)
         expected = logits[None]
         for warper in (
-            TemperatureLogitsWarper(s.temperature), TopKLogitsWarper(s.top_k or 40), TopPLogitsWarper(s.top_p),
+            TemperatureLogitsWarper(s.temperature), TopKLogitsWarper(s.top_k or size), TopPLogitsWarper(s.top_p),
             MinPLogitsWarper(s.min_p),
         ):  # fmt: skip
             expected = warper(torch.zeros(1, 1, dtype=torch.long), expected)
         tokens, shares = Sampler(s, []).shares(logits / s.temperature)
-        got = torch.zeros(40).index_copy(0, tokens, shares / shares.sum())
+        got = torch.zeros(size).index_copy(0, tokens, shares / shares.sum())
         torch.testing.assert_close(got, expected[0].softmax(-1))
 
 

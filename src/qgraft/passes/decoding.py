@@ -120,7 +120,9 @@ class _Decoder:
         if not x.dtype == cos.dtype == torch.float32:
             return None
         with self.lock:
-            network = self.structures.now()
+            self.structures.check()
+            self.structures.check_loras()
+            network = self.structures.network
             if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
                 return None
             weights = network.selection.now().uniform if network.selection else {}

@@ -82,25 +82,25 @@ class Decoding:
         self.network: Network | None = None
         self._loras: dict[tuple[tuple[str, float], ...], DecoderLoras] = {}
 
-    def now(self) -> Network | None:
-        """The structures of what the decoder is now; None where C cannot compute that."""
+    def check(self) -> None:
+        """Make anew what is not right any more: the network, or None where C cannot compute what the decoder is now."""
         if self.network is None or not self.network.holds():
             self._loras.clear()  # they keep what was detached in memory
             try:
                 self.network = Network(self.base)
             except (UnsupportedError, ValueError):  # layers were exchanged, or weights moved
                 self.network = None
-        return self.network
+
+    def check_loras(self) -> None:
+        """Forget the choices that are not right any more."""
+        self._loras = {key: loras for key, loras in self._loras.items() if loras.holds()}
 
     def loras(self, weights: Weights) -> DecoderLoras | None:
-        """The structures of these adapters on the network that `now` gave; None where C cannot add them."""
+        """The structures of these adapters on the network, as they were checked last; None where C cannot add them."""
         assert self.network is not None
         key = tuple(weights.items())
         found = self._loras.get(key)
-        if found is None or not found.holds():
-            self._loras.pop(key, None)
-            for other in [other for other, loras in self._loras.items() if not loras.holds()]:
-                del self._loras[other]
+        if found is None:
             while len(self._loras) >= self.choices:
                 del self._loras[next(iter(self._loras))]
             try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qgraft.adapters.base import selection_of
 from qgraft.kernels.cpu import decode
 from qgraft.model_parts import decoder_of
 from qgraft.passes.batched import Piece, with_adapters
@@ -29,18 +30,24 @@ CHOICES = 128  # choices of adapters whose structures are kept: more than texts 
 class NativeTexts:
     """Passes of a model's texts in C.
 
+    Its structures are compared with the model where adapters were attached or taken off, and where `changed` is set. At every
+    pass that would take as long as some products: who does something else to the model must say so.
+
     Attributes:
         steps: how many there were.
+        changed: whether somebody may have done something to the model since the last pass.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.base, self.steps = model, decoder_of(model), 0
         self.serves = model.dtype == torch.float32 and model.device.type == "cpu" and why_not(self.base) is None
+        self.changed = True
         self._structures = Decoding(self.base, CHOICES)
+        self._attached: object = None  # the adapters that there were at the last pass: another one after each change
 
     def next_logits(self, memory: KeyValues, pieces: Sequence[Piece]) -> Tensor | None:
         """As batched.next_logits; None where C does not compute them."""
-        network = self._structures.now() if self.serves else None
+        network = self._network() if self.serves else None
         if network is None or not _fits(memory, network):
             return None
         parts = self._parts(pieces)
@@ -60,6 +67,15 @@ class NativeTexts:
         decode.step(network.model, parts, rows, x_1TH[0], cos[0], sin[0])
         self.steps += 1
         return self._logits(x_1TH[0], pieces)
+
+    def _network(self) -> Network | None:
+        """The structures of what the decoder is now; None where C cannot compute that."""
+        attached = selection_of(self.model).adapters
+        if self.changed or attached is not self._attached:
+            self._structures.check()
+            self._structures.check_loras()
+            self.changed, self._attached = False, attached
+        return self._structures.network
 
     def _parts(self, pieces: Sequence[Piece]) -> list[decode.Part] | None:
         """The adapters of the row; None where C does not add them."""

@@ -9,7 +9,7 @@ again request by request, so that one that fails fails alone.
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -67,7 +67,17 @@ class Passes(Protocol):
 @dataclass(eq=False)
 class _Place:
     held: Held
-    prefix: list[int]  # blocks
+    prefix: Tensor  # slots
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))  # the prefix's, and of some blocks
+    counted: int = -1  # how many blocks these are
+
+    def slots_now(self) -> Tensor:
+        """The slots of the prefix and of all blocks; made when there are more blocks, which is not at every token."""
+        blocks = self.held.blocks
+        if self.counted != len(blocks):
+            own = slots_of(blocks, len(blocks) * BLOCK, self.prefix.device)
+            self.slots, self.counted = torch.cat([self.prefix, own]), len(blocks)
+        return self.slots
 
 
 class SharedPasses:
@@ -100,7 +110,7 @@ class SharedPasses:
             return False
         shared = [] if self.whole_prompts else running.ids
         held = self.blocks.begin(running.mix.root, shared)
-        running.place = _Place(held, prefix)
+        running.place = _Place(held, slots_of(prefix, running.mix.length, self.model.device))
         running.past = len(held.blocks) * BLOCK
         if not self.extend(running, len(running.ids) + 1):
             self.release(running)
@@ -169,10 +179,8 @@ class SharedPasses:
 
     def _piece(self, running: Running, count: int) -> Piece:
         place: _Place = running.place
-        stop, device = running.past + count, self.model.device
-        slots = slots_of(place.held.blocks, stop, device)
-        if place.prefix:
-            slots = torch.cat([slots_of(place.prefix, running.mix.length, device), slots])
+        stop = running.past + count
+        slots = place.slots_now()[: len(place.prefix) + stop]
         mix = running.mix
         asked = stop == len(running.ids)
         return Piece(running.ids[:stop], running.past, slots, mix.length, mix.shift, mix.loras, asked)
@@ -207,6 +215,7 @@ class SharedPasses:
         with attending(self.model, self._attention):
             yield
             self._attention = attention_of(self.model)  # a first prefix changes it
+        self.native.changed = True
         self._drop_prefixes()
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ The order is that of transformers and vLLM. Each text has a generator of its own
 depend on who else is in the batch. Log probabilities are those of the model, before all of the above, as OpenAI's are.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -26,6 +27,7 @@ _SHARE = Range(0, 1)
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
 MANY = 16  # tokens that were drawn and may not come: then all are looked at
+LIKELIEST = 512  # tokens among which the cuts are looked for first
 
 
 class BrokenLogitsError(QgraftError):
@@ -115,11 +117,15 @@ class Sampler:
         Raises BrokenLogitsError for logits that are NaN, and where nothing is allowed.
         """
         raw_V = logits_V.detach().to("cpu", torch.float32)
-        if bool(raw_V.isnan().any()) or not bool((raw_V < torch.inf).all()) or not bool(raw_V.isfinite().any()):
+        likeliest = int(raw_V.argmax())  # the first that is NaN, where one is
+        if not math.isfinite(float(raw_V[likeliest])):
             raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
         scores_V = self.penalized(raw_V)
         temperature = self.sampling.temperature
-        chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
+        if temperature == 0:
+            chosen = likeliest if scores_V is raw_V else int(scores_V.argmax())
+        else:
+            chosen = self._drawn(scores_V / temperature)
         refused = 0
         while allowed is not None and not allowed(chosen):
             scores_V = scores_V.clone() if scores_V is raw_V else scores_V
@@ -163,21 +169,34 @@ class Sampler:
         return scores_V
 
     def _drawn(self, scores_V: Tensor) -> int:
-        """A token by the shares that are left."""
+        """A token by the shares that are left: one number of the generator says which."""
         tokens_N, shares_N = self.shares(scores_V)
-        return int(tokens_N[torch.multinomial(shares_N, 1, generator=self._generator)])
+        sums_N = shares_N.double().cumsum(-1)
+        at = torch.rand((), generator=self._generator, dtype=torch.float64) * sums_N[-1]
+        return int(tokens_N[min(int(torch.searchsorted(sums_N, at, right=True)), len(tokens_N) - 1)])
 
     def shares(self, scores_V: Tensor) -> tuple[Tensor, Tensor]:
-        """(tokens [n], the likeliest first, what they weigh [n]) of scores that the temperature has divided."""
+        """(tokens [n], what they weigh [n]) that no cut takes away, of scores that the temperature has divided."""
         s = self.sampling
-        ordered_N, tokens_N = scores_V.sort(descending=True, stable=True)
+        if s.top_k <= 0 and s.top_p == 1 and s.min_p == 0:
+            return torch.arange(len(scores_V)), scores_V.softmax(-1)
+        if len(scores_V) > 2 * LIKELIEST and s.top_k <= LIKELIEST:  # to sort all of a vocabulary takes as long as a pass through a small model
+            tokens_N, shares_N = self._cut(*scores_V.topk(LIKELIEST), scores_V)
+            if len(tokens_N) < LIKELIEST or s.top_k == LIKELIEST:
+                return tokens_N, shares_N
+        return self._cut(*scores_V.sort(descending=True, stable=True), scores_V)
+
+    def _cut(self, ordered_N: Tensor, tokens_N: Tensor, scores_V: Tensor) -> tuple[Tensor, Tensor]:
+        """What the cuts leave of the likeliest tokens, with their scores in order, of all these scores."""
+        s = self.sampling
         if s.top_k > 0:
             ordered_N, tokens_N = ordered_N[: s.top_k], tokens_N[: s.top_k]
-        shares_N = ordered_N.softmax(-1)
+        all_N = ordered_N if 0 < s.top_k <= len(ordered_N) else scores_V
+        shares_N = (ordered_N - all_N.logsumexp(-1)).exp()
         before_N = shares_N.cumsum(-1) - shares_N
         kept_N = (before_N < s.top_p) & (shares_N >= s.min_p * shares_N[0])
         kept_N[0] = True
-        return tokens_N, shares_N * kept_N
+        return tokens_N[kept_N], shares_N[kept_N]
 
     def _told(self, token: int, raw_V: Tensor) -> Token:
         if self.sampling.logprobs is None:

@@ -15,7 +15,7 @@ needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernel
 STRUCTURES = {  # by file: in its order, as the exported sizes are
     "linear": ("linear.c", [abi.LoraTerm, abi.LinearCall]),
     "attention": ("level.h", [abi.Strided, abi.Attention]),
-    "decode": ("decode.c", [
+    "decode": ("decode_thread.h", [
         abi.Linear, abi.DecoderLayer, abi.Decoder, abi.Lora, abi.Loras, abi.DecoderPart, abi.DecoderRow,
     ]),
 }

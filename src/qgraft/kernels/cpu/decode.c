@@ -20,6 +20,7 @@
 
 #include "barrier.h"
 #include "common.h"
+#include "decode_thread.h"
 #include "formats.h"
 #include "level.h"
 #include "product.h"
@@ -31,86 +32,8 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-/* As the structures of abi.py, field by field. */
-typedef struct {
-    int64_t format, rows, columns, int8; /* int8: x is rounded to 8 bits (quantize_x.h) */
-    const uint8_t *data;
-    const float *scales, *bias; /* [rows] or NULL */
-} Linear;
-
-typedef struct {
-    Linear q, k, v, o, gate, up, down;
-    const float *attention_norm, *mlp_norm; /* [hidden] */
-    const float *q_norm, *k_norm;           /* [channels] or NULL */
-    float *keys, *values;                   /* [groups, capacity, channels] */
-    int64_t window;                         /* of how many tokens the last one sees, itself among them; 0: of all */
-} DecoderLayer;
-
-typedef struct {
-    int64_t layers, hidden, inner, heads, groups, channels, capacity;
-    double epsilon, scale;
-    const float *norm;
-    const DecoderLayer *layer;
-} Decoder;
-
-typedef struct {
-    const float *A, *B; /* [rank, columns], [rows, rank] */
-    int64_t rank;
-    double scaling;
-} Lora;
-
-typedef struct {
-    int64_t count;
-    const Lora *lora;
-} Loras;
-
-typedef struct {
-    const Loras *loras; /* [layers, 7], in the order of a layer's products; NULL for none */
-    int64_t rows;
-} DecoderPart;
-
-typedef struct {
-    const int64_t *slots;  /* of the keys of its text, in their order */
-    int64_t seen, front; /* how many it sees, its own the last; those in front are a prefix's, which no window hides */
-} DecoderRow;
-
 const int64_t qgraft_decode_sizes[] = {sizeof(Linear), sizeof(DecoderLayer), sizeof(Decoder), sizeof(Lora),
                                        sizeof(Loras), sizeof(DecoderPart), sizeof(DecoderRow)};
-
-enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };
-
-/* What one thread knows. */
-typedef struct {
-    const Decoder *decoder;
-    const DecoderPart *part;
-    const DecoderRow *row;
-    const Level *level;
-    Barrier *barrier;
-    int64_t index, count, parts, rows, ranks;
-    float *x, *normed, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
-    const float *cos, *sin;                                   /* [rows, channels] */
-    float *head, *scores;                                     /* its own */
-    int64_t *spans;
-    QuantizedX codes;
-} Thread;
-
-static const Linear *linear_of(const Thread *thread, int64_t layer, int which) {
-    return &thread->decoder->layer[layer].q + which;
-}
-
-static Loras loras_of(const DecoderPart *part, int64_t layer, int which) {
-    return part->loras ? part->loras[layer * LINEARS + which] : (Loras){0, NULL};
-}
-
-/* The thread's share of the columns of y, in whole tiles of 8. */
-static void columns_of_thread(const Thread *thread, int64_t n, int64_t *first, int64_t *last) {
-    const int64_t tiles = (n + 7) / 8;
-    *first = 8 * (tiles * thread->index / thread->count), *last = 8 * (tiles * (thread->index + 1) / thread->count);
-    if (*last > n) *last = n;
-}
-
-static int64_t first_row(const Thread *thread) { return thread->rows * thread->index / thread->count; }
-static int64_t last_row(const Thread *thread) { return thread->rows * (thread->index + 1) / thread->count; }
 
 /* The thread's rows of h = s x A^T, of all LoRAs on these of a layer's products, one behind the other. */
 static void lower(const Thread *thread, int64_t layer, int from, int to, const float *x) {
@@ -124,7 +47,7 @@ static void lower(const Thread *thread, int64_t layer, int from, int to, const f
             const Loras loras = loras_of(thread->part + p, layer, which);
             for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; h += lora->rank, lora++) {
                 const Product product = {F32, (const uint8_t *)lora->A, NULL, row_bytes(F32, columns), thread->ranks, columns,
-                                         0, lora->rank, n, h};
+                                         0, lora->rank, n, h, NULL};
                 thread->level->gemv(&product, x + first * columns);
                 for (int64_t t = 0; t < n; t++)
                     for (int64_t i = 0; i < lora->rank; i++) h[t * thread->ranks + i] *= (float)lora->scaling;
@@ -173,8 +96,10 @@ static void project(const Thread *thread, int64_t layer, int from, int which, co
     int64_t first, last;
     columns_of_thread(thread, rows, &first, &last);
     if (first >= last) return;
+    Bytes runs[AHEAD];
+    const Ahead ahead = ahead_of(thread, layer, which, first, last, runs);
     const Product product = {(int)linear->format, linear->data, linear->scales, stride, rows, linear->columns, first, last,
-                             thread->rows, y};
+                             thread->rows, y, &ahead};
     if (linear->int8) multiply_codes(thread, product, x);
     else multiply(thread->level, &product, x);
     for (int64_t t = 0; linear->bias && t < thread->rows; t++)
@@ -217,16 +142,6 @@ static void keep(const Thread *thread, const DecoderLayer *layer) {
         }
 }
 
-/* The slots of the keys first <= i < last, as (slot, how many follow each other) behind `count` such pairs; how many pairs. */
-static int64_t find_spans(const int64_t *slots, int64_t first, int64_t last, int64_t *spans, int64_t count) {
-    for (int64_t i = first; i < last; i++) {
-        int64_t *span = spans + 2 * (count - 1);
-        if (count && span[0] + span[1] == slots[i]) span[1]++;
-        else span[2] = slots[i], span[3] = 1, count++;
-    }
-    return count;
-}
-
 /* The thread's share of attention: of each row the heads that share keys, or each head alone where there are few rows. */
 static void attend(const Thread *thread, const DecoderLayer *layer) {
     const Decoder *decoder = thread->decoder;
@@ -236,10 +151,7 @@ static void attend(const Thread *thread, const DecoderLayer *layer) {
     for (int64_t u = all * thread->index / thread->count; u < all * (thread->index + 1) / thread->count; u++) {
         const int64_t t = u / each, head = u % each * together, start = head / shared * decoder->capacity * channels;
         const int64_t at = (t * heads + head) * channels;
-        const DecoderRow *row = thread->row + t;
-        const int64_t hidden = layer->window ? larger(row->seen - row->front - layer->window, 0) : 0;
-        const int64_t front = find_spans(row->slots, 0, row->front, thread->spans, 0);
-        const int64_t spans = find_spans(row->slots, row->front + hidden, row->seen, thread->spans, front);
+        const int64_t spans = spans_of(thread, layer, thread->row + t);
         for (int64_t i = 0; i < together; i++)
             rotate(thread, t, thread->q + at + i * channels, layer->q_norm, thread->head + i * channels);
         thread->level->decoding->attention(thread->head, together, layer->keys + start, layer->values + start, thread->spans,

@@ -16,8 +16,18 @@
 /* Four rows of K or V at once: q, or the sums, then pass through the registers a quarter as often. */
 static void dot4(const float *q, const float *rows, int64_t channels, float scale, float *scores) {
     const float *b = rows + channels, *c = b + channels, *d = c + channels;
+#if defined(__AVX2__)
+    if (channels % LANES == 0) {
+        vfloat sums[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
+        for (int64_t j = 0; j < channels; j += LANES) {
+            const vfloat value = v_load(q + j);
+            for (int k = 0; k < 4; k++) sums[k] = v_fma(v_load(rows + k * channels + j), value, sums[k]);
+        }
+        _mm_storeu_ps(scores, _mm_mul_ps(v_sum4(sums[0], sums[1], sums[2], sums[3]), _mm_set1_ps(scale)));
+        return;
+    }
+#endif
     float s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f;
-    prefetch(rows, 4 * channels * (int64_t)sizeof(float));
 #pragma omp simd reduction(+ : s0, s1, s2, s3)
     for (int64_t j = 0; j < channels; j++) s0 += q[j] * rows[j], s1 += q[j] * b[j], s2 += q[j] * c[j], s3 += q[j] * d[j];
     scores[0] = scale * s0, scores[1] = scale * s1, scores[2] = scale * s2, scores[3] = scale * s3;
@@ -25,8 +35,16 @@ static void dot4(const float *q, const float *rows, int64_t channels, float scal
 
 static void add4(const float *shares, const float *rows, int64_t channels, float *out) {
     const float *b = rows + channels, *c = b + channels, *d = c + channels;
-    prefetch(rows, 4 * channels * (int64_t)sizeof(float));
     const float s0 = shares[0], s1 = shares[1], s2 = shares[2], s3 = shares[3];
+#if defined(__AVX2__)
+    if (channels % LANES == 0) {
+        for (int64_t j = 0; j < channels; j += LANES) {
+            const vfloat first = v_fma(v_set(s1), v_load(b + j), v_fma(v_set(s0), v_load(rows + j), v_load(out + j)));
+            v_store(out + j, v_fma(v_set(s3), v_load(d + j), v_fma(v_set(s2), v_load(c + j), first)));
+        }
+        return;
+    }
+#endif
 #pragma omp simd
     for (int64_t j = 0; j < channels; j++) out[j] += (s0 * rows[j] + s1 * b[j]) + (s2 * c[j] + s3 * d[j]);
 }
@@ -35,6 +53,7 @@ static void add4(const float *shares, const float *rows, int64_t channels, float
 static void score_keys(const float *q, int64_t heads, const float *keys, int64_t count, int64_t channels, float scale,
                        float *scores, int64_t stride) {
     const int64_t fours = count / 4 * 4;
+    prefetch(keys, count * channels * (int64_t)sizeof(float));
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t t = 0; t < fours; t += 4)
             dot4(q + h * channels, keys + t * channels, channels, scale, scores + h * stride + t);
@@ -47,6 +66,7 @@ static void score_keys(const float *q, int64_t heads, const float *keys, int64_t
 static void add_values(const float *shares, int64_t heads, const float *values, int64_t count, int64_t channels, float *out,
                        int64_t stride) {
     const int64_t fours = count / 4 * 4;
+    prefetch(values, count * channels * (int64_t)sizeof(float));
     for (int64_t h = 0; h < heads; h++) {
         for (int64_t t = 0; t < fours; t += 4)
             add4(shares + h * stride + t, values + t * channels, channels, out + h * channels);

@@ -6,6 +6,8 @@
  * it is x that is transposed, which is small, and W is unpacked as it stands. A tile is 6 rows of W by 16 of x: its 12 sums stay
  * in registers while k goes by, each number of W is broadcast once. A number of W that was unpacked meets up to 32 rows of x.
  *
+ * This reads few bytes for its work, so that memory is free for what comes next (`Ahead`): a line of it every 4 numbers.
+ *
  * The order of each sum is that of k, whatever the number of rows.
  */
 
@@ -37,7 +39,21 @@ typedef struct {
     _Alignas(32) float y[LANE_BLOCK * LANE_TOKENS]; /* y[r * width + t] */
     _Alignas(32) float w[LANE_ROWS * LANE_DEPTH];
     int64_t width;                                  /* rows of x, a multiple of the lanes */
+    const Ahead *ahead;
+    int64_t run, at; /* how far it is fetched */
 } Lanes;
+
+enum { LINE = 64 };
+
+/* Where the next lines to fetch begin, up to the end of their run; NULL for none. */
+ALWAYS_INLINE const char *next_lines(Lanes *lanes, int64_t lines) {
+    if (!lanes->ahead || lanes->run == lanes->ahead->count) return NULL;
+    const Bytes *run = lanes->ahead->runs + lanes->run;
+    const char *from = (const char *)run->from + lanes->at;
+    lanes->at += lines * LINE;
+    if (lanes->at >= run->bytes) lanes->run++, lanes->at = 0;
+    return from;
+}
 
 /* `depth` columns of n rows of x, to the lanes; lanes beyond n hold the last row again. */
 ALWAYS_INLINE void lanes_of_x(const float *x, int64_t stride, int64_t n, int64_t depth, Lanes *lanes) {
@@ -63,13 +79,16 @@ ALWAYS_INLINE void unpack_lane_rows(const int format, const Product *p, int64_t 
             weights32(format, row, c, scale, k_scales, w);
             for (int v = 0; v < PARTS; v++) v_store(to + LANES * v, w[v]);
         }
-        prefetch(row + row_bytes(format, c0 / 8 * 256), row_bytes(format, 256));
+        const uint8_t *later = row + 2 * LANE_ROWS * p->stride + row_bytes(format, c0 * 32);
+        for (int64_t j = 0; j < row_bytes(format, (c1 - c0) * 32); j += LINE) __builtin_prefetch(later + j);
     }
 }
 
 /* The sums of a tile, of `V` vectors of rows of x from t on, `fresh` or added to. */
-ALWAYS_INLINE void lanes_tile(const int V, const Lanes *lanes, int64_t t, int64_t depth, int fresh, float *y) {
+ALWAYS_INLINE void lanes_tile(const int V, Lanes *lanes, int64_t t, int64_t depth, int fresh, float *y) {
     const float *x = lanes->x + t, *w = lanes->w;
+    const char *lines = next_lines(lanes, depth / 4), *from = lines ? lines : (const char *)w;
+    const int64_t step = lines ? LINE : 0;
     vfloat sums[LANE_ROWS][2];
     y += t;
 #pragma GCC unroll 6
@@ -79,6 +98,7 @@ ALWAYS_INLINE void lanes_tile(const int V, const Lanes *lanes, int64_t t, int64_
 #pragma GCC unroll 4
     for (int64_t k = 0; k < depth; k++, x += lanes->width) {
         vfloat values[2];
+        if (k % 4 == 0) __builtin_prefetch(from, 0, 2), from += step;
 #pragma GCC unroll 2
         for (int v = 0; v < V; v++) values[v] = v_load(x + LANES * v);
 #pragma GCC unroll 6
@@ -131,6 +151,7 @@ ALWAYS_INLINE void lanes_block(const int format, const Product *p, const float *
 /* As gemv; the columns after the last whole chunk are left to it. */
 static void gemm_lanes(const Product *p, const float *x) {
     Lanes lanes;
+    lanes.ahead = p->ahead, lanes.run = lanes.at = 0;
     for (int64_t t = 0; t < p->m; t += LANE_TOKENS)
         for (int64_t r = p->first; r < p->last; r += LANE_BLOCK) {
             const int64_t n = smaller(LANE_TOKENS, p->m - t), r1 = smaller(r + LANE_BLOCK, p->last);

@@ -24,6 +24,17 @@
 #define HAVE_X86_LEVELS 0
 #endif
 
+/* What will be read when a product is done: it may be fetched meanwhile, while multiplying leaves memory idle. */
+typedef struct {
+    const void *from;
+    int64_t bytes;
+} Bytes;
+
+typedef struct {
+    Bytes *runs;
+    int64_t count;
+} Ahead;
+
 /* Rows first <= r < last of one product y [m, rows] = x [m, columns] W^T; y is written at y[i * rows + r]. */
 typedef struct {
     int format;
@@ -32,6 +43,7 @@ typedef struct {
     int64_t stride, rows, columns, first, last;
     int64_t m;
     float *y;
+    const Ahead *ahead; /* NULL for nothing */
 } Product;
 
 /* x in 8 bits (quantize_x.h): [m, groups] each, `groups` even; the columns after the last are codes 0 with step 0. */

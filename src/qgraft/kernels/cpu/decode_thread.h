@@ -1,0 +1,153 @@
+/* What a step of decode.c goes by: the structures that Python fills in, what one thread knows, and what it fetches ahead. */
+
+#ifndef QGRAFT_DECODE_THREAD_H
+#define QGRAFT_DECODE_THREAD_H
+
+#include <stdint.h>
+
+#include "barrier.h"
+#include "common.h"
+#include "formats.h"
+#include "level.h"
+
+/* As the structures of abi.py, field by field. */
+typedef struct {
+    int64_t format, rows, columns, int8; /* int8: x is rounded to 8 bits (quantize_x.h) */
+    const uint8_t *data;
+    const float *scales, *bias; /* [rows] or NULL */
+} Linear;
+
+typedef struct {
+    Linear q, k, v, o, gate, up, down;
+    const float *attention_norm, *mlp_norm; /* [hidden] */
+    const float *q_norm, *k_norm;           /* [channels] or NULL */
+    float *keys, *values;                   /* [groups, capacity, channels] */
+    int64_t window;                         /* of how many tokens the last one sees, itself among them; 0: of all */
+} DecoderLayer;
+
+typedef struct {
+    int64_t layers, hidden, inner, heads, groups, channels, capacity;
+    double epsilon, scale;
+    const float *norm;
+    const DecoderLayer *layer;
+} Decoder;
+
+typedef struct {
+    const float *A, *B; /* [rank, columns], [rows, rank] */
+    int64_t rank;
+    double scaling;
+} Lora;
+
+typedef struct {
+    int64_t count;
+    const Lora *lora;
+} Loras;
+
+typedef struct {
+    const Loras *loras; /* [layers, 7], in the order of a layer's products; NULL for none */
+    int64_t rows;
+} DecoderPart;
+
+typedef struct {
+    const int64_t *slots;  /* of the keys of its text, in their order */
+    int64_t seen, front; /* how many it sees, its own the last; those in front are a prefix's, which no window hides */
+} DecoderRow;
+
+enum { Q, K, V, O, GATE, UP, DOWN, LINEARS, AHEAD = 512 };
+
+/* What one thread knows. */
+typedef struct {
+    const Decoder *decoder;
+    const DecoderPart *part;
+    const DecoderRow *row;
+    const Level *level;
+    Barrier *barrier;
+    int64_t index, count, parts, rows, ranks;
+    float *x, *normed, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
+    const float *cos, *sin;                                   /* [rows, channels] */
+    float *head, *scores;                                     /* its own */
+    int64_t *spans;
+    QuantizedX codes;
+} Thread;
+
+static const Linear *linear_of(const Thread *thread, int64_t layer, int which) {
+    return &thread->decoder->layer[layer].q + which;
+}
+
+static Loras loras_of(const DecoderPart *part, int64_t layer, int which) {
+    return part->loras ? part->loras[layer * LINEARS + which] : (Loras){0, NULL};
+}
+
+/* The thread's share of the columns of y, in whole tiles of 8. */
+static void columns_of_thread(const Thread *thread, int64_t n, int64_t *first, int64_t *last) {
+    const int64_t tiles = (n + 7) / 8;
+    *first = 8 * (tiles * thread->index / thread->count), *last = 8 * (tiles * (thread->index + 1) / thread->count);
+    if (*last > n) *last = n;
+}
+
+static int64_t first_row(const Thread *thread) { return thread->rows * thread->index / thread->count; }
+static int64_t last_row(const Thread *thread) { return thread->rows * (thread->index + 1) / thread->count; }
+
+/* The slots of the keys first <= i < last, as (slot, how many follow each other) behind `count` such pairs; how many pairs. */
+static int64_t find_spans(const int64_t *slots, int64_t first, int64_t last, int64_t *spans, int64_t count) {
+    for (int64_t i = first; i < last; i++) {
+        int64_t *span = spans + 2 * (count - 1);
+        if (count && span[0] + span[1] == slots[i]) span[1]++;
+        else span[2] = slots[i], span[3] = 1, count++;
+    }
+    return count;
+}
+
+/* The slots that a row sees in a layer, as such pairs; how many. */
+static int64_t spans_of(const Thread *thread, const DecoderLayer *layer, const DecoderRow *row) {
+    const int64_t hidden = layer->window ? larger(row->seen - row->front - layer->window, 0) : 0;
+    const int64_t front = find_spans(row->slots, 0, row->front, thread->spans, 0);
+    return find_spans(row->slots, row->front + hidden, row->seen, thread->spans, front);
+}
+
+/* Notes as many bytes as there is room for. */
+static void note(Ahead *ahead, const float *from, int64_t numbers) {
+    if (ahead->count < AHEAD) ahead->runs[ahead->count++] = (Bytes){from, numbers * (int64_t)sizeof(float)};
+}
+
+/* Keys, or values, that the thread's rows will see in a layer; once of each text. */
+static void note_memory(const Thread *thread, const DecoderLayer *layer, const float *memory, Ahead *ahead) {
+    const Decoder *decoder = thread->decoder;
+    for (int64_t t = first_row(thread); t < last_row(thread); t++) {
+        if (t + 1 < thread->rows && thread->row[t + 1].slots == thread->row[t].slots) continue;
+        const int64_t count = spans_of(thread, layer, thread->row + t), *spans = thread->spans;
+        for (int64_t i = 0; i < decoder->groups * count; i++) {
+            const int64_t *span = spans + i % count * 2, slot = i / count * decoder->capacity + span[0];
+            note(ahead, memory + slot * decoder->channels, span[1] * decoder->channels);
+        }
+    }
+}
+
+/* What is read after the product `which`, in the thread's columns first <= r < last of it: its LoRAs' B; A of those that `lower`
+ * takes next; and what the next layer's attention sees, in time. */
+static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t first, int64_t last, Bytes *runs) {
+    static const int next[LINEARS][2] = {[V] = {O, GATE}, [O] = {GATE, DOWN}, [UP] = {DOWN, LINEARS}, [DOWN] = {Q, O}};
+    const int64_t after = layer + (which == DOWN), layers = thread->decoder->layers;
+    Ahead ahead = {runs, 0};
+    for (int64_t p = 0; p < thread->parts && thread->ranks; p++) {
+        const Loras loras = loras_of(thread->part + p, layer, which);
+        for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++)
+            note(&ahead, lora->B + first * lora->rank, (last - first) * lora->rank);
+    }
+    for (int64_t p = 0, end = 0; p < thread->parts && thread->ranks && after < layers; p++) {
+        const int64_t start = end;
+        end += thread->part[p].rows;
+        if (start >= last_row(thread) || end <= first_row(thread)) continue;
+        for (int other = next[which][0]; other < next[which][1]; other++) {
+            const Loras loras = loras_of(thread->part + p, after, other);
+            for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++)
+                note(&ahead, lora->A, lora->rank * linear_of(thread, after, other)->columns);
+        }
+    }
+    const DecoderLayer *following = thread->decoder->layer + layer + 1;
+    if (which == GATE && layer + 1 < layers) note_memory(thread, following, following->values, &ahead);
+    if (which == DOWN && layer + 1 < layers) note_memory(thread, following, following->keys, &ahead);
+    return ahead;
+}
+
+#endif
