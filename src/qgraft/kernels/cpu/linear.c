@@ -79,7 +79,7 @@ static void transpose_B(const LinearCall *call, const LoraTerm *term, float *fac
 /* h [n, rank] = x [n, width] A^T, or gh = g (s B^T)^T: products with a LoRA's factor [rank, width]. */
 static void down_project(const Level *level, const float *factor, int64_t rank, int64_t width, const float *x, int64_t n,
                          float *h) {
-    const Product product = {F32, (const uint8_t *)factor, NULL, row_bytes(F32, width), rank, width, 0, rank, n, h};
+    const Product product = {F32, (const uint8_t *)factor, NULL, row_bytes(F32, width), rank, width, 0, rank, n, h, NULL};
     level->gemv(&product, x);
 }
 
@@ -121,7 +121,7 @@ static void block(const Level *level, const LinearCall *call, int backward, int6
     const float *in = call->in + t0 * depth;
     const int64_t stride = row_bytes((int)call->format, call->columns);
     const Product part = {(int)call->format, call->data, call->scales, stride, call->rows, call->columns, first, last,
-                          t1 - t0, call->out + t0 * width};
+                          t1 - t0, call->out + t0 * width, NULL};
     if (call->data) (backward ? backward_input : forward)(level, call, &part, in, t0);
     for (int64_t t = t0; call->bias && !backward && t < t1; t++)
         for (int64_t r = first; r < last; r++) call->out[t * width + r] += call->bias[r];
