@@ -1,4 +1,4 @@
-"""Texts that share a pass in C: each as transformers' own pass over it alone, and as the facade's pass over the same memory."""
+"""Texts that share a pass in C: each as transformers' own pass over it alone, and as the facade's over the same memory."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -19,7 +19,8 @@ from qgraft.serving.sampling import BrokenLogitsError, Sampler, Sampling
 @pytest.mark.parametrize(
     "options",
     [{"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.1}, {"top_p": 1e-6}, {"top_k": 1},
-     {"top_k": 512}, {"top_k": 600, "top_p": 0.5, "temperature": 5.0}, {"temperature": 9.0, "top_p": 0.9}, {"top_k": 1000, "min_p": 1e-9},
+     {"top_k": 512}, {"top_k": 600, "top_p": 0.5, "temperature": 5.0}, {"temperature": 9.0, "top_p": 0.9},
+     {"top_k": 1000, "min_p": 1e-9},
      {"temperature": 1.3, "top_k": 9, "top_p": 0.7, "min_p": 0.05}, {"temperature": 0.5, "top_p": 0.95, "min_p": 0.3}],
 )  # fmt: skip
 def test_cuts_are_those_of_transformers(options: dict[str, Any]) -> None:

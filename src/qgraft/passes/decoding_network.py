@@ -25,7 +25,6 @@ from itertools import repeat
 from operator import contains
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 

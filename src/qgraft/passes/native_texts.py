@@ -2,8 +2,8 @@
 
 What fast_decoding does for the one text of a generate() (decoding.py), for the same decoders and by the same structures: any
 number of texts, each with new tokens of its own, its own adapters and its own slots. Where C does not compute what is asked
-for, the answer is None, and the facade's pass does (batched.py), over the same memory: texts may go on by the one or the other
-at every token.
+for, the answer is None, and the facade's pass does (batched.py), over the same memory: texts may go on by the one or the
+other at every token.
 """
 
 from collections.abc import Sequence

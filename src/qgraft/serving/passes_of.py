@@ -1,6 +1,7 @@
 """How the tokens of several requests go through the model: in passes that they share, or one request after another.
 
-    SharedPasses    one pass for all (passes/native_texts.py, passes/batched.py), keys and values in blocks (blocks.py), beginnings shared
+    SharedPasses    one pass for all (passes/native_texts.py, passes/batched.py), keys and values in blocks (blocks.py),
+                    beginnings shared
     SinglePasses    the model's own pass for each, with a cache of its own (passes/own_passes.py)
 
 Both answer the same. Which one a model gets is found out by a trial (passes/batched_trial.py). A pass that fails is taken

@@ -180,7 +180,8 @@ class Sampler:
         s = self.sampling
         if s.top_k <= 0 and s.top_p == 1 and s.min_p == 0:
             return torch.arange(len(scores_V)), scores_V.softmax(-1)
-        if len(scores_V) > 2 * LIKELIEST and s.top_k <= LIKELIEST:  # to sort all of a vocabulary takes as long as a pass through a small model
+        # To sort all of a vocabulary takes as long as a small model's pass
+        if len(scores_V) > 2 * LIKELIEST and s.top_k <= LIKELIEST:
             tokens_N, shares_N = self._cut(*scores_V.topk(LIKELIEST), scores_V)
             if len(tokens_N) < LIKELIEST or s.top_k == LIKELIEST:
                 return tokens_N, shares_N

@@ -15,9 +15,18 @@ needs_native = pytest.mark.skipif(not native_status()[0], reason=f"native kernel
 STRUCTURES = {  # by file: in its order, as the exported sizes are
     "linear": ("linear.c", [abi.LoraTerm, abi.LinearCall]),
     "attention": ("level.h", [abi.Strided, abi.Attention]),
-    "decode": ("decode_thread.h", [
-        abi.Linear, abi.DecoderLayer, abi.Decoder, abi.Lora, abi.Loras, abi.DecoderPart, abi.DecoderRow,
-    ]),
+    "decode": (
+        "decode_thread.h",
+        [
+            abi.Linear,
+            abi.DecoderLayer,
+            abi.Decoder,
+            abi.Lora,
+            abi.Loras,
+            abi.DecoderPart,
+            abi.DecoderRow,
+        ],
+    ),
 }
 RENAMED = {"in": "input", "out": "output"}  # `in` is a word of Python
 TYPES = {"int64_t": ctypes.c_int64, "int": ctypes.c_int, "double": ctypes.c_double, "float": ctypes.c_float}

@@ -100,8 +100,8 @@ def step(decoder: Decoder, parts: Sequence[Part], rows: Sequence[Row], x: Tensor
     places = [address(tensor, held) or 0 for tensor in (x, cos, sin)]
     if len(x) != len(rows) or any(row.slots.dtype != torch.int64 or len(row.slots) < row.seen for row in rows):
         raise ValueError(f"got {len(rows)} rows, expected {len(x)}, each with int64 slots for what it sees")
-    part_array = (DecoderPart * len(parts))(*parts)
-    row_array = (DecoderRow * len(rows))(*((row.slots.data_ptr(), row.seen, row.front) for row in rows))
+    part_array = (DecoderPart * len(parts))(*(DecoderPart(*part) for part in parts))
+    row_array = (DecoderRow * len(rows))(*(DecoderRow(row.slots.data_ptr(), row.seen, row.front) for row in rows))
     code = loaded().qgraft_decode_rows(
         ctypes.addressof(decoder), part_array, len(parts), row_array, len(rows), *places, torch.get_num_threads()
     )
