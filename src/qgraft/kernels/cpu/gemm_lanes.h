@@ -15,6 +15,7 @@
 #define QGRAFT_GEMM_LANES_H
 
 #include <stdint.h>
+#include <string.h>
 
 #include "common.h"
 #include "formats.h"
@@ -134,6 +135,7 @@ ALWAYS_INLINE void lanes_block(const int format, const Product *p, const float *
                                Lanes *lanes) {
     const int64_t chunks = p->columns / 32;
     lanes->width = round_up(n, LANES);
+    if (!chunks) memset(lanes->y, 0, (size_t)((r1 - r0) * lanes->width) * sizeof(float));
     for (int64_t c = 0; c < chunks; c += LANE_DEPTH / 32) {
         const int64_t c1 = smaller(c + LANE_DEPTH / 32, chunks), depth = 32 * (c1 - c);
         lanes_of_x(x + 32 * c, p->columns, n, depth, lanes);
