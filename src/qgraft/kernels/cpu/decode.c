@@ -89,15 +89,13 @@ static void multiply_codes(const Thread *thread, Product product, const float *x
     }
 }
 
-/* The thread's columns of y = x W^T + b + LoRAs. */
-static void project(const Thread *thread, int64_t layer, int from, int which, const float *x, float *y) {
+/* The columns first <= r < last of y = x W^T + b + LoRAs; `share`: which of the thread's these are. */
+static void project_columns(const Thread *thread, int64_t layer, int from, int which, int64_t first, int64_t last, Share share,
+                            const float *x, float *y) {
     const Linear *linear = linear_of(thread, layer, which);
     const int64_t rows = linear->rows, stride = row_bytes((int)linear->format, linear->columns);
-    int64_t first, last;
-    columns_of_thread(thread, rows, &first, &last);
-    if (first >= last) return;
     Bytes runs[AHEAD];
-    const Ahead ahead = ahead_of(thread, layer, which, first, last, runs);
+    const Ahead ahead = ahead_of(thread, layer, which, first, last, share, runs);
     const Product product = {(int)linear->format, linear->data, linear->scales, stride, rows, linear->columns, first, last,
                              thread->rows, y, &ahead};
     if (linear->int8) multiply_codes(thread, product, x);
@@ -105,6 +103,19 @@ static void project(const Thread *thread, int64_t layer, int from, int which, co
     for (int64_t t = 0; linear->bias && t < thread->rows; t++)
         for (int64_t r = first; r < last; r++) y[t * rows + r] += linear->bias[r];
     if (thread->ranks) add_loras(thread, layer, from, which, first, last, y);
+}
+
+/* The thread's columns of y. Where rows have LoRAs, some at a time: their part of B, which is fetched while these are multiplied,
+ * then still is in the second-level cache. */
+static void project(const Thread *thread, int64_t layer, int from, int which, const float *x, float *y) {
+    enum { SOME = 384 };
+    int64_t first, last;
+    columns_of_thread(thread, linear_of(thread, layer, which)->rows, &first, &last);
+    const int64_t step = thread->ranks && !linear_of(thread, layer, which)->int8 ? SOME : larger(last - first, 1);
+    for (int64_t r = first; r < last; r += step) {
+        const Share share = {(r - first) / step, (last - first + step - 1) / step};
+        project_columns(thread, layer, from, which, r, smaller(r + step, last), share, x, y);
+    }
 }
 
 /* x += y W^T .., in the thread's columns; all of y is there, the LoRAs' h not yet. */

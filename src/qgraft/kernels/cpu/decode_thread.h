@@ -110,10 +110,16 @@ static void note(Ahead *ahead, const float *from, int64_t numbers) {
     if (ahead->count < AHEAD) ahead->runs[ahead->count++] = (Bytes){from, numbers * (int64_t)sizeof(float)};
 }
 
+/* Which share of something: number `index` of `count`. */
+typedef struct {
+    int64_t index, count;
+} Share;
+
 /* Keys, or values, that the thread's rows will see in a layer; once of each text. */
-static void note_memory(const Thread *thread, const DecoderLayer *layer, const float *memory, Ahead *ahead) {
+static void note_memory(const Thread *thread, const DecoderLayer *layer, Share share, const float *memory, Ahead *ahead) {
     const Decoder *decoder = thread->decoder;
     for (int64_t t = first_row(thread); t < last_row(thread); t++) {
+        if (t % share.count != share.index) continue;
         if (t + 1 < thread->rows && thread->row[t + 1].slots == thread->row[t].slots) continue;
         const int64_t count = spans_of(thread, layer, thread->row + t), *spans = thread->spans;
         for (int64_t i = 0; i < decoder->groups * count; i++) {
@@ -123,9 +129,9 @@ static void note_memory(const Thread *thread, const DecoderLayer *layer, const f
     }
 }
 
-/* What is read after the product `which`, in the thread's columns first <= r < last of it: its LoRAs' B; A of those that `lower`
- * takes next; and what the next layer's attention sees, in time. */
-static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t first, int64_t last, Bytes *runs) {
+/* What is read after the columns first <= r < last of the product `which`: its LoRAs' B; and, a share of it with each of a
+ * product's columns, A of those that `lower` takes next, and what the next layer's attention sees. */
+static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t first, int64_t last, Share share, Bytes *runs) {
     static const int next[LINEARS][2] = {[V] = {O, GATE}, [O] = {GATE, DOWN}, [UP] = {DOWN, LINEARS}, [DOWN] = {Q, O}};
     const int64_t after = layer + (which == DOWN), layers = thread->decoder->layers;
     Ahead ahead = {runs, 0};
@@ -137,7 +143,7 @@ static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t fi
     for (int64_t p = 0, end = 0; p < thread->parts && thread->ranks && after < layers; p++) {
         const int64_t start = end;
         end += thread->part[p].rows;
-        if (start >= last_row(thread) || end <= first_row(thread)) continue;
+        if (start >= last_row(thread) || end <= first_row(thread) || p % share.count != share.index) continue;
         for (int other = next[which][0]; other < next[which][1]; other++) {
             const Loras loras = loras_of(thread->part + p, after, other);
             for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++)
@@ -145,8 +151,8 @@ static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t fi
         }
     }
     const DecoderLayer *following = thread->decoder->layer + layer + 1;
-    if (which == GATE && layer + 1 < layers) note_memory(thread, following, following->values, &ahead);
-    if (which == DOWN && layer + 1 < layers) note_memory(thread, following, following->keys, &ahead);
+    if (which == GATE && layer + 1 < layers) note_memory(thread, following, share, following->values, &ahead);
+    if (which == DOWN && layer + 1 < layers) note_memory(thread, following, share, following->keys, &ahead);
     return ahead;
 }
 
