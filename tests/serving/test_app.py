@@ -174,8 +174,10 @@ def test_completions_tokens_props_and_metrics(running: Running) -> None:
         assert "qgraft_requests_running 0" in metrics and 'qgraft_requests_total{reason="error"} 0' in metrics
 
 
-def test_who_goes_away_frees_a_place(running: Running) -> None:
+def test_who_goes_away_frees_a_place(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = running.service.engine
+    pass_on = engine.passes.logits
+    monkeypatch.setattr(engine.passes, "logits", lambda parts: time.sleep(0.02) or pass_on(parts))
     long = {"model": "base", "messages": HELLO, "max_tokens": 100, "ignore_eos": True}
     with running.client() as client:
         with client.stream("POST", "/v1/chat/completions", json={**long, "stream": True}) as response:
