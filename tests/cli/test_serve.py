@@ -55,9 +55,11 @@ def test_wrong_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert "keys.json" in capsys.readouterr().err
 
 
-def test_a_stop_finishes_streams_and_the_log_has_no_prompt(tiny_gguf: Maker) -> None:
+@pytest.mark.parametrize("grace", [30.0, 0.001])
+def test_a_stop_finishes_streams_and_the_log_has_no_prompt(tiny_gguf: Maker, grace: float) -> None:
+    """Or, where the time for that is over, says so in them."""
     environment = {**os.environ, "QGRAFT_API_KEY": "sk-secret"}
-    words = ["serve", "--model", str(tiny_gguf("llama").path), "--port", "0", "--device", "cpu"]
+    words = ["serve", "--model", str(tiny_gguf("llama").path), "--port", "0", "--device", "cpu", "--grace", str(grace)]
     server = subprocess.Popen(
         [sys.executable, "-m", "qgraft", *words], stderr=subprocess.PIPE, text=True, env=environment
     )
@@ -78,10 +80,13 @@ def test_a_stop_finishes_streams_and_the_log_has_no_prompt(tiny_gguf: Maker) -> 
             server.send_signal(signal.SIGTERM)
             chunks += list(stream)
         told = [json.loads(line[6:]) for line in chunks if line.startswith("data: {")]
-        assert "data: [DONE]" in chunks and told[-1]["choices"][0]["finish_reason"] == "length"
+        if "error" in told[-1]:
+            assert grace < 1 and "being stopped" in told[-1]["error"]["message"]
+        else:
+            assert "data: [DONE]" in chunks and told[-1]["choices"][0]["finish_reason"] == "length"
         rest = server.communicate(timeout=120)[1]
         assert server.returncode in (0, -signal.SIGTERM, 128 + signal.SIGTERM), rest
-        assert "POST /v1/completions 200 model='tiny'" in rest
+        assert "POST /v1/completions 200 model='tiny'" in rest and "Traceback" not in rest
         assert "confidential" not in rest and "sk-secret" not in rest
     finally:
         server.kill()

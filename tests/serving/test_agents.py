@@ -108,6 +108,26 @@ def test_messages_with_tools_and_thinking_whole_and_streamed(running: Running, a
     assert json.loads(blocks[2]["json"]) == {"at": "Rome"} and blocks[2]["input"] == {}
 
 
+def test_what_a_prompt_would_leave_out_is_refused(running: Running) -> None:
+    """Calls that the template has no words for; an answer that somebody has begun."""
+    call = {"type": "tool_use", "id": "1", "name": "look", "input": {"city": "x"}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": "sun"}
+    history = [*HELLO, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    chat = [*HELLO, {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {
+        "name": "look", "arguments": "{}"}}]}, {"role": "tool", "tool_call_id": "1", "content": "sun"}]  # fmt: skip
+    with running.client() as client:
+        for path, body in (
+            ("/v1/messages", {"max_tokens": 4, "messages": history}),
+            ("/v1/messages/count_tokens", {"messages": history}),
+            ("/v1/chat/completions", {"messages": chat}),
+        ):
+            response = client.post(path, json={"model": "base", **body})
+            assert response.status_code == 400 and "tool_calls: " in response.text, response.text
+        begun = [*HELLO, {"role": "assistant", "content": "My name is"}]
+        response = client.post("/v1/messages", json={"model": "base", "max_tokens": 4, "messages": begun})
+        assert response.status_code == 400 and "the last one is the assistant's" in response.text
+
+
 def test_a_conversation_of_blocks() -> None:
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "What"}, {"type": "text", "text": "time?"}]},

@@ -3,6 +3,7 @@
 
 import asyncio
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ httpx = pytest.importorskip("httpx")
 import torch
 from served import ADMIN, ALL, HELLO, LAW_ONLY, TRAVERSALS, Running, ask, serving, told
 
+from qgraft.errors import AdapterError
 from qgraft.serving.prompting import Prompting
 from qgraft.serving.requests import Request
 from qgraft.serving.sampling import Sampler, Token
@@ -56,6 +58,59 @@ def test_the_least_recently_used_goes_and_comes_back(running: Running, expected:
         assert client.get("/v1/models/law").json()["parent"] == "base" and client.get("/v1/models/x").status_code == 404
 
 
+def test_an_id_stays_with_its_adapter_and_a_scale_with_the_base(running: Running, expected: Any) -> None:
+    """Also where others ask for so many that it has to make room."""
+    with running.client() as client, running.client(ADMIN) as admin:
+        assert told(ask(client, model="law")) == expected({"law": 1.0})
+        ids = {each["name"]: each["id"] for each in client.get("/lora-adapters").json()}
+        assert admin.post("/lora-adapters", json=[{"id": ids["law"], "scale": 0.7}]).json() == {"success": True}
+        for name in ("med", "tax", "med"):
+            assert told(ask(client, model=name)) == expected({name: 1.0})
+        assert "law" not in running.service.catalogue.entries
+        listed = {each["name"]: (each["id"], each["scale"]) for each in client.get("/lora-adapters").json()}
+        assert listed["law"] == (ids["law"], 0.7) and len({number for number, _ in listed.values()}) == len(listed)
+        assert told(ask(client, lora=[{"id": ids["law"], "scale": 1.0}])) == expected({"law": 1.0})
+        for name in ("med", "tax"):
+            assert told(ask(client, model=name)) == expected({name: 1.0})
+        assert told(ask(client)) == expected({"law": 0.7})
+        admin.post("/lora-adapters", json=[])
+        assert admin.post("/v1/unload_lora_adapter", json={"lora_name": "law"}).status_code == 200
+        assert ask(client, lora=[{"id": ids["law"], "scale": 1.0}]).status_code == 400  # nobody else's
+        assert told(ask(client, model="law")) == expected({"law": 1.0})
+    with running.client(LAW_ONLY) as client:  # to whom other adapters' ids say nothing
+        known = {each["id"] for each in client.get("/lora-adapters").json()}
+        others = set(running.service.catalogue.numbered()) - known
+        assert others and {ask(client, lora=[{"id": each}]).status_code for each in others} == {400}
+
+
+def test_an_adapter_that_the_server_was_started_with_stays(tiny_gguf: Maker, adapters: Path) -> None:
+    server = serving("--model", str(tiny_gguf("llama").path), "--adapter", f"mine={adapters / 'law'}", "--name", "base",
+                     "--admin_key", ADMIN)  # fmt: skip
+    with server.client(ADMIN) as admin:
+        response = admin.post("/v1/unload_lora_adapter", json={"lora_name": "mine"})
+        assert response.status_code == 403 and ask(admin, model="mine").status_code == 200
+    server.stop()
+
+
+def test_what_a_list_says_wrongly_is_named_and_leads_nowhere(tiny_gguf: Maker, adapters: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters / "law", folder / "law")
+    words = ("--model", str(tiny_gguf("llama").path), "--adapters", str(folder), "--name", "base")
+    for wrong, said in (({"../q": "law"}, r"served\.json: .*'\.\./q'"), ({"q": 5}, r"served\.json: q: got 5")):
+        (folder / "served.json").write_text(json.dumps({"adapters": wrong}))
+        with pytest.raises(AdapterError, match=said):
+            serving(*words)
+    (folder / "served.json").write_text(
+        json.dumps({"adapters": {"evil": str(adapters / "law"), "gone": "no", "x": "law"}})
+    )
+    server = serving(*words)
+    with server.client() as client:
+        assert {each["id"] for each in client.get("/v1/models").json()["data"]} == {"base", "law", "x"}
+        assert ask(client, model="x").status_code == 200
+        assert {ask(client, model=name).status_code for name in ("evil", "gone")} <= {403, 404}
+    server.stop()
+
+
 def test_what_is_wrong_has_its_status_and_openais_body(running: Running) -> None:
     with running.client() as client:
         for response, status, code in (
@@ -70,6 +125,10 @@ def test_what_is_wrong_has_its_status_and_openais_body(running: Running) -> None
             (client.get("/v1/nothing"), 404, "not_found"),
             (client.get("/v1/chat/completions"), 405, "not_found"),
             (ask(client, model="foreign"), 400, None),
+            (ask(client, lora={"law": 1e38}), 400, None),
+            (ask(client, logit_bias={"5": 1e308}), 400, None),
+            (ask(client, repetition_penalty=1e-300), 400, None),
+            (ask(client, messages=[{"role": "user", "content": "x", "zzz": 1}]), 400, "invalid_value"),
         ):
             assert response.status_code == status, response.text
             assert response.json()["error"]["code"] == code and response.json()["error"]["message"]

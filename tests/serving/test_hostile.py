@@ -4,6 +4,8 @@
 import json
 import socket
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -137,9 +139,19 @@ def test_a_body_that_does_not_come(running: Running) -> None:
         plain.sendall((head + "Content-Length: 100\r\n\r\n{").encode())
 
 
+def test_a_client_that_sends_too_much_sees_the_answer(running: Running) -> None:
+    """urllib, as most, reads nothing before it has sent everything."""
+    headers = {"Authorization": f"Bearer {ALL}", "Content-Type": "application/json"}
+    for path in ("/v1/chat/completions", "/v1/nothing"):
+        request = urllib.request.Request(f"{running.url}{path}", data=b"x" * (6 << 20), headers=headers)
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            urllib.request.urlopen(request, timeout=60)
+        assert caught.value.code == 413 and b"larger than" in caught.value.read()
+
+
 def test_an_answer_that_takes_too_long(running: Running) -> None:
     long = {"max_tokens": 100, "ignore_eos": True}
-    with limits(running, seconds=0.02), running.client() as client:
+    with limits(running, seconds=0.001), running.client() as client:
         whole = ask(client, **long)
         assert whole.status_code == 504 and whole.json()["error"]["code"] == "timeout"
         lines = [line[6:] for line in ask(client, **long, stream=True).text.splitlines() if line.startswith("data: {")]

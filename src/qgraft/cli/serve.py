@@ -1,6 +1,7 @@
 """qgraft serve: answer many people at once, each with their own adapters, over OpenAI's API."""
 
 import argparse
+import asyncio
 import ipaddress
 import logging
 import os
@@ -205,6 +206,18 @@ def _require_extra() -> None:
         raise InstallationError(f"qgraft serve needs {error.name}", hint="pip install 'qgraft[serve]'") from error
 
 
+def _stopping(server: type[Any], engine: Any, grace: float) -> type[Any]:
+    """uvicorn's server, which has the engine finish or end its answers before it closes their connections."""
+
+    class Stopping(server):
+        async def shutdown(self, sockets: Any = None) -> None:
+            ended = asyncio.get_running_loop().run_in_executor(None, engine.stop, grace)
+            await super().shutdown(sockets)
+            await ended
+
+    return Stopping
+
+
 def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callable[[str], None]) -> int:
     import uvicorn
     from sse_starlette.sse import AppStatus
@@ -216,9 +229,9 @@ def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callabl
     AppStatus.disable_automatic_graceful_drain()  # streams are finished before the server ends
     config = uvicorn.Config(
         make_page_app(service, work), host=options.host, port=options.port, log_level="warning", access_log=False,
-        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=max(round(options.grace), 1),
+        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=round(options.grace) + 10,
     )  # fmt: skip
-    server = uvicorn.Server(config)
+    server = _stopping(uvicorn.Server, service.engine, options.grace)(config)
     socket = config.bind_socket()
     host, port = socket.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"

@@ -143,15 +143,15 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
 
     @app.get("/lora-adapters")
     async def adapters(request: Request) -> list[dict[str, Any]]:
-        names, permission = catalogue.names(), permission_of(request)
+        numbered, permission = catalogue.numbered(), permission_of(request)
         paths = {name: entry.path for name, entry in catalogue.entries.items()}
-        told = lora_protocol.adapters_body(names, paths, catalogue.scales)
+        told = lora_protocol.adapters_body(numbered, paths, catalogue.scales)
         return [each for each in told if permission.allows(each["name"])]
 
     @app.post("/lora-adapters")
     async def scales(request: Request) -> dict[str, Any]:
         require_admin(request)
-        found = lora_protocol.read_scales(await body_of(request), catalogue.names())
+        found = lora_protocol.read_scales(await body_of(request), catalogue.numbered())
         await run_in_threadpool(_as_answers, catalogue.need, list(found))
         catalogue.scales = found
         return {"success": True}

@@ -71,6 +71,8 @@ class Catalogue:
         self.folder = None if folder is None else folder.resolve()
         self.entries: OrderedDict[str, Entry] = OrderedDict()
         self.scales: dict[str, float] = {}  # llama-server's global ones
+        self._numbers: dict[str, int] = {}
+        self._next_number = 0
         self._used: dict[str, float] = {}
         self._leaving: set[str] = set()
         self._lock = threading.RLock()
@@ -84,12 +86,20 @@ class Catalogue:
         with self._lock:
             return [name for name in self.entries if name not in self._leaving]
 
+    def numbered(self) -> dict[int, str]:
+        """llama-server's ids of adapters: the names that they have as long as this server runs, until they are unloaded.
+
+        One that goes to make room keeps its id, and is loaded again when somebody asks for it.
+        """
+        with self._lock:
+            return {number: name for name, number in self._numbers.items() if name not in self._leaving}
+
     def available(self) -> dict[str, str]:
         """Every name that can be asked for, with its path: those that are loaded, those of the list and of the folder."""
         with self._lock:
             self._follow_list()
             found = {name: self.entries[name].path for name in self.names()}
-            found |= {name: path for name, path in self._named.items() if name not in found}
+            found |= {name: path for name, path in self._named.items() if name not in found and self._leads_in(path)}
         if self.folder is not None:
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(".gguf")
@@ -101,11 +111,13 @@ class Catalogue:
         """Load an adapter that stays: one that the server was started with."""
         check_name(name)
         with self._lock:
+            self._give_number(name)
             return self._load(name, Path(path), pinned=True)
 
     def adopt(self, name: str, path: str) -> None:
         """An adapter that is on the model already: its own prefix."""
         self.entries[name] = Entry(path, pinned=True)
+        self._give_number(name)
 
     def knows(self, name: str) -> bool:
         """Whether it can be asked for."""
@@ -133,6 +145,7 @@ class Catalogue:
                         raise self.unknown(name, allows)
                     self._make_room(wanted)
                     self._load(name, path, listed=self._named.get(name))
+                    self._give_number(name)
                 self._used[name] = time.monotonic()
 
     @contextmanager
@@ -168,6 +181,7 @@ class Catalogue:
             else:
                 self._make_room([body.name])
                 self._load(body.name, path, listed=listed)
+                self._give_number(body.name)
             self._change_list(body.name, listed)
 
     def unload(self, name: str) -> None:
@@ -178,7 +192,12 @@ class Catalogue:
                 raise ApiError(
                     404, f"The lora adapter '{name}' cannot be found.", kind="NotFoundError", param="lora_name"
                 )
-            if name in self.entries:
+            if (entry := self.entries.get(name)) is not None and entry.pinned:
+                raise ApiError(
+                    403, f"'{name}' was named when the server was started, and stays", kind="permission_error",
+                    param="lora_name",
+                )  # fmt: skip
+            if entry is not None:
                 self._leaving.add(name)
             self.scales.pop(name, None)
             if name in self._named:
@@ -190,11 +209,16 @@ class Catalogue:
         with self._lock:
             for name in [name for name in self._leaving if not self.engine.uses(name)]:
                 self._detach(name)
+                self._numbers.pop(name, None)
 
     def trained(self, names: Iterable[str]) -> list[Mapping[str, Any]]:
         """What these were trained with, of those that are loaded."""
         adapters = selection_of(self.engine.model).adapters
         return [adapters[name].trained for name in names if name in adapters]
+
+    def _give_number(self, name: str) -> None:
+        if name not in self._numbers:
+            self._numbers[name], self._next_number = self._next_number, self._next_number + 1
 
     # -- loading --
 
@@ -258,6 +282,13 @@ class Catalogue:
                            kind="NotFoundError")  # fmt: skip
         return path
 
+    def _leads_in(self, text: str) -> bool:
+        """Whether a path of the list is one that can be loaded from."""
+        try:
+            return self._path_given(text).exists()
+        except ApiError:
+            return False
+
     def _in_folder(self, name: str) -> Path | None:
         """The adapter of this name in the folder."""
         try:
@@ -310,10 +341,15 @@ class Catalogue:
         if not path.is_file():
             return {}
         given = read_object(path, AdapterError).get("adapters")
-        if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+        if not isinstance(given, dict):
             raise AdapterError(f"{path}: expected an object `adapters` of paths by names")
-        for name in given:
-            check_name(name)
+        for name, where in given.items():
+            try:
+                check_name(name)
+            except OptionError as error:
+                raise AdapterError(f"{path}: {error.message}", hint="take the name out of the list") from error
+            if not isinstance(where, str):
+                raise AdapterError(f"{path}: {name}: got {where!r}, expected a path in the folder")
         return dict(given)
 
     def _change_list(self, name: str, path: str | None) -> None:

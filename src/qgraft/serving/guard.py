@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from starlette.responses import JSONResponse, Response
@@ -22,6 +23,7 @@ from qgraft.serving import messages_protocol
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service
 
+DRAIN_BYTES, DRAIN_SECONDS = 16 << 20, 5.0  # of a body that nobody wants, before the answer that says so
 PUBLIC = ("/health", "/")
 PUBLIC_BELOW = ("/page/", "/studio/download/")  # the page itself; addresses that hold a key of their own
 
@@ -37,17 +39,19 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.monotonic(), 0
+        began, status, body = time.monotonic(), 0, _Body(receive, scope, self.service)
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                if status >= 400:
+                    await body.drain()
             await send(message)
 
         try:
             self._admit(scope)
-            await self.app(scope, _Body(receive, scope, self.service), sending)
+            await self.app(scope, body, sending)
         except ApiError as error:
             if not status:
                 await _send_error(sending, error, scope["path"])
@@ -105,6 +109,15 @@ class _Body:
             if self._size > self._most:
                 raise _too_large(self._most)
         return message
+
+    async def drain(self) -> None:
+        """Take in what still comes, within bounds: a client that is sending does not see an answer before its end."""
+        end, left = time.monotonic() + DRAIN_SECONDS, DRAIN_BYTES
+        with suppress(TimeoutError):
+            while not self._complete and left > 0:
+                message = await asyncio.wait_for(self._receive(), max(end - time.monotonic(), 0.01))
+                left -= len(message.get("body", b""))
+                self._complete = not message.get("more_body", False)
 
 
 def _check_caller(headers: Mapping[bytes, str]) -> None:

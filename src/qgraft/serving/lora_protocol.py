@@ -3,18 +3,22 @@
     model = "base's name"          the base, or what `lora` says, or llama-server's global scales
     model = "law"                  an adapter
     model = "law=0.7+med=0.3"      a weighted mix; a name alone weighs 1
-    lora  = [{"id": 0, "scale": 0.5}]      llama-server's: numbers of /lora-adapters; those not listed count 0
+    lora  = [{"id": 0, "scale": 0.5}]      llama-server's: ids of /lora-adapters; those not listed count 0
     lora  = [{"name": "law", "scale": 0.5}] or {"law": 0.5}
 
 Names and texts of vLLM's endpoints are those of vllm/entrypoints/serve/lora.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qgraft.ranges import FINITE
+from qgraft.ranges import Range
 from qgraft.serving.protocol import ApiError
+
+WEIGHT = Range(-100, 100)  # of an adapter: far beyond what makes sense, and far below what no model computes with
+_DECIMAL = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?|[+-]?[0-9]+\.")
 
 Weights = dict[str, float]
 
@@ -32,18 +36,15 @@ def mix_named(model: str) -> Weights | None:
 
 
 def _number(text: str) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if number in FINITE else None
+    number = float(text) if len(text) <= 30 and _DECIMAL.fullmatch(text) else None
+    return number if number in WEIGHT else None
 
 
-def lora_given(lora: object, listed: Sequence[str]) -> Weights:
+def lora_given(lora: object, listed: Mapping[int, str]) -> Weights:
     """The weights that a request's `lora` says.
 
     Args:
-        listed: the adapters by their numbers.
+        listed: the adapters by their ids.
 
     Raises ApiError.
     """
@@ -53,22 +54,25 @@ def lora_given(lora: object, listed: Sequence[str]) -> Weights:
         pairs = [_pair(entry, listed) for entry in lora]
     else:
         raise _wrong_lora()
-    if any(not isinstance(name, str) or weight not in FINITE for name, weight in pairs):
+    if any(not isinstance(name, str) for name, _ in pairs):
         raise _wrong_lora()
+    if wrong := [weight for _, weight in pairs if weight not in WEIGHT]:
+        raise ApiError(400, f"lora: got the weight {str(wrong[0])[:50]}, expected {WEIGHT}", param="lora")
     if len({name for name, _ in pairs}) < len(pairs):
         raise ApiError(400, "lora: an adapter is listed twice", param="lora")
     return {name: float(weight) for name, weight in pairs}
 
 
-def _pair(entry: object, listed: Sequence[str]) -> tuple[Any, Any]:
+def _pair(entry: object, listed: Mapping[int, str]) -> tuple[Any, Any]:
     if not isinstance(entry, Mapping) or ("id" in entry) == ("name" in entry) or entry.keys() - {"id", "name", "scale"}:
         raise _wrong_lora()
     scale = entry.get("scale", 1.0)
     if "name" in entry:
         return entry["name"], scale
     number = entry["id"]
-    if type(number) is not int or not 0 <= number < len(listed):
-        raise ApiError(400, f"lora: there is no adapter {number!r}, expected 0 to {len(listed) - 1}", param="lora")
+    if type(number) is not int or number not in listed:
+        ids = ", ".join(map(str, sorted(listed))) or "none, as no adapter is loaded"
+        raise ApiError(400, f"lora: there is no adapter {str(number)[:50]}, expected one of {ids[:200]}", param="lora")
     return listed[number], scale
 
 
@@ -117,18 +121,20 @@ def unloaded_text(name: str) -> str:
     return f"Success: LoRA adapter '{name}' removed successfully."
 
 
-def read_scales(body: object, listed: Sequence[str]) -> Weights:
+def read_scales(body: object, listed: Mapping[int, str]) -> Weights:
     """The global scales of llama-server's POST /lora-adapters: a list as in `lora`. Raises ApiError."""
     if not isinstance(body, list):
         raise ApiError(400, 'expected a list, [{"id": 0, "scale": 0.5}]')
     return lora_given(body, listed)
 
 
-def adapters_body(listed: Sequence[str], paths: Mapping[str, str], scales: Mapping[str, float]) -> list[dict[str, Any]]:
+def adapters_body(
+    listed: Mapping[int, str], paths: Mapping[str, str], scales: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """llama-server's GET /lora-adapters."""
     return [
         {"id": number, "path": paths.get(name, ""), "name": name, "scale": scales.get(name, 0.0)}
-        for number, name in enumerate(listed)
+        for number, name in sorted(listed.items())
     ]
 
 

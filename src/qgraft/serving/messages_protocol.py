@@ -52,7 +52,11 @@ def _system(given: object) -> list[dict[str, Any]]:
 def _messages(given: object) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise ApiError(400, "messages: expected a list of messages", param="messages")
-    return [message for index, each in enumerate(given) for message in _message(each, f"messages.{index}")]
+    messages = [message for index, each in enumerate(given) for message in _message(each, f"messages.{index}")]
+    if messages[-1]["role"] == "assistant":
+        raise ApiError(400, "messages: the last one is the assistant's; an answer cannot be begun for it here",
+                       param="messages")  # fmt: skip
+    return messages
 
 
 def _message(given: object, where: str) -> list[dict[str, Any]]:

@@ -66,14 +66,14 @@ class Prompter:
         turns = list(ask.messages)
         if how.system and turns[0].role != "system":
             turns = [Message("system", how.system), *turns]
-        if writer is None:
-            if ask.tools:
-                raise ConversationError("tools: the tokenizer writes the model's own prompts, without tools")
-        else:
-            if ask.tools and form is None:
-                raise ConversationError(
-                    f"tools: how the chat template ({template.origin}) writes calls is not known here"
-                )
+        calls = "tools" if ask.tools else "tool_calls" if any(turn.calls for turn in turns) else None
+        if calls and writer is None:
+            raise ConversationError(f"{calls}: the tokenizer writes the model's own prompts, without tools")
+        if calls and form is None:
+            raise ConversationError(
+                f"{calls}: how the chat template ({template.origin}) writes calls is not known here"
+            )
+        if writer is not None:
             settled = writer.settled(turns)
             writer.check_asked(writer.prompt(settled, ask.tools), settled, ask.tools)
         ids = encode_prompt(self.tokenizer, turns, template=template, tools=ask.tools)

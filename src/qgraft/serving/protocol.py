@@ -35,6 +35,7 @@ _CHAT = {
     "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
     "chat_template_kwargs", "parallel_tool_calls",
 }  # fmt: skip
+_MESSAGE = {"role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id"}
 _FORMS = ({"type": "text"}, {"type": "json_object"})
 _COMPLETION = {"prompt", "max_tokens", "echo", "suffix", "best_of"}
 
@@ -219,6 +220,8 @@ def _messages(given: object) -> tuple[Message, ...]:
 def _message(given: object, where: str) -> Message:
     if not isinstance(given, dict):
         raise _bad(where, "an object")
+    if unknown := [key for key in given if key not in _MESSAGE and given[key] not in (None, "", [])]:
+        raise _bad(f"{where}.{str(unknown[0])[:50]}", "nothing: it would have no effect")
     role = given.get("role")
     if role not in ("system", "developer", "user", "assistant", "tool"):
         raise _bad(f"{where}.role", "system, developer, user, assistant or tool")

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, QgraftError
-from qgraft.ranges import ABOVE_0, COUNT, FINITE, SEED, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
+from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
 
 _PENALTY = Range(-2, 2)
 _SHARE = Range(0, 1)
+_REPETITION = Range(0.01, 100)
+_BIAS = Range(-100, 100)  # OpenAI's
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
 MANY = 16  # tokens that were drawn and may not come: then all are looked at
@@ -59,15 +61,15 @@ class Sampling:
         check_ranges({
             "temperature": (self.temperature, TEMPERATURE), "top_p": (self.top_p, SHARE_ABOVE_0),
             "top_k": (self.top_k, _TOP_K), "min_p": (self.min_p, _SHARE),
-            "repetition_penalty": (self.repetition_penalty, ABOVE_0),
+            "repetition_penalty": (self.repetition_penalty, _REPETITION),
             "presence_penalty": (self.presence_penalty, _PENALTY),
             "frequency_penalty": (self.frequency_penalty, _PENALTY),
             "seed": (0 if self.seed is None else self.seed, SEED),
             "logprobs": (self.logprobs or 0, TOP_LOGPROBS),
         })  # fmt: skip
-        wrong = [f"{token}: {bias}" for token, bias in self.logit_bias.items() if bias not in FINITE]
+        wrong = [f"{token}: {bias}" for token, bias in self.logit_bias.items() if bias not in _BIAS]
         if wrong or not all(token in Range(0, COUNT.most, whole=True) for token in self.logit_bias):
-            raise OptionError(f"logit_bias: got {wrong or dict(self.logit_bias)}, expected finite numbers by token ids")
+            raise OptionError(f"logit_bias: got {wrong or dict(self.logit_bias)}, expected {_BIAS} by token ids")
 
 
 @dataclass(frozen=True)

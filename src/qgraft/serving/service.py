@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qgraft.errors import AdapterError, DataError, OptionError, QgraftError
+from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
@@ -156,7 +156,7 @@ class Service:
 
         What weighs 0 takes no part, and must be there as well: a name with a slip of the pen is no base.
         """
-        asked = self._asked(ask)
+        asked = self._asked(ask, permission)
         if len(asked) > MIXED:
             raise ApiError(400, f"a mix of {len(asked)} adapters, expected at most {MIXED}", param="model")
         mix = {name: weight for name, weight in asked.items() if weight}
@@ -167,12 +167,12 @@ class Service:
                 raise self.catalogue.unknown(name, permission.allows)
         return mix
 
-    def _asked(self, ask: Ask) -> dict[str, float]:
-        listed = self.catalogue.names()
+    def _asked(self, ask: Ask, permission: Permission) -> dict[str, float]:
         if ask.model == self.base:
             if ask.lora is None:
-                return {name: scale for name, scale in self.catalogue.scales.items() if scale and name in listed}
-            return lora_given(ask.lora, listed)
+                return {name: scale for name, scale in self.catalogue.scales.items() if scale}
+            numbered = self.catalogue.numbered()
+            return lora_given(ask.lora, {number: name for number, name in numbered.items() if permission.allows(name)})
         if ask.lora is not None:
             raise ApiError(400, "model names an adapter, and lora is given, too", param="lora")
         found = mix_named(ask.model)
@@ -216,6 +216,6 @@ def as_api_error(error: QgraftError) -> ApiError:
         return ApiError(429, error.message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
     if isinstance(error, DataError) and "context" in error.message:
         return ApiError(400, error.message, code="context_length_exceeded", param="messages", hint=error.hint)
-    if isinstance(error, (AdapterError, DataError, OptionError)):
+    if isinstance(error, (AdapterError, CheckpointError, DataError, OptionError)):
         return ApiError(400, error.message, hint=error.hint)
     return ApiError(500, error.message, kind="server_error", hint=error.hint)
