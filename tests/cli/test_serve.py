@@ -55,7 +55,7 @@ def test_wrong_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert "keys.json" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("grace", [30.0, 0.001])
+@pytest.mark.parametrize("grace", [30.0, pytest.param(0.001, marks=pytest.mark.slow)])
 def test_a_stop_finishes_streams_and_the_log_has_no_prompt(tiny_gguf: Maker, grace: float) -> None:
     """Or, where the time for that is over, says so in them."""
     environment = {**os.environ, "QGRAFT_API_KEY": "sk-secret"}

@@ -1,6 +1,7 @@
 """A server in a thread, its keys and its adapters, for tests of what it answers over HTTP."""
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ class Running:
         self.thread = threading.Thread(target=self.server.run, args=([socket],), daemon=True)
         service.engine.start()
         self.thread.start()
+        while not self.server.started and self.thread.is_alive():
+            time.sleep(0.01)
 
     def stop(self) -> None:
         self.server.should_exit = True

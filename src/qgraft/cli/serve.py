@@ -206,16 +206,21 @@ def _require_extra() -> None:
         raise InstallationError(f"qgraft serve needs {error.name}", hint="pip install 'qgraft[serve]'") from error
 
 
-def _stopping(server: type[Any], engine: Any, grace: float) -> type[Any]:
-    """uvicorn's server, which has the engine finish or end its answers before it closes their connections."""
+def _server(server: type[Any], engine: Any, grace: float, listening: Callable[[], None]) -> type[Any]:
+    """uvicorn's server, which says when it listens, and has answers finished or ended before it closes their connections."""
 
-    class Stopping(server):
+    class Server(server):
+        async def startup(self, sockets: Any = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                listening()
+
         async def shutdown(self, sockets: Any = None) -> None:
             ended = asyncio.get_running_loop().run_in_executor(None, engine.stop, grace)
             await super().shutdown(sockets)
             await ended
 
-    return Stopping
+    return Server
 
 
 def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callable[[str], None]) -> int:
@@ -231,12 +236,14 @@ def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callabl
         make_page_app(service, work), host=options.host, port=options.port, log_level="warning", access_log=False,
         server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=round(options.grace) + 10,
     )  # fmt: skip
-    server = _stopping(uvicorn.Server, service.engine, options.grace)(config)
     socket = config.bind_socket()
     host, port = socket.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    print_note(f"{service.base}: {address}/v1")
-    print_note(f"a page to look at: {address}/")
-    ready(address)
-    server.run([socket])
+
+    def listening() -> None:
+        print_note(f"{service.base}: {address}/v1")
+        print_note(f"a page to look at: {address}/")
+        ready(address)
+
+    _server(uvicorn.Server, service.engine, options.grace, listening)(config).run([socket])
     return 0

@@ -45,7 +45,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                if status >= 400:
+                if status >= 400 and status != 408:  # which is for who sends nothing
                     await body.drain()
             await send(message)
 
