@@ -11,6 +11,7 @@ Stopping is SIGTERM: training finishes its step and leaves a checkpoint, a merge
 same words go on from there.
 """
 
+import os
 import subprocess
 import sys
 import threading
@@ -83,7 +84,7 @@ class Children:
             with storage.child_log(self.log(kind, name)) as log:
                 process = subprocess.Popen(
                     [sys.executable, "-m", "qgraft", *words], cwd=self.folder.parent, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=log, start_new_session=True,
+                    stdout=log, stderr=log, start_new_session=True, env=_environment(),
                 )  # fmt: skip
             child = psutil.Process(process.pid)
             with suppress(psutil.Error):  # it has ended already
@@ -170,6 +171,12 @@ class Children:
 def lower_priority() -> int:
     """That of a child: below the server's own, whatever that is."""
     return min(psutil.Process().nice() + NICE, 19) if psutil.POSIX else psutil.BELOW_NORMAL_PRIORITY_CLASS
+
+
+def _environment() -> dict[str, str]:
+    """This process's, for another current folder: what Python looks for beside its packages has whole paths."""
+    places = [os.path.abspath(place) for place in os.environ.get("PYTHONPATH", "").split(os.pathsep) if place]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places)} if places else dict(os.environ)
 
 
 def _read(path: Path) -> Job | None:
