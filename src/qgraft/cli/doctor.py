@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 # Training of short rows, tokens/s beside PEFT in float32, by the level that the C library runs as: docs/guide-speed.md
 MEASURED = {
-    "avx2": "1.5 to 1.9 times the speed of PEFT in float32, with --compute int8 a quarter faster still (Zen 3)",
+    "avx2": "1.9 times the speed of PEFT in float32, 2.2 times with --compute int8 (Zen 3)",
     "avx512": "3.1 times the speed of PEFT in float32 (Zen 5 with --compute float32)",
     "avx512-vnni": "3.1 times the speed of PEFT in float32 (Zen 5 with --compute float32)",
     "avx512-bf16": "4.2 times the speed of PEFT in float32 (Zen 5)",
