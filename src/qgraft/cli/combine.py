@@ -50,13 +50,13 @@ def run(words: Sequence[str]) -> int:
         weights, options.output, options.method, options.rank, options.density, options.seed,
         options.dtype, options.force, options.overwrite,
     )  # fmt: skip
+    without = [str(folder) for folder in weights if not (Path(folder) / CALIBRATION).is_file()]
     if (Path(options.output) / CALIBRATION).is_file():
         print_note(f"note: {CALIBRATION} holds rows of all of their data to be merged with, which can be read: delete it "
                    "before you give the adapter away")  # fmt: skip
-    elif any((Path(folder) / CALIBRATION).is_file() for folder in weights):
-        without = ", ".join(str(folder) for folder in weights if not (Path(folder) / CALIBRATION).is_file())
-        print_note(f"note: no {CALIBRATION} is written, since there is none in {without}: to merge what was combined, give "
-                   "rows of all tasks (qgraft merge --dataset)")  # fmt: skip
+    elif len(without) < len(weights):
+        print_note(f"note: no {CALIBRATION} is written, since there is none in {', '.join(without)}: to merge what was "
+                   "combined, give rows of all tasks (qgraft merge --dataset)")  # fmt: skip
     if options.json:
         print_json(report.as_dict())
         return 0

@@ -6,7 +6,6 @@ The log says who asked for what and how long it took, never what was said.
 """
 
 import logging
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,11 +15,11 @@ from starlette.concurrency import run_in_threadpool
 from qgraft import __version__
 from qgraft.serving import answers, lora_protocol
 from qgraft.serving.agents import add_agents
-from qgraft.serving.exchange import Stream, begin, body_of, complete, permission_of, require_admin
+from qgraft.serving.exchange import Stream, begin, body_of, complete, permission_of, require_admin, told
 from qgraft.serving.guard import Guard, error_response
 from qgraft.serving.metrics import metrics_text
 from qgraft.serving.protocol import ApiError, Ask, read_chat, read_completion
-from qgraft.serving.service import Service, errors_as_answers
+from qgraft.serving.service import Service
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 
 log = logging.getLogger("qgraft.access")
@@ -131,14 +130,14 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     async def load(request: Request) -> Response:
         require_admin(request)
         body = lora_protocol.read_load(await body_of(request))
-        await run_in_threadpool(_as_answers, catalogue.load, body)
+        await told(catalogue.load, body)
         return PlainTextResponse(lora_protocol.loaded_text(body.name))
 
     @app.post("/v1/unload_lora_adapter")
     async def unload(request: Request) -> Response:
         require_admin(request)
         name = lora_protocol.read_unload(await body_of(request))
-        await run_in_threadpool(_as_answers, catalogue.unload, name)
+        await told(catalogue.unload, name)
         return PlainTextResponse(lora_protocol.unloaded_text(name))
 
     @app.get("/lora-adapters")
@@ -152,14 +151,9 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     async def scales(request: Request) -> dict[str, Any]:
         require_admin(request)
         found = lora_protocol.read_scales(await body_of(request), catalogue.numbered())
-        await run_in_threadpool(_as_answers, catalogue.need, list(found))
+        await told(catalogue.need, list(found))
         catalogue.scales = found
         return {"success": True}
-
-
-def _as_answers(function: Callable[..., Any], *args: Any) -> Any:
-    with errors_as_answers():
-        return function(*args)
 
 
 # -- the rest --

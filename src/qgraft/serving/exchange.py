@@ -7,8 +7,8 @@ loop. Who goes away frees its place: a stream that is closed, and a client that 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable
+from typing import Any, TypeVar
 
 from fastapi import Request
 from sse_starlette.sse import EventSourceResponse, SendTimeoutError
@@ -18,8 +18,10 @@ from starlette.types import Receive, Scope, Send
 
 from qgraft.serving.keys import Permission
 from qgraft.serving.protocol import ApiError, Ask
-from qgraft.serving.service import Service, as_api_error
-from qgraft.serving.streams import Answering
+from qgraft.serving.service import Service, errors_as_answers
+from qgraft.serving.streams import Answering, problem_of
+
+T = TypeVar("T")
 
 log = logging.getLogger("qgraft.access")
 SLOWEST = 60.0  # seconds in which a client takes nothing of its stream
@@ -52,6 +54,16 @@ def require_admin(request: Request) -> None:
         raise ApiError(403, "this needs an admin's key", kind="permission_error")
 
 
+async def told(function: Callable[..., T], *args: Any) -> T:
+    """What a function says, run beside the event loop; its errors are answers."""
+
+    def call() -> T:
+        with errors_as_answers():
+            return function(*args)
+
+    return await run_in_threadpool(call)
+
+
 async def begin(service: Service, request: Request, ask: Ask) -> Answering:
     """Ask the engine. Raises ApiError."""
     prepared = await run_in_threadpool(service.prepare, ask, permission_of(request))
@@ -69,10 +81,8 @@ async def complete(answering: Answering, request: Request) -> None:
         answering.leave()
     for reading in answering.readings:
         finish = reading.choice.finish
-        if finish is not None and finish.error is not None:
-            raise as_api_error(finish.error)
-        if finish is not None and finish.reason == "cancelled":
-            raise ApiError(503, "the server is being stopped", kind="server_error")
+        if finish is not None and (problem := problem_of(finish)) is not None:
+            raise problem
 
 
 async def _wait(answering: Answering, request: Request, seconds: float) -> None:

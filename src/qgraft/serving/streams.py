@@ -84,8 +84,8 @@ def _data(value: dict[str, Any]) -> dict[str, str]:
 _DONE = {"data": "[DONE]"}
 
 
-def _problem(finish: Finish) -> ApiError | None:
-    """What a stream says of an answer that failed; the status was sent long ago."""
+def problem_of(finish: Finish) -> ApiError | None:
+    """What is said of an answer that failed; None of one that did not."""
     if finish.error is not None:
         return as_api_error(finish.error)
     if finish.reason == "cancelled":
@@ -94,17 +94,21 @@ def _problem(finish: Finish) -> ApiError | None:
 
 
 async def _timed(answering: Answering) -> AsyncIterator[Event | ApiError]:
-    """The events, and an error in the place of what comes too late."""
+    """The events; at last an error, in the place of what comes too late or has failed: the status was sent long ago."""
     seconds, events = answering.service.limits.seconds, answering.events()
     end = time.monotonic() + seconds
     while True:
         try:
-            yield await asyncio.wait_for(anext(events), max(end - time.monotonic(), 0))
+            index, event = await asyncio.wait_for(anext(events), max(end - time.monotonic(), 0))
         except StopAsyncIteration:
             return
         except TimeoutError:
             yield ApiError(504, f"the answer took longer than {seconds:g} seconds", kind="timeout", code="timeout")
             return
+        if isinstance(event, Finish) and (problem := problem_of(event)) is not None:
+            yield problem
+            return
+        yield index, event
 
 
 async def pieces(answering: Answering) -> AsyncIterator[tuple[str, str] | ApiError]:
@@ -114,11 +118,7 @@ async def pieces(answering: Answering) -> AsyncIterator[tuple[str, str] | ApiErr
         if isinstance(told, ApiError):
             yield told
             return
-        event = told[1]
-        reasoning, content = reading.take(event)
-        if isinstance(event, Finish) and (problem := _problem(event)) is not None:
-            yield problem
-            return
+        reasoning, content = reading.take(told[1])
         if reasoning:
             yield "reasoning", reasoning
         if content:
@@ -138,9 +138,6 @@ async def chat_stream(answering: Answering, ask: Ask) -> AsyncIterator[dict[str,
         index, event = told
         reading = answering.readings[index]
         reasoning, content = reading.take(event)
-        if isinstance(event, Finish) and (problem := _problem(event)) is not None:
-            yield _data(problem.body())
-            return
         if reasoning:
             yield _data(answers.chat_chunk(*head, index, {"reasoning_content": reasoning}))
         tokens = event.tokens if isinstance(event, Delta) and with_logprobs else ()
@@ -174,9 +171,6 @@ async def completion_stream(answering: Answering, ask: Ask) -> AsyncIterator[dic
         reading = answering.readings[index]
         _, content = reading.take(event)
         if isinstance(event, Finish):
-            if (problem := _problem(event)) is not None:
-                yield _data(problem.body())
-                return
             yield _data(answers.completion_chunk(*head, index, content, reading.choice.reason))
         elif content or with_logprobs:
             logprobs = None

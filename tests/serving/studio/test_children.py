@@ -5,25 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import until
 
 import qgraft
 from qgraft.serving.protocol import ApiError
 from qgraft.serving.studio import children
 from qgraft.serving.studio.children import NICE, Children, Job
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import until
 
 from qgraft.locks import folder_locked
 from qgraft.serving.protocol import ApiError
@@ -28,13 +27,6 @@ BODIES = {  # of what may be posted, as far as it comes to names
 
 def files(root: Path) -> set[str]:
     return {str(path) for path in root.parent.rglob("*")}
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture

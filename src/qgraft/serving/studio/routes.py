@@ -4,17 +4,15 @@ A page of another site may send requests to this machine, but no JSON, no PUT an
 server never answers that it may. Beside that, a request that names another origin than the server's own is refused.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, Response
-from starlette.concurrency import run_in_threadpool
 
 from qgraft import __version__
-from qgraft.serving.exchange import body_of, permission_of, require_admin
+from qgraft.serving.exchange import body_of, permission_of, require_admin, told
 from qgraft.serving.protocol import ApiError
-from qgraft.serving.service import Service, errors_as_answers
+from qgraft.serving.service import Service
 from qgraft.serving.studio import adapters, recipes
 from qgraft.serving.studio.static import HEADERS
 from qgraft.serving.studio.work import METHODS, Work
@@ -55,16 +53,6 @@ def same_origin(request: Request) -> None:
         raise ApiError(403, "requests of other sites are refused", kind="permission_error")
 
 
-async def told(function: Callable[..., Any], *args: Any) -> Any:
-    """What a function says, run beside the event loop; its errors are answers."""
-
-    def call() -> Any:
-        with errors_as_answers():
-            return function(*args)
-
-    return await run_in_threadpool(call)
-
-
 def text_of(body: dict[str, Any], key: str) -> str:
     """A text that a body has to have. Raises ApiError."""
     value = body.get(key)
@@ -85,8 +73,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
 
     @app.get("/studio/adapters")
     async def listed(request: Request) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = await told(adapters.listed, service, permission_of(request))
-        return found
+        return await told(adapters.listed, service, permission_of(request))
 
     @app.post("/studio/adapters/rename")
     async def rename(request: Request) -> dict[str, Any]:
@@ -101,8 +88,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
 
     @app.get("/studio/runs")
     async def all_runs(request: Request) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = await told((await admitted(request, work))[0].runs)
-        return found
+        return await told((await admitted(request, work))[0].runs)
 
     @app.post("/studio/curves")
     async def curves(request: Request) -> dict[str, Any]:
@@ -124,28 +110,24 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
 def _add_training(app: FastAPI, work: Work | None) -> None:
     @app.get("/studio/datasets")
     async def datasets(request: Request) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = await told((await admitted(request, work))[0].datasets)
-        return found
+        return await told((await admitted(request, work))[0].datasets)
 
     @app.put("/studio/datasets/{name}")
     async def keep(request: Request, name: str) -> dict[str, Any]:
         there, _ = await admitted(request, work)
         there.place.dataset(name)
         content = await request.body()
-        found: dict[str, Any] = await told(there.keep, name, content)
-        return found
+        return await told(there.keep, name, content)
 
     @app.post("/studio/rows")
     async def rows(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.preview, body)
-        return found
+        return await told(there.preview, body)
 
     @app.post("/studio/train")
     async def train(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.train, body)
-        return found
+        return await told(there.train, body)
 
     @app.post("/studio/train/stop")
     async def stop(request: Request) -> dict[str, Any]:
@@ -156,27 +138,23 @@ def _add_training(app: FastAPI, work: Work | None) -> None:
     @app.post("/studio/train/resume")
     async def resume(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.go_on, text_of(body, "name"))
-        return found
+        return await told(there.go_on, text_of(body, "name"))
 
     @app.post("/studio/sample")
     async def sample(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.sample, text_of(body, "name"))
-        return found
+        return await told(there.sample, text_of(body, "name"))
 
 
 def _add_merging(app: FastAPI, work: Work | None) -> None:
     @app.get("/studio/merges")
     async def merges(request: Request) -> dict[str, Any]:
-        found: dict[str, Any] = await told((await admitted(request, work))[0].merges)
-        return found
+        return await told((await admitted(request, work))[0].merges)
 
     @app.post("/studio/merge")
     async def merge(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.merge, body)
-        return found
+        return await told(there.merge, body)
 
     @app.post("/studio/merge/stop")
     async def stop(request: Request) -> dict[str, Any]:
@@ -187,8 +165,7 @@ def _add_merging(app: FastAPI, work: Work | None) -> None:
     @app.post("/studio/downloads")
     async def ticket(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        found: dict[str, Any] = await told(there.ticket, text_of(body, "name"))
-        return found
+        return await told(there.ticket, text_of(body, "name"))
 
     @app.get("/studio/download/{word}/{name}")
     async def download(word: str, name: str) -> Response:
