@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
@@ -23,6 +24,7 @@ from qgraft.kernels import (
     KERNELS_VARIABLE,
     choose,
     dequantize,
+    gpu_decode,
     gpu_rows,
     linear,
     linear_grad_input,
@@ -111,6 +113,57 @@ def test_products_are_those_of_float64(format: str, tokens: int, random_packed: 
         ):
             assert got.dtype == dtype
             assert float((got.double() - expected).norm() / expected.norm()) < 2 * tolerance
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q4_k"])
+def test_a_product_by_nibbles_is_exact_to_float32(format: str, random_packed: MakePacked) -> None:
+    """Codes are read as numbers without an exponent; x from the smallest to the largest that a model has."""
+    packed = random_packed(format, 67, 512)
+    w_OI = format_dequantize(packed, torch.float64)
+    x = torch.randn(2, 512) * torch.logspace(-12, 6, 512)[torch.randperm(512)]
+    y, residual, bias = torch.full((2, 100), 7.0), torch.randn(2, 67), torch.randn(67)
+    triton_ops.gemv(x, packed, y[:, :67], bias, residual)
+    exact = x.double() @ w_OI.T + bias + residual
+    scale = x.double().abs() @ w_OI.abs().T
+    assert float(((y[:, :67] - exact).abs() / scale).max()) < 2e-6 and bool((y[:, 67:] == 7).all())
+
+
+STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows; format; dtype of keys and values
+    "one alone": ([(0, 1)], [0], "q8_0", torch.float32),
+    "one in half precision": ([(90, 1)], [1], "q4_1", torch.bfloat16),
+    "two": ([(3, 1), (30, 1)], [0, 2], "q4_0", torch.float32),
+    "a prompt among others": ([(3, 1), (12, 1), (2, 3), (40, 1)], [1, 2, 3, 3, 3, 0], "q8_0", torch.float32),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_that_of_the_decoder_in_float64(step: str) -> None:
+    lengths, choices, format, dtype = STEPS[step]
+    decoder = TestedDecoder(gpu_decode.Structures, format=format, memory=dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for _ in range(2):  # what the first step was of does not stay
+        rows = texts(lengths)
+        x, angles = torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
+        want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+        got = decoder.step(rows, choices, x, angles)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(decoder.memory.double(), decoder.past, rtol=tolerance, atol=tolerance)
+        decoder.past = decoder.memory.double()
+        choices = choices[::-1]
+
+
+def test_a_number_that_is_none_stays_in_its_text() -> None:
+    decoder = TestedDecoder(gpu_decode.Structures)
+    rows = texts([(20, 1), (9, 1)])
+    x = torch.randn(2, HIDDEN)
+    x[0, 3] = float("nan")
+    got = decoder.step(rows, [1, 2], x, torch.zeros(2, CHANNELS))
+    assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
+
+
+def test_what_a_gpu_does_not_decode_is_refused() -> None:
+    with pytest.raises(ValueError, match="8 bits"):
+        TestedDecoder(gpu_decode.Structures, int8=True)
 
 
 def test_no_rows_and_no_tokens(random_packed: MakePacked) -> None:
