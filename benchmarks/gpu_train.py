@@ -112,25 +112,30 @@ def estimated_gib(model: Any, options: argparse.Namespace) -> float:
     return round(count(model, arguments).estimate(setting).total / 2**30, 2)
 
 
+def four_bits(model: Any) -> str:
+    """bitsandbytes' NF4 in the place of every linear layer but the output layer, as transformers does it; its version."""
+    import bitsandbytes as bnb
+
+    def made(layer: nn.Linear) -> nn.Module:
+        new = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        new.weight = bnb.nn.Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+        return new.to("cuda")
+
+    swap(model, made, skip=("lm_head",))
+    model.is_loaded_in_4bit = True
+    return f"bitsandbytes {bnb.__version__}"
+
+
 def peft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[Any, Callable[[], Tensor], Any, str]:
     """The same for PEFT, with its loss and its optimizer."""
     from peft import LoraConfig, get_peft_model
 
     note = ""
     if options.who == "peft-nf4":
-        import bitsandbytes as bnb
-
-        def four_bits(layer: nn.Linear) -> nn.Module:
-            new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            new.weight = bnb.nn.Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-            return new.to("cuda")
-
-        swap(model, four_bits, skip=("lm_head",))
-        model.is_loaded_in_4bit = True
-        note = f"bitsandbytes {bnb.__version__}"
+        note = four_bits(model)
     if options.checkpointing:
         checkpoint(model)
     config = LoraConfig(r=16, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")

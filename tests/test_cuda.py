@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from torch import Tensor
+from transformers import DynamicCache
 
 import qgraft
-from qgraft.attention import SAMPLES
+from qgraft.attention import SAMPLES, attending
+from qgraft.compat import CACHE
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor, quantize
@@ -18,6 +21,7 @@ from qgraft.kernels import (
     KERNELS_VARIABLE,
     choose,
     dequantize,
+    gpu_decode,
     gpu_rows,
     linear,
     linear_grad_input,
@@ -28,11 +32,16 @@ from qgraft.kernels import (
     varlen_attention,
 )
 from qgraft.kernels.choice import serving
+from qgraft.kernels.decoder import Row
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Term, Weight
+from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
 from qgraft.passes.fused import fused_modules
+from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.loss import batch_loss
+from qgraft.passes.native_texts import NativeTexts
 
 pytestmark = [
     pytest.mark.cuda,
@@ -214,6 +223,85 @@ def test_a_packed_step_in_bfloat16_is_near_the_cpus_in_float32(
     (loss, gradient), (got_loss, got) = results
     assert got_loss == pytest.approx(loss, rel=0.02)
     assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.98
+
+
+STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows
+    "one": ([(20, 1)], [1]),
+    "two": ([(3, 1), (150, 1)], [0, 2]),
+    "a prompt among others": ([(3, 1), (12, 1), (2, 13), (40, 1)], [1, 2, *[3] * 13, 0]),
+    "many": ([(1, 1)] * 40, [n // 3 % 4 for n in range(40)]),
+}
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "bf16"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_that_of_the_decoder_in_float64(step: str, format: str) -> None:
+    """Computed, recorded and replayed, with other texts and adapters each time."""
+    lengths, choices = STEPS[step]
+    for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 4e-2)):
+        decoder = TestedDecoder(gpu_decode.Structures, format=format, memory=dtype, device="cuda")
+        for _ in range(4):
+            rows = texts(lengths)
+            x, angles = torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
+            want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+            placed = [Row(row.slots.cuda(), row.seen, row.front) for row in rows]
+            got = decoder.step(placed, choices, x.cuda(), angles.cuda()).cpu()
+            assert float((got.double() - want).norm() / want.norm()) < tolerance
+            assert float((decoder.memory.cpu().double() - decoder.past).norm() / decoder.past.norm()) < tolerance
+            decoder.past = decoder.memory.double().cpu()
+            choices = choices[1:] + choices[:1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_decoded_tokens_are_those_of_the_models_own_pass(
+    architecture: str, dtype: str, tiny_gguf: Callable[..., Any]
+) -> None:
+    """One text by fast_decoding(), with other adapters on the way; several by the server's passes, with graphs."""
+    path = tiny_gguf(architecture).path
+    on_cpu, model = (qgraft.load(path, device=d, dtype=t)[0] for d, t in (("cpu", "float32"), ("cuda", dtype)))
+    for each in (on_cpu, model):
+        for name in ("one", "two"):
+            qgraft.attach_lora(each, r=3, name=name)
+        torch.manual_seed(1)
+        for parameter_name, parameter in each.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+    ids, tolerance = torch.randint(3, 90, (3, 40)), 1e-3 if dtype == "float32" else 5e-2
+    mixes: list[dict[str, float]] = [{"one": 1.0}, {"two": 0.5, "one": -1.0}, {}]
+
+    def near(got: Tensor, expected: Tensor) -> bool:
+        return float((got.float().cpu() - expected).norm() / expected.norm()) < tolerance
+
+    def own(n: int, mix: dict[str, float]) -> Tensor:
+        qgraft.use_adapter(on_cpu, mix or None)
+        return on_cpu(ids[n : n + 1], use_cache=False).logits[0]
+
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        qgraft.use_adapter(model, "one")
+        with fast_decoding(model) as problem:
+            assert problem is None
+            model(ids[:1, :6].cuda(), use_cache=True, **{CACHE: cache})
+            for t in range(6, 40):
+                got = model(ids[:1, t : t + 1].cuda(), use_cache=True, **{CACHE: cache}).logits[0, 0]
+                assert near(got, own(0, mixes[0])[t]), t
+            decoder = vars(model.model)["forward"]
+            states = decoder.structures.network.structures._states
+            assert len(states) == 1 and all(state._graph is not None for state in states.values())
+        qgraft.use_adapter(model, None)
+        memory, native = KeyValues(12 * BLOCK), NativeTexts(model)
+        expected = [own(n, mix) for n, mix in enumerate(mixes)]
+        with attending(model, CACHED):
+            for past, stop in ((0, 20), *((t, t + 1) for t in range(20, 40))):
+                pieces = [
+                    Piece(ids[n, :stop].tolist(), past, slots_of([n, 3 + n, 6 + n], stop, "cuda"), loras=mixes[n])
+                    for n in range(3)
+                ]
+                logits = native.next_logits(memory, pieces)
+                assert logits is not None
+                for n in range(3):
+                    assert near(logits[n], expected[n][stop - 1]), (stop, n)
 
 
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])

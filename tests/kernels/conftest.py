@@ -1,9 +1,7 @@
 """Random packed weights of every format, and switches for what is chosen once a process: kernels, the CPU level."""
 
 import os
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.kernels import KERNELS_VARIABLE, choose, native_status
 from qgraft.kernels.cpu import library
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # decoder_float64.py
 _HALVES = {  # byte offsets of the float16 numbers in a block; all other bytes of a block may be anything
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,),
     "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),

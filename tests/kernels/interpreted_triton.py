@@ -14,8 +14,11 @@ from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
+from transformers import DynamicCache
 
 import qgraft
+from qgraft.attention import attending
+from qgraft.compat import CACHE
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor
@@ -34,9 +37,13 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.choice import serving
 from qgraft.kernels.pointwise import ACTIVATIONS
+from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
 from qgraft.passes.fused import fused_modules
+from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.loss import batch_loss
+from qgraft.passes.native_texts import NativeTexts
 
 pytestmark = [
     pytest.mark.triton,
@@ -115,7 +122,7 @@ def test_products_are_those_of_float64(format: str, tokens: int, random_packed: 
             assert float((got.double() - expected).norm() / expected.norm()) < 2 * tolerance
 
 
-@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q4_k"])
+@pytest.mark.parametrize("format", ["q4_0", "q4_1"])
 def test_a_product_by_nibbles_is_exact_to_float32(format: str, random_packed: MakePacked) -> None:
     """Codes are read as numbers without an exponent; x from the smallest to the largest that a model has."""
     packed = random_packed(format, 67, 512)
@@ -150,6 +157,41 @@ def test_a_step_is_that_of_the_decoder_in_float64(step: str) -> None:
         torch.testing.assert_close(decoder.memory.double(), decoder.past, rtol=tolerance, atol=tolerance)
         decoder.past = decoder.memory.double()
         choices = choices[::-1]
+
+
+@pytest.mark.parametrize("architecture", [pytest.param("llama", marks=pytest.mark.slow), "qwen3"])
+def test_tokens_of_a_model_are_those_of_its_own_pass(architecture: str, tiny_gguf: Callable[..., Any]) -> None:
+    """fast_decoding(), and several texts with adapters of their own, through the kernels of a GPU."""
+    model, _ = qgraft.load(tiny_gguf(architecture).path)
+    qgraft.attach_lora(model, r=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, model.config.vocab_size, (2, 8))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits[:, 5:]
+        cache = DynamicCache(config=model.config)
+        with fast_decoding(model) as problem:
+            assert problem is None
+            model(ids[:1, :6], use_cache=True, **{CACHE: cache})
+            got = [model(ids[:1, t : t + 1], use_cache=True, **{CACHE: cache}).logits[0, 0] for t in range(6, 8)]
+            buffers = next(iter(vars(model.model)["forward"].buffers.values()))
+        assert cache.layers[0].keys.data_ptr() == buffers.memory.data_ptr(), "decoded by kernels"
+        torch.testing.assert_close(torch.stack(got), expected[0, 1:], rtol=2e-3, atol=2e-3)
+        memory, native, own = KeyValues(4 * BLOCK), NativeTexts(model), []
+        for loras in ({"default": 1.0}, {}):
+            qgraft.use_adapter(model, loras or None)
+            own.append(model(ids, use_cache=False).logits[:, 5:])
+        with attending(model, CACHED):
+            for past, stop in ((0, 6), (6, 7)):
+                pieces = [
+                    Piece(text[:stop], past, slots_of([3 * n, 1 + n], stop), loras=loras)
+                    for n, (text, loras) in enumerate(zip(ids.tolist(), ({"default": 1.0}, {}), strict=True))
+                ]
+                logits = native.next_logits(memory, pieces)
+                wanted = torch.stack([own[n][n, stop - 6] for n in (0, 1)])
+                assert logits is not None
+                torch.testing.assert_close(logits, wanted, rtol=2e-3, atol=2e-3)
 
 
 def test_a_number_that_is_none_stays_in_its_text() -> None:

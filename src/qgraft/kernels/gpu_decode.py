@@ -26,7 +26,7 @@ from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, 
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.triton_ops import FEW_ROWS, gemv, interpreted, launch
 
-SPLITS, BLOCK = 16, 32  # runs of keys that the attention of a head is shared among, and keys of a run
+BLOCK = 16  # keys of a run in attention
 SHORTEST = 256  # slots of a text that a graph is recorded for at least
 _SILU = next(act for act in ACTIVATIONS if act.name == "silu")
 
@@ -209,6 +209,7 @@ class _State:
         H, G, D = d.heads, d.groups, d.channels
         q, y = qkv.new_empty(M, H * D), qkv.new_empty(M, H * D)
         kv = _triton_dtype(self.dtype)
+        splits = 2 if interpreted() else 16  # programs that share the attention of a head
         normed, places = len(layer.norms) > 2, self.places[2 * index : 2 * index + 2]
         norms = layer.norms[2:] if normed else (qkv, qkv)
         arguments: tuple[Any, ...] = (
@@ -216,13 +217,13 @@ class _State:
         )  # fmt: skip
         constants = {"H": H, "G": G, "D": D, "HALF": _power(D // 2), "NORM": normed, "KV": kv, "EXACT": interpreted()}
         launch(_decoding().rotate_kernel, (H + 2 * G, M, 1), arguments, constants, 1)
-        parts = qkv.new_empty(M, H, SPLITS, D + 2)
+        parts = qkv.new_empty(M, H, splits, D + 2)
         arguments = (
             q, places, self.shape, self.rows, self.slots, parts, self.longest, layer.window, float(d.scale),
         )  # fmt: skip
-        constants = {"H": H, "G": G, "D": D, "WIDE": _power(D), "SPLITS": SPLITS, "BLOCK": BLOCK, "KV": kv}
-        launch(_decoding().attend_kernel, (H, M, SPLITS), arguments, constants, 4)
-        constants = {"D": D, "WIDE": _power(D), "SPLITS": SPLITS}
+        constants = {"H": H, "G": G, "D": D, "WIDE": _power(D), "SPLITS": splits, "BLOCK": BLOCK, "KV": kv}
+        launch(_decoding().attend_kernel, (H, M, splits), arguments, constants, 4)
+        constants = {"D": D, "WIDE": _power(D), "SPLITS": splits}
         launch(_decoding().join_kernel, (H, M, 1), (parts, y, H), constants, 1)
         return y
 

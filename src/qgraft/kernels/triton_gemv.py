@@ -2,7 +2,7 @@
 """Triton: a packed weight times few rows of x, and what LoRAs add to it. Imported by triton_ops.py and gpu_decode.py only.
 
 A GPU reads 3 TB/s and computes 7 T weights/s at 4 instructions a weight: what unpacks a weight decides, not memory. Most
-formats go through `unit` (triton_blocks.py), 8 instructions or more. Those whose bytes are two nibbles have a way of three:
+formats go through `unit` (triton_blocks.py), 8 instructions or more. q4_0 and q4_1 have a way of half as many:
 
     word      n7 n6 n5 n4 n3 n2 n1 n0         eight codes of 4 bits, n0 lowest
     & mask     0  0 n5  0  0  0  0  0         seen as float32 this is n5 2^20 2^-149, exact: no exponent, or the smallest
@@ -15,45 +15,38 @@ One AND and one fused multiply-add; scale and minimum come once for the codes of
 import triton
 import triton.language as tl
 
-from qgraft.kernels.triton_blocks import apart, column, half, rounded, six_bit_pair, unit
+from qgraft.kernels.triton_blocks import apart, column, half, rounded, unit
 
 jit = triton.jit
-C = tl.constexpr(90)
-BACK = tl.constexpr(2.0 ** (149 - 90))
+C = tl.constexpr(90)  # and BACK is 2^(149 - C)
+BACK = tl.constexpr(2.0**59)
 
 
 @jit
-def code(word, AT: tl.constexpr):
-    """The nibble of `word` that begins at bit AT, times 2^(AT - 149)."""
-    return (word & (15 << AT)).to(tl.float32, bitcast=True)
+def byte_times(word, x, S: tl.constexpr, HIGH: tl.constexpr):
+    """x times the code at bit HIGH, 0 or 4, of byte S of the word, times 2^(C - 149)."""
+    AT: tl.constexpr = (8 * S if S < 3 else 16) + HIGH
+    MASK: tl.constexpr = 15 << AT
+    SCALE: tl.constexpr = 2.0 ** (C - AT)
+    here = word if S < 3 else word >> 8  # a code must end below bit 24
+    return (here & MASK).to(tl.float32, bitcast=True) * (x * SCALE)
 
 
 @jit
-def power(E: tl.constexpr):
-    """2^E in float32, -126 <= E <= 127."""
-    return tl.full((1, 1, 1), (E + 127) << 23, tl.int32).to(tl.float32, bitcast=True)
+def word_sums(x, word, c, ok, BITS: tl.constexpr):
+    """Of words of BITS bits: the sum of their codes times x, times 2^(C - 149), and that of x.
 
-
-@jit
-def word_sums(x, word, c, ok, HALF: tl.constexpr, BITS: tl.constexpr):
-    """Of words of BITS bits: sums of the low and the high codes of their bytes times x, times 2^(C - 149), and of x alone.
-
-    Shapes: word [BN, NU, W]; c [1, NU, W], the column of the first byte's low code, HALF before that of its high one.
+    Shapes: word [BN, NU, W]; c [1, NU, W], the column of the first byte's low code, 16 before that of its high one.
     """
-    low = tl.zeros(word.shape, tl.float32)
-    high = tl.zeros(word.shape, tl.float32)
-    x_low = tl.zeros(c.shape, tl.float32)
-    x_high = tl.zeros(c.shape, tl.float32)
+    codes = tl.zeros(word.shape, tl.float32)
+    numbers = tl.zeros(c.shape, tl.float32)
     for s in tl.static_range(BITS // 8):
-        AT: tl.constexpr = 8 * s if s < 3 else 16
-        here = word if s < 3 else word >> 8
         x0 = tl.load(x + c + s, mask=ok, other=0).to(tl.float32)
-        x1 = tl.load(x + c + (s + HALF), mask=ok, other=0).to(tl.float32)
-        low += code(here, AT) * (x0 * power(C - AT))
-        high += code(here, AT + 4) * (x1 * power(C - AT - 4))
-        x_low += x0
-        x_high += x1
-    return low, high, x_low, x_high
+        x1 = tl.load(x + c + (s + 16), mask=ok, other=0).to(tl.float32)
+        codes += byte_times(word, x0, s, 0)
+        codes += byte_times(word, x1, s, 4)
+        numbers += x0 + x1
+    return codes, numbers
 
 
 @jit
@@ -64,9 +57,9 @@ def dots(
     """W x for the rows n [BN] of W, float32."""
     r = n[:, None, None]
     row = r.to(tl.int64) * row_bytes
-    if F == "q4_0" or F == "q4_1" or F == "q4_k":
+    if F == "q4_0" or F == "q4_1":
         BITS: tl.constexpr = 16 if F == "q4_0" else 32
-        WORDS: tl.constexpr = 4 if F == "q4_1" else 8
+        WORDS: tl.constexpr = 8 if F == "q4_0" else 4
         WORD: tl.constexpr = tl.int16 if F == "q4_0" else tl.int32
         words = p8.to(tl.pointer_type(WORD)) + row // (BITS // 8)
         j = tl.arange(0, WORDS)[None, None, :]
@@ -77,26 +70,15 @@ def dots(
             inside = (g < units) & (j < WORDS)
             if F == "q4_0":
                 word = tl.load(words + (g * 9 + 1 + j), mask=ok & (j < WORDS), other=0).to(tl.int32) & 0xFFFF
-                low, high, x0, x1 = word_sums(x, word, g * 32 + 2 * j, inside, 16, BITS)
+                codes, numbers = word_sums(x, word, g * 32 + 2 * j, inside, BITS)
                 d = half(p16, row + g * 18, ok)
-                acc += (d * BACK) * (low + high) - (8.0 * d) * (x0 + x1)
-            elif F == "q4_1":
+                acc += (d * BACK) * codes - (8.0 * d) * numbers
+            else:
                 word = tl.load(words + (g * 5 + 1 + j), mask=ok & (j < WORDS), other=0)
-                low, high, x0, x1 = word_sums(x, word, g * 32 + 4 * j, inside, 16, BITS)
+                codes, numbers = word_sums(x, word, g * 32 + 4 * j, inside, BITS)
                 d = half(p16, row + g * 20, ok)
                 m = half(p16, row + g * 20 + 2, ok)
-                acc += (d * BACK) * (low + high) + m * (x0 + x1)
-            else:
-                u = g % 4
-                block = (g // 4) * 36
-                word = tl.load(words + (block + 4 + u * 8 + j), mask=ok & (j < WORDS), other=0)
-                low, high, x0, x1 = word_sums(x, word, g * 64 + 4 * j, inside, 32, BITS)
-                at = row + (g // 4) * 144
-                d = half(p16, at, ok)
-                dmin = half(p16, at + 2, ok)
-                s0, m0 = six_bit_pair(p8, at + 4, 2 * u, ok)
-                s1, m1 = six_bit_pair(p8, at + 4, 2 * u + 1, ok)
-                acc += (d * BACK) * (s0 * low + s1 * high) - dmin * (m0 * x0 + m1 * x1)
+                acc += (d * BACK) * codes + m * numbers
     else:
         j = tl.arange(0, RUN)[None, None, :]
         acc = tl.zeros((BN, NU, RUN), tl.float32)

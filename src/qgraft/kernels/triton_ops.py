@@ -36,7 +36,7 @@ UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as 
 FORMATS = (*UNITS, *FLOATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _compiled: dict[tuple[Any, ...], Any] = {}  # variants of kernels that ran, by what launch() asks
-TILES = {"q4_0": (4, 16, 4), "q4_1": (4, 32, 4), "q4_k": (4, 16, 4)}  # of gemv_kernel: rows, units, warps
+TILES = {"q4_0": (8, 16, 4), "q4_1": (8, 32, 4)}  # of gemv_kernel: rows, units, warps
 FEW_ROWS = 2  # of x, up to which reading packed bytes for each of them is faster than unpacking
 
 
@@ -150,7 +150,7 @@ def gemv(
     block_bytes, run, units_in_block = UNITS[packed.format]
     data = packed.parts[0].contiguous().view(torch.uint8)
     (rows, row_bytes), columns = data.shape, packed.shape[1]
-    some_rows, some_units, warps = (64, 32, 4) if interpreted() else _tile(packed.format, run)
+    some_rows, some_units, warps = (64, 32, 4) if interpreted() else tile(packed.format)
     table, h = loras or (x, x)
     arguments = (
         x.contiguous(), data, _halves(data, packed.format), _scales(packed, x.dtype, data), y,
@@ -165,9 +165,9 @@ def gemv(
         launch(_products().gemv_kernel, (-(-rows // some_rows), len(x), 1), arguments, constants, warps)
 
 
-def _tile(format: str, run: int) -> tuple[int, int, int]:
+def tile(format: str) -> tuple[int, int, int]:
     """(rows, units, warps) of a program of gemv_kernel: the fastest of those tried on an H100."""
-    return TILES[format] if format in TILES else (4, 512 // run, 2)
+    return TILES[format] if format in TILES else (4, 512 // UNITS[format][1], 2)
 
 
 def _stored(packed: PackedTensor) -> Tensor:
