@@ -1,52 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, no-redef"
 """Triton: a packed weight times few rows of x, and what LoRAs add to it. Imported by triton_ops.py and gpu_decode.py only.
 
-A GPU reads 3 TB/s and computes 7 T weights/s at 4 instructions a weight: what unpacks a weight decides, not memory. Most
-formats go through `unit` (triton_blocks.py), 8 instructions or more. q4_0 and q4_1 have a way of half as many:
-
-    word      n7 n6 n5 n4 n3 n2 n1 n0         eight codes of 4 bits, n0 lowest
-    & mask     0  0 n5  0  0  0  0  0         seen as float32 this is n5 2^20 2^-149, exact: no exponent, or the smallest
-    x 2^(C-20)                                so a product with x is n5 x 2^(C-149), whatever the nibble's place
-
-One AND and one fused multiply-add; scale and minimum come once for the codes of a word: d sum(q x) + m sum(x). Numbers below
-2^-126 are as fast as others on a GPU. Nothing is rounded but in float32. `C` leaves room for |x| up to 2^37.
+Weights go from packed bytes to registers, `unit` by unit as in triton_blocks.py, and are multiplied there in float32. What
+unpacks a weight takes eight instructions or more, so a GPU is limited by these and not by its memory. Codes of four bits that
+are read as floats without an exponent, which takes one instruction, were tried: with x in an order that suits them it was no
+faster.
 """
 
 import triton
 import triton.language as tl
 
-from qgraft.kernels.triton_blocks import apart, column, half, rounded, unit
+from qgraft.kernels.triton_blocks import apart, column, rounded, unit
 
 jit = triton.jit
-C = tl.constexpr(90)  # and BACK is 2^(149 - C)
-BACK = tl.constexpr(2.0**59)
-
-
-@jit
-def byte_times(word, x, S: tl.constexpr, HIGH: tl.constexpr):
-    """x times the code at bit HIGH, 0 or 4, of byte S of the word, times 2^(C - 149)."""
-    AT: tl.constexpr = (8 * S if S < 3 else 16) + HIGH
-    MASK: tl.constexpr = 15 << AT
-    SCALE: tl.constexpr = 2.0 ** (C - AT)
-    here = word if S < 3 else word >> 8  # a code must end below bit 24
-    return (here & MASK).to(tl.float32, bitcast=True) * (x * SCALE)
-
-
-@jit
-def word_sums(x, word, c, ok, BITS: tl.constexpr):
-    """Of words of BITS bits: the sum of their codes times x, times 2^(C - 149), and that of x.
-
-    Shapes: word [BN, NU, W]; c [1, NU, W], the column of the first byte's low code, 16 before that of its high one.
-    """
-    codes = tl.zeros(word.shape, tl.float32)
-    numbers = tl.zeros(c.shape, tl.float32)
-    for s in tl.static_range(BITS // 8):
-        x0 = tl.load(x + c + s, mask=ok, other=0).to(tl.float32)
-        x1 = tl.load(x + c + (s + 16), mask=ok, other=0).to(tl.float32)
-        codes += byte_times(word, x0, s, 0)
-        codes += byte_times(word, x1, s, 4)
-        numbers += x0 + x1
-    return codes, numbers
 
 
 @jit
@@ -57,39 +23,16 @@ def dots(
     """W x for the rows n [BN] of W, float32."""
     r = n[:, None, None]
     row = r.to(tl.int64) * row_bytes
-    if F == "q4_0" or F == "q4_1":
-        BITS: tl.constexpr = 16 if F == "q4_0" else 32
-        WORDS: tl.constexpr = 8 if F == "q4_0" else 4
-        WORD: tl.constexpr = tl.int16 if F == "q4_0" else tl.int32
-        words = p8.to(tl.pointer_type(WORD)) + row // (BITS // 8)
-        j = tl.arange(0, WORDS)[None, None, :]
-        acc = tl.zeros((BN, NU, WORDS), tl.float32)
-        for start in range(0, units, NU):
-            g = (start + tl.arange(0, NU))[None, :, None]
-            ok = (r < rows) & (g < units)
-            inside = (g < units) & (j < WORDS)
-            if F == "q4_0":
-                word = tl.load(words + (g * 9 + 1 + j), mask=ok & (j < WORDS), other=0).to(tl.int32) & 0xFFFF
-                codes, numbers = word_sums(x, word, g * 32 + 2 * j, inside, BITS)
-                d = half(p16, row + g * 18, ok)
-                acc += (d * BACK) * codes - (8.0 * d) * numbers
-            else:
-                word = tl.load(words + (g * 5 + 1 + j), mask=ok & (j < WORDS), other=0)
-                codes, numbers = word_sums(x, word, g * 32 + 4 * j, inside, BITS)
-                d = half(p16, row + g * 20, ok)
-                m = half(p16, row + g * 20 + 2, ok)
-                acc += (d * BACK) * codes + m * numbers
-    else:
-        j = tl.arange(0, RUN)[None, None, :]
-        acc = tl.zeros((BN, NU, RUN), tl.float32)
-        for start in range(0, units, NU):
-            g = (start + tl.arange(0, NU))[None, :, None]
-            ok = (r < rows) & (g < units)
-            w0, w1 = unit(F, p8, p16, scale + r, row, g, j, K, ok)
-            c = column(F, g, j)
-            x0 = tl.load(x + c, mask=(g < units) & (c < K), other=0).to(tl.float32)
-            x1 = tl.load(x + c + apart(F), mask=(g < units) & (c + apart(F) < K), other=0).to(tl.float32)
-            acc += w0 * x0 + w1 * x1
+    j = tl.arange(0, RUN)[None, None, :]
+    acc = tl.zeros((BN, NU, RUN), tl.float32)
+    for start in range(0, units, NU):
+        g = (start + tl.arange(0, NU))[None, :, None]
+        ok = (r < rows) & (g < units)
+        w0, w1 = unit(F, p8, p16, scale + r, row, g, j, K, ok)
+        c = column(F, g, j)
+        x0 = tl.load(x + c, mask=(g < units) & (c < K), other=0).to(tl.float32)
+        x1 = tl.load(x + c + apart(F), mask=(g < units) & (c + apart(F) < K), other=0).to(tl.float32)
+        acc += w0 * x0 + w1 * x1
     return tl.sum(tl.sum(acc, axis=2), axis=1)
 
 

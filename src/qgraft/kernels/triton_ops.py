@@ -36,7 +36,10 @@ UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as 
 FORMATS = (*UNITS, *FLOATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _compiled: dict[tuple[Any, ...], Any] = {}  # variants of kernels that ran, by what launch() asks
-TILES = {"q4_0": (8, 16, 4), "q4_1": (8, 32, 4)}  # of gemv_kernel: rows, units, warps
+TILES = {  # of gemv_kernel: rows, units, warps
+    "q4_0": (1, 64, 4), "q4_1": (1, 64, 4), "q8_0": (1, 64, 4), "q4_k": (4, 16, 2), "q6_k": (1, 128, 4),
+}  # fmt: skip
+
 FEW_ROWS = 2  # of x, up to which reading packed bytes for each of them is faster than unpacking
 
 
