@@ -45,6 +45,7 @@ from qgraft.passes.loss import check_gradient, weighted_cross_entropy
 from qgraft.rotary import by_length
 
 MOST_GRAPHS = 8
+LEAST_SAMPLES = 8  # in a bucket; one of no tokens takes no time
 STEP = 64  # tokens that small buckets differ by
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens, that are labels
 WASTE = 1.25  # times the tokens of its own bucket, that a batch takes a larger graph's
@@ -91,7 +92,8 @@ def bucket_of(batch: Shape, budget: int) -> Shape:
     tokens = max(batch.tokens, min(-(-batch.tokens // quarter) * quarter, budget))
     longest = min(_power(max(batch.longest, STEP)), tokens)
     labels = next(most for share in SHARES if (most := -int(-tokens * share // 1)) >= batch.labels)
-    samples = _power(batch.samples + _fillers(tokens - batch.tokens, longest))
+    fillers = max(_fillers(tokens - batch.tokens, longest), batch.samples // 4 + 2)  # the same for as many samples
+    samples = _power(max(batch.samples + fillers, LEAST_SAMPLES))
     return Shape(tokens, max(labels, 1), samples, longest)
 
 
@@ -326,18 +328,23 @@ def launch_bound(model: PreTrainedModel) -> int:
 
 def why_eager(model: PreTrainedModel) -> str | None:
     """What keeps the passes of a model, as it is about to train, from being recorded; None where nothing does."""
-    name, config = type(model).__name__, model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ())
-    selection = selection_of(model)
-    active = [selection.adapters[each] for each in selection.weights]
     if model.device.type != "cuda":
         return "the model is not on a GPU"
-    if (dtype := computed_dtype(model)) != torch.bfloat16:
-        return f"the model computes in {str(dtype).removeprefix('torch.')}, the kernel of packed samples in bfloat16"
     if model.device.index != torch.cuda.current_device():
         return f"the model is on another GPU than the current one, {torch.cuda.current_device()}"
+    if (dtype := computed_dtype(model)) != torch.bfloat16:
+        return f"the model computes in {str(dtype).removeprefix('torch.')}, the kernel of packed samples in bfloat16"
     if not varlen.status()[0]:
         return varlen.status()[1]
+    return why_changing(model)
+
+
+def why_changing(model: PreTrainedModel) -> str | None:
+    """What makes a pass of the model another one than the pass before, beside the numbers in its tables."""
+    name, config = type(model).__name__, model.config.get_text_config()
+    selection = selection_of(model)
+    active = [selection.adapters[each] for each in selection.weights]
+    kinds = set(getattr(config, "layer_types", None) or ())
     if attention_of(model) != SAMPLES or by_own_forward(model):
         return f"{name} does not attend sample by sample"
     if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
