@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qgraft
+from qgraft import attention
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.passes import graphed
@@ -92,6 +93,22 @@ def test_a_static_pass_is_the_ordinary_pass_of_any_batch(trained, replaying):
             run()
             alike(trained, passing.loss, expected)
     assert float(usual(trained, collate(BATCHES["several"]), 1.0)[1].abs().max()) > 1e-3
+
+
+def test_a_recorded_pass_does_not_look_at_the_samples_of_one_batch(trained, replaying, monkeypatch):
+    """On a GPU their bounds cannot be read while a pass is recorded, nor when it is replayed."""
+    passing = StaticPass(trained, SHAPE)
+    passing.record(None)
+    passing.fill(collate(BATCHES["several"]), 1.0)
+    passing.run()
+
+    def read(*_):
+        raise AssertionError("bounds were read")
+
+    monkeypatch.setattr(attention, "_checked_places", read)
+    passing.replay()
+    with pytest.raises(AssertionError):
+        passing.run()
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

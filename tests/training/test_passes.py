@@ -1,4 +1,4 @@
-"""Runs whose passes are replayed end as those whose passes are not, and what is refused is refused before anything is done."""
+"""Runs whose passes are replayed end as those whose passes are not; what is refused is refused before anything is done."""
 
 import pytest
 import torch

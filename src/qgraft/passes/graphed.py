@@ -43,6 +43,7 @@ from qgraft.model_parts import computed_dtype, decoder_layers, decoder_of
 from qgraft.passes.decoder import by_own_forward, output_head, states_at
 from qgraft.passes.loss import check_gradient, weighted_cross_entropy
 from qgraft.rotary import by_length
+from qgraft.sizes import format_size
 
 MOST_GRAPHS = 8
 LEAST_SAMPLES = 8  # in a bucket; one of no tokens takes no time
@@ -287,28 +288,41 @@ class GraphedPasses:
 
     def _record(self, passing: StaticPass) -> None:
         """Record a pass, or say why nothing is from now on; gradients stay as they are."""
-        device, on_gpu = self.model.device, self.model.device.type == "cuda"
         try:
-            if on_gpu:
-                self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-                torch.cuda.empty_cache()
-                before = torch.cuda.memory_reserved(device)
-            passing.record(self._pool)
-            if on_gpu:
-                self._pool_bytes += max(0, torch.cuda.memory_reserved(device) - before)
-                free = torch.cuda.mem_get_info(device)[0]
-                if free < self._pool_bytes:  # what goes the eager way takes as much again
-                    raise RuntimeError(f"the graphs hold {self._pool_bytes} bytes, and {free} are left beside them")
-        except RuntimeError as error:
-            passing.replay = None
-            self.close()
-            gc.collect()
-            self.problem = (str(error) or type(error).__name__).splitlines()[0]
-            self._say(f"cuda_graphs: passes go on one kernel after another: {self.problem}")
+            if self.model.device.type == "cuda":
+                self._record_in_pool(passing)
+            else:
+                passing.record(None)
+        except (RuntimeError, TypeError, ValueError) as error:
+            self._give_up(passing, error)
             return
         self.recorded += 1
         if self.recorded == 1:
             self._say("cuda_graphs: passes are recorded once for each size of batch, and replayed")
+
+    def _record_in_pool(self, passing: StaticPass) -> None:
+        """Raises RuntimeError also where a pass that is not replayed would have no memory beside the graphs."""
+        device = self.model.device
+        self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved(device)
+        passing.record(self._pool)
+        self._pool_bytes += max(0, torch.cuda.memory_reserved(device) - before)
+        free = torch.cuda.mem_get_info(device)[0]
+        if free < self._pool_bytes:
+            held, left = format_size(self._pool_bytes), format_size(free)
+            raise RuntimeError(f"they hold {held}, and {left} are left for passes that are not replayed")
+
+    def _give_up(self, passing: StaticPass, error: BaseException) -> None:
+        passing.replay = None
+        self.close()
+        if self.model.device.type == "cuda":  # or random numbers would wait for the end of the recording
+            generator = torch.cuda.default_generators[self.model.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+        while error.__context__ is not None:  # what the end of a recording says only tells that there was something
+            error = error.__context__
+        self.problem = (str(error) or type(error).__name__).splitlines()[0]
+        self._say(f"cuda_graphs: passes go on one kernel after another: {self.problem}")
 
     def _written_in(self) -> tuple[Any, ...]:
         """What goes into a graph beside the tables: where weights and gradients are, and which adapters take part."""
