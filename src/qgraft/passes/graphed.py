@@ -46,6 +46,7 @@ from qgraft.rotary import by_length
 from qgraft.sizes import format_size
 
 MOST_GRAPHS = 8
+ALIGNED = 64  # bytes that a table begins at a multiple of: kernels are compiled anew for other addresses
 LEAST_SAMPLES = 8  # in a bucket; one of no tokens takes no time
 STEP = 64  # tokens that small buckets differ by
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1)  # of the tokens, that are labels
@@ -120,10 +121,10 @@ class Tables:
             "places": (shape.labels, torch.int64), "labels": (shape.labels, torch.int64),
             "weights": (shape.labels, torch.float32), "bounds": (shape.samples + 1, torch.int32),
         }  # fmt: skip
-        counts = [count * dtype.itemsize for count, dtype in sizes.values()]  # in the order of their alignment
-        self.block = torch.empty(sum(counts), dtype=torch.uint8, device=device, pin_memory=pinned)
-        parts = zip(sizes.items(), self.block.split(counts), strict=True)
-        views = {name: part.view(dtype) for (name, (_, dtype)), part in parts}
+        bytes_of = [-(-count * dtype.itemsize // ALIGNED) * ALIGNED for count, dtype in sizes.values()]
+        self.block = torch.empty(sum(bytes_of), dtype=torch.uint8, device=device, pin_memory=pinned)
+        parts = zip(sizes.items(), self.block.split(bytes_of), strict=True)
+        views = {name: part.view(dtype)[:count] for (name, (count, dtype)), part in parts}
         self.input_ids, self.position_ids, self.places = views["input_ids"], views["position_ids"], views["places"]
         self.labels, self.weights, self.bounds = views["labels"], views["weights"], views["bounds"]
 
