@@ -55,10 +55,7 @@ WASTE = 1.25  # times the tokens of its own bucket, that a batch takes a larger 
 # When a pass is bound by the CPU: measured on one H100 host for the layers of a 0.6B model, forward and backward
 LAUNCHES = 8e-3  # seconds that starting the kernels of a layer takes
 OPERATIONS = 6  # for each weight and token, with what is no product
-PER_MULTIPROCESSOR = {
-    True: 3e12,
-    False: 1.5e12,
-}  # operations a second; of the GPUs of data centers since H100, of others
+OF_DATA_CENTERS, OF_OTHERS = 3e12, 1.5e12  # operations a second and multiprocessor; since H100 and its kind
 
 
 @dataclass(frozen=True, order=True)
@@ -337,7 +334,8 @@ def launch_bound(model: PreTrainedModel) -> int:
     modules = [module for layer in layers for module in layer.modules()]
     weights = sum(m.in_features * m.out_features for m in modules if isinstance(m, QuantizedLinear | nn.Linear))
     has = torch.cuda.get_device_properties(model.device)
-    rate = has.multi_processor_count * PER_MULTIPROCESSOR[(has.major, has.minor) == (9, 0) or has.major in (10, 11)]
+    in_data_centers = has.major in (9, 10)
+    rate = has.multi_processor_count * (OF_DATA_CENTERS if in_data_centers else OF_OTHERS)
     return int(LAUNCHES * len(layers) * rate / (OPERATIONS * max(weights, 1)))
 
 
