@@ -1,15 +1,19 @@
 """Static passes against the ordinary ones of the same batches, on a CPU; and which batch takes which graph."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import qgraft
 from qgraft import attention
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
+from qgraft.kernels import varlen_attention
 from qgraft.passes import graphed
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
@@ -109,6 +113,52 @@ def test_a_recorded_pass_does_not_look_at_the_samples_of_one_batch(trained, repl
     passing.replay()
     with pytest.raises(AssertionError):
         passing.run()
+
+
+class Waiting(TorchDispatchMode):
+    """Within the block: the operations that a GPU would have to be waited for, or be sent numbers of the CPU's."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "_unique2", "repeat_interleave")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.count = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        self.count += 1
+        if name in self.NAMES or (name == "lift_fresh" and args[0].dim()):  # of one number, a kernel's argument
+            self.found.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+class NoBounds:
+    """An attention of the right shapes that reads no bounds, as the kernel of a GPU does in the CPU's eyes."""
+
+    @staticmethod
+    def attend(query, key, value, bounds, **options):
+        groups = query.shape[1] // key.shape[1]
+        both = torch.cat([key + value] * groups, dim=1)
+        return (query + both).transpose(1, 2)
+
+
+@pytest.mark.parametrize("trained", ["llama", "qwen2", "qwen3", "gemma3", "phi3"], indirect=True)
+def test_nothing_in_a_recorded_pass_waits_for_the_gpu(trained, monkeypatch):
+    """Forward and backward, as transformers and we compute while torch says that a stream is recorded."""
+    passing = StaticPass(trained, SHAPE)
+    passing.fill(collate(BATCHES["several"]), 1.0)
+    monkeypatch.setattr(varlen_attention, "choose", lambda *_: SimpleNamespace(module=NoBounds))
+    with Waiting() as usually:
+        passing.run()
+    assert usually.found >= {"_local_scalar_dense", "equal"}  # transformers asks for samples, attention.py checks masks
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(graphed, "recorded", lambda work, pool: work)
+    passing.record(None)
+    clear(trained)
+    with Waiting() as recorded:
+        passing.replay()
+    assert recorded.found == set() and recorded.count > 100
+    assert float(gradients(trained).abs().max()) > 0
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -298,6 +348,7 @@ def test_a_model_on_a_cpu_passes_eagerly(trained):
         (lambda model: model.register_full_backward_hook(lambda *_: None), "the model has a hook"),
         (lambda model: setattr(model.config, "attention_dropout", 0.1), "drops at random"),
         (lambda model: setattr(model.model, "drop", nn.Dropout(0.1)), "drops at random"),
+        (lambda model: setattr(model.config, "residual_dropout", 0.1), "drops at random"),  # Starcoder 2's
         (lambda model: setattr(model.config, "attention_chunk_size", 8), "other ways"),
         (lambda model: setattr(model.config, "layer_types", ["linear_attention"]), "other ways"),
         (lambda model: setattr(model.model.rotary_emb, "rope_type", "dynamic"), "length of the text"),

@@ -24,6 +24,7 @@ in a recorded pass: code that would go by the samples of one batch for all of th
 """
 
 import gc
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
@@ -372,9 +373,10 @@ def why_changing(model: PreTrainedModel) -> str | None:
 def _why_random(model: PreTrainedModel, active: Sequence[Any]) -> str | None:
     if any(part.lora_dropout for adapter in active for part in adapter.configs.values()):
         return "lora_dropout draws anew in every pass"
-    config: Any = model.config.get_text_config()
+    said = model.config.get_text_config().to_dict().items()  # what functions drop, configurations call by such names
+    named = [value for name, value in said if re.search("drop|jitter|noise", name) and "classifier" not in name]
     dropped = any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
-    if dropped or getattr(config, "attention_dropout", None):
+    if dropped or any(isinstance(value, float) and value > 0 for value in named):
         return "the model drops at random in training"
     return None
 
