@@ -22,6 +22,7 @@ for part in $PARTS; do case $part in
            train 70 peft-nf4 7b --checkpointing
            train 50 peft-bf16 7b --checkpointing
            train 45 qgraft 0.6b --profile
+           train 45 qgraft 0.6b --graphs
            train 45 peft-nf4 0.6b
            train 45 peft-bf16 0.6b ;;
 esac; done

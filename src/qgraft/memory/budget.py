@@ -17,6 +17,7 @@ class RunOptions(Protocol):
 
     adapter_name: str
     compute: str
+    cuda_graphs: str
     gradient_accumulation_steps: int
     gradient_checkpointing: Any
     max_tokens_per_pass: int
