@@ -1,6 +1,6 @@
 """One contestant of LoRA training on a GPU, on random weights of a model's shape: a line of gpu_train.csv.
 
-    python benchmarks/gpu_train.py qgraft 7b --out results [--checkpointing] [--steps 6] [--graphs]
+    python benchmarks/gpu_train.py qgraft 7b --out results [--checkpointing] [--steps 6] [--graphs] [--keep]
 
 Contestants: qgraft (on packed q4_1), peft-nf4 (PEFT with bitsandbytes), peft-bf16 (PEFT on bfloat16 weights). All with
 the same shape, r 16 on every linear layer, AdamW, the same tokens in samples of 512, a quarter of each prompt. PEFT's batch
@@ -105,17 +105,21 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
                 total += loss.detach()
         return total
 
-    stack = _both(block, fused_modules(model))
-    return model, step, stack, f"{note}, graphs" if options.graphs else note
+    from qgraft.kernels.unpacked import kept_unpacked
+
+    weights = [module.packed for module in model.modules() if isinstance(module, QuantizedLinear)]
+    stack = _both(block, fused_modules(model), kept_unpacked(weights, torch.bfloat16, 1 << 60 if options.keep else 0))
+    return model, step, stack, f"{note}{', graphs' * options.graphs}{', kept' * options.keep}"
 
 
-def _both(first: Any, second: Any) -> Any:
+def _both(first: Any, *others: Any) -> Any:
     from contextlib import ExitStack
 
     stack = ExitStack()
     if (problem := stack.enter_context(first)) is not None:
         raise SystemExit(problem)
-    stack.enter_context(second)
+    for each in others:
+        stack.enter_context(each)
     return stack
 
 
@@ -242,6 +246,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep all weights unpacked")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     row = measure(options)

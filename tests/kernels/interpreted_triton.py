@@ -37,6 +37,7 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.choice import serving
 from qgraft.kernels.pointwise import ACTIVATIONS
+from qgraft.kernels.unpacked import kept_unpacked, unpacked
 from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
@@ -130,6 +131,22 @@ def test_what_is_added_to_a_product_of_few_rows_is_in_its_sum(format: str, rando
     triton_ops.gemv(x, packed, y[:, :67], bias, residual)
     exact = x.double() @ format_dequantize(packed, torch.float64).T + bias + residual
     assert float((y[:, :67] - exact).norm() / exact.norm()) < 2e-6 and bool((y[:, 67:] == 7).all())
+
+
+def test_a_copy_that_is_kept_serves_as_long_as_the_bytes_are_what_they_were(random_packed: MakePacked) -> None:
+    one, two = random_packed("q4_1", 67, 512), random_packed("q4_1", 67, 512)
+    x = torch.randn(5, 512)
+    expected = [linear(x.bfloat16(), packed) for packed in (one, two)]
+    with kept_unpacked([one, two], torch.bfloat16, 67 * 512 * 2 + 5) as count:
+        assert count == 1 and unpacked(two, torch.bfloat16) is None and unpacked(one, torch.float16) is None
+        copy = unpacked(one, torch.bfloat16)
+        assert copy is not None and triton_ops.weight(one.map(Tensor.detach), torch.bfloat16) is copy
+        assert same(copy, format_dequantize(one, torch.bfloat16))
+        for packed, y in zip((one, two), expected, strict=True):
+            assert torch.equal(linear(x.bfloat16(), packed), y)
+        one.parts[0].copy_(two.parts[0])
+        assert torch.equal(linear(x.bfloat16(), one), expected[1]) and unpacked(one, torch.bfloat16) is None
+    assert triton_ops.weight(two, torch.bfloat16) is not triton_ops.weight(two, torch.bfloat16)
 
 
 STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows; format; dtype of keys and values

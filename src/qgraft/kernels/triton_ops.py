@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import reference
+from qgraft.kernels.unpacked import unpacked
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as in triton_blocks.py
@@ -77,10 +78,11 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
 
 
 def weight(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """w_OI to multiply with at once: where it is stored in `dtype`, the stored bytes themselves; not to be written to."""
+    """w_OI to multiply with at once: as it is stored, or as a copy is kept, in `dtype`; not to be written to."""
     if FLOATS.get(packed.format) == dtype:
         return _stored(packed)
-    return dequantize(packed, dtype)
+    kept = unpacked(packed, dtype)
+    return dequantize(packed, dtype) if kept is None else kept
 
 
 def unpack_into(packed: PackedTensor, out: Tensor) -> None:

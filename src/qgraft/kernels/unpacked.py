@@ -1,7 +1,7 @@
 """Copies of packed weights in half precision, kept on a GPU that has room for them.
 
-A product of many rows unpacks its weight each time: of a 7B's shape and 8192 tokens 5 % of a step, of a pass of 8 tokens half.
-A copy takes 2 bytes a weight, and is the same bits. It is found by where the packed bytes lie, for as long as they are what
+A product of many rows unpacks its weight each time: 5 % of a step of 8192 tokens of a 7B's shape, half of a pass of 8. A copy
+takes 2 bytes a weight, and is the same bits. It is found by where the packed bytes lie, for as long as they are what
 they were: weights that are exchanged or written to are unpacked again.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor, dequantize
 
+_STORED = ("f32", "f16", "bf16")
 _kept: dict[tuple[int, torch.dtype], tuple[Tensor, int, Tensor]] = {}  # (bytes, how often written to, copy)
 _filling = threading.Lock()
 
@@ -22,16 +23,16 @@ _filling = threading.Lock()
 def kept_unpacked(weights: Iterable[PackedTensor], dtype: torch.dtype, room: int) -> Iterator[int]:
     """Within the block the first of the weights, as many as `room` bytes hold, are there in `dtype`; yields how many.
 
-    A weight that is stored in `dtype` needs no copy, one that is kept already no other.
+    Float formats need no copies, and tensors of inference mode get none: of these nobody could tell whether they changed.
     """
     own = []
     try:
         with _filling:
             for packed in weights:
                 size, key = packed.shape[0] * packed.shape[1] * dtype.itemsize, _key(packed, dtype)
-                if size > room or unpacked(packed, dtype) is not None or packed.format in _STORED:
-                    continue
                 part = packed.parts[0]
+                if size > room or packed.format in _STORED or part.is_inference() or key in _kept:
+                    continue
                 _kept[key] = part, part._version, dequantize(packed, dtype)
                 own.append(key)
                 room -= size
@@ -49,9 +50,6 @@ def unpacked(packed: PackedTensor, dtype: torch.dtype) -> Tensor | None:
     if known is None or known[0]._version != known[1] or known[2].shape != packed.shape:
         return None
     return known[2]
-
-
-_STORED = ("f32", "f16", "bf16")
 
 
 def _key(packed: PackedTensor, dtype: torch.dtype) -> tuple[int, torch.dtype]:

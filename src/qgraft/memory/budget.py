@@ -20,6 +20,7 @@ class RunOptions(Protocol):
     cuda_graphs: str
     gradient_accumulation_steps: int
     gradient_checkpointing: Any
+    keep_unpacked: str
     max_tokens_per_pass: int
     memory_limit: str | None
     optim: Any

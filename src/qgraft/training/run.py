@@ -29,6 +29,7 @@ from qgraft.data.tokenizing import Sample, samples_sha256
 from qgraft.errors import DataError, OptionError, option
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
+from qgraft.memory.copies import copies_kept
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
@@ -361,6 +362,7 @@ def passes(
             notes.append(f"{problem}; every sample passes through the model alone")
         found = settle_noted(model, args, samples, bool(problem), notes, console)
         check_graphs(model, args)
+        stack.enter_context(copies_kept(model, args, found[1], notes))
         if args.cache_frozen_layers:
             every = [*samples, *prepared.eval_samples]
             notes += (said := stack.enter_context(frozen_layers_cached(model, every, prepared.folder)))
