@@ -31,6 +31,13 @@ def test_every_kernel_under_the_interpreter() -> None:
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
+@pytest.mark.slow
+def test_whole_models_under_the_interpreter() -> None:
+    file = str(HERE / "interpreted_triton.py")
+    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and slow",
+        "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
+
+
 def test_every_row_of_the_table_under_the_interpreter() -> None:
     file = str(HERE / "test_table.py")
     run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "triton", "--import-mode=importlib",

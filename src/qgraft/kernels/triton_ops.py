@@ -113,7 +113,8 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
         return reference.linear(x, packed)
     if x.dtype != torch.float32 and packed.format in UNITS and 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
         y = x.new_empty((*x.shape[:-1], packed.shape[0]))
-        gemv(x.reshape(-1, x.shape[-1]), packed, y.view(-1, packed.shape[0]))
+        if y.numel():
+            gemv(x.reshape(-1, x.shape[-1]), packed, y.view(-1, packed.shape[0]))
         return y
     return x @ weight(packed, x.dtype).T
 
@@ -166,7 +167,7 @@ def gemv(
         "F": packed.format, "RUN": run, "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
         "ADD": residual is not None, "NA": ranks[0], "R": ranks[1], "EXACT": interpreted(),
     }  # fmt: skip
-    if rows:
+    if rows and len(x):
         launch(_products().gemv_kernel, (-(-rows // some_rows), len(x), 1), arguments, constants, warps)
 
 
