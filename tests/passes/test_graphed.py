@@ -14,6 +14,7 @@ from qgraft import attention
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.kernels import varlen_attention
+from qgraft.kernels.summed_lora import casts_kept, kept_casts
 from qgraft.passes import graphed
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
@@ -97,6 +98,25 @@ def test_a_static_pass_is_the_ordinary_pass_of_any_batch(trained, replaying):
             run()
             alike(trained, passing.loss, expected)
     assert float(usual(trained, collate(BATCHES["several"]), 1.0)[1].abs().max()) > 1e-3
+
+
+def test_a_recorded_pass_rounds_the_weights_of_its_adapter_itself(trained, replaying, monkeypatch):
+    """Within a step whose other passes share theirs: these are of this step, and a replay is in many."""
+    seen, states_at = [], graphed.states_at
+
+    def looked(*args, **kwargs):
+        seen.append(kept_casts())
+        return states_at(*args, **kwargs)
+
+    monkeypatch.setattr(graphed, "states_at", looked)
+    passing = StaticPass(trained, SHAPE)
+    passing.record(None)
+    passing.fill(collate(BATCHES["several"]), 1.0)
+    with casts_kept():
+        step = kept_casts()
+        passing.replay()
+        assert kept_casts() is step
+    assert len(seen) == 1 and seen[0] == {} and seen[0] is not step
 
 
 def test_a_recorded_pass_does_not_look_at_the_samples_of_one_batch(trained, replaying, monkeypatch):
@@ -207,6 +227,11 @@ def test_a_bucket_holds_its_batch_and_wastes_little(batch, budget):
     assert bucket.samples <= max(graphed.LEAST_SAMPLES, 3 * batch.samples + 4)
 
 
+def test_tables_need_room_for_the_samples_that_fill_them_up():
+    assert Shape(128, 128, 3, 64).holds(Shape(40, 38, 1, 40))  # 40, 64 and 24 tokens
+    assert not Shape(128, 128, 2, 64).holds(Shape(40, 38, 1, 40))
+
+
 @given(shapes)
 def test_few_buckets_are_for_many_sizes(batch):
     bucket = bucket_of(batch, 1 << 30)
@@ -298,11 +323,15 @@ def test_a_pass_that_is_not_bound_by_the_cpu_is_not_replayed(trained, replaying)
     assert learned(passes, BATCHES["full"]) is None and learned(passes, BATCHES["one sample"]) is not None
 
 
-def test_what_cannot_be_recorded_is_said_once_and_passes_eagerly(trained, monkeypatch):
-    def fails(work, pool):
+@pytest.mark.parametrize("late", [False, True])
+def test_what_cannot_be_recorded_is_said_once_and_passes_eagerly(trained, monkeypatch, late):
+    """`late`: what was recorded has taken too much memory."""
+
+    def fails(self, pool):
+        self.replay = (lambda: pytest.fail("replayed")) if late else None
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
-    monkeypatch.setattr(graphed, "recorded", fails)
+    monkeypatch.setattr(StaticPass, "record", fails)
     said = []
     batch = collate(BATCHES["several"])
     loss, gradient = usual(trained, batch, 5.0)
