@@ -26,6 +26,7 @@ from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, 
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.triton_ops import FEW_ROWS, gemv, interpreted, launch
 
+MOST_GRAPHS = 12  # kept at a time
 BLOCK = 16  # keys of a run in attention
 SHORTEST = 256  # slots of a text that a graph is recorded for at least
 _SILU = next(act for act in ACTIVATIONS if act.name == "silu")
@@ -62,9 +63,10 @@ class Structures:
         rank = _power(max(16, *(each.rank for each in adapters))) if adapters else 0
         longest = _power(max(SHORTEST, *(row.seen for row in rows)))
         key = (_power(len(rows)), most, rank, longest)
-        state = self._states.get(key)
-        if state is None:
-            state = self._states[key] = _State(self.decoder, self.device, *key)
+        state = self._states.pop(key, None) or _State(self.decoder, self.device, *key)
+        while len(self._states) >= MOST_GRAPHS:
+            del self._states[next(iter(self._states))]
+        self._states[key] = state  # the latest last
         state.fill(self._memory, parts, rows, x, cos, sin)
         return state.run()[: len(rows)].clone()
 
@@ -200,7 +202,7 @@ class _State:
             if self.count <= FEW_ROWS and linear.packed.format in triton_ops.UNITS:
                 gemv(x, linear.packed, out, linear.bias, residual, extras, loras)
                 continue
-            product = x.to(self.dtype) @ triton_ops.weight(linear.packed, self.dtype).T
+            product = x.to(self.dtype) @ triton_ops.weight(linear.packed, self.dtype, copies=False).T
             _add(product, out, linear.bias, residual, extras, loras)
         return y
 

@@ -77,11 +77,15 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def weight(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """w_OI to multiply with at once: as it is stored, or as a copy is kept, in `dtype`; not to be written to."""
+def weight(packed: PackedTensor, dtype: torch.dtype, copies: bool = True) -> Tensor:
+    """w_OI to multiply with at once: as it is stored, or as a copy is kept, in `dtype`; not to be written to.
+
+    Args:
+        copies: whether a kept one will do. It may be gone later: not for a graph that outlives the block that keeps it.
+    """
     if FLOATS.get(packed.format) == dtype:
         return _stored(packed)
-    kept = unpacked(packed, dtype)
+    kept = unpacked(packed, dtype) if copies else None
     return dequantize(packed, dtype) if kept is None else kept
 
 
