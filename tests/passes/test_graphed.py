@@ -347,6 +347,40 @@ def test_what_cannot_be_recorded_is_said_once_and_passes_eagerly(trained, monkey
     ]
 
 
+@pytest.mark.parametrize("when", [1, 2])
+def test_a_replay_that_comes_to_another_gradient_is_the_last(trained, monkeypatch, when):
+    """Of the first batch, or after a step: what counts is the ordinary pass."""
+    replays = []
+
+    def lying(work, pool):
+        def replay():
+            replays.append(1)
+            work()
+            if len(replays) == when:
+                trained_of(trained)[-1].grad.mul_(1.5)
+
+        return replay
+
+    monkeypatch.setattr(graphed, "recorded", lying)
+    said = []
+    clear(trained)
+    passes = GraphedPasses(trained, trained_of(trained), 4096, say=said.append)
+    learned(passes, BATCHES["several"])
+    for number in range(2):
+        got = learned(passes, BATCHES["several"])
+        loss = batch_loss(trained, collate(BATCHES["several"])) / 5.0
+        clear_in_place(trained)
+        loss.backward()
+        torch.testing.assert_close(got[0], loss.detach(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got[1], gradients(trained), rtol=1e-5, atol=1e-6)
+        if number == when - 1:
+            assert "% off" in said[-1] and learned(passes, BATCHES["several"]) is None
+            break
+        with torch.no_grad():
+            trained_of(trained)[0].mul_(1.5)  # a step
+    assert len(replays) == when
+
+
 def test_gradients_that_have_moved_are_not_written_to_by_an_old_graph(trained, replaying):
     clear(trained)
     passes = GraphedPasses(trained, trained_of(trained), 4096)

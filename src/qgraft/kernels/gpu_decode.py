@@ -157,17 +157,24 @@ class _State:
                 self._loras = loras
 
     def run(self) -> Tensor:
-        """The states [count, hidden]: computed once, then recorded, then replayed."""
+        """The states [count, hidden]: computed twice and recorded, then replayed, unless the graph comes to others."""
         self._runs += 1
-        if self._graph is None and self._runs > 1 and not interpreted():
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._result = self._step()
         if self._graph is None:
-            return self._step()
+            states = self._step()
+            if self._runs == 2 and not interpreted():
+                self._record(states)
+            return states
         self._graph.replay()
         assert self._result is not None
         return self._result
+
+    def _record(self, expected: Tensor) -> None:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = self._step()
+        graph.replay()  # of the same tokens: their keys and values are written again
+        if bool((result - expected).norm() <= 1e-3 * expected.norm()):
+            self._graph, self._result = graph, result
 
     def _step(self) -> Tensor:
         d, x = self.decoder, self.x

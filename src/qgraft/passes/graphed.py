@@ -15,9 +15,10 @@ What fills the tables up changes neither loss nor gradients: a label that weighs
 none from a token without one.
 
 Sizes are rounded up (`bucket_of`), so that few graphs serve all batches. A batch of a new size passes eagerly through its
-tables, which compiles what has to be compiled; the second one is recorded (`GraphedPasses`). All graphs share one pool of
-memory, as large as the activations of the largest pass. Where the model, the GPU or its memory does not go with this, the
-answer is a reason (`why_eager`, `GraphedPasses.problem`), and passes go on one kernel after another.
+tables, which compiles what has to be compiled; the second one is recorded (`GraphedPasses`). Its first replays are compared
+with the ordinary pass of the same batch, which then counts. All graphs share one pool of memory, as large as the activations
+of the largest pass. Where the model, the GPU or its memory does not go with this, the answer is a reason (`why_eager`,
+`GraphedPasses.problem`), and passes go on one kernel after another.
 
 Recording fails where a pass waits for the GPU or lets the CPU look at its numbers. So the bounds of samples are on the GPU
 in a recorded pass: code that would go by the samples of one batch for all of them cannot read them.
@@ -27,7 +28,7 @@ import gc
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -42,11 +43,12 @@ from qgraft.kernels.summed_lora import casts_kept
 from qgraft.linear import QuantizedLinear
 from qgraft.model_parts import computed_dtype, decoder_layers, decoder_of
 from qgraft.passes.decoder import by_own_forward, output_head, states_at
-from qgraft.passes.loss import check_gradient, weighted_cross_entropy
+from qgraft.passes.loss import batch_loss, check_gradient, weighted_cross_entropy
 from qgraft.rotary import by_length
 from qgraft.sizes import format_size
 
 MOST_GRAPHS = 8
+JUDGED, APART = 2, 0.05  # replays of a graph, in steps of their own, that are compared; how far they may be off
 ALIGNED = 64  # bytes that a table begins at a multiple of: kernels are compiled anew for other addresses
 LEAST_SAMPLES = 8  # in a bucket; one of no tokens takes no time
 STEP = 64  # tokens that small buckets differ by
@@ -154,6 +156,7 @@ class StaticPass:
     Attributes:
         loss: the weighted sum of the last one, float32; overwritten by the next.
         replay: what runs the recorded pass; None until it is.
+        judged: versions of the adapter's weights that a replay was compared with the ordinary pass at.
     """
 
     def __init__(self, model: PreTrainedModel, shape: Shape, label_smoothing: float = 0.0) -> None:
@@ -161,10 +164,15 @@ class StaticPass:
         self.tables = Tables(shape, model.device)
         self.loss = torch.zeros((), dtype=torch.float32, device=model.device)
         self.replay: Callable[[], None] | None = None
+        self.judged: list[int] = []
         self._host = self.tables
         self._bounds = self.tables.bounds.view_as(self.tables.bounds)
         mark_checked(self._bounds)  # by the eager pass
         varlen.keep_placed(self._bounds, self.tables.bounds, shape.longest)
+
+    def may_be_judged(self, version: int) -> bool:
+        """Whether a replay is to be compared: the first ones, with weights of the adapter of this version."""
+        return len(self.judged) < JUDGED and version not in self.judged
 
     def fill(self, batch: Batch, count: float) -> None:
         """Take a batch that `shape` holds, on the CPU. A GPU is not waited for: the copy reads memory of its own."""
@@ -264,9 +272,35 @@ class GraphedPasses:
         if chosen.replay is None:
             chosen.run()
         else:
-            chosen.replay()
             self.replayed += 1
+            if chosen.may_be_judged(version := self.parameters[0]._version):
+                chosen.judged.append(version)
+                return self._judge(chosen, batch, count)
+            chosen.replay()
         return chosen.loss
+
+    def _judge(self, passing: StaticPass, batch: Batch, count: float) -> Tensor:
+        """The loss of the ordinary pass, whose gradients are added; a replay that comes to others is the last."""
+        assert passing.replay is not None
+        before = [parameter.grad.clone() for parameter in self.parameters if parameter.grad is not None]
+
+        def added() -> Tensor:
+            gradients = [p.grad for p in self.parameters if p.grad is not None]
+            return torch.cat([(now - then).flatten() for now, then in zip(gradients, before, strict=True)])
+
+        passing.replay()
+        replayed, gradient = passing.loss.clone(), added()
+        for parameter, then in zip(self.parameters, before, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.copy_(then)
+        loss = batch_loss(self.model, batch, self.label_smoothing) / count
+        loss.backward()
+        expected = added()
+        off = torch.stack([(replayed - loss).abs() / loss.abs(), (gradient - expected).norm() / expected.norm()])
+        apart = float(off.detach().max())
+        if apart > APART or (isnan(apart) and bool(loss.isfinite()) and bool(expected.any())):
+            self._give_up(passing, RuntimeError(f"a replayed pass came to a result that is {apart:.1%} off"))
+        return loss.detach()
 
     def close(self) -> None:
         """Let the graphs and their memory go."""
