@@ -169,9 +169,16 @@ class _State:
         return self._result
 
     def _record(self, expected: Tensor) -> None:
+        """Record the step, if there is memory for it."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            result = self._step()
+        try:
+            with (
+                torch.cuda.stream(torch.cuda.current_stream()),  # which torch.cuda.graph does not restore after an error
+                torch.cuda.graph(graph, capture_error_mode="thread_local"),
+            ):
+                result = self._step()
+        except RuntimeError:
+            return
         graph.replay()  # of the same tokens: their keys and values are written again
         if bool((result - expected).norm() <= 1e-3 * expected.norm()):
             self._graph, self._result = graph, result
