@@ -80,7 +80,7 @@ def test_every_format_unpacks_as_the_reference(format: str, rows: int, random_pa
     columns = {"chatglm-int4": 1278, "chatglm-int8": 1277}.get(format, 1280)  # a row may end anywhere
     packed = random_packed(format, rows, columns)
     data, *scales = packed.parts
-    for others in (scales, [scale.float() * 1.001 for scale in scales]):
+    for others in (scales, [scale.float() * 1.001 for scale in scales])[: 1 + len(scales)]:
         packed = PackedTensor(format, packed.shape, (data, *others))
         for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
             assert same(dequantize(packed, dtype), format_dequantize(packed, dtype)), (dtype, others)
@@ -227,13 +227,17 @@ def test_what_is_not_finite_stays_in_its_row_and_is_seen(bad: float) -> None:
 def test_a_step_of_training_is_that_of_the_reference(
     name: str, dtype: str, tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradients of a packed batch, with every module in the fused form that it takes."""
+    """Loss and gradients of a packed batch, with every module in the fused form that it takes.
+
+    The second layer has other formats and, of Gemma, another window; by default one is enough: an interpreter is slow.
+    """
+    config = {"num_hidden_layers": 1} if name == "qwen3" else {}
     rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (9, 4)]
     results = []
     for kernels in ("triton", "reference"):
         monkeypatch.setenv(KERNELS_VARIABLE, kernels)
         choose.cache_clear()
-        model, _ = qgraft.load(tiny_gguf(name).path, dtype=dtype)
+        model, _ = qgraft.load(tiny_gguf(name, config=config).path, dtype=dtype)
         qgraft.attach_lora(model, r=2)
         torch.manual_seed(0)
         for parameter in model.parameters():
