@@ -19,7 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 import qgraft
 from qgraft.adapters.choose import use_adapter
-from qgraft.cli.serve import _parser, make_page_app, make_service, make_work
+from qgraft.cli.serve import _parser, bound, make_page_app, make_service, make_work
 from qgraft.serving.answering import answer
 
 CHROMIUM = next(
