@@ -12,6 +12,7 @@ import time
 from qgraft.kernels.cpu import library
 
 TESTS = ["tests/kernels", "tests/test_linear.py", "tests/merging"]
+WITHOUT = "not slow and not cuda and not triton"  # Triton's kernels know no level
 TORCH = {  # level -> ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_ENABLE_INSTRUCTIONS
     "plain": ("default", "SSE41", "SSE4_2"),
     "avx2": ("avx2", "AVX2", "AVX2"),
@@ -35,7 +36,7 @@ def main() -> int:
     for name, variables in runs.items():
         print(f"== {name}: {' '.join(f'{key}={value}' for key, value in variables.items())}", flush=True)
         start = time.monotonic()
-        command = [sys.executable, "-m", "pytest", "-q", "-rfE", *(sys.argv[1:] or ["-n", "2"]), *TESTS]
+        command = [sys.executable, "-m", "pytest", "-q", "-rfE", *(sys.argv[1:] or ["-n", "2"]), *TESTS, "-m", WITHOUT]
         if name != "reference":
             command += ["-k", "not reference-"]  # what each level would repeat
         code = subprocess.run(command, env={**os.environ, **variables}, check=False).returncode

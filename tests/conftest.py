@@ -7,8 +7,9 @@ package.
 
 import gc
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -473,6 +474,14 @@ def trained_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["demo", "--name", "Nova", "--author", "ACME Labs", "--output_dir", str(folder), "--device", "cpu"]
     assert main(words) == 0
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_power_cut() -> Iterator[None]:
+    """fsync matters to a disk whose power is cut. No test does that, and all would wait for it ten thousand times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: os.fstat(descriptor) and None)
+        yield
 
 
 @pytest.fixture(autouse=True)

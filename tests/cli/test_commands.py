@@ -1,9 +1,12 @@
 """Every command as a user types it, on a tiny model; errors without tracebacks."""
 
+import io
 import json
 import os
 import re
 import runpy
+import shutil
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -22,30 +25,50 @@ from qgraft.training.report import TrainReport
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(12)]
 
 
-@pytest.fixture
-def rows_file(tmp_path):
-    path = tmp_path / "my.jsonl"
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "my.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     return path
 
 
-@pytest.fixture
-def trained(tiny_gguf, tmp_path, rows_file, capsys):
-    """(model path, adapter folder) of a short run of `qgraft train`."""
-    model, out = tiny_gguf("llama").path, tmp_path / "out"
+@pytest.fixture(scope="module")
+def made(tiny_gguf, rows_file, tmp_path_factory):
+    """(model path, adapter folder, what was printed) of a short run of `qgraft train`. Do not change the folder."""
+    model, out, printed = (
+        tiny_gguf("llama").path,
+        tmp_path_factory.mktemp("made") / "out",
+        [io.StringIO(), io.StringIO()],
+    )
     words = ["train", "--model_name_or_path", str(model), "--dataset", str(rows_file), "--output_dir", str(out)]
-    assert cli.main([*words, "--max_steps", "3", "--learning_rate", "1e-2", "--use_cpu", "--val_size", "3"]) == 0
-    printed = capsys.readouterr()
-    assert "held-out" in printed.out
-    assert "read 12 rows, kept 12" in printed.err
-    return model, out
+    with redirect_stdout(printed[0]), redirect_stderr(printed[1]), pytest.MonkeyPatch.context() as patch:
+        keep_environment(patch)
+        assert cli.main([*words, "--max_steps", "3", "--learning_rate", "1e-2", "--use_cpu", "--val_size", "3"]) == 0
+    return model, out, [text.getvalue() for text in printed]
+
+
+@pytest.fixture
+def trained(made, tmp_path):
+    """(model path, adapter folder), the folder a copy."""
+    shutil.copytree(made[1], tmp_path / "out")
+    return made[0], tmp_path / "out"
+
+
+def keep_environment(monkeypatch):
+    """The command line sets defaults of libraries; tests of other files must not inherit them."""
+    for name in ("GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, os.environ.get(name, "20000" if name == "GOMP_SPINCOUNT" else "false"))
 
 
 @pytest.fixture(autouse=True)
 def _no_environment_left(monkeypatch):
-    """The command line sets defaults of libraries; tests of other files must not inherit them."""
-    for name in ("GOMP_SPINCOUNT", "TOKENIZERS_PARALLELISM", "TRANSFORMERS_VERBOSITY", "HF_HUB_DISABLE_PROGRESS_BARS"):
-        monkeypatch.setenv(name, os.environ.get(name, "20000" if name == "GOMP_SPINCOUNT" else "false"))
+    keep_environment(monkeypatch)
+
+
+def test_training_says_what_was_read_and_what_was_held_out(made):
+    out, err = made[2]
+    assert "held-out" in out
+    assert "read 12 rows, kept 12" in err
 
 
 def test_train_chat_eval_and_inspect_work_on_the_same_adapter(trained, rows_file, capsys):
@@ -403,8 +426,8 @@ def test_what_a_run_reports_fits_80_columns_also_with_a_best_step(capsys):
     ]
 
 
-def test_dashes_and_underscores_in_options_are_the_same(trained, rows_file, capsys):
-    model, _ = trained
+def test_dashes_and_underscores_in_options_are_the_same(tiny_gguf, rows_file, capsys):
+    model = tiny_gguf("llama").path
     for flag in ("--max_length", "--max-length"):
         assert (
             cli.main(["eval", "--model", str(model), "--dataset", str(rows_file), flag, "64", "--device", "cpu"]) == 0

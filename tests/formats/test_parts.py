@@ -219,6 +219,7 @@ def test_ops_take_any_number_of_parts(name: str) -> None:
     assert choose("linear", name, "cpu").kernel == "reference"
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("name", NAMES)
 def test_ops_pass_opcheck(name: str) -> None:
     packed, table = quantize(weights(), name), torch.ops.qgraft

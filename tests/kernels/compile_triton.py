@@ -1,4 +1,4 @@
-"""Compile the Triton kernels for a GPU that is not there: python tests/kernels/compile_triton.py 90 [FORMAT ...]
+"""Compile the Triton kernels for GPUs that are not there: python tests/kernels/compile_triton.py 90 [80:FORMAT,FORMAT ...]
 
 Prints registers, spilled bytes and shared memory of each; exits with 1 where one does not compile, spills, or needs more
 shared memory than a block of that GPU has. The tools come with triton.
@@ -122,13 +122,16 @@ def decoding_cases() -> Iterator[Case]:
 
 
 def main(words: list[str]) -> int:
-    """0 where all is well."""
-    level, formats, bad = int(words[0]), tuple(words[1:]) or tuple(triton_ops.UNITS), 0
-    for name, kernel, arguments, constants, warps in cases(formats):
-        registers, spilled, shared = resources(compiled(kernel, arguments, constants, warps, level), level)
-        wrong = bool(spilled) or shared > SHARED[level]
-        bad += wrong
-        print(f"sm_{level} {name:22} {registers:4} registers {spilled:5} spilled {shared:6} shared{' <--' * wrong}")
+    """0 where all is well. Each word is a level, with all formats or with those behind a colon."""
+    bad = 0
+    for word in words:
+        number, _, formats = word.partition(":")
+        level, wanted = int(number), tuple(formats.split(",")) if formats else tuple(triton_ops.UNITS)
+        for name, kernel, arguments, constants, warps in cases(wanted):
+            registers, spilled, shared = resources(compiled(kernel, arguments, constants, warps, level), level)
+            wrong = bool(spilled) or shared > SHARED[level]
+            bad += wrong
+            print(f"sm_{level} {name:22} {registers:4} registers {spilled:5} spilled {shared:6} shared{' <--' * wrong}")
     return int(bool(bad))
 
 

@@ -107,9 +107,14 @@ def test_every_row_has_a_reference_and_every_kernel_its_functions(row: Row) -> N
 
 
 @pytest.mark.parametrize(
-    ("row", "kernel"), [(row, kernel) for row in ROWS.values() for kernel in row.kernels],
+    ("row", "kernel"),
+    [
+        pytest.param(row, kernel, marks=pytest.mark.triton if kernel.name == "triton" else ())
+        for row in ROWS.values()
+        for kernel in row.kernels
+    ],
     ids=lambda each: each.name,
-)  # fmt: skip
+)
 def test_every_kernel_computes_what_the_reference_does(
     row: Row, kernel: Kernel, random_packed: Callable[..., PackedTensor], request: pytest.FixtureRequest
 ) -> None:

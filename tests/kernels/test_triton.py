@@ -26,8 +26,9 @@ def run(*words: str, **variables: str) -> None:
 
 
 def test_every_kernel_under_the_interpreter() -> None:
-    file = str(HERE / "interpreted_triton.py")
-    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and not slow",
+    """Those that have tests of their own, and as rows of the table beside the reference."""
+    files = [str(HERE / name) for name in ("interpreted_triton.py", "test_table.py")]
+    run("-m", "pytest", *files, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and not slow",
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
@@ -38,14 +39,6 @@ def test_whole_models_under_the_interpreter() -> None:
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
-def test_every_row_of_the_table_under_the_interpreter() -> None:
-    file = str(HERE / "test_table.py")
-    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-k", "triton", "--import-mode=importlib",
-        TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
-
-
-@pytest.mark.parametrize("level", [80, 90, 120])
-def test_kernels_compile_without_spills(level: int, tmp_path: Path) -> None:
-    """One format of each kind, and the kernels of rows; all formats with `python tests/kernels/compile_triton.py`."""
-    formats = ("q4_1", "q6_k") if level == 90 else ("q4_k",)
-    run(str(HERE / "compile_triton.py"), str(level), *formats, TRITON_CACHE_DIR=str(tmp_path))
+def test_kernels_compile_without_spills(tmp_path: Path) -> None:
+    """One format of each kind, and the kernels of rows; of all formats with `compile_triton.py 80 90 120`."""
+    run(str(HERE / "compile_triton.py"), "80:q4_k", "90:q4_1,q6_k", "120:q4_k", TRITON_CACHE_DIR=str(tmp_path))

@@ -12,7 +12,7 @@ import uvicorn
 import qgraft
 from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
-from qgraft.cli.serve import _parser, make_service
+from qgraft.cli.serve import _parser, bound, make_service
 from qgraft.serving.app import make_app
 
 ADMIN, LAW_ONLY, BASE_ONLY, ALL = "sk-admin", "sk-law", "sk-base", "sk-all"
@@ -38,9 +38,9 @@ class Running:
         self.service, self.model, self.tokenizer = service, service.engine.model, service.tokenizer
         config = uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="error", access_log=False)
         self.server = uvicorn.Server(config)
-        socket = config.bind_socket()
-        self.url = f"http://127.0.0.1:{socket.getsockname()[1]}"
-        self.thread = threading.Thread(target=self.server.run, args=([socket],), daemon=True)
+        listener = bound(config)
+        self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        self.thread = threading.Thread(target=self.server.run, args=([listener],), daemon=True)
         service.engine.start()
         self.thread.start()
         while not self.server.started and self.thread.is_alive():

@@ -5,6 +5,7 @@ import asyncio
 import json
 import re
 import shutil
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,13 @@ def test_who_goes_away_frees_a_place(running: Running, monkeypatch: pytest.Monke
     while engine.running and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not engine.running and not engine.waiting
+
+
+def test_no_answer_waits_for_the_client_to_acknowledge_the_last(running: Running) -> None:
+    with running.client() as client:
+        assert client.get("/health").status_code == 200
+        connections = [each.transport.get_extra_info("socket") for each in running.server.server_state.connections]
+        assert connections and all(each.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) for each in connections)
 
 
 def test_openais_own_client(running: Running, expected: Any) -> None:

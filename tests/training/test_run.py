@@ -23,7 +23,8 @@ ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i %
 
 
 def arguments(folder, **options):
-    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1, "use_cpu": True}
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 4, "save_steps": 2, "logging_steps": 1, "use_cpu": True,
+                "plot_loss": False}  # fmt: skip
     return qgraft.TrainArguments(output_dir=str(folder), **{**defaults, "learning_rate": 1e-2, "r": 2, **options})
 
 
@@ -62,7 +63,7 @@ def test_samples_of_one_row_are_held_out_together_and_notes_are_said(tiny_gguf, 
 
 
 def test_a_run_leaves_a_sealed_adapter_a_log_a_plot_and_its_accounting(tiny_gguf, tmp_path):
-    model, report = run(tiny_gguf, tmp_path / "out", val_size=4, save_strategy="no")
+    model, report = run(tiny_gguf, tmp_path / "out", val_size=4, save_strategy="no", plot_loss=True)
     folder = tmp_path / "out"
     assert {
         "adapter_config.json",

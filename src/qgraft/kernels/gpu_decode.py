@@ -173,7 +173,9 @@ class _State:
         graph = torch.cuda.CUDAGraph()
         try:
             with (
-                torch.cuda.stream(torch.cuda.current_stream()),  # which torch.cuda.graph does not restore after an error
+                torch.cuda.stream(
+                    torch.cuda.current_stream()
+                ),  # which torch.cuda.graph does not restore after an error
                 torch.cuda.graph(graph, capture_error_mode="thread_local"),
             ):
                 result = self._step()

@@ -1,11 +1,12 @@
 """decode.c against the same decoder in float64."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
 from decoder_float64 import CAPACITY, CHANNELS, HIDDEN, TestedDecoder, texts
+from torch import Tensor
 
 from qgraft.formats import PackedTensor, get_format
 from qgraft.kernels.cpu import decode
@@ -24,19 +25,33 @@ BATCHES = {  # texts of a step: (tokens before, new ones); and the choices of ad
 }
 
 
+def made(batch: str) -> tuple[TestedDecoder, list[Row], list[int], Tensor, Tensor]:
+    """A decoder, and the rows, choices, x and angles of a step: the same ones each time."""
+    torch.manual_seed(0)
+    decoder, (lengths, choices) = Decoder(), BATCHES[batch]
+    rows = texts(lengths)
+    return decoder, rows, choices, torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
+
+
+@cache
+def judged(batch: str) -> tuple[Tensor, Tensor]:
+    """What becomes of x, and of the keys and values."""
+    decoder, rows, choices, x, angles = made(batch)
+    want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+    return want, decoder.past
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_step_is_that_of_the_decoder_in_float64(
     cpu_level: str, threads: Callable[[int], None], count: int, batch: str
 ) -> None:
     threads(count)
-    decoder, (lengths, choices) = Decoder(), BATCHES[batch]
-    rows = texts(lengths)
-    x, angles = torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
-    want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+    decoder, rows, choices, x, angles = made(batch)
+    want, memory = judged(batch)
     got = decoder.step(rows, choices, x, angles)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(decoder.memory.double(), decoder.past, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(decoder.memory.double(), memory, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("count", [1, 9, 200])

@@ -19,7 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api")
 
 import qgraft
 from qgraft.adapters.choose import use_adapter
-from qgraft.cli.serve import _parser, make_page_app, make_service, make_work
+from qgraft.cli.serve import _parser, bound, make_page_app, make_service, make_work
 from qgraft.serving.answering import answer
 
 CHROMIUM = next(
@@ -44,11 +44,11 @@ def server(tiny_gguf: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     work = make_work(service, options)
     config = uvicorn.Config(make_page_app(service, work), host="127.0.0.1", port=0, log_level="error", access_log=False)
     running = uvicorn.Server(config)
-    socket = config.bind_socket()
-    thread = threading.Thread(target=running.run, args=([socket],), daemon=True)
+    listener = bound(config)
+    thread = threading.Thread(target=running.run, args=([listener],), daemon=True)
     service.engine.start()
     thread.start()
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}", root
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}", root
     running.should_exit = True
     thread.join(60)
     work.close(60)
