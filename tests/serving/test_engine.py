@@ -1,6 +1,5 @@
 """An answer in a batch is the answer alone, whoever comes and goes beside it; and one that fails fails alone."""
 
-import json
 import random
 import threading
 from collections.abc import Callable
@@ -22,7 +21,6 @@ from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from qgraft.passes.decoding import why_not
 from qgraft.serving.engine import Engine, answer_all
-from qgraft.serving.json_text import JsonText
 from qgraft.serving.passes_of import SharedPasses, SinglePasses
 from qgraft.serving.requests import BusyError, Delta, Finish, Request
 from qgraft.serving.sampling import Sampling
@@ -342,22 +340,4 @@ def test_who_is_alone_is_decoded_in_c_over_the_same_memory(talker: Any) -> None:
     assert [each["tokens"] for each in alone] == [each["tokens"] for each in together]
     mixed = answer_all(engine, [replace(requests[1], max_tokens=3), requests[2]])[1]  # by the one, then by the other
     assert mixed["tokens"] == alone[2]["tokens"]
-    engine.stop()
-
-
-def test_an_answer_that_must_be_json_is_json(talker: Any) -> None:
-    model, tokenizer = talker
-    engine = Engine(model, tokenizer)
-    bias = dict.fromkeys(tokenizer('{"}:,', add_special_tokens=False)["input_ids"], 6.0)
-    requests = [
-        Request((5, 6 + n), mix, Sampling(seed=n, temperature=heat, logit_bias=bias), max_tokens=60, form=JsonText())
-        for n, (mix, heat) in enumerate(zip(MIXES[:3], (0, 1, 1), strict=True))
-    ]
-    complete = 0
-    for answer in answer_all(engine, requests):
-        assert answer["finish"].error is None and JsonText().after(answer["text"]) is not None
-        if answer["finish"].reason == "stop":
-            assert isinstance(json.loads(answer["text"]), dict)
-            complete += 1
-    assert complete
     engine.stop()

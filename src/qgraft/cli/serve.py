@@ -199,6 +199,8 @@ def _check_host(options: argparse.Namespace) -> None:
 
 def _require_extra() -> None:
     try:
+        import llguidance  # noqa: F401
+
         from qgraft.serving import app  # noqa: F401
     except ImportError as error:
         if (error.name or "qgraft").partition(".")[0] == "qgraft":

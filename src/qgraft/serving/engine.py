@@ -34,7 +34,7 @@ from qgraft.passes.batched import CACHED
 from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.key_values import BLOCK
 from qgraft.passes.limits import stated_ends
-from qgraft.serving.json_tokens import JsonTokens
+from qgraft.serving.grammars import Grammars
 from qgraft.serving.mixes import mix_of
 from qgraft.serving.passes_of import Part, PassError, Passes, SharedPasses, SinglePasses
 from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
@@ -108,8 +108,7 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        texts = None if request.form is None else self._json_tokens
-        running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites, texts)
+        running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites(request))
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")
@@ -139,6 +138,14 @@ class Engine:
                 with self._changed:
                     self._guests -= 1
                     self._changed.notify_all()
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What holds answers to a form: up to seconds of work, done once, in the thread of who asks for one first.
+
+        Raises UnsupportedError for a tokenizer with which that cannot be.
+        """
+        return Grammars(self.tokenizer, self.model.get_input_embeddings().weight.shape[0], self.ends)
 
     def uses(self, name: str) -> bool:
         """Whether a request that is not finished goes by this adapter."""
@@ -300,22 +307,15 @@ class Engine:
 
     def _decoder(self, request: Request) -> Callable[[list[int]], str]:
         tokenizer, skip = self.tokenizer, not request.keep_special
+        as_written = {} if request.grammar is None else {"clean_up_tokenization_spaces": False}
 
         def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=skip))
+            return str(tokenizer.decode(ids, skip_special_tokens=skip, **as_written))
 
         return decode
 
-    @cached_property
-    def _json_tokens(self) -> JsonTokens:
-        """Of the whole vocabulary: seconds of work, done once, in the thread of who asks for JSON first."""
-        size = self.model.get_input_embeddings().weight.shape[0]
-        special = set(self.tokenizer.all_special_ids) | self.ends
-        return JsonTokens(["" if token in special else str(self.tokenizer.decode([token])) for token in range(size)])
-
-    @property
-    def _rewrites(self) -> bool:
-        return bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
+    def _rewrites(self, request: Request) -> bool:
+        return request.grammar is None and bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
 
 
 def answer_all(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from qgraft.errors import QgraftError
-from qgraft.serving.json_text import JsonText
+from qgraft.serving.grammars import Grammar
 from qgraft.serving.sampling import Sampling, Token
 
 
@@ -26,7 +26,7 @@ class Request:
         stop: texts that end it.
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.
-        form: what it must be an object of; it ends where that is complete.
+        grammar: the form that it must have; it ends where that is complete.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +36,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_ends: bool = False
     keep_special: bool = False
-    form: JsonText | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)

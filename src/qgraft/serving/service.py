@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError
+from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
-from qgraft.serving.json_text import JsonText
+from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import ApiError, Ask
 from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import CLOSE, AnswerReader
+from qgraft.serving.tool_calls import CLOSE, AnswerReader, call_texts
 
 MIXED = 8  # adapters of a mix
 
@@ -119,11 +119,9 @@ class Service:
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        forms = [_form_of(reader) if ask.json else None for reader in readers]
+        grammar = self._grammar(ask, readers[0]) if ask.schema is not None or ask.must_call else None
         requests = [
-            self._request(ask, prompt, adapters, choice, form)
-            for prompt, form in zip(prompts, forms, strict=True)
-            for choice in range(ask.count)
+            self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
         return Prepared(tuple(requests), tuple(each), adapters, len(prompts))
@@ -141,14 +139,29 @@ class Service:
                 raise
         return running
 
+    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar:
+        """The form that answers must have: from their beginning, or behind the reasoning that the prompt has begun."""
+        schema = None if ask.must_call else ask.schema
+        param = "tools" if schema is None else "response_format"
+        try:
+            calls = call_texts(reader.format, ask.tools, ask.must_call)
+            several = (
+                len(ask.must_call) != 1 and not ask.one_call and reader.format is not None and reader.format.repeats
+            )
+            return self.engine.grammars.compile(Form(schema, calls, several, CLOSE if reader.thinking else ""))
+        except (OptionError, UnsupportedError) as error:
+            raise ApiError(
+                400, f"{param}: {error.message}", code="invalid_value", param=param, hint=error.hint
+            ) from error
+
     def _request(
-        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, form: JsonText | None
+        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None
     ) -> Request:
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), form
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar
         )
 
     def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
@@ -187,11 +200,6 @@ class Service:
         """The text of a token within others: alone, sentencepiece leaves out its blank."""
         once, twice = str(self.tokenizer.decode([token])), str(self.tokenizer.decode([token, token]))
         return twice.removeprefix(once) if twice.startswith(once) else once
-
-
-def _form_of(reader: AnswerReader) -> JsonText:
-    """What an answer must be an object of: from its beginning, or behind the reasoning that the prompt has begun."""
-    return JsonText.behind(CLOSE) if reader.thinking else JsonText()
 
 
 class errors_as_answers:  # noqa: N801 (used like a function)

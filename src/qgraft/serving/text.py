@@ -26,7 +26,6 @@ class AnswerText:
         self._text_of, self._stop, self._rewrites = decode, tuple(stop), rewrites
         self._ids: list[int] = []
         self._settled = 0  # characters of what self._ids decodes to that are in `text`
-        self._known = 0  # characters of it without a part of one at its end
         self._pending = ""  # settled, and held back
         self.text = ""  # shown
         self.stopped: str | None = None
@@ -36,7 +35,6 @@ class AnswerText:
         self._ids.append(token)
         decoded = self._text_of(self._ids)
         whole = decoded.rstrip("\ufffd") if decoded.endswith("\ufffd") else decoded
-        self._known = len(whole)
         if self._rewrites and (word := _LAST_WORD.search(whole)):
             whole = whole[: word.start()]
         elif self._rewrites:
@@ -45,12 +43,6 @@ class AnswerText:
         if len(self._ids) > MOST and self._settled == len(decoded):
             self._begin_again()
         return shown
-
-    def peek(self, token: int) -> tuple[str, bool]:
-        """(what one more id would add to what is known, whether it would end in a part of a character)."""
-        decoded = self._text_of([*self._ids, token])
-        whole = decoded.rstrip("\ufffd")
-        return whole[self._known :], len(whole) < len(decoded)
 
     def end(self) -> str:
         """The answer is complete: what is left of it."""
@@ -83,7 +75,7 @@ class AnswerText:
     def _begin_again(self) -> None:
         """Forget the first ids: what they decode to is settled, and the last ones are beginning enough for those to come."""
         self._ids = self._ids[-KEPT:]
-        self._settled = self._known = len(self._text_of(self._ids))
+        self._settled = len(self._text_of(self._ids))
 
 
 def _overlap(text: str, stop: str) -> int:
