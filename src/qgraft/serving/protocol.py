@@ -76,6 +76,7 @@ class Ask:
         enable_thinking: what the chat template is told.
         echo: whether the prompt is a part of the text.
         response_format: as it was given; None for any text.
+        param: what the API calls its prompts.
         must_call: the names of functions one of which answers must call; empty where they need not.
         one_call: whether an answer has one call of a tool at most.
     """
@@ -96,6 +97,7 @@ class Ask:
     echo: bool = False
     response_format: Mapping[str, Any] | None = None
     must_call: tuple[str, ...] = ()
+    param: str = "messages"
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
@@ -140,7 +142,8 @@ def read_completion(body: object) -> Ask:
     wanted = given.get("max_tokens")
     return Ask(
         sampling=_sampling(given, given.get("logprobs"), "logprobs"), prompts=_prompts(given.get("prompt")),
-        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), **_shared(given),
+        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), param="prompt",
+        **_shared(given),
     )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ Finish    why the answer ended:  stop    an end token, or a stop string
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from qgraft.errors import QgraftError
+from qgraft.errors import DataError, QgraftError
 from qgraft.serving.grammars import Grammar
 from qgraft.serving.sampling import Sampling, Token
 
@@ -27,6 +27,7 @@ class Request:
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.
         grammar: the form that it must have; it ends where that is complete.
+        cleaned: whether its text is as the tokenizer's own chat shows it (data/scripted.py), where it has one.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class Request:
     ignore_ends: bool = False
     keep_special: bool = False
     grammar: Grammar | None = None
+    cleaned: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ class Finish:
 
 
 Listener = Callable[[Delta | Finish], None]
+
+
+class ContextError(DataError):
+    """A prompt that leaves no room for an answer."""
 
 
 class BusyError(QgraftError):

@@ -7,7 +7,7 @@ Nothing is stored: previous_response_id and conversation are refused, as are too
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qgraft.serving.answers import Choice, new_id
@@ -39,7 +39,7 @@ def read_response(body: object) -> Ask:
     first = [] if instructions is None else [{"role": "system", "content": instructions}]
     chat["messages"] = first + _messages(given.get("input"))
     chat["tools"] = _tools(given.get("tools"))
-    return read_chat(chat)
+    return replace(read_chat(chat), param="input")
 
 
 def _format(given: object) -> object:

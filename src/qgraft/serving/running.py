@@ -1,6 +1,6 @@
 """A request that is being answered: its ids so far, what others are told of it, and where it ends."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,20 +46,11 @@ class Running:
     _matching: Matching | None = None
 
     @classmethod
-    def of(
-        cls,
-        request: Request,
-        listener: Listener,
-        mix: Mix,
-        limit: int,
-        decode: Callable[[list[int]], str],
-        rewrites: bool,
-    ) -> "Running":
+    def of(cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText) -> "Running":
         """A request at its beginning."""
         prompt = list(request.prompt)
-        text, sampler = AnswerText(decode, request.stop, rewrites), Sampler(request.sampling, prompt)
         matching = None if request.grammar is None else request.grammar.begin()
-        return cls(request, listener, mix, limit, text, sampler, prompt, _matching=matching)
+        return cls(request, listener, mix, limit, text, Sampler(request.sampling, prompt), prompt, _matching=matching)
 
     @property
     def new(self) -> int:

@@ -19,7 +19,7 @@ from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import ApiError, Ask
-from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
 from qgraft.serving.tool_calls import CLOSE, AnswerReader, call_texts
 
@@ -72,12 +72,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The requests of an Ask, a reader for each answer, and the name of what answers."""
+    """The requests of an Ask, a reader for each answer, and what prompts are called in its API."""
 
     requests: tuple[Request, ...]
     readers: tuple[AnswerReader, ...]
     adapters: Mapping[str, float]
     prompts: int
+    param: str
 
 
 class Service:
@@ -124,12 +125,12 @@ class Service:
             self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
-        return Prepared(tuple(requests), tuple(each), adapters, len(prompts))
+        return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param)
 
     def submit(self, prepared: Prepared, listeners: Sequence[Listener]) -> list[Running]:
         """Hand the requests to the engine, all of them or none. Raises ApiError."""
         running: list[Running] = []
-        with errors_as_answers(), self.catalogue.holding(prepared.adapters):
+        with errors_as_answers(prepared.param), self.catalogue.holding(prepared.adapters):
             try:
                 for request, listener in zip(prepared.requests, listeners, strict=True):
                     running.append(self.engine.submit(request, listener))
@@ -161,8 +162,9 @@ class Service:
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar
-        )
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar,
+            cleaned=ask.messages is not None and grammar is None,
+        )  # fmt: skip
 
     def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
         """The adapters that are asked for, with their weights; each of them is there, and the key is good for it.
@@ -203,7 +205,14 @@ class Service:
 
 
 class errors_as_answers:  # noqa: N801 (used like a function)
-    """Within the block errors of ours become those of the API, with their status."""
+    """Within the block errors of ours become those of the API, with their status.
+
+    Args:
+        param: what prompts are called.
+    """
+
+    def __init__(self, param: str = "messages") -> None:
+        self.param = param
 
     def __enter__(self) -> None:
         return None
@@ -211,10 +220,10 @@ class errors_as_answers:  # noqa: N801 (used like a function)
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ApiError) or not isinstance(error, QgraftError):
             return
-        raise as_api_error(error) from error
+        raise as_api_error(error, self.param) from error
 
 
-def as_api_error(error: QgraftError) -> ApiError:
+def as_api_error(error: QgraftError, param: str = "messages") -> ApiError:
     """The answer that an error of ours is."""
     if isinstance(error, ApiError):
         return error
@@ -222,8 +231,8 @@ def as_api_error(error: QgraftError) -> ApiError:
         return ApiError(503, error.message, kind="server_error")
     if isinstance(error, BusyError):
         return ApiError(429, error.message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
-    if isinstance(error, DataError) and "context" in error.message:
-        return ApiError(400, error.message, code="context_length_exceeded", param="messages", hint=error.hint)
+    if isinstance(error, ContextError):
+        return ApiError(400, error.message, code="context_length_exceeded", param=param, hint=error.hint)
     if isinstance(error, (AdapterError, CheckpointError, DataError, OptionError)):
         return ApiError(400, error.message, hint=error.hint)
     return ApiError(500, error.message, kind="server_error", hint=error.hint)
