@@ -190,6 +190,7 @@ def test_calls_are_written_letter_for_letter(loaded: tuple[Any, Any]) -> None:
         ({"type": "zzz"}, "Invalid type"), ({"not": {}}, "not"), ({"enum": []}, "Unsatisfiable"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"$ref": "http://x/y"}, "http://x/y"), ({"type": "string", "format": "zzz"}, "zzz"), ({"enum": [float("nan")]}, ""),
+        ({"enum": list(range(40000))}, "expected at most 262144"),
         ({"uniqueItems": True, "x-guidance": {"lenient": True}}, "uniqueItems"),
     ],
     ids=lambda value: str(value)[:30],
@@ -213,11 +214,12 @@ def test_a_form_that_cannot_be_followed_fails_alone(engine: Engine) -> None:
 
 
 def test_a_schema_deep_as_python_goes_is_refused(loaded: tuple[Any, Any]) -> None:
-    deep: dict[str, Any] = {"type": "integer"}
-    for _ in range(400):
-        deep = {"type": "array", "items": deep}
-    with pytest.raises(OptionError, match="refused"):
-        loaded[1].compile(Form(deep))
+    for depth in (400, 5000):
+        deep: dict[str, Any] = {"type": "integer"}
+        for _ in range(depth):
+            deep = {"type": "array", "items": deep}
+        with pytest.raises(OptionError, match="refused"):
+            loaded[1].compile(Form(deep))
 
 
 @pytest.mark.parametrize(

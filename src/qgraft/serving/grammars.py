@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 BLANKS = 24  # of these, one after another
+LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
 _BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
 _JSON = {"whitespace_pattern": _BLANK, "whitespace_flexible": True, "lenient": False, "coerce_one_of": False}
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -83,10 +84,15 @@ class Grammars:
 
         limits = llguidance.LLParserLimits(verbose_errors=False)
         try:
-            text = llguidance.LLMatcher.grammar_from_lark(self.lark(form))
-            matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits)
-        except ValueError as error:  # of JSON: NaN, too deep
-            raise OptionError(f"the schema is refused: {_reason(str(error))}") from error
+            lark = self.lark(form)
+        except (ValueError, RecursionError) as error:  # NaN, which is no JSON; brackets without end
+            raise OptionError(f"the schema is refused: {error}") from error
+        if len(lark) > LONGEST:
+            raise OptionError(
+                f"the schema is refused: as a grammar it has {len(lark)} characters, expected at most {LONGEST}"
+            )
+        text = llguidance.LLMatcher.grammar_from_lark(lark)
+        matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits)
         grammar = Grammar(matcher)
         grammar.begin().allowed()
         return grammar
