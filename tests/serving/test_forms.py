@@ -134,6 +134,47 @@ def test_forced_calls(client: Any, blanks: Any, prompted: Any, template: str) ->
     assert cut.finish_reason == "length" and not cut.message.tool_calls
 
 
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_strict_tools_are_called_rightly_where_they_are_called(
+    client: Any, blanks: Any, prompted: Any, template: str, running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that says something, and then begins a call that only a random one goes on with."""
+    prompted(template)
+    begun = {"llama3_1": '{"', "mistral": "Now: [TOOL_CALLS]"}.get(template, "Now: <tool_call>")
+    script, draw = running.tokenizer(begun, add_special_tokens=False)["input_ids"], Sampler.draw
+
+    def take(self: Any, logits: Any, allowed: Any = None) -> Any:
+        if said:
+            assert allowed is None or allowed[said[0]]
+            return Token(said.pop(0))
+        return draw(self, logits, allowed)
+
+    monkeypatch.setattr(Sampler, "draw", take)
+    strict = [{"type": "function", "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    options: Any = {
+        "model": "law",
+        "messages": HELLO,
+        "max_tokens": 150,
+        "logit_bias": blanks,
+        "parallel_tool_calls": False,
+    }
+    names = set()
+    for seed in range(4):
+        said = list(script)
+        answer = client.chat.completions.create(**options, tools=strict, seed=seed, temperature=2).choices[0]
+        (call,) = answer.message.tool_calls
+        KINDS[call.function.name].model_validate_json(call.function.arguments)
+        names.add(call.function.name)
+        assert answer.finish_reason == "tool_calls"
+        assert (answer.message.content or "").strip() == ("" if template == "llama3_1" else "Now:")
+    assert names == {"Move", "Look"}
+    said = []
+    assert client.chat.completions.create(**options, tools=strict).choices[0].message.content  # text is free
+    said = list(script)
+    wild = client.chat.completions.create(**options, tools=TOOLS, seed=1).choices[0].message
+    assert not wild.tool_calls  # what is not strict is what the model writes
+
+
 def test_a_schema_beside_tools_is_one_or_the_other(client: Any, blanks: Any, prompted: Any) -> None:
     prompted("qwen3")
     form = {

@@ -258,3 +258,39 @@ def test_chatglm_answers_in_a_form(tiny_chatglm: Callable[[str], Path]) -> None:
         assert {str(json.loads(each["text"])) for each in answers} == {"你 好, a", "{'n': [1, 2]}"}
         assert {each["finish"].reason for each in answers} == {"stop"}
         engine.stop()
+
+
+@pytest.mark.parametrize("mark", ["<tool_call>", "<|im_start|>"], ids=["text", "token"])
+def test_text_may_come_before_calls_that_need_not_come(loaded: tuple[Any, Any], mark: str) -> None:
+    """But a call that has begun is one, and behind the last of them text may follow."""
+    calls = (CallText(f'{mark}\n"a" ', {"enum": [{}]}, "</end>"), CallText(f'{mark}\n"b" ', {"enum": [7]}, "</end>"))
+    form = Form(calls=calls, several=True, optional=True, mark=mark)
+    a, b = f'{mark}\n"a" {{}}</end>', f'{mark}\n"b" 7</end>'
+    end = loaded[0]("<|im_end|>")["input_ids"][0]
+    for text, may_end in (("", True), ("Hi <tool {", True), (f"Hi {mark}", False), (f"Hi {a}", True), (a + b + "\nOK. <", True),
+                          (f"{a} and {mark}\n", False)):  # fmt: skip
+        assert bool(taken(loaded, form, text).allowed()[end]) is may_end, text
+    for text in (f"Hi {mark}x", f'Hi {mark}\n"c"', a + mark + "!", f'{mark}\n"b" 8'):
+        assert taken(loaded, form, text) is None, text
+    one = replace(form, several=False)
+    assert taken(loaded, one, "Hi " + b).complete and taken(loaded, one, "Hi. <t") is not None
+    assert taken(loaded, one, f"Hi {a}x") is None and taken(loaded, one, a + b) is None
+
+
+def test_text_with_reasoning_in_tokens_and_calls_without_a_mark(loaded: tuple[Any, Any]) -> None:
+    call = CallText('{"name": "a", "arguments": ', {"enum": [{}]}, "}")
+    thinks = Form(calls=(CallText("<c>", {"enum": [{}]}, ""),), optional=True, mark="<c>", free=("<|im_start|>",))
+    assert (
+        taken(loaded, thinks, "<|im_start|>Hm<|im_start|> So <c>{}").complete
+        and taken(loaded, thinks, "Hm<c>x") is None
+    )
+    assert taken(loaded, replace(thinks, free=()), "<|im_start|>") is None
+    bare = Form(calls=(call,), optional=True)
+    for text, complete in (
+        ("It is {x}", False),
+        ("\n 7", False),
+        ('{"name": "a", "arguments": {}}', True),
+        ("", False),
+    ):
+        assert taken(loaded, bare, text).complete is complete, text
+    assert taken(loaded, bare, '{"x"') is None and taken(loaded, bare, "[") is None

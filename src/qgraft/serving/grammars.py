@@ -54,12 +54,17 @@ class Form:
     Attributes:
         several: whether calls may follow one another.
         behind: what ends the reasoning that the prompt has begun; "" where there is none.
+        optional: whether text may come before calls, or in their place; where they begin with no `mark`, in their place.
+        free: tokens that may stand in such text, though they are special.
     """
 
     schema: Mapping[str, Any] | None = None
     calls: tuple[CallText, ...] = ()
     several: bool = False
     behind: str = ""
+    optional: bool = False
+    mark: str = ""
+    free: tuple[str, ...] = ()
 
 
 class Grammars:
@@ -100,19 +105,27 @@ class Grammars:
     def lark(self, form: Form) -> str:
         """The grammar of a form."""
         schemas: list[Mapping[str, Any]] = []
+        mark, opening, text = self._opening(form) if form.optional else ("", "call", [])
         bodies = []
         if form.schema is not None:
             bodies.append(("" if form.behind else "blank ") + _schema(schemas, form.schema))
         if form.calls:
-            bodies.append("call (more call)*" if form.several else "call")
+            bodies.append(opening if form.optional else "call (more call)*" if form.several else "call")
         calls = [
-            " ".join((*self._literal(call.before), _schema(schemas, call.arguments), *self._literal(call.after)))
+            " ".join(
+                (
+                    *self._literal(call.before.removeprefix(mark)),
+                    _schema(schemas, call.arguments),
+                    *self._literal(call.after),
+                )
+            )
             for call in form.calls
         ]
         lines = ["start: thought blank body" if form.behind else "start: body", f"blank: /[ \\t\\n\\r]{{0,{BLANKS}}}/"]
         if form.behind:
             lines += self._thought(form.behind)
         lines += [f"body: {' | '.join(bodies)}", *([r"more: /[ \n]{0,2}/"] if form.calls and form.several else [])]
+        lines += text
         lines += [f"call: {' | '.join(calls)}"] if calls else []
         lines += [f"schema_{number}: %json {_json(schema)}" for number, schema in enumerate(schemas)]
         return "\n".join(lines)
@@ -121,6 +134,20 @@ class Grammars:
         if mark in self._special:
             return [f"thought: reasoning <[{self._special[mark]}]>", r"reasoning: /(.|\n)*/"]
         return [rf"thought[suffix={json.dumps(mark)}]: /(.|\n)*/"]
+
+    def _opening(self, form: Form) -> tuple[str, str, list[str]]:
+        """Of calls that may come: (what has been written when it is certain that one does, the body, its rules)."""
+        if not form.mark:
+            return "", "call | plain", [r"plain: /([ \t\n\r]*[^ \t\n\r{\[](.|\n)*)?/"]
+        piece = next(self._literal(form.mark))
+        special = self._split.match(form.mark)
+        mark = json.loads(piece) if special is None else special[0]
+        without = rf" & ~/(.|\n)*{_pattern(mark)}(.|\n)*/" if special is None else ""
+        until = rf"until[suffix={piece}]: /(.|\n)*/" if special is None else f"until: any {piece}"
+        free = [f"<[{self._special[text]}]>" for text in form.free if text in self._special]
+        lead = f"(any ({' | '.join(free)}))*" if free else '""'
+        rules = [until, "any: ANY", rf"ANY: /(.|\n)*/{without}", f"lead: {lead}"]
+        return mark, "(lead until call)* lead any" if form.several else "lead (until call | any)", rules
 
     def _literal(self, text: str) -> Iterator[str]:
         """A text as the grammar writes it: pieces in quotation marks, special tokens by their ids."""
@@ -170,6 +197,11 @@ class Matching:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise OptionError(f"the form of the answer is refused: {_reason(self._matcher.get_error())}")
+
+
+def _pattern(text: str) -> str:
+    """The pattern, between slashes, that is this text."""
+    return "".join(f"\\{each}" if each in r"\.+*?()|[]{}^$/&~#-" else each for each in text).replace("\n", r"\n")
 
 
 def _schema(schemas: list[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:

@@ -117,7 +117,8 @@ def _tools(given: object) -> list[dict[str, Any]] | None:
             raise ApiError(400, "tools: expected name, description and input_schema; tools of a server are not here",
                            param="tools")  # fmt: skip
         function = {"name": tool.get("name"), "description": tool.get("description") or ""}
-        tools.append({"type": "function", "function": {**function, "parameters": tool["input_schema"]}})
+        strict = {"strict": True} if tool.get("strict") is True else {}
+        tools.append({"type": "function", "function": {**function, "parameters": tool["input_schema"], **strict}})
     return tools
 
 

@@ -100,6 +100,11 @@ class Ask:
     param: str = "messages"
 
     @property
+    def strict(self) -> bool:
+        """Whether calls that an answer need not make must be right where it makes them."""
+        return not self.must_call and any(tool["function"].get("strict") is True for tool in self.tools)
+
+    @property
     def schema(self) -> Mapping[str, Any] | None:
         """Of the JSON that answers must be; None for any text."""
         if self.response_format is None:

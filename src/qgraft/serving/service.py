@@ -21,7 +21,7 @@ from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import ApiError, Ask
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import CLOSE, AnswerReader, call_texts
+from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
 
 MIXED = 8  # adapters of a mix
 
@@ -120,7 +120,7 @@ class Service:
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        grammar = self._grammar(ask, readers[0]) if ask.schema is not None or ask.must_call else None
+        grammar = self._grammar(ask, readers[0])
         requests = [
             self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
@@ -140,16 +140,22 @@ class Service:
                 raise
         return running
 
-    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar:
-        """The form that answers must have: from their beginning, or behind the reasoning that the prompt has begun."""
-        schema = None if ask.must_call else ask.schema
+    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar | None:
+        """The form that answers must have, from their beginning, or behind the reasoning that the prompt has begun."""
+        if ask.schema is None and not ask.must_call and not ask.strict:
+            return None
+        schema, written = None if ask.must_call else ask.schema, reader.format
         param = "tools" if schema is None else "response_format"
         try:
-            calls = call_texts(reader.format, ask.tools, ask.must_call)
-            several = (
-                len(ask.must_call) != 1 and not ask.one_call and reader.format is not None and reader.format.repeats
-            )
-            return self.engine.grammars.compile(Form(schema, calls, several, CLOSE if reader.thinking else ""))
+            calls = call_texts(written, ask.tools, ask.must_call, strict=ask.strict)
+            form = Form(
+                schema, calls, several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
+                behind=CLOSE if reader.thinking else "", optional=schema is None and not ask.must_call,
+                mark="" if written is None else written.mark, free=(OPEN, CLOSE),
+            )  # fmt: skip
+            if form.optional and written is not None and written.separate and not form.mark:
+                raise UnsupportedError("strict: where a call begins is not certain with this chat template")
+            return self.engine.grammars.compile(form)
         except (OptionError, UnsupportedError) as error:
             raise ApiError(
                 400, f"{param}: {error.message}", code="invalid_value", param=param, hint=error.hint

@@ -169,8 +169,13 @@ def _written(said: str, start: int, stop: int, after: str) -> tuple[str, str, st
     return _own(said[:name]), said[name + len(_NAME) : brace], "".join(closers) + after
 
 
-def call_texts(form: CallFormat | None, tools: Sequence[Tool], names: Collection[str]) -> tuple[CallText, ...]:
+def call_texts(
+    form: CallFormat | None, tools: Sequence[Tool], names: Collection[str] = (), *, strict: bool = False
+) -> tuple[CallText, ...]:
     """Calls of these tools as answers must write them; of those with these names, where there are any.
+
+    Args:
+        strict: arguments of tools that are not `strict` may be any object.
 
     Raises UnsupportedError where it is not known how a call is written, OptionError for arguments that are no object.
     """
@@ -180,7 +185,7 @@ def call_texts(form: CallFormat | None, tools: Sequence[Tool], names: Collection
             continue
         if form is None or form.written is None:
             raise UnsupportedError("how the chat template writes calls is not known here")
-        schema = function.get("parameters")
+        schema = function.get("parameters") if function.get("strict") or not strict else None
         schema = {} if schema is None else schema
         if not isinstance(schema, dict) or schema.get("type", "object") != "object":
             raise OptionError(f"the parameters of {function['name'][:100]!r}: expected the schema of an object")
