@@ -267,7 +267,8 @@ def test_text_may_come_before_calls_that_need_not_come(loaded: tuple[Any, Any], 
     form = Form(calls=calls, several=True, optional=True, mark=mark)
     a, b = f'{mark}\n"a" {{}}</end>', f'{mark}\n"b" 7</end>'
     end = loaded[0]("<|im_end|>")["input_ids"][0]
-    for text, may_end in (("", True), ("Hi <tool {", True), (f"Hi {mark}", False), (f"Hi {a}", True), (a + b + "\nOK. <", True),
+    for text, may_end in (("", True), ("Hi <tool {", True), (f"Hi {mark}", False), (f"Hi {a}", True),
+                          (a + b + "\nOK. <", True),
                           (f"{a} and {mark}\n", False)):  # fmt: skip
         assert bool(taken(loaded, form, text).allowed()[end]) is may_end, text
     for text in (f"Hi {mark}x", f'Hi {mark}\n"c"', a + mark + "!", f'{mark}\n"b" 8'):
