@@ -169,7 +169,8 @@ def test_strict_tools_are_called_rightly_where_they_are_called(
         assert (answer.message.content or "").strip() == ("" if template == "llama3_1" else "Now:")
     assert names == {"Move", "Look"}
     said = []
-    assert client.chat.completions.create(**options, tools=strict, seed=7).choices[0].message.content  # text is free
+    free = [client.chat.completions.create(**options, tools=strict, seed=seed).choices[0].message for seed in range(4)]
+    assert any(message.content for message in free)
     said = list(script)
     wild = client.chat.completions.create(**options, tools=TOOLS, seed=1).choices[0].message
     assert not wild.tool_calls  # what is not strict is what the model writes
