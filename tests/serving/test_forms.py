@@ -159,7 +159,7 @@ def test_strict_tools_are_called_rightly_where_they_are_called(
         "parallel_tool_calls": False,
     }
     names = set()
-    for seed in range(4):
+    for seed in range(12):
         said = list(script)
         answer = client.chat.completions.create(**options, tools=strict, seed=seed, temperature=2).choices[0]
         (call,) = answer.message.tool_calls
