@@ -295,3 +295,26 @@ def test_text_with_reasoning_in_tokens_and_calls_without_a_mark(loaded: tuple[An
     ):
         assert taken(loaded, bare, text).complete is complete, text
     assert taken(loaded, bare, '{"x"') is None and taken(loaded, bare, "[") is None
+
+
+def test_a_form_outlives_a_place_that_was_lost(talker: Any) -> None:
+    """Where memory runs out the latest request starts again from its ids, in the middle of its form."""
+    engine = Engine(*talker, cache_tokens=128, max_batch=8)
+    kind = Annotated[list[SMALL], Field(min_length=8, max_length=8)]
+    grammar = engine.grammars.compile(Form(TypeAdapter(kind).json_schema()))
+    requests = [Request((5, 6 + n), sampling=Sampling(seed=n), max_tokens=100, grammar=grammar) for n in range(8)]
+    passes, sent_back = engine.passes.release, 0
+
+    def release(running: Any) -> None:
+        nonlocal sent_back
+        sent_back += not running.finished and running.answered > 0
+        passes(running)
+
+    engine.passes.release = release
+    answers = answer_all(engine, requests)
+    assert sent_back > 3
+    for answer in answers:
+        assert answer["finish"].error is None
+        assert answer["finish"].reason == "length" or valid(kind, answer["text"])
+    assert sum(answer["finish"].reason == "stop" for answer in answers) > 3
+    engine.stop()
