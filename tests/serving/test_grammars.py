@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from decimal import Decimal
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ import qgraft
 from qgraft.errors import OptionError
 from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
 from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
+from qgraft.serving import grammars
 from qgraft.serving.engine import Engine, answer_all
 from qgraft.serving.grammars import CallText, Form, Grammars
 from qgraft.serving.requests import Request
@@ -190,7 +192,10 @@ def test_calls_are_written_letter_for_letter(loaded: tuple[Any, Any]) -> None:
         ({"type": "zzz"}, "Invalid type"), ({"not": {}}, "not"), ({"enum": []}, "Unsatisfiable"),
         ({"type": "array", "uniqueItems": True}, "uniqueItems"), ({"type": "string", "pattern": "(?=a)b"}, "look-around"),
         ({"$ref": "http://x/y"}, "http://x/y"), ({"type": "string", "format": "zzz"}, "zzz"), ({"enum": [float("nan")]}, ""),
-        ({"enum": list(range(40000))}, "expected at most 262144"),
+        ({"enum": list(range(40000))}, "expected at most 262144"), ({"$ref": "#"}, "NoExtension"),
+        ({"type": "object", "properties": {str(n): {"type": "integer"} for n in range(3000)}}, "Current row has"),
+        ({"const": 0.1 + 0.2}, "15 digits"), ({"type": "integer", "minimum": -(2**63)}, "15 digits"),
+        ({"enum": [[{"a": 2**53}]]}, "15 digits"),
         ({"uniqueItems": True, "x-guidance": {"lenient": True}}, "uniqueItems"),
     ],
     ids=lambda value: str(value)[:30],
@@ -201,16 +206,47 @@ def test_what_cannot_be_kept_is_refused_with_its_reason(loaded: tuple[Any, Any],
     assert reason in refused.value.message and len(refused.value.message) < 400 and "%json" not in refused.value.message
 
 
-def test_a_form_that_cannot_be_followed_fails_alone(engine: Engine) -> None:
-    """A schema that is its own, one that is too large to go on with: found out only while it is followed."""
-    many = {"type": "object", "properties": {str(n): {"type": "integer"} for n in range(5000)}}
-    forms = [engine.grammars.compile(Form(schema)) for schema in ({"$ref": "#"}, many)]
+def test_a_form_that_cannot_be_followed_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is found out only while it is followed: here a schema that is its own, as nothing has looked at it before."""
+    monkeypatch.setattr(Grammars, "_problem", lambda self, schemas: "")
+    grammar = engine.grammars.compile(Form({"$ref": "#"}))
     free = Request((5, 6), sampling=Sampling(temperature=0), max_tokens=30)
-    *failed, other = answer_all(engine, [*(replace(free, grammar=grammar) for grammar in forms), free])
-    for answer in failed:
-        assert isinstance(answer["finish"].error, OptionError) and "refused: " in answer["finish"].error.message
-        assert len(answer["finish"].error.message) < 400
+    failed, other = answer_all(engine, [replace(free, grammar=grammar), free])
+    error = failed["finish"].error
+    assert isinstance(error, OptionError) and "refused: " in error.message and len(error.message) < 400
     assert other["finish"].error is None and other["tokens"] == answer_all(engine, [free])[0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    "schema,reason",
+    [
+        ({"$ref": "#/$defs/d0",
+          "$defs": {f"d{n}": {"$ref": f"#/$defs/d{n + 1}"} for n in range(4900)} | {"d4900": {}}}, "stack"),
+        ({"allOf": [{"type": "string", "pattern": f".*{letter}.*"} for letter in "abcdefghijklmnopqrstuvwxyz"]}, "longer"),
+    ],
+    ids=["deep", "long"],
+)  # fmt: skip
+def test_what_would_end_the_process_or_hold_it_up_is_refused(
+    loaded: tuple[Any, Any], schema: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "CHECK_SECONDS", 2.0)
+    with pytest.raises(OptionError, match=reason):
+        loaded[1].compile(Form(schema))
+
+
+def test_numbers_are_kept_to_their_last_digit(loaded: tuple[Any, Any]) -> None:
+    for number in (0.1, -2.5e-7, 123456789012345, 9007199254740991, -9007199254740991, 1e-5, 99.99, 1e14):
+        for other in (number, number * 2):
+            text = format(Decimal(repr(other)), "f").removesuffix(".0")
+            matching = taken(loaded, Form({"enum": [number, None]}), text)
+            assert (matching is not None and bool(matching.allowed()[2])) is (number == other), text
+
+
+def test_a_grammar_is_made_once(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    form = Form({"enum": ["once"]})
+    grammar = loaded[1].compile(form)
+    monkeypatch.setattr(Grammars, "_problem", lambda self, schemas: 1 / 0)
+    assert loaded[1].compile(form) is grammar
 
 
 def test_a_schema_deep_as_python_goes_is_refused(loaded: tuple[Any, Any]) -> None:

@@ -11,15 +11,19 @@ vocabulary may come next. Its grammar of a call of Qwen's, behind reasoning that
     call: "<tool_call>\\n{\\"name\\": \\"time\\", \\"arguments\\": " schema_0 "}\\n</tool_call>"
     schema_0: %json {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
 
-What JSON Schema says and llguidance does not keep is refused, with its reason. Blanks between values are bounded: a model
-that has nothing to say would write blanks for ever. Tokens that a tokenizer writes as text are known by their bytes, special
+What JSON Schema says and llguidance does not keep is refused, with its reason; so are numbers that it rounds.
+Blanks between values are bounded: a model that has nothing to say would write blanks for ever. Tokens that a tokenizer writes as text are known by their bytes, special
 ones by their ids. Not chosen: a follower of our own (JSON alone is little, JSON Schema is not).
 """
 
 import json
 import re
+import subprocess
+import sys
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,14 +31,21 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.requests import BusyError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+CHECK_SECONDS = 5.0
 BLANKS = 24  # of these, one after another
 LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
 _BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
 _JSON = {"whitespace_pattern": _BLANK, "whitespace_flexible": True, "lenient": False, "coerce_one_of": False}
+_NUMBERS = {
+    "const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
+    "minItems", "maxItems", "minProperties", "maxProperties",
+}  # fmt: skip
+DIGITS, LARGEST, WHOLE = 15, 1e15, 2**53 - 1  # of numbers that llguidance keeps exactly; -2**63 ends the process
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -78,29 +89,64 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", size: int, ends: Collection[int]) -> None:
+        self._known, self._one_check = lru_cache(maxsize=64)(self._compiled), threading.Lock()
         self._tokens = _tokens_of(tokenizer, size, sorted(ends))
         added = {text: token for text, token in tokenizer.get_added_vocab().items() if token < size}
         self._special = {text: token for text, token in added.items() if self._tokens.is_special_token(token)}
         self._split = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
 
     def compile(self, form: Form) -> "Grammar":
-        """What follows this form. Raises OptionError for a schema that is none, or of which not all can be kept."""
-        import llguidance
+        """What follows this form; kept for who asks for it again.
 
-        limits = llguidance.LLParserLimits(verbose_errors=False)
+        Raises OptionError for a schema that is none, or of which not all can be kept, BusyError where others are being read.
+        """
         try:
             lark = self.lark(form)
+            schemas = [each for each in (form.schema, *(call.arguments for call in form.calls)) if each is not None]
+            for schema in schemas:
+                _check_numbers(schema)
         except (ValueError, RecursionError) as error:  # NaN, which is no JSON; brackets without end
             raise OptionError(f"the schema is refused: {error}") from error
         if len(lark) > LONGEST:
             raise OptionError(
                 f"the schema is refused: as a grammar it has {len(lark)} characters, expected at most {LONGEST}"
             )
+        found = self._known(lark, tuple(map(_json, schemas)))
+        if isinstance(found, str):
+            raise OptionError(f"the schema is refused: {found}")
+        return found
+
+    def _compiled(self, lark: str, schemas: tuple[str, ...]) -> "Grammar | str":
+        """The grammar, or why there is none."""
+        import llguidance
+
+        if problem := self._problem(schemas):
+            return problem
+        limits = llguidance.LLParserLimits(verbose_errors=False)
         text = llguidance.LLMatcher.grammar_from_lark(lark)
-        matcher = llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits)
-        grammar = Grammar(matcher)
-        grammar.begin().allowed()
+        grammar = Grammar(llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits))
+        try:
+            grammar.begin().allowed()
+        except OptionError as error:
+            return error.message
         return grammar
+
+    def _problem(self, schemas: tuple[str, ...]) -> str:
+        """Why schemas cannot be read, found out where that harms nobody (schema_check.py)."""
+        words = [sys.executable, "-m", "qgraft.serving.schema_check"]
+        if not self._one_check.acquire(timeout=CHECK_SECONDS):
+            raise BusyError("other schemas are being read")
+        try:
+            done = subprocess.run(
+                words, input=json.dumps(schemas), capture_output=True, text=True, timeout=CHECK_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
+        finally:
+            self._one_check.release()
+        if done.returncode == 0:
+            return ""
+        return _reason(done.stdout) or "to read it takes too much memory, or too deep a stack"
 
     def lark(self, form: Form) -> str:
         """The grammar of a form."""
@@ -204,6 +250,25 @@ def _pattern(text: str) -> str:
     return "".join(f"\\{each}" if each in r"\.+*?()|[]{}^$/&~#-" else each for each in text).replace("\n", r"\n")
 
 
+def _check_numbers(schema: object, counts: bool = False) -> None:
+    """Raise OptionError for a number that answers are compared with, and that llguidance may take for another."""
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            _check_numbers(value, counts or key in _NUMBERS)
+    elif isinstance(schema, list):
+        for value in schema:
+            _check_numbers(value, counts)
+    elif counts and isinstance(schema, int | float) and not _is_kept(schema):
+        raise OptionError(f"the schema is refused: {schema:.17g}: numbers are kept up to {DIGITS} digits and {WHOLE}")
+
+
+def _is_kept(number: int | float) -> bool:
+    if isinstance(number, int):
+        return abs(number) <= WHOLE
+    digits = repr(number).partition("e")[0].removesuffix(".0").replace(".", "").lstrip("-0")
+    return number == 0 or (len(digits) <= DIGITS and 1 / LARGEST <= abs(number) <= LARGEST)
+
+
 def _schema(schemas: list[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
     """The name of a schema's rule."""
     schemas.append(schema)
@@ -218,7 +283,11 @@ def _reason(told: str) -> str:
     """What llguidance says is wrong, without the places in a grammar that nobody has seen."""
     lines = re.split(r"\n\s*\d+ \| |\n<state>", told)[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip(" ^"))
-    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", text)[:300]
+    return (
+        re.sub(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?", "", text)
+        .replace("<non-verbose/>", "")
+        .strip()[:300]
+    )
 
 
 def _tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int, ends: Sequence[int]) -> Any:

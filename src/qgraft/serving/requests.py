@@ -10,10 +10,13 @@ Finish    why the answer ended:  stop    an end token, or a stop string
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from qgraft.errors import DataError, QgraftError
-from qgraft.serving.grammars import Grammar
 from qgraft.serving.sampling import Sampling, Token
+
+if TYPE_CHECKING:
+    from qgraft.serving.grammars import Grammar
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_ends: bool = False
     keep_special: bool = False
-    grammar: Grammar | None = None
+    grammar: "Grammar | None" = None
     cleaned: bool = False
 
 
