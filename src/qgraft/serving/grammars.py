@@ -11,9 +11,9 @@ vocabulary may come next. Its grammar of a call of Qwen's, behind reasoning that
     call: "<tool_call>\\n{\\"name\\": \\"time\\", \\"arguments\\": " schema_0 "}\\n</tool_call>"
     schema_0: %json {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
 
-What JSON Schema says and llguidance does not keep is refused, with its reason; so are numbers that it rounds.
-Blanks between values are bounded: a model that has nothing to say would write blanks for ever. Tokens that a tokenizer writes as text are known by their bytes, special
-ones by their ids. Not chosen: a follower of our own (JSON alone is little, JSON Schema is not).
+What JSON Schema says and llguidance does not keep is refused, with its reason; so are numbers that it rounds. Blanks between
+values are bounded: a model that has nothing to say would write blanks for ever. Tokens that a tokenizer writes as text are
+known by their bytes, special ones by their ids. Not chosen: a follower of our own (JSON alone is little, JSON Schema is not).
 """
 
 import json
