@@ -26,7 +26,7 @@ from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
 from qgraft.serving import grammars
 from qgraft.serving.engine import Engine, answer_all
 from qgraft.serving.grammars import CallText, Form, Grammars
-from qgraft.serving.requests import Request
+from qgraft.serving.requests import BusyError, Request
 from qgraft.serving.sampling import Sampling
 
 Maker = Callable[..., Any]
@@ -240,6 +240,20 @@ def test_numbers_are_kept_to_their_last_digit(loaded: tuple[Any, Any]) -> None:
             text = format(Decimal(repr(other)), "f").removesuffix(".0")
             matching = taken(loaded, Form({"enum": [number, None]}), text)
             assert (matching is not None and bool(matching.allowed()[2])) is (number == other), text
+
+
+def test_who_waits_too_long_for_a_schema_to_be_read_is_told(
+    loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grammars, "CHECK_SECONDS", 0.05)
+    for _ in range(grammars.CHECKS):
+        assert loaded[1]._checks.acquire(timeout=1)
+    with pytest.raises(BusyError):
+        loaded[1].compile(Form({"enum": ["another"]}))
+    for _ in range(grammars.CHECKS):
+        loaded[1]._checks.release()
+    monkeypatch.undo()
+    assert loaded[1].compile(Form({"enum": ["another"]}))
 
 
 def test_a_grammar_is_made_once(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from qgraft.serving.requests import BusyError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECK_SECONDS = 5.0
+CHECKS, CHECK_SECONDS = 2, 5.0  # schemas that are read at once, and how long one may take
 BLANKS = 24  # of these, one after another
 LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
 _BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
@@ -89,7 +89,7 @@ class Grammars:
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", size: int, ends: Collection[int]) -> None:
-        self._known, self._one_check = lru_cache(maxsize=64)(self._compiled), threading.Lock()
+        self._known, self._checks = lru_cache(maxsize=64)(self._compiled), threading.Semaphore(CHECKS)
         self._tokens = _tokens_of(tokenizer, size, sorted(ends))
         added = {text: token for text, token in tokenizer.get_added_vocab().items() if token < size}
         self._special = {text: token for text, token in added.items() if self._tokens.is_special_token(token)}
@@ -134,7 +134,7 @@ class Grammars:
     def _problem(self, schemas: tuple[str, ...]) -> str:
         """Why schemas cannot be read, found out where that harms nobody (schema_check.py)."""
         words = [sys.executable, "-m", "qgraft.serving.schema_check"]
-        if not self._one_check.acquire(timeout=CHECK_SECONDS):
+        if not self._checks.acquire(timeout=CHECK_SECONDS):
             raise BusyError("other schemas are being read")
         try:
             done = subprocess.run(
@@ -143,7 +143,7 @@ class Grammars:
         except subprocess.TimeoutExpired:
             return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
         finally:
-            self._one_check.release()
+            self._checks.release()
         if done.returncode == 0:
             return ""
         return _reason(done.stdout) or "to read it takes too much memory, or too deep a stack"

@@ -120,7 +120,8 @@ class Service:
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        grammar = self._grammar(ask, readers[0])
+        with errors_as_answers():
+            grammar = self._grammar(ask, readers[0])
         requests = [
             self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
