@@ -59,6 +59,7 @@ ONLY_IN = {
         *("serving", "cli"),
     },
     "fastapi": {"serving"},
+    "llguidance": {"serving", "cli"},
     "matplotlib": {"plots"},
     "datasets": {"data"},
 }

@@ -16,6 +16,7 @@ from qgraft.cli.main import main
 
 pytest.importorskip("fastapi")
 pytest.importorskip("sse_starlette")
+pytest.importorskip("llguidance")
 pytest.importorskip("uvicorn")
 httpx = pytest.importorskip("httpx")
 

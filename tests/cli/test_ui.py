@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 pytest.importorskip("sse_starlette")
+pytest.importorskip("llguidance")
 
 from qgraft.cli import serve, ui
 from qgraft.errors import OptionError

@@ -14,6 +14,7 @@ from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
 from qgraft.cli.serve import _parser, bound, make_service
 from qgraft.serving.app import make_app
+from qgraft.serving.connections import OPTIONS, BoundedProtocol
 
 ADMIN, LAW_ONLY, BASE_ONLY, ALL = "sk-admin", "sk-law", "sk-base", "sk-all"
 HELLO = [{"role": "user", "content": "hello world"}]
@@ -36,7 +37,15 @@ class Running:
 
     def __init__(self, service: Any) -> None:
         self.service, self.model, self.tokenizer = service, service.engine.model, service.tokenizer
-        config = uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_level="error", access_log=False)
+        config = uvicorn.Config(
+            make_app(service),
+            host="127.0.0.1",
+            port=0,
+            log_level="error",
+            access_log=False,
+            http=BoundedProtocol,
+            **OPTIONS,
+        )
         self.server = uvicorn.Server(config)
         listener = bound(config)
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"

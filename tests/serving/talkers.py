@@ -13,6 +13,14 @@ from qgraft.adapters.choose import use_adapter
 MIXES: tuple[dict[str, float], ...] = (
     {}, {"law": 1.0}, {"med": 1.0}, {"law": 0.7, "med": 0.3}, {"law": -0.5}, {"style": 1.0}, {"style": 1.0, "med": 1.0},
 )  # fmt: skip
+# Calls as a list behind a mark, with ids that no model writes
+MISTRAL_TEMPLATE = """
+{%- for m in messages %}
+    {%- if m.tool_calls %}[TOOL_CALLS] [
+        {%- for c in m.tool_calls %}{"name": {{ c.function.name | tojson }}, "arguments": {{ c.function.arguments | tojson
+            }}, "id": "{{ c.id }}"}{{ "" if loop.last else ", " }}{% endfor %}]{{ eos_token }}
+    {%- else %}[INST] {{ tools | tojson if tools else "" }}{{ m.content }} [/INST]{% endif %}
+{%- endfor %}"""
 
 
 def with_adapters(model: Any, prefix: bool = True) -> Any:

@@ -21,6 +21,7 @@ httpx = pytest.importorskip("httpx")
 import torch
 from served import ADMIN, ALL, HELLO, LAW_ONLY, TRAVERSALS, Running, ask, serving, told
 
+from qgraft.data.tokenizing import decode_answer
 from qgraft.errors import AdapterError
 from qgraft.serving.prompting import Prompting
 from qgraft.serving.requests import Request
@@ -136,6 +137,42 @@ def test_what_is_wrong_has_its_status_and_openais_body(running: Running) -> None
             assert response.json()["error"]["code"] == code and response.json()["error"]["message"]
         assert "does not fit this model" in ask(client, model="foreign").json()["error"]["message"]
         assert told(ask(client))
+
+
+def test_what_is_too_long_is_named_as_the_api_names_it(running: Running) -> None:
+    long = "hello " * 300
+    with running.client() as client:
+        for path, body, param in (
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": long}]}, "messages"),
+            ("/v1/completions", {"prompt": long}, "prompt"), ("/v1/responses", {"input": long}, "input"),
+        ):  # fmt: skip
+            error = client.post(path, json={"model": "base", **body}).json()["error"]
+            assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+
+
+def test_who_may_not_load_sees_no_paths(running: Running, adapters: Path) -> None:
+    """Neither where adapters lie, nor where those of others were trained."""
+    (adapters / "broken.gguf").write_bytes(b"GGUF??")
+    shutil.copytree(adapters / "law", adapters / "cut", dirs_exist_ok=True)
+    (adapters / "cut" / "adapter_config.json").write_text("{")
+    try:
+        with running.client() as client, running.client(ADMIN) as admin:
+            assert told(ask(client, model="law"))
+            answers = [ask(client, model=name) for name in ("foreign", "broken", "cut")]
+            assert [each.status_code for each in answers] == [400, 400, 400]
+            assert "foreign does not fit this model" in answers[0].text and "not JSON" in answers[2].text
+            answers += [
+                client.get(path) for path in ("/v1/models", "/v1/models/law", "/lora-adapters", "/props", "/metrics")
+            ]
+            for answer in answers:
+                assert str(adapters.parent) not in answer.text and "tiny.gguf" not in answer.text, answer.text
+            assert admin.get("/v1/models/law").json()["root"] == str(adapters / "law")
+            assert {each["path"] for each in admin.get("/lora-adapters").json()} >= {str(adapters / "law")}
+            loaded = admin.post("/v1/load_lora_adapter", json={"lora_name": "q", "lora_path": "foreign"})
+            assert loaded.status_code == 400 and "tiny.gguf" in loaded.text
+    finally:
+        (adapters / "broken.gguf").unlink()
+        shutil.rmtree(adapters / "cut")
 
 
 def test_keys(running: Running) -> None:
@@ -384,3 +421,32 @@ def test_tools_and_reasoning_by_openais_client(running: Running, monkeypatch: py
     )
     calls = [call for each in deltas for call in each.delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["time"] and calls[0].index == 0
+
+
+@pytest.mark.parametrize("generation", ["chatglm", "chatglm2"])
+def test_chatglm_is_shown_as_its_chat_shows_it(
+    tiny_chatglm: Callable[[str], Path], generation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole and in a stream; a completion is what the model wrote."""
+    written = "  我在[[训练时间]]说:你好,世界! a,b 好,  "
+    server, said = serving("--model", str(tiny_chatglm(generation)), "--name", "base"), iter(())
+    tokenizer = server.tokenizer
+    ids = tokenizer(written, add_special_tokens=False)["input_ids"]
+    monkeypatch.setattr(Sampler, "draw", lambda self, logits, allowed=None: Token(next(said, tokenizer.eos_token_id)))
+    shown = decode_answer(tokenizer, ids)
+    assert "2023年说" in shown and shown == shown.strip() and ("你好，世界！" in shown) == (generation == "chatglm")
+    with server.client() as client:
+        said = iter(ids)
+        assert told(ask(client, max_tokens=200)) == shown
+        said = iter(ids)
+        lines = [
+            line[6:]
+            for line in ask(client, max_tokens=200, stream=True).text.splitlines()
+            if line.startswith("data: {")
+        ]
+        deltas = [json.loads(line)["choices"][0]["delta"].get("content") or "" for line in lines]
+        assert "".join(deltas) == shown and sum(map(bool, deltas)) > 2
+        said = iter(ids)
+        plain = client.post("/v1/completions", json={"model": "base", "prompt": "x", "max_tokens": 200}).json()
+        assert plain["choices"][0]["text"] == tokenizer.decode(ids, skip_special_tokens=True) != shown
+    server.stop()

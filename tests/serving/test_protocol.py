@@ -56,7 +56,16 @@ def test_the_examples_of_the_documentation() -> None:
     assert (ask.model, ask.count, ask.stream, ask.max_tokens) == ("VAR_chat_model_id", 1, False, None)
     assert (ask.sampling.temperature, ask.sampling.top_p, ask.sampling.logprobs) == (1.0, 1.0, None)
     assert read_chat({**DEFAULT, "stream": True, "stream_options": {"include_usage": True}}).include_usage
-    assert read_chat({**DEFAULT, "response_format": {"type": "json_object"}}).json and not ask.json
+    assert (
+        read_chat({**DEFAULT, "response_format": {"type": "json_object"}}).schema == {"type": "object"}
+        and ask.schema is None
+    )
+    described = {"name": "reply", "strict": True, "schema": {"type": "array"}}
+    asked = read_chat({**FUNCTIONS, "response_format": {"type": "json_schema", "json_schema": described}})
+    assert asked.schema == {"type": "array"} and asked.must_call == ()
+    name = FUNCTIONS["tools"][0]["function"]["name"]
+    for choice in ("required", {"type": "function", "function": {"name": name}}):
+        assert read_chat({**FUNCTIONS, "tool_choice": choice}).must_call == (name,)
     assert read_chat(FUNCTIONS).tools == tuple(FUNCTIONS["tools"])
     assert read_chat({**FUNCTIONS, "tool_choice": "none"}).tools == ()
     assert (
@@ -96,11 +105,19 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": "much"}}, "logit_bias"), ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"tool_choice": "required"}, "tool_choice"), ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tool_choice": "required"}, "tool_choice"), ({**FUNCTIONS, "tool_choice": "any"}, "tool_choice"),
+        ({**FUNCTIONS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
+        ({**FUNCTIONS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({**FUNCTIONS, "tool_choice": []}, "tool_choice"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "z": 1}}},
+         "response_format"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
         ({"seed": "x"}, "seed"), ({"stop": "x" * 501}, "stop"),
         ({"repetition_penalty": 1.1, "repeat_penalty": 2}, "repeat_penalty"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"), ({"audio": {}}, "audio"), ({"temprature": 1}, "temprature"),
-        ({**FUNCTIONS, "response_format": {"type": "json_object"}}, "response_format"), ({"stream": 1}, "stream"),
+        ({"response_format": {"type": "grammar"}}, "response_format"), ({"stream": 1}, "stream"),
         ({"model": None}, "model"), ({"messages": []}, "messages"), ({"messages": [{"role": "king"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"frequency_penalty": 3}, "frequency_penalty"),

@@ -68,23 +68,18 @@ def test_draws_follow_the_seed_and_the_shares() -> None:
 
 
 def test_what_is_not_allowed_has_no_share() -> None:
-    class Odd:
-        asked = 0
-
-        def __call__(self, token: int) -> bool:
-            self.asked += 1
-            return token % 10 == 7
-
-        def left(self, exact: bool) -> torch.Tensor:
-            return torch.arange(990) % (10 if exact else 2) == (7 if exact else 1)
-
     torch.manual_seed(0)
-    logits = torch.randn(1000)
-    expected = max(range(7, 990, 10), key=lambda token: float(logits[token]))
-    for temperature, tokens in ((0, {expected}), (1.0, set(range(7, 1000, 10)))):
-        allowed = Odd()
-        assert Sampler(Sampling(temperature=temperature, seed=3), []).draw(logits, allowed).id in tokens
-        assert 1 < allowed.asked <= 17
+    logits, allowed = torch.randn(1500), torch.arange(1504) % 10 == 7
+    expected = max(range(7, 1500, 10), key=lambda token: float(logits[token]))
+    assert expected != int(logits.argmax())
+    for options in ({"temperature": 0}, {"temperature": 1}, {"temperature": 9, "top_p": 0.9}, {"min_p": 0.01}):
+        sampler = Sampler(Sampling(seed=3, **options), [])
+        drawn = {sampler.draw(logits, allowed).id for _ in range(60)}
+        assert all(token % 10 == 7 for token in drawn) and (len(drawn) > 5 or drawn == {expected}), options
+    token = Sampler(Sampling(top_k=1, logprobs=1), []).draw(logits, allowed)  # the cut is of what is allowed
+    assert token.id == expected and token.top[0][0] == int(logits.argmax())
+    with pytest.raises(BrokenLogitsError, match="form"):
+        Sampler(Sampling(), []).draw(logits, torch.zeros(1504, dtype=torch.bool))
 
 
 def test_log_probabilities_are_the_models() -> None:

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("fastapi", reason="needs qgraft[serve]")
 pytest.importorskip("sse_starlette", reason="needs qgraft[serve]")
 pytest.importorskip("uvicorn", reason="needs qgraft[serve]")
+pytest.importorskip("llguidance", reason="needs qgraft[serve]")
 httpx = pytest.importorskip("httpx")
 
 from served import ADMIN, ALL, HELLO, TRAVERSALS, ask, serving, told
@@ -97,16 +98,26 @@ def test_sixteen_clients_with_loads_unloads_and_kills(
         gone = client.post("/v1/unload_lora_adapter", json={"lora_name": name}, headers=admin)
         return good and gone.status_code == 200 and ask(client, model=name).status_code == 404
 
+    def formed(client: Any, draw: random.Random) -> bool:
+        values = [{"n": draw.randrange(100)}, [draw.randrange(10**6) / 100, None], draw.choice("xyz")]
+        form = {"type": "json_schema", "json_schema": {"name": "one", "schema": {"enum": values}}}
+        model = draw.choice(list(right))
+        answer = ask(client, model=model, response_format=form, max_tokens=100, temperature=1)
+        if answer.status_code == 429:  # others' schemas are being read
+            return True
+        choice = answer.json()["choices"][0]
+        return choice["finish_reason"] == "length" or json.loads(choice["message"]["content"]) in values
+
     def one(number: int) -> None:
         draw = random.Random(number)
         with server.client() as client:
             while time.monotonic() < end:
-                what = draw.choices(ways, [8, 8, 2, 1, 1, 1, 1, 1, 1])[0]
+                what = draw.choices(ways, [8, 8, 4, 2, 1, 1, 1, 1, 1, 1])[0]
                 asked[number] += 1
                 if not what(client, draw):
                     wrong.append((number, what.__name__))
 
-    ways = [whole, stream, vanish, too_long, stranger, load, slow, wrong_key, broken]
+    ways = [whole, stream, formed, vanish, too_long, stranger, load, slow, wrong_key, broken]
     with ThreadPoolExecutor(16) as pool:
         clients = [pool.submit(one, number) for number in range(16)]
         time.sleep(seconds / 3)

@@ -1,5 +1,6 @@
 """What is shown of an answer stays, adds up to the answer, and never holds a stop string."""
 
+import re
 from collections.abc import Callable
 
 from hypothesis import given, settings
@@ -33,6 +34,29 @@ def test_characters_of_several_ids_come_whole(text: str) -> None:
     pieces = [answer.push(byte) for byte in text.encode("utf-8", "replace")]
     assert "".join(pieces) + answer.end() == text.encode("utf-8", "replace").decode()
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def cleaned(text: str) -> str:
+    """As ChatGLM's chat() does, in other words."""
+    text = text.strip().replace("[[训练时间]]", "2023年")
+    return re.sub(r"(?<=[\u4e00-\u9fff]),|,(?=[\u4e00-\u9fff])", "，", text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(["你", ",", " ", "a", "[[训练时间]]", "[[训练", "\n", "2", "好," * 30, " " * 40]), max_size=12
+    )
+)
+def test_a_cleaned_answer_is_the_same_piece_by_piece(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    for stop in ((), ("，a",)):
+        answer = AnswerText(by_bytes, stop, clean=cleaned)
+        told = [answer.push(byte) for byte in text.encode()]
+        assert "".join(told) + answer.end() == answer.text
+        whole = cleaned(text)
+        assert answer.text == (whole.partition(stop[0])[0] if stop else whole)
+        assert len("".join(told)) >= len(whole) - 16 or stop or len(text) - len(text.rstrip()) > 0
 
 
 def test_long_answers_forget_what_is_settled() -> None:

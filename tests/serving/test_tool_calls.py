@@ -6,15 +6,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from talkers import MISTRAL_TEMPLATE
 
 import qgraft
 from qgraft.data.messages import Call, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate, variant
-from qgraft.serving.tool_calls import AnswerReader, CallFormat, call_format
+from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.tool_calls import AnswerReader, CallFormat, call_format, call_texts
 
 Maker = Callable[..., Any]
-QWEN = CallFormat("<tool_call>", "</tool_call>")
+QWEN = CallFormat(
+    "<tool_call>",
+    "</tool_call>",
+    written=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
+    repeats=True,
+)
 MISTRAL = '[TOOL_CALLS] [{"name": "time", "arguments": {"at": "Rome"}}]'
 TIME = Call("time", '{"at": "Rome"}')
 
@@ -72,7 +79,8 @@ def test_reasoning(step: int) -> None:
 
 
 ORIGINALS = Path(__file__).parents[1] / "data" / "originals"
-KNOWN = {"qwen2_5": QWEN, "qwen3": QWEN, "llama3_1": CallFormat("", ""), "deepseekv3": None}
+KNOWN = {"qwen2_5": QWEN, "qwen3": QWEN, "llama3_1": CallFormat("", "", written=('{"name": "', '", "parameters": ', "}")),
+         "deepseekv3": None}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", KNOWN)
@@ -90,6 +98,28 @@ def test_what_a_template_writes_is_read_back(tiny_gguf: Maker, name: str) -> Non
     for end in ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<｜end▁of▁sentence｜>"):
         written = written.partition(end)[0]
     assert form.read(written, ["time"])[1] == (TIME,)
+    (call,) = call_texts(form, tools, ())
+    assert (call.before + TIME.arguments + call.after).strip() == written.strip().removeprefix(
+        "<think>\n\n</think>\n\n"
+    )
+
+
+def test_a_forced_call_is_what_templates_write_without_ids(tiny_gguf: Maker) -> None:
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    form = call_format(tokenizer, ChatTemplate(MISTRAL_TEMPLATE, "mistral"))
+    assert form is not None and not form.repeats
+    tools = tuple({"type": "function", "function": {"name": name}} for name in ("time", 'a"b'))
+    time, other = call_texts(form, tools, ())
+    assert (time.before + "{}" + time.after, time.arguments) == (
+        '[TOOL_CALLS] [{"name": "time", "arguments": {}}]', {"type": "object"}
+    )  # fmt: skip
+    assert form.read(other.before + "{}" + other.after, ['a"b'])[1] == (Call('a"b', "{}"),)
+    assert call_texts(form, tools, ["time"]) == (time,) and call_texts(None, (), ()) == ()
+    with pytest.raises(UnsupportedError, match="not known"):
+        call_texts(None, tools, ())
+    for parameters in ([], {"type": ["object", "null"]}):
+        with pytest.raises(OptionError, match="the schema of an object"):
+            call_texts(form, [{"type": "function", "function": {"name": "f", "parameters": parameters}}], ())
 
 
 def test_a_template_without_calls_has_no_format(tiny_gguf: Maker) -> None:

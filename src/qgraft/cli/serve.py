@@ -200,6 +200,8 @@ def _check_host(options: argparse.Namespace) -> None:
 
 def _require_extra() -> None:
     try:
+        import llguidance  # noqa: F401
+
         from qgraft.serving import app  # noqa: F401
     except ImportError as error:
         if (error.name or "qgraft").partition(".")[0] == "qgraft":
@@ -235,6 +237,8 @@ def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callabl
     import uvicorn
     from sse_starlette.sse import AppStatus
 
+    from qgraft.serving.connections import OPTIONS, BoundedProtocol
+
     logging.getLogger("qgraft").setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -242,7 +246,7 @@ def _listen(service: Any, work: Any, options: argparse.Namespace, ready: Callabl
     AppStatus.disable_automatic_graceful_drain()  # streams are finished before the server ends
     config = uvicorn.Config(
         make_page_app(service, work), host=options.host, port=options.port, log_level="warning", access_log=False,
-        server_header=False, timeout_keep_alive=30, timeout_graceful_shutdown=round(options.grace) + 10,
+        server_header=False, timeout_graceful_shutdown=round(options.grace) + 10, http=BoundedProtocol, **OPTIONS,
     )  # fmt: skip
     listener = bound(config)
     host, port = listener.getsockname()[:2]

@@ -105,7 +105,9 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def listed(request: Request) -> dict[str, Any]:
         permission = permission_of(request)
         adapters = await run_in_threadpool(service.catalogue.available)
-        allowed = {name: path for name, path in adapters.items() if permission.allows(name)}
+        allowed = {
+            name: path if permission.admin else name for name, path in adapters.items() if permission.allows(name)
+        }
         return lora_protocol.models_body(service.base, allowed, service.started, service.engine.context)
 
     @app.get("/v1/models")
@@ -143,7 +145,7 @@ def _add_adapters(app: FastAPI, service: Service) -> None:
     @app.get("/lora-adapters")
     async def adapters(request: Request) -> list[dict[str, Any]]:
         numbered, permission = catalogue.numbered(), permission_of(request)
-        paths = {name: entry.path for name, entry in catalogue.entries.items()}
+        paths = {name: entry.path for name, entry in catalogue.entries.items()} if permission.admin else {}
         told = lora_protocol.adapters_body(numbered, paths, catalogue.scales)
         return [each for each in told if permission.allows(each["name"])]
 

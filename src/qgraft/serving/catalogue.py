@@ -6,9 +6,12 @@ is written into a list in the folder, which the next start reads, and other serv
 what one of them loads or unloads, all do. Nothing outside of the folder is ever opened for a request:
 names are letters, digits, "_" and "-", and a path, with all of its links followed, must lie in the folder.
 
-An adapter of another base, or one that is broken, is refused by load_adapter, which compares its seal.
+An adapter of another base, or one that is broken, is refused by load_adapter, which compares its seal. Who asks for one by
+its name is told why without a path; the log has the whole reason, and who loads it by a path gets it.
 """
 
+import logging
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -25,7 +28,7 @@ from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.checkpoints.thudm_prefix import has_weights
-from qgraft.errors import AdapterError, OptionError, StorageError, near_match
+from qgraft.errors import AdapterError, OptionError, QgraftError, StorageError, near_match
 from qgraft.json_files import read_object
 from qgraft.locks import file_locked
 from qgraft.serving.engine import Engine
@@ -33,6 +36,8 @@ from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.protocol import ApiError
 
 LIST, LONGEST = "served.json", 200  # characters of an unknown name that are told
+_SEPARATOR = re.compile(r"[/\\]")
+log = logging.getLogger("qgraft.serving")
 ATTEMPTS = 50  # to write the list, while another server does
 
 
@@ -144,7 +149,7 @@ class Catalogue:
                     if path is None:
                         raise self.unknown(name, allows)
                     self._make_room(wanted)
-                    self._load(name, path, listed=self._named.get(name))
+                    self._load_named(name, path)
                     self._give_number(name)
                 self._used[name] = time.monotonic()
 
@@ -231,6 +236,17 @@ class Catalogue:
         self.entries[name] = Entry(str(path), pinned, listed)
         self._used[name] = time.monotonic()
         return loaded
+
+    def _load_named(self, name: str, path: Path) -> None:
+        """Load what somebody asked for by its name: an error says no path to them, but to the log."""
+        try:
+            self._load(name, path, listed=self._named.get(name))
+        except QgraftError as error:
+            log.warning("adapter %s cannot be loaded: %s", name, error)
+            message = error.message.replace(f"{path}/", "").replace(str(path), name)
+            lines = [line for line in message.splitlines() if not _SEPARATOR.search(line)]
+            told = "\n".join(lines).rstrip(":") or f"adapter '{name}' cannot be loaded: the server's log says why"
+            raise AdapterError(told) from error
 
     def _detach(self, name: str) -> None:
         with self.engine.paused():

@@ -16,7 +16,7 @@ it while the engine is `paused`, between two steps. Listeners are called in that
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.attention import attention_of
 from qgraft.data.ends import end_token_ids
+from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.model_parts import context_of
@@ -34,11 +35,12 @@ from qgraft.passes.batched import CACHED
 from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.key_values import BLOCK
 from qgraft.passes.limits import stated_ends
-from qgraft.serving.json_tokens import JsonTokens
+from qgraft.serving.grammars import Grammars
 from qgraft.serving.mixes import mix_of
 from qgraft.serving.passes_of import Part, PassError, Passes, SharedPasses, SinglePasses
-from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
+from qgraft.serving.text import AnswerText
 
 log = logging.getLogger("qgraft.serving")
 LONGEST = (
@@ -108,8 +110,7 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        texts = None if request.form is None else self._json_tokens
-        running = Running.of(request, listener, mix, limit, self._decoder(request), self._rewrites, texts)
+        running = Running.of(request, listener, mix, limit, self._text(request))
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")
@@ -139,6 +140,14 @@ class Engine:
                 with self._changed:
                     self._guests -= 1
                     self._changed.notify_all()
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What holds answers to a form: up to seconds of work, done once, in the thread of who asks for one first.
+
+        Raises UnsupportedError for a tokenizer with which that cannot be.
+        """
+        return Grammars(self.tokenizer, self.model.get_input_embeddings().weight.shape[0], self.ends)
 
     def uses(self, name: str) -> bool:
         """Whether a request that is not finished goes by this adapter."""
@@ -287,7 +296,7 @@ class Engine:
             raise DataError(f"the prompt holds the ids {wrong[:5]}, expected ids below {size}" if wrong
                             else "the prompt is empty, expected at least one token")  # fmt: skip
         if len(request.prompt) >= limit:
-            raise DataError(
+            raise ContextError(
                 f"the prompt is {len(request.prompt)} tokens, and the model's context is {limit} with the answer",
                 hint="ask a shorter question, or begin a new conversation",
             )
@@ -298,24 +307,16 @@ class Engine:
         if beyond := [token for token in request.sampling.logit_bias if token >= size]:
             raise OptionError(f"logit_bias: there is no token {beyond[0]}, expected ids below {size}")
 
-    def _decoder(self, request: Request) -> Callable[[list[int]], str]:
+    def _text(self, request: Request) -> AnswerText:
         tokenizer, skip = self.tokenizer, not request.keep_special
+        rewrites = request.grammar is None and bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        as_written = {} if request.grammar is None else {"clean_up_tokenization_spaces": False}
+        cleaned = request.cleaned and isinstance(tokenizer, WritesPrompts)
 
         def decode(ids: list[int]) -> str:
-            return str(tokenizer.decode(ids, skip_special_tokens=skip))
+            return str(tokenizer.decode(ids, skip_special_tokens=skip, **as_written))
 
-        return decode
-
-    @cached_property
-    def _json_tokens(self) -> JsonTokens:
-        """Of the whole vocabulary: seconds of work, done once, in the thread of who asks for JSON first."""
-        size = self.model.get_input_embeddings().weight.shape[0]
-        special = set(self.tokenizer.all_special_ids) | self.ends
-        return JsonTokens(["" if token in special else str(self.tokenizer.decode([token])) for token in range(size)])
-
-    @property
-    def _rewrites(self) -> bool:
-        return bool(getattr(self.tokenizer, "clean_up_tokenization_spaces", False))
+        return AnswerText(decode, request.stop, rewrites, tokenizer.clean_answer if cleaned else None)
 
 
 def answer_all(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
     system, messages of blocks (text, thinking, tool_use, tool_result)  ->  the messages of a chat (protocol.py)
     an answer   ->   thinking, text, tool_use     stop_reason: end_turn, stop_sequence, max_tokens, tool_use
 
-What a chat cannot hold is refused: images, documents, redacted thinking, tool_choice any and tool. `thinking` says what the
+What a chat cannot hold is refused: images, documents, redacted thinking. `thinking` says what the
 chat template is told; its budget is refused, as nothing here would keep it. Marks for a cache have no effect on an answer.
 """
 
@@ -18,6 +18,7 @@ from qgraft.serving.requests import Finish
 
 _SAME = ("model", "temperature", "top_p", "top_k", "stream", "lora", "max_tokens")
 _OWN = {"messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "metadata", "service_tier"}
+_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "a function"}
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -36,7 +37,9 @@ def read_messages(body: object, *, counting: bool = False) -> Ask:
     chat["stop"] = given.get("stop_sequences")
     chat["tools"] = _tools(given.get("tools"))
     choice = _choice(given.get("tool_choice"))
-    chat["tool_choice"], chat["parallel_tool_calls"] = choice["type"], not choice["disable_parallel_tool_use"]
+    chat["tool_choice"], chat["parallel_tool_calls"] = _CHOICES[choice["type"]], not choice["disable_parallel_tool_use"]
+    if choice["type"] == "tool":
+        chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
     if (thinking := _thinking(given.get("thinking"))) is not None:
         chat["chat_template_kwargs"] = {"enable_thinking": thinking}
     return replace(read_chat(chat), include_usage=True)
@@ -114,15 +117,16 @@ def _tools(given: object) -> list[dict[str, Any]] | None:
             raise ApiError(400, "tools: expected name, description and input_schema; tools of a server are not here",
                            param="tools")  # fmt: skip
         function = {"name": tool.get("name"), "description": tool.get("description") or ""}
-        tools.append({"type": "function", "function": {**function, "parameters": tool["input_schema"]}})
+        strict = {"strict": True} if tool.get("strict") is True else {}
+        tools.append({"type": "function", "function": {**function, "parameters": tool["input_schema"], **strict}})
     return tools
 
 
 def _choice(given: object) -> dict[str, Any]:
     choice = {"type": "auto", "disable_parallel_tool_use": False, **(given if isinstance(given, dict) else {})}
     one = choice["disable_parallel_tool_use"]
-    if not isinstance(given, dict | None) or choice["type"] not in ("auto", "none") or not isinstance(one, bool):
-        raise ApiError(400, "tool_choice: expected auto or none: a model cannot be made to call a function",
+    if not isinstance(given, dict | None) or str(choice["type"]) not in _CHOICES or not isinstance(one, bool):
+        raise ApiError(400, f"tool_choice: expected a type, {', '.join(_CHOICES)}; tool with a name",
                        param="tool_choice")  # fmt: skip
     return choice
 

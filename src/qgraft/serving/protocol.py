@@ -3,7 +3,7 @@ llama-server's options beside them.
 
 A request is what it says, or it is refused: a key that is not known here would change nothing without a word, so it is an
 error that names it. Keys that have no effect on an answer (`user`, `metadata`) are taken. What OpenAI calls an option and
-this server cannot do (`tool_choice: required`, `audio`) is an error, too.
+this server cannot do (`audio`, a list of allowed tools) is an error, too.
 
     read_chat(body), read_completion(body) -> Ask        raises ApiError, which holds OpenAI's status, type, code and param
 """
@@ -36,7 +36,9 @@ _CHAT = {
     "chat_template_kwargs", "parallel_tool_calls",
 }  # fmt: skip
 _MESSAGE = {"role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id"}
-_FORMS = ({"type": "text"}, {"type": "json_object"})
+_FORMS = 'a type, "text", "json_object", or "json_schema" with json_schema: {"name": ..., "schema": {...}}'
+_SCHEMA = {"name", "description", "schema", "strict"}
+_CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}} with a name of tools'
 _COMPLETION = {"prompt", "max_tokens", "echo", "suffix", "best_of"}
 
 
@@ -73,7 +75,9 @@ class Ask:
         lora: llama-server's list, or weights by names; None where it is not given.
         enable_thinking: what the chat template is told.
         echo: whether the prompt is a part of the text.
-        json: whether answers must be JSON objects.
+        response_format: as it was given; None for any text.
+        param: what the API calls its prompts.
+        must_call: the names of functions one of which answers must call; empty where they need not.
         one_call: whether an answer has one call of a tool at most.
     """
 
@@ -91,7 +95,24 @@ class Ask:
     lora: object = None
     enable_thinking: bool | None = None
     echo: bool = False
-    json: bool = False
+    response_format: Mapping[str, Any] | None = None
+    must_call: tuple[str, ...] = ()
+    param: str = "messages"
+
+    @property
+    def strict(self) -> bool:
+        """Whether calls that an answer need not make must be right where it makes them."""
+        return not self.must_call and any(tool["function"].get("strict") is True for tool in self.tools)
+
+    @property
+    def schema(self) -> Mapping[str, Any] | None:
+        """Of the JSON that answers must be; None for any text."""
+        if self.response_format is None:
+            return None
+        described: Mapping[str, Any] = self.response_format.get("json_schema", {"schema": {"type": "object"}})
+        schema: Mapping[str, Any] = described["schema"]
+        return schema
+
     one_call: bool = False
 
 
@@ -100,7 +121,7 @@ def read_chat(body: object) -> Ask:
     given = _object(body)
     _check_keys(given, _CHAT)
     thinking = _check_chat_options(given)
-    tools = _tools(given.get("tools")) if given.get("tool_choice", "auto") != "none" else ()
+    tools = _tools(given.get("tools")) if given.get("tool_choice") != "none" else ()
     limit = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
     top = given.get("top_logprobs")
     if top is not None and not given.get("logprobs"):
@@ -109,7 +130,7 @@ def read_chat(body: object) -> Ask:
     return Ask(
         sampling=_sampling(given, logprobs, "top_logprobs"), messages=_messages(given.get("messages")), tools=tools,
         max_tokens=_tokens(given.get(limit), limit), enable_thinking=thinking,
-        json=given.get("response_format") == _FORMS[1],
+        response_format=_response_format(given.get("response_format")), must_call=_must_call(given.get("tool_choice"), tools),
         one_call=not _flag(given, "parallel_tool_calls", default=True), **_shared(given),
     )  # fmt: skip
 
@@ -126,7 +147,8 @@ def read_completion(body: object) -> Ask:
     wanted = given.get("max_tokens")
     return Ask(
         sampling=_sampling(given, given.get("logprobs"), "logprobs"), prompts=_prompts(given.get("prompt")),
-        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), **_shared(given),
+        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), param="prompt",
+        **_shared(given),
     )  # fmt: skip
 
 
@@ -147,14 +169,6 @@ def _check_keys(given: Mapping[str, Any], own: set[str]) -> None:
 
 def _check_chat_options(given: Mapping[str, Any]) -> bool | None:
     """What the template is told of thinking. Raises ApiError for what no answer here can be held to."""
-    form = given.get("response_format")
-    if form not in (None, *_FORMS):
-        raise _bad("response_format", " or ".join(map(str, _FORMS)) + "; answers are not held to a schema")
-    if form == _FORMS[1] and given.get("tools"):
-        raise _bad("response_format", "text beside tools: a call of one is no JSON object of its own in every model")
-    choice = given.get("tool_choice")
-    if choice not in (None, "auto", "none"):
-        raise _bad("tool_choice", "auto or none: a model cannot be made to call a function")
     told = given.get("chat_template_kwargs") or {}
     if not isinstance(told, dict) or told.keys() - {"enable_thinking"}:
         raise _bad("chat_template_kwargs", 'only {"enable_thinking": true or false}')
@@ -162,6 +176,35 @@ def _check_chat_options(given: Mapping[str, Any]) -> bool | None:
     if not isinstance(thinking, bool | None):
         raise _bad("chat_template_kwargs", 'only {"enable_thinking": true or false}')
     return thinking
+
+
+def _response_format(form: object) -> Mapping[str, Any] | None:
+    if form in (None, {"type": "text"}):
+        return None
+    if not isinstance(form, dict) or form.get("type") not in ("json_object", "json_schema"):
+        raise _bad("response_format", _FORMS)
+    if form.keys() != ({"type"} if form["type"] == "json_object" else {"type", "json_schema"}):
+        raise _bad("response_format", _FORMS)
+    told = form.get("json_schema", {"name": "", "schema": {}})
+    if not isinstance(told, dict) or told.keys() - _SCHEMA:
+        raise _bad("response_format", _FORMS)
+    if not isinstance(told.get("name"), str) or not isinstance(told.get("schema"), dict):
+        raise _bad("response_format", _FORMS)
+    return form
+
+
+def _must_call(choice: object, tools: tuple[Tool, ...]) -> tuple[str, ...]:
+    """The names of functions one of which tool_choice makes an answer call."""
+    names = tuple(tool["function"]["name"] for tool in tools)
+    if choice in (None, "auto", "none"):
+        return ()
+    if choice == "required" and names:
+        return names
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if name not in names:
+        raise _bad("tool_choice", _CHOICES)
+    return (str(name),)
 
 
 def _shared(given: Mapping[str, Any]) -> dict[str, Any]:

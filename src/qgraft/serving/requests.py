@@ -10,10 +10,13 @@ Finish    why the answer ended:  stop    an end token, or a stop string
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from qgraft.errors import QgraftError
-from qgraft.serving.json_text import JsonText
+from qgraft.errors import DataError, QgraftError
 from qgraft.serving.sampling import Sampling, Token
+
+if TYPE_CHECKING:
+    from qgraft.serving.grammars import Grammar
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Request:
         stop: texts that end it.
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.
-        form: what it must be an object of; it ends where that is complete.
+        grammar: the form that it must have; it ends where that is complete.
+        cleaned: whether its text is as the tokenizer's own chat shows it (data/scripted.py), where it has one.
     """
 
     prompt: tuple[int, ...]
@@ -36,7 +40,8 @@ class Request:
     stop: tuple[str, ...] = ()
     ignore_ends: bool = False
     keep_special: bool = False
-    form: JsonText | None = None
+    grammar: "Grammar | None" = None
+    cleaned: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,10 @@ class Finish:
 
 
 Listener = Callable[[Delta | Finish], None]
+
+
+class ContextError(DataError):
+    """A prompt that leaves no room for an answer."""
 
 
 class BusyError(QgraftError):

@@ -3,19 +3,19 @@
     instructions, input (a text, or items: messages, reasoning, function_call, function_call_output)  ->  a chat (protocol.py)
     an answer   ->   reasoning, message, function_call
 
-Nothing is stored: previous_response_id and conversation are refused, as are tools of a server and formats with a schema.
+Nothing is stored: previous_response_id and conversation are refused, as are tools of a server.
 """
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qgraft.serving.answers import Choice, new_id
 from qgraft.serving.protocol import ApiError, Ask, read_chat
 from qgraft.serving.requests import Finish
 
-_SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "tool_choice", "lora")
-_OWN = {"input", "instructions", "max_output_tokens", "tools", "text"}
+_SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "lora")
+_OWN = {"input", "instructions", "max_output_tokens", "tools", "tool_choice", "text"}
 _SAY_NOTHING = {"metadata", "user", "store", "include", "service_tier", "safety_identifier", "prompt_cache_key",
                 "prompt_cache_retention", "stream_options"}  # fmt: skip
 _HARMLESS = {"background": False, "truncation": "disabled"}
@@ -33,12 +33,27 @@ def read_response(body: object) -> Ask:
     if not isinstance(form, dict) or form.keys() - {"format"}:
         raise ApiError(400, 'text: expected {"format": ...}', param="text")
     chat: dict[str, Any] = {name: given[name] for name in _SAME if given.get(name) is not None}
-    chat["max_completion_tokens"], chat["response_format"] = given.get("max_output_tokens"), form.get("format")
+    chat["max_completion_tokens"], chat["response_format"] = given.get("max_output_tokens"), _format(form.get("format"))
+    chat["tool_choice"] = _choice(given.get("tool_choice"))
     instructions = given.get("instructions")
     first = [] if instructions is None else [{"role": "system", "content": instructions}]
     chat["messages"] = first + _messages(given.get("input"))
     chat["tools"] = _tools(given.get("tools"))
-    return read_chat(chat)
+    return replace(read_chat(chat), param="input")
+
+
+def _format(given: object) -> object:
+    """A format as a chat says it: what belongs to a schema stands by itself there."""
+    if not isinstance(given, dict) or given.get("type") != "json_schema":
+        return given
+    return {"type": "json_schema", "json_schema": {key: given[key] for key in given if key != "type"}}
+
+
+def _choice(given: object) -> object:
+    """A tool_choice as a chat says it, likewise."""
+    if not isinstance(given, dict) or given.keys() != {"type", "name"}:
+        return given
+    return {"type": given["type"], "function": {"name": given["name"]}}
 
 
 def _messages(given: object) -> list[dict[str, Any]]:
@@ -121,11 +136,21 @@ class ResponseBody:
             "incomplete_details": cut, "model": self.ask.model, "output": output, "previous_response_id": None,
             "instructions": system.content if system is not None and system.role == "system" else None,
             "max_output_tokens": self.ask.max_tokens, "parallel_tool_calls": not self.ask.one_call,
-            "temperature": self.ask.sampling.temperature, "top_p": self.ask.sampling.top_p, "tool_choice": "auto",
+            "temperature": self.ask.sampling.temperature, "top_p": self.ask.sampling.top_p, "tool_choice": self._choice(),
             "tools": [{"type": "function", **tool["function"]} for tool in self.ask.tools], "truncation": "disabled",
-            "text": {"format": {"type": "json_object" if self.ask.json else "text"}}, "metadata": {}, "store": False,
+            "text": {"format": self._format()}, "metadata": {}, "store": False,
             "usage": None if finish is None else usage(finish),
         }  # fmt: skip
+
+    def _format(self) -> dict[str, Any]:
+        form = self.ask.response_format or {"type": "text"}
+        return {"type": form["type"], **form.get("json_schema", {})}
+
+    def _choice(self) -> object:
+        names = self.ask.must_call
+        if len(names) == len(self.ask.tools):
+            return "required" if names else "auto"
+        return {"type": "function", "name": names[0]} if names else "auto"
 
 
 def usage(finish: Finish) -> dict[str, Any]:

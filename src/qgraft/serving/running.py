@@ -1,36 +1,17 @@
 """A request that is being answered: its ids so far, what others are told of it, and where it ends."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from qgraft.errors import QgraftError
-from qgraft.serving.json_text import JsonText
-from qgraft.serving.json_tokens import JsonTokens
+from qgraft.serving.grammars import Matching
 from qgraft.serving.mixes import Mix
 from qgraft.serving.requests import Delta, Finish, Listener, Request
 from qgraft.serving.sampling import Sampler, Token
 from qgraft.serving.text import AnswerText
-
-
-@dataclass(frozen=True)
-class _Keeps:
-    """The tokens with which an answer can still become a JSON object."""
-
-    form: JsonText
-    text: AnswerText
-    texts: JsonTokens | None
-
-    def __call__(self, token: int) -> bool:
-        text, partly = self.text.peek(token)
-        state = self.form.after(text)
-        return state is not None and (state.in_string if partly else bool(text))
-
-    def left(self, exact: bool) -> Tensor:
-        assert self.texts is not None
-        return self.texts.whole(self.form) if exact else self.texts.beginning(self.form)
 
 
 @dataclass(eq=False)
@@ -62,24 +43,14 @@ class Running:
     reason: str = ""
     _ended: bool = False  # by a token, which counts as one of the answer's
     _untold: list[Token] = field(default_factory=list)
-    _form: JsonText | None = None
-    _texts: JsonTokens | None = None
+    _matching: Matching | None = None
 
     @classmethod
-    def of(
-        cls,
-        request: Request,
-        listener: Listener,
-        mix: Mix,
-        limit: int,
-        decode: Callable[[list[int]], str],
-        rewrites: bool,
-        texts: JsonTokens | None = None,
-    ) -> "Running":
+    def of(cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText) -> "Running":
         """A request at its beginning."""
         prompt = list(request.prompt)
-        text, sampler = AnswerText(decode, request.stop, rewrites), Sampler(request.sampling, prompt)
-        return cls(request, listener, mix, limit, text, sampler, prompt, _form=request.form, _texts=texts)
+        matching = None if request.grammar is None else request.grammar.begin()
+        return cls(request, listener, mix, limit, text, Sampler(request.sampling, prompt), prompt, _matching=matching)
 
     @property
     def new(self) -> int:
@@ -93,23 +64,22 @@ class Running:
 
     def take(self, logits_V: Tensor, ends: Collection[int]) -> None:
         """Choose the next token and tell it; with it the answer may end."""
+        matching = self._matching
         try:
-            token = self.sampler.draw(
-                logits_V, None if self._form is None else _Keeps(self._form, self.text, self._texts)
-            )
+            token = self.sampler.draw(logits_V, None if matching is None else matching.allowed())
+            if matching is not None:
+                matching.take(token.id)
         except QgraftError as error:
             self.finish("error", error)
             return
-        if token.id in ends and not self.request.ignore_ends:
+        if token.id in ends and (matching is not None or not self.request.ignore_ends):
             self._ended = True
             self.finish("stop")
             return
-        if self._form is not None:
-            self._form = self._form.after(self.text.peek(token.id)[0]) or self._form
         self.ids.append(token.id)
         self._untold.append(token)
         self._tell(self.text.push(token.id))
-        if self.text.stopped is not None or (self._form is not None and self._form.complete):
+        if self.text.stopped is not None or (matching is not None and matching.complete):
             self.finish("stop")
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")

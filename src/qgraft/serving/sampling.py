@@ -3,6 +3,7 @@
     penalties     repetition (Keskar et al. 2019): of every token that is in the text already, logits above 0 are divided by
                   it and those below multiplied; presence and frequency (OpenAI): of the answer's tokens, p is subtracted
                   once, f for every time; logit_bias is added
+    form          tokens that an answer's form (grammars.py) does not allow have no share
     temperature   logits / t; 0 takes the likeliest token, and nothing is drawn
     cuts          top_k tokens; of these the fewest that have the share top_p; of these those with at least min_p of the
                   likeliest one's share
@@ -14,7 +15,6 @@ depend on who else is in the batch. Log probabilities are those of the model, be
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ _REPETITION = Range(0.01, 100)
 _BIAS = Range(-100, 100)  # OpenAI's
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
-MANY = 16  # tokens that were drawn and may not come: then all are looked at
 LIKELIEST = 512  # tokens among which the cuts are looked for first
 
 
@@ -85,16 +84,6 @@ class Token:
     top: tuple[tuple[int, float], ...] = ()
 
 
-class Allowed(Protocol):
-    """Which tokens may come next."""
-
-    def __call__(self, token: int) -> bool:
-        """Whether this one may."""
-
-    def left(self, exact: bool) -> Tensor:
-        """Those [vocabulary] that are worth asking for, bool; to be `exact` takes longer."""
-
-
 class Sampler:
     """Chooses the tokens of one answer.
 
@@ -113,8 +102,8 @@ class Sampler:
         self._counts: dict[int, int] = {}
         self._bias = _by_token(sampling.logit_bias)
 
-    def draw(self, logits_V: Tensor, allowed: "Allowed | None" = None) -> Token:
-        """The next token, of those that are allowed: what is drawn and is not counts as if it had no share.
+    def draw(self, logits_V: Tensor, allowed_V: Tensor | None = None) -> Token:
+        """The next token, of those that are allowed (bool, as long as the logits or longer): the others have no share.
 
         Raises BrokenLogitsError for logits that are NaN, and where nothing is allowed.
         """
@@ -123,22 +112,15 @@ class Sampler:
         if not math.isfinite(float(raw_V[likeliest])):
             raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
         scores_V = self.penalized(raw_V)
+        if allowed_V is not None:
+            scores_V = scores_V.masked_fill(~allowed_V[: len(scores_V)], -torch.inf)
+            if not bool(scores_V.isfinite().any()):
+                raise BrokenLogitsError("no token can go on with the answer in the form that was asked for")
         temperature = self.sampling.temperature
         if temperature == 0:
             chosen = likeliest if scores_V is raw_V else int(scores_V.argmax())
         else:
             chosen = self._drawn(scores_V / temperature)
-        refused = 0
-        while allowed is not None and not allowed(chosen):
-            scores_V = scores_V.clone() if scores_V is raw_V else scores_V
-            scores_V[chosen] = -torch.inf
-            refused += 1
-            if refused in (1, MANY):
-                left_V = allowed.left(exact=refused == MANY)
-                scores_V[: len(left_V)].masked_fill_(~left_V[: len(scores_V)], -torch.inf)
-            if not bool(scores_V.isfinite().any()):
-                raise BrokenLogitsError("no token can go on with the answer in the form that was asked for")
-            chosen = int(scores_V.argmax()) if temperature == 0 else self._drawn(scores_V / temperature)
         self._count(chosen)
         return self._told(chosen, raw_V)
 
@@ -175,7 +157,8 @@ class Sampler:
         tokens_N, shares_N = self.shares(scores_V)
         sums_N = shares_N.double().cumsum(-1)
         at = torch.rand((), generator=self._generator, dtype=torch.float64) * sums_N[-1]
-        return int(tokens_N[min(int(torch.searchsorted(sums_N, at, right=True)), len(tokens_N) - 1)])
+        last = torch.searchsorted(sums_N, sums_N[-1])  # that has a share
+        return int(tokens_N[torch.minimum(torch.searchsorted(sums_N, at, right=True), last)])
 
     def shares(self, scores_V: Tensor) -> tuple[Tensor, Tensor]:
         """(tokens [n], what they weigh [n]) that no cut takes away, of scores that the temperature has divided."""

@@ -10,18 +10,18 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError
+from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
-from qgraft.serving.json_text import JsonText
+from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import ApiError, Ask
-from qgraft.serving.requests import BusyError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import CLOSE, AnswerReader
+from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
 
 MIXED = 8  # adapters of a mix
 
@@ -72,12 +72,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The requests of an Ask, a reader for each answer, and the name of what answers."""
+    """The requests of an Ask, a reader for each answer, and what prompts are called in its API."""
 
     requests: tuple[Request, ...]
     readers: tuple[AnswerReader, ...]
     adapters: Mapping[str, float]
     prompts: int
+    param: str
 
 
 class Service:
@@ -119,19 +120,18 @@ class Service:
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        forms = [_form_of(reader) if ask.json else None for reader in readers]
+        with errors_as_answers():
+            grammar = self._grammar(ask, readers[0])
         requests = [
-            self._request(ask, prompt, adapters, choice, form)
-            for prompt, form in zip(prompts, forms, strict=True)
-            for choice in range(ask.count)
+            self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
-        return Prepared(tuple(requests), tuple(each), adapters, len(prompts))
+        return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param)
 
     def submit(self, prepared: Prepared, listeners: Sequence[Listener]) -> list[Running]:
         """Hand the requests to the engine, all of them or none. Raises ApiError."""
         running: list[Running] = []
-        with errors_as_answers(), self.catalogue.holding(prepared.adapters):
+        with errors_as_answers(prepared.param), self.catalogue.holding(prepared.adapters):
             try:
                 for request, listener in zip(prepared.requests, listeners, strict=True):
                     running.append(self.engine.submit(request, listener))
@@ -141,15 +141,37 @@ class Service:
                 raise
         return running
 
+    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar | None:
+        """The form that answers must have, from their beginning, or behind the reasoning that the prompt has begun."""
+        if ask.schema is None and not ask.must_call and not ask.strict:
+            return None
+        schema, written = None if ask.must_call else ask.schema, reader.format
+        param = "tools" if schema is None else "response_format"
+        try:
+            calls = call_texts(written, ask.tools, ask.must_call, strict=ask.strict)
+            form = Form(
+                schema, calls, several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
+                behind=CLOSE if reader.thinking else "", optional=schema is None and not ask.must_call,
+                mark="" if written is None else written.mark, free=(OPEN, CLOSE),
+            )  # fmt: skip
+            if form.optional and written is not None and written.separate and not form.mark:
+                raise UnsupportedError("strict: where a call begins is not certain with this chat template")
+            return self.engine.grammars.compile(form)
+        except (OptionError, UnsupportedError) as error:
+            raise ApiError(
+                400, f"{param}: {error.message}", code="invalid_value", param=param, hint=error.hint
+            ) from error
+
     def _request(
-        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, form: JsonText | None
+        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None
     ) -> Request:
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), form
-        )
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar,
+            cleaned=ask.messages is not None and grammar is None,
+        )  # fmt: skip
 
     def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
         """The adapters that are asked for, with their weights; each of them is there, and the key is good for it.
@@ -189,13 +211,15 @@ class Service:
         return twice.removeprefix(once) if twice.startswith(once) else once
 
 
-def _form_of(reader: AnswerReader) -> JsonText:
-    """What an answer must be an object of: from its beginning, or behind the reasoning that the prompt has begun."""
-    return JsonText.behind(CLOSE) if reader.thinking else JsonText()
-
-
 class errors_as_answers:  # noqa: N801 (used like a function)
-    """Within the block errors of ours become those of the API, with their status."""
+    """Within the block errors of ours become those of the API, with their status.
+
+    Args:
+        param: what prompts are called.
+    """
+
+    def __init__(self, param: str = "messages") -> None:
+        self.param = param
 
     def __enter__(self) -> None:
         return None
@@ -203,10 +227,10 @@ class errors_as_answers:  # noqa: N801 (used like a function)
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, ApiError) or not isinstance(error, QgraftError):
             return
-        raise as_api_error(error) from error
+        raise as_api_error(error, self.param) from error
 
 
-def as_api_error(error: QgraftError) -> ApiError:
+def as_api_error(error: QgraftError, param: str = "messages") -> ApiError:
     """The answer that an error of ours is."""
     if isinstance(error, ApiError):
         return error
@@ -214,8 +238,8 @@ def as_api_error(error: QgraftError) -> ApiError:
         return ApiError(503, error.message, kind="server_error")
     if isinstance(error, BusyError):
         return ApiError(429, error.message, kind="rate_limit_error", code="rate_limit_exceeded", retry_after=1)
-    if isinstance(error, DataError) and "context" in error.message:
-        return ApiError(400, error.message, code="context_length_exceeded", param="messages", hint=error.hint)
+    if isinstance(error, ContextError):
+        return ApiError(400, error.message, code="context_length_exceeded", param=param, hint=error.hint)
     if isinstance(error, (AdapterError, CheckpointError, DataError, OptionError)):
         return ApiError(400, error.message, hint=error.hint)
     return ApiError(500, error.message, kind="server_error", hint=error.hint)

@@ -3,13 +3,15 @@
 What an id means depends on those before it: a character may be several ids, sentencepiece drops the blank at the beginning,
 and some tokenizers take blanks before punctuation out again. So all ids are decoded, and what is shown is what further ids
 cannot change: nothing that ends in a part of a character; with such a tokenizer, nothing behind the last blank; nothing that
-may be the beginning of a stop string. What has been shown is the answer: in a stream and in one piece it is the same text.
+may be the beginning of a stop string; of an answer that is cleaned (ChatGLM's), nothing that this may still change. What
+has been shown is the answer: in a stream and in one piece it is the same text.
 """
 
 import re
 from collections.abc import Callable, Sequence
 
 _LAST_WORD = re.compile(r"\s+\S*\Z")
+LOCAL = 16  # characters at the end of a text that cleaning may change when more comes
 MOST, KEPT = 64, 8  # ids that are decoded each time; so many of them stay where others are forgotten
 
 
@@ -20,13 +22,17 @@ class AnswerText:
         decode: ids -> text, of all of them.
         stop: texts that end the answer; they are not shown.
         rewrites: whether the tokenizer may change blanks that it has written (clean_up_tokenization_spaces).
+        clean: what becomes of the whole text of an answer; it looks no farther than LOCAL characters.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), rewrites: bool = False) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], stop: Sequence[str] = (), rewrites: bool = False,
+        clean: Callable[[str], str] | None = None,
+    ) -> None:  # fmt: skip
+        self._clean, self._raw, self._cleaned = clean, "", 0
         self._text_of, self._stop, self._rewrites = decode, tuple(stop), rewrites
         self._ids: list[int] = []
         self._settled = 0  # characters of what self._ids decodes to that are in `text`
-        self._known = 0  # characters of it without a part of one at its end
         self._pending = ""  # settled, and held back
         self.text = ""  # shown
         self.stopped: str | None = None
@@ -36,7 +42,6 @@ class AnswerText:
         self._ids.append(token)
         decoded = self._text_of(self._ids)
         whole = decoded.rstrip("\ufffd") if decoded.endswith("\ufffd") else decoded
-        self._known = len(whole)
         if self._rewrites and (word := _LAST_WORD.search(whole)):
             whole = whole[: word.start()]
         elif self._rewrites:
@@ -46,29 +51,23 @@ class AnswerText:
             self._begin_again()
         return shown
 
-    def peek(self, token: int) -> tuple[str, bool]:
-        """(what one more id would add to what is known, whether it would end in a part of a character)."""
-        decoded = self._text_of([*self._ids, token])
-        whole = decoded.rstrip("\ufffd")
-        return whole[self._known :], len(whole) < len(decoded)
-
     def end(self) -> str:
         """The answer is complete: what is left of it."""
         if self.stopped is not None:
             return ""
-        shown = self._take(self._text_of(self._ids))
+        shown = self._take(self._text_of(self._ids), last=True)
         if self.stopped is None:
             shown += self._pending
             self.text += self._pending
         self._pending = ""
         return shown
 
-    def _take(self, whole: str) -> str:
+    def _take(self, whole: str, last: bool = False) -> str:
         """What may be shown when `whole` is known of what the ids decode to."""
-        if self.stopped is not None or len(whole) <= self._settled:
+        if self.stopped is not None:
             return ""
-        self._pending += whole[self._settled :]
-        self._settled = len(whole)
+        self._pending += self._new(whole[self._settled :], last)
+        self._settled = max(len(whole), self._settled)
         found = [(at, text) for text in self._stop if (at := self._pending.find(text)) >= 0]
         if found:
             at, self.stopped = min(found)
@@ -80,10 +79,19 @@ class AnswerText:
         self.text += shown
         return shown
 
+    def _new(self, text: str, last: bool) -> str:
+        """What more text comes to, of which nothing changes any more."""
+        if self._clean is None:
+            return text
+        self._raw += text
+        clean = self._clean(self._raw)
+        start, self._cleaned = self._cleaned, len(clean) if last else max(len(clean) - LOCAL, self._cleaned)
+        return clean[start : self._cleaned]
+
     def _begin_again(self) -> None:
         """Forget the first ids: what they decode to is settled, and the last ones are beginning enough for those to come."""
         self._ids = self._ids[-KEPT:]
-        self._settled = self._known = len(self._text_of(self._ids))
+        self._settled = len(self._text_of(self._ids))
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -9,7 +9,8 @@ around the call stands what the model writes around its calls.
     GLM-4            f\\n{...}                                                             name, then arguments
 
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
-other. Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
+other. The same text with a function's name and its arguments' schema is the form of an answer that must be a call
+(grammars.py). Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
 first of these themselves.
 """
 
@@ -20,9 +21,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from qgraft.data.ends import ENDS
-from qgraft.data.messages import Call, ConversationError, Message
+from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
+from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.grammars import CallText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,12 +50,17 @@ class CallFormat:
     Attributes:
         before, after: what stands around a call, or around the list of them.
         separate: whether the name stands alone, `between` it and the arguments.
+        written: a call letter for letter: what stands before the name, between it and the arguments, and behind them;
+            None where the name comes last.
+        repeats: whether calls may follow one another.
     """
 
     before: str
     after: str
     separate: bool = False
     between: str = ""
+    written: tuple[str, str, str] | None = None
+    repeats: bool = False
 
     @property
     def mark(self) -> str:
@@ -122,13 +130,15 @@ def call_format(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) ->
     value = None if at < 0 else _json_around(said, at)
     if value is not None:
         start, stop = value
-        return CallFormat(_own(said[:start]), _until_end(said[stop:], tokenizer))
+        before, after = _own(said[:start]).rstrip(), _until_end(said[stop:], tokenizer)
+        repeats = bool(before and after.strip()) and said[start] == "{"
+        return CallFormat(before, after.strip(), written=_written(said, start, stop, after), repeats=repeats)
     if at < 0 or (brace := said.find("{", at)) < 0 or (arguments := _json_at(said, brace)) is None:
         return None
     if arguments[0] != {_KEY: _VALUE}:
         return None
-    between = said[at + len(_NAME) : brace]
-    return CallFormat(_own(said[:at]), _until_end(said[arguments[1] :], tokenizer), True, between)
+    between, before, after = said[at + len(_NAME) : brace], _own(said[:at]), _until_end(said[arguments[1] :], tokenizer)
+    return CallFormat(before.rstrip(), after.strip(), True, between, (before, between, after))
 
 
 def _header(prompt: str, whole: str) -> int:
@@ -141,14 +151,55 @@ def _header(prompt: str, whole: str) -> int:
 
 def _own(before: str) -> str:
     """What is written before a call, without reasoning that is empty."""
-    return re.sub(rf"^\s*{OPEN}\s*{CLOSE}", "", before).strip()
+    return re.sub(rf"^\s*{OPEN}\s*{CLOSE}", "", before).lstrip()
+
+
+def _written(said: str, start: int, stop: int, after: str) -> tuple[str, str, str] | None:
+    """See CallFormat: of the call that stands there as JSON, up to its arguments; brackets that are open then are closed."""
+    name, brace = said.find(_NAME, start), said.rfind("{", start, said.find(_KEY, start))
+    arguments = _json_at(said, brace)
+    if name > brace or arguments is None or arguments[1] > stop:
+        return None
+    closers: list[str] = []
+    for bracket in re.sub(r'"(\\.|[^"\\])*"', "", said[start:brace]):
+        if bracket in "{[":
+            closers.insert(0, "}" if bracket == "{" else "]")
+        elif bracket in "}]":
+            closers.pop(0)
+    return _own(said[:name]), said[name + len(_NAME) : brace], "".join(closers) + after
+
+
+def call_texts(
+    form: CallFormat | None, tools: Sequence[Tool], names: Collection[str] = (), *, strict: bool = False
+) -> tuple[CallText, ...]:
+    """Calls of these tools as answers must write them; of those with these names, where there are any.
+
+    Args:
+        strict: arguments of tools that are not `strict` may be any object.
+
+    Raises UnsupportedError where it is not known how a call is written, OptionError for arguments that are no object.
+    """
+    found = []
+    for function in (tool["function"] for tool in tools):
+        if names and function["name"] not in names:
+            continue
+        if form is None or form.written is None:
+            raise UnsupportedError("how the chat template writes calls is not known here")
+        schema = function.get("parameters") if function.get("strict") or not strict else None
+        schema = {} if schema is None else schema
+        if not isinstance(schema, dict) or schema.get("type", "object") != "object":
+            raise OptionError(f"the parameters of {function['name'][:100]!r}: expected the schema of an object")
+        before, between, after = form.written
+        name = function["name"] if form.separate else json.dumps(function["name"], ensure_ascii=False)[1:-1]
+        found.append(CallText(before + name + between, {"type": "object", **schema}, after))
+    return tuple(found)
 
 
 def _until_end(after: str, tokenizer: "PreTrainedTokenizerBase") -> str:
     """What is written after a call, up to the first token that ends the turn: that one the model's answer is without."""
     ends = {str(tokenizer.eos_token or ENDS[0]), *ENDS}
     cut = min((at for end in ends if (at := after.find(end)) >= 0), default=len(after))
-    return after[:cut].strip()
+    return after[:cut].rstrip()
 
 
 def _json_around(text: str, at: int) -> tuple[int, int] | None:

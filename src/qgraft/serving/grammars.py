@@ -1,0 +1,340 @@
+"""Answers that must be of a form: JSON of a schema, or calls of tools, and with which tokens they can still become that.
+
+A form is written as a grammar in Lark's way, which llguidance follows token by token: it says which tokens of the
+vocabulary may come next. Its grammar of a call of Qwen's, behind reasoning that the prompt has begun:
+
+    start: thought blank body
+    thought[suffix="</think>"]: /(.|\\n)*/
+    blank: /[ \\t\\n\\r]{0,24}/
+    body: call (more call)*
+    more: /[ \\n]{0,2}/
+    call: "<tool_call>\\n{\\"name\\": \\"time\\", \\"arguments\\": " schema_0 "}\\n</tool_call>"
+    schema_0: %json {"type": "object", "properties": {"at": {"type": "string"}}, "required": ["at"]}
+
+What JSON Schema says and llguidance does not keep is refused, with its reason; so are numbers that it rounds. Blanks between
+values are bounded: a model that has nothing to say would write blanks for ever. Tokens that a tokenizer writes as text are
+known by their bytes, special ones by their ids. Not chosen: a follower of our own (JSON alone is little, JSON Schema is not).
+"""
+
+import json
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.requests import BusyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHECKS, CHECK_SECONDS = 2, 5.0  # schemas that are read at once, and how long one may take
+BLANKS = 24  # of these, one after another
+LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
+_BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
+_JSON = {"whitespace_pattern": _BLANK, "whitespace_flexible": True, "lenient": False, "coerce_one_of": False}
+_NUMBERS = {
+    "const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
+    "minItems", "maxItems", "minProperties", "maxProperties",
+}  # fmt: skip
+DIGITS, LARGEST, WHOLE = 15, 1e15, 2**53 - 1  # of numbers that llguidance keeps exactly; -2**63 ends the process
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+@dataclass(frozen=True)
+class CallText:
+    """How one function is called: text, its arguments as JSON of the schema, text."""
+
+    before: str
+    arguments: Mapping[str, Any]
+    after: str
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an answer must be: JSON of the schema, or calls; where both are given, one of the two.
+
+    Attributes:
+        several: whether calls may follow one another.
+        behind: what ends the reasoning that the prompt has begun; "" where there is none.
+        optional: whether text may come before calls, or in their place; where they begin with no `mark`, in their place.
+        free: tokens that may stand in such text, though they are special.
+    """
+
+    schema: Mapping[str, Any] | None = None
+    calls: tuple[CallText, ...] = ()
+    several: bool = False
+    behind: str = ""
+    optional: bool = False
+    mark: str = ""
+    free: tuple[str, ...] = ()
+
+
+class Grammars:
+    """What follows forms with a tokenizer's vocabulary.
+
+    Args:
+        size: rows of the vocabulary.
+        ends: the tokens that end an answer.
+
+    Raises UnsupportedError for a tokenizer whose tokens are not known by their bytes.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", size: int, ends: Collection[int]) -> None:
+        self._known, self._checks = lru_cache(maxsize=64)(self._compiled), threading.Semaphore(CHECKS)
+        self._tokens = _tokens_of(tokenizer, size, sorted(ends))
+        added = {text: token for text, token in tokenizer.get_added_vocab().items() if token < size}
+        self._special = {text: token for text, token in added.items() if self._tokens.is_special_token(token)}
+        self._split = re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or r"(?!)")
+
+    def compile(self, form: Form) -> "Grammar":
+        """What follows this form; kept for who asks for it again.
+
+        Raises OptionError for a schema that is none, or of which not all can be kept, BusyError where others are being read.
+        """
+        try:
+            lark = self.lark(form)
+            schemas = [each for each in (form.schema, *(call.arguments for call in form.calls)) if each is not None]
+            for schema in schemas:
+                _check_numbers(schema)
+        except (ValueError, RecursionError) as error:  # NaN, which is no JSON; brackets without end
+            raise OptionError(f"the schema is refused: {error}") from error
+        if len(lark) > LONGEST:
+            raise OptionError(
+                f"the schema is refused: as a grammar it has {len(lark)} characters, expected at most {LONGEST}"
+            )
+        found = self._known(lark, tuple(map(_json, schemas)))
+        if isinstance(found, str):
+            raise OptionError(f"the schema is refused: {found}")
+        return found
+
+    def _compiled(self, lark: str, schemas: tuple[str, ...]) -> "Grammar | str":
+        """The grammar, or why there is none."""
+        import llguidance
+
+        if problem := self._problem(schemas):
+            return problem
+        limits = llguidance.LLParserLimits(verbose_errors=False)
+        text = llguidance.LLMatcher.grammar_from_lark(lark)
+        grammar = Grammar(llguidance.LLMatcher(self._tokens, text, log_level=0, limits=limits))
+        try:
+            grammar.begin().allowed()
+        except OptionError as error:
+            return error.message
+        return grammar
+
+    def _problem(self, schemas: tuple[str, ...]) -> str:
+        """Why schemas cannot be read, found out where that harms nobody (schema_check.py)."""
+        words = [sys.executable, "-m", "qgraft.serving.schema_check"]
+        if not self._checks.acquire(timeout=CHECK_SECONDS):
+            raise BusyError("other schemas are being read")
+        try:
+            done = subprocess.run(
+                words, input=json.dumps(schemas), capture_output=True, text=True, timeout=CHECK_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
+        finally:
+            self._checks.release()
+        if done.returncode == 0:
+            return ""
+        return _reason(done.stdout) or "to read it takes too much memory, or too deep a stack"
+
+    def lark(self, form: Form) -> str:
+        """The grammar of a form."""
+        schemas: list[Mapping[str, Any]] = []
+        mark, opening, text = self._opening(form) if form.optional else ("", "call", [])
+        bodies = []
+        if form.schema is not None:
+            bodies.append(("" if form.behind else "blank ") + _schema(schemas, form.schema))
+        if form.calls:
+            bodies.append(opening if form.optional else "call (more call)*" if form.several else "call")
+        calls = [
+            " ".join(
+                (
+                    *self._literal(call.before.removeprefix(mark)),
+                    _schema(schemas, call.arguments),
+                    *self._literal(call.after),
+                )
+            )
+            for call in form.calls
+        ]
+        lines = ["start: thought blank body" if form.behind else "start: body", f"blank: /[ \\t\\n\\r]{{0,{BLANKS}}}/"]
+        if form.behind:
+            lines += self._thought(form.behind)
+        lines += [f"body: {' | '.join(bodies)}", *([r"more: /[ \n]{0,2}/"] if form.calls and form.several else [])]
+        lines += text
+        lines += [f"call: {' | '.join(calls)}"] if calls else []
+        lines += [f"schema_{number}: %json {_json(schema)}" for number, schema in enumerate(schemas)]
+        return "\n".join(lines)
+
+    def _thought(self, mark: str) -> list[str]:
+        if mark in self._special:
+            return [f"thought: reasoning <[{self._special[mark]}]>", r"reasoning: /(.|\n)*/"]
+        return [rf"thought[suffix={json.dumps(mark)}]: /(.|\n)*/"]
+
+    def _opening(self, form: Form) -> tuple[str, str, list[str]]:
+        """Of calls that may come: (what has been written when it is certain that one does, the body, its rules)."""
+        if not form.mark:
+            return "", "call | plain", [r"plain: /([ \t\n\r]*[^ \t\n\r{\[](.|\n)*)?/"]
+        piece = next(self._literal(form.mark))
+        special = self._split.match(form.mark)
+        mark = json.loads(piece) if special is None else special[0]
+        without = rf" & ~/(.|\n)*{_pattern(mark)}(.|\n)*/" if special is None else ""
+        until = rf"until[suffix={piece}]: /(.|\n)*/" if special is None else f"until: any {piece}"
+        free = [f"<[{self._special[text]}]>" for text in form.free if text in self._special]
+        lead = f"(any ({' | '.join(free)}))*" if free else '""'
+        rules = [until, "any: ANY", rf"ANY: /(.|\n)*/{without}", f"lead: {lead}"]
+        return mark, "(lead until call)* lead any" if form.several else "lead (until call | any)", rules
+
+    def _literal(self, text: str) -> Iterator[str]:
+        """A text as the grammar writes it: pieces in quotation marks, special tokens by their ids."""
+        at = 0
+        for found in self._split.finditer(text):
+            if found.start() > at:
+                yield json.dumps(text[at : found.start()], ensure_ascii=False)
+            yield f"<[{self._special[found[0]]}]>"
+            at = found.end()
+        if at < len(text):
+            yield json.dumps(text[at:], ensure_ascii=False)
+
+
+class Grammar:
+    """A form that answers can be held to."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    def begin(self) -> "Matching":
+        """The state at the beginning of an answer."""
+        return Matching(self._matcher.deep_copy())
+
+
+class Matching:
+    """An answer that is being followed."""
+
+    def __init__(self, matcher: Any) -> None:
+        self._matcher = matcher
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing may follow but an end."""
+        return bool(self._matcher.is_stopped())
+
+    def allowed(self) -> Tensor:
+        """The tokens [vocabulary, or a little more] that may come next, bool. Raises OptionError where none is found."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        self._check()
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
+
+    def take(self, token: int) -> None:
+        """The next token of the answer, one that may come. Raises OptionError for another."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise OptionError(f"the form of the answer is refused: {_reason(self._matcher.get_error())}")
+
+
+def _pattern(text: str) -> str:
+    """The pattern, between slashes, that is this text."""
+    return "".join(f"\\{each}" if each in r"\.+*?()|[]{}^$/&~#-" else each for each in text).replace("\n", r"\n")
+
+
+def _check_numbers(schema: object, counts: bool = False) -> None:
+    """Raise OptionError for a number that answers are compared with, and that llguidance may take for another."""
+    if isinstance(schema, Mapping):
+        for key, value in schema.items():
+            _check_numbers(value, counts or key in _NUMBERS)
+    elif isinstance(schema, list):
+        for value in schema:
+            _check_numbers(value, counts)
+    elif counts and isinstance(schema, int | float) and not _is_kept(schema):
+        raise OptionError(f"the schema is refused: {str(schema)[:40]}: numbers are kept up to {DIGITS} digits and {WHOLE}")
+
+
+def _is_kept(number: int | float) -> bool:
+    if isinstance(number, int):
+        return abs(number) <= WHOLE
+    digits = repr(number).partition("e")[0].removesuffix(".0").replace(".", "").lstrip("-0")
+    return number == 0 or (len(digits) <= DIGITS and 1 / LARGEST <= abs(number) <= LARGEST)
+
+
+def _schema(schemas: list[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
+    """The name of a schema's rule."""
+    schemas.append(schema)
+    return f"schema_{len(schemas) - 1}"
+
+
+def _json(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _JSON}, allow_nan=False)
+
+
+def _reason(told: str) -> str:
+    """What llguidance says is wrong, without the places in a grammar that nobody has seen."""
+    lines = re.split(r"\n\s*\d+ \| |\n<state>", told)[0].splitlines()
+    text = " ".join(line.strip() for line in lines if line.strip(" ^"))
+    return (
+        re.sub(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?", "", text)
+        .replace("<non-verbose/>", "")
+        .strip()[:300]
+    )
+
+
+def _tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int, ends: Sequence[int]) -> Any:
+    """llguidance's view of a vocabulary."""
+    import llguidance
+    import llguidance.hf
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        if isinstance(tokenizer, PreTrainedTokenizerFast):
+            return llguidance.hf.from_tokenizer(tokenizer, n_vocab=size, eos_token=list(ends))
+        return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Pieces(tokenizer, size, ends)), eos_token=list(ends))
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0][:300]
+        raise UnsupportedError(f"answers with this tokenizer cannot be held to a form: {reason}") from error
+
+
+class _Pieces:
+    """The vocabulary of a tokenizer without tokenizer.json: each token's bytes, by its text among others."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", size: int, ends: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        self.eos_token_id, self.bos_token_id = ends[0], None
+        texts = [self._bytes(token) for token in range(size)]
+        special = set(tokenizer.all_special_ids) | set(ends)
+        self.special_token_ids = [token for token, text in enumerate(texts) if token in special or not text]
+        self.tokens = [text or b"<%d>" % token for token, text in enumerate(texts)]
+        self._ids = {text: token for token, text in enumerate(texts) if text and token not in special}
+        self._longest = max(map(len, texts))
+
+    def _bytes(self, token: int) -> bytes:
+        piece = self._tokenizer.convert_ids_to_tokens(token) if token < len(self._tokenizer) else ""
+        if byte := _BYTE.fullmatch(str(piece)):
+            return bytes([int(byte[1], 16)])
+        once, twice = (
+            str(self._tokenizer.decode([token] * n, clean_up_tokenization_spaces=False)) for n in (1, 2)
+        )  # alone, sentencepiece leaves out its blank
+        return (twice.removeprefix(once) if twice.startswith(once) else once).encode()
+
+    def __call__(self, text: bytes) -> list[int]:
+        """Ids whose bytes are the text, the longest first: where it alone may follow, answers are spelt so."""
+        ids, at = [], 0
+        while at < len(text):
+            sizes = range(min(self._longest, len(text) - at), 0, -1)
+            size = next((n for n in sizes if text[at : at + n] in self._ids), 0)
+            if not size:  # no token is this byte: as far as it goes
+                break
+            ids.append(self._ids[text[at : at + size]])
+            at += size
+        return ids
