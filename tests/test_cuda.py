@@ -35,7 +35,7 @@ from qgraft.kernels.choice import serving
 from qgraft.kernels.decoder import Row
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Term, Weight
-from qgraft.passes import graphed
+from qgraft.passes import graphed, static_pass
 from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
@@ -377,7 +377,7 @@ def test_a_replayed_pass_is_the_ordinary_pass_of_any_batch(architecture: str, ti
     rows = [Sample(list(range(3, 30)), [-100, *range(4, 30)], ""), Sample(list(range(3, 9)), [-100, *range(4, 9)], "")]
     with padding_free(model, rows) as problem, fused_modules(model):
         assert problem is None and graphed.why_eager(model) is None
-        passing = graphed.StaticPass(model, graphed.Shape(256, 128, 64, 256))
+        passing = static_pass.StaticPass(model, static_pass.Shape(256, 128, 64, 256))
 
         def replay() -> Tensor:
             assert passing.replay is not None
@@ -429,13 +429,13 @@ def test_a_pass_that_waits_for_the_gpu_is_not_recorded_and_goes_on(
     tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, trained = graphed_model(tiny_gguf("llama").path)
-    head = graphed.output_head
+    head = static_pass.output_head
 
     def waiting(model: Any) -> Any:
         trained[0].sum().item()
         return head(model)
 
-    monkeypatch.setattr(graphed, "output_head", waiting)
+    monkeypatch.setattr(static_pass, "output_head", waiting)
     with padding_free(model, [Sample(list(range(3, 30)), [-100, *range(4, 30)], "")]), fused_modules(model):
         expected = learned(trained, eagerly(model, SIZES[0]))
         passes = graphed.GraphedPasses(model, trained, 4096)

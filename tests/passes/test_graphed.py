@@ -15,11 +15,12 @@ from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.kernels import varlen_attention
 from qgraft.kernels.summed_lora import casts_kept, kept_casts
-from qgraft.passes import graphed
+from qgraft.passes import graphed, static_pass
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
-from qgraft.passes.graphed import GraphedPasses, Shape, StaticPass, Tables, bucket_of, why_changing, why_eager
+from qgraft.passes.graphed import GraphedPasses, why_changing, why_eager
 from qgraft.passes.loss import batch_loss
+from qgraft.passes.static_pass import Shape, StaticPass, Tables, bucket_of
 
 
 def sample(length, prompt=2, weight=None, first=3):
@@ -82,7 +83,7 @@ def alike(model, got, expected):
 @pytest.fixture
 def replaying(monkeypatch):
     """What a replay does on a GPU: the recorded work again, on tables that have been filled since."""
-    monkeypatch.setattr(graphed, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
 
 
 @pytest.mark.parametrize("trained", ["llama", "qwen2", "qwen3", "gemma3"], indirect=True)
@@ -102,13 +103,13 @@ def test_a_static_pass_is_the_ordinary_pass_of_any_batch(trained, replaying):
 
 def test_a_recorded_pass_rounds_the_weights_of_its_adapter_itself(trained, replaying, monkeypatch):
     """Within a step whose other passes share theirs: these are of this step, and a replay is in many."""
-    seen, states_at = [], graphed.states_at
+    seen, states_at = [], static_pass.states_at
 
     def looked(*args, **kwargs):
         seen.append(kept_casts())
         return states_at(*args, **kwargs)
 
-    monkeypatch.setattr(graphed, "states_at", looked)
+    monkeypatch.setattr(static_pass, "states_at", looked)
     passing = StaticPass(trained, SHAPE)
     passing.record(None)
     passing.fill(collate(BATCHES["several"]), 1.0)
@@ -172,7 +173,7 @@ def test_nothing_in_a_recorded_pass_waits_for_the_gpu(trained, monkeypatch):
         passing.run()
     assert usually.found >= {"_local_scalar_dense", "equal"}  # transformers asks for samples, attention.py checks masks
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(graphed, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
     passing.record(None)
     clear(trained)
     with Waiting() as recorded:
@@ -221,10 +222,10 @@ def test_a_bucket_holds_its_batch_and_wastes_little(batch, budget):
     bucket = bucket_of(batch, budget)
     assert bucket.holds(batch)
     assert batch.tokens <= bucket.tokens <= max(batch.tokens, budget)
-    assert bucket.tokens - batch.tokens < max(graphed.STEP, batch.tokens / 2)
+    assert bucket.tokens - batch.tokens < max(static_pass.STEP, batch.tokens / 2)
     assert bucket.longest <= bucket.tokens and bucket.labels <= bucket.tokens
-    assert bucket.longest < 2 * max(batch.longest, graphed.STEP)
-    assert bucket.samples <= max(graphed.LEAST_SAMPLES, 3 * batch.samples + 4)
+    assert bucket.longest < 2 * max(batch.longest, static_pass.STEP)
+    assert bucket.samples <= max(static_pass.LEAST_SAMPLES, 3 * batch.samples + 4)
 
 
 def test_tables_need_room_for_the_samples_that_fill_them_up():
@@ -236,8 +237,8 @@ def test_tables_need_room_for_the_samples_that_fill_them_up():
 def test_few_buckets_are_for_many_sizes(batch):
     bucket = bucket_of(batch, 1 << 30)
     power = 1 << (bucket.tokens.bit_length() - 1)
-    assert bucket.tokens % graphed.STEP == 0
-    assert bucket.tokens <= 4 * graphed.STEP or bucket.tokens / power in (1.0, 1.25, 1.5, 1.75)
+    assert bucket.tokens % static_pass.STEP == 0
+    assert bucket.tokens <= 4 * static_pass.STEP or bucket.tokens / power in (1.0, 1.25, 1.5, 1.75)
     assert bucket_of(Shape(bucket.tokens, 1, 1, 1), 1 << 30).tokens == bucket.tokens
 
 
@@ -361,7 +362,7 @@ def test_a_replay_that_comes_to_another_gradient_is_the_last(trained, monkeypatc
 
         return replay
 
-    monkeypatch.setattr(graphed, "recorded", lying)
+    monkeypatch.setattr(static_pass, "recorded", lying)
     said = []
     clear(trained)
     passes = GraphedPasses(trained, trained_of(trained), 4096, say=said.append)

@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 import qgraft
 from qgraft.errors import OptionError
 from qgraft.jobs.train import train_jobs
-from qgraft.passes import graphed
+from qgraft.passes import graphed, static_pass
 from qgraft.training import passes
 from qgraft.training.arguments import arguments_from_dict, parse_arguments
 from qgraft.training.run import train
@@ -18,7 +18,7 @@ ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i %
 @pytest.fixture
 def replaying(monkeypatch):
     """Graphs on a CPU: a replay is the recorded work once more, on tables that have been filled since."""
-    monkeypatch.setattr(graphed, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
     monkeypatch.setattr(passes, "why_eager", graphed.why_changing)
 
 

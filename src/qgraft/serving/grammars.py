@@ -259,7 +259,9 @@ def _check_numbers(schema: object, counts: bool = False) -> None:
         for value in schema:
             _check_numbers(value, counts)
     elif counts and isinstance(schema, int | float) and not _is_kept(schema):
-        raise OptionError(f"the schema is refused: {str(schema)[:40]}: numbers are kept up to {DIGITS} digits and {WHOLE}")
+        raise OptionError(
+            f"the schema is refused: {str(schema)[:40]}: numbers are kept up to {DIGITS} digits and {WHOLE}"
+        )
 
 
 def _is_kept(number: int | float) -> bool:

@@ -352,14 +352,11 @@ def passes(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
     args, samples, notes = prepared.args, prepared.samples, prepared.notes
-    with (
-        computing(model, args.compute),
-        padding_free(model, samples) as problem,
-        fused_modules(model),
-        ExitStack() as stack,
-    ):
-        if problem:
+    with ExitStack() as stack:
+        stack.enter_context(computing(model, args.compute))
+        if problem := stack.enter_context(padding_free(model, samples)):
             notes.append(f"{problem}; every sample passes through the model alone")
+        stack.enter_context(fused_modules(model))
         found = settle_noted(model, args, samples, bool(problem), notes, console)
         check_graphs(model, args)
         stack.enter_context(copies_kept(model, args, found[1], notes))
