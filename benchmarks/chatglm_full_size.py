@@ -12,6 +12,7 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
     p_tuning    P-Tuning v2 with a prefix of 128 tokens, one step of one sample of 192 tokens, gradient checkpointing
     generate    16 tokens after a prompt of 32, the adapter active
     merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
+    merge_all   not unless asked for, half an hour or more: a LoRA on every linear layer of all blocks, as many tokens
     save        the model with these weights; it is loaded again and compared byte for byte
 
 Memory is what the process holds, mapped pages of the weights that it touched included; while saving, the pages of the
@@ -190,6 +191,7 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
         "p_tuning": p_tuning,
         "generate": generate,
         "merge": merge,
+        "merge_all": merge_all,
         "save": save,
     }.get(phase)
     import qgraft
@@ -298,14 +300,25 @@ def generate(model: Any, folder: Path) -> dict[str, float]:
 
 def merge(model: Any, folder: Path) -> dict[str, float]:
     """A LoRA on the last two layers into their INT4 weights; what comes out is kept for the next phase."""
+    last = model.config.num_layers - 1
+    return merged(model, folder, rf".*layers\.({last - 1}|{last})\..*query_key_value")
+
+
+def merge_all(model: Any, folder: Path) -> dict[str, float]:
+    """The same of every linear layer."""
+    return merged(model, folder, "all-linear")
+
+
+def merged(model: Any, folder: Path, targets: str) -> dict[str, float]:
+    """A LoRA r=8 with weights at random, merged."""
+    import psutil
     import torch
 
     import qgraft
     from qgraft.adapters.targets import lora_layers
     from qgraft.merging.lockstep import merge_in_step
 
-    last = model.config.num_layers - 1
-    qgraft.attach_lora(model, r=8, target_modules=rf".*layers\.({last - 1}|{last})\..*query_key_value")
+    qgraft.attach_lora(model, r=8, target_modules=targets)
     deltas = {}
     for path, layer in lora_layers(model):
         torch.nn.init.normal_(layer.loras["default"].lora_B, std=2e-3)
@@ -314,7 +327,8 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     with torch.no_grad():
         packed, _ = merge_in_step(model, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
-    seconds = time.perf_counter() - began
+    seconds, spent = time.perf_counter() - began, psutil.Process().cpu_times()
+    print(f"{len(packed)} layers, {spent.user + spent.system:.0f} CPU seconds", file=sys.stderr)
     torch.save({path: each.parts for path, each in packed.items()}, folder / "merged.pt")
     return {"seconds": seconds}
 

@@ -1,10 +1,12 @@
 """One contestant of LoRA training on a GPU, on random weights of a model's shape: a line of gpu_train.csv.
 
-    python benchmarks/gpu_train.py qgraft 7b --out results [--checkpointing] [--steps 6]
+    python benchmarks/gpu_train.py qgraft 7b --out results [--checkpointing] [--steps 6] [--graphs] [--keep]
 
 Contestants: qgraft (on packed q4_1), peft-nf4 (PEFT with bitsandbytes), peft-bf16 (PEFT on bfloat16 weights). All with
 the same shape, r 16 on every linear layer, AdamW, the same tokens in samples of 512, a quarter of each prompt. PEFT's batch
 has no padding at all, its best case. tokens/s counts all tokens of a step; a step is forward, backward and optimizer.
+With --graphs qgraft replays its passes as CUDA graphs, whatever their size; peak_gib is then what the allocator held, for
+a graph's memory is held between two replays.
 """
 
 import argparse
@@ -67,38 +69,57 @@ def qgraft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[A
     from qgraft.linear import QuantizedLinear
     from qgraft.passes.decoder import padding_free
     from qgraft.passes.fused import fused_modules
+    from qgraft.passes.graphed import GraphedPasses, why_eager
     from qgraft.passes.loss import batch_loss
+    from qgraft.training.gradients import Gradients
 
     swap(model, lambda layer: QuantizedLinear(quantize(layer.weight.detach(), "q4_1")))
     qgraft.attach_lora(model, r=16, lora_alpha=16)
     if options.checkpointing:
         checkpoint(model)
-    rows, prompt = ids.tolist(), ids.shape[1] // 4
+    rows, prompt = ids.tolist(), ids.shape[1] // 4  # the batch is on the CPU, as in a run
     samples = [Sample(row, [-100] * prompt + row[prompt:], "") for row in rows]
     batch = collate(samples)
     count = int((batch["labels"] != -100).sum())
     block = padding_free(model, samples[:2])
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients, note = Gradients(trained), choose("linear", "q4_1", ids.device.type).kernel
+    graphs = GraphedPasses(model, trained, options.tokens_per_pass, say=print)
+
+    def replay(part: dict[str, Tensor]) -> Tensor | None:
+        if not options.graphs:
+            return None
+        if graphs.recorded == 0 and (reason := graphs.problem or why_eager(model)) is not None:
+            raise SystemExit(reason)
+        return graphs.learn(part, count)
 
     def step() -> Tensor:
         total = torch.zeros((), device=ids.device)
+        gradients.clear()
         with casts_kept():
             for part in split_batch(batch, options.tokens_per_pass):
-                loss = batch_loss(model, part) / count
-                loss.backward()
+                loss = replay(part)
+                if loss is None:
+                    loss = batch_loss(model, part) / count
+                    loss.backward()
                 total += loss.detach()
         return total
 
-    stack = _both(block, fused_modules(model))
-    return model, step, stack, choose("linear", "q4_1", ids.device.type).kernel
+    from qgraft.kernels.unpacked import kept_unpacked
+
+    weights = [module.packed for module in model.modules() if isinstance(module, QuantizedLinear)]
+    stack = _both(block, fused_modules(model), kept_unpacked(weights, torch.bfloat16, 1 << 60 if options.keep else 0))
+    return model, step, stack, f"{note}{', graphs' * options.graphs}{', kept' * options.keep}"
 
 
-def _both(first: Any, second: Any) -> Any:
+def _both(first: Any, *others: Any) -> Any:
     from contextlib import ExitStack
 
     stack = ExitStack()
     if (problem := stack.enter_context(first)) is not None:
         raise SystemExit(problem)
-    stack.enter_context(second)
+    for each in others:
+        stack.enter_context(each)
     return stack
 
 
@@ -107,9 +128,29 @@ def estimated_gib(model: Any, options: argparse.Namespace) -> float:
     import qgraft
     from qgraft.memory.settings import Setting, count
 
-    arguments = qgraft.TrainArguments(output_dir="unused", r=16, max_tokens_per_pass=options.tokens_per_pass)
+    arguments = qgraft.TrainArguments(
+        output_dir="unused", r=16, max_tokens_per_pass=options.tokens_per_pass,
+        cuda_graphs="yes" if options.graphs else "no",
+    )  # fmt: skip
     setting = Setting(min(options.tokens, options.tokens_per_pass), options.checkpointing)
     return round(count(model, arguments).estimate(setting).total / 2**30, 2)
+
+
+def four_bits(model: Any) -> str:
+    """bitsandbytes' NF4 in the place of every linear layer but the output layer, as transformers does it; its version."""
+    import bitsandbytes as bnb
+
+    def made(layer: nn.Linear) -> nn.Module:
+        new = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
+            device="meta",
+        )  # fmt: skip
+        new.weight = bnb.nn.Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
+        return new.to("cuda")
+
+    swap(model, made, skip=("lm_head",))
+    model.is_loaded_in_4bit = True
+    return f"bitsandbytes {bnb.__version__}"
 
 
 def peft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[Any, Callable[[], Tensor], Any, str]:
@@ -118,19 +159,7 @@ def peft_step(model: Any, ids: Tensor, options: argparse.Namespace) -> tuple[Any
 
     note = ""
     if options.who == "peft-nf4":
-        import bitsandbytes as bnb
-
-        def four_bits(layer: nn.Linear) -> nn.Module:
-            new = bnb.nn.Linear4bit(
-                layer.in_features, layer.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4",
-                device="meta",
-            )  # fmt: skip
-            new.weight = bnb.nn.Params4bit(layer.weight.detach().cpu(), requires_grad=False, quant_type="nf4")
-            return new.to("cuda")
-
-        swap(model, four_bits, skip=("lm_head",))
-        model.is_loaded_in_4bit = True
-        note = f"bitsandbytes {bnb.__version__}"
+        note = four_bits(model)
     if options.checkpointing:
         checkpoint(model)
     config = LoraConfig(r=16, lora_alpha=16, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
@@ -179,12 +208,13 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if options.profile and on_gpu:
             _profile(step, Path(options.out) / f"profile-{options.who}-{options.shape}.txt")
     median = statistics.median(times)
+    peak_of = torch.cuda.max_memory_reserved if options.graphs else torch.cuda.max_memory_allocated
     return {
         "who": options.who, "shape": options.shape, "layers": model.config.num_hidden_layers, "tokens": options.tokens,
         "tokens_per_pass": options.tokens_per_pass if options.who == "qgraft" else options.tokens,
         "length": options.length, "checkpointing": int(options.checkpointing), "ms": round(median * 1e3, 1),
         "tokens_per_s": round(options.tokens / median), "steps": len(times),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if on_gpu else 0, "estimated_gib": estimated,
+        "peak_gib": round(peak_of() / 2**30, 2) if on_gpu else 0, "estimated_gib": estimated,
         "loss": round(float(loss), 4), "note": note, "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__, "seconds": round(time.time() - started, 1),
     }  # fmt: skip
@@ -215,6 +245,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--graphs", action="store_true")
+    parser.add_argument("--keep", action="store_true", help="keep all weights unpacked")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     row = measure(options)

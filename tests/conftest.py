@@ -8,6 +8,7 @@ package.
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ from qgraft.models.chatglm import ChatGLMConfig, ChatGLMForConditionalGeneration
 from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGeneration
 from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
 from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # what several rooms import: disks.py, decoder_float64.py
 
 
 @pytest.hookimpl(tryfirst=True)

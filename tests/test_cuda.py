@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from torch import Tensor
+from transformers import DynamicCache
 
 import qgraft
-from qgraft.attention import SAMPLES
+from qgraft.attention import SAMPLES, attending
+from qgraft.compat import CACHE
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor, quantize
@@ -18,6 +21,7 @@ from qgraft.kernels import (
     KERNELS_VARIABLE,
     choose,
     dequantize,
+    gpu_decode,
     gpu_rows,
     linear,
     linear_grad_input,
@@ -28,11 +32,17 @@ from qgraft.kernels import (
     varlen_attention,
 )
 from qgraft.kernels.choice import serving
+from qgraft.kernels.decoder import Row
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Term, Weight
+from qgraft.passes import graphed
+from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
 from qgraft.passes.fused import fused_modules
+from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.loss import batch_loss
+from qgraft.passes.native_texts import NativeTexts
 
 pytestmark = [
     pytest.mark.cuda,
@@ -216,6 +226,85 @@ def test_a_packed_step_in_bfloat16_is_near_the_cpus_in_float32(
     assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.98
 
 
+STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows
+    "one": ([(20, 1)], [1]),
+    "two": ([(3, 1), (150, 1)], [0, 2]),
+    "a prompt among others": ([(3, 1), (12, 1), (2, 13), (40, 1)], [1, 2, *[3] * 13, 0]),
+    "many": ([(1, 1)] * 40, [n // 3 % 4 for n in range(40)]),
+}
+
+
+@pytest.mark.parametrize("format", ["q4_0", "q4_1", "q8_0", "bf16"])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_that_of_the_decoder_in_float64(step: str, format: str) -> None:
+    """Computed, recorded and replayed, with other texts and adapters each time."""
+    lengths, choices = STEPS[step]
+    for dtype, tolerance in ((torch.float32, 2e-4), (torch.bfloat16, 4e-2)):
+        decoder = TestedDecoder(gpu_decode.Structures, format=format, memory=dtype, device="cuda")
+        for _ in range(4):
+            rows = texts(lengths)
+            x, angles = torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
+            want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+            placed = [Row(row.slots.cuda(), row.seen, row.front) for row in rows]
+            got = decoder.step(placed, choices, x.cuda(), angles.cuda()).cpu()
+            assert float((got.double() - want).norm() / want.norm()) < tolerance
+            assert float((decoder.memory.cpu().double() - decoder.past).norm() / decoder.past.norm()) < tolerance
+            decoder.past = decoder.memory.double().cpu()
+            choices = choices[1:] + choices[:1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_decoded_tokens_are_those_of_the_models_own_pass(
+    architecture: str, dtype: str, tiny_gguf: Callable[..., Any]
+) -> None:
+    """One text by fast_decoding(), with other adapters on the way; several by the server's passes, with graphs."""
+    path = tiny_gguf(architecture).path
+    on_cpu, model = (qgraft.load(path, device=d, dtype=t)[0] for d, t in (("cpu", "float32"), ("cuda", dtype)))
+    for each in (on_cpu, model):
+        for name in ("one", "two"):
+            qgraft.attach_lora(each, r=3, name=name)
+        torch.manual_seed(1)
+        for parameter_name, parameter in each.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+    ids, tolerance = torch.randint(3, 90, (3, 40)), 1e-3 if dtype == "float32" else 5e-2
+    mixes: list[dict[str, float]] = [{"one": 1.0}, {"two": 0.5, "one": -1.0}, {}]
+
+    def near(got: Tensor, expected: Tensor) -> bool:
+        return float((got.float().cpu() - expected).norm() / expected.norm()) < tolerance
+
+    def own(n: int, mix: dict[str, float]) -> Tensor:
+        qgraft.use_adapter(on_cpu, mix or None)
+        return on_cpu(ids[n : n + 1], use_cache=False).logits[0]
+
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        qgraft.use_adapter(model, "one")
+        with fast_decoding(model) as problem:
+            assert problem is None
+            model(ids[:1, :6].cuda(), use_cache=True, **{CACHE: cache})
+            for t in range(6, 40):
+                got = model(ids[:1, t : t + 1].cuda(), use_cache=True, **{CACHE: cache}).logits[0, 0]
+                assert near(got, own(0, mixes[0])[t]), t
+            decoder = vars(model.model)["forward"]
+            states = decoder.structures.network.structures._states
+            assert len(states) == 1 and all(state._graph is not None for state in states.values())
+        qgraft.use_adapter(model, None)
+        memory, native = KeyValues(12 * BLOCK), NativeTexts(model)
+        expected = [own(n, mix) for n, mix in enumerate(mixes)]
+        with attending(model, CACHED):
+            for past, stop in ((0, 20), *((t, t + 1) for t in range(20, 40))):
+                pieces = [
+                    Piece(ids[n, :stop].tolist(), past, slots_of([n, 3 + n, 6 + n], stop, "cuda"), loras=mixes[n])
+                    for n in range(3)
+                ]
+                logits = native.next_logits(memory, pieces)
+                assert logits is not None
+                for n in range(3):
+                    assert near(logits[n], expected[n][stop - 1]), (stop, n)
+
+
 @pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}])
 def test_a_run_on_the_gpu_learns_and_its_adapter_works_on_the_cpu(options, tiny_gguf, tmp_path):
     path = tiny_gguf("llama").path
@@ -234,6 +323,151 @@ def test_a_run_on_the_gpu_learns_and_its_adapter_works_on_the_cpu(options, tiny_
     on_cpu, _ = qgraft.load(path, device="cpu")
     assert qgraft.load_adapter(on_cpu, tmp_path / "out").applied == 14
     assert torch.isfinite(on_cpu(torch.arange(3, 20)[None]).logits).all()
+
+
+SIZES = [(40, 9, 70), (64, 64), (3,) * 30, (100, 1, 1), (200,)]
+
+
+def graphed_model(path: str) -> tuple[Any, list[torch.nn.Parameter]]:
+    """A model in bfloat16 as it is about to train, with gradients that stay where they are."""
+    model, _ = qgraft.load(path, device="cuda", dtype="bfloat16")
+    qgraft.attach_lora(model, r=4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.manual_seed(0)
+    for parameter in trained:
+        parameter.data.copy_(torch.randn(parameter.shape) * 0.05)
+        parameter.grad = torch.zeros_like(parameter)
+    return model.train(), trained
+
+
+def batch_of(lengths: tuple[int, ...]) -> Any:
+    """Half of each sample is learned."""
+    rows = [[3 + (5 * n + 7 * i) % 200 for i in range(n)] for n in lengths]
+    return collate([Sample(ids, [-100] * (len(ids) // 2) + ids[len(ids) // 2 :], "") for ids in rows])
+
+
+def learned(trained: list[torch.nn.Parameter], learn: Callable[[], Tensor]) -> tuple[float, Tensor]:
+    """(the loss, all gradients) of one pass."""
+    for parameter in trained:
+        assert parameter.grad is not None
+        parameter.grad.zero_()
+    loss = float(learn())
+    return loss, torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+
+
+def eagerly(model: Any, lengths: tuple[int, ...]) -> Callable[[], Tensor]:
+    def learn() -> Tensor:
+        loss = batch_loss(model, batch_of(lengths)) / 50.0
+        loss.backward()
+        return loss.detach()
+
+    return learn
+
+
+def near(got: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
+    """To the rounding of bfloat16: products of another number of rows may be summed in another order."""
+    assert got[0] == pytest.approx(expected[0], rel=3e-3)
+    assert float((got[1] - expected[1]).norm()) < 3e-2 * float(expected[1].norm())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "gemma3", "phi3"])
+def test_a_replayed_pass_is_the_ordinary_pass_of_any_batch(architecture: str, tiny_gguf: Callable[..., Any]) -> None:
+    """Of tables with samples of no tokens at their end; one graph, batches that were not there when it was recorded."""
+    model, trained = graphed_model(tiny_gguf(architecture).path)
+    rows = [Sample(list(range(3, 30)), [-100, *range(4, 30)], ""), Sample(list(range(3, 9)), [-100, *range(4, 9)], "")]
+    with padding_free(model, rows) as problem, fused_modules(model):
+        assert problem is None and graphed.why_eager(model) is None
+        passing = graphed.StaticPass(model, graphed.Shape(256, 128, 64, 256))
+
+        def replay() -> Tensor:
+            assert passing.replay is not None
+            passing.replay()
+            return passing.loss
+
+        def run() -> Tensor:
+            passing.run()
+            return passing.loss
+
+        for number, lengths in enumerate(SIZES):
+            expected = learned(trained, eagerly(model, lengths))
+            passing.fill(batch_of(lengths), 50.0)
+            eager = learned(trained, run)
+            near(eager, expected)
+            if number == 0:
+                passing.record(torch.cuda.graph_pool_handle())
+            replayed = learned(trained, replay)
+            near(replayed, expected)
+            assert replayed[0] == pytest.approx(eager[0], rel=1e-5), "the same kernels on the same numbers"
+        with torch.no_grad():  # the next step has other weights at the same place
+            for parameter in trained:
+                parameter.mul_(0.5)
+        near(learned(trained, replay), learned(trained, eagerly(model, SIZES[-1])))
+
+
+def test_graphs_of_many_sizes_share_memory_and_passes_beyond_them_are_eager(
+    tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphed, "MOST_GRAPHS", 3)
+    model, trained = graphed_model(tiny_gguf("llama").path)
+    order = [*SIZES, *SIZES, (500, 300), *reversed(SIZES), (500, 300), *SIZES]
+    with padding_free(model, [Sample(list(range(3, 30)), [-100, *range(4, 30)], "")]), fused_modules(model):
+        passes = graphed.GraphedPasses(model, trained, 4096)
+        eager = 0
+        for lengths in order:
+            expected = learned(trained, eagerly(model, lengths))
+            for parameter in trained:
+                assert parameter.grad is not None
+                parameter.grad.zero_()
+            loss = passes.learn(batch_of(lengths), 50.0)
+            eager += loss is None
+            if loss is not None:
+                near((float(loss), torch.cat([p.grad.flatten() for p in trained if p.grad is not None])), expected)
+        assert passes.problem is None and passes.recorded == 3 and passes.replayed > 8 and eager
+
+
+def test_a_pass_that_waits_for_the_gpu_is_not_recorded_and_goes_on(
+    tiny_gguf: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, trained = graphed_model(tiny_gguf("llama").path)
+    head = graphed.output_head
+
+    def waiting(model: Any) -> Any:
+        trained[0].sum().item()
+        return head(model)
+
+    monkeypatch.setattr(graphed, "output_head", waiting)
+    with padding_free(model, [Sample(list(range(3, 30)), [-100, *range(4, 30)], "")]), fused_modules(model):
+        expected = learned(trained, eagerly(model, SIZES[0]))
+        passes = graphed.GraphedPasses(model, trained, 4096)
+        for _ in range(2):  # eagerly; then not recorded, and eagerly
+            near(learned(trained, lambda: passes.learn(batch_of(SIZES[0]), 50.0) * 1.0), expected)  # type: ignore[operator]
+        assert passes.problem is not None and passes.learn(batch_of(SIZES[0]), 50.0) is None
+        near(learned(trained, eagerly(model, SIZES[0])), expected)
+    assert torch.randn(4, device="cuda").isfinite().all()
+    torch.cuda.empty_cache()
+
+
+def test_a_run_of_replayed_passes_is_the_run(tiny_gguf: Callable[..., Any], tmp_path: Any) -> None:
+    """And one that stopped on its way goes on."""
+    path = tiny_gguf("llama").path
+    rows = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 7)} for i in range(40)]
+
+    def run(name: str, **options: Any) -> Any:
+        given = {"max_steps": 20, "learning_rate": 1e-2, "r": 2, "val_size": 4, "per_device_train_batch_size": 4,
+                 "save_strategy": "no", "bf16": True, "lr_scheduler_type": "constant"} | options  # fmt: skip
+        args = qgraft.TrainArguments(output_dir=str(tmp_path / name), **given)
+        model, tokenizer = qgraft.load(path, device="cuda", dtype=args.compute_dtype)
+        return qgraft.train(model, tokenizer, rows, args)
+
+    eager, replayed = run("eager", cuda_graphs="no"), run("graphs", cuda_graphs="yes")
+    run("parts", cuda_graphs="yes", max_steps=11, save_strategy="steps", save_steps=11)
+    parts = run("parts", cuda_graphs="yes", save_strategy="steps", save_steps=11, resume_from_checkpoint="true")
+    assert any("replayed" in note for note in replayed.notes), replayed.notes
+    assert replayed.metrics["eval_loss"] < replayed.metrics["eval_loss_before"]
+    for report in (replayed, parts):
+        assert report.steps == 20 and report.metrics["skipped_steps"] == 0
+        assert report.metrics["eval_loss"] == pytest.approx(eager.metrics["eval_loss"], rel=0.05)
+    assert replayed.metrics["train_loss"] == pytest.approx(eager.metrics["train_loss"], rel=0.03)
 
 
 def test_triton_is_there() -> None:

@@ -4,6 +4,7 @@
 
     decoder_of, has_decoder, decoder_states    what is below the output layer, and what it computes
     decoder_layers                             the layers, in order
+    computed_dtype                             what the model computes in
     argument_names                             what a forward pass may be given
     context_of                                 how many positions there are
     keeps_state                                whether padding would be learned or remembered
@@ -16,6 +17,7 @@ passes/decoding_network.py. tests/contract/test_facade.py holds all of these to 
 import inspect
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -60,6 +62,13 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     if (layers := next(lists, None)) is None:  # of lists within lists the outer one comes first
         raise UnsupportedError(f"{type(model).__name__} has no layers: expected a list of them in its decoder")
     return list(layers)
+
+
+def computed_dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the model computes in: the dtype of its embeddings. Its `dtype` is that of any parameter, also of a LoRA."""
+    table: Any = model.get_input_embeddings()
+    dtype: torch.dtype = table.weight.dtype
+    return dtype
 
 
 def argument_names(module: nn.Module) -> list[str]:

@@ -22,8 +22,8 @@ from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.formats import FORMATS, PackedTensor, unpack
 from qgraft.jobs.segments import Segment, serving_segments
 from qgraft.kernels import native_status
+from qgraft.kernels.cpu import decode
 from qgraft.linear import QuantizedLinear
-from qgraft.passes import decoding
 from qgraft.passes.decoding import fast_decoding
 
 Maker = Callable[..., Any]
@@ -268,8 +268,8 @@ def test_decoding_follows_when_a_is_written_to(
     """The C decoder holds an A that was made of the trained one, and has to notice; minimums of K-quants it leaves alone."""
     model = with_exact(k_model(tiny_gguf, format), target_modules="q_proj,up_proj").eval()
     ids, steps = random_ids(model, rows=1, length=9), []
-    step = decoding.decode.step
-    monkeypatch.setattr(decoding.decode, "step", lambda *given: (steps.append(1), step(*given)))
+    step = decode.step
+    monkeypatch.setattr(decode, "step", lambda *given: (steps.append(1), step(*given)))
 
     def last(fast: bool) -> Tensor:
         if not fast:

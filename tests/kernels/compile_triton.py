@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from qgraft.kernels import triton_blocks, triton_ops, triton_rows
+from qgraft.kernels import gpu_decode, triton_blocks, triton_decoding, triton_gemv, triton_ops, triton_rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a block may have
@@ -72,8 +73,13 @@ def cases(formats: tuple[str, ...]) -> Iterator[Case]:
         same = {"F": format, "RUN": run, "EXACT": False}
         yield ("unpack " + format, triton_blocks.dequantize_kernel, shared | {"out": "*bf16", "ld": 4112},
                same | {"BR": 4, "NU": 1024 // run}, 8)  # fmt: skip
-        yield ("gemv " + format, triton_blocks.gemv_kernel, shared | {"x": "*bf16", "y": "*bf16"},
-               same | {"BN": 4, "NU": 512 // run}, 4)  # fmt: skip
+        some_rows, some_units, warps = triton_ops.tile(format)
+        more = {"bias": "*bf16", "residual": "*fp32", "table": "*i64", "h": "*fp32", "ld": 4096}
+        tile = same | {"BN": some_rows, "NU": some_units}
+        for name, kind, extra in (("gemv", "*bf16", False), ("gemv with a LoRA", "*fp32", True)):
+            yield (f"{name} {format}", triton_gemv.gemv_kernel, shared | more | {"x": kind, "y": kind},
+                   tile | {"BIAS": extra, "ADD": extra, "NA": int(extra), "R": 16 * extra}, warps)  # fmt: skip
+    yield from decoding_cases()
     wide = {"BLOCK": 4096, "EXACT": False}
     norm = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "r": "*fp32", "H": 4096, "eps": "fp32"}
     yield "norm", triton_rows.norm_kernel, norm, wide | {"KNOWN": False}, 8
@@ -93,6 +99,26 @@ def cases(formats: tuple[str, ...]) -> Iterator[Case]:
     yield ("loss", triton_rows.loss_kernel,
            {"z": "*bf16", "target": "*i64", "losses": "*fp32", "V": 32000, "stride": 32000, "smoothing": "fp32"},
            {"BLOCK": 4096, "EXACT": False}, 8)  # fmt: skip
+
+
+def decoding_cases() -> Iterator[Case]:
+    """The other kernels of a step of decoding: 32 heads of 128 channels, keys and values in bfloat16."""
+    lora = {"table": "*i64", "h": "*fp32"}
+    one = {"NA": 1, "R": 16}
+    yield ("down", triton_gemv.down_kernel, lora | {"x": "*fp32", "M": 16, "K": 4096}, one | {"BLOCK": 2048}, 4)
+    yield ("add", triton_gemv.add_kernel,
+           lora | {"product": "*bf16", "y": "*fp32", "bias": "*bf16", "residual": "*fp32", "rows": 4096, "ld": 4096},
+           one | {"BLOCK": 512, "BIAS": True, "ADD": True}, 4)  # fmt: skip
+    texts = {"places": "*i64", "shape": "*i64", "rows": "*i64", "slots": "*i32", "S": 256}
+    heads = {"H": 32, "G": 8, "D": 128, "KV": tl.bfloat16}
+    yield ("rotate new tokens", triton_decoding.rotate_kernel,
+           texts | {"qkv": "*fp32", "q_norm": "*bf16", "k_norm": "*bf16", "cos": "*fp32", "sin": "*fp32", "q": "*fp32",
+                    "eps": "fp32"}, heads | {"HALF": 64, "NORM": True, "EXACT": False}, 1)  # fmt: skip
+    split = {"WIDE": 128, "SPLITS": 16}
+    yield ("attend", triton_decoding.attend_kernel,
+           texts | {"q": "*fp32", "parts": "*fp32", "window": 4096, "scale": "fp32"},
+           heads | split | {"BLOCK": gpu_decode.BLOCK}, 4)  # fmt: skip
+    yield "join", triton_decoding.join_kernel, {"parts": "*fp32", "y": "*fp32", "H": 32}, split | {"D": 128}, 1
 
 
 def main(words: list[str]) -> int:

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from torch import Tensor
+from transformers import DynamicCache
 
 import qgraft
+from qgraft.attention import attending
+from qgraft.compat import CACHE
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import FORMATS, PackedTensor
@@ -23,6 +27,7 @@ from qgraft.kernels import (
     KERNELS_VARIABLE,
     choose,
     dequantize,
+    gpu_decode,
     gpu_rows,
     linear,
     linear_grad_input,
@@ -32,9 +37,14 @@ from qgraft.kernels import (
 )
 from qgraft.kernels.choice import serving
 from qgraft.kernels.pointwise import ACTIVATIONS
+from qgraft.kernels.unpacked import kept_unpacked, unpacked
+from qgraft.passes.batched import CACHED, Piece
 from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
 from qgraft.passes.fused import fused_modules
+from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.loss import batch_loss
+from qgraft.passes.native_texts import NativeTexts
 
 pytestmark = [
     pytest.mark.triton,
@@ -119,6 +129,106 @@ def test_products_are_those_of_float64(format: str, tokens: int, random_packed: 
         ):
             assert got.dtype == dtype
             assert float((got.double() - expected).norm() / expected.norm()) < 2 * tolerance
+
+
+@pytest.mark.parametrize("format", sorted(triton_ops.UNITS))
+def test_what_is_added_to_a_product_of_few_rows_is_in_its_sum(format: str, random_packed: MakePacked) -> None:
+    packed = random_packed(format, 67, 512)
+    x, residual, bias = torch.randn(2, 512), torch.randn(2, 67), torch.randn(67)
+    y = torch.full((2, 100), 7.0)
+    triton_ops.gemv(x, packed, y[:, :67], bias, residual)
+    exact = x.double() @ format_dequantize(packed, torch.float64).T + bias + residual
+    assert float((y[:, :67] - exact).norm() / exact.norm()) < 2e-6 and bool((y[:, 67:] == 7).all())
+
+
+def test_a_copy_that_is_kept_serves_as_long_as_the_bytes_are_what_they_were(random_packed: MakePacked) -> None:
+    one, two = random_packed("q4_1", 67, 512), random_packed("q4_1", 67, 512)
+    x = torch.randn(5, 512)
+    expected = [linear(x.bfloat16(), packed) for packed in (one, two)]
+    with kept_unpacked([one, two], torch.bfloat16, 67 * 512 * 2 + 5) as count:
+        assert count == 1 and unpacked(two, torch.bfloat16) is None and unpacked(one, torch.float16) is None
+        copy = unpacked(one, torch.bfloat16)
+        assert copy is not None and triton_ops.weight(one.map(Tensor.detach), torch.bfloat16) is copy
+        assert same(copy, format_dequantize(one, torch.bfloat16))
+        for packed, y in zip((one, two), expected, strict=True):
+            assert torch.equal(linear(x.bfloat16(), packed), y)
+        one.parts[0].copy_(two.parts[0])
+        assert torch.equal(linear(x.bfloat16(), one), expected[1]) and unpacked(one, torch.bfloat16) is None
+    assert triton_ops.weight(two, torch.bfloat16) is not triton_ops.weight(two, torch.bfloat16)
+
+
+STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows; format; dtype of keys and values
+    "one alone": ([(0, 1)], [0], "q8_0", torch.float32),
+    "one in half precision": ([(90, 1)], [1], "q4_1", torch.bfloat16),
+    "two": ([(3, 1), (30, 1)], [0, 2], "q4_0", torch.float32),
+    "a prompt among others": ([(3, 1), (12, 1), (2, 2)], [1, 3, 0, 0], "q8_0", torch.float32),
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_a_step_is_that_of_the_decoder_in_float64(step: str) -> None:
+    lengths, choices, format, dtype = STEPS[step]
+    decoder = TestedDecoder(gpu_decode.Structures, format=format, memory=dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for _ in range(2):  # what the first step was of does not stay
+        rows = texts(lengths)
+        x, angles = torch.randn(len(rows), HIDDEN), torch.randn(len(rows), CHANNELS)
+        want = torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+        got = decoder.step(rows, choices, x, angles)
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(decoder.memory.double(), decoder.past, rtol=tolerance, atol=tolerance)
+        decoder.past = decoder.memory.double()
+        choices = choices[::-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_tokens_of_a_model_are_those_of_its_own_pass(architecture: str, tiny_gguf: Callable[..., Any]) -> None:
+    """fast_decoding(), and several texts with adapters of their own, through the kernels of a GPU."""
+    model, _ = qgraft.load(tiny_gguf(architecture).path)
+    qgraft.attach_lora(model, r=3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    ids = torch.randint(3, model.config.vocab_size, (2, 8))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits[:, 5:]
+        cache = DynamicCache(config=model.config)
+        with fast_decoding(model) as problem:
+            assert problem is None
+            model(ids[:1, :6], use_cache=True, **{CACHE: cache})
+            got = [model(ids[:1, t : t + 1], use_cache=True, **{CACHE: cache}).logits[0, 0] for t in range(6, 8)]
+            buffers = next(iter(vars(model.model)["forward"].buffers.values()))
+        assert cache.layers[0].keys.data_ptr() == buffers.memory.data_ptr(), "decoded by kernels"
+        torch.testing.assert_close(torch.stack(got), expected[0, 1:], rtol=2e-3, atol=2e-3)
+        memory, native, own = KeyValues(4 * BLOCK), NativeTexts(model), []
+        for loras in ({"default": 1.0}, {}):
+            qgraft.use_adapter(model, loras or None)
+            own.append(model(ids, use_cache=False).logits[:, 5:])
+        with attending(model, CACHED):
+            for past, stop in ((0, 6), (6, 7)):
+                pieces = [
+                    Piece(text[:stop], past, slots_of([3 * n, 1 + n], stop), loras=loras)
+                    for n, (text, loras) in enumerate(zip(ids.tolist(), ({"default": 1.0}, {}), strict=True))
+                ]
+                logits = native.next_logits(memory, pieces)
+                wanted = torch.stack([own[n][n, stop - 6] for n in (0, 1)])
+                assert logits is not None
+                torch.testing.assert_close(logits, wanted, rtol=2e-3, atol=2e-3)
+
+
+def test_a_number_that_is_none_stays_in_its_text() -> None:
+    decoder = TestedDecoder(gpu_decode.Structures)
+    rows = texts([(20, 1), (9, 1)])
+    x = torch.randn(2, HIDDEN)
+    x[0, 3] = float("nan")
+    got = decoder.step(rows, [1, 2], x, torch.zeros(2, CHANNELS))
+    assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
+
+
+def test_what_a_gpu_does_not_decode_is_refused() -> None:
+    with pytest.raises(ValueError, match="8 bits"):
+        TestedDecoder(gpu_decode.Structures, int8=True)
 
 
 def test_no_rows_and_no_tokens(random_packed: MakePacked) -> None:

@@ -84,6 +84,8 @@ CASES: dict[str, Case] = {
 JUDGED_ELSEWHERE = {  # module -> (file, test)
     # whose reference is the model's own forward pass, in transformers: tests/passes/test_decoding.py; and in float64
     "cpu.decode": ("cpu/test_decode.py", "test_a_step_is_that_of_the_decoder_in_float64"),
+    # likewise, under the interpreter
+    "gpu_decode": ("interpreted_triton.py", "test_a_step_is_that_of_the_decoder_in_float64"),
     # which needs a GPU: tests/test_cuda.py; and with a stand-in
     "varlen": ("test_varlen.py", "test_bounds_windows_and_groups_are_those_of_the_reference"),
 }

@@ -32,6 +32,13 @@ def test_every_kernel_under_the_interpreter() -> None:
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
+@pytest.mark.slow
+def test_whole_models_under_the_interpreter() -> None:
+    file = str(HERE / "interpreted_triton.py")
+    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and slow",
+        "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
+
+
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     """One format of each kind, and the kernels of rows; of all formats with `compile_triton.py 80 90 120`."""
     run(str(HERE / "compile_triton.py"), "80:q4_k", "90:q4_1,q6_k", "120:q4_k", TRITON_CACHE_DIR=str(tmp_path))

@@ -1,6 +1,8 @@
 """The memory of a run: counted on the model, compared with torch's profiler and with shapes; the choice of a setting."""
 
 import json
+from dataclasses import replace
+from math import inf
 
 import pytest
 import torch
@@ -201,6 +203,30 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(limit, least, more):
         counted().estimate(Setting(tokens, ckpt)) for tokens in range(least, most + 1, 7) for ckpt in (False, True)
     ]
     assert all(other.setting.cost >= found.setting.cost for other in others if other.total <= (1 - SPARE) * limit * MB)
+
+
+def test_graphs_hold_the_activations_of_a_pass_once_more():
+    replaying = replace(counted(), graphed=200.0)
+    found = replaying.estimate(Setting(200))
+    assert found.graphs == found.activations + found.working == found.parts()["graphs"]
+    assert found.total == 750_200_000 + found.graphs == sum(found.parts().values())
+    for setting in (Setting(201), Setting(200, checkpointing=True)):
+        assert replaying.estimate(setting) == counted().estimate(setting)
+        assert "graphs" not in replaying.estimate(setting).parts()
+
+
+def test_graphs_that_are_asked_for_have_room_and_others_take_what_is_left():
+    replaying = replace(counted(), graphed=inf)
+
+    def choose(cuda_graphs, limit):
+        args = arguments(memory_limit=limit, cuda_graphs=cuda_graphs)
+        return fastest(replaying, args, 50, 500)
+
+    asked = choose("yes", "1GB")
+    assert asked.graphs and asked.total <= 0.9e9 and asked.setting.tokens_per_pass < 200
+    usual = choose("auto", "1GB")
+    assert usual == chosen("1GB") and not usual.graphs  # the same pass as without, and no room for its graph
+    assert choose("auto", "2GB").graphs and choose("auto", "2GB").setting == Setting(500)
 
 
 def test_a_limit_that_nothing_fits_into_says_what_is_needed():

@@ -18,10 +18,12 @@ from transformers import (
     RobertaConfig,
 )
 
+import qgraft
 from qgraft.attention import SAMPLES
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
+from qgraft.model_parts import computed_dtype
 from qgraft.passes import decoder
 from qgraft.passes.decoder import label_states, output_head, padding_free
 from qgraft.passes.loss import batch_loss, check_gradient
@@ -139,3 +141,13 @@ def test_what_says_nothing_about_the_model_is_not_taken_for_an_answer(error: Exc
     monkeypatch.setattr(decoder, "label_states", fail)
     with pytest.raises(type(error)), padding_free(model, [sample(20, 0), sample(9, 1)]):
         pass
+
+
+def test_what_a_model_computes_in_is_not_the_dtype_of_its_adapter(tiny_gguf: Any) -> None:
+    """In bfloat16 losses are judged as rounded ones, with a LoRA in float32 as without: or none would agree."""
+    model, _ = qgraft.load(tiny_gguf("llama").path, device="cpu", dtype="bfloat16")
+    qgraft.attach_lora(model, r=2)
+    assert model.dtype == torch.float32 and computed_dtype(model) == torch.bfloat16
+    samples = [Sample(list(range(3, 3 + n)), [IGNORED, *range(4, 3 + n)], "") for n in (90, 7)]
+    with padding_free(model, samples) as problem:
+        assert problem is None and model.config._attn_implementation == SAMPLES

@@ -17,6 +17,7 @@ from transformers import DynamicCache
 import qgraft
 from qgraft.compat import CACHE
 from qgraft.kernels import native_status
+from qgraft.kernels.cpu import decode
 from qgraft.linear import QuantizedLinear, computing
 from qgraft.passes import decoding
 from qgraft.passes.decoding import fast_decoding
@@ -29,14 +30,14 @@ KINDS = ("llama", "qwen2", "qwen3")
 def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The positions of all tokens that were decoded in C within the block."""
     steps: list[int] = []
-    step = decoding.decode.step
+    step = decode.step
 
     def count(*args: Any) -> None:
         steps.append(args[2][0].seen - 1)
         step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoding.decode, "step", count)
+        patch.setattr(decode, "step", count)
         yield steps
 
 
@@ -444,7 +445,7 @@ def test_scaled_positions_are_refused(random_ids):
     ids = random_ids(model, 1, 60)
     want = logits(model, ids)
     with fast_decoding(model) as problem:
-        assert problem is not None and problem.startswith("Ministral3Model: C decodes LlamaModel, MistralModel")
+        assert problem is not None and problem.startswith("Ministral3Model: it decodes LlamaModel, MistralModel")
         assert torch.equal(logits(model, ids), want)
 
 

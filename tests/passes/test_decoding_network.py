@@ -13,8 +13,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 import qgraft
 from qgraft.compat import CACHE
 from qgraft.kernels import native_status
+from qgraft.kernels.cpu import decode
 from qgraft.linear import PackedWeight
-from qgraft.passes import decoding
 from qgraft.passes.decoding import fast_decoding, why_not
 from qgraft.passes.decoding_network import FAMILIES, Network
 from qgraft.passes.fused import fused_modules
@@ -38,8 +38,8 @@ def in_c(monkeypatch: pytest.MonkeyPatch, model: Any, cache: Any = None, **optio
     """Whether the token after a prompt is decoded in C within fast_decoding."""
     ids, steps = torch.arange(6)[None], []
     with monkeypatch.context() as patch, torch.inference_mode():
-        step = decoding.decode.step
-        patch.setattr(decoding.decode, "step", lambda *given: (steps.append(1), step(*given)))
+        step = decode.step
+        patch.setattr(decode, "step", lambda *given: (steps.append(1), step(*given)))
         held = model(ids[:, :5], use_cache=True, **{CACHE: cache})
         model(ids[:, 5:], use_cache=True, **{CACHE: getattr(held, CACHE)}, **options)
     return bool(steps)
@@ -68,7 +68,7 @@ def _own_forward(module: Any) -> None:
 
 
 CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {  # what is done to a decoder, and what is said of it
-    "a class of its own": (lambda base: setattr(base, "__class__", OwnModel), "C decodes LlamaModel"),
+    "a class of its own": (lambda base: setattr(base, "__class__", OwnModel), "it decodes LlamaModel"),
     "another norm": (lambda base: setattr(base, "norm", OwnNorm()), "norm is a OwnNorm"),
     "another norm in a layer": (
         lambda base: setattr(base.layers[1], "input_layernorm", OwnNorm()), "input_layernorm is a OwnNorm",
@@ -195,7 +195,7 @@ def test_outputs_that_transformers_collects_do_not_keep_c_away(monkeypatch: pyte
 @pytest.mark.parametrize("kind", FAMILIES.values())
 def test_the_table_is_of_exact_classes_of_the_installed_transformers(kind: str) -> None:
     network = Network(packed(kind).model)
-    assert network.model.layers == 2 and network.selection is None
+    assert len(network.decoder.layers) == 2 and network.selection is None
 
 
 def test_an_adapter_without_a_layer_of_these_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
         for option in ("fp16", "cache_frozen_layers", "memory_limit")
         if getattr(args, option)
     ]
+    problems += [f"{args.output_dir}: cuda_graphs=yes is for a run alone" for args in jobs if args.cuda_graphs == "yes"]
     problems += [f"{args.output_dir}: started in {args.world_size} processes" for args in jobs if args.world_size > 1]
     if problems:
         raise OptionError(

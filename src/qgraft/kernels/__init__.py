@@ -9,6 +9,8 @@
     varlen_attention.py  attention within samples that share a row;  varlen.py: on a GPU by torch's own kernel
     cpu/          C behind ctypes: the library, the level of CPU it runs as, its functions
     triton_ops.py, gpu_rows.py  on a GPU: weights unpacked by triton_blocks.py and multiplied by cuBLAS; triton_rows.py
+    unpacked.py   copies of weights in half precision, kept where a GPU has room
+    decoder.py    a decoder as kernels take it that compute all of it: cpu/decode.py, and gpu_decode.py by a CUDA graph
 
 The functions here take a PackedTensor; below them everything is tensors, as torch.library wants it.
 """

@@ -7,7 +7,7 @@
     varlen_attention    reference.py   cpu/varlen_...py                        varlen.py
     cross_entropy       reference.py                       gpu_rows.py
     descend             reference.py   cpu/descend.py
-    decode_step         the model's    cpu/decode.py
+    decode_step         the model's    cpu/decode.py       gpu_decode.py
                         own pass
 
 A module has the functions of its rows, with the arguments and results of those in reference.py. What single calls may have
@@ -164,7 +164,10 @@ ROWS: dict[str, Row] = {
         Row("lora", "a layer with its LoRAs", _LORA, True, (_native("lora", _no_lora), _SUMMED)),
         Row("lora_bf16", "the same in bfloat16", _LORA, True, (_native("lora", _no_lora_bf16),)),
         Row("lora_int8", "the same in 8 bits", _LORA, True, (_native("lora", _no_lora_int8),)),
-        Row("decode_step", "tokens through a decoder", ("step",), True, (_native("decode", _no_decoding),)),
+        Row(
+            "decode_step", "tokens through a decoder", ("Structures",), True,
+            (_native("decode", _no_decoding), _triton("gpu_decode", _no_triton)),
+        ),
         _rows("norm", "RMSNorm", ("norm", "normalized", "norm_backward"), _not_float32),
         _rows("gated", "act(gate) up", ("gated", "gated_backward"), _not_gated),
         _rows("rotate", "rotary positions", ("rotate",), _not_float32),

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def, no-redef"
-"""Triton: how each packed format is read on a GPU, and the two kernels that read it. Imported by triton_ops.py only.
+"""Triton: how each packed format is read on a GPU, and the kernel that unpacks it. Imported by triton_ops.py only.
 
 A unit is two runs of neighbouring weights that share bytes or lie side by side: part 0 and part 1, RUN weights each. One
 description of it, `unit`, serves unpacking and the product with few rows.
@@ -238,26 +238,3 @@ def dequantize_kernel(
         c = column(F, g, j)
         tl.store(start + c, rounded(w0, DT, EXACT), mask=ok & (c < K))
         tl.store(start + c + apart(F), rounded(w1, DT, EXACT), mask=ok & (c + apart(F) < K))
-
-
-@jit
-def gemv_kernel(
-    x, p8, p16, scale, y, rows, units, row_bytes, K,
-    F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr, EXACT: tl.constexpr,
-):  # fmt: skip
-    """y[m] = W x[m] for m = program_id(1): W goes from its bytes to registers, the sum is float32, rounded once."""
-    m = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    r = n[:, None, None]
-    j = tl.arange(0, RUN)[None, None, :]
-    acc = tl.zeros((BN, NU, RUN), tl.float32)
-    for start in range(0, units, NU):
-        g = (start + tl.arange(0, NU))[None, :, None]
-        ok = (r < rows) & (g < units)
-        w0, w1 = unit(F, p8, p16, scale + r, r.to(tl.int64) * row_bytes, g, j, K, ok)
-        c = column(F, g, j)
-        x0 = tl.load(x + m * K + c, mask=(g < units) & (c < K), other=0).to(tl.float32)
-        x1 = tl.load(x + m * K + c + apart(F), mask=(g < units) & (c + apart(F) < K), other=0).to(tl.float32)
-        acc += w0 * x0 + w1 * x1
-    total = tl.sum(tl.sum(acc, axis=2), axis=1)
-    tl.store(y + m * rows + n, rounded(total, y.dtype.element_ty, EXACT), mask=n < rows)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import reference
+from qgraft.kernels.unpacked import unpacked
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as in triton_blocks.py
@@ -36,6 +37,10 @@ UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as 
 FORMATS = (*UNITS, *FLOATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _compiled: dict[tuple[Any, ...], Any] = {}  # variants of kernels that ran, by what launch() asks
+TILES = {  # of gemv_kernel: rows, units, warps
+    "q4_0": (1, 64, 4), "q4_1": (1, 64, 4), "q8_0": (1, 64, 4), "q4_k": (4, 16, 2), "q6_k": (1, 128, 4),
+}  # fmt: skip
+
 FEW_ROWS = 2  # of x, up to which reading packed bytes for each of them is faster than unpacking
 
 
@@ -72,11 +77,16 @@ def dequantize(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def weight(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
-    """w_OI to multiply with at once: where it is stored in `dtype`, the stored bytes themselves; not to be written to."""
+def weight(packed: PackedTensor, dtype: torch.dtype, copies: bool = True) -> Tensor:
+    """w_OI to multiply with at once: as it is stored, or as a copy is kept, in `dtype`; not to be written to.
+
+    Args:
+        copies: whether a kept one will do. It may be gone later: not for a graph that outlives the block that keeps it.
+    """
     if FLOATS.get(packed.format) == dtype:
         return _stored(packed)
-    return dequantize(packed, dtype)
+    kept = unpacked(packed, dtype) if copies else None
+    return dequantize(packed, dtype) if kept is None else kept
 
 
 def unpack_into(packed: PackedTensor, out: Tensor) -> None:
@@ -106,7 +116,10 @@ def linear(x: Tensor, packed: PackedTensor) -> Tensor:
     if x.dtype not in DTYPES:
         return reference.linear(x, packed)
     if x.dtype != torch.float32 and packed.format in UNITS and 0 < x.numel() <= FEW_ROWS * x.shape[-1]:
-        return _gemv(x, packed)
+        y = x.new_empty((*x.shape[:-1], packed.shape[0]))
+        if y.numel():
+            gemv(x.reshape(-1, x.shape[-1]), packed, y.view(-1, packed.shape[0]))
+        return y
     return x @ weight(packed, x.dtype).T
 
 
@@ -135,20 +148,36 @@ def linear_grad_input_int8(grad: Tensor, packed: PackedTensor) -> Tensor:
     return reference.linear_grad_input_int8(grad, packed)
 
 
-def _gemv(x: Tensor, packed: PackedTensor) -> Tensor:
+def gemv(
+    x: Tensor, packed: PackedTensor, y: Tensor, bias: Tensor | None = None, residual: Tensor | None = None,
+    loras: tuple[Tensor, Tensor] | None = None, ranks: tuple[int, int] = (0, 0),
+) -> None:  # fmt: skip
+    """Write W x + bias + LoRAs + residual to y [M, out], whose rows may lie apart, for x [M, in] of few rows.
+
+    Args:
+        loras: the table and the h of down_kernel for this layer (triton_gemv.py); `ranks` are its NA and R.
+    """
     block_bytes, run, units_in_block = UNITS[packed.format]
     data = packed.parts[0].contiguous().view(torch.uint8)
     (rows, row_bytes), columns = data.shape, packed.shape[1]
-    y = x.new_empty((*x.shape[:-1], rows))
-    some_rows, some_units = (64, 32) if interpreted() else (4, 512 // run)
+    some_rows, some_units, warps = (64, 32, 4) if interpreted() else tile(packed.format)
+    table, h = loras or (x, x)
     arguments = (
-        x.contiguous(), data, _halves(data, packed.format), _scales(packed, x.dtype, data), y, rows,
-        -(-row_bytes // block_bytes) * units_in_block, row_bytes, columns,
+        x.contiguous(), data, _halves(data, packed.format), _scales(packed, x.dtype, data), y,
+        x if bias is None else bias, x if residual is None else residual, table, h, rows,
+        -(-row_bytes // block_bytes) * units_in_block, row_bytes, columns, y.stride(0),
     )  # fmt: skip
-    constants = {"F": packed.format, "RUN": run, "BN": some_rows, "NU": some_units, "EXACT": interpreted()}
-    if rows:
-        launch(_blocks().gemv_kernel, (-(-rows // some_rows), x.numel() // columns, 1), arguments, constants, 4)
-    return y
+    constants = {
+        "F": packed.format, "RUN": run, "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
+        "ADD": residual is not None, "NA": ranks[0], "R": ranks[1], "EXACT": interpreted(),
+    }  # fmt: skip
+    if rows and len(x):
+        launch(_products().gemv_kernel, (-(-rows // some_rows), len(x), 1), arguments, constants, warps)
+
+
+def tile(format: str) -> tuple[int, int, int]:
+    """(rows, units, warps) of a program of gemv_kernel: the fastest of those tried on an H100."""
+    return TILES[format] if format in TILES else (4, 512 // UNITS[format][1], 2)
 
 
 def _stored(packed: PackedTensor) -> Tensor:
@@ -211,6 +240,13 @@ def _blocks() -> ModuleType:
     from qgraft.kernels import triton_blocks
 
     return triton_blocks
+
+
+@cache
+def _products() -> ModuleType:
+    from qgraft.kernels import triton_gemv
+
+    return triton_gemv
 
 
 def _missing_for_launchers() -> str:

@@ -94,6 +94,11 @@ def _function() -> tuple[Any, frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def keep_placed(bounds: Tensor, starts: Tensor, longest: int) -> None:
+    """Let a pass take `starts` for these bounds, the same as int32 on its device; no sample is longer than `longest`."""
+    bounds.qgraft_placed = starts, longest  # type: ignore[attr-defined]
+
+
 def _placed(bounds: Tensor, device: torch.device) -> tuple[Tensor, int]:
     """(the bounds as the kernel takes them, the longest sample's tokens), kept with them: all layers ask for the same."""
     known: tuple[Tensor, int] | None = getattr(bounds, "qgraft_placed", None)

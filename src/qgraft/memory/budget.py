@@ -17,8 +17,10 @@ class RunOptions(Protocol):
 
     adapter_name: str
     compute: str
+    cuda_graphs: str
     gradient_accumulation_steps: int
     gradient_checkpointing: Any
+    keep_unpacked: str
     max_tokens_per_pass: int
     memory_limit: str | None
     optim: Any

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
-from qgraft.model_parts import decoder_layers
+from qgraft.model_parts import computed_dtype, decoder_layers
 from qgraft.passes import loss
 from qgraft.passes.decoder import label_states, output_head
 
@@ -267,7 +267,7 @@ def _chunked_rows(model: PreTrainedModel) -> int:
 def _head_bytes(model: PreTrainedModel, rows: int) -> int:
     """The most that the loss of so many labels holds beside their states."""
     layer = model.get_output_embeddings()
-    states = torch.zeros(rows, layer.in_features, dtype=model.dtype, device=model.device, requires_grad=True)
+    states = torch.zeros(rows, layer.in_features, dtype=computed_dtype(model), device=model.device, requires_grad=True)
     targets = torch.zeros(rows, dtype=torch.int64, device=model.device)
     with torch.enable_grad(), counting_live(states.device) as live:
         loss.summed_cross_entropy(states, targets, output_head(model))

@@ -5,6 +5,7 @@
     adapter      its weights and their gradients, and what the optimizer keeps: with AdamW four float32 numbers each
     activations  kept for the backward pass: the layers', or with gradient checkpointing the layers' inputs
     working      the largest of what is needed for a moment: a layer's pass, or a chunk of logits
+    graphs       the same two once more, where passes are replayed as CUDA graphs: these keep the memory they were recorded in
 
 All of it is counted on the model itself (measure.py). Two things make a run smaller, each at a price in time:
 gradient checkpointing, which computes the layers once more, and smaller passes, each of which unpacks the weights
@@ -23,6 +24,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import inf
 from pathlib import Path
 
 import psutil
@@ -38,6 +40,7 @@ from qgraft.memory.budget import RunOptions, on_gpu, training_tokens
 from qgraft.memory.measure import Activations, measure_activations, sample_of
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
+from qgraft.passes.graphed import launch_bound, why_eager
 from qgraft.sizes import format_size, memory_now, parse_size
 
 # In units of a forward and backward pass of many tokens that keeps its activations, on two cores with AVX-512
@@ -83,6 +86,7 @@ class Estimate:
     layers: tuple[int, ...]
     outside: int
     working: int
+    graphs: int = 0
 
     @property
     def activations(self) -> int:
@@ -96,7 +100,7 @@ class Estimate:
 
     def parts(self) -> dict[str, int]:
         """What the total consists of, by name."""
-        names = ("process", "base", "adapter", "activations", "working")
+        names = ("process", "base", "adapter", "activations", "working", *(("graphs",) if self.graphs else ()))
         return {name: getattr(self, name) for name in names}
 
     def __str__(self) -> str:
@@ -106,12 +110,17 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Counted:
-    """A model's memory as measured, from which the estimate of any setting follows."""
+    """A model's memory as measured, from which the estimate of any setting follows.
+
+    Attributes:
+        graphed: the most tokens of a pass that is replayed as a CUDA graph.
+    """
 
     activations: Activations
     process: int
     base: int
     adapter: int
+    graphed: float = 0.0
 
     def estimate(self, setting: Setting) -> Estimate:
         """What a run with this setting holds at most."""
@@ -119,10 +128,10 @@ class Counted:
         layers = tuple(layer.at(tokens) for layer in measured.layers)
         if setting.checkpointing:
             layers = (measured.inputs.at(tokens) // len(layers),) * len(layers)
-        return Estimate(
-            setting, self.process, self.base, self.adapter, layers, measured.outside.at(tokens),
-            measured.working(tokens, setting.checkpointing),
-        )  # fmt: skip
+        outside, working = measured.outside.at(tokens), measured.working(tokens, setting.checkpointing)
+        replayed = tokens <= self.graphed and not setting.checkpointing
+        graphs = sum(layers) + outside + working if replayed else 0
+        return Estimate(setting, self.process, self.base, self.adapter, layers, outside, working, graphs)
 
 
 def estimate(model: PreTrainedModel, args: RunOptions) -> list[Estimate]:
@@ -218,8 +227,16 @@ def give_back_freed_memory() -> None:
 def fastest(counted: Counted, args: RunOptions, least: int, most: int) -> Estimate:
     """The cheapest setting with `least` to `most` tokens in a pass that fits into args.memory_limit.
 
-    Raises OptionError where nothing fits.
+    CUDA graphs that nobody asked for by name take what it leaves, or are not there. Raises OptionError where nothing fits.
     """
+    if args.cuda_graphs != "yes" and counted.graphed:
+        found = fastest(replace(counted, graphed=0.0), args, least, most)
+        replayed = counted.estimate(found.setting)
+        return (
+            replayed
+            if replayed.total <= limit_bytes(args.memory_limit or "auto", counted.process + counted.base)
+            else found
+        )
     limit = (1 - SPARE) * limit_bytes(args.memory_limit or "auto", counted.process + counted.base)
     fitting = []
     for kind in _kinds(args, least):
@@ -248,7 +265,17 @@ def count(model: PreTrainedModel, args: RunOptions) -> Counted:
     weights = sum(t.numel() * t.element_size() for t in find_adapter(model, args.adapter_name).state_dict().values())
     base = base_bytes(model)
     process = memory_now() - base - weights + UNSEEN  # by now every page of the base was touched
-    return Counted(measured, process, base, int(weights * (2 + _optimizer_states(args))))
+    return Counted(measured, process, base, int(weights * (2 + _optimizer_states(args))), _graphed(model, args))
+
+
+def _graphed(model: PreTrainedModel, args: RunOptions) -> float:
+    """The most tokens of a pass that a run replays as a CUDA graph; 0 for none."""
+    limited = args.memory_limit not in (None, "auto")
+    if not on_gpu(args) or args.cuda_graphs == "no" or (limited and args.cuda_graphs == "auto"):
+        return 0.0
+    if why_eager(model) is not None:
+        return 0.0
+    return inf if args.cuda_graphs == "yes" else launch_bound(model)
 
 
 def base_bytes(model: PreTrainedModel) -> int:

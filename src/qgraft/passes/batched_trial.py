@@ -16,7 +16,7 @@ from qgraft.adapters.base import selection_of
 from qgraft.attention import attending, attention_of
 from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
-from qgraft.model_parts import context_of, decoder_of, has_decoder, keeps_state
+from qgraft.model_parts import computed_dtype, context_of, decoder_of, has_decoder, keeps_state
 from qgraft.passes.batched import CACHED, Piece, next_logits, takes_texts
 from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
 from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
@@ -80,7 +80,7 @@ def _differs(model: PreTrainedModel, passes: _Passes, attention: str) -> str | N
         raise  # RuntimeErrors that say nothing about the model
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, UnsupportedError) as error:
         return f"{name}: {str(error).partition(chr(10))[0][:200]}"
-    allowed = EXACT if model.dtype == torch.float32 else ROUNDED
+    allowed = EXACT if computed_dtype(model) == torch.float32 else ROUNDED
     return None if off <= allowed else f"{name}: texts come out otherwise in pieces, off by {off:.2g}"
 
 

@@ -29,7 +29,7 @@ from qgraft.data.batches import IGNORED, Batch, collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.model_parts import argument_names, decoder_states, has_decoder
+from qgraft.model_parts import argument_names, computed_dtype, decoder_states, has_decoder
 
 Head = Callable[[Tensor], Tensor]
 
@@ -58,12 +58,23 @@ def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
         tensor.to(model.device, non_blocking=True)
         for tensor in (chosen_N, labels_T[chosen_N], batch["input_ids"], batch["position_ids"])
     )
+    if model not in _BY_OWN_FORWARD:
+        return states_at(model, chosen_N, ids, positions, **arguments), labels_N
     told = {} if model in _BY_OWN_POSITIONS else {"position_ids": positions}
-    inputs = {"input_ids": ids, **told, **arguments}
-    if model in _BY_OWN_FORWARD:
-        return _own_logits(model, inputs, chosen_N), labels_N
-    states_1TH = decoder_states(model, **inputs)
-    return states_1TH[0].index_select(0, chosen_N), labels_N
+    return _own_logits(model, {"input_ids": ids, **told, **arguments}, chosen_N), labels_N
+
+
+def states_at(
+    model: PreTrainedModel, places_N: Tensor, input_ids: Tensor, position_ids: Tensor, **arguments: Tensor
+) -> Tensor:
+    """The states [n, hidden] of the decoder at these tokens of one row, all on the model's device."""
+    states_1TH = decoder_states(model, input_ids=input_ids, position_ids=position_ids, **arguments)
+    return states_1TH[0].index_select(0, places_N)
+
+
+def by_own_forward(model: PreTrainedModel) -> bool:
+    """Whether label_states takes the model's own forward pass."""
+    return model in _BY_OWN_FORWARD
 
 
 def output_head(model: PreTrainedModel) -> Head:
@@ -208,7 +219,7 @@ def _agrees(model: PreTrainedModel, batch: Batch, expected: Sequence[Tensor]) ->
     alike_N = ~(got_N.isfinite() | expected_N.isfinite())  # NaN is NaN in any pass; the run says where it comes from
     off_N = (got_N - expected_N).abs().masked_fill(alike_N, 0.0)
     scale_N = expected_N.masked_fill(alike_N, 1.0).clamp(min=1.0)
-    if model.dtype == torch.float32:
+    if computed_dtype(model) == torch.float32:
         return bool((off_N <= EXACT * scale_N).all())
     return float(off_N.mean()) <= ROUNDED * float(scale_N.mean())
 

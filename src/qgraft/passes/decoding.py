@@ -1,16 +1,17 @@
-"""fast_decoding(): the tokens of one sequence at the speed of the C kernels, with transformers' generate() around them.
+"""fast_decoding(): the tokens of one sequence at the speed of the kernels, with transformers' generate() around them.
 
 A token of a small model is 200 products of some 20 microseconds each. Called one by one from Python they take three
-times as long, so within the block the decoder's forward pass is one call of decode.c, wherever that computes the same:
+times as long, on a GPU ten times, so within the block the decoder's forward pass is one call of decode.c, or one CUDA graph
+(gpu_decode.py), wherever that computes the same:
 
-    one row, one new token       float32, on the CPU, no gradient, no autocast, evaluation mode
+    one row, one new token       in float32, on a GPU in half precision too; no gradient, no autocast, evaluation mode
     a DynamicCache with tokens   within every sliding window; no attention mask that hides any of them
     a decoder of four families   llama, mistral, qwen2, qwen3, by their exact classes (decoding_network.py)
-    all weights packed           in formats that the C kernels read; any number of LoRAs active, no prefix
+    all weights packed           in formats that the kernels read; any number of LoRAs active, no prefix
 
 Everything else, the prompt above all, is transformers' own pass. The cache is transformers' too: its layers' keys and
-values are views of buffers with room for more tokens, in which C writes behind the last one. torch.cat, crop and the like
-give the layers other tensors; these are copied into new buffers when the next token is decoded, and nothing that
+values are views of buffers with room for more tokens, in which the kernels write behind the last one. torch.cat, crop and
+the like give the layers other tensors; these are copied into new buffers when the next token is decoded, and nothing that
 somebody may still look at is written over.
 
 Several threads may answer at once. Each conversation has its own cache and so its own buffers; each choice of adapters
@@ -33,7 +34,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from qgraft.attention import PREFIX, attention_of
 from qgraft.compat import given_cache
 from qgraft.errors import UnsupportedError
-from qgraft.kernels.cpu import decode
+from qgraft.kernels.decoder import Part, Row
+from qgraft.kernels.reference import HALVES
 from qgraft.model_parts import decoder_of
 from qgraft.passes.decoding_adapters import DecoderLoras, Decoding
 from qgraft.passes.decoding_network import Network
@@ -46,9 +48,9 @@ _INSTALLING = threading.Lock()
 
 @contextmanager
 def fast_decoding(model: PreTrainedModel) -> Iterator[str | None]:
-    """Within the block `model` decodes single tokens in C, where that computes what its own forward pass does.
+    """Within the block `model` decodes single tokens in one call of kernels, where that computes what its own pass does.
 
-    Several threads may be in such a block. Yields None where C is in use, else a sentence that says why not; the model
+    Several threads may be in such a block. Yields None where they are in use, else a sentence that says why not; the model
     then is as it was.
     """
     base = decoder_of(model)
@@ -67,10 +69,10 @@ def fast_decoding(model: PreTrainedModel) -> Iterator[str | None]:
 
 
 def why_not(base: nn.Module) -> str | None:
-    """Why C cannot decode for this decoder as it is now, or None."""
+    """Why no kernel can decode for this decoder as it is now, or None."""
     name, forward = type(base).__name__, vars(base).get("forward")
     if forward is not None and not isinstance(forward, _Decoder):
-        return f"{name}: its forward pass was replaced, which C would pass by"
+        return f"{name}: its forward pass was replaced, which would be passed by"
     try:
         network = Network(base)
         weights = network.selection.now().uniform if network.selection else {}
@@ -81,7 +83,7 @@ def why_not(base: nn.Module) -> str | None:
 
 
 class _Decoder:
-    """The forward pass of a base model, in C or its own, in the place of it while there are users."""
+    """The forward pass of a base model, by kernels or its own, in the place of it while there are users."""
 
     def __init__(self, base: Any) -> None:
         self.base = base
@@ -108,41 +110,51 @@ class _Decoder:
         return self.own(*args, **kwargs) if output is None else output
 
     def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
-        """The output for one token, or None where that is not for C."""
+        """The output for one token, or None where that is not for the kernels."""
         base, cache, positions = self.base, given_cache(given), given.get("position_ids")
         if not _is_plain(given, base.config) or not _computes_plainly(base):
             return None
         past, window = _length(cache, len(base.layers)), getattr(base.config, "sliding_window", None)
         if past is None or not _sees_all(given.get("attention_mask"), past + 1) or (window and past >= window):
             return None
-        x = base.embed_tokens(given["input_ids"]).clone()  # C writes over it
-        cos, sin = base.rotary_emb(x, position_ids=torch.tensor([[past]]) if positions is None else positions)
-        if not x.dtype == cos.dtype == torch.float32:
+        embedded = base.embed_tokens(given["input_ids"])
+        if not computes(embedded):
+            return None
+        x = embedded.to(torch.float32, copy=True)  # it may be written over
+        positions = torch.tensor([[past]], device=x.device) if positions is None else positions
+        cos, sin = base.rotary_emb(x, position_ids=positions)
+        if cos.dtype != torch.float32:
             return None
         with self.lock:
             self.structures.check()
             self.structures.check_loras()
             network = self.structures.network
-            if network is None or past >= network.window or cos.shape != (1, 1, network.channels):
+            if network is None or past >= network.window or cos.shape != (1, 1, network.decoder.channels):
                 return None
             weights = network.selection.now().uniform if network.selection else {}
             loras = None if weights is None else self.structures.loras(weights)  # None: an adapter for each row
-            buffers = None if loras is None else self._buffers_for(cache, past, network)
+            buffers = None if loras is None else self._buffers_for(cache, past, network, embedded)
             if loras is None or buffers is None:
                 return None
-            network.use(buffers.memory)
-            parts, rows = [decode.Part(loras.loras, 1)], [decode.Row(torch.arange(past + 1), past + 1)]
-            decode.step(network.model, parts, rows, x[0], cos[0], sin[0])
+            network.structures.use(buffers.pairs)
+            parts, rows = [Part(loras.loras, 1)], [Row(torch.arange(past + 1, device=x.device), past + 1)]
+            states = network.structures.step(parts, rows, x[0], cos[0], sin[0])
             buffers.advance(cache, past + 1)
-        return BaseModelOutputWithPast(x, cache)
+        return BaseModelOutputWithPast(states[None].to(embedded.dtype), cache)
 
-    def _buffers_for(self, cache: DynamicCache, past: int, network: Network) -> "_Buffers | None":
+    def _buffers_for(self, cache: DynamicCache, past: int, network: Network, embedded: Tensor) -> "_Buffers | None":
         buffers = self.buffers.get(cache)
         if buffers is None or not buffers.hold(cache, past):
-            buffers = _Buffers.copy_of(cache, past, network)
+            buffers = _Buffers.copy_of(cache, past, network, embedded)
             if buffers is not None:
                 self.buffers[cache] = buffers
         return buffers
+
+
+def computes(embedded: Tensor) -> bool:
+    """Whether a decoder with these embeddings computes in a dtype and on a device that kernels have."""
+    halves = embedded.is_cuda and embedded.dtype in HALVES
+    return embedded.dtype == torch.float32 or halves
 
 
 def _itself(value: Any) -> Any:
@@ -150,12 +162,12 @@ def _itself(value: Any) -> Any:
 
 
 def _computes_plainly(base: Any) -> bool:
-    """Whether the decoder's pass, asked for now, is one without gradients, in float32, through all of its layers."""
-    config = base.config
+    """Whether the decoder's pass, asked for now, is one without gradients and autocast, through all of its layers."""
+    config, device = base.config, base.norm.weight.device.type
     return not (
         base.training
         or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
+        or torch.is_autocast_enabled(device)
         or attention_of(base) not in _ATTENTIONS
         or config.num_hidden_layers != len(base.layers)  # assistant_early_exit
     )
@@ -175,7 +187,6 @@ def _is_plain(given: dict[str, Any], config: Any) -> bool:
     return (
         isinstance(ids, Tensor)
         and ids.shape == (1, 1)
-        and ids.device.type == "cpu"
         and (positions is None or positions.shape == (1, 1))
         and all(name in _MAY_BE or value is None or value is False for name, value in given.items())
     )
@@ -189,7 +200,7 @@ def _sees_all(mask: Any, length: int) -> bool:
 
 
 def _length(cache: Any, layers: int) -> int | None:
-    """How many tokens are in a cache whose layers C can go on with; None for another cache, and for an empty one."""
+    """How many tokens are in a cache whose layers kernels can go on with; None for another cache, and for an empty one."""
     if type(cache) is not DynamicCache or len(cache.layers) != layers or getattr(cache, "offloading", False):
         return None
     length = cache.get_seq_length()
@@ -207,16 +218,18 @@ class _Buffers:
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
+        self.pairs = [(memory[at, 0], memory[at + 1, 0]) for at in range(0, len(memory), 2)]
         self.views: tuple[Tensor, ...] = ()  # what the cache's layers hold: keys and values of the first layer, ...
 
     @classmethod
-    def copy_of(cls, cache: Any, length: int, network: Network) -> "_Buffers | None":
-        """New buffers with what the cache holds; None where that is not of the decoder's shape."""
-        shape = (1, network.groups, length, network.channels)
+    def copy_of(cls, cache: Any, length: int, network: Network, like: Tensor) -> "_Buffers | None":
+        """New buffers with what the cache holds; None where that is not of the decoder's shape, or not as `like`."""
+        groups, channels = network.decoder.groups, network.decoder.channels
+        shape, kind = (1, groups, length, channels), (like.dtype, like.device)
         held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        if any(tensor.shape != shape or tensor.dtype != torch.float32 for tensor in held):
+        if any(tensor.shape != shape or (tensor.dtype, tensor.device) != kind for tensor in held):
             return None
-        memory = torch.empty(len(held), 1, network.groups, length + ROOM, network.channels)
+        memory = like.new_empty(len(held), 1, groups, length + ROOM, channels)
         for part, tensor in zip(memory, held, strict=True):
             part[:, :, :length] = tensor
         buffers = cls(memory)

@@ -1,4 +1,4 @@
-"""What adapters add in a decoder that C computes (decoding_network.py): the structures of some LoRAs with their weights.
+"""What adapters add in a decoder that kernels compute (decoding_network.py): structures of some LoRAs with their weights.
 
 One network serves any number of them, and a new adapter, or another choice, makes nothing anew but its own structures. As a
 network does, they list what the modules held when they were made, and are compared before each token.
@@ -12,30 +12,29 @@ from torch import Tensor, nn
 
 from qgraft.adapters.lora import Lora
 from qgraft.errors import UnsupportedError
-from qgraft.kernels.cpu import abi, decode
+from qgraft.kernels import decoder
 from qgraft.passes.decoding_network import Network
 
 Weights = Mapping[str, float]
 
 
 class DecoderLoras:
-    """The C structures of some adapters on the layers of a network.
+    """The structures of some adapters on the layers of a network.
 
-    Raises UnsupportedError or ValueError, with the reason, for adapters that C does not add.
+    Raises UnsupportedError or ValueError, with the reason, for adapters that it does not add.
 
     Attributes:
         loras: the structures; None where nothing is added.
     """
 
     def __init__(self, network: Network, weights: Weights) -> None:
-        self.held: decode.Held = []
         self._holders: list[dict[str, Any]] = []  # dictionaries of modules, what is asked of them,
         self._names: list[str] = []
         self._found: list[Any] = []  # and what they had
         self._places: list[Callable[[], int]] = []  # where tensors lie, or how often they were written to,
         self._placed: list[int] = []  # and what that was
         layers = [self._of_layer(layer, weights) for layer in network.adapted]
-        self.loras = decode.adapters(layers, self.held) if any(layers) else None
+        self.loras = network.structures.adapters(layers) if any(layers) else None
 
     def holds(self) -> bool:
         """Whether the adapters still are what the structures were made of."""
@@ -44,19 +43,19 @@ class DecoderLoras:
             and [place() for place in self._places] == self._placed
         )
 
-    def _of_layer(self, layer: Any, weights: Weights) -> list[abi.Lora]:
+    def _of_layer(self, layer: Any, weights: Weights) -> list[decoder.Lora]:
         if layer is None:
             return []
         named = [(name, self._ask(layer.loras._modules, name)) for name in weights]
         return [self._lora(name, lora, weights[name]) for name, lora in named if lora is not None]
 
-    def _lora(self, name: str, lora: Lora, weight: float) -> abi.Lora:
+    def _lora(self, name: str, lora: Lora, weight: float) -> decoder.Lora:
         A, B = (self._parameter(lora, part) for part in ("lora_A", "lora_B"))
         if (pair := lora.factors()) is None:
-            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which C does not add")
+            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which no kernel adds")
         if pair[0] is not A:  # made of it, so that it does not follow when A is written to
             self._place(lambda: A._version)
-        return decode.lora(pair[0].detach(), B, lora.config.scaling * weight, self.held)
+        return decoder.Lora(pair[0].detach(), B.detach(), lora.config.scaling * weight)
 
     def _parameter(self, lora: nn.Module, name: str) -> Tensor:
         parameter: Tensor = self._ask(lora._parameters, name)
@@ -83,7 +82,7 @@ class Decoding:
         self._loras: dict[tuple[tuple[str, float], ...], DecoderLoras] = {}
 
     def check(self) -> None:
-        """Make anew what is not right any more: the network, or None where C cannot compute what the decoder is now."""
+        """Make anew what is not right any more: the network, or None where no kernel computes what the decoder is now."""
         if self.network is None or not self.network.holds():
             self._loras.clear()  # they keep what was detached in memory
             try:
@@ -96,7 +95,7 @@ class Decoding:
         self._loras = {key: loras for key, loras in self._loras.items() if loras.holds()}
 
     def loras(self, weights: Weights) -> DecoderLoras | None:
-        """The structures of these adapters on the network, as they were checked last; None where C cannot add them."""
+        """The structures of these adapters on the network, as they were checked last; None where it cannot add them."""
         assert self.network is not None
         key = tuple(weights.items())
         found = self._loras.get(key)
@@ -105,7 +104,7 @@ class Decoding:
                 del self._loras[next(iter(self._loras))]
             try:
                 found = DecoderLoras(self.network, weights)
-            except (UnsupportedError, ValueError):  # an adapter that C does not take
+            except (UnsupportedError, ValueError):  # an adapter that it does not take
                 return None
             self._loras[key] = found
         return found

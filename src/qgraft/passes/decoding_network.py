@@ -1,6 +1,6 @@
-"""The structures that decode.c reads of a decoder: of which decoders they can be made, and for how long they are right.
+"""A decoder as the kernels take it that compute it as a whole: of which ones it can be made, and for how long it is right.
 
-decode.c computes one formula, that of Llama (see there). Which models of transformers have it is not found out by looking
+They compute one formula, that of Llama (decode.c). Which models of transformers have it is not found out by looking
 or by trial: a scaled position or a window shows only in texts as long as nobody tries. It is a table of exact classes,
 `FAMILIES`, and every part of a decoder must be of the class that its family has for it, with nothing put in its place:
 
@@ -13,7 +13,7 @@ or by trial: a scaled position or a window shows only in texts as long as nobody
     _attn_implementation                                              one that computes softmax(q k s) v (decoding.py)
     attention_dropout                                                 none in evaluation mode
 
-No other field of these configurations enters the decoder's pass over a token. What C reads are addresses. So a network
+No other field of these configurations enters the decoder's pass over a token. What kernels read are addresses. So a network
 lists what the modules held when it was made, and `holds()` compares that before each token: adapters may be attached and
 detached, weights replaced, hooks added and layers exchanged at any time. What adapters add is read from structures of their
 own (decoding_adapters.py), so that one network serves them all.
@@ -25,15 +25,17 @@ from itertools import repeat
 from operator import contains
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from qgraft.adapters.lora import LoraLinear
 from qgraft.adapters.selection import Selection
 from qgraft.errors import UnsupportedError
-from qgraft.kernels.cpu import abi, decode
+from qgraft.formats import PackedTensor
+from qgraft.kernels import choose
+from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Structures
 from qgraft.linear import QuantizedLinear
-from qgraft.passes.key_values import KeyValues
 
 FAMILIES = {
     "llama": "Llama",
@@ -52,7 +54,7 @@ def family_of(base: nn.Module) -> str:
     for family, name in FAMILIES.items():
         if type(base) is _class(family, f"{name}Model"):
             return family
-    raise UnsupportedError(f"C decodes {', '.join(f'{name}Model' for name in FAMILIES.values())} only")
+    raise UnsupportedError(f"it decodes {', '.join(f'{name}Model' for name in FAMILIES.values())} only")
 
 
 def _class(family: str, name: str) -> Any:
@@ -71,19 +73,19 @@ def _windows(family: str, config: Any) -> list[int]:
 
 
 class Network:
-    """The C structures of a decoder, without its adapters.
+    """A decoder without its adapters, and the structures that one implementation makes of it.
 
-    Raises UnsupportedError or ValueError, with the reason, for a decoder that decode.c does not compute.
+    Raises UnsupportedError or ValueError, with the reason, for a decoder that none computes.
 
     Attributes:
-        model: the structure to hand to decode.step.
-        adapted: its linear layers, in the order of C; None for one that has no adapters.
+        decoder: what the structures are made of.
+        structures: to hand tokens to.
+        adapted: its linear layers, in the order of `LINEARS`; None for one that has no adapters.
         selection: of the model's adapters; None where no layer has any.
         window: how many tokens the narrowest sliding window of a layer takes.
     """
 
     def __init__(self, base: Any) -> None:
-        self.held: decode.Held = []
         self._now: list[dict[str, Any]] = []  # what modules hold, children and tensors that may be missing,
         self._then: list[dict[str, Any]] = []  # and what they held
         self._kept: set[int] = set()  # ids of `_now`
@@ -97,32 +99,38 @@ class Network:
         self._heads: set[tuple[int, float]] = set()  # head_dim and scaling of all layers, which are the same
         self._epsilons: set[float] = set()
         self._norms: list[tuple[str, tuple[int, ...]]] = []
-        self._memory: Tensor | None = None
         self._family, self._config = family_of(base), base.config
         self._name = FAMILIES[self._family]
         self._check_config(base)
         self._windows = _windows(self._family, self._config)
         self.window = min(filter(None, self._windows), default=sys.maxsize)
-        self._read(base)
+        self.decoder = self._read(base)
+        self.structures = self._made()
 
-    def _read(self, base: Any) -> None:
+    def _read(self, base: Any) -> Decoder:
         layers = self._child(base, "layers")
         made = [self._layer(index, self._child(layers, str(index))) for index in range(len(layers))]
         norm = self._norm(base, "norm")
         if len(self._epsilons) != 1 or len(self._heads) != 1:
             raise UnsupportedError("its norms or heads are not alike")
-        (self.channels, scaling), first = self._heads.pop(), made[0]
-        self.groups, heads = first.k.rows // self.channels, first.q.rows // self.channels
-        if self.channels % 2 or heads % max(self.groups, 1):
+        channels, scaling = self._heads.pop()
+        decoder = Decoder(made, norm, channels, self._epsilons.pop(), scaling)
+        if channels % 2 or decoder.heads % max(decoder.groups, 1):
             raise UnsupportedError(
-                f"its heads cannot be rotated or shared: {heads} of {self.channels}, {self.groups} keys"
+                f"its heads cannot be rotated or shared: {decoder.heads} of {channels}, {decoder.groups} keys"
             )
-        self._array = (abi.DecoderLayer * len(made))(*made)
-        self.model = abi.Decoder(
-            len(made), first.q.columns, first.gate.rows, heads, self.groups, self.channels,
-            0, self._epsilons.pop(), scaling, norm, self._array,
-        )  # fmt: skip
-        self._check_shapes()
+        self._check_shapes(decoder)
+        return decoder
+
+    def _made(self) -> Structures:
+        """The structures of the one implementation that serves the formats of all layers."""
+        device = self.decoder.norm.device.type
+        packed = [linear.packed for layer in self.decoder.layers for linear in layer.linears]
+        choices = {choose("decode_step", each.format, device, torch.float32) for each in packed}
+        if others := [choice for choice in choices if choice.kernel == "reference"]:
+            raise UnsupportedError(f"{others[0].format} weights on {device}: {others[0].why}")
+        structures: Structures = choices.pop().module.Structures(self.decoder)
+        return structures
 
     def holds(self) -> bool:
         """Whether the decoder still is what the structures were made of; of 30 layers in a tenth of a millisecond."""
@@ -138,21 +146,7 @@ class Network:
                 return False
         return all(len(hooks) == count for hooks, count in self._own_hooks)
 
-    def use(self, memory: Tensor) -> None:
-        """Write keys and values here: [2 layers, 1, groups, capacity, channels]."""
-        if memory is not self._memory:
-            self._memory, self.model.capacity = memory, memory.shape[3]
-            for index, layer in enumerate(self._array):
-                layer.keys, layer.values = memory[2 * index].data_ptr(), memory[2 * index + 1].data_ptr()
-
-    def use_slots(self, memory: KeyValues) -> None:
-        """Write keys and values there."""
-        self._memory, self.model.capacity = None, memory.slots
-        for index, layer in enumerate(self._array):
-            keys, values = memory.laid_out(index, self.groups, self.channels)
-            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
-
-    def _layer(self, index: int, layer: Any) -> abi.DecoderLayer:
+    def _layer(self, index: int, layer: Any) -> Layer:
         self._check(layer, "DecoderLayer", f"layers.{index}")
         attention, mlp = (self._child(layer, part) for part in _LINEARS)
         self._check(attention, "Attention", f"layers.{index}.self_attn")
@@ -162,15 +156,19 @@ class Network:
             raise UnsupportedError(f"layers.{index} was made for another place or another model")
         self._heads.add((int(attention.head_dim), float(attention.scaling)))
         head_norms = _HEAD_NORMS.get(self._family)
-        return abi.DecoderLayer(
-            *(self._linear(attention, name) for name in _LINEARS["self_attn"]),
-            *(self._linear(mlp, name) for name in _LINEARS["mlp"]),
-            *(self._norm(layer, name) for name in _LAYER_NORMS),
-            *(self._norm(attention, name) for name in head_norms or ()),
-            window=self._windows[index],
+        return Layer(
+            (
+                *(self._linear(attention, name) for name in _LINEARS["self_attn"]),
+                *(self._linear(mlp, name) for name in _LINEARS["mlp"]),
+            ),
+            (
+                *(self._norm(layer, name) for name in _LAYER_NORMS),
+                *(self._norm(attention, name) for name in head_norms or ()),
+            ),
+            self._windows[index],
         )
 
-    def _linear(self, parent: nn.Module, name: str) -> abi.Linear:
+    def _linear(self, parent: nn.Module, name: str) -> Linear:
         layer = self._child(parent, name)
         self.adapted.append(layer if type(layer) is LoraLinear else None)
         if type(layer) is LoraLinear:
@@ -186,15 +184,15 @@ class Network:
             self._place(layer.packed_weight._buffers, name, tensor)
         bias = self._tensor(layer._parameters, "bias")
         self._computes.append((vars(layer), layer.compute))
-        return decode.linear(layer.packed, bias, self.held, layer.compute == "int8")
+        return Linear(_detached(layer.packed), None if bias is None else bias.detach(), layer.compute == "int8")
 
-    def _norm(self, parent: nn.Module, name: str) -> int | None:
+    def _norm(self, parent: nn.Module, name: str) -> Tensor:
         norm = self._child(parent, name)
         self._check(norm, "RMSNorm", name)
         self._epsilons.add(norm.variance_epsilon)
-        weight = self._tensor(norm._parameters, "weight")
+        weight: Tensor = self._tensor(norm._parameters, "weight")
         self._norms.append((name, tuple(weight.shape)))
-        return decode.address(weight, self.held)
+        return weight.detach()
 
     def _child(self, module: nn.Module, name: str) -> Any:
         """A child of a module; the network does not hold any more when the module gets another one."""
@@ -229,11 +227,11 @@ class Network:
     def _check_plain(self, module: nn.Module, path: str) -> None:
         """Raise UnsupportedError where calling the module runs more than its class's forward."""
         if "forward" in vars(module):
-            raise UnsupportedError(f"{path} has a forward pass of its own, which C would pass by")
+            raise UnsupportedError(f"{path} has a forward pass of its own, which would be passed by")
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             # transformers' own collect states where these are asked for, and such a pass is not for C
             if any(not getattr(hook, "__module__", "").startswith("transformers.") for hook in hooks.values()):
-                raise UnsupportedError(f"{path} has a forward hook, which C would pass by")
+                raise UnsupportedError(f"{path} has a forward hook, which would be passed by")
             if hooks:
                 self._own_hooks.append((hooks, len(hooks)))
             else:
@@ -258,19 +256,23 @@ class Network:
         if type(rotary) is not _class(self._family, f"{self._name}RotaryEmbedding"):
             raise UnsupportedError(f"its rotation is a {type(rotary).__name__}, expected {self._name}RotaryEmbedding")
 
-    def _check_shapes(self) -> None:
-        """Raise UnsupportedError where the layers are not all of the first one's shape: C would read past an end."""
-        m = self.model
+    def _check_shapes(self, m: Decoder) -> None:
+        """Raise UnsupportedError where the layers are not all of the first one's shape: kernels would read past an end."""
         wide, narrow = m.heads * m.channels, m.groups * m.channels
         expected: dict[str, tuple[int, ...]] = {
             "q": (wide, m.hidden), "k": (narrow, m.hidden), "v": (narrow, m.hidden), "o": (m.hidden, wide),
             "gate": (m.inner, m.hidden), "up": (m.inner, m.hidden), "down": (m.hidden, m.inner),
         }  # fmt: skip
-        linears = [(name, getattr(layer, name)) for layer in self._array for name in expected]
-        found = [(name, (linear.rows, linear.columns)) for name, linear in linears]
+        named = [pair for layer in m.layers for pair in zip(LINEARS, layer.linears, strict=True)]
+        found = [(name, linear.packed.shape) for name, linear in named]
         expected |= dict.fromkeys(("norm", *_LAYER_NORMS), (m.hidden,)) | dict.fromkeys(
             ("q_norm", "k_norm"), (m.channels,)
         )
         for name, shape in [*found, *self._norms]:
             if shape != expected[name]:
                 raise UnsupportedError(f"{name} has the shape {shape}, expected {expected[name]}")
+
+
+def _detached(packed: PackedTensor) -> PackedTensor:
+    """With tensors of its own: the memory stays, whatever the layer's are set to."""
+    return packed.map(Tensor.detach)

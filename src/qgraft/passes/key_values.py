@@ -42,10 +42,9 @@ class KeyValues:
             return keys[:, slots], values[:, slots]
         return keys.index_select(1, slots), values.index_select(1, slots)
 
-    def laid_out(self, layer: int, groups: int, channels: int) -> tuple[Tensor, Tensor]:
-        """The memory of a layer, in float32 on the CPU where nothing was written yet."""
-        like = torch.empty(groups, 0, channels)
-        return self._of(layer, like, like)
+    def laid_out(self, layer: int, like_GTD: Tensor) -> tuple[Tensor, Tensor]:
+        """The memory of a layer; for keys and values of this kind where nothing was written yet."""
+        return self._of(layer, like_GTD, like_GTD)
 
     def _of(self, layer: int, key_GTD: Tensor, value_GTE: Tensor) -> tuple[Tensor, Tensor]:
         if layer not in self.layers:

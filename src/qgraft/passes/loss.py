@@ -99,13 +99,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             own_CV = logits.detach().to(cross_entropy.dtype_for(logits), copy=getattr(head, "keeps_logits", True))
             each_C = cross_entropy.loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
             each_N[start : start + rows] = each_C
-            if weights_N is not None:
-                weights_C = weights_N[start : start + rows]
-                each_C, own_CV = each_C * weights_C, own_CV.mul_(weights_C[:, None])
+            weights_C1 = None if weights_N is None else weights_N[start : start + rows, None]
+            if weights_C1 is not None:
+                each_C = each_C * weights_C1[:, 0]
+                if parameters:  # else the states' gradients are weighed, which are fewer numbers
+                    own_CV, weights_C1 = own_CV.mul_(weights_C1), None
             total += each_C.sum()
             if wanted:
                 chunk_grads = torch.autograd.grad(logits, (chunk, *parameters), own_CV.to(logits.dtype))
-                grads[0][start : start + rows] = chunk_grads[0]
+                weighed = chunk_grads[0] if weights_C1 is None else chunk_grads[0] * weights_C1
+                grads[0][start : start + rows] = weighed
                 for grad, part in zip(grads[1:], chunk_grads[1:], strict=True):
                     grad += part
             start += len(chunk)

@@ -1,7 +1,7 @@
-"""New tokens of texts that go on at once, in one C call, over the memory that they share (key_values.py).
+"""New tokens of texts that go on at once, in one call of kernels, over the memory that they share (key_values.py).
 
 What fast_decoding does for the one text of a generate() (decoding.py), for the same decoders and by the same structures: any
-number of texts, each with new tokens of its own, its own adapters and its own slots. Where C does not compute what is asked
+number of texts, each with new tokens of its own, its own adapters and its own slots. Where no kernel computes what is asked
 for, the answer is None, and the facade's pass does (batched.py), over the same memory: texts may go on by the one or the
 other at every token.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qgraft.adapters.base import selection_of
-from qgraft.kernels.cpu import decode
+from qgraft.kernels.decoder import Part, Row
 from qgraft.model_parts import decoder_of
 from qgraft.passes.batched import Piece, with_adapters
 from qgraft.passes.decoder import output_head
-from qgraft.passes.decoding import why_not
+from qgraft.passes.decoding import computes, why_not
 from qgraft.passes.decoding_adapters import Decoding
 from qgraft.passes.decoding_network import Network
 from qgraft.passes.key_values import KeyValues
@@ -28,7 +28,7 @@ CHOICES = 128  # choices of adapters whose structures are kept: more than texts 
 
 
 class NativeTexts:
-    """Passes of a model's texts in C.
+    """Passes of a model's texts by kernels, in C or on a GPU.
 
     Its structures are compared with the model where adapters were attached or taken off, and where `changed` is set. At every
     pass that would take as long as some products: who does something else to the model must say so.
@@ -40,15 +40,15 @@ class NativeTexts:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model, self.base, self.steps = model, decoder_of(model), 0
-        self.serves = model.dtype == torch.float32 and model.device.type == "cpu" and why_not(self.base) is None
+        self.serves = why_not(self.base) is None
         self.changed = True
         self._structures = Decoding(self.base, CHOICES)
         self._attached: object = None  # the adapters that there were at the last pass: another one after each change
 
     def next_logits(self, memory: KeyValues, pieces: Sequence[Piece]) -> Tensor | None:
-        """As batched.next_logits; None where C does not compute them."""
+        """As batched.next_logits; None where no kernel computes them."""
         network = self._network() if self.serves else None
-        if network is None or not _fits(memory, network):
+        if network is None or sum(piece.new for piece in pieces) > network.structures.most_rows:
             return None
         parts = self._parts(pieces)
         if parts is None:
@@ -57,19 +57,23 @@ class NativeTexts:
         base: Any = self.base
         with with_adapters(self.model, of_tokens):
             ids = torch.tensor([[token for piece in pieces for token in piece.text[piece.past :]]])
-            x_1TH = base.embed_tokens(ids).clone()  # C writes over it
-        positions = torch.cat([torch.arange(piece.past, len(piece.text)) + piece.shift for piece in pieces])
-        cos, sin = base.rotary_emb(x_1TH, position_ids=positions[None])
-        if not x_1TH.dtype == cos.dtype == torch.float32 or cos.shape != (1, len(positions), network.channels):
+            embedded = base.embed_tokens(ids.to(self.model.device))
+        layers = _laid_out(memory, network, embedded) if computes(embedded) else None
+        if layers is None:
             return None
-        network.use_slots(memory)
+        x_1TH = embedded.to(torch.float32, copy=True)  # it may be written over
+        positions = torch.cat([torch.arange(piece.past, len(piece.text)) + piece.shift for piece in pieces])
+        cos, sin = base.rotary_emb(x_1TH, position_ids=positions[None].to(x_1TH.device))
+        if cos.dtype != torch.float32 or cos.shape != (1, len(positions), network.decoder.channels):
+            return None
+        network.structures.use(layers)
         rows = [row for piece in pieces for row in _rows(piece)]
-        decode.step(network.model, parts, rows, x_1TH[0], cos[0], sin[0])
+        states_TH = network.structures.step(parts, rows, x_1TH[0], cos[0], sin[0])
         self.steps += 1
-        return self._logits(x_1TH[0], pieces)
+        return self._logits(states_TH.to(embedded.dtype), pieces)
 
     def _network(self) -> Network | None:
-        """The structures of what the decoder is now; None where C cannot compute that."""
+        """The structures of what the decoder is now; None where no kernel can compute that."""
         attached = selection_of(self.model).adapters
         if self.changed or attached is not self._attached:
             self._structures.check()
@@ -77,14 +81,14 @@ class NativeTexts:
             self.changed, self._attached = False, attached
         return self._structures.network
 
-    def _parts(self, pieces: Sequence[Piece]) -> list[decode.Part] | None:
-        """The adapters of the row; None where C does not add them."""
+    def _parts(self, pieces: Sequence[Piece]) -> list[Part] | None:
+        """The adapters of the row; None where no kernel adds them."""
         parts = []
         for weights, run in groupby(pieces, key=lambda piece: piece.loras):
             loras = self._structures.loras(weights)
             if loras is None:
                 return None
-            parts.append(decode.Part(loras.loras, sum(piece.new for piece in run)))
+            parts.append(Part(loras.loras, sum(piece.new for piece in run)))
         return parts
 
     def _logits(self, states_TH: Tensor, pieces: Sequence[Piece]) -> Tensor:
@@ -94,20 +98,25 @@ class NativeTexts:
         if not asked:
             return states_TH[:0]
         with with_adapters(self.model, [(pieces[index].loras, 1) for index in asked]):
-            return output_head(self.model)(states_TH.index_select(0, ends[asked]))
+            return output_head(self.model)(states_TH.index_select(0, ends[asked].to(states_TH.device)))
 
 
-def _fits(memory: KeyValues, network: Network) -> bool:
-    """Whether C can write to what is laid out."""
-    shape = (network.groups, memory.slots, network.channels)
-    return all(
-        part.shape == shape and part.dtype == torch.float32 and part.device.type == "cpu" and part.is_contiguous()
-        for pair in memory.layers.values()
+def _laid_out(memory: KeyValues, network: Network, like: Tensor) -> list[tuple[Tensor, Tensor]] | None:
+    """The keys and values of all layers; None where kernels cannot write to what is laid out."""
+    groups, channels = network.decoder.groups, network.decoder.channels
+    shape, kind = (groups, memory.slots, channels), (like.dtype, like.device)
+    layers = [
+        memory.laid_out(index, like.new_empty(groups, 0, channels)) for index in range(len(network.decoder.layers))
+    ]
+    written = all(
+        part.shape == shape and (part.dtype, part.device) == kind and part.is_contiguous()
+        for pair in layers
         for part in pair
     )
+    return layers if written else None
 
 
-def _rows(piece: Piece) -> list[decode.Row]:
+def _rows(piece: Piece) -> list[Row]:
     """The piece's new tokens: each sees those before it."""
     front = piece.prefix
-    return [decode.Row(piece.slots, front + seen, front) for seen in range(piece.past + 1, len(piece.text) + 1)]
+    return [Row(piece.slots, front + seen, front) for seen in range(piece.past + 1, len(piece.text) + 1)]

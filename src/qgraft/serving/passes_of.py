@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from qgraft.attention import attending, attention_of
 from qgraft.errors import QgraftError, UnsupportedError
-from qgraft.model_parts import decoder_of
+from qgraft.model_parts import computed_dtype, decoder_of
 from qgraft.passes.batched import CACHED, Piece, next_logits
 from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
 from qgraft.passes.native_texts import NativeTexts
@@ -197,9 +197,9 @@ class SharedPasses:
                 self._drop_prefixes()
             if (blocks := self.blocks.take(wanted)) is None:
                 return None
-            slots = slots_of(blocks, mix.length, self.model.device)
+            slots, dtype = slots_of(blocks, mix.length, self.model.device), computed_dtype(self.model)
             for layer, keys, values in prefix_layers(self.model, mix):
-                self.memory.put(layer, slots, keys.to(self.model.device, self.model.dtype), values.to(self.model.dtype))
+                self.memory.put(layer, slots, keys.to(self.model.device, dtype), values.to(dtype))
             self._prefixes[key] = (blocks, 0)
         blocks, users = self._prefixes[key]
         self._prefixes[key] = (blocks, users + 1)

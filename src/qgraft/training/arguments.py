@@ -111,6 +111,8 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     )
     max_tokens_per_pass: int = _option(0, "Larger batches pass in parts, same gradients. 0: 384, on a GPU what fits.")
     cache_frozen_layers: bool = _option(False, "Keep on disk what enters the lowest adapter: faster later epochs.")
+    keep_unpacked: str = _option("auto", "GPU: keep half-precision copies of weights where memory is left; or no.")
+    cuda_graphs: str = _option("auto", "GPU: replay passes as CUDA graphs; auto: where starting kernels is slower.")
     memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
     plot_loss: bool = _option(True, "Draw loss.png.")
@@ -198,6 +200,10 @@ class TrainArguments(TrainingArguments, metaclass=Named):
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip
         if self.memory_limit not in (None, "auto"):
             parse_size(self.memory_limit)
+        if self.cuda_graphs not in ("auto", "yes", "no"):
+            raise OptionError(f"cuda_graphs={self.cuda_graphs!r}: expected auto, yes or no")
+        if self.keep_unpacked not in ("auto", "no"):
+            raise OptionError(f"keep_unpacked={self.keep_unpacked!r}: expected auto or no")
         if self.system_text not in SYSTEM_TEXTS:
             raise OptionError(f"system_text={self.system_text!r}: expected {' or '.join(SYSTEM_TEXTS)}")
 

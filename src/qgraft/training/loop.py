@@ -35,7 +35,6 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
-from qgraft.passes.loss import check_gradient
 from qgraft.training.adapter import take_trained, trained_parameters
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.broken import check_held_out, where_it_comes_from
@@ -55,6 +54,7 @@ from qgraft.training.events import Callback, Events
 from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.optimization import OF_OPTIMIZER, Optimization
 from qgraft.training.output_dir import LAST, goes_on_from_newest
+from qgraft.training.passes import Passes, graphs_of, may_be_learned
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.random_state import RandomState
@@ -95,11 +95,12 @@ class TrainingLoop:
         tokenizer: PreTrainedTokenizerBase | None = None,
         processes: Processes = ALONE,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         """`alone()` holds while the model is evaluated: with the adapter of this run, where others train on it too."""
         self.model, self.args, self.samples, self.eval_samples = model, args, samples, eval_samples
         self.tokens_per_pass, self.bound = tokens_per_pass, bound or Bound({}, {})
-        self.processes, self.alone = processes, alone
+        self.processes, self.alone, self.say = processes, alone, say
         self.objective: Objective = SupervisedFineTuning(args.label_smoothing_factor)
         self.plan = plan_of(args, len(samples), processes.count)
         self.stop = stop or StopOnSignal()
@@ -138,6 +139,8 @@ class TrainingLoop:
         self.optimization = Optimization(self.args, self.parameters, self.plan.steps)
         optimization = {"optimizer": self.optimization.optimizer, "lr_scheduler": self.optimization.schedule}
         self.events.context |= optimization
+        graphs = graphs_of(self.model, self.args, self.objective, self.parameters, self.tokens_per_pass, self.say)
+        self.passes = Passes(self.model, self.args, self.objective, self.optimization, graphs)
         self.events.tell("on_init_end")
         random = None if resume is None else self._go_on_from(resume)
         self.optimization.gradients.clear()
@@ -185,6 +188,7 @@ class TrainingLoop:
         """Leave the model as it was found, however the run ended."""
         self.stop.close()
         self._left.close()
+        self.__dict__.pop("passes", None)  # with its graphs
         for parameter in getattr(self, "parameters", ()):
             parameter.grad = None
 
@@ -208,22 +212,15 @@ class TrainingLoop:
         return Step(self.objective.batches(own, self.tokens_per_pass), count)
 
     def learn(self, step: Step) -> None:
-        """Forward and backward of the batches, one after another.
-
-        A GPU is not waited for between two of them: gradients of a loss that is not finite go with the step (`_guard`).
-        """
+        """Forward and backward of the batches, one after another."""
         if not self.model.training:  # the walk over all modules costs milliseconds
             self.model.train()
         with casts_kept():
             for batch in step.batches:
-                with torch.autocast("cuda", torch.float16, enabled=self.args.fp16):
-                    outcome = self.objective.outcome(self.model, batch)
-                    loss = outcome.loss / step.count
-                check_gradient(self.model, loss)
-                self.note(loss.detach())
-                if not loss.is_cuda and not torch.isfinite(loss):
+                outcome = self.passes.learn(batch, step.count)
+                self.note(outcome.loss)
+                if not may_be_learned(outcome.loss):
                     return
-                self.optimization.backward(loss)
                 for name, value in outcome.metrics.items():
                     self.progress.metrics[name] = self.progress.metrics.get(name, 0.0) + float(value)
         self.progress.count += step.count

@@ -69,6 +69,8 @@ def _typed(name: str, value: Any, kinds: frozenset[Any]) -> Any:
     """`value` as one of its kinds. Raises ValueError where it is none."""
     if value is False and name.endswith("_strategy"):
         return "no"  # which YAML takes for false
+    if name in ("cuda_graphs", "keep_unpacked") and isinstance(value, bool):
+        return ("yes" if name == "cuda_graphs" else "auto") if value else "no"  # likewise
     if name in NAMES:
         value = _joined(name, value)
     if (value is None and type(None) in kinds) or Any in kinds:

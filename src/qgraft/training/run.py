@@ -29,6 +29,7 @@ from qgraft.data.tokenizing import Sample, samples_sha256
 from qgraft.errors import DataError, OptionError, option
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
+from qgraft.memory.copies import copies_kept
 from qgraft.memory.settings import settle_noted
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
@@ -46,6 +47,7 @@ from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair, ready_callbacks
 from qgraft.training.loop import TrainingLoop
 from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, check_room, trim_log
+from qgraft.training.passes import check_graphs
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.report import TrainReport, save_run
@@ -188,17 +190,15 @@ class Run:
             self.ended_before = self._as_it_was(cast(dict[str, Any], prepared.earlier.run))
             return
         if self.processes.first:
-            size = find_adapter(self.model, args.adapter_name).size
-            for warning in check_room(prepared.folder, args, size):
-                self.watch.say(warning)
-                prepared.notes.append(warning)
+            for warning in check_room(prepared.folder, args, find_adapter(self.model, args.adapter_name).size):
+                self._say(warning)
         if resume is None:
             self._begin(steps)
         self.model.config.use_cache = False
         self.loop = TrainingLoop(
             self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=self._bound,
             callbacks=[*prepared.callbacks, self.watch], stop=self.stop, tokenizer=prepared.tokenizer,
-            processes=self.processes, alone=self._alone,
+            processes=self.processes, alone=self._alone, say=self._say,
         )  # fmt: skip
         self.loop.start(resume)
         step = self.loop.events.state.global_step
@@ -218,6 +218,11 @@ class Run:
         self.watch.watch(self.loop.progress)
         prepared.notes += [f"goes on with another option than before: {change}" for change in self.loop.changes]
         prepared.notes += [f"goes on as {option('force')} says: {line}" for line in self.loop.forced.values()]
+
+    def _say(self, line: str) -> None:
+        """A line for people, and a note of the run."""
+        self.watch.say(line)
+        self.prepared.notes.append(line)
 
     def _begin(self, steps: int) -> None:
         """Measure where the run starts from, and make room in output_dir."""
@@ -356,10 +361,11 @@ def passes(
         if problem:
             notes.append(f"{problem}; every sample passes through the model alone")
         found = settle_noted(model, args, samples, bool(problem), notes, console)
+        check_graphs(model, args)
+        stack.enter_context(copies_kept(model, args, found[1], notes))
         if args.cache_frozen_layers:
             every = [*samples, *prepared.eval_samples]
-            said = stack.enter_context(frozen_layers_cached(model, every, prepared.folder))
-            notes += said
+            notes += (said := stack.enter_context(frozen_layers_cached(model, every, prepared.folder)))
             if console is not None:
                 console.print(*said, sep="\n", highlight=False)
         yield found

@@ -1,21 +1,34 @@
-"""New tokens through a whole decoder in one C call: decode.c's structures made of tensors.
+"""New tokens through a whole decoder in one C call: decode.c's structures made of a decoder (kernels/decoder.py).
 
 C is given addresses, so what stands behind them must stay: each structure made here is listed in a `Held` together with
 the tensors whose memory it names.
 """
 
 import ctypes
+import sys
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, checked
+from qgraft.kernels import decoder as plain
 from qgraft.kernels.choice import choose
-from qgraft.kernels.cpu.abi import FORMAT_IDS, INT8_FORMATS, Decoder, DecoderPart, DecoderRow, Linear, Lora, Loras
+from qgraft.kernels.cpu.abi import (
+    FORMAT_IDS,
+    INT8_FORMATS,
+    Decoder,
+    DecoderLayer,
+    DecoderPart,
+    DecoderRow,
+    Linear,
+    Lora,
+    Loras,
+)
 from qgraft.kernels.cpu.library import loaded
 from qgraft.kernels.cpu.packed import stored
+from qgraft.kernels.decoder import Part, Row
 
 Held = list[Any]  # what must live as long as the structures do
 
@@ -68,25 +81,44 @@ def linear(packed: PackedTensor, bias: Tensor | None, held: Held, int8: bool = F
     )  # fmt: skip
 
 
-class Part(NamedTuple):
-    """Rows that follow each other and have the same adapters; None for none."""
+class Structures:
+    """See kernels/decoder.py."""
 
-    loras: "ctypes.Array[Loras] | None"
-    rows: int
+    most_rows = sys.maxsize
 
+    def __init__(self, decoder: plain.Decoder) -> None:
+        self.held: Held = []
+        made = [self._layer(layer) for layer in decoder.layers]
+        self._layers = (DecoderLayer * len(made))(*made)
+        norm = address(decoder.norm, self.held)
+        self.model = Decoder(
+            len(made), decoder.hidden, decoder.inner, decoder.heads, decoder.groups, decoder.channels, 0,
+            decoder.epsilon, decoder.scale, norm, self._layers,
+        )  # fmt: skip
 
-class Row(NamedTuple):
-    """A new token of a text.
+    def _layer(self, layer: plain.Layer) -> DecoderLayer:
+        return DecoderLayer(
+            *(linear(each.packed, each.bias, self.held, each.int8) for each in layer.linears),
+            *(address(norm, self.held) for norm in layer.norms),
+            window=layer.window,
+        )
 
-    Attributes:
-        slots: of the keys and values of its text, int64; its own are written to slots[seen - 1].
-        seen: how many of them it sees, itself among them.
-        front: how many at the beginning are a prefix's, which no window hides.
-    """
+    def adapters(self, of_linears: Sequence[Sequence[plain.Lora]]) -> "tuple[ctypes.Array[Loras], Held]":
+        """See kernels/decoder.py; contiguous float32 on the CPU."""
+        held: Held = []
+        return adapters([[lora(*each, held) for each in loras] for loras in of_linears], held), held
 
-    slots: Tensor
-    seen: int
-    front: int = 0
+    def use(self, memory: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """See kernels/decoder.py; contiguous float32."""
+        self._memory = memory
+        self.model.capacity = memory[0][0].shape[1]
+        for layer, (keys, values) in zip(self._layers, memory, strict=True):
+            layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
+
+    def step(self, parts: Sequence[Part], rows: Sequence[Row], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """See kernels/decoder.py; x is written over."""
+        step(self.model, [Part(part.loras and part.loras[0], part.rows) for part in parts], rows, x, cos, sin)
+        return x
 
 
 def step(decoder: Decoder, parts: Sequence[Part], rows: Sequence[Row], x: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -1,0 +1,104 @@
+"""The forward and backward passes of a run: one kernel after another, or replayed as CUDA graphs (passes/graphed.py).
+
+cuda_graphs   auto   where a pass takes longer to start than to compute, which is so for small models on a GPU
+              yes    wherever it can be; an error that says why where it cannot
+              no     nowhere
+"""
+
+from collections.abc import Callable, Sequence
+from math import inf
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qgraft.compat import asks_for_checkpointing
+from qgraft.data.batches import Batch
+from qgraft.errors import OptionError, option
+from qgraft.passes.graphed import GraphedPasses, launch_bound, why_eager
+from qgraft.passes.loss import check_gradient
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
+from qgraft.training.optimization import Optimization
+
+
+class Passes:
+    """What adds the gradients of a batch to those of the step.
+
+    Attributes:
+        graphs: which batches are replayed; None where all pass eagerly.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainArguments,
+        objective: Objective,
+        optimization: Optimization,
+        graphs: GraphedPasses | None = None,
+    ) -> None:
+        self.model, self.args, self.objective, self.optimization = model, args, objective, optimization
+        self.graphs = graphs
+
+    def learn(self, batch: Batch, count: float) -> Outcome:
+        """The loss of a batch divided by `count`, without gradient, and its metrics.
+
+        On a CPU a loss that is not finite adds no gradient. A GPU is not waited for: there it goes with the step.
+        """
+        replayed = None if self.graphs is None else self.graphs.learn(batch, count)
+        if replayed is not None:
+            return Outcome(replayed)
+        with torch.autocast("cuda", torch.float16, enabled=self.args.fp16):
+            outcome = self.objective.outcome(self.model, batch)
+            loss = outcome.loss / count
+        check_gradient(self.model, loss)
+        if may_be_learned(loss):
+            self.optimization.backward(loss)
+        return Outcome(loss.detach(), outcome.metrics)
+
+
+def may_be_learned(loss: torch.Tensor) -> bool:
+    """Whether the loss is finite; on a GPU, which would have to be waited for, it is taken for that."""
+    return loss.is_cuda or bool(torch.isfinite(loss))
+
+
+def graphs_of(
+    model: PreTrainedModel,
+    args: TrainArguments,
+    objective: Objective,
+    parameters: Sequence[nn.Parameter],
+    budget: int,
+    say: Callable[[str], None],
+) -> GraphedPasses | None:
+    """The graphs of a run as args.cuda_graphs says, with the model as it is about to train; None for none.
+
+    Args:
+        parameters: those that are trained.
+        budget: most tokens in a pass.
+        say: takes a line for people.
+    """
+    supervised = isinstance(objective, SupervisedFineTuning)
+    if not supervised or args.cuda_graphs == "no" or _why_not(model, args) is not None:
+        return None
+    most = inf if args.cuda_graphs == "yes" else launch_bound(model)
+    return GraphedPasses(model, parameters, budget, most, args.label_smoothing_factor, say)
+
+
+def check_graphs(model: PreTrainedModel, args: TrainArguments) -> None:
+    """Raise OptionError where args asks for graphs by name, and they cannot be."""
+    if args.cuda_graphs == "yes" and (reason := _why_not(model, args)) is not None:
+        raise OptionError(f"cuda_graphs=yes: {reason}", hint=f"{option('cuda_graphs', 'auto')} takes them where it can")
+
+
+def _why_not(model: PreTrainedModel, args: TrainArguments) -> str | None:
+    """What of the options or the model does not go with graphs."""
+    reasons = {
+        "gradient checkpointing runs layers again in the backward pass": asks_for_checkpointing(args),
+        "fp16 computes by autocast, with a scaled loss": args.fp16,
+        "cache_frozen_layers reads from the disk in a pass": args.cache_frozen_layers,
+        "full_determinism: which passes are replayed depends on those before": args.full_determinism,
+        "several processes add up their gradients": args.world_size > 1,
+        "memory_limit leaves no room that was not asked for": args.cuda_graphs == "auto"
+        and args.memory_limit not in (None, "auto"),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None) or why_eager(model)
