@@ -122,7 +122,8 @@ def test_a_resumed_run_ends_where_the_whole_one_does(tiny_gguf, tmp_path, monkey
         tiny_gguf("llama").path, tmp_path / "cut", monkeypatch, cache_frozen_layers=True, **options
     )
     assert report.steps == 9
-    shutil.rmtree(tmp_path / "cut" / "checkpoint-9")
+    shutil.rmtree(tmp_path / "cut" / "checkpoint-9")  # as a kill leaves it: a finished run is not taken up again
+    (tmp_path / "cut" / "adapter_model.safetensors").unlink()
     again = run_once(tiny_gguf("llama").path, tmp_path / "cut", monkeypatch, cache_frozen_layers=True,
                      resume_from_checkpoint="true", **options)  # fmt: skip
     assert len([entry for entry in again[1] if "loss" in entry]) == 3  # steps 7 to 9
