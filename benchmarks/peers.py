@@ -12,6 +12,9 @@
     hqq                PEFT on HQQ, 4 bits in groups of 64
     quanto             PEFT on optimum-quanto, 4 bits
     torchao            PEFT on torchao, 8 bits (PEFT takes no 4-bit weights of torchao)
+    unsloth            unsloth's backend for CPUs as it comes, with load_in_4bit=False: its loader and its loss in TRL's
+                       trainer, gradient checkpointing; on a CPU without bfloat16 the base and the products are float32
+    unsloth-nf4        the same with load_in_4bit=True, its default: NF4 with double quantization
 
 The peers load the float32 checkpoint that prepare() writes: the values of the packed file, so `peft` has the same base as
 qgraft and ends with the same loss. The other formats round these values again: their base, and so their loss, is another.
@@ -19,6 +22,7 @@ qgraft and ends with the same loss. The other formats round these values again: 
 
 import importlib.util
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,10 +30,11 @@ from typing import Any
 
 REFERENCE = "peft"  # the float32 loss that all on the same base must reach
 SAME_BASE = ("qgraft", "qgraft-float32", "qgraft-bf16", "qgraft-int8", "peft", "peft-packed")
+UNSLOTH = ("unsloth", "unsloth-nf4")
 NF4 = ("nf4", "nf4-packed")  # the same base too, theirs
 NEEDS = {"nf4": "bitsandbytes", "nf4-packed": "bitsandbytes", "nf4-bf16": "bitsandbytes", "hqq": "hqq",
-         "quanto": "optimum.quanto", "torchao": "torchao"}  # fmt: skip
-CONTESTANTS = (*SAME_BASE, *NF4, "nf4-bf16", "hqq", "quanto", "torchao")
+         "quanto": "optimum.quanto", "torchao": "torchao", "unsloth": "unsloth", "unsloth-nf4": "unsloth"}  # fmt: skip
+CONTESTANTS = (*SAME_BASE, *NF4, "nf4-bf16", "hqq", "quanto", "torchao", *UNSLOTH)
 MODEL, RANK = "smollm2-135m", 8
 
 
@@ -127,6 +132,8 @@ def train(name: str, shared: dict[str, Any], folder: Path, steps: int, batch: in
     }  # fmt: skip
     if name.startswith("qgraft"):
         return train_qgraft(name, shared, folder, options)
+    if name in UNSLOTH:
+        return train_unsloth(name, shared, folder, options)
     return train_peft(name, shared, folder, options)
 
 
@@ -180,6 +187,37 @@ def train_peft(
     collate = DataCollatorWithFlattening() if name.endswith("-packed") else pad
     rows = shared["train"]["tokens"]
     InOrder(model, args, data_collator=collate, train_dataset=rows).train()
+    return load_seconds, lambda: held_out_loss(model, shared["held_out"]["tokens"])
+
+
+def train_unsloth(
+    name: str, shared: dict[str, Any], folder: Path, options: dict[str, Any]
+) -> tuple[float, Callable[[], float]]:
+    """unsloth, with what it does by default on a CPU; only adapter, rows and their order are ours."""
+    import torch
+
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        os.environ["UNSLOTH_CPU_BF16"] = "0"  # it asks the CPU, which may have more than this run may use
+    import unsloth  # before trl, which it changes
+    from datasets import Dataset
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from torch.utils.data import SequentialSampler
+    from trl import SFTConfig, SFTTrainer
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    began = time.perf_counter()
+    base, tokenizer = unsloth.FastLanguageModel.from_pretrained(
+        str(folder / "float"), max_seq_length=512, load_in_4bit=name == "unsloth-nf4"
+    )
+    load_seconds = time.perf_counter() - began
+    model = unsloth.FastLanguageModel.get_peft_model(base, r=RANK, lora_alpha=2 * RANK)
+    set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device="cpu"))
+    args = SFTConfig(**options, disable_tqdm=True, max_length=None, dataset_kwargs={"skip_prepare_dataset": True})
+    rows = Dataset.from_list(shared["train"]["tokens"])
+    InOrder(model, args, data_collator=pad, train_dataset=rows, processing_class=tokenizer).train()
     return load_seconds, lambda: held_out_loss(model, shared["held_out"]["tokens"])
 
 

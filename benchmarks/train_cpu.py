@@ -2,7 +2,7 @@
 
     python benchmarks/train_cpu.py                     # half an hour: qgraft, peft and nf4 in three rounds, the others once
     python benchmarks/train_cpu.py --dataset identity --contestants qgraft,peft --rounds 5 --steps 24
-    python benchmarks/train_cpu.py --packages FOLDER   # where hqq, optimum-quanto and torchao lie, if nowhere else
+    python benchmarks/train_cpu.py --packages FOLDER   # where hqq, optimum-quanto, torchao, unsloth lie, if nowhere else
 
 Every contestant (peers.py says what each is) runs in a process of its own and gets the same rows in the same order, the same
 first adapter weights, the same optimizer, learning rate and batch size: r=8 on all linear layers of SmolLM2-135M.
@@ -47,10 +47,10 @@ TITLES = {
     "dense": "dense: 512 tokens a step, no padding",
 }
 EVERY_ROUND = ("qgraft", "peft", "nf4")  # unless others are asked for
-SLOW = ("nf4-bf16", "hqq", "quanto", "torchao")  # with fewer steps, unless a number is given
+SLOW = ("nf4-bf16", "hqq", "quanto", "torchao", *peers.UNSLOTH)  # with fewer steps, unless a number is given
 STEPS_OF_SLOW = 4
 WARMUP_STEPS = 1
-PACKAGES = ("qgraft", "torch", "transformers", "peft", "bitsandbytes", "hqq", "optimum-quanto", "torchao")
+PACKAGES = ("qgraft", "torch", "transformers", "peft", "bitsandbytes", "hqq", "optimum-quanto", "torchao", "unsloth")
 Run = dict[str, Any]
 
 
