@@ -5,7 +5,9 @@
     one           one request alone, base and one adapter; beside it generate() in fast_decoding, which `qgraft chat` uses
     together      all clients at once: base, one adapter for all, another adapter (r=8) for each
     first token   of a prompt of 64 tokens: alone, and while all other clients decode; the time of one of their tokens
-    load          an adapter from its folder while all decode, and the longest time between two of their tokens meanwhile
+    load          an adapter by its name, as a request does, while all decode, and the longest time between two of their
+                  tokens meanwhile
+    memory        what the process grows by with 40 adapters more, against their files; and when each was answered with
 
 Ways take turns within a round; the median of the rounds counts. Written to benchmarks/results/serving.csv.
 """
@@ -14,7 +16,9 @@ import argparse
 import csv
 import statistics
 import tempfile
+import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +30,14 @@ from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.passes.decoding import fast_decoding
+from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
 from qgraft.serving.requests import Finish, Request
 from qgraft.serving.sampling import Sampling
 
 RESULTS = Path(__file__).with_name("results") / "serving.csv"
 GREEDY, PROMPT = Sampling(temperature=0), 64
+HELD = 40  # adapters whose memory is measured
 
 
 def main() -> None:
@@ -61,6 +67,12 @@ def main() -> None:
             value = statistics.median(values)
             print(f"{measure:<52}{value:10.2f}")
             writer.writerow({**about, "measure": measure, "value": f"{value:.4g}"})
+
+
+def _anonymous() -> int:
+    """Bytes of the process's memory that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def _attach(model: Any, name: str) -> None:
@@ -93,9 +105,9 @@ class Bench:
         }  # fmt: skip
         for way, mixes in ways.items():
             found[f"{way}, tokens/s"] = self.rate(engine, mixes)
-        found |= self.first_token(engine, names) | self.loading(engine, names)
+        found |= self.first_token(engine, names)
         engine.stop()
-        return found
+        return found | self.loading(names)
 
     def generated(self, mix: dict[str, float]) -> float:
         """Tokens a second after the prompt, as in `qgraft chat`."""
@@ -157,28 +169,69 @@ class Bench:
             engine.step()
         return done[0] * 1e3
 
-    def loading(self, engine: Engine, names: list[str]) -> dict[str, float]:
-        """Milliseconds of a load while all decode, and the longest pass around it against the median one."""
+    def loading(self, names: list[str]) -> dict[str, float]:
+        """Milliseconds of a load while all decode, and the longest time between two tokens in it against the median one."""
+        engine = Engine(self.model, self.tokenizer, max_batch=self.clients, max_queue=self.clients)
+        passes: list[float] = []
+        step = engine.step
+
+        def timed() -> bool:
+            was_one = step()
+            passes.append(time.perf_counter())
+            return was_one
+
+        engine.step = timed  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
-            qgraft.save_adapter(self.model, folder, names[0])
+            size = self._save(folder, names[0])
+            catalogue = Catalogue(engine, "base", Path(folder), limit=HELD + 1)
+            engine.start()
             for name in names:
                 engine.submit(self.request({name: 1.0}, 10**4), lambda event: None)
-            steps, load = [], 0.0
-            while engine.step() and any(each.new > 1 for each in engine.running):
-                pass
-            for number in range(24):
-                begin = time.perf_counter()
-                if number == 12:
-                    with engine.paused():
-                        qgraft.load_adapter(self.model, folder, "loaded")
-                    load = time.perf_counter() - begin
-                engine.step()
-                steps.append(time.perf_counter() - begin)
-        self._clear(engine)
-        with engine.paused():
-            detach_adapter(self.model, "loaded")
-            use_adapter(self.model, None)
-        return {"load while serving, ms": load * 1e3, "longest pause, in tokens": max(steps) / statistics.median(steps)}
+            while any(each.new > 1 for each in (*engine.running, *engine.waiting)):
+                time.sleep(0.01)
+            start = len(passes)
+            while len(passes) < start + 12:
+                time.sleep(0.001)
+            begin = time.perf_counter()
+            catalogue.need(["loaded"])
+            end, among = time.perf_counter(), len(passes)
+            while len(passes) < among + 3:  # with the first pass that finds it
+                time.sleep(0.001)
+            for each in (*engine.running, *engine.waiting):
+                engine.cancel(each)
+            while engine.running or engine.waiting:
+                time.sleep(0.001)
+            memory = self.memory(engine, catalogue, size)
+            engine.stop()
+        detach_adapter(self.model, "loaded")
+        apart = [later - earlier for earlier, later in pairwise(passes[start:])]
+        usual = statistics.median(apart[:11])
+        found = {"load while serving, ms": (end - begin) * 1e3, "longest pause, in tokens": max(apart[11:]) / usual}
+        return found | memory
+
+    def _save(self, folder: str, name: str) -> int:
+        """Write the adapter into the folder as `loaded` and under many other names; the bytes of one file."""
+        qgraft.save_adapter(self.model, Path(folder) / "loaded", name)
+        for number in range(HELD):
+            (Path(folder) / f"held-{number}").symlink_to("loaded")
+        return (Path(folder) / "loaded" / "adapter_model.safetensors").stat().st_size
+
+    def memory(self, engine: Engine, catalogue: Catalogue, size: int) -> dict[str, float]:
+        """Memory of the process for each adapter that is held, in sizes of its file."""
+        names = [f"held-{number}" for number in range(HELD)]
+        before = _anonymous()
+        catalogue.need(names)
+        held = _anonymous()
+        for name in names:
+            done = threading.Event()
+            engine.submit(self.request({name: 1.0}, 1), lambda event, done=done: done.set())
+            done.wait()
+        answered = _anonymous()
+        for name in names:
+            with engine.between_passes():
+                detach_adapter(self.model, name)
+        found = {"held": held - before, "answered with": answered - before}
+        return {f"memory of an adapter {what}, in files": used / HELD / size for what, used in found.items()}
 
     def _clear(self, engine: Engine) -> None:
         for each in (*engine.running, *engine.waiting):
