@@ -16,7 +16,6 @@ import argparse
 import csv
 import statistics
 import tempfile
-import threading
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +53,7 @@ def main() -> None:
         _attach(model, name)
     use_adapter(model, None)
     bench = Bench(model, tokenizer, options.clients, options.tokens)
-    found: dict[str, list[float]] = {}
+    found = {measure: [value] for measure, value in bench.memory(names[0]).items()}
     for _ in range(options.rounds):
         for measure, value in bench.round(names).items():
             found.setdefault(measure, []).append(value)
@@ -182,8 +181,8 @@ class Bench:
 
         engine.step = timed  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
-            size = self._save(folder, names[0])
-            catalogue = Catalogue(engine, "base", Path(folder), limit=HELD + 1)
+            qgraft.save_adapter(self.model, Path(folder) / "loaded", names[0])
+            catalogue = Catalogue(engine, "base", Path(folder))
             engine.start()
             for name in names:
                 engine.submit(self.request({name: 1.0}, 10**4), lambda event: None)
@@ -197,39 +196,32 @@ class Bench:
             end, among = time.perf_counter(), len(passes)
             while len(passes) < among + 3:  # with the first pass that finds it
                 time.sleep(0.001)
-            for each in (*engine.running, *engine.waiting):
-                engine.cancel(each)
-            while engine.running or engine.waiting:
-                time.sleep(0.001)
-            memory = self.memory(engine, catalogue, size)
             engine.stop()
         detach_adapter(self.model, "loaded")
-        apart = [later - earlier for earlier, later in pairwise(passes[start:])]
+        apart = [later - earlier for earlier, later in pairwise(passes[start : among + 3])]
         usual = statistics.median(apart[:11])
-        found = {"load while serving, ms": (end - begin) * 1e3, "longest pause, in tokens": max(apart[11:]) / usual}
-        return found | memory
+        return {"load while serving, ms": (end - begin) * 1e3, "longest pause, in tokens": max(apart[11:]) / usual}
 
-    def _save(self, folder: str, name: str) -> int:
-        """Write the adapter into the folder as `loaded` and under many other names; the bytes of one file."""
-        qgraft.save_adapter(self.model, Path(folder) / "loaded", name)
-        for number in range(HELD):
-            (Path(folder) / f"held-{number}").symlink_to("loaded")
-        return (Path(folder) / "loaded" / "adapter_model.safetensors").stat().st_size
-
-    def memory(self, engine: Engine, catalogue: Catalogue, size: int) -> dict[str, float]:
-        """Memory of the process for each adapter that is held, in sizes of its file."""
-        names = [f"held-{number}" for number in range(HELD)]
-        before = _anonymous()
-        catalogue.need(names)
-        held = _anonymous()
-        for name in names:
-            done = threading.Event()
-            engine.submit(self.request({name: 1.0}, 1), lambda event, done=done: done.set())
-            done.wait()
-        answered = _anonymous()
-        for name in names:
-            with engine.between_passes():
-                detach_adapter(self.model, name)
+    def memory(self, name: str) -> dict[str, float]:
+        """What the process grows by for each of many adapters, in sizes of their files. Once: it keeps what is freed."""
+        engine = Engine(self.model, self.tokenizer, max_batch=1, cache_tokens=4 * PROMPT)
+        for _ in range(8):  # until all keys and values have been written
+            self._first(engine, name)
+        with tempfile.TemporaryDirectory() as folder:
+            qgraft.save_adapter(self.model, Path(folder) / "held", name)
+            size = (Path(folder) / "held" / "adapter_model.safetensors").stat().st_size
+            names = [f"held-{number}" for number in range(HELD)]
+            for each in names:
+                (Path(folder) / each).symlink_to("held")
+            catalogue, before = Catalogue(engine, "base", Path(folder)), _anonymous()
+            catalogue.need(names)
+            held = _anonymous()
+            for each in names:
+                self._first(engine, each)
+            answered = _anonymous()
+        engine.stop()
+        for each in names:
+            detach_adapter(self.model, each)
         found = {"held": held - before, "answered with": answered - before}
         return {f"memory of an adapter {what}, in files": used / HELD / size for what, used in found.items()}
 

@@ -208,6 +208,11 @@ class Catalogue:
                 self._change_list(name, None)
             self.sweep()
 
+    def holds(self, name: str) -> bool:
+        """Whether unload() would take it off, or out of the list."""
+        with self._lock:
+            return name in self.names() or name in self._named
+
     def sweep(self) -> None:
         """Take off what was unloaded while somebody used it."""
         with self._lock:
