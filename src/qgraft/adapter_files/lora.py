@@ -162,6 +162,8 @@ def made_of_pairs(
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
     exact LoRAs."""
     layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
+    one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
+    layers = {path: one[config] for path, config in layers.items()}
     return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
 
 

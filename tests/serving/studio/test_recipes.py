@@ -43,7 +43,8 @@ def test_options_are_those_of_train() -> None:
     "given", [
         3, [], {"output_dir": "/etc"}, {"r": "8"}, {"r": 0}, {"r": 1.5}, {"num_train_epochs": float("inf")}, {"exact": 1},
         {"learning_rate": -1}, {"learning_rate": True}, {"system": ["x"]}, {"system": "x" * 5000}, {"val_size": 1.0},
-        {"dataset": "x"}, {"model_name_or_path": "x"}, {"push_to_hub": True}, {"seed": -1}, {"max_length": 1}, {"pre_seq_len": 0},
+        {"dataset": "x"}, {"model_name_or_path": "x"}, {"push_to_hub": True}, {"seed": -1}, {"max_length": 1},
+        {"pre_seq_len": 0},
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(given: Any) -> None:
