@@ -216,7 +216,8 @@ def test_a_prefix_is_trained_by_its_preset(page: Any, server: tuple[str, Path], 
     page.wait_for_selector("#train .rows")
     page.check("#train input[value=prefix]")
     page.get_by_text("Details").click()
-    assert page.get_by_label("Rank").is_disabled() and page.get_by_label("Tokens of the prefix").input_value() == "64"
+    assert page.get_by_role("spinbutton", name="Rank").is_disabled()
+    assert page.get_by_label("Tokens of the prefix").input_value() == "64"
     page.get_by_label("Tokens of the prefix").fill("4")
     page.get_by_label("At most so many steps").fill("1")
     page.get_by_label("Name of the run").fill("prefixed")
