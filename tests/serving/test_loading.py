@@ -1,4 +1,4 @@
-"""What others notice of an adapter that is loaded while they are answered: one exchange between two of their tokens."""
+"""What others notice of an adapter that is loaded while they are answered: nothing."""
 
 import gc
 import threading
@@ -52,8 +52,8 @@ def going_on(engine: Engine, count: int) -> None:
     until(come)
 
 
-@pytest.mark.parametrize("slow", ["read_tensors", "changed_files", "made_of_pairs"])
-def test_tokens_come_while_an_adapter_is_read(
+@pytest.mark.parametrize("slow", ["read_tensors", "changed_files", "made_of_pairs", "put_loras"])
+def test_tokens_come_while_an_adapter_is_read_and_put_on(
     serving: tuple[Engine, Catalogue], monkeypatch: pytest.MonkeyPatch, slow: str
 ) -> None:
     engine, catalogue = serving

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -233,11 +233,17 @@ class Catalogue:
 
     def _load(self, name: str, path: Path, pinned: bool = False, listed: str | None = None) -> LoadedAdapter:
         staged = stage_adapter(self.engine.model, path, name, force=self.force and pinned)
-        with self.engine.paused() if staged.alone else self.engine.between_passes():
+        with self._exchange(staged.alone):
             loaded = staged.put()
         self.entries[name] = Entry(str(path), pinned, listed)
         self._used[name] = time.monotonic()
         return loaded
+
+    def _exchange(self, alone: bool) -> AbstractContextManager[None]:
+        """Where an adapter is put on: in the middle of a pass where the model has others (adapters/attach.py)."""
+        if alone:
+            return self.engine.paused()
+        return nullcontext() if selection_of(self.engine.model).adapters else self.engine.between_passes()
 
     def _load_named(self, name: str, path: Path) -> None:
         """Load what somebody asked for by its name: an error says no path to them, but to the log."""

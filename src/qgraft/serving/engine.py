@@ -10,8 +10,8 @@ from its own seed and reads its own keys and values: its answer is what it would
 with other numbers of rows, which may tip a tie.
 
 One thread runs the steps (`start`), and owns the model meanwhile: who wants to do something with it does it while the engine
-is `paused`, between two steps; who puts on or takes off LoRAs, `between_passes`, which is shorter. Listeners are called in
-that thread and must not block.
+is `paused`, between two steps; who takes off LoRAs, or puts on the first, `between_passes`, which is shorter. Listeners are
+called in that thread and must not block.
 """
 
 import gc
