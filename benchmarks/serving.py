@@ -5,7 +5,9 @@
     one           one request alone, base and one adapter; beside it generate() in fast_decoding, which `qgraft chat` uses
     together      all clients at once: base, one adapter for all, another adapter (r=8) for each
     first token   of a prompt of 64 tokens: alone, and while all other clients decode; the time of one of their tokens
-    load          an adapter from its folder while all decode, and the longest time between two of their tokens meanwhile
+    load          an adapter by its name, as a request does, while all decode, and the longest time between two of their
+                  tokens meanwhile
+    memory        what the process grows by with 40 adapters more, against their files; and when each was answered with
 
 Ways take turns within a round; the median of the rounds counts. Written to benchmarks/results/serving.csv.
 """
@@ -15,6 +17,7 @@ import csv
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +29,14 @@ from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.passes.decoding import fast_decoding
+from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
 from qgraft.serving.requests import Finish, Request
 from qgraft.serving.sampling import Sampling
 
 RESULTS = Path(__file__).with_name("results") / "serving.csv"
 GREEDY, PROMPT = Sampling(temperature=0), 64
+HELD = 40  # adapters whose memory is measured
 
 
 def main() -> None:
@@ -48,7 +53,7 @@ def main() -> None:
         _attach(model, name)
     use_adapter(model, None)
     bench = Bench(model, tokenizer, options.clients, options.tokens)
-    found: dict[str, list[float]] = {}
+    found = {measure: [value] for measure, value in bench.memory(names[0]).items()}
     for _ in range(options.rounds):
         for measure, value in bench.round(names).items():
             found.setdefault(measure, []).append(value)
@@ -61,6 +66,12 @@ def main() -> None:
             value = statistics.median(values)
             print(f"{measure:<52}{value:10.2f}")
             writer.writerow({**about, "measure": measure, "value": f"{value:.4g}"})
+
+
+def _anonymous() -> int:
+    """Bytes of the process's memory that no file stands behind."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
 
 def _attach(model: Any, name: str) -> None:
@@ -93,9 +104,9 @@ class Bench:
         }  # fmt: skip
         for way, mixes in ways.items():
             found[f"{way}, tokens/s"] = self.rate(engine, mixes)
-        found |= self.first_token(engine, names) | self.loading(engine, names)
+        found |= self.first_token(engine, names)
         engine.stop()
-        return found
+        return found | self.loading(names)
 
     def generated(self, mix: dict[str, float]) -> float:
         """Tokens a second after the prompt, as in `qgraft chat`."""
@@ -157,28 +168,62 @@ class Bench:
             engine.step()
         return done[0] * 1e3
 
-    def loading(self, engine: Engine, names: list[str]) -> dict[str, float]:
-        """Milliseconds of a load while all decode, and the longest pass around it against the median one."""
+    def loading(self, names: list[str]) -> dict[str, float]:
+        """Milliseconds of a load while all decode, and the longest time between two tokens in it against the median one."""
+        engine = Engine(self.model, self.tokenizer, max_batch=self.clients, max_queue=self.clients)
+        passes: list[float] = []
+        step = engine.step
+
+        def timed() -> bool:
+            was_one = step()
+            passes.append(time.perf_counter())
+            return was_one
+
+        engine.step = timed  # type: ignore[method-assign]
         with tempfile.TemporaryDirectory() as folder:
-            qgraft.save_adapter(self.model, folder, names[0])
+            qgraft.save_adapter(self.model, Path(folder) / "loaded", names[0])
+            catalogue = Catalogue(engine, "base", Path(folder))
+            engine.start()
             for name in names:
                 engine.submit(self.request({name: 1.0}, 10**4), lambda event: None)
-            steps, load = [], 0.0
-            while engine.step() and any(each.new > 1 for each in engine.running):
-                pass
-            for number in range(24):
-                begin = time.perf_counter()
-                if number == 12:
-                    with engine.paused():
-                        qgraft.load_adapter(self.model, folder, "loaded")
-                    load = time.perf_counter() - begin
-                engine.step()
-                steps.append(time.perf_counter() - begin)
-        self._clear(engine)
-        with engine.paused():
-            detach_adapter(self.model, "loaded")
-            use_adapter(self.model, None)
-        return {"load while serving, ms": load * 1e3, "longest pause, in tokens": max(steps) / statistics.median(steps)}
+            while any(each.new > 1 for each in (*engine.running, *engine.waiting)):
+                time.sleep(0.01)
+            start = len(passes)
+            while len(passes) < start + 12:
+                time.sleep(0.001)
+            begin = time.perf_counter()
+            catalogue.need(["loaded"])
+            end, among = time.perf_counter(), len(passes)
+            while len(passes) < among + 3:  # with the first pass that finds it
+                time.sleep(0.001)
+            engine.stop()
+        detach_adapter(self.model, "loaded")
+        apart = [later - earlier for earlier, later in pairwise(passes[start : among + 3])]
+        usual = statistics.median(apart[:11])
+        return {"load while serving, ms": (end - begin) * 1e3, "longest pause, in tokens": max(apart[11:]) / usual}
+
+    def memory(self, name: str) -> dict[str, float]:
+        """What the process grows by for each of many adapters, in sizes of their files. Once: it keeps what is freed."""
+        engine = Engine(self.model, self.tokenizer, max_batch=1, cache_tokens=4 * PROMPT)
+        for _ in range(8):  # until all keys and values have been written
+            self._first(engine, name)
+        with tempfile.TemporaryDirectory() as folder:
+            qgraft.save_adapter(self.model, Path(folder) / "held", name)
+            size = (Path(folder) / "held" / "adapter_model.safetensors").stat().st_size
+            names = [f"held-{number}" for number in range(HELD)]
+            for each in names:
+                (Path(folder) / each).symlink_to("held")
+            catalogue, before = Catalogue(engine, "base", Path(folder)), _anonymous()
+            catalogue.need(names)
+            held = _anonymous()
+            for each in names:
+                self._first(engine, each)
+            answered = _anonymous()
+        engine.stop()
+        for each in names:
+            detach_adapter(self.model, each)
+        found = {"held": held - before, "answered with": answered - before}
+        return {f"memory of an adapter {what}, in files": used / HELD / size for what, used in found.items()}
 
     def _clear(self, engine: Engine) -> None:
         for each in (*engine.running, *engine.waiting):

@@ -14,8 +14,9 @@ cannot be verified and the report says so.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,12 @@ from qgraft import storage
 from qgraft.adapter_files.calibration import CALIBRATION, read_rows, write_rows
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import (
-    attach_pairs,
     bare_options,
     fit_layers,
     holds_lora,
     inexact_layers,
     lora_content,
+    made_of_pairs,
     parse_state,
 )
 from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values
@@ -54,19 +55,19 @@ from qgraft.adapter_files.seal import (
     sealed_files,
     write_seal,
 )
+from qgraft.adapter_files.sealed_base import base_hint, base_problems
 from qgraft.adapter_files.thudm import thudm_problem
-from qgraft.adapters.attach import check_new_name
+from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
+from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.adapters.kept_rows import KeptRows
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
-from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm, tensor_names
+from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm
 from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
-from qgraft.formats import FORMATS
-from qgraft.formats.blocks import FLOATS
 from qgraft.given import path_given
 from qgraft.json_files import read_object
 
@@ -199,51 +200,95 @@ def load_adapter(
     another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
     that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
     """
+    loaded = stage_adapter(model, folder, name, force, lora_alpha=lora_alpha).put()
+    use_adapter(model, name)
+    return loaded
+
+
+@dataclass(frozen=True, eq=False)
+class StagedAdapter:
+    """An adapter that was read, and is on no model yet.
+
+    Attributes:
+        alone: whether `put` needs the model for itself: the first prefix asks its attention for shapes, and changes it.
+            LoRAs come between two calls or during one, which goes on without them.
+        put: puts it on the model, inactive, and says what that did. Raises as load_adapter.
+    """
+
+    alone: bool
+    put: Callable[[], LoadedAdapter]
+
+
+def stage_adapter(
+    model: nn.Module, folder: str | Path, name: str, force: bool = False, *, lora_alpha: float | None = None
+) -> StagedAdapter:
+    """All of load_adapter that changes nothing of the model, and may be done while others call it; see there.
+
+    A LoRA is compared with the model here, a prefix when it is put on.
+    """
     folder = path_given("folder", folder)
     if folder.name in (WEIGHTS, PICKLED) and folder.with_name(CONFIG).is_file():
         folder = folder.parent
     check_new_name(model, name)
     if not folder.exists():
         raise AdapterError(f"{folder}: no such file or folder", hint=_folders())
-    bare = is_weight_file(folder) and _holds_lora(folder)
+    bare = is_weight_file(folder) and holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
     if bare:
         config, state, seal = read_bare_lora(folder, lora_alpha)
     elif _is_thudm(folder):
-        return _load_prefix(model, folder, _read_thudm(model, folder), None, name, force)
+        prefix = _read_thudm(model, folder)
+        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, name, force))
     else:
         config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
     if is_prefix_config(config):
-        return _load_prefix(model, folder, stored_prefix(config, state, seal), seal, name, force)
+        prefix = stored_prefix(config, state, seal)
+        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, seal, name, force))
+    return StagedAdapter(False, _lora_to_put(model, folder, config, state, seal, name, force))
+
+
+def _lora_to_put(
+    model: nn.Module, folder: Path, config: dict[str, Any], state: dict[str, Tensor], seal: Mapping[str, Any] | None,
+    name: str, force: bool,
+) -> Callable[[], LoadedAdapter]:  # fmt: skip
+    """See StagedAdapter.put; the LoRA is compared with the model, and made."""
     stored = parse_state(state)
     fitting, misfits = fit_layers(model, config, stored)
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
-    problems = stored.problems + _base_problems(model, seal) + misfits + list(inexact.values())
+    problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
-        raise _unfit(folder, problems, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
+        raise _unfit(folder, problems, base_hint(model, seal) or f"load it on the base that it was trained on, or use "
                      f"{option('force')} to load what fits")  # fmt: skip
     if not fitting:
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
-    kept = read_rows(folder, seal)
-    attach_pairs(model, name, config, fitting, exact)
-    selection_of(model).change(name, trained=remembered_arguments(seal), kept=kept)
-    return LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
+    adapter = dataclasses.replace(
+        made_of_pairs(model, name, config, fitting, exact), trained=remembered_arguments(seal),
+        kept=read_rows(folder, seal),
+    )  # fmt: skip
+    loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
+
+    def put() -> LoadedAdapter:
+        put_loras(model, adapter)
+        return loaded
+
+    return put
 
 
-def _load_prefix(
+def _put_prefix(
     model: nn.Module, folder: Path, stored: StoredPrefix, seal: Mapping[str, Any] | None, name: str, force: bool
 ) -> LoadedAdapter:
+    """See StagedAdapter.put."""
     fitted = fit_prefix(model, stored)
-    doubts = _base_problems(model, seal) + fitted.doubts
+    doubts = base_problems(model, seal) + fitted.doubts
     if fitted.misfits:
         raise _unfit(folder, [*fitted.misfits, *doubts], "a prefix fits only models with the same layers and key heads")
     if doubts and not force:
-        raise _unfit(folder, doubts, _base_hint(model, seal) or f"load it on the base that it was trained on, or use "
+        raise _unfit(folder, doubts, base_hint(model, seal) or f"load it on the base that it was trained on, or use "
                      f"{option('force')} to load it anyhow")  # fmt: skip
-    fitted.attach(model, name)
+    fitted.put(model, name)
     selection_of(model).change(name, trained=remembered_arguments(seal))
     config, layers = fitted.encoder.config, len(fitted.encoder.geometry.layers)
     about = f"prefix of {config.pre_seq_len} tokens{' with projection' * config.prefix_projection}, "
@@ -263,13 +308,6 @@ def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ..
 def _is_thudm(path: Path) -> bool:
     """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
     return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
-
-
-def _holds_lora(path: Path) -> bool:
-    try:
-        return holds_lora(tensor_names(path))
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
 
 
 def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
@@ -358,42 +396,3 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     if odd := [f"{name}: {tensor.dtype}" for name, tensor in state.items() if tensor.dtype not in WORDS]:
         raise AdapterError(f"{path}: tensors of a kind that is not read: {', '.join(odd[:8])}")
     return state
-
-
-def _base_problems(model: nn.Module, seal: Mapping[str, Any] | None) -> list[str]:
-    base = base_of(model).info
-    trained = (seal or {}).get("base") or {}
-    if base is None or not trained or trained.get("fingerprint") == base.fingerprint:
-        return []
-    packings = [_packing(trained.get("formats")), _packing(base.formats)]
-    one, other = (f" in {found}" if None not in packings and len(set(packings)) > 1 else "" for found in packings)
-    return [
-        f"trained on another base: {trained.get('fingerprint')} ({trained.get('source')}{one}), "
-        f"this one is {base.fingerprint} ({base.source}{other})"
-    ]
-
-
-def _base_hint(model: nn.Module, seal: Mapping[str, Any] | None) -> str | None:
-    """How the same folder is loaded as it was in training, where only the format of its weights tells the two apart.
-
-    Force would be bad advice there: the adapter belongs to the numbers that it was trained on.
-    """
-    base, trained = base_of(model).info, (seal or {}).get("base") or {}
-    if base is None or base.container != "folder" or Path(str(trained.get("source"))).name != Path(base.source).name:
-        return None
-    wanted, got = _packing(trained.get("formats")), _packing(base.formats)
-    if wanted == got or wanted not in FORMATS or got not in FORMATS:
-        return None
-    if got in FLOATS.values() and FORMATS[wanted].quantize is not None and wanted not in FLOATS.values():
-        return f"it was trained on the weights packed in {wanted}: give {option('quantize', wanted)}"
-    if wanted in FLOATS.values():
-        return f"it was trained on the weights in {wanted}: leave {worded(flags='--quantize', python='quantize')} out"
-    return None
-
-
-def _packing(formats: object) -> str | None:
-    """The packed format that most weights are in, or the format of all where none is packed; None where nothing is said."""
-    counts = formats if isinstance(formats, dict) else {}
-    known = {str(name): count for name, count in counts.items() if isinstance(count, int)}
-    packed = {name: count for name, count in known.items() if name not in FLOATS.values()} or known
-    return max(packed, key=lambda name: packed[name]) if packed else None

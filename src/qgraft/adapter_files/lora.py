@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import Adapter
-from qgraft.adapters.attach import attach_layers
+from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
-from qgraft.errors import UnsupportedError
+from qgraft.checkpoints.thudm_prefix import tensor_names
+from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.patterns import matches
 
@@ -97,9 +99,12 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
     return stored
 
 
-def holds_lora(names: Iterable[str]) -> bool:
-    """Whether any of these tensors is of a LoRA, by PEFT's names."""
-    return any(map(is_lora, names))
+def holds_lora(path: Path) -> bool:
+    """Whether any of the tensors in a file is of a LoRA, by PEFT's names. Raises AdapterError where it cannot be read."""
+    try:
+        return any(map(is_lora, tensor_names(path)))
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
 
 
 def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, Any]:
@@ -151,12 +156,15 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
     return problems
 
 
-def attach_pairs(
+def made_of_pairs(
     model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = ()
-) -> None:
-    """Attach each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as exact LoRAs."""
+) -> Adapter:
+    """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
+    exact LoRAs."""
     layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
-    attach_layers(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
+    one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
+    layers = {path: one[config] for path, config in layers.items()}
+    return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
 
 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:

@@ -109,14 +109,26 @@ def attach_layers(
     a layer without minimums.
     """
     check_new_name(model, name)
+    put_loras(model, make_loras(model, name, layers, values))
+    use_adapter(model, name)
+
+
+def make_loras(
+    model: nn.Module,
+    name: str,
+    layers: Mapping[str, LoraConfig],
+    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> Adapter:
+    """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model."""
     check_exact(model, [path for path, config in layers.items() if config.exact])
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
     parts = {
         path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
-    put_loras(model, Adapter(name, "lora", parts))
-    use_adapter(model, name)
+    adapter = Adapter(name, "lora", parts)
+    adapter.let_train(False)
+    return adapter
 
 
 def put_loras(model: nn.Module, adapter: Adapter) -> None:

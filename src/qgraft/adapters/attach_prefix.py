@@ -80,6 +80,7 @@ def attach_encoder(
     if values is not None:
         encoder.load(values)
     put_encoder(model, name, encoder)
+    use_adapter(model, name)
 
 
 def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> PrefixEncoder:
@@ -91,11 +92,12 @@ def make_encoder(model: nn.Module, config: PrefixConfig, geometry: Geometry) -> 
 
 @one_at_a_time
 def put_encoder(model: nn.Module, name: str, encoder: PrefixEncoder) -> None:
-    """Put what make_encoder made on the model as `name`, the active adapter."""
+    """Put what make_encoder made on the model as `name`, inactive."""
     base = decoder_of(model)
     path = join(next(path for path, module in model.named_modules() if module is base), HOME)
-    put_on(model, Adapter(name, "prefix", {path: encoder.to(base.device)}), partial(_home, encoder.geometry))
-    use_adapter(model, name)
+    adapter = Adapter(name, "prefix", {path: encoder.to(base.device)})
+    adapter.let_train(False)
+    put_on(model, adapter, partial(_home, encoder.geometry))
 
 
 def prefixes_of(model: nn.Module) -> Prefixes | None:

@@ -71,8 +71,8 @@ class FittedPrefix:
     misfits: list[str]
     doubts: list[str]
 
-    def attach(self, model: nn.Module, name: str) -> None:
-        """Put it on the model as `name`, the active adapter; there must be no misfits."""
+    def put(self, model: nn.Module, name: str) -> None:
+        """Put it on the model as `name`, inactive; there must be no misfits."""
         encoder = self.encoder.to_empty(device="cpu")
         encoder.load(self.stored.values)
         put_encoder(model, name, encoder)

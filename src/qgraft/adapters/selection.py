@@ -171,7 +171,7 @@ class Selection:
                     f"adapter {', '.join(map(repr, used))} cannot be taken off: a call in another thread is using it",
                     hint="detach it when that call has ended",
                 )
-            left = {name: each.without(gone.get(name, ())) for name, each in self.adapters.items()}
+            left = {name: each.without(gone[name]) if name in gone else each for name, each in self.adapters.items()}
             self.adapters = {name: adapter for name, adapter in left.items() if adapter.parts}
             self.weights = {name: weight for name, weight in self.weights.items() if name in self.adapters}
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.fit_prefix import LONGEST, StoredPrefix, fit_prefix, is_size
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.shards import open_shard, open_shards
@@ -77,7 +78,8 @@ def attach_own_prefix(model: nn.Module, folder: Path) -> None:
         fitted = fit_prefix(model, stored)
         if problems := [*fitted.misfits, *fitted.doubts]:
             raise CheckpointError(f"{folder}: its prefix does not fit its model:\n  " + "\n  ".join(problems))
-        fitted.attach(model, "default")
+        fitted.put(model, "default")
+        use_adapter(model, "default")
         config = fitted.encoder.config
         projection = " with projection" if config.prefix_projection else ""
         notes = [f"the folder's prefix of {config.pre_seq_len} tokens{projection} is attached and active, as 'default'"]

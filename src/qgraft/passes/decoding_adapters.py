@@ -4,7 +4,7 @@ One network serves any number of them, and a new adapter, or another choice, mak
 network does, they list what the modules held when they were made, and are compared before each token.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from operator import is_
 from typing import Any
 
@@ -93,6 +93,10 @@ class Decoding:
     def check_loras(self) -> None:
         """Forget the choices that are not right any more."""
         self._loras = {key: loras for key, loras in self._loras.items() if loras.holds()}
+
+    def keep_loras(self, names: Container[str]) -> None:
+        """Forget the choices that are not of these adapters alone, which are what they were."""
+        self._loras = {key: loras for key, loras in self._loras.items() if all(name in names for name, _ in key)}
 
     def loras(self, weights: Weights) -> DecoderLoras | None:
         """The structures of these adapters on the network, as they were checked last; None where it cannot add them."""

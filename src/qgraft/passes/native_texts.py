@@ -6,7 +6,7 @@ for, the answer is None, and the facade's pass does (batched.py), over the same 
 other at every token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.base import selection_of
 from qgraft.kernels.decoder import Part, Row
 from qgraft.model_parts import decoder_of
@@ -30,8 +31,9 @@ CHOICES = 128  # choices of adapters whose structures are kept: more than texts 
 class NativeTexts:
     """Passes of a model's texts by kernels, in C or on a GPU.
 
-    Its structures are compared with the model where adapters were attached or taken off, and where `changed` is set. At every
-    pass that would take as long as some products: who does something else to the model must say so.
+    Its structures are compared with the model where `changed` is set. At every pass that would take as long as some products:
+    who does something to the model must say so. Only adapters may come and go without a word; of the choices of adapters
+    those are made anew then that one of them is in.
 
     Attributes:
         steps: how many there were.
@@ -43,7 +45,7 @@ class NativeTexts:
         self.serves = why_not(self.base) is None
         self.changed = True
         self._structures = Decoding(self.base, CHOICES)
-        self._attached: object = None  # the adapters that there were at the last pass: another one after each change
+        self._attached: Mapping[str, Adapter] = {}  # those of the last pass: another one after each change
 
     def next_logits(self, memory: KeyValues, pieces: Sequence[Piece]) -> Tensor | None:
         """As batched.next_logits; None where no kernel computes them."""
@@ -77,7 +79,11 @@ class NativeTexts:
         attached = selection_of(self.model).adapters
         if self.changed or attached is not self._attached:
             self._structures.check()
-            self._structures.check_loras()
+            if self.changed:
+                self._structures.check_loras()
+            else:
+                before = self._attached.items()
+                self._structures.keep_loras({name for name, each in before if attached.get(name) is each})
             self.changed, self._attached = False, attached
         return self._structures.network
 

@@ -6,7 +6,7 @@ is written into a list in the folder, which the next start reads, and other serv
 what one of them loads or unloads, all do. Nothing outside of the folder is ever opened for a request:
 names are letters, digits, "_" and "-", and a path, with all of its links followed, must lie in the folder.
 
-An adapter of another base, or one that is broken, is refused by load_adapter, which compares its seal. Who asks for one by
+An adapter of another base, or one that is broken, is refused by stage_adapter, which compares its seal. Who asks for one by
 its name is told why without a path; the log has the whole reason, and who loads it by a path gets it.
 """
 
@@ -16,17 +16,16 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qgraft import storage
-from qgraft.adapter_files.folder import LoadedAdapter, load_adapter
+from qgraft.adapter_files.folder import LoadedAdapter, stage_adapter
 from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
-from qgraft.adapters.choose import use_adapter
 from qgraft.checkpoints.thudm_prefix import has_weights
 from qgraft.errors import AdapterError, OptionError, QgraftError, StorageError, near_match
 from qgraft.json_files import read_object
@@ -209,6 +208,11 @@ class Catalogue:
                 self._change_list(name, None)
             self.sweep()
 
+    def holds(self, name: str) -> bool:
+        """Whether unload() would take it off, or out of the list."""
+        with self._lock:
+            return name in self.names() or name in self._named
+
     def sweep(self) -> None:
         """Take off what was unloaded while somebody used it."""
         with self._lock:
@@ -228,14 +232,18 @@ class Catalogue:
     # -- loading --
 
     def _load(self, name: str, path: Path, pinned: bool = False, listed: str | None = None) -> LoadedAdapter:
-        with self.engine.paused():
-            try:
-                loaded = load_adapter(self.engine.model, path, name, force=self.force and pinned)
-            finally:
-                use_adapter(self.engine.model, None)
+        staged = stage_adapter(self.engine.model, path, name, force=self.force and pinned)
+        with self._exchange(staged.alone):
+            loaded = staged.put()
         self.entries[name] = Entry(str(path), pinned, listed)
         self._used[name] = time.monotonic()
         return loaded
+
+    def _exchange(self, alone: bool) -> AbstractContextManager[None]:
+        """Where an adapter is put on: in the middle of a pass where the model has others (adapters/attach.py)."""
+        if alone:
+            return self.engine.paused()
+        return nullcontext() if selection_of(self.engine.model).adapters else self.engine.between_passes()
 
     def _load_named(self, name: str, path: Path) -> None:
         """Load what somebody asked for by its name: an error says no path to them, but to the log."""
@@ -249,7 +257,8 @@ class Catalogue:
             raise AdapterError(told) from error
 
     def _detach(self, name: str) -> None:
-        with self.engine.paused():
+        is_prefix = selection_of(self.engine.model).adapters[name].is_prefix
+        with self.engine.paused() if is_prefix else self.engine.between_passes():
             detach_adapter(self.engine.model, name)
         self._leaving.discard(name)
         self._used.pop(name, None)

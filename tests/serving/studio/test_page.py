@@ -179,3 +179,50 @@ def test_errors_are_shown_and_answers_are_stopped(page: Any, server: tuple[str, 
     page.fill("#key-input", KEY)
     page.keyboard.press("Enter")
     page.wait_for_selector("#train .drop")
+
+
+def test_deleting_asks_first_and_errors_are_chinese_on_a_chinese_page(page: Any, server: tuple[str, Path]) -> None:
+    url, root = server
+    for name in ("old", "gone"):
+        (root / name).mkdir()
+        (root / name / "run.json").write_text('{"finished": true}')
+    page.goto(f"{url}/#key={KEY}")
+    page.wait_for_selector("#chat .column")
+    page.click("#language")
+    page.click("#tab-runs")
+    old, gone = (page.locator(f"#runs .runs > .card:has(strong:text-is('{name}'))") for name in ("old", "gone"))
+    old.get_by_role("button", name="删除").click()
+    assert "无法恢复" in page.inner_text("dialog[open]")
+    page.locator("dialog[open]").get_by_role("button", name="取消").click()
+    page.wait_for_selector("dialog[open]", state="detached")
+    assert (root / "old" / "run.json").is_file()
+    old.get_by_role("button", name="删除").click()
+    page.locator("dialog[open]").get_by_role("button", name="删除").click()
+    old.wait_for(state="detached")
+    assert not (root / "old").exists()
+    shutil.rmtree(root / "gone")
+    gone.get_by_role("button", name="删除").click()
+    page.locator("dialog[open]").get_by_role("button", name="删除").click()
+    page.wait_for_selector("#said:has-text(\"没有运行 'gone'\")")
+
+
+def test_a_prefix_is_trained_by_its_preset(page: Any, server: tuple[str, Path], tmp_path: Path) -> None:
+    rows = tmp_path / "some.csv"
+    rows.write_text("question,answer\n" + "".join(f"hello {n},the cat {n}\n" for n in range(8)))
+    page.goto(f"{server[0]}/#key={KEY}")
+    page.wait_for_selector("#chat .column")
+    page.click("#tab-train")
+    page.set_input_files("#file", str(rows))
+    page.wait_for_selector("#train .rows")
+    page.check("#train input[value=prefix]")
+    page.get_by_text("Details").click()
+    assert page.get_by_role("spinbutton", name="Rank").is_disabled()
+    assert page.get_by_label("Tokens of the prefix").input_value() == "64"
+    page.get_by_label("Tokens of the prefix").fill("4")
+    page.get_by_label("At most so many steps").fill("1")
+    page.get_by_label("Name of the run").fill("prefixed")
+    page.click("#start-training")
+    page.wait_for_selector("#runs .runs > .card:has(strong:text-is('prefixed')) .badge:has-text('finished')")
+    options = json.loads((server[1] / "prefixed" / "run.json").read_text())["arguments"]
+    assert (options["finetuning_type"], options["pre_seq_len"]) == ("p_tuning", 4)
+    assert (server[1] / "prefixed" / "adapter_config.json").is_file()

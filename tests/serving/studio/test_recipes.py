@@ -28,6 +28,9 @@ def test_train_takes_what_comes_of_a_preset(tmp_path: Path, preset: str) -> None
     arguments = parse_arguments([str(file)])
     assert (arguments.system, arguments.num_train_epochs, arguments.max_steps) == ("--force", 2, 5)
     assert arguments.quantize == "q4_1" and arguments.exact == (preset == "exact") and arguments.mask_history
+    assert (arguments.finetuning_type, arguments.pre_seq_len) == (
+        ("p_tuning", 64) if preset == "prefix" else ("lora", None)
+    )
     assert str(arguments.resume_from_checkpoint) == "auto" and arguments.output_dir == str(tmp_path / "out")
 
 
@@ -41,6 +44,7 @@ def test_options_are_those_of_train() -> None:
         3, [], {"output_dir": "/etc"}, {"r": "8"}, {"r": 0}, {"r": 1.5}, {"num_train_epochs": float("inf")}, {"exact": 1},
         {"learning_rate": -1}, {"learning_rate": True}, {"system": ["x"]}, {"system": "x" * 5000}, {"val_size": 1.0},
         {"dataset": "x"}, {"model_name_or_path": "x"}, {"push_to_hub": True}, {"seed": -1}, {"max_length": 1},
+        {"pre_seq_len": 0},
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(given: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ BODIES = {  # of what may be posted, as far as it comes to names
     "/studio/curves": {"names": ["law"]}, "/studio/log": {"kind": "train", "name": "law"},
     "/studio/merge": {"name": "new", "adapters": [{"run": "law", "weight": 1}]}, "/studio/merge/stop": {"name": "law"},
     "/studio/downloads": {"name": "x.gguf"}, "/studio/adapters/rename": {"name": "law", "new_name": "lex"},
+    "/studio/adapters/delete": {"name": "law"}, "/studio/runs/delete": {"name": "law"},
 }  # fmt: skip
 
 
@@ -254,6 +256,65 @@ def test_an_adapter_gets_another_name(studio: Any, monkeypatch: pytest.MonkeyPat
         assert client.post("/v1/unload_lora_adapter", json={"lora_name": "held"}).status_code == 200
         with folder_locked(studio.root / "law"):  # a run writes there
             assert rename("law", "lex") == 409
+
+
+def test_a_run_is_deleted_with_what_was_loaded_from_it(studio: Any, sleeper: None) -> None:
+    root, children, catalogue = studio.root, studio.work.children, studio.service.catalogue
+    with studio.client() as client:
+
+        def delete(name: object, kind: str = "runs") -> Any:
+            return client.post(f"/studio/{kind}/delete", json={"name": name})
+
+        shutil.copytree(root / "law", root / "old")
+        before = files(root)
+        for name in ("none", "..", "../secret", "link", ".", "", "datasets", "merged", ".qgraft", "law/..", "/etc", 1):
+            assert delete(name).status_code in (400, 403, 404), name
+        with folder_locked(root / "old"):  # a run writes there
+            assert delete("old").status_code == 409
+        client.put("/studio/datasets/x.csv", content=CSV)
+        client.post("/studio/train", json={"name": "going", "dataset": "x.csv", "preset": "quick"})
+        assert "is being trained" in delete("going").json()["error"]["message"]
+        client.post("/studio/train/stop", json={"name": "going"})
+        until(lambda: children.running() is None)
+        client.post("/studio/merge", json={"name": "m", "adapters": [{"run": "old", "weight": 1}]})
+        assert "is being merged" in delete("old").json()["error"]["message"]
+        client.post("/studio/merge/stop", json={"name": "m"})
+        until(lambda: children.running() is None)
+        assert before <= files(root)
+        assert client.post("/v1/load_lora_adapter", json={"lora_name": "also", "lora_path": "old"}).status_code == 200
+        assert delete("old").json() == {"deleted": "old"} and not (root / "old").exists()
+        assert "also" not in catalogue.available() and "also" not in catalogue.names()
+        assert delete("going").json() == {"deleted": "going"}
+        assert "going" not in children.jobs("train") and not list((root / ".qgraft").glob("*going*"))
+        (root / "datasets" / "x.csv").unlink()
+        assert files(root) >= {str(root / "law" / "qgraft.json"), str(root.parent / "secret" / "qgraft.json")}
+
+
+def test_an_adapter_is_deleted_but_not_while_it_answers(studio: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, service = studio.root, studio.service
+    with studio.client() as client:
+
+        def delete(name: object) -> Any:
+            return client.post("/studio/adapters/delete", json={"name": name})
+
+        shutil.copytree(root / "law", root / "old")
+        before = files(root)
+        for name in ("none", "../secret", "link", "base", "datasets", ""):
+            assert delete(name).status_code in (400, 403, 404), name
+        assert client.post("/v1/load_lora_adapter", json={"lora_name": "also", "lora_path": "old"}).status_code == 200
+        assert delete("also").status_code == delete("old").status_code == 409  # one folder, two names
+        assert client.post("/v1/unload_lora_adapter", json={"lora_name": "also"}).status_code == 200
+        service.catalogue.need(["old"])
+        with monkeypatch.context() as patched:
+            patched.setattr(service.engine, "uses", lambda name: name == "old")
+            assert delete("old").status_code == 409
+        with monkeypatch.context() as patched:
+            entry = replace(service.catalogue.entries["old"], pinned=True)
+            patched.setitem(service.catalogue.entries, "old", entry)
+            assert delete("old").status_code == 403
+        assert before <= files(root)
+        assert delete("old").json() == {"deleted": "old"}
+        assert not (root / "old").exists() and "old" not in service.catalogue.available()
 
 
 def test_runs_answer_with_what_they_have_saved(studio: Any) -> None:

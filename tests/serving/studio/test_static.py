@@ -1,11 +1,20 @@
 """The page's files: nothing from elsewhere, nothing inline, every word in both languages."""
 
+import ast
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+import qgraft
 from qgraft.serving.studio.static import page_files
 
+SOURCE = Path(qgraft.__file__).parent
 FILES = {name: content.decode() for name, content in page_files().items()}
 SCRIPTS = {name: text for name, text in FILES.items() if name.endswith(".js")}
 
@@ -58,6 +67,42 @@ def test_every_word_is_there_in_both_languages():
         english, chinese = re.findall(r'"((?:[^"\\]|\\.)*)"', pair)
         assert set(re.findall(r"(?<!\{)\{\w+\}", english)) == set(re.findall(r"(?<!\{)\{\w+\}", chinese)), key
         assert re.search(r"[\u4e00-\u9fff]", chinese), key
+
+
+def test_chinese_errors_are_of_messages_that_there_are():
+    """A message that is put into other words here would come out in English."""
+    table = dict(re.findall(r'^  "([^"]+)": "([^"]+)",$', FILES["errors.js"], re.MULTILINE))
+    assert len(table) > 40 and len(table) == len(re.findall('": "', FILES["errors.js"]))
+    said = {_with_holes(node) for path in SOURCE.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))}
+    written = {re.sub(r"['`]?\{\w+\}['`]?", "{}", english) for english in table}
+    assert written - {re.sub(r"['`]?\{\}['`]?", "{}", each) for each in said if each} == set()
+    for english, chinese in table.items():
+        names = re.findall(r"\{\w+\}", english)
+        assert set(re.findall(r"\{\w+\}", chinese)) == set(names) and len(set(names)) == len(names), english
+        assert re.search(r"[\u4e00-\u9fff]", chinese), english
+
+
+def _with_holes(node: ast.AST) -> str | None:
+    """A text of the code, {} for what is put into it."""
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="no node here")
+def test_errors_come_out_in_chinese_with_their_values():
+    asked = {
+        "there is no run 'law'": "没有运行 'law'",
+        "the prompt is 300 tokens, and the model's context is 128 with the answer\nhint: ask a shorter question, or begin a "
+        "new conversation": "提示有 300 个词元，而模型的上下文连同回答共 128 个\n提示：请缩短问题，或开始新对话",
+        "The model `$& {name}` does not exist.": "模型 `$& {name}` 不存在。",
+        "r: got 'a\nb', expected a number": "r：得到 'a\nb'，应为 a number",
+        "x is taken away": "x is taken away",
+        "something else\nhint: odd": "something else\n提示：odd",
+    }
+    script = f"{FILES['errors.js']}\nconsole.log(JSON.stringify({json.dumps(list(asked))}.map(inChinese)))"
+    told = subprocess.run(["node", "--input-type=module"], input=script, capture_output=True, text=True, check=True)
+    assert json.loads(told.stdout) == list(asked.values())
 
 
 def test_the_page_needs_no_key_and_may_load_nothing_else(studio: Any):

@@ -1,7 +1,7 @@
 """New tokens through a whole decoder in one C call: decode.c's structures made of a decoder (kernels/decoder.py).
 
 C is given addresses, so what stands behind them must stay: each structure made here is listed in a `Held` together with
-the tensors whose memory it names.
+what keeps the memory that it names.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def address(tensor: Tensor | None, held: Held) -> int | None:
         return None
     if tensor.dtype != torch.float32 or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ValueError(f"got {tensor.dtype} on {tensor.device}, expected contiguous float32 on the CPU")
-    held.append(tensor.detach())  # a tensor of its own: the memory stays, whatever the parameter is set to
+    held.append(tensor.untyped_storage())  # the memory stays, whatever the parameter is set to
     return tensor.data_ptr()
 
 

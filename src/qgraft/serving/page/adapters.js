@@ -1,7 +1,7 @@
-// Adapters: what each was trained on, its seal; loading, unloading, renaming.
+// Adapters: what each was trained on, its seal; loading, unloading, renaming, deleting.
 import { get, post } from "./api.js";
 import { talkTo } from "./chat.js";
-import { action, badge, h, number, say } from "./dom.js";
+import { action, badge, h, number, say, sure } from "./dom.js";
 
 let place, about, show;
 const SEALS = { whole: ["seal_whole", "good"], none: ["seal_none", ""], changed: ["seal_changed", "bad"], "other base": ["seal_other", "bad"] };
@@ -33,7 +33,12 @@ function changes(each, usable) {
     each.loaded ? h("button", { class: "quiet", t: "reload", on: { click: after(() => post("/v1/load_lora_adapter", { lora_name: each.name, lora_path: each.path, load_inplace: true })) } }) : null,
     each.loaded ? h("button", { class: "quiet", t: "unload", on: { click: after(() => post("/v1/unload_lora_adapter", { lora_name: each.name })) } }) : null,
     h("button", { class: "quiet", t: "rename", on: { click: (event) => renaming(each, event.currentTarget) } }),
+    about.folder ? h("button", { class: "quiet", t: "delete", on: { click: after(() => deleting(each)) } }) : null,
   ];
+}
+
+async function deleting(each) {
+  if (await sure("delete_adapter", { name: each.name }, "delete")) await post("/studio/adapters/delete", { name: each.name });
 }
 
 function renaming(each, button) {

@@ -1,4 +1,7 @@
 // Requests to the server this page is from. The key stays in this tab (sessionStorage) and goes nowhere else.
+import { inChinese } from "./errors.js";
+import { language } from "./i18n.js";
+
 const KEY = "qgraft-key";
 let asking = null; // the dialog that is open
 
@@ -45,10 +48,12 @@ async function send(path, options) {
   return response;
 }
 
+const inWords = (message) => (language() === "zh" ? inChinese(message) : message);
+
 async function problem(response) {
   let message = `${response.status} ${response.statusText}`;
   try { message = (await response.json()).error.message || message; } catch { /* a proxy's page: the status says it */ }
-  const error = new Error(message);
+  const error = new Error(inWords(message));
   error.status = response.status;
   return error;
 }
@@ -82,7 +87,7 @@ export async function* chat(body, signal) {
       if (!line.startsWith("data: ")) continue;
       if (line === "data: [DONE]") continue; // the end of the stream follows
       const event = JSON.parse(line.slice(6));
-      if (event.error) throw new Error(event.error.message);
+      if (event.error) throw new Error(inWords(event.error.message));
       yield event;
     }
   }

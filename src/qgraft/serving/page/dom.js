@@ -51,6 +51,19 @@ export function field(label, input, help) {
   return h("label", { class: "field" }, h("span", { t: label }), input, help ? h("small", { t: help, class: "dim" }) : null);
 }
 
+/** Ask before something is done that cannot be undone; whether it may be. */
+export function sure(key, vars, button) {
+  return new Promise((resolve) => {
+    let yes = false;
+    const dialog = h("dialog", { label: button }, h("p", { t: key, vars }), h("div", { class: "row end" },
+      h("button", { class: "quiet", t: "cancel", on: { click: () => dialog.close() } }),
+      h("button", { class: "danger", t: button, on: { click: () => { yes = true; dialog.close(); } } })));
+    document.body.append(dialog);
+    dialog.addEventListener("close", () => { dialog.remove(); resolve(yes); });
+    dialog.showModal();
+  });
+}
+
 /** Run what a button does: disabled meanwhile, errors said. */
 export function action(run) {
   return async (event) => {

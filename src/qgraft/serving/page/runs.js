@@ -1,7 +1,7 @@
 // Runs: what is being trained and what was, their curves over each other, and what they answer.
 import { chat, get, post } from "./api.js";
 import { chart, smoothed } from "./chart.js";
-import { action, badge, h, number, say } from "./dom.js";
+import { action, badge, h, number, say, sure } from "./dom.js";
 import { t } from "./i18n.js";
 
 const COLOURS = 6, EVERY = 1500; // ms between two looks, while something is trained
@@ -103,8 +103,16 @@ function fill(run) {
     h("div", { class: "row wrap" },
       run.state === "training" && run.can_go_on ? h("button", { class: "danger", t: "stop", "data-focus": "stop", on: { click: action(() => post("/studio/train/stop", { name: run.name }).then(look)) } }) : null,
       run.can_go_on && ["stopped", "failed", "begun"].includes(run.state) ? h("button", { t: "go_on", "data-focus": "stop", on: { click: action(() => post("/studio/train/resume", { name: run.name }).then(() => { pace.delete(run.name); return look(); })) } }) : null,
+      run.state !== "training" ? h("button", { class: "quiet", t: "delete", "data-focus": "delete", on: { click: action(() => deleting(run)) } }) : null,
       run.can_go_on ? h("button", { class: "quiet", t: "log", "data-focus": "log", on: { click: action(() => showLog(run)) } }) : null)].filter(Boolean));
   if (had && focus) card.root.querySelector(`[data-focus="${focus}"]`)?.focus();
+}
+
+async function deleting(run) {
+  if (!await sure("delete_run", { name: run.name }, "delete")) return;
+  await post("/studio/runs/delete", { name: run.name });
+  chosen.delete(run.name);
+  await look();
 }
 
 async function showLog(run) {

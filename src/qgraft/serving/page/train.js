@@ -52,8 +52,8 @@ function presetFields() {
 
 function detailFields() {
   const number = (min, step) => h("input", { type: "number", min: String(min), step: String(step) });
-  options = { num_train_epochs: number(0, "any"), learning_rate: number(0, "any"), r: number(1, 1), max_length: number(2, 1), val_size: number(0, "any"), per_device_train_batch_size: number(1, 1), max_steps: number(1, 1), seed: number(0, 1) };
-  const labels = { num_train_epochs: "epochs", learning_rate: "learning_rate", r: "rank", max_length: "max_length", val_size: "val_size", per_device_train_batch_size: "batch", max_steps: "max_steps", seed: "seed" };
+  options = { num_train_epochs: number(0, "any"), learning_rate: number(0, "any"), r: number(1, 1), pre_seq_len: number(1, 1), max_length: number(2, 1), val_size: number(0, "any"), per_device_train_batch_size: number(1, 1), max_steps: number(1, 1), seed: number(0, 1) };
+  const labels = { num_train_epochs: "epochs", learning_rate: "learning_rate", r: "rank", pre_seq_len: "prefix_length", max_length: "max_length", val_size: "val_size", per_device_train_batch_size: "batch", max_steps: "max_steps", seed: "seed" };
   takePreset();
   options.max_length.value = String(Math.min(2048, about.context ?? 2048));
   options.val_size.value = "10";
@@ -66,7 +66,8 @@ function chosenPreset() { return presets.find((each) => each.checked).value; }
 function takePreset() {
   if (!options) return;
   const preset = about.presets[chosenPreset()];
-  for (const key of ["num_train_epochs", "learning_rate", "r"]) options[key].value = String(preset[key]);
+  for (const key of ["num_train_epochs", "learning_rate", "r", "pre_seq_len"]) options[key].value = String(preset[key] ?? "");
+  for (const key of ["r", "pre_seq_len"]) options[key].disabled = !(key in preset); // a LoRA has the one, a prefix the other
 }
 
 async function upload(file) {
@@ -122,8 +123,8 @@ function token([text, learned], at) {
 async function start() {
   const found = Object.fromEntries(Object.entries(options).filter(([, input]) => input.value !== "").map(([key, input]) => [key, Number(input.value)]));
   const preset = about.presets[chosenPreset()];
-  const scale = preset.lora_alpha / preset.r; // the rank changes how much can be learned, not how strongly
-  const body = { ...reading(), ...found, val_size: (found.val_size ?? 0) / 100, lora_alpha: scale * (found.r ?? preset.r) };
+  const body = { ...reading(), ...found, val_size: (found.val_size ?? 0) / 100 };
+  if (preset.r) body.lora_alpha = preset.lora_alpha / preset.r * (found.r ?? preset.r); // the rank changes how much can be learned, not how strongly
   const run = await post("/studio/train", { name: name.value.trim(), dataset, preset: chosenPreset(), options: body });
   say(t("started", { name: run.name }));
   name.value = "";

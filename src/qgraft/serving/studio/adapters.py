@@ -1,6 +1,7 @@
-"""What the page says of adapters: what each was trained on, and whether its seal holds; and giving one another name."""
+"""What the page says of adapters: what each was trained on, and whether its seal holds; renaming and deleting them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,58 @@ def rename(service: Service, name: object, new: object) -> None:
         catalogue.need([new])
 
 
+def removable(service: Service, name: str) -> Path:
+    """The folder or file of an adapter of this name that may be deleted. Raises ApiError."""
+    path = service.catalogue.available().get(name)
+    if path is None:
+        raise ApiError(404, f"there is no adapter {name!r}", kind="NotFoundError", param="name")
+    source = _absolute(service, path)
+    if source.name.removesuffix(".gguf") != name:
+        raise ApiError(409, f"{name!r} is {source.name!r} under another name: unload it", param="name")
+    _check_alone(service, name, source)
+    return source
+
+
+def remove(service: Service, source: Path, root: Path) -> None:
+    """Delete a folder or file below `root`; the adapters that were loaded from it go first.
+
+    Raises ApiError where it lies elsewhere, where a run writes, and where one of these adapters is pinned or answers.
+    """
+    if root not in source.parents or source.resolve() != source:
+        raise ApiError(
+            403, f"{source.name!r} does not lie in the server's folder", kind="permission_error", param="name"
+        )
+    catalogue = service.catalogue
+    paths = {name: _absolute(service, path) for name, path in catalogue.available().items()}
+    inside = [name for name, path in paths.items() if source in (path, *path.parents)]
+    for name in inside:
+        entry = catalogue.entries.get(name)
+        if entry is not None and entry.pinned:
+            raise ApiError(
+                403, f"{name!r} was named when the server was started", kind="permission_error", param="name"
+            )
+        if service.engine.uses(name):
+            raise ApiError(409, f"adapter {name!r} is in use: it is deleted when no answer needs it", retry_after=1)
+    if source.is_file():
+        source.unlink()
+    else:
+        with _written_by_nobody(source):
+            storage.remove_folder(source)
+    for name in inside:
+        if catalogue.holds(name):
+            catalogue.unload(name)
+
+
+@contextmanager
+def _written_by_nobody(folder: Path) -> Iterator[None]:
+    """Within the block no run writes there. Raises ApiError where one does, or the block fails at the disk."""
+    try:
+        with folder_locked(folder):
+            yield
+    except StorageError as error:
+        raise ApiError(409, error.message, hint=error.hint) from error
+
+
 def _check_alone(service: Service, name: str, source: Path) -> None:
     """Raise ApiError unless the folder or file lies in the server's folder, and nobody has loaded it under another name."""
     if source.parent != service.catalogue.folder:
@@ -119,11 +172,8 @@ def _move(source: Path, target: Path) -> None:
     if source.is_file():
         storage.move(source, target)
         return
-    try:
-        with folder_locked(source):
-            storage.move(source, target)
-    except StorageError as error:
-        raise ApiError(409, error.message, hint=error.hint) from error
+    with _written_by_nobody(source):
+        storage.move(source, target)
     (target / storage.LOCK).unlink(missing_ok=True)  # it was ours, and went along
 
 

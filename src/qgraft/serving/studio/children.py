@@ -121,6 +121,13 @@ class Children:
                 if self.log(kind, name).is_file():
                     self.log(kind, name).replace(self.log(kind, new))
 
+    def forget(self, kind: str, name: str) -> None:
+        """Remember nothing of a job that has ended."""
+        with self._lock:
+            if self._jobs.pop((kind, name), None) is not None:
+                for path in (self._path(kind, name, "json"), self.log(kind, name)):
+                    path.unlink(missing_ok=True)
+
     def close(self, seconds: float) -> None:
         """Ask what was started here to end in order, and wait for it so long."""
         for job in list(self._jobs.values()):

@@ -16,6 +16,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "standard": {"num_train_epochs": 3.0, "r": 8, "lora_alpha": 16.0, "learning_rate": 2e-4},
     "thorough": {"num_train_epochs": 6.0, "r": 16, "lora_alpha": 32.0, "learning_rate": 2e-4},
     "exact": {"num_train_epochs": 3.0, "r": 8, "lora_alpha": 16.0, "learning_rate": 2e-4, "exact": True},
+    "prefix": {"num_train_epochs": 6.0, "pre_seq_len": 64, "learning_rate": 2e-2},
 }
 TEXT = 4000  # characters
 
@@ -26,6 +27,7 @@ OPTIONS: dict[str, Kind] = {
     "learning_rate": ABOVE_0,
     "r": RANK,
     "lora_alpha": ABOVE_0,
+    "pre_seq_len": COUNT,
     "max_length": LENGTH,
     "val_size": SHARE,
     "per_device_train_batch_size": COUNT,

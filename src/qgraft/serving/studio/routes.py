@@ -86,6 +86,18 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
         await (told(adapters.rename, service, name, new) if work is None else told(work.rename, name, new))
         return {"name": new}
 
+    @app.post("/studio/adapters/delete")
+    async def delete_adapter(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        await told(there.delete_adapter, text_of(body, "name"))
+        return {"deleted": body["name"]}
+
+    @app.post("/studio/runs/delete")
+    async def delete_run(request: Request) -> dict[str, Any]:
+        there, body = await admitted(request, work)
+        await told(there.delete_run, text_of(body, "name"))
+        return {"deleted": body["name"]}
+
     @app.get("/studio/runs")
     async def all_runs(request: Request) -> list[dict[str, Any]]:
         return await told((await admitted(request, work))[0].runs)

@@ -1,4 +1,5 @@
-"""What the page can have done in its folder: keep a file of rows, train, go on, merge, let a run answer, download.
+"""What the page can have done in its folder: keep a file of rows, train, go on, merge, let a run answer, download,
+delete.
 
 Everything here is a method that raises ApiError or another error of ours, and knows nothing of HTTP; routes.py does.
 """
@@ -30,7 +31,7 @@ class Work:
     def __init__(self, service: Service, place: Workplace) -> None:
         self.service, self.place = service, place
         self.children = Children(place.root / HIDDEN)
-        self._lock = threading.Lock()  # of what is started and renamed: one after another
+        self._lock = threading.Lock()  # of what is started, renamed and deleted: one after another
         self._tickets: dict[str, tuple[Path, float]] = {}
         self._trials: dict[str, str] = {}  # adapters that were loaded from checkpoints, by their runs
 
@@ -131,6 +132,30 @@ class Work:
         if given := self._configuration(name):
             storage.write_json(self._file(new), {**given, "output_dir": str(self.place.root / new)})
             self._file(name).unlink()
+
+    def delete_run(self, name: str) -> None:
+        """Delete the folder of a run that has ended, with its adapter and checkpoints."""
+        with self._lock:
+            self._delete(self._run(name), self.place.root)
+
+    def delete_adapter(self, name: str) -> None:
+        """Delete an adapter of the folder, and the run that it is of."""
+        with self._lock:
+            path = adapters.removable(self.service, name)
+            self._delete(path, path.parent)
+
+    def _delete(self, path: Path, root: Path) -> None:
+        job = self.children.running()
+        if job is not None and job.kind == "merge" and str(path) in job.words:
+            raise ApiError(409, f"{path.name!r} is being merged", param="name", retry_after=5)
+        name = path.relative_to(self.place.root).as_posix() if self.place.root in path.parents else None
+        if job is not None and (job.kind, job.name) == ("train", name):
+            raise ApiError(409, f"{name!r} is being trained", param="name", retry_after=5)
+        if path.exists():  # a run that failed may have left nothing
+            adapters.remove(self.service, path, root)
+        if name is not None:
+            self.children.forget("train", name)
+            self._file(name).unlink(missing_ok=True)
 
     # -- answers of runs --
 

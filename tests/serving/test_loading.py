@@ -1,0 +1,156 @@
+"""What others notice of an adapter that is loaded while they are answered: nothing."""
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from talkers import generated
+from waiting import until
+
+from qgraft.adapter_files import folder as files
+from qgraft.adapters.attach import detach_adapter
+from qgraft.adapters.base import adapter_names
+from qgraft.model_parts import decoder_of
+from qgraft.passes import decoding_adapters
+from qgraft.passes.decoding import why_not
+from qgraft.serving.catalogue import Catalogue
+from qgraft.serving.engine import Engine, answer_all
+from qgraft.serving.requests import Request
+from qgraft.serving.sampling import Sampling
+
+GREEDY = Sampling(temperature=0)
+PROMPT = (5, 6, 7)
+
+
+@pytest.fixture
+def serving(talker: Any, adapters: Path) -> Iterator[tuple[Engine, Catalogue]]:
+    """An engine that answers in its thread, and has a folder of adapters."""
+    engine = Engine(*talker)
+    engine.start()
+    yield engine, Catalogue(engine, "base", adapters)
+    engine.stop()
+
+
+def alone(engine: Engine, name: str) -> list[int]:
+    """The ids of transformers' own generate() under one adapter."""
+    with engine.paused():
+        return generated(engine.model, list(PROMPT), {name: 1.0}, 6, [])
+
+
+def going_on(engine: Engine, count: int) -> None:
+    """Wait for so many more tokens, for as many answers as that takes."""
+    wanted = engine.counts["generation_tokens"] + count
+
+    def come() -> bool:
+        if not engine.running and not engine.waiting:
+            engine.submit(Request(PROMPT, {"law": 1.0}, GREEDY, 100, ignore_ends=True), lambda event: None)
+        return engine.counts["generation_tokens"] >= wanted
+
+    until(come)
+
+
+@pytest.mark.parametrize("slow", ["read_tensors", "changed_files", "made_of_pairs", "put_loras"])
+def test_tokens_come_while_an_adapter_is_read_and_put_on(
+    serving: tuple[Engine, Catalogue], monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    engine, catalogue = serving
+    reached, may_go_on, does = threading.Event(), threading.Event(), getattr(files, slow)
+
+    def waits(*args: Any, **given: Any) -> Any:
+        reached.set()
+        assert may_go_on.wait(60)
+        return does(*args, **given)
+
+    monkeypatch.setattr(files, slow, waits)
+    loading = threading.Thread(target=catalogue.need, args=(["tax"],))
+    loading.start()
+    try:
+        assert reached.wait(60)
+        going_on(engine, 150)
+        assert "tax" not in adapter_names(engine.model)
+    finally:
+        may_go_on.set()
+        loading.join(60)
+    assert "tax" in catalogue.names()
+    told: list[Any] = []
+    engine.submit(Request(PROMPT, {"tax": 1.0}, GREEDY, 6, ignore_ends=True), told.append)
+    until(lambda: told and hasattr(told[-1], "reason"))
+    assert [token.id for event in told[:-1] for token in event.tokens] == alone(engine, "tax")
+
+
+def test_adapters_that_come_and_go_cost_no_other_anything(
+    talker: Any, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = talker
+    if why_not(decoder_of(model)) is not None:
+        pytest.skip("no native kernels here")
+    engine = Engine(model, tokenizer)
+    catalogue = Catalogue(engine, "base", adapters)
+    made: list[str] = []
+    loras, network = decoding_adapters.DecoderLoras, decoding_adapters.Network
+
+    def counted_loras(network: Any, weights: Any) -> Any:
+        made.append("+".join(weights))
+        return loras(network, weights)
+
+    def counted_network(base: Any) -> Any:
+        made.append("network")
+        return network(base)
+
+    monkeypatch.setattr(decoding_adapters, "DecoderLoras", counted_loras)
+    monkeypatch.setattr(decoding_adapters, "Network", counted_network)
+
+    def answer(name: str) -> list[int]:
+        request = Request(PROMPT, {name: 1.0} if name else {}, GREEDY, 6, ignore_ends=True)
+        return [token.id for token in answer_all(engine, [request])[0]["tokens"]]
+
+    before = [answer("law"), answer("")]
+    assert made == ["network", "law", ""]
+    catalogue.need(["tax"])
+    assert [answer("law"), answer("")] == before and made == ["network", "law", ""]
+    assert answer("tax") and made == ["network", "law", "", "tax"]
+    detach_adapter(model, "law")
+    catalogue.need(["law"])  # another one under the name
+    answers = answer("law"), answer("tax")
+    assert answers[0] != before[0] and made == ["network", "law", "", "tax", "law"]
+    assert answers == (alone(engine, "law"), alone(engine, "tax"))
+    engine.stop()
+
+
+def test_the_first_adapter_comes_while_the_base_is_answered(talker: Any, adapters: Path) -> None:
+    model, tokenizer = talker
+    detach_adapter(model)
+    request = Request(PROMPT, {}, GREEDY, 100, ignore_ends=True)
+    engine = Engine(model, tokenizer)
+    (before,) = answer_all(engine, [request])
+    told: list[Any] = []
+    engine.submit(request, told.append)
+    for _ in range(10):
+        engine.step()
+    Catalogue(engine, "base", adapters).need(["law"])
+    while engine.step():
+        pass
+    assert [token.id for event in told[:-1] for token in event.tokens] == [token.id for token in before["tokens"]]
+    (answer,) = answer_all(engine, [Request(PROMPT, {"law": 1.0}, GREEDY, 6, ignore_ends=True)])
+    assert [token.id for token in answer["tokens"]] == alone(engine, "law")
+    engine.stop()
+
+
+def test_an_adapter_that_is_loaded_does_not_train(serving: tuple[Engine, Catalogue]) -> None:
+    engine, catalogue = serving
+    catalogue.need(["tax"])
+    assert not any(parameter.requires_grad for parameter in engine.model.parameters())
+
+
+def test_pythons_collector_passes_over_what_was_there_before(talker: Any) -> None:
+    """A full collection goes through all of transformers, in the middle of an answer."""
+    engine = Engine(*talker)
+    engine.start()
+    try:
+        assert gc.get_freeze_count() > 10**5 > len(gc.get_objects())
+    finally:
+        engine.stop()
+    assert gc.get_freeze_count() == 0
