@@ -245,7 +245,7 @@ def test_numbers_are_kept_to_their_last_digit(loaded: tuple[Any, Any]) -> None:
 def test_who_waits_too_long_for_a_schema_to_be_read_is_told(
     loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammars, "CHECK_SECONDS", 0.05)
+    monkeypatch.setattr(grammars, "PATIENCE", 0.05)
     for _ in range(grammars.CHECKS):
         assert loaded[1]._checks.acquire(timeout=1)
     with pytest.raises(BusyError):
@@ -254,6 +254,34 @@ def test_who_waits_too_long_for_a_schema_to_be_read_is_told(
         loaded[1]._checks.release()
     monkeypatch.undo()
     assert loaded[1].compile(Form({"enum": ["another"]}))
+
+
+def test_what_was_not_read_in_time_is_read_again(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that is busy says nothing of a schema."""
+    monkeypatch.setattr(grammars, "PATIENCE", 0.01)
+    with pytest.raises(BusyError, match=r"in 0\.01 seconds"):
+        loaded[1].compile(Form({"enum": ["slow machine"]}))
+    monkeypatch.undo()
+    assert loaded[1].compile(Form({"enum": ["slow machine"]}))
+
+
+def test_a_text_that_is_a_token_of_its_own_is_refused_before_anything_is_written(loaded: tuple[Any, Any]) -> None:
+    special = next(iter(loaded[1]._special))
+    escaped = "".join("\\" + c if c in "|<>[]" else c for c in special)
+    for schema in ({"const": special}, {"properties": {"a": {"enum": ["x", f"y{special}"]}}}, {"required": [special]},
+                   {"properties": {special: {}}}, {"type": "string", "pattern": f"^{escaped}x$"}):  # fmt: skip
+        with pytest.raises(OptionError, match="is a token of this model"):
+            loaded[1].compile(Form(schema))
+
+
+def test_keys_of_any_name_are_not_counted(loaded: tuple[Any, Any]) -> None:
+    """One that is written twice would count twice."""
+    least = {"type": "object", "minProperties": 2}
+    for more in ({}, {"patternProperties": {"^a$": {}}, "additionalProperties": False}, {"required": ["a"]}):
+        with pytest.raises(OptionError, match="minProperties is kept where"):
+            loaded[1].compile(Form({"items": {**least, **more}}))
+    named = {"properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}}
+    assert loaded[1].compile(Form({**least, **named, "required": ["a", "b"]}))
 
 
 def test_a_grammar_is_made_once(loaded: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:

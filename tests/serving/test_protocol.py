@@ -134,6 +134,11 @@ def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], param: str) -
     assert body["type"] == "invalid_request_error" and body["param"] == param and param.split("[")[0] in body["message"]
 
 
+def test_two_functions_of_one_name_are_refused() -> None:
+    with pytest.raises(ApiError, match="get_current_weather: two functions have this name"):
+        read_chat({**FUNCTIONS, "tools": FUNCTIONS["tools"] * 2})
+
+
 def test_an_unknown_option_names_the_one_that_was_meant() -> None:
     with pytest.raises(ApiError, match="did you mean temperature"):
         read_chat({**DEFAULT, "temprature": 1})

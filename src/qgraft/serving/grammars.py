@@ -18,6 +18,7 @@ known by their bytes, special ones by their ids. Not chosen: a follower of our o
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +37,9 @@ from qgraft.serving.requests import BusyError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-CHECKS, CHECK_SECONDS = 2, 5.0  # schemas that are read at once, and how long one may take
+CHECKS = 2  # schemas that are read at once
+CHECK_SECONDS = 5.0  # that one may compute
+PATIENCE = 20.0  # seconds that a busy machine is waited for
 BLANKS = 24  # of these, one after another
 LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
 _BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
@@ -105,6 +108,7 @@ class Grammars:
             schemas = [each for each in (form.schema, *(call.arguments for call in form.calls)) if each is not None]
             for schema in schemas:
                 _check_numbers(schema)
+                self._check_texts(schema)
         except (ValueError, RecursionError) as error:  # NaN, which is no JSON; brackets without end
             raise OptionError(f"the schema is refused: {error}") from error
         if len(lark) > LONGEST:
@@ -133,20 +137,40 @@ class Grammars:
 
     def _problem(self, schemas: tuple[str, ...]) -> str:
         """Why schemas cannot be read, found out where that harms nobody (schema_check.py)."""
-        words = [sys.executable, "-m", "qgraft.serving.schema_check"]
-        if not self._checks.acquire(timeout=CHECK_SECONDS):
+        words = [sys.executable, "-m", "qgraft.serving.schema_check", str(CHECK_SECONDS)]
+        if not self._checks.acquire(timeout=PATIENCE):
             raise BusyError("other schemas are being read")
         try:
-            done = subprocess.run(
-                words, input=json.dumps(schemas), capture_output=True, text=True, timeout=CHECK_SECONDS
-            )
-        except subprocess.TimeoutExpired:
-            return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
+            done = subprocess.run(words, input=json.dumps(schemas), capture_output=True, text=True, timeout=PATIENCE)
+        except subprocess.TimeoutExpired as error:  # which says nothing of the schema where others compute
+            raise BusyError(f"the schema could not be read in {PATIENCE:g} seconds") from error
         finally:
             self._checks.release()
         if done.returncode == 0:
             return ""
+        if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+            return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
         return _reason(done.stdout) or "to read it takes too much memory, or too deep a stack"
+
+    def _check_texts(self, schema: object) -> None:
+        """Raise OptionError for what asks for a text that is a token of its own, and for keys that are counted."""
+        if isinstance(schema, str):
+            if found := self._split.search(re.sub(r"\\(.)", r"\1", schema)):
+                raise OptionError(
+                    f"the schema is refused: {found[0]!r} is a token of this model and no text in an answer"
+                )
+        elif isinstance(schema, list):
+            for value in schema:
+                self._check_texts(value)
+        elif isinstance(schema, Mapping):
+            if _counts_keys(schema):
+                raise OptionError(
+                    "the schema is refused: minProperties is kept where properties and required name all keys, with "
+                    "additionalProperties false"
+                )
+            for key, value in schema.items():
+                self._check_texts(key)
+                self._check_texts(value)
 
     def lark(self, form: Form) -> str:
         """The grammar of a form."""
@@ -262,6 +286,14 @@ def _check_numbers(schema: object, counts: bool = False) -> None:
         raise OptionError(
             f"the schema is refused: {str(schema)[:40]}: numbers are kept up to {DIGITS} digits and {WHOLE}"
         )
+
+
+def _counts_keys(schema: Mapping[str, Any]) -> bool:
+    """Whether keys of any name would have to be counted: one that comes twice is counted twice, and is one."""
+    least, required = schema.get("minProperties"), schema.get("required", [])
+    if not isinstance(least, int | float) or (isinstance(required, list) and least <= len(set(map(str, required)))):
+        return False
+    return "patternProperties" in schema or schema.get("additionalProperties", True) is not False
 
 
 def _is_kept(number: int | float) -> bool:

@@ -299,9 +299,13 @@ def _content(given: object, where: str) -> str:
 
 def _tools(given: object) -> tuple[Tool, ...]:
     try:
-        return tools_of(given)
+        tools = tools_of(given)
     except RowError as error:
         raise ApiError(400, f"tools: {error}", param="tools") from error
+    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ApiError(400, f"tools: {', '.join(twice)}: two functions have this name", param="tools")
+    return tools
 
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:

@@ -1,4 +1,4 @@
-"""Whether schemas can be followed at all: tried in a process of its own, as `python -m qgraft.serving.schema_check`.
+"""Whether schemas can be followed at all: tried in a process of its own, as `python -m qgraft.serving.schema_check SECONDS`.
 
 A schema comes from whoever may ask. Some take llguidance minutes (twenty patterns at once), some end its process (references
 through thousands of others fill the stack). So each is read here first, with little stack, within bounds of memory and
@@ -17,7 +17,7 @@ STEPS = 24
 def main() -> int:
     """See the module."""
     schemas, reasons = json.load(sys.stdin), list[str]()
-    _bound_memory()
+    _bound(float(sys.argv[1]))
     threading.stack_size(STACK)
     thread = threading.Thread(target=lambda: reasons.extend(filter(None, map(_tried, schemas))))
     thread.start()
@@ -26,12 +26,14 @@ def main() -> int:
     return 1 if reasons else 0
 
 
-def _bound_memory() -> None:
+def _bound(seconds: float) -> None:
+    """Of memory, and of seconds that are computed, whatever others compute meanwhile."""
     try:
         import resource
     except ImportError:  # not a Unix
         return
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (max(1, round(seconds)), max(2, round(seconds) + 1)))
 
 
 def _tried(schema: str) -> str:
