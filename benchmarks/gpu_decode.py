@@ -9,7 +9,6 @@ take to be read at the card's rate, of what a token took.
 """
 
 import argparse
-import csv
 import statistics
 import time
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_train import SHAPES, build, four_bits, swap
+from gpu_train import SHAPES, append, build, four_bits, swap
 from torch import Tensor, nn
 
 MEMORY_RATE = 3.0e12  # bytes a second that an H100 copies, both ways counted: gpu_kernels.csv
@@ -151,13 +150,7 @@ def main() -> None:
     path = Path(options.out) / "gpu_decode.csv"
     for rows in options.rows:
         row = measure(options, model, rows, note)
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        print(row, flush=True)
+        append(row, path)
 
 
 if __name__ == "__main__":

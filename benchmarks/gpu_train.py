@@ -232,6 +232,17 @@ def _profile(step: Callable[[], Tensor], path: Path) -> None:
             print(averages.table(sort_by=key, row_limit=40, max_name_column_width=60), file=file)
 
 
+def append(row: dict[str, Any], path: Path) -> None:
+    """A line of a CSV, kept and printed."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print(row, flush=True)
+
+
 def main() -> None:
     """Parse, measure, append."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,14 +261,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     row = measure(options)
-    path = Path(options.out) / "gpu_train.csv"
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    print(row, flush=True)
+    append(row, Path(options.out) / "gpu_train.csv")
 
 
 if __name__ == "__main__":

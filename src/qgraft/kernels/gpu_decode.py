@@ -209,7 +209,7 @@ class _State:
             constants = {"NA": self.most, "R": self.rank, "BLOCK": 2048}
             arguments = (x, table, h, self.count, x.shape[1])
             grid = (self.rank, self.count * self.most, len(linears))
-            launch(_gemv().down_kernel, grid, arguments, constants, 4)
+            launch(triton_ops.products().down_kernel, grid, arguments, constants, 4)
         start = 0
         for place, (linear, width) in enumerate(zip(linears, widths, strict=True)):
             out = y[:, start : start + width]
@@ -258,7 +258,7 @@ def _add(
         product.shape[1], out.stride(0),
     )  # fmt: skip
     constants = {"BLOCK": 512, "BIAS": bias is not None, "ADD": residual is not None, "NA": loras[0], "R": loras[1]}
-    launch(_gemv().add_kernel, (-(-product.shape[1] // 512), len(product), 1), arguments, constants, 4)
+    launch(triton_ops.products().add_kernel, (-(-product.shape[1] // 512), len(product), 1), arguments, constants, 4)
 
 
 def _tensors(layer: Layer) -> list[Tensor]:
@@ -280,13 +280,6 @@ def _triton_dtype(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
     return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype]
-
-
-@cache
-def _gemv() -> ModuleType:
-    from qgraft.kernels import triton_gemv
-
-    return triton_gemv
 
 
 @cache

@@ -51,6 +51,21 @@ def added(total, table, h, n, ok, NA: tl.constexpr, R: tl.constexpr):
 
 
 @jit
+def whole(
+    total, bias, residual, table, h, m, n, ok, rows,
+    BIAS: tl.constexpr, ADD: tl.constexpr, NA: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A product [BN] of token m, and what comes to it: a bias, LoRAs and the residual [M, rows]."""
+    if BIAS:
+        total += tl.load(bias + n, mask=ok, other=0).to(tl.float32)
+    if NA > 0:
+        total = added(total, table + m * (NA * 4), h + m * (NA * R), n, ok, NA, R)
+    if ADD:
+        total += tl.load(residual + m * rows + n, mask=ok, other=0)
+    return total
+
+
+@jit
 def gemv_kernel(
     x, p8, p16, scale, y, bias, residual, table, h, rows, units, row_bytes, K, ld,
     F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
@@ -61,12 +76,7 @@ def gemv_kernel(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     ok = n < rows
     total = dots(x + m * K, p8, p16, scale, n, rows, units, row_bytes, K, F, RUN, BN, NU)
-    if BIAS:
-        total += tl.load(bias + n, mask=ok, other=0).to(tl.float32)
-    if NA > 0:
-        total = added(total, table + m * (NA * 4), h + m * (NA * R), n, ok, NA, R)
-    if ADD:
-        total += tl.load(residual + m * rows + n, mask=ok, other=0)
+    total = whole(total, bias, residual, table, h, m, n, ok, rows, BIAS, ADD, NA, R)
     tl.store(y + m * ld + n, rounded(total, y.dtype.element_ty, EXACT), mask=ok)
 
 
@@ -80,12 +90,7 @@ def add_kernel(
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = n < rows
     total = tl.load(product + m * rows + n, mask=ok, other=0).to(tl.float32)
-    if BIAS:
-        total += tl.load(bias + n, mask=ok, other=0).to(tl.float32)
-    if NA > 0:
-        total = added(total, table + m * (NA * 4), h + m * (NA * R), n, ok, NA, R)
-    if ADD:
-        total += tl.load(residual + m * rows + n, mask=ok, other=0)
+    total = whole(total, bias, residual, table, h, m, n, ok, rows, BIAS, ADD, NA, R)
     tl.store(y + m * ld + n, total, mask=ok)
 
 

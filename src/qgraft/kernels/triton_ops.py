@@ -172,7 +172,7 @@ def gemv(
         "ADD": residual is not None, "NA": ranks[0], "R": ranks[1], "EXACT": interpreted(),
     }  # fmt: skip
     if rows and len(x):
-        launch(_products().gemv_kernel, (-(-rows // some_rows), len(x), 1), arguments, constants, warps)
+        launch(products().gemv_kernel, (-(-rows // some_rows), len(x), 1), arguments, constants, warps)
 
 
 def tile(format: str) -> tuple[int, int, int]:
@@ -243,7 +243,8 @@ def _blocks() -> ModuleType:
 
 
 @cache
-def _products() -> ModuleType:
+def products() -> ModuleType:
+    """The kernels of products with few rows, triton_gemv.py."""
     from qgraft.kernels import triton_gemv
 
     return triton_gemv
