@@ -16,9 +16,9 @@ httpx = pytest.importorskip("httpx")
 from served import ALL, HELLO, LAW_ONLY, Running
 
 from qgraft.data.messages import Call, Message
+from qgraft.serving.fields import ApiError
 from qgraft.serving.messages_protocol import read_messages
 from qgraft.serving.prompting import Prompting
-from qgraft.serving.protocol import ApiError
 from qgraft.serving.responses_protocol import read_response
 from qgraft.serving.sampling import Sampler, Token
 

@@ -21,7 +21,8 @@ httpx = pytest.importorskip("httpx")
 
 from served import ADMIN, ALL, BASE_ONLY, HELLO, LAW_ONLY, TRAVERSALS, Running, ask, told
 
-from qgraft.serving.protocol import _CHAT, _COMPLETION, _IGNORED, _SAMPLING, ApiError, read_chat, read_completion
+from qgraft.serving.fields import ApiError
+from qgraft.serving.protocol import _CHAT, _COMPLETION, _IGNORED, _SAMPLING, _SHARED, read_chat, read_completion
 
 WRONG = (
     "", "x", -3, 0, 1.5, 10**30, 1e308, True, False, [], ["x"], [[]], [1.5], {}, {"x": {}}, [{}], [{"role": []}], [None],
@@ -35,7 +36,7 @@ def test_no_type_of_any_field_is_a_fault_of_ours() -> None:
     for read, fields, body in (
         (read_chat, _CHAT, {"messages": HELLO}), (read_completion, _COMPLETION, {"prompt": "x"}),
     ):  # fmt: skip
-        for name in sorted(fields | _SAMPLING | _IGNORED):
+        for name in sorted(fields | _SAMPLING | _SHARED | _IGNORED.keys()):
             for value in WRONG:
                 try:
                     read({"model": "base", **body, name: value})

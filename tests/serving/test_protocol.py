@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from qgraft.data.messages import Call, Message
+from qgraft.serving.fields import ApiError
 from qgraft.serving.lora_protocol import (
     adapters_body,
     lora_given,
@@ -14,7 +15,7 @@ from qgraft.serving.lora_protocol import (
     read_scales,
     read_unload,
 )
-from qgraft.serving.protocol import ApiError, read_chat, read_completion
+from qgraft.serving.protocol import read_chat, read_completion
 
 # platform.openai.com/docs/api-reference/chat/create
 DEFAULT = {
@@ -104,20 +105,22 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         ({"top_k": 1.5}, "top_k"), ({"n": 0}, "n"), ({"n": 99}, "n"), ({"stop": [""]}, "stop"), ({"stop": 5}, "stop"),
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": "much"}}, "logit_bias"), ({"response_format": {"type": "json_schema"}}, "response_format"),
+        ({"logit_bias": {"5": "much"}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tool_choice": "required"}, "tool_choice"), ({**FUNCTIONS, "tool_choice": "any"}, "tool_choice"),
         ({**FUNCTIONS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),
         ({**FUNCTIONS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({**FUNCTIONS, "tool_choice": []}, "tool_choice"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": []}}},
+         "response_format.json_schema.schema"),
         ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}, "z": 1}}},
-         "response_format"),
-        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+         "response_format.json_schema.z"),
+        ({"response_format": {"type": "json_object", "schema": {}}}, "response_format.schema"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"seed": "x"}, "seed"), ({"stop": "x" * 501}, "stop"),
         ({"repetition_penalty": 1.1, "repeat_penalty": 2}, "repeat_penalty"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"), ({"audio": {}}, "audio"), ({"temprature": 1}, "temprature"),
-        ({"response_format": {"type": "grammar"}}, "response_format"), ({"stream": 1}, "stream"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"), ({"stream": 1}, "stream"),
         ({"model": None}, "model"), ({"messages": []}, "messages"), ({"messages": [{"role": "king"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"frequency_penalty": 3}, "frequency_penalty"),
@@ -207,6 +210,8 @@ def test_loading_as_vllm_has_it() -> None:
     with pytest.raises(ApiError, match=r"Both 'lora_name' and 'lora_path' must be provided\."):
         read_load({"lora_name": "a"})
     with pytest.raises(ApiError, match="'lora_name' needs to be provided"):
+        read_unload({})
+    with pytest.raises(ApiError, match=r"the body: got \[\], expected a JSON object"):
         read_unload([])
 
 

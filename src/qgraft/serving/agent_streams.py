@@ -4,10 +4,12 @@ import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
+from qgraft.data.messages import Call
 from qgraft.serving import messages_protocol as messages
 from qgraft.serving import responses_protocol as responses
-from qgraft.serving.answers import new_id
-from qgraft.serving.protocol import ApiError, Ask
+from qgraft.serving.answers import is_whole, new_id
+from qgraft.serving.fields import ApiError
+from qgraft.serving.protocol import Ask
 from qgraft.serving.streams import Answering, pieces
 
 Sent = dict[str, str]
@@ -100,7 +102,7 @@ async def response_stream(answering: Answering, ask: Ask) -> AsyncIterator[Sent]
     for event in item.closed(status) if item is not None else ():
         yield event
     for call in choice.calls:
-        for event in _called(call.name, call.arguments, numbered, output):
+        for event in _called(call, numbered, output):
             yield event
     if not output:
         output.append(responses.message_item(new_id("msg"), "", status))
@@ -150,13 +152,14 @@ class _Item:
         return {"logprobs": []} if self.kind == "text" else {}
 
 
-def _called(name: str, arguments: str, numbered: _Numbered, output: list[dict[str, Any]]) -> Iterator[Sent]:
-    """The events of a call, which is known whole."""
-    at, item = len(output), responses.call_item(new_id("fc"), name, arguments)
+def _called(call: Call, numbered: _Numbered, output: list[dict[str, Any]]) -> Iterator[Sent]:
+    """The events of a call, which is known as far as it goes."""
+    status = "completed" if is_whole(call) else "incomplete"
+    at, item = len(output), responses.call_item(new_id("fc"), call.name, call.arguments, status)
     place = {"item_id": item["id"], "output_index": at}
     output.append(item)
     begun = {**item, "arguments": "", "status": "in_progress"}
     yield numbered("response.output_item.added", output_index=at, item=begun)
-    yield numbered("response.function_call_arguments.delta", **place, delta=arguments)
-    yield numbered("response.function_call_arguments.done", **place, arguments=arguments, name=name)
+    yield numbered("response.function_call_arguments.delta", **place, delta=call.arguments)
+    yield numbered("response.function_call_arguments.done", **place, arguments=call.arguments, name=call.name)
     yield numbered("response.output_item.done", output_index=at, item=item)

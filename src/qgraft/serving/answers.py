@@ -1,5 +1,6 @@
 """OpenAI's answers as JSON: whole ones, and the chunks of a stream."""
 
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,20 +15,32 @@ Spell = Callable[[int], str]  # a token's id -> its text
 
 @dataclass
 class Choice:
-    """One answer, as far as it is known."""
+    """One answer, as far as it is known.
+
+    Attributes:
+        formed: whether it must be JSON, or calls.
+        unfinished: whether a call at its end was cut, which may be the last of `calls`.
+    """
 
     index: int
     text: str = ""
     reasoning: str = ""
     calls: tuple[Call, ...] = ()
+    formed: bool = False
+    unfinished: bool = False
     tokens: list[Token] = field(default_factory=list)
     finish: Finish | None = None
     spelt: int = 0  # characters of the tokens that a stream has told
 
     @property
     def reason(self) -> str:
-        """OpenAI's finish_reason."""
+        """OpenAI's finish_reason: of what a stop string has cut in the middle of its form it is "length" as well.
+
+        Clients take "stop" for a word that all is there; no other word but this one says that it is not.
+        """
         assert self.finish is not None
+        if self.unfinished or (self.formed and self.finish.stop is not None):
+            return "length"
         return "tool_calls" if self.calls and self.finish.reason == "stop" else self.finish.reason
 
 
@@ -73,6 +86,15 @@ def _message(choice: Choice) -> dict[str, Any]:
     if choice.calls:
         message["tool_calls"] = [call_body(call) for call in choice.calls]
     return {**message, "refusal": None}
+
+
+def is_whole(call: Call) -> bool:
+    """Whether all of the call's arguments are there."""
+    try:
+        json.loads(call.arguments)
+    except ValueError:
+        return False
+    return True
 
 
 def call_body(call: Call) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from qgraft import __version__
 from qgraft.serving import answers, lora_protocol
 from qgraft.serving.agents import add_agents
 from qgraft.serving.exchange import Stream, begin, body_of, complete, permission_of, require_admin, told
+from qgraft.serving.fields import ApiError
 from qgraft.serving.guard import Guard, error_response
 from qgraft.serving.metrics import metrics_text
-from qgraft.serving.protocol import ApiError, Ask, read_chat, read_completion
+from qgraft.serving.protocol import Ask, read_chat, read_completion
 from qgraft.serving.service import Service
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 

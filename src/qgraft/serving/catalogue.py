@@ -31,8 +31,8 @@ from qgraft.errors import AdapterError, OptionError, QgraftError, StorageError, 
 from qgraft.json_files import read_object
 from qgraft.locks import file_locked
 from qgraft.serving.engine import Engine
+from qgraft.serving.fields import ApiError
 from qgraft.serving.lora_protocol import LoadBody
-from qgraft.serving.protocol import ApiError
 
 LIST, LONGEST = "served.json", 200  # characters of an unknown name that are told
 _SEPARATOR = re.compile(r"[/\\]")

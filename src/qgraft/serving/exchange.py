@@ -5,7 +5,6 @@ loop. Who goes away frees its place: a stream that is closed, and a client that 
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
@@ -16,29 +15,26 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from qgraft.serving.fields import ApiError, json_of
 from qgraft.serving.keys import Permission
-from qgraft.serving.protocol import ApiError, Ask
+from qgraft.serving.protocol import Ask
 from qgraft.serving.service import Service, errors_as_answers
 from qgraft.serving.streams import Answering, problem_of
 
 T = TypeVar("T")
 
 log = logging.getLogger("qgraft.access")
+LARGE = 1 << 16  # bytes of a body that takes so long to read that others notice
 SLOWEST = 60.0  # seconds in which a client takes nothing of its stream
 
 
 async def body_of(request: Request) -> Any:
     """The JSON that was sent. Raises ApiError."""
     try:
-        text = (await request.body()).decode("utf-8")
-        found = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair, which is no character
-            json.dumps(found, ensure_ascii=False).encode("utf-8")
+        body = await request.body()
     except ClientDisconnect as error:
         raise ApiError(499, "the client has gone", kind="closed") from error
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from error
-    return found
+    return json_of(body) if len(body) < LARGE else await run_in_threadpool(json_of, body)
 
 
 def permission_of(request: Request) -> Permission:

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,10 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.fields import shown
 from qgraft.serving.requests import BusyError
+from qgraft.serving.schema_check import EXTENSION
+from qgraft.serving.schemas import check_numbers, counts_keys, settled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,21 +47,29 @@ BLANKS = 24  # of these, one after another
 LONGEST = 1 << 18  # characters of a grammar: some of a few megabytes take seconds, and hundreds of megabytes
 _BLANK = rf"[ \t\n\r]{{1,{BLANKS}}}"
 _JSON = {"whitespace_pattern": _BLANK, "whitespace_flexible": True, "lenient": False, "coerce_one_of": False}
-_NUMBERS = {
-    "const", "enum", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength",
-    "minItems", "maxItems", "minProperties", "maxProperties",
-}  # fmt: skip
-DIGITS, LARGEST, WHOLE = 15, 1e15, 2**53 - 1  # of numbers that llguidance keeps exactly; -2**63 ends the process
+_WORDS = {  # what llguidance says -> for who has not written its code
+    r"^NoExtensionBias$": "nothing can be written that it allows",
+    r"^Unimplemented keys: \[(.*)\]$": r"answers cannot be held to \1",
+    r"json-schema:///(#?)": r"\1",
+    r" ?Enable 'coerce_one_of' option to approximate oneOf with anyOf": " unless at most one of them can be right",
+    r"min/maxProperties only supported": "minProperties and maxProperties are kept only",
+    r" and retrieving it failed: .*": "; nothing is fetched from elsewhere",
+}
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
 class CallText:
-    """How one function is called: text, its arguments as JSON of the schema, text."""
+    """How one function is called: text, its arguments as JSON of the schema, text.
+
+    Attributes:
+        where: how errors call the schema.
+    """
 
     before: str
     arguments: Mapping[str, Any]
     after: str
+    where: str = "parameters"
 
 
 @dataclass(frozen=True)
@@ -66,6 +77,7 @@ class Form:
     """What an answer must be: JSON of the schema, or calls; where both are given, one of the two.
 
     Attributes:
+        where: how errors call the schema.
         several: whether calls may follow one another.
         behind: what ends the reasoning that the prompt has begun; "" where there is none.
         optional: whether text may come before calls, or in their place; where they begin with no `mark`, in their place.
@@ -73,12 +85,31 @@ class Form:
     """
 
     schema: Mapping[str, Any] | None = None
+    where: str = "schema"
     calls: tuple[CallText, ...] = ()
     several: bool = False
     behind: str = ""
     optional: bool = False
     mark: str = ""
     free: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a form is refused: which of its schemas, and which part of it."""
+
+    reason: str
+    number: int | None = None
+    place: Sequence[str | int] = ()
+
+    def of(self, named: Sequence[tuple[str, Any]]) -> str:
+        """In words, which name the part and what it is."""
+        if self.number is None:
+            return f"{', '.join(where for where, _ in named)[:300]} is refused: {self.reason}"
+        where, part = named[self.number]
+        for key in self.place:
+            part, where = part[key], f"{where}[{key}]" if isinstance(key, int) else f"{where}.{key}"
+        return f"{where[:300]} is refused: {self.reason}: got {shown(part)}"
 
 
 class Grammars:
@@ -103,28 +134,42 @@ class Grammars:
 
         Raises OptionError for a schema that is none, or of which not all can be kept, BusyError where others are being read.
         """
-        try:
-            lark = self.lark(form)
-            schemas = [each for each in (form.schema, *(call.arguments for call in form.calls)) if each is not None]
-            for schema in schemas:
-                _check_numbers(schema)
-                self._check_texts(schema)
-        except (ValueError, RecursionError) as error:  # NaN, which is no JSON; brackets without end
-            raise OptionError(f"the schema is refused: {error}") from error
+        schema = None if form.schema is None else settled(form.schema, form.where)
+        calls = tuple(replace(call, arguments=settled(call.arguments, call.where)) for call in form.calls)
+        form = replace(form, schema=schema, calls=calls)
+        named = [(form.where, schema)] if schema is not None else []
+        named += [(call.where, call.arguments) for call in calls]
+        for where, each in named:
+            self._check(each, where)
+        lark = self.lark(form)
         if len(lark) > LONGEST:
             raise OptionError(
-                f"the schema is refused: as a grammar it has {len(lark)} characters, expected at most {LONGEST}"
+                f"{', '.join(where for where, _ in named)[:300]} is refused: as a grammar it has {len(lark)} characters, "
+                f"expected at most {LONGEST}"
             )
-        found = self._known(lark, tuple(map(_json, schemas)))
-        if isinstance(found, str):
-            raise OptionError(f"the schema is refused: {found}")
+        found = self._known(lark, tuple(_json(each) for _, each in named))
+        if isinstance(found, Refused):
+            raise OptionError(found.of(named))
         return found
 
-    def _compiled(self, lark: str, schemas: tuple[str, ...]) -> "Grammar | str":
+    def _check(self, schema: Mapping[str, Any], where: str) -> None:
+        """Raise OptionError for what can be told not to be kept before anything is written."""
+        try:
+            _json(schema)
+            check_numbers(schema)
+            self._check_texts(schema)
+        except ValueError as error:  # NaN in an enum
+            raise OptionError(f"{where} is refused: it holds NaN or infinity, which are no JSON") from error
+        except RecursionError:
+            raise OptionError(f"{where} is refused: its brackets are nested too deep") from None
+        except OptionError as error:
+            raise OptionError(f"{where} is refused: {error.message}") from error
+
+    def _compiled(self, lark: str, schemas: tuple[str, ...]) -> "Grammar | Refused":
         """The grammar, or why there is none."""
         import llguidance
 
-        if problem := self._problem(schemas):
+        if (problem := self._problem(schemas)) is not None:
             return problem
         limits = llguidance.LLParserLimits(verbose_errors=False)
         text = llguidance.LLMatcher.grammar_from_lark(lark)
@@ -132,10 +177,10 @@ class Grammars:
         try:
             grammar.begin().allowed()
         except OptionError as error:
-            return error.message
+            return Refused(error.message)
         return grammar
 
-    def _problem(self, schemas: tuple[str, ...]) -> str:
+    def _problem(self, schemas: tuple[str, ...]) -> "Refused | None":
         """Why schemas cannot be read, found out where that harms nobody (schema_check.py)."""
         words = [sys.executable, "-m", "qgraft.serving.schema_check", str(CHECK_SECONDS)]
         if not self._checks.acquire(timeout=PATIENCE):
@@ -147,26 +192,26 @@ class Grammars:
         finally:
             self._checks.release()
         if done.returncode == 0:
-            return ""
+            return None
+        if done.stdout:
+            (number, reason), *place = map(json.loads, done.stdout.splitlines())
+            return Refused(_reason(reason), number, place[0] if place else ())
         if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-            return f"to read it takes longer than {CHECK_SECONDS:g} seconds"
-        return _reason(done.stdout) or "to read it takes too much memory, or too deep a stack"
+            return Refused(f"to read it takes longer than {CHECK_SECONDS:g} seconds")
+        return Refused("to read it takes too much memory, or too deep a stack")
 
     def _check_texts(self, schema: object) -> None:
         """Raise OptionError for what asks for a text that is a token of its own, and for keys that are counted."""
         if isinstance(schema, str):
             if found := self._split.search(re.sub(r"\\(.)", r"\1", schema)):
-                raise OptionError(
-                    f"the schema is refused: {found[0]!r} is a token of this model and no text in an answer"
-                )
+                raise OptionError(f"{found[0]!r} is a token of this model and no text in an answer")
         elif isinstance(schema, list):
             for value in schema:
                 self._check_texts(value)
         elif isinstance(schema, Mapping):
-            if _counts_keys(schema):
+            if counts_keys(schema):
                 raise OptionError(
-                    "the schema is refused: minProperties is kept where properties and required name all keys, with "
-                    "additionalProperties false"
+                    "minProperties is kept where properties and required name all keys, with additionalProperties false"
                 )
             for key, value in schema.items():
                 self._check_texts(key)
@@ -274,35 +319,6 @@ def _pattern(text: str) -> str:
     return "".join(f"\\{each}" if each in r"\.+*?()|[]{}^$/&~#-" else each for each in text).replace("\n", r"\n")
 
 
-def _check_numbers(schema: object, counts: bool = False) -> None:
-    """Raise OptionError for a number that answers are compared with, and that llguidance may take for another."""
-    if isinstance(schema, Mapping):
-        for key, value in schema.items():
-            _check_numbers(value, counts or key in _NUMBERS)
-    elif isinstance(schema, list):
-        for value in schema:
-            _check_numbers(value, counts)
-    elif counts and isinstance(schema, int | float) and not _is_kept(schema):
-        raise OptionError(
-            f"the schema is refused: {str(schema)[:40]}: numbers are kept up to {DIGITS} digits and {WHOLE}"
-        )
-
-
-def _counts_keys(schema: Mapping[str, Any]) -> bool:
-    """Whether keys of any name would have to be counted: one that comes twice is counted twice, and is one."""
-    least, required = schema.get("minProperties"), schema.get("required", [])
-    if not isinstance(least, int | float) or (isinstance(required, list) and least <= len(set(map(str, required)))):
-        return False
-    return "patternProperties" in schema or schema.get("additionalProperties", True) is not False
-
-
-def _is_kept(number: int | float) -> bool:
-    if isinstance(number, int):
-        return abs(number) <= WHOLE
-    digits = repr(number).partition("e")[0].removesuffix(".0").replace(".", "").lstrip("-0")
-    return number == 0 or (len(digits) <= DIGITS and 1 / LARGEST <= abs(number) <= LARGEST)
-
-
 def _schema(schemas: list[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
     """The name of a schema's rule."""
     schemas.append(schema)
@@ -310,18 +326,17 @@ def _schema(schemas: list[Mapping[str, Any]], schema: Mapping[str, Any]) -> str:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": _JSON}, allow_nan=False)
+    return json.dumps({**schema, EXTENSION: _JSON}, allow_nan=False)
 
 
 def _reason(told: str) -> str:
     """What llguidance says is wrong, without the places in a grammar that nobody has seen."""
     lines = re.split(r"\n\s*\d+ \| |\n<state>", told)[0].splitlines()
     text = " ".join(line.strip() for line in lines if line.strip(" ^"))
-    return (
-        re.sub(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?", "", text)
-        .replace("<non-verbose/>", "")
-        .strip()[:300]
-    )
+    text = re.sub(r"^(at \d+\(\d+\): )?(failed to compile JSON schema: )?", "", text).replace("<non-verbose/>", "")
+    for theirs, ours in _WORDS.items():
+        text = re.sub(theirs, ours, text)
+    return text.strip()[:300]
 
 
 def _tokens_of(tokenizer: "PreTrainedTokenizerBase", size: int, ends: Sequence[int]) -> Any:

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qgraft.serving import messages_protocol
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.service import Service
 
 DRAIN_BYTES, DRAIN_SECONDS = 16 << 20, 5.0  # of a body that nobody wants, before the answer that says so

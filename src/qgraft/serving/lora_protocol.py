@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qgraft.ranges import Range
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError, check_known, flag_of, object_of, shown, text_of, wrong
 
 WEIGHT = Range(-100, 100)  # of an adapter: far beyond what makes sense, and far below what no model computes with
 _DECIMAL = re.compile(r"[+-]?[0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?|[+-]?[0-9]+\.")
@@ -53,9 +53,9 @@ def lora_given(lora: object, listed: Mapping[int, str]) -> Weights:
     elif isinstance(lora, list):
         pairs = [_pair(entry, listed) for entry in lora]
     else:
-        raise _wrong_lora()
+        raise _wrong_lora(lora)
     if any(not isinstance(name, str) for name, _ in pairs):
-        raise _wrong_lora()
+        raise _wrong_lora(lora)
     if wrong := [weight for _, weight in pairs if weight not in WEIGHT]:
         raise ApiError(400, f"lora: got the weight {str(wrong[0])[:50]}, expected {WEIGHT}", param="lora")
     if len({name for name, _ in pairs}) < len(pairs):
@@ -65,7 +65,7 @@ def lora_given(lora: object, listed: Mapping[int, str]) -> Weights:
 
 def _pair(entry: object, listed: Mapping[int, str]) -> tuple[Any, Any]:
     if not isinstance(entry, Mapping) or ("id" in entry) == ("name" in entry) or entry.keys() - {"id", "name", "scale"}:
-        raise _wrong_lora()
+        raise _wrong_lora(entry)
     scale = entry.get("scale", 1.0)
     if "name" in entry:
         return entry["name"], scale
@@ -76,10 +76,8 @@ def _pair(entry: object, listed: Mapping[int, str]) -> tuple[Any, Any]:
     return listed[number], scale
 
 
-def _wrong_lora() -> ApiError:
-    return ApiError(
-        400, 'lora: expected [{"id": 0, "scale": 0.5}], [{"name": "law", "scale": 0.5}] or {"law": 0.5}', param="lora"
-    )
+def _wrong_lora(given: object) -> ApiError:
+    return wrong("lora", given, '[{"id": 0, "scale": 0.5}], [{"name": "law", "scale": 0.5}] or {"law": 0.5}')
 
 
 @dataclass(frozen=True)
@@ -93,22 +91,18 @@ class LoadBody:
 
 def read_load(body: object) -> LoadBody:
     """Raises ApiError."""
-    given = body if isinstance(body, dict) else {}
-    name, path, replace = given.get("lora_name"), given.get("lora_path"), given.get("load_inplace", False)
-    if not (isinstance(name, str) and name and isinstance(path, str) and path):
+    given = object_of(body)
+    if not (given.get("lora_name") and given.get("lora_path")):
         raise ApiError(400, "Both 'lora_name' and 'lora_path' must be provided.", kind="InvalidUserInput")
-    if not isinstance(replace, bool):
-        raise ApiError(400, "load_inplace: expected true or false", param="load_inplace")
-    return LoadBody(name, path, replace)
+    return LoadBody(text_of(given, "lora_name"), text_of(given, "lora_path"), flag_of(given, "load_inplace"))
 
 
 def read_unload(body: object) -> str:
     """The name in vLLM's body of /v1/unload_lora_adapter. Raises ApiError."""
-    given = body if isinstance(body, dict) else {}
-    name = given.get("lora_name")
-    if not (isinstance(name, str) and name):
+    given = object_of(body)
+    if not given.get("lora_name"):
         raise ApiError(400, "'lora_name' needs to be provided to unload a LoRA adapter.", kind="InvalidUserInput")
-    return name
+    return text_of(given, "lora_name")
 
 
 def loaded_text(name: str) -> str:
@@ -124,7 +118,7 @@ def unloaded_text(name: str) -> str:
 def read_scales(body: object, listed: Mapping[int, str]) -> Weights:
     """The global scales of llama-server's POST /lora-adapters: a list as in `lora`. Raises ApiError."""
     if not isinstance(body, list):
-        raise ApiError(400, 'expected a list, [{"id": 0, "scale": 0.5}]')
+        raise ApiError(400, f'the body: got {shown(body)}, expected a list, [{{"id": 0, "scale": 0.5}}]')
     return lora_given(body, listed)
 
 
@@ -140,20 +134,18 @@ def adapters_body(
 
 def read_tokenize(body: object) -> tuple[str, bool]:
     """(the text, whether with the tokens at a text's beginning) of llama-server's body. Raises ApiError."""
-    given = body if isinstance(body, dict) else {}
-    content, special = given.get("content"), given.get("add_special", False)
-    if not isinstance(content, str) or not isinstance(special, bool):
-        raise ApiError(400, "expected content, a text, and add_special, true or false", param="content")
-    if unknown := given.keys() - {"content", "add_special"}:
-        raise ApiError(400, f"unknown option {min(unknown)!r}: it would have no effect", param=min(unknown))
-    return content, special
+    given = object_of(body)
+    check_known(given, {"content", "add_special"})
+    return text_of(given, "content", empty=True), flag_of(given, "add_special")
 
 
 def read_detokenize(body: object, size: int) -> list[int]:
     """The ids of llama-server's body, all of them below `size`. Raises ApiError."""
-    tokens = body.get("tokens") if isinstance(body, dict) else None
-    if not isinstance(tokens, list) or not all(type(token) is int and 0 <= token < size for token in tokens):
-        raise ApiError(400, f"tokens: expected a list of ids below {size}", param="tokens")
+    tokens = object_of(body).get("tokens")
+    if not isinstance(tokens, list):
+        raise wrong("tokens", tokens, f"a list of ids below {size}")
+    if odd := [token for token in tokens if type(token) is not int or not 0 <= token < size]:
+        raise wrong("tokens", odd[0], f"ids below {size}")
     return tokens
 
 

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from qgraft.serving.answers import Choice, new_id
-from qgraft.serving.protocol import ApiError, Ask, read_chat
+from qgraft.ranges import COUNT
+from qgraft.serving.answers import Choice, is_whole, new_id
+from qgraft.serving.fields import MISSING, ApiError, flag_of, named, object_of, text_of, wrong
+from qgraft.serving.protocol import Ask, read_chat
 from qgraft.serving.requests import Finish
 
 _SAME = ("model", "temperature", "top_p", "top_k", "stream", "lora", "max_tokens")
@@ -27,11 +29,11 @@ _KINDS = {
 
 def read_messages(body: object, *, counting: bool = False) -> Ask:
     """The value of a body of /v1/messages, or of its count_tokens. Raises ApiError."""
-    given = body if isinstance(body, dict) else {}
+    given = object_of(body)
     if unknown := [name for name in given if name not in _OWN and name not in _SAME and given[name] is not None]:
-        raise ApiError(400, f"{unknown[0]}: not supported here", param=unknown[0])
+        raise ApiError(400, f"{unknown[0][:100]}: not supported here", param=unknown[0][:100])
     if not counting and given.get("max_tokens") is None:
-        raise ApiError(400, "max_tokens: expected a number", param="max_tokens")
+        raise wrong("max_tokens", given.get("max_tokens", MISSING), str(COUNT))
     chat: dict[str, Any] = {name: given[name] for name in _SAME if given.get(name) is not None}
     chat["messages"] = _system(given.get("system")) + _messages(given.get("messages"))
     chat["stop"] = given.get("stop_sequences")
@@ -42,7 +44,8 @@ def read_messages(body: object, *, counting: bool = False) -> Ask:
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
     if (thinking := _thinking(given.get("thinking"))) is not None:
         chat["chat_template_kwargs"] = {"enable_thinking": thinking}
-    return replace(read_chat(chat), include_usage=True)
+    with named({"stop": "stop_sequences"}):
+        return replace(read_chat(chat), include_usage=True)
 
 
 def _system(given: object) -> list[dict[str, Any]]:
@@ -54,7 +57,7 @@ def _system(given: object) -> list[dict[str, Any]]:
 
 def _messages(given: object) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
-        raise ApiError(400, "messages: expected a list of messages", param="messages")
+        raise wrong("messages", MISSING if given is None else given, "a list of messages")
     messages = [message for index, each in enumerate(given) for message in _message(each, f"messages.{index}")]
     if messages[-1]["role"] == "assistant":
         raise ApiError(400, "messages: the last one is the assistant's; an answer cannot be begun for it here",
@@ -65,7 +68,8 @@ def _messages(given: object) -> list[dict[str, Any]]:
 def _message(given: object, where: str) -> list[dict[str, Any]]:
     """The chat's messages of one of theirs: results of tools stand in it, and are messages of their own in a chat."""
     if not isinstance(given, dict) or given.get("role") not in ("user", "assistant"):
-        raise ApiError(400, f"{where}.role: expected user or assistant", param=where)
+        role = object_of(given, where).get("role", MISSING)
+        raise wrong(f"{where}.role", role, "user or assistant; a system text is the request's own field")
     content, role = given.get("content"), given["role"]
     if isinstance(content, str):
         return [{"role": role, "content": content}]
@@ -98,7 +102,7 @@ def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _blocks(given: object, where: str) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not all(isinstance(block, dict) for block in given):
-        raise ApiError(400, f"{where}: expected a text, or a list of blocks", param=where)
+        raise wrong(where, given, "a text, or a list of blocks")
     return given
 
 
@@ -112,23 +116,24 @@ def _tools(given: object) -> list[dict[str, Any]] | None:
     if given is None:
         return None
     tools = []
-    for tool in _blocks(given, "tools"):
-        if tool.get("type") not in (None, "custom") or not isinstance(tool.get("input_schema"), dict):
-            raise ApiError(400, "tools: expected name, description and input_schema; tools of a server are not here",
-                           param="tools")  # fmt: skip
-        function = {"name": tool.get("name"), "description": tool.get("description") or ""}
-        strict = {"strict": True} if tool.get("strict") is True else {}
-        tools.append({"type": "function", "function": {**function, "parameters": tool["input_schema"], **strict}})
+    for index, tool in enumerate(_blocks(given, "tools")):
+        where = f"tools[{index}]."
+        if tool.get("type") not in (None, "custom"):
+            raise wrong(f"{where}type", tool["type"], "custom: a server's own tools are not here")
+        description = "" if tool.get("description") is None else text_of(tool, "description", where=where, empty=True)
+        function: dict[str, Any] = {"name": text_of(tool, "name", where=where), "description": description}
+        function["parameters"] = object_of(tool.get("input_schema", MISSING), f"{where}input_schema")
+        strict = {"strict": True} if flag_of(tool, "strict", where=where) else {}
+        tools.append({"type": "function", "function": {**function, **strict}})
     return tools
 
 
 def _choice(given: object) -> dict[str, Any]:
-    choice = {"type": "auto", "disable_parallel_tool_use": False, **(given if isinstance(given, dict) else {})}
-    one = choice["disable_parallel_tool_use"]
-    if not isinstance(given, dict | None) or str(choice["type"]) not in _CHOICES or not isinstance(one, bool):
-        raise ApiError(400, f"tool_choice: expected a type, {', '.join(_CHOICES)}; tool with a name",
-                       param="tool_choice")  # fmt: skip
-    return choice
+    told = {} if given is None else object_of(given, "tool_choice")
+    kind, where = told.get("type", "auto"), "tool_choice."
+    if not isinstance(kind, str) or kind not in _CHOICES:
+        raise wrong(f"{where}type", kind, f"{', '.join(_CHOICES)} (with a name)")
+    return {**told, "type": kind, "disable_parallel_tool_use": flag_of(told, "disable_parallel_tool_use", where=where)}
 
 
 def _thinking(given: object) -> bool | None:
@@ -137,8 +142,7 @@ def _thinking(given: object) -> bool | None:
     told = given if isinstance(given, dict) else {}
     kind = told.get("type")
     if kind not in ("enabled", "disabled", "adaptive") or told.get("budget_tokens") is not None:
-        raise ApiError(400, "thinking: expected a type, enabled, disabled or adaptive, and no budget_tokens: it is not kept",
-                       param="thinking")  # fmt: skip
+        raise wrong("thinking", given, "a type, enabled, disabled or adaptive, and no budget_tokens: it is not kept")
     return None if kind == "adaptive" else kind == "enabled"
 
 
@@ -155,7 +159,7 @@ def stop_reason(choice: Choice) -> str:
     if choice.reason == "tool_calls":
         return "tool_use"
     if finish.reason == "length":
-        return "max_tokens"
+        return "max_tokens"  # of a stop string that cuts a form tells stop_sequence
     return "end_turn" if finish.stop is None else "stop_sequence"
 
 
@@ -183,7 +187,7 @@ def message_body(identity: str, model: str, choice: Choice) -> dict[str, Any]:
         content.append({"type": "thinking", "thinking": choice.reasoning, "signature": ""})
     if choice.text or not (choice.calls or choice.reasoning):
         content.append({"type": "text", "text": choice.text})
-    content += [tool_use(call.name, json.loads(call.arguments)) for call in choice.calls]
+    content += [tool_use(call.name, json.loads(call.arguments) if is_whole(call) else {}) for call in choice.calls]
     return {
         **message_head(identity, model, 0), "content": content, "stop_reason": stop_reason(choice),
         "stop_sequence": choice.finish.stop, "usage": usage(choice.finish),

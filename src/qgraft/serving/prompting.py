@@ -80,7 +80,8 @@ class Prompter:
         ending = str(self.tokenizer.decode(ids[-8:])).rstrip()
         reasons = OPEN in template.text or OPEN in self.tokenizer.get_added_vocab()
         names = [tool["function"]["name"] for tool in ask.tools]
-        return ids, AnswerReader(ending.endswith(OPEN), reasons and not ending.endswith(CLOSE), form, names)
+        thinks = ending.endswith(OPEN)
+        return ids, AnswerReader(thinks, reasons and not ending.endswith(CLOSE), form, names, bool(ask.must_call))
 
     def plain(self, text: str) -> list[int]:
         """The ids of a completion's prompt."""

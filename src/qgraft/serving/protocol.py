@@ -5,7 +5,7 @@ A request is what it says, or it is refused: a key that is not known here would 
 error that names it. Keys that have no effect on an answer (`user`, `metadata`) are taken. What OpenAI calls an option and
 this server cannot do (`audio`, a list of allowed tools) is an error, too.
 
-    read_chat(body), read_completion(body) -> Ask        raises ApiError, which holds OpenAI's status, type, code and param
+    read_chat(body), read_completion(body) -> Ask        raises ApiError (fields.py)
 """
 
 import re
@@ -14,53 +14,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from qgraft.data.calls import RowError, calls_of, tools_of
-from qgraft.data.messages import Message, Tool
-from qgraft.errors import OptionError, QgraftError, near_match
+from qgraft.data.messages import Call, Message, Tool
+from qgraft.errors import OptionError
 from qgraft.ranges import COUNT, Range
+from qgraft.serving.fields import MISSING, ApiError, check_known, flag_of, object_of, shown, text_of, wrong
 from qgraft.serving.sampling import TOP_LOGPROBS, Sampling
 
 CHOICES = Range(1, 16, whole=True)  # n
 STOPS, STOP_LENGTH = 16, 500  # stop strings, and characters of one: each is looked for at every token
 
-_IGNORED = {  # say nothing about the answer
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "cache_prompt", "stream_options", "model", "stream", "n", "stop", "lora", "ignore_eos",
-    "prediction",
+_IGNORED: dict[str, type] = {  # say nothing about the answer
+    "user": str, "metadata": dict, "store": bool, "service_tier": str, "safety_identifier": str, "prompt_cache_key": str,
+    "prompt_cache_retention": str, "cache_prompt": bool, "prediction": dict,
 }  # fmt: skip
+_KINDS = {str: "a text", dict: "an object", bool: "true or false"}
+_SHARED = {"model", "stream", "stream_options", "n", "stop", "lora", "ignore_eos", "response_format"}
 _SAMPLING = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed", "logprobs",
 }  # fmt: skip
 _CHAT = {
-    "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice", "response_format",
+    "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
     "chat_template_kwargs", "parallel_tool_calls",
 }  # fmt: skip
 _MESSAGE = {"role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id"}
-_FORMS = 'a type, "text", "json_object", or "json_schema" with json_schema: {"name": ..., "schema": {...}}'
+_FORMS = ("text", "json_object", "json_schema")
+_FORM_HINT = '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object", ...}}}'
 _SCHEMA = {"name", "description", "schema", "strict"}
+_NAME = re.compile(r"[\w.-]{1,128}")  # of a function: what templates write letter for letter
 _CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}} with a name of tools'
+_THINKING = '{"enable_thinking": true or false}, and nothing else'
 _COMPLETION = {"prompt", "max_tokens", "echo", "suffix", "best_of"}
-
-
-class ApiError(QgraftError):
-    """An answer that is an error, as OpenAI's API gives them.
-
-    Attributes:
-        status: of HTTP.
-        kind, code, param: `type`, `code` and `param` of the error.
-        retry_after: seconds.
-    """
-
-    def __init__(
-        self, status: int, message: str, *, kind: str = "invalid_request_error", code: str | None = None,
-        param: str | None = None, hint: str | None = None, retry_after: int | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(message, hint=hint)
-        self.status, self.kind, self.code, self.param, self.retry_after = status, kind, code, param, retry_after
-
-    def body(self) -> dict[str, Any]:
-        """The JSON of the answer."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
 
 
 @dataclass(frozen=True)
@@ -76,7 +60,7 @@ class Ask:
         enable_thinking: what the chat template is told.
         echo: whether the prompt is a part of the text.
         response_format: as it was given; None for any text.
-        param: what the API calls its prompts.
+        param, schema_param: what the API calls its prompts, and the schema of a form.
         must_call: the names of functions one of which answers must call; empty where they need not.
         one_call: whether an answer has one call of a tool at most.
     """
@@ -97,12 +81,19 @@ class Ask:
     echo: bool = False
     response_format: Mapping[str, Any] | None = None
     must_call: tuple[str, ...] = ()
+    one_call: bool = False
     param: str = "messages"
+    schema_param: str = "response_format.json_schema.schema"
 
     @property
     def strict(self) -> bool:
         """Whether calls that an answer need not make must be right where it makes them."""
         return not self.must_call and any(tool["function"].get("strict") is True for tool in self.tools)
+
+    @property
+    def formed(self) -> bool:
+        """Whether an answer must be JSON, or calls, and nothing else."""
+        return self.response_format is not None or bool(self.must_call)
 
     @property
     def schema(self) -> Mapping[str, Any] | None:
@@ -113,83 +104,81 @@ class Ask:
         schema: Mapping[str, Any] = described["schema"]
         return schema
 
-    one_call: bool = False
-
 
 def read_chat(body: object) -> Ask:
     """The value of a body of /v1/chat/completions. Raises ApiError."""
-    given = _object(body)
+    given = object_of(body)
     _check_keys(given, _CHAT)
-    thinking = _check_chat_options(given)
-    tools = _tools(given.get("tools")) if given.get("tool_choice") != "none" else ()
+    thinking = _thinking(given)
+    tools = _tools(given.get("tools"))
+    must_call = _must_call(given.get("tool_choice"), tools)
     limit = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
     top = given.get("top_logprobs")
     if top is not None and not given.get("logprobs"):
-        raise _bad("top_logprobs", "it needs logprobs: true")
-    logprobs = (0 if top is None else top) if _flag(given, "logprobs") else None
+        raise wrong("top_logprobs", top, "nothing: it needs logprobs: true")
+    logprobs = (0 if top is None else top) if flag_of(given, "logprobs") else None
     return Ask(
-        sampling=_sampling(given, logprobs, "top_logprobs"), messages=_messages(given.get("messages")), tools=tools,
-        max_tokens=_tokens(given.get(limit), limit), enable_thinking=thinking,
-        response_format=_response_format(given.get("response_format")), must_call=_must_call(given.get("tool_choice"), tools),
-        one_call=not _flag(given, "parallel_tool_calls", default=True), **_shared(given),
+        sampling=_sampling(given, logprobs, "top_logprobs"), messages=_messages(given.get("messages")),
+        tools=() if given.get("tool_choice") == "none" else tools, max_tokens=_tokens(given.get(limit), limit),
+        enable_thinking=thinking, must_call=must_call,
+        one_call=not flag_of(given, "parallel_tool_calls", default=True), **_shared(given),
     )  # fmt: skip
 
 
 def read_completion(body: object) -> Ask:
     """The value of a body of /v1/completions. Raises ApiError."""
-    given = _object(body)
+    given = object_of(body)
     _check_keys(given, _COMPLETION)
-    for name, harmless in (("suffix", ("", None)), ("best_of", (None, given.get("n", 1)))):
-        if given.get(name) not in harmless:
-            raise _bad(name, "nothing: it is not supported")
-    if _flag(given, "echo") and given.get("logprobs") is not None:
-        raise _bad("logprobs", "nothing beside echo: those of the prompt are not computed")
+    if given.get("suffix") not in ("", None):
+        raise wrong("suffix", given["suffix"], "nothing: it is not supported")
+    if (best := given.get("best_of")) is not None and (isinstance(best, bool) or best != given.get("n", 1)):
+        raise wrong("best_of", best, "the same as n: more is not supported")
+    if flag_of(given, "echo") and given.get("logprobs") is not None:
+        raise wrong("logprobs", given["logprobs"], "nothing beside echo: those of the prompt are not computed")
     wanted = given.get("max_tokens")
     return Ask(
         sampling=_sampling(given, given.get("logprobs"), "logprobs"), prompts=_prompts(given.get("prompt")),
-        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=_flag(given, "echo"), param="prompt",
+        max_tokens=_tokens(16 if wanted is None else wanted, "max_tokens"), echo=flag_of(given, "echo"), param="prompt",
         **_shared(given),
     )  # fmt: skip
 
 
-def _object(body: object) -> Mapping[str, Any]:
-    if not isinstance(body, dict):
-        raise ApiError(400, f"the body is {type(body).__name__}, expected a JSON object")
-    return body
-
-
 def _check_keys(given: Mapping[str, Any], own: set[str]) -> None:
-    known = _IGNORED | _SAMPLING | own
-    if unknown := [name for name in given if name not in known and given[name] is not None]:
-        raise ApiError(
-            400, f"unknown option {unknown[0]!r}: it would have no effect", code="unknown_parameter", param=unknown[0],
-            hint=near_match(unknown[0], known),
-        )  # fmt: skip
+    check_known(given, own | _SHARED | _SAMPLING | _IGNORED.keys())
+    for name, kind in _IGNORED.items():
+        if given.get(name) is not None and not isinstance(given[name], kind):
+            raise wrong(name, given[name], _KINDS[kind])
 
 
-def _check_chat_options(given: Mapping[str, Any]) -> bool | None:
+def _thinking(given: Mapping[str, Any]) -> bool | None:
     """What the template is told of thinking. Raises ApiError for what no answer here can be held to."""
-    told = given.get("chat_template_kwargs") or {}
-    if not isinstance(told, dict) or told.keys() - {"enable_thinking"}:
-        raise _bad("chat_template_kwargs", 'only {"enable_thinking": true or false}')
-    thinking = told.get("enable_thinking")
-    if not isinstance(thinking, bool | None):
-        raise _bad("chat_template_kwargs", 'only {"enable_thinking": true or false}')
-    return thinking
-
-
-def _response_format(form: object) -> Mapping[str, Any] | None:
-    if form in (None, {"type": "text"}):
+    told = given.get("chat_template_kwargs")
+    if told is None:
         return None
-    if not isinstance(form, dict) or form.get("type") not in ("json_object", "json_schema"):
-        raise _bad("response_format", _FORMS)
-    if form.keys() != ({"type"} if form["type"] == "json_object" else {"type", "json_schema"}):
-        raise _bad("response_format", _FORMS)
-    told = form.get("json_schema", {"name": "", "schema": {}})
-    if not isinstance(told, dict) or told.keys() - _SCHEMA:
-        raise _bad("response_format", _FORMS)
-    if not isinstance(told.get("name"), str) or not isinstance(told.get("schema"), dict):
-        raise _bad("response_format", _FORMS)
+    if not isinstance(told, dict) or told.keys() - {"enable_thinking"}:
+        raise wrong("chat_template_kwargs", told, _THINKING)
+    thinking = told.get("enable_thinking")
+    return None if thinking is None else flag_of(told, "enable_thinking", where="chat_template_kwargs.")
+
+
+def _response_format(given: object) -> Mapping[str, Any] | None:
+    """The form as it was given, with JSON; None for any text."""
+    if given is None:
+        return None
+    form, where = object_of(given, "response_format"), "response_format."
+    kind = form.get("type", MISSING)
+    if kind not in _FORMS:
+        raise wrong(f"{where}type", kind, " or ".join(_FORMS), hint=_FORM_HINT)
+    check_known(form, {"type", "json_schema"} if kind == "json_schema" else {"type"}, where)
+    if kind != "json_schema":
+        return None if kind == "text" else form
+    told, where = object_of(form.get("json_schema", MISSING), f"{where}json_schema"), f"{where}json_schema."
+    check_known(told, _SCHEMA, where)
+    text_of(told, "name", where=where)
+    object_of(told.get("schema", MISSING), f"{where}schema")
+    flag_of(told, "strict", where=where)
+    if told.get("description") is not None:
+        text_of(told, "description", where=where, empty=True)
     return form
 
 
@@ -203,30 +192,31 @@ def _must_call(choice: object, tools: tuple[Tool, ...]) -> tuple[str, ...]:
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     name = function.get("name") if isinstance(function, dict) else None
     if name not in names:
-        raise _bad("tool_choice", _CHOICES)
+        hint = f"tools has {', '.join(names)[:200]}" if names else "the request has no tools"
+        raise wrong("tool_choice", choice, _CHOICES, hint=hint)
     return (str(name),)
 
 
 def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of Ask that both have."""
-    model, count, stop = given.get("model"), given.get("n"), given.get("stop")
-    if not isinstance(model, str) or not model:
-        raise _bad("model", "a name")
+    model, count, stop = text_of(given, "model"), given.get("n"), given.get("stop")
     count = 1 if count is None else count
     if count not in CHOICES:
-        raise _bad("n", str(CHOICES))
+        raise wrong("n", count, str(CHOICES))
     texts = [stop] if isinstance(stop, str) else [] if stop is None else stop
     if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts) or len(texts) > STOPS:
-        raise _bad("stop", f"a text, or a list of at most {STOPS}, none of them empty")
-    if max(map(len, texts), default=0) > STOP_LENGTH:
-        raise _bad("stop", f"texts of at most {STOP_LENGTH} characters")
-    options = given.get("stream_options") or {}
-    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-        raise _bad("stream_options", '{"include_usage": true or false}')
+        raise wrong("stop", stop, f"a text, or a list of at most {STOPS}, none of them empty")
+    if (longest := max(map(len, texts), default=0)) > STOP_LENGTH:
+        raise ApiError(400, f"stop: got a text of {longest} characters, expected at most {STOP_LENGTH}", param="stop",
+                       code="invalid_value")  # fmt: skip
+    options = object_of({} if given.get("stream_options") is None else given["stream_options"], "stream_options")
+    check_known(options, {"include_usage", "include_obfuscation"}, "stream_options.")
+    flag_of(options, "include_obfuscation", where="stream_options.")
     return {
-        "model": model, "count": count, "stop": tuple(texts), "stream": _flag(given, "stream"),
-        "include_usage": _flag(options, "include_usage"), "ignore_ends": _flag(given, "ignore_eos"),
-        "lora": given.get("lora"),
+        "model": model, "count": count, "stop": tuple(texts), "stream": flag_of(given, "stream"),
+        "include_usage": flag_of(options, "include_usage", where="stream_options."),
+        "ignore_ends": flag_of(given, "ignore_eos"), "lora": given.get("lora"),
+        "response_format": _response_format(given.get("response_format")),
     }  # fmt: skip
 
 
@@ -234,54 +224,65 @@ def _sampling(given: Mapping[str, Any], logprobs: object, asked_as: str) -> Samp
     if logprobs is False:
         logprobs = None
     if logprobs is not None and logprobs not in TOP_LOGPROBS:
-        raise _bad(asked_as, str(TOP_LOGPROBS))
+        raise wrong(asked_as, logprobs, str(TOP_LOGPROBS))
     options: dict[str, Any] = {"logprobs": logprobs}
     for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty",
                  "frequency_penalty", "seed"):  # fmt: skip
         value = given.get(name)
         if name == "repetition_penalty" and (other := given.get("repeat_penalty")) is not None:
             if value not in (None, other):
-                raise _bad("repeat_penalty", f"the same as repetition_penalty, {value!r}")
+                raise wrong("repeat_penalty", other, f"the same as repetition_penalty, {shown(value)}")
             value = other
         if value is not None:
             options[name] = value % 2**32 if name == "seed" and type(value) is int else value
-    bias = given.get("logit_bias") or {}
-    if not isinstance(bias, dict) or not all(str(token).isascii() and str(token).isdigit() for token in bias):
-        raise _bad("logit_bias", "numbers by token ids")
+    bias = object_of({} if given.get("logit_bias") is None else given["logit_bias"], "logit_bias")
+    if odd := [token for token in bias if not (token.isascii() and token.isdigit() and len(token) <= 10)]:
+        raise wrong("logit_bias", odd[0], "ids of tokens as keys, as texts")
     try:
         return Sampling(logit_bias={int(token): value for token, value in bias.items()}, **options)
     except OptionError as error:
-        raise ApiError(400, error.message, param=re.split("[=:]", error.message)[0]) from error
+        param = re.split("[=:]", error.message)[0]
+        message = re.sub(r"^(\w+)=(.*): expected", r"\1: got \2, expected", error.message, count=1, flags=re.DOTALL)
+        raise ApiError(400, message, param=param, code="invalid_value") from error
 
 
 def _messages(given: object) -> tuple[Message, ...]:
     if not isinstance(given, list) or not given:
-        raise _bad("messages", "a list of messages")
+        raise wrong("messages", MISSING if given is None else given, "a list of messages")
     return tuple(_message(each, f"messages[{index}]") for index, each in enumerate(given))
 
 
 def _message(given: object, where: str) -> Message:
-    if not isinstance(given, dict):
-        raise _bad(where, "an object")
-    if unknown := [key for key in given if key not in _MESSAGE and given[key] not in (None, "", [])]:
-        raise _bad(f"{where}.{str(unknown[0])[:50]}", "nothing: it would have no effect")
-    role = given.get("role")
+    message = object_of(given, where)
+    if unknown := [key for key in message if key not in _MESSAGE and message[key] not in (None, "", [])]:
+        name = f"{where}.{unknown[0][:50]}"
+        raise wrong(name, message[unknown[0]], "nothing: it would have no effect")
+    role = message.get("role", MISSING)
     if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise _bad(f"{where}.role", "system, developer, user, assistant or tool")
-    content = _content(given.get("content"), f"{where}.content")
-    try:
-        calls = calls_of(given.get("tool_calls"))
-    except RowError as error:
-        raise ApiError(400, f"{where}.tool_calls: {error}", param=f"{where}.tool_calls") from error
-    if not content and not calls and role != "assistant" and given.get("content") is None:
-        raise _bad(f"{where}.content", "a text")
-    texts = {key: given.get(key) for key in ("reasoning_content", "name", "tool_call_id")}
-    if wrong := [key for key, value in texts.items() if not isinstance(value, str | None)]:
-        raise _bad(f"{where}.{wrong[0]}", "a text")
+        raise wrong(f"{where}.role", role, "system, developer, user, assistant or tool")
+    content = _content(message.get("content"), f"{where}.content")
+    calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
+    if not content and not calls and role != "assistant" and message.get("content") is None:
+        raise wrong(f"{where}.content", message.get("content", MISSING), "a text")
+    texts = {key: message.get(key) for key in ("reasoning_content", "name", "tool_call_id")}
+    if odd := [key for key, value in texts.items() if not isinstance(value, str | None)]:
+        raise wrong(f"{where}.{odd[0]}", texts[odd[0]], "a text")
     return Message(
         "system" if role == "developer" else role, content, reasoning=texts["reasoning_content"] or "", calls=calls,
         call_id=texts["tool_call_id"], name=texts["name"],
     )  # fmt: skip
+
+
+def _calls(given: object, where: str) -> tuple[Call, ...]:
+    if not isinstance(given, list | None):
+        raise wrong(where, given, "a list of calls")
+    try:
+        calls = calls_of(given)
+    except RowError as error:
+        raise ApiError(400, f"{where}: {error}", param=where, code="invalid_value") from error
+    for index, call in enumerate(calls):
+        _check_name(call.name, f"{where}[{index}].function.name")
+    return calls
 
 
 def _content(given: object, where: str) -> str:
@@ -289,23 +290,43 @@ def _content(given: object, where: str) -> str:
     if given is None or isinstance(given, str):
         return given or ""
     if not isinstance(given, list):
-        raise _bad(where, "a text, or a list of parts")
+        raise wrong(where, given, "a text, or a list of parts")
     for part in given:
         if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise _bad(where, f'parts of {{"type": "text"}} only, got {kind!r}')
+            raise wrong(where, part, 'parts of {"type": "text", "text": ...} only')
     return "".join(part["text"] for part in given)
 
 
 def _tools(given: object) -> tuple[Tool, ...]:
-    try:
-        tools = tools_of(given)
-    except RowError as error:
-        raise ApiError(400, f"tools: {error}", param="tools") from error
-    names = [str(tool.get("function", tool).get("name")) for tool in tools]
+    if not isinstance(given, list | None):
+        raise wrong("tools", given, 'a list of {"type": "function", "function": {"name": ..., "parameters": {...}}}')
+    for index, tool in enumerate(given or ()):
+        _check_tool(object_of(tool, f"tools[{index}]"), f"tools[{index}]")
+    tools = tools_of(given)
+    names = [tool["function"]["name"] for tool in tools]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ApiError(400, f"tools: {', '.join(twice)}: two functions have this name", param="tools")
     return tools
+
+
+def _check_tool(tool: Mapping[str, Any], where: str) -> None:
+    """Raise ApiError for what is no function; one may stand alone, without the object around it."""
+    if tool.get("type", "function") != "function":
+        raise wrong(f"{where}.type", tool["type"], "function: a server's own tools are not here")
+    if tool.get("function") is not None or not tool.keys() & {"name", "description", "parameters"}:
+        tool, where = object_of(tool.get("function", MISSING), f"{where}.function"), f"{where}.function"
+    _check_name(text_of(tool, "name", where=f"{where}."), f"{where}.name")
+    if tool.get("description") is not None:
+        text_of(tool, "description", where=f"{where}.", empty=True)
+    if tool.get("parameters") is not None:
+        object_of(tool["parameters"], f"{where}.parameters")
+    flag_of(tool, "strict", where=f"{where}.")
+
+
+def _check_name(name: str, where: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise wrong(where, name, "1 to 128 letters, digits, '_', '-' or '.'",
+                    hint="chat templates write other names otherwise, and calls of them are not read back")  # fmt: skip
 
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
@@ -319,23 +340,12 @@ def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
             return tuple(given)
         if all(isinstance(each, list) and all(type(token) is int for token in each) for each in given):
             return tuple(map(tuple, given))
-    raise _bad("prompt", "a text, a list of token ids, or a list of either")
+    raise wrong("prompt", MISSING if given is None else given, "a text, a list of token ids, or a list of either")
 
 
 def _tokens(given: object, name: str) -> int | None:
-    if given is None or given == -1:  # llama-server's word for no limit
+    if given is None or (given == -1 and type(given) is int):  # llama-server's word for no limit
         return None
     if given not in COUNT:
-        raise _bad(name, str(COUNT))
+        raise wrong(name, given, str(COUNT))
     return int(str(given))
-
-
-def _flag(given: Mapping[str, Any], name: str, default: bool = False) -> bool:
-    value = given.get(name)
-    if not isinstance(value, bool | None):
-        raise _bad(name, "true or false")
-    return default if value is None else value
-
-
-def _bad(param: str, expected: str) -> ApiError:
-    return ApiError(400, f"{param}: expected {expected}", code="invalid_value", param=param)

@@ -10,8 +10,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qgraft.serving.answers import Choice, new_id
-from qgraft.serving.protocol import ApiError, Ask, read_chat
+from qgraft.serving.answers import Choice, is_whole, new_id
+from qgraft.serving.fields import MISSING, ApiError, check_known, flag_of, named, object_of, wrong
+from qgraft.serving.protocol import Ask, read_chat
 from qgraft.serving.requests import Finish
 
 _SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "lora")
@@ -19,19 +20,24 @@ _OWN = {"input", "instructions", "max_output_tokens", "tools", "tool_choice", "t
 _SAY_NOTHING = {"metadata", "user", "store", "include", "service_tier", "safety_identifier", "prompt_cache_key",
                 "prompt_cache_retention", "stream_options"}  # fmt: skip
 _HARMLESS = {"background": False, "truncation": "disabled"}
+_NAMES = {  # of a chat -> here
+    "response_format.json_schema": "text.format", "response_format": "text.format", "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+}  # fmt: skip
 _TEXTS = ("input_text", "output_text", "text")
 
 
 def read_response(body: object) -> Ask:
     """The value of a body. Raises ApiError."""
-    given = body if isinstance(body, dict) else {}
+    given = object_of(body)
     for name, value in given.items():
         known = name in _OWN or name in _SAME or name in _SAY_NOTHING
         if not known and value is not None and (name not in _HARMLESS or value != _HARMLESS[name]):
+            name = name[:100]
             raise ApiError(400, f"{name}: not supported here", param=name, code="unsupported_parameter")
-    form = given.get("text") or {}
-    if not isinstance(form, dict) or form.keys() - {"format"}:
-        raise ApiError(400, 'text: expected {"format": ...}', param="text")
+    flag_of(given, "store")
+    form = object_of({} if given.get("text") is None else given["text"], "text")
+    check_known(form, {"format"}, "text.")
     chat: dict[str, Any] = {name: given[name] for name in _SAME if given.get(name) is not None}
     chat["max_completion_tokens"], chat["response_format"] = given.get("max_output_tokens"), _format(form.get("format"))
     chat["tool_choice"] = _choice(given.get("tool_choice"))
@@ -39,7 +45,8 @@ def read_response(body: object) -> Ask:
     first = [] if instructions is None else [{"role": "system", "content": instructions}]
     chat["messages"] = first + _messages(given.get("input"))
     chat["tools"] = _tools(given.get("tools"))
-    return replace(read_chat(chat), param="input")
+    with named(_NAMES):
+        return replace(read_chat(chat), param="input", schema_param="text.format.schema")
 
 
 def _format(given: object) -> object:
@@ -60,7 +67,7 @@ def _messages(given: object) -> list[dict[str, Any]]:
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
-        raise ApiError(400, "input: expected a text, or a list of items", param="input")
+        raise wrong("input", MISSING if given is None else given, "a text, or a list of items")
     messages: list[dict[str, Any]] = []
     for index, item in enumerate(given):
         _add(messages, item, f"input[{index}]")
@@ -71,7 +78,7 @@ def _add(messages: list[dict[str, Any]], item: object, where: str) -> None:
     """An item as a message, or as a part of the answer that the items before it began."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
     if not isinstance(item, dict) or kind not in ("message", "reasoning", "function_call", "function_call_output"):
-        raise ApiError(400, f"{where}: items of this type are not supported here", param=where)
+        raise wrong(f"{where}.type", kind, "message, reasoning, function_call or function_call_output")
     if kind == "message":
         content, role = _content(item.get("content"), where), item.get("role")
         last = messages[-1] if messages else {}
@@ -98,25 +105,23 @@ def _content(given: object, where: str, kinds: tuple[str, ...] = _TEXTS) -> str:
     if isinstance(given, str):
         return given
     if not isinstance(given, list):
-        raise ApiError(400, f"{where}: expected a text, or a list of parts", param=where)
+        raise wrong(where, given, "a text, or a list of parts")
     for part in given:
         if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-            raise ApiError(400, f"{where}: expected parts of {' or '.join(kinds)}", param=where)
+            raise wrong(where, part, f"parts of {' or '.join(kinds)}")
     return "".join(part["text"] for part in given)
 
 
 def _tools(given: object) -> list[dict[str, Any]] | None:
     if given is None:
         return None
-    if not isinstance(given, list) or not all(
-        isinstance(tool, dict) and tool.get("type") == "function" for tool in given
-    ):
-        raise ApiError(400, "tools: expected functions; tools of a server are not here", param="tools")
-    named = ("name", "description", "parameters", "strict")
-    return [
-        {"type": "function", "function": {key: tool[key] for key in named if tool.get(key) is not None}}
-        for tool in given
-    ]
+    if not isinstance(given, list):
+        raise wrong("tools", given, "a list of functions")
+    for index, tool in enumerate(given):
+        if (kind := object_of(tool, f"tools[{index}]").get("type", MISSING)) != "function":
+            raise wrong(f"tools[{index}].type", kind, "function: a server's own tools are not here")
+    told = ("name", "description", "parameters", "strict")
+    return [{key: tool[key] for key in told if tool.get(key) is not None} for tool in given]
 
 
 @dataclass
@@ -176,7 +181,10 @@ def items(choice: Choice) -> list[dict[str, Any]]:
         found.append(reasoning_item(new_id("rs"), choice.reasoning))
     if choice.text or not (choice.calls or choice.reasoning):
         found.append(message_item(new_id("msg"), choice.text, status))
-    return found + [call_item(new_id("fc"), call.name, call.arguments) for call in choice.calls]
+    return found + [
+        call_item(new_id("fc"), call.name, call.arguments, "completed" if is_whole(call) else "incomplete")
+        for call in choice.calls
+    ]
 
 
 def reasoning_item(identity: str, text: str) -> dict[str, Any]:

@@ -2,28 +2,79 @@
 
 A schema comes from whoever may ask. Some take llguidance minutes (twenty patterns at once), some end its process (references
 through thousands of others fill the stack). So each is read here first, with little stack, within bounds of memory and
-time, and some tokens are taken. stdin: a list of schemas as JSON texts. stdout: why one is refused. Exit status 0: none is.
+time, and some tokens are taken. stdin: a list of schemas as JSON texts. stdout: [the number of one that is refused, why], and
+the keys that lead to the smallest part of it that is refused by itself. Exit status 0: none is.
 """
 
 import json
 import sys
 import threading
 from typing import Any
+from urllib.parse import quote
+
+from qgraft.serving.schemas import subschemas
 
 STACK, MEMORY = 1 << 20, 2 << 30  # bytes; the server's threads have several times that stack
-STEPS = 24
+STEPS, TRIES = 24, 200  # tokens; parts
+EXTENSION = "x-guidance"  # where a schema says how llguidance shall read it
 
 
 def main() -> int:
     """See the module."""
-    schemas, reasons = json.load(sys.stdin), list[str]()
+    found: list[int] = []
     _bound(float(sys.argv[1]))
     threading.stack_size(STACK)
-    thread = threading.Thread(target=lambda: reasons.extend(filter(None, map(_tried, schemas))))
+    thread = threading.Thread(target=lambda: found.extend(_refused(json.load(sys.stdin))))
     thread.start()
     thread.join()
-    print("\n".join(reasons[:1]))
-    return 1 if reasons else 0
+    return 1 if found else 0
+
+
+def _refused(schemas: list[str]) -> list[int]:
+    """The number of the first schema that is refused; why, and which part of it, is printed."""
+    for number, schema in enumerate(schemas):
+        if reason := _tried(schema):
+            print(json.dumps([number, reason]), flush=True)  # to find the part may take all the time that is left
+            print(json.dumps(_place(json.loads(schema))), flush=True)
+            return [number]
+    return []
+
+
+def _place(schema: dict[str, Any]) -> list[str | int]:
+    """The keys that lead to the smallest part that is refused by itself."""
+    place: list[str | int] = []
+    left, part = TRIES, schema
+    while True:
+        for keys, each in subschemas(part):
+            left -= 1
+            if left < 0:
+                return place
+            if isinstance(each, dict) and _tried(json.dumps(_alone(schema, [*place, *keys]))):
+                place, part = [*place, *keys], each
+                break
+        else:
+            return place
+
+
+def _alone(schema: dict[str, Any], place: list[str | int]) -> dict[str, Any]:
+    """A schema that is the part at this place: the whole one becomes a definition, where its references lead."""
+    root = {key: value for key, value in schema.items() if key not in ("$schema", "$id", EXTENSION)}
+    pointer = "".join("/" + quote(str(key).replace("~", "~0").replace("/", "~1")) for key in place)
+    alone = {"$ref": f"#/$defs/root{pointer}", "$defs": {"root": _below(root)}}
+    return {**alone, EXTENSION: schema[EXTENSION]} if EXTENSION in schema else alone
+
+
+def _below(value: Any) -> Any:
+    """The same with references to where the root is now."""
+    if isinstance(value, list):
+        return [_below(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _below(each) for key, each in value.items()}
+    reference = inner.get("$ref")
+    if isinstance(reference, str) and (reference == "#" or reference.startswith("#/")):
+        inner["$ref"] = f"#/$defs/root{reference[1:]}"
+    return inner
 
 
 def _bound(seconds: float) -> None:

@@ -14,11 +14,12 @@ from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError,
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
+from qgraft.serving.fields import ApiError
 from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.prompting import Prompter, Prompting
-from qgraft.serving.protocol import ApiError, Ask
+from qgraft.serving.protocol import Ask
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
 from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
@@ -60,8 +61,9 @@ class Reading:
         """(more reasoning, more content) of an event."""
         if isinstance(event, Finish):
             self.choice.finish = event
-            reasoning, content = self.reader.push("", last=True)
+            reasoning, content = self.reader.push("", last=True, cut=event.reason == "length" or event.stop is not None)
             self.choice.calls = self.reader.calls[:1] if self.one_call else self.reader.calls
+            self.choice.unfinished = self.reader.unfinished and len(self.choice.calls) == len(self.reader.calls)
         else:
             self.choice.tokens += event.tokens
             reasoning, content = self.reader.push(event.text)
@@ -72,13 +74,14 @@ class Reading:
 
 @dataclass(frozen=True)
 class Prepared:
-    """The requests of an Ask, a reader for each answer, and what prompts are called in its API."""
+    """The requests of an Ask, a reader for each answer, what prompts are called in its API, whether answers have a form."""
 
     requests: tuple[Request, ...]
     readers: tuple[AnswerReader, ...]
     adapters: Mapping[str, float]
     prompts: int
     param: str
+    formed: bool
 
 
 class Service:
@@ -126,7 +129,7 @@ class Service:
             self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
-        return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param)
+        return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param, ask.formed)
 
     def submit(self, prepared: Prepared, listeners: Sequence[Listener]) -> list[Running]:
         """Hand the requests to the engine, all of them or none. Raises ApiError."""
@@ -143,24 +146,24 @@ class Service:
 
     def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar | None:
         """The form that answers must have, from their beginning, or behind the reasoning that the prompt has begun."""
-        if ask.schema is None and not ask.must_call and not ask.strict:
+        if not ask.formed and not ask.strict:
             return None
         schema, written = None if ask.must_call else ask.schema, reader.format
-        param = "tools" if schema is None else "response_format"
+        param = "tools" if schema is None else ask.schema_param.partition(".")[0]
         try:
             calls = call_texts(written, ask.tools, ask.must_call, strict=ask.strict)
             form = Form(
-                schema, calls, several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
-                behind=CLOSE if reader.thinking else "", optional=schema is None and not ask.must_call,
+                schema, ask.schema_param, calls,
+                several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
+                behind=CLOSE if reader.thinking else "", optional=not ask.formed,
                 mark="" if written is None else written.mark, free=(OPEN, CLOSE),
             )  # fmt: skip
             if form.optional and written is not None and written.separate and not form.mark:
                 raise UnsupportedError("strict: where a call begins is not certain with this chat template")
             return self.engine.grammars.compile(form)
         except (OptionError, UnsupportedError) as error:
-            raise ApiError(
-                400, f"{param}: {error.message}", code="invalid_value", param=param, hint=error.hint
-            ) from error
+            message = error.message if error.message.startswith(param) else f"{param}: {error.message}"
+            raise ApiError(400, message, code="invalid_value", param=param, hint=error.hint) from error
 
     def _request(
         self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None

@@ -9,7 +9,8 @@ from typing import Any
 
 from qgraft.serving import answers
 from qgraft.serving.answers import Choice
-from qgraft.serving.protocol import ApiError, Ask
+from qgraft.serving.fields import ApiError
+from qgraft.serving.protocol import Ask
 from qgraft.serving.requests import Delta, Finish, Listener
 from qgraft.serving.running import Running
 from qgraft.serving.service import Prepared, Reading, Service, as_api_error
@@ -29,7 +30,10 @@ class Answering:
     ) -> None:
         self.service, self.prepared = service, prepared
         self.created = int(time.time())
-        self.readings = [Reading(Choice(index), reader, one_call) for index, reader in enumerate(prepared.readers)]
+        self.readings = [
+            Reading(Choice(index, formed=prepared.formed), reader, one_call)
+            for index, reader in enumerate(prepared.readers)
+        ]
         self._loop, self._queue = loop, asyncio.Queue[Event]()
         self._running: list[Running] = []
         self._identity = ""

@@ -9,8 +9,9 @@ around the call stands what the model writes around its calls.
     GLM-4            f\\n{...}                                                             name, then arguments
 
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
-other. The same text with a function's name and its arguments' schema is the form of an answer that must be a call
-(grammars.py). Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
+other. One that max_tokens or a stop string cuts is a call with as much of its arguments as there is, as OpenAI tells it;
+where not even its name is whole, it is left out. The same text with a function's name and its arguments' schema is the form
+of an answer that must be a call (grammars.py). Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
 first of these themselves.
 """
 
@@ -25,6 +26,7 @@ from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.fields import shown
 from qgraft.serving.grammars import CallText
 
 if TYPE_CHECKING:
@@ -41,6 +43,11 @@ _TOOL = {
 _ID = "a1B2c3D4e"  # Mistral wants nine letters and digits
 _ARGUMENTS = ("arguments", "parameters")
 OPEN, CLOSE = "<think>", "</think>"
+_BEGUN = re.compile(  # of a call as an object, alone or in a list: its name, up to its arguments
+    r'\[?\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*'
+    r'(?:\Z|,\s*(?:\Z|"\w*\Z|"(?:arguments|parameters)"\s*(?:\Z|:\s*(?=\{|\Z))))'
+)
+_PART = re.compile(r'\[?\s*(?:\{\s*("[^"]*("(\s*:\s*("[^"]*)?)?)?)?)?')  # of a call whose name is not whole
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,27 @@ class CallFormat:
             rest = rest[place:]
         return (text[:at].rstrip() if not rest.strip() else text[:at] + rest, tuple(calls)) if calls else (text, ())
 
+    def cut(self, text: str, names: Collection[str]) -> tuple[str, Call | None] | None:
+        """(the text before it, the call) where the text ends in the middle of a call; None where it does not.
+
+        No call where its name is not whole.
+        """
+        at = text.rfind(self.mark) if self.mark else 0
+        if at < 0:
+            return None
+        lead, rest = text[:at].rstrip(), text[at + len(self.mark) :].lstrip()
+        if self.separate:
+            found = re.match(r"([\w.-]+)\s*" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*(?=\{)", rest)
+        else:
+            found = _BEGUN.match(rest)
+        if found is None:
+            return (lead, None) if self.mark and _is_beginning(rest, self.separate) else None
+        if found[1] not in names:
+            return None
+        arguments = rest[found.end() :]
+        whole = _json_at(arguments, 0)
+        return lead, Call(found[1], arguments if whole is None else arguments[: whole[1]])
+
     def _one(self, text: str, names: Collection[str]) -> tuple[list[Call], int] | None:
         """The calls at the beginning of the text, and where they end."""
         start = len(text) - len(text.lstrip())
@@ -113,6 +141,8 @@ class CallFormat:
         blanks = len(text[stop:]) - len(text[stop:].lstrip())
         if tail and text.startswith(tail, stop + blanks):
             stop += blanks + len(tail)
+        elif tail.startswith(text[stop + blanks :].rstrip()):  # the answer ends in the middle of it
+            stop = len(text)
         return [call for call in calls if call is not None], stop
 
 
@@ -180,18 +210,20 @@ def call_texts(
     Raises UnsupportedError where it is not known how a call is written, OptionError for arguments that are no object.
     """
     found = []
-    for function in (tool["function"] for tool in tools):
+    for number, function in enumerate(tool["function"] for tool in tools):
         if names and function["name"] not in names:
             continue
         if form is None or form.written is None:
             raise UnsupportedError("how the chat template writes calls is not known here")
+        where = f"tools[{number}].function.parameters"
         schema = function.get("parameters") if function.get("strict") or not strict else None
         schema = {} if schema is None else schema
         if not isinstance(schema, dict) or schema.get("type", "object") != "object":
-            raise OptionError(f"the parameters of {function['name'][:100]!r}: expected the schema of an object")
+            kind = shown(schema.get("type") if isinstance(schema, dict) else schema)
+            raise OptionError(f"{where}: got {kind}, expected the schema of an object, as arguments are one")
         before, between, after = form.written
         name = function["name"] if form.separate else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-        found.append(CallText(before + name + between, {"type": "object", **schema}, after))
+        found.append(CallText(before + name + between, {"type": "object", **schema}, after, where))
     return tuple(found)
 
 
@@ -235,6 +267,11 @@ def _call(name: object, arguments: object, names: Collection[str]) -> Call | Non
     return Call(str(name), json.dumps(arguments, ensure_ascii=False))
 
 
+def _is_beginning(text: str, separate: bool) -> bool:
+    """Whether a call may begin so, whose name is not whole."""
+    return (re.compile(r"[\w.-]*\s*") if separate else _PART).fullmatch(text) is not None
+
+
 def _overlap(text: str, mark: str) -> int:
     """How many characters at the end of `text` may be the beginning of `mark`."""
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
@@ -248,26 +285,35 @@ class AnswerReader:
         thinking: whether the prompt ended in <think>.
         reasons: whether the template knows reasoning at all.
         format, names: how calls are written, and the request's tools; None without tools.
+        must_call: whether it is nothing but calls.
+        unfinished: whether its end, maybe its last call, was cut off.
     """
 
     thinking: bool = False
     reasons: bool = False
     format: CallFormat | None = None
     names: Sequence[str] = ()
+    must_call: bool = False
     calls: tuple[Call, ...] = ()
+    unfinished: bool = False
     _state: str = field(default="beginning", init=False)
     _held: str = field(default="", init=False)
     _thought: bool = field(default=False, init=False)
 
-    def push(self, text: str, last: bool = False) -> tuple[str, str]:
-        """(more reasoning, more content) that can be shown now."""
+    def push(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, str]:
+        """(more reasoning, more content) that can be shown now.
+
+        Args:
+            last: whether nothing follows.
+            cut: whether the model would have gone on.
+        """
         self._held += text
         reasoning = ""
         if self._state == "beginning":
             self._begin(last)
         if self._state == "reasoning":
             reasoning = self._reason(last)
-        return reasoning, self._content(last) if self._state == "content" else ""
+        return reasoning, self._content(last, cut) if self._state == "content" else ""
 
     def _begin(self, last: bool) -> None:
         start = self._held.lstrip()
@@ -289,7 +335,7 @@ class AnswerReader:
         thought, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return thought
 
-    def _content(self, last: bool) -> str:
+    def _content(self, last: bool, cut: bool) -> str:
         if self._thought:  # the empty line behind reasoning
             self._held = self._held.lstrip("\n")
             self._thought = not self._held
@@ -299,7 +345,18 @@ class AnswerReader:
         if last:
             shown, self.calls = self.format.read(self._held, self.names)
             self._held = ""
-            return shown
+            return self._without_cut(shown) if cut else shown
         at = self.format.may_begin(self._held)
         shown, self._held = self._held[:at], self._held[at:]
+        return shown
+
+    def _without_cut(self, shown: str) -> str:
+        """The text without a call in the middle of which it ends; that call is told with what there is of it."""
+        assert self.format is not None
+        found = self.format.cut(shown, self.names)
+        if found is None:
+            return "" if self.must_call else shown
+        self.unfinished = True
+        shown, call = found
+        self.calls += () if call is None else (call,)
         return shown

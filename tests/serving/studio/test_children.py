@@ -13,7 +13,7 @@ import pytest
 from waiting import until
 
 import qgraft
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.studio import children
 from qgraft.serving.studio.children import NICE, Children, Job
 

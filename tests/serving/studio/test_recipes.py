@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.studio.recipes import OPTIONS, PRESETS, checked, configuration
 from qgraft.training.arguments import TrainArguments, parse_arguments
 

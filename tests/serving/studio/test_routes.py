@@ -10,7 +10,7 @@ import pytest
 from waiting import until
 
 from qgraft.locks import folder_locked
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.studio import children, work
 
 ADMIN, OTHER = "sk-admin", "sk-law"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qgraft.errors import OptionError, StorageError
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.studio.workplace import Workplace
 
 TRAVERSALS = [

@@ -14,9 +14,9 @@ from qgraft.adapters.base import base_of
 from qgraft.errors import AdapterError, OptionError, StorageError
 from qgraft.json_files import read_object
 from qgraft.locks import folder_locked
+from qgraft.serving.fields import ApiError
 from qgraft.serving.keys import Permission
 from qgraft.serving.lora_protocol import LoadBody
-from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import Service
 
 _TOLD = ("dataset", "system", "template", "num_train_epochs", "learning_rate", "exact", "name", "author")

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from qgraft import storage
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.studio.workplace import read_or_none
 
 NICE = 10

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qgraft.ranges import ABOVE_0, COUNT, LENGTH, RANK, SEED, SHARE, Range
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 
 PRESETS: dict[str, dict[str, Any]] = {
     "quick": {"num_train_epochs": 1.0, "r": 8, "lora_alpha": 16.0, "learning_rate": 5e-4},

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, Response
 
 from qgraft import __version__
 from qgraft.serving.exchange import body_of, permission_of, require_admin, told
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.serving.service import Service
 from qgraft.serving.studio import adapters, recipes
 from qgraft.serving.studio.static import HEADERS

@@ -14,8 +14,8 @@ from typing import Any
 
 from qgraft import storage
 from qgraft.ranges import AT_MOST_1, FINITE
+from qgraft.serving.fields import ApiError
 from qgraft.serving.lora_protocol import LoadBody
-from qgraft.serving.protocol import ApiError
 from qgraft.serving.service import MIXED, Service
 from qgraft.serving.studio import adapters, recipes, rows, runs
 from qgraft.serving.studio.children import Children

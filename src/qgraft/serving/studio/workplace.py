@@ -17,7 +17,7 @@ from pathlib import Path
 from qgraft.adapters.attach import check_name
 from qgraft.errors import OptionError, StorageError
 from qgraft.json_files import read_object
-from qgraft.serving.protocol import ApiError
+from qgraft.serving.fields import ApiError
 from qgraft.storage import make_folder, named_errors
 
 DATASETS, MERGED, HIDDEN = "datasets", "merged", ".qgraft"
