@@ -13,11 +13,13 @@ from waiting import until
 from qgraft.adapter_files import folder as files
 from qgraft.adapters.attach import detach_adapter
 from qgraft.adapters.base import adapter_names
+from qgraft.errors import AdapterError
 from qgraft.model_parts import decoder_of
 from qgraft.passes import decoding_adapters
 from qgraft.passes.decoding import why_not
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine, answer_all
+from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.requests import Request
 from qgraft.serving.sampling import Sampling
 
@@ -50,6 +52,14 @@ def going_on(engine: Engine, count: int) -> None:
         return engine.counts["generation_tokens"] >= wanted
 
     until(come)
+
+
+@pytest.fixture
+def catalogue(serving: tuple[Engine, Catalogue]) -> Catalogue:
+    """The catalogue, with none of its folder's names on the model."""
+    for name in ("law", "med"):
+        detach_adapter(serving[0].model, name)
+    return serving[1]
 
 
 @pytest.mark.parametrize("slow", ["read_tensors", "changed_files", "made_of_pairs", "put_loras"])
@@ -154,3 +164,91 @@ def test_pythons_collector_passes_over_what_was_there_before(talker: Any) -> Non
     finally:
         engine.stop()
     assert gc.get_freeze_count() == 0
+
+
+def test_a_slow_disk_holds_nobody_up_who_asks_for_something_else(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    catalogue.need(["law"])
+    reached, may_go_on, read = threading.Event(), threading.Event(), files.read_adapter
+    opened: list[str] = []
+
+    def waits(folder: Path) -> Any:
+        opened.append(folder.name)
+        if folder.name == "tax":
+            reached.set()
+            assert may_go_on.wait(60)
+        return read(folder)
+
+    def others() -> None:
+        with catalogue.holding(["law"]):
+            assert "law" in catalogue.names()
+        assert catalogue.knows("med") and "tax" in catalogue.available()
+        catalogue.load(LoadBody("other", "med"))
+        catalogue.unload("other")
+
+    monkeypatch.setattr(files, "read_adapter", waits)
+    failed: list[BaseException] = []
+
+    def tax() -> None:
+        try:
+            catalogue.need(["tax"])
+        except BaseException as error:
+            failed.append(error)
+
+    twice = [threading.Thread(target=tax) for _ in range(3)]
+    for each in twice:
+        each.start()
+    try:
+        assert reached.wait(60)
+        beside = threading.Thread(target=others)
+        beside.start()
+        beside.join(30)
+        assert not beside.is_alive() and opened == ["tax", "med"] and "tax" not in catalogue.names()
+    finally:
+        may_go_on.set()
+        for each in twice:
+            each.join(60)
+    assert not failed and opened.count("tax") == 1 and "tax" in catalogue.names()
+
+
+def test_what_changes_while_it_is_read_is_looked_for_again(
+    catalogue: Catalogue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, listed = catalogue.engine, catalogue.folder / "served.json"
+    read, opened = files.read_adapter, list[str]()
+
+    def changes(folder: Path) -> Any:
+        opened.append(folder.name)
+        if len(opened) == 1:  # another server loads another adapter under this name meanwhile
+            listed.write_text('{"adapters": {"tax": "med"}}')
+        return read(folder)
+
+    monkeypatch.setattr(files, "read_adapter", changes)
+    try:
+        catalogue.need(["tax"])
+        assert opened == ["tax", "med"] and catalogue.entries["tax"].path.endswith("med")
+        told: list[Any] = []
+        engine.submit(Request(PROMPT, {"tax": 1.0}, GREEDY, 6, ignore_ends=True), told.append)
+        until(lambda: told and hasattr(told[-1], "reason"))
+        catalogue.need(["med"])
+        assert [token.id for event in told[:-1] for token in event.tokens] == alone(engine, "med")
+    finally:
+        listed.unlink()
+
+
+def test_one_that_does_not_fit_leaves_the_one_before(catalogue: Catalogue) -> None:
+    engine = catalogue.engine
+    catalogue.need(["tax"])
+    before = alone(engine, "tax")
+    try:
+        catalogue.load(LoadBody("mine", "tax"))
+        with pytest.raises(AdapterError):
+            catalogue.load(LoadBody("mine", "foreign", replace=True))
+        assert alone(engine, "mine") == before and catalogue.entries["mine"].listed == "tax"
+        catalogue.load(LoadBody("mine", "med", replace=True))
+        catalogue.need(["med"])
+        assert alone(engine, "mine") == alone(engine, "med") != before
+        assert set(adapter_names(engine.model)) == {"med", "style", "tax", "mine"}
+    finally:
+        (catalogue.folder / "served.json").unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from qgraft.data.messages import Call, Message
-from qgraft.serving.fields import ApiError
+from qgraft.serving.fields import ApiError, json_of
 from qgraft.serving.lora_protocol import (
     adapters_body,
     lora_given,
@@ -222,3 +222,105 @@ def test_adapters_are_models_whose_parent_is_the_base() -> None:
         (None, "base.gguf"),
         ("base.gguf", "adapters/law"),
     ]
+
+
+def test_errors_say_what_was_got_and_what_is_expected() -> None:
+    def form(**told: Any) -> dict[str, Any]:
+        return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {}, **told}}}
+
+    def tool(**told: Any) -> dict[str, Any]:
+        return {"tools": [FUNCTIONS["tools"][0], {"type": "function", "function": {"name": "f", **told}}]}
+
+    for change, message in (
+        ({"response_format": "json"}, 'response_format: got "json", expected an object'),
+        ({"response_format": {"type": "jsno"}}, 'response_format.type: got "jsno", expected text or json_object'),
+        ({"response_format": {}}, "response_format.type: got nothing, expected text or"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema: got nothing, expected an object"),
+        (form(schema=[1]), "response_format.json_schema.schema: got [1], expected an object"),
+        (form(schema=None), "response_format.json_schema.schema: got null, expected an object"),
+        (form(name=5), "response_format.json_schema.name: got 5, expected a text"),
+        (form(strict="yes"), 'response_format.json_schema.strict: got "yes", expected true or false'),
+        (form(strict=1), "response_format.json_schema.strict: got 1, expected true or false"),
+        (form(description=[]), "response_format.json_schema.description: got [], expected a text"),
+        (form(shema={}), 'unknown option "response_format.json_schema.shema": it would have no effect'),
+        (tool(strict="yes"), 'tools[1].function.strict: got "yes", expected true or false'),
+        (tool(parameters="{}"), 'tools[1].function.parameters: got "{}", expected an object'),
+        (tool(description=5), "tools[1].function.description: got 5, expected a text"),
+        (tool(name=5), "tools[1].function.name: got 5, expected a text"),
+        ({"tools": [{"type": "web_search", "function": {"name": "f"}}]}, 'tools[0].type: got "web_search", expected'),
+        ({"tools": "[]"}, 'tools: got "[]", expected a list of'), ({"tools": [5]}, "tools[0]: got 5, expected an object"),
+        ({**tool(strict=5), "tool_choice": "none"}, "tools[1].function.strict: got 5"),
+        ({"tool_choice": "required"}, 'tool_choice: got "required", expected none, auto, required, or'),
+        ({"temperature": "hot"}, "temperature: got 'hot', expected 0, or a number"),
+        ({"stop": 5}, "stop: got 5, expected a text, or a list"), ({"n": True}, "n: got true, expected a whole number"),
+        ({"stream": "yes"}, 'stream: got "yes", expected true or false'),
+        ({"stream_options": []}, "stream_options: got [], expected an object"),
+        ({"stream_options": False}, "stream_options: got false, expected an object"),
+        ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage: got 1, expected true or false"),
+        ({"stream_options": {"include_obfuscation": 0}}, "stream_options.include_obfuscation: got 0, expected true or"),
+        ({"logit_bias": []}, "logit_bias: got [], expected an object"), ({"logit_bias": 0}, "logit_bias: got 0, expected an"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs: got [], expected {"),
+        ({"chat_template_kwargs": {"enable_thinking": "no"}}, 'chat_template_kwargs.enable_thinking: got "no"'),
+        ({"store": "yes"}, 'store: got "yes", expected true or false'), ({"cache_prompt": 1}, "cache_prompt: got 1"),
+        ({"user": 5}, "user: got 5, expected a text"), ({"metadata": []}, "metadata: got [], expected an object"),
+        ({"max_tokens": -1.0}, "max_tokens: got -1.0, expected a whole number"), ({"top_logprobs": False}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs: got 1, expected true or false"), ({"model": 5}, "model: got 5, expected a text"),
+        ({"messages": [{"role": "king"}]}, 'messages[0].role: got "king", expected system, developer'),
+        ({"messages": [5]}, "messages[0]: got 5, expected an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content: got 5, expected a text, or a list of parts"),
+        ({"messages": [{"role": "assistant", "tool_calls": "[]"}]}, 'messages[0].tool_calls: got "[]", expected a list'),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as refused:
+            read_chat({**DEFAULT, **change})
+        assert refused.value.message.startswith(message), refused.value.message
+    with pytest.raises(ApiError, match="hint: did you mean schema"):
+        read_chat({**DEFAULT, **form(shema={})})
+    for change, message in (
+        ({"best_of": True}, "best_of: got true, expected the same as n"), ({"suffix": 0}, "suffix: got 0, expected nothing"),
+        ({"logprobs": True}, "logprobs: got true, expected a whole number"), ({"echo": 1}, "echo: got 1, expected true or"),
+        ({"prompt": 5}, "prompt: got 5, expected a text"),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as refused:
+            read_completion({**COMPLETION, **change})
+        assert refused.value.message.startswith(message), refused.value.message
+
+
+def test_names_that_templates_write_otherwise_are_refused_as_names() -> None:
+    for name in ('a"b', "a b", "a\nb", "", "<tool_call>", "x" * 129, "a{{b}}", "<|im_end|>"):
+        for body in (
+            {"tools": [{"type": "function", "function": {"name": name}}]},
+            {"messages": [{"role": "user", "content": "x"},
+                          {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": name or " "}}]}]},
+        ):  # fmt: skip
+            with pytest.raises(ApiError, match=r"function\.name: got .*expected") as refused:
+                read_chat({**DEFAULT, **body})
+            assert refused.value.param.endswith("function.name")
+    for name in ("f", "get_current-weather.v2", "天气", "x" * 128):
+        assert read_chat({**DEFAULT, "tools": [{"type": "function", "function": {"name": name}}]}).tools
+
+
+@pytest.mark.parametrize(
+    "body,told",
+    [
+        (b"", "it is empty"), (b"  \n", "it is empty"), (b"\xff{}", r"byte 0 \(0xff\) is no UTF-8"),
+        (b"\xef\xbb\xbf{}", "byte order mark"), (b"{", "line 1, column 2: got its end, expected a key in double quotes"),
+        (b"{'a': 1}", r'line 1, column 2: got "\'", expected a key in double quotes'),
+        (b'{"a" 1}', "line 1, column 6: got '1', expected a colon"),
+        (b'{"a": 1\n "b": 2}', "line 2, column 2: got '\"', expected a comma"),
+        (b'{"a": }', "got '}', expected a value"), (b"{} {}", "expected nothing more behind the value"),
+        (b'{"a": "x\ny"}', r"expected line feeds and tabs in texts as \\n and \\t"),
+        (b'{"a": "\\q"}', "expected behind a backslash"),
+        (b'{"a": "x', "expected a text with a double quote at its end"),
+        (b'{"a": "\\ud800"}', r"\\ud800 is half of a character"),
+        (b'{"a": NaN}', "NaN is no JSON"), (b'{"a": 1, "a": 2}', "the key 'a' stands twice"), (b"[" * 5000, "nested deeper"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "has 5000 digits"), (b'{"a": 1e999}', "larger than any float"),
+        (b"undefined", "got 'u'"),
+    ],
+    ids=lambda value: str(value)[:20],
+)  # fmt: skip
+def test_what_is_no_json_says_where_and_why(body: bytes, told: str) -> None:
+    with pytest.raises(ApiError, match=f"the body is not JSON: .*{told}") as refused:
+        json_of(body)
+    assert refused.value.status == 400
+    for word in ("codec", "Expecting", "surrogate", "recursion", "set_int_max", "Invalid"):
+        assert word not in refused.value.message

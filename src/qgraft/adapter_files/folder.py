@@ -200,7 +200,7 @@ def load_adapter(
     another number of tokens, NaN, files that changed since they were sealed; UnsupportedError for a kind of adapter
     that is neither a plain LoRA nor a prefix, and for a model that takes no prefix.
     """
-    loaded = stage_adapter(model, folder, name, force, lora_alpha=lora_alpha).put()
+    loaded = stage_adapter(model, folder, name, force, lora_alpha=lora_alpha).put(name)
     use_adapter(model, name)
     return loaded
 
@@ -212,11 +212,11 @@ class StagedAdapter:
     Attributes:
         alone: whether `put` needs the model for itself: the first prefix asks its attention for shapes, and changes it.
             LoRAs come between two calls or during one, which goes on without them.
-        put: puts it on the model, inactive, and says what that did. Raises as load_adapter.
+        put: puts it on the model under a name, inactive, and says what that did. Raises as load_adapter.
     """
 
     alone: bool
-    put: Callable[[], LoadedAdapter]
+    put: Callable[[str], LoadedAdapter]
 
 
 def stage_adapter(
@@ -239,19 +239,19 @@ def stage_adapter(
         config, state, seal = read_bare_lora(folder, lora_alpha)
     elif _is_thudm(folder):
         prefix = _read_thudm(model, folder)
-        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, name, force))
+        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, force))
     else:
         config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
     if is_prefix_config(config):
         prefix = stored_prefix(config, state, seal)
-        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, seal, name, force))
+        return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, seal, force))
     return StagedAdapter(False, _lora_to_put(model, folder, config, state, seal, name, force))
 
 
 def _lora_to_put(
     model: nn.Module, folder: Path, config: dict[str, Any], state: dict[str, Tensor], seal: Mapping[str, Any] | None,
     name: str, force: bool,
-) -> Callable[[], LoadedAdapter]:  # fmt: skip
+) -> Callable[[str], LoadedAdapter]:  # fmt: skip
     """See StagedAdapter.put; the LoRA is compared with the model, and made."""
     stored = parse_state(state)
     fitting, misfits = fit_layers(model, config, stored)
@@ -270,15 +270,15 @@ def _lora_to_put(
     )  # fmt: skip
     loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
 
-    def put() -> LoadedAdapter:
-        put_loras(model, adapter)
-        return loaded
+    def put(name: str) -> LoadedAdapter:
+        put_loras(model, dataclasses.replace(adapter, name=name))
+        return dataclasses.replace(loaded, name=name)
 
     return put
 
 
 def _put_prefix(
-    model: nn.Module, folder: Path, stored: StoredPrefix, seal: Mapping[str, Any] | None, name: str, force: bool
+    model: nn.Module, folder: Path, stored: StoredPrefix, seal: Mapping[str, Any] | None, force: bool, name: str
 ) -> LoadedAdapter:
     """See StagedAdapter.put."""
     fitted = fit_prefix(model, stored)

@@ -6,6 +6,9 @@ is written into a list in the folder, which the next start reads, and other serv
 what one of them loads or unloads, all do. Nothing outside of the folder is ever opened for a request:
 names are letters, digits, "_" and "-", and a path, with all of its links followed, must lie in the folder.
 
+Files are read without the catalogue's lock, so a slow disk holds nobody up who asks for something else; two threads that want
+the same adapter read it once.
+
 An adapter of another base, or one that is broken, is refused by stage_adapter, which compares its seal. Who asks for one by
 its name is told why without a path; the log has the whole reason, and who loads it by a path gets it.
 """
@@ -15,29 +18,25 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qgraft import storage
-from qgraft.adapter_files.folder import LoadedAdapter, stage_adapter
-from qgraft.adapter_files.peft_config import CONFIG
+from qgraft.adapter_files.folder import LoadedAdapter, StagedAdapter, stage_adapter
 from qgraft.adapters.attach import check_name, detach_adapter
 from qgraft.adapters.base import selection_of
-from qgraft.checkpoints.thudm_prefix import has_weights
-from qgraft.errors import AdapterError, OptionError, QgraftError, StorageError, near_match
-from qgraft.json_files import read_object
-from qgraft.locks import file_locked
+from qgraft.errors import AdapterError, OptionError, QgraftError, near_match
+from qgraft.serving.adapter_folder import AdapterFolder
 from qgraft.serving.engine import Engine
 from qgraft.serving.fields import ApiError
 from qgraft.serving.lora_protocol import LoadBody
 
-LIST, LONGEST = "served.json", 200  # characters of an unknown name that are told
+LONGEST = 200  # characters of an unknown name that are told
 _SEPARATOR = re.compile(r"[/\\]")
 log = logging.getLogger("qgraft.serving")
-ATTEMPTS = 50  # to write the list, while another server does
+ATTEMPTS = 20  # to have all adapters of a request loaded at once, while others want other ones
 
 
 def _all(name: str) -> bool:
@@ -80,10 +79,10 @@ class Catalogue:
         self._used: dict[str, float] = {}
         self._leaving: set[str] = set()
         self._lock = threading.RLock()
-        self._named: dict[str, str] = {}  # in the list
-        self._mark: tuple[int, ...] | None = None  # which list that was
-        if self.folder is not None:
-            self._follow_list()
+        self._loading: set[str] = set()
+        self._loaded = threading.Condition(self._lock)  # one of these is there, or cannot be
+        self._there = AdapterFolder(self.folder)
+        self._follow_list()
 
     def names(self) -> list[str]:
         """The adapters that are loaded, and can be asked for, in the order of their loading."""
@@ -103,20 +102,26 @@ class Catalogue:
         with self._lock:
             self._follow_list()
             found = {name: self.entries[name].path for name in self.names()}
-            found |= {name: path for name, path in self._named.items() if name not in found and self._leads_in(path)}
+            found |= {
+                name: path
+                for name, path in self._there.named.items()
+                if name not in found and self._there.leads_in(path)
+            }
         if self.folder is not None:
             for path in sorted(self.folder.iterdir()):
                 name = path.name.removesuffix(".gguf")
-                if name not in found and name != self.base and self._in_folder(name) is not None:
+                if name not in found and name != self.base and self._there.holds(name) is not None:
                     found[name] = str(path)
         return found
 
     def pin(self, name: str, path: str) -> LoadedAdapter:
         """Load an adapter that stays: one that the server was started with."""
         check_name(name)
-        with self._lock:
-            self._give_number(name)
-            return self._load(name, Path(path), pinned=True)
+        with self._alone(name):
+            staged = stage_adapter(self.engine.model, path, name, force=self.force)
+            with self._lock:
+                self._give_number(name)
+                return self._put(staged, name, Path(path), pinned=True)
 
     def adopt(self, name: str, path: str) -> None:
         """An adapter that is on the model already: its own prefix."""
@@ -127,17 +132,26 @@ class Catalogue:
         """Whether it can be asked for."""
         with self._lock:
             self._follow_list()
-            returns = name not in self._leaving or name in self._named  # under its name comes another one
+            returns = name not in self._leaving or name in self._there.named  # under its name comes another one
             return name in self.names() or (returns and self._found(name) is not None)
 
     def need(self, names: Iterable[str], allows: Callable[[str], bool] = _all) -> None:
         """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
+        wanted = list(names)
+        for _ in range(ATTEMPTS * (len(wanted) + 1)):
+            missing = self._missing(wanted, allows)
+            if missing is None:
+                return
+            self._bring(*missing, wanted)
+        raise self._crowded()
+
+    def _missing(self, wanted: Sequence[str], allows: Callable[[str], bool]) -> tuple[str, Path] | None:
+        """The first of these that is not loaded, and where it is."""
         with self._lock:
-            wanted = list(names)
             self._follow_list()
             self.sweep()
             for name in wanted:
-                if name in self._leaving and name in self._named:
+                if name in self._leaving and name in self._there.named:
                     raise ApiError(
                         409, f"adapter '{name}' is being replaced: answers still need the old one", retry_after=1
                     )
@@ -147,52 +161,99 @@ class Catalogue:
                     path = self._found(name)
                     if path is None:
                         raise self.unknown(name, allows)
-                    self._make_room(wanted)
-                    self._load_named(name, path)
-                    self._give_number(name)
+                    return name, path
                 self._used[name] = time.monotonic()
+            return None
+
+    def _bring(self, name: str, path: Path, wanted: Iterable[str]) -> None:
+        """Load one that somebody asked for by its name, unless it comes, goes or changes meanwhile."""
+        with self._alone(name):
+            if name in self.entries:
+                return
+            with _without_paths(name, path):
+                staged = stage_adapter(self.engine.model, path, name)
+                with self._lock:
+                    self._follow_list()
+                    if self._found(name) == path and name not in self._leaving:
+                        self._make_room(wanted)
+                        self._put(staged, name, path, listed=self._there.named.get(name))
+                        self._give_number(name)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Within the block no other thread loads an adapter under this name."""
+        with self._loaded:
+            while name in self._loading:
+                self._loaded.wait()
+            self._loading.add(name)
+        try:
+            yield
+        finally:
+            with self._loaded:
+                self._loading.remove(name)
+                self._loaded.notify_all()
 
     @contextmanager
     def holding(self, names: Iterable[str]) -> Iterator[None]:
         """Within the block these are loaded, and stay so. Raises as need() does."""
-        with self._lock:
-            self.need(names)
-            yield
+        wanted = list(names)
+        for _ in range(ATTEMPTS):
+            self.need(wanted)
+            with self._lock:
+                if all(name in self.entries and name not in self._leaving for name in wanted):
+                    yield
+                    return
+        raise self._crowded()
+
+    def _crowded(self) -> ApiError:
+        return ApiError(503, "adapters come and go faster than requests", kind="overloaded", retry_after=1)
 
     def load(self, body: LoadBody) -> None:
         """Load an adapter under a name, for good. Raises ApiError, AdapterError."""
+        try:
+            check_name(body.name)
+        except OptionError as error:
+            raise ApiError(400, error.message, param="lora_name", kind="InvalidUserInput") from error
+        if body.name == self.base:
+            raise ApiError(400, f"'{body.name}' is the base model's name", param="lora_name", kind="InvalidUserInput")
+        path = self._there.path_given(body.path)
+        listed = self._there.relative(path)
+        with self._alone(body.name):
+            self._check_may_come(body)
+            trial = f"{body.name[:56]}-loading" if body.name in self.entries else body.name
+            staged = stage_adapter(self.engine.model, path, trial)
+            with self._lock:
+                self._check_may_come(body)
+                if body.name in self.entries:
+                    self._replace(staged, trial, body.name, path, listed)
+                else:
+                    self._make_room([body.name])
+                    self._put(staged, body.name, path, listed=listed)
+                    self._give_number(body.name)
+                self._there.change(body.name, listed)
+                self._follow_list()
+
+    def _check_may_come(self, body: LoadBody) -> None:
+        """Raise ApiError where an adapter cannot be loaded under this name now."""
         with self._lock:
             self.sweep()
-            try:
-                check_name(body.name)
-            except OptionError as error:
-                raise ApiError(400, error.message, param="lora_name", kind="InvalidUserInput") from error
-            if body.name == self.base:
-                raise ApiError(
-                    400, f"'{body.name}' is the base model's name", param="lora_name", kind="InvalidUserInput"
-                )
-            path = self._path_given(body.path)
-            listed = str(path.relative_to(self._root()))
             if body.name in self._leaving:
                 raise ApiError(409, f"adapter '{body.name}' is being unloaded: answers still need it", retry_after=1)
-            if body.name in self.entries:
-                if not body.replace:
-                    raise ApiError(
-                        400, f"The lora adapter '{body.name}' has already been loaded. If you want to load the adapter in "
-                        "place, set 'load_inplace' to True.", kind="InvalidUserInput",
-                    )  # fmt: skip
-                self._replace(body.name, path, listed)
-            else:
-                self._make_room([body.name])
-                self._load(body.name, path, listed=listed)
-                self._give_number(body.name)
-            self._change_list(body.name, listed)
+            if body.name in self.entries and not body.replace:
+                raise ApiError(
+                    400, f"The lora adapter '{body.name}' has already been loaded. If you want to load the adapter in "
+                    "place, set 'load_inplace' to True.", kind="InvalidUserInput",
+                )  # fmt: skip
+            if body.name in self.entries and self.engine.uses(body.name):
+                raise ApiError(
+                    409, f"adapter '{body.name}' is in use: it is replaced when no answer needs it", retry_after=1
+                )
 
     def unload(self, name: str) -> None:
         """Take an adapter off, when nobody uses it any more. Raises ApiError 404 for one that is not loaded."""
         with self._lock:
             self._follow_list()
-            if name not in self.names() and name not in self._named:
+            if name not in self.names() and name not in self._there.named:
                 raise ApiError(
                     404, f"The lora adapter '{name}' cannot be found.", kind="NotFoundError", param="lora_name"
                 )
@@ -204,14 +265,15 @@ class Catalogue:
             if entry is not None:
                 self._leaving.add(name)
             self.scales.pop(name, None)
-            if name in self._named:
-                self._change_list(name, None)
+            if name in self._there.named:
+                self._there.change(name, None)
+                self._follow_list()
             self.sweep()
 
     def holds(self, name: str) -> bool:
         """Whether unload() would take it off, or out of the list."""
         with self._lock:
-            return name in self.names() or name in self._named
+            return name in self.names() or name in self._there.named
 
     def sweep(self) -> None:
         """Take off what was unloaded while somebody used it."""
@@ -231,10 +293,11 @@ class Catalogue:
 
     # -- loading --
 
-    def _load(self, name: str, path: Path, pinned: bool = False, listed: str | None = None) -> LoadedAdapter:
-        staged = stage_adapter(self.engine.model, path, name, force=self.force and pinned)
+    def _put(
+        self, staged: StagedAdapter, name: str, path: Path, pinned: bool = False, listed: str | None = None
+    ) -> LoadedAdapter:
         with self._exchange(staged.alone):
-            loaded = staged.put()
+            loaded = staged.put(name)
         self.entries[name] = Entry(str(path), pinned, listed)
         self._used[name] = time.monotonic()
         return loaded
@@ -245,17 +308,6 @@ class Catalogue:
             return self.engine.paused()
         return nullcontext() if selection_of(self.engine.model).adapters else self.engine.between_passes()
 
-    def _load_named(self, name: str, path: Path) -> None:
-        """Load what somebody asked for by its name: an error says no path to them, but to the log."""
-        try:
-            self._load(name, path, listed=self._named.get(name))
-        except QgraftError as error:
-            log.warning("adapter %s cannot be loaded: %s", name, error)
-            message = error.message.replace(f"{path}/", "").replace(str(path), name)
-            lines = [line for line in message.splitlines() if not _SEPARATOR.search(line)]
-            told = "\n".join(lines).rstrip(":") or f"adapter '{name}' cannot be loaded: the server's log says why"
-            raise AdapterError(told) from error
-
     def _detach(self, name: str) -> None:
         is_prefix = selection_of(self.engine.model).adapters[name].is_prefix
         with self.engine.paused() if is_prefix else self.engine.between_passes():
@@ -264,15 +316,13 @@ class Catalogue:
         self._used.pop(name, None)
         del self.entries[name]
 
-    def _replace(self, name: str, path: Path, listed: str) -> None:
-        """Another adapter under the name; the one before stays where that cannot be loaded."""
-        if self.engine.uses(name):
-            raise ApiError(409, f"adapter '{name}' is in use: it is replaced when no answer needs it", retry_after=1)
-        trial, before = f"{name[:56]}-loading", self.entries[name]
-        self._load(trial, path)
+    def _replace(self, staged: StagedAdapter, trial: str, name: str, path: Path, listed: str) -> None:
+        """Another adapter under the name; the one before stays where that does not fit."""
+        before = self.entries[name]
+        self._put(staged, trial, path)
         self._detach(trial)
         self._detach(name)
-        self._load(name, path, before.pinned, listed)
+        self._put(staged, name, path, before.pinned, listed)
 
     def _make_room(self, wanted: Iterable[str]) -> None:
         """Take adapters off until there is room for one more. Raises ApiError 503 where all are in use."""
@@ -285,53 +335,8 @@ class Catalogue:
                 )
             self._detach(min(idle, key=lambda name: self._used.get(name, 0.0)))
 
-    # -- paths --
-
-    def _root(self) -> Path:
-        if self.folder is None:
-            raise ApiError(403, "this server has no folder of adapters to load from", kind="permission_error")
-        return self.folder
-
-    def _path_given(self, text: str) -> Path:
-        """The path of a request, in the folder. Raises ApiError for one that leaves it, or is not there."""
-        root = self._root()
-        outside = ApiError(403, "lora_path: expected a path in the server's folder of adapters", param="lora_path",
-                           kind="permission_error")  # fmt: skip
-        if "\x00" in text or len(text) > 4096:
-            raise outside
-        path = (root / text).resolve()
-        if root not in path.parents:
-            raise outside
-        if not path.exists():
-            raise ApiError(404, "lora_path: there is no such adapter in the server's folder", param="lora_path",
-                           kind="NotFoundError")  # fmt: skip
-        return path
-
-    def _leads_in(self, text: str) -> bool:
-        """Whether a path of the list is one that can be loaded from."""
-        try:
-            return self._path_given(text).exists()
-        except ApiError:
-            return False
-
-    def _in_folder(self, name: str) -> Path | None:
-        """The adapter of this name in the folder."""
-        try:
-            check_name(name)
-        except OptionError:
-            return None
-        for path in (self._root() / name, self._root() / f"{name}.gguf"):
-            inside = self._root() in path.resolve().parents
-            if inside and (_holds_adapter(path) if path.suffix != ".gguf" else path.is_file()):
-                return path.resolve()
-        return None
-
     def _found(self, name: str) -> Path | None:
-        if self.folder is None:
-            return None
-        if name in self._named:
-            return self._path_given(self._named[name])
-        return self._in_folder(name)
+        return self._there.found(name)
 
     def unknown(self, name: str, allows: Callable[[str], bool] = _all) -> ApiError:
         """What is said of a name that there is not, in OpenAI's words.
@@ -347,53 +352,22 @@ class Catalogue:
 
     def _follow_list(self) -> None:
         """Take in what others have written since: what is not listed any more as it was loaded leaves."""
-        if self.folder is None:
-            return
-        try:
-            stat = (self._root() / LIST).stat()
-        except FileNotFoundError:
-            mark = None
-        else:
-            mark = (stat.st_mtime_ns, stat.st_ino, stat.st_size)
-        if mark != self._mark:
-            self._named, self._mark = self._read_list(), mark
+        self._there.follow()
         for name, entry in self.entries.items():
-            if entry.listed is not None and self._named.get(name) != entry.listed and not entry.pinned:
+            if entry.listed is not None and self._there.named.get(name) != entry.listed and not entry.pinned:
                 self._leaving.add(name)
 
-    def _read_list(self) -> dict[str, str]:
-        path = self._root() / LIST
-        if not path.is_file():
-            return {}
-        given = read_object(path, AdapterError).get("adapters")
-        if not isinstance(given, dict):
-            raise AdapterError(f"{path}: expected an object `adapters` of paths by names")
-        for name, where in given.items():
-            try:
-                check_name(name)
-            except OptionError as error:
-                raise AdapterError(f"{path}: {error.message}", hint="take the name out of the list") from error
-            if not isinstance(where, str):
-                raise AdapterError(f"{path}: {name}: got {where!r}, expected a path in the folder")
-        return dict(given)
 
-    def _change_list(self, name: str, path: str | None) -> None:
-        """Write a name into the list, or take it out; what others have written into it stays."""
-        for attempt in range(ATTEMPTS):
-            try:
-                with file_locked(self._root() / LIST):
-                    named = {each: where for each, where in self._read_list().items() if each != name}
-                    storage.write_json(
-                        self._root() / LIST, {"adapters": named if path is None else {**named, name: path}}
-                    )
-                break
-            except StorageError:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                time.sleep(0.02)
-        self._follow_list()
-
-
-def _holds_adapter(folder: Path) -> bool:
-    """Whether there is an adapter in a folder, as its names tell: that it can be read is load_adapter's question."""
-    return folder.is_dir() and ((folder / CONFIG).is_file() or has_weights(folder))
+@contextmanager
+def _without_paths(name: str, path: Path) -> Iterator[None]:
+    """Within the block errors say no path to who asked for an adapter by its name, but to the log."""
+    try:
+        yield
+    except ApiError:
+        raise
+    except QgraftError as error:
+        log.warning("adapter %s cannot be loaded: %s", name, error)
+        message = error.message.replace(f"{path}/", "").replace(str(path), name)
+        lines = [line for line in message.splitlines() if not _SEPARATOR.search(line)]
+        told = "\n".join(lines).rstrip(":") or f"adapter '{name}' cannot be loaded: the server's log says why"
+        raise AdapterError(told) from error

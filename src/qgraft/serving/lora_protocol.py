@@ -56,8 +56,8 @@ def lora_given(lora: object, listed: Mapping[int, str]) -> Weights:
         raise _wrong_lora(lora)
     if any(not isinstance(name, str) for name, _ in pairs):
         raise _wrong_lora(lora)
-    if wrong := [weight for _, weight in pairs if weight not in WEIGHT]:
-        raise ApiError(400, f"lora: got the weight {str(wrong[0])[:50]}, expected {WEIGHT}", param="lora")
+    if odd := [weight for _, weight in pairs if weight not in WEIGHT]:
+        raise wrong("lora", odd[0], f"weights: {WEIGHT}")
     if len({name for name, _ in pairs}) < len(pairs):
         raise ApiError(400, "lora: an adapter is listed twice", param="lora")
     return {name: float(weight) for name, weight in pairs}

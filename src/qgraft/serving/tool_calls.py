@@ -11,8 +11,8 @@ around the call stands what the model writes around its calls.
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
 other. One that max_tokens or a stop string cuts is a call with as much of its arguments as there is, as OpenAI tells it;
 where not even its name is whole, it is left out. The same text with a function's name and its arguments' schema is the form
-of an answer that must be a call (grammars.py). Reasoning is what stands between <think> and </think> at the beginning of an answer; some templates write the
-first of these themselves.
+of an answer that must be a call (grammars.py). Reasoning is what stands between <think> and </think> at the beginning of an
+answer; some templates write the first of these themselves.
 """
 
 import json
