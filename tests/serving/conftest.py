@@ -15,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from talkers import generated, with_adapters
 
+from qgraft.serving.prompting import Prompting
+from qgraft.serving.sampling import Sampler, Token
+
 Maker = Callable[..., Any]
 
 
@@ -71,3 +74,22 @@ def expected(tiny_gguf: Maker, adapters: Path) -> Callable[[dict[str, float]], s
         return str(tokenizer.decode(generated(model, prompt, mix, 6, [2]), skip_special_tokens=True))
 
     return said
+
+
+@pytest.fixture
+def agent(running: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Lets the model write a text, which a tiny one never would; prompted by Qwen3's template."""
+    said: list[int] = []
+
+    def take(self: Any, logits: Any, allowed: Any = None) -> Any:
+        return Token(said.pop(0) if said else 2)
+
+    template = Path(__file__).parents[1] / "data/originals/qwen3.jinja"
+    monkeypatch.setattr(Sampler, "draw", take)
+    monkeypatch.setattr(running.service.prompter, "prompting", Prompting(template=str(template)))
+    monkeypatch.setattr(running.service.engine, "context", None)
+
+    def writes(text: str) -> None:
+        said[:] = running.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    return writes

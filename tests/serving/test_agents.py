@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,31 +17,10 @@ from served import ALL, HELLO, LAW_ONLY, Running
 from qgraft.data.messages import Call, Message
 from qgraft.serving.fields import ApiError
 from qgraft.serving.messages_protocol import read_messages
-from qgraft.serving.prompting import Prompting
 from qgraft.serving.responses_protocol import read_response
-from qgraft.serving.sampling import Sampler, Token
 
 SCHEMA = {"type": "object", "properties": {"at": {"type": "string"}}}
 WRITTEN = '<think>\nRome?</think>\n\nLook:<tool_call>\n{"name": "time", "arguments": {"at": "Rome"}}\n</tool_call>'
-
-
-@pytest.fixture
-def agent(running: Running, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Lets the model write a text, which a tiny one never would; prompted by Qwen3's template."""
-    said: list[int] = []
-
-    def take(self: Any, logits: Any, allowed: Any = None) -> Any:
-        return Token(said.pop(0) if said else 2)
-
-    template = Path(__file__).parents[1] / "data/originals/qwen3.jinja"
-    monkeypatch.setattr(Sampler, "draw", take)
-    monkeypatch.setattr(running.service.prompter, "prompting", Prompting(template=str(template)))
-    monkeypatch.setattr(running.service.engine, "context", None)
-
-    def writes(text: str) -> None:
-        said[:] = running.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    return writes
 
 
 def post(running: Running, path: str, body: Any, **headers: str) -> Any:
