@@ -12,6 +12,7 @@ the most names that are known, then the one by which most rows have as many cell
 import csv
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from functools import lru_cache
 from itertools import islice
@@ -60,7 +61,8 @@ def _rows(text: str, path: Path, separator: str, skipped: int) -> Iterator[Row]:
         if not any(header):
             raise DataError(f"{path}: line {1 + skipped} must name the columns", hint="for example: instruction,output")
         names = [same_name(cell) for cell in header]
-        if twice := sorted({cell for cell, name in zip(header, names, strict=True) if name and names.count(name) > 1}):
+        count = Counter(names)
+        if twice := sorted({cell for cell, name in zip(header, names, strict=True) if name and count[name] > 1}):
             raise DataError(f"{path}: line {1 + skipped}: columns named twice: {', '.join(twice)}")
         line = reader.line_num + 1
         for cells in reader:

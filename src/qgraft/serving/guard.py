@@ -45,6 +45,7 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]}
                 if status >= 400 and status != 408:  # which is for who sends nothing
                     await body.drain()
             await send(message)

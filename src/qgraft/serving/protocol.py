@@ -9,6 +9,7 @@ this server cannot do (`audio`, a list of allowed tools) is an error, too.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -303,8 +304,8 @@ def _tools(given: object) -> tuple[Tool, ...]:
     for index, tool in enumerate(given or ()):
         _check_tool(object_of(tool, f"tools[{index}]"), f"tools[{index}]")
     tools = tools_of(given)
-    names = [tool["function"]["name"] for tool in tools]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
+    names = Counter(tool["function"]["name"] for tool in tools)
+    if twice := sorted(name for name, count in names.items() if count > 1):
         raise ApiError(400, f"tools: {', '.join(twice)}: two functions have this name", param="tools")
     return tools
 

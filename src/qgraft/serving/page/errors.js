@@ -29,6 +29,7 @@ const CHINESE = {
   "{name} was named when the server was started, and stays": "{name} 是启动服务器时指定的，不能卸载",
   "{name} was named when the server was started": "{name} 是启动服务器时指定的",
   "{name} does not lie in the server's folder": "{name} 不在服务器的文件夹中",
+  "{name} is the base that is served": "{name} 是正在服务的基座",
   "{name} is loaded as {other}, too: unload that first": "{name} 也以 {other} 的名称加载着：请先卸载后者",
   "{name} is {folder} under another name: unload it": "{name} 是 {folder} 的另一个名称：请卸载它",
   "{name} is taken": "名称 {name} 已被使用",

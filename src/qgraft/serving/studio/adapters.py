@@ -1,5 +1,6 @@
 """What the page says of adapters: what each was trained on, and whether its seal holds; renaming and deleting them."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -85,7 +86,7 @@ def rename(service: Service, name: object, new: object) -> None:
     path = catalogue.available().get(name)
     entry = catalogue.entries.get(name)
     if path is None:
-        raise ApiError(404, f"there is no adapter {name!r}", kind="NotFoundError", param="name")
+        raise ApiError(404, f"there is no adapter {name[:200]!r}", kind="NotFoundError", param="name")
     if entry is not None and entry.pinned:
         raise ApiError(403, f"{name!r} was named when the server was started", kind="permission_error", param="name")
     if service.engine.uses(name):
@@ -109,7 +110,7 @@ def removable(service: Service, name: str) -> Path:
     """The folder or file of an adapter of this name that may be deleted. Raises ApiError."""
     path = service.catalogue.available().get(name)
     if path is None:
-        raise ApiError(404, f"there is no adapter {name!r}", kind="NotFoundError", param="name")
+        raise ApiError(404, f"there is no adapter {name[:200]!r}", kind="NotFoundError", param="name")
     source = _absolute(service, path)
     if source.name.removesuffix(".gguf") != name:
         raise ApiError(409, f"{name!r} is {source.name!r} under another name: unload it", param="name")
@@ -158,7 +159,10 @@ def _written_by_nobody(folder: Path) -> Iterator[None]:
 
 
 def _check_alone(service: Service, name: str, source: Path) -> None:
-    """Raise ApiError unless the folder or file lies in the server's folder, and nobody has loaded it under another name."""
+    """Raise ApiError unless it lies in the server's folder, is not the base, and nobody has loaded it under another name."""
+    info = base_of(service.engine.model).info
+    if info is not None and source.resolve() == Path(info.source).resolve():
+        raise ApiError(403, f"{name!r} is the base that is served", kind="permission_error", param="name")
     if source.parent != service.catalogue.folder:
         raise ApiError(403, f"{name!r} does not lie in the server's folder", kind="permission_error", param="name")
     others = [each for each, path in service.catalogue.available().items() if _absolute(service, path) == source]
@@ -182,7 +186,9 @@ def _check_free(service: Service, new: str) -> None:
         check_name(new)
     except OptionError as error:
         raise ApiError(400, error.message, param="new_name", hint=error.hint) from error
-    if new == service.base or new in service.catalogue.available():
+    folder = service.catalogue.folder
+    there = folder is not None and any(os.path.lexists(folder / each) for each in (new, f"{new}.gguf"))
+    if there or new == service.base or new in service.catalogue.available():
         raise ApiError(409, f"{new!r} is taken", param="new_name")
 
 

@@ -11,7 +11,7 @@ from fastapi.responses import FileResponse, Response
 
 from qgraft import __version__
 from qgraft.serving.exchange import body_of, permission_of, require_admin, told
-from qgraft.serving.fields import ApiError
+from qgraft.serving.fields import ApiError, object_of, text_of, wrong
 from qgraft.serving.service import Service
 from qgraft.serving.studio import adapters, recipes
 from qgraft.serving.studio.static import HEADERS
@@ -39,10 +39,7 @@ async def admitted(request: Request, work: Work | None) -> tuple[Work, Any]:
         )
     if request.method != "POST":
         return work, {}
-    body = await body_of(request)
-    if not isinstance(body, dict):
-        raise ApiError(400, "the body: expected an object")
-    return work, body
+    return work, object_of(await body_of(request))
 
 
 def same_origin(request: Request) -> None:
@@ -51,14 +48,6 @@ def same_origin(request: Request) -> None:
     elsewhere = origin is not None and origin.partition("://")[2].lower() != host.lower()
     if elsewhere or request.headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
         raise ApiError(403, "requests of other sites are refused", kind="permission_error")
-
-
-def text_of(body: dict[str, Any], key: str) -> str:
-    """A text that a body has to have. Raises ApiError."""
-    value = body.get(key)
-    if not isinstance(value, str) or not value:
-        raise ApiError(400, f"{key}: expected a text", param=key)
-    return value
 
 
 def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
@@ -79,9 +68,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
     async def rename(request: Request) -> dict[str, Any]:
         same_origin(request)
         require_admin(request)
-        body = await body_of(request)
-        if not isinstance(body, dict):
-            raise ApiError(400, "the body: expected an object")
+        body = object_of(await body_of(request))
         name, new = text_of(body, "name"), text_of(body, "new_name")
         await (told(adapters.rename, service, name, new) if work is None else told(work.rename, name, new))
         return {"name": new}
@@ -106,9 +93,9 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
     async def curves(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
         names = body.get("names")
-        if not isinstance(names, list) or len(names) > 16:
-            raise ApiError(400, "names: expected at most 16 runs", param="names")
-        return {name: await told(there.curves, name) for name in map(str, names)}
+        if not isinstance(names, list) or len(names) > 16 or not all(isinstance(name, str) for name in names):
+            raise wrong("names", names, "a list of at most 16 names of runs")
+        return {name: await told(there.curves, name) for name in names}
 
     @app.post("/studio/log")
     async def log(request: Request) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Work:
     def __init__(self, service: Service, place: Workplace) -> None:
         self.service, self.place = service, place
         self.children = Children(place.root / HIDDEN)
-        self._lock = threading.Lock()  # of what is started, renamed and deleted: one after another
+        self._lock = threading.RLock()  # of what is kept, started, renamed and deleted: one after another
         self._tickets: dict[str, tuple[Path, float]] = {}
         self._trials: dict[str, str] = {}  # adapters that were loaded from checkpoints, by their runs
 
@@ -47,10 +47,11 @@ class Work:
     def keep(self, name: str, content: bytes) -> dict[str, Any]:
         """Keep a file of rows, whole; one of the same name is replaced, unless a run reads it."""
         path = self.place.dataset(name)
-        job = self.children.running()
-        if job is not None and job.kind == "train" and self._configuration(job.name).get("dataset") == str(path):
-            raise ApiError(409, f"{name!r} is being trained on: choose another name", param="dataset")
-        storage.write_file(path, content)
+        with self._lock:
+            job = self.children.running()
+            if job is not None and job.kind == "train" and self._configuration(job.name).get("dataset") == str(path):
+                raise ApiError(409, f"{name!r} is being trained on: choose another name", param="dataset")
+            storage.write_file(path, content)
         return {"name": name, "bytes": len(content)}
 
     def datasets(self) -> list[dict[str, Any]]:
@@ -83,31 +84,32 @@ class Work:
 
     def _run(self, name: str) -> Path:
         """The folder of a run, which is there or will be."""
-        return self.place.root / name if name in self.children.jobs("train") else self.place.run(name)
+        return self.place.started(name) if name in self.children.jobs("train") else self.place.run(name)
 
     def train(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Start a run."""
-        output = self.place.new_run(body.get("name"))
         dataset, options = self._dataset(body.get("dataset")), recipes.checked(body.get("options", {}))
-        configuration = recipes.configuration(
-            self.place.model, self.place.quantize, dataset, output, body.get("preset"), options
-        )
-        return self._begin(output.name, configuration)
+        with self._lock:
+            output = self.place.new_run(body.get("name"))
+            configuration = recipes.configuration(
+                self.place.model, self.place.quantize, dataset, output, body.get("preset"), options
+            )
+            return self._begin(output.name, configuration)
 
     def go_on(self, name: str) -> dict[str, Any]:
         """Start a run again that was stopped, with the options that it had."""
-        path, configuration = self._run(name), self._configuration(name)
-        if not configuration:
-            raise ApiError(409, f"{name!r} was not started here: give its own command again", param="name")
-        return self._begin(name, {**configuration, "output_dir": str(path)})
+        with self._lock:
+            path, configuration = self._run(name), self._configuration(name)
+            if not configuration:
+                raise ApiError(409, f"{name!r} was not started here: give its own command again", param="name")
+            return self._begin(name, {**configuration, "output_dir": str(path)})
 
     def _begin(self, name: str, configuration: Mapping[str, Any]) -> dict[str, Any]:
         file = self._file(name)
-        with self._lock:
-            self.children.require_idle()  # before an earlier configuration is replaced
-            storage.write_json(file, configuration)
-            storage.make_folder(Path(configuration["output_dir"]))
-            job = self.children.start("train", name, ["train", str(file)])
+        self.children.require_idle()  # before an earlier configuration is replaced
+        storage.write_json(file, configuration)
+        storage.make_folder(Path(configuration["output_dir"]))
+        job = self.children.start("train", name, ["train", str(file)])
         return {"name": name, "pid": job.pid}
 
     def _configuration(self, name: str) -> dict[str, Any]:
@@ -220,9 +222,11 @@ class Work:
         words = ["merge", "--model", self.place.model, "--output", str(target), "--method", str(method)]
         words += ["--min-retained", f"{least!r}"]
         words += ["--quantize", self.place.quantize] if self.place.quantize else []
-        for each in chosen:
-            words += self._adapter_words(each)
-        job = self.children.start("merge", target.stem, words)
+        with self._lock:
+            for each in chosen:
+                words += self._adapter_words(each)
+            self.place.new_merged(target.stem)  # which another one may have written
+            job = self.children.start("merge", target.stem, words)
         return {"name": target.name, "pid": job.pid}
 
     def _adapter_words(self, given: object) -> list[str]:
@@ -239,9 +243,9 @@ class Work:
         """An address for a download: a browser's own sends no key, so the address holds one, for a few minutes."""
         path = self.place.merged(name)
         now = time.monotonic()
-        self._tickets = {word: held for word, held in self._tickets.items() if held[1] > now}
         word = secrets.token_urlsafe(24)
-        self._tickets[word] = path, now + TICKET_SECONDS
+        kept = {each: held for each, held in list(self._tickets.items()) if held[1] > now}
+        self._tickets = {**kept, word: (path, now + TICKET_SECONDS)}
         return {"path": f"/studio/download/{word}/{path.name}"}
 
     def ticketed(self, word: str) -> Path:

@@ -68,6 +68,10 @@ class Workplace:
             raise ApiError(404, f"there is no run {name!r}", kind="NotFoundError", param="name")
         return path
 
+    def started(self, name: str) -> Path:
+        """The folder of a run that was started here, and may have written nothing yet. Raises ApiError."""
+        return self._inside(self.root / name, "name")
+
     def new_run(self, name: object) -> Path:
         """The folder of a run that is to be. Raises ApiError for a name that no adapter can have, or that is taken."""
         path = self._new(self.root, name, "")
@@ -95,7 +99,9 @@ class Workplace:
 
     def datasets(self) -> list[Path]:
         """The newest first."""
-        return _newest(path for path in (self.root / DATASETS).iterdir() if path.suffix in SUFFIXES and path.is_file())
+        return _newest(
+            path for path in (self.root / DATASETS).iterdir() if path.suffix in SUFFIXES and self._is_our_file(path)
+        )
 
     def runs(self) -> dict[str, Path]:
         """Folders of runs by their names, the newest first; not those that links lead out of the folder to."""
@@ -105,7 +111,10 @@ class Workplace:
 
     def merges(self) -> list[Path]:
         """The merged files, the newest first."""
-        return _newest(path for path in (self.root / MERGED).glob("*.gguf") if path.is_file())
+        return _newest(path for path in (self.root / MERGED).glob("*.gguf") if self._is_our_file(path))
+
+    def _is_our_file(self, path: Path) -> bool:
+        return path.is_file() and self.root in path.resolve().parents
 
     def _is_ours(self, path: Path) -> bool:
         named = _PART.fullmatch(path.name) and path.name not in (DATASETS, MERGED)
