@@ -13,6 +13,8 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
     generate    16 tokens after a prompt of 32, the adapter active
     merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
     merge_all   not unless asked for, half an hour or more: a LoRA on every linear layer of all blocks, as many tokens
+    serve_1     not unless asked for: the server's engine answers one client, 16 tokens after 32, under a LoRA r=8
+    serve_2     likewise two clients at once, each under a LoRA of its own; tokens/s are those of both together
     save        the model with these weights; it is loaded again and compared byte for byte
 
 Memory is what the process holds, mapped pages of the weights that it touched included; while saving, the pages of the
@@ -192,6 +194,8 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
         "generate": generate,
         "merge": merge,
         "merge_all": merge_all,
+        "serve_1": serve_1,
+        "serve_2": serve_2,
         "save": save,
     }.get(phase)
     import qgraft
@@ -296,6 +300,64 @@ def generate(model: Any, folder: Path) -> dict[str, float]:
     seconds = time.perf_counter() - began
     assert output.shape[1] == PROMPT + ANSWER
     return {"seconds": seconds, "tokens_per_second": ANSWER / seconds}
+
+
+def serve_1(model: Any, folder: Path) -> dict[str, float]:
+    """One client of a server."""
+    return served(model, 1)
+
+
+def serve_2(model: Any, folder: Path) -> dict[str, float]:
+    """Two clients of a server, with different adapters."""
+    return served(model, 2)
+
+
+class Numbers:
+    """Stands in for the tokenizer, which is not a part of the checkpoint: ids are written as numbers."""
+
+    eos_token_id, eos_token, clean_up_tokenization_spaces, chat_template = 2, "</s>", False, None
+
+    def decode(self, ids: list[int], **options: Any) -> str:
+        """The ids with blanks between them."""
+        return "".join(f"{token} " for token in ids)
+
+    def get_added_vocab(self) -> dict[str, int]:
+        """There are none."""
+        return {}
+
+
+def served(model: Any, clients: int) -> dict[str, float]:
+    """As many requests at once, each under a LoRA with weights at random; a first token is not counted in."""
+    import torch
+
+    import qgraft
+    from qgraft.serving.engine import Engine, answer_all
+    from qgraft.serving.requests import Request
+    from qgraft.serving.sampling import Sampling
+
+    for number in range(clients):
+        qgraft.attach_lora(model, r=8, target_modules="query_key_value", name=f"client-{number}")
+    for name, values in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(values.data, std=2e-3)
+    qgraft.use_adapter(model, None)
+    engine: Any = Engine(model, Numbers(), max_batch=clients, cache_tokens=1024)  # type: ignore[arg-type]
+
+    def seconds_of(tokens: int) -> float:  # with prompts of their own: what is known of one is not computed again
+        requests = [
+            Request(tuple(sample_of(model, 2 * PROMPT, 7 * tokens + number).input_ids[:PROMPT]), {f"client-{number}": 1.0},
+                    Sampling(temperature=0), tokens, ignore_ends=True)
+            for number in range(clients)
+        ]  # fmt: skip
+        began = time.perf_counter()
+        answers = answer_all(engine, requests)
+        assert [each["finish"].tokens for each in answers] == [tokens] * clients
+        return time.perf_counter() - began
+
+    first = seconds_of(1)
+    whole = seconds_of(ANSWER + 1)
+    print(f"shares passes: {engine.why_not_shared or True}; first tokens after {first:.1f} s", file=sys.stderr)
+    return {"seconds": whole, "tokens_per_second": clients * ANSWER / (whole - first)}
 
 
 def merge(model: Any, folder: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ A page of another site may send requests to this machine, but no JSON, no PUT an
 server never answers that it may. Beside that, a request that names another origin than the server's own is refused.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,6 +17,8 @@ from qgraft.serving.service import Service
 from qgraft.serving.studio import adapters, recipes
 from qgraft.serving.studio.static import HEADERS
 from qgraft.serving.studio.work import METHODS, Work
+
+LONGEST = 200  # characters of a name
 
 
 def add_studio(app: FastAPI, service: Service, work: Work | None) -> None:
@@ -50,6 +53,14 @@ def same_origin(request: Request) -> None:
         raise ApiError(403, "requests of other sites are refused", kind="permission_error")
 
 
+def name_of(body: Mapping[str, Any], key: str) -> str:
+    """A name that a body has to have. Raises ApiError."""
+    name = text_of(body, key)
+    if len(name) > LONGEST:
+        raise wrong(key, name, f"a name of at most {LONGEST} characters")
+    return name
+
+
 def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
     @app.get("/studio/about")
     async def about(request: Request) -> dict[str, Any]:
@@ -69,20 +80,20 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
         same_origin(request)
         require_admin(request)
         body = object_of(await body_of(request))
-        name, new = text_of(body, "name"), text_of(body, "new_name")
+        name, new = name_of(body, "name"), name_of(body, "new_name")
         await (told(adapters.rename, service, name, new) if work is None else told(work.rename, name, new))
         return {"name": new}
 
     @app.post("/studio/adapters/delete")
     async def delete_adapter(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        await told(there.delete_adapter, text_of(body, "name"))
+        await told(there.delete_adapter, name_of(body, "name"))
         return {"deleted": body["name"]}
 
     @app.post("/studio/runs/delete")
     async def delete_run(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        await told(there.delete_run, text_of(body, "name"))
+        await told(there.delete_run, name_of(body, "name"))
         return {"deleted": body["name"]}
 
     @app.get("/studio/runs")
@@ -100,7 +111,7 @@ def _add_looking(app: FastAPI, service: Service, work: Work | None) -> None:
     @app.post("/studio/log")
     async def log(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        kind, name = text_of(body, "kind"), text_of(body, "name")
+        kind, name = name_of(body, "kind"), name_of(body, "name")
         if kind not in ("train", "merge") or name not in there.children.jobs(kind):
             raise ApiError(404, "there is no such job", kind="NotFoundError")
         return {"log": await told(there.children.tail, kind, name)}
@@ -131,18 +142,18 @@ def _add_training(app: FastAPI, work: Work | None) -> None:
     @app.post("/studio/train/stop")
     async def stop(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        await told(there.children.stop, "train", text_of(body, "name"))
+        await told(there.children.stop, "train", name_of(body, "name"))
         return {"stopping": body["name"]}
 
     @app.post("/studio/train/resume")
     async def resume(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        return await told(there.go_on, text_of(body, "name"))
+        return await told(there.go_on, name_of(body, "name"))
 
     @app.post("/studio/sample")
     async def sample(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        return await told(there.sample, text_of(body, "name"))
+        return await told(there.sample, name_of(body, "name"))
 
 
 def _add_merging(app: FastAPI, work: Work | None) -> None:
@@ -158,13 +169,13 @@ def _add_merging(app: FastAPI, work: Work | None) -> None:
     @app.post("/studio/merge/stop")
     async def stop(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        await told(there.children.stop, "merge", text_of(body, "name"))
+        await told(there.children.stop, "merge", name_of(body, "name"))
         return {"stopping": body["name"]}
 
     @app.post("/studio/downloads")
     async def ticket(request: Request) -> dict[str, Any]:
         there, body = await admitted(request, work)
-        return await told(there.ticket, text_of(body, "name"))
+        return await told(there.ticket, name_of(body, "name"))
 
     @app.get("/studio/download/{word}/{name}")
     async def download(word: str, name: str) -> Response:

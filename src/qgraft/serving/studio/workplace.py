@@ -122,7 +122,7 @@ class Workplace:
 
     def _new(self, folder: Path, name: object, suffix: str) -> Path:
         try:
-            check_name(name if isinstance(name, str) else "")
+            check_name(name[:100] if isinstance(name, str) else "")
         except OptionError as error:
             raise ApiError(400, error.message, param="name", hint=error.hint) from error
         if name in (DATASETS, MERGED):
