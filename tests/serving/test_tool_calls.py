@@ -9,7 +9,7 @@ import pytest
 from talkers import MISTRAL_TEMPLATE
 
 import qgraft
-from qgraft.data.messages import Call, Message
+from qgraft.data.messages import Call, ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate, variant
 from qgraft.errors import OptionError, UnsupportedError
@@ -128,3 +128,46 @@ def test_a_template_without_calls_has_no_format(tiny_gguf: Maker) -> None:
     assert call_format(tokenizer, ChatTemplate(variant("qwen3"), "qwen3")) == QWEN
     glm = (ORIGINALS / "glm4moe.jinja").read_text(encoding="utf-8")  # arguments as tags, which are not read back
     assert call_format(tokenizer, ChatTemplate(glm, "glm4moe")) is None
+
+
+def test_a_name_that_a_template_writes_otherwise_is_told_as_that(tiny_gguf: Maker) -> None:
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    template = ChatTemplate((ORIGINALS / "qwen3.jinja").read_text(encoding="utf-8"), "qwen3")
+    writer, asked = Writer(tokenizer, template), [Message("user", "What time is it?")]
+    for name, told in (('a"b', "writes the name of a tool otherwise: 'a\"b'"), ("time", None)):
+        tools = [{"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}]
+        prompt = writer.prompt(asked, tools)
+        if told is None:
+            writer.check_asked(prompt, asked, tools)
+            continue
+        with pytest.raises(ConversationError, match=told):
+            writer.check_asked(prompt, asked, tools)
+
+
+@pytest.mark.parametrize(
+    "form,text,before",
+    [
+        (QWEN, '<tool_call>\n{"name": "time", "arguments": {"at": "Rome"}}\n</tool_call>', "<tool_call>"),
+        (CallFormat("", ""), '{"name": "time", "parameters": {"at": "Rome"}}', '{"name": "time"'),
+        (CallFormat("[TOOL_CALLS]", ""), MISTRAL, "[TOOL_CALLS]"),
+        (CallFormat("", "", True, "\n"), 'time\n{"at": "Rome"}', "time\n{"),
+    ],
+    ids=["qwen", "llama", "mistral", "glm"],
+)
+def test_a_call_that_is_cut_anywhere_is_told_as_far_as_it_goes(form: CallFormat, text: str, before: str) -> None:
+    """From where it is certain that it is one, nothing of it is text, and what comes is the beginning of its arguments."""
+    for end in range(len(text) + 1):
+        for lead in ("", "Wait.\n") if form.mark else ("",):
+            reader = AnswerReader(format=form, names=["time"])
+            shown = reader.push(lead + text[:end])[1] + reader.push("", last=True, cut=True)[1]
+            if end < len(before):
+                assert reader.calls == () and (lead + text[:end]).startswith(shown)
+                continue
+            assert shown == lead and len(reader.calls) <= 1
+            for call in reader.calls:
+                assert call.name == "time" and '{"at": "Rome"}'.startswith(call.arguments)
+            assert reader.unfinished or reader.calls == (TIME,)
+        forced = AnswerReader(format=form, names=["time"], must_call=True)
+        assert forced.push(text[:end], last=True, cut=True)[1] == ""
+    other = AnswerReader(format=form, names=["other"])
+    assert other.push(text[:-1])[1] + other.push("", last=True, cut=True)[1] == text[:-1] and other.calls == ()
