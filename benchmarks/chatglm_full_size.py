@@ -355,8 +355,11 @@ def served(model: Any, clients: int) -> dict[str, float]:
         return time.perf_counter() - began
 
     first = seconds_of(1)
+    spent = time.process_time()
     whole = seconds_of(ANSWER + 1)
-    print(f"shares passes: {engine.why_not_shared or True}; first tokens after {first:.1f} s", file=sys.stderr)
+    spent = time.process_time() - spent
+    print(f"shares passes: {engine.why_not_shared or True}; first tokens after {first:.1f} s; all of them in {whole:.1f} s, "
+          f"{spent:.1f} CPU seconds, at a load of {os.getloadavg()[0]:.1f}", file=sys.stderr)  # fmt: skip
     return {"seconds": whole, "tokens_per_second": clients * ANSWER / (whole - first)}
 
 

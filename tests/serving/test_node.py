@@ -111,3 +111,41 @@ def test_errors_and_who_leaves_in_the_middle(node: Callable[..., Any], running: 
     engine = running.service.engine
     until(lambda: not engine.running and not engine.waiting)
     assert node("/v1/chat/completions", {"model": "base", "messages": HELLO, "max_tokens": 2})["status"] == 200
+
+
+NPM = r"""
+const OpenAI = require("openai").OpenAI ?? require("openai");
+const { url, key, messages } = JSON.parse(process.argv[1]);
+const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: key, maxRetries: 0 });
+(async () => {
+  const told = { models: [], streamed: "", events: [] };
+  for await (const each of client.models.list()) told.models.push(each.id);
+  const body = { model: "law", messages, temperature: 0, max_tokens: 6 };
+  told.whole = (await client.chat.completions.create(body)).choices[0].message.content;
+  const stream = await client.chat.completions.create({ ...body, stream: true, stream_options: { include_usage: true } });
+  for await (const chunk of stream) { told.streamed += chunk.choices[0]?.delta?.content ?? ""; told.usage = chunk.usage; }
+  told.helped = await client.chat.completions.stream(body).finalContent();
+  const answer = await client.responses.create({ model: "law", input: messages, temperature: 0, max_output_tokens: 6 });
+  told.answer = answer.output_text;
+  const events = await client.responses.create({ model: "law", input: "hello", max_output_tokens: 3, stream: true });
+  for await (const event of events) told.events.push(event.type);
+  try { await client.chat.completions.create({ ...body, model: "nobody" }); } catch (error) {
+    told.error = [error.constructor.name, error.status, error.code, error.param];
+  }
+  console.log(JSON.stringify(told));
+})();
+"""
+
+
+def test_openais_client_for_node(running: Running, expected: Callable[[dict[str, float]], str]) -> None:
+    """Where `npm install openai` was run, and NODE_PATH leads to its node_modules."""
+    if subprocess.run([str(NODE), "-e", 'require("openai")'], capture_output=True).returncode:
+        pytest.skip("no openai for node here")
+    given = json.dumps({"url": running.url, "key": ALL, "messages": HELLO})
+    done = subprocess.run([str(NODE), "-e", NPM, "--", given], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told, said = json.loads(done.stdout), expected({"law": 1.0})
+    assert {"base", "law", "med"} <= set(told["models"])
+    assert said == told["whole"] == told["streamed"] == told["helped"] == told["answer"]
+    assert told["usage"]["completion_tokens"] == 6 and told["events"][-1] == "response.incomplete"
+    assert told["error"] == ["NotFoundError", 404, "model_not_found", "model"]
