@@ -53,7 +53,8 @@ def test_rows_are_shared_out(lengths: list[int], held: list[int] | None, seed: i
     chosen = choose_samples(task, measure, Letters(), seed, "a note")
     lists = [chosen.fit, chosen.judge, chosen.measure, chosen.drift]
     assert all(lists)
-    together = [source for each in lists for source in sources(each)]
+    parts = [[each for each in part if not each.source.startswith("neutral")] for part in chosen.further]
+    together = [source for each in (*lists, *parts) for source in sources(each)]
     assert len(together) == len(set(together))  # no sample is in two lists
     calibrating = of_task(chosen)
     assert set(sources(calibrating)) <= set(sources(task))
@@ -70,6 +71,11 @@ def test_rows_are_shared_out(lengths: list[int], held: list[int] | None, seed: i
     left_out = len(task) - len(calibrating) - (0 if held else len(chosen.measure))
     if left_out:  # only because the budget is full
         assert tokens(calibrating) + 512 > calibration.TASK_TOKENS
+    fit = tokens([sample for sample in calibrating if sample not in chosen.judge])
+    for part, further in zip(parts, chosen.further, strict=True):
+        assert 0.75 * fit <= tokens(part) <= max(fit, max(lengths) * 2)
+        assert further[len(part) :] == [each for each in chosen.fit if each.source.startswith("neutral")]
+    assert len(parts) == 3 or left_out - sum(map(len, parts)) < calibration.TASK_TOKENS / 2
     assert chosen.notes == ("a note",) and chosen.tokens() == tokens(chosen.fit) + tokens(chosen.judge)
 
 

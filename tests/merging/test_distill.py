@@ -407,6 +407,29 @@ def test_a_last_round_learns_from_all_rows_but_the_unrelated_ones_that_measure(t
     assert not {sample.source for sample in all_} & {sample.source for sample in chosen.drift}
 
 
+def test_rounds_learn_from_rows_that_none_before_has_seen(trained, rows, monkeypatch):
+    model, tokenizer = trained().load()
+    chosen = find_rows(model, tokenizer, rows, None, [], {}, 0)
+    further = (chosen.measure, chosen.judge)
+    given: list[Any] = []
+
+    def distilled(model: Any, merged: Any, samples: Any, targets: Tensor, **options: Any) -> Any:
+        given.append((samples, targets))
+        return dict(merged), 1
+
+    monkeypatch.setattr("qgraft.merging.distill.distill", distilled)
+    merged = {path: layer.packed for path, layer in lora_layers(model)}
+    distillation = Distillation(model, dict(lora_layers(model)), {}, replace(chosen, further=further))
+    unseen = []
+    for _ in range(4):
+        unseen.append(distillation.unseen)
+        distillation.round(merged, silent)
+    assert unseen == [True, True, False, False]
+    assert [samples for samples, _ in given] == [*further, chosen.fit, chosen.fit]
+    for samples, targets in given:
+        torch.testing.assert_close(targets, states_of(model, samples)[0])
+
+
 @pytest.mark.usefixtures("few_rows")
 def test_a_model_in_float_formats_only_has_nothing_to_distill(tiny_gguf, rows, monkeypatch):
     model, tokenizer = qgraft.load(tiny_gguf("llama", types=(Q.F16, Q.BF16)).path)

@@ -66,10 +66,12 @@ class Script:
     Attributes:
         results: what is kept at first and after each round, a last one included.
         closer: whether the rows that judge come closer, round by round.
+        further: for how many rounds there are rows that nothing has learned from.
     """
 
     results: list[Kept]
     closer: list[bool] = field(default_factory=lambda: [True] * ROUNDS)
+    further: int = 0
     asked: list[str] = field(default_factory=list)
     made: list[tuple[Any, ...]] = field(default_factory=list)
 
@@ -80,6 +82,10 @@ class Script:
     def distillation(self, *args: Any) -> "Script":
         self.made.append(args)
         return self
+
+    @property
+    def unseen(self) -> bool:
+        return self.asked.count("round") < self.further
 
     def round(self, packed: Mapping[str, PackedTensor], progress: Any) -> tuple[Mapping[str, PackedTensor], int]:
         self.asked.append("round")
@@ -153,6 +159,13 @@ def test_a_round_that_brings_little_is_kept_and_none_follows(monkeypatch, first,
     _, result, steps = run(monkeypatch, script, True)
     assert script.asked.count("round") == 1 + follows and steps == 4 * (1 + follows)
     assert result == (kept(0.999) if follows else second)
+
+
+@pytest.mark.parametrize("further", range(ROUNDS + 1))
+def test_rows_that_nothing_has_learned_from_are_worth_a_round(monkeypatch, further):
+    script = Script([kept(TARGET - 0.1)] * (ROUNDS + 1), further=further)
+    _, _, steps = run(monkeypatch, script, True)
+    assert script.asked.count("round") == max(1, further) and steps == 4 * max(1, further)
 
 
 @pytest.mark.parametrize("closer", [[True] * ROUNDS, [False], [True, False]])

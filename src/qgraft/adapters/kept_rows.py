@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-KEPT_TOKENS, HELD_TOKENS = 8192, 2048
+KEPT_TOKENS, HELD_TOKENS = 16384, 2048
 LONGEST = 512  # tokens of a row; longer ones are cut
 
 

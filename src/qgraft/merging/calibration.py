@@ -4,6 +4,7 @@ The rows of the task are those that are given, else those that the adapters keep
 sets that they name.
 
     the adapter's task   calibrating rows | judging rows | measuring rows (the run's held-out set where there is one)
+                         | further rows, for rounds of distilling
     unrelated text       calibrating rows | judging rows | measuring rows       neutral.jsonl: even lines | odd lines
 
 The unrelated text is there because the moments of the task alone leave directions free in which the merged model may
@@ -15,7 +16,7 @@ which a token costs ten and more gigaflops, are given a quarter of them.
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from itertools import islice
@@ -35,6 +36,7 @@ from qgraft.merging.task_rows import READING, Reader, as_asked, brought_rows, gi
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 1536, 1024  # to measure: of the task, of unrelated text
 FULL_WEIGHTS, FEWEST_SHARE = 4e8, 0.25  # up to so many weights all these tokens; larger models this share at least
+FURTHER, LEAST_PART = 3, 0.75  # parts of further rows, and how much of the tokens of the first there must be in one
 JUDGED = 12  # one row of so many judges
 FEW_ROWS = 200  # below it a merge says what to expect
 FEWEST_ROWS, FEWEST_TOKENS = 4, 128
@@ -46,6 +48,8 @@ class Calibration:
 
     Attributes:
         fit, judge: of the task and of unrelated text.
+        further: what a round of distilling after another learns from instead of `fit`, as long as there is some: as many
+            tokens of the task that nothing has seen, and the unrelated text again.
         measure: of the task.
         drift: of unrelated text.
         held_out: whether `measure` was given apart from the calibration rows.
@@ -58,6 +62,7 @@ class Calibration:
     drift: list[Sample]
     held_out: bool
     notes: tuple[str, ...] = ()
+    further: tuple[list[Sample], ...] = ()
 
     def tokens(self) -> int:
         """How many tokens calibrate and judge."""
@@ -119,10 +124,10 @@ def find_rows(
             "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
         )
     chosen, share = choose_samples(task, held, tokenizer, seed, *notes), _share(model)
-    fit, judge, measure, drift = (
-        _evenly(rows, share) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift)
+    fit, judge, measure, drift, *further = (
+        _evenly(rows, share) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift, *chosen.further)
     )
-    return replace(chosen, fit=fit, judge=judge, measure=measure, drift=drift)
+    return replace(chosen, fit=fit, judge=judge, measure=measure, drift=drift, further=tuple(further))
 
 
 def _share(model: PreTrainedModel) -> float:
@@ -166,7 +171,18 @@ def choose_samples(
     fit, judge = _judging(chosen)
     neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
     drift = _up_to(neutral[1::2], DRIFT_TOKENS)
-    return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes)
+    further = tuple(part + neutral_fit for part in _parts(rows[len(chosen) :], _tokens(fit)))
+    return Calibration(fit + neutral_fit, judge + neutral_judge, measured, drift, measure is not None, notes, further)
+
+
+def _parts(rows: list[Sample], tokens: int) -> Iterator[list[Sample]]:
+    """The rows in up to FURTHER parts of about so many tokens each; what is left over is no part."""
+    for _ in range(FURTHER):
+        part = _up_to(rows, tokens)
+        if _tokens(part) < LEAST_PART * tokens:
+            return
+        yield part
+        rows = rows[len(part) :]
 
 
 def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -87,9 +87,18 @@ class Distillation:
         self._rounds = 0
         self._nearest: float | None = None  # that the rows which judge came
 
+    @property
+    def unseen(self) -> bool:
+        """Whether there are rows for another round that nothing has learned from."""
+        return self._rounds < len(self._rows.further)
+
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps), or the same and 0 where the rows that judge say that it did harm."""
-        distilled, steps = self._distilled(packed, self._rows.fit, self._fit, progress)
+        samples, targets = self._rows.fit, self._fit
+        if self.unseen:
+            samples = self._rows.further[self._rounds]
+            targets, _ = states_of(self._model, samples)
+        distilled, steps = self._distilled(packed, samples, targets, progress)
         apart = self._apart(distilled)
         nearest = self._apart(packed) if self._nearest is None else self._nearest
         if not apart <= HARM * nearest:
