@@ -70,6 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="chatglm2,chatglm")
     parser.add_argument("--phases", default="load-safetensors,load-bin,train,train512,p_tuning,generate,merge,save")
+    parser.add_argument("--layers", type=int, help="so many blocks instead of all 28, to try a phase")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -79,10 +80,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         for model in options.models.split(","):
-            folder = (options.folder or Path(temporary)) / model
+            name = model if options.layers is None else f"{model}-{options.layers}"
+            folder = (options.folder or Path(temporary)) / name
             in_own_process("write", folder)
             for phase in options.phases.split(","):
-                record(model, phase, folder)
+                record(name, phase, folder)
 
 
 def record(model: str, phase: str, folder: Path) -> None:
@@ -107,6 +109,12 @@ def in_own_process(phase: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--only", phase, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Of a model, or with -N behind its name of its first N blocks."""
+    model, _, layers = name.partition("-")
+    return CONFIGS[model] | ({"num_layers": int(layers)} if layers else {})
 
 
 def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -144,7 +152,7 @@ def write_checkpoint(folder: Path) -> dict[str, float]:
     import torch
     from safetensors import safe_open
 
-    config = CONFIGS[folder.name]
+    config = config_of(folder.name)
     if (folder / "bin" / "pytorch_model.bin").is_file():
         return {}
     for kind in ("safetensors", "bin"):
