@@ -148,5 +148,6 @@ class _Errors:
         return torch.addmm(self._D[:, columns], self._E, self._problem.X[:, columns], beta=self._problem.noise)
 
     def move(self, columns: Columns, moved_OC: Tensor) -> None:
-        self._E.addmm_(moved_OC, self._problem.X[:, columns].T)
+        rows = moved_OC.any(dim=1).nonzero()[:, 0]  # late in a descent few of them still move
+        self._E[rows] = torch.addmm(self._E[rows], moved_OC[rows], self._problem.X[:, columns].T)
         self._D[:, columns] += moved_OC
