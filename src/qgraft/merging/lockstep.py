@@ -77,6 +77,7 @@ def merge_in_step(
         pass_.judges = _thinned(pass_.judges, JUDGING_TOKENS)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
+        release(*model.buffers())  # which trials of padding_free may have passed
         decoder_of(model)(**batch, use_cache=False, **bounds)
     if missed := [path for path in deltas if path not in pass_.packed]:
         raise UnsupportedError(
