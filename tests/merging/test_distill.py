@@ -253,6 +253,18 @@ def differs(old: Grid, new: Grid, name: str) -> bool:
     return one is not None and not torch.equal(one, other)
 
 
+def test_codes_that_stay_are_not_held_twice(trained, rows):
+    model, tokenizer = trained().load()
+    for _, layer in lora_layers(model):
+        layer.replace(quantize(layer.dequantize().half(), "chatglm-int4"))
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:4]
+    merged, (targets, _) = shaken_merge(model), states_of(model, samples)
+    distilled, _ = distill(model, merged, samples, targets, progress=silent)
+    for path, packed in distilled.items():
+        (codes, scale), (codes_before, scale_before) = packed.parts, merged[path].parts
+        assert codes is codes_before and not torch.equal(scale, scale_before), path
+
+
 def test_the_same_seed_gives_the_same_bytes(trained, rows):
     model, tokenizer = trained().load()
     samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:6]

@@ -180,7 +180,13 @@ def distill(
             schedule.step()
             optimizer.zero_grad()
             progress(step + 1, len(steps))
-    return {path: layer.merged() for path, layer in layers.items()}, len(steps)
+    return {path: _sharing(layer.merged(), merged[path]) for path, layer in layers.items()}, len(steps)
+
+
+def _sharing(packed: PackedTensor, before: PackedTensor) -> PackedTensor:
+    """The weight with the very parts of `before` that it left as they were: the codes of row-wise formats, for one."""
+    pairs = zip(packed.parts, before.parts, strict=True)
+    return replace(packed, parts=tuple(old if torch.equal(new, old) else new for new, old in pairs))
 
 
 def _shuffled(samples: Sequence[Sample], targets: Tensor, order: random.Random) -> tuple[list[Sample], Tensor]:
