@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import random
 import re
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def resident(tensor: Tensor) -> int:
 def of_file(tmp_path: Path) -> Tensor:
     """[SIZE] uint8, a private mapping of a file, none of it read."""
     path = tmp_path / "bytes"
-    path.write_bytes(torch.randint(256, (SIZE,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).numpy())
+    path.write_bytes(random.Random(0).randbytes(SIZE))
     return torch.from_file(str(path), shared=False, size=SIZE, dtype=torch.uint8)
 
 
