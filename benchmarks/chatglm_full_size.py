@@ -12,13 +12,15 @@ into a temporary folder, once as safetensors and once as pytorch_model.bin. Then
     p_tuning    P-Tuning v2 with a prefix of 128 tokens, one step of one sample of 192 tokens, gradient checkpointing
     generate    16 tokens after a prompt of 32, the adapter active
     merge       a LoRA on query_key_value of the last two layers into their INT4 weights, method auto, 288 tokens
-    merge_all   not unless asked for, half an hour or more: a LoRA on every linear layer of all blocks, as many tokens
+    merge_all   not unless asked for, half an hour or more: qgraft.merge of a LoRA on every linear layer of all blocks, with
+                as many tokens as it takes for a model of this size (1,408), layers kept in a folder, all measured but
+                not distilled; then saved. With --folder, one that was killed goes on.
     serve_1     not unless asked for: the server's engine answers one client, 16 tokens after 32, under a LoRA r=8
     serve_2     likewise two clients at once, each under a LoRA of its own; tokens/s are those of both together
     save        the model with these weights; it is loaded again and compared byte for byte
 
-Memory is what the process holds, mapped pages of the weights that it touched included; while saving, the pages of the
-source are mapped twice and counted twice. Random weights take the time and
+Memory is what the process holds, mapped pages of the weights that it touched included (peak_mb, resident_mb); without them
+it is anonymous_mb, the most that was seen 20 times a second, for which there must be room. Random weights take the time and
 the memory of trained ones; nothing is said about losses. Results go to benchmarks/results/chatglm_full_size.csv.
 """
 
@@ -33,6 +35,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -43,7 +46,7 @@ from typing import Any
 RESULTS = Path(__file__).with_name("results") / "chatglm_full_size.csv"
 FIELDS = (
     "model", "phase", "seconds", "peak_mb", "resident_mb", "file_mb", "tokens_per_second",
-    "date", "threads", "cpu", "qgraft", "torch", "transformers",
+    "date", "threads", "cpu", "qgraft", "torch", "transformers", "anonymous_mb",
 )  # fmt: skip
 STEPS, SAMPLE, LONG_SAMPLE, PREFIX_SAMPLE, PROMPT, ANSWER = 3, 256, 512, 192, 32, 16
 CONFIGS: dict[str, dict[str, Any]] = {  # as released
@@ -72,6 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="chatglm2,chatglm")
     parser.add_argument("--phases", default="load-safetensors,load-bin,train,train512,p_tuning,generate,merge,save")
+    parser.add_argument("--layers", type=int, help="so many blocks instead of all 28, to try a phase")
     parser.add_argument("--folder", type=Path, help="where the checkpoints go; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("PHASE", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,10 +85,11 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temporary:
         for model in options.models.split(","):
-            folder = (options.folder or Path(temporary)) / model
+            name = model if options.layers is None else f"{model}-{options.layers}"
+            folder = (options.folder or Path(temporary)) / name
             in_own_process("write", folder)
             for phase in options.phases.split(","):
-                record(model, phase, folder)
+                record(name, phase, folder)
 
 
 def record(model: str, phase: str, folder: Path) -> None:
@@ -109,6 +114,12 @@ def in_own_process(phase: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, __file__, "--only", phase, str(folder)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """Of a model, or with -N behind its name of its first N blocks."""
+    model, _, layers = name.partition("-")
+    return CONFIGS[model] | ({"num_layers": int(layers)} if layers else {})
 
 
 def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
@@ -146,7 +157,7 @@ def write_checkpoint(folder: Path) -> dict[str, float]:
     import torch
     from safetensors import safe_open
 
-    config = CONFIGS[folder.name]
+    config = config_of(folder.name)
     if (folder / "bin" / "pytorch_model.bin").is_file():
         return {}
     for kind in ("safetensors", "bin"):
@@ -200,13 +211,25 @@ def run_phase(phase: str, folder: Path) -> dict[str, float]:
     }.get(phase)
     import qgraft
 
+    anonymous = [0.0]
+    threading.Thread(target=watch, args=(anonymous,), daemon=True).start()
     load = qgraft.load  # the imports behind it happen here
     began = time.perf_counter()
     model, _ = load(file.parent, device="cpu")
     loaded = time.perf_counter() - began
     figures = {"seconds": loaded} if run is None else run(model, folder)
     resident = psutil.Process().memory_info().rss / 1e6
-    return {"peak_mb": peak_mb(), "resident_mb": resident, "file_mb": file.stat().st_size / 1e6} | figures
+    sizes = {"peak_mb": peak_mb(), "resident_mb": resident, "anonymous_mb": anonymous[0]}
+    return sizes | {"file_mb": file.stat().st_size / 1e6} | figures
+
+
+def watch(most: list[float]) -> None:
+    """Keep the most memory that is no file's in `most`."""
+    while True:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        held = next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
+        most[0] = max(most[0], held * 1024 / 1e6)
+        time.sleep(0.05)
 
 
 def peak_mb() -> float:
@@ -365,37 +388,66 @@ def served(model: Any, clients: int) -> dict[str, float]:
 
 def merge(model: Any, folder: Path) -> dict[str, float]:
     """A LoRA on the last two layers into their INT4 weights; what comes out is kept for the next phase."""
-    last = model.config.num_layers - 1
-    return merged(model, folder, rf".*layers\.({last - 1}|{last})\..*query_key_value")
-
-
-def merge_all(model: Any, folder: Path) -> dict[str, float]:
-    """The same of every linear layer."""
-    return merged(model, folder, "all-linear")
-
-
-def merged(model: Any, folder: Path, targets: str) -> dict[str, float]:
-    """A LoRA r=8 with weights at random, merged."""
-    import psutil
     import torch
 
-    import qgraft
-    from qgraft.adapters.targets import lora_layers
     from qgraft.merging.lockstep import merge_in_step
 
-    qgraft.attach_lora(model, r=8, target_modules=targets)
-    deltas = {}
-    for path, layer in lora_layers(model):
-        torch.nn.init.normal_(layer.loras["default"].lora_B, std=2e-3)
-        deltas[path] = layer.loras["default"].delta
+    last = model.config.num_layers - 1
+    deltas = random_lora(model, rf".*layers\.({last - 1}|{last})\..*query_key_value")
     fit, judge = [sample_of(model, 64, seed) for seed in range(4)], [sample_of(model, 32, 9)]
     began = time.perf_counter()
     with torch.no_grad():
         packed, _ = merge_in_step(model, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
-    seconds, spent = time.perf_counter() - began, psutil.Process().cpu_times()
-    print(f"{len(packed)} layers, {spent.user + spent.system:.0f} CPU seconds", file=sys.stderr)
+    seconds = time.perf_counter() - began
     torch.save({path: each.parts for path, each in packed.items()}, folder / "merged.pt")
     return {"seconds": seconds}
+
+
+def merge_all(model: Any, folder: Path) -> dict[str, float]:
+    """What `qgraft merge` does, of every linear layer."""
+    from unittest.mock import patch
+
+    from rich.console import Console
+
+    import qgraft
+    from qgraft.merging.calibration import Calibration
+
+    random_lora(model, "all-linear")
+    samples = [sample_of(model, 64, seed) for seed in range(32)]
+    rows = Calibration(samples[:20], samples[20:22], samples[22:28], samples[28:], held_out=True)
+    console, work = Console(stderr=True), folder / "merging"
+    began = time.perf_counter()
+    find, wanting = "qgraft.merging.merge.find_rows", "qgraft.merging.finish.wanting"  # there is no vocabulary
+    with patch(find, lambda *_: rows), patch(wanting, lambda _: False):
+        report = qgraft.merge(model, min_retained=-1e9, work_dir=work, progress=console)
+    report.print(console)
+    print(spent(), file=sys.stderr)
+    print(qgraft.save(model, folder / "merged", overwrite=True), spent(), file=sys.stderr)
+    return {"seconds": time.perf_counter() - began}
+
+
+def random_lora(model: Any, targets: str) -> dict[str, Any]:
+    """A LoRA r=8 with weights at random; module path -> its delta."""
+    import torch
+
+    import qgraft
+    from qgraft.adapters.targets import lora_layers
+
+    qgraft.attach_lora(model, r=8, target_modules=targets)
+    torch.manual_seed(0)  # one that was killed goes on with the same adapter
+    parts = {path: layer.loras["default"] for path, layer in lora_layers(model)}
+    for part in parts.values():
+        torch.nn.init.kaiming_uniform_(part.lora_A, a=5**0.5)
+        torch.nn.init.normal_(part.lora_B, std=2e-3)
+    return {path: part.delta for path, part in parts.items()}
+
+
+def spent() -> str:
+    """CPU time and peak memory so far."""
+    import psutil
+
+    cpu = psutil.Process().cpu_times()
+    return f"{cpu.user + cpu.system:.0f} CPU seconds, peak {peak_mb():.0f} MB"
 
 
 def save(model: Any, folder: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {
         "errors",
         "storage",
+        "mapped",
         "plots",
         "releases",
         "sizes",

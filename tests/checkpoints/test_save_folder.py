@@ -168,6 +168,22 @@ def test_floats_as_they_were(tmp_path: Path, stored: str, shard: str) -> None:
     assert load(tmp_path / "copy").qgraft.info.fingerprint == current_fingerprint(model)
 
 
+def test_what_was_written_is_given_back(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both mappings of the source: the model's, and the one that it is compared with."""
+    given_back: list[int] = []
+    real = folder_write.release
+    monkeypatch.setattr(
+        folder_write,
+        "release",
+        lambda *tensors: (given_back.extend(each.data_ptr() for each in tensors), real(*tensors)),
+    )
+    model = load(source)
+    save(model, tmp_path / "saved")
+    held = {layer.packed.parts[0].data_ptr() for layer in linears(model).values()}
+    assert {*given_back} >= held and len({*given_back}) >= 2 * len(held)
+    load(tmp_path / "saved")
+
+
 def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One large file becomes several, never more than a few tensors at a time."""
     tiny_llama().save_pretrained(tmp_path / "source")

@@ -7,6 +7,7 @@ only the minimums of the weight change, and the layer computes what its merged w
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -103,7 +104,7 @@ def test_gradients_are_those_of_the_formula(kind, batch):
     rows, width = grid.codes.shape
     x = torch.randn(*batch, width, generator=generator, dtype=torch.float64)
     g = torch.randn(*batch, rows, generator=generator, dtype=torch.float64)
-    layer = _FreeScales(grid, kind, None)
+    layer = _FreeScales(lambda: grid, kind, None)
 
     x_64 = x.clone().requires_grad_()
     d_64 = torch.zeros(grid.d.shape, dtype=torch.float64, requires_grad=True)
@@ -111,7 +112,7 @@ def test_gradients_are_those_of_the_formula(kind, batch):
     (y_64 * g).sum().backward()
 
     x_free = x.clone().requires_grad_()
-    y = _ScaleFunction.apply(x_free, layer.d, layer.grid(), layer.unit)
+    y = _ScaleFunction.apply(x_free, layer.d, layer.grid, layer.unit)
     (y * g).sum().backward()
     close(y, y_64)
     close(x_free.grad, x_64.grad)
@@ -119,7 +120,7 @@ def test_gradients_are_those_of_the_formula(kind, batch):
 
 
 def test_the_inputs_gradient_is_skipped_where_nobody_asks():
-    layer = _FreeScales(a_grid("q4_0"), "q4_0", None)
+    layer = _FreeScales(partial(a_grid, "q4_0"), "q4_0", None)
     x = torch.randn(4, 96)
     layer(x).sum().backward()
     assert x.grad is None and layer.d.grad.abs().sum() > 0
@@ -131,7 +132,7 @@ def test_scales_are_the_start_plus_offsets_as_they_are_stored(format_, biased):
     packed, generator = a_weight(format_), torch.Generator().manual_seed(3)
     grid, (out, width) = unpack(packed), packed.shape
     bias = torch.randn(out, generator=generator) if biased else None
-    layer = _FreeScales(grid, format_, bias)
+    layer = _FreeScales(lambda: grid, format_, bias)
     assert torch.equal(layer.grid().weight(), grid.weight())
     nn.init.normal_(layer.d, std=0.01, generator=generator)
     moved = layer.grid()
@@ -147,7 +148,7 @@ def test_scales_are_the_start_plus_offsets_as_they_are_stored(format_, biased):
 def test_a_step_of_one_moves_a_row_as_far_in_every_format(format_):
     """Offsets of 1 and -1 in the groups of a row change the length of (d_1 .. d_G) by about a mean scale."""
     grid = a_grid(format_)
-    layer = _FreeScales(grid, format_, None)
+    layer = _FreeScales(lambda: grid, format_, None)
     assert layer.rate == SCALE_RATE and layer.unit.shape == (len(grid.d), 1)
     torch.testing.assert_close(
         (layer.unit * torch.ones_like(grid.d)).norm(dim=1), grid.d.abs().mean(dim=1), rtol=1e-5, atol=0
@@ -250,6 +251,18 @@ def differs(old: Grid, new: Grid, name: str) -> bool:
     one, other = getattr(old, name), getattr(new, name)
     assert (one is None) == (other is None)
     return one is not None and not torch.equal(one, other)
+
+
+def test_codes_that_stay_are_not_held_twice(trained, rows):
+    model, tokenizer = trained().load()
+    for _, layer in lora_layers(model):
+        layer.replace(quantize(layer.dequantize().half(), "chatglm-int4"))
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:4]
+    merged, (targets, _) = shaken_merge(model), states_of(model, samples)
+    distilled, _ = distill(model, merged, samples, targets, progress=silent)
+    for path, packed in distilled.items():
+        (codes, scale), (codes_before, scale_before) = packed.parts, merged[path].parts
+        assert codes is codes_before and not torch.equal(scale, scale_before), path
 
 
 def test_the_same_seed_gives_the_same_bytes(trained, rows):

@@ -112,11 +112,17 @@ def test_the_curvature_is_that_of_the_columns(case, form, columns):
     close(problem.H[chosen][:, chosen], expected)
 
 
-def test_energies_are_the_second_difference_of_the_error(case, form):
-    problem, w = getattr(case, form), case.grid.weight()
-    directions = 0.05 * torch.randn(w.shape, generator=torch.Generator().manual_seed(2))
-    beyond, before = (case.error(w.double() + sign * directions.double()) for sign in (1, -1))
-    close(problem.energies(directions), (beyond + before) / 2 - case.error(w))
+def test_slope_and_curvature_along_a_direction_are_differences_of_the_error(case, form):
+    """Of a parabola the central differences are exact, whatever the step."""
+    problem, generator = getattr(case, form), torch.Generator().manual_seed(2)
+    directions = 0.05 * torch.randn(case.target.shape, generator=generator)
+    scale = 0.5 + torch.rand(OUT, 1, generator=generator)
+    w = scale * directions
+    at, beyond, before = (case.error((scale.double() + each) * directions.double()) for each in (0, 1, -1))
+    slope, curvature = problem.along(w, scale, directions)
+    close(slope, (beyond - before) / 4)
+    close(curvature, (beyond + before) / 2 - at)
+    assert torch.equal(w, scale * directions)
 
 
 def test_a_residual_is_the_gradient_of_the_weight_that_moves(case, form):
@@ -140,8 +146,10 @@ def test_without_noise_unseen_directions_cost_nothing():
     bare = replace(case.tokens, noise=0.0)
     seen = torch.linalg.svd(case.X.double(), full_matrices=True).Vh
     unseen = seen[TOKENS:][:OUT].float()
-    assert float(bare.energies(unseen).max()) < 1e-6 * float(bare.energies(seen[:OUT].float()).min())
-    energies = case.tokens.energies(unseen)
+    one = torch.ones(OUT, 1)
+    energies, reached = (bare.along(each, one, each)[1] for each in (unseen, seen[:OUT].float()))
+    assert float(energies.max()) < 1e-6 * float(reached.min())
+    _, energies = case.tokens.along(unseen, one, unseen)
     torch.testing.assert_close(energies, torch.full_like(energies, case.noise), rtol=1e-3, atol=0)
 
 

@@ -25,10 +25,11 @@ from torch import nn
 import qgraft
 from qgraft import progress
 from qgraft.adapters.base import find_adapter
+from qgraft.adapters.targets import lora_layers
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import MergeError, OptionError, StorageError
 from qgraft.formats import PackedTensor, quantize
-from qgraft.merging import calibration, lockstep
+from qgraft.merging import calibration, lockstep, measure, store
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.layer import LayerReport
 from qgraft.merging.merge import merge
@@ -120,6 +121,30 @@ def test_what_is_kept_is_found_bit_for_bit(tmp_path):
         assert raw(packed) == raw(merged[path])
         assert report == replace(REPORT, path=path, format=packed.format)
     assert said(work) == "all 5 layers are solved already\n"
+
+
+def file_of(tensor: torch.Tensor) -> str:
+    """The file whose mapping the tensor lies in; empty for other memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(each, 16) for each in line.split(" ", 1)[0].split("-"))
+        if start <= tensor.data_ptr() < end:
+            return line.split(maxsplit=5)[5].removesuffix(" (deleted)") if len(line.split()) > 5 else ""
+    raise AssertionError("the tensor is nowhere")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="asks Linux where a tensor lies")
+def test_what_is_kept_lies_in_its_file_from_then_on(tmp_path):
+    (tmp_path / "work").mkdir()
+    work, layers = begun(tmp_path / "work"), packed_layers()
+    kept = {path: work.keep(path, each, replace(REPORT, path=path)) for path, each in layers.items()}
+    found = {path: packed for path, (packed, _) in begun(tmp_path / "work").found.items()}
+    work.close(done=True)  # a file that is mapped lives on without its name
+    assert not list((tmp_path / "work").glob("*.safetensors"))
+    for number, (path, packed) in enumerate(layers.items(), 1):
+        for each in (kept[path], found[path]):
+            assert raw(each) == raw(packed)
+            file = tmp_path / "work" / f"{number:05d}.safetensors"
+            assert {file_of(part) for part in each.parts} == {str(file)}, path
 
 
 def flip(path: Path, at: int) -> None:
@@ -334,6 +359,25 @@ def test_an_interrupted_merge_goes_on_to_the_same_bytes(trained, rows, tmp_path,
     assert report.notes[-1] == "4 of 14 layers were solved by an earlier call, which is not in the seconds"
     assert [each.path for each in report.layers] == [first[0], first[1], *first[2:], *second[1:]]
     assert not list(tmp_path.iterdir())
+
+
+def test_layers_that_the_pass_is_through_with_are_given_back(trained, rows, tmp_path, monkeypatch):
+    """Also those that are found, and before all of the base, which was hashed and measured."""
+    model, tokenizer = trained().load()
+    given_back: list[int] = []
+    for module in (lockstep, measure, store):
+        monkeypatch.setattr(module, "release", lambda *tensors: given_back.extend(each.data_ptr() for each in tensors))
+    base = {path: each.packed.parts[0].data_ptr() for path, each in lora_layers(model)}
+    with counted(monkeypatch, 5), pytest.raises(Stop):
+        merge(model, tokenizer, calibration=rows, work_dir=tmp_path / "work", **QUICK)
+    assert {*given_back} >= {*base.values()}
+    with counted(monkeypatch) as solved:
+        merge(model, tokenizer, calibration=rows, work_dir=tmp_path / "work", **QUICK)
+    assert len(solved) == LAYERS - 5
+    for path, address in base.items():
+        merged = model.get_submodule(path).packed.parts[0].data_ptr()
+        assert given_back.count(address) >= 4, path  # hashed, and passed by the base, the adapter's model, in step
+        assert given_back.count(merged) >= 2, path  # in step, and by the merged model
 
 
 def test_too_little_kept_can_be_taken_without_solving_again(trained, rows, tmp_path, monkeypatch):

@@ -43,6 +43,7 @@ from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.checkpoints.pickles import WORDS
 from qgraft.checkpoints.shards import BIN_INDEX, INDEX, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
+from qgraft.mapped import release
 
 SHARD_BYTES = 4_000_000_000
 CONTAINER = Container(
@@ -120,9 +121,15 @@ def write_safetensors(path: Path, tensors: Tensors, metadata: Mapping[str, str])
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     nbytes = 8 + len(text) + end
-    raw = (_bytes(tensors[name][1]).numpy().data for name in ordered)
-    storage.write_chunks(path, chain([struct.pack("<Q", len(text)), text], raw), nbytes)
+    raw = (_raw(tensors[name][1]) for name in ordered)
+    storage.write_chunks(path, chain([struct.pack("<Q", len(text)), text], chain.from_iterable(raw)), nbytes)
     return nbytes
+
+
+def _raw(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor; what it has in memory of a file is given back behind them."""
+    yield _bytes(tensor).numpy().data
+    release(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +163,11 @@ class _Place:
             return False
         for name, (_, new) in tensors.items():
             old = self.shard.tensor(name) if name in self.shard.names else None
-            if old is None or (old.shape, old.dtype) != (new.shape, new.dtype) or not _bytes(old).equal(_bytes(new)):
+            if old is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+                return True
+            same = _bytes(old).equal(_bytes(new))
+            release(old, new)
+            if not same:
                 return True
         return False
 

@@ -23,6 +23,7 @@ from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, checked, convert, get_format, join_rows, take_rows
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.mapped import release
 
 PANEL_WEIGHTS = 1 << 22  # written at a time: 16 MiB while they are float32
 
@@ -99,6 +100,7 @@ class Matrix:
         for index in self._order().split(max(1, PANEL_WEIGHTS // width if by_rows else rows)):
             panel = _to_cpu(take_rows(self.packed, index.to(self.packed.device)))
             yield self._convert(panel)
+        release(*self.packed.parts)
 
     def whole(self) -> PackedTensor:
         """All panels as one; not copied where nothing has to change."""

@@ -72,9 +72,9 @@ def fit_reals(grid: Grid, problem: AnyProblem) -> Grid:
     """The scales and minimums that minimize E with the codes as they are, rounded as they are stored."""
     numbers = grid.d.shape[1] * (1 if grid.m is None else 2)
     rows = max(1, NORMAL_BYTES // (4 * numbers * numbers))
-    gradient = problem.gradient(grid.weight())
     if numbers == 1:
-        return replace(grid, d=_fit_scales(grid, problem, gradient)).rounded()
+        return replace(grid, d=_fit_scales(grid, problem)).rounded()
+    gradient = problem.gradient(grid.weight())
     parts = [
         _fit_rows(grid.rows(start, start + rows), problem.H, gradient[start : start + rows])
         for start in range(0, len(grid.codes), rows)
@@ -96,12 +96,12 @@ def _fit_rows(grid: Grid, H: Tensor, gradient: Tensor) -> Grid:
     return replace(grid, d=theta[:, :groups], m=None if grid.m is None else theta[:, groups:])
 
 
-def _fit_scales(grid: Grid, problem: AnyProblem, gradient: Tensor) -> Tensor:
+def _fit_scales(grid: Grid, problem: AnyProblem) -> Tensor:
     """The one scale of each row, [out, 1]: what _fit_rows gives, without H where the problem is kept by its tokens."""
     (basis,) = _bases(grid)
-    curvature = problem.energies(basis)
+    slope, curvature = problem.along(grid.weight(), grid.d, basis)
     curvature += (RIDGE + 1e-6) * curvature + 1e-30
-    return grid.d - ((gradient * basis).sum(1) / curvature)[:, None]
+    return grid.d - (slope / curvature)[:, None]
 
 
 def _bases(grid: Grid) -> list[Tensor]:

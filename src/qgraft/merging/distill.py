@@ -164,7 +164,7 @@ def distill(
     def free(path: str, layer: LoraLinear) -> nn.Module:
         packed, bias = merged[path], layer.base.bias
         if minimums_of(packed.format) is None:
-            layers[path] = _FreeScales(unpack(packed), packed.format, bias)
+            layers[path] = _FreeScales(partial(unpack, packed), packed.format, bias)
         else:
             layers[path] = _FreeMinimums(packed, bias)
         return layers[path]
@@ -189,7 +189,13 @@ def distill(
             schedule.step()
             optimizer.zero_grad()
             progress(step + 1, len(steps))
-    return {path: layer.merged() for path, layer in layers.items()}, len(steps)
+    return {path: _sharing(layer.merged(), merged[path]) for path, layer in layers.items()}, len(steps)
+
+
+def _sharing(packed: PackedTensor, before: PackedTensor) -> PackedTensor:
+    """The weight with the very parts of `before` that it left as they were: the codes of row-wise formats, for one."""
+    pairs = zip(packed.parts, before.parts, strict=True)
+    return replace(packed, parts=tuple(old if torch.equal(new, old) else new for new, old in pairs))
 
 
 def _shuffled(samples: Sequence[Sample], targets: Tensor, order: random.Random) -> tuple[list[Sample], Tensor]:
@@ -281,11 +287,14 @@ class _FreeScales(nn.Module):
     """A merged layer whose scales train, as offsets in units of the row's mean scale over the root of its groups.
 
     Adam moves every number by about the learning rate; so divided, a step moves a row's output as far in any format.
+
+    Args:
+        start: unpacks the weight, whenever it is needed: the codes of all layers take twice the memory of a 4-bit model.
     """
 
-    def __init__(self, grid: Grid, format: str, bias: Tensor | None) -> None:
+    def __init__(self, start: Callable[[], Grid], format: str, bias: Tensor | None) -> None:
         super().__init__()
-        self.start, self.format, self.bias = grid, format, bias
+        self.start, self.format, self.bias, grid = start, format, bias, start()
         sizes = grid.d if grid.sub_scales is not None else grid.steps()
         self.unit = sizes.abs().mean(dim=1, keepdim=True) * grid.d.shape[1] ** -0.5  # [out, 1]
         self.d = nn.Parameter(torch.zeros_like(grid.d))
@@ -293,7 +302,8 @@ class _FreeScales(nn.Module):
 
     def grid(self) -> Grid:
         """The grid with the trained scales as they are stored."""
-        return replace(self.start, d=self.start.d + self.d.detach() * self.unit).rounded()
+        start = self.start()
+        return replace(start, d=start.d + self.d.detach() * self.unit).rounded()
 
     def merged(self) -> PackedTensor:
         """The weight with the scales as they are stored."""
@@ -301,7 +311,7 @@ class _FreeScales(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        y = _ScaleFunction.apply(x, self.d, self.grid(), self.unit)
+        y = _ScaleFunction.apply(x, self.d, self.grid, self.unit)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
 
@@ -309,16 +319,16 @@ class _ScaleFunction(torch.autograd.Function):
     """y = x W^T with gradients for x and for the scales of W."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, d: Tensor, grid: Grid, unit: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, d: Tensor, grid: Callable[[], Grid], unit: Tensor) -> Tensor:
         """x [..., in] -> [..., out] in the dtype of x."""
         ctx.grid, ctx.unit = grid, unit
         ctx.save_for_backward(x)
-        return x @ grid.weight(x.dtype).T
+        return x @ grid().weight(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [..., out] -> gradients of x and d."""
-        (x,), grid = ctx.saved_tensors, ctx.grid
+        (x,), grid = ctx.saved_tensors, ctx.grid()
         g_NO, x_NI = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         values_OI, G_OI = grid.values(), (g_NO.T @ x_NI).float()
         if grid.sub_scales is not None:

@@ -32,6 +32,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
+from qgraft.mapped import release
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
 from qgraft.merging.store import WorkDir
 from qgraft.model_parts import decoder_of
@@ -76,6 +77,7 @@ def merge_in_step(
         pass_.judges = _thinned(pass_.judges, JUDGING_TOKENS)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
+        release(*model.buffers())  # which trials of padding_free may have passed
         decoder_of(model)(**batch, use_cache=False, **bounds)
     if missed := [path for path in deltas if path not in pass_.packed]:
         raise UnsupportedError(
@@ -126,6 +128,7 @@ class _SplitLayer(nn.Module):
         y_a, y_m = self.layer(x_a), linear(x_m, merged)
         if (bias := self.layer.base.bias) is not None:
             y_m = y_m + bias.to(y_m.dtype)
+        release(*self.layer.packed.parts, *merged.parts)  # the pass comes here once
         return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
 
     def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> PackedTensor:
@@ -143,7 +146,7 @@ class _SplitLayer(nn.Module):
         delta = self.delta if is_large(packed) else self.delta()
         merged, report = merge_layer(self.path, packed, delta, inputs, self.pass_.method)
         if self.pass_.work is not None:
-            self.pass_.work.keep(self.path, merged, report)
+            merged = self.pass_.work.keep(self.path, merged, report)
         return merged, report
 
 

@@ -17,6 +17,7 @@ from qgraft.adapters.lora import LoraLinear
 from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import PackedTensor
+from qgraft.mapped import release
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.report import Kept
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
@@ -87,6 +88,7 @@ def states_of(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Tensor
     with padding_free(model, samples) as problem:
         parts = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
         pairs = [label_states(model, {key: value.to(model.device) for key, value in part.items()}) for part in parts]
+    release(*model.buffers())  # of other weights, or none, is what comes next
     states, labels = zip(*pairs, strict=True)
     return torch.cat(states), torch.cat(labels)
 

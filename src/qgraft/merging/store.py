@@ -10,6 +10,9 @@ there, and computes only the passes through these layers; the bytes are those of
 decides them is in merging.json: every number of base and adapters that is read, the calibration rows, what computes and with
 how many threads. One that differs in any of it begins anew. A file that is damaged is solved again.
 
+On a CPU a merge goes on with the mapped file in place of what it has written, so the solved layers of a large model take no
+memory that the system could not have back. The files lose their names in the end and live on as long as they are mapped.
+
 Not chosen: the fingerprint for the base, which samples its bytes (checkpoints/fingerprint.py) and needs the file: all are
 hashed here, seconds for the gigabytes of a merge that takes minutes. Nor are the rounds of distilling kept that may follow
 the last layer: each gives all layers anew, as large as the model, so a kill there costs these rounds.
@@ -21,7 +24,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,7 @@ from qgraft.json_files import OWN, covered_text, is_covered, parse_json, read_ob
 from qgraft.kernels import KERNELS_VARIABLE, native_status
 from qgraft.linear import QuantizedLinear
 from qgraft.locks import folder_locked
+from qgraft.mapped import release
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.layer import LayerReport
 from qgraft.progress import LOGGER
@@ -91,12 +95,17 @@ class WorkDir:
         left = sum(packed.nbytes for path, packed in layers.items() if path not in self.found)
         storage.require_room(self.folder / ABOUT, left)
 
-    def keep(self, path: str, packed: PackedTensor, report: LayerReport) -> None:
-        """Write a layer that was just solved. Raises StorageError."""
+    def keep(self, path: str, packed: PackedTensor, report: LayerReport) -> PackedTensor:
+        """Write a layer that was just solved, and return it as it lies there, mapped. Raises StorageError."""
         text = json.dumps(asdict(report))
         metadata = {"report": text, OWN: self._sha256(path, packed, text)}
         write_safetensors(self._file(path), {name: (WORDS[t.dtype], t) for name, t in _named(packed)}, metadata)
         self._kept += 1
+        if packed.device.type != "cpu":
+            return packed
+        with ExitStack() as stack:
+            shard = open_shard(self._file(path), stack)
+            return replace(packed, parts=tuple(shard.tensor(name) for name, _ in _named(packed)))
 
     @property
     def note(self) -> str | None:
@@ -161,7 +170,7 @@ class WorkDir:
                 shard = open_shard(file, stack)
                 if {*shard.names} != expected.keys():
                     return None
-                parts = {name: shard.tensor(name).clone() for name in expected}  # the file will be taken away
+                parts = {name: shard.tensor(name) for name in expected}
             except CheckpointError:
                 return None
         if any(parts[name].shape != t.shape or parts[name].dtype != t.dtype for name, t in expected.items()):
@@ -169,6 +178,7 @@ class WorkDir:
         packed, text = PackedTensor(like.format, like.shape, tuple(parts.values())), shard.metadata.get("report", "")
         if shard.metadata.get(OWN) != self._sha256(path, packed, text):
             return None
+        release(*packed.parts)
         said = parse_json(text, finite=False)
         report = LayerReport(
             **{each.name: said[each.name] for each in fields(LayerReport)} | {"steps": (*said["steps"],)}
@@ -294,6 +304,7 @@ def _cpu_name() -> str:
 def _described(name: str, tensor: Tensor) -> Iterator[bytes | memoryview]:
     yield json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
     yield _raw(tensor)
+    release(tensor)
 
 
 def _digest(pieces: Iterable[bytes | memoryview]) -> str:
