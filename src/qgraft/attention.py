@@ -166,8 +166,8 @@ def attend_samples(
         context_lens: [samples] int64, how many tokens at the start of each sample all of its tokens see (a prefix
             language model such as ChatGLM-6B reads its context in both directions); the others are causal.
         prefix: in front of each sample.
-        shared_prompts: texts that begin with tokens which stand in the row once; `cu_seq_lens_q` then says where tokens follow
-            each other without a gap, as the model's mask has it.
+        shared_prompts: texts that begin with tokens which stand in the row once; `cu_seq_lens_q` then says where tokens
+            follow each other without a gap, as the model's mask has it.
 
     Raises ValueError for what this implementation does not compute: other masks, no boundaries, capped scores.
     """

@@ -4,10 +4,10 @@
     positions  0 1 2  3 4    3 4 5
     spread     p p p  c c  | p p p  r r r   what attention sees: two texts, each a sample
 
-All that goes token by token, which is nearly everything, computes the prompt once. Attention alone has whole texts before it:
-queries, keys and values are copied into them, and of what comes out the prompt's copy is left behind. Any kernel for attention
-sample by sample serves, and the causal prompt has the same states in both texts. Gradients of a token are summed over its
-copies, at most two, by gathering: the same bits every time, on a GPU too, where scattered sums come in any order.
+All that goes token by token, which is nearly everything, computes the prompt once. Attention alone has whole texts before
+it: queries, keys and values are copied into them, and of what comes out the prompt's copy is left behind. So any kernel for
+attention sample by sample serves. Gradients of a token are summed over its copies, at most two, by gathering: the same bits
+every time, on a GPU too, where scattered sums come in any order.
 
     texts                      prompt 40, answers 60 tokens    100, 50     200, 40
     tokens of a pair alone                  200                  300         480
@@ -51,12 +51,14 @@ class SharedPrompts:
             else:
                 second[place], owners[number] = number, tokens
         bounds = torch.tensor([0, *map(len, texts)]).cumsum(0)
-        return cls(*(torch.tensor(each) for each in (places, first, second, owners)), bounds)
+        return cls(torch.tensor(places), torch.tensor(first), torch.tensor(second), torch.tensor(owners), bounds)
 
     def to(self, device: torch.device) -> "SharedPrompts":
         """The same on a device, but for the bounds."""
-        moved = (each.to(device, non_blocking=True) for each in (self.places, self.first, self.second, self.owners))
-        return SharedPrompts(*moved, self.bounds)
+        parts = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("places", "first", "second", "owners")
+        }
+        return SharedPrompts(**parts, bounds=self.bounds)
 
     def spread(self, row: Tensor) -> Tensor:
         """[1, H, T, D] -> [1, H, E, D]."""

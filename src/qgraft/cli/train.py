@@ -247,8 +247,8 @@ def _evaluate(
 ) -> None:
     """Print the held-out loss (a run that trained has measured it), and scores if asked; both into eval_results.json."""
     from qgraft import storage
+    from qgraft.training.held_out import evaluate_held_out
     from qgraft.training.predict import EVALUATED, answer_rows
-    from qgraft.training.run import evaluate_held_out
 
     loss = report.metrics["eval_loss"] if report else evaluate_held_out(model, tokenizer, arguments)[0].loss
     results: dict[str, Any] = {"eval_loss": loss}

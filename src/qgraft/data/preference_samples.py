@@ -1,11 +1,12 @@
 """From rows that say which answers are preferred to token ids: a Preference for each.
 
-Each text is made as a sample of supervised fine-tuning is (tokenizing.py), of the same template, and its labels are the tokens
-whose log-probabilities are added up. A text that the template would cut into several samples has no such sum; its row is dropped.
+Each text is made as a sample of supervised fine-tuning is (tokenizing.py), by the same template, and its labels are the
+tokens whose log-probabilities are added up. A text that the template would cut into several samples has no such sum, so its
+row is dropped.
 
-KTO also asks how likely the model has become to give answers to questions that they do not belong to. These are answers of
-other rows: the one before, behind the prompt of each. The pairing is fixed, so what the reference says of it is computed once;
-drawing it anew in each batch, as TRL does with rows in their order, would ask the reference in each step.
+KTO also asks how likely the model has become to give answers to questions that they do not belong to: here the answer of the
+row before, behind the prompt of each. TRL pairs within consecutive rows of a batch and so trains them in their order; pairing
+all rows once needs no order, and what the reference says of them is computed once too.
 """
 
 from collections import Counter
@@ -132,6 +133,11 @@ def _cut(text: Sample, max_length: int) -> Sample:
 
 def mismatched(preferences: Sequence[Preference], max_length: int) -> list[Preference]:
     """Single answers, each with its prompt in front of the answer of the row before, as far as max_length goes."""
+    if len(preferences) == 1:
+        raise DataError(
+            f"{preferences[0].source} is the only row; kto also puts the answer of one row behind the prompt of another",
+            hint="give more rows, or loss_type apo_zero_unpaired, which needs no others",
+        )
     found = []
     for number, each in enumerate(preferences):
         (own,), (other,) = each.texts, preferences[number - 1].texts

@@ -11,8 +11,8 @@ Pairs, for stage dpo, ipo, orpo and simpo; `prompt` may have the other names of 
 Single answers, for stage kto: any row of rows.py that holds an answer, and `label` or `kto_tag`, true or false beside it;
 `prompt` and `completion` may be lists of messages too.
 
-What two conversations begin with alike is their prompt: its answers are read, not learned. What is behind it is judged: all of
-its answers, and of what else stands there nothing.
+What two conversations begin with alike is their prompt: its answers are read, not learned. Behind it all answers are judged,
+and nothing of what else stands there.
 """
 
 import re

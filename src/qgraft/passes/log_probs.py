@@ -7,6 +7,7 @@ the longest pair comes to the same numbers.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,8 +29,8 @@ class Texts:
 
     Attributes:
         input_ids, position_ids: [1, T].
-        places, targets: [N], the token that predicts each label, and the label; those of a text together, and behind them those
-            of prompts, where these are asked for.
+        places, targets: [N], the token that predicts each label, and the label; those of a text together, and behind
+            them those of prompts, where these are asked for.
         counts: labels of each text.
         shared: where texts begin with the same tokens of the row.
     """
@@ -65,17 +66,20 @@ def lay_out(groups: Sequence[Sequence[Sample]], shared: Sequence[int], *, prompt
             texts.append(placed)
             counts.append(len(learned))
             if prompts and not number:
-                asked += [(placed[at - 1], text.input_ids[at]) for at in range(1, len(placed)) if at not in set(learned)]
+                asked += [
+                    (placed[at - 1], text.input_ids[at]) for at in range(1, len(placed)) if at not in set(learned)
+                ]
     places, targets = [*places, *(place for place, _ in asked)], [*targets, *(target for _, target in asked)]
-    tensors = (torch.tensor(each, dtype=torch.int64) for each in (places, targets))
-    row = (torch.tensor([each], dtype=torch.int64) for each in (ids, positions))
-    return Texts(*row, *tensors, tuple(counts), SharedPrompts.of(texts, len(ids)) if any(shared) else None)
+    once = SharedPrompts.of(texts, len(ids)) if any(shared) else None
+    return Texts(
+        torch.tensor([ids]), torch.tensor([positions]), torch.tensor(places), torch.tensor(targets), tuple(counts), once
+    )
 
 
 def log_probs(model: PreTrainedModel, texts: Texts) -> Tensor:
     """The log-probability of each label, [N] float32, with a gradient where there is one."""
     places_N, targets_N = (part.to(model.device, non_blocking=True) for part in (texts.places, texts.targets))
-    arguments: dict[str, object] = dict(attention_arguments(model, texts.position_ids))
+    arguments: dict[str, Any] = dict(attention_arguments(model, texts.position_ids))
     if texts.shared is not None:
         positions = texts.position_ids[0]
         gaps = (positions[1:] != positions[:-1] + 1).nonzero()[:, 0] + 1

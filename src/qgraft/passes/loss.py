@@ -133,8 +133,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 class _EachCrossEntropy(torch.autograd.Function):
     """The loss of each label by itself, for whatever is then made of them.
 
-    A label's loss depends on its own state alone: one backward pass of their sum gives the gradients of all, a row each, and what
-    comes from above multiplies the rows. A head that trains has no such rows; its gradients are computed when that is known.
+    A label's loss depends on its own state alone: one backward pass of their sum gives the gradients of all, a row each, and
+    what comes from above multiplies the rows. A head that trains has no such rows: its gradients are computed when that is
+    known.
     """
 
     @staticmethod

@@ -15,12 +15,13 @@
     apo_zero    1 - s(b c) + s(b r)                                             arXiv:2408.06266
     apo_down    s(b c) + 1 - s(b (c - r))
     simpo       sigmoid of c' - r' - g / b, without a reference                 arXiv:2405.14734
-    orpo        -b ls(log odds of c' - log odds of r'), without one; beside it the mean loss of the chosen tokens  arXiv:2403.07691
-    kto         w (1 - s(b (c - z))), or u (1 - s(b (z - r))) of an answer that is not wanted; z: see below   arXiv:2402.01306
+    orpo        -b ls(log odds of c' - log odds of r'), without one, and the mean loss of the chosen tokens   arXiv:2403.07691
+    kto         w (1 - s(b (c - z))), or u (1 - s(b (z - r))) of an answer that is not wanted                 arXiv:2402.01306
     apo_zero_unpaired   w (1 - s(b c)), or u s(b r)
 
-Not here are TRL's losses that hang on which rows share a batch (aot, aot_unpaired), on a mean over the past (bco of KTO's kind),
-and mixtures of several; `rpo_alpha` adds the mean loss of the chosen tokens to a loss of pairs.
+w and u are desirable_weight and undesirable_weight, z is labelled_losses' divergence. `rpo_alpha` adds the mean loss of the
+chosen tokens to a loss of pairs. Not here are TRL's losses that hang on which rows share a batch (aot, aot_unpaired), and
+sums of several.
 """
 
 from collections.abc import Callable
@@ -132,7 +133,9 @@ def _orpo(c: Answers, r: Answers, o: PreferenceOptions) -> Tensor:
 def _log_odds(log_p: Tensor) -> Tensor:
     """log(p / (1 - p)); 1 - p without cancellation: log1p(-p) where p is small, log(-expm1) where it is nearly 1."""
     low = log_p < -0.6931471805599453
-    rest = torch.where(low, torch.log1p(-log_p.where(low, -1.0).exp()), torch.log(-torch.expm1(log_p.where(~low, -0.1))))
+    rest = torch.where(
+        low, torch.log1p(-log_p.where(low, -1.0).exp()), torch.log(-torch.expm1(log_p.where(~low, -0.1)))
+    )
     return log_p - rest
 
 

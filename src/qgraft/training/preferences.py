@@ -5,16 +5,14 @@
     pass        the texts of some rows; log-probability of every label, chunk by chunk (passes/loss.py), one sum for each text
     loss        preference_losses.py of these sums, a mean over the rows of a step
 
-The reference is the model itself: no second one is held, and none is asked in a step. For KTO's divergence the texts whose answers
-do not belong to their prompts pass once more in each step, without gradient, before those that are learned.
+The reference is the model itself: no second one is held, and none is asked in a step. For KTO's divergence the texts whose
+answers do not belong to their prompts pass in each step, too, without gradient, before those that are learned.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +76,7 @@ class PreferenceOptimization:
 
     def __init__(self, options: PreferenceOptions, *, alone: bool = False, shared: bool = False) -> None:
         self.options, self.alone, self.shared = options, alone, shared
-        self.names = SINGLE if options.labelled else PAIRS if options.alpha else PAIRS[:-1]
+        self.names: Sequence[str] = SINGLE if options.labelled else PAIRS if options.alpha else PAIRS[:-1]
         self._divergence, self._share = 0.0, 0.0
 
     def begin(
@@ -239,11 +237,3 @@ def with_reference(
     gathered = processes.gather(found)
     return [replace(each, reference=gathered[number % processes.count][number // processes.count])
             for number, each in enumerate(samples)]  # fmt: skip
-
-
-def reference_sha256(samples: Sequence[Preference]) -> str:
-    """Says what the reference said of these rows."""
-    digest = hashlib.sha256()
-    for each in samples:
-        digest.update(repr(each.reference).encode())
-    return digest.hexdigest()
