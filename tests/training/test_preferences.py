@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -104,6 +105,20 @@ def test_losses_and_gradients_are_those_of_trl(loss, shape):
         assert metrics[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
+def test_trl_still_says_so():
+    """Made anew where TRL is installed: its releases change their formulas."""
+    pytest.importorskip("trl")
+    code = "import json, sys; sys.path.insert(0, sys.argv[1]); import make; print('MADE', json.dumps(make.made()))"
+    done = subprocess.run([sys.executable, "-c", code, str(GOLDEN)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made = json.loads(done.stdout.rpartition("MADE ")[2])
+    assert made.keys() == FOUND.keys()
+    for loss, expected in FOUND.items():
+        assert made[loss]["loss"] == pytest.approx(expected["loss"], rel=1e-5), loss
+        for name, numbers in expected["gradients"].items():
+            assert made[loss]["gradients"][name] == pytest.approx(numbers, rel=1e-3, abs=1e-6), (loss, name)
+
+
 def test_every_loss_that_trl_was_asked_for_is_here():
     assert set(FOUND) == {*PAIRED, "kto", "apo_zero_unpaired"}
 
@@ -150,7 +165,10 @@ def test_gradients_of_losses_are_their_differences(loss):
 @pytest.mark.parametrize("loss", ["kto", "apo_zero_unpaired"])
 def test_gradients_of_labelled_losses_are_their_differences(loss):
     ratios = torch.tensor([2.0, -1.0, 0.5], dtype=torch.float64, requires_grad=True)
-    wanted, asked = torch.tensor([True, False, True]), PreferenceOptions(loss, desirable_weight=1.5, undesirable_weight=0.5)
+    wanted, asked = (
+        torch.tensor([True, False, True]),
+        PreferenceOptions(loss, desirable_weight=1.5, undesirable_weight=0.5),
+    )
     assert torch.autograd.gradcheck(lambda x: labelled_losses(x, wanted, 0.25, asked), ratios)
     around = 0.25 if loss == "kto" else 0.0
     expected = [1.5 * (1 - sigma(0.1 * (2.0 - around))), 0.5 * (1 - sigma(0.1 * (around + 1.0))),
@@ -163,10 +181,10 @@ def test_a_label_has_the_log_probability_of_the_models_own_logits():
     with sample_attention(model):
         texts = lay_out([row.texts for row in rows], [row.shared for row in rows])
         got, prompts = text_sums(log_probs(model, texts), texts)
-    assert texts.input_ids.shape[1] == sum(len(p) + len(c) + len(r) for p, c, r in PAIRS) - 0
-    assert float(prompts) == 0
+    assert texts.input_ids.shape[1] == sum(len(p) + len(c) + len(r) for p, c, r in PAIRS)
+    assert float(prompts.detach()) == 0
     for value, text in zip(got.tolist(), (text for row in rows for text in row.texts), strict=True):
-        logits = model(torch.tensor([text.input_ids])).logits[0].double().log_softmax(-1)
+        logits = model(torch.tensor([text.input_ids])).logits[0].detach().double().log_softmax(-1)
         expected = sum(float(logits[at - 1, label]) for at, label in enumerate(text.labels) if label != IGNORED)
         assert value == pytest.approx(expected, rel=1e-5)
 

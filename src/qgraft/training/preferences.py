@@ -124,7 +124,8 @@ class PreferenceOptimization:
         if self.options.labelled:
             return self._single(batch.rows, answers, logps.detach())
         learned = sum((prompts for _, prompts in found), logps[::2].sum())
-        return self._paired(answers, logps.detach(), learned)
+        said = logps if self.options.refers else answers.by_token  # as TRL logs them
+        return self._paired(answers, said.detach(), learned)
 
     def means(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
         """What sums of metrics over so many rows come to, as they are logged."""

@@ -184,6 +184,7 @@ class Run:
         prepared, args = self.prepared, self.prepared.args
         resume = prepared.earlier.resume
         self._estimated, self._before, self.ended_before = estimated, None, None
+        self._beside = dict[str, float]()
         self.objective = settle_objective(self.model, self.prepared, tokens, self.processes)
         self._bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
         self.processes.check_same(self._bound.fixed)
@@ -285,6 +286,7 @@ class Run:
             "train_loss": loop.train_loss,
             "seconds": self.watch.seconds,
             **{key: value for key, value in held_out.items() if value is not None},
+            **self._beside_loss(state.global_step if best is None else state.best_global_step),
             "tokens_per_second": self.watch.tokens_per_second,
             "tokens": loop.progress.tokens,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -347,6 +349,11 @@ class Run:
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
             **json.loads(json.dumps({**options, **{f"{OF_ADAPTER}{key}": value for key, value in adapter.items()}})),
         }
+
+    def _beside_loss(self, step: int | None) -> dict[str, float]:
+        """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
+        logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
+        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if "/" in key}
 
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""

@@ -2,8 +2,8 @@
 
     python tests/golden/preferences/make.py      needs trl and peft; made with trl 1.16.0, peft 0.21.2, transformers 5.24.0
 
-Each trainer is made as a user makes it, with a tokenizer of single words; what is stored is what its own compute_loss gives for
-the batch that its own collator makes of all rows, in evaluation mode, and the gradients of it.
+Each trainer is made as a user makes it, with a tokenizer of single words; what is stored is what its own compute_loss gives
+for the batch that its own collator makes of all rows, in evaluation mode, and the gradients of it.
 """
 
 import json
@@ -18,7 +18,6 @@ os.environ |= {"TRL_EXPERIMENTAL_SILENCE": "1", "HF_HUB_OFFLINE": "1"}
 warnings.simplefilter("ignore")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch  # noqa: E402
 import trl  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -43,7 +42,9 @@ def text(ids):
 
 def peft_model():
     model = get_peft_model(tiny_model(), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(TARGETS)))
-    fill_lora({name.replace(".default.weight", ".weight"): p for name, p in model.named_parameters() if p.requires_grad})
+    fill_lora(
+        {name.replace(".default.weight", ".weight"): p for name, p in model.named_parameters() if p.requires_grad}
+    )
     return model.eval()
 
 
@@ -59,12 +60,19 @@ def measured(trainer, inputs):
     loss.backward()
     gradients = {name.replace(".default.weight", ".weight"): p.grad for name, p in trainer.model.named_parameters()
                  if p.requires_grad}  # fmt: skip
-    metrics = {key: values[-1] for mode in trainer._metrics.values() for key, values in mode.items() if values} if hasattr(
-        trainer, "_metrics") else {}  # fmt: skip
+    kept = (
+        getattr(trainer, "_stored_metrics", None) or trainer._metrics
+    )  # those of trl.experimental are called otherwise
+    metrics = {key: values[-1] for mode in kept.values() for key, values in mode.items() if values}
     return {
         "loss": float(loss),
-        "gradients": {name.removeprefix("base_model.model."): [float(f"{x:.7g}") for x in (g.norm(), *g.flatten()[:4].tolist())] for name, g in sorted(gradients.items())},
-        "metrics": {key: float(value) for key, value in metrics.items() if "/" in key or key == "kl"},
+        "gradients": {
+            name.removeprefix("base_model.model."): [float(f"{x:.7g}") for x in (g.norm(), *g.flatten()[:4].tolist())]
+            for name, g in sorted(gradients.items())
+        },
+        "metrics": {
+            key.removeprefix("eval_"): float(value) for key, value in metrics.items() if "/" in key or key == "kl"
+        },
     }
 
 
@@ -81,7 +89,9 @@ def batch(trainer):
 
 
 def made():
-    pairs = Dataset.from_list([{"prompt": text(p) + " ", "chosen": text(c[:-1]), "rejected": text(r[:-1])} for p, c, r in PAIRS])
+    pairs = Dataset.from_list(
+        [{"prompt": text(p) + " ", "chosen": text(c[:-1]), "rejected": text(r[:-1])} for p, c, r in PAIRS]
+    )
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for loss in DPO:
@@ -92,16 +102,22 @@ def made():
             found[loss] = measured(trainer, batch(trainer))
         args = CPOConfig(**common(folder), loss_type="simpo", cpo_alpha=0.0, simpo_gamma=NUMBERS["simpo_gamma"],
                          label_smoothing=NUMBERS["label_smoothing"])  # fmt: skip
-        found["simpo"] = measured(t := CPOTrainer(peft_model(), args, train_dataset=pairs, processing_class=tokenizer()), batch(t))
+        found["simpo"] = measured(
+            t := CPOTrainer(peft_model(), args, train_dataset=pairs, processing_class=tokenizer()), batch(t)
+        )
         args = ORPOConfig(**common(folder))
-        found["orpo"] = measured(t := ORPOTrainer(peft_model(), args, train_dataset=pairs, processing_class=tokenizer()), batch(t))
+        found["orpo"] = measured(
+            t := ORPOTrainer(peft_model(), args, train_dataset=pairs, processing_class=tokenizer()), batch(t)
+        )
         rows = [{"prompt": text(p) + " ", "completion": text(each[:-1]), "label": label}
                 for p, c, r in PAIRS for each, label in ((c, True), (r, False))]  # fmt: skip
         for loss in ("kto", "apo_zero_unpaired"):
             weights = {name: NUMBERS[name] for name in ("desirable_weight", "undesirable_weight")}
             args = trl.KTOConfig(**common(folder) | {"per_device_train_batch_size": len(rows)}, loss_type=loss, **weights,
                                  train_sampling_strategy="sequential")  # fmt: skip
-            trainer = trl.KTOTrainer(peft_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+            trainer = trl.KTOTrainer(
+                peft_model(), None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer()
+            )
             refer_to_base(trainer)
             found[loss] = measured(trainer, batch(trainer))
     return found
