@@ -77,7 +77,7 @@ def ours(steps: int, batch: int, folder: str) -> dict[str, float]:
     """Our DPO."""
     import qgraft
 
-    model, tokenizer = qgraft.load(qgraft.pull("smollm2-135m-instruct-q4_1"))
+    model, tokenizer = qgraft.load(qgraft.pull("smollm2-135m"))
     clock = Clock()
     args = qgraft.TrainArguments(
         output_dir=folder, stage="dpo", max_steps=steps, per_device_train_batch_size=batch, use_cpu=True, save_strategy="no",
@@ -96,7 +96,7 @@ def trls(steps: int, batch: int, folder: str, precompute: bool) -> dict[str, flo
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
 
-    path = Path(qgraft.pull("smollm2-135m-instruct-q4_1"))
+    path = Path(qgraft.pull("smollm2-135m"))
     kwargs = {"gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
@@ -147,7 +147,7 @@ def learn(options: argparse.Namespace) -> None:
     """How often the chosen answer is the likelier one on topics that no row has, before and after."""
     import qgraft
 
-    model, tokenizer = qgraft.load(qgraft.pull("smollm2-135m-instruct-q4_1"))
+    model, tokenizer = qgraft.load(qgraft.pull("smollm2-135m"))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         args = qgraft.TrainArguments(
