@@ -1,14 +1,14 @@
-"""DPO on a packed SmolLM2-135M beside TRL's DPOTrainer with PEFT on the same weights in float32; and a preference that is learned.
+"""DPO on a packed SmolLM2-135M beside TRL's DPOTrainer with PEFT on its weights in float32; and a preference that is learned.
 
     python benchmarks/preferences.py [--rounds 3] [--steps 4] [--threads 2]    results/preferences.csv, speed and memory
     python benchmarks/preferences.py --learn                                   results/preferences_learned.csv
 
 Both sides train the same LoRA (r 8 on all linear layers) on the same rows in the same batches, in processes of their own, in
-alternation, so that a busy machine slows both. The steps are timed behind the first. Peak memory is the process's. TRL asks the
-reference in every step, as it does by default; with --precompute it asks once before, as we do.
+alternation, so that a busy machine slows both. The steps are timed behind the first. Peak memory is the process's. TRL asks
+the reference in every step, as it does by default; with --precompute it asks once before, as we do.
 
-The preference: questions that say please want a formal answer, all others a casual one. Each answer is chosen as often as it is
-rejected, so that the base, which finds the same register likelier whoever asks, is right in half of the cases.
+The preference: questions that say please want a formal answer, all others a casual one. Each answer is chosen as often as it
+is rejected, so that the base, which finds one register likelier whoever asks, is right in half of the cases.
 
 Needs: pip install trl peft
 """
@@ -89,12 +89,13 @@ def ours(steps: int, batch: int, folder: str) -> dict[str, float]:
 
 def trls(steps: int, batch: int, folder: str, precompute: bool) -> dict[str, float]:
     """TRL's, on the same weights unpacked to float32."""
-    import qgraft
     import torch
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import DPOConfig, DPOTrainer
+
+    import qgraft
 
     path = Path(qgraft.pull("smollm2-135m"))
     kwargs = {"gguf_file": path.name}
@@ -160,7 +161,8 @@ def learn(options: argparse.Namespace) -> None:
             entry = json.loads(line)
             if "eval_loss" in entry:
                 names = ("eval_loss", "eval_logps/accuracies", "eval_rewards/accuracies", "eval_rewards/margins")
-                rows.append({"stage": options.stage, "step": entry["step"], **{name: round(entry[name], 4) for name in names}})
+                found = {name: round(entry[name], 4) for name in names}
+                rows.append({"stage": options.stage, "step": entry["step"], **found})
                 print(rows[-1], flush=True)
     write(RESULTS / "preferences_learned.csv", rows)
 
@@ -180,7 +182,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--precompute", action="store_true", help="let TRL ask the reference once, before the first step")
+    parser.add_argument(
+        "--precompute", action="store_true", help="let TRL ask the reference once, before the first step"
+    )
     parser.add_argument("--learn", action="store_true")
     parser.add_argument("--stage", default="dpo")
     parser.add_argument("--side", choices=("qgraft", "trl"), help="measure one side in this process")
