@@ -11,8 +11,8 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-GUIDES = [f"docs/guide-{name}{tongue}.md" for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences")
-          for tongue in ("", "_zh")]  # fmt: skip
+GUIDES = [f"docs/guide-{name}{tongue}.md" for tongue in ("", "_zh")
+          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences")]  # fmt: skip
 PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 

@@ -135,7 +135,8 @@ def test_passes_in_parts_come_to_the_same(tiny_gguf, tmp_path):
     [({"fp16": True}, "fp16"), ({"cache_frozen_layers": True}, "cache_frozen_layers"),
      ({"cuda_graphs": "yes"}, "cuda_graphs=yes: passes of pairs are not recorded"),
      ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"), ({"train_on_prompt": True}, "train_on_prompt"),
-     ({"beta": 0.0}, "beta=0.0: expected a number above 0"), ({"stage": "sft", "beta": 0.1}, "stage sft learns no preferences"),
+     ({"beta": 0.0}, "beta=0.0: expected a number above 0"),
+     ({"stage": "sft", "beta": 0.1}, "stage sft learns no preferences"),
      ({"stage": "rm"}, "stage='rm': expected sft, dpo, ipo, orpo, simpo, kto"),
      ({"predict_with_generate": True, "do_eval": True}, "predict_with_generate")],
 )  # fmt: skip

@@ -251,8 +251,8 @@ def _evaluate(
     from qgraft.training.predict import EVALUATED, answer_rows
 
     if report is None:
-        found = evaluate_held_out(model, tokenizer, arguments)[0]
-        measured = {"eval_loss": found.loss, **{f"eval_{key}": value for key, value in found.metrics.items()}}
+        of_rows = evaluate_held_out(model, tokenizer, arguments)[0]
+        measured = {"eval_loss": of_rows.loss, **{f"eval_{key}": value for key, value in of_rows.metrics.items()}}
     else:
         measured = report.metrics
     loss, beside = measured["eval_loss"], {key: value for key, value in measured.items() if "/" in key}

@@ -153,8 +153,8 @@ def keep_rows(
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
     if args.save_calibration and tokenizer is not None and not adapter.is_prefix:
-        sides = ([each.texts[0] for each in rows if each.desirable is not False] for rows in (learned, held_out))
-        kept = keep_samples(tokenizer, *sides, seed=args.seed)
+        texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
+        kept = keep_samples(tokenizer, texts, held, args.seed)
     selection_of(model).change(adapter.name, kept=kept)
     if kept is None:
         return []
