@@ -260,7 +260,9 @@ def test_preferences_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp
     assert_same_result(tmp_path / "two", tmp_path / "one")
     one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
                 for name in ("one", "two"))  # fmt: skip
-    for line, expected in zip(two[1:], one[1:], strict=True):  # before the first step rewards are rounding errors around 0
+    for line, expected in zip(
+        two[1:], one[1:], strict=True
+    ):  # before the first step rewards are rounding errors around 0
         rewards = {key: value for key, value in expected.items() if "/" in key or key == "kl"}
         assert {key: line[key] for key in rewards} == pytest.approx(rewards, rel=1e-3, abs=1e-5)
     assert any("rewards/margins" in line for line in one)
