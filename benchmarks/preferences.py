@@ -4,8 +4,9 @@
     python benchmarks/preferences.py --learn                                   results/preferences_learned.csv
 
 Both sides train the same LoRA (r 8 on all linear layers) on the same rows in the same batches, in processes of their own, in
-alternation, so that a busy machine slows both. The steps are timed behind the first. Peak memory is the process's. TRL asks
-the reference in every step, as it does by default; with --precompute it asks once before, as we do.
+alternation, so that a busy machine slows both. The steps are timed behind the first, on the clock and in time of cores. Peak
+memory is the process's. TRL asks the reference in every step, as it does by default; with --precompute it asks once before,
+as we do.
 
 The preference: questions that say please want a formal answer, all others a casual one. Each answer is chosen as often as it
 is rejected, so that the base, which finds one register likelier whoever asks, is right in half of the cases.
@@ -54,23 +55,25 @@ def peak() -> int:
 
 
 class Clock:
-    """When each step ended."""
+    """When each step ended, and how much time of all cores the process had had by then."""
 
     def __init__(self) -> None:
         from transformers import TrainerCallback
 
-        self.times: list[float] = []
+        self.times: list[tuple[float, float]] = []
         clock = self
 
         class Ends(TrainerCallback):
             def on_step_end(self, *args: object, **kwargs: object) -> None:
-                clock.times.append(time.perf_counter())
+                clock.times.append((time.perf_counter(), time.process_time()))
 
         self.callback = Ends()
 
-    def pairs_per_second(self, batch: int) -> float:
-        """Of the steps behind the first."""
-        return batch * (len(self.times) - 1) / (self.times[-1] - self.times[0])
+    def found(self, batch: int) -> dict[str, float]:
+        """Of the steps behind the first: pairs a second, and seconds of a core for a pair, whoever else works there."""
+        wall, cores = (last - first for first, last in zip(self.times[0], self.times[-1], strict=True))
+        pairs = batch * (len(self.times) - 1)
+        return {"pairs_per_second": pairs / wall, "core_seconds_per_pair": cores / pairs}
 
 
 def ours(steps: int, batch: int, folder: str) -> dict[str, float]:
@@ -84,7 +87,7 @@ def ours(steps: int, batch: int, folder: str) -> dict[str, float]:
         plot_loss=False, lora_dropout=0.0, train_sampling_strategy="sequential", learning_rate=1e-4,
     )  # fmt: skip
     report = qgraft.train(model, tokenizer, pairs(TOPICS), args, callbacks=[clock.callback])
-    return {"pairs_per_second": clock.pairs_per_second(batch), "loss": report.metrics["train_loss"]}
+    return {**clock.found(batch), "loss": report.metrics["train_loss"]}
 
 
 def trls(steps: int, batch: int, folder: str, precompute: bool) -> dict[str, float]:
@@ -114,7 +117,7 @@ def trls(steps: int, batch: int, folder: str, precompute: bool) -> dict[str, flo
     trainer = DPOTrainer(model, None, args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer,
                          peft_config=config, callbacks=[clock.callback])  # fmt: skip
     loss = trainer.train().training_loss
-    return {"pairs_per_second": clock.pairs_per_second(batch), "loss": loss}
+    return {**clock.found(batch), "loss": loss}
 
 
 def one(side: str, options: argparse.Namespace) -> dict[str, float]:
@@ -140,8 +143,11 @@ def compare(options: argparse.Namespace) -> None:
     write(RESULTS / "preferences.csv", rows)
     mine, theirs = ([row for row in rows if row["side"] == side] for side in ("qgraft", "trl"))
     speeds = sorted(a["pairs_per_second"] / b["pairs_per_second"] for a, b in zip(mine, theirs, strict=True))
+    cores = sorted(b["core_seconds_per_pair"] / a["core_seconds_per_pair"] for a, b in zip(mine, theirs, strict=True))
     memory = max(row["peak_bytes"] for row in mine) / max(row["peak_bytes"] for row in theirs)
-    print(f"pairs/s: {speeds[len(speeds) // 2]:.2f} times TRL's; memory {memory:.2f} of it")
+    print(
+        f"pairs/s: {speeds[len(speeds) // 2]:.2f} times TRL's, by time of cores {cores[len(cores) // 2]:.2f}; memory {memory:.2f}"
+    )
 
 
 def learn(options: argparse.Namespace) -> None:
