@@ -145,9 +145,8 @@ def compare(options: argparse.Namespace) -> None:
     speeds = sorted(a["pairs_per_second"] / b["pairs_per_second"] for a, b in zip(mine, theirs, strict=True))
     cores = sorted(b["core_seconds_per_pair"] / a["core_seconds_per_pair"] for a, b in zip(mine, theirs, strict=True))
     memory = max(row["peak_bytes"] for row in mine) / max(row["peak_bytes"] for row in theirs)
-    print(
-        f"pairs/s: {speeds[len(speeds) // 2]:.2f} times TRL's, by time of cores {cores[len(cores) // 2]:.2f}; memory {memory:.2f}"
-    )
+    middle = len(speeds) // 2
+    print(f"pairs/s: {speeds[middle]:.2f} times TRL's, by time of cores {cores[middle]:.2f}; memory {memory:.2f} of it")
 
 
 def learn(options: argparse.Namespace) -> None:
