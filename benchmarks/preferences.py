@@ -103,6 +103,8 @@ def trls(steps: int, batch: int, folder: str, precompute: bool) -> dict[str, flo
     path = Path(qgraft.pull("smollm2-135m"))
     kwargs = {"gguf_file": path.name}
     model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **kwargs)
+    model.is_quantized = False  # the weights are floats now; the Trainer goes by what the file was
+    model.hf_quantizer = model.quantization_method = None
     tokenizer = AutoTokenizer.from_pretrained(path.parent, **kwargs)
     rows = [{"prompt": [{"role": "user", "content": row["prompt"]}],
              **{side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}}
