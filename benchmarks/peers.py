@@ -143,7 +143,7 @@ def train_qgraft(
     """Ours: what `qgraft train` runs. Only the order of the rows is fixed."""
     import qgraft
     from qgraft.data.tokenizing import Sample, samples_sha256
-    from qgraft.training.evaluate import evaluate_samples
+    from qgraft.training.objective import evaluate_samples
 
     load = qgraft.load  # what it imports is imported here
     began = time.perf_counter()

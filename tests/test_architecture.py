@@ -27,7 +27,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
         "targets",
     },
     {"formats"},
-    {"kernels", "compat", "model_parts"},
+    {"kernels", "compat", "model_parts", "shared_prompts"},
     {"linear", "attention", "rotary"},
     {"models", "adapters", "data"},
     {"checkpoints"},

@@ -11,8 +11,8 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-GUIDES = [f"docs/guide-{name}{tongue}.md" for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning")
-          for tongue in ("", "_zh")]  # fmt: skip
+GUIDES = [f"docs/guide-{name}{tongue}.md" for tongue in ("", "_zh")
+          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences")]  # fmt: skip
 PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 
@@ -115,7 +115,9 @@ def test_the_example_configuration_parses_and_shows_every_option_of_ours(monkeyp
 
 
 def test_the_example_rows_are_all_kept():
-    from qgraft.data.reading import read_dataset
+    from qgraft.data.reading import read_dataset, read_preferences
 
     _, accounting = read_dataset(str(ROOT / "examples" / "my_data.jsonl"), name="a", author="b")
+    assert accounting.kept == accounting.read > 0
+    _, accounting = read_preferences(str(ROOT / "examples" / "preferences.jsonl"))
     assert accounting.kept == accounting.read > 0

@@ -40,6 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import varlen_attention
+from qgraft.shared_prompts import SharedPrompts
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
 _sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
@@ -153,6 +154,7 @@ def attend_samples(
     cu_seq_lens_q: Tensor | None = None,
     context_lens: Tensor | None = None,
     prefix: Prefix | None = None,
+    shared_prompts: SharedPrompts | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
@@ -164,18 +166,26 @@ def attend_samples(
         context_lens: [samples] int64, how many tokens at the start of each sample all of its tokens see (a prefix
             language model such as ChatGLM-6B reads its context in both directions); the others are causal.
         prefix: in front of each sample.
+        shared_prompts: texts that begin with tokens which stand in the row once; `cu_seq_lens_q` then says where tokens
+            follow each other without a gap, as the model's mask has it.
 
     Raises ValueError for what this implementation does not compute: other masks, no boundaries, capped scores.
     """
     noted: MaskNote | None = getattr(attention_mask, "qgraft_note", None)
     if cu_seq_lens_q is None or kwargs.get("softcap") is not None or (noted is None) == (context_lens is None):
         raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
+    if shared_prompts is not None and context_lens is not None:
+        raise ValueError(f"{SAMPLES}: prompts are shared in causal attention only")
     window = None if noted is None else noted.window(cu_seq_lens_q)
+    bounds = cu_seq_lens_q
+    if shared_prompts is not None:
+        query, key, value = (shared_prompts.spread(part) for part in (query, key, value))
+        bounds = shared_prompts.bounds
     out = varlen_attention.attend(
-        query, key, value, cu_seq_lens_q, scale=scaling, dropout=dropout, window=window, contexts=context_lens,
+        query, key, value, bounds, scale=scaling, dropout=dropout, window=window, contexts=context_lens,
         prefix=None if prefix is None else prefix.of(module, key, value),
     )  # fmt: skip
-    return out, None
+    return out if shared_prompts is None else shared_prompts.gathered(out), None
 
 
 class MaskNote:

@@ -272,7 +272,7 @@ def test_the_demo_runs_from_end_to_end_on_another_model(tiny_gguf, tmp_path, cap
         (["train", "--lora_rnak", "8"], "did you mean lora_rank"),
         (["train", "--r", "many"], "invalid int value"),
         (["train", "--output_dir", "x"], "no model is given"),
-        (["train", "--stage", "dpo"], "only sft"),
+        (["train", "--stage", "ppo"], "expected sft, dpo, ipo, orpo, simpo, kto"),
         (["train", "--finetuning_type", "full"], "only lora"),
         (["train", "nosuch.yaml"], "cannot be read"),
         (["inspect", "/nowhere"], "nowhere"),

@@ -113,7 +113,7 @@ def test_an_unknown_header_is_answered_with_the_flags(tmp_path: Path, header: st
 
 def test_preferences_are_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("Chosen,Rejected\na,b\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"holds preferences \(chosen, rejected\); qgraft learns answers"):
+    with pytest.raises(DataError, match=r"holds preferences \(chosen, rejected\), which stage dpo learns"):
         read_dataset(str(tmp_path / "a.csv"))
 
 

@@ -20,7 +20,7 @@ from qgraft.model_parts import decoder_layers
 from qgraft.passes import frozen_cache as frozen
 from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.loss import batch_loss
-from qgraft.training import run
+from qgraft.training import passes
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i} " * (1 + i % 5), "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(14)]
@@ -298,6 +298,6 @@ def test_samples_that_cannot_share_a_pass_have_their_own(tiny_gguf, tmp_path, mo
     def apart(model, samples):
         yield "this model does not keep samples apart"
 
-    monkeypatch.setattr(run, "padding_free", apart)
+    monkeypatch.setattr(passes, "padding_free", apart)
     plain, cached = assert_same_run(tiny_gguf("llama").path, tmp_path, monkeypatch)
     assert cached[0] < 0.65 * plain[0]  # two passes of the longest sample come first

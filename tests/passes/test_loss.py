@@ -12,7 +12,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.passes import loss as loss_module
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.loss import batch_loss, summed_cross_entropy
-from qgraft.training.evaluate import evaluate_samples
+from qgraft.training.objective import evaluate_samples
 
 MASKED = {"gemma2", "nemotron", "stablelm"}  # these cap their scores or do not pass the bounds of samples on
 ARCHITECTURES = ["gemma2", "gemma3", "gpt2", "llama", "nemotron", "phi3", "qwen2", "qwen3", "stablelm", "starcoder2"]

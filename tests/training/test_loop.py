@@ -15,8 +15,8 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError
 from qgraft.passes.decoder import padding_free
 from qgraft.training.adapter import take_trained
-from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.loop import TrainingLoop
+from qgraft.training.objective import evaluate_samples
 
 
 def make_samples(count: int = 12) -> list[Sample]:

@@ -19,8 +19,8 @@ from qgraft.errors import DataError, OptionError, StorageError, UnsupportedError
 from qgraft.training import predict as predict_module
 from qgraft.training import scores as scores_module
 from qgraft.training.arguments import arguments_from_dict
+from qgraft.training.held_out import evaluate_held_out
 from qgraft.training.predict import answer_rows, generation_settings, predict, takes_padding
-from qgraft.training.run import evaluate_held_out
 from qgraft.training.scores import SCORES, mean_scores, score
 
 ROOT = Path(__file__).parents[2]

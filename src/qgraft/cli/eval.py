@@ -1,9 +1,9 @@
-"""qgraft eval: the loss of a model, with or without an adapter, on held-out rows."""
+"""qgraft eval: the loss of a model, with or without an adapter, on held-out rows; or which answers it prefers."""
 
 from collections.abc import Sequence
 
 from qgraft.cli.options import Parser, comma_lines, load_with_adapters, number_in, print_json, true_or_false
-from qgraft.ranges import LENGTH
+from qgraft.ranges import ABOVE_0, LENGTH
 
 
 def run(words: Sequence[str]) -> int:
@@ -28,6 +28,9 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--max_length", type=number_in(LENGTH), default=2048, help="longer samples are cut (default 2048)"
     )
+    parser.add_argument("--stage", default="sft", help="rows of preferences: dpo, ipo, orpo, simpo or kto")
+    parser.add_argument("--loss_type", help="which loss of preferences, as in training")
+    parser.add_argument("--beta", type=number_in(ABOVE_0), help="how much the base holds back (default 0.1)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
@@ -44,17 +47,29 @@ def run(words: Sequence[str]) -> int:
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
-            allow_outside_files=options.allow_outside_files, progress=True,
+            allow_outside_files=options.allow_outside_files, stage=options.stage, loss_type=options.loss_type,
+            beta=options.beta, progress=True,
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})
         return 0
     width = max(map(len, results))
     for key, result in results.items():
-        print(f"{key:<{width}}  loss {result['loss']:.4f}  perplexity {result['perplexity']:.2f}")
+        print(f"{key:<{width}}  loss {result['loss']:.4f}  {_beside(result)}")
     rows = results["base"]  # the same for all
-    counts = [f"{rows['labels']} answer tokens of {rows['samples']} samples", f"{rows['dropped']} rows dropped"]
+    labels = f"{rows['labels']} answer tokens of " if "labels" in rows else ""
+    counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]
     if rows["truncated"]:
         counts.append(f"{rows['truncated']} cut at max_length {options.max_length}: their ends are not measured")
     print(comma_lines(counts))
     return 0
+
+
+def _beside(result: dict[str, float]) -> str:
+    """What is said beside the loss: the perplexity, or of preferences how often the model is right, and how clearly."""
+    if "perplexity" in result:
+        return f"perplexity {result['perplexity']:.2f}"
+    names = {"logps/accuracies": "likelier", "rewards/accuracies": "rewarded more", "rewards/margins": "margin"}
+    shown = {names[key]: result[key] for key in names if key in result}
+    return "  ".join(f"{name} {value:.3f}" if name == "margin" else f"{name} {100 * value:.1f} %"
+                     for name, value in shown.items())  # fmt: skip

@@ -247,12 +247,20 @@ def _evaluate(
 ) -> None:
     """Print the held-out loss (a run that trained has measured it), and scores if asked; both into eval_results.json."""
     from qgraft import storage
+    from qgraft.training.held_out import evaluate_held_out
     from qgraft.training.predict import EVALUATED, answer_rows
-    from qgraft.training.run import evaluate_held_out
 
-    loss = report.metrics["eval_loss"] if report else evaluate_held_out(model, tokenizer, arguments)[0].loss
-    results: dict[str, Any] = {"eval_loss": loss}
-    print(f"held-out loss {loss:.4f}, perplexity {math.exp(min(loss, 700.0)):.2f}")
+    if report is None:
+        of_rows = evaluate_held_out(model, tokenizer, arguments)[0]
+        measured = {"eval_loss": of_rows.loss, **{f"eval_{key}": value for key, value in of_rows.metrics.items()}}
+    else:
+        measured = report.metrics
+    loss, beside = measured["eval_loss"], {key: value for key, value in measured.items() if "/" in key}
+    results: dict[str, Any] = {"eval_loss": loss, **beside}
+    perplexity = f", perplexity {math.exp(min(loss, 700.0)):.2f}" if arguments.stage == "sft" else ""
+    print(f"held-out loss {loss:.4f}{perplexity}")
+    for key, value in beside.items():
+        print(f"{key} {value:.4f}")
     if arguments.predict_with_generate and arguments.eval_dataset:
         found = answer_rows(model, tokenizer, arguments.eval_dataset, arguments,
                             max_samples=arguments.max_eval_samples, console=console)  # fmt: skip
@@ -294,6 +302,9 @@ def _print_report(report: "TrainReport") -> None:
         parts.append(f"{metrics['eval_loss_last']:.3f} at the end (in {LAST})")
     parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     print(comma_lines([*parts, f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"]))
+    if "eval_rewards/accuracies" in metrics:
+        margin = f", by {metrics['eval_rewards/margins']:.2f}" if "eval_rewards/margins" in metrics else ""
+        print(f"held-out rows rewarded the right way round: {100 * metrics['eval_rewards/accuracies']:.1f} %{margin}")
     if metrics["skipped_steps"]:
         print(f"{metrics['skipped_steps']:.0f} steps were skipped: their loss or gradient was not finite")
     files = "adapter, run.json and loss.png" if (report.output_dir / "loss.png").is_file() else "adapter and run.json"

@@ -26,6 +26,7 @@ __all__ = [
     "collate",
     "count_labels",
     "label_weights",
+    "spans",
     "split_batch",
     "weigh_labels",
     "weigh_samples",
@@ -56,14 +57,19 @@ def split_batch(batch: Batch, budget: int) -> list[Batch]:
     """
     starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
     ends = [*starts[1:], batch["input_ids"].shape[1]]
-    samples = list(zip(starts, ends, strict=True))
+    bounds = spans(list(zip(starts, ends, strict=True)), budget)
+    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in bounds]
+
+
+def spans(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
+    """The bounds of parts of samples with these (start, end), as split_batch cuts them."""
     bounds = _cut(samples, budget)
     low, high = 0, max((end - start for start, end in bounds), default=0)
     while low < high:
         middle = (low + high) // 2
         fewer = _cut(samples, middle)
         low, high, bounds = (low, middle, fewer) if len(fewer) == len(bounds) else (middle + 1, high, bounds)
-    return [{key: value[:, start:end] for key, value in batch.items()} for start, end in bounds]
+    return bounds
 
 
 def _cut(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:

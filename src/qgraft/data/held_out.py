@@ -7,14 +7,18 @@ the training, so that it measures on rows that the adapter has not seen.
 import math
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
+from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import DataError
 
+Row = TypeVar("Row", Sample, Preference)
 
-def hold_out(samples: Sequence[Sample], val_size: float, seed: int) -> tuple[list[Sample], list[Sample]]:
+
+def hold_out(samples: Sequence[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Training and held-out samples; all of a row are on one side."""
-    rows: list[list[Sample]] = []
+    rows: list[list[Row]] = []
     for sample in samples:
         if not sample.part:
             rows.append([])

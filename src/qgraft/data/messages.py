@@ -68,11 +68,15 @@ class Message:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages, ending in an answer; where they stand in a file; and the tools that their answers may call."""
+    """Messages, ending in an answer; where they stand in a file; the tools that their answers may call.
+
+    `desirable` says whether the answer is wanted, where the row says so of a single answer.
+    """
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Tool, ...] = ()
+    desirable: bool | None = None
 
     @classmethod
     def of(cls, source: str, *pairs: Pair) -> "Conversation":

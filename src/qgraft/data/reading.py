@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from itertools import islice
@@ -28,20 +28,23 @@ from typing import Any, cast
 from qgraft.data.calls import RowError
 from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
 from qgraft.data.messages import Conversation
-from qgraft.data.rows import COLUMNS, RowLayout, column_flags, read_row, schemas
+from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
+from qgraft.data.rows import COLUMNS, Read, RowLayout, column_flags, read_row, schemas
 from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match, option
 from qgraft.given import described
 
 Dataset = str | os.PathLike[str] | Sequence[Mapping[str, object]]  # as_dataset takes tables, too
 Fill = Mapping[str, str | None]  # what stands for "name" and "author"
+Reader = Callable[[object, RowLayout], Sequence[Read]]  # from a row to its conversations
 
 BUILT_IN = {
     "identity": ("identity_en", "identity_zh"),
     "identity_heldout": ("identity_en_heldout", "identity_zh_heldout"),
     **{name: (name,) for name in ("identity_en", "identity_zh", "identity_en_heldout", "identity_zh_heldout")},
 }
-_NOT_TEXT = {"images", "videos", "audios", "chosen", "rejected", "kto_tag"}  # columns of other kinds of training
+_NOT_TEXT = {"images", "videos", "audios"}  # columns of other kinds of training
+_TOLD_BY = {"kto_tag": "label"}  # LLaMA-Factory's name of a part of a row
 _PLACEHOLDER = re.compile(r"\{\{(name|author|NAME|AUTHOR)\}\}|<(NAME|AUTHOR)>|\[(NAME|AUTHOR)\]")
 _HUB_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the oldest datasets have no organisation
 _HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?::(\S+))?")
@@ -140,11 +143,42 @@ def read_dataset(
             names "org/name[:split]", looked up in this order; or one path; or the rows themselves.
         dataset_dir: folder of dataset_info.json and of the files it names; "data" where that exists.
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
-        columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages".
+        columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages"; of
+            preferences also "chosen", "rejected" and "label".
         max_samples: read only so many rows of each entry of `names`.
         allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
             else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
     """
+    found, accounting = _read(
+        _answered, names, dataset_dir, name=name, author=author, columns=columns, max_samples=max_samples,
+        allow_outside_files=allow_outside_files,
+    )  # fmt: skip
+    return [conversation for (conversation,) in found], accounting
+
+
+def read_preferences(
+    names: Dataset, dataset_dir: str | None = None, *, labelled: bool = False, **reading: Any
+) -> tuple[list[tuple[Conversation, ...]], Accounting]:
+    """The same of rows of preferences: (chosen, rejected) of each; or, `labelled`, (answer,) with Conversation.desirable."""
+    return _read(read_judged if labelled else read_pair, names, dataset_dir, **reading)
+
+
+def _answered(row: object, layout: RowLayout) -> Sequence[Read]:
+    return [read_row(row, layout)]
+
+
+def _read(
+    reader: Reader,
+    names: Dataset,
+    dataset_dir: str | None,
+    *,
+    name: str | None = None,
+    author: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    max_samples: int | None = None,
+    allow_outside_files: bool = False,
+) -> tuple[list[tuple[Conversation, ...]], Accounting]:
+    """See read_dataset(); `reader` says what a row is."""
     if unknown := [part for part in columns or {} if part not in COLUMNS]:
         raise OptionError(f"columns: {unknown[0]!r} is no part, expected {', '.join(COLUMNS)}")
     if max_samples is not None and max_samples < 1:
@@ -162,10 +196,10 @@ def read_dataset(
     if not items:
         raise DataError("no dataset is named", hint=f"the built-in sets are {', '.join(BUILT_IN)}")
     accounting = Accounting()
-    conversations = [found for item in items for found in _read_item(item, accounting, fill, max_samples)]
+    rows = [found for item in items for found in _read_item(item, accounting, fill, max_samples, reader)]
     accounting.check()
-    accounting.sha256 = _sha256(conversations)
-    return conversations, accounting
+    accounting.sha256 = _sha256(conversation for row in rows for conversation in row)
+    return rows, accounting
 
 
 def _sha256(conversations: Iterable[Conversation]) -> str:
@@ -173,7 +207,8 @@ def _sha256(conversations: Iterable[Conversation]) -> str:
     for each in conversations:
         turns = [(m.role, m.content, m.reasoning, [(c.name, c.arguments, c.id) for c in m.calls], m.call_id, m.name, m.weight)
                  for m in each.messages]  # fmt: skip
-        digest.update(json.dumps([turns, each.tools]).encode() + b"\n")
+        judged = [] if each.desirable is None else [each.desirable]
+        digest.update(json.dumps([turns, each.tools, *judged]).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -202,23 +237,23 @@ def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
     return cast(Sequence[Mapping[str, object]], given)
 
 
-def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> list[Conversation]:
-    """The conversations of one entry; it must give some, whatever the other entries give."""
-    found: list[Conversation] = []
+def _read_item(
+    item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader
+) -> list[tuple[Conversation, ...]]:
+    """The conversations of each row of one entry; it must give some, whatever the other entries give."""
+    found: list[tuple[Conversation, ...]] = []
     failed: list[tuple[str, str]] = []
     unread: object = None
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
     for row, source in islice(item.rows, limit):
         try:
-            given = read_row(row, item.layout)
+            given = reader(row, item.layout)
         except RowError as error:
             failed.append((str(error), source))
             unread = row
         else:
-            messages = (replace(each, content=_filled(each.content, fill, source),
-                                reasoning=_filled(each.reasoning, fill, source)) for each in given.messages)  # fmt: skip
-            found.append(Conversation(tuple(messages), source, given.tools))
-            total.ignore(given.ignored)
+            found.append(tuple(_filled_in(each, fill, source) for each in given))
+            total.ignore(given[0].ignored)
     counts = total if found else Accounting()
     counts.read += len(found) + len(failed)
     counts.kept += len(found)
@@ -226,9 +261,17 @@ def _read_item(item: _Item, total: Accounting, fill: Fill, most: int | None) -> 
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or schemas())
+        known = schemas() if reader is _answered else PREFERENCES
+        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or known)
     total.notes += item.notes
     return found
+
+
+def _filled_in(read: Read, fill: Fill, source: str) -> Conversation:
+    """A conversation with name and author put in."""
+    messages = (replace(each, content=_filled(each.content, fill, source),
+                        reasoning=_filled(each.reasoning, fill, source)) for each in read.messages)  # fmt: skip
+    return Conversation(tuple(messages), source, read.tools, read.desirable)
 
 
 def _filled(text: str, fill: Fill, source: str) -> str:
@@ -312,8 +355,9 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outsid
     formatting, columns, tags = told.get("formatting"), told.get("columns", {}), told.get("tags", {})
     if not all(isinstance(part, dict) for part in (entry, columns, tags)):
         raise DataError(f"{where}: the entry, its columns and its tags must be objects")
-    if told.get("ranking") or _NOT_TEXT & columns.keys():
-        raise DataError(f"{where}: holds preferences or images; qgraft learns answers in text only")
+    if _NOT_TEXT & columns.keys():
+        raise DataError(f"{where}: holds images, video or sound; qgraft learns from text only")
+    columns = {_TOLD_BY.get(part, part): column for part, column in columns.items()}
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt")
     layout = RowLayout(formatting, columns, tags) if columns else RowLayout(formatting, layout.columns, tags)

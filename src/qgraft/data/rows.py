@@ -34,6 +34,9 @@ COLUMNS = {  # part of a row: the columns that may hold it; the first one that i
     "system": ("system",),
     "messages": ("messages", "conversations"),
     "tools": ("tools", "functions"),
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "label": ("label", "kto_tag"),
 }
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -65,11 +68,12 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one as \ud800; no to
 
 @dataclass(frozen=True)
 class Read:
-    """What a row holds: messages that end in an answer, tools, and the keys that change nothing."""
+    """What a row holds: messages that end in an answer, tools, the keys that change nothing; whether the answer is wanted."""
 
     messages: list[Message]
     tools: tuple[Tool, ...] = ()
     ignored: frozenset[str] = frozenset()
+    desirable: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ class RowLayout:
         if told and not present and part in ("prompt", "response", "messages"):
             raise RowError(f"no column {told!r}")
         # A table of mixed rows has all columns in each row: the present ones may be empty.
-        return next((key for key in present if not _is_empty(row[key])), present[0] if present else None)
+        return next((key for key in present if not is_empty(row[key])), present[0] if present else None)
 
     def text(self, row: Mapping[str, object], part: str, called: str) -> str:
         """The text of this part, "" when the row has none."""
@@ -105,11 +109,11 @@ def read_row(row: object, layout: RowLayout) -> Read:
     if None in row:
         raise RowError("more cells than the header")
     key = None if layout.formatting == "alpaca" else layout.find(row, "messages")
-    listed = layout.formatting in ("sharegpt", "openai") or bool(key and not _is_empty(row[key]))
+    listed = layout.formatting in ("sharegpt", "openai") or bool(key and not is_empty(row[key]))
     column = layout.find(row, "tools")
     tools = () if column is None else tools_of(row[column])
     if listed:
-        messages, own_tools, ignored = _of_messages(row[key] if key else [], layout.tags)
+        messages, own_tools, ignored = messages_of(row[key] if key else [], layout.tags)
         tools = tools or own_tools
     else:
         messages, ignored = _of_pair(row, layout), set()
@@ -118,9 +122,9 @@ def read_row(row: object, layout: RowLayout) -> Read:
         messages.insert(0, Message("system", system))
     elif system and messages[:1] and messages[0].content != system:
         ignored = {*ignored, "system (beside a system message)"}
-    messages = _checked([each for each in messages if each.role != "system" or each.content.strip()])
+    messages = checked(messages)
     parts = ("messages", "system", "tools") if listed else ("prompt", "query", "response", "history", "system", "tools")
-    return Read(messages, tools, frozenset([*ignored, *_unread(row, (layout.find(row, part) for part in parts))]))
+    return Read(messages, tools, frozenset([*ignored, *unread(row, (layout.find(row, part) for part in parts))]))
 
 
 def _column(row: Mapping[str, object], name: str) -> str | None:
@@ -160,17 +164,22 @@ def schemas() -> str:
     )
 
 
-def _unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
+def unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
     """The filled columns that are none of these."""
     known = set(read)
-    return [str(key)[:40] for key in row if key not in known and not _is_empty(row[key]) and row[key] != []]
+    return [str(key)[:40] for key in row if key not in known and not is_empty(row[key]) and row[key] != []]
 
 
 def _of_pair(row: Mapping[str, object], layout: RowLayout) -> list[Message]:
+    if _column(row, "chosen") and _column(row, "rejected") and not layout.find(row, "response"):
+        raise RowError("holds preferences (chosen, rejected), which stage dpo learns; stage sft learns answers")
     if not any(layout.find(row, part) for part in ("prompt", "query", "response")):
-        if _column(row, "chosen") and _column(row, "rejected"):
-            raise RowError("holds preferences (chosen, rejected); qgraft learns answers")
         raise RowError(f"unknown keys: {', '.join(sorted(str(key)[:40] for key in row)[:6]) or 'none'}")
+    return [*questions_of(row, layout), Message("assistant", layout.text(row, "response", "answer"))]
+
+
+def questions_of(row: Mapping[str, object], layout: RowLayout) -> list[Message]:
+    """The history of a row and its question, of texts."""
     asked = [layout.text(row, part, "question") for part in ("prompt", "query")]
     key = layout.find(row, "history")
     messages: list[Message] = []
@@ -180,11 +189,10 @@ def _of_pair(row: Mapping[str, object], layout: RowLayout) -> list[Message]:
             raise RowError("history is not a list of [question, answer]")
         messages += [Message("user", text_of(said[0], "history question")),
                      Message("assistant", text_of(said[1], "history answer"))]  # fmt: skip
-    messages.append(Message("user", "\n".join(text for text in asked if text.strip())))
-    return [*messages, Message("assistant", layout.text(row, "response", "answer"))]
+    return [*messages, Message("user", "\n".join(text for text in asked if text.strip()))]
 
 
-def _of_messages(messages: object, tags: Mapping[str, str]) -> tuple[list[Message], tuple[Tool, ...], set[str]]:
+def messages_of(messages: object, tags: Mapping[str, str]) -> tuple[list[Message], tuple[Tool, ...], set[str]]:
     """Messages, the tools that one of them brings, and keys that change nothing."""
     roles = _ROLES | {tags[tag]: role for tag, role in _TAGS.items() if tag in tags}
     found: list[Message] = []
@@ -203,7 +211,7 @@ def _of_messages(messages: object, tags: Mapping[str, str]) -> tuple[list[Messag
         found.append(_message(roles[role], message.get(content_key), message, written))
         ignored |= {
             f"messages[].{key}"
-            for key in _unread(message, {role_key, content_key, *_effective(found[-1].role, message)})
+            for key in unread(message, {role_key, content_key, *_effective(found[-1].role, message)})
         }
     return found, tools, ignored
 
@@ -234,7 +242,7 @@ def _weight(keys: Mapping[str, object]) -> float:
     """What an answer's loss is multiplied by."""
     for switch in _SWITCHES:
         value = keys.get(switch)
-        if not _is_empty(value) and (not isinstance(value, Number) or value not in (0, 1)):
+        if not is_empty(value) and (not isinstance(value, Number) or value not in (0, 1)):
             raise RowError(f"{switch} is {str(value)[:20]!r}, expected true or false")
         if value is not None and value == 0:
             return 0.0
@@ -255,7 +263,9 @@ def _part(part: object) -> str:
     return text_of(part.get("text") if isinstance(part, Mapping) else part, "content")
 
 
-def _checked(messages: list[Message]) -> list[Message]:
+def checked(messages: Sequence[Message]) -> list[Message]:
+    """The messages without empty system texts. Raises RowError where their roles do not alternate up to an answer."""
+    messages = [each for each in messages if each.role != "system" or each.content.strip()]
     before = ""
     for message in messages:
         if before not in _FOLLOWS[message.role]:
@@ -268,7 +278,7 @@ def _checked(messages: list[Message]) -> list[Message]:
     return messages
 
 
-def _is_empty(value: object) -> bool:
+def is_empty(value: object) -> bool:
     """Whether a cell holds nothing: None, NaN (as tables write it, never equal to itself) or blank text."""
     if isinstance(value, str):
         return not value.strip()
@@ -278,13 +288,13 @@ def _is_empty(value: object) -> bool:
 def text_of(value: object, called: str) -> str:
     if value is not None and not isinstance(value, (str, Number)):
         raise RowError(f"{called} is a {type(value).__name__}")
-    text = "" if _is_empty(value) else str(value).lower() if isinstance(value, bool) else str(value)  # as JSON has it
+    text = "" if is_empty(value) else str(value).lower() if isinstance(value, bool) else str(value)  # as JSON has it
     if _HALF_PAIR.search(text):
         raise RowError(f"{called} holds half a surrogate pair")
     return text
 
 
 def _list(value: object, called: str) -> Sequence[object]:
-    if not isinstance(value, (list, tuple)) and not _is_empty(value):
+    if not isinstance(value, (list, tuple)) and not is_empty(value):
         raise RowError(f"{called} is a {type(value).__name__}, not a list")
     return value if isinstance(value, (list, tuple)) else []

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict, Unpack
+from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
 
 from qgraft.data.ends import end_token_ids
 from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
@@ -31,6 +31,8 @@ from qgraft.errors import DataError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from qgraft.data.preference_samples import Preference
 
 Segment = tuple[str, float, bool]  # text, what its tokens weigh, whether those behind an end token do too
 IGNORED = -100  # the label that torch's cross entropy leaves out
@@ -49,6 +51,12 @@ class Sample:
     source: str
     weights: list[float] | None = None
     part: int = 0
+    desirable: ClassVar[None] = None
+
+    @property
+    def texts(self) -> "tuple[Sample, ...]":
+        """What passes through the model to learn it: itself. A Preference has several (preference_samples.py)."""
+        return (self,)
 
 
 def resolve_template(
@@ -156,14 +164,14 @@ def encode_conversation(
     """
     chosen = template or resolve_template(tokenizer)
     try:
-        return _Encoder(tokenizer, chosen, Learning(**learning)).samples(conversation)
+        return Encoder(tokenizer, chosen, Learning(**learning)).samples(conversation)
     except DataError as error:
         raise ConversationError(f"{conversation.source}: {error.message}", hint=error.hint) from error
 
 
 def answer_text(tokenizer: "PreTrainedTokenizerBase", conversation: Conversation, template: ChatTemplate) -> str:
     """The last answer as the template writes it, calls and reasoning included, without special tokens."""
-    sample = _Encoder(tokenizer, template, Learning(mask_history=True)).samples(conversation)[-1]
+    sample = Encoder(tokenizer, template, Learning(mask_history=True)).samples(conversation)[-1]
     return decode_answer(tokenizer, [label for label in sample.labels if label != IGNORED])
 
 
@@ -184,7 +192,7 @@ def build_samples(
     asked = Learning(**learning)
     check_chatglm_options(tokenizer, asked.chatglm or ChatGlmOptions())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
-    encoder, samples = _Encoder(tokenizer, chosen, asked), list[Sample]()
+    encoder, samples = Encoder(tokenizer, chosen, asked), list[Sample]()
     hint: str | None = None
     remarks: Counter[str] = Counter()
     for conversation in conversations:
@@ -228,8 +236,8 @@ def cut_sample(sample: Sample, max_length: int | None, truncate: bool = True) ->
     return Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source, weights)
 
 
-class _Encoder:
-    """Makes samples; what it finds out about the template is asked once."""
+class Encoder:
+    """Makes samples of conversations; what it finds out about the template is asked once."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, learning: Learning) -> None:
         ends = end_token_ids(tokenizer, learning.eos_ids, template)
@@ -373,10 +381,13 @@ def _with_prefix(messages: Sequence[Message], prefix: str) -> list[Message]:
     ]
 
 
-def samples_sha256(samples: Sequence[Sample]) -> str:
+def samples_sha256(samples: "Sequence[Sample | Preference]") -> str:
     """Says which tokens were trained on, in their order, and with which weights."""
     digest = hashlib.sha256()
     for sample in samples:
-        weights = () if sample.weights is None else (sample.weights,)
-        digest.update(repr((sample.input_ids, sample.labels, *weights)).encode())
+        for text in sample.texts:
+            weights = () if text.weights is None else (text.weights,)
+            digest.update(repr((text.input_ids, text.labels, *weights)).encode())
+        if sample.desirable is not None:
+            digest.update(repr(sample.desirable).encode())
     return digest.hexdigest()

@@ -54,18 +54,25 @@ def label_states(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     labels_T = batch["labels"][0]
     chosen_N = (labels_T != IGNORED).nonzero()[:, 0]
     arguments = attention_arguments(model, batch["position_ids"])
-    chosen_N, labels_N, ids, positions = (
-        tensor.to(model.device, non_blocking=True)
-        for tensor in (chosen_N, labels_T[chosen_N], batch["input_ids"], batch["position_ids"])
-    )
+    chosen_N, labels_N = (part.to(model.device, non_blocking=True) for part in (chosen_N, labels_T[chosen_N]))
+    return rows_at(model, chosen_N, batch, **arguments), labels_N
+
+
+def rows_at(model: PreTrainedModel, places_N: Tensor, batch: Batch, **arguments: Any) -> Tensor:
+    """The same at these places of the row, [n] on the model's device; a place may come more than once.
+
+    Args:
+        arguments: of the forward pass, beside ids and positions: see attention_arguments.
+    """
+    ids, positions = (batch[key].to(model.device, non_blocking=True) for key in ("input_ids", "position_ids"))
     if model not in _BY_OWN_FORWARD:
-        return states_at(model, chosen_N, ids, positions, **arguments), labels_N
+        return states_at(model, places_N, ids, positions, **arguments)
     told = {} if model in _BY_OWN_POSITIONS else {"position_ids": positions}
-    return _own_logits(model, {"input_ids": ids, **told, **arguments}, chosen_N), labels_N
+    return _own_logits(model, {"input_ids": ids, **told, **arguments}, places_N)
 
 
 def states_at(
-    model: PreTrainedModel, places_N: Tensor, input_ids: Tensor, position_ids: Tensor, **arguments: Tensor
+    model: PreTrainedModel, places_N: Tensor, input_ids: Tensor, position_ids: Tensor, **arguments: Any
 ) -> Tensor:
     """The states [n, hidden] of the decoder at these tokens of one row, all on the model's device."""
     states_1TH = decoder_states(model, input_ids=input_ids, position_ids=position_ids, **arguments)

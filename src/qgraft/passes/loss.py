@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from qgraft.data.batches import Batch, label_weights
@@ -69,6 +70,11 @@ def weighted_cross_entropy(
     return _ChunkedCrossEntropy.apply(states_NH, targets_N, weights_N, head, label_smoothing, *parameters)
 
 
+def label_log_probs(states_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
+    """log softmax(head(state_i))[target_i] of each label, [n] float32, differentiable in states and the head's parameters."""
+    return -_EachCrossEntropy.apply(states_NH, targets_N, head, *getattr(head, "parameters", []))
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """The loss, and with it the gradients, computed chunk by chunk in the forward pass."""
 
@@ -122,3 +128,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Scales what the forward pass computed."""
         states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
         return states, None, None, None, None, *parameters
+
+
+class _EachCrossEntropy(torch.autograd.Function):
+    """The loss of each label by itself, for whatever is then made of them.
+
+    A label's loss depends on its own state alone: one backward pass of their sum gives the gradients of all, a row each, and
+    what comes from above multiplies the rows. A head that trains has no such rows: its gradients are computed when that is
+    known.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states_NH: Tensor, targets_N: Tensor, head: Head, *parameters: Tensor) -> Tensor:
+        """states [n, hidden], targets [n] int64 -> [n] float32."""
+        by_rows = ctx.needs_input_grad[0] and not parameters
+        with torch.set_grad_enabled(by_rows):
+            own_NH = states_NH.detach().requires_grad_(by_rows)
+            total, each_N = _ChunkedCrossEntropy.apply(own_NH, targets_N, None, head, 0.0)
+            saved = torch.autograd.grad(total, own_NH)[0] if by_rows else states_NH
+        ctx.head, ctx.by_rows = head, by_rows
+        ctx.save_for_backward(saved, targets_N, *parameters)
+        return each_N
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator, unused-ignore]
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        """Weighs the rows."""
+        saved_NH, targets_N, *parameters = ctx.saved_tensors
+        if ctx.by_rows:
+            return saved_NH * grad_N[:, None].to(saved_NH.dtype), None, None
+        with torch.enable_grad():
+            states_NH = saved_NH.detach().requires_grad_()
+            total, _ = weighted_cross_entropy(states_NH, targets_N, grad_N, ctx.head)
+            states, *heads = torch.autograd.grad(total, (states_NH, *parameters))
+        return states, None, None, *heads

@@ -19,6 +19,7 @@ from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.prefix import encoder_of
+from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
 from qgraft.training.arguments import TrainArguments
@@ -143,16 +144,17 @@ def keep_rows(
     model: PreTrainedModel,
     args: TrainArguments,
     tokenizer: PreTrainedTokenizerBase | None,
-    learned: Sequence[Sample],
-    held_out: Sequence[Sample],
+    learned: Sequence[Sample | Preference],
+    held_out: Sequence[Sample | Preference],
 ) -> list[str]:
     """Let the adapter bring rows of its training, to be merged with, and say so; or none, where none are asked for.
 
-    A prefix changes no weight, so none is merged.
+    Of preferences the answers that are chosen or wanted. A prefix changes no weight, so none is merged.
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
     if args.save_calibration and tokenizer is not None and not adapter.is_prefix:
-        kept = keep_samples(tokenizer, learned, held_out, args.seed)
+        texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
+        kept = keep_samples(tokenizer, texts, held, args.seed)
     selection_of(model).change(adapter.name, kept=kept)
     if kept is None:
         return []

@@ -28,6 +28,7 @@ from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.option_types import option_kinds, settle_types
 from qgraft.training.precision import settle_precision
 from qgraft.training.ranges import check_intervals, out_of_range
+from qgraft.training.stages import settle_stage
 from qgraft.training.trainer_options import (
     HONOURED,
     MOST_USED,
@@ -53,7 +54,16 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
     quantization_bit: int | None = _option(None, "ChatGLM: 4 or 8, what its weights are packed in while loading.")
     adapter_name_or_path: str | None = _option(None, "Folder of an adapter to go on training instead of a new one.")
-    stage: str = _option("sft", "Kind of training; sft (supervised fine-tuning) is the one there is.")
+    stage: str = _option("sft", "sft (supervised fine-tuning), or of preferences: dpo, ipo, orpo, simpo, kto.")
+    loss_type: str | None = _option(
+        None, "dpo: sigmoid, hinge, ipo, robust, exo_pair, ...; kto: kto, apo_zero_unpaired."
+    )
+    beta: float | None = _option(None, "Preferences: how much the reference holds back; 0.1.")
+    label_smoothing: float | None = _option(None, "Preferences: share of rows that may be the wrong way round.")
+    desirable_weight: float | None = _option(None, "kto: what the loss of wanted answers is multiplied by; 1.")
+    undesirable_weight: float | None = _option(None, "kto: the same of those that are not wanted; 1.")
+    simpo_gamma: float | None = _option(None, "simpo: margin by which the chosen answer is to be ahead; 0.5.")
+    rpo_alpha: float | None = _option(None, "Pairs: add so much of the mean loss of the chosen answers' tokens.")
     finetuning_type: str | None = _option(None, "What is trained: lora, or p_tuning, the default with pre_seq_len.")
     r: int = _option(8, "Rank of the LoRA.")
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
@@ -185,8 +195,6 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             self.notes.append("predict_with_generate has no effect: neither do_eval nor do_predict is asked for")
 
     def _check(self) -> None:
-        if self.stage != "sft":
-            raise UnsupportedError(f"stage={self.stage!r}: only sft (supervised fine-tuning) is there")
         if self.finetuning_type not in ("lora", "p_tuning"):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.layers_to_transform is not None:
@@ -195,6 +203,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
         if not self.target_modules.strip(", "):
             raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))
         self._check_numbers()
+        settle_stage(self)
         if not self.ignore_pad_token_for_loss and None in (self.max_source_length, self.max_target_length):
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip

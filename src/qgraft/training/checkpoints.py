@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qgraft import storage
 from qgraft.checkpoints.foreign import one_line
@@ -77,6 +78,12 @@ class Progress:
     count: float = 0.0
     eval_loss_before: float | None = None
     stopped: bool = False
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the sums of a batch to `metrics`; a GPU is waited for once."""
+        values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []
+        for name, value in zip(metrics, values, strict=True):
+            self.metrics[name] = self.metrics.get(name, 0.0) + value
 
 
 @dataclass(frozen=True)

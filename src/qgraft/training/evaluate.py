@@ -1,48 +1,32 @@
-"""The loss of a model on held-out samples: the mean over all label tokens, each by its weight, not of batch means."""
+"""evaluate(): what a model, with its active adapters, says of held-out rows: their loss, or which answers it prefers."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
-from qgraft.data.batches import collate, count_labels, split_batch, weigh_labels
-from qgraft.data.reading import Dataset, read_dataset
-from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Sample, build_samples, resolve_template
+from qgraft.adapters.choose import adapters_off
+from qgraft.data.preference_samples import Preference, build_preferences, mismatched
+from qgraft.data.reading import Dataset, read_dataset, read_preferences
+from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, build_samples, resolve_template
 from qgraft.linear import computing
-from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS, evaluation_tokens
-from qgraft.passes.decoder import evaluating, padding_free
+from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
+from qgraft.passes.decoder import padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
-from qgraft.passes.loss import batch_loss
+from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
-from qgraft.ranges import LENGTH, check_ranges
+from qgraft.ranges import ABOVE_0, LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.given import check_pair
-from qgraft.training.processes import ALONE, Processes
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What evaluate() measured: `loss` in nats a label token, `perplexity` = exp(loss).
-
-    Of the dataset's rows, `dropped` gave no sample, and `truncated` were cut at max_length.
-    """
-
-    loss: float
-    perplexity: float
-    samples: int
-    labels: int
-    dropped: int = 0
-    truncated: int = 0
-
-    def as_dict(self) -> dict[str, float]:
-        """The fields by name, for JSON."""
-        return asdict(self)
+from qgraft.training.objective import Evaluation, evaluate_samples
+from qgraft.training.preference_losses import PreferenceOptions
+from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
+from qgraft.training.stages import preferring
 
 
 def evaluate(
@@ -60,25 +44,45 @@ def evaluate(
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
     allow_outside_files: bool = False,
+    stage: str = "sft",
+    loss_type: str | None = None,
+    beta: float | None = None,
     progress: bool | Console | None = None,
-) -> Evaluation:
+) -> Evaluation | PreferenceEvaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
     Naming the history's column numbers the prompts of ChatGLM-6B from the first question on, as in training. Progress is
     shown in a terminal and a notebook, or as `progress` says.
 
+    Args:
+        stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type` and `beta`, as in
+            TrainArguments, with rewards and accuracies beside the base.
+
     Raises DataError when the dataset cannot be read or holds no answers.
     """
     check_pair(model, tokenizer)
-    check_ranges({"max_length": (max_length, LENGTH)})
-    conversations, accounting = read_dataset(dataset, dataset_dir, name=name, author=author, columns=columns,
-                                             allow_outside_files=allow_outside_files)  # fmt: skip
-    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
-    samples = build_samples(
-        tokenizer, conversations, accounting, template=chosen, system=system,
-        max_length=sample_limit(model, max_length), train_on_prompt=train_on_prompt,
-        chatglm=ChatGlmOptions(numbered="history" in (columns or ())), eos_ids=stated_ends(model),
-    )  # fmt: skip
+    check_ranges({"max_length": (max_length, LENGTH), **({} if beta is None else {"beta": (beta, ABOVE_0)})})
+    options = preferring(
+        stage, {"loss_type": loss_type, "beta": beta}, train_on_prompt=train_on_prompt and stage != "sft"
+    )
+    reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
+                               "allow_outside_files": allow_outside_files}  # fmt: skip
+    chosen, limit = (
+        resolve_template(tokenizer, template, enable_thinking=enable_thinking),
+        sample_limit(model, max_length),
+    )
+    learning: dict[str, Any] = {
+        "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
+        "chatglm": ChatGlmOptions(numbered="history" in (columns or ())),
+    }  # fmt: skip
+    if options is not None:
+        rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
+        preferences = build_preferences(tokenizer, rows, accounting, **learning)
+        preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
+        judged = evaluate_preferences(model, preferences, options)
+        return replace(judged, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
+    conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
+    samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     shows = (TextColumn("evaluated {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
              TimeRemainingColumn(compact=True))  # fmt: skip
     with Display(*shows, console=shown(progress)) as display:
@@ -87,49 +91,31 @@ def evaluate(
     return replace(found, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
 
 
+@alone("evaluated")
+def evaluate_preferences(
+    model: PreTrainedModel, preferences: list[Preference], options: PreferenceOptions, compute: str | None = None
+) -> PreferenceEvaluation:
+    """The same of rows that are tokenized already, beside the base: the model with its adapters off.
+
+    Args:
+        compute: how products are computed, see QuantizedLinear; None for as they are.
+    """
+    tokens = GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS
+    with ExitStack() as stack:
+        if compute is not None:
+            stack.enter_context(computing(model, compute))
+        texts = [text for each in preferences for text in each.texts]
+        problem = stack.enter_context(padding_free(model, texts))
+        shared = not problem and not options.labelled and shares_prompts(model, preferences)
+        objective = PreferenceOptimization(options, alone=bool(problem), shared=shared)
+        if options.refers:
+            with adapters_off(model):
+                preferences = with_reference(model, preferences, 0 if problem else tokens, objective)
+        return objective.evaluate(model, preferences, tokens)
+
+
 def template_of(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> ChatTemplate:
     """The chat template that a run's options ask for."""
     return resolve_template(
         tokenizer, args.template, enable_thinking=args.enable_thinking, system_text=args.system_text
     )
-
-
-@torch.no_grad()
-@alone("evaluated")
-def evaluate_samples(
-    model: PreTrainedModel,
-    samples: Sequence[Sample],
-    tokens: int | None = None,
-    compute: str | None = None,
-    processes: Processes = ALONE,
-    passed: Callable[[int], None] = lambda _: None,
-) -> Evaluation:
-    """The loss on samples that are tokenized already, so many tokens in a pass. The model's training mode is kept.
-
-    Args:
-        compute: how products are computed, see QuantizedLinear; None for as they are.
-        processes: those that share the work, each with all samples.
-        passed: called after each pass with the number of samples that were in it.
-    """
-    tokens = tokens or (GPU_EVAL_TOKENS if model.device.type == "cuda" else CPU_EVAL_TOKENS)
-    total, labels, weight = 0.0, 0, 0.0
-    products = nullcontext() if compute is None else computing(model, compute)
-    with products, evaluating(model), padding_free(model, samples) as problem:
-        # neighbours of similar length waste least where attention is masked
-        ordered = sorted(processes.share(samples), key=lambda sample: len(sample.input_ids))
-        for part in split_batch(collate(ordered), 0 if problem else tokens) if ordered else ():
-            total += float(batch_loss(model, part))
-            labels += count_labels(part)
-            weight += weigh_labels(part)
-            passed(int((part["position_ids"] == 0).sum()))  # each sample begins with one
-    sums = torch.tensor([total, labels, weight], dtype=torch.float64, device=model.device)
-    total, labels, weight = processes.add(sums).tolist()
-    loss = total / (weight or 1.0)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), int(labels))
-
-
-def held_out_loss(
-    model: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample], processes: Processes = ALONE
-) -> float | None:
-    """The loss on a run's held-out samples, where there are any."""
-    return evaluate_samples(model, samples, evaluation_tokens(args), processes=processes).loss if samples else None

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from math import inf, isfinite
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,8 +31,6 @@ from qgraft import storage
 from qgraft.adapter_files.folder import save_adapter
 from qgraft.adapter_files.seal import SEAL
 from qgraft.compat import activation_checkpointing
-from qgraft.data.batches import Batch
-from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
@@ -49,7 +48,6 @@ from qgraft.training.checkpoints import (
     remove_old,
     write_saved,
 )
-from qgraft.training.evaluate import evaluate_samples
 from qgraft.training.events import Callback, Events
 from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.optimization import OF_OPTIMIZER, Optimization
@@ -66,7 +64,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 class Step:
     """What one optimizer step learns in this process: its batches, and what their losses are divided by."""
 
-    batches: list[Batch]
+    batches: list[Any]
     count: float
 
 
@@ -85,8 +83,8 @@ class TrainingLoop:
         self,
         model: PreTrainedModel,
         args: TrainArguments,
-        samples: Sequence[Sample],
-        eval_samples: Sequence[Sample],
+        samples: Sequence[Any],
+        eval_samples: Sequence[Any],
         tokens_per_pass: int,
         *,
         bound: Bound | None = None,
@@ -94,6 +92,7 @@ class TrainingLoop:
         stop: StopOnSignal | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         processes: Processes = ALONE,
+        objective: Objective | None = None,
         alone: Callable[[], AbstractContextManager[None]] = nullcontext,
         say: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -101,7 +100,7 @@ class TrainingLoop:
         self.model, self.args, self.samples, self.eval_samples = model, args, samples, eval_samples
         self.tokens_per_pass, self.bound = tokens_per_pass, bound or Bound({}, {})
         self.processes, self.alone, self.say = processes, alone, say
-        self.objective: Objective = SupervisedFineTuning(args.label_smoothing_factor)
+        self.objective: Objective = objective or SupervisedFineTuning(args.label_smoothing_factor)
         self.plan = plan_of(args, len(samples), processes.count)
         self.stop = stop or StopOnSignal()
         self.events = Events(args, self.plan, processes, callbacks, self.stop)
@@ -206,23 +205,23 @@ class TrainingLoop:
         self.events.tell("on_step_begin")
         chosen = [self.samples[index] for index in self.plan.step(self.progress.position)]
         own = self.processes.share(chosen)
+        if not self.model.training:  # the walk over all modules costs milliseconds
+            self.model.train()
         self._loss = torch.zeros_like(self._loss)
         self._tokens = sum(len(sample.input_ids) for sample in own)
         count = self.objective.count(chosen) or 1.0  # all labels of a step may weigh nothing
+        self.objective.begin(self.model, chosen, own, self.tokens_per_pass, self.processes)
         return Step(self.objective.batches(own, self.tokens_per_pass), count)
 
     def learn(self, step: Step) -> None:
         """Forward and backward of the batches, one after another."""
-        if not self.model.training:  # the walk over all modules costs milliseconds
-            self.model.train()
         with casts_kept():
             for batch in step.batches:
                 outcome = self.passes.learn(batch, step.count)
                 self.note(outcome.loss)
                 if not may_be_learned(outcome.loss):
                     return
-                for name, value in outcome.metrics.items():
-                    self.progress.metrics[name] = self.progress.metrics.get(name, 0.0) + float(value)
+                self.progress.add(outcome.metrics)
         self.progress.count += step.count
 
     def note(self, loss: Tensor) -> None:
@@ -323,7 +322,11 @@ class TrainingLoop:
         done = self.progress
         logs = {"loss": done.pending_loss / done.pending_steps} if done.pending_steps else {}
         logs |= {"grad_norm": self.optimization.norm} if isfinite(self.optimization.norm) else {}
-        logs |= {"learning_rate": rate, **{key: value / done.count for key, value in done.metrics.items()}}
+        logs |= {"learning_rate": rate}
+        if self.objective.names and done.count:
+            sums = torch.tensor([done.metrics.get(name, 0.0) for name in self.objective.names], dtype=torch.float64)
+            added = self.processes.add(sums.to(self.model.device)).tolist()
+            logs |= self.objective.means(dict(zip(self.objective.names, added, strict=True)), done.count)
         self._drain()
         self.events.log(logs)
 
@@ -337,7 +340,7 @@ class TrainingLoop:
         """Measure the held-out loss, and say whether it is the lowest so far."""
         tokens, state = evaluation_tokens(self.args), self.events.state
         with self.alone():
-            found = evaluate_samples(self.model, self.eval_samples, tokens, processes=self.processes)
+            found = self.objective.evaluate(self.model, self.eval_samples, tokens, self.processes)
         check_held_out(self.model, found.loss)
         metrics = {f"eval_{key}": value for key, value in found.as_dict().items()}
         self.events.log(metrics)

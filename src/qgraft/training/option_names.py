@@ -32,6 +32,14 @@ ALIASES = {  # name elsewhere -> ours
     "train_on_inputs": "train_on_prompt",
     "sequence_len": "max_length",
     "max_seq_len": "max_length",
+    "pref_beta": "beta",
+    "dpo_beta": "beta",
+    "kto_beta": "beta",
+    "pref_loss": "loss_type",
+    "dpo_loss": "loss_type",
+    "dpo_label_smoothing": "label_smoothing",
+    "kto_chosen_weight": "desirable_weight",
+    "kto_rejected_weight": "undesirable_weight",
 }
 
 _PACKING = (

@@ -39,10 +39,11 @@ from qgraft.training.checkpoints import (
     step_of,
 )
 from qgraft.training.optimization import STATES
+from qgraft.training.reference import REFERENCE
 
 RUN = "run.json"
 LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
-_WITHOUT_RESULT = {METRICS, RUN, "runs", "loss.png"}  # of a run that has no checkpoint yet
+_WITHOUT_RESULT = {METRICS, RUN, REFERENCE, "runs", "loss.png"}  # of a run that has no checkpoint yet
 
 
 @dataclass(frozen=True)

@@ -5,21 +5,32 @@ cuda_graphs   auto   where a pass takes longer to start than to compute, which i
               no     nowhere
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from math import inf
+from typing import TYPE_CHECKING, Any
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel
 
 from qgraft.compat import asks_for_checkpointing
-from qgraft.data.batches import Batch
 from qgraft.errors import OptionError, option
+from qgraft.linear import computing
+from qgraft.memory.copies import copies_kept
+from qgraft.memory.settings import settle_noted
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.frozen_cache import frozen_layers_cached
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.graphed import GraphedPasses, launch_bound, why_eager
 from qgraft.passes.loss import check_gradient
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
+
+if TYPE_CHECKING:
+    from qgraft.training.run import Prepared
 
 
 class Passes:
@@ -40,7 +51,7 @@ class Passes:
         self.model, self.args, self.objective, self.optimization = model, args, objective, optimization
         self.graphs = graphs
 
-    def learn(self, batch: Batch, count: float) -> Outcome:
+    def learn(self, batch: Any, count: float) -> Outcome:
         """The loss of a batch divided by `count`, without gradient, and its metrics.
 
         On a CPU a loss that is not finite adds no gradient. A GPU is not waited for: there it goes with the step.
@@ -102,3 +113,25 @@ def _why_not(model: PreTrainedModel, args: TrainArguments) -> str | None:
         and args.memory_limit not in (None, "auto"),
     }
     return next((reason for reason, holds in reasons.items() if holds), None) or why_eager(model)
+
+
+@contextmanager
+def fastest_passes(
+    model: PreTrainedModel, prepared: "Prepared", console: Console | None
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
+    args, samples, notes = prepared.args, prepared.samples, prepared.notes
+    with ExitStack() as stack:
+        stack.enter_context(computing(model, args.compute))
+        if problem := stack.enter_context(padding_free(model, [text for each in samples for text in each.texts])):
+            notes.append(f"{problem}; every sample passes through the model alone")
+        stack.enter_context(fused_modules(model))
+        found = settle_noted(model, args, samples, bool(problem), notes, console)
+        check_graphs(model, args)
+        stack.enter_context(copies_kept(model, args, found[1], notes))
+        if args.cache_frozen_layers:
+            every = [*samples, *prepared.eval_samples]
+            notes += (said := stack.enter_context(frozen_layers_cached(model, every, prepared.folder)))
+            if console is not None:
+                console.print(*said, sep="\n", highlight=False)
+        yield found

@@ -10,17 +10,20 @@ transformers' TrainingArguments joins the process group (gloo on CPUs, nccl on G
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import TrainingError, option
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
+
+Row = TypeVar("Row", Sample, Preference)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Processes:
         """Whether this one writes."""
         return self.rank == 0
 
-    def share(self, samples: Sequence[Sample]) -> list[Sample]:
+    def share(self, samples: Sequence[Row]) -> list[Row]:
         """Those of the samples that this process computes: about as many tokens as the others, in their order."""
         if self.count == 1:
             return list(samples)

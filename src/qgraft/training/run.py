@@ -5,6 +5,7 @@ output_dir/
   calibration.safetensors    rows to merge it with (adapter_files/calibration.py)
   run.json        options, row accounting, base, losses, speed, memory, versions
   metrics.jsonl   one line a log
+  reference.json  of preferences: what the model said of the rows before (reference.py)
   loss.png        training and held-out loss
   checkpoint-N/   to resume from
 """
@@ -12,8 +13,8 @@ output_dir/
 import copy
 import json
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,17 +24,12 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedToken
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from qgraft import storage
-from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.base import adapter_names, base_of, find_adapter
 from qgraft.data.reading import Accounting, Dataset, as_dataset
-from qgraft.data.tokenizing import Sample, samples_sha256
-from qgraft.errors import DataError, OptionError, option
-from qgraft.linear import computing
+from qgraft.data.tokenizing import samples_sha256
+from qgraft.errors import OptionError, option
 from qgraft.locks import folder_locked
-from qgraft.memory.copies import copies_kept
-from qgraft.memory.settings import settle_noted
-from qgraft.passes.decoder import padding_free
-from qgraft.passes.frozen_cache import frozen_layers_cached
-from qgraft.passes.fused import fused_modules
+from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.limits import sample_limit
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
@@ -42,16 +38,16 @@ from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
-from qgraft.training.evaluate import Evaluation, evaluate_samples, held_out_loss, template_of
 from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair, ready_callbacks
 from qgraft.training.loop import TrainingLoop
 from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, check_room, trim_log
-from qgraft.training.passes import check_graphs
+from qgraft.training.passes import fastest_passes
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import ALONE, Processes
+from qgraft.training.reference import said_by_reference, settle_objective, write_reference
 from qgraft.training.report import TrainReport, save_run
-from qgraft.training.samples import prepare_samples, read_samples
+from qgraft.training.samples import prepare_samples
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
 
@@ -92,7 +88,7 @@ def _train(model: PreTrainedModel, prepared: "Prepared", processes: Processes, c
         watch, stop = Watch(prepared.folder, console, writes=processes.first), StopOnSignal()
         run = Run(model, prepared, watch, stop, processes)
         try:
-            with passes(model, prepared, console) as (tokens, estimated):
+            with fastest_passes(model, prepared, console) as (tokens, estimated):
                 run.start(tokens, estimated)
                 if (report := run.ended_before) is not None:
                     return report
@@ -107,18 +103,22 @@ DIVERGED = 1.1  # times the loss before the first step
 
 @dataclass
 class Prepared:
-    """A run of which nothing that is given can be wrong any more, and which has changed nothing yet."""
+    """A run of which nothing that is given can be wrong any more, and which has changed nothing yet.
+
+    `refers_to_base` says whether its adapter is new, so that the base is what preferences are compared with.
+    """
 
     args: TrainArguments
     folder: Path
     earlier: Earlier
-    samples: list[Sample]
-    eval_samples: list[Sample]
+    samples: list[Any]  # Sample, or of preferences Preference
+    eval_samples: list[Any]
     accounting: Accounting
     held_out: Accounting | None
     notes: list[str]
     tokenizer: PreTrainedTokenizerBase | None = None
     callbacks: Sequence[Callback] = ()
+    refers_to_base: bool = True
 
 
 def prepare(
@@ -151,8 +151,9 @@ def prepare(
     if any(isinstance(each, EarlyStoppingCallback) for each in every):
         _settle_early_stopping(args)
     return Prepared(
-        args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every
-    )
+        args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every,
+        args.adapter_name not in adapter_names(model),
+    )  # fmt: skip
 
 
 class Run:
@@ -183,6 +184,8 @@ class Run:
         prepared, args = self.prepared, self.prepared.args
         resume = prepared.earlier.resume
         self._estimated, self._before, self.ended_before = estimated, None, None
+        self._beside = dict[str, float]()
+        self.objective = settle_objective(self.model, self.prepared, tokens, self.processes)
         self._bound = Bound(self._fixed(), json.loads(json.dumps(changed_arguments(args), default=str)))
         self.processes.check_same(self._bound.fixed)
         steps = plan_of(args, len(prepared.samples), self.processes.count).steps
@@ -198,9 +201,11 @@ class Run:
         self.loop = TrainingLoop(
             self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=self._bound,
             callbacks=[*prepared.callbacks, self.watch], stop=self.stop, tokenizer=prepared.tokenizer,
-            processes=self.processes, alone=self._alone, say=self._say,
+            processes=self.processes, objective=self.objective, alone=self._alone, say=self._say,
         )  # fmt: skip
         self.loop.start(resume)
+        if self.processes.first:
+            write_reference(self.model, prepared)
         step = self.loop.events.state.global_step
         if resume is not None:
             self._before = self.loop.progress.eval_loss_before
@@ -232,16 +237,20 @@ class Run:
             return
         begin_run(prepared.folder, prepared.args, self._bound, steps)  # now that nothing can be wrong any more
         if self._before is not None:
-            storage.append_line(prepared.folder / METRICS, json.dumps({"step": 0, "eval_loss": self._before}))
+            entry = {"step": 0, "eval_loss": self._before, **self._beside}
+            storage.append_line(prepared.folder / METRICS, json.dumps(entry))
 
     def _measure(self) -> float | None:
         """The held-out loss of the adapter as it is, where there are held-out rows. Raises TrainingError for NaN."""
         prepared = self.prepared
+        if not prepared.eval_samples:
+            return None
         with self._alone():
-            loss = held_out_loss(self.model, prepared.args, prepared.eval_samples, self.processes)
-        if loss is not None:
-            check_held_out(self.model, loss)
-        return loss
+            tokens = evaluation_tokens(prepared.args)
+            found = self.objective.evaluate(self.model, prepared.eval_samples, tokens, self.processes)
+        self._beside = {f"eval_{name}": value for name, value in found.metrics.items()}
+        check_held_out(self.model, found.loss)
+        return found.loss
 
     def _as_it_was(self, run: Mapping[str, Any]) -> TrainReport:
         """The report of a run that came to its end before, as its run.json tells; the model has its adapter."""
@@ -271,12 +280,13 @@ class Run:
             held_out |= {"eval_loss": state.best_metric, "eval_loss_last": last, "best_step": state.best_global_step}
         self._warn_of_divergence(last)
         if not signalled:
-            kept = prepared.tokenizer, prepared.samples, prepared.eval_samples
-            prepared.notes += keep_rows(self.model, prepared.args, *kept)
+            sides = prepared.samples, prepared.eval_samples
+            prepared.notes += keep_rows(self.model, prepared.args, prepared.tokenizer, *sides)
         metrics: dict[str, float] = {
             "train_loss": loop.train_loss,
             "seconds": self.watch.seconds,
             **{key: value for key, value in held_out.items() if value is not None},
+            **self._beside_loss(state.global_step if best is None else state.best_global_step),
             "tokens_per_second": self.watch.tokens_per_second,
             "tokens": loop.progress.tokens,
             "peak_memory_bytes": peak_memory_bytes(),
@@ -334,38 +344,22 @@ class Run:
             "samples of a step": size,
             "steps of an epoch": plan_of(args, len(self.prepared.samples), self.processes.count).steps_per_epoch,
             "rows (SHA-256 of the samples)": samples_sha256(self.prepared.samples),
+            **said_by_reference(self.prepared),
             HELD_OUT: samples_sha256(self.prepared.eval_samples),
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
             **json.loads(json.dumps({**options, **{f"{OF_ADAPTER}{key}": value for key, value in adapter.items()}})),
         }
+
+    def _beside_loss(self, step: int | None) -> dict[str, float]:
+        """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
+        logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
+        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if "/" in key}
 
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
         state = self.loop.events.state
         measured = [e for e in state.log_history if "eval_loss" in e and e["step"] == state.global_step]
         return float(measured[-1]["eval_loss"]) if measured else None
-
-
-@contextmanager
-def passes(
-    model: PreTrainedModel, prepared: Prepared, console: Console | None
-) -> Iterator[tuple[int, dict[str, float]]]:
-    """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
-    args, samples, notes = prepared.args, prepared.samples, prepared.notes
-    with ExitStack() as stack:
-        stack.enter_context(computing(model, args.compute))
-        if problem := stack.enter_context(padding_free(model, samples)):
-            notes.append(f"{problem}; every sample passes through the model alone")
-        stack.enter_context(fused_modules(model))
-        found = settle_noted(model, args, samples, bool(problem), notes, console)
-        check_graphs(model, args)
-        stack.enter_context(copies_kept(model, args, found[1], notes))
-        if args.cache_frozen_layers:
-            every = [*samples, *prepared.eval_samples]
-            notes += (said := stack.enter_context(frozen_layers_cached(model, every, prepared.folder)))
-            if console is not None:
-                console.print(*said, sep="\n", highlight=False)
-        yield found
 
 
 def _settle_early_stopping(args: TrainArguments) -> None:
@@ -377,17 +371,6 @@ def _settle_early_stopping(args: TrainArguments) -> None:
             hint=f"{option('eval_strategy', 'epoch')}, or {option('eval_strategy', 'steps')} with eval_steps",
         )
     args.metric_for_best_model, args.greater_is_better = "loss", False
-
-
-def evaluate_held_out(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainArguments
-) -> tuple[Evaluation, Accounting]:
-    """The loss of the model, with its active adapters, on args.eval_dataset; the same samples as train() would take."""
-    if not args.eval_dataset:
-        raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
-    limit, template = sample_limit(model, args.max_length), template_of(tokenizer, args)
-    samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
-    return evaluate_samples(model, samples, compute=args.compute), accounting
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:

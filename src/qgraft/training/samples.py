@@ -1,15 +1,19 @@
 """The samples of a run: its rows read and tokenized as its options say, and some of them held out."""
 
+from typing import Any
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.data.held_out import hold_out
-from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
+from qgraft.data.preference_samples import build_preferences, mismatched
+from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset, read_preferences
 from qgraft.data.templates import ChatTemplate
-from qgraft.data.tokenizing import ChatGlmOptions, Sample, WritesPrompts, build_samples
+from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
+from qgraft.training.stages import preference_options
 
 
 def prepare_samples(
@@ -20,8 +24,8 @@ def prepare_samples(
     args: TrainArguments,
     limit: int,
     notes: list[str],
-) -> tuple[list[Sample], list[Sample], Accounting, Accounting | None]:
-    """(samples, held-out samples, where the rows of both went); `notes` gets what a reader of the run should know."""
+) -> tuple[list[Any], list[Any], Accounting, Accounting | None]:
+    """(samples or preferences, held-out ones, where the rows of both went); `notes` gets what a reader should know."""
     chosen = dataset if dataset is not None else args.dataset
     if not chosen:
         raise DataError(
@@ -38,18 +42,22 @@ def prepare_samples(
                      "a first question bare")  # fmt: skip
     samples, accounting = read_samples(model, tokenizer, chosen, args, limit, template, held_out=False)
     notes += accounting.said()
+    options = preference_options(args)
+    pairing = options is not None and options.loss_type == "kto"
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
     if held_out:
         eval_samples, held_out_accounting = read_samples(
             model, tokenizer, held_out, args, limit, template, held_out=True
         )
         notes += [f"held-out rows: {sentence}" for sentence in held_out_accounting.said()]
-        return samples, eval_samples, accounting, held_out_accounting
-    if args.val_size:
+    else:
+        eval_samples, held_out_accounting = [], None
+    if args.val_size and not held_out:
         samples, eval_samples = hold_out(samples, args.val_size, args.seed)
         notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
-        return samples, eval_samples, accounting, None
-    return samples, [], accounting, None
+    if pairing:
+        samples, eval_samples = (mismatched(rows, limit) for rows in (samples, eval_samples))
+    return samples, eval_samples, accounting, held_out_accounting
 
 
 def read_samples(
@@ -61,19 +69,24 @@ def read_samples(
     template: ChatTemplate,
     *,
     held_out: bool,
-) -> tuple[list[Sample], Accounting]:
-    """The samples of one dataset, of at most `limit` tokens, as the options of a run ask for them."""
+) -> tuple[list[Any], Accounting]:
+    """The samples or preferences of one dataset, of at most `limit` tokens, as the options of a run ask for them."""
+    options = preference_options(args)
     most = args.max_eval_samples if held_out else args.max_train_samples
     longest = args.val_max_target_length if held_out else None
-    conversations, accounting = read_dataset(
-        dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
-        max_samples=most or args.max_samples, allow_outside_files=args.allow_outside_files,
-    )  # fmt: skip
-    samples = build_samples(
-        tokenizer, conversations, accounting, template=template, system=args.system, max_length=limit,
-        train_on_prompt=args.train_on_prompt, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
-        eos_ids=stated_ends(model),
-        chatglm=ChatGlmOptions(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
-                      learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix),
-    )  # fmt: skip
-    return samples, accounting
+    reading: dict[str, Any] = {
+        "name": args.name, "author": args.author, "columns": named_columns(vars(args)),
+        "max_samples": most or args.max_samples, "allow_outside_files": args.allow_outside_files,
+    }  # fmt: skip
+    chatglm = ChatGlmOptions(args.max_source_length, longest or args.max_target_length, numbered=bool(args.history_column),
+                      learn_padding=not args.ignore_pad_token_for_loss, source_prefix=args.source_prefix)  # fmt: skip
+    learning: dict[str, Any] = {
+        "template": template, "system": args.system, "max_length": limit, "mask_history": args.mask_history,
+        "mask_reasoning": args.mask_reasoning, "eos_ids": stated_ends(model), "chatglm": chatglm,
+    }  # fmt: skip
+    if options is not None:
+        rows, accounting = read_preferences(dataset, args.dataset_dir, labelled=options.labelled, **reading)
+        return build_preferences(tokenizer, rows, accounting, **learning), accounting
+    conversations, accounting = read_dataset(dataset, args.dataset_dir, **reading)
+    learning["train_on_prompt"] = args.train_on_prompt
+    return build_samples(tokenizer, conversations, accounting, **learning), accounting

@@ -1,0 +1,31 @@
+"""do_eval without training: the held-out rows of a run's options, measured as a run measures them."""
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.data.preference_samples import mismatched
+from qgraft.data.reading import Accounting
+from qgraft.errors import DataError, option
+from qgraft.passes.limits import sample_limit
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.evaluate import evaluate_preferences, template_of
+from qgraft.training.objective import Measured, evaluate_samples
+from qgraft.training.samples import read_samples
+from qgraft.training.stages import preference_options
+
+
+def evaluate_held_out(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainArguments
+) -> tuple[Measured, Accounting]:
+    """What the model, with its active adapters, says of args.eval_dataset; the same samples as train() would take."""
+    if not args.eval_dataset:
+        raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
+    limit, template, options = (
+        sample_limit(model, args.max_length),
+        template_of(tokenizer, args),
+        preference_options(args),
+    )
+    samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
+    if options is None:
+        return evaluate_samples(model, samples, compute=args.compute), accounting
+    rows = mismatched(samples, limit) if options.loss_type == "kto" else samples
+    return evaluate_preferences(model, rows, options, args.compute), accounting
