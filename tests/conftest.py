@@ -33,7 +33,11 @@ from qgraft.models.chatglm2 import ChatGLM2Config, ChatGLM2ForConditionalGenerat
 from qgraft.models.chatglm2_tokenizer import ChatGLM2Tokenizer
 from qgraft.models.chatglm_tokenizer import ChatGLMTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent))  # what several rooms import: disks.py, decoder_float64.py
+sys.path.insert(
+    0, str(Path(__file__).parent)
+)  # what several rooms import: disks.py, tiny_models.py, decoder_float64.py
+
+from tiny_models import ALWAYS_TIED, FFN, LAYERS, MODELS, PERMUTED, PLUS_ONE, SENTENCEPIECE
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -58,27 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
-HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, LENGTH = 64, 2, 4, 2, 256, 128
-SHAPE = {
-    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
-    "intermediate_size": FFN, "max_position_embeddings": LENGTH,
-}  # fmt: skip
-GEMMA = {
-    "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh",
-}  # fmt: skip
-MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),
-    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHAPE, **GEMMA}),
-    # transformers' reader knows neither n_inner nor n_positions: these are the values it assumes
-    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
-    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SHAPE, "head_dim": 16}),
-    "nemotron": ("NemotronForCausalLM", "NemotronConfig", {**SHAPE, "head_dim": 16}),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SHAPE, "pad_token_id": None}),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
-    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHAPE, "head_dim": 128}),  # the head_dim that the reader assumes
-    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**SHAPE, "use_qkv_bias": True}),
-    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SHAPE),
-}  # fmt: skip
 MIX = (Q.Q4_1, Q.Q4_0, Q.Q5_1, Q.Q8_0, Q.F16, Q.Q5_0, Q.BF16)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -143,7 +126,7 @@ def write_tiny(
         tokenizer: whether the vocabulary is written.
         types: the formats that matrices are stored in, one after another.
     """
-    tied = tied or architecture == "gemma2"  # the tables of the gguf package have no output layer for it
+    tied = tied or architecture in ALWAYS_TIED
     model = float_model(architecture, tied, config or {}, seed)
     names = gguf.get_tensor_name_map(_arch(architecture), model.config.num_hidden_layers)
     keys = {
@@ -227,13 +210,24 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys["rope.dimension_count"] = int(head_dim * rope.get("partial_rotary_factor", 1.0))
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
     if "gemma" in architecture or architecture == "phi3":
-        keys["attention.sliding_window"] = c.sliding_window or 0
+        keys["attention.sliding_window"] = getattr(c, "sliding_window", None) or 0
+    if architecture == "granite":
+        keys |= {"attention.scale": c.attention_multiplier, "embedding_scale": c.embedding_multiplier,
+                 "residual_scale": c.residual_multiplier, "logit_scale": c.logits_scaling}  # fmt: skip
+    if architecture == "mistral3":
+        keys |= {
+            "rope.scaling.type": "yarn", "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+            "rope.scaling.yarn_beta_fast": rope["beta_fast"], "rope.scaling.yarn_beta_slow": rope["beta_slow"],
+            "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"],
+            "attention.temperature_scale": rope["llama_4_scaling_beta"],
+        }  # fmt: skip
     return {"general.name": "tiny", **{f"{architecture}.{k}": v for k, v in keys.items()}, **grouped}
 
 
 def vocabulary(architecture: str) -> dict[str, Any]:
     """A byte-level BPE vocabulary, or a sentencepiece one for the architectures that have them in the field."""
-    if architecture in ("gemma2", "gemma3", "phi3"):
+    if architecture in SENTENCEPIECE:
         return _sentencepiece_vocabulary()
     letters = _byte_alphabet()
     merges = []
@@ -287,12 +281,12 @@ def _arch(architecture: str) -> gguf.MODEL_ARCH:
 
 
 def _offset(architecture: str) -> float:
-    return 1.0 if architecture in ("gemma2", "gemma3", "nemotron") else 0.0
+    return 1.0 if architecture in PLUS_ONE else 0.0
 
 
 def _heads(model: nn.Module, architecture: str, name: str) -> int | None:
     """Heads whose rows llama.cpp permutes in this parameter, or None."""
-    if architecture != "llama":
+    if architecture not in PERMUTED:
         return None
     return {"q_proj": model.config.num_attention_heads, "k_proj": model.config.num_key_value_heads}.get(
         name.split(".")[-2]

@@ -44,14 +44,22 @@ class Rules:
 
 
 ARCHITECTURES = {  # general.architecture of the file
+    "exaone4": Rules(),
+    "gemma": Rules(norm_offset=1.0),
     "gemma2": Rules(norm_offset=1.0),
     "gemma3": Rules(norm_offset=1.0),
+    "glm4": Rules(),
     "gpt2": Rules(),
+    "granite": Rules(permuted_qk=True),
+    "hunyuan-dense": Rules(),
     "llama": Rules(permuted_qk=True),  # mistral files carry this name too
+    "mistral3": Rules(permuted_qk=True),
     "nemotron": Rules(norm_offset=1.0),
+    "olmo2": Rules(),
     "phi3": Rules(),
     "qwen2": Rules(),
     "qwen3": Rules(),
+    "smollm3": Rules(permuted_qk=True),
     "stablelm": Rules(),
     "starcoder2": Rules(),
 }

@@ -24,8 +24,13 @@ from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
 
-ARCHITECTURE_OF = {keys.model_type: name for name, keys in TABLE.items()} | {"mistral": "llama"}  # by model_type
+ARCHITECTURE_OF = {  # by model_type
+    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
+    **{keys.model_type: name for name, keys in TABLE.items()},
+    "mistral": "llama",
+}
 
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of yarn, where they are not stated
 _WITHOUT_EFFECT = (
     *PreTrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp",
     "tie_word_embeddings", "vocab_size", "use_sliding_window", "max_window_layers", "rope_parameters", "model_type",
@@ -47,7 +52,7 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         if field == "n_inner":
             value = value or 4 * config.n_embd
         if value is not None:
-            values[key] = float(value) if key.endswith(("epsilon", "softcapping")) else value
+            values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     tensors: dict[str, Tensor] = {}
@@ -71,6 +76,8 @@ def _windows(config: PreTrainedConfig, architecture: str) -> dict[str, Any]:
         return {WINDOW: window} if window else {}
     if not any(windowed):
         return {WINDOW: 0} if architecture == "gemma3" else {}
+    if architecture == "exaone4":
+        return {WINDOW: window}
     period = windowed.index(False) + 1 if False in windowed else 0
     return {WINDOW: window, PATTERN: period}
 
@@ -87,6 +94,12 @@ def _rotation(
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if config.model_type == "ministral3":
+            values["attention.temperature_scale"] = float(rope["llama_4_scaling_beta"])
+            values["rope.scaling.yarn_log_multiplier"] = float(rope.get("mscale_all_dim", 0.0))
+            values |= {f"rope.scaling.yarn_{key}": float(rope.get(key) or n) for key, n in _BETAS.items()}
+    elif kind == "dynamic" and rope.get("alpha") and config.model_type == "hunyuan_v1_dense":
+        values["rope.freq_base"] *= rope["alpha"] ** (head_dim / (head_dim - 2))
     elif kind == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         tensors[FREQS] = plain / rotary.inv_freq.float().cpu()
@@ -119,13 +132,14 @@ def lost_in_keys(config: PreTrainedConfig, rotary: Any, draft: GgufFile) -> list
         apply_rotation(again, Header(draft), draft)
         if not _same_rotations(rotary, again):
             lost.append(f"rope_parameters {config.rope_parameters!r:.200}")
-        elif llamacpp_rotates_otherwise(config.rope_parameters or {}):
+        elif config.model_type != "ministral3" and llamacpp_rotates_otherwise(config.rope_parameters or {}):
             lost.append("the beta or the attention factor of its yarn, which llama.cpp passes over")
     return lost
 
 
 def llamacpp_rotates_otherwise(rope: Mapping[str, Any]) -> bool:
     """Whether yarn has what llama.cpp passes over for these architectures."""
+    rope = rope.get("full_attention", rope)
     told = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("attention_factor"))
     return rope.get("rope_type") == "yarn" and (told[:2] != (32, 1) or told[2] is not None)
 

@@ -1,0 +1,155 @@
+"""Every architecture of a GGUF file, measured by transformers' own float model of the weights that the file's bytes mean:
+logits, losses and gradients of LoRAs, greedy tokens; and refused where the file says what is not computed.
+
+tests/oracle has llama.cpp read the same files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import qgraft
+from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
+from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
+from qgraft.passes.loss import batch_loss
+
+Maker = Callable[..., Any]
+# with the penalty, as a tied model of random weights repeats its last token
+GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+                          "repetition_penalty": 20.0}  # fmt: skip
+LENGTHS, SCALING = (7, 9, 40), 2.0  # the last one is longer than every window
+ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(4, 250, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [Sample(ids, [IGNORED] * (len(ids) // 2) + ids[len(ids) // 2 :], "") for ids in rows]
+
+
+def own_losses(model: nn.Module) -> Tensor:
+    """The sum over the labels of all samples, each passed alone through transformers' model."""
+    total = torch.zeros(())
+    for sample in samples():
+        rows = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1].float()
+        total = total + F.cross_entropy(rows, torch.tensor(sample.labels[1:]), ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+def loras(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def with_loras(model: nn.Module, values: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Add x A^T B^T * SCALING to the layers of a float model, by hooks; the leaves by the names that qgraft gives them."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    for name in [name for name in leaves if name.endswith("lora_A")]:
+        a, b = leaves[name], leaves[name[:-1] + "B"]
+        layer = model.get_submodule(name.partition(".loras.")[0])
+        layer.register_forward_hook(lambda _, x, y, a=a, b=b: y + SCALING * (x[0] @ a.T) @ b.T)
+    return leaves
+
+
+@pytest.mark.spread(8)
+@ALL
+def test_losses_and_gradients_are_those_of_transformers_model(
+    architecture: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, lora_alpha=4)
+    torch.manual_seed(1)
+    trained = loras(model)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.05)
+    leaves = with_loras(tiny.model, trained)
+    expected = own_losses(tiny.model)
+    expected.backward()
+    largest = max(float(leaf.grad.abs().max()) for leaf in leaves.values())
+
+    def check(loss: Tensor, how: str) -> None:
+        torch.testing.assert_close(loss.float(), expected, rtol=1e-5, atol=1e-4, msg=how)
+        model.zero_grad()
+        loss.backward()
+        for name, leaf in leaves.items():
+            off = float((trained[name].grad - leaf.grad).abs().max()) / largest
+            assert off < 1e-4, f"{how}, {name}: off by {off:.2g} of the largest gradient"
+
+    check(own_losses(model), "the model's own pass")
+    with padding_free(model, samples()) as problem:
+        check(sum(batch_loss(model, collate([sample])) for sample in samples()), "alone")
+        if problem is None:
+            check(batch_loss(model, collate(samples())), "packed")
+
+
+@pytest.mark.spread(8)
+@ALL
+def test_logits_and_greedy_tokens_are_those_of_transformers_model(
+    architecture: str, tiny_gguf: Maker, random_ids: Maker
+) -> None:
+    tiny = tiny_gguf(architecture)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model, rows=1, length=40)
+    with torch.no_grad():
+        expected = tiny.model(ids).logits
+        assert float((model(ids).logits - expected).abs().max() / expected.abs().max()) < 1e-5
+    mask = torch.ones_like(ids)
+    expected = tiny.model.generate(ids, attention_mask=mask, **GREEDY)
+    assert len(set(expected[0, 40:].tolist())) > 3
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    with fast_decoding(model):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+@ALL
+def test_a_tensor_too_many_is_refused(architecture: str, make_gguf: Maker, tmp_path: Path) -> None:
+    extra = {"blk.1.attn_gain.weight": np.ones(64, np.float32), "blk.0.attn_q.scale": np.ones(1, np.float32)}
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, extra=extra)
+    with pytest.raises(
+        CheckpointError, match=r"2 tensors have no place in .*: blk\.0\.attn_q\.scale, blk\.1\.attn_gain"
+    ):
+        qgraft.load(tiny.path, device="cpu")
+
+
+ODD = {
+    "attention.causal": False, "attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 3.0, "expert_count": 4,
+    "attention.scale": 0.77, "logit_scale": 0.5, "residual_scale": 0.5, "embedding_scale": 2.0,
+    "attention.temperature_scale": 0.1, "attn_logit_softcapping": 3.0, "nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+@ALL
+def test_keys_that_would_change_the_computation_are_refused(
+    architecture: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    keys = TABLE[architecture]
+    odd = {key: value for key, value in ODD.items() if key not in keys.fields and key not in keys.used}
+    assert len(odd) > 5
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, metadata={f"{architecture}.{k}": v for k, v in odd.items()})
+    with pytest.raises(UnsupportedError, match="metadata that is not served") as caught:
+        qgraft.load(tiny.path, device="cpu")
+    assert all(f"{architecture}.{key}: got " in str(caught.value) for key in odd)
+    if keys.rotates:
+        metadata = {f"{architecture}.rope.scaling.type": "su", f"{architecture}.rope.scaling.factor": 2.0}
+        tiny = make_gguf(tmp_path / "su.gguf", architecture, metadata=metadata)
+        with pytest.raises(UnsupportedError, match=r"rope\.scaling\.type: got 'su', expected none or "):
+            qgraft.load(tiny.path, device="cpu")
+
+
+@ALL
+def test_an_architecture_that_transformers_has_not_is_named(
+    architecture: str, tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qgraft.checkpoints.gguf_config.CONFIG_MAPPING", {})
+    with pytest.raises(UnsupportedError, match=rf"architecture '{architecture}': transformers [\d.]+ has no \w+"):
+        qgraft.load(tiny_gguf(architecture).path, device="cpu")
