@@ -180,7 +180,7 @@ def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: in
     if architecture == "gemma2":  # transformers 5.17 leaves the cap of its scores out of every other attention
         model.set_attn_implementation("eager")
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embed" in name or "wte" in name else 0.12))
         else:
             centre = 1.0 if name.endswith(".weight") and not _offset(architecture) else 0.0
@@ -192,15 +192,20 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
     """What llama.cpp's converter writes about the shape of a model."""
     c = model.config
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    grouped = {f"{architecture}.attention.head_count_kv": c.num_key_value_heads} if architecture != "gpt2" else {}
+    key_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
+    if architecture == "lfm2":
+        key_heads = [0 if kind == "conv" else key_heads for kind in c.layer_types]
+    grouped = {f"{architecture}.attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
                                            "layer_norm_epsilon") if getattr(c, k, None))  # fmt: skip
-    rms = "_rms" if hasattr(c, "rms_norm_eps") else ""
+    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture == "lfm2" else ""
     keys = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
         "block_count": c.num_hidden_layers,
-        "feed_forward_length": getattr(c, "intermediate_size", None) or getattr(c, "n_inner", None) or FFN,
+        "feed_forward_length": getattr(c, "intermediate_size", None)
+        or getattr(c, "n_inner", None)
+        or getattr(c, "ffn_hidden_size", FFN),
         "attention.head_count": c.num_attention_heads,
         f"attention.layer_norm{rms}_epsilon": float(epsilon),
     }
@@ -211,6 +216,8 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
     if "gemma" in architecture or architecture == "phi3":
         keys["attention.sliding_window"] = getattr(c, "sliding_window", None) or 0
+    if architecture == "lfm2":
+        keys["shortconv.l_cache"] = c.conv_L_cache
     if architecture == "granite":
         keys |= {"attention.scale": c.attention_multiplier, "embedding_scale": c.embedding_multiplier,
                  "residual_scale": c.residual_multiplier, "logit_scale": c.logits_scaling}  # fmt: skip
@@ -302,6 +309,12 @@ def _to_file(model: nn.Module, architecture: str, name: str, parameter: torch.Te
         value = (
             value.reshape(heads, 2, value.shape[0] // heads // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         )
+    if architecture == "falcon" and "query_key_value" in name:
+        groups = model.config.num_kv_heads if model.config.new_decoder_architecture else 1
+        qkv = value.view(groups, -1, model.config.head_dim, value.shape[1])
+        value = torch.cat([part.reshape(-1, value.shape[1]) for part in (qkv[:, :-2], qkv[:, -2], qkv[:, -1])])
+    if ".conv.conv." in name:
+        value = value.squeeze(1)
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value + _offset(architecture) if is_norm else value
 
@@ -314,6 +327,14 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
         value = (
             value.reshape(heads, value.shape[0] // heads // 2, 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         )
+    if architecture == "falcon" and "query_key_value" in name:
+        width, wide = model.config.head_dim, value.shape[1]
+        groups = model.config.num_kv_heads if model.config.new_decoder_architecture else 1
+        q, k, v = value.split([model.config.num_attention_heads * width, groups * width, groups * width])
+        parts = [q.view(groups, -1, wide), k.view(groups, -1, wide), v.view(groups, -1, wide)]
+        value = torch.cat(parts, 1).reshape(-1, wide)
+    if ".conv.conv." in name:
+        value = value.unsqueeze(1)
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value - _offset(architecture) if is_norm else value
 
@@ -322,7 +343,7 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight":
+    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight" or ".shortconv.conv." in gguf_name:
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0

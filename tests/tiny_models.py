@@ -18,6 +18,11 @@ MINISTRAL_ROPE = {
     "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3,
 }  # fmt: skip
 PERMUTED = {"granite", "llama", "mistral3", "smollm3"}  # rows of q and k
+MOVED = {  # layers whose rows are in another order
+    **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
+    "falcon": ("query_key_value",),
+}
+KERNELS = (".shortconv.conv.weight",)  # of convolutions: matrices in the file, floats in the model
 PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron"}  # norms
 SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
 ALWAYS_TIED = {"gemma", "gemma2"}  # the tables of the gguf package have no output layer for them
@@ -25,6 +30,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHAPE, **GEMMA}),
     "exaone4": ("Exaone4ForCausalLM", "Exaone4Config", {**SHAPE, "sliding_window": None, "layer_types": FULL}),
+    "falcon": (
+        "FalconForCausalLM", "FalconConfig",
+        {**{key: value for key, value in SHAPE.items() if key not in ("num_key_value_heads", "intermediate_size")},
+         "num_kv_heads": KV_HEADS, "new_decoder_architecture": True},
+    ),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**SHAPE, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
     "granite": (
@@ -33,6 +43,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
          "logits_scaling": 1.25},
     ),
     "hunyuan-dense": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
+    "lfm2": (
+        "Lfm2ForCausalLM", "Lfm2Config",
+        {**SHAPE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "pad_token_id": None,
+         "block_auto_adjust_ff_dim": False},
+    ),
     "mistral3": (
         "Ministral3ForCausalLM", "Ministral3Config",
         {**SHAPE, "head_dim": 16, "pad_token_id": None, "rope_parameters": MINISTRAL_ROPE},
@@ -49,4 +64,5 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**SHAPE, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SHAPE),
 }  # fmt: skip
-READ_BY_TRANSFORMERS = frozenset(GGUF_SUPPORTED_ARCHITECTURES) & MODELS.keys()  # a second judge
+# a second judge, but for falcon (it reads no groups of heads) and lfm2 (none of the formats q5_0 and q5_1)
+READ_BY_TRANSFORMERS = (frozenset(GGUF_SUPPORTED_ARCHITECTURES) & MODELS.keys()) - {"falcon", "lfm2"}

@@ -19,6 +19,7 @@ from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.passes.batched_trial import why_not_batched
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
 from qgraft.passes.loss import batch_loss
@@ -28,6 +29,7 @@ Maker = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
                           "repetition_penalty": 20.0}  # fmt: skip
 LENGTHS, SCALING = (7, 9, 40), 2.0  # the last one is longer than every window
+RECURRENT = {"lfm2"}  # layers that carry a state, or convolve along the row: one sample in each pass
 ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
 
 
@@ -87,9 +89,24 @@ def test_losses_and_gradients_are_those_of_transformers_model(
 
     check(own_losses(model), "the model's own pass")
     with padding_free(model, samples()) as problem:
+        assert (problem is not None) == (architecture in RECURRENT)
         check(sum(batch_loss(model, collate([sample])) for sample in samples()), "alone")
         if problem is None:
             check(batch_loss(model, collate(samples())), "packed")
+
+
+@pytest.mark.parametrize("architecture", sorted(RECURRENT))
+def test_recurrent_layers_see_one_sample_whatever_a_trial_would_say(
+    architecture: str, tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = qgraft.load(tiny_gguf(architecture).path, dtype="float32", device="cpu")
+    alone = sum(float(batch_loss(model, collate([sample]))) for sample in samples())
+    together = float(batch_loss(model, collate(samples())))
+    assert abs(together - alone) > 1e-4 * alone  # what would be learned
+    monkeypatch.setattr("qgraft.passes.decoder.EXACT", 1e9)
+    with padding_free(model, samples()) as problem:
+        assert problem is not None and "does not keep samples apart" in problem
+    assert why_not_batched(model) is not None
 
 
 @pytest.mark.spread(8)

@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 import qgraft
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
-from qgraft.checkpoints.gguf_model import ARCHITECTURES
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.checkpoints.gguf_write_tokenizer import PROBES, check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS
 from qgraft.errors import UnsupportedError
@@ -90,6 +90,9 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
+    ("falcon", {"config": {"new_decoder_architecture": False, "num_kv_heads": None}}),  # 7B
+    ("falcon", {"config": {"num_ln_in_parallel_attn": 1}}),  # 11B
+    ("lfm2", {"config": {"block_auto_adjust_ff_dim": True, "block_multiple_of": 32}}),
     ("granite", {"config": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}}),
     (
         "hunyuan-dense",
@@ -139,6 +142,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta|rope_parameters"),
     ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+    ("falcon", {"alibi": True}, "alibi"),
     ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers"),
     ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
     ("mistral3", {"sliding_window": 16}, "sliding_window 16"),

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, TABLE, key_report
-from qgraft.checkpoints.gguf_model import ARCHITECTURES
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 
 
 def test_the_table_has_every_architecture():

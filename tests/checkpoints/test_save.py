@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM
 from qgraft import storage
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.choose import use_adapter
-from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
+from qgraft.checkpoints.gguf_model import load_gguf
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.checkpoints.pull import KNOWN_MODELS, cache_folder
 from qgraft.checkpoints.save import check_target, current_fingerprint, save
 from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError

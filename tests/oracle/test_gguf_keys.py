@@ -22,7 +22,7 @@ from qgraft.checkpoints.gguf_model import load_gguf
 
 LENGTH, CONTEXT = 96, 256
 TOLERANCE, CONTROL = 1e-2, 5e-2
-LAYER_NORM = ("gpt2", "nemotron", "stablelm", "starcoder2")
+LAYER_NORM = ("falcon", "gpt2", "nemotron", "stablelm", "starcoder2")
 ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates)
 GEMMA = {
     "num_hidden_layers": 6,  # the last without a window in Gemma 3
@@ -89,6 +89,7 @@ CASES = {
     **{f"granite: {key}": Case("granite", {key: value}) for key, value in {
         "attention.scale": 0.05, "embedding_scale": 0.3, "residual_scale": 0.2, "logit_scale": 3.0,
     }.items()},
+    "lfm2: other layers": Case("lfm2", {}, config={"layer_types": ["conv", "conv", "full_attention"]}),
     "granite: no scales": Case("granite", {"attention.scale": 0.0, "embedding_scale": 0.0, "residual_scale": None}),
     **{f"{name}: rope_freqs": Case(name, {}, {"rope_freqs.weight": FACTORS}) for name in ("exaone4", "granite")},
     **{f"exaone4: 64 layers, {label}": Case("exaone4", keys, config=LAYERS64) for label, keys in {

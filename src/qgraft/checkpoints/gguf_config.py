@@ -46,6 +46,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values["rope_parameters"] = rope_parameters(header, file)
     if header.architecture in ("exaone4", "olmo2"):
         values |= _windowed(header, values["rope_parameters"])
+    if header.architecture == "lfm2":
+        values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
     if header.architecture == "mistral3":
         values |= {"sliding_window": None}  # transformers' default is one
         if keys.type_of(header) == "ministral3" and values["rope_parameters"]["rope_type"] != "yarn":
@@ -83,7 +85,9 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    optional = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count"]
+    if header.architecture == "lfm2":
+        optional.remove("attention.head_count_kv")  # by _key_heads
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
@@ -140,6 +144,9 @@ def _from_tensors(header: Header, file: GgufFile) -> dict[str, Any]:
     values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
     if embedding is not None:
         values["vocab_size"] = embedding.shape[0]
+    if header.architecture == "falcon":
+        grouped = header.count("attention.head_count_kv", header.heads) > 1 or "attn_norm_2.weight" in names
+        values |= {"new_decoder_architecture": grouped, "num_ln_in_parallel_attn": 1 + ("attn_norm_2.weight" in names)}
     if header.architecture == "stablelm":
         values["use_parallel_residual"] = "ffn_norm.weight" not in names
     return values | {field: tensor in names for field, tensor in TABLE[header.architecture].present.items()}
@@ -167,6 +174,23 @@ def _gemma(header: Header, file: GgufFile) -> dict[str, Any]:
         return values | {"rope_parameters": rope}
     local = {"rope_type": "default", "rope_theta": header.number("rope.freq_base_swa", 10000.0)}
     return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
+
+
+def _key_heads(header: Header) -> dict[str, Any]:
+    """The heads of keys in LFM2's layers of attention, and which layers these are."""
+    key, layers = "attention.head_count_kv", header.count("block_count")
+    stated = header.get(key)
+    counts = [stated] * layers if type(stated) is int else stated
+    heads = {count for count in counts or () if count != 0}
+    if (
+        not isinstance(counts, list)
+        or len(counts) != layers
+        or len(heads) != 1
+        or not all(type(n) is int for n in counts)
+    ):
+        raise header.wrong(key, f"{layers} times 0 or one number of heads")
+    kinds = ["full_attention" if count else "conv" for count in counts]
+    return {"num_key_value_heads": heads.pop(), "layer_types": kinds}
 
 
 def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:

@@ -205,6 +205,14 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     "exaone4": Keys(
         "exaone4", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, freqs=True
     ),
+    "falcon": Keys(
+        "falcon",
+        {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+         "block_count": "num_hidden_layers", "feed_forward_length": "ffn_hidden_size",
+         "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_kv_heads",
+         _LAYER: "layer_norm_epsilon"},
+        _ROPE,
+    ),
     "gemma": Keys("gemma", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
     "gemma2": Keys(
         "gemma2",
@@ -238,6 +246,12 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     "hunyuan-dense": Keys(
         "hunyuan_v1_dense", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE,
         present={"attention_bias": "attn_q.bias"},
+    ),
+    "lfm2": Keys(
+        "lfm2",
+        {**{key: field for key, field in _SIZES.items() if not key.endswith("_kv")}, _RMS: "norm_eps",
+         "shortconv.l_cache": "conv_L_cache"},
+        {**_ROPE, "attention.head_count_kv": "num_key_value_heads; a list, with 0 for a layer that is a short convolution"},
     ),
     "llama": Keys(  # mistral files, too
         "llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE, present=_BIASES, freqs=True,

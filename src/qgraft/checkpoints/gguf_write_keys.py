@@ -36,7 +36,7 @@ _WITHOUT_EFFECT = (
     "tie_word_embeddings", "vocab_size", "use_sliding_window", "max_window_layers", "rope_parameters", "model_type",
     "original_max_position_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels",
+    "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
 )  # fmt: skip
 
 
@@ -53,6 +53,12 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
             value = value or 4 * config.n_embd
         if value is not None:
             values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
+    if architecture == "falcon":
+        values["attention.head_count_kv"] = _filled(config)["num_kv_heads"]
+    if architecture == "lfm2":
+        values["feed_forward_length"] = _filled(config)["intermediate_size"]
+        kinds = config.layer_types
+        values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     tensors: dict[str, Tensor] = {}
@@ -149,6 +155,16 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     if "n_embd" in values:
         values["n_inner"] = values.get("n_inner") or 4 * values["n_embd"]
+    if "new_decoder_architecture" in values:  # of Falcon: what FalconAttention and FalconDecoderLayer make of it
+        if values["new_decoder_architecture"]:
+            values |= {"multi_query": True, "parallel_attn": True}
+            values["num_ln_in_parallel_attn"] = values["num_ln_in_parallel_attn"] or 2
+        elif values["multi_query"]:
+            values |= {"num_kv_heads": 1, "num_ln_in_parallel_attn": 1}
+    if values.pop("block_auto_adjust_ff_dim", False):  # of LFM2: what Lfm2MLP makes of it
+        width, unit = int(2 * values["intermediate_size"] / 3), values["block_multiple_of"]
+        width = int((values["block_ffn_dim_multiplier"] or 1) * width)
+        values["intermediate_size"] = -(-width // unit) * unit
     if "num_attention_heads" in values:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width

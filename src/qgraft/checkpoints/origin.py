@@ -3,7 +3,7 @@
 `load` leaves an Origin on the model as `model.qgraft.origin`. It holds names and orders, no weights: the model has them.
 Two things differ between a matrix of the model and the same matrix in its container, and both only move whole rows:
 
-    row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_model.py)
+    row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_rules.py)
     transposed   folders keep the float weights of transformers' Conv1D as [in, out] (folder_model.py)
 
 Everything else in a container (metadata, norms, biases, tokenizer) is copied from it when the model is saved. So it must
