@@ -37,7 +37,7 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # what several rooms import: disks.py, tiny_models.py, decoder_float64.py
 
-from tiny_models import ALWAYS_TIED, FFN, LAYERS, MODELS, PERMUTED, PLUS_ONE, SENTENCEPIECE
+from tiny_models import ALWAYS_TIED, FFN, KERNELS, LAYERS, MODELS, PERMUTED, PLUS_ONE, SENTENCEPIECE
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -147,7 +147,9 @@ def write_tiny(
                 parameter.numpy()
             )
             continue
-        gguf_name = f"{names.get_name(stem)}.{suffix}"
+        gguf_name = names.get_name(name) or f"{names.get_name(stem)}.{suffix}"
+        if name.endswith("dt_bias"):
+            gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
         stored, kind = _encode(
             gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index
         )
@@ -183,7 +185,8 @@ def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: in
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embed" in name or "wte" in name else 0.12))
         else:
-            centre = 1.0 if name.endswith(".weight") and not _offset(architecture) else 0.0
+            plain = "linear_attn.norm" in name or not _offset(architecture)
+            centre = 1.0 if name.endswith(".weight") and plain else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
     return model
 
@@ -216,6 +219,13 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
     if "gemma" in architecture or architecture == "phi3":
         keys["attention.sliding_window"] = getattr(c, "sliding_window", None) or 0
+    if architecture == "qwen35":
+        keys |= {
+            "ssm.conv_kernel": c.linear_conv_kernel_dim, "ssm.state_size": c.linear_key_head_dim,
+            "ssm.group_count": c.linear_num_key_heads, "ssm.time_step_rank": c.linear_num_value_heads,
+            "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads, "full_attention_interval": 4,
+            "rope.dimension_sections": [11, 11, 10, 0],
+        }  # fmt: skip
     if architecture == "lfm2":
         keys["shortconv.l_cache"] = c.conv_L_cache
     if architecture == "granite":
@@ -313,8 +323,11 @@ def _to_file(model: nn.Module, architecture: str, name: str, parameter: torch.Te
         groups = model.config.num_kv_heads if model.config.new_decoder_architecture else 1
         qkv = value.view(groups, -1, model.config.head_dim, value.shape[1])
         value = torch.cat([part.reshape(-1, value.shape[1]) for part in (qkv[:, :-2], qkv[:, -2], qkv[:, -1])])
-    if ".conv.conv." in name:
+    if ".conv.conv." in name or ".conv1d." in name:
         value = value.squeeze(1)
+    if ".linear_attn." in name:
+        value = _value_heads(value, model.config, name, to_file=True)
+        return -value.exp() if name.endswith("A_log") else value
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value + _offset(architecture) if is_norm else value
 
@@ -333,22 +346,44 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
         q, k, v = value.split([model.config.num_attention_heads * width, groups * width, groups * width])
         parts = [q.view(groups, -1, wide), k.view(groups, -1, wide), v.view(groups, -1, wide)]
         value = torch.cat(parts, 1).reshape(-1, wide)
+    if ".linear_attn." in name:
+        value = _value_heads(value, model.config, name, to_file=False)
+        value = (-value).log() if name.endswith("A_log") else value
+        return value.unsqueeze(1) if ".conv1d." in name else value
     if ".conv.conv." in name:
         value = value.unsqueeze(1)
     is_norm = name.endswith("norm.weight") or name.endswith("layernorm.weight")
     return value - _offset(architecture) if is_norm else value
 
 
+def _value_heads(value: torch.Tensor, config: Any, name: str, *, to_file: bool) -> torch.Tensor:
+    """llama.cpp: _LinearAttentionVReorderBase; transformers has [key head, value head of it], the file the other way."""
+    keys, heads, width = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
+    dim, part = (1, 0) if ".out_proj." in name else (0, config.linear_key_head_dim * keys * 2)
+    if not any(kind in name for kind in ("in_proj_qkv", "conv1d")):
+        part = 0
+    if any(kind in name for kind in ("in_proj_a", "in_proj_b", "A_log", "dt_bias")):
+        width = 1
+    if ".norm." in name:
+        return value
+    before, after = value.split([part, value.shape[dim] - part], dim)
+    sizes = (keys, heads // keys) if to_file else (heads // keys, keys)
+    shape = (*after.shape[:dim], *sizes, width, *after.shape[dim + 1 :])
+    return torch.cat([before, after.reshape(shape).transpose(dim, dim + 1).reshape(after.shape)], dim)
+
+
 def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np.ndarray, Q]:
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight" or ".shortconv.conv." in gguf_name:
+    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight" or gguf_name.endswith(KERNELS):
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
     if gguf_name == f"blk.{LAYERS - 1}.ffn_down.weight" and array.shape[1] % 256 == 0:
         return _random_blocks(Q.Q4_K, *array.shape, seed), Q.Q4_K
+    if kind in RANDOM_BLOCKS and array.shape[1] % 256:
+        return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
     if kind in RANDOM_BLOCKS:
         return _random_blocks(kind, *array.shape, seed), kind
     return gguf.quants.quantize(array, kind), kind

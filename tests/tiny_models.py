@@ -21,9 +21,10 @@ PERMUTED = {"granite", "llama", "mistral3", "smollm3"}  # rows of q and k
 MOVED = {  # layers whose rows are in another order
     **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
     "falcon": ("query_key_value",),
+    "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
 }
-KERNELS = (".shortconv.conv.weight",)  # of convolutions: matrices in the file, floats in the model
-PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron"}  # norms
+KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
+PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35"}  # norms
 SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
 ALWAYS_TIED = {"gemma", "gemma2"}  # the tables of the gguf package have no output layer for them
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
@@ -53,6 +54,11 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
         {**SHAPE, "head_dim": 16, "pad_token_id": None, "rope_parameters": MINISTRAL_ROPE},
     ),
     "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**SHAPE, "pad_token_id": None}),
+    "qwen35": (
+        "Qwen3_5ForCausalLM", "Qwen3_5TextConfig",
+        {**SHAPE, "head_dim": 32, "num_hidden_layers": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+         "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
     "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**SHAPE, "num_hidden_layers": 4, "pad_token_id": None}),
     # transformers' reader knows neither n_inner nor n_positions: these are the values it assumes
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from gguf import GGMLQuantizationType as Q
 from torch import Tensor, nn
 
 import qgraft
@@ -29,7 +30,7 @@ Maker = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
                           "repetition_penalty": 20.0}  # fmt: skip
 LENGTHS, SCALING = (7, 9, 40), 2.0  # the last one is longer than every window
-RECURRENT = {"lfm2"}  # layers that carry a state, or convolve along the row: one sample in each pass
+RECURRENT = {"lfm2", "qwen35"}  # layers that carry a state, or convolve along the row: one sample in each pass
 ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
 
 
@@ -170,3 +171,53 @@ def test_an_architecture_that_transformers_has_not_is_named(
     monkeypatch.setattr("qgraft.checkpoints.gguf_config.CONFIG_MAPPING", {})
     with pytest.raises(UnsupportedError, match=rf"architecture '{architecture}': transformers [\d.]+ has no \w+"):
         qgraft.load(tiny_gguf(architecture).path, device="cpu")
+
+
+DRAFT = {f"blk.4.{name}.weight": np.ones((4, 32), np.float32) for name in ("attn_q", "nextn.eh_proj", "ffn_up")}
+
+
+def test_layers_of_qwen35_that_draft_are_left_as_they_are(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    keys = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1,
+            "qwen35.attention.recurrent_layers": [True, True, True, False, False]}  # fmt: skip
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", metadata=keys, extra=DRAFT)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model)
+    with torch.no_grad():
+        assert (model(ids).logits - tiny.model(ids).logits).abs().max() < 1e-4
+    (note,) = model.qgraft.info.notes
+    assert note.startswith("1 layers that only draft tokens are not loaded")
+    qgraft.save(model, tmp_path / "saved.gguf")
+    assert (tmp_path / "saved.gguf").read_bytes() == tiny.path.read_bytes()
+
+
+QWEN35: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
+    "a layer too many": ({}, DRAFT, r"3 tensors have no place in .*: blk\.4\.attn_q"),
+    "no layer left": ({"nextn_predict_layers": 4}, {}, "nextn_predict_layers: got 4, expected an integer from 0 on, less"),
+    "another width of values": ({"ssm.inner_size": 64}, {}, "inner_size: got 64, expected ssm.state_size times"),
+    "other layers": ({"attention.recurrent_layers": [False, True, True, True]}, {}, "recurrent_layers: got .*full_att"),
+    "no attention where it is": ({"full_attention_interval": 2}, {}, r"missing model\.layers\.1\.self_attn"),
+    "growth": ({}, {"blk.0.ssm_a": np.ones(4, np.float32)}, "blk.0.ssm_a: expected negative numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QWEN35)
+def test_what_qwen35_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path) -> None:
+    keys, extra, message = QWEN35[name]
+    metadata = {f"qwen35.{key}": value for key, value in keys.items()}
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", metadata=metadata, extra=extra)
+    with pytest.raises((CheckpointError, UnsupportedError), match=rf"(?s){message}"):
+        qgraft.load(tiny.path, device="cpu")
+
+
+def test_value_heads_of_qwen35_in_blocks_of_256(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    """Two heads of 128 share one of a K-quant: served where their order is transformers', else refused."""
+    config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4}
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model)
+    with torch.no_grad():
+        assert (model(ids).logits - tiny.model(ids).logits).abs().max() < 1e-4
+    config["linear_num_key_heads"] = 2
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
+    with pytest.raises(UnsupportedError, match=r"ssm_out\.weight: q4_k: columns in another order.*a block of 256"):
+        qgraft.load(tiny.path, device="cpu")

@@ -89,6 +89,11 @@ CASES = {
     **{f"granite: {key}": Case("granite", {key: value}) for key, value in {
         "attention.scale": 0.05, "embedding_scale": 0.3, "residual_scale": 0.2, "logit_scale": 3.0,
     }.items()},
+    "qwen35: other layers": Case(
+        "qwen35", {"full_attention_interval": 2}, config={"layer_types": ["linear_attention", "full_attention"] * 2}
+    ),
+    "qwen35: as many key heads": Case("qwen35", {}, config={"linear_num_key_heads": 4}),
+    "qwen35: the whole head": Case("qwen35", {"rope.dimension_count": 32}),
     "lfm2: other layers": Case("lfm2", {}, config={"layer_types": ["conv", "conv", "full_attention"]}),
     "granite: no scales": Case("granite", {"attention.scale": 0.0, "embedding_scale": 0.0, "residual_scale": None}),
     **{f"{name}: rope_freqs": Case(name, {}, {"rope_freqs.weight": FACTORS}) for name in ("exaone4", "granite")},

@@ -11,6 +11,7 @@ Things that no key states are known from tensors (biases, a tied output, StableL
 of layers (the attention scale of the largest Gemmas).
 """
 
+import re
 from typing import Any
 
 import transformers
@@ -48,6 +49,13 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values |= _windowed(header, values["rope_parameters"])
     if header.architecture == "lfm2":
         values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
+    if header.architecture == "qwen35":
+        values |= {
+            "linear_value_head_dim": header.count("ssm.state_size"),
+            "layer_types": [
+                "full_attention" if header.attends(layer) else "linear_attention" for layer in range(header.layers)
+            ],
+        }
     if header.architecture == "mistral3":
         values |= {"sliding_window": None}  # transformers' default is one
         if keys.type_of(header) == "ministral3" and values["rope_parameters"]["rope_type"] != "yarn":
@@ -71,8 +79,26 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     return config
 
 
-def unknown_keys_note(header: Header) -> tuple[str, ...]:
-    """One sentence on the keys of the file that the table does not know; nothing where it knows all."""
+def draft_tensors(header: Header, file: GgufFile) -> set[str]:
+    """The tensors of layers that only draft tokens: no part of the model here, and copied when it is saved."""
+    layers = header.layers
+    return (
+        {name for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers}
+        if header.count("block_count") > layers
+        else set()
+    )
+
+
+def notes_of(header: Header) -> tuple[str, ...]:
+    """One sentence on layers that only draft, one on the keys of the file that the table does not know."""
+    drafts = header.count("block_count") - header.layers
+    notes = (
+        (f"{drafts} layers that only draft tokens are not loaded; a saved file has them as they are",) if drafts else ()
+    )
+    return notes + _unknown_keys_note(header)
+
+
+def _unknown_keys_note(header: Header) -> tuple[str, ...]:
     unknown = key_report(header).unknown
     if not unknown:
         return ()
@@ -124,7 +150,9 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
     values: dict[str, Any] = {}
     defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
     for key, field in keys.fields.items():
-        if key.endswith("epsilon"):
+        if key == "block_count":
+            values[field] = header.layers
+        elif key.endswith("epsilon"):
             values[field] = header.number(key, zero=True)
         elif key.endswith("softcapping"):
             default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0

@@ -31,7 +31,7 @@ from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_keys import TABLE, WINDOW
-from qgraft.checkpoints.gguf_rules import ARCHITECTURES, name_map, row_order, tensor_name, to_file
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
@@ -176,7 +176,7 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
         seen.add(id(held.packed_weight))
         name = stored(f"{path}.weight")
         rows: int = held.packed_weight.get().shape[0]
-        matrices[path] = Stored(name, row_order(name, rows, rules, model.config))
+        matrices[path] = Stored(name, row_order(name, rows, rules, model.config), column_order(name, model.config))
     for name, parameter in model.named_parameters():
         if ".loras." in name or ".lora_" in name or name == "computes_in":
             continue

@@ -27,6 +27,7 @@ from qgraft.checkpoints.gguf_header import Header, is_number
 Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
+INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,23 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     ),
     "qwen2": Keys("qwen2", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE),
     "qwen3": Keys("qwen3", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
+    "qwen35": Keys(  # gated delta nets, and full attention every so many layers
+        "qwen3_5_text",
+        {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "ssm.conv_kernel": "linear_conv_kernel_dim",
+         "ssm.state_size": "linear_key_head_dim", "ssm.group_count": "linear_num_key_heads",
+         "ssm.time_step_rank": "linear_num_value_heads"},
+        {**_ROPE, **_PART, INTERVAL: "every so many layers one has attention, 4 where it is absent",
+         DRAFTS: "last layers, which only draft; they are left as they are"},
+        ignored={"rope.dimension_sections": "a text has the same positions in all of them"},
+        musts={
+            "ssm.inner_size": _same("ssm.state_size times ssm.time_step_rank",
+                                    lambda header: header.count("ssm.state_size") * header.count("ssm.time_step_rank")),
+            "attention.recurrent_layers": Must(lambda header, got: got == [
+                not header.attends(layer) for layer in range(header.count("block_count"))
+            ], f"what {INTERVAL} says"),
+        },
+        partial=True,
+    ),
     "smollm3": Keys(  # every fourth layer without rotations: no key says so
         "smollm3", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE, present=_BIASES
     ),

@@ -20,16 +20,24 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.gguf_config import gguf_config, unknown_keys_note
+from qgraft.checkpoints.gguf_config import draft_tensors, gguf_config, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
-from qgraft.checkpoints.gguf_rules import ARCHITECTURES, Rules, from_file, name_map, row_order, tensor_name
+from qgraft.checkpoints.gguf_rules import (
+    ARCHITECTURES,
+    Rules,
+    column_order,
+    from_file,
+    name_map,
+    row_order,
+    tensor_name,
+)
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
-from qgraft.formats import PackedTensor, take_rows
+from qgraft.formats import PackedTensor, take_columns, take_rows
 from qgraft.model_parts import decoder_of
 
 
@@ -48,7 +56,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if TABLE[header.architecture].rotates:
         apply_rotation(decoder_of(model).rotary_emb, header, file)
     _set_end_tokens(model, file)
-    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file))
+    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - draft_tensors(header, file))
     if unused:
         raise CheckpointError(
             f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: "
@@ -62,7 +70,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         architecture=config.model_type,
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
-        notes=unknown_keys_note(header),
+        notes=notes_of(header),
     )
     base.origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)
     return model, tokenizer
@@ -99,10 +107,22 @@ class _TensorReader:
         info = self.file.tensors[gguf_name]
         if len(info.shape) == 2 and not gguf_name.endswith(self.rules.kernels):
             order = row_order(gguf_name, info.shape[0], self.rules, self.config)
-            packed = self.file.packed(gguf_name)
-            self.matrices[stem] = Stored(gguf_name, order)
-            return packed if order is None else take_rows(packed, order)
-        return from_file(gguf_name, floats(self.file, gguf_name), self.rules, self.config)
+            packed, columns = self.file.packed(gguf_name), column_order(gguf_name, self.config)
+            self.matrices[stem] = Stored(gguf_name, order, columns)
+            packed = packed if order is None else take_rows(packed, order)
+            return packed if columns is None else self._in_order(packed, gguf_name, columns)
+        value = floats(self.file, gguf_name)
+        if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
+            raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
+        return from_file(gguf_name, value, self.rules, self.config)
+
+    def _in_order(self, packed: PackedTensor, gguf_name: str, columns: Tensor) -> PackedTensor:
+        if packed.shape[1] != columns.numel():
+            return packed  # a wrong shape; assemble() reports it with the others
+        try:
+            return take_columns(packed, columns)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.file.path}: {gguf_name}: {error.message}", hint=error.hint) from error
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""

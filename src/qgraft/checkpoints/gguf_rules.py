@@ -2,8 +2,10 @@
 
     rows        q and k of llama-like models are stored in the order its rotary embedding wants; Falcon's rows of each
                 group of heads [q ..., k, v] as all q, all k, all v. Block formats store whole rows: undone on bytes
+    columns     of what takes Qwen 3.5's value heads in, which lie as its rows do (`column_order`): by whole blocks only
     norms       Gemma, Nemotron and Qwen 3.5 keep 1 + w in the file where transformers keeps w
     kernels     of short convolutions, [channels, 1, width] in transformers, are stored [channels, width]
+    decay       of Qwen 3.5's states: -exp(A_log) is stored
 
 Source: `modify_tensors` of the classes in llama.cpp's conversion/.
 """
@@ -42,6 +44,27 @@ def _falcon_groups(name: str, rows: int, config: PreTrainedConfig) -> Tensor | N
     return torch.cat([ours[:, :-2].reshape(-1), ours[:, -2].reshape(-1), ours[:, -1].reshape(-1)]).argsort()
 
 
+_DELTA = {  # Qwen 3.5's tensors with a row, or one for each channel of a head, for each value head: all rows, or the last
+    **dict.fromkeys(("attn_qkv.weight", "attn_gate.weight", "ssm_conv1d.weight"), True),
+    **dict.fromkeys(("ssm_alpha.weight", "ssm_beta.weight", "ssm_a", "ssm_dt.bias"), False),
+}
+
+
+def _value_heads(name: str, rows: int, config: PreTrainedConfig) -> Tensor | None:
+    """transformers keeps the value heads of each key head together; the file the first of all, then the second ones."""
+    wide = _DELTA.get(name.split(".", 2)[-1])
+    count, width = config.linear_num_value_heads, config.linear_value_head_dim if wide else 1
+    if wide is None or config.linear_num_key_heads == count or rows < count * width:
+        return None
+    before = rows - count * width  # rows of queries and keys
+    return torch.cat([torch.arange(before), before + _head_order(config, width)])
+
+
+def _head_order(config: PreTrainedConfig, width: int) -> Tensor:
+    heads = torch.arange(config.linear_num_value_heads).view(-1, config.linear_num_key_heads).T.reshape(-1, 1)
+    return (heads * width + torch.arange(width)).reshape(-1)
+
+
 @dataclass(frozen=True)
 class Rules:
     """How one architecture's GGUF tensors differ from transformers' parameters.
@@ -50,11 +73,13 @@ class Rules:
         rows: the order of rows that are stored in another one.
         norm_offset: what is added to the weights of norms in the file.
         kernels: how names of the file end whose second dimension, of one element, is left out.
+        plain_norms: a part of the names of norms without that offset.
     """
 
     rows: RowOrder | None = None
     norm_offset: float = 0.0
     kernels: str = "\0"
+    plain_norms: str = "\0"
 
 
 ARCHITECTURES = {  # general.architecture of the file
@@ -75,6 +100,7 @@ ARCHITECTURES = {  # general.architecture of the file
     "phi3": Rules(),
     "qwen2": Rules(),
     "qwen3": Rules(),
+    "qwen35": Rules(_value_heads, 1.0, "ssm_conv1d.weight", "ssm_norm"),
     "smollm3": Rules(_rotary_pairs),
     "stablelm": Rules(),
     "starcoder2": Rules(),
@@ -86,13 +112,22 @@ def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig)
     return None if rules.rows is None else rules.rows(gguf_name, rows, config)
 
 
+def column_order(gguf_name: str, config: PreTrainedConfig) -> Tensor | None:
+    """Which stored column is column i of transformers' matrix; None where the orders agree."""
+    if not gguf_name.endswith(".ssm_out.weight") or config.linear_num_key_heads == config.linear_num_value_heads:
+        return None
+    return _head_order(config, config.linear_value_head_dim)
+
+
 def from_file(gguf_name: str, value: Tensor, rules: Rules, config: PreTrainedConfig) -> Tensor:
     """transformers' parameter for the floats that the file has: a norm, a bias, the kernel of a convolution."""
     order = row_order(gguf_name, value.shape[0], rules, config)
     value = value if order is None else value[order]
     if gguf_name.endswith(rules.kernels):
         return value.unsqueeze(1)
-    return value - rules.norm_offset if _is_norm(gguf_name) else value
+    if gguf_name.endswith(".ssm_a"):
+        return (-value).log()
+    return value - rules.norm_offset if _is_norm(gguf_name, rules) else value
 
 
 def to_file(gguf_name: str, value: Tensor, rules: Rules, config: PreTrainedConfig) -> Tensor:
@@ -101,11 +136,13 @@ def to_file(gguf_name: str, value: Tensor, rules: Rules, config: PreTrainedConfi
     value = value if order is None else value[order.argsort()]
     if gguf_name.endswith(rules.kernels):
         return value.squeeze(1)
-    return value + rules.norm_offset if _is_norm(gguf_name) else value
+    if gguf_name.endswith(".ssm_a"):
+        return -value.exp()
+    return value + rules.norm_offset if _is_norm(gguf_name, rules) else value
 
 
-def _is_norm(gguf_name: str) -> bool:
-    return "norm" in gguf_name and gguf_name.endswith(".weight")
+def _is_norm(gguf_name: str, rules: Rules) -> bool:
+    return "norm" in gguf_name and gguf_name.endswith(".weight") and rules.plain_norms not in gguf_name
 
 
 def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
@@ -116,6 +153,8 @@ def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
 
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
-    stem, _, suffix = parameter.rpartition(".")
+    if (whole := names.get_name(parameter)) is not None:
+        return whole  # Qwen 3.5's A_log, without a suffix
+    stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
     found = names.get_name(stem)
     return None if found is None else f"{found}.{suffix}"

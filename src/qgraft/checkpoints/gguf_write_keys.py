@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW
+from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
 
@@ -53,6 +53,11 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
             value = value or 4 * config.n_embd
         if value is not None:
             values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
+    if architecture == "qwen35":
+        values["ssm.inner_size"] = config.linear_value_head_dim * config.linear_num_value_heads
+        kinds = [*config.layer_types, "full_attention"]
+        values[INTERVAL] = kinds.index("full_attention") + 1
+        values["rope.dimension_sections"] = [*(config.rope_parameters or {}).get("mrope_section", [11, 11, 10]), 0][:4]
     if architecture == "falcon":
         values["attention.head_count_kv"] = _filled(config)["num_kv_heads"]
     if architecture == "lfm2":
