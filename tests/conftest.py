@@ -294,7 +294,10 @@ def ids_for(model: nn.Module, rows: int = 2, length: int = 12, seed: int = 1) ->
 
 
 def _arch(architecture: str) -> gguf.MODEL_ARCH:
-    return next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    known = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        pytest.skip(f"this release of the package gguf does not know {architecture}")
+    return known[architecture]
 
 
 def _offset(architecture: str) -> float:

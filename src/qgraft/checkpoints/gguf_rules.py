@@ -13,11 +13,14 @@ Source: `modify_tensors` of the classes in llama.cpp's conversion/.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import torch
 from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedConfig
+
+from qgraft.errors import UnsupportedError
 
 # (name in the file, rows, configuration) -> [rows] int64, which stored row is row i of transformers' tensor; None where
 # the orders agree, or where the rows are so many that assemble() will report the shape
@@ -146,8 +149,16 @@ def _is_norm(gguf_name: str, rules: Rules) -> bool:
 
 
 def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
-    """The tensor of a file for a module of the model, by the tables of the `gguf` package."""
+    """The tensor of a file for a module of the model, by the tables of the `gguf` package.
+
+    Raises UnsupportedError where the release of the package has none for the architecture.
+    """
     known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
+    if architecture not in known:
+        raise UnsupportedError(
+            f"architecture {architecture!r}: the package gguf {version('gguf')} does not know its tensors",
+            hint="pip install -U gguf",
+        )
     return get_tensor_name_map(known[architecture], config.num_hidden_layers)
 
 
