@@ -129,6 +129,30 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_model(
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 
+@pytest.mark.spread(4)
+@ALL
+def test_what_an_adapter_learned_is_in_the_merged_file(architecture: str, tiny_gguf: Maker, tmp_path: Path) -> None:
+    tiny = tiny_gguf(architecture)
+    model, tokenizer = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, lora_alpha=4)
+    torch.manual_seed(1)
+    for parameter in loras(model).values():
+        nn.init.normal_(parameter, std=0.15)
+    ids = torch.tensor([samples()[-1].input_ids])
+    with torch.no_grad():
+        base, adapted = tiny.model(ids).logits, model(ids).logits
+    rows = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+    report = qgraft.merge(model, tokenizer, calibration=rows, min_retained=-1e9)
+    assert len(report.layers) > 7
+    qgraft.save(model, tmp_path / "merged.gguf")
+    again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
+    with torch.no_grad():
+        merged = again(ids).logits
+        assert torch.equal(merged, model(ids).logits)
+    far, near = (float((merged - each).norm() / (adapted - base).norm()) for each in (base, adapted))
+    assert near < 0.8 < far, (near, far)
+
+
 @ALL
 def test_a_tensor_too_many_is_refused(architecture: str, make_gguf: Maker, tmp_path: Path) -> None:
     extra = {"blk.1.attn_gain.weight": np.ones(64, np.float32), "blk.0.attn_q.scale": np.ones(1, np.float32)}
@@ -173,7 +197,9 @@ def test_an_architecture_that_transformers_has_not_is_named(
         patched.setattr("qgraft.checkpoints.gguf_config.CONFIG_MAPPING", {})
         qgraft.load(path, device="cpu")
     monkeypatch.setattr("qgraft.checkpoints.gguf_rules.MODEL_ARCH_NAMES", {})
-    with pytest.raises(UnsupportedError, match=rf"architecture '{architecture}': the package gguf [\d.]+ does not know"):
+    with pytest.raises(
+        UnsupportedError, match=rf"architecture '{architecture}': the package gguf [\d.]+ does not know"
+    ):
         qgraft.load(path, device="cpu")
 
 
