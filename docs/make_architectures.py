@@ -40,10 +40,11 @@ GGUF = """
 
 Of these, the ones whose GGUF files are read, trained on, merged into and written from folders. All are held to
 transformers' own float model of the weights that the bytes of a tiny file mean
-(`tests/checkpoints/test_gguf_architectures.py`): logits to 1e-5 of the largest, loss and gradients of A and B on samples of 7 to 40 tokens, 32 greedy tokens with fast decoding
-on; what an adapter learned is in a merged file that is read again; a tensor too many and keys that would change the
-computation are refused. llama.cpp runs the same files, and those written from folders, with and without a GGUF-LoRA
-(`tests/oracle`): log-probabilities to 3e-5, with GELU, which it takes from a table, to 5e-3.
+(`tests/checkpoints/test_gguf_architectures.py`): logits to 1e-5 of the largest, loss and gradients of A and B on
+samples of 7 to 40 tokens, 32 greedy tokens with fast decoding on; what an adapter learned is in a merged file that is
+read again; a tensor too many and keys that would change the computation are refused. llama.cpp runs the same files,
+and those written from folders, with and without a GGUF-LoRA (`tests/oracle`): log-probabilities to 3e-5, with GELU,
+which it takes from a table, to 5e-3.
 
 **samples**: whether several share a row in training, or each has a pass of its own. **in C**: whether a step of decoding is
 one call of C; all others decode by transformers' pass with the packed layers in it.
