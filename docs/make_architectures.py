@@ -1,6 +1,7 @@
 """Writes docs/architectures.md: what became of a tiny model of every causal architecture of the installed transformers.
 
 python docs/make_architectures.py          an hour at most; tests/zoo has the trial itself
+python docs/make_architectures.py --gguf   only the section on GGUF files, at once, from the tables in checkpoints/
 """
 
 import os
@@ -34,8 +35,61 @@ made, or that transformers' own fails, so nothing is claimed.
 """
 
 
+GGUF = """
+## From GGUF files
+
+Of these, the ones whose GGUF files are read, trained on, merged into and written from folders. All are held to
+transformers' own float model of the weights that the bytes of a tiny file mean
+(`tests/checkpoints/test_gguf_architectures.py`): logits to 1e-5 of the largest, loss and gradients of A and B on
+samples of 7 to 40 tokens, 32 greedy tokens with fast decoding on; what an adapter learned is in a merged file that is
+read again; a tensor too many and keys that would change the computation are refused. llama.cpp runs the same files,
+and those written from folders, with and without a GGUF-LoRA (`tests/oracle`): log-probabilities to 3e-5, with GELU,
+which it takes from a table, to 5e-3.
+
+**samples**: whether several share a row in training, or each has a pass of its own. **in C**: whether a step of decoding is
+one call of C; all others decode by transformers' pass with the packed layers in it.
+
+| general.architecture | model_type | read | trained, samples | merged, written | decoded | stored otherwise |
+|---|---|---|---|---|---|---|
+{rows}
+
+Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Of
+Qwen 3.5, `ssm_out` in a K-quant where there are more value heads than key heads: two of its heads share a block, in
+another order than transformers'. Layers that only draft tokens (`nextn_predict_layers`) are left out, and copied when the
+file is saved.
+"""
+PACKED_APART = {"lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
+
+
+def gguf_section() -> str:
+    """What is said of GGUF files, from the tables of the architectures."""
+    from qgraft.checkpoints.gguf_keys import TABLE
+    from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+    from qgraft.passes.decoding_network import FAMILIES
+
+    lines = []
+    for name, keys in TABLE.items():
+        kinds = [keys.model_type, *([keys.other[1]] if keys.other else [])]
+        rules = ARCHITECTURES[name]
+        stored = [
+            *(["rows"] if rules.rows else []),
+            *(["norms + 1"] if rules.norm_offset else []),
+            *(["kernels"] if rules.kernels != "\0" else []),
+        ]
+        fast = [kind for kind in kinds if kind in FAMILIES]
+        decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
+        apart = "one in each pass" if name in PACKED_APART else "several in a row"
+        models = ", ".join(f"`{kind}`" for kind in kinds)
+        lines.append(f"| `{name}` | {models} | yes | {apart} | yes | {decoded} | {', '.join(stored)} |")
+    return GGUF.format(rows="\n".join(lines))
+
+
 def main() -> None:
-    """Write the table."""
+    """Write the table, or the section on GGUF files alone."""
+    if sys.argv[1:] == ["--gguf"]:
+        page = (HERE / "architectures.md").read_text(encoding="utf-8").partition("\n## From GGUF files")[0]
+        (HERE / "architectures.md").write_text(page + gguf_section(), encoding="utf-8")
+        return
     import torch
     import transformers
     from judge import outcome
@@ -60,7 +114,7 @@ def write(rows: dict[str, str], version: str) -> None:
         sys.exit("something is wrong: the table is left as it is")
     head = HEAD.format(version=version, **dict(zip(("exact", "refused", "others"), counts, strict=True)))
     lines = [f"| `{kind}` | {text} |" for kind, text in rows.items()]
-    (HERE / "architectures.md").write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    (HERE / "architectures.md").write_text(head + "\n".join(lines) + "\n" + gguf_section(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ llama.cpp departs from the model that a file was made of, qgraft computes as the
   context of the session decides: in a long session short texts are rotated by the long list, too.
 
 Known from tensors, because no key states it: `output.weight` (absent: the output layer is the embedding),
-`rope_freqs.weight` (a divisor for each frequency: Llama 3.1), biases of llama and nemotron, StableLM's biases, its norms
-for each head and its parallel residual. The attention of Gemma-2-27B and Gemma-3-27B is scaled by 1 / sqrt(width / heads),
-that of all other Gemmas by 1 / sqrt(head_dim): known by the number of layers, as in llama.cpp. Files of StarCoder2 state no
-window (the published ones were trained with 4,096 tokens): qgraft and llama.cpp attend to everything.
+`rope_freqs.weight` (a divisor for each frequency: Llama 3.1), biases, StableLM's norms for each head and its parallel
+residual. Every fourth layer of SmolLM3 has no rotations, and EXAONE 4 has windows where it has 64 layers. The attention
+of Gemma-2-27B and Gemma-3-27B is scaled by 1 / sqrt(width / heads), that of all other Gemmas by 1 / sqrt(head_dim):
+known by the number of layers, as in llama.cpp. Files of StarCoder2 state no window (the published ones were trained
+with 4,096 tokens): qgraft and llama.cpp attend to everything.
 
 A number may be a list with one for each layer, if all are the same. Names below are without the architecture in front
 (`llama.rope.freq_base`). `general.architecture` is one of {architectures}.

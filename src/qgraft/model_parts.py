@@ -8,6 +8,7 @@
     argument_names                             what a forward pass may be given
     context_of                                 how many positions there are
     keeps_state                                whether padding would be learned or remembered
+    mixes_neighbours                           whether a token also sees others by a way that is not attention
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -86,3 +87,12 @@ def context_of(model: nn.Module) -> int | None:
 def keeps_state(model: PreTrainedModel) -> bool:
     """Whether every token that goes in, padding too, changes a state that the later ones see (Mamba and its kind)."""
     return bool(model._is_stateful)
+
+
+def mixes_neighbours(model: PreTrainedModel) -> bool:
+    """Whether a layer takes what is before a token in the row by a state or a convolution, whose sample it may be or not.
+
+    Attention is told where samples begin, and such layers are not: transformers' code passes it over, and some kernels
+    that it may use instead do not. How far it reaches (three tokens, in LFM2) may be too little for a trial to see.
+    """
+    return keeps_state(model) or any(isinstance(module, nn.Conv1d) for module in decoder_of(model).modules())

@@ -8,12 +8,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from tiny_models import MINISTRAL_ROPE, SHAPE
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import qgraft
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
-from qgraft.checkpoints.gguf_model import ARCHITECTURES
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.checkpoints.gguf_write_tokenizer import PROBES, check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS
 from qgraft.errors import UnsupportedError
@@ -77,6 +78,28 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gemma3", {"config": {"layer_types": ["sliding_attention", "full_attention"]}}),
     ("stablelm", {"config": {"qk_layernorm": True, "use_parallel_residual": True, "partial_rotary_factor": 0.5}}),
     ("gpt2", {"config": {"n_inner": 128}}),
+    ("exaone4", {"config": {"rope_parameters": LLAMA3}}),
+    (
+        "exaone4",
+        {
+            "config": {
+                "num_hidden_layers": 64,
+                "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+                "sliding_window": 8,
+                "sliding_window_pattern": 4,
+            }
+        },
+    ),
+    ("falcon", {"config": {"new_decoder_architecture": False, "num_kv_heads": None}}),  # 7B
+    ("falcon", {"config": {"num_ln_in_parallel_attn": 1}}),  # 11B
+    ("lfm2", {"config": {"block_auto_adjust_ff_dim": True, "block_multiple_of": 32}}),
+    ("granite", {"config": {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}}),
+    (
+        "hunyuan-dense",
+        {"config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}},
+    ),
+    ("mistral3", {"config": {"rope_parameters": {**MINISTRAL_ROPE, "beta_fast": 0.5, "beta_slow": 0.02}}}),
+    ("smollm3", {"config": {"attention_bias": True}}),
 ]
 
 
@@ -119,6 +142,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"rope_parameters": {**YARN, "beta_fast": 16.0}}, "beta|rope_parameters"),
     ("gemma2", {"layer_types": ["full_attention"] * 2}, "layer_types"),
     ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+    ("falcon", {"alibi": True}, "alibi"),
+    ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "no_rope_layers"),
+    ("granite", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic'"),
+    ("mistral3", {"sliding_window": 16}, "sliding_window 16"),
+    ("mistral3", {"rope_parameters": {**MINISTRAL_ROPE, "mscale": 0.7}}, "rope_parameters"),
+    ("exaone4", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, "sliding_window"),
 ]  # fmt: skip
 
 
@@ -208,3 +237,31 @@ def test_mistral_is_a_llama_unless_it_has_a_window(
         again, _ = qgraft.load(tmp_path / "new.gguf", dtype="float32", device="cpu")
         ids = random_ids(again)
         assert (logits(again, ids) - logits(mistral, ids)).abs().max() < 1e-4
+
+
+def test_olmo3_is_an_olmo2_with_a_window(tiny_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    """Its yarn is that of the layers without one."""
+    _, tokenizer = qgraft.load(tiny_gguf("olmo2").path, device="cpu")
+    shape = {key: value for key, value in SHAPE.items() if key != "num_hidden_layers"}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    for ropes, lost in (({"full_attention": YARN, "sliding_attention": plain}, False),
+                        ({"full_attention": YARN, "sliding_attention": YARN}, True)):  # fmt: skip
+        config = transformers.Olmo3Config(
+            **shape, num_hidden_layers=6, sliding_window=8, vocab_size=len(tokenizer), rope_parameters=ropes,
+            pad_token_id=None, bos_token_id=1, eos_token_id=2,
+            layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        )  # fmt: skip
+        olmo3 = transformers.Olmo3ForCausalLM(config).eval()
+        for parameter in olmo3.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        olmo3.save_pretrained(tmp_path / "folder")
+        tokenizer.save_pretrained(tmp_path / "folder")
+        model, _ = qgraft.load(tmp_path / "folder", dtype="float32", device="cpu")
+        if lost:
+            assert "rope_parameters" in str(why_not_gguf(model))
+            continue
+        qgraft.save(model, tmp_path / "new.gguf")
+        again, _ = qgraft.load(tmp_path / "new.gguf", dtype="float32", device="cpu")
+        assert again.config.model_type == "olmo3"
+        ids = random_ids(again, length=40)
+        assert (logits(again, ids) - logits(olmo3, ids)).abs().max() < 1e-4

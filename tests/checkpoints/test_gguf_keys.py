@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, TABLE, key_report
-from qgraft.checkpoints.gguf_model import ARCHITECTURES
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 
 
 def test_the_table_has_every_architecture():
@@ -57,3 +57,11 @@ def test_the_page_is_the_table():
     words = [sys.executable, "-c", "import make_gguf_keys; print(make_gguf_keys.page(), end='')"]
     done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=docs)
     assert done.stdout == (docs / "gguf-keys.md").read_text(encoding="utf-8"), "run `make docs`"
+
+
+def test_the_section_of_architectures_is_the_tables():
+    docs = Path(__file__).parents[2] / "docs"
+    words = [sys.executable, "-c", "import make_architectures as page; print(page.gguf_section(), end='')"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=docs)
+    written = (docs / "architectures.md").read_text(encoding="utf-8")
+    assert written.endswith(done.stdout), "run `python docs/make_architectures.py --gguf`"

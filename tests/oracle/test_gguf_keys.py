@@ -22,7 +22,7 @@ from qgraft.checkpoints.gguf_model import load_gguf
 
 LENGTH, CONTEXT = 96, 256
 TOLERANCE, CONTROL = 1e-2, 5e-2
-LAYER_NORM = ("gpt2", "nemotron", "stablelm", "starcoder2")
+LAYER_NORM = ("falcon", "gpt2", "nemotron", "stablelm", "starcoder2")
 ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates)
 GEMMA = {
     "num_hidden_layers": 6,  # the last without a window in Gemma 3
@@ -30,6 +30,10 @@ GEMMA = {
     "query_pre_attn_scalar": 16,
     "sliding_window": 8,
 }
+CONFIGS = {
+    "gemma2": GEMMA, "gemma3": GEMMA, "olmo2": {"num_hidden_layers": 6}, "smollm3": {"num_hidden_layers": 6},
+}  # fmt: skip
+LAYERS64 = {"num_hidden_layers": 64, "layer_types": ["full_attention"] * 64}
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0, "rope.scaling.original_context_length": 32}
 ATTN = {"rope.scaling.attn_factor": 1.3}
 FACTORS = (1 + 3 * np.random.default_rng(0).random(8)).astype(np.float32)
@@ -44,6 +48,7 @@ class Case:
     keys: dict[str, Any]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
     length: int = LENGTH
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 ROTATIONS = {  # tried on every architecture
@@ -69,9 +74,9 @@ CASES = {
         for label, keys in {**ROTATIONS, **(MORE if name in ("llama", "gemma3") else {})}.items()
         if not (name == "phi3" and "yarn" in label)  # transformers has no yarn for it
     },
-    **{f"{name}: a part": Case(name, {"rope.dimension_count": 8 if name != "nemotron" else 4})
-       for name in ("nemotron", "phi3", "stablelm")},
-    **{f"{name}: no count": Case(name, {"rope.dimension_count": None}) for name in ("nemotron", "stablelm")},
+    **{f"{name}: a part": Case(name, {"rope.dimension_count": 4 if name in ("glm4", "nemotron") else 8})
+       for name in ("glm4", "nemotron", "phi3", "stablelm")},
+    **{f"{name}: no count": Case(name, {"rope.dimension_count": None}) for name in ("glm4", "nemotron", "stablelm")},
     **{
         f"{name}: epsilon": Case(name, {f"attention.layer_norm_{'' if name in LAYER_NORM else 'rms_'}epsilon": 0.3})
         for name in TABLE
@@ -80,6 +85,32 @@ CASES = {
         "window": {"attention.sliding_window": 5}, "pattern": {"attention.sliding_window_pattern": 3},
         "pattern as a list": {"attention.sliding_window_pattern": [False, True, True, False, True, False]},
         "final cap": {"final_logit_softcapping": 3.0},
+    }.items()},
+    **{f"granite: {key}": Case("granite", {key: value}) for key, value in {
+        "attention.scale": 0.05, "embedding_scale": 0.3, "residual_scale": 0.2, "logit_scale": 3.0,
+    }.items()},
+    "qwen35: other layers": Case(
+        "qwen35", {"full_attention_interval": 2}, config={"layer_types": ["linear_attention", "full_attention"] * 2}
+    ),
+    "qwen35: as many key heads": Case("qwen35", {}, config={"linear_num_key_heads": 4}),
+    "qwen35: the whole head": Case("qwen35", {"rope.dimension_count": 32}),
+    "lfm2: other layers": Case("lfm2", {}, config={"layer_types": ["conv", "conv", "full_attention"]}),
+    "granite: no scales": Case("granite", {"attention.scale": 0.0, "embedding_scale": 0.0, "residual_scale": None}),
+    **{f"{name}: rope_freqs": Case(name, {}, {"rope_freqs.weight": FACTORS}) for name in ("exaone4", "granite")},
+    **{f"exaone4: 64 layers, {label}": Case("exaone4", keys, config=LAYERS64) for label, keys in {
+        "window": {"attention.sliding_window": 5}, "no window stated": {},
+        "pattern": {"attention.sliding_window": 5, "attention.sliding_window_pattern": [True, False] * 32},
+    }.items()},
+    **{f"mistral3: {label}": Case("mistral3", keys) for label, keys in {
+        "no temperature": {"attention.temperature_scale": None}, "temperature": {"attention.temperature_scale": 2.0},
+        "no yarn": {"attention.temperature_scale": 0.0, "rope.scaling.type": "none"},
+        "multiplier": {"rope.scaling.yarn_log_multiplier": 2.0}, "context": {"rope.scaling.original_context_length": 40},
+        "betas": {"rope.scaling.yarn_beta_fast": 0.5, "rope.scaling.yarn_beta_slow": 0.02},
+    }.items()},
+    **{f"olmo2: window, {label}": Case("olmo2", {"attention.sliding_window": 5, **keys}) for label, keys in {
+        "alone": {}, "yarn": {**YARN, **ATTN}, "linear": {"rope.scaling.factor": 4.0},
+        "pattern": {"attention.sliding_window_pattern": 3},
+        "list": {"attention.sliding_window_pattern": [False, True, True, False, True, False]},
     }.items()},
     "gemma2: attention cap": Case("gemma2", {"attn_logit_softcapping": 1.0}),
     "gemma2: no window stated": Case("gemma2", {"attention.sliding_window": None}),
@@ -131,7 +162,7 @@ def judged(make_gguf: Callable[..., Any], llamacpp_behind: Any, tmp_path_factory
     cases = {**CASES, **WITHOUT_EFFECT, **{name: Case(name, {}) for name in TABLE}}
     files = []
     for index, case in enumerate(cases.values()):
-        name, config = case.architecture, GEMMA if case.architecture.startswith("gemma") else {}
+        name, config = case.architecture, {**CONFIGS.get(case.architecture, {}), **case.config}
         metadata = {f"{name}.{key}": value for key, value in case.keys.items()}
         path = folder / f"{index}.gguf"
         make_gguf(path, name, config=config, metadata=metadata, extra=case.tensors, types=(Q.F32,))

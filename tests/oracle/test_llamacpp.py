@@ -23,13 +23,14 @@ from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.targets import find_targets
-from qgraft.checkpoints.gguf_model import ARCHITECTURES, load_gguf
+from qgraft.checkpoints.gguf_model import load_gguf
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.data.tokenizing import encode_prompt
 
 Maker = Callable[..., Any]
 STEPS = 6
 ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
-WITH_GELU = ("gemma2", "gemma3", "gpt2", "starcoder2")
+WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gpt2", "starcoder2")
 # llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both
 CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
 

@@ -11,7 +11,7 @@ For each pair llama.cpp computes
 It knows no rank-stabilized scaling and no alpha of single layers. So `alpha` is the s·r that most layers have, which is
 lora_alpha, or lora_alpha · sqrt(r) where rank-stabilized, and where a layer's own s·r differs, the quotient goes into B.
 An adapter trained here is so written as it is: no value is rounded but to the file's dtype. Rows of B go in the order
-that the file has the rows of its tensor in: B_file[row_order] = B.
+that the file has the rows of its tensor in: B_file[row_order] = B; columns of A likewise.
 
 Keys that begin with "qgraft" are ours, and llama.cpp passes over them: `qgraft.base.fingerprint` lets load_adapter
 notice another base, where llama.cpp compares only architecture and shapes; `qgraft.prompt.system` and `.template` are
@@ -135,15 +135,18 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
     if (got := file.metadata.get(Keys.General.ARCHITECTURE)) != base.architecture:
         raise AdapterError(f"{path}: made for the architecture {got!r}, this model is {base.architecture!r}")
     matrices = base.origin.matrices
-    places = {s.name: (p, s.row_order) for p, s in matrices.items() if not s.repeated and is_linear(model, p)}
+    places = {s.name: (p, s) for p, s in matrices.items() if not s.repeated and is_linear(model, p)}
     pairs: dict[str, dict[str, Tensor]] = {}  # module path -> "A" and "B"
     state: dict[str, Tensor] = {}
     for name, info in file.tensors.items():
         match = _NAME.fullmatch(name)
         if match is not None and match["base"] in places and len(info.shape) == 2:
-            layer, order = places[match["base"]]
+            layer, stored = places[match["base"]]
             part = match["part"].upper()
-            pairs.setdefault(layer, {})[part] = _matrix(file, name, order if part == "B" else None)
+            value = _matrix(file, name, stored.row_order if part == "B" else None)
+            if part == "A" and stored.column_order is not None:
+                value = value[:, stored.column_order]
+            pairs.setdefault(layer, {})[part] = value
         elif not name.endswith("_norm.weight"):
             state[f"{name} {list(info.shape)}"] = torch.empty(0)
     for layer, pair in pairs.items():
@@ -223,6 +226,8 @@ def _file_tensors(
             B = (B.double() * (own / alpha)).float()
         if stored.row_order is not None:
             B = B[stored.row_order.argsort()]
+        if stored.column_order is not None:
+            A = A[:, stored.column_order.argsort()]
         tensors[stored.name + ".lora_a"] = A.to(dtype).contiguous()
         tensors[stored.name + ".lora_b"] = B.to(dtype).contiguous()
     if problems:

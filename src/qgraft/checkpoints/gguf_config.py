@@ -11,10 +11,12 @@ Things that no key states are known from tensors (biases, a tied output, StableL
 of layers (the attention scale of the largest Gemmas).
 """
 
+import re
 from typing import Any
 
+import transformers
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
@@ -23,7 +25,8 @@ from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 
 _SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 where the key is absent
-_PERIODS = {"gemma2": 2, "gemma3": 6}  # every so many layers one without a window
+_PERIODS = {"exaone4": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so many layers one without a window
+_SCALES = {"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}
 _MOST_NAMED = 8
 
 
@@ -38,16 +41,37 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     _check_sizes(header, file)
     _check_keys(header)
     values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
-    if header.architecture in _PERIODS:
+    if header.architecture in ("gemma2", "gemma3"):
         values |= _gemma(header, file)
     elif keys.rotates:
         values["rope_parameters"] = rope_parameters(header, file)
+    if header.architecture in ("exaone4", "olmo2"):
+        values |= _windowed(header, values["rope_parameters"])
+    if header.architecture == "lfm2":
+        values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
+    if header.architecture == "qwen35":
+        values |= {
+            "linear_value_head_dim": header.count("ssm.state_size"),
+            "layer_types": [
+                "full_attention" if header.attends(layer) else "linear_attention" for layer in range(header.layers)
+            ],
+        }
+    if header.architecture == "mistral3":
+        values |= {"sliding_window": None}  # transformers' default is one
+        if keys.type_of(header) == "ministral3" and values["rope_parameters"]["rope_type"] != "yarn":
+            raise header.refused("attention.temperature_scale", "0, where rope.scaling.type is not yarn")
     if header.architecture in ("phi3", "starcoder2") and header.get(WINDOW):
         values["sliding_window"] = header.count(WINDOW)
     if "original_max_position_embeddings" in values.get("rope_parameters", {}) and keys.model_type == "phi3":
         values["original_max_position_embeddings"] = values["rope_parameters"]["original_max_position_embeddings"]
+    model_type = keys.type_of(header)
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"{file.path}: architecture {header.architecture!r}: transformers {transformers.__version__} has no {model_type}",
+            hint="install a newer transformers",
+        )
     try:
-        config = AutoConfig.for_model(keys.model_type, **values)
+        config = AutoConfig.for_model(model_type, **values)
     except (ArithmeticError, KeyError, TypeError, ValueError, StrictDataclassError) as error:
         problem = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {problem}") from error
@@ -55,8 +79,26 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     return config
 
 
-def unknown_keys_note(header: Header) -> tuple[str, ...]:
-    """One sentence on the keys of the file that the table does not know; nothing where it knows all."""
+def draft_tensors(header: Header, file: GgufFile) -> set[str]:
+    """The tensors of layers that only draft tokens: no part of the model here, and copied when it is saved."""
+    layers = header.layers
+    return (
+        {name for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers}
+        if header.count("block_count") > layers
+        else set()
+    )
+
+
+def notes_of(header: Header) -> tuple[str, ...]:
+    """One sentence on layers that only draft, one on the keys of the file that the table does not know."""
+    drafts = header.count("block_count") - header.layers
+    notes = (
+        (f"{drafts} layers that only draft tokens are not loaded; a saved file has them as they are",) if drafts else ()
+    )
+    return notes + _unknown_keys_note(header)
+
+
+def _unknown_keys_note(header: Header) -> tuple[str, ...]:
     unknown = key_report(header).unknown
     if not unknown:
         return ()
@@ -69,7 +111,9 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    optional = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
+    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count"]
+    if header.architecture == "lfm2":
+        optional.remove("attention.head_count_kv")  # by _key_heads
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
@@ -106,11 +150,16 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
     values: dict[str, Any] = {}
     defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
     for key, field in keys.fields.items():
-        if key.endswith("epsilon"):
+        if key == "block_count":
+            values[field] = header.layers
+        elif key.endswith("epsilon"):
             values[field] = header.number(key, zero=True)
         elif key.endswith("softcapping"):
             default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0
             values[field] = header.number(key, default, zero=not default) or None
+        elif key in _SCALES:  # 0 is none
+            usual = header.attention_width**-0.5 if key == "attention.scale" else 1.0
+            values[field] = header.number(key, usual, zero=key != "logit_scale") or usual
         else:
             values[field] = header.count(key, defaults.get(key))
     return values
@@ -123,15 +172,12 @@ def _from_tensors(header: Header, file: GgufFile) -> dict[str, Any]:
     values: dict[str, Any] = {"tie_word_embeddings": "output.weight" not in file.tensors}
     if embedding is not None:
         values["vocab_size"] = embedding.shape[0]
+    if header.architecture == "falcon":
+        grouped = header.count("attention.head_count_kv", header.heads) > 1 or "attn_norm_2.weight" in names
+        values |= {"new_decoder_architecture": grouped, "num_ln_in_parallel_attn": 1 + ("attn_norm_2.weight" in names)}
     if header.architecture == "stablelm":
-        values |= {
-            "use_qkv_bias": "attn_q.bias" in names,
-            "qk_layernorm": "attn_q_norm.weight" in names,
-            "use_parallel_residual": "ffn_norm.weight" not in names,
-        }
-    if header.architecture in ("llama", "nemotron"):
-        values |= {"attention_bias": "attn_q.bias" in names, "mlp_bias": "ffn_up.bias" in names}
-    return values
+        values["use_parallel_residual"] = "ffn_norm.weight" not in names
+    return values | {field: tensor in names for field, tensor in TABLE[header.architecture].present.items()}
 
 
 def _token_ids(file: GgufFile) -> dict[str, int | None]:
@@ -158,10 +204,48 @@ def _gemma(header: Header, file: GgufFile) -> dict[str, Any]:
     return values | {"rope_parameters": {"full_attention": rope, "sliding_attention": local}}
 
 
+def _key_heads(header: Header) -> dict[str, Any]:
+    """The heads of keys in LFM2's layers of attention, and which layers these are."""
+    key, layers = "attention.head_count_kv", header.count("block_count")
+    stated = header.get(key)
+    counts = [stated] * layers if type(stated) is int else stated
+    heads = {count for count in counts or () if count != 0}
+    if (
+        not isinstance(counts, list)
+        or len(counts) != layers
+        or len(heads) != 1
+        or not all(type(n) is int for n in counts)
+    ):
+        raise header.wrong(key, f"{layers} times 0 or one number of heads")
+    kinds = ["full_attention" if count else "conv" for count in counts]
+    return {"num_key_value_heads": heads.pop(), "layer_types": kinds}
+
+
+def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:
+    """Windows of OLMo 3 and EXAONE 4. Layers with one have OLMo 3's plain rotations, or EXAONE 4's only ones."""
+    windows = _windows(header)
+    values: dict[str, Any] = {
+        "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in windows]
+    }
+    if header.architecture == "exaone4":
+        if not any(windows) and (header.get(WINDOW) or 0) not in (0, header.count("context_length")):
+            raise header.refused(WINDOW, "0, but in a model of 64 layers, whose windows llama.cpp knows by that number")
+        return values | {"sliding_window": header.count(WINDOW, 4096) if any(windows) else None}
+    if not header.get(WINDOW):
+        return {}
+    ropes = {
+        "full_attention": rope,
+        "sliding_attention": {"rope_type": "default", "rope_theta": rope["rope_theta"]},
+    }
+    return values | {"sliding_window": header.count(WINDOW), "rope_parameters": ropes}
+
+
 def _windows(header: Header) -> list[bool]:
     """For each layer whether it has a window."""
     layers, pattern = header.count("block_count"), header.get(PATTERN)
-    if header.architecture == "gemma3" and not header.get(WINDOW):
+    if header.architecture == "exaone4" and layers != 64:
+        return [False] * layers
+    if header.architecture in ("gemma3", "olmo2") and not header.get(WINDOW):
         return [False] * layers
     if isinstance(pattern, list):
         if len(pattern) != layers or not all(each in (0, 1) for each in pattern):

@@ -31,7 +31,7 @@ from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_keys import TABLE, WINDOW
-from qgraft.checkpoints.gguf_model import ARCHITECTURES, name_map, row_order
+from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
@@ -162,10 +162,10 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
     names, rules = name_map(architecture, model.config), ARCHITECTURES[architecture]
     matrices, vectors, seen = dict[str, Stored](), dict[str, str](), set[int]()
 
-    def stem(path: str) -> str:
-        found = names.get_name(re.sub(r"\.norms\.\d+$", "", path))
+    def stored(parameter: str) -> str:
+        found = tensor_name(names, re.sub(r"\.norms\.\d+\.", ".", parameter))
         if found is None:
-            raise refuse(f"llama.cpp has no tensor for {path}")
+            raise refuse(f"llama.cpp has no tensor for {parameter.removesuffix('.weight')}")
         return found
 
     for path, module in model.named_modules():
@@ -174,16 +174,16 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
         if not isinstance(held, QuantizedLinear | QuantizedEmbedding) or inner or id(held.packed_weight) in seen:
             continue
         seen.add(id(held.packed_weight))
-        name = f"{stem(path)}.weight"
+        name = stored(f"{path}.weight")
         rows: int = held.packed_weight.get().shape[0]
-        matrices[path] = Stored(name, row_order(name, rows, rules, model.config))
+        matrices[path] = Stored(name, row_order(name, rows, rules, model.config), column_order(name, model.config))
     for name, parameter in model.named_parameters():
         if ".loras." in name or ".lora_" in name or name == "computes_in":
             continue
-        owner, _, leaf = name.replace(".base.", ".").rpartition(".")
-        if parameter.dim() != 1:
+        plain = name.replace(".base.", ".")
+        if parameter.dim() != 1 and not stored(plain).endswith(rules.kernels):
             raise refuse(f"{name} is a {parameter.dim()}-dimensional parameter that is kept as floats")
-        vectors[f"{owner}.{leaf}"] = f"{stem(owner)}.{leaf}"
+        vectors[plain] = stored(plain)
     return matrices, vectors
 
 
@@ -198,9 +198,11 @@ def _vector_shapes(model: Any, vectors: dict[str, str]) -> dict[str, tuple[int, 
     for name, tensor in vectors.items():
         owner, _, leaf = name.rpartition(".")
         module = model.get_submodule(owner)
-        size = getattr(module.base if isinstance(module, LoraLayer) else module, leaf).numel()
+        shape = getattr(module.base if isinstance(module, LoraLayer) else module, leaf).shape
         rows = shapes.get(tensor, (0,))[0] + 1
-        shapes[tensor] = (rows, size) if ".norms." in name else (size,)
+        shapes[tensor] = (
+            (rows, *shape) if ".norms." in name else tuple(size for size in shape if size != 1 or len(shape) == 1)
+        )
     return shapes
 
 
@@ -238,10 +240,8 @@ def _vectors(model: Any, draft: Draft) -> dict[str, Tensor]:
         rows.setdefault(draft.vectors[parameter], []).append(value.float().cpu())
     found = {}
     for name, parts in rows.items():
-        value = torch.stack(parts) if len(draft.file.tensors[name].shape) == 2 else parts[0]
-        order = row_order(name, value.shape[0], rules, model.config)
-        value = value if order is None else value[order.argsort()]
-        found[name] = value + rules.norm_offset if "norm" in name and name.endswith(".weight") else value
+        value = torch.stack(parts) if len(parts) > 1 else parts[0]
+        found[name] = to_file(name, value, rules, model.config)
     return found
 
 

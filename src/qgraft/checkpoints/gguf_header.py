@@ -87,3 +87,15 @@ class Header:
         """Scores are divided by its root."""
         largest = self.count("block_count") == _LARGEST.get(self.architecture)
         return self.width // self.heads if largest else self.head_dim
+
+    @property
+    def layers(self) -> int:
+        """Layers that compute the answer. Only Qwen 3.5 may have others behind them, which draft tokens."""
+        drafts = self.get("nextn_predict_layers") or 0
+        if type(drafts) is not int or not 0 <= drafts < self.count("block_count"):
+            raise self.wrong("nextn_predict_layers", "an integer from 0 on, less than block_count")
+        return self.count("block_count") - drafts
+
+    def attends(self, layer: int) -> bool:
+        """Whether a layer of Qwen 3.5 has attention instead of a gated delta net."""
+        return layer >= self.layers or (layer + 1) % self.count("full_attention_interval", 4) == 0

@@ -27,6 +27,7 @@ from qgraft.checkpoints.gguf_header import Header, is_number
 Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
+INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class Keys:
         musts: keys that are refused unless they say what is computed, beside MUSTS.
         rotates: whether positions are rotations (not gpt2's table).
         partial: whether a part of a head may be rotated.
+        scalings: values of rope.scaling.type that are served.
+        freqs: whether rope_freqs.weight divides the frequencies.
+        present: field that is true where the first layer has a tensor -> that tensor.
+        other: (key, model_type): the configuration where that key is there and not 0.
     """
 
     model_type: str
@@ -58,6 +63,14 @@ class Keys:
     musts: Mapping[str, Must] = field(default_factory=dict)
     rotates: bool = True
     partial: bool = False
+    scalings: tuple[str, ...] = ("none", "linear", "yarn")
+    freqs: bool = False
+    present: Mapping[str, str] = field(default_factory=dict)
+    other: tuple[str, str] | None = None
+
+    def type_of(self, header: Header) -> str:
+        """transformers' name of the configuration of this file."""
+        return self.other[1] if self.other and header.get(self.other[0]) else self.model_type
 
 
 def _one_of(*values: float) -> Must:
@@ -151,6 +164,12 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+_SCALES = {  # of Granite
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
 _RMS, _LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 _HEAD_DIM = {"attention.key_length": "head_dim"}
 _ROPE = {
@@ -170,7 +189,12 @@ _WINDOWS = {
     PATTERN: "a number n: every n-th layer has no window; or a list: which layers have one",
 }
 _ONE_WINDOW = {WINDOW: "tokens that every layer sees (llama.cpp passes over it)"}
+_TEMPERATURE = {
+    "attention.temperature_scale": "llama_4_scaling_beta: queries grow with the logarithm of their position",
+    "rope.scaling.yarn_log_multiplier": "mscale_all_dim of yarn",
+}
 _SAME_BASE = {"rope.freq_base_swa": _same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
+_BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 _SAME_LAYERS = {
     PATTERN: Must(
         lambda header, got: not header.get(WINDOW) or (all(got) if isinstance(got, list) else got == 0),
@@ -179,6 +203,18 @@ _SAME_LAYERS = {
 }
 
 TABLE: dict[str, Keys] = {  # by general.architecture
+    "exaone4": Keys(
+        "exaone4", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, freqs=True
+    ),
+    "falcon": Keys(
+        "falcon",
+        {"context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+         "block_count": "num_hidden_layers", "feed_forward_length": "ffn_hidden_size",
+         "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_kv_heads",
+         _LAYER: "layer_norm_epsilon"},
+        _ROPE,
+    ),
+    "gemma": Keys("gemma", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
     "gemma2": Keys(
         "gemma2",
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "attn_logit_softcapping": "attn_logit_softcapping",
@@ -191,6 +227,10 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "final_logit_softcapping": "final_logit_softcapping"},
         {**_ROPE, **_WINDOWS, "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
     ),
+    "glm4": Keys(
+        "glm4", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True,
+        present={"attention_bias": "attn_q.bias"},
+    ),
     "gpt2": Keys(
         "gpt2",
         {"context_length": "n_positions", "embedding_length": "n_embd", "block_count": "n_layer",
@@ -200,19 +240,64 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         musts={"attention.head_count_kv": _same("attention.head_count", lambda header: header.heads)},
         rotates=False,
     ),
-    "llama": Keys("llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),  # mistral files, too
+    "granite": Keys(
+        "granite", {**_SIZES, _RMS: "rms_norm_eps", **_SCALES}, _ROPE, freqs=True, present=_BIASES,
+        musts={"rope.scaling.finetuned": _one_of(True)},  # Granite's switch for rotations
+    ),
+    "hunyuan-dense": Keys(
+        "hunyuan_v1_dense", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE,
+        present={"attention_bias": "attn_q.bias"},
+    ),
+    "lfm2": Keys(
+        "lfm2",
+        {**{key: field for key, field in _SIZES.items() if not key.endswith("_kv")}, _RMS: "norm_eps",
+         "shortconv.l_cache": "conv_L_cache"},
+        {**_ROPE, "attention.head_count_kv": "num_key_value_heads; a list, with 0 for a layer that is a short convolution"},
+    ),
+    "llama": Keys(  # mistral files, too
+        "llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE, present=_BIASES, freqs=True,
+        scalings=("none", "linear", "yarn", "longrope"),
+    ),
+    "mistral3": Keys(
+        "mistral", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_TEMPERATURE}, freqs=True,
+        other=("attention.temperature_scale", "ministral3"),
+    ),
     "nemotron": Keys(
-        "nemotron", {**_SIZES, _LAYER: "norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True
+        "nemotron", {**_SIZES, _LAYER: "norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True, present=_BIASES
+    ),
+    "olmo2": Keys(  # with a window OLMo 3
+        "olmo2", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, musts=_SAME_BASE, other=(WINDOW, "olmo3")
     ),
     "phi3": Keys(
         "phi3", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_PART, **_ONE_WINDOW},
-        musts={**_SAME_BASE, **_SAME_LAYERS}, partial=True,
+        musts={**_SAME_BASE, **_SAME_LAYERS}, partial=True, scalings=("none", "linear", "longrope"),
     ),
     "qwen2": Keys("qwen2", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE),
     "qwen3": Keys("qwen3", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
+    "qwen35": Keys(  # gated delta nets, and full attention every so many layers
+        "qwen3_5_text",
+        {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "ssm.conv_kernel": "linear_conv_kernel_dim",
+         "ssm.state_size": "linear_key_head_dim", "ssm.group_count": "linear_num_key_heads",
+         "ssm.time_step_rank": "linear_num_value_heads"},
+        {**_ROPE, **_PART, INTERVAL: "every so many layers one has attention, 4 where it is absent",
+         DRAFTS: "last layers, which only draft; they are left as they are"},
+        ignored={"rope.dimension_sections": "a text has the same positions in all of them"},
+        musts={
+            "ssm.inner_size": _same("ssm.state_size times ssm.time_step_rank",
+                                    lambda header: header.count("ssm.state_size") * header.count("ssm.time_step_rank")),
+            "attention.recurrent_layers": Must(lambda header, got: got == [
+                not header.attends(layer) for layer in range(header.count("block_count"))
+            ], f"what {INTERVAL} says"),
+        },
+        partial=True,
+    ),
+    "smollm3": Keys(  # every fourth layer without rotations: no key says so
+        "smollm3", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE, present=_BIASES
+    ),
     "stablelm": Keys(
         "stablelm", {**_SIZES, _LAYER: "layer_norm_eps"}, {**_ROPE, **_PART},
         ignored={"use_parallel_residual": "whether there are ffn_norm tensors decides"}, partial=True,
+        present={"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
     ),
     "starcoder2": Keys(
         "starcoder2", {**_SIZES, _LAYER: "norm_epsilon"}, {**_ROPE, **_ONE_WINDOW},

@@ -3,58 +3,42 @@
 Three translations happen here, all of them on names and rows, never on values of packed weights:
 
     names     `blk.3.attn_q.weight` <-> `model.layers.3.self_attn.q_proj.weight`, by the tables of the `gguf` package
-    rows      llama.cpp stores the rows of q and k of llama-like models in the order its rotary embedding wants; block
-              formats store whole rows, so undoing it reorders rows of bytes
-    norms     Gemma and Nemotron keep 1 + w in the file where transformers keeps w
+    rows      of some architectures are stored in another order (gguf_rules.py)
+    floats    norms, biases, kernels of convolutions likewise; they are read as floats
 
 transformers' own GGUF loader is the oracle of the tests; it turns every weight into floats, which this one never does.
 """
 
 import hashlib
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gguf import MODEL_ARCH_NAMES, TensorNameMap, get_tensor_name_map
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.gguf_config import gguf_config, unknown_keys_note
+from qgraft.checkpoints.gguf_config import draft_tensors, gguf_config, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
+from qgraft.checkpoints.gguf_rules import (
+    ARCHITECTURES,
+    Rules,
+    column_order,
+    from_file,
+    name_map,
+    row_order,
+    tensor_name,
+)
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
-from qgraft.formats import PackedTensor, take_rows
+from qgraft.formats import PackedTensor, take_columns, take_rows
 from qgraft.model_parts import decoder_of
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How one architecture's GGUF tensors differ from transformers' parameters."""
-
-    permuted_qk: bool = False
-    norm_offset: float = 0.0
-
-
-ARCHITECTURES = {  # general.architecture of the file
-    "gemma2": Rules(norm_offset=1.0),
-    "gemma3": Rules(norm_offset=1.0),
-    "gpt2": Rules(),
-    "llama": Rules(permuted_qk=True),  # mistral files carry this name too
-    "nemotron": Rules(norm_offset=1.0),
-    "phi3": Rules(),
-    "qwen2": Rules(),
-    "qwen3": Rules(),
-    "stablelm": Rules(),
-    "starcoder2": Rules(),
-}
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -72,7 +56,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if TABLE[header.architecture].rotates:
         apply_rotation(decoder_of(model).rotary_emb, header, file)
     _set_end_tokens(model, file)
-    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file))
+    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - draft_tensors(header, file))
     if unused:
         raise CheckpointError(
             f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: "
@@ -86,7 +70,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         architecture=config.model_type,
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
-        notes=unknown_keys_note(header),
+        notes=notes_of(header),
     )
     base.origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)
     return model, tokenizer
@@ -116,21 +100,29 @@ class _TensorReader:
         stem, _, suffix = name.rpartition(".")
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
-        gguf_stem = self.names.get_name(stem)
-        gguf_name = f"{gguf_stem}.{suffix}"
-        if gguf_stem is None or gguf_name not in self.file.tensors:
+        gguf_name = tensor_name(self.names, name)
+        if gguf_name is None or gguf_name not in self.file.tensors:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        order = row_order(gguf_name, info.shape[0], self.rules, self.config)
-        if len(info.shape) == 2:
-            packed = self.file.packed(gguf_name)
-            self.matrices[stem] = Stored(gguf_name, order)
-            return packed if order is None else take_rows(packed, order)
+        if len(info.shape) == 2 and not gguf_name.endswith(self.rules.kernels):
+            order = row_order(gguf_name, info.shape[0], self.rules, self.config)
+            packed, columns = self.file.packed(gguf_name), column_order(gguf_name, self.config)
+            self.matrices[stem] = Stored(gguf_name, order, columns)
+            packed = packed if order is None else take_rows(packed, order)
+            return packed if columns is None else self._in_order(packed, gguf_name, columns)
         value = floats(self.file, gguf_name)
-        if order is not None:
-            value = value[order]
-        return value - self.rules.norm_offset if "norm" in gguf_name and suffix == "weight" else value
+        if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
+            raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
+        return from_file(gguf_name, value, self.rules, self.config)
+
+    def _in_order(self, packed: PackedTensor, gguf_name: str, columns: Tensor) -> PackedTensor:
+        if packed.shape[1] != columns.numel():
+            return packed  # a wrong shape; assemble() reports it with the others
+        try:
+            return take_columns(packed, columns)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{self.file.path}: {gguf_name}: {error.message}", hint=error.hint) from error
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""
@@ -142,26 +134,6 @@ class _TensorReader:
         rows = floats(self.file, gguf_name)
         heads = self.config.num_key_value_heads if ".attn_k_norm." in gguf_name else self.config.num_attention_heads
         return rows[head] if rows.shape[0] == heads else rows  # a wrong shape; assemble() reports it with the others
-
-
-def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig) -> Tensor | None:
-    """Which stored row is row i of transformers' q or k; None where the orders agree.
-
-    A head's rows are stored as pairs (i, i + dim/2) interleaved: [0, d/2, 1, d/2 + 1, ...].
-    """
-    match = re.search(r"\.attn_([qk])\.", gguf_name)
-    if match is None or not rules.permuted_qk:
-        return None
-    heads = config.num_attention_heads if match[1] == "q" else config.num_key_value_heads
-    if rows % (2 * heads):
-        return None  # a wrong shape; assemble() reports it with the others
-    return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).reshape(-1)
-
-
-def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
-    """The tensor of a file for a module of the model, by the tables of the `gguf` package."""
-    known = {name: key for key, name in MODEL_ARCH_NAMES.items()}
-    return get_tensor_name_map(known[architecture], config.num_hidden_layers)
 
 
 def _rules(file: GgufFile) -> Rules:

@@ -45,8 +45,7 @@ def scaling(header: Header, file: GgufFile) -> tuple[str, float]:
     key = "rope.scaling.factor" if header.get("rope.scaling.factor") is not None else "rope.scale_linear"
     factor = header.number(key, 1.0, zero=True) or 1.0
     kind = header.get("rope.scaling.type") or "linear"
-    served = ["none", "linear", *(["yarn"] if header.architecture != "phi3" else []),
-              *(["longrope"] if header.architecture in ("llama", "phi3") else [])]  # fmt: skip
+    served = TABLE[header.architecture].scalings
     if kind not in served:
         raise header.refused("rope.scaling.type", " or ".join(served))
     if kind == "none" and factor != 1 and header.architecture == "gemma2":
@@ -60,10 +59,10 @@ def scaling(header: Header, file: GgufFile) -> tuple[str, float]:
 
 def rope_tensors(header: Header, file: GgufFile) -> set[str]:
     """The tensors of the file that are part of its rotations."""
-    if header.architecture not in ("llama", "phi3"):
-        return set()
-    wanted = {LONG, SHORT} if scaling(header, file)[0] == "longrope" else {FREQS}
-    return (wanted if header.architecture == "llama" else {LONG, SHORT}) & file.tensors.keys()
+    keys = TABLE[header.architecture]
+    long = header.architecture == "phi3" or scaling(header, file)[0] == "longrope"
+    wanted = {LONG, SHORT} if long else {FREQS} if keys.freqs else set()
+    return wanted & file.tensors.keys()
 
 
 def rope_parameters(header: Header, file: GgufFile) -> dict[str, Any]:
@@ -101,8 +100,12 @@ def _attn_factor(header: Header) -> float:
 
 
 def _yarn(header: Header, factor: float) -> dict[str, Any]:
-    own = header.number("rope.scaling.yarn_attn_factor", 1 + 0.1 * math.log(max(factor, 1.0)))
+    """yarn's own words. Ministral 3 divides its factor by one of another multiplier, and scales queries by position."""
+    growth, beta = 0.1 * math.log(max(factor, 1.0)), header.get("attention.temperature_scale")
+    log_multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
+    own = header.number("rope.scaling.yarn_attn_factor", (1 + growth) / (1 + log_multiplier * growth))
     return {
+        **({"llama_4_scaling_beta": header.number("attention.temperature_scale")} if beta else {}),
         "rope_type": "yarn",
         "factor": factor,
         "attention_factor": own * _attn_factor(header),
@@ -151,7 +154,7 @@ def apply_rotation(rotary: Any, header: Header, file: GgufFile) -> None:
         rotary.inv_freq = rotary.inv_freq / divisor
         rotary.original_inv_freq = rotary.inv_freq
     stated = kind in ("yarn", "longrope")  # with attn_factor in it already
-    for layers in _LAYERS:
+    for layers in _LAYERS if header.architecture != "olmo2" else _LAYERS[:2]:
         name = f"{layers}attention_scaling"
         if hasattr(rotary, name) and not (stated and layers != "sliding_attention_"):
             setattr(rotary, name, getattr(rotary, name) * _attn_factor(header))

@@ -20,18 +20,23 @@ from transformers import PreTrainedConfig
 from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW
+from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
 
-ARCHITECTURE_OF = {keys.model_type: name for name, keys in TABLE.items()} | {"mistral": "llama"}  # by model_type
+ARCHITECTURE_OF = {  # by model_type
+    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
+    **{keys.model_type: name for name, keys in TABLE.items()},
+    "mistral": "llama",
+}
 
+_BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of yarn, where they are not stated
 _WITHOUT_EFFECT = (
     *PreTrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp",
     "tie_word_embeddings", "vocab_size", "use_sliding_window", "max_window_layers", "rope_parameters", "model_type",
     "original_max_position_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
-    "summary_first_dropout", "summary_proj_to_labels",
+    "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
 )  # fmt: skip
 
 
@@ -47,7 +52,18 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         if field == "n_inner":
             value = value or 4 * config.n_embd
         if value is not None:
-            values[key] = float(value) if key.endswith(("epsilon", "softcapping")) else value
+            values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
+    if architecture == "qwen35":
+        values["ssm.inner_size"] = config.linear_value_head_dim * config.linear_num_value_heads
+        kinds = [*config.layer_types, "full_attention"]
+        values[INTERVAL] = kinds.index("full_attention") + 1
+        values["rope.dimension_sections"] = [*(config.rope_parameters or {}).get("mrope_section", [11, 11, 10]), 0][:4]
+    if architecture == "falcon":
+        values["attention.head_count_kv"] = _filled(config)["num_kv_heads"]
+    if architecture == "lfm2":
+        values["feed_forward_length"] = _filled(config)["intermediate_size"]
+        kinds = config.layer_types
+        values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     tensors: dict[str, Tensor] = {}
@@ -71,6 +87,8 @@ def _windows(config: PreTrainedConfig, architecture: str) -> dict[str, Any]:
         return {WINDOW: window} if window else {}
     if not any(windowed):
         return {WINDOW: 0} if architecture == "gemma3" else {}
+    if architecture == "exaone4":
+        return {WINDOW: window}
     period = windowed.index(False) + 1 if False in windowed else 0
     return {WINDOW: window, PATTERN: period}
 
@@ -87,6 +105,12 @@ def _rotation(
         values |= {"rope.scaling.type": kind, "rope.scaling.factor": float(rope["factor"])}
     if kind == "yarn":
         values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+        if config.model_type == "ministral3":
+            values["attention.temperature_scale"] = float(rope["llama_4_scaling_beta"])
+            values["rope.scaling.yarn_log_multiplier"] = float(rope.get("mscale_all_dim", 0.0))
+            values |= {f"rope.scaling.yarn_{key}": float(rope.get(key) or n) for key, n in _BETAS.items()}
+    elif kind == "dynamic" and rope.get("alpha") and config.model_type == "hunyuan_v1_dense":
+        values["rope.freq_base"] *= rope["alpha"] ** (head_dim / (head_dim - 2))
     elif kind == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
         tensors[FREQS] = plain / rotary.inv_freq.float().cpu()
@@ -119,13 +143,14 @@ def lost_in_keys(config: PreTrainedConfig, rotary: Any, draft: GgufFile) -> list
         apply_rotation(again, Header(draft), draft)
         if not _same_rotations(rotary, again):
             lost.append(f"rope_parameters {config.rope_parameters!r:.200}")
-        elif llamacpp_rotates_otherwise(config.rope_parameters or {}):
+        elif config.model_type != "ministral3" and llamacpp_rotates_otherwise(config.rope_parameters or {}):
             lost.append("the beta or the attention factor of its yarn, which llama.cpp passes over")
     return lost
 
 
 def llamacpp_rotates_otherwise(rope: Mapping[str, Any]) -> bool:
     """Whether yarn has what llama.cpp passes over for these architectures."""
+    rope = rope.get("full_attention", rope)
     told = (rope.get("beta_fast") or 32, rope.get("beta_slow") or 1, rope.get("attention_factor"))
     return rope.get("rope_type") == "yarn" and (told[:2] != (32, 1) or told[2] is not None)
 
@@ -135,6 +160,16 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
     values = config.to_dict()
     if "n_embd" in values:
         values["n_inner"] = values.get("n_inner") or 4 * values["n_embd"]
+    if "new_decoder_architecture" in values:  # of Falcon: what FalconAttention and FalconDecoderLayer make of it
+        if values["new_decoder_architecture"]:
+            values |= {"multi_query": True, "parallel_attn": True}
+            values["num_ln_in_parallel_attn"] = values["num_ln_in_parallel_attn"] or 2
+        elif values["multi_query"]:
+            values |= {"num_kv_heads": 1, "num_ln_in_parallel_attn": 1}
+    if values.pop("block_auto_adjust_ff_dim", False):  # of LFM2: what Lfm2MLP makes of it
+        width, unit = int(2 * values["intermediate_size"] / 3), values["block_multiple_of"]
+        width = int((values["block_ffn_dim_multiplier"] or 1) * width)
+        values["intermediate_size"] = -(-width // unit) * unit
     if "num_attention_heads" in values:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width

@@ -1,9 +1,10 @@
 """Where the matrices of a loaded model lie in its container, and what goes back there.
 
 `load` leaves an Origin on the model as `model.qgraft.origin`. It holds names and orders, no weights: the model has them.
-Two things differ between a matrix of the model and the same matrix in its container, and both only move whole rows:
+Little differs between a matrix of the model and the same matrix in its container, and it only moves rows and blocks:
 
-    row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_model.py)
+    row order    llama.cpp stores the rows of q and k of llama-like models in another order (gguf_rules.py)
+    column order of a matrix that takes in heads in such an order
     transposed   folders keep the float weights of transformers' Conv1D as [in, out] (folder_model.py)
 
 Everything else in a container (metadata, norms, biases, tokenizer) is copied from it when the model is saved. So it must
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from qgraft.adapters.base import base_of
 from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.errors import CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor, checked, convert, get_format, join_rows, take_rows
+from qgraft.formats import PackedTensor, checked, convert, get_format, join_rows, take_columns, take_rows
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 from qgraft.mapped import release
 
@@ -35,12 +36,14 @@ class Stored:
     Attributes:
         name: of its tensor there.
         row_order: [out] int64, which stored row is row i of the model; None where they agree.
+        column_order: [in] int64, which stored column is column i of the model; None where they agree. It moves whole blocks.
         transposed: whether floats are kept [in, out].
         repeated: the model does not read it, because it is tied to another matrix that it reads.
     """
 
     name: str
     row_order: Tensor | None = None
+    column_order: Tensor | None = None
     transposed: bool = False
     repeated: bool = False
 
@@ -99,12 +102,14 @@ class Matrix:
         by_rows = all(get_format(name).by_rows for name in (self.packed.format, self.format))
         for index in self._order().split(max(1, PANEL_WEIGHTS // width if by_rows else rows)):
             panel = _to_cpu(take_rows(self.packed, index.to(self.packed.device)))
+            if self.stored.column_order is not None:
+                panel = take_columns(panel, self.stored.column_order.argsort())
             yield self._convert(panel)
         release(*self.packed.parts)
 
     def whole(self) -> PackedTensor:
         """All panels as one; not copied where nothing has to change."""
-        if self.packed.format == self.format and self.stored.row_order is None:
+        if self.packed.format == self.format and self.stored.row_order is None and self.stored.column_order is None:
             return _to_cpu(self.packed)
         return join_rows(list(self.panels()))
 

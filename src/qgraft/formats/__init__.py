@@ -49,6 +49,7 @@ __all__ = [
     "misfit_notes",
     "pack",
     "quantize",
+    "take_columns",
     "take_rows",
     "unpack",
 ]
@@ -188,6 +189,24 @@ def take_rows(packed: PackedTensor, rows: Tensor) -> PackedTensor:
         for part, tensor in zip(layout.parts, packed.parts, strict=True)
     )
     return replace(packed, shape=(rows.numel(), packed.shape[1]), parts=tuple(taken))
+
+
+def take_columns(packed: PackedTensor, columns: Tensor) -> PackedTensor:
+    """The packed columns `columns` ([in] int64, a permutation) of a format whose blocks lie side by side in a row.
+
+    Raises UnsupportedError where a block would have to be taken apart.
+    """
+    size, (rows, width) = get_format(packed.format).block_size, packed.shape
+    blocks = columns.view(-1, size) if width % size == 0 else columns.view(1, -1)
+    starts = blocks[:, 0]
+    if len(packed.parts) > 1 or not torch.equal(blocks, (starts - starts % size)[:, None] + torch.arange(size)):
+        raise UnsupportedError(
+            f"{packed.format}: columns in another order than the model's, and a block of {size} cannot be taken apart",
+            hint="requantize these matrices to a format with blocks of 32, such as q8_0",
+        )
+    (data,) = packed.parts
+    moved = data.view(rows, width // size, -1)[:, (starts // size).to(data.device)].view(data.shape)
+    return replace(packed, parts=(moved,))
 
 
 def join_rows(panels: Sequence[PackedTensor]) -> PackedTensor:

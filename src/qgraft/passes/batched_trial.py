@@ -16,7 +16,7 @@ from qgraft.adapters.base import selection_of
 from qgraft.attention import attending, attention_of
 from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
-from qgraft.model_parts import computed_dtype, context_of, decoder_of, has_decoder, keeps_state
+from qgraft.model_parts import computed_dtype, context_of, decoder_of, has_decoder, mixes_neighbours
 from qgraft.passes.batched import CACHED, Piece, next_logits, takes_texts
 from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
 from qgraft.passes.key_values import BLOCK, KeyValues, slots_of
@@ -42,7 +42,7 @@ def why_not_batched(model: PreTrainedModel) -> str | None:
     name = type(model).__name__
     if not has_decoder(model) or not takes_texts(model):
         return f"{name} has no decoder that is told positions"
-    if keeps_state(model):
+    if mixes_neighbours(model):
         return f"{name} keeps a state instead of keys and values"
     if by_length(model):
         return f"{name}: rotations depend on the longest text of a pass"

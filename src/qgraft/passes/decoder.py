@@ -10,7 +10,8 @@ are used: `label_states` then gives logits, and `output_head` hands them through
 its own (RoBERTa's kind begins behind the padding token's id) is not told any.
 
 In which way the samples of a batch share a pass is found out there too: attention sample by sample, else transformers'
-mask, else one sample in each pass. All three are right; which is the fastest that a model keeps to is what is tried.
+mask, else one sample in each pass. All three are right; which is the fastest that a model keeps to is what is tried. The
+last it is always where layers carry a state or convolve along the row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ from qgraft.data.batches import IGNORED, Batch, collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.model_parts import argument_names, computed_dtype, decoder_states, has_decoder
+from qgraft.model_parts import argument_names, computed_dtype, decoder_states, has_decoder, mixes_neighbours
 
 Head = Callable[[Tensor], Tensor]
 
@@ -151,8 +152,10 @@ def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
     parts = split_batch(batch, budget=0)
     expected = [_own_losses(model, part) for part in parts]
 
+    mixed = mixes_neighbours(model)
+
     def packed() -> bool:
-        return _agrees(model, batch, expected)
+        return not mixed and _agrees(model, batch, expected)
 
     def alone() -> bool:
         return all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True))

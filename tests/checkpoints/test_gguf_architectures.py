@@ -1,0 +1,253 @@
+"""Every architecture of a GGUF file, measured by transformers' own float model of the weights that the file's bytes mean:
+logits, losses and gradients of LoRAs, greedy tokens; and refused where the file says what is not computed.
+
+tests/oracle has llama.cpp read the same files.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from gguf import GGMLQuantizationType as Q
+from torch import Tensor, nn
+
+import qgraft
+from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.data.batches import IGNORED, collate
+from qgraft.data.tokenizing import Sample
+from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.passes.batched_trial import why_not_batched
+from qgraft.passes.decoder import padding_free
+from qgraft.passes.decoding import fast_decoding
+from qgraft.passes.loss import batch_loss
+
+Maker = Callable[..., Any]
+# with the penalty, as a tied model of random weights repeats its last token
+GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
+                          "repetition_penalty": 20.0}  # fmt: skip
+LENGTHS, SCALING = (7, 9, 40), 2.0  # the last one is longer than every window
+RECURRENT = {"lfm2", "qwen35"}  # layers that carry a state, or convolve along the row: one sample in each pass
+ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(3)
+    rows = [torch.randint(4, 250, (length,), generator=generator).tolist() for length in LENGTHS]
+    return [Sample(ids, [IGNORED] * (len(ids) // 2) + ids[len(ids) // 2 :], "") for ids in rows]
+
+
+def own_losses(model: nn.Module) -> Tensor:
+    """The sum over the labels of all samples, each passed alone through transformers' model."""
+    total = torch.zeros(())
+    for sample in samples():
+        rows = model(torch.tensor([sample.input_ids]), use_cache=False).logits[0, :-1].float()
+        total = total + F.cross_entropy(rows, torch.tensor(sample.labels[1:]), ignore_index=IGNORED, reduction="sum")
+    return total
+
+
+def loras(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def with_loras(model: nn.Module, values: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Add x A^T B^T * SCALING to the layers of a float model, by hooks; the leaves by the names that qgraft gives them."""
+    leaves = {name: value.detach().clone().requires_grad_() for name, value in values.items()}
+    for name in [name for name in leaves if name.endswith("lora_A")]:
+        a, b = leaves[name], leaves[name[:-1] + "B"]
+        layer = model.get_submodule(name.partition(".loras.")[0])
+        layer.register_forward_hook(lambda _, x, y, a=a, b=b: y + SCALING * (x[0] @ a.T) @ b.T)
+    return leaves
+
+
+@pytest.mark.spread(8)
+@ALL
+def test_losses_and_gradients_are_those_of_transformers_model(
+    architecture: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, lora_alpha=4)
+    torch.manual_seed(1)
+    trained = loras(model)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=0.05)
+    leaves = with_loras(tiny.model, trained)
+    expected = own_losses(tiny.model)
+    expected.backward()
+    largest = max(float(leaf.grad.abs().max()) for leaf in leaves.values())
+
+    def check(loss: Tensor, how: str) -> None:
+        torch.testing.assert_close(loss.float(), expected, rtol=1e-5, atol=1e-4, msg=how)
+        model.zero_grad()
+        loss.backward()
+        for name, leaf in leaves.items():
+            off = float((trained[name].grad - leaf.grad).abs().max()) / largest
+            assert off < 1e-4, f"{how}, {name}: off by {off:.2g} of the largest gradient"
+
+    check(own_losses(model), "the model's own pass")
+    with padding_free(model, samples()) as problem:
+        assert problem is not None or architecture not in RECURRENT
+        check(sum(batch_loss(model, collate([sample])) for sample in samples()), "alone")
+        if problem is None:
+            check(batch_loss(model, collate(samples())), "packed")
+
+
+@pytest.mark.parametrize("architecture", sorted(RECURRENT))
+def test_recurrent_layers_see_one_sample_whatever_a_trial_would_say(
+    architecture: str, tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = qgraft.load(tiny_gguf(architecture).path, dtype="float32", device="cpu")
+    alone = sum(float(batch_loss(model, collate([sample]))) for sample in samples())
+    together = float(batch_loss(model, collate(samples())))
+    assert abs(together - alone) > 1e-4 * alone  # what would be learned
+    monkeypatch.setattr("qgraft.passes.decoder.EXACT", 1e9)
+    with padding_free(model, samples()) as problem:
+        assert problem is not None and "does not keep samples apart" in problem
+    assert why_not_batched(model) is not None
+
+
+@pytest.mark.spread(8)
+@ALL
+def test_logits_and_greedy_tokens_are_those_of_transformers_model(
+    architecture: str, tiny_gguf: Maker, random_ids: Maker
+) -> None:
+    tiny = tiny_gguf(architecture)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model, rows=1, length=40)
+    with torch.no_grad():
+        expected = tiny.model(ids).logits
+        assert float((model(ids).logits - expected).abs().max() / expected.abs().max()) < 1e-5
+    mask = torch.ones_like(ids)
+    expected = tiny.model.generate(ids, attention_mask=mask, **GREEDY)
+    assert len(set(expected[0, 40:].tolist())) > 3
+    assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+    with fast_decoding(model):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
+
+
+@pytest.mark.spread(4)
+@ALL
+def test_what_an_adapter_learned_is_in_the_merged_file(architecture: str, tiny_gguf: Maker, tmp_path: Path) -> None:
+    tiny = tiny_gguf(architecture)
+    model, tokenizer = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, lora_alpha=4)
+    torch.manual_seed(1)
+    for parameter in loras(model).values():
+        nn.init.normal_(parameter, std=0.15)
+    ids = torch.tensor([samples()[-1].input_ids])
+    with torch.no_grad():
+        base, adapted = tiny.model(ids).logits, model(ids).logits
+    rows = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+    report = qgraft.merge(model, tokenizer, calibration=rows, min_retained=-1e9)
+    assert len(report.layers) > 7
+    qgraft.save(model, tmp_path / "merged.gguf")
+    again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
+    with torch.no_grad():
+        merged = again(ids).logits
+        assert torch.equal(merged, model(ids).logits)
+    far, near = (float((merged - each).norm() / (adapted - base).norm()) for each in (base, adapted))
+    assert near < 0.8 < far, (near, far)
+
+
+@ALL
+def test_a_tensor_too_many_is_refused(architecture: str, make_gguf: Maker, tmp_path: Path) -> None:
+    extra = {"blk.1.attn_gain.weight": np.ones(64, np.float32), "blk.0.attn_q.scale": np.ones(1, np.float32)}
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, extra=extra)
+    with pytest.raises(
+        CheckpointError, match=r"2 tensors have no place in .*: blk\.0\.attn_q\.scale, blk\.1\.attn_gain"
+    ):
+        qgraft.load(tiny.path, device="cpu")
+
+
+ODD = {
+    "attention.causal": False, "attention.max_alibi_bias": 8.0, "attention.clamp_kqv": 3.0, "expert_count": 4,
+    "attention.scale": 0.77, "logit_scale": 0.5, "residual_scale": 0.5, "embedding_scale": 2.0,
+    "attention.temperature_scale": 0.1, "attn_logit_softcapping": 3.0, "nextn_predict_layers": 1,
+}  # fmt: skip
+
+
+@ALL
+def test_keys_that_would_change_the_computation_are_refused(
+    architecture: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    keys = TABLE[architecture]
+    odd = {key: value for key, value in ODD.items() if key not in keys.fields and key not in keys.used}
+    assert len(odd) > 5
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, metadata={f"{architecture}.{k}": v for k, v in odd.items()})
+    with pytest.raises(UnsupportedError, match="metadata that is not served") as caught:
+        qgraft.load(tiny.path, device="cpu")
+    assert all(f"{architecture}.{key}: got " in str(caught.value) for key in odd)
+    if keys.rotates:
+        metadata = {f"{architecture}.rope.scaling.type": "su", f"{architecture}.rope.scaling.factor": 2.0}
+        tiny = make_gguf(tmp_path / "su.gguf", architecture, metadata=metadata)
+        with pytest.raises(UnsupportedError, match=r"rope\.scaling\.type: got 'su', expected none or "):
+            qgraft.load(tiny.path, device="cpu")
+
+
+@ALL
+def test_an_architecture_that_transformers_has_not_is_named(
+    architecture: str, tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_gguf(architecture).path
+    with monkeypatch.context() as patched, pytest.raises(UnsupportedError, match=r"transformers [\d.]+ has no \w+"):
+        patched.setattr("qgraft.checkpoints.gguf_config.CONFIG_MAPPING", {})
+        qgraft.load(path, device="cpu")
+    monkeypatch.setattr("qgraft.checkpoints.gguf_rules.MODEL_ARCH_NAMES", {})
+    with pytest.raises(
+        UnsupportedError, match=rf"architecture '{architecture}': the package gguf [\d.]+ does not know"
+    ):
+        qgraft.load(path, device="cpu")
+
+
+DRAFT = {f"blk.4.{name}.weight": np.ones((4, 32), np.float32) for name in ("attn_q", "nextn.eh_proj", "ffn_up")}
+
+
+def test_layers_of_qwen35_that_draft_are_left_as_they_are(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    keys = {"qwen35.block_count": 5, "qwen35.nextn_predict_layers": 1,
+            "qwen35.attention.recurrent_layers": [True, True, True, False, False]}  # fmt: skip
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", metadata=keys, extra=DRAFT)
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model)
+    with torch.no_grad():
+        assert (model(ids).logits - tiny.model(ids).logits).abs().max() < 1e-4
+    (note,) = model.qgraft.info.notes
+    assert note.startswith("1 layers that only draft tokens are not loaded")
+    qgraft.save(model, tmp_path / "saved.gguf")
+    assert (tmp_path / "saved.gguf").read_bytes() == tiny.path.read_bytes()
+
+
+QWEN35: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
+    "a layer too many": ({}, DRAFT, r"3 tensors have no place in .*: blk\.4\.attn_q"),
+    "no layer left": ({"nextn_predict_layers": 4}, {}, "nextn_predict_layers: got 4, expected an integer from 0 on, less"),
+    "another width of values": ({"ssm.inner_size": 64}, {}, "inner_size: got 64, expected ssm.state_size times"),
+    "other layers": ({"attention.recurrent_layers": [False, True, True, True]}, {}, "recurrent_layers: got .*full_att"),
+    "no attention where it is": ({"full_attention_interval": 2}, {}, r"missing model\.layers\.1\.self_attn"),
+    "growth": ({}, {"blk.0.ssm_a": np.ones(4, np.float32)}, "blk.0.ssm_a: expected negative numbers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QWEN35)
+def test_what_qwen35_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path) -> None:
+    keys, extra, message = QWEN35[name]
+    metadata = {f"qwen35.{key}": value for key, value in keys.items()}
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", metadata=metadata, extra=extra)
+    with pytest.raises((CheckpointError, UnsupportedError), match=rf"(?s){message}"):
+        qgraft.load(tiny.path, device="cpu")
+
+
+def test_value_heads_of_qwen35_in_blocks_of_256(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    """Two heads of 128 share one of a K-quant: served where their order is transformers', else refused."""
+    config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4}
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    ids = random_ids(tiny.model)
+    with torch.no_grad():
+        assert (model(ids).logits - tiny.model(ids).logits).abs().max() < 1e-4
+    config["linear_num_key_heads"] = 2
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
+    with pytest.raises(UnsupportedError, match=r"ssm_out\.weight: q4_k: columns in another order.*a block of 256"):
+        qgraft.load(tiny.path, device="cpu")

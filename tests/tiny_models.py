@@ -1,0 +1,74 @@
+"""The tiny models of every architecture of a GGUF file, and how their files differ from their parameters."""
+
+from typing import Any
+
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+HIDDEN, LAYERS, HEADS, KV_HEADS, FFN, LENGTH = 64, 2, 4, 2, 256, 128
+SHAPE = {
+    "hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS,
+    "intermediate_size": FFN, "max_position_embeddings": LENGTH,
+}  # fmt: skip
+GEMMA = {
+    "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8, "hidden_activation": "gelu_pytorch_tanh",
+}  # fmt: skip
+FULL = ["full_attention"] * LAYERS
+MINISTRAL_ROPE = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
+    "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3,
+}  # fmt: skip
+PERMUTED = {"granite", "llama", "mistral3", "smollm3"}  # rows of q and k
+MOVED = {  # layers whose rows are in another order
+    **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
+    "falcon": ("query_key_value",),
+    "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+}
+KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
+PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35"}  # norms
+SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
+ALWAYS_TIED = {"gemma", "gemma2"}  # the tables of the gguf package have no output layer for them
+MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),
+    "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**SHAPE, **GEMMA}),
+    "exaone4": ("Exaone4ForCausalLM", "Exaone4Config", {**SHAPE, "sliding_window": None, "layer_types": FULL}),
+    "falcon": (
+        "FalconForCausalLM", "FalconConfig",
+        {**{key: value for key, value in SHAPE.items() if key not in ("num_key_value_heads", "intermediate_size")},
+         "num_kv_heads": KV_HEADS, "new_decoder_architecture": True},
+    ),
+    "gemma": ("GemmaForCausalLM", "GemmaConfig", {**SHAPE, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
+    "glm4": ("Glm4ForCausalLM", "Glm4Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
+    "granite": (
+        "GraniteForCausalLM", "GraniteConfig",
+        {**SHAPE, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
+         "logits_scaling": 1.25},
+    ),
+    "hunyuan-dense": ("HunYuanDenseV1ForCausalLM", "HunYuanDenseV1Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
+    "lfm2": (
+        "Lfm2ForCausalLM", "Lfm2Config",
+        {**SHAPE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "pad_token_id": None,
+         "block_auto_adjust_ff_dim": False},
+    ),
+    "mistral3": (
+        "Ministral3ForCausalLM", "Ministral3Config",
+        {**SHAPE, "head_dim": 16, "pad_token_id": None, "rope_parameters": MINISTRAL_ROPE},
+    ),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", {**SHAPE, "pad_token_id": None}),
+    "qwen35": (
+        "Qwen3_5ForCausalLM", "Qwen3_5TextConfig",
+        {**SHAPE, "head_dim": 32, "num_hidden_layers": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+         "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
+    "smollm3": ("SmolLM3ForCausalLM", "SmolLM3Config", {**SHAPE, "num_hidden_layers": 4, "pad_token_id": None}),
+    # transformers' reader knows neither n_inner nor n_positions: these are the values it assumes
+    "gpt2": ("GPT2LMHeadModel", "GPT2Config", {"n_embd": HIDDEN, "n_layer": LAYERS, "n_head": HEADS}),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", {**SHAPE, "head_dim": 16}),
+    "nemotron": ("NemotronForCausalLM", "NemotronConfig", {**SHAPE, "head_dim": 16}),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SHAPE, "pad_token_id": None}),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
+    "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHAPE, "head_dim": 128}),  # the head_dim that the reader assumes
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**SHAPE, "use_qkv_bias": True}),
+    "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SHAPE),
+}  # fmt: skip
+# a second judge, but for falcon (it reads no groups of heads) and lfm2 (none of the formats q5_0 and q5_1)
+READ_BY_TRANSFORMERS = (frozenset(GGUF_SUPPORTED_ARCHITECTURES) & MODELS.keys()) - {"falcon", "lfm2"}
