@@ -112,15 +112,18 @@ static void decode_attention(const float *q, int64_t heads, const float *keys, c
 
 #if defined(__AVX2__)
 
-/* y[r] += rows[r] h for four rows; `rest`: which lanes of the last 8 numbers there are. */
+/* y[r] += rows[r] h for four rows; `rest`: which lanes there are of the last numbers, where these are not 8. */
 ALWAYS_INLINE void add_four_rows(const float *rows, const float *h, int64_t rank, __m256i rest, float *y) {
-    const int64_t last = (rank - 1) / 8 * 8;
-    __m256 sums[4];
-    const __m256 value = _mm256_maskload_ps(h + last, rest);
-    for (int k = 0; k < 4; k++) sums[k] = _mm256_mul_ps(_mm256_maskload_ps(rows + k * rank + last, rest), value);
-    for (int64_t i = 0; i < last; i += 8)
-        for (int k = 0; k < 4; k++)
-            sums[k] = _mm256_fmadd_ps(_mm256_loadu_ps(rows + k * rank + i), _mm256_loadu_ps(h + i), sums[k]);
+    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 8 <= rank; i += 8) {
+        const __m256 value = _mm256_loadu_ps(h + i);
+        for (int k = 0; k < 4; k++) sums[k] = _mm256_fmadd_ps(_mm256_loadu_ps(rows + k * rank + i), value, sums[k]);
+    }
+    if (i < rank) {
+        const __m256 value = _mm256_maskload_ps(h + i, rest);
+        for (int k = 0; k < 4; k++) sums[k] = _mm256_fmadd_ps(_mm256_maskload_ps(rows + k * rank + i, rest), value, sums[k]);
+    }
     _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), sum4_of_eight(sums[0], sums[1], sums[2], sums[3])));
 }
 
@@ -132,7 +135,7 @@ static void add_rows(const float *rows, const float *h, int64_t n, int64_t rank,
     int64_t r = 0;
 #if defined(__AVX2__)
     const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-    const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)((rank - 1) % 8) + 1), lanes);
+    const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rank % 8)), lanes);
     if (rank == 8) /* as most have it: no loop */
         for (; r + 4 <= n; r += 4) add_four_rows(rows + r * 8, h, 8, rest, y + r);
     for (; r + 4 <= n; r += 4) add_four_rows(rows + r * rank, h, rank, rest, y + r);
