@@ -24,8 +24,8 @@
 #include "unpack_vec.h"
 #include "vec.h"
 
-/* Rows of W in a tile, columns of W that are unpacked at a time; rows of W, and of x, of which sums are kept; how many numbers go
- * by for a line that is fetched. */
+/* Rows of W in a tile, columns of W that are unpacked at a time; rows of W, and of x, of which sums are kept; how many
+ * numbers go by for a line that is fetched. */
 #if defined(__AVX512BW__)
 enum { LANE_ROWS = 8, LANE_DEPTH = 128, LANE_BLOCK = 384, LINE_EVERY = 2 };
 #else
