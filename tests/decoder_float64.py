@@ -18,7 +18,7 @@ SHAPES = {
     "gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER),
 }  # fmt: skip
 EPSILON, WINDOW = 1e-5, 9
-RANKS = ((), (3, 16), (8,), (1,))  # of the adapters of some choices: one fills vectors
+RANKS = ((), (3, 16), (8, 12), (1,))  # of the adapters of some choices: some fill vectors
 
 
 class TestedDecoder:

@@ -110,16 +110,35 @@ static void decode_attention(const float *q, int64_t heads, const float *keys, c
                        channels, out, all);
 }
 
-/* y[r] += rows[r] h for n rows [n, rank]: what the B of a LoRA adds. A call for each row would take longer than its sum. */
+#if defined(__AVX2__)
+
+/* y[r] += rows[r] h for four rows; `rest`: which lanes there are of the last numbers, where these are not 8. */
+ALWAYS_INLINE void add_four_rows(const float *rows, const float *h, int64_t rank, __m256i rest, float *y) {
+    __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t i = 0;
+    for (; i + 8 <= rank; i += 8) {
+        const __m256 value = _mm256_loadu_ps(h + i);
+        for (int k = 0; k < 4; k++) sums[k] = _mm256_fmadd_ps(_mm256_loadu_ps(rows + k * rank + i), value, sums[k]);
+    }
+    if (i < rank) {
+        const __m256 value = _mm256_maskload_ps(h + i, rest);
+        for (int k = 0; k < 4; k++) sums[k] = _mm256_fmadd_ps(_mm256_maskload_ps(rows + k * rank + i, rest), value, sums[k]);
+    }
+    _mm_storeu_ps(y, _mm_add_ps(_mm_loadu_ps(y), sum4_of_eight(sums[0], sums[1], sums[2], sums[3])));
+}
+
+#endif
+
+/* y[r] += rows[r] h for n rows [n, rank]: what the B of a LoRA adds. A call for each row would take longer than its sum. Ranks
+ * are small: the vectors are of 8 floats with AVX-512, too. */
 static void add_rows(const float *rows, const float *h, int64_t n, int64_t rank, float *y) {
     int64_t r = 0;
 #if defined(__AVX2__)
-    for (; rank % LANES == 0 && r + 4 <= n; r += 4) {
-        vfloat sums[4] = {v_zero(), v_zero(), v_zero(), v_zero()};
-        for (int64_t i = 0; i < rank; i += LANES)
-            for (int k = 0; k < 4; k++) sums[k] = v_fma(v_load(rows + (r + k) * rank + i), v_load(h + i), sums[k]);
-        _mm_storeu_ps(y + r, _mm_add_ps(_mm_loadu_ps(y + r), v_sum4(sums[0], sums[1], sums[2], sums[3])));
-    }
+    const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(rank % 8)), lanes);
+    if (rank == 8) /* as most have it: no loop */
+        for (; r + 4 <= n; r += 4) add_four_rows(rows + r * 8, h, 8, rest, y + r);
+    for (; r + 4 <= n; r += 4) add_four_rows(rows + r * rank, h, rank, rest, y + r);
 #endif
     for (; r < n; r++) y[r] += dot(rows + r * rank, h, rank);
 }

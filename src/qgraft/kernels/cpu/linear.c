@@ -44,7 +44,7 @@ typedef struct {
 const int64_t qgraft_linear_sizes[] = {sizeof(LoraTerm), sizeof(LinearCall)};
 
 enum { FLOAT32, BFLOAT16, INT8 };
-enum { TOKENS = 32, COLUMNS = 64, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
+enum { TOKENS = 32, COLUMNS = 64, FEW_COLUMNS = 384, PART = 96, TILE = 6, OCTET = 8, SHARES = 3 };
 
 /* Floats that x or g [m, width] take when they are rounded: pairs, or forward the codes, steps and sums of quantize_x.h. */
 static int64_t scratch_size(const LinearCall *call, int64_t width) {
@@ -139,7 +139,9 @@ static void block_size(const Level *level, const LinearCall *call, int backward,
     const int64_t share = threads > 1 ? width * parts / shares : width;
     const int64_t tile = call->rounding == INT8 ? OCTET : TILE;
     *tokens = larger(round_up((call->m + parts - 1) / parts, tile), tile);
-    *columns = level->gemm ? larger(COLUMNS, smaller(level->block_columns, round_up(share, COLUMNS))) : COLUMNS;
+    const int few = !backward && call->rounding == FLOAT32 && call->m < level->many; /* gemv turns x for each block anew */
+    const int64_t widest = few ? FEW_COLUMNS : level->block_columns;
+    *columns = level->gemm ? larger(COLUMNS, smaller(widest, round_up(share, COLUMNS))) : COLUMNS;
 }
 
 /* All blocks, and before them what the tokens of each need: pairs, h or gh. */

@@ -23,7 +23,7 @@
  * block's `in` pass. A block (linear.c shares them out) is what one thread multiplies at a time. From MANY
  * rows of x on panels are faster than gemv. */
 #if defined(__AVX512BW__)
-enum { DEPTH = 128, VECTORS = 4, BLOCK_COLUMNS = 64, BLOCK_TOKENS = INT32_MAX, MANY = 20 };
+enum { DEPTH = 128, VECTORS = 4, BLOCK_COLUMNS = 64, BLOCK_TOKENS = INT32_MAX, MANY = 17 };
 #else
 enum { DEPTH = 256, VECTORS = 2, BLOCK_COLUMNS = 512, BLOCK_TOKENS = 192, MANY = 40 };
 #endif

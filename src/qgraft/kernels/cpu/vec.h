@@ -20,6 +20,18 @@
 #include <immintrin.h>
 #endif
 
+#if defined(__AVX2__)
+
+/* The sums of the lanes of a, b, c and d, of 8 floats each: AVX-512 has uses for these, too. */
+ALWAYS_INLINE __m128 sum4_of_eight(__m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    const __m256 abcd = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
+}
+
+#endif
+
 #if defined(__AVX512BW__)
 
 typedef __m512 vfloat;
@@ -174,13 +186,7 @@ ALWAYS_INLINE float v_sum(vfloat v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-ALWAYS_INLINE __m128 v_sum4(vfloat a, vfloat b, vfloat c, vfloat d) {
-    const vfloat ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
-    const vfloat cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-    const vfloat low = _mm256_shuffle_ps(ab, cd, 0x44), high = _mm256_shuffle_ps(ab, cd, 0xee);
-    const vfloat abcd = _mm256_add_ps(low, high);
-    return _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));
-}
+#define v_sum4 sum4_of_eight
 
 ALWAYS_INLINE void v_store_bf16(uint16_t *out, vfloat v) {
     const vint bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
