@@ -248,7 +248,7 @@ CASES: dict[str, tuple[bytes, type[Exception], str]] = {
     "duplicate tensor": (two(name="a"), BAD, "tensor 'a': got it twice"),
     "type 4 (removed)": (one(8, kind=4), UNSERVED, "type 4 (unknown): 1 tensors, the first 't'"),
     "type 2^32-1": (one(8, kind=2**32 - 1), UNSERVED, "type 4294967295 (unknown)"),
-    "type iq4_nl": (one(32, kind=20), UNSERVED, "type 20 (iq4_nl): 1 tensors, the first 't'; expected"),
+    "type q8_k": (one(256, kind=15), UNSERVED, "type 15 (q8_k): 1 tensors, the first 't'; expected"),
     "two unread types": (
         container(infos=[info("a", kind=99), info("b", kind=24), info("c", kind=24)]),
         UNSERVED,

@@ -60,9 +60,7 @@ _TOKENIZER_ARRAYS = {  # key -> element types it may have
 }
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _UNREAD_TYPES = {  # to name in messages what we cannot read
-    9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s",
-    22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0",
-    35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+    9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 41: "q1_0",
 }  # fmt: skip
 
 _brief = reprlib.Repr()  # names and values in messages: quoted, control characters escaped, shortened

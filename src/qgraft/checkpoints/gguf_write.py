@@ -54,6 +54,19 @@ FILE_TYPES = {
     "q4_k": LlamaFileType.MOSTLY_Q4_K_M,
     "q5_k": LlamaFileType.MOSTLY_Q5_K_M,
     "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "iq1_s": LlamaFileType.MOSTLY_IQ1_S,
+    "iq1_m": LlamaFileType.MOSTLY_IQ1_M,
+    "iq2_xxs": LlamaFileType.MOSTLY_IQ2_XXS,
+    "iq2_xs": LlamaFileType.MOSTLY_IQ2_XS,
+    "iq2_s": LlamaFileType.MOSTLY_IQ2_S,
+    "iq3_xxs": LlamaFileType.MOSTLY_IQ3_XXS,
+    "iq3_s": LlamaFileType.MOSTLY_IQ3_S,
+    "iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
+    "iq4_xs": LlamaFileType.MOSTLY_IQ4_XS,
+    "tq1_0": LlamaFileType.MOSTLY_TQ1_0,
+    "tq2_0": LlamaFileType.MOSTLY_TQ2_0,
+    "mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,  # llama.cpp has no other for it
+    "nvfp4": 39,  # LlamaFileType.MOSTLY_NVFP4, of newer releases of gguf
 }
 
 
