@@ -206,7 +206,7 @@ CASES: dict[str, tuple[bytes, type[Exception], str]] = {
     "architecture a path": (meta(pair("general.architecture", STRING, text("../x"))), BAD, "got '../x'"),
     "architecture newline": (meta(pair("general.architecture", STRING, text("llama\n"))), BAD, "a string of a-z"),
     "architecture a number": (meta(pair("general.architecture", U32, u32(7))), BAD, "a string of a-z"),
-    "split in 2": (meta(pair("split.count", U16, b"\2\0")), UNSERVED, "one of 2 files"),
+    "split of -1": (meta(pair("split.count", 3, b"\xff\xff")), BAD, "an integer >= 0"),
     "split a string": (meta(pair("split.count", STRING, text("2"))), BAD, "an integer"),
     "token id 3 of 3": (vocabulary(pair("tokenizer.ggml.eos_token_id", U32, u32(3))), BAD, ">= 0 and < 3"),
     "token id -1": (vocabulary(pair("tokenizer.ggml.bos_token_id", I32, u32(2**32 - 1))), BAD, "got -1"),
