@@ -102,7 +102,7 @@ def test_parts_are_not_written_over(parts: list[Path], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="is what is read"):
         qgraft.save(model, tmp_path / "tiny.gguf", overwrite=True)
     (tmp_path / "new-00002-of-00003.gguf").write_bytes(b"GGUF")
-    with pytest.raises(StorageError, match="new-00002-of-00003.gguf exists already"):
+    with pytest.raises(StorageError, match=r"new-00002-of-00003\.gguf exists already"):
         qgraft.save(model, tmp_path / "new.gguf")
     qgraft.save(model, tmp_path / "new.gguf", overwrite=True)
     assert torch.equal(logits(qgraft.load(tmp_path / "new-00003-of-00003.gguf")[0]), logits(model))

@@ -8,8 +8,8 @@ Each part is a GGUF file of its own with some of the tensors. Its keys say which
 
 The first part holds all other keys, and may hold no tensors. Whatever part is given, all of them are read, from the same
 folder. What does not fit is listed, all of it at once: parts that are missing, that carry another number than their name
-says, or that belong to another model. Two models whose parts have the same names, counts and tensors, as the same weights in two
-formats, cannot be told apart by what the files hold.
+says, or that belong to another model. Two models whose parts have the same names, counts and tensors, as the same weights
+in two formats, cannot be told apart by what the files hold.
 
 Source: `llama_split_path` and `LLM_KV_SPLIT_*` in llama.cpp's src/llama.cpp and src/llama-arch.cpp.
 """
