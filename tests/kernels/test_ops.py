@@ -53,7 +53,7 @@ TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, tor
 def widths(format: str) -> tuple[int, ...]:
     """One block, a few blocks and a wide row of `format`."""
     block = FORMATS[format].block_size
-    return {1: (1, 7, 576), 2: (2, 50, 576), 32: (32, 96, 576), 256: (256, 512)}[block]
+    return {1: (1, 7, 576), 2: (2, 50, 576), 32: (32, 96, 576), 64: (64, 192, 576), 256: (256, 512)}[block]
 
 
 def assert_product(got: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
@@ -177,7 +177,7 @@ def test_native_panels_cover_every_row(
     monkeypatch.setattr(native, "BF16_PANEL_BYTES", 2 * panel_rows * 96 + 1)
     monkeypatch.setattr(native, "has_panels", lambda: False)  # as on a CPU without AVX2
     monkeypatch.setattr(native, "PANEL_ROWS", 1)
-    packed = random_packed(format, 33, max(96, FORMATS[format].block_size))
+    packed = random_packed(format, 33, {64: 192, 256: 256}.get(FORMATS[format].block_size, 96))
     w_OI = format_dequantize(packed, torch.float64)
     x, grad = torch.randn(20, packed.shape[1]), torch.randn(20, 33)
     assert_product(linear(x, packed), x, w_OI.T, torch.float32)
