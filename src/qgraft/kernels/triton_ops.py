@@ -188,7 +188,7 @@ def _stored(packed: PackedTensor) -> Tensor:
 
 
 def _halves(data: Tensor, format: str) -> Tensor:
-    """The same bytes as float16, where the blocks of the format have such scales: every block is then an even number of them."""
+    """The same bytes as float16, where the blocks of the format have such scales; each is then an even number."""
     return data if format in WITHOUT_HALVES else data.view(torch.float16)
 
 
