@@ -136,7 +136,7 @@ def test_scales_are_the_start_plus_offsets_as_they_are_stored(format_, biased):
     layer = _FreeScales(grid, format_, bias)
     assert torch.equal(layer.grid().weight(), grid.weight())
     nn.init.normal_(
-        layer.d, std=1.0 if format_ == "mxfp4" else 0.05, generator=generator
+        layer.d, std=1.0 if format_ in ("mxfp4", "nvfp4") else 0.05, generator=generator
     )  # powers of two move by halves
     moved = layer.grid()
     assert torch.equal(moved.codes, grid.codes)
