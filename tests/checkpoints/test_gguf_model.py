@@ -134,7 +134,7 @@ def test_packed_weights_are_views_of_the_mapped_file(
     tiny = tiny_gguf(architecture, tied=True)
     opened = []
     monkeypatch.setattr(
-        "qgraft.checkpoints.gguf_model.read_gguf", lambda path: opened.append(read_gguf(path)) or opened[0]
+        "qgraft.checkpoints.gguf_model.read_model", lambda path: opened.append(read_gguf(path)) or opened[0]
     )
     model, _ = load_gguf(tiny.path, torch.float32)
     start, size = opened[0].data.data_ptr(), opened[0].data.nbytes

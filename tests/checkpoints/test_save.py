@@ -301,7 +301,11 @@ def test_layers_replaced_in_another_format(tiny_gguf: Maker, tmp_path: Path) -> 
     ("to", "error", "message"),
     [
         ("q4_2", UnsupportedError, r"(?s)unknown format: got 'q4_2'.*q4_1"),
-        ("chatglm-int8", UnsupportedError, r"to='chatglm-int8': a GGUF file can get: bf16, f16, f32, q4_0,"),
+        (
+            "chatglm-int8",
+            UnsupportedError,
+            r"to='chatglm-int8': a GGUF file can get: bf16, f16, f32, iq4_nl, iq4_xs, mxfp4, nvfp4, q4_0,",
+        ),
         (READ_ONLY, UnsupportedError, rf"to='{READ_ONLY}': a GGUF file can get: bf16, f16,"),
         ({"q_prj": "q8_0"}, OptionError, r"(?s)no linear layer is named so.*did you mean .*q_proj"),
         ({"embed_tokens": "q8_0"}, OptionError, "no linear layer is named so"),

@@ -18,8 +18,8 @@ from qgraft.formats import (
     take_rows,
 )
 
-READ_ONLY = ["q2_k", "q3_k"]
-WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32"]
+READ_ONLY = ["iq1_m", "iq1_s", "iq2_s", "iq2_xs", "iq2_xxs", "iq3_s", "iq3_xxs", "q2_k", "q3_k", "tq1_0", "tq2_0"]
+WRITABLE = ["bf16", "chatglm-int4", "chatglm-int8", "f16", "f32", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4"]
 WRITABLE += ["q4_0", "q4_1", "q4_k", "q5_0", "q5_1", "q5_k", "q6_k", "q8_0"]
 
 
@@ -110,7 +110,9 @@ def test_nbytes_counts_data_and_scales(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("wanted", "width", "expected"),
-    [("q4_k", 512, "q4_k"), ("q4_k", 576, "q5_0"), ("q5_k", 576, "q5_1"), ("q6_k", 896, "q8_0"), ("q3_k", 64, "q4_0"),
+    [("q4_k", 512, "q4_k"), ("q4_k", 576, "q5_0"), ("q5_k", 576, "q5_1"), ("q6_k", 896, "q8_0"), ("q3_k", 64, "iq4_nl"),
+     ("iq4_xs", 512, "iq4_xs"), ("iq4_xs", 576, "iq4_nl"), ("nvfp4", 576, "nvfp4"),
+     ("nvfp4", 96, None), ("iq2_s", 96, "iq4_nl"), ("tq1_0", 96, "q4_0"),
      ("q4_k", 80, None), ("q8_0", 80, None), ("q8_0", 96, "q8_0"), ("f16", 7, "f16")],
 )  # fmt: skip
 def test_widths_without_blocks_get_the_formats_that_llamacpp_takes(wanted, width, expected):

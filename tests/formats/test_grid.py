@@ -20,7 +20,11 @@ GGML = [name for name in WITH_GRID if len(FORMATS[name].parts) == 1]
 HALVES = {  # byte offsets of the float16 numbers of a block
     "q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q8_0": [0],
     "q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2], "q5_k": [0, 2], "q6_k": [208],
+    "iq4_nl": [0], "iq4_xs": [0], "tq1_0": [52], "tq2_0": [64],
+    "iq1_s": [0], "iq2_xxs": [0], "iq2_xs": [0], "iq2_s": [0], "iq3_xxs": [0], "iq3_s": [0],
 }  # fmt: skip
+BYTE_SCALES = {"mxfp4": range(255), "nvfp4": range(127)}  # those that a writer may choose; the first bytes of a block
+WITH_HALVES = [name for name in PACKABLE if name not in BYTE_SCALES]
 SHAPES = {  # weights in a group, in a sub-group; the range of codes; the range of the sub-groups' integers
     "q4_0": (32, 32, -8, 7, 1, 1),
     "q4_1": (32, 32, 0, 15, 1, 1),
@@ -32,6 +36,19 @@ SHAPES = {  # weights in a group, in a sub-group; the range of codes; the range 
     "q4_k": (256, 32, 0, 15, 0, 63),
     "q5_k": (256, 32, 0, 31, 0, 63),
     "q6_k": (256, 16, -32, 31, -128, 127),
+    "iq4_nl": (32, 32, 0, 15, 1, 1),
+    "iq4_xs": (256, 32, 0, 15, -32, 31),
+    "mxfp4": (32, 32, 0, 15, 1, 1),
+    "nvfp4": (16, 16, 0, 15, 1, 1),
+    "tq1_0": (256, 256, -1, 1, 1, 1),
+    "tq2_0": (256, 256, -1, 1, 1, 1),
+    "iq1_s": (256, 32, -9, 9, 1, 15),
+    "iq1_m": (256, 16, -9, 9, 1, 15),
+    "iq2_xxs": (256, 32, -43, 43, 1, 31),
+    "iq2_xs": (256, 16, -43, 43, 1, 31),
+    "iq2_s": (256, 16, -43, 43, 1, 31),
+    "iq3_xxs": (256, 32, -62, 62, 1, 31),
+    "iq3_s": (256, 32, -15, 15, 1, 31),
     "chatglm-int4": (768, 768, -7, 7, 1, 1),
     "chatglm-int8": (768, 768, -127, 127, 1, 1),
 }
@@ -45,7 +62,12 @@ def random_packed(name: str, seed: int, rows: int = 5, width: int = 768) -> Pack
         scale = torch.randn(rows, generator=generator) * 10.0 ** (seed % 12 - 8)
         return PackedTensor(name, (rows, width), (data.view(torch.int8), scale if seed % 2 else scale.half()))
     blocks = data.view(-1, each.nbytes(1, each.block_size))
-    for offset in HALVES[name]:
+    if name in BYTE_SCALES:
+        scales = blocks[:, : 1 if name == "mxfp4" else 4]
+        scales.copy_(scales % {"mxfp4": 251, "nvfp4": 127}[name])  # finite weights
+    if name == "iq1_m":
+        blocks[:, 55] &= 0xBF  # the upper bits of the exponent
+    for offset in HALVES.get(name, []):
         high = blocks[:, offset + 1]
         high[(high & 0x7C) == 0x7C] &= 0x83  # infinities and NaN become subnormal or zero
     return PackedTensor(name, (rows, width), (data,))
@@ -69,7 +91,17 @@ def test_pack_is_the_inverse_of_unpack(name: str, seed: int, rows: int, blocks: 
     assert all(torch.equal(*pair) for pair in zip(again.parts, packed.parts, strict=True))
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize("name", BYTE_SCALES)
+def test_every_scale_of_a_byte_survives(name: str) -> None:
+    packed = random_packed(name, 0, len(BYTE_SCALES[name]), 64)
+    blocks = packed.parts[0].view(len(packed.parts[0]), -1, FORMATS[name].nbytes(1, FORMATS[name].block_size))
+    blocks[:, :, : 1 if name == "mxfp4" else 4] = torch.tensor(BYTE_SCALES[name], dtype=torch.uint8)[:, None, None]
+    grid = unpack(packed)
+    assert grid.d[:, 0].unique().numel() == len(grid.d)
+    assert torch.equal(pack(grid, name).parts[0], packed.parts[0])
+
+
+@pytest.mark.parametrize("name", WITH_HALVES)
 def test_every_scale_survives(name: str) -> None:
     """All finite float16 numbers as d, and in the other order as m."""
     numbers = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.float16)
@@ -128,6 +160,8 @@ def test_parts_are_what_the_formula_says(name: str) -> None:
     grid = unpack(random_packed(name, 4, rows=2))
     assert (grid.low, grid.high, grid.sub_low, grid.sub_high) == (low, high, sub_low, sub_high)
     codes, d = grid.codes.double().numpy(), grid.d.double().numpy()
+    if grid.levels is not None:
+        codes = np.array(getattr(quants, name.upper().replace("XS", "NL")).kvalues)[codes.astype(int)]
     assert d.shape == (2, 768 // group)
     assert grid.steps().shape == (2, 768 // sub_group)
     want = np.zeros((2, 768))
@@ -166,7 +200,7 @@ def grid_of(name: str, value: float, real_dtype: torch.dtype = torch.float16) ->
     return replace(grid, d=torch.full_like(grid.d, value), m=m, real_dtype=real_dtype)
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize("name", WITH_HALVES)
 @pytest.mark.parametrize("value", [0.1, -1 / 3, 1e-6, 3e-8, 2049.0, 65519.0])
 def test_rounded_is_what_is_stored(name: str, value: float) -> None:
     grid = grid_of(name, value)
@@ -187,7 +221,29 @@ def test_float32_scales_are_not_rounded() -> None:
     assert pack(grid, "chatglm-int8").parts[1].tolist() == [float(np.float32(0.1))] * 2
 
 
-@pytest.mark.parametrize("name", PACKABLE)
+@pytest.mark.parametrize(
+    ("name", "value", "want"),
+    [("mxfp4", 0.3, 0.25), ("mxfp4", -3.0, 2.0**-128), ("mxfp4", 0.0, 2.0**-128), ("mxfp4", 2.0**126, 2.0**126),
+     ("nvfp4", 0.3, 0.3125), ("nvfp4", -3.0, 0.0), ("nvfp4", 0.0, 0.0), ("nvfp4", 2.0**-10, 2.0**-10),
+     ("nvfp4", 224.0, 224.0), ("nvfp4", 1.0, 1.0)],
+)  # fmt: skip
+def test_rounded_is_the_nearest_scale_of_a_byte(name: str, value: float, want: float) -> None:
+    grid = unpack(random_packed(name, 0, rows=2))
+    grid = replace(grid, d=torch.full_like(grid.d, value))
+    assert grid.rounded().d.unique().tolist() == unpack(pack(grid, name)).d.unique().tolist() == [want]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "most"), [("mxfp4", 2.0**127, "8.5"), ("nvfp4", 240.0, "224"), ("nvfp4", torch.nan, "224")]
+)
+def test_scales_that_no_byte_holds_are_counted(name: str, value: float, most: str) -> None:
+    grid = unpack(random_packed(name, 0, rows=2))
+    grid.d[1, 0] = value
+    with pytest.raises(UnsupportedError, match=rf"^grid: got 1 of {grid.d.numel()} scales .* expected at most {most}"):
+        pack(grid, name)
+
+
+@pytest.mark.parametrize("name", WITH_HALVES)
 @pytest.mark.parametrize("value", [65520.0, -1e9, float("inf"), float("nan")])
 def test_numbers_that_do_not_fit_are_counted(name: str, value: float) -> None:
     grid = grid_of(name, 1.0)

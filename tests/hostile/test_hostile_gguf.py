@@ -206,7 +206,7 @@ CASES: dict[str, tuple[bytes, type[Exception], str]] = {
     "architecture a path": (meta(pair("general.architecture", STRING, text("../x"))), BAD, "got '../x'"),
     "architecture newline": (meta(pair("general.architecture", STRING, text("llama\n"))), BAD, "a string of a-z"),
     "architecture a number": (meta(pair("general.architecture", U32, u32(7))), BAD, "a string of a-z"),
-    "split in 2": (meta(pair("split.count", U16, b"\2\0")), UNSERVED, "one of 2 files"),
+    "split of -1": (meta(pair("split.count", 3, b"\xff\xff")), BAD, "an integer >= 0"),
     "split a string": (meta(pair("split.count", STRING, text("2"))), BAD, "an integer"),
     "token id 3 of 3": (vocabulary(pair("tokenizer.ggml.eos_token_id", U32, u32(3))), BAD, ">= 0 and < 3"),
     "token id -1": (vocabulary(pair("tokenizer.ggml.bos_token_id", I32, u32(2**32 - 1))), BAD, "got -1"),
@@ -248,7 +248,7 @@ CASES: dict[str, tuple[bytes, type[Exception], str]] = {
     "duplicate tensor": (two(name="a"), BAD, "tensor 'a': got it twice"),
     "type 4 (removed)": (one(8, kind=4), UNSERVED, "type 4 (unknown): 1 tensors, the first 't'"),
     "type 2^32-1": (one(8, kind=2**32 - 1), UNSERVED, "type 4294967295 (unknown)"),
-    "type iq4_nl": (one(32, kind=20), UNSERVED, "type 20 (iq4_nl): 1 tensors, the first 't'; expected"),
+    "type q8_k": (one(256, kind=15), UNSERVED, "type 15 (q8_k): 1 tensors, the first 't'; expected"),
     "two unread types": (
         container(infos=[info("a", kind=99), info("b", kind=24), info("c", kind=24)]),
         UNSERVED,

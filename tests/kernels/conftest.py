@@ -13,7 +13,10 @@ from qgraft.kernels.cpu import library
 _HALVES = {  # byte offsets of the float16 numbers in a block; all other bytes of a block may be anything
     "q4_0": (0,), "q4_1": (0, 2), "q5_0": (0,), "q5_1": (0, 2), "q8_0": (0,),
     "q2_k": (80, 82), "q3_k": (108,), "q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,),
+    "iq4_nl": (0,), "iq4_xs": (0,), "tq1_0": (52,), "tq2_0": (64,), "mxfp4": (), "nvfp4": (), "iq1_m": (),
+    "iq1_s": (0,), "iq2_xxs": (0,), "iq2_xs": (0,), "iq2_s": (0,), "iq3_xxs": (0,), "iq3_s": (0,),
 }  # fmt: skip
+_BYTES = {"mxfp4": (0, 1, 116, 124), "nvfp4": (0, 4, 0, 40)}  # scales: from byte to byte, from number to number
 
 
 @pytest.fixture
@@ -34,6 +37,15 @@ def random_packed() -> Callable[..., PackedTensor]:
         for offset in _HALVES[format]:
             halves = torch.randn(len(blocks), 1, generator=generator).mul_(0.01).half()
             blocks[:, offset : offset + 2] = halves.view(torch.uint8)
+        if format in _BYTES:
+            start, stop, low, high = _BYTES[format]
+            scales = torch.randint(low, high, (len(blocks), stop - start), dtype=torch.uint8, generator=generator)
+            blocks[:, start:stop] = scales
+        if (
+            format == "iq1_m"
+        ):  # the upper bits of 0.01, and random ones of its fraction, in the upper halves of four numbers
+            blocks[:, 49::2] &= torch.tensor([0xFF, 0xFF, 0x1F, 0x2F], dtype=torch.uint8)
+            blocks[:, 55] |= 0x20
         return PackedTensor(format, (rows, columns), (data,))
 
     return make

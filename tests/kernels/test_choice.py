@@ -136,9 +136,12 @@ def test_cuda_is_served_by_triton_where_it_is_there_and_by_plain_torch_elsewhere
     for available, kernel in ((True, "triton"), (False, "reference")):
         gpu_with(available)
         use_kernels(None)
-        for format in FORMATS:
+        for format in triton_ops.FORMATS:
             choice = choose("linear", format, "cuda")
             assert (choice.kernel, choice.why) == (kernel, "said so")
+        for format in FORMATS.keys() - triton_ops.FORMATS:
+            choice = choose("linear", format, "cuda")
+            assert (choice.kernel, choice.why) == ("reference", "plain torch; no triton kernel for this format yet")
 
 
 def test_native_leaves_a_gpu_to_plain_torch(use_kernels: UseKernels, gpu_with: Callable[[bool], None]) -> None:

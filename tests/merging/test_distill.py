@@ -22,6 +22,7 @@ from qgraft.adapters.exact import minimums_of
 from qgraft.adapters.targets import lora_layers
 from qgraft.data.batches import collate, label_weights
 from qgraft.formats import FORMATS, Grid, PackedTensor, pack, quantize, unpack
+from qgraft.formats.grid import stored_reals
 from qgraft.linear import QuantizedLinear
 from qgraft.merging import calibration, finish
 from qgraft.merging.calibration import find_rows
@@ -43,6 +44,7 @@ from qgraft.passes.decoder import output_head
 
 SYMMETRIC = {  # odd shapes where the blocks of the format allow them: (out, in)
     "q4_0": (7, 96), "q5_0": (1, 32), "q8_0": (5, 160), "q6_k": (5, 256), "chatglm-int4": (11, 38), "chatglm-int8": (3, 17),
+    "iq4_nl": (7, 96), "iq4_xs": (5, 256), "mxfp4": (5, 96), "nvfp4": (5, 192),
 }  # fmt: skip
 MINIMUMS = {"q4_1": (5, 160), "q5_1": (1, 32), "q4_k": (3, 512), "q5_k": (9, 256)}
 OTHERS = ["levels", "act_order"]  # as NF4 and GPTQ have them
@@ -134,10 +136,12 @@ def test_scales_are_the_start_plus_offsets_as_they_are_stored(format_, biased):
     bias = torch.randn(out, generator=generator) if biased else None
     layer = _FreeScales(lambda: grid, format_, bias)
     assert torch.equal(layer.grid().weight(), grid.weight())
-    nn.init.normal_(layer.d, std=0.01, generator=generator)
+    nn.init.normal_(
+        layer.d, std=1.0 if format_ in ("mxfp4", "nvfp4") else 0.05, generator=generator
+    )  # powers of two move by halves
     moved = layer.grid()
     assert torch.equal(moved.codes, grid.codes)
-    assert torch.equal(moved.d, (grid.d + layer.d.detach() * layer.unit).half().float())
+    assert torch.equal(moved.d, stored_reals(grid.d + layer.d.detach() * layer.unit, grid.real_dtype, grid.real_unit))
     assert not torch.equal(moved.d, grid.d)
     x = torch.randn(3, width, generator=generator)
     expected = QuantizedLinear(layer.merged(), bias)(x)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
+from gguf import GGUFReader, GGUFWriter
 from torch import nn
 
 import qgraft
@@ -226,3 +227,45 @@ def test_a_request_chooses_the_scale_of_a_lora(make_gguf, random_ids, llamacpp_g
         use_adapter(model, weights)
         theirs = llamacpp_greedy(path, prompt, 3, lora=lora, scales=[scale], **options)
         assert theirs.gap(our_logprobs(model, prompt, theirs.ids)).max() < ROUNDING
+
+
+@pytest.mark.parametrize("format_", ["iq4_nl", "iq4_xs", "mxfp4", "nvfp4"])
+def test_a_merge_into_codebooks_gives_our_logprobs(
+    format_, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
+):
+    model, _ = load_gguf(tiny_gguf().path, torch.float32)
+    qgraft.save(model, tmp_path / "base.gguf", to=format_)
+    model, tokenizer = qgraft.load(tmp_path / "base.gguf", device="cpu", dtype="float32")
+    attach_noise(model)
+    rows = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+    report = qgraft.merge(model, tokenizer, calibration=rows, min_retained=-1e9)
+    assert format_ in {layer.format for layer in report.layers}
+    qgraft.save(model, tmp_path / "merged.gguf")
+    prompt = random_ids(model, rows=1)[0].tolist()
+    theirs = llamacpp_greedy(tmp_path / "merged.gguf", prompt, STEPS, top=model.config.vocab_size)
+    ours = our_logprobs(model, prompt, theirs.ids)
+    assert theirs.gap(ours).max() < 0.3
+    assert theirs.kl(ours).max() < 0.01
+    base, _ = load_gguf(tmp_path / "base.gguf", torch.float32)
+    assert theirs.gap(our_logprobs(base, prompt, theirs.ids)).max() > 0.6, "the merge did too little"
+
+
+def test_a_model_in_several_files_is_read_by_llamacpp(tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    """Split by gguf, loaded from its last part, saved in another format."""
+    reader = GGUFReader(tiny_gguf().path)
+    writer = GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=8)
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), field.types[0], inner)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    model, _ = load_gguf(sorted(tmp_path.glob("tiny-*.gguf"))[-1], torch.float32)
+    saved = qgraft.save(model, tmp_path / "saved.gguf", to="q8_0").path
+    prompt = random_ids(model, rows=1)[0].tolist()
+    theirs = llamacpp_greedy(saved, prompt, STEPS, top=model.config.vocab_size)
+    assert theirs.kl(our_logprobs(load_gguf(saved, torch.float32)[0], prompt, theirs.ids)).max() < 0.01

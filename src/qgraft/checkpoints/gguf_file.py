@@ -12,7 +12,8 @@ The container, little-endian, fields one after another without gaps:
     value types: 0 u8, 1 i8, 2 u16, 3 i16, 4 u32, 5 i32, 6 f32, 7 bool, 8 string, 9 array, 10 u64, 11 i64, 12 f64
 
 Source: docs/gguf.md in ggml (github.com/ggml-org/ggml). Version 2 has the layout of version 3; version 1 counts in u32
-and is refused, as are big-endian files, arrays of arrays and models split over several files.
+and is refused, as are big-endian files and arrays of arrays. Of a model split over several files this reads one; see
+gguf_split.py.
 
 A file from outside is hostile until checked. Every length in it is an attacker's number: a reader that trusts one
 allocates 2^60 elements, wraps a product of dims to a small buffer, or reads beyond the mapping. So a count is compared
@@ -60,9 +61,7 @@ _TOKENIZER_ARRAYS = {  # key -> element types it may have
 }
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _UNREAD_TYPES = {  # to name in messages what we cannot read
-    9: "q8_1", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s", 20: "iq4_nl", 21: "iq3_s",
-    22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 29: "iq1_m", 34: "tq1_0",
-    35: "tq2_0", 39: "mxfp4", 40: "nvfp4",
+    9: "q8_1", 15: "q8_k", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64", 41: "q1_0",
 }  # fmt: skip
 
 _brief = reprlib.Repr()  # names and values in messages: quoted, control characters escaped, shortened
@@ -91,6 +90,7 @@ class GgufFile:
         data_offset: where tensor data starts, bytes from the start of the file.
         header_nbytes: bytes up to the end of the last tensor info; zeros follow up to `data_offset`.
         data: uint8 [file size], the private mapping that every tensor is a view of.
+        parts: the files of a model that is split over several; `data` and what belongs to it is then of the first alone.
     """
 
     path: Path
@@ -102,6 +102,7 @@ class GgufFile:
     data_offset: int
     header_nbytes: int
     data: Tensor = field(repr=False)
+    parts: tuple["GgufFile", ...] = field(default=(), repr=False)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor `name` as a view on the mapping.
@@ -136,7 +137,8 @@ class GgufFile:
         if info is None:
             missing = f"{self.path}: no tensor {_brief.repr(name)} among its {len(self.tensors)} tensors"
             raise CheckpointError(missing, hint=near_match(name, self.tensors))
-        return info, self.data[info.offset : info.offset + info.nbytes]
+        holder = next((part for part in self.parts if name in part.tensors), self)
+        return info, holder.data[info.offset : info.offset + info.nbytes]
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
@@ -144,8 +146,7 @@ def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
 
     Raises:
         CheckpointError: no such file, not a GGUF, truncated, inconsistent or hostile.
-        UnsupportedError: a GGUF of another version or byte order, one of several split files, or with tensor types
-            that qgraft does not read.
+        UnsupportedError: a GGUF of another version or byte order, or with tensor types that qgraft does not read.
     """
     path = Path(path)
     data = _map(path)
@@ -308,11 +309,8 @@ def _check_metadata(path: Path, metadata: dict[str, Any], types: dict[str, int |
     if (key := "general.architecture") in metadata:
         named = types[key] == STRING and re.fullmatch(r"[a-z0-9_-]+", metadata[key]) is not None
         require(named, key, "a string of a-z, 0-9, _ and -")
-    if (key := "split.count") in metadata:
-        require(types[key] in _INTEGERS, key, "an integer")
-        if metadata[key] > 1:
-            got = f"{path}: key {key!r}: got one of {metadata[key]} files, expected a model in one file"
-            raise UnsupportedError(got, hint="join the parts with llama-gguf-split --merge")
+    for key in (key for key in ("split.count", "split.no", "split.tensors.count") if key in metadata):
+        require(types[key] in _INTEGERS and 0 <= metadata[key] < 1 << 31, key, "an integer >= 0")
     tokens = metadata.get("tokenizer.ggml.tokens")
     length = len(tokens) if isinstance(tokens, list) else 1 << 31  # without tokens: ids must still not be negative
     for key in (key for key in metadata if key.startswith("tokenizer.ggml.")):

@@ -21,7 +21,7 @@ from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.gguf_config import draft_tensors, gguf_config, notes_of
-from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
+from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
@@ -34,6 +34,7 @@ from qgraft.checkpoints.gguf_rules import (
     row_order,
     tensor_name,
 )
+from qgraft.checkpoints.gguf_split import read_model
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
@@ -46,7 +47,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
 
     Raises CheckpointError for a broken file, UnsupportedError for an architecture or tensor type we do not serve.
     """
-    file = read_gguf(path)
+    file = read_model(path)
     rules = _rules(file)
     tokenizer = gguf_tokenizer(file)
     config = gguf_config(file)
@@ -72,13 +73,15 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         formats=weight_formats(model),
         notes=notes_of(header),
     )
-    base.origin = Origin(path.absolute(), "gguf", gguf_digest(file), reader.matrices)
+    base.origin = Origin(file.path.absolute(), "gguf", gguf_digest(file), reader.matrices, parts=len(file.parts) or 1)
     return model, tokenizer
 
 
 def gguf_digest(file: GgufFile) -> str:
     """What tells whether a file is the one that a model was loaded from: its whole header and its fingerprint."""
-    header = hashlib.sha256(file.data[: file.data_offset].numpy().data)
+    header = hashlib.sha256()
+    for part in file.parts or (file,):
+        header.update(part.data[: part.data_offset].numpy().data)
     return f"{header.hexdigest()} {gguf_fingerprint(file)}"
 
 

@@ -28,8 +28,9 @@ from gguf import LlamaFileType
 from torch import Tensor
 
 from qgraft import storage
-from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, TensorInfo, read_gguf
+from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_model import gguf_digest
+from qgraft.checkpoints.gguf_split import part_paths, read_model
 from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.errors import CheckpointError
 from qgraft.formats import GGML_TYPES, get_format
@@ -54,13 +55,26 @@ FILE_TYPES = {
     "q4_k": LlamaFileType.MOSTLY_Q4_K_M,
     "q5_k": LlamaFileType.MOSTLY_Q5_K_M,
     "q6_k": LlamaFileType.MOSTLY_Q6_K,
+    "iq1_s": LlamaFileType.MOSTLY_IQ1_S,
+    "iq1_m": LlamaFileType.MOSTLY_IQ1_M,
+    "iq2_xxs": LlamaFileType.MOSTLY_IQ2_XXS,
+    "iq2_xs": LlamaFileType.MOSTLY_IQ2_XS,
+    "iq2_s": LlamaFileType.MOSTLY_IQ2_S,
+    "iq3_xxs": LlamaFileType.MOSTLY_IQ3_XXS,
+    "iq3_s": LlamaFileType.MOSTLY_IQ3_S,
+    "iq4_nl": LlamaFileType.MOSTLY_IQ4_NL,
+    "iq4_xs": LlamaFileType.MOSTLY_IQ4_XS,
+    "tq1_0": LlamaFileType.MOSTLY_TQ1_0,
+    "tq2_0": LlamaFileType.MOSTLY_TQ2_0,
+    "mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,  # llama.cpp has no other for it
+    "nvfp4": 39,  # LlamaFileType.MOSTLY_NVFP4, of newer releases of gguf
 }
 
 
 def open_source(origin: Origin) -> GgufFile:
     """The file that a model was loaded from. Raises CheckpointError when it is gone or another one."""
     try:
-        file = read_gguf(origin.path)
+        file = read_model(origin.path)
     except CheckpointError as error:
         raise changed_source(origin, error.message) from error
     if gguf_digest(file) != origin.digest:
@@ -69,21 +83,42 @@ def open_source(origin: Origin) -> GgufFile:
 
 
 def write_gguf(target: Path, origin: Origin, matrices: Sequence[Matrix], uniform: str | None) -> tuple[int, int, int]:
-    """Write the file of `origin` with these matrices to `target`, whole or not at all.
+    """Write the file of `origin` with these matrices to `target`, whole or not at all; of several files as many.
+
+    Those of an earlier save go before the first of the new ones has its name, so that a kill in between leaves too few
+    files, which no reader takes, and never some of then and some of now.
 
     Args:
+        target: the file, or the first of several.
         uniform: the format that all linear layers have now, if they have one.
 
     Returns (bytes written, bytes of the source, tensors that differ from it). Raises CheckpointError, StorageError.
     """
-    file = open_source(origin)
-    by_name = {matrix.stored.name: matrix for matrix in matrices}
+    file, by_name = open_source(origin), {matrix.stored.name: matrix for matrix in matrices}
+    if not file.parts:
+        return _write_one(target, origin, file, by_name, uniform)
+    paths = part_paths(target, len(file.parts))
+    with storage.publish_files(target.parent, target.name) as staging:
+        written = [
+            _write_one(staging / path.name, origin, part, by_name, uniform)
+            for path, part in zip(paths, file.parts, strict=True)
+        ]
+        for path in paths:
+            path.unlink(missing_ok=True)
+    nbytes, source_nbytes, changed = (sum(column) for column in zip(*written, strict=True))
+    return nbytes, source_nbytes, changed
+
+
+def _write_one(
+    target: Path, origin: Origin, file: GgufFile, by_name: dict[str, Matrix], uniform: str | None
+) -> tuple[int, int, int]:
+    """One file, with what it holds of the matrices."""
     formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
     infos, end = _lay_out(file, formats)
     same = infos == file.tensors
     header = file.data[: file.data_offset].numpy().tobytes()
     changed: set[str] = set()
-    with _Source(origin) as source:
+    with _Source(origin, file.path) as source:
         nbytes = len(file.data) if same else end
         header = header if same else _patch(file, header, infos, uniform)
         data = _data(file, source, infos, by_name, nbytes, changed)
@@ -188,9 +223,9 @@ def _panels(source: "_Source", old: TensorInfo, matrix: Matrix) -> Iterator[tupl
 class _Source:
     """Reads the file that a model came from; where a mapping would end the process, a shorter file is an error here."""
 
-    def __init__(self, origin: Origin) -> None:
+    def __init__(self, origin: Origin, path: Path) -> None:
         self.origin = origin
-        self.file = open(origin.path, "rb")  # noqa: SIM115 (closed by __exit__)
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> Self:
         return self

@@ -53,11 +53,12 @@ class Origin:
     """What a loaded model remembers of its container.
 
     Attributes:
-        path: the file or folder.
+        path: the file or folder; of a model in several files the first.
         container: "gguf" or "folder".
         digest: of everything in it that a save copies; by gguf_digest or folder_digest.
         matrices: module path in the model -> where its weight lies.
         vectors: the parameters that were read as floats (norms, biases), by their names in the model.
+        parts: how many files a GGUF model is split over.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Origin:
     digest: str
     matrices: dict[str, Stored]
     vectors: tuple[str, ...] = ()
+    parts: int = 1
 
 
 @dataclass(frozen=True)

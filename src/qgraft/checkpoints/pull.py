@@ -25,6 +25,7 @@ from pathlib import Path
 import platformdirs
 
 from qgraft import storage
+from qgraft.checkpoints.gguf_split import part_names
 from qgraft.errors import CheckpointError, OptionError, near_match
 
 HOME_VARIABLE = "QGRAFT_HOME"
@@ -187,7 +188,8 @@ def from_hub(name: str, file: str) -> Path:
     try:
         with _errors_only("huggingface_hub"):  # it tells every attempt of five
             if file:
-                return Path(hf_hub_download(name, file))
+                first, *_ = [Path(hf_hub_download(name, part)) for part in part_names(file)]
+                return first
             about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
             folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
             if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only

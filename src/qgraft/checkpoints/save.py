@@ -25,6 +25,7 @@ from qgraft.checkpoints import folder_write, gguf_write
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_write import check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_from_folder import Draft, draft_gguf, write_new_gguf
+from qgraft.checkpoints.gguf_split import part_paths
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
 from qgraft.checkpoints.origin import Matrix, Origin, current_matrices, find_origin, is_linear
 from qgraft.checkpoints.thudm_prefix import unsaved_adapters
@@ -69,7 +70,8 @@ def save(
     """Write the model's packed weights into a copy of the container that it was loaded from.
 
     Args:
-        path: the file to write (GGUF), or the folder. A name that ends in .gguf makes a new GGUF file of a model from a
+        path: the file to write (GGUF), or the folder. A model in several files becomes as many, PATH-00001-of-0000N.gguf
+            and those after it. A name that ends in .gguf makes a new GGUF file of a model from a
             folder, for llama.cpp and what is built on it; what such a file cannot say is refused.
         to: another format for every linear layer but the output layer ("q8_0"), or for some layers: {name: format},
             where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
@@ -92,7 +94,8 @@ def save(
             ),
         )
     require_model(model)
-    origin, target = find_origin(model), _absolute(path)
+    origin = find_origin(model)
+    target = _absolute(path, origin)
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
     with file_locked(target):
@@ -126,7 +129,8 @@ def check_target(
     model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None, overwrite: bool = False
 ) -> None:
     """Raise what save() would raise for this path and these formats, before anything long is begun."""
-    origin, target = find_origin(model), _absolute(path)
+    origin = find_origin(model)
+    target = _absolute(path, origin)
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
     _plan(model, origin if draft is None else draft.origin, to)
@@ -142,8 +146,9 @@ def current_fingerprint(model: nn.Module) -> str:
     return fingerprint(folder_entries(origin, matrices))
 
 
-def _absolute(path: str | Path) -> Path:
-    return Path(os.path.abspath(path_given("path", path).expanduser()))
+def _absolute(path: str | Path, origin: Origin) -> Path:
+    """The target; the first of the files where a model came in several."""
+    return part_paths(Path(os.path.abspath(path_given("path", path).expanduser())), origin.parts)[0]
 
 
 def _draft(model: nn.Module, origin: Origin, target: Path) -> Draft | None:
@@ -153,7 +158,9 @@ def _draft(model: nn.Module, origin: Origin, target: Path) -> Draft | None:
 
 def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> None:
     parent = target.parent
-    targets.check_new(target, True, [origin.path])
+    sources = part_paths(origin.path, origin.parts)
+    for each in part_paths(target, origin.parts):
+        targets.check_new(each, True, sources)
     if not parent.is_dir():
         nearest = next(each for each in (parent, *parent.parents) if each.exists())
         if not nearest.is_dir():
@@ -165,7 +172,8 @@ def _check_target(target: Path, origin: Origin, new: bool, overwrite: bool) -> N
         raise StorageError(f"cannot write {target}: it is a folder", hint=f"give a file: {target / origin.path.name}")
     if origin.container == "folder" and not new:
         _check_folder(target)
-    targets.check_new(target, overwrite, kind="gguf" if new or origin.container == "gguf" else "")
+    for each in part_paths(target, origin.parts):
+        targets.check_new(each, overwrite, kind="gguf" if new or origin.container == "gguf" else "")
 
 
 def _check_folder(target: Path) -> None:

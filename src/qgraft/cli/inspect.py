@@ -47,10 +47,10 @@ def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
 
 def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft.adapter_files.gguf_lora import is_gguf_lora
-    from qgraft.checkpoints.gguf_file import read_gguf
     from qgraft.checkpoints.gguf_model import gguf_fingerprint
+    from qgraft.checkpoints.gguf_split import read_model
 
-    file = read_gguf(path)
+    file = read_model(path)
     adapter = is_gguf_lora(file)
     formats: dict[str, dict[str, int]] = {}
     for info in file.tensors.values():
@@ -61,7 +61,8 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
     findings = {
         "kind": "GGUF-LoRA adapter" if adapter else "GGUF model",
         "path": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": sum(len(part.data) for part in file.parts or (file,)),
+        **({"parts": [part.path.name for part in file.parts]} if file.parts else {}),
         **({"ranks": _ranks(file)} if adapter else {"fingerprint": gguf_fingerprint(file)}),
         "formats": formats,
         "metadata": {key: _short(value) for key, value in file.metadata.items()},

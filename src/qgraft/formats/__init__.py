@@ -6,11 +6,12 @@ A format is a name, what its stored tensors are (packed.py lists them), and pure
     unpack(packed) -> Grid                      pack(grid) -> PackedTensor          taking them as they are
 
 A `Grid` (grid.py) is a weight without its bit layout: integer codes and real scales. Float formats have none. qgraft
-reads q2_k and q3_k but does not write them. `FORMATS` is the whole list; nothing registers itself. To add a format:
+reads q2_k, q3_k and all types of less than 4 bits in lattices.py and ternary.py, but does not quantize to them.
+`FORMATS` is the whole list; nothing registers itself. To add a format:
 
-    1. Describe the bytes of a block as a `Layout` (blocks.py) in a file of its family (ggml.py, kquants.py), drawn in the
-       docstring: reading, writing and dequantizing follow from it. A family without blocks lists its stored tensors
-       (`Part`) and brings its own four functions, as rowwise.py does.
+    1. Describe the bytes of a block as a `Layout` (blocks.py) in a file of its family (ggml.py, codebooks.py, ...),
+       drawn in the docstring: reading, writing and dequantizing follow from it. A family without blocks lists its
+       stored tensors (`Part`) and brings its own four functions, as rowwise.py does.
     2. Write its `fit_*`, which chooses the grid of given weights, if qgraft shall quantize to it.
     3. Add one line to `FORMATS` here, and for a tensor type of GGUF its id to `GGML_TYPES`.
     4. Add a test that compares it bit for bit with the original implementation, or with bytes made by it, and a line to
@@ -26,9 +27,10 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import UnsupportedError, near_match
-from qgraft.formats import ggml, kquants, kquants_fit
-from qgraft.formats.blocks import block_format, float_format, hold_floats
+from qgraft.formats import codebooks, ggml, kquants, kquants_fit, ternary
+from qgraft.formats.blocks import block_format, float_format, hold_floats, read_format
 from qgraft.formats.grid import Grid
+from qgraft.formats.lattices import LATTICES
 from qgraft.formats.packed import Format, PackedTensor, Part
 from qgraft.formats.rowwise import rowwise_format
 
@@ -65,11 +67,18 @@ _ALL = (
     block_format("q5_0", ggml.Q5_0, ggml.fit_q5_0),
     block_format("q5_1", ggml.Q5_1, ggml.fit_q5_1),
     block_format("q8_0", ggml.Q8_0, ggml.fit_q8_0),
+    block_format("iq4_nl", codebooks.IQ4_NL, codebooks.fit_iq4_nl),
+    block_format("mxfp4", codebooks.MXFP4, codebooks.fit_mxfp4),
+    block_format("nvfp4", codebooks.NVFP4, codebooks.fit_nvfp4),
     block_format("q2_k", kquants.Q2_K),
     block_format("q3_k", kquants.Q3_K),
     block_format("q4_k", kquants.Q4_K, kquants_fit.fit_q4_k),
     block_format("q5_k", kquants.Q5_K, kquants_fit.fit_q5_k),
     block_format("q6_k", kquants.Q6_K, kquants_fit.fit_q6_k),
+    block_format("iq4_xs", codebooks.IQ4_XS, codebooks.fit_iq4_xs),
+    *(read_format(name, lattice) for name, lattice in LATTICES.items()),
+    read_format("tq1_0", ternary.Base3()),
+    block_format("tq2_0", ternary.TQ2_0),
 )
 FORMATS: Final[dict[str, Format]] = {each.name: each for each in _ALL}
 
@@ -86,11 +95,25 @@ GGML_TYPES: Final[dict[int, str]] = {  # tensor type id in a GGUF file (enum ggm
     12: "q4_k",
     13: "q5_k",
     14: "q6_k",
+    16: "iq2_xxs",
+    17: "iq2_xs",
+    18: "iq3_xxs",
+    19: "iq1_s",
+    20: "iq4_nl",
+    21: "iq3_s",
+    22: "iq2_s",
+    23: "iq4_xs",
+    29: "iq1_m",
     30: "bf16",
+    34: "tq1_0",
+    35: "tq2_0",
+    39: "mxfp4",
+    40: "nvfp4",
 }
 
 
-_FALLBACKS = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+_FALLBACKS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0", "tq1_0": "q4_0", "tq2_0": "q4_0"}
+_FALLBACKS |= dict.fromkeys(("q2_k", "q3_k", "iq4_xs", *LATTICES), "iq4_nl")
 _EXACT = {"f16": torch.float16, "bf16": torch.bfloat16}  # dtypes that hold a format's values; float32 holds all others
 
 

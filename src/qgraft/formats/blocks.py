@@ -15,6 +15,7 @@ Not chosen: a function that reads and one that writes for each format: ten pairs
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from qgraft.formats.grid import Grid, require_range
 from qgraft.formats.packed import Format, PackedTensor, Part
 
 # Shapes: N blocks (all rows, one after the other), a letter or number for what one block has.
-Fit = Callable[[Tensor], Grid]  # [N, block_size] float32 -> grid of N rows with one group each
+Fit = Callable[[Tensor], Grid]  # [N, block_size] float32 -> grid of N rows, a block each
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,35 @@ class Bits:
 
     def write(self, blocks: Tensor, codes_NQ: Tensor) -> None:
         blocks[:, self.start : self.stop] = write_fields(codes_NQ, self.group, self.bits)
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales that are not one float16: numbers of a byte each, `dtype`, in the bytes `start` to `stop` of a block.
+
+    Neither dtype has a sign here. The real scale is `unit` times the number, as ggml has it beside levels that are doubled.
+    What the two dtypes call NaN, ggml gives a value: 2^128 for the byte 255 of e8m0, 0 for the byte 127 of e4m3.
+    """
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    unit: float = 0.5
+
+    def read(self, blocks: Tensor) -> Tensor:
+        """[N, block_bytes] -> [N, count] float32."""
+        raw = blocks[:, self.start : self.stop]
+        if self.dtype == torch.float8_e8m0fnu:  # 2^(raw - 128): a subnormal below 2
+            exponent = raw.to(torch.int32)
+            small = torch.full_like(exponent, 0x200000) << exponent.clamp(max=1)
+            return torch.where(exponent < 2, small, exponent - 1 << 23).view(torch.float32)
+        mantissa, exponent = (raw & 7).float(), (raw >> 3 & 15).to(torch.int32)
+        number = torch.where(exponent == 0, mantissa * 2.0**-9, torch.ldexp(mantissa / 8 + 1, exponent - 7))
+        return torch.where(raw == 127, 0.0, number).mul_(self.unit)
+
+    def write(self, values_NS: Tensor) -> Tensor:
+        """The inverse of `read`, of numbers that `stored_reals` has rounded: [N, count] uint8."""
+        return (values_NS / self.unit).to(self.dtype).view(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -67,40 +97,52 @@ class Layout:
 
     Attributes:
         weights, bytes: in one block.
-        d: first byte of the float16 scale.
+        d: first byte of the float16 scale; or where and what the scales are.
         low, high: the lowest bits of the stored codes, and those above them.
         zero: stored code of the weight 0; a format with `low` of 8 bits stores two's complement, its `zero` is 0.
         codes: the smallest and the largest code that a writer may choose, `zero` taken off.
         m: first byte of the float16 minimum, None in symmetric formats. Formats with sub-groups store it negated (dmin).
         sub: the integers of the sub-groups, if any.
+        levels: what the codes stand for, from 0 on, where they are places in a codebook.
     """
 
     weights: int
     bytes: int
-    d: int
+    d: int | Scales
     low: Bits
     codes: tuple[int, int]
     high: Bits | None = None
     zero: int = 0
     m: int | None = None
     sub: SubIntegers | None = None
+    levels: tuple[int, ...] | None = None
+
+    @property
+    def groups(self) -> int:
+        """Of weights with a real scale of their own, in a block."""
+        return self.d.stop - self.d.start if isinstance(self.d, Scales) else 1
 
     def read(self, blocks: Tensor) -> Grid:
-        """[N, bytes] uint8 -> grid of N rows with one group each; codes of 8 bits share memory with `blocks`."""
+        """[N, bytes] uint8 -> grid of N rows, a block each; codes of 8 bits share memory with `blocks`."""
         codes = self.low.read(blocks)
         if self.high is not None:
             codes |= self.high.read(blocks).bitwise_left_shift_(self.low.bits)
         codes = codes.view(torch.int8)
         if self.zero:
             codes -= self.zero
-        d = read_half(blocks[:, self.d : self.d + 2])
         m = None if self.m is None else read_half(blocks[:, self.m : self.m + 2])
         low, high = self.codes
+        if isinstance(self.d, Scales):
+            grid = Grid(codes, self.d.read(blocks), low=low, high=high, real_dtype=self.d.dtype, real_unit=self.d.unit)
+        else:
+            grid = Grid(codes, read_half(blocks[:, self.d : self.d + 2]), m, low=low, high=high)
+        if self.levels is not None:
+            grid = replace(grid, levels=torch.tensor(self.levels, dtype=torch.float32, device=blocks.device))
         if self.sub is None:
-            return Grid(codes, d, m, low=low, high=high)
+            return grid
         scales, minimums = self.sub.read(blocks[:, self.sub.start : self.sub.stop])
-        m = None if m is None else m.neg_()
-        return Grid(codes, d, m, scales, minimums, low=low, high=high, sub_low=self.sub.low, sub_high=self.sub.high)
+        grid = replace(grid, sub_scales=scales, sub_minimums=minimums, sub_low=self.sub.low, sub_high=self.sub.high)
+        return grid if m is None else replace(grid, m=m.neg_())
 
     def write(self, grid: Grid) -> Tensor:
         """The inverse of `read`: [N, bytes] uint8. `d` and `m` are rounded; beyond 65504 they become infinite."""
@@ -111,7 +153,10 @@ class Layout:
         else:
             self.low.write(blocks, codes & ((1 << self.low.bits) - 1))
             self.high.write(blocks, codes >> self.low.bits)
-        blocks[:, self.d : self.d + 2] = half_bytes(grid.d)
+        if isinstance(self.d, Scales):
+            blocks[:, self.d.start : self.d.stop] = self.d.write(grid.d)
+        else:
+            blocks[:, self.d : self.d + 2] = half_bytes(grid.d)
         if self.m is not None:
             assert grid.m is not None
             blocks[:, self.m : self.m + 2] = half_bytes(grid.m if self.sub is None else -grid.m)
@@ -136,6 +181,25 @@ def block_format(name: str, layout: Layout, fit: Fit | None = None) -> Format:
     )
 
 
+class Blocks(Protocol):
+    """What is read only, with a description of its own in the place of a `Layout`."""
+
+    @property
+    def weights(self) -> int: ...
+
+    @property
+    def bytes(self) -> int: ...
+
+    def read(self, blocks: Tensor) -> Grid: ...
+
+
+def read_format(name: str, layout: Blocks) -> Format:
+    """The format `name`, which qgraft does not write."""
+    part = _bytes_of_blocks(layout.weights, layout.bytes)
+    read, unpack = partial(_dequantize, layout), partial(_unpack_fresh, layout)
+    return Format(name, layout.weights, (part,), dequantize=read, quantize=None, unpack=unpack)
+
+
 def float_format(name: str, dtype: torch.dtype) -> Format:
     """The format whose blocks are one number of `dtype` each; f16: above 65504 gives infinity."""
     dequantize, quantize = partial(_dequantize_floats, dtype), partial(_quantize_floats, name, dtype)
@@ -148,13 +212,17 @@ def _bytes_of_blocks(weights: int, nbytes: int) -> Part:
 
 
 def _unpack(layout: Layout, packed: PackedTensor) -> Grid:
-    grid = layout.read(packed.parts[0].reshape(-1, layout.bytes))
+    grid = _unpack_fresh(layout, packed)
     if layout.low.bits == 8:
         grid = replace(grid, codes=grid.codes.clone())  # who changes a grid must not change the packed bytes
-    return grid.reshape(*packed.shape)
+    return grid
 
 
-def _dequantize(layout: Layout, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+def _unpack_fresh(layout: Blocks, packed: PackedTensor) -> Grid:
+    return layout.read(packed.parts[0].reshape(-1, layout.bytes)).reshape(*packed.shape)
+
+
+def _dequantize(layout: Blocks, packed: PackedTensor, dtype: torch.dtype) -> Tensor:
     """[out, row_bytes] uint8 -> [out, in] `dtype`, computed in float32 and rounded once at the end."""
     return layout.read(packed.parts[0].reshape(-1, layout.bytes)).weight(dtype).reshape(packed.shape)
 
@@ -164,7 +232,10 @@ def _pack(name: str, layout: Layout, grid: Grid) -> PackedTensor:
     _require_whole_blocks(name, layout, width)
     subs = 1 if layout.sub is None else layout.sub.count
     groups, has_m = width // layout.weights, layout.m is not None
-    grid.require(name, groups, subs, m=has_m, sub_minimums=has_m and layout.sub is not None)
+    levels = 0 if layout.levels is None else len(layout.levels)
+    grid.require(
+        name, groups * layout.groups, subs, m=has_m, sub_minimums=has_m and layout.sub is not None, levels=levels
+    )
     bits = layout.low.bits + (0 if layout.high is None else layout.high.bits)
     if bits < 8:  # bytes of their own hold all that int8 does
         require_range(name, "codes", grid.codes, -layout.zero, (1 << bits) - 1 - layout.zero)

@@ -13,6 +13,9 @@
     q2_k              256, 16                          0..3                  0..15 both, m = -dmin
     q4_k  q5_k        256, 32                          0..15     0..31       0..63 both, m = -dmin
     q3_k  q6_k        256, 16                          -4..3     -32..31     -32..31, -128..127
+    iq4_nl mxfp4      32                               0..15     of 16 levels; d of mxfp4 is a power of two
+    nvfp4             16                               0..15     of 16 levels; d is a float of 8 bits
+    iq4_xs            256, 32                          0..15     of 16 levels -32..31
     chatglm-int4      in                               -7..7
     chatglm-int8      in                               -127..127
 
@@ -37,6 +40,11 @@ from torch import Tensor
 
 from qgraft.errors import UnsupportedError
 
+_LEAST = {
+    torch.float8_e8m0fnu: 2.0**-127,
+    torch.float8_e4m3fn: 0.0,
+}  # dtypes without a sign, as scales are stored in them
+
 
 @dataclass(frozen=True, eq=False)
 class Grid:
@@ -51,6 +59,7 @@ class Grid:
         low, high: the codes that a writer may choose, both inclusive.
         sub_low, sub_high: the integers that a writer may choose for a sub-group, both inclusive.
         real_dtype: in which `d` and `m` are stored.
+        real_unit: what a stored 1 is worth, a power of two.
         levels: float32 [high - low + 1], what the codes stand for, the first for `low`; None: the codes themselves.
         zeros: int8 [out, G], the code of the weight 0 in each group, the offset of the codes taken off; None: 0.
         zero_low, zero_high: the zeros that a writer may choose, both inclusive.
@@ -68,6 +77,7 @@ class Grid:
     sub_low: int = 1
     sub_high: int = 1
     real_dtype: torch.dtype = torch.float16
+    real_unit: float = 1.0
     levels: Tensor | None = None
     zeros: Tensor | None = None
     zero_low: int = 0
@@ -78,7 +88,7 @@ class Grid:
     def values(self) -> Tensor:
         """What each code stands for before it is scaled, [out, in] float32, in memory of its own."""
         if self.levels is not None:
-            return self.levels[self.codes.long() - self.low]
+            return self.levels[self.codes.int() - self.low]
         values = self.codes.float()
         return values if self.zeros is None else values.sub_(self.spread(self.zeros.float()))
 
@@ -138,12 +148,12 @@ class Grid:
     def rounded(self) -> "Grid":
         """The same grid with `d` and `m` as they will be stored; UnsupportedError where they do not fit."""
         d = self.stored_d(self.d, 0)
-        m = None if self.m is None else stored_reals(self.m, self.real_dtype)
+        m = None if self.m is None else stored_reals(self.m, self.real_dtype, self.real_unit)
         bad, total = _not_finite(d), d.numel()
         if m is not None:
             bad, total = bad + _not_finite(m), total + m.numel()
         if bad:
-            largest = torch.finfo(self.real_dtype).max
+            largest = torch.finfo(self.real_dtype).max * self.real_unit
             raise UnsupportedError(
                 f"grid: got {bad} of {total} scales and minimums NaN or too large to store, expected at most {largest:g}"
                 f" ({str(self.real_dtype).removeprefix('torch.')})",
@@ -154,7 +164,7 @@ class Grid:
     def stored_d(self, values_ON: Tensor, first: int) -> Tensor:
         """`values_ON` as they are stored in the place of d[:, first : first + n], in float32."""
         if self.d_grid is None:
-            return stored_reals(values_ON, self.real_dtype)
+            return stored_reals(values_ON, self.real_dtype, self.real_unit)
         part = self.d_grid.groups(first, values_ON.shape[1])
         offsets = part.offsets()
         scaled = (values_ON if offsets is None else values_ON - offsets) / part.steps()
@@ -248,10 +258,15 @@ def _by_sub_group(real_OG: Tensor, integers_OS: Tensor | None) -> Tensor:
     return integers.mul_(real_OG[:, :, None]).view(shape)
 
 
-def stored_reals(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Real numbers as they are stored in `dtype`, in float32. Powers of two (e8m0) have no sign and no zero."""
-    if dtype == torch.float8_e8m0fnu:
-        values = values.clamp(min=2.0**-127)
+def stored_reals(values: Tensor, dtype: torch.dtype, unit: float = 1.0) -> Tensor:
+    """Real numbers as they are stored in `dtype` in units of `unit`, in float32; what is too large becomes NaN or infinite.
+
+    Powers of two (e8m0) have no sign and no zero, the scales of NVFP4 (e4m3) no sign.
+    """
+    if dtype in _LEAST:
+        values = (values / unit).clamp(min=_LEAST[dtype])
+        stored = values.to(dtype).float().mul_(unit)
+        return stored.masked_fill_(values > torch.finfo(dtype).max, torch.inf)  # torch saturates e4m3
     return values.to(dtype).float()
 
 

@@ -10,6 +10,10 @@ description of it, `unit`, serves unpacking and the product with few rows.
     q8_0                  34         16    1       byte         j          byte          j + 16
     q4_k q5_k           144 176      32    4       low nibble   j          high nibble   j + 32
     q2_k q3_k q6_k     84 110 210    16    8       lower bits   j          higher bits   j + 64
+    iq4_nl mxfp4         18 17       16    1       a level of the low nibble j    of the high one  j + 16
+    iq4_xs               136         16    8       likewise
+    nvfp4                 36          8    4       likewise     j                  j + 8
+    tq2_0                 66         16    8       as q2_k
     chatglm-int4          16         16    1       high nibble  2 j        low nibble    2 j + 1      a row's scale beside it
     chatglm-int8          32         16    1       byte         j          byte          j + 16       its end anywhere
 
@@ -43,7 +47,9 @@ def column(F: tl.constexpr, g, j):
     """Where weight j of part 0 of unit g lies in its row."""
     if F == "q4_k" or F == "q5_k":
         return g * 64 + j
-    elif F == "q2_k" or F == "q3_k" or F == "q6_k":
+    elif F == "nvfp4":
+        return g * 16 + j
+    elif F == "q2_k" or F == "q3_k" or F == "q6_k" or F == "tq2_0":
         return (g // 8) * 256 + ((g % 8) // 4) * 128 + ((g % 4) // 2) * 32 + (g % 2) * 16 + j
     elif F == "chatglm-int4":
         return g * 32 + 2 * j
@@ -56,7 +62,9 @@ def apart(F: tl.constexpr):
     """From part 0's column to part 1's."""
     if F == "q4_k" or F == "q5_k":
         return 32
-    elif F == "q2_k" or F == "q3_k" or F == "q6_k":
+    elif F == "nvfp4":
+        return 8
+    elif F == "q2_k" or F == "q3_k" or F == "q6_k" or F == "tq2_0":
         return 64
     elif F == "chatglm-int4":
         return 1
@@ -104,6 +112,75 @@ def six_bit_scale(p8, at, s, ok):
 
 
 @jit
+def level_nl(q):
+    """The level of iq4 of the code q: a byte of four words."""
+    word = tl.where(q < 4, -1079142271, tl.where(q < 8, -152379953, tl.where(q < 12, 639175937, 1901675829)))
+    return signed((word >> (8 * (q & 3))) & 255).to(tl.float32)
+
+
+@jit
+def level_e2m1(q):
+    """The doubled float of 4 bits: a sign, 2 bits of exponent, one of mantissa."""
+    mantissa = q & 1
+    exponent = (q >> 1) & 3
+    size = tl.where(exponent == 0, mantissa, (2 + mantissa) << tl.where(exponent == 0, 0, exponent - 1))
+    return tl.where(q < 8, size, -size).to(tl.float32)
+
+
+@jit
+def level(F: tl.constexpr, q):
+    """What the code q stands for."""
+    if F == "mxfp4" or F == "nvfp4":
+        return level_e2m1(q)
+    else:
+        return level_nl(q)
+
+
+@jit
+def power_of_two(e):
+    """2^(e - 128), the two smallest of which are subnormal."""
+    small = e < 2
+    bits = tl.where(small, 0x200000 << tl.where(small, e, 0), (e - 1) << 23)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def half_of_e4m3(e):
+    """Half of the float of 8 bits without a sign; 0 where NaN would be."""
+    exponent = (e >> 3) & 15
+    mantissa = e & 7
+    normal = (((exponent + 119) << 23) | (mantissa << 20)).to(tl.float32, bitcast=True)
+    value = tl.where(exponent == 0, mantissa.to(tl.float32) * 0.0009765625, normal)
+    return tl.where(e == 127, 0.0, value)
+
+
+@jit
+def unit_of_levels(F: tl.constexpr, p8, p16, row, g, j, ok):
+    """`unit` of iq4_nl, iq4_xs, mxfp4 and nvfp4."""
+    if F == "iq4_nl":
+        at = row + g * 18
+        d = half(p16, at, ok)
+        q = byte(p8, at + 2 + j, ok & (j < 16))
+    elif F == "mxfp4":
+        at = row + g * 17
+        d = power_of_two(byte(p8, at, ok))
+        q = byte(p8, at + 1 + j, ok & (j < 16))
+    elif F == "nvfp4":
+        at = row + (g // 4) * 36
+        d = half_of_e4m3(byte(p8, at + g % 4, ok))
+        q = byte(p8, at + 4 + (g % 4) * 8 + j, ok & (j < 8))
+    else:
+        tl.static_assert(F == "iq4_xs")
+        at = row + (g // 8) * 136
+        k = g % 8
+        low = (byte(p8, at + 4 + k // 2, ok) >> (4 * (k % 2))) & 15
+        high = (byte(p8, at + 2 + k // 4, ok) >> (2 * (k % 4))) & 3
+        d = half(p16, at, ok) * ((low | (high << 4)) - 32).to(tl.float32)
+        q = byte(p8, at + 8 + 16 * k + j, ok & (j < 16))
+    return d * level(F, q & 15), d * level(F, q >> 4)
+
+
+@jit
 def unit_of_4(F: tl.constexpr, p8, p16, row, g, j, ok):
     """`unit` of q4_k and q5_k."""
     SIZE: tl.constexpr = 144 if F == "q4_k" else 176
@@ -125,8 +202,8 @@ def unit_of_4(F: tl.constexpr, p8, p16, row, g, j, ok):
 
 @jit
 def unit_of_8(F: tl.constexpr, p8, p16, row, g, j, ok):
-    """`unit` of q2_k, q3_k and q6_k."""
-    SIZE: tl.constexpr = 84 if F == "q2_k" else (110 if F == "q3_k" else 210)
+    """`unit` of q2_k, q3_k, q6_k and tq2_0."""
+    SIZE: tl.constexpr = 84 if F == "q2_k" else (110 if F == "q3_k" else (66 if F == "tq2_0" else 210))
     at = row + (g // 8) * SIZE
     side = (g % 8) // 4  # which 128 of the block's 256 weights
     quarter = (g % 4) // 2
@@ -141,6 +218,12 @@ def unit_of_8(F: tl.constexpr, p8, p16, row, g, j, ok):
         q0 = ((q & 15) | (((h >> (2 * quarter)) & 3) << 4)) - 32
         q1 = ((q >> 4) | (((h >> (4 + 2 * quarter)) & 3) << 4)) - 32
         return (d * s0) * q0.to(tl.float32), (d * s1) * q1.to(tl.float32)
+    elif F == "tq2_0":
+        d = half(p16, at + 64, ok)
+        q = byte(p8, at + side * 32 + e * 16 + j, ok & (j < 16))
+        q0 = ((q >> (2 * quarter)) & 3) - 1
+        q1 = ((q >> (4 + 2 * quarter)) & 3) - 1
+        return d * q0.to(tl.float32), d * q1.to(tl.float32)
     elif F == "q2_k":
         d = half(p16, at + 80, ok)
         dmin = half(p16, at + 82, ok)
@@ -172,7 +255,9 @@ def unit(F: tl.constexpr, p8, p16, scale, row, g, j, K, ok):
     Shapes broadcast: row [rows, 1, 1] int64, g [1, units, 1], j [1, 1, RUN]; `ok` where row and unit exist. Row `row` begins
     `row` * its bytes in; the caller gives that product and, in `scale`, a pointer to the row's scale.
     """
-    if F == "q2_k" or F == "q3_k" or F == "q6_k":
+    if F == "iq4_nl" or F == "iq4_xs" or F == "mxfp4" or F == "nvfp4":
+        return unit_of_levels(F, p8, p16, row, g, j, ok)
+    elif F == "q2_k" or F == "q3_k" or F == "q6_k" or F == "tq2_0":
         return unit_of_8(F, p8, p16, row, g, j, ok)
     elif F == "q4_k" or F == "q5_k":
         return unit_of_4(F, p8, p16, row, g, j, ok)

@@ -32,8 +32,10 @@ FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as in triton_blocks.py
     "q4_0": (18, 16, 1), "q4_1": (20, 16, 1), "q5_0": (22, 16, 1), "q5_1": (24, 16, 1), "q8_0": (34, 16, 1),
     "q2_k": (84, 16, 8), "q3_k": (110, 16, 8), "q4_k": (144, 32, 4), "q5_k": (176, 32, 4), "q6_k": (210, 16, 8),
+    "iq4_nl": (18, 16, 1), "iq4_xs": (136, 16, 8), "mxfp4": (17, 16, 1), "nvfp4": (36, 8, 4), "tq2_0": (66, 16, 8),
     "chatglm-int4": (16, 16, 1), "chatglm-int8": (32, 16, 1),
 }  # fmt: skip
+WITHOUT_HALVES = ("chatglm-int4", "chatglm-int8", "mxfp4", "nvfp4")  # formats with no float16 in their blocks
 FORMATS = (*UNITS, *FLOATS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _compiled: dict[tuple[Any, ...], Any] = {}  # variants of kernels that ran, by what launch() asks
@@ -186,8 +188,8 @@ def _stored(packed: PackedTensor) -> Tensor:
 
 
 def _halves(data: Tensor, format: str) -> Tensor:
-    """The same bytes as float16, which block formats keep their scales in; every block has an even number of them."""
-    return data if format.startswith("chatglm") else data.view(torch.float16)
+    """The same bytes as float16, where the blocks of the format have such scales; each is then an even number."""
+    return data if format in WITHOUT_HALVES else data.view(torch.float16)
 
 
 def _scales(packed: PackedTensor, dtype: torch.dtype, unused: Tensor) -> Tensor:

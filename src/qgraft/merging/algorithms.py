@@ -157,7 +157,9 @@ def _round_in_turn(theta: Tensor, factor: Tensor, grid: Grid) -> Tensor:
         r = last - k
         owed = (factor[:, r + 1 :, r] * errors[:, r + 1 :]).sum(1) / factor[:, r, r]
         number = (theta[:, k] - owed)[:, None]
-        stored[:, k : k + 1] = grid.stored_d(number, k) if k < groups else stored_reals(number, grid.real_dtype)
+        stored[:, k : k + 1] = (
+            grid.stored_d(number, k) if k < groups else stored_reals(number, grid.real_dtype, grid.real_unit)
+        )
         errors[:, r] = stored[:, k] - theta[:, k]
     return stored
 

@@ -11,12 +11,14 @@ from torch import Tensor
 
 FORMAT_IDS = {  # as in formats.h; float32 needs no unpacking, so the reference serves it
     "q4_0": 0, "q4_1": 1, "q5_0": 2, "q5_1": 3, "q8_0": 4, "chatglm-int8": 5, "chatglm-int4": 6, "f16": 7, "bf16": 8,
-    "q4_k": 9, "q5_k": 10, "q6_k": 11,
+    "q4_k": 9, "q5_k": 10, "q6_k": 11, "iq4_nl": 12, "iq4_xs": 13, "mxfp4": 14, "nvfp4": 15, "q2_k": 16, "q3_k": 17,
+    "tq1_0": 18, "tq2_0": 19, "iq1_s": 20, "iq1_m": 21, "iq2_xxs": 22, "iq2_xs": 23, "iq2_s": 24, "iq3_xxs": 25, "iq3_s": 26,
 }  # fmt: skip
 # Products in 8 bits, as in formats.h: has_int8, on every level; has_int8_panels and has_int8_gradient, on AVX2.
 INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")
-INT8_PANEL_FORMATS = (*INT8_FORMATS, "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-INT8_GRADIENT_FORMATS = tuple(name for name in INT8_PANEL_FORMATS if name not in ("q8_0", "chatglm-int8"))
+INT8_PANEL_FORMATS = (*INT8_FORMATS, "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4")
+_OF_8_BITS = ("q8_0", "chatglm-int8", "iq4_nl", "iq4_xs")  # codes, or the levels that they stand for
+INT8_GRADIENT_FORMATS = tuple(name for name in INT8_PANEL_FORMATS if name not in _OF_8_BITS)
 ROUNDINGS = ("float32", "bf16", "int8")  # of a product, as in linear.c
 
 _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64

@@ -12,6 +12,7 @@
 
 #include "common.h"
 #include "formats.h"
+#include "unpack.h"
 #include "vec.h"
 
 /* 16 bytes -> 32 codes of 4 bits, low nibbles first. */
@@ -46,7 +47,13 @@ ALWAYS_INLINE __m256i bits_of(const uint8_t *p, int shift, int mask) {
     return _mm256_and_si256(_mm256_srl_epi16(bytes, _mm_cvtsi32_si128(shift)), _mm256_set1_epi8((char)mask));
 }
 
-/* Codes 32 c to 32 c + 31 of `row`. */
+/* 16 bytes of places in a codebook -> 32 levels, in the order of nibbles; `runs`: of 8 bytes each. */
+ALWAYS_INLINE __m256i level_bytes(const int8_t *levels, const uint8_t *p, int runs) {
+    const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)levels)), places = nibble_bytes(p);
+    return _mm256_shuffle_epi8(table, runs ? _mm256_permute4x64_epi64(places, 0xd8) : places);
+}
+
+/* Codes 32 c to 32 c + 31 of `row`; of a codebook its levels. */
 ALWAYS_INLINE __m256i codes32(const int format, const uint8_t *row, int64_t c) {
     const int k = (int)(c % 8);
     const uint8_t *p = row + (is_k_quant(format) ? row_bytes(format, c / 8 * 256) : row_bytes(format, c * 32));
@@ -63,6 +70,10 @@ ALWAYS_INLINE __m256i codes32(const int format, const uint8_t *row, int64_t c) {
             const __m256i fifth = _mm256_slli_epi16(bits_of(p + 16, k, 1), 4);
             return _mm256_or_si256(bits_of(p + 48 + k / 2 * 32, 4 * (k & 1), 15), fifth);
         }
+        case IQ4_NL: return level_bytes(levels_of(format), p + 2, 0);
+        case IQ4_XS: return level_bytes(levels_of(format), p + 8 + 16 * k, 0);
+        case MXFP4: return level_bytes(levels_of(format), p + 1, 0);
+        case NVFP4: return level_bytes(levels_of(format), p + 4 + k % 2 * 16, 1);
         default: { /* Q6_K */
             const __m256i high = _mm256_slli_epi16(bits_of(p + 128 + k / 4 * 32, k % 4 * 2, 3), 4);
             const __m256i low = bits_of(p + k / 4 * 64 + k % 2 * 32, k % 4 / 2 * 4, 15);

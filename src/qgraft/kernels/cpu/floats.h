@@ -26,6 +26,24 @@ ALWAYS_INLINE float half_to_float(const uint8_t *p) {
     return f;
 }
 
+/* The scale of mxfp4: 2^(e - 128), the two smallest of them subnormal. */
+ALWAYS_INLINE float e8m0_to_float(uint8_t e) {
+    const uint32_t bits = e < 2 ? 0x200000u << e : (uint32_t)(e - 1) << 23;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* Half of the scale of nvfp4: 4 bits of exponent less 7, 3 of mantissa, no sign; the largest one is 0 where NaN would be. */
+ALWAYS_INLINE float e4m3_to_float(uint8_t e) {
+    const uint32_t exponent = e >> 3 & 15, mantissa = e & 7;
+    const uint32_t bits = (exponent + 119) << 23 | mantissa << 20;
+    float f;
+    memcpy(&f, &bits, 4);
+    if (exponent == 0) f = (float)(int)mantissa * 0x1p-10f;
+    return e == 127 ? 0.0f : f;
+}
+
 /* n bfloat16 numbers, the upper halves of floats -> floats. */
 static inline void bf16_to_floats(const uint8_t *p, int64_t n, float *out) {
     for (int64_t j = 0; j < n; j++) {

@@ -259,7 +259,7 @@ static void gemm_grad_input_int8(const Product *p, const float *g) {
                     const TileOut to = {p->y + t * p->columns + j, p->columns, smaller(p->last - j, INT8_WIDTH),
                                         smaller(p->m - t, OCTET), r == 0};
                     if (to.width <= 0) break;
-                    if (half == 0 || p->format == Q6_K) {
+                    if (half == 0 || has_half_scales(p->format)) {
                         if (has_m) quantize_g(1, from, &scales, half, steps, &octet, &minimums);
                         else quantize_g(0, from, &scales, half, steps, &octet, &minimums);
                     }

@@ -74,7 +74,7 @@ ALWAYS_INLINE void unpack_lane_rows(const int format, const Product *p, int64_t 
         const int64_t at = smaller(r + i, p->last - 1);
         const uint8_t *row = p->data + at * p->stride;
         const float scale = p->scales ? p->scales[at] : 1.0f;
-        float k_scales[16], *to = lanes->w + i * LANE_DEPTH;
+        float k_scales[K_SCALES], *to = lanes->w + i * LANE_DEPTH;
         if (is_k_quant(format)) read_k_scales(format, row + row_bytes(format, c0 / 8 * 256), k, k + (int)(c1 - c0), k_scales);
         for (int64_t c = c0; c < c1; c++, to += 32) {
             vfloat w[PARTS];

@@ -28,7 +28,7 @@ ALWAYS_INLINE void gemv_tile(const int format, const int R, const int T, const P
     const int64_t columns = p->columns, chunks = columns / 32;
     const uint8_t *row[4];
     const float *xs[8];
-    float scale[4], k_scales[4][16];
+    float scale[4], k_scales[4][K_SCALES];
     vfloat sums[24]; /* of row r and token t: r * T + t */
     for (int r = 0; r < R; r++) {
         const int64_t at = r0 + r < p->last ? r0 + r : p->last - 1;

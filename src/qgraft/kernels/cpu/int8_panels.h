@@ -42,7 +42,8 @@ typedef struct {
 } Int8Panel;
 
 ALWAYS_INLINE int parts_of(const int format) {
-    return format == Q8_0 || format == ROW_INT8 ? PLANES : format == Q6_K ? HALVES : ONE_PART;
+    if (format == Q8_0 || format == ROW_INT8 || format == IQ4_NL || format == IQ4_XS) return PLANES;
+    return has_half_scales(format) ? HALVES : ONE_PART;
 }
 ALWAYS_INLINE int part_count(const int parts) { return parts == ONE_PART ? 1 : 2; }
 ALWAYS_INLINE int part_depth(const int parts) { return parts == HALVES ? 4 : 8; } /* registers */
@@ -191,7 +192,7 @@ ALWAYS_INLINE void pack_int8_rows(const int format, const Product *p, int64_t r0
             d[0][e] = own.d[0], d[1][e] = own.d[1];
             m[e] = v_fma(own.d[0], v_set((float)middle_code(format)), own.m);
         }
-        for (int half = 0; half < (format == Q6_K ? 2 : 1); half++)
+        for (int half = 0; half < (has_half_scales(format) ? 2 : 1); half++)
             scales->d_step[half][step] = round_scales(d[half], LARGEST_D, scales->d[half] + 32 * step);
         if (has_minimum(format)) scales->m_step[step] = round_scales(m, LARGEST_M, scales->m + 32 * step);
         for (int v = 0; v < 4; v++) store_step(parts_of(format), registers[v], step, v % 2, panels + v / 2);

@@ -46,7 +46,7 @@ ALWAYS_INLINE void pack_rows(const int format, const int kind, const int width, 
     for (int64_t r = r0; r < r1; r += 1 + kind, panel += WIDTH) {
         const uint8_t *row = p->data + r * p->stride;
         const int64_t next = r + 1 < r1 ? p->stride : 0; /* PAIRS: to the second row */
-        float k_scales[2][16];
+        float k_scales[2][K_SCALES];
 #pragma GCC unroll 2
         for (int c = 0; c < (width + 31) / 32; c++) {
             vfloat w[PARTS], second[PARTS];
@@ -69,7 +69,7 @@ ALWAYS_INLINE void pack_rows(const int format, const int kind, const int width, 
 /* 8 rows from r on; those beyond `last` are the last one again. */
 typedef struct {
     const uint8_t *data[LANES];
-    float scales[LANES], k_scales[LANES][16];
+    float scales[LANES], k_scales[LANES][K_SCALES];
 } EightRows;
 
 ALWAYS_INLINE EightRows eight_rows(const Product *p, int64_t r, int64_t last) {
@@ -104,14 +104,29 @@ ALWAYS_INLINE vfloat halves_of_rows(const int format, const EightRows *rows, int
 
 /* The lane i of number k of k_scales[i]. */
 ALWAYS_INLINE vfloat k_scales_of_rows(const EightRows *rows, int k) {
-    const float(*s)[16] = rows->k_scales;
+    const float(*s)[K_SCALES] = rows->k_scales;
     return _mm256_setr_ps(s[0][k], s[1][k], s[2][k], s[3][k], s[4][k], s[5][k], s[6][k], s[7][k]);
+}
+
+/* The scales of chunk c of a codebook, of its halves. */
+ALWAYS_INLINE void codebook_scales(const int format, const EightRows *rows, int64_t c, vfloat d[2]) {
+    _Alignas(32) float lanes[2][LANES];
+    for (int i = 0; i < LANES; i++) {
+        float both[2];
+        codebook_chunk(format, rows->data[i], c, both);
+        for (int h = 0; h < 2; h++) lanes[h][i] = both[h];
+    }
+    for (int h = 0; h < 2; h++) d[h] = v_load(lanes[h]);
 }
 
 ALWAYS_INLINE ColumnScales column_scales(const int format, const EightRows *rows, int64_t c) {
     const int k = (int)(c % 8);
     ColumnScales scales;
     scales.m = v_zero();
+    if (is_codebook(format)) {
+        codebook_scales(format, rows, c, scales.d);
+        return scales;
+    }
     if (format == ROW_INT8 || format == ROW_INT4) scales.d[0] = v_load(rows->scales);
     else if (is_k_quant(format)) scales.d[0] = k_scales_of_rows(rows, format == Q6_K ? 2 * k : k);
     else scales.d[0] = halves_of_rows(format, rows, c, 0);
@@ -150,7 +165,7 @@ ALWAYS_INLINE void pack_columns(const int format, const int kind, const Product 
             continue;
         }
 #endif
-        float k_scales[LANES][16];
+        float k_scales[LANES][K_SCALES];
         for (int i = 0; is_k_quant(format) && i < LANES; i++)
             read_k_scales(format, p->data + (r + i) * p->stride + row_bytes(format, c0 / 8 * 256), 0, 8, k_scales[i]);
         for (int64_t c = c0; c < c1; c++) {

@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "chunks.h"
 #include "common.h"
 #include "floats.h"
 #include "formats.h"
@@ -154,6 +155,63 @@ static void unpack_q6_k(const uint8_t *p, int64_t columns, float *out) {
     }
 }
 
+/* What the codes of a codebook stand for; floats of 4 bits are doubled. */
+static const int8_t LEVELS_NL[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const int8_t LEVELS_E2M1[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
+
+ALWAYS_INLINE const int8_t *levels_of(int format) { return format == MXFP4 || format == NVFP4 ? LEVELS_E2M1 : LEVELS_NL; }
+
+/* Where the 16 bytes of nibbles of chunk c are, and the scales of its halves.
+ * iq4_nl: 18 bytes: half d, nibbles.  mxfp4: 17: e8m0, nibbles.  nvfp4: 36 of 64 weights: 4 e4m3, nibbles in runs of 8 bytes.
+ * iq4_xs: 136 of 256: half d, 16 high bits of scales, 4 bytes of low ones, nibbles; (d * scale). */
+ALWAYS_INLINE const uint8_t *codebook_chunk(const int format, const uint8_t *row, int64_t c, float d[2]) {
+    const uint8_t *p = row + row_bytes(format, 32 * c);
+    const int k = (int)(c % 8);
+    switch (format) {
+        case IQ4_NL: d[0] = d[1] = half_to_float(p); return p + 2;
+        case MXFP4: d[0] = d[1] = e8m0_to_float(p[0]); return p + 1;
+        case NVFP4:
+            for (int i = 0; i < 2; i++) d[i] = e4m3_to_float(p[k % 2 * 2 + i]);
+            return p + 4 + k % 2 * 16;
+        default: { /* IQ4_XS */
+            const int low = p[4 + k / 2] >> (k % 2 * 4) & 15, high = p[2 + k / 4] >> (k % 4 * 2) & 3;
+            d[0] = d[1] = half_to_float(p) * (float)((low | high << 4) - 32);
+            return p + 8 + 16 * k;
+        }
+    }
+}
+
+/* w = d * level[q] */
+static void unpack_codebook(int format, const uint8_t *row, int64_t columns, float *out) {
+    const int8_t *levels = levels_of(format);
+    const int run = format == NVFP4 ? 8 : 16; /* bytes: low nibbles, then high ones */
+    for (int64_t c = 0; c < columns / 32; c++) {
+        float d[2];
+        const uint8_t *q = codebook_chunk(format, row, c, d);
+        for (int i = 0; i < 16; i += run, out += 2 * run)
+            for (int j = 0; j < run; j++) {
+                out[j] = d[i / 8] * (float)levels[q[i + j] & 15];
+                out[run + j] = d[i / 8] * (float)levels[q[i + j] >> 4];
+            }
+    }
+}
+
+/* w = step * code, or - minimum */
+static void unpack_chunked(int format, const uint8_t *row, int64_t columns, float *out) {
+    for (int64_t c = 0; c < columns / 32; c++, out += 32) {
+        const uint8_t *block = row + row_bytes(format, 32 * c);
+        const int k = (int)(c % 8);
+        int8_t codes[32];
+        float scales[K_SCALES];
+        chunk_codes(format, block, k, codes);
+        chunk_scales(format, block, k, scales);
+        for (int j = 0; j < 32; j++) {
+            const float w = scales[2 * k + j / 16] * (float)codes[j];
+            out[j] = has_minimum(format) ? w + scales[16 + 2 * k + j / 16] : w;
+        }
+    }
+}
+
 static void unpack_row_plain(int format, const uint8_t *row, int64_t columns, float scale, float *out) {
     switch (format) {
         case Q4_0: unpack_q4_0(row, columns, out); break;
@@ -169,6 +227,8 @@ static void unpack_row_plain(int format, const uint8_t *row, int64_t columns, fl
         case Q4_K: unpack_q4_k(row, columns, out); break;
         case Q5_K: unpack_q5_k(row, columns, out); break;
         case Q6_K: unpack_q6_k(row, columns, out); break;
+        case IQ4_NL: case IQ4_XS: case MXFP4: case NVFP4: unpack_codebook(format, row, columns, out); break;
+        default: unpack_chunked(format, row, columns, out);
     }
 }
 

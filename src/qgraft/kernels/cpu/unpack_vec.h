@@ -1,6 +1,6 @@
 /* 32 weights of a packed row in vector registers, for AVX2 (four vectors of 8 floats) and AVX-512 (two of 16).
  *
- * `weights32` is the only place where these levels read bit layouts, but for codes.h; unpacking a row stores its vectors, a product
+ * `weights32` is the only place where these levels read bit layouts, but for codes.h and chunks.h; unpacking a row stores its vectors, a product
  * multiplies them without going through memory. Values are bit for bit those of unpack.h: a code times a scale of 11 to
  * 18 bits is exact in a float, so one fused multiply-add rounds where the plain code does, once.
  *
@@ -14,6 +14,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "codes.h"
 #include "common.h"
 #include "formats.h"
 #include "unpack.h"
@@ -50,9 +51,11 @@ ALWAYS_INLINE void five_bits(const uint8_t *fifth, const uint8_t *low, vint *q) 
 }
 
 /* The scales of chunks first <= k < last of a K-quant's 256 weights, floats that `weights32` reads: of chunk k the step at k
- * and the minimum at 8 + k, or the steps of its halves at 2 k and 2 k + 1. */
-ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, int first, int last, float k_scales[16]) {
-    if (format == Q6_K) {
+ * and the minimum at 8 + k, or the steps of its halves at 2 k and 2 k + 1 (and their minimums 16 further). */
+ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, int first, int last, float k_scales[K_SCALES]) {
+    if (is_chunked(format)) {
+        for (int k = first; k < last; k++) chunk_scales(format, block, k, k_scales);
+    } else if (format == Q6_K) {
         const float d = _cvtsh_ss((uint16_t)(block[208] | block[209] << 8));
         for (int k = 2 * first; k < 2 * last; k++) k_scales[k] = d * (float)(int8_t)block[192 + k];
     } else {
@@ -133,13 +136,30 @@ ALWAYS_INLINE void weights32(const int format, const uint8_t *row, int64_t c, fl
                 w[i] = v_mul(v_int(i_sub(i_or(low, high), i_set(32))), v_set(k_scales[2 * k + LANES * i / 16]));
             }
             break;
+        case IQ4_NL: case IQ4_XS: case MXFP4: case NVFP4: {
+            uint8_t levels[32];
+            float d[2];
+            codebook_chunk(format, row, c, d);
+            _mm256_storeu_si256((__m256i *)levels, codes32(format, row, c));
+            for (int i = 0; i < PARTS; i++) w[i] = v_mul(v_int(i_s8(levels + LANES * i)), v_set(d[LANES * i / 16]));
+            break;
+        }
+        default: { /* is_chunked */
+            int8_t codes[32];
+            chunk_codes(format, p, k, codes);
+            for (int i = 0; i < PARTS; i++) {
+                const vfloat code = v_int(i_s8((const uint8_t *)codes + LANES * i));
+                const float *scales = k_scales + 2 * k + LANES * i / 16;
+                w[i] = has_minimum(format) ? v_fma(code, v_set(scales[0]), v_set(scales[16])) : v_mul(code, v_set(scales[0]));
+            }
+        }
     }
 }
 
 /* Whole chunks of a row -> floats, or bfloat16 numbers where `out` is NULL. */
 ALWAYS_INLINE void unpack_chunks(const int format, const uint8_t *row, int64_t columns, float scale, float *out,
                                  uint16_t *halves) {
-    float k_scales[16];
+    float k_scales[K_SCALES];
     for (int64_t c = 0; c < columns / 32; c++) {
         vfloat w[PARTS];
         if (is_k_quant(format) && c % 8 == 0) read_k_scales(format, row + row_bytes(format, c * 32), 0, 8, k_scales);
