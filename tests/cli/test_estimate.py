@@ -47,7 +47,9 @@ def test_the_table_has_a_column_for_each_setting_and_the_one_below_the_limit(pat
 def test_without_a_limit_the_peak_is_that_of_a_run_without_one(path, capsys):
     assert main(["estimate", "--model", path, "--tokens=100"]) == 0
     table = {line[:22].strip(): line[22:] for line in capsys.readouterr().out.splitlines()}
-    most, limited = (int(table[row].split()[0]) for row in ("peak memory, at most", "with a memory_limit"))
+    units = {"MB": 1, "GB": 1000}
+    sizes = (table[row].split()[:2] for row in ("peak memory, at most", "with a memory_limit"))
+    most, limited = (float(number) * units[unit] for number, unit in sizes)
     assert most >= limited > 0
 
 

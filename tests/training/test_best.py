@@ -48,7 +48,9 @@ def test_the_best_is_kept_and_the_last_stands_beside_it(tiny_gguf, tmp_path):
         model, tokenizer = qgraft.load(tiny_gguf("llama").path)
         qgraft.load_adapter(model, tmp_path / folder)
         again = run_loss(model, tokenizer, tmp_path)
-        assert again == pytest.approx(measured[expected], rel=1e-4)
+        # products in bfloat16, where the CPU has them, are rounded by how many tokens are in a pass
+        assert again == pytest.approx(measured[expected], rel=1e-3)
+    assert measured[report.steps] > 1.01 * measured[best], "one would pass for the other"
 
 
 def run_loss(model: Any, tokenizer: Any, folder: Path) -> float:
