@@ -12,7 +12,8 @@ float weights are its weights moved by up to half a step, at random: weights tha
 That matters: weights on the grid are where requantizing swallows a delta whole, and float weights are not on it.
 
 Losses, in nats a token, on held-out rows of the task and on unrelated text, which shows what quantizing and the task
-cost elsewhere. A task and way is a line of results/three_ways.csv; the chart is beside it.
+cost elsewhere. A task and way is a line of results/three_ways.csv, added when it is found; one that is there is not run
+again. The chart is beside it, of the tasks that are complete.
 """
 
 import argparse
@@ -48,49 +49,79 @@ def main() -> None:
     """Run the tasks that are asked for, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", default="identity,faq,style")
+    parser.add_argument("--adapters", type=Path, default=Path("three_ways_adapters"), help="trained ones are kept here")
     parser.add_argument("--plot", action="store_true", help="only draw")
     options = parser.parse_args()
     if not options.plot:
-        lines = [line for task in options.tasks.split(",") for line in run(task)]
-        with RESULTS.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(lines[0]))
-            writer.writeheader()
-            writer.writerows(lines)
+        for task in options.tasks.split(","):
+            run(task, options.adapters)
     plot()
 
 
-def run(task: str) -> list[dict[str, Any]]:
-    """All ways of one task."""
-    about, lines = machine.describe("qgraft", "torch"), []
+def read() -> list[dict[str, str]]:
+    """The lines that are there."""
+    if not RESULTS.exists():
+        return []
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
 
-    def found(way: str, model: Any, tokenizer: Any) -> None:
-        held, unrelated = losses(model, tokenizer, task)
-        lines.append({**about, "task": task, "r": R, "way": way, "held_out_loss": held, "unrelated_loss": unrelated})
-        print(task, way, f"{held:.4f} {unrelated:.4f}", flush=True)
 
+def run(task: str, adapters: Path) -> None:
+    """The ways of one task that the CSV does not have yet."""
+    missing = WAYS.keys() - {row["way"] for row in read() if row["task"] == task}
+    if not missing:
+        return
+    about = machine.describe("qgraft", "torch")
     model, tokenizer = qgraft.load("smollm2-135m")
     weights = float_weights(model)
-    put(model, weights, "f32")
-    train_adapter(model, tokenizer, task, R)
-    with torch.no_grad():
-        merged = {path: weights[path] + layer.loras["default"].delta() for path, layer in lora_layers(model)}
-    found("float, unquantized", model, tokenizer)
-    qgraft.detach_lora(model)
-    put(model, merged, FORMAT)
-    found("float", model, tokenizer)
 
+    def found(way: str) -> None:
+        if way not in missing:
+            return
+        held, unrelated = losses(model, tokenizer, task)
+        line = {**about, "task": task, "r": R, "way": way, "held_out_loss": held, "unrelated_loss": unrelated}
+        new = not RESULTS.exists()
+        with RESULTS.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(line))
+            if new:
+                writer.writeheader()
+            writer.writerow(line)
+        print(task, way, f"{held:.4f} {unrelated:.4f}", flush=True)
+
+    def learned(name: str) -> None:
+        """The adapter of this name, trained unless it lies there."""
+        folder = adapters / f"{task}-{name}"
+        if (folder / "qgraft.json").is_file():
+            qgraft.load_adapter(model, folder, force=True)  # the weights are not those of the file
+        else:
+            train_adapter(model, tokenizer, task, R)
+            qgraft.save_adapter(model, folder)
+
+    if missing & {"float, unquantized", "float"}:
+        put(model, weights, "f32")
+        learned("float")
+        with torch.no_grad():
+            (name,) = qgraft.adapter_names(model)
+            merged = {path: weights[path] + layer.loras[name].delta() for path, layer in lora_layers(model)}
+        found("float, unquantized")
+        qgraft.detach_lora(model)
+        put(model, merged, FORMAT)
+        found("float")
     put(model, weights, FORMAT)
-    found("base", model, tokenizer)
-    train_adapter(model, tokenizer, task, R)
-    found("beside", model, tokenizer)
+    found("base")
+    if not missing & {"beside", "merged", "requantized"}:
+        return
+    learned("quantized")
+    found("beside")
     rows, held_out = TASKS[task]()
     for way, method in {"merged": "auto", "requantized": "nearest"}.items():
+        if way not in missing:
+            continue
         qgraft.merge(
             model, tokenizer, calibration=rows, eval_dataset=held_out, method=method, min_retained=-1e9, progress=False
         )
-        found(way, model, tokenizer)
+        found(way)
         qgraft.unmerge(model)
-    return lines
 
 
 def float_weights(model: Any) -> dict[str, Tensor]:
@@ -120,9 +151,9 @@ def plot() -> None:
     """Held-out losses by task and way; the paler bars are the losses on unrelated text."""
     from matplotlib.figure import Figure
 
-    with RESULTS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    rows = read()
+    ways = {task: {row["way"] for row in rows if row["task"] == task} for task in (row["task"] for row in rows)}
+    tasks = [task for task, found in ways.items() if found == WAYS.keys()]
     figure = Figure(figsize=(10, 4), dpi=120, layout="constrained")
     colors = ("#8f8f8f", "#9db7d9", "#4f81bd", "#e0a33a", "#3a9a5b", "#c8796a")
     for axes, (column, title) in zip(
