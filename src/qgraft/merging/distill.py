@@ -167,6 +167,7 @@ def distill(
             layers[path] = _FreeScales(partial(unpack, packed), packed.format, bias)
         else:
             layers[path] = _FreeMinimums(packed, bias)
+        layers[path].register_forward_pre_hook(lambda _, given: (layer.in_stored_order(given[0]),))
         return layers[path]
 
     order = random.Random(seed)
