@@ -23,6 +23,7 @@ from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.merging.exact import merge_exactly
 from qgraft.passes.batched_trial import why_not_batched
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
@@ -243,8 +244,12 @@ def test_what_qwen35_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path)
 
 
 # Heads of 64, of which four share a block of a K-quant. 4 x 2 of them: their order is not its own inverse
-VALUE_HEADS = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
-               "linear_num_value_heads": 8, "num_hidden_layers": 2}  # fmt: skip
+VALUE_HEADS: dict[str, Any] = {
+    "config": {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
+               "linear_num_value_heads": 8, "num_hidden_layers": 2,
+               "layer_types": ["linear_attention", "full_attention"]},
+    "metadata": {"qwen35.full_attention_interval": 2},
+}  # fmt: skip
 OUT_PROJ = "model.layers.0.linear_attn.out_proj"
 SHARED = pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K, Q.Q4_1], ids=str)
 ROWS = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
@@ -260,7 +265,7 @@ def shared(tiny_gguf: Maker) -> Callable[[Q], Any]:
     """(the file, its model) of a Qwen 3.5 with twice as many value heads as key heads."""
 
     def load(kind: Q) -> Any:
-        tiny = tiny_gguf("qwen35", config=VALUE_HEADS, types=(kind,))
+        tiny = tiny_gguf("qwen35", **VALUE_HEADS, types=(kind,))
         return tiny, qgraft.load(tiny.path, dtype="float32", device="cpu")[0]
 
     return load
@@ -285,7 +290,7 @@ def logits_of(model: nn.Module) -> Tensor:
 def test_value_heads_that_share_a_block_compute_what_transformers_model_does(
     kind: Q, make_gguf: Maker, tmp_path: Path
 ) -> None:
-    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=VALUE_HEADS, types=(kind,))
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", **VALUE_HEADS, types=(kind,))
     model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
     layer, stored = model.get_submodule(OUT_PROJ), GGUFReader(tiny.path)
     assert layer.packed.format == kind.name.lower()
@@ -310,22 +315,21 @@ def test_value_heads_that_share_a_block_compute_what_transformers_model_does(
         assert off < 1e-4, f"{name}: off by {off:.2g} of the largest gradient"
 
 
-@SHARED
+@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K], ids=str)
 def test_value_heads_that_share_a_block_take_a_merge(kind: Q, shared: Callable[[Q], Any], tmp_path: Path) -> None:
     tiny, model = shared(kind)
     base = logits_of(model)
-    with_noise(model, 0.15)
+    with_noise(model, 0.15, target_modules=["out_proj"])
     adapted = logits_of(model)
-    report = qgraft.merge(model, calibration=ROWS, min_retained=-1e9)
-    effect = next(layer.effect_kept for layer in report.layers if layer.path == OUT_PROJ)
-    print("EFFECT", kind, effect, report.distilled_steps)
-    assert effect > 0.5
+    (report,) = qgraft.merge(model, calibration=ROWS, min_retained=-1e9).layers
+    assert report.path == OUT_PROJ
+    assert report.effect_kept is not None and report.effect_kept > 0.9
     qgraft.save(model, tmp_path / "merged.gguf")
     again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
     merged = logits_of(again)
     assert torch.equal(merged, logits_of(model))
     far, near = (float((merged - each).norm() / (adapted - base).norm()) for each in (base, adapted))
-    assert near < 0.8 < far, (near, far)
+    assert near < 0.4 < 0.8 < far, (near, far)
     qgraft.unmerge(model)
     qgraft.detach_lora(model)
     qgraft.save(model, tmp_path / "unmerged.gguf")
@@ -373,14 +377,15 @@ def test_an_exact_lora_is_none_where_value_heads_share_a_block(shared: Callable[
     with_noise(model, target_modules=["out_proj"])
     lora = model.get_submodule(OUT_PROJ).loras["default"]
     lora.lora_A.data = lora.lora_A.detach()[:, ::32].repeat_interleave(32, dim=1)  # as a file may have it
-    report = qgraft.merge(model, calibration=ROWS, min_retained=-1e9)
-    assert all("exact" not in layer.steps for layer in report.layers if layer.path == OUT_PROJ)
+    layer = model.get_submodule(OUT_PROJ)
+    assert merge_exactly({OUT_PROJ: layer}, {"default": 1.0}) == {}
+    layer.base.input_order = None
+    assert len(merge_exactly({OUT_PROJ: layer}, {"default": 1.0})) == 1
 
 
-def test_value_heads_that_share_a_block_where_their_order_is_transformers(
-    shared: Callable[[Q], Any], tiny_gguf: Maker
-) -> None:
-    tiny = tiny_gguf("qwen35", config={**VALUE_HEADS, "linear_num_value_heads": 4}, types=(Q.Q4_K,))
+def test_value_heads_that_share_a_block_where_their_order_is_transformers(tiny_gguf: Maker) -> None:
+    config = {**VALUE_HEADS["config"], "linear_num_value_heads": 4}
+    tiny = tiny_gguf("qwen35", config=config, metadata=VALUE_HEADS["metadata"], types=(Q.Q4_K,))
     model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
     assert model.get_submodule(OUT_PROJ).input_order is None
     expected = logits_of(tiny.model)
