@@ -50,9 +50,6 @@ class LinearLike(Protocol):
     def replace(self, packed: PackedTensor) -> None:
         """Put other packed bytes of the same shape in place of the weight."""
 
-    def in_stored_order(self, values: Tensor) -> Tensor:
-        """values [..., in] with their columns in the order that the packed bytes have them in."""
-
 
 # Layers that compute x W^T + b and nothing else, by exact type: a subclass may do what its name does not say.
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
@@ -217,16 +214,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] in `dtype`."""
-        return self.in_model_order(dequantize(self.packed, dtype))
-
-    def in_stored_order(self, values: Tensor) -> Tensor:
-        """values [..., in], as x is, with their columns in the order of the stored ones."""
-        return values if self.input_order is None else values.index_select(-1, self.input_order)
-
-    def in_model_order(self, values: Tensor) -> Tensor:
-        """The inverse of in_stored_order."""
-        order = self.input_order
-        return values if order is None else torch.empty_like(values).index_copy_(-1, order, values)
+        return _in_model_order(self, dequantize(self.packed, dtype))
 
     def replace(self, packed: PackedTensor) -> None:
         """Put other packed bytes of the same shape in place of the weight. Raises ValueError for another shape."""
@@ -236,7 +224,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        x = self.in_stored_order(to_autocast(x))
+        x = in_stored_order(self, to_autocast(x))
         rounded = _ROUNDED.get(self.compute) if x.dtype == torch.float32 else None
         y = (rounded or linear)(x, self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -288,6 +276,18 @@ class QuantizedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
+
+
+def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
+    """values [..., in], such as inputs of the layer, with their columns in the order that its weight is stored in."""
+    order = getattr(layer, "input_order", None)
+    return values if order is None else values.index_select(-1, order)
+
+
+def _in_model_order(layer: QuantizedLinear, values: Tensor) -> Tensor:
+    """The inverse of in_stored_order, without autograd."""
+    order = layer.input_order
+    return values if order is None else torch.empty_like(values).index_copy_(-1, order, values)
 
 
 def to_autocast(x: Tensor) -> Tensor:
@@ -359,7 +359,7 @@ def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tens
     """
     if isinstance(layer, QuantizedLinear):
         rounded = _ROUNDED_GRADIENTS.get(compute) if grad.dtype == torch.float32 else None
-        return layer.in_model_order((rounded or linear_grad_input)(grad, layer.packed))
+        return _in_model_order(layer, (rounded or linear_grad_input)(grad, layer.packed))
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

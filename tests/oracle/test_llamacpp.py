@@ -122,9 +122,7 @@ def test_a_merged_file_gives_our_logprobs_but_for_rounded_inputs(
     assert theirs.gap(our_logprobs(base, prompt, theirs.ids)).max() > 0.6, "the merge did too little"
 
 
-def test_value_heads_of_qwen35_that_share_a_block(
-    tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
-):
+def test_value_heads_of_qwen35_that_share_a_block(tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
     """The file's order of heads, in its K-quants, beside a LoRA and merged."""
     config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
               "linear_num_value_heads": 8}  # fmt: skip
@@ -142,11 +140,14 @@ def test_value_heads_of_qwen35_that_share_a_block(
     base, _ = load_gguf(path, torch.float32)
     alone = llamacpp_greedy(path, prompt, STEPS, forced=beside.ids, top=model.config.vocab_size)
     unadapted = our_logprobs(base, prompt, beside.ids)
-    for theirs, ours, other in ((beside, adapted, unadapted), (merged, adapted, unadapted), (alone, unadapted, adapted)):
-        print("GAP", theirs.gap(ours).max(), theirs.kl(ours).max(), theirs.gap(other).max())
-        assert theirs.gap(ours).max() < 0.3
+    for theirs, ours, other in (
+        (beside, adapted, unadapted),
+        (merged, adapted, unadapted),
+        (alone, unadapted, adapted),
+    ):
+        assert theirs.gap(ours).max() < 0.4
         assert theirs.kl(ours).max() < 0.01
-        assert theirs.gap(other).max() > 0.6, "the adapter does too little"
+        assert theirs.gap(other).max() > 0.8, "the adapter does too little"
 
 
 def test_forced_tokens_are_scored_and_a_stop_ends(tiny_gguf, random_ids, llamacpp_greedy):

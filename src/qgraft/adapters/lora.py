@@ -316,10 +316,6 @@ class LoraLinear(LoraLayer):
             raise AdapterError(f"{type(self.base).__name__} holds no packed weight to replace")
         self.base.replace(packed)
 
-    def in_stored_order(self, values: Tensor) -> Tensor:
-        """values [..., in] with their columns in the order of the base's packed bytes."""
-        return self.base.in_stored_order(values) if isinstance(self.base, QuantizedLinear) else values
-
     def _device(self) -> torch.device:
         return (self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed).device
 

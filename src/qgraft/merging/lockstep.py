@@ -32,6 +32,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
+from qgraft.linear import in_stored_order
 from qgraft.mapped import release
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
 from qgraft.merging.store import WorkDir
@@ -124,7 +125,7 @@ class _SplitLayer(nn.Module):
                 "the adapter's and the merged model's cannot be told apart (a mixture of experts?)",
                 hint=_NO_INPUTS,
             )
-        x = self.layer.in_stored_order(x)
+        x = in_stored_order(self.layer.base, x)
         stored_a, stored_m = x.reshape(-1, x.shape[-1]).chunk(2)
         merged = self._merged(x, stored_a, stored_m)
         y_a, y_m = self.layer(x_a), linear(stored_m, merged)

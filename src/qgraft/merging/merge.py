@@ -38,6 +38,7 @@ from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
 from qgraft.formats import FORMATS, PackedTensor, dequantize, fitting_format, get_format, misfit_notes, quantize
+from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.finish import finish
@@ -350,7 +351,7 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], rows: slice = ALL_RO
     parts = [
         weight * cast(Lora, layer.loras[name]).delta(rows) for name, weight in weights.items() if name in layer.loras
     ]
-    return layer.in_stored_order(torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+    return in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
 
 @contextmanager
