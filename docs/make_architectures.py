@@ -53,10 +53,14 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Of
-Qwen 3.5, `ssm_out` in a K-quant where there are more value heads than key heads: two of its heads share a block, in
-another order than transformers'. Layers that only draft tokens (`nextn_predict_layers`) are left out, and copied when the
-file is saved.
+Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Layers
+that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
+
+A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than
+transformers, and in a K-quant several heads share a block. So these bytes stay as they are, in any format, and the layer
+puts its inputs in their order (`QuantizedLinear.input_order`); it is trained, merged into and saved as any other. Adapters
+have transformers' order in the model and in PEFT's files, the file's in a GGUF-LoRA. An exact LoRA is refused there. A file
+written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
 PACKED_APART = {"lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
 

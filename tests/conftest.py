@@ -394,14 +394,15 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
 
 RANDOM_BLOCKS = {  # bytes of a block, where its d and dmin are, and these
     Q.Q2_K: (84, 80, [0.007, 0.01]), Q.Q4_K: (144, 0, [0.0006, 0.004]), Q.Q5_K: (176, 0, [0.0003, 0.004]),
+    Q.Q6_K: (210, 208, [0.00009]),
 }  # fmt: skip
 
 
 def _random_blocks(kind: Q, rows: int, width: int, seed: int) -> np.ndarray:
-    """Random codes and integers of sub-groups, but small finite d and dmin: 0.12 or so of standard deviation."""
+    """Random codes and integers of sub-groups, but small finite d, and dmin where there is one: 0.12 or so of deviation."""
     size, at, reals = RANDOM_BLOCKS[kind]
     blocks = np.random.default_rng(seed).integers(0, 256, (rows, width // 256, size), dtype=np.uint8)
-    blocks[..., at : at + 4] = np.array(reals, np.float16).view(np.uint8)
+    blocks[..., at : at + 2 * len(reals)] = np.array(reals, np.float16).view(np.uint8)
     return blocks.reshape(rows, -1)
 
 

@@ -21,6 +21,7 @@ from qgraft.linear import (
     QuantizedLinear,
     computing,
     grad_input,
+    in_stored_order,
     to_autocast,
 )
 
@@ -66,6 +67,32 @@ def test_linear_and_its_gradient_are_those_of_nn_linear(format: str, with_bias: 
         y_twin.backward(grad)
         torch.testing.assert_close(y, y_twin, rtol=1e-5, atol=3e-5)
         torch.testing.assert_close(x.grad, x_twin.grad)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bf16", "int8"])
+@pytest.mark.parametrize("format", ["q4_1", "q4_k", "q6_k", "f16"])
+def test_a_linear_whose_columns_are_in_another_order(format: str, compute: str) -> None:
+    """Each of them multiplies its own input, whatever computes the product and its gradient."""
+    layer, order = QuantizedLinear(make_packed(format, columns=256), torch.randn(6)), torch.randperm(256)
+    layer.compute, weight = compute, layer.dequantize()
+    layer.input_order = order
+    meant = torch.stack([weight[:, order.tolist().index(i)] for i in range(256)], dim=1)
+    assert torch.equal(layer.dequantize(), meant)
+    assert torch.equal(in_stored_order(layer, meant), weight)
+    lora, rounds = LoraLinear(layer), compute != "float32"
+    lora.add("a", lora.make(LoraConfig(2, 4)))
+    lora.active = {"a": 1.0}
+    nn.init.normal_(lora.loras["a"].lora_B)
+    for module, added in ((layer, 0.0), (lora, lora.loras["a"].delta().detach())):
+        for tokens in (1, 3, 40):
+            x, grad = torch.randn(tokens, 256, requires_grad=True), torch.randn(tokens, 6)
+            y = module(x)
+            y.backward(grad)
+            for got, wanted in (
+                (y.detach(), x.detach() @ (meant + added).T + layer.bias),
+                (x.grad, grad @ (meant + added)),
+            ):
+                assert float((got - wanted).norm() / wanted.norm()) < (0.02 if rounds else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)

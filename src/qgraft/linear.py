@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, Self, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +145,9 @@ class QuantizedLinear(nn.Module):
         compute: how the products of a float32 x are computed: "float32", or "bf16": x and W rounded to bfloat16,
             which is faster on CPUs that multiply bfloat16 in hardware, or "int8": x, and gradients where that is
             faster, rounded to 8 bits. Set by `computing`.
+        input_order: [in] int64, which input the stored column j of W multiplies; None where that is j. Bytes stay as
+            their file has them, whose blocks may hold columns of several heads: x is put in their order instead. Inputs,
+            gradients and `dequantize` are in the model's order, `packed` and `replace` in the stored one.
 
     Args:
         weight: the packed weight, or a PackedWeight to share (a tied output layer).
@@ -153,6 +156,7 @@ class QuantizedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    input_order: Tensor | None
     compute = "float32"
 
     def __init__(
@@ -163,6 +167,7 @@ class QuantizedLinear(nn.Module):
         self.packed_weight = weight if isinstance(weight, PackedWeight) else PackedWeight(weight)
         self.out_features, self.in_features = self.packed_weight.shape
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_buffer("input_order", None, persistent=False)
 
     @classmethod
     def from_params(
@@ -209,7 +214,7 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in] in `dtype`."""
-        return dequantize(self.packed, dtype)
+        return _in_model_order(self, dequantize(self.packed, dtype))
 
     def replace(self, packed: PackedTensor) -> None:
         """Put other packed bytes of the same shape in place of the weight. Raises ValueError for another shape."""
@@ -219,7 +224,7 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
-        x = to_autocast(x)
+        x = in_stored_order(self, to_autocast(x))
         rounded = _ROUNDED.get(self.compute) if x.dtype == torch.float32 else None
         y = (rounded or linear)(x, self.packed)
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -273,6 +278,18 @@ class QuantizedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
 
 
+def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
+    """values [..., in], such as inputs of the layer, with their columns in the order that its weight is stored in."""
+    order = getattr(layer, "input_order", None)
+    return values if order is None else values.index_select(-1, order)
+
+
+def _in_model_order(layer: QuantizedLinear, values: Tensor) -> Tensor:
+    """The inverse of in_stored_order, without autograd."""
+    order = layer.input_order
+    return values if order is None else torch.empty_like(values).index_copy_(-1, order, values)
+
+
 def to_autocast(x: Tensor) -> Tensor:
     """x in the dtype that torch.autocast asks for on its device, as nn.Linear would compute; x itself outside of it."""
     device = x.device.type
@@ -311,7 +328,7 @@ def product_dtype(layer: nn.Module, x: Tensor) -> torch.dtype:
 
 def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
     """The layer for a kernel that computes its product with x together with those of LoRAs, if one does."""
-    if not isinstance(layer, QuantizedLinear) or not fuses(layer.packed_weight.format, x, layer.compute):
+    if not _is_in_order(layer) or not fuses(layer.packed_weight.format, x, layer.compute):
         return None
     bias = None if layer.bias is None else layer.bias.to(torch.promote_types(x.dtype, layer.bias.dtype))
     return Weight(layer.packed, bias, layer.compute)
@@ -319,12 +336,17 @@ def fused_weight(layer: nn.Module, x: Tensor) -> Weight | None:
 
 def fused_gradient(layer: nn.Module, grad: Tensor, compute: str) -> Weight | None:
     """The same for its input gradient; `compute` is what the layer's was in the forward pass."""
-    if not isinstance(layer, QuantizedLinear):
+    if not _is_in_order(layer):
         return None
     format = layer.packed_weight.format
     if compute == "int8":  # or float32, for formats whose gradient is no faster in 8 bits
         compute = choose("linear_grad_input_int8", format, grad.device.type).compute
     return Weight(layer.packed, None, compute) if fuses(format, grad, compute) else None
+
+
+def _is_in_order(layer: nn.Module) -> TypeGuard[QuantizedLinear]:
+    """Whether a layer is packed with its columns in the order of its inputs, as kernels with LoRAs take them to be."""
+    return isinstance(layer, QuantizedLinear) and layer.input_order is None
 
 
 def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tensor:
@@ -337,7 +359,7 @@ def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tens
     """
     if isinstance(layer, QuantizedLinear):
         rounded = _ROUNDED_GRADIENTS.get(compute) if grad.dtype == torch.float32 else None
-        return (rounded or linear_grad_input)(grad, layer.packed)
+        return _in_model_order(layer, (rounded or linear_grad_input)(grad, layer.packed))
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

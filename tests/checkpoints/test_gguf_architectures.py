@@ -13,13 +13,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Q
+from gguf import GGUFReader
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import qgraft
+from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.merging.exact import merge_exactly
+from qgraft.merging.lockstep import merge_in_step
 from qgraft.passes.batched_trial import why_not_batched
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
@@ -239,15 +244,167 @@ def test_what_qwen35_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path)
         qgraft.load(tiny.path, device="cpu")
 
 
-def test_value_heads_of_qwen35_in_blocks_of_256(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
-    """Two heads of 128 share one of a K-quant: served where their order is transformers', else refused."""
-    config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4}
-    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
-    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
-    ids = random_ids(tiny.model)
+# Heads of 64, of which four share a block of a K-quant. 4 x 2 of them: their order is not its own inverse
+VALUE_HEADS: dict[str, Any] = {
+    "config": {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
+               "linear_num_value_heads": 8, "num_hidden_layers": 2,
+               "layer_types": ["linear_attention", "full_attention"]},
+    "metadata": {"qwen35.full_attention_interval": 2},
+}  # fmt: skip
+OUT_PROJ = "model.layers.0.linear_attn.out_proj"
+SHARED = pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K, Q.Q4_1], ids=str)
+ROWS = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+
+
+def file_order(columns: Tensor) -> Tensor:
+    """[..., in] as the file has the inputs of ssm_out: the first value head of every key head, then the second ones."""
+    return columns.unflatten(-1, (4, 2, 64)).transpose(-3, -2).flatten(-3)
+
+
+@pytest.fixture
+def shared(tiny_gguf: Maker) -> Callable[[Q], Any]:
+    """(the file, its model) of a Qwen 3.5 with twice as many value heads as key heads."""
+
+    def load(kind: Q) -> Any:
+        tiny = tiny_gguf("qwen35", **VALUE_HEADS, types=(kind,))
+        return tiny, qgraft.load(tiny.path, dtype="float32", device="cpu")[0]
+
+    return load
+
+
+def with_noise(model: nn.Module, std: float = 0.05, **options: Any) -> dict[str, nn.Parameter]:
+    qgraft.attach_lora(model, r=2, lora_alpha=4, **options)
+    torch.manual_seed(1)
+    trained = loras(model)
+    for parameter in trained.values():
+        nn.init.normal_(parameter, std=std)
+    return trained
+
+
+def logits_of(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        assert (model(ids).logits - tiny.model(ids).logits).abs().max() < 1e-4
-    config["linear_num_key_heads"] = 2
-    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", config=config, types=(Q.Q4_K,))
-    with pytest.raises(UnsupportedError, match=r"ssm_out\.weight: q4_k: columns in another order.*a block of 256"):
-        qgraft.load(tiny.path, device="cpu")
+        logits: Tensor = model(torch.tensor([samples()[-1].input_ids])).logits
+    return logits
+
+
+@SHARED
+def test_value_heads_that_share_a_block_compute_what_transformers_model_does(
+    kind: Q, make_gguf: Maker, tmp_path: Path
+) -> None:
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen35", **VALUE_HEADS, types=(kind,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    layer, stored = model.get_submodule(OUT_PROJ), GGUFReader(tiny.path)
+    assert layer.packed.format == kind.name.lower()
+    assert layer.packed.parts[0].numpy().tobytes() == next(
+        t.data.tobytes() for t in stored.tensors if t.name == "blk.0.ssm_out.weight"
+    )
+    meant = tiny.model.get_submodule(OUT_PROJ).weight
+    torch.testing.assert_close(layer.dequantize(), meant, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(file_order(meant), meant)
+    expected = logits_of(tiny.model)
+    assert float((logits_of(model) - expected).abs().max() / expected.abs().max()) < 1e-5
+    trained = with_noise(model)
+    leaves = with_loras(tiny.model, trained)
+    expected = own_losses(tiny.model)
+    expected.backward()
+    loss = own_losses(model)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    loss.backward()
+    largest = max(float(leaf.grad.abs().max()) for leaf in leaves.values())
+    for name, leaf in leaves.items():
+        off = float((trained[name].grad - leaf.grad).abs().max()) / largest
+        assert off < 1e-4, f"{name}: off by {off:.2g} of the largest gradient"
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K], ids=str)
+def test_value_heads_that_share_a_block_take_a_merge(kind: Q, shared: Callable[[Q], Any], tmp_path: Path) -> None:
+    tiny, model = shared(kind)
+    base = logits_of(model)
+    with_noise(model, 0.15, target_modules=["out_proj"])
+    adapted = logits_of(model)
+    (report,) = qgraft.merge(model, calibration=ROWS, min_retained=-1e9).layers
+    assert report.path == OUT_PROJ
+    assert report.effect_kept is not None and report.effect_kept > 0.9
+    qgraft.save(model, tmp_path / "merged.gguf")
+    again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
+    merged = logits_of(again)
+    assert torch.equal(merged, logits_of(model))
+    far, near = (float((merged - each).norm() / (adapted - base).norm()) for each in (base, adapted))
+    assert near < 0.4 < 0.8 < far, (near, far)
+    qgraft.unmerge(model)
+    qgraft.detach_lora(model)
+    qgraft.save(model, tmp_path / "unmerged.gguf")
+    assert (tmp_path / "unmerged.gguf").read_bytes() == tiny.path.read_bytes()
+
+
+def test_a_merge_solves_for_the_inputs_of_value_heads_that_share_a_block(shared: Callable[[Q], Any]) -> None:
+    """Few tokens leave most directions of 512 inputs free: solved for others, nothing of the delta would be in these."""
+    _, model = shared(Q.Q4_K)
+    with_noise(model, 0.15, target_modules=["out_proj"])
+    layer, inputs = model.get_submodule(OUT_PROJ), []
+    hook = layer.register_forward_hook(lambda _, x, y: inputs.append(x[0].flatten(0, 1)))
+    for sample in samples():
+        model(torch.tensor([sample.input_ids]), use_cache=False)
+    hook.remove()
+    x, delta, base = torch.cat(inputs).detach(), layer.loras["default"].delta().detach(), layer.dequantize()
+    deltas = {OUT_PROJ: lambda: file_order(delta)}
+    merged, _ = merge_in_step(model, deltas, samples(), samples(), "codes", lambda report: None)
+    layer.replace(merged[OUT_PROJ])
+    wanted, got = x @ delta.T, x @ (layer.dequantize() - base).T
+    assert float((got - wanted).norm() / wanted.norm()) < 0.3
+
+
+@SHARED
+def test_value_heads_that_share_a_block_become_numbers(kind: Q, shared: Callable[[Q], Any], tmp_path: Path) -> None:
+    """In float32 a merge is W + delta, and a file of it is the adapter's model."""
+    tiny, model = shared(kind)
+    with_noise(model, 0.15)
+    adapted, delta = logits_of(model), model.get_submodule(OUT_PROJ).loras["default"].delta().detach()
+    qgraft.merge(model, to="f32", method="nearest")
+    wanted = tiny.model.get_submodule(OUT_PROJ).weight + delta
+    torch.testing.assert_close(model.get_submodule(OUT_PROJ).dequantize(), wanted, rtol=1e-5, atol=1e-6)
+    qgraft.save(model, tmp_path / "merged.gguf")
+    again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
+    assert float((logits_of(again) - adapted).abs().max() / adapted.abs().max()) < 1e-5
+    qgraft.save(qgraft.load(tiny.path, dtype="float32", device="cpu")[0], tmp_path / "f32.gguf", to="f32")
+    again, _ = qgraft.load(tmp_path / "f32.gguf", dtype="float32", device="cpu")
+    assert float((logits_of(again) - (base := logits_of(tiny.model))).abs().max() / base.abs().max()) < 1e-5
+
+
+def test_adapters_on_value_heads_that_share_a_block(shared: Callable[[Q], Any], tmp_path: Path) -> None:
+    """PEFT's files have A in transformers' order, GGUF-LoRAs in the file's; both come back as they were."""
+    _, model = shared(Q.Q4_K)
+    trained = with_noise(model)
+    A, expected = trained[f"{OUT_PROJ}.loras.default.lora_A"].detach(), logits_of(model)
+    qgraft.save_adapter(model, tmp_path / "adapter")
+    peft = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert torch.equal(peft[f"base_model.model.{OUT_PROJ}.lora_A.weight"], A)
+    export_gguf_lora(model, tmp_path / "lora.gguf", dtype="float32")
+    stored = {t.name: t.data for t in GGUFReader(tmp_path / "lora.gguf").tensors}["blk.0.ssm_out.weight.lora_a"]
+    assert torch.equal(torch.from_numpy(stored.copy()), file_order(A))
+    for path in (tmp_path / "adapter", tmp_path / "lora.gguf"):
+        _, again = shared(Q.Q4_K)
+        qgraft.load_adapter(again, path)
+        assert torch.equal(logits_of(again), expected)
+
+
+def test_an_exact_lora_is_none_where_value_heads_share_a_block(shared: Callable[[Q], Any]) -> None:
+    _, model = shared(Q.Q4_1)
+    with pytest.raises(UnsupportedError, match=r"out_proj: q4_1, with its columns in another order than its inputs"):
+        qgraft.attach_lora(model, target_modules=["out_proj"], exact=True)
+    with_noise(model, target_modules=["out_proj"])
+    lora = model.get_submodule(OUT_PROJ).loras["default"]
+    lora.lora_A.data = lora.lora_A.detach()[:, ::32].repeat_interleave(32, dim=1)  # as a file may have it
+    layer = model.get_submodule(OUT_PROJ)
+    assert merge_exactly({OUT_PROJ: layer}, {"default": 1.0}) == {}
+    layer.base.input_order = None
+    assert len(merge_exactly({OUT_PROJ: layer}, {"default": 1.0})) == 1
+
+
+def test_value_heads_that_share_a_block_where_their_order_is_transformers(tiny_gguf: Maker) -> None:
+    config = {**VALUE_HEADS["config"], "linear_num_value_heads": 4}
+    tiny = tiny_gguf("qwen35", config=config, metadata=VALUE_HEADS["metadata"], types=(Q.Q4_K,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    assert model.get_submodule(OUT_PROJ).input_order is None
+    expected = logits_of(tiny.model)
+    assert float((logits_of(model) - expected).abs().max() / expected.abs().max()) < 1e-5

@@ -251,6 +251,24 @@ def test_distilling_lowers_the_divergence_and_leaves_the_codes(trained, rows, ar
         assert divergence(model, {**merged, **part}, samples, targets) < start
 
 
+@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K], ids=str)  # minimums, scales
+def test_distilling_a_layer_whose_columns_are_in_another_order(kind, tiny_gguf, rows):
+    """Value heads of Qwen 3.5, four of which share a block."""
+    config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
+              "linear_num_value_heads": 8, "num_hidden_layers": 2,
+              "layer_types": ["linear_attention", "full_attention"]}  # fmt: skip
+    tiny = tiny_gguf("qwen35", config=config, metadata={"qwen35.full_attention_interval": 2}, types=(kind,))
+    model, tokenizer = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, target_modules=["out_proj"])
+    samples = find_rows(model, tokenizer, rows, None, [], {}, 0).fit[:-2]
+    targets, _ = states_of(model, samples)
+    ((path, layer),) = lora_layers(model)
+    merged = {path: perturbed(layer.packed, 0)}
+    distilled, _ = distill(model, merged, samples, targets, progress=silent)
+    start, end = (divergence(model, each, samples, targets) for each in (merged, distilled))
+    assert end < 0.8 * start
+
+
 def differs(old: Grid, new: Grid, name: str) -> bool:
     one, other = getattr(old, name), getattr(new, name)
     assert (one is None) == (other is None)

@@ -122,6 +122,34 @@ def test_a_merged_file_gives_our_logprobs_but_for_rounded_inputs(
     assert theirs.gap(our_logprobs(base, prompt, theirs.ids)).max() > 0.6, "the merge did too little"
 
 
+def test_value_heads_of_qwen35_that_share_a_block(tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    """The file's order of heads, in its K-quants, beside a LoRA and merged."""
+    config = {"linear_value_head_dim": 64, "linear_key_head_dim": 64, "linear_num_key_heads": 4,
+              "linear_num_value_heads": 8}  # fmt: skip
+    path = tiny_gguf("qwen35", config=config, types=(Q.Q4_K,)).path
+    model, _ = load_gguf(path, torch.float32)
+    prompt = random_ids(model, rows=1)[0].tolist()
+    plain = LoraConfig(r=4, lora_alpha=8)
+    attach_noise(model, dict.fromkeys(find_targets(model, ["out_proj"]), plain))
+    export_gguf_lora(model, tmp_path / "lora.gguf")
+    beside = llamacpp_greedy(path, prompt, STEPS, lora=tmp_path / "lora.gguf", top=model.config.vocab_size)
+    adapted = our_logprobs(model, prompt, beside.ids)
+    qgraft.merge(model, to="f32", method="nearest")
+    qgraft.save(model, tmp_path / "merged.gguf")
+    merged = llamacpp_greedy(tmp_path / "merged.gguf", prompt, STEPS, forced=beside.ids, top=model.config.vocab_size)
+    base, _ = load_gguf(path, torch.float32)
+    alone = llamacpp_greedy(path, prompt, STEPS, forced=beside.ids, top=model.config.vocab_size)
+    unadapted = our_logprobs(base, prompt, beside.ids)
+    for theirs, ours, other in (
+        (beside, adapted, unadapted),
+        (merged, adapted, unadapted),
+        (alone, unadapted, adapted),
+    ):
+        assert theirs.gap(ours).max() < 0.4
+        assert theirs.kl(ours).max() < 0.01
+        assert theirs.gap(other).max() > 0.8, "the adapter does too little"
+
+
 def test_forced_tokens_are_scored_and_a_stop_ends(tiny_gguf, random_ids, llamacpp_greedy):
     path = tiny_gguf("llama").path
     model, _ = load_gguf(path, torch.float32)

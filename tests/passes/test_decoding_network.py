@@ -92,6 +92,9 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {  # what is done to a de
     "a hook on a packed layer": (
         lambda base: base.layers[0].mlp.up_proj.register_forward_hook(_hook), "has a forward hook",
     ),
+    "columns in another order": (
+        lambda base: setattr(base.layers[0].mlp.up_proj, "input_order", torch.arange(64).flip(0)), "in another order",
+    ),
     "an MLP's forward": (lambda base: _own_forward(base.layers[1].mlp), "forward pass of its own"),
     "the decoder's forward": (lambda base: setattr(base, "forward", base.forward), "was replaced"),
 }  # fmt: skip

@@ -75,9 +75,11 @@ def formats_with_minimums() -> list[str]:
 
 
 def minimums_at(layer: nn.Module) -> Minimums | None:
-    """The same of a layer of the model, wrapped or not; None where its weight has none."""
+    """The same of a layer of the model, wrapped or not; None where its weight has none, or not for inputs side by side."""
     base = layer.base if isinstance(layer, LoraLayer) else layer
-    return minimums_of(base.packed_weight.format) if isinstance(base, QuantizedLinear) else None
+    if not isinstance(base, QuantizedLinear) or base.input_order is not None:
+        return None
+    return minimums_of(base.packed_weight.format)
 
 
 class BlockLora(Lora):
@@ -277,4 +279,7 @@ def _other_layers(fitting: list[str], missing: list[str]) -> str:
 
 def _format(layer: nn.Module) -> str:
     base = layer.base if isinstance(layer, LoraLayer) else layer
-    return base.packed_weight.format if isinstance(base, QuantizedLinear) else "not packed"
+    if not isinstance(base, QuantizedLinear):
+        return "not packed"
+    format = base.packed_weight.format
+    return format if base.input_order is None else f"{format}, with its columns in another order than its inputs"

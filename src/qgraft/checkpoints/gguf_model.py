@@ -1,9 +1,10 @@
 """A GGUF file as a transformers model, with its weights left packed.
 
-Three translations happen here, all of them on names and rows, never on values of packed weights:
+Four translations happen here, none of them on values of packed weights:
 
     names     `blk.3.attn_q.weight` <-> `model.layers.3.self_attn.q_proj.weight`, by the tables of the `gguf` package
     rows      of some architectures are stored in another order (gguf_rules.py)
+    columns   likewise; they stay so, and the layer puts its inputs in their order (QuantizedLinear.input_order)
     floats    norms, biases, kernels of convolutions likewise; they are read as floats
 
 transformers' own GGUF loader is the oracle of the tests; it turns every weight into floats, which this one never does.
@@ -38,7 +39,7 @@ from qgraft.checkpoints.gguf_split import read_model
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
-from qgraft.formats import PackedTensor, take_columns, take_rows
+from qgraft.formats import PackedTensor, take_rows
 from qgraft.model_parts import decoder_of
 
 
@@ -53,6 +54,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     config = gguf_config(file)
     reader = _TensorReader(file, rules, config)
     model = assemble(config, reader, dtype, str(path))
+    for place, stored in reader.matrices.items():
+        if stored.column_order is not None:
+            model.get_submodule(place).input_order = stored.column_order.argsort()
     header = Header(file)
     if TABLE[header.architecture].rotates:
         apply_rotation(decoder_of(model).rotary_emb, header, file)
@@ -109,23 +113,13 @@ class _TensorReader:
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
         if len(info.shape) == 2 and not gguf_name.endswith(self.rules.kernels):
-            order = row_order(gguf_name, info.shape[0], self.rules, self.config)
-            packed, columns = self.file.packed(gguf_name), column_order(gguf_name, self.config)
-            self.matrices[stem] = Stored(gguf_name, order, columns)
-            packed = packed if order is None else take_rows(packed, order)
-            return packed if columns is None else self._in_order(packed, gguf_name, columns)
+            order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
+            self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
+            return packed if order is None else take_rows(packed, order)
         value = floats(self.file, gguf_name)
         if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
             raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
         return from_file(gguf_name, value, self.rules, self.config)
-
-    def _in_order(self, packed: PackedTensor, gguf_name: str, columns: Tensor) -> PackedTensor:
-        if packed.shape[1] != columns.numel():
-            return packed  # a wrong shape; assemble() reports it with the others
-        try:
-            return take_columns(packed, columns)
-        except UnsupportedError as error:
-            raise UnsupportedError(f"{self.file.path}: {gguf_name}: {error.message}", hint=error.hint) from error
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""

@@ -2,7 +2,8 @@
 
     rows        q and k of llama-like models are stored in the order its rotary embedding wants; Falcon's rows of each
                 group of heads [q ..., k, v] as all q, all k, all v. Block formats store whole rows: undone on bytes
-    columns     of what takes Qwen 3.5's value heads in, which lie as its rows do (`column_order`): by whole blocks only
+    columns     of what takes Qwen 3.5's value heads in, which lie as its rows do (`column_order`). Two heads may share a
+                block: a layer of a file keeps them so (QuantizedLinear.input_order), a file is written by whole blocks
     norms       Gemma, Nemotron and Qwen 3.5 keep 1 + w in the file where transformers keeps w
     kernels     of short convolutions, [channels, 1, width] in transformers, are stored [channels, width]
     decay       of Qwen 3.5's states: -exp(A_log) is stored

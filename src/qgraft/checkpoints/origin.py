@@ -13,7 +13,7 @@ because a copied or touched file is the same, and refusing it would cost somebod
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ class Stored:
     Attributes:
         name: of its tensor there.
         row_order: [out] int64, which stored row is row i of the model; None where they agree.
-        column_order: [in] int64, which stored column is column i of the model; None where they agree. It moves whole blocks.
+        column_order: [in] int64, which stored column is column i of the model; None where they agree.
         transposed: whether floats are kept [in, out].
         repeated: the model does not read it, because it is tied to another matrix that it reads.
     """
@@ -140,8 +140,7 @@ def find_origin(model: nn.Module) -> Origin:
 
 def current_matrices(model: nn.Module, origin: Origin) -> list[Matrix]:
     """Every matrix of the container with the model's present bytes and format. Raises CheckpointError."""
-    packed = {path: _weight_at(model, path) for path in origin.matrices}
-    return [Matrix(path, stored, packed[path], packed[path].format) for path, stored in origin.matrices.items()]
+    return [_matrix_at(model, path, stored) for path, stored in origin.matrices.items()]
 
 
 def is_linear(model: nn.Module, path: str) -> bool:
@@ -157,7 +156,7 @@ def changed_source(origin: Origin, what: str) -> CheckpointError:
     )
 
 
-def _weight_at(model: nn.Module, path: str) -> PackedTensor:
+def _matrix_at(model: nn.Module, path: str, stored: Stored) -> Matrix:
     module = model.get_submodule(path)
     if isinstance(module, LoraLayer):
         module = module.base
@@ -167,9 +166,12 @@ def _weight_at(model: nn.Module, path: str) -> PackedTensor:
         )
     packed = module.packed_weight.get()
     try:
-        return checked(packed.parts, packed.format, packed.shape[1])
+        packed = checked(packed.parts, packed.format, packed.shape[1])
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
+    if isinstance(module, QuantizedLinear) and module.input_order is not None:
+        stored = replace(stored, column_order=None)  # the layer keeps its columns as they are stored
+    return Matrix(path, stored, packed, packed.format)
 
 
 def _to_cpu(packed: PackedTensor) -> PackedTensor:

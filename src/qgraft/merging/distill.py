@@ -49,7 +49,7 @@ from qgraft.data.batches import IGNORED, Batch, collate, count_labels, label_wei
 from qgraft.data.tokenizing import Sample
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
-from qgraft.linear import QuantizedLinear
+from qgraft.linear import QuantizedLinear, in_stored_order
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.exact import with_minimums
 from qgraft.merging.layer import has_grid
@@ -167,6 +167,7 @@ def distill(
             layers[path] = _FreeScales(partial(unpack, packed), packed.format, bias)
         else:
             layers[path] = _FreeMinimums(packed, bias)
+        layers[path].register_forward_pre_hook(lambda _, given: (in_stored_order(layer.base, given[0]),))
         return layers[path]
 
     order = random.Random(seed)

@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from qgraft.adapters.exact import BlockLora, MinimumLora, Minimums, blocks, minimums_of
+from qgraft.adapters.exact import BlockLora, MinimumLora, Minimums, blocks, minimums_at
 from qgraft.adapters.lora import Lora, LoraLinear
 from qgraft.errors import UnsupportedError
 from qgraft.formats import Grid, PackedTensor, pack, unpack
@@ -34,7 +34,7 @@ def merge_exactly(
     """
     merged = {}
     for path, layer in layers.items():
-        place = minimums_of(layer.packed.format) if layer.is_packed else None
+        place = minimums_at(layer)
         loras = [(cast(Lora, layer.loras[name]), weight) for name, weight in weights.items() if name in layer.loras]
         if place is None or not all(_changes_minimums(lora, place) for lora, _ in loras):
             continue  # before anything is unpacked

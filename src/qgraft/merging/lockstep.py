@@ -32,6 +32,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
+from qgraft.linear import in_stored_order
 from qgraft.mapped import release
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
 from qgraft.merging.store import WorkDir
@@ -117,15 +118,17 @@ class _SplitLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x of both streams [..., in] -> y of both streams [..., out]."""
-        x_a, x_m = x.reshape(-1, x.shape[-1]).chunk(2)
+        x_a, _ = x.reshape(-1, x.shape[-1]).chunk(2)
         if len(x_a) != len(self.pass_.calibrates):
             raise UnsupportedError(
                 f"merge: {self.path} is given {2 * len(x_a)} tokens, expected all {2 * len(self.pass_.calibrates)}, so "
                 "the adapter's and the merged model's cannot be told apart (a mixture of experts?)",
                 hint=_NO_INPUTS,
             )
-        merged = self._merged(x, x_a, x_m)
-        y_a, y_m = self.layer(x_a), linear(x_m, merged)
+        x = in_stored_order(self.layer.base, x)
+        stored_a, stored_m = x.reshape(-1, x.shape[-1]).chunk(2)
+        merged = self._merged(x, stored_a, stored_m)
+        y_a, y_m = self.layer(x_a), linear(stored_m, merged)
         if (bias := self.layer.base.bias) is not None:
             y_m = y_m + bias.to(y_m.dtype)
         release(*self.layer.packed.parts, *merged.parts)  # the pass comes here once

@@ -37,7 +37,8 @@ from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
-from qgraft.formats import FORMATS, PackedTensor, fitting_format, get_format, misfit_notes, quantize
+from qgraft.formats import FORMATS, PackedTensor, dequantize, fitting_format, get_format, misfit_notes, quantize
+from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.finish import finish
@@ -346,11 +347,11 @@ def _layers_to_merge(
 
 @torch.no_grad()
 def _delta(layer: LoraLinear, weights: Mapping[str, float], rows: slice = ALL_ROWS) -> Tensor:
-    """Some rows of what the active adapters add to the layer's weight, [out, in] float32."""
+    """Some rows of what the active adapters add to the layer's packed weight, [out, in] float32, in its column order."""
     parts = [
         weight * cast(Lora, layer.loras[name]).delta(rows) for name, weight in weights.items() if name in layer.loras
     ]
-    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+    return in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
 
 
 @contextmanager
@@ -360,7 +361,7 @@ def _converted(layers: Mapping[str, LoraLinear], to: str | None) -> Iterator[Non
     try:
         for path in before:
             if (fitting := fitting_format(str(to), layers[path].in_features)) is not None:
-                layers[path].replace(quantize(layers[path].dequantize(), fitting))
+                layers[path].replace(quantize(dequantize(layers[path].packed, torch.float32), fitting))
         yield
     finally:
         for path, packed in before.items():

@@ -180,6 +180,8 @@ class Network:
         if type(layer) is not QuantizedLinear:
             raise UnsupportedError(f"{name} is a {type(layer).__name__}, expected packed weights")
         self._check_plain(layer, name)
+        if self._tensor(layer._buffers, "input_order") is not None:
+            raise UnsupportedError(f"{name} has its columns in another order than its inputs")
         for name, tensor in self._child(layer, "packed_weight").named_buffers():
             self._place(layer.packed_weight._buffers, name, tensor)
         bias = self._tensor(layer._parameters, "bias")
