@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from qgraft.adapters.attach import attach_lora, chosen_layers
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.lora import Lora
 from qgraft.adapters.prefix import encoder_of
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
@@ -46,6 +47,25 @@ def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterato
 def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
     """The parameters of the adapter `name`, in an order that does not depend on what else is on the model."""
     return [parameter for _, parameter in find_adapter(model, name).named_parameters()]
+
+
+def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[float, list[nn.Parameter]]] | None:
+    """The parameters of args.adapter_name in groups, each with its learning rate, as LoRA+ has them; None without LoRA+.
+
+    Always the A of linear layers, what is on embeddings, the B of linear layers, as PEFT's create_loraplus_optimizer has
+    them (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    if args.loraplus_lr_ratio is None:
+        return None
+    factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
+    for part in find_adapter(model, args.adapter_name).parts.values():
+        for name, parameter in part.named_parameters():
+            (embedding if cast(Lora, part).of_embedding else factors[name]).append(parameter)
+    return [
+        (args.learning_rate, factors["lora_A"]),
+        (args.loraplus_lr_embedding, embedding),
+        (args.learning_rate * args.loraplus_lr_ratio, factors["lora_B"]),
+    ]
 
 
 def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:

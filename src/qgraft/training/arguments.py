@@ -22,6 +22,7 @@ from qgraft.adapters.layer_choice import parse_layers
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
+from qgraft.training.combinations import impossible
 from qgraft.training.config_files import CONFIG_SUFFIXES, Named, overrides, read_config, stray_word, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
@@ -72,6 +73,8 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
     exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
+    loraplus_lr_ratio: float | None = _option(None, "LoRA+: B learns at this many times learning_rate; 16.")
+    loraplus_lr_embedding: float = _option(1e-6, "LoRA+: learning rate of adapters on embeddings.")
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
     prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")
@@ -221,15 +224,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
         problems = out_of_range(self)
         if self.quantization_bit not in (None, 4, 8):
             problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
-        if self.quantization_bit is not None and self.quantize is not None:
-            problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
-        if self.exact and self.finetuning_type == "p_tuning":
-            problems.append("exact: a prefix changes no weight; it is an option of a LoRA")
-        if self.cache_frozen_layers and self.finetuning_type == "p_tuning":
-            problems.append("cache_frozen_layers: a prefix is in every layer, so none is frozen")
-        if self.cache_frozen_layers and self.fp16:
-            problems.append("cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16")
-        if problems:
+        if problems := problems + impossible(self):
             raise OptionError("; ".join(problems))
 
 

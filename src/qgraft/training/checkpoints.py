@@ -79,6 +79,12 @@ class Progress:
     eval_loss_before: float | None = None
     stopped: bool = False
 
+    def logged_at(self, step: int) -> None:
+        """What came after the last log is told in that of this step."""
+        self.loss, self.steps = self.loss + self.pending_loss, self.steps + self.pending_steps
+        self.pending_loss, self.pending_steps, self.logged = 0.0, 0, step
+        self.metrics, self.count = {}, 0.0
+
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the sums of a batch to `metrics`; a GPU is waited for once."""
         values = torch.stack([value.double() for value in metrics.values()]).tolist() if metrics else []

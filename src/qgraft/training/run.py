@@ -338,6 +338,7 @@ class Run:
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes.count
         adapter = describe_adapter(self.model, args.adapter_name)
         by_loss = SchedulerType(args.lr_scheduler_type).value in ("reduce_lr_on_plateau", "greedy")
+        loraplus = {} if args.loraplus_lr_ratio is None else {"loraplus_lr_ratio": args.loraplus_lr_ratio}
         base = base_of(self.model).info
         return {
             BASE: None if base is None else base.fingerprint,
@@ -347,6 +348,7 @@ class Run:
             **said_by_reference(self.prepared),
             HELD_OUT: samples_sha256(self.prepared.eval_samples),
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
+            **loraplus,
             **json.loads(json.dumps({**options, **{f"{OF_ADAPTER}{key}": value for key, value in adapter.items()}})),
         }
 

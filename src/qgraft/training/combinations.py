@@ -1,0 +1,20 @@
+"""Options of a run that have no meaning together."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qgraft.training.arguments import TrainArguments
+
+
+def impossible(args: "TrainArguments") -> list[str]:
+    """A line for each combination of `args` that cannot be obeyed."""
+    prefix, cached = args.finetuning_type == "p_tuning", args.cache_frozen_layers
+    both = args.quantization_bit is not None and args.quantize is not None
+    wrong = {
+        "quantize and quantization_bit both say what the weights are packed in; give one of them": both,
+        "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
+        "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
+        "cache_frozen_layers: a prefix is in every layer, so none is frozen": prefix and cached,
+        "cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16": cached and args.fp16,
+    }
+    return [line for line, holds in wrong.items() if holds]
