@@ -216,7 +216,8 @@ class Job:
         generator = torch.Generator()
         generator.set_state(self.random.torch)
         zero = torch.zeros((), device=self._model.device)
-        return HandIn(self.args.adapter_name, step.batches, step.count, generator, zero)
+        alpha = self.args.neftune_noise_alpha
+        return HandIn(self.args.adapter_name, step.batches, step.count, generator, alpha, zero)
 
     def take_back(self, handed: HandIn) -> None:
         """End the step whose gradients are there, and the run with its last one."""

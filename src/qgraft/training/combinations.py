@@ -14,6 +14,10 @@ def impossible(args: "TrainArguments") -> list[str]:
         "quantize and quantization_bit both say what the weights are packed in; give one of them": both,
         "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
         "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
+        "neftune_noise_alpha: stage sft alone learns with noise": args.stage != "sft" and args.neftune_noise_alpha,
+        "cache_frozen_layers: with neftune_noise_alpha other states enter the layers in every epoch": (
+            cached and args.neftune_noise_alpha
+        ),
         "cache_frozen_layers: a prefix is in every layer, so none is frozen": prefix and cached,
         "cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16": cached and args.fp16,
     }
