@@ -23,6 +23,7 @@ from qgraft.adapters.prefix import encoder_of
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
+from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 
 
@@ -107,6 +108,10 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         for name, value in said.items()
         if value != defaults[name] and all(config[name] != value for config in configs)
     ]
+    for name, field, table in zip(("rank_pattern", "alpha_pattern"), ("r", "lora_alpha"), _patterns(args), strict=True):
+        other = {path: getattr(config, field) for path, config in adapter.configs.items()
+                 if (key := first_matching(table, path)) is not None and getattr(config, field) != table[key]}  # fmt: skip
+        wrong += [f"{name}: {path} has {field} {value}" for path, value in list(other.items())[:1]]
     if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
         asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
         if set(asked) != set(adapter.configs):
@@ -157,6 +162,9 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
     if not common.get("exact"):
         common.pop("exact", None)  # as the checkpoints of earlier releases have it, which are compared with this
+    for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if field not in common:
+            common[name] = {path: getattr(config, field) for path, config in adapter.configs.items()}
     return {"kind": adapter.kind, "layers": len(configs), **common}
 
 
@@ -184,6 +192,11 @@ def keep_rows(
     ]
 
 
+def _patterns(args: TrainArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables of ranks and alphas."""
+    return cast(dict[str, Any], args.rank_pattern or {}), cast(dict[str, Any], args.alpha_pattern or {})
+
+
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
     """An adapter of the kind and with the options of `arguments`."""
     name = arguments.adapter_name
@@ -193,5 +206,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         return
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
-        arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact,
+        arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
     )  # fmt: skip

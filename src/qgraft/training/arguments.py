@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.adapters.attach import check_name
 from qgraft.adapters.layer_choice import parse_layers
+from qgraft.adapters.layer_ranks import check_layer_ranks
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
@@ -69,6 +70,8 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     r: int = _option(8, "Rank of the LoRA.")
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
     lora_dropout: float = _option(0.0, "Share of the LoRA's inputs that is zeroed in training.")
+    rank_pattern: dict[str, Any] | str | None = _option(None, "Ranks of single layers, {layers: r}.")  # noqa: RUF009
+    alpha_pattern: dict[str, Any] | str | None = _option(None, "Their lora_alpha likewise.")  # noqa: RUF009
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
@@ -202,6 +205,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.layers_to_transform is not None:
             parse_layers(self.layers_to_transform)
+        check_layer_ranks(self.rank_pattern, self.alpha_pattern)  # type: ignore[arg-type]  # no text any more
         check_name(self.adapter_name)
         if not self.target_modules.strip(", "):
             raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))

@@ -14,6 +14,9 @@ def impossible(args: "TrainArguments") -> list[str]:
         "quantize and quantization_bit both say what the weights are packed in; give one of them": both,
         "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
         "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
+        "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
+            prefix and (args.rank_pattern or args.alpha_pattern)
+        ),
         "neftune_noise_alpha: stage sft alone learns with noise": args.stage != "sft" and args.neftune_noise_alpha,
         "cache_frozen_layers: with neftune_noise_alpha other states enter the layers in every epoch": (
             cached and args.neftune_noise_alpha
