@@ -131,6 +131,9 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     cuda_graphs: str = _option("auto", "GPU: replay passes as CUDA graphs; auto: where starting kernels is slower.")
     memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
+    find_lr: bool = _option(
+        False, "Train nothing; find a learning rate to try, in 40 steps: find_lr.png, find_lr.json."
+    )
     plot_loss: bool = _option(True, "Draw loss.png.")
     save_calibration: bool = _option(True, "Leave some rows, readable, beside a LoRA: it merges without the dataset.")
 

@@ -12,6 +12,12 @@ def impossible(args: "TrainArguments") -> list[str]:
     both = args.quantization_bit is not None and args.quantize is not None
     wrong = {
         "quantize and quantization_bit both say what the weights are packed in; give one of them": both,
+        "find_lr: it trains nothing that do_eval or do_predict could ask": (
+            args.find_lr and (args.do_eval or args.do_predict)
+        ),
+        "find_lr: it goes on from no checkpoint; leave resume_from_checkpoint out": (
+            args.find_lr and args.resume_from_checkpoint
+        ),
         "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
         "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
         "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
