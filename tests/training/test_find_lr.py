@@ -18,7 +18,7 @@ from qgraft.errors import OptionError
 from qgraft.jobs.train import check_jobs
 from qgraft.training import find_lr as module
 from qgraft.training.arguments import parse_arguments
-from qgraft.training.find_lr import find_lr, growing_rates, has_diverged, smooth, suggested_rate
+from qgraft.training.find_lr import growing_rates, has_diverged, smooth, suggested_rate
 from qgraft.training.run import train
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(12)]
@@ -56,7 +56,7 @@ def test_what_is_suggested_is_a_tenth_of_the_rate_with_the_lowest_loss():
 def test_the_losses_are_those_of_a_loop_that_changes_its_rate(options, tiny_gguf, tmp_path):
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
     before = torch.get_rng_state()
-    found = find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", warmup_steps=5, **options))
+    found = qgraft.find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", warmup_steps=5, **options))
     assert torch.equal(before, torch.get_rng_state())
     assert not qgraft.adapter_names(model) and not qgraft.active_adapters(model) and not model.training
     count = len(found.rates)
@@ -87,7 +87,7 @@ def test_an_adapter_that_is_there_keeps_its_weights(tiny_gguf, tmp_path):
         for _, parameter in find_adapter(model, "mine").named_parameters():
             parameter.normal_(0, 0.05)
     before = {key: value.clone() for key, value in find_adapter(model, "mine").state_dict().items()}
-    find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", adapter_name="mine"))
+    qgraft.find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", adapter_name="mine"))
     after = find_adapter(model, "mine").state_dict()
     assert all(torch.equal(value, after[key]) for key, value in before.items())
     assert qgraft.active_adapters(model) == {"other": 1.0}
@@ -112,7 +112,7 @@ def test_the_command_draws_says_what_to_try_and_leaves_room_for_the_run(tiny_ggu
 def test_a_rate_that_is_not_finite_ends_it(tiny_gguf, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "growing_rates", lambda: growing_rates(40, 1e25, 1e35))
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
-    found = find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", plot_loss=True))
+    found = qgraft.find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out", plot_loss=True))
     told = json.loads((tmp_path / "out" / "find_lr.json").read_text())
     assert (
         found.diverged
@@ -122,7 +122,9 @@ def test_a_rate_that_is_not_finite_ends_it(tiny_gguf, tmp_path, monkeypatch):
     )
 
 
-def test_what_has_no_meaning_beside_it_is_refused(tmp_path):
+def test_what_has_no_meaning_beside_it_is_refused(tiny_gguf, tmp_path):
+    with pytest.raises(OptionError, match="find_lr: train"):
+        train(*qgraft.load(tiny_gguf("llama").path), ROWS, arguments(tmp_path, find_lr=True))
     for options in ({"do_train": True, "do_eval": True}, {"resume_from_checkpoint": "auto"}):
         with pytest.raises(OptionError, match="find_lr"):
             arguments(tmp_path, find_lr=True, **options)

@@ -77,6 +77,10 @@ def train(
     """
     check_pair(model, tokenizer)
     check_arguments(args)
+    if args.find_lr:
+        raise OptionError(
+            "find_lr: train() trains", hint="qgraft.find_lr(model, tokenizer, dataset, args) looks for a rate"
+        )
     processes = Processes.of(args)
     with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
         prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
