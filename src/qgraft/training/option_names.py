@@ -1,8 +1,8 @@
 """What options of training are called elsewhere: PEFT, LLaMA-Factory, ChatGLM-Efficient-Tuning, ChatGLM's ptuning/main.py.
 
 Their command lines run here with the program's name changed. So each of their options has a field of TrainArguments, is
-another name of one, or stands below, with why it changes nothing or is not there; none is dropped without a word. Sources: the
-dataclasses of ptuning/arguments.py (both generations have the same) and of glmtuner/hparams, transformers'
+another name of one, or stands below, with why it changes nothing or is not there; none is dropped without a word. Sources:
+the dataclasses of ptuning/arguments.py (both generations have the same) and of glmtuner/hparams, transformers'
 Seq2SeqTrainingArguments.
 """
 
