@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from qgraft.merging.merge import merge, merge_lora, unmerge
     from qgraft.training.arguments import TrainArguments
     from qgraft.training.evaluate import evaluate
+    from qgraft.training.find_lr import find_lr
     from qgraft.training.run import train
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _HOMES = {  # public name -> the module it lives in
     "detach_adapter": "adapters.attach",
     "detach_lora": "adapters.attach",
     "evaluate": "training.evaluate",
+    "find_lr": "training.find_lr",
     "load": "checkpoints.load",
     "load_adapter": "adapter_files.folder",
     "load_lora_state_dict": "adapters.states",
@@ -93,6 +95,7 @@ __all__ = [
     "detach_adapter",
     "detach_lora",
     "evaluate",
+    "find_lr",
     "load",
     "load_adapter",
     "load_lora_state_dict",

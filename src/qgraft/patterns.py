@@ -9,6 +9,7 @@ see.
 """
 
 import re
+from collections.abc import Iterable
 from functools import lru_cache
 from time import monotonic
 from typing import Any
@@ -35,6 +36,20 @@ def is_pattern(text: object, groups: int = 0) -> bool:
 def matches(pattern: str, path: str) -> bool:
     """Whether the whole of `path` matches. Raises ValueError for no pattern, UnsupportedError for one that never ends."""
     return _within(pattern, path, "fullmatch") is not None
+
+
+def is_ending(text: object) -> bool:
+    """Whether it is a regular expression for the end of a path, as the keys of PEFT's tables are."""
+    return isinstance(text, str) and is_pattern(text) and is_pattern(_ending(text))
+
+
+def first_matching(keys: Iterable[str], path: str) -> str | None:
+    """The first key that matches the end of the module path: `(.*\\.)?(key)` all of it. Raises as `matches`."""
+    return next((key for key in keys if matches(_ending(key), path)), None)
+
+
+def _ending(key: str) -> str:
+    return rf"(.*\.)?({key})"
 
 
 def first_group(pattern: str, path: str) -> str | None:

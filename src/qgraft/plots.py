@@ -42,6 +42,32 @@ def plot_losses(metrics: Path, target: Path) -> None:
     storage.write_file(target, buffer.getvalue())
 
 
+def plot_rates(search: Path, target: Path) -> None:
+    """Draw a find_lr.json: the loss of each step over its learning rate, smoothed too, and the rate that is suggested."""
+    from matplotlib.figure import Figure
+
+    found = json.loads(search.read_text(encoding="utf-8"))
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    losses, smoothed = ([math.nan if each is None else each for each in found[key]] for key in ("losses", "smoothed"))
+    axes.plot(found["rates"], losses, ".", color="#9aa5b1", label="loss of the step")
+    axes.plot(found["rates"], smoothed, "-", color="#2f6fb0", linewidth=1.8, label="smoothed")
+    finite = [loss for loss in (*smoothed, *losses) if _finite(loss)]
+    if finite:
+        room = 0.7 * abs(finite[0])  # a loss that diverged would leave none for the others
+        axes.set_ylim(min(finite) - 0.1 * room, max(finite[0], min(finite)) + room)
+    if found["suggested"] is not None:
+        axes.axvline(found["suggested"], color="#3a9a5b", linestyle="--", label=f"suggested: {found['suggested']:g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=3)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    storage.write_file(target, buffer.getvalue())
+
+
 def plot_merge(report: Path, target: Path) -> None:
     """Draw a merge.json: the losses side by side, and what each layer kept of the delta's effect, in the model's order.
 

@@ -16,7 +16,7 @@ WITHOUT = {
     "quantization_bit": "4 or 8, checked by name",
     "local_rank": "put back, a launcher says it", "dataloader_num_workers": "put back", "use_cache": "put back",
     "dataloader_prefetch_factor": "put back", "eval_accumulation_steps": "put back", "torch_empty_cache_steps": "put back",
-    "ddp_bucket_cap_mb": "put back", "neftune_noise_alpha": "refused",
+    "ddp_bucket_cap_mb": "put back",
 }  # fmt: skip
 BESIDES = {"eval_steps": {"eval_strategy": "steps"}, "prefix_dropout": {"pre_seq_len": 3},
            "early_stopping_threshold": {"early_stopping_patience": 1}}  # fmt: skip

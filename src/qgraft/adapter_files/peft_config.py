@@ -20,7 +20,7 @@ from typing import Any, cast
 from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError
-from qgraft.patterns import is_pattern, matches
+from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
 MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quants: PEFT refuses it, as it should
@@ -139,9 +139,7 @@ def _is_share(value: object) -> bool:
 
 
 def _is_table(value: object, right: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(
-        is_pattern(key) and is_pattern(_ending(key)) and right(each) for key, each in value.items()
-    )
+    return isinstance(value, dict) and all(is_ending(key) and right(each) for key, each in value.items())
 
 
 def _are_names(value: object) -> bool:
@@ -200,12 +198,5 @@ def _key(path: str, layers: Iterable[str]) -> str:
 
 def _pattern(patterns: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     """The value of the first key that matches the end of the module path."""
-    for key, value in (patterns or {}).items():
-        if matches(_ending(key), path):
-            return value
-    return default
-
-
-def _ending(key: str) -> str:
-    """The pattern that a path matches which ends in `key`."""
-    return rf"(.*\.)?({key})"
+    key = first_matching(patterns or {}, path)
+    return default if patterns is None or key is None else patterns[key]

@@ -26,6 +26,7 @@ from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.exact import check_exact, make_part
 from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
+from qgraft.adapters.layer_ranks import configs_of
 from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import Prefixes
@@ -50,6 +51,8 @@ def attach_lora(
     name: str = "default",
     layers_to_transform: LayerNumbers | None = None,
     exact: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -63,8 +66,9 @@ def attach_lora(
         layers_to_transform: only targets in these layers of the decoder, "15-29", "15,16" or [15, 16]; None for all.
         exact: change the base's minimums only, so that a merge loses nothing but their rounding; for layers in formats
             with minimums (q4_1, q5_1, q2_k, q4_k, q5_k). A rank above the number of groups of a row adds nothing.
+        rank_pattern, alpha_pattern: ranks and alphas of single layers, see layer_ranks.py.
 
-    Returns the options as a LoraConfig. Raises OptionError for a target that names no linear layer, AdapterError for a
+    Returns the common options as a LoraConfig. Raises OptionError for a name that is of no linear layer, AdapterError for a
     name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
     """
     require_model(model)
@@ -72,7 +76,7 @@ def attach_lora(
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
     config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact)
-    attach_layers(model, name, dict.fromkeys(chosen_layers(model, targets, numbers), config))
+    attach_layers(model, name, configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern))
     return config
 
 

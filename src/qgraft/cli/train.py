@@ -61,6 +61,8 @@ def _work(arguments: "TrainArguments") -> int:
             _check(arguments)
             console = Console(stderr=True)
             model, tokenizer = _load(arguments)
+            if arguments.find_lr:
+                return _find_lr(model, tokenizer, arguments, console)
             report = None
             if arguments.do_train:
                 report = _train(model, tokenizer, arguments, console)
@@ -170,7 +172,7 @@ def _check(arguments: "TrainArguments") -> None:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
     if arguments.output_dir == UNSAID:
         raise OptionError("no output_dir is given", hint="--output_dir out")
-    if arguments.do_train:
+    if arguments.do_train and not arguments.find_lr:
         check_output_dir(arguments)
     if arguments.do_eval:
         check_results(arguments, EVALUATED)
@@ -224,6 +226,26 @@ def _train(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Co
     report = train(model, tokenizer, None, arguments, progress=console)
     _say(report, arguments)
     return report
+
+
+def _find_lr(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> int:
+    """Look for a learning rate, and say what was found."""
+    from qgraft.training.find_lr import find_lr
+    from qgraft.training.output_dir import RATES, RATES_PICTURE
+
+    found = find_lr(model, tokenizer, None, arguments, progress=console)
+    if found.signal is not None:
+        print_note(f"stopped after {len(found.rates)} steps, so no learning rate is suggested")
+        return 128 + found.signal
+    end = "where it diverged" if found.diverged else "the highest that is tried"
+    print(f"{len(found.rates)} steps with learning rates from {found.rates[0]:.1e} to {found.rates[-1]:.1e}, {end}")
+    if found.suggested is None:
+        print("the loss did not fall at any of them, so none is suggested")
+    else:
+        print(f"suggested: --learning_rate {found.suggested:g}")
+    names = f"{RATES} and {RATES_PICTURE}" if arguments.plot_loss else RATES
+    print(f"{names} are in {arguments.output_dir}; no adapter was kept")
+    return 0
 
 
 def _say(report: "TrainReport", arguments: "TrainArguments") -> None:

@@ -22,6 +22,7 @@ from qgraft.data.batches import Batch, count_labels, label_weights
 from qgraft.jobs.segments import Segment, serving_segments
 from qgraft.passes.decoder import label_states, output_head
 from qgraft.passes.loss import weighted_cross_entropy
+from qgraft.passes.neftune import Noisy, noisy_embeddings
 
 
 @dataclass(eq=False)
@@ -32,7 +33,8 @@ class HandIn:
         adapter: the job's adapter on the shared model.
         parts: its batches, each at most the job's budget; each passes the model by itself, in their order.
         count: what the labels weigh that its optimizer step learns; the loss is divided by it.
-        generator: where its dropout is drawn from.
+        generator: where its dropout, and the noise of NEFTune, is drawn from.
+        noise_alpha: how much of that noise its embeddings get; None for none.
         loss: the sum so far; NaN once a part's is not finite, and its later parts are left out.
     """
 
@@ -40,6 +42,7 @@ class HandIn:
     parts: list[Batch]
     count: float
     generator: torch.Generator
+    noise_alpha: float | None
     loss: Tensor
 
 
@@ -68,7 +71,8 @@ def _pass(model: PreTrainedModel, chosen: Sequence[tuple[HandIn, Batch]], label_
     counts = torch.tensor([count_labels(part) for _, part in chosen], device=model.device)
     weights_J = torch.tensor([1.0 / job.count for job, _ in chosen], device=model.device)
     before = [job.generator.get_state() for job, _ in chosen]
-    with serving_segments(model, _segments(chosen)):
+    noisy = [Noisy(part["position_ids"][0], job.noise_alpha, job.generator) for job, part in chosen]
+    with serving_segments(model, _segments(chosen)), noisy_embeddings(model, noisy):
         states_NH, targets_N = label_states(model, batch)
         own_N = torch.cat([_own_weights(part) for _, part in chosen]).to(model.device)
         weights_N = weights_J.repeat_interleave(counts) * own_N

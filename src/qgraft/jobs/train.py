@@ -133,6 +133,7 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
     problems += [f"output_dir {folder} is given to {folders.count(folder)} jobs"
                  for folder in dict.fromkeys(folders) if folders.count(folder) > 1]  # fmt: skip
     problems += [f"{args.output_dir}: stage {args.stage} trains alone" for args in jobs if args.stage != "sft"]
+    problems += [f"{args.output_dir}: find_lr is for a run alone" for args in jobs if args.find_lr]
     problems += [f"{args.output_dir}: do_train is off" for args in jobs if not args.do_train]
     problems += [
         f"{args.output_dir}: {option} acts on the shared base"
@@ -216,7 +217,8 @@ class Job:
         generator = torch.Generator()
         generator.set_state(self.random.torch)
         zero = torch.zeros((), device=self._model.device)
-        return HandIn(self.args.adapter_name, step.batches, step.count, generator, zero)
+        alpha = self.args.neftune_noise_alpha
+        return HandIn(self.args.adapter_name, step.batches, step.count, generator, alpha, zero)
 
     def take_back(self, handed: HandIn) -> None:
         """End the step whose gradients are there, and the run with its last one."""

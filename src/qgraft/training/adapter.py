@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,10 +18,12 @@ from qgraft.adapters.attach import attach_lora, chosen_layers
 from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.lora import Lora
 from qgraft.adapters.prefix import encoder_of
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
+from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 
 
@@ -46,6 +48,25 @@ def adapter_in_training(model: PreTrainedModel, args: TrainArguments) -> Iterato
 def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
     """The parameters of the adapter `name`, in an order that does not depend on what else is on the model."""
     return [parameter for _, parameter in find_adapter(model, name).named_parameters()]
+
+
+def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[float, list[nn.Parameter]]] | None:
+    """The parameters of args.adapter_name in groups, each with its learning rate, as LoRA+ has them; None without LoRA+.
+
+    Always the A of linear layers, what is on embeddings, the B of linear layers, as PEFT's create_loraplus_optimizer has
+    them (Hayou et al. 2024, arXiv:2402.12354).
+    """
+    if args.loraplus_lr_ratio is None:
+        return None
+    factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
+    for part in find_adapter(model, args.adapter_name).parts.values():
+        for name, parameter in part.named_parameters():
+            (embedding if cast(Lora, part).of_embedding else factors[name]).append(parameter)
+    return [
+        (args.learning_rate, factors["lora_A"]),
+        (args.loraplus_lr_embedding, embedding),
+        (args.learning_rate * args.loraplus_lr_ratio, factors["lora_B"]),
+    ]
 
 
 def check_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
@@ -87,6 +108,10 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         for name, value in said.items()
         if value != defaults[name] and all(config[name] != value for config in configs)
     ]
+    for name, field, table in zip(("rank_pattern", "alpha_pattern"), ("r", "lora_alpha"), _patterns(args), strict=True):
+        other = {path: getattr(config, field) for path, config in adapter.configs.items()
+                 if (key := first_matching(table, path)) is not None and getattr(config, field) != table[key]}  # fmt: skip
+        wrong += [f"{name}: {path} has {field} {value}" for path, value in list(other.items())[:1]]
     if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
         asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
         if set(asked) != set(adapter.configs):
@@ -137,6 +162,9 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
     if not common.get("exact"):
         common.pop("exact", None)  # as the checkpoints of earlier releases have it, which are compared with this
+    for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
+        if field not in common:
+            common[name] = {path: getattr(config, field) for path, config in adapter.configs.items()}
     return {"kind": adapter.kind, "layers": len(configs), **common}
 
 
@@ -164,6 +192,11 @@ def keep_rows(
     ]
 
 
+def _patterns(args: TrainArguments) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The tables of ranks and alphas."""
+    return cast(dict[str, Any], args.rank_pattern or {}), cast(dict[str, Any], args.alpha_pattern or {})
+
+
 def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
     """An adapter of the kind and with the options of `arguments`."""
     name = arguments.adapter_name
@@ -173,5 +206,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         return
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
-        arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact,
+        arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
     )  # fmt: skip

@@ -19,9 +19,11 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from qgraft.adapters.attach import check_name
 from qgraft.adapters.layer_choice import parse_layers
+from qgraft.adapters.layer_ranks import check_layer_ranks
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
+from qgraft.training.combinations import impossible
 from qgraft.training.config_files import CONFIG_SUFFIXES, Named, overrides, read_config, stray_word, unknown_option
 from qgraft.training.optimization import check_optimization
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
@@ -68,10 +70,14 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     r: int = _option(8, "Rank of the LoRA.")
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
     lora_dropout: float = _option(0.0, "Share of the LoRA's inputs that is zeroed in training.")
+    rank_pattern: dict[str, Any] | str | None = _option(None, "Ranks of single layers, {layers: r}.")  # noqa: RUF009
+    alpha_pattern: dict[str, Any] | str | None = _option(None, "Their lora_alpha likewise.")  # noqa: RUF009
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
     exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
+    loraplus_lr_ratio: float | None = _option(None, "LoRA+: B learns at this many times learning_rate; 16.")
+    loraplus_lr_embedding: float = _option(1e-6, "LoRA+: learning rate of adapters on embeddings.")
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
     prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")
@@ -125,6 +131,9 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     cuda_graphs: str = _option("auto", "GPU: replay passes as CUDA graphs; auto: where starting kernels is slower.")
     memory_limit: str | None = _option(None, "6GB: the fastest setting that stays below it; auto: what is free.")
     overwrite_output_dir: bool = _option(False, "Replace an earlier run in output_dir, or what one predicted there.")
+    find_lr: bool = _option(
+        False, "Train nothing; find a learning rate to try, in 40 steps: find_lr.png, find_lr.json."
+    )
     plot_loss: bool = _option(True, "Draw loss.png.")
     save_calibration: bool = _option(True, "Leave some rows, readable, beside a LoRA: it merges without the dataset.")
 
@@ -199,6 +208,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.layers_to_transform is not None:
             parse_layers(self.layers_to_transform)
+        check_layer_ranks(self.rank_pattern, self.alpha_pattern)  # type: ignore[arg-type]  # no text any more
         check_name(self.adapter_name)
         if not self.target_modules.strip(", "):
             raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))
@@ -221,15 +231,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
         problems = out_of_range(self)
         if self.quantization_bit not in (None, 4, 8):
             problems.append(f"quantization_bit={self.quantization_bit}: expected 4 or 8")
-        if self.quantization_bit is not None and self.quantize is not None:
-            problems.append("quantize and quantization_bit both say what the weights are packed in; give one of them")
-        if self.exact and self.finetuning_type == "p_tuning":
-            problems.append("exact: a prefix changes no weight; it is an option of a LoRA")
-        if self.cache_frozen_layers and self.finetuning_type == "p_tuning":
-            problems.append("cache_frozen_layers: a prefix is in every layer, so none is frozen")
-        if self.cache_frozen_layers and self.fp16:
-            problems.append("cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16")
-        if problems:
+        if problems := problems + impossible(self):
             raise OptionError("; ".join(problems))
 
 

@@ -37,8 +37,8 @@ OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
 STATE, PROGRESS = "trainer_state.json", "progress.json"
 BASE, HELD_OUT = "base (fingerprint)", "held-out rows (SHA-256 of the samples)"
 OF_ADAPTER = "adapter: "
-_OF_ITS_SHAPE = {"kind", "layers", "r", "target_modules", "layers_to_transform", "pre_seq_len", "prefix_projection",
-                 "prefix_hidden_size", "layout"}  # fmt: skip
+_OF_ITS_SHAPE = {"kind", "layers", "r", "rank_pattern", "target_modules", "layers_to_transform", "pre_seq_len", 
+                 "prefix_projection", "prefix_hidden_size", "layout"}  # fmt: skip
 NEVER_FORCED = {BASE, *(OF_ADAPTER + name for name in _OF_ITS_SHAPE)}
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -78,6 +78,12 @@ class Progress:
     count: float = 0.0
     eval_loss_before: float | None = None
     stopped: bool = False
+
+    def logged_at(self, step: int) -> None:
+        """What came after the last log is told in that of this step."""
+        self.loss, self.steps = self.loss + self.pending_loss, self.steps + self.pending_steps
+        self.pending_loss, self.pending_steps, self.logged = 0.0, 0, step
+        self.metrics, self.count = {}, 0.0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
         """Add the sums of a batch to `metrics`; a GPU is waited for once."""

@@ -11,7 +11,7 @@ import yaml
 
 from qgraft.errors import OptionError, near_match, worded
 from qgraft.json_files import parse_json
-from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
+from qgraft.training.option_names import ALIASES, NOT_THERE, WITHOUT_EFFECT
 from qgraft.training.option_types import NAMES
 
 CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
@@ -131,6 +131,8 @@ def unknown_option(kind: Any, name: str, *, translated: bool = True) -> NoReturn
         raise OptionError(f"unknown option {name!r}", hint=f"it is called {ALIASES[name]} here")
     if name in WITHOUT_EFFECT:
         raise OptionError(f"unknown option {name!r}", hint=f"leave it out: {WITHOUT_EFFECT[name]}")
+    if name in NOT_THERE:
+        raise OptionError(f"unknown option {name!r}", hint=NOT_THERE[name])
     known = [field.name for field in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT] * translated
     listed = worded(flags="`qgraft train --help`", python="help(qgraft.TrainArguments)") + " lists the options"
     raise OptionError(f"unknown option {name!r}", hint=near_match(name, known) or listed)

@@ -34,7 +34,7 @@ from qgraft.compat import activation_checkpointing
 from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
-from qgraft.training.adapter import take_trained, trained_parameters
+from qgraft.training.adapter import learning_rates, take_trained, trained_parameters
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.broken import check_held_out, where_it_comes_from
 from qgraft.training.callbacks import StopOnSignal
@@ -135,7 +135,8 @@ class TrainingLoop:
         self._left.enter_context(activation_checkpointing(self.model, self.args))
         self.model.train()
         self.parameters = trained_parameters(self.model, self.args.adapter_name)
-        self.optimization = Optimization(self.args, self.parameters, self.plan.steps)
+        rates = learning_rates(self.model, self.args)
+        self.optimization = Optimization(self.args, self.parameters, self.plan.steps, rates)
         optimization = {"optimizer": self.optimization.optimizer, "lr_scheduler": self.optimization.schedule}
         self.events.context |= optimization
         graphs = graphs_of(self.model, self.args, self.objective, self.parameters, self.tokens_per_pass, self.say)
@@ -327,14 +328,8 @@ class TrainingLoop:
             sums = torch.tensor([done.metrics.get(name, 0.0) for name in self.objective.names], dtype=torch.float64)
             added = self.processes.add(sums.to(self.model.device)).tolist()
             logs |= self.objective.means(dict(zip(self.objective.names, added, strict=True)), done.count)
-        self._drain()
+        done.logged_at(self.events.state.global_step)
         self.events.log(logs)
-
-    def _drain(self) -> None:
-        done = self.progress
-        done.loss, done.steps = done.loss + done.pending_loss, done.steps + done.pending_steps
-        done.pending_loss, done.pending_steps, done.logged = 0.0, 0, self.events.state.global_step
-        done.metrics, done.count = {}, 0.0
 
     def _evaluate(self) -> bool:
         """Measure the held-out loss, and say whether it is the lowest so far."""

@@ -33,9 +33,16 @@ class Optimization:
         norm: that of the gradient of the last step, before clipping.
     """
 
-    def __init__(self, args: "TrainArguments", parameters: Sequence[nn.Parameter], steps: int) -> None:
+    def __init__(
+        self,
+        args: "TrainArguments",
+        parameters: Sequence[nn.Parameter],
+        steps: int,
+        rates: Sequence[tuple[float, Sequence[nn.Parameter]]] | None = None,
+    ) -> None:
+        """`rates`: the parameters in groups, each with its peak learning rate; None for args.learning_rate for all."""
         self.gradients = Gradients(parameters)
-        self.optimizer = _make_optimizer(args, parameters)
+        self.optimizer = _make_optimizer(args, rates or [(args.learning_rate, parameters)])
         self.schedule: Any = get_scheduler(
             args.lr_scheduler_type, self.optimizer, num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=steps, scheduler_specific_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs),
@@ -47,7 +54,7 @@ class Optimization:
 
     @property
     def rate(self) -> float:
-        """The learning rate of the next step."""
+        """The learning rate of the next step, of the first group."""
         return float(self.schedule.get_last_lr()[0])
 
     def backward(self, loss: Tensor) -> None:
@@ -122,12 +129,15 @@ def follows_loss(schedule: Any) -> bool:
     return not isinstance(schedule, LambdaLR)
 
 
-def _make_optimizer(args: "TrainArguments", parameters: Sequence[nn.Parameter]) -> Optimizer:
-    """The optimizer of args.optim. Weights decay, biases do not."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": args.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+def _make_optimizer(args: "TrainArguments", rates: Sequence[tuple[float, Sequence[nn.Parameter]]]) -> Optimizer:
+    """The optimizer of args.optim for parameters with these learning rates. Weights decay, biases do not."""
+    groups: list[dict[str, Any]] = []
+    for rate, parameters in rates:
+        for decay, chosen in (
+            (args.weight_decay, [p for p in parameters if p.dim() > 1]),
+            (0.0, [p for p in parameters if p.dim() <= 1]),
+        ):
+            groups.append({"params": chosen, "weight_decay": decay, "lr": rate})
     kind, options = _OPTIMIZERS[OptimizerNames(args.optim).value]
     if kind is torch.optim.AdamW:
         options = {**options, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
@@ -135,7 +145,8 @@ def _make_optimizer(args: "TrainArguments", parameters: Sequence[nn.Parameter]) 
     return optimizer
 
 
-OF_OPTIMIZER = {"optim", "lr_scheduler_type", "learning_rate"}  # with another one its state says nothing
+# with another one of these an optimizer's state says nothing
+OF_OPTIMIZER = {"optim", "lr_scheduler_type", "learning_rate", "loraplus_lr_ratio"}
 _OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "adamw_torch_fused": (torch.optim.AdamW, {"fused": True}),
     "adamw_torch": (torch.optim.AdamW, {}),

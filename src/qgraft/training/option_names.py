@@ -1,8 +1,8 @@
 """What options of training are called elsewhere: PEFT, LLaMA-Factory, ChatGLM-Efficient-Tuning, ChatGLM's ptuning/main.py.
 
 Their command lines run here with the program's name changed. So each of their options has a field of TrainArguments, is
-another name of one, or stands below with the reason why it changes nothing; none is dropped without a word. Sources: the
-dataclasses of ptuning/arguments.py (both generations have the same) and of glmtuner/hparams, transformers'
+another name of one, or stands below, with why it changes nothing or is not there; none is dropped without a word. Sources:
+the dataclasses of ptuning/arguments.py (both generations have the same) and of glmtuner/hparams, transformers'
 Seq2SeqTrainingArguments.
 """
 
@@ -40,6 +40,11 @@ ALIASES = {  # name elsewhere -> ours
     "dpo_label_smoothing": "label_smoothing",
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
+}
+
+NOT_THERE = {  # name elsewhere -> what to do instead
+    "use_dora": "DoRA is not there: leave it out, or train it with PEFT on the float model",
+    **dict.fromkeys(("pissa_init", "init_lora_weights"), "a LoRA begins with B at zero: leave it out"),
 }
 
 _PACKING = (

@@ -42,6 +42,7 @@ from qgraft.training.optimization import STATES
 from qgraft.training.reference import REFERENCE
 
 RUN = "run.json"
+RATES, RATES_PICTURE = "find_lr.json", "find_lr.png"  # of no run: one may begin beside them
 LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
 _WITHOUT_RESULT = {METRICS, RUN, REFERENCE, "runs", "loss.png"}  # of a run that has no checkpoint yet
 
@@ -92,7 +93,8 @@ def check_output_dir(args: TrainArguments) -> Earlier:
     with storage.named_errors(folder):  # a name too long, or with a zero in it
         if folder.exists() and not folder.is_dir():
             raise StorageError(f"output_dir {folder} is a file, expected a folder")
-        names = sorted(path.name for path in folder.iterdir() if path.name[0] != ".") if folder.is_dir() else []
+        every = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        names = sorted(name for name in every if name[0] != "." and name not in (RATES, RATES_PICTURE))
     if goes_on_from_newest(args):
         return _newest(args, folder, names)
     if str(args.resume_from_checkpoint or "none").lower() in ("false", "none", "0"):

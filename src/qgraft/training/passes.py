@@ -6,7 +6,7 @@ cuda_graphs   auto   where a pass takes longer to start than to compute, which i
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.graphed import GraphedPasses, launch_bound, why_eager
 from qgraft.passes.loss import check_gradient
+from qgraft.passes.neftune import Noisy, noisy_embeddings
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
@@ -59,7 +60,9 @@ class Passes:
         replayed = None if self.graphs is None else self.graphs.learn(batch, count)
         if replayed is not None:
             return Outcome(replayed)
-        with torch.autocast("cuda", torch.float16, enabled=self.args.fp16):
+        alpha = self.args.neftune_noise_alpha
+        noise = noisy_embeddings(self.model, [Noisy(batch["position_ids"][0], alpha)]) if alpha else nullcontext()
+        with noise, torch.autocast("cuda", torch.float16, enabled=self.args.fp16):
             outcome = self.objective.outcome(self.model, batch)
             loss = outcome.loss / count
         check_gradient(self.model, loss)
@@ -107,6 +110,7 @@ def _why_not(model: PreTrainedModel, args: TrainArguments) -> str | None:
         "gradient checkpointing runs layers again in the backward pass": asks_for_checkpointing(args),
         "fp16 computes by autocast, with a scaled loss": args.fp16,
         "cache_frozen_layers reads from the disk in a pass": args.cache_frozen_layers,
+        "neftune_noise_alpha draws other noise in every pass": bool(args.neftune_noise_alpha),
         "full_determinism: which passes are replayed depends on those before": args.full_determinism,
         "several processes add up their gradients": args.world_size > 1,
         "memory_limit leaves no room that was not asked for": args.cuda_graphs == "auto"

@@ -20,6 +20,7 @@ RANGES = {
     "early_stopping_patience": COUNT, "early_stopping_threshold": AMOUNT, "ddp_timeout": COUNT,
     "beta": ABOVE_0, "label_smoothing": SHARE, "simpo_gamma": AMOUNT, "rpo_alpha": AMOUNT,
     "desirable_weight": AMOUNT, "undesirable_weight": AMOUNT,
+    "neftune_noise_alpha": AMOUNT, "loraplus_lr_ratio": ABOVE_0, "loraplus_lr_embedding": AMOUNT,
     "r": RANK, "lora_alpha": ABOVE_0, "lora_dropout": SHARE,
     "pre_seq_len": COUNT, "prefix_dropout": SHARE,
     "max_length": LENGTH, "max_tokens_per_pass": Range(0, 2**31 - 1, whole=True),

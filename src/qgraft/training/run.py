@@ -77,6 +77,10 @@ def train(
     """
     check_pair(model, tokenizer)
     check_arguments(args)
+    if args.find_lr:
+        raise OptionError(
+            "find_lr: train() trains", hint="qgraft.find_lr(model, tokenizer, dataset, args) looks for a rate"
+        )
     processes = Processes.of(args)
     with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
         prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
@@ -338,6 +342,7 @@ class Run:
         size = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.processes.count
         adapter = describe_adapter(self.model, args.adapter_name)
         by_loss = SchedulerType(args.lr_scheduler_type).value in ("reduce_lr_on_plateau", "greedy")
+        loraplus = {} if args.loraplus_lr_ratio is None else {"loraplus_lr_ratio": args.loraplus_lr_ratio}
         base = base_of(self.model).info
         return {
             BASE: None if base is None else base.fingerprint,
@@ -347,6 +352,7 @@ class Run:
             **said_by_reference(self.prepared),
             HELD_OUT: samples_sha256(self.prepared.eval_samples),
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
+            **loraplus,
             **json.loads(json.dumps({**options, **{f"{OF_ADAPTER}{key}": value for key, value in adapter.items()}})),
         }
 

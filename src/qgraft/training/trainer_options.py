@@ -48,6 +48,7 @@ MOST_USED = {  # of transformers' options, in the short help: name -> text
     "weight_decay": "Of AdamW.",
     "max_grad_norm": "Gradients are clipped to this norm.",
     "optim": "Optimizer.",
+    "neftune_noise_alpha": "NEFTune: noise on the embeddings of what is learned, as 5; of each sample's length.",
     "eval_steps": "Steps between evaluations.",
     "save_strategy": "no, steps or epoch.",
     "save_steps": "Steps between checkpoints.",
@@ -65,6 +66,7 @@ HONOURED = {
     "num_train_epochs", "max_steps",
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "optim", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "label_smoothing_factor",
+    "neftune_noise_alpha",
     "bf16", "fp16", "bf16_full_eval", "fp16_full_eval", "tf32",
     "gradient_checkpointing", "gradient_checkpointing_kwargs", "activation_checkpointing", "activation_checkpointing_kwargs",
     "logging_strategy", "logging_steps", "logging_first_step", "log_level",
@@ -137,7 +139,6 @@ WITHOUT_NEED = {  # why it changes no result
 REFUSED = {  # why it cannot be obeyed
     "optim_args": "the optimizers that read it are not supported",
     "optim_target_modules": "the optimizers that read it are not supported",
-    "neftune_noise_alpha": "its noise is scaled by the length of a padded row, and there are none here",
     "auto_find_batch_size": "it tries again with other batches, so with another result; memory_limit keeps them",
     "logging_nan_inf_filter": "steps whose loss is not finite are skipped, counted, and end the run when they go on",
     "ignore_data_skip": "a run goes on where it stopped, to the same result",

@@ -1,0 +1,33 @@
+"""Options of a run that have no meaning together."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qgraft.training.arguments import TrainArguments
+
+
+def impossible(args: "TrainArguments") -> list[str]:
+    """A line for each combination of `args` that cannot be obeyed."""
+    prefix, cached = args.finetuning_type == "p_tuning", args.cache_frozen_layers
+    both = args.quantization_bit is not None and args.quantize is not None
+    wrong = {
+        "quantize and quantization_bit both say what the weights are packed in; give one of them": both,
+        "find_lr: it trains nothing that do_eval or do_predict could ask": (
+            args.find_lr and (args.do_eval or args.do_predict)
+        ),
+        "find_lr: it goes on from no checkpoint; leave resume_from_checkpoint out": (
+            args.find_lr and args.resume_from_checkpoint
+        ),
+        "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
+        "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
+        "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
+            prefix and (args.rank_pattern or args.alpha_pattern)
+        ),
+        "neftune_noise_alpha: stage sft alone learns with noise": args.stage != "sft" and args.neftune_noise_alpha,
+        "cache_frozen_layers: with neftune_noise_alpha other states enter the layers in every epoch": (
+            cached and args.neftune_noise_alpha
+        ),
+        "cache_frozen_layers: a prefix is in every layer, so none is frozen": prefix and cached,
+        "cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16": cached and args.fp16,
+    }
+    return [line for line, holds in wrong.items() if holds]
