@@ -231,6 +231,11 @@ QWEN35: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
     "another width of values": ({"ssm.inner_size": 64}, {}, "inner_size: got 64, expected ssm.state_size times"),
     "other layers": ({"attention.recurrent_layers": [False, True, True, True]}, {}, "recurrent_layers: got .*full_att"),
     "no attention where it is": ({"full_attention_interval": 2}, {}, r"missing model\.layers\.1\.self_attn"),
+    "heads that do not come out even": ({"ssm.group_count": 3}, {}, "ssm.group_count: got 3, expected a divisor of"),
+    "heads past all tensors": ({"ssm.inner_size": None, "ssm.time_step_rank": 2**31 - 1}, {}, "rank: got 2147483647"),
+    "rotations that texts leave out": ({"rope.dimension_sections": [0, 10, 11, 11]}, {}, "dimension_sections: got .*three"),
+    "sections behind which a fourth one is": ({"rope.dimension_sections": [1, 1, 1, 1]}, {}, "dimension_sections: got"),
+    "too few sections": ({"rope.dimension_sections": [11, 11, 10]}, {}, "dimension_sections: got .*expected four"),
     "growth": ({}, {"blk.0.ssm_a": np.ones(4, np.float32)}, "blk.0.ssm_a: expected negative numbers"),
 }  # fmt: skip
 

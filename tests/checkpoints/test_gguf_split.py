@@ -217,3 +217,18 @@ def test_inspect_shows_the_model_whatever_part_is_given(parts: list[Path], capsy
     assert shown[0] == shown[1] == shown[2]
     assert shown[0]["parts"] == [path.name for path in parts]
     assert shown[0]["bytes"] == sum(path.stat().st_size for path in parts)
+
+
+def test_commands_for_llamacpp_name_the_first_part(
+    parts: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It refuses to load any other one; and Ollama reads models in one file alone."""
+    model, _ = qgraft.load(parts[1], device="cpu")
+    qgraft.attach_lora(model, r=2)
+    qgraft.save_adapter(model, tmp_path / "out")
+    words = ["export", "--model", str(parts[1]), "--adapter", str(tmp_path / "out")]
+    assert main.main([*words, "--to", "gguf-lora", "--output", str(tmp_path / "lora.gguf")]) == 0
+    assert f"llama-cli -m {parts[0]} --lora" in capsys.readouterr().out
+    assert main.main([*words, "--to", "ollama", "--output", str(tmp_path / "ollama")]) == 2
+    assert f"llama-gguf-split --merge {parts[0]} model.gguf" in capsys.readouterr().err
+    assert not (tmp_path / "ollama").exists()

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import yaml
 
 from qgraft.cli.main import main
@@ -34,6 +35,27 @@ def test_train_and_eval(tiny_gguf, tmp_path, capsys):
     results = json.loads(capsys.readouterr().out)["results"]
     (name,) = results.keys() - {"base"}
     assert results[name]["rewards/margins"] > 0
+
+
+def test_eval_measures_the_loss_that_was_learned(tiny_gguf, tmp_path, capsys):
+    """Its numbers too: held-out losses of training come again, which those of the defaults would not."""
+    rows, model = tmp_path / "rows.jsonl", str(tiny_gguf("llama").path)
+    rows.write_text("".join(json.dumps({"prompt": f"ask {i}", "chosen": f"yes {i}", "rejected": f"no {i}"}) + "\n"
+                            for i in range(6)))  # fmt: skip
+    loss = ["--stage", "simpo", "--beta", "2", "--simpo_gamma", "1.5", "--label_smoothing", "0.1", "--rpo_alpha", "0.3"]
+    out = str(tmp_path / "out")
+    words = ["--dataset", str(rows), "--eval_dataset", str(rows), "--output_dir", out, "--learning_rate", "1e-2"]
+    assert main(["train", "--model_name_or_path", model, *words, "--max_steps", "2", "--use_cpu", *loss]) == 0
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    capsys.readouterr()
+    results = []
+    for said in (loss, loss[:4]):
+        assert main(["eval", "--model", model, "--adapter", out, "--dataset", str(rows), *said, "--json"]) == 0
+        results.append(json.loads(capsys.readouterr().out)["results"]["out"]["loss"])
+    expected = min(each["eval_loss"] for each in logged if "eval_loss" in each)
+    assert results[0] == pytest.approx(expected, rel=1e-4)
+    assert results[1] != pytest.approx(expected, rel=1e-2)
+    assert main(["eval", "--model", model, "--dataset", str(rows), "--stage", "dpo", "--rpo_alpha", "nan"]) == 2
 
 
 def test_what_does_not_go_together_is_said(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """Rows that say which answers are preferred, in all forms; and what is judged of them."""
 
 import json
+from functools import partial
 
 import pytest
 
@@ -116,6 +117,19 @@ def test_rows_of_another_stage_name_theirs():
     with pytest.raises(DataError, match="holds no chosen") as error:
         read_preferences([{"prompt": "q", "completion": "a"}])
     assert "stage kto" in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("read", "row"),
+    [(read_dataset, {"prompt": "q", "rejected": "b", "chosen": "a"}),
+     (partial(read_preferences, labelled=True), {"prompt": "q", "rejected": "b", "chosen": "a"}),
+     (read_preferences, {"prompt": "q", "rejected": "b", "better": "a"}),
+     (read_preferences, {"prompt": "q", "worse": "b", "better": "a"})],
+)  # fmt: skip
+def test_no_hint_takes_a_column_of_a_pair_for_the_answer(read, row):
+    with pytest.raises(DataError) as error:
+        read([row])
+    assert not any(f"response_column {column}" in str(error.value) for column in row)
 
 
 def test_entries_of_llamafactory(tmp_path):

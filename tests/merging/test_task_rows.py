@@ -70,6 +70,32 @@ def test_kept_rows_are_those_that_the_training_set_gives(tiny_gguf, rows, tmp_pa
         find_rows(model, tokenizer, None, None, [trained], {}, 3)
 
 
+@pytest.mark.parametrize("val_size", [0.0, 0.25])
+@pytest.mark.parametrize("stage", ["dpo", "kto"])
+def test_a_training_set_of_preferences_gives_the_answers_that_were_learned(tiny_gguf, tmp_path, stage, val_size):
+    """Those chosen or wanted, which a run keeps: merging without what it kept goes by the same rows."""
+    model, tokenizer = qgraft.load(tiny_gguf().path)
+    pairs = [{"prompt": f"question {i}", "chosen": f"good {i} " * 3, "rejected": f"bad {i}"} for i in range(24)]
+    single = [{"prompt": f"question {i}", "completion": f"answer {i} " * 3, "label": i % 3 > 0} for i in range(24)]
+    task = write_rows(tmp_path / "task.jsonl", single if stage == "kto" else pairs)
+    options = {"dataset": task, "stage": stage, **({"val_size": val_size} if val_size else {})}
+    args = options_of(tmp_path / "out", **options)
+    learned, held, accounting, _ = prepare_samples(model, tokenizer, None, None, args, 128, [])
+    answers = [[each.texts[0] for each in part if each.desirable is not False] for part in (learned, held)]
+    kept = keep_samples(tokenizer, *answers, args.seed)
+    trained = {**options, "rows_sha256": accounting.sha256}
+    named = find_rows(model, tokenizer, None, None, [trained], {}, 3)
+    assert numbers(named) == numbers(find_rows(model, tokenizer, None, None, [trained], {}, 3, [kept]))
+    assert named.held_out == bool(val_size)
+    answered = write_rows(
+        tmp_path / "other.jsonl", [{"prompt": f"ask {i}", "response": "well " * 9} for i in range(24)]
+    )
+    assert find_rows(model, tokenizer, answered, None, [trained], {}, 3).fit
+    write_rows(Path(task), pairs[:20] if stage == "dpo" else single[:20])
+    with pytest.raises(DataError, match="holds other rows than the adapter was trained with"):
+        find_rows(model, tokenizer, None, None, [trained], {}, 3)
+
+
 @pytest.mark.parametrize("generation", ["chatglm", "chatglm2"])
 def test_kept_rows_of_tokenizers_that_write_prompts(tiny_chatglm, rows, tmp_path, generation):
     model, tokenizer = qgraft.load(tiny_chatglm(generation))

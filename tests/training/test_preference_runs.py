@@ -151,6 +151,9 @@ def test_rows_of_the_other_kind_are_refused(tiny_gguf, tmp_path):
     assert "rows:1" in str(error.value) and error.value.hint
     with pytest.raises(DataError, match="which stage kto learns"):
         run(tiny_gguf, tmp_path / "out", SINGLE)
+    with pytest.raises(DataError, match="is the only row, of those learned or of those held out") as error:
+        run(tiny_gguf, tmp_path / "out", SINGLE, stage="kto", val_size=1)
+    assert "hold out more rows" in error.value.hint
     with pytest.raises(DataError, match="is the only row"):
         run(tiny_gguf, tmp_path / "out", SINGLE[:1], stage="kto")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())

@@ -237,6 +237,8 @@ def test_a_trained_output_layer_gets_its_gradient():
         ("kto", {"loss_type": "hinge"}, "loss_type='hinge': stage kto has kto, apo_zero_unpaired"),
         ("dpo", {"desirable_weight": 2.0}, "desirable_weight: loss_type sigmoid does not read it"),
         ("dpo", {"loss_type": "robust", "label_smoothing": 0.5}, "below 0.5"),
+        ("dpo", {"label_smoothing": 0.7}, "label_smoothing=0.7: expected the share .* below 0.5"),
+        ("simpo", {"label_smoothing": 0.5}, "below 0.5"),
         ("dpo", {"loss_type": "exo_pair"}, "needs label_smoothing above 0"),
         ("dpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing: loss_type hinge does not read it"),
         ("simpo", {"rpo_alpha": 1.0, "desirable_weight": 1.0}, "desirable_weight"),

@@ -50,6 +50,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     if header.architecture == "lfm2":
         values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
     if header.architecture == "qwen35":
+        if header.count("ssm.time_step_rank") % header.count("ssm.group_count"):
+            raise header.wrong("ssm.group_count", "a divisor of ssm.time_step_rank")
         values |= {
             "linear_value_head_dim": header.count("ssm.state_size"),
             "layer_types": [
@@ -111,7 +113,8 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count"]
+    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count", "ssm.conv_kernel",
+                "ssm.group_count", "ssm.state_size", "ssm.time_step_rank"]  # fmt: skip
     if header.architecture == "lfm2":
         optional.remove("attention.head_count_kv")  # by _key_heads
     problems: list[QgraftError] = []

@@ -88,6 +88,19 @@ def _same(what: str, value: Callable[[Header], float]) -> Must:
     return Must(lambda header, got: _near(got, (value(header),)), what)
 
 
+def _positions_of_texts(header: Header, sections: Any) -> bool:
+    """Whether every rotated pair is in one of the first three sections, interleaved: in the fourth a text's position is 0."""
+    if (
+        not isinstance(sections, list)
+        or len(sections) != 4
+        or not all(type(each) is int and each >= 0 for each in sections)
+    ):
+        return False
+    return any(sections) and all(
+        place < 3 * sections[place % 3] for place in (pair % sum(sections) for pair in range(header.rotated // 2))
+    )
+
+
 def _whole_context(header: Header, window: Any) -> bool:
     """A window that nothing of the context is outside of, or none."""
     return window in (0, None) or (is_number(window) and window >= header.count("context_length"))
@@ -281,8 +294,10 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          "ssm.time_step_rank": "linear_num_value_heads"},
         {**_ROPE, **_PART, INTERVAL: "every so many layers one has attention, 4 where it is absent",
          DRAFTS: "last layers, which only draft; they are left as they are"},
-        ignored={"rope.dimension_sections": "a text has the same positions in all of them"},
         musts={
+            "rope.dimension_sections": Must(
+                _positions_of_texts, "four numbers whose first three sections take in all that is rotated"
+            ),
             "ssm.inner_size": _same("ssm.state_size times ssm.time_step_rank",
                                     lambda header: header.count("ssm.state_size") * header.count("ssm.time_step_rank")),
             "attention.recurrent_layers": Must(lambda header, got: got == [

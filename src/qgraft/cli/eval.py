@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 
 from qgraft.cli.options import Parser, comma_lines, load_with_adapters, number_in, print_json, true_or_false
-from qgraft.ranges import ABOVE_0, LENGTH
+from qgraft.ranges import LENGTH
+from qgraft.training.ranges import RANGES
+
+NUMBERS = ("beta", "label_smoothing", "desirable_weight", "undesirable_weight", "simpo_gamma", "rpo_alpha")
 
 
 def run(words: Sequence[str]) -> int:
@@ -30,7 +33,10 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--stage", default="sft", help="rows of preferences: dpo, ipo, orpo, simpo or kto")
     parser.add_argument("--loss_type", help="which loss of preferences, as in training")
-    parser.add_argument("--beta", type=number_in(ABOVE_0), help="how much the base holds back (default 0.1)")
+    for number in NUMBERS:
+        parser.add_argument(
+            f"--{number}", type=number_in(RANGES[number]), help="of the loss of preferences, as in training"
+        )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
@@ -48,7 +54,7 @@ def run(words: Sequence[str]) -> int:
             system=options.system, name=options.name, author=options.author, max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
             allow_outside_files=options.allow_outside_files, stage=options.stage, loss_type=options.loss_type,
-            beta=options.beta, progress=True,
+            progress=True, **{name: getattr(options, name) for name in NUMBERS},
         ).as_dict()  # fmt: skip
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})

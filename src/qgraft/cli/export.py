@@ -122,13 +122,24 @@ def _gguf_lora(model: Any, target: Path, name: str, options: argparse.Namespace,
     base = shlex.quote(str(model.qgraft.info.source))
     system = arguments.get("system")
     prompt = f" -sys {shlex.quote(system)}" if isinstance(system, str) else ""
-    beside = base if model.qgraft.info.container == "gguf" else "BASE.gguf"
+    files = _files(model)
+    beside = shlex.quote(files[0]) if files else "BASE.gguf"
     return (
         f"{target}: GGUF-LoRA for {done.architecture}, {done.layers} layers, {done.parameters:,} values in {dtype}, "
         f"{done.nbytes:,} bytes\n\n"
         f"  llama-cli -m {beside} --lora {shlex.quote(str(target))}{prompt}\n"
         f"  qgraft chat --model {base} --adapter {shlex.quote(str(target))}"
     )
+
+
+def _files(model: Any) -> list[str]:
+    """The GGUF files of the base; llama.cpp is given the first. None where it has other files."""
+    from qgraft.checkpoints.gguf_split import read_model
+
+    if model.qgraft.info.container != "gguf":
+        return []
+    file = read_model(model.qgraft.info.source)
+    return [str(part.path) for part in file.parts or (file,)]
 
 
 def _ollama(
@@ -146,6 +157,11 @@ def _ollama(
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "a Modelfile")
     targets.check_folder_target(target)
+    if len(files := _files(model)) > 1:
+        raise OptionError(
+            f"qgraft export --to ollama: {options.model} is a model in {len(files)} files, and Ollama reads one",
+            hint=f"make one file of it: llama-gguf-split --merge {shlex.quote(files[0])} model.gguf",
+        )
     base = Path(model.qgraft.info.source).resolve()
     if model.qgraft.info.container == "folder":
         base = Path("model.gguf")

@@ -13,7 +13,7 @@ from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import DataError
 
-Row = TypeVar("Row", Sample, Preference)
+Row = TypeVar("Row", bound=Sample | Preference)
 
 
 def hold_out(samples: Sequence[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -135,8 +135,9 @@ def mismatched(preferences: Sequence[Preference], max_length: int) -> list[Prefe
     """Single answers, each with its prompt in front of the answer of the row before, as far as max_length goes."""
     if len(preferences) == 1:
         raise DataError(
-            f"{preferences[0].source} is the only row; kto also puts the answer of one row behind the prompt of another",
-            hint="give more rows, or loss_type apo_zero_unpaired, which needs no others",
+            f"{preferences[0].source} is the only row, of those learned or of those held out; kto also puts the answer of "
+            "one row behind the prompt of another",
+            hint="give or hold out more rows, or loss_type apo_zero_unpaired, which needs no others",
         )
     found = []
     for number, each in enumerate(preferences):

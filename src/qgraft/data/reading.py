@@ -262,7 +262,8 @@ def _read_item(
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
         known = schemas() if reader is _answered else PREFERENCES
-        raise DataError(f"{item.name}: {why}", hint=column_flags(unread, item.layout) or known)
+        told = None if reader is read_pair else column_flags(unread, item.layout)  # a pair has no one answer to name
+        raise DataError(f"{item.name}: {why}", hint=told or known)
     total.notes += item.notes
     return found
 

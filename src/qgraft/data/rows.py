@@ -136,8 +136,11 @@ def _column(row: Mapping[str, object], name: str) -> str | None:
 
 
 def column_flags(row: object, layout: RowLayout) -> str | None:
-    """The options that name the columns of a row that holds texts under names that are not known; None where it does not."""
-    if not isinstance(row, Mapping):
+    """The options that name the columns of a row that holds texts under names that are not known; None where it does not.
+
+    None of a pair, too: no column of it is the answer, and the rejected one the least.
+    """
+    if not isinstance(row, Mapping) or any(_column(row, part) for part in ("chosen", "rejected")):
         return None
     texts = [key for key in row if isinstance(key, str) and isinstance(row[key], str)]
     try:

@@ -17,7 +17,8 @@ from qgraft.adapter_files.calibration import CALIBRATION, check_text, samples_of
 from qgraft.adapters.kept_rows import LONGEST, KeptRows, united_rows
 from qgraft.data.held_out import hold_out
 from qgraft.data.messages import Conversation
-from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
+from qgraft.data.preference_samples import Preference, build_preferences
+from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset, read_preferences
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, build_samples, resolve_template
 from qgraft.errors import DataError, worded
@@ -59,27 +60,47 @@ class Reader:
     def samples(
         self, dataset: Dataset, arguments: Mapping[str, Any], longest: int = LONGEST, most: int | None = None
     ) -> list[Sample]:
+        """The answers of a dataset; of a training on preferences those chosen or wanted."""
+        return [each.texts[0] if isinstance(each, Preference) else each
+                for each in self._built(dataset, arguments, longest, most) if each.desirable is not False]  # fmt: skip
+
+    def _built(
+        self, dataset: Dataset, arguments: Mapping[str, Any], longest: int, most: int | None
+    ) -> Sequence[Sample | Preference]:
         rows, accounting, columns = self._read(dataset, arguments, most)
         chosen = self.options.get("template") or remembered_template(arguments)
         template = resolve_template(self.tokenizer, chosen, enable_thinking=arguments.get("enable_thinking"),
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
         system = self.options.get("system") or arguments.get("system")
-        return build_samples(self.tokenizer, rows, accounting, template=template, system=system,
-                             max_length=sample_limit(self.model, longest),
-                             mask_reasoning=bool(arguments.get("mask_reasoning")), eos_ids=stated_ends(self.model),
-                             chatglm=ChatGlmOptions(numbered="history" in (columns or ())))  # fmt: skip
+        learning: dict[str, Any] = {
+            "template": template, "system": system, "max_length": sample_limit(self.model, longest),
+            "mask_reasoning": bool(arguments.get("mask_reasoning")), "eos_ids": stated_ends(self.model),
+            "chatglm": ChatGlmOptions(numbered="history" in (columns or ())),
+        }  # fmt: skip
+        if judged := [row for row in rows if isinstance(row, tuple)]:
+            return build_preferences(self.tokenizer, judged, accounting, **learning)
+        plain = [row for row in rows if isinstance(row, Conversation)]
+        return build_samples(self.tokenizer, plain, accounting, **learning)
 
     def _read(
         self, dataset: Dataset, arguments: Mapping[str, Any], most: int | None
-    ) -> tuple[list[Conversation], Accounting, dict[str, str] | None]:
+    ) -> tuple[Sequence[Conversation | tuple[Conversation, ...]], Accounting, dict[str, str] | None]:
+        """Rows as the training read them; others than its own may hold plain answers, whatever it learned."""
         folder, name, author = (
             self.options.get(key) or arguments.get(key) for key in ("dataset_dir", "name", "author")
         )
         known = dataset in (arguments.get("dataset"), arguments.get("eval_dataset"))
         columns = named_columns(arguments) if known else None
-        rows, accounting = read_dataset(dataset, folder, name=name, author=author, columns=columns, max_samples=most,
-                                        allow_outside_files=bool(self.options.get("allow_outside_files")))  # fmt: skip
-        return rows, accounting, columns
+        reading: dict[str, Any] = {"name": name, "author": author, "columns": columns, "max_samples": most,
+                                   "allow_outside_files": bool(self.options.get("allow_outside_files"))}  # fmt: skip
+        stage = arguments.get("stage", "sft")
+        if stage != "sft":
+            try:
+                return *read_preferences(dataset, folder, labelled=stage == "kto", **reading), columns
+            except DataError:
+                if known:
+                    raise
+        return *read_dataset(dataset, folder, **reading), columns
 
     def changed_rows(self, arguments: Mapping[str, Any], held_out: bool = True) -> str | None:
         """The name of a dataset of a run that holds other rows today than then; None where it is not known to."""
@@ -104,10 +125,10 @@ class Reader:
                 + worded(flags="--dataset", python="calibration="),
             )
 
-    def trained_on(self, arguments: Mapping[str, Any]) -> list[Sample]:
+    def trained_on(self, arguments: Mapping[str, Any]) -> Sequence[Sample | Preference]:
         """All samples of a run before it held some out, as long as it had them: which rows gave one decides the choice."""
         most = arguments.get("max_train_samples") or arguments.get("max_samples")
-        return self.samples(arguments["dataset"], arguments, arguments.get("max_length", TRAINED_LENGTH), most)
+        return self._built(arguments["dataset"], arguments, arguments.get("max_length", TRAINED_LENGTH), most)
 
 
 def as_asked(rows: KeptRows | None, trained: Mapping[str, Any], options: Mapping[str, Any]) -> KeptRows | None:

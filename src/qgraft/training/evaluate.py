@@ -20,12 +20,13 @@ from qgraft.passes.decoder import padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
-from qgraft.ranges import ABOVE_0, LENGTH, check_ranges
+from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.given import check_pair
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
+from qgraft.training.ranges import RANGES
 from qgraft.training.stages import preferring
 
 
@@ -47,6 +48,11 @@ def evaluate(
     stage: str = "sft",
     loss_type: str | None = None,
     beta: float | None = None,
+    label_smoothing: float | None = None,
+    desirable_weight: float | None = None,
+    undesirable_weight: float | None = None,
+    simpo_gamma: float | None = None,
+    rpo_alpha: float | None = None,
     progress: bool | Console | None = None,
 ) -> Evaluation | PreferenceEvaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
@@ -55,16 +61,18 @@ def evaluate(
     shown in a terminal and a notebook, or as `progress` says.
 
     Args:
-        stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type` and `beta`, as in
-            TrainArguments, with rewards and accuracies beside the base.
+        stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
+            behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
     Raises DataError when the dataset cannot be read or holds no answers.
     """
     check_pair(model, tokenizer)
-    check_ranges({"max_length": (max_length, LENGTH), **({} if beta is None else {"beta": (beta, ABOVE_0)})})
-    options = preferring(
-        stage, {"loss_type": loss_type, "beta": beta}, train_on_prompt=train_on_prompt and stage != "sft"
-    )
+    numbers = {"beta": beta, "label_smoothing": label_smoothing, "desirable_weight": desirable_weight,
+               "undesirable_weight": undesirable_weight, "simpo_gamma": simpo_gamma, "rpo_alpha": rpo_alpha}  # fmt: skip
+    given = {name: (value, RANGES[name]) for name, value in numbers.items() if value is not None}
+    check_ranges({"max_length": (max_length, LENGTH), **given})
+    said = {"loss_type": loss_type, **numbers}
+    options = preferring(stage, said, train_on_prompt=train_on_prompt and stage != "sft")
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     chosen, limit = (

@@ -56,8 +56,11 @@ def preferring(
     options = PreferenceOptions(loss, **{name: float(value) for name, value in given.items()},
                                 train_on_prompt=train_on_prompt)  # fmt: skip
     smoothing = options.label_smoothing
-    if loss == "robust" and smoothing >= 0.5:
-        problems.append(f"label_smoothing={smoothing}: robust takes the share of wrong labels, below 0.5")
+    if smoothing >= 0.5:
+        problems.append(
+            f"label_smoothing={smoothing}: expected the share of rows that are the wrong way round, below 0.5; from there on "
+            "nothing is preferred, or the rejected answers are"
+        )
     if loss == "exo_pair" and not smoothing:
         problems.append(
             "loss_type exo_pair needs label_smoothing above 0, such as 0.001: it is the logarithm of it that counts"
