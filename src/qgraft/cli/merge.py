@@ -43,7 +43,9 @@ def run(words: Sequence[str]) -> int:
     )
     least = "fail below this share of the adapter's gain (default 0.9); -1: take whatever does no greater harm"
     parser.add_argument("--min-retained", type=number_in(AT_MOST_1), default=0.9, help=least)
-    parser.add_argument("--to", metavar="FORMAT", help="write the linear layers in another format; the file grows")
+    parser.add_argument(
+        "--to", metavar="FORMAT", help="write the merged layers in another format; in a larger one the file grows"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     parser.add_argument("--seed", type=number_in(SEED), default=0, help="of the choice of calibration rows (default 0)")
     options = parser.parse_args(words)

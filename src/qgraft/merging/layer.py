@@ -270,6 +270,14 @@ def has_grid(packed: PackedTensor) -> bool:
     return FORMATS[packed.format].unpack is not None
 
 
+def has_fine_reals(packed: PackedTensor) -> bool:
+    """Whether the format has scales or minimums that small steps can change: powers of two (mxfp4) are too far apart."""
+    if not has_grid(packed):
+        return False
+    row = unpack(take_rows(packed, torch.zeros(1, dtype=torch.int64, device=packed.device)))
+    return row.real_dtype != torch.float8_e8m0fnu
+
+
 def _held_error(w_OI: Tensor, inputs: Inputs | FewInputs, held: Tensor) -> float:
     """Summed squared error of the outputs on the tokens kept back."""
     return float((inputs.held_m @ w_OI.T).sub_(held).square_().sum(dtype=torch.float64))
