@@ -102,8 +102,8 @@ def merge(
         eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
         method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes,
             feedback (GPTQ's order); or nearest (requantize), grid (requantize on the base's own scales).
-        to: another format for the merged layers ("q8_0", "f16"). In a larger one more is kept, and the file that save() writes
-            grows; what a smaller one takes from the base counts as lost.
+        to: another format for the merged layers ("q8_0", "f16"). In a larger one more is kept, and the file that save()
+            writes grows; what a smaller one takes from the base counts as lost.
         min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
         seed: of the choice of rows.
         work_dir: a folder to keep solved layers in, so that a merge which was killed goes on from them, to the same bytes;
