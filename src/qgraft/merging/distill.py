@@ -14,8 +14,8 @@ whole, so a running mean is asked as well.
 The codes stay. What is trained is
 
     formats with minimums    an exact LoRA of a low rank (adapters/exact.py), folded into the minimums after each round
-    mxfp4                    nothing: its scales are powers of two, which small steps do not reach (of 663,552 a round of
-                             42 steps changed one)
+    mxfp4, nvfp4             nothing: their scales, of 8 bits, are too far apart for small steps (of 663,552 and 1,327,104 a
+                             round of 42 steps changed one, and none)
     the others               the scales themselves
 
 A change of minimums costs a LoRA's time and memory, and a low rank does not follow the noise of single rows as numbers of
