@@ -64,8 +64,35 @@ def test_what_was_written_to_a_private_mapping_stays(of_file, at):
 
 def test_memory_that_is_no_files_stays():
     own = torch.arange(1 << 20)
-    release(own, own[::2], own.to("meta"))
+    release(own, own[::2], own.to("meta"), torch.eye(9).to_sparse(), torch.eye(9).to_sparse_csr())
     assert torch.equal(own, torch.arange(1 << 20))
+
+
+@pytest.mark.parametrize("kind", ["fork", "a file", "shared by torch"])
+def test_memory_that_processes_share_stays(kind, tmp_path):
+    """Its pages count as a file's, and are still there after they have been given back."""
+    if kind == "fork":
+        shared = torch.frombuffer(mmap.mmap(-1, SIZE), dtype=torch.uint8)
+    elif kind == "a file":
+        (tmp_path / "bytes").write_bytes(bytes(SIZE))
+        shared = torch.from_file(str(tmp_path / "bytes"), shared=True, size=SIZE, dtype=torch.uint8)
+    else:
+        shared = torch.zeros(SIZE, dtype=torch.uint8).share_memory_()
+    written = torch.frombuffer(bytearray(random.Random(1).randbytes(SIZE)), dtype=torch.uint8)
+    shared.copy_(written)
+    release(shared, shared[mmap.PAGESIZE : 9 * mmap.PAGESIZE])
+    assert torch.equal(shared, written)
+
+
+def test_views_of_one_storage_keep_what_was_written_beside_them(of_file):
+    of_file[40 * mmap.PAGESIZE + 9] ^= 1
+    before = of_file.clone()
+    table = of_file[mmap.PAGESIZE :].view(-1, mmap.PAGESIZE)
+    release(table, table[:20], table[:, :100], table.T, table[:1].expand(5, -1), table[41:])
+    assert torch.equal(of_file, before) and resident(of_file) == SIZE
+    release(table[:39], table[40:])
+    assert resident(of_file) == 2 * mmap.PAGESIZE
+    assert torch.equal(of_file, before)
 
 
 def test_where_the_system_does_not_say_nothing_happens(of_file, monkeypatch, tmp_path):

@@ -19,6 +19,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 _PAGEMAP = "/proc/self/pagemap"
@@ -28,12 +29,14 @@ _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 def release(*tensors: Tensor) -> None:
     """Give back the pages of these tensors that are a file's and hold what it holds; all others stay as they are.
 
-    Nothing happens to tensors in other memory, on a GPU, or where the system does not say whose a page is.
+    Nothing happens to tensors in other memory, on a GPU, or where the system does not say whose a page is. No other thread
+    may write to them meanwhile: what it writes between the question and the answer would be lost.
     """
     try:
         with open(_PAGEMAP, "rb", buffering=0) as pagemap:
             for tensor in tensors:
-                if tensor.device.type == "cpu" and tensor.is_contiguous():
+                strided = tensor.device.type == "cpu" and tensor.layout == torch.strided
+                if strided and tensor.is_contiguous():
                     _release(pagemap, tensor.data_ptr(), tensor.nbytes)
     except OSError:  # no Linux, or /proc is not to be read
         return

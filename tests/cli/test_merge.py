@@ -220,6 +220,24 @@ def test_another_format_is_stated_as_growing_the_file(trained, tmp_path, capsys)
     assert json.loads((tmp_path / "merged.merge.json").read_text())["retained_gain"] > 0.99
 
 
+def test_layers_that_only_change_their_format_are_said_not_to_be_measured(trained, tiny_gguf, tmp_path, capsys):
+    """All linear layers are written in the format, those without an adapter as they are when all is measured."""
+    base, _, rows = trained
+    model, _ = qgraft.load(base)
+    qgraft.attach_lora(model, r=2, target_modules="q_proj")
+    qgraft.save_adapter(model, tmp_path / "adapter")
+    words = ["--model", base, "--adapter", tmp_path / "adapter", "--dataset", rows, "--method", "nearest"]
+    told = "12 linear layers without an adapter are written in q8_0, too: not measured"
+    for to in ([], ["--to", "q8_0"]):
+        output = tmp_path / f"merged{len(to)}.gguf"
+        assert merge(*words, *to, "--output", output) == 0
+        printed = " ".join(capsys.readouterr().out.split())
+        report = json.loads(output.with_name(f"merged{len(to)}.merge.json").read_text())
+        assert (told in printed) == (told in report["notes"]) == bool(to)
+    before, after = formats(base), formats(output)
+    assert sum(before[name] != after[name] for name in before) == 14
+
+
 def test_an_adapter_of_another_base_is_refused(trained, tiny_gguf, tmp_path, capsys):
     other = tiny_gguf("llama", types=TYPES, seed=1).path
     assert merge("--model", other, "--adapter", trained[1], "--output", tmp_path / "merged.gguf") == 2

@@ -37,7 +37,7 @@ from qgraft.merging.distill import (
     _ScaleFunction,
     distill,
 )
-from qgraft.merging.layer import has_grid
+from qgraft.merging.layer import has_fine_reals, has_grid
 from qgraft.merging.measure import in_place, mean_divergence, states_of
 from qgraft.merging.merge import merge
 from qgraft.passes.decoder import output_head
@@ -90,6 +90,21 @@ def close(got: Tensor, expected: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- layers whose numbers are free
+
+
+@pytest.mark.parametrize("format_", [*SYMMETRIC, *MINIMUMS])
+def test_what_small_steps_cannot_change_is_not_trained(format_):
+    """Scales a hundredth larger, more than a round moves most of them, are stored as other numbers, or are not trained."""
+    grid = unpack(a_weight(format_))
+    minimums = None if grid.m is None else 1.01 * grid.m
+    moved = replace(grid, d=1.01 * grid.d, m=minimums).rounded()
+    changed = float((moved.d != grid.d).float().mean()) > 0.5
+    assert changed == (format_ not in ("mxfp4", "nvfp4"))
+    assert has_fine_reals(a_weight(format_)) == changed
+
+
+def test_floats_have_no_scales_to_train():
+    assert not has_fine_reals(quantize(torch.ones(2, 32), "f16"))
 
 
 def test_every_format_that_a_merge_writes_is_looked_at():

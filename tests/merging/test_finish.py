@@ -24,7 +24,7 @@ from qgraft.passes.decoder import output_head
 
 KEPT = Kept(base=2.0, adapter=1.0, merged=1.0, task_kl=0.01, drift_kl=0.0, adapter_kl=0.2, rows=5, labels=50,
             held_out=False, same_token=0.9)  # fmt: skip
-GRID, FLOAT = (quantize(torch.ones(1, 32), format_) for format_ in ("q4_1", "f16"))
+GRID, FLOAT, POWERS = (quantize(torch.ones(1, 32), format_) for format_ in ("q4_1", "f16", "mxfp4"))
 
 
 def kept(gain: float, **others: Any) -> Kept:
@@ -198,12 +198,13 @@ def test_a_last_round_that_does_not_help_is_not_taken(monkeypatch, task_kl):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_floats_have_nothing_that_could_move(monkeypatch, held_out):
+@pytest.mark.parametrize("fixed", [FLOAT, POWERS], ids=["floats", "powers of two"])
+def test_some_formats_have_nothing_that_could_move(monkeypatch, held_out, fixed):
     script = Script([kept(0.5)])
-    packed, result, steps = run(monkeypatch, script, held_out, layer=FLOAT)
-    assert (packed, result, steps) == ({"layer": FLOAT}, kept(0.5), 0) and script.made == []
+    packed, result, steps = run(monkeypatch, script, held_out, layer=fixed)
+    assert (packed, result, steps) == ({"layer": fixed}, kept(0.5), 0) and script.made == []
     mixed = Script([kept(0.5), kept(0.999)])
-    assert run(monkeypatch, mixed, held_out, layer=FLOAT, other=GRID)[2] == 4
+    assert run(monkeypatch, mixed, held_out, layer=fixed, other=GRID)[2] == 4
 
 
 # ---------------------------------------------------------------- whole merges

@@ -31,8 +31,12 @@ def random_samples(vocabulary: int, lengths: tuple[int, ...], seed: int) -> list
     return [Sample(row, [-100, *row[1:]], f"row {n}") for n, row in enumerate(rows)]
 
 
-def deltas_of(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    return {path: partial(delta_of, layer) for path, layer in lora_layers(model)}
+def work_of(model: nn.Module) -> tuple[dict[str, PackedTensor], dict[str, Callable[[], Tensor]]]:
+    """What the layers are merged from, and their deltas."""
+    layers = dict(lora_layers(model))
+    return {path: layer.packed for path, layer in layers.items()}, {
+        path: partial(delta_of, layer) for path, layer in layers.items()
+    }
 
 
 def delta_of(layer: Any) -> Tensor:
@@ -107,7 +111,7 @@ def test_the_streams_are_the_adapters_model_and_the_base_while_nothing_merges(tr
     got = recorded(monkeypatch, not_merging)
     if way == "padded":
         pad(monkeypatch)
-    packed, reports = merge_in_step(model, deltas_of(model), samples, held, "auto", lambda _: None)
+    packed, reports = merge_in_step(model, *work_of(model), samples, held, "auto", lambda _: None)
     assert set(got) == set(packed) == set(a) and [report.path for report in reports] == list(got)
     check_inputs(got, a, m, sum(LENGTHS))
     path = list(got)[-1]
@@ -125,7 +129,7 @@ def test_stream_m_is_what_the_merged_model_computes(trained, monkeypatch, way):
     got = recorded(monkeypatch, lockstep.merge_layer)
     progress: list[str] = []
     packed, _ = merge_in_step(
-        model, deltas_of(model), samples, held, "auto", lambda report: progress.append(report.path)
+        model, *work_of(model), samples, held, "auto", lambda report: progress.append(report.path)
     )
     assert progress == list(packed) == list(got)
     for path, layer in lora_layers(model):
@@ -145,7 +149,7 @@ def test_layers_without_the_adapter_compute_as_they_are(trained, monkeypatch):
     samples, held = (random_samples(model.config.vocab_size, *each) for each in ((LENGTHS, 0), (HELD_LENGTHS, 1)))
     a = inputs_of(model, [*samples, *held])
     got = recorded(monkeypatch, lockstep.merge_layer)
-    packed, _ = merge_in_step(model, deltas_of(model), samples, held, "codes", lambda _: None)
+    packed, _ = merge_in_step(model, *work_of(model), samples, held, "codes", lambda _: None)
     assert {path.rpartition(".")[2] for path in packed} == {"v_proj", "up_proj"}
     for path, layer in lora_layers(model):
         layer.replace(packed[path])
@@ -170,7 +174,7 @@ def test_the_padded_way_solves_the_same_problems(trained, monkeypatch):
         if padded:
             pad(monkeypatch)
         for method, found in results.items():
-            found.append(merge_in_step(model, deltas_of(model), samples, held, method, lambda _: None))
+            found.append(merge_in_step(model, *work_of(model), samples, held, method, lambda _: None))
     moved = 0
     (free, _), (padded_, _) = results["scales"]
     for path, layer in lora_layers(model):

@@ -569,6 +569,44 @@ def test_another_format_keeps_more_and_unmerge_brings_the_old_one_back(trained, 
     assert everything(model) == before
 
 
+@pytest.mark.parametrize("method", ["nearest", "auto"])
+def test_in_a_coarser_format_the_shares_are_of_base_and_adapter_as_they_were(trained, rows, method):
+    """What quantizing the base again takes away is a loss of the merge, not of base and adapter."""
+    losses = {}
+    for to in (None, "mxfp4"):
+        model, tokenizer = trained().load()
+        options = {"method": method, "to": to, "min_retained": ANY}
+        kept = merge(model, tokenizer, calibration=rows, eval_dataset=rows, **options).kept
+        losses[to] = kept.base, kept.adapter, kept.adapter_kl
+        if to is not None:
+            measured = qgraft.evaluate(model, tokenizer, rows)
+            assert kept.merged == pytest.approx(measured.loss, rel=1e-4) and kept.merged > kept.adapter
+    assert losses[None] == losses["mxfp4"]
+
+
+def test_a_coarser_format_is_solved_for_what_base_and_adapter_computed(trained, rows):
+    """The way from the rounded base goes back to the float32 sum: less is lost than by the nearest codes of that sum."""
+    found = {}
+    for method in ("nearest", "codes"):
+        model, tokenizer = trained().load()
+        report = merge(
+            model, tokenizer, calibration=rows, eval_dataset=rows, method=method, to="q4_0", min_retained=ANY
+        )
+        found[method] = report.kept.task_kl
+    assert found["codes"] < 0.7 * found["nearest"]
+
+
+def test_the_format_that_a_layer_has_is_no_other_one(trained, rows):
+    """Asking for it converts the rest only: what is in it already is not quantized again."""
+    results = []
+    for to in (None, "q4_1"):
+        model, tokenizer = trained().load()
+        merge(model, tokenizer, calibration=rows, method="grid", to=to, min_retained=ANY)
+        results.append({path: each for path, each in packed_of(model).items() if each.format == "q4_1"})
+    for path, same in results[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(same.parts, results[1][path].parts, strict=True)), path
+
+
 def test_a_format_that_the_container_cannot_hold_changes_nothing(trained, rows):
     model, tokenizer = trained().load()
     before = everything(model)

@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def run(words: Sequence[str]) -> int:
     )
     least = "fail below this share of the adapter's gain (default 0.9); -1: take whatever does no greater harm"
     parser.add_argument("--min-retained", type=number_in(AT_MOST_1), default=0.9, help=least)
-    parser.add_argument("--to", metavar="FORMAT", help="write the linear layers in another format; the file grows")
+    parser.add_argument(
+        "--to", metavar="FORMAT", help="write the linear layers in another format; in a larger one the file grows"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace what is at --output; never base or adapter")
     parser.add_argument("--seed", type=number_in(SEED), default=0, help="of the choice of calibration rows (default 0)")
     options = parser.parse_args(words)
@@ -108,6 +111,8 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
             )  # fmt: skip
         except MergeError as error:
             failed, report = error, error.report
+        if failed is None:
+            report = replace(report, notes=(*report.notes, *_unmeasured(model, report, options.to)))
         report.print(Console())
         if failed is not None:
             raise failed
@@ -118,6 +123,20 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     plots.plot_merge(json_file, picture)
     print_note(f"report: {json_file} and {picture.name}")
     return 0
+
+
+def _unmeasured(model: Any, report: Any, to: str | None) -> list[str]:
+    """A sentence where layers that are not merged change their format, too, which comes after measuring."""
+    from qgraft.adapters.targets import find_targets
+    from qgraft.formats import fitting_format
+    from qgraft.linear import QuantizedLinear
+
+    merged = {layer.path for layer in report.layers}
+    paths = [] if to is None else [path for path in find_targets(model, "all-linear") if path not in merged]
+    layers = [layer for path in paths if isinstance(layer := model.get_submodule(path), QuantizedLinear)]
+    weights = [layer.packed_weight.get() for layer in layers]
+    count = sum(fitting_format(str(to), each.shape[1]) not in (None, each.format) for each in weights)
+    return [f"{count} linear layers without an adapter are written in {to}, too: not measured"] if count else []
 
 
 def _work_folder(target: Path) -> Path:

@@ -14,6 +14,8 @@ whole, so a running mean is asked as well.
 The codes stay. What is trained is
 
     formats with minimums    an exact LoRA of a low rank (adapters/exact.py), folded into the minimums after each round
+    mxfp4, nvfp4             nothing: their scales, of 8 bits, are too far apart for small steps (of 663,552 and 1,327,104 a
+                             round of 42 steps changed one, and none)
     the others               the scales themselves
 
 A change of minimums costs a LoRA's time and memory, and a low rank does not follow the noise of single rows as numbers of
@@ -52,7 +54,7 @@ from qgraft.formats.grid import combine
 from qgraft.linear import QuantizedLinear, in_stored_order
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.exact import with_minimums
-from qgraft.merging.layer import has_grid
+from qgraft.merging.layer import has_fine_reals
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, Packed, in_place, mean_divergence, states_of, summed_divergence
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
@@ -119,9 +121,9 @@ class Distillation:
     def _distilled(
         self, packed: Packed, samples: Sequence[Sample], targets: Tensor, progress: Callable[[int, int], None]
     ) -> tuple[Packed, int]:
-        """(weights after one more round, steps); those of formats without a grid as they are."""
+        """(weights after one more round, steps); those whose scales no small step can change as they are."""
         self._rounds += 1
-        trainable = {path: each for path, each in packed.items() if has_grid(each)}
+        trainable = {path: each for path, each in packed.items() if has_fine_reals(each)}
         pace = self._rounds**-0.5  # the less is left, the more of a step is noise
         trained, steps = distill(
             self._model, trainable, samples, targets, progress=progress, seed=self._rounds, pace=pace

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from qgraft.adapters.lora import LoraLinear
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.distill import Distillation
-from qgraft.merging.layer import has_grid
+from qgraft.merging.layer import has_fine_reals
 from qgraft.merging.measure import Packed
 from qgraft.merging.report import Kept
 
@@ -53,7 +53,7 @@ def finish(
         progress: called with (step, steps) of each round.
     """
     kept, taken = measured(packed), 0
-    if not wanting(kept) or not any(has_grid(each) for each in packed.values()):
+    if not wanting(kept) or not any(has_fine_reals(each) for each in packed.values()):
         return packed, kept, taken
     distillation = Distillation(model, layers, others, rows)
     for _ in range(ROUNDS):

@@ -43,6 +43,7 @@ DAMPING = 0.02  # see Problem.damped
 CLEARLY = 0.25  # of the squared error without merging: requantizing must be better than that to be where auto starts
 WIDE = 2048  # inputs of a layer from which on its problem may be kept by its tokens
 MOMENT_PANELS = 4  # of columns
+FINE = 2.0**-7  # between stored numbers, as a share of them: bfloat16
 PANEL_BYTES = 64 << 20  # of a panel's weights in float32
 METHODS = (*CHAINS, "nearest", "grid")
 """auto and its parts; nearest: requantize; grid: requantize with the base's own scales."""
@@ -268,6 +269,14 @@ def _requantize(packed: PackedTensor, w_OI: Tensor) -> PackedTensor:
 def has_grid(packed: PackedTensor) -> bool:
     """Whether the format has codes and scales to solve for; f32, f16 and bf16 have none."""
     return FORMATS[packed.format].unpack is not None
+
+
+def has_fine_reals(packed: PackedTensor) -> bool:
+    """Whether the format has scales or minimums that small steps can change: those of mxfp4 and nvfp4 are too far apart."""
+    if not has_grid(packed):
+        return False
+    row = unpack(take_rows(packed, torch.zeros(1, dtype=torch.int64, device=packed.device)))
+    return torch.finfo(row.real_dtype).eps <= FINE
 
 
 def _held_error(w_OI: Tensor, inputs: Inputs | FewInputs, held: Tensor) -> float:

@@ -45,6 +45,7 @@ _NO_INPUTS = "method nearest and method grid need no inputs"
 
 def merge_in_step(
     model: PreTrainedModel,
+    starts: Mapping[str, PackedTensor],
     deltas: Mapping[str, Callable[..., Tensor]],
     samples: Sequence[Sample],
     held: Sequence[Sample],
@@ -52,10 +53,11 @@ def merge_in_step(
     progress: Callable[[LayerReport], None],
     work: WorkDir | None = None,
 ) -> tuple[dict[str, PackedTensor], list[LayerReport]]:
-    """Merge the layers of `deltas`; the model is left as it was.
+    """Merge the layers of `starts`; the model is left as it was.
 
     Args:
-        deltas: module path of a LoraLinear -> its delta [out, in], or, called with a slice, these rows of it.
+        starts: module path of a LoraLinear -> the weight that its merged weight is made of, in the same format.
+        deltas: path -> what the adapter's layer has above that, [out, in], or, called with a slice, these rows of it.
         samples: what the layers are solved on.
         held: what each step is judged on.
         progress: called after each layer that is solved.
@@ -67,9 +69,9 @@ def merge_in_step(
     pass_ = _Pass(method, progress, work)
 
     def split(path: str, layer: LoraLinear) -> nn.Module:
-        return _SplitLayer(path, layer, deltas[path], pass_)
+        return _SplitLayer(path, layer, starts[path], deltas[path], pass_)
 
-    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, deltas, split):
+    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, starts, split):
         alone = problem is None and attention_of(model) == SAMPLES
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
@@ -80,7 +82,7 @@ def merge_in_step(
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         release(*model.buffers())  # which trials of padding_free may have passed
         decoder_of(model)(**batch, use_cache=False, **bounds)
-    if missed := [path for path in deltas if path not in pass_.packed]:
+    if missed := [path for path in starts if path not in pass_.packed]:
         raise UnsupportedError(
             f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",
             hint=_NO_INPUTS,
@@ -111,9 +113,11 @@ class _Pass:
 class _SplitLayer(nn.Module):
     """In the place of a LoraLinear: the adapter's layer for stream a, the merged layer for stream m."""
 
-    def __init__(self, path: str, layer: LoraLinear, delta: Callable[..., Tensor], pass_: _Pass) -> None:
+    def __init__(
+        self, path: str, layer: LoraLinear, start: PackedTensor, delta: Callable[..., Tensor], pass_: _Pass
+    ) -> None:
         super().__init__()
-        self.path, self.layer, self.delta, self.pass_ = path, layer, delta, pass_
+        self.path, self.layer, self.start, self.delta, self.pass_ = path, layer, start, delta, pass_
         self.in_features, self.out_features = layer.in_features, layer.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -145,9 +149,8 @@ class _SplitLayer(nn.Module):
         return merged
 
     def _solve(self, inputs: Inputs | FewInputs) -> tuple[PackedTensor, LayerReport]:
-        packed = self.layer.packed
-        delta = self.delta if is_large(packed) else self.delta()
-        merged, report = merge_layer(self.path, packed, delta, inputs, self.pass_.method)
+        delta = self.delta if is_large(self.start) else self.delta()
+        merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method)
         if self.pass_.work is not None:
             merged = self.pass_.work.keep(self.path, merged, report)
         return merged, report

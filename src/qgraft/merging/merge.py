@@ -13,8 +13,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import chain, count
@@ -37,7 +36,16 @@ from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
-from qgraft.formats import FORMATS, PackedTensor, dequantize, fitting_format, get_format, misfit_notes, quantize
+from qgraft.formats import (
+    FORMATS,
+    PackedTensor,
+    dequantize,
+    fitting_format,
+    get_format,
+    misfit_notes,
+    quantize,
+    take_rows,
+)
 from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
@@ -95,7 +103,8 @@ def merge(
         eval_dataset: rows to measure on; None for the adapter's held-out set, else a part of the calibration rows.
         method: auto, which merges exact LoRAs (attach_lora(exact=True)) in closed form; or a part of it: scales, codes,
             feedback (GPTQ's order); or nearest (requantize), grid (requantize on the base's own scales).
-        to: another format for the merged layers ("q8_0", "f16"), in which more is kept; the file that save() writes grows.
+        to: another format for the merged layers ("q8_0", "f16"). In a larger one more is kept, and the file that save()
+            writes grows; what a smaller one takes from the base counts as lost.
         min_retained: fail, with nothing changed, below this share of the adapter's gain; -1e9: take whatever is kept.
         seed: of the choice of rows.
         work_dir: a folder to keep solved layers in, so that a merge which was killed goes on from them, to the same bytes;
@@ -142,12 +151,13 @@ def _merge(
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     solves = bool(solved) and method in CHAINS
     chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
-    deltas = {path: partial(_delta, layer, weights) for path, layer in solved.items()}
+    starts = {path: _start(layer, to) for path, layer in solved.items()}
+    deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), _converted(layers, to), _bar(console) as bar:
+    with evaluating(model), _bar(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
         measurement = None if chosen is None else Measurement(model, layers, chosen)
-        done, reports = _solve(model, solved, deltas, chosen, method, bar, work, about)
+        done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about)
         others = {path: merged for path, (merged, _) in exact.items()}
         if chosen is not None and measurement is not None:
             measured = partial(_kept_with, measurement, others)
@@ -207,7 +217,7 @@ def _kept_with(measurement: Measurement, others: Packed, done: Packed) -> Kept:
 
 def _solve(
     model: PreTrainedModel,
-    layers: Mapping[str, LoraLinear],
+    starts: Packed,
     deltas: Mapping[str, Callable[..., Tensor]],
     chosen: Calibration | None,
     method: str,
@@ -216,19 +226,19 @@ def _solve(
     about: Callable[[Calibration], dict[str, Any]],
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
-    if not layers:
+    if not starts:
         return {}, []
     if chosen is None or method not in CHAINS:
-        pairs = [merge_nearest(path, layer.packed, deltas[path](), method) for path, layer in layers.items()]
+        pairs = [merge_nearest(path, start, deltas[path](), method) for path, start in starts.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
     found = 0
     if work is not None:
-        work.begin(about(chosen), {path: layer.packed for path, layer in layers.items()})
+        work.begin(about(chosen), starts)
         found = len(work.found)
     shown, done = _shown(bar, "layers"), count(found + 1)
-    shown(found, len(layers))  # time left is reckoned from here on: what was found takes none
+    shown(found, len(starts))  # time left is reckoned from here on: what was found takes none
     return merge_in_step(
-        model, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(layers)), work
+        model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(starts)), work
     )
 
 
@@ -345,27 +355,28 @@ def _layers_to_merge(
     return layers, weights, exact
 
 
+def _start(layer: LoraLinear, to: str | None) -> PackedTensor:
+    """The layer's weight in the format that its merged weight will have."""
+    fitting = None if to is None else fitting_format(to, layer.in_features)
+    packed = layer.packed
+    return packed if fitting in (None, packed.format) else quantize(dequantize(packed, torch.float32), str(fitting))
+
+
 @torch.no_grad()
-def _delta(layer: LoraLinear, weights: Mapping[str, float], rows: slice = ALL_ROWS) -> Tensor:
-    """Some rows of what the active adapters add to the layer's packed weight, [out, in] float32, in its column order."""
+def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor, rows: slice = ALL_ROWS) -> Tensor:
+    """Some rows of what the adapted weight is above `start`, [out, in] float32 in its column order: what active adapters add.
+
+    In another format what rounding the base took away is a part of it, so that a merge makes up for that, too.
+    """
     parts = [
         weight * cast(Lora, layer.loras[name]).delta(rows) for name, weight in weights.items() if name in layer.loras
     ]
-    return in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
-
-
-@contextmanager
-def _converted(layers: Mapping[str, LoraLinear], to: str | None) -> Iterator[None]:
-    """Within the block the layers hold their weights in the format `to`."""
-    before = {} if to is None else {path: layer.packed for path, layer in layers.items()}
-    try:
-        for path in before:
-            if (fitting := fitting_format(str(to), layers[path].in_features)) is not None:
-                layers[path].replace(quantize(dequantize(layers[path].packed, torch.float32), fitting))
-        yield
-    finally:
-        for path, packed in before.items():
-            layers[path].replace(packed)
+    delta = in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
+    if start.format == (packed := layer.packed).format:
+        return delta
+    index = torch.arange(layer.out_features, device=start.device)[rows]
+    base, rounded = (dequantize(take_rows(each, index), torch.float32) for each in (packed, start))
+    return delta + (base - rounded)
 
 
 def _misfits(layers: Mapping[str, LoraLinear], to: str | None) -> list[str]:
