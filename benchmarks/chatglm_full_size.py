@@ -397,7 +397,8 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
     fit, judge = [sample_of(model, 64, seed) for seed in range(4)], [sample_of(model, 32, 9)]
     began = time.perf_counter()
     with torch.no_grad():
-        packed, _ = merge_in_step(model, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
+        starts = {path: model.get_submodule(path).packed for path in deltas}
+        packed, _ = merge_in_step(model, starts, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
     seconds = time.perf_counter() - began
     torch.save({path: each.parts for path, each in packed.items()}, folder / "merged.pt")
     return {"seconds": seconds}

@@ -21,7 +21,7 @@ PERMUTED = {"granite", "llama", "mistral3", "smollm3"}  # rows of q and k
 MOVED = {  # layers whose rows are in another order
     **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
     "falcon": ("query_key_value",),
-    "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),
+    "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
 }
 KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
 PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35"}  # norms

@@ -353,7 +353,8 @@ def test_a_merge_solves_for_the_inputs_of_value_heads_that_share_a_block(shared:
     hook.remove()
     x, delta, base = torch.cat(inputs).detach(), layer.loras["default"].delta().detach(), layer.dequantize()
     deltas = {OUT_PROJ: lambda: file_order(delta)}
-    merged, _ = merge_in_step(model, deltas, samples(), samples(), "codes", lambda report: None)
+    starts = {OUT_PROJ: layer.packed}
+    merged, _ = merge_in_step(model, starts, deltas, samples(), samples(), "codes", lambda report: None)
     layer.replace(merged[OUT_PROJ])
     wanted, got = x @ delta.T, x @ (layer.dequantize() - base).T
     assert float((got - wanted).norm() / wanted.norm()) < 0.3
