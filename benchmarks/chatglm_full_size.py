@@ -398,7 +398,9 @@ def merge(model: Any, folder: Path) -> dict[str, float]:
     began = time.perf_counter()
     with torch.no_grad():
         starts = {path: model.get_submodule(path).packed for path in deltas}
-        packed, _ = merge_in_step(model, starts, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr))
+        packed, _ = merge_in_step(
+            model, starts, deltas, fit, judge, "auto", lambda layer: print(layer, file=sys.stderr)
+        )
     seconds = time.perf_counter() - began
     torch.save({path: each.parts for path, each in packed.items()}, folder / "merged.pt")
     return {"seconds": seconds}
