@@ -66,8 +66,9 @@ FILE_TYPES = {
     "iq4_xs": LlamaFileType.MOSTLY_IQ4_XS,
     "tq1_0": LlamaFileType.MOSTLY_TQ1_0,
     "tq2_0": LlamaFileType.MOSTLY_TQ2_0,
-    "mxfp4": LlamaFileType.MOSTLY_MXFP4_MOE,  # llama.cpp has no other for it
-    "nvfp4": 39,  # LlamaFileType.MOSTLY_NVFP4, of newer releases of gguf
+    # MOSTLY_MXFP4_MOE, llama.cpp has no other for it, and MOSTLY_NVFP4: names of newer releases of gguf
+    "mxfp4": 38,
+    "nvfp4": 39,
 }
 
 
