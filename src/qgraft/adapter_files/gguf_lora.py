@@ -53,6 +53,7 @@ DTYPES = {
     "float16": (torch.float16, LlamaFileType.MOSTLY_F16),
 }
 FINGERPRINT, PROMPT, PROMPT_KEYS = "qgraft.base.fingerprint", "qgraft.prompt", ("system", "template")
+_INVOCATION = "adapter.alora.invocation_tokens"  # Keys.Adapter.ALORA_INVOCATION_TOKENS of newer releases of gguf
 _NAME = re.compile(r"(?P<base>.+)\.lora_(?P<part>[ab])")
 
 
@@ -291,7 +292,7 @@ def _check_kind(file: GgufFile) -> float:
         )
     if (kind := file.metadata.get(Keys.Adapter.TYPE)) != "lora":
         raise UnsupportedError(f"{file.path}: {Keys.Adapter.TYPE} {kind!r}; supported: 'lora'")
-    if Keys.Adapter.ALORA_INVOCATION_TOKENS in file.metadata:
+    if _INVOCATION in file.metadata:
         raise UnsupportedError(
             f"{file.path}: a LoRA that waits for its invocation tokens (aLoRA); supported: a plain one"
         )
