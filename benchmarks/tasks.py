@@ -201,7 +201,10 @@ def train_adapter(
             use_cpu=model.device.type == "cpu",
             **TRAIN_ARGUMENTS[task],
         )
-        return qgraft.train(model, tokenizer, rows, args, eval_dataset=held_out).metrics
+        report = qgraft.train(model, tokenizer, rows, args, eval_dataset=held_out)
+    if report.signal is not None:
+        raise SystemExit(report.exit_code)  # half an adapter would be measured as if it were a whole one
+    return report.metrics
 
 
 def _built_in(name: str) -> list[Row]:
