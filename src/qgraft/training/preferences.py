@@ -9,10 +9,10 @@ The reference is the model itself: no second one is held, and none is asked in a
 answers do not belong to their prompts pass in each step, too, without gradient, before those that are learned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -106,13 +106,8 @@ class PreferenceOptimization:
 
     def batches(self, samples: Sequence[Preference], tokens: int) -> list[Judged]:
         """Rows with at most so many tokens together; a row alone may have more."""
-        starts = [0]
-        for each in samples:
-            once = each.shared if self.shared else 0
-            starts.append(starts[-1] + len(each.input_ids) - once)
-        places = dict(zip(starts, range(len(starts)), strict=True))
-        found = spans(list(pairwise(starts)), tokens)
-        return [self._laid_out(samples[places[start] : places[end]]) for start, end in found]
+        lengths = [len(each.input_ids) - (each.shared if self.shared else 0) for each in samples]
+        return [self._laid_out(samples[part]) for part in _parts(lengths, tokens)]
 
     def outcome(self, model: PreTrainedModel, batch: Judged) -> Outcome:
         """The sum of the losses of the rows."""
@@ -206,14 +201,21 @@ def text_log_probs(
     Args:
         training: whether the model passes them as it is, dropout included; else in evaluation mode.
     """
-    bounds = [0, *torch.tensor([len(text.input_ids) for text in texts], dtype=torch.int64).cumsum(0).tolist()]
-    places = dict(zip(bounds, range(len(bounds)), strict=True))
     found = list[float]()
     with nullcontext() if training else evaluating(model):
-        for start, end in spans(list(pairwise(bounds)), 0 if alone else tokens):
-            part = lay_out([[text] for text in texts[places[start] : places[end]]], [0] * (places[end] - places[start]))
-            found += text_sums(log_probs(model, part), part)[0].tolist()
+        for part in _parts([len(text.input_ids) for text in texts], 0 if alone else tokens):
+            rows = [[text] for text in texts[part]]
+            laid_out = lay_out(rows, [0] * len(rows))
+            found += text_sums(log_probs(model, laid_out), laid_out)[0].tolist()
     return found
+
+
+def _parts(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Which of some neighbours of these lengths go together, with at most so many tokens; one alone may have more."""
+    bounds = [0, *accumulate(lengths)]
+    places = {bound: place for place, bound in enumerate(bounds)}
+    for start, end in spans(list(pairwise(bounds)), tokens):
+        yield slice(places[start], places[end])
 
 
 def with_reference(
