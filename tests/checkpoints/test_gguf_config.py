@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
+from gguf_copies import write_copy
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -329,15 +330,7 @@ def test_alignment_of_the_file_does_not_reach_the_configuration(make_gguf: Maker
     reader = gguf.GGUFReader(tiny.path)
     writer = gguf.GGUFWriter(tmp_path / "aligned.gguf", "llama")
     writer.add_custom_alignment(4096)
-    for key, part in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            writer.add_key_value(key, part.contents(), part.types[0], part.types[-1] if len(part.types) > 1 else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_copy(reader, writer)
     aligned = read_gguf(tmp_path / "aligned.gguf")
     assert aligned.alignment == 4096
     got, expected = gguf_config(aligned), gguf_config(read_gguf(tiny.path))

@@ -10,6 +10,7 @@ import gguf
 import pytest
 import torch
 from gguf import GGUFReader, GGUFWriter
+from gguf_copies import write_copy
 
 import qgraft
 from qgraft.checkpoints.gguf_split import part_names, part_paths, read_model
@@ -26,16 +27,7 @@ def split(source: Path, folder: Path, name: str = "tiny", small_first: bool = Fa
     most = -(-len(reader.tensors) // COUNT)
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(folder / f"{name}.gguf", architecture, split_max_tensors=most, small_first_shard=small_first)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            value = keys.get(key.replace(".", "_"), field.contents())
-            writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_copy(reader, writer, **keys)
     return sorted(folder.glob(f"{name}-*.gguf"))
 
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader, GGUFWriter
+from gguf_copies import write_copy
 from torch import nn
 
 import qgraft
@@ -282,16 +283,7 @@ def test_a_model_in_several_files_is_read_by_llamacpp(tiny_gguf, random_ids, lla
     """Split by gguf, loaded from its last part, saved in another format."""
     reader = GGUFReader(tiny_gguf().path)
     writer = GGUFWriter(tmp_path / "tiny.gguf", "llama", split_max_tensors=8)
-    for key, field in reader.fields.items():
-        if not key.startswith("GGUF.") and key != "general.architecture":
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], inner)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    write_copy(reader, writer)
     model, _ = load_gguf(sorted(tmp_path.glob("tiny-*.gguf"))[-1], torch.float32)
     saved = qgraft.save(model, tmp_path / "saved.gguf", to="q8_0").path
     prompt = random_ids(model, rows=1)[0].tolist()
