@@ -30,7 +30,6 @@ import datetime
 import json
 import math
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -42,6 +41,8 @@ from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from machine import cpu_name
 
 RESULTS = Path(__file__).with_name("results") / "chatglm_full_size.csv"
 FIELDS = (
@@ -98,7 +99,7 @@ def record(model: str, phase: str, folder: Path) -> None:
     print(result, flush=True)
     about = {
         "date": datetime.date.today().isoformat(), "threads": os.environ.get("OMP_NUM_THREADS", os.cpu_count()),
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         **{package: version(package) for package in ("qgraft", "torch", "transformers")},
     }  # fmt: skip
     new = not RESULTS.exists()

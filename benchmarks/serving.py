@@ -1,9 +1,12 @@
 """Many requests at once on one base, with and without adapters, through the engine of `qgraft serve`; no HTTP.
 
-    python benchmarks/serving.py [--model smollm2-135m] [--clients 16] [--tokens 128] [--rounds 3]
+    python benchmarks/serving.py [--model smollm2-135m] [--clients 16] [--tokens 128] [--rounds 3] [--llama]
 
     one           one request alone, base and one adapter; beside it generate() in fast_decoding, which `qgraft chat` uses
     together      all clients at once: base, one adapter for all, another adapter (r=8) for each
+    llama.cpp     with --llama: its server on the same file (xllamacpp, in this process, as many slots as clients), all
+                  clients at once: base, and adapters 1 to 4 in turn among the clients, given by each request; beside it
+                  ours with these four. The time of all answers less that of answers of one token, as the prompts take it
     first token   of a prompt of 64 tokens: alone, and while all other clients decode; the time of one of their tokens
     load          an adapter by its name, as a request does, while all decode, and the longest time between two of their
                   tokens meanwhile
@@ -17,6 +20,7 @@ import csv
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import torch
 from machine import describe
 
 import qgraft
+from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
@@ -37,6 +42,7 @@ from qgraft.serving.sampling import Sampling
 RESULTS = Path(__file__).with_name("results") / "serving.csv"
 GREEDY, PROMPT = Sampling(temperature=0), 64
 HELD = 40  # adapters whose memory is measured
+FEW = 4  # adapters among the clients, where they are compared with llama.cpp's server
 
 
 def main() -> None:
@@ -46,6 +52,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--llama", action="store_true", help="llama.cpp's server beside it (xllamacpp)")
     options = parser.parse_args()
     model, tokenizer = qgraft.load(options.model, device="cpu")
     names = [f"user-{number}" for number in range(options.clients)]
@@ -54,9 +61,12 @@ def main() -> None:
     use_adapter(model, None)
     bench = Bench(model, tokenizer, options.clients, options.tokens)
     found = {measure: [value] for measure, value in bench.memory(names[0]).items()}
-    for _ in range(options.rounds):
-        for measure, value in bench.round(names).items():
-            found.setdefault(measure, []).append(value)
+    with tempfile.TemporaryDirectory() as folder:
+        llama = LlamaServer(bench, options.model, names[:FEW], Path(folder)) if options.llama else None
+        for _ in range(options.rounds):
+            measured = bench.round(names) | ({} if llama is None else llama.round())
+            for measure, value in measured.items():
+                found.setdefault(measure, []).append(value)
     about = {**describe("qgraft", "torch", "transformers"), "model": options.model, "clients": options.clients}
     RESULTS.parent.mkdir(exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
@@ -101,6 +111,7 @@ class Bench:
             "one client, base": [{}], "one client, adapter": [{names[0]: 1.0}], "together, base": [{}] * self.clients,
             "together, one adapter": [{names[0]: 1.0}] * self.clients,
             "together, another adapter each": [{name: 1.0} for name in names],
+            f"together, {FEW} adapters": [{names[number % FEW]: 1.0} for number in range(self.clients)],
         }  # fmt: skip
         for way, mixes in ways.items():
             found[f"{way}, tokens/s"] = self.rate(engine, mixes)
@@ -229,6 +240,57 @@ class Bench:
         for each in (*engine.running, *engine.waiting):
             engine.cancel(each)
         engine.step()
+
+
+class LlamaServer:
+    """llama.cpp's server with GGUF-LoRAs of the first adapters, and the same prompts."""
+
+    def __init__(self, bench: Bench, name: str, adapters: list[str], folder: Path) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = str(qgraft.pull(name))
+        params.n_parallel, params.n_gpu_layers = bench.clients, 0
+        params.n_ctx = bench.clients * (PROMPT + bench.tokens + 64)
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
+        params.warmup = params.fit_params = params.enable_chat_template = False
+        paths = [folder / f"{adapter}.gguf" for adapter in adapters]
+        for adapter, path in zip(adapters, paths, strict=True):
+            export_gguf_lora(bench.model, path, adapter)
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(path), 0.0) for path in paths]
+        self.bench, self.adapters, self.server = bench, adapters, xllamacpp.Server(params)
+        self._seconds([None], 1)
+
+    def round(self) -> dict[str, float]:
+        """Tokens a second of all clients together."""
+        clients = self.bench.clients
+        ways: dict[str, list[int | None]] = {
+            "base": [None] * clients,
+            f"{FEW} adapters": [number % FEW for number in range(clients)],
+        }
+        return {f"llama.cpp, together, {way}, tokens/s": self._rate(mixes) for way, mixes in ways.items()}
+
+    def _rate(self, mixes: list[int | None]) -> float:
+        tokens = self.bench.tokens
+        prompts = self._seconds(mixes, 1)
+        return len(mixes) * (tokens - 1) / (self._seconds(mixes, tokens) - prompts)
+
+    def _seconds(self, mixes: list[int | None], tokens: int) -> float:
+        """Until the last of them is answered; a mix is the number of an adapter, or None."""
+        requests = [
+            {
+                "prompt": list(self.bench.request({}).prompt), "n_predict": tokens, "temperature": 0.0, "ignore_eos": True,
+                "cache_prompt": False, "lora": [{"id": id, "scale": float(id == mix)} for id in range(len(self.adapters))],
+            }
+            for mix in mixes
+        ]  # fmt: skip
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(requests)) as pool:
+            answers = list(pool.map(self.server.handle_completions, requests))
+        seconds = time.perf_counter() - begin
+        for answer in answers:
+            assert answer["usage"]["completion_tokens"] == tokens, answer
+        return seconds
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID
 LOGGER = logging.getLogger("qgraft")
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BETWEEN_OUTPUTS = 0.25  # in a notebook
+SECONDS_OF_PACE = 600.0  # that the time left is reckoned from; rich's half a minute may hold no step of a large model
 
 
 def shown(progress: bool | Console | None) -> Console | None:
@@ -42,7 +43,10 @@ class Display(Progress):
         self.moving = console is not None and console.is_terminal and not console.is_jupyter
         if console is not None and not self.moving and not console.is_jupyter:
             columns = tuple(column for column in columns if not isinstance(column, BarColumn))
-        super().__init__(*columns, console=console, disable=console is None, auto_refresh=self.moving)
+        super().__init__(
+            *columns, console=console, disable=console is None, auto_refresh=self.moving,
+            speed_estimate_period=SECONDS_OF_PACE,
+        )  # fmt: skip
         self._between = SECONDS_BETWEEN_OUTPUTS if self.console.is_jupyter else SECONDS_BETWEEN_LINES
         self._next = time.monotonic() + self._between
         self._stale = False

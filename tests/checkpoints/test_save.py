@@ -471,6 +471,21 @@ def test_no_room(tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("to", [None, "q8_0"])
+def test_no_room_is_found_out_before_anything_long(
+    tiny_gguf: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str | None
+) -> None:
+    """What check_target asks room for is most of the file that save writes, and no more than it."""
+    model = load(tiny_gguf("llama").path)
+    least = check_target(model, tmp_path / "copy.gguf", to=to)
+    size = save(model, tmp_path / "copy.gguf", to=to).nbytes
+    assert size / 2 < least <= size
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=least - 1))
+    with pytest.raises(StorageError, match=rf"No space left on device, {least} bytes to write, {least - 1} bytes free"):
+        check_target(model, tmp_path / "other.gguf", to=to)
+
+
+@pytest.mark.parametrize("to", [None, "q8_0"])
 def test_a_disk_that_fills_up(tiny_gguf: Maker, tmp_path: Path, full_disk: Callable[[], Any], to: str | None) -> None:
     model = load(tiny_gguf("llama").path)
     (tmp_path / "copy.gguf").write_bytes(b"old")

@@ -254,6 +254,18 @@ def test_no_room_for_all_layers_is_found_out_before_the_first(tmp_path, monkeypa
         begun(tmp_path / "work")
 
 
+def test_room_is_asked_for_beside_what_will_be_saved_there(tmp_path, monkeypatch):
+    total = sum(packed.nbytes for packed in packed_layers().values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6, total + 99))
+    with work_in(tmp_path / "work", None, 99) as work:
+        work.begin({"method": "auto"}, packed_layers())
+    with (
+        pytest.raises(StorageError, match=f"{total + 100} bytes to write, {total + 99} bytes free"),
+        work_in(tmp_path / "work", None, 100) as work,
+    ):
+        work.begin({"method": "auto"}, packed_layers())
+
+
 # ---------------------------------------------------------------- which merge it is
 
 

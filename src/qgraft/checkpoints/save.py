@@ -127,13 +127,19 @@ def save_pretrained(model: nn.Module, save_directory: str | Path, **_: Any) -> N
 
 def check_target(
     model: nn.Module, path: str | Path, *, to: str | Mapping[str, str] | None = None, overwrite: bool = False
-) -> None:
-    """Raise what save() would raise for this path and these formats, before anything long is begun."""
+) -> int:
+    """Raise what save() would raise for this path and these formats, before anything long is begun.
+
+    Also where the disk has no room. Returns the bytes that the matrices will take there, nearly all of what is written.
+    """
     origin = find_origin(model)
     target = _absolute(path, origin)
     draft = _draft(model, origin, target)
     _check_target(target, origin, draft is not None, overwrite)
-    _plan(model, origin if draft is None else draft.origin, to)
+    matrices, _ = _plan(model, origin if draft is None else draft.origin, to)
+    nbytes = sum(matrix.nbytes for matrix in matrices if not matrix.stored.repeated)
+    storage.require_room(target, nbytes)
+    return nbytes
 
 
 def current_fingerprint(model: nn.Module) -> str:

@@ -90,7 +90,7 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
 
     # rows of the adapters themselves are asked as each of them was trained
     model, tokenizer, names = load_with_adapters(options, prompts=options.dataset is not None)
-    check_target(model, target, to=options.to, overwrite=options.overwrite)
+    nbytes = check_target(model, target, to=options.to, overwrite=options.overwrite)
     if options.dataset is None:
         for adapter in (find_adapter(model, name) for name in names):  # before they are read
             if as_asked(adapter.kept, adapter.trained, vars(options)) is not None:
@@ -101,7 +101,7 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
     console = Console(stderr=True)
     failed: MergeError | None = None
     report: Any  # MergeReport; a MergeError brings it as well
-    with work_in(_work_folder(target), console) as work:  # until all is saved
+    with work_in(_work_folder(target), console, nbytes) as work:  # until all is saved
         try:
             report = merge(
                 model, tokenizer, calibration=options.dataset, eval_dataset=options.eval_dataset, method=options.method,

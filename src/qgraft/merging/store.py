@@ -63,11 +63,12 @@ class WorkDir:
     """A folder of solved layers, held by this process. `work_in` makes one.
 
     Attributes:
+        reserve: bytes that must have room beside the layers.
         found: what an earlier merge left of this one, by module path.
     """
 
-    def __init__(self, folder: Path, console: Console | None) -> None:
-        self.folder, self._console = folder, console
+    def __init__(self, folder: Path, console: Console | None, reserve: int = 0) -> None:
+        self.folder, self.reserve, self._console = folder, reserve, console
         self.found: dict[str, Solved] = {}
         self._numbers: dict[str, int] = {}
         self._which = ""
@@ -93,7 +94,7 @@ class WorkDir:
             storage.write_file(self.folder / ABOUT, covered_text({"merge": about}).encode())
         self._kept = len(self.found)
         left = sum(packed.nbytes for path, packed in layers.items() if path not in self.found)
-        storage.require_room(self.folder / ABOUT, left)
+        storage.require_room(self.folder / ABOUT, left + self.reserve)
 
     def keep(self, path: str, packed: PackedTensor, report: LayerReport) -> PackedTensor:
         """Write a layer that was just solved, and return it as it lies there, mapped. Raises StorageError."""
@@ -208,15 +209,16 @@ class WorkDir:
 
 
 @contextmanager
-def work_in(folder: str | Path, console: Console | None) -> Iterator[WorkDir]:
+def work_in(folder: str | Path, console: Console | None, reserve: int = 0) -> Iterator[WorkDir]:
     """Hold `folder` within the block. It is taken away where the block ends well, and stays with what is solved otherwise.
 
     Args:
         console: what is found and what is left is said there; None for the log.
+        reserve: bytes that will be written to the same disk before the block ends, as what is merged is saved.
 
     Raises StorageError where it cannot be made, is in use by another process, or holds what no merge has put there.
     """
-    work, done = WorkDir(Path(os.path.realpath(folder)), console), False
+    work, done = WorkDir(Path(os.path.realpath(folder)), console, reserve), False
     with folder_locked(work.folder):
         work.check_own()
         try:
