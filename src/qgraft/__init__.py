@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from qgraft.linear import QuantizedLinear
     from qgraft.merging.merge import merge, merge_lora, unmerge
     from qgraft.training.arguments import TrainArguments
+    from qgraft.training.distill import distill
     from qgraft.training.evaluate import evaluate
     from qgraft.training.find_lr import find_lr
     from qgraft.training.run import train
@@ -57,6 +58,7 @@ _HOMES = {  # public name -> the module it lives in
     "combine": "adapters.combine",
     "detach_adapter": "adapters.attach",
     "detach_lora": "adapters.attach",
+    "distill": "training.distill",
     "evaluate": "training.evaluate",
     "find_lr": "training.find_lr",
     "load": "checkpoints.load",
@@ -94,6 +96,7 @@ __all__ = [
     "combine",
     "detach_adapter",
     "detach_lora",
+    "distill",
     "evaluate",
     "find_lr",
     "load",

@@ -146,9 +146,9 @@ def check_teacher(
     for held_out, dataset in enumerate(datasets):
         if dataset is None:
             continue
-        pairs = [read_samples(model, each, dataset, args, limit, template_of(each, args), held_out=bool(held_out))[0]
-                 for each in (tokenizer, its_own)]  # fmt: skip
-        if problem := sample_problem(*pairs, tokenizer):
+        own, others = (read_samples(model, each, dataset, args, limit, template_of(each, args), held_out=bool(held_out))[0]
+                       for each in (tokenizer, its_own))  # fmt: skip
+        if problem := sample_problem(own, others, tokenizer):
             raise OptionError(
                 f"teacher {name}: it reads other ids than the student: {problem}",
                 hint=f"{option('template', 'chatml')}, or whichever the teacher knows, gives both the same; else {family}",

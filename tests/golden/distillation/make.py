@@ -1,6 +1,6 @@
 """Make golden.json: TRL's generalized_jsd_loss and its gradients, on the logits of logits().
 
-    python tests/golden/distillation/make.py      needs trl; made with trl 1.16.0, torch 2.13.0
+python tests/golden/distillation/make.py      needs trl; made with trl 1.16.0, torch 2.13.0
 """
 
 import json

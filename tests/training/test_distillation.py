@@ -1,0 +1,189 @@
+"""Stage distill in whole runs: what is kept of a teacher, what is refused, and that students come nearer to it."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import qgraft
+from qgraft.adapters.attach import attach_lora
+from qgraft.adapters.base import find_adapter
+from qgraft.data.tokenizing import IGNORED
+from qgraft.errors import CheckpointError, OptionError, StorageError
+from qgraft.training.teacher_cache import ABOUT, TEACHER
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 5} of {i % 3}"} for i in range(12)]
+BLOCK = "00001.safetensors"
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_gguf, tmp_path_factory):
+    """Folder of an adapter that makes the tiny model say quite other things."""
+    model, _ = qgraft.load(tiny_gguf("llama").path)
+    attach_lora(model, r=4, lora_alpha=32)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for part in find_adapter(model, "default").parts.values():
+            part.lora_B.normal_(0, 0.05, generator=generator)
+    folder = tmp_path_factory.mktemp("teacher") / "adapter"
+    qgraft.save_adapter(model, folder)
+    return folder
+
+
+def arguments(tiny_gguf, adapter, folder, **options):
+    path = str(tiny_gguf("llama").path)
+    defaults = {"max_steps": 6, "per_device_train_batch_size": 3, "save_steps": 2, "logging_steps": 1, "use_cpu": True,
+                "plot_loss": False, "learning_rate": 1e-2, "r": 2, "stage": "distill", "loss_top_k": 16, "compute": "float32",
+                "teacher_model_name_or_path": path, "teacher_adapter_name_or_path": adapter and str(adapter)}  # fmt: skip
+    return qgraft.TrainArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def run(tiny_gguf, adapter, folder, rows=ROWS, **options):
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    args = arguments(tiny_gguf, adapter, folder, **options)
+    return model, tokenizer, qgraft.train(model, tokenizer, rows, args)
+
+
+def logged(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def apart(model, teacher, samples) -> float:
+    """The mean KL(teacher || model) at the labels, by transformers' forward passes, float64."""
+    total, count = 0.0, 0
+    for sample in samples:
+        places = [at - 1 for at, label in enumerate(sample.labels) if at and label != IGNORED]
+        with torch.no_grad():
+            q, p = (
+                each(torch.tensor([sample.input_ids])).logits[0, places].double().log_softmax(-1)
+                for each in (model, teacher)
+            )
+        total += float(F.kl_div(q, p, reduction="sum", log_target=True))
+        count += len(places)
+    return total / count
+
+
+def teacher_of(tiny_gguf, adapter):
+    teacher, _ = qgraft.load(tiny_gguf("llama").path)
+    qgraft.load_adapter(teacher, adapter)
+    return teacher
+
+
+def samples_of(tokenizer, rows):
+    from qgraft.data.reading import read_dataset
+    from qgraft.data.tokenizing import build_samples
+
+    conversations, accounting = read_dataset(rows)
+    return build_samples(tokenizer, conversations, accounting)
+
+
+def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(tiny_gguf, adapter, tmp_path):
+    """On rows that neither has seen, by transformers' own logits; and the held-out loss that is logged is that KL."""
+    held = [{"instruction": f"another {i}", "output": f"answer {i % 4} of {i % 2}"} for i in range(4)]
+    options = {"max_steps": 20, "save_strategy": "no"}
+    teacher, found = teacher_of(tiny_gguf, adapter), {}
+    for name, more in (("distill", {"eval_strategy": "no"}), ("sft", {"stage": "sft", "loss_top_k": None,
+                       "teacher_model_name_or_path": None, "teacher_adapter_name_or_path": None})):  # fmt: skip
+        model, tokenizer, report = run(tiny_gguf, adapter, tmp_path / name, **options, **more)
+        found[name] = apart(model, teacher, samples_of(tokenizer, held))
+        if name == "distill":
+            steps = [entry for entry in logged(tmp_path / name) if "kd_loss" in entry]
+            assert steps[-1]["kd_loss"] < 0.7 * steps[0]["kd_loss"]
+    with qgraft.adapters_off(model):
+        before = apart(model, teacher, samples_of(tokenizer, held))
+    assert found["distill"] < 0.7 * before and found["distill"] < 0.7 * found["sft"]
+
+
+def test_the_held_out_loss_is_the_divergence_from_the_teacher(tiny_gguf, adapter, tmp_path):
+    """With all tokens named, whatever shares a pass; and with a share of the labels' loss in it."""
+    options = {"loss_top_k": 10**6, "max_steps": 1, "eval_strategy": "epoch", "save_strategy": "no"}
+    for tokens, share in ((1, 1.0), (4096, 0.25)):
+        folder = tmp_path / str(tokens)
+        model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+        args = arguments(tiny_gguf, adapter, folder, max_tokens_per_pass=tokens, kd_ratio=share, **options)
+        qgraft.train(model, tokenizer, ROWS[4:], args, eval_dataset=ROWS[:4])
+        samples, before = samples_of(tokenizer, ROWS[:4]), logged(folder)[0]
+        with qgraft.adapters_off(model):
+            expected = apart(model, teacher_of(tiny_gguf, adapter), samples)
+            nll = qgraft.evaluate(model, tokenizer, ROWS[:4]).loss
+        assert before["eval_kd_loss"] == pytest.approx(expected, rel=1e-4)
+        assert before["eval_nll_loss"] == pytest.approx(nll, rel=1e-5)
+        assert before["eval_loss"] == pytest.approx(share * expected + (1 - share) * nll, rel=1e-4)
+
+
+def test_a_teacher_is_asked_once(tiny_gguf, adapter, tmp_path, monkeypatch):
+    """A whole run, killed or not, a second one beside it, and one that has the cache alone."""
+    from qgraft.training import teacher
+
+    monkeypatch.setattr(teacher, "BLOCK_LABELS", 40)
+    asked, original = [], teacher.likeliest
+
+    def counted(states, *rest, **named):
+        asked.append(len(states))
+        if len(asked) == stop:
+            raise KeyboardInterrupt
+        return original(states, *rest, **named)
+
+    monkeypatch.setattr(teacher, "likeliest", counted)
+    stop, options = 3, {"max_steps": 1, "save_strategy": "no"}
+    cache = tmp_path / "out" / TEACHER
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_gguf, adapter, tmp_path / "out", **options)
+    kept = sorted(path.name for path in cache.glob("*.safetensors"))
+    assert len(kept) == 2 and (cache / ABOUT).is_file()
+    stop = 0
+    _, tokenizer, report = run(tiny_gguf, adapter, tmp_path / "out", **options)
+    labels = sum(label != IGNORED for each in samples_of(tokenizer, ROWS) for label in each.labels[1:])
+    assert sum(asked) - asked[2] == labels
+    assert any("16 of" in note and f"{labels} labels" in note for note in report.notes)
+    asked.clear()
+    first = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    alone = {"teacher_model_name_or_path": None, "teacher_cache": str(cache)}
+    run(tiny_gguf, None, tmp_path / "again", **options, **alone)
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == first and not asked
+    path = cache / kept[0]
+    broken = bytearray(path.read_bytes())
+    broken[-1] ^= 1
+    path.write_bytes(broken)
+    with pytest.raises(OptionError, match=r"1 of .* blocks are missing or damaged"):
+        run(tiny_gguf, None, tmp_path / "third", **options, **alone)
+    run(tiny_gguf, adapter, tmp_path / "third", **options, teacher_cache=str(cache))
+    assert 0 < sum(asked) < labels
+    assert (tmp_path / "third" / "adapter_model.safetensors").read_bytes() == first
+
+
+def test_a_cache_of_anything_else_is_refused(tiny_gguf, adapter, tmp_path):
+    options = {"max_steps": 1, "save_strategy": "no"}
+    run(tiny_gguf, adapter, tmp_path / "out", **options)
+    named = {**options, "teacher_cache": str(tmp_path / "out" / TEACHER)}
+    for other, said in (({"rows": ROWS[1:]}, "rows"), ({"kd_temperature": 2.0}, "kd_temperature: was 1.0, now 2.0"),
+                        ({"loss_top_k": 3}, "loss_top_k"),
+                        ({"teacher_adapter_name_or_path": None}, "teacher_adapter")):  # fmt: skip
+        with pytest.raises(StorageError, match=said) as error:
+            run(tiny_gguf, adapter, tmp_path / "next", **{**named, **other})
+        assert "teacher_cache=" in error.value.hint
+    with pytest.raises(StorageError, match="of another teacher"):
+        run(tiny_gguf, adapter, tmp_path / "next", **named, rows=ROWS[1:], overwrite_output_dir=True)
+    run(tiny_gguf, adapter, tmp_path / "out", rows=ROWS[1:], **options, overwrite_output_dir=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(StorageError, match="is not empty, and no teacher's"):
+        run(tiny_gguf, adapter, tmp_path / "next", **{**named, "teacher_cache": str(tmp_path / "other")})
+
+
+def test_a_run_goes_on_to_the_same_bytes(tiny_gguf, adapter, tmp_path):
+    options = {"lora_dropout": 0.3, "beta": 0.5, "kd_ratio": 0.5, "kd_temperature": 2.0}
+    run(tiny_gguf, adapter, tmp_path / "whole", **options)
+    run(tiny_gguf, adapter, tmp_path / "part", **options)
+    qgraft.training.checkpoints.storage.remove_folder(tmp_path / "part" / "checkpoint-6")
+    (tmp_path / "part" / "adapter_model.safetensors").unlink()
+    *_, report = run(tiny_gguf, adapter, tmp_path / "part", **options, resume_from_checkpoint="true")
+    assert report.finished and report.steps == 6
+    whole, part = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "part"))
+    assert whole.read_bytes() == part.read_bytes()
+    qgraft.training.checkpoints.storage.remove_folder(tmp_path / "part" / "checkpoint-6")
+    (tmp_path / "part" / "adapter_model.safetensors").unlink()
+    qgraft.training.checkpoints.storage.remove_folder(tmp_path / "part" / TEACHER)
+    with pytest.raises(CheckpointError, match="teacher"):
+        run(tiny_gguf, None, tmp_path / "part", **options, resume_from_checkpoint="true")
