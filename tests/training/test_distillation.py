@@ -1,6 +1,8 @@
 """Stage distill in whole runs: what is kept of a teacher, what is refused, and that students come nearer to it."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,14 @@ import torch.nn.functional as F
 import qgraft
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.base import find_adapter
+from qgraft.cli.main import main
 from qgraft.data.tokenizing import IGNORED
 from qgraft.errors import CheckpointError, OptionError, StorageError
 from qgraft.training.teacher_cache import ABOUT, TEACHER
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from conftest import CHAT_TEMPLATE, vocabulary
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 5} of {i % 3}"} for i in range(12)]
 BLOCK = "00001.safetensors"
@@ -37,6 +44,16 @@ def arguments(tiny_gguf, adapter, folder, **options):
                 "plot_loss": False, "learning_rate": 1e-2, "r": 2, "stage": "distill", "loss_top_k": 16, "compute": "float32",
                 "teacher_model_name_or_path": path, "teacher_adapter_name_or_path": adapter and str(adapter)}  # fmt: skip
     return qgraft.TrainArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def padded(tiny_gguf, rows: int) -> dict:
+    """Options of a file whose embedding has so many rows more, named as converters name them."""
+    words = tiny_gguf("llama").model.config.vocab_size
+    keys = vocabulary("llama")
+    tokens = [*keys["tokenizer.ggml.tokens"], *(f"[PAD{words + n}]" for n in range(rows))]
+    kinds = [*keys["tokenizer.ggml.token_type"], *[5] * rows]
+    return {"config": {"vocab_size": words + rows},
+            "metadata": {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds}}  # fmt: skip
 
 
 def run(tiny_gguf, adapter, folder, rows=ROWS, **options):
@@ -85,7 +102,7 @@ def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(tiny_gguf, ada
     teacher, found = teacher_of(tiny_gguf, adapter), {}
     for name, more in (("distill", {"eval_strategy": "no"}), ("sft", {"stage": "sft", "loss_top_k": None,
                        "teacher_model_name_or_path": None, "teacher_adapter_name_or_path": None})):  # fmt: skip
-        model, tokenizer, report = run(tiny_gguf, adapter, tmp_path / name, **options, **more)
+        model, tokenizer, _ = run(tiny_gguf, adapter, tmp_path / name, **options, **more)
         found[name] = apart(model, teacher, samples_of(tokenizer, held))
         if name == "distill":
             steps = [entry for entry in logged(tmp_path / name) if "kd_loss" in entry]
@@ -187,3 +204,114 @@ def test_a_run_goes_on_to_the_same_bytes(tiny_gguf, adapter, tmp_path):
     qgraft.training.checkpoints.storage.remove_folder(tmp_path / "part" / TEACHER)
     with pytest.raises(CheckpointError, match="teacher"):
         run(tiny_gguf, None, tmp_path / "part", **options, resume_from_checkpoint="true")
+
+
+def test_a_larger_teacher_with_other_padding(tiny_gguf, tmp_path):
+    """They are compared over the ids that both have, whichever has more."""
+    larger = {"num_hidden_layers": 3, "hidden_size": 96, "head_dim": 24}
+    words = tiny_gguf("llama").model.config.vocab_size
+    options = padded(tiny_gguf, 8)
+    teacher = tiny_gguf("llama", config={**options["config"], **larger}, metadata=options["metadata"], seed=3)
+    student = tiny_gguf("llama")
+    for one, other in ((student, teacher), (teacher, student)):
+        model, tokenizer = qgraft.load(one.path)
+        args = arguments(tiny_gguf, None, tmp_path / other.path.parent.name, teacher_model_name_or_path=str(other.path),
+                         loss_top_k=10**6, max_steps=1, save_strategy="no")  # fmt: skip
+        qgraft.train(model, tokenizer, ROWS[:6], args, eval_dataset=ROWS[:3])
+        samples = samples_of(tokenizer, ROWS[:3])
+        total = count = 0.0
+        with torch.no_grad():
+            for sample in samples:
+                places = [at - 1 for at, label in enumerate(sample.labels) if at and label != IGNORED]
+                q, p = (each.model(torch.tensor([sample.input_ids])).logits[0, places, :words].double().log_softmax(-1)
+                        for each in (one, other))  # fmt: skip
+                total, count = total + float(F.kl_div(q, p, reduction="sum", log_target=True)), count + len(places)
+        assert logged(tmp_path / other.path.parent.name)[0]["eval_kd_loss"] == pytest.approx(total / count, rel=1e-3)
+
+
+def test_a_teacher_that_reads_other_ids_is_refused(tiny_gguf, tmp_path):
+    keys = vocabulary("llama")
+    tokens = list(keys["tokenizer.ggml.tokens"])
+    at = tokens.index("Q")
+    tokens[at], tokens[at + 1] = tokens[at + 1], tokens[at]
+    swapped = tiny_gguf("llama", metadata={"tokenizer.ggml.tokens": tokens})
+    with pytest.raises(OptionError, match=rf"2 of .* ids mean other tokens: {at} is 'Q' and 'R', {at + 1} is") as error:
+        run(tiny_gguf, None, tmp_path / "out", teacher_model_name_or_path=str(swapped.path))
+    assert "same family" in error.value.hint
+    other = CHAT_TEMPLATE.replace("m.role }}\n", "m.role }} ")
+    half = tiny_gguf("llama", metadata={"tokenizer.chat_template": other})
+    with pytest.raises(OptionError, match=r"teacher .*: no sample is left: read 12 rows"):
+        run(tiny_gguf, None, tmp_path / "out", teacher_model_name_or_path=str(half.path))
+    said = tiny_gguf("llama", metadata={"tokenizer.chat_template": other.replace("assistant\n", "assistant ")})
+    with pytest.raises(OptionError, match=r"reads other ids than the student: rows:1, token \d+: 'Ċ' and 'Ġ'") as error:
+        run(tiny_gguf, None, tmp_path / "out", teacher_model_name_or_path=str(said.path))
+    assert "template='chatml'" in error.value.hint
+    run(tiny_gguf, None, tmp_path / "out", teacher_model_name_or_path=str(said.path), template="chatml", max_steps=1)
+    short = tiny_gguf("llama", metadata={"llama.context_length": 16})
+    with pytest.raises(OptionError, match="its context is 16 tokens, and the longest sample has") as error:
+        run(tiny_gguf, None, tmp_path / "next", teacher_model_name_or_path=str(short.path))
+    assert error.value.hint == "max_length=16"
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [({"teacher_model_name_or_path": None}, "needs a teacher"),
+     ({"teacher_model_name_or_path": None, "teacher_adapter_name_or_path": "x"}, "of which model"),
+     ({"stage": "sft"}, "stage sft has no teacher"), ({"loss_type": "ipo"}, "loss_type: it is of preferences"),
+     ({"beta": 1.5}, "beta=1.5: expected a number from 0"), ({"beta": -0.1}, "beta=-0.1"),
+     ({"kd_ratio": 0.0}, "kd_ratio=0.0"),
+     ({"temperature": 2.0}, "kd_temperature is the loss's"), ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+     ({"cuda_graphs": "yes"}, "cuda_graphs=yes"), ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha"),
+     ({"do_eval": True, "eval_dataset": "x.jsonl"}, "do_eval without do_train")],
+)  # fmt: skip
+def test_options_that_have_no_meaning_are_refused(options, problem, tmp_path):
+    defaults = {"stage": "distill", "use_cpu": True, "teacher_model_name_or_path": "teacher.gguf"}
+    with pytest.raises(qgraft.QgraftError, match=problem):
+        qgraft.TrainArguments(output_dir=str(tmp_path / "out"), **{**defaults, **options})
+
+
+def test_what_is_not_there_is_said(tiny_gguf, tmp_path):
+    from qgraft.training.arguments import arguments_from_dict
+
+    with pytest.raises(OptionError, match="lmbda") as error:
+        arguments_from_dict({"stage": "distill", "lmbda": 0.5, "output_dir": str(tmp_path)})
+    assert "not its own" in error.value.hint
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    with pytest.raises(OptionError, match="a training") as error:
+        qgraft.evaluate(model, tokenizer, ROWS, stage="distill")
+    with pytest.raises(OptionError, match="stage='sft': nothing is learned of a teacher"):
+        qgraft.distill(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=True))
+    with pytest.raises(OptionError, match="memory_limit 4GB: it is of the student alone"):
+        run(tiny_gguf, None, tmp_path / "out", memory_limit="4GB")
+
+
+def test_the_command_asks_and_training_takes_it(tiny_gguf, adapter, tmp_path, capsys):
+    path, rows = str(tiny_gguf("llama").path), tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    common = ["--model", path, "--train_file", str(rows), "--output_dir", str(tmp_path / "out"), "--use_cpu",
+              "--max_steps", "1", "--plot_loss", "false"]  # fmt: skip
+    teacher = ["--teacher", path, "--teacher_adapter", str(adapter)]
+    assert main(["distill", *common, *teacher]) == 0
+    said = capsys.readouterr()
+    assert f"what the teacher says is in {tmp_path / 'out' / TEACHER}" in said.out
+    assert "the teacher names 64 of" in said.err
+    assert [each.name for each in (tmp_path / "out").iterdir()] == [TEACHER]
+    cache = ["--teacher_cache", str(tmp_path / "out" / TEACHER)]
+    assert main(["train", "--stage", "distill", *common, *cache, "--memory_limit", "8GB"]) == 0
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert main(["distill", *common[2:], *teacher]) == 2 and main(["distill", *common[:4], *teacher]) == 2
+
+
+@pytest.mark.slow
+def test_prefixes_frozen_layers_and_rate_searches(tiny_gguf, adapter, tmp_path):
+    *_, report = run(tiny_gguf, adapter, tmp_path / "prefix", pre_seq_len=4, max_steps=30, learning_rate=3e-2,
+                     val_size=4, prefix_dropout=0)  # fmt: skip
+    assert report.metrics["eval_loss"] < report.metrics["eval_loss_before"]
+    found = [run(tiny_gguf, adapter, tmp_path / str(kept), layers_to_transform="1", cache_frozen_layers=kept)[2].metrics
+             for kept in (False, True)]  # fmt: skip
+    assert found[0]["train_loss"] == pytest.approx(found[1]["train_loss"], rel=1e-4)
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    rates = qgraft.find_lr(model, tokenizer, ROWS, arguments(tiny_gguf, adapter, tmp_path / "rates"))
+    assert len(rates.rates) > 5 and (tmp_path / "rates" / TEACHER / ABOUT).is_file()
+    *_, report = run(tiny_gguf, adapter, tmp_path / "rates", learning_rate=1e-2)
+    assert report.finished

@@ -27,7 +27,7 @@ from qgraft.data.batches import collate, neighbours, split_batch
 from qgraft.data.reading import Dataset
 from qgraft.data.same_ids import are_one, sample_problem, vocabulary_problem
 from qgraft.data.tokenizing import Sample, samples_sha256
-from qgraft.errors import OptionError, TrainingError, option
+from qgraft.errors import OptionError, QgraftError, TrainingError, option
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
 from qgraft.mapped import release
@@ -146,13 +146,24 @@ def check_teacher(
     for held_out, dataset in enumerate(datasets):
         if dataset is None:
             continue
-        own, others = (read_samples(model, each, dataset, args, limit, template_of(each, args), held_out=bool(held_out))[0]
-                       for each in (tokenizer, its_own))  # fmt: skip
+        own, others = (_read_by(each, model, dataset, args, limit, bool(held_out)) for each in (tokenizer, its_own))
         if problem := sample_problem(own, others, tokenizer):
             raise OptionError(
                 f"teacher {name}: it reads other ids than the student: {problem}",
                 hint=f"{option('template', 'chatml')}, or whichever the teacher knows, gives both the same; else {family}",
             )
+
+
+def _read_by(
+    tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, dataset: Dataset, args: TrainArguments, limit: int,
+    held_out: bool,
+) -> list[Sample]:  # fmt: skip
+    """The samples of a dataset by this tokenizer and its template. Raises OptionError where the teacher's makes none."""
+    try:
+        template = template_of(tokenizer, args)
+        return read_samples(model, tokenizer, dataset, args, limit, template, held_out=held_out)[0]
+    except QgraftError as error:  # the student's have been made before
+        raise OptionError(f"teacher {args.teacher_model_name_or_path}: {error.message}", hint=error.hint) from error
 
 
 def _load_teacher(args: TrainArguments, notes: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase] | None:
