@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from qgraft.linear import QuantizedLinear
     from qgraft.merging.merge import merge, merge_lora, unmerge
     from qgraft.training.arguments import TrainArguments
-    from qgraft.training.distill import distill
     from qgraft.training.evaluate import evaluate
     from qgraft.training.find_lr import find_lr
     from qgraft.training.run import train
@@ -58,7 +57,6 @@ _HOMES = {  # public name -> the module it lives in
     "combine": "adapters.combine",
     "detach_adapter": "adapters.attach",
     "detach_lora": "adapters.attach",
-    "distill": "training.distill",
     "evaluate": "training.evaluate",
     "find_lr": "training.find_lr",
     "load": "checkpoints.load",
@@ -96,7 +94,6 @@ __all__ = [
     "combine",
     "detach_adapter",
     "detach_lora",
-    "distill",
     "evaluate",
     "find_lr",
     "load",

@@ -14,6 +14,7 @@ from qgraft.adapters.base import find_adapter
 from qgraft.cli.main import main
 from qgraft.data.tokenizing import IGNORED
 from qgraft.errors import CheckpointError, OptionError, StorageError
+from qgraft.training.distill import distill
 from qgraft.training.teacher_cache import ABOUT, TEACHER
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -95,6 +96,7 @@ def samples_of(tokenizer, rows):
     return build_samples(tokenizer, conversations, accounting)
 
 
+@pytest.mark.slow
 def test_a_student_comes_nearer_to_its_teacher_than_by_the_labels(tiny_gguf, adapter, tmp_path):
     """On rows that neither has seen, by transformers' own logits; and the held-out loss that is logged is that KL."""
     held = [{"instruction": f"another {i}", "output": f"answer {i % 4} of {i % 2}"} for i in range(4)]
@@ -189,6 +191,7 @@ def test_a_cache_of_anything_else_is_refused(tiny_gguf, adapter, tmp_path):
         run(tiny_gguf, adapter, tmp_path / "next", **{**named, "teacher_cache": str(tmp_path / "other")})
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bytes(tiny_gguf, adapter, tmp_path):
     options = {"lora_dropout": 0.3, "beta": 0.5, "kd_ratio": 0.5, "kd_temperature": 2.0}
     run(tiny_gguf, adapter, tmp_path / "whole", **options)
@@ -280,7 +283,7 @@ def test_what_is_not_there_is_said(tiny_gguf, tmp_path):
     with pytest.raises(OptionError, match="a training") as error:
         qgraft.evaluate(model, tokenizer, ROWS, stage="distill")
     with pytest.raises(OptionError, match="stage='sft': nothing is learned of a teacher"):
-        qgraft.distill(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=True))
+        distill(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=True))
     with pytest.raises(OptionError, match="memory_limit 4GB: it is of the student alone"):
         run(tiny_gguf, None, tmp_path / "out", memory_limit="4GB")
 

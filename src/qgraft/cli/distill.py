@@ -11,22 +11,17 @@ Ask a teacher about every answer token of the rows, and keep the likeliest token
 that it names in FOLDER/teacher (or --teacher_cache). `qgraft train --stage
 distill` with the same options then trains the student, without asking again;
 where it finds nothing it asks itself, so this command is for a teacher that runs
-on another machine, or for several students. The options are those of training.
+on another machine, or for several students.
 
+The options are those of training: `qgraft train --help`.
 """
 
 
 def run(words: Sequence[str]) -> int:
     """Parse, load, ask, say where it is."""
-    from qgraft.training.arguments import option_help, parse_arguments
-
     if not words or words[0] in ("-h", "--help", "--help_all"):
-        print(DESCRIPTION + option_help(everything="--help_all" in words), end="")
+        print(DESCRIPTION, end="")
         return 0
-    flags = words[0].startswith("-")
-    said = any(word.lstrip("-").partition("=")[0] == "stage" for word in words)
-    stage = [] if said else ["--stage=distill"] if flags else ["stage=distill"]
-    arguments = parse_arguments([*words, *stage])
 
     from pathlib import Path
 
@@ -35,9 +30,14 @@ def run(words: Sequence[str]) -> int:
     from qgraft.cli.options import print_note
     from qgraft.cli.train import UNSAID, load_base
     from qgraft.errors import OptionError
+    from qgraft.training.arguments import parse_arguments
     from qgraft.training.distill import distill
     from qgraft.training.teacher_cache import TEACHER
 
+    flags = words[0].startswith("-")
+    said = any(word.lstrip("-").partition("=")[0] == "stage" for word in words)
+    stage = [] if said else ["--stage=distill"] if flags else ["stage=distill"]
+    arguments = parse_arguments([*words, *stage])
     if not arguments.model_name_or_path:
         raise OptionError("no student is given", hint="--model_name_or_path model.gguf")
     if arguments.output_dir == UNSAID and arguments.teacher_cache is None:
