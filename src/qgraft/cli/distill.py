@@ -7,11 +7,11 @@ DESCRIPTION = """usage: qgraft distill --teacher_model_name_or_path TEACHER
                       --output_dir FOLDER [options]
        qgraft distill CONFIG.yaml [option=value ...]
 
-Ask a teacher about every answer token of the rows, and keep the likeliest tokens
-that it names in FOLDER/teacher (or --teacher_cache). `qgraft train --stage
-distill` with the same options then trains the student, without asking again;
-where it finds nothing it asks itself, so this command is for a teacher that runs
-on another machine, or for several students.
+Ask a teacher about every answer token of the rows, and keep the likeliest
+tokens that it names in FOLDER/teacher (or --teacher_cache). `qgraft train
+--stage distill` with the same options then trains the student, without asking
+again; where it finds nothing it asks itself, so this command is for a teacher
+that runs on another machine, or for several students.
 
 The options are those of training: `qgraft train --help`.
 """

@@ -160,10 +160,8 @@ def prepare(
         _settle_early_stopping(args)
     lesson = None
     if args.stage == "distill":
-        datasets = (dataset or args.dataset, eval_dataset or args.eval_dataset)
-        lesson = ask_teacher(
-            model, tokenizer, args, datasets, (samples, eval_samples), limit, Processes.of(args), notes, console
-        )
+        given = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
+        lesson = ask_teacher(model, tokenizer, args, *given, Processes.of(args), notes, console)
         samples, eval_samples = lesson.learned, lesson.held_out
     return Prepared(
         args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every,
@@ -370,7 +368,8 @@ class Run:
     def _beside_loss(self, step: int | None) -> dict[str, float]:
         """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
         logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
-        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if "/" in key}
+        names = {f"eval_{name}" for name in self.objective.names}
+        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if key in names}
 
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""

@@ -95,7 +95,7 @@ def _asked(
     assert options is not None
     samples, teacher = [*sides[0], *sides[1]], _load_teacher(args, notes)
     if teacher is None:
-        width = int(read_about(folder)[WIDTH])
+        width = min(_rows_of(model), read_about(folder)[WIDTH])
     else:
         check_teacher(model, tokenizer, teacher, args, datasets, samples, limit)
         width = min(_rows_of(model), _rows_of(teacher[0]))

@@ -29,6 +29,7 @@ from qgraft.mapped import release
 from qgraft.passes.divergence import Said
 
 TEACHER, ABOUT = "teacher", "teacher.json"
+WIDTH = "ids that both have"
 OF_TEACHER = ("teacher", "teacher_adapter", "compute")  # what is not known where the folder alone is given
 
 
@@ -118,9 +119,6 @@ class TeacherCache:
                 path.unlink()
 
 
-WIDTH = "ids that both have"
-
-
 def read_about(folder: Path) -> dict[str, Any]:
     """What the folder says that it is of. Raises StorageError where it says nothing, or was changed."""
     path = folder / ABOUT
@@ -128,9 +126,10 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{folder} holds nothing of a teacher: it has no {ABOUT}", hint=_give())
     found = read_object(path, StorageError)
     about = found.get("about")
-    if not is_covered(path.read_text(encoding="utf-8"), found.get(OWN)) or not isinstance(about, dict):
+    whole = is_covered(path.read_text(encoding="utf-8"), found.get(OWN)) and isinstance(about, dict)
+    if not whole or type(about.get(WIDTH)) is not int:
         raise StorageError(f"{path} changed since it was written", hint=f"delete {folder}: the teacher is asked again")
-    return about
+    return dict(about)
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
