@@ -160,8 +160,8 @@ def prepare(
         _settle_early_stopping(args)
     lesson = None
     if args.stage == "distill":
-        given = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
-        lesson = ask_teacher(model, tokenizer, args, *given, Processes.of(args), notes, console)
+        rows = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
+        lesson = ask_teacher(model, tokenizer, args, *rows, Processes.of(args), notes, console)
         samples, eval_samples = lesson.learned, lesson.held_out
     return Prepared(
         args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every,

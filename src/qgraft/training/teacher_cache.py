@@ -126,10 +126,10 @@ def read_about(folder: Path) -> dict[str, Any]:
         raise StorageError(f"{folder} holds nothing of a teacher: it has no {ABOUT}", hint=_give())
     found = read_object(path, StorageError)
     about = found.get("about")
-    whole = is_covered(path.read_text(encoding="utf-8"), found.get(OWN)) and isinstance(about, dict)
-    if not whole or type(about.get(WIDTH)) is not int:
+    covered = is_covered(path.read_text(encoding="utf-8"), found.get(OWN))
+    if not isinstance(about, dict) or type(about.get(WIDTH)) is not int or not covered:
         raise StorageError(f"{path} changed since it was written", hint=f"delete {folder}: the teacher is asked again")
-    return dict(about)
+    return about
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
