@@ -242,20 +242,24 @@ def test_what_a_callback_of_one_process_asks_for_all_do_and_all_end_with_the_bes
     assert first.endswith(whole)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto"])
-def test_preferences_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp_path, one_thread):
-    """The reference is asked in shares; KTO's divergence and what is logged are of all processes."""
+@pytest.mark.parametrize("stage", ["dpo", "kto", pytest.param("distill", marks=pytest.mark.slow)])
+def test_other_stages_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp_path, one_thread):
+    """The reference, or the teacher, is asked in shares; KTO's divergence and what is logged are of all processes."""
     kept = [
         {"prompt": f"hello {i}", "chosen": "the world " * (1 + i % 3), "rejected": f"no {i % 5}"} for i in range(14)
     ]
     if stage == "kto":
         kept = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
                 for row in kept for side in ("chosen", "rejected")]  # fmt: skip
+    more = {"stage": stage}
+    if stage == "distill":
+        kept = [{"prompt": row["prompt"], "response": row["chosen"]} for row in kept]
+        more["teacher_model_name_or_path"] = str(tiny_gguf("llama", seed=4).path)
     rows, model = tmp_path / "rows.jsonl", tiny_gguf("llama").path
     rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    options = {**OPTIONS, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4, "stage": stage}
+    options = {**OPTIONS, "output_dir": str(tmp_path / "one"), "per_device_train_batch_size": 4, **more}
     qgraft.train(*qgraft.load(model), str(rows), qgraft.TrainArguments(**options))
-    code, said = run(model, rows, tmp_path / "two", 2, ddp_timeout=60, ddp_backend="gloo", stage=stage)
+    code, said = run(model, rows, tmp_path / "two", 2, ddp_timeout=60, ddp_backend="gloo", **more)
     assert code == 0, said
     assert_same_result(tmp_path / "two", tmp_path / "one")
     one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
@@ -263,6 +267,6 @@ def test_preferences_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp
     for line, expected in zip(
         two[1:], one[1:], strict=True
     ):  # before the first step rewards are rounding errors around 0
-        rewards = {key: value for key, value in expected.items() if "/" in key or key == "kl"}
+        rewards = {key: value for key, value in expected.items() if "/" in key or key in ("kl", "kd_loss")}
         assert {key: line[key] for key in rewards} == pytest.approx(rewards, rel=1e-3, abs=1e-5)
-    assert any("rewards/margins" in line for line in one)
+    assert any("rewards/margins" in line or "kd_loss" in line for line in one)

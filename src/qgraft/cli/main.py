@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "see it work: tune a real 4-bit model to a new identity",
     "pull": "fetch a known model",
     "train": "train an adapter on the packed weights of a model file",
+    "distill": "ask a teacher about rows once, for students to learn from",
     "estimate": "say how much memory training will take",
     "chat": "talk to a model, with or without adapters",
     "serve": "answer many people at once, each with own adapters (OpenAI's API)",
@@ -51,6 +52,7 @@ MEANT = {  # what people type who know other tools -> what there is for it
     **dict.fromkeys(
         ("check", "env", "status", "gpu"), "`qgraft doctor` shows what is installed and which kernels serve"
     ),
+    **dict.fromkeys(("teach", "teacher", "student", "kd"), "`qgraft train --stage distill` learns from a teacher"),
     "quantize": "a float folder is packed while loading: --quantize q4_1 of `qgraft train`, `chat` and `export`",
 }
 

@@ -186,6 +186,13 @@ def _check(arguments: "TrainArguments") -> None:
 
 def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter that is named attached."""
+    model, tokenizer = load_base(arguments)
+    _load_adapter(model, arguments)
+    return model, tokenizer
+
+
+def load_base(arguments: "TrainArguments") -> tuple[Any, Any]:
+    """(model, tokenizer) without it."""
     from qgraft.checkpoints.load import chatglm_format, load
 
     name, quantize = str(arguments.model_name_or_path), arguments.quantize
@@ -199,7 +206,6 @@ def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
     if tokenizer is None:
         raise without_tokenizer(name, model, "this command")
     print_notes(model)
-    _load_adapter(model, arguments)
     return model, tokenizer
 
 

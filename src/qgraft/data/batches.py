@@ -11,7 +11,8 @@ it has more tokens than the budget, it passes through the model in several parts
 gradient of the whole. The budget bounds the memory of activations, whatever the batch size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ __all__ = [
     "collate",
     "count_labels",
     "label_weights",
+    "neighbours",
     "spans",
     "split_batch",
     "weigh_labels",
@@ -70,6 +72,14 @@ def spans(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:
         fewer = _cut(samples, middle)
         low, high, bounds = (low, middle, fewer) if len(fewer) == len(bounds) else (middle + 1, high, bounds)
     return bounds
+
+
+def neighbours(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
+    """Which of some samples of these lengths go together, with at most so many tokens; one alone may have more."""
+    bounds = [0, *accumulate(lengths)]
+    places = {bound: place for place, bound in enumerate(bounds)}
+    for start, end in spans(list(pairwise(bounds)), tokens):
+        yield slice(places[start], places[end])
 
 
 def _cut(samples: list[tuple[int, int]], budget: int) -> list[tuple[int, int]]:

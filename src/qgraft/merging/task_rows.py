@@ -94,7 +94,7 @@ class Reader:
         reading: dict[str, Any] = {"name": name, "author": author, "columns": columns, "max_samples": most,
                                    "allow_outside_files": bool(self.options.get("allow_outside_files"))}  # fmt: skip
         stage = arguments.get("stage", "sft")
-        if stage != "sft":
+        if stage not in ("sft", "distill"):
             try:
                 return *read_preferences(dataset, folder, labelled=stage == "kto", **reading), columns
             except DataError:

@@ -10,7 +10,7 @@ gradient. The gradient of the logits is written over them.
 What the states are, and what comes after the output layer, is in decoder.py.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,12 +62,49 @@ def summed_cross_entropy(states_NH: Tensor, targets_N: Tensor, head: Head, label
     return weighted_cross_entropy(states_NH, targets_N, None, head, label_smoothing)[0]
 
 
+class RowLoss(Protocol):
+    """A loss of each row of logits by itself.
+
+    Attributes:
+        tensors: how many of the logits' size it holds at a time, beside the logits.
+    """
+
+    tensors: int
+
+    def dtype_for(self, logits: Tensor) -> torch.dtype:
+        """In which dtype it wants these logits."""
+
+    def to_gradient(self, logits_CV: Tensor, rows: slice) -> Tensor:
+        """The losses [C] float32 of these rows, whose logits are overwritten with their gradients."""
+
+
+class CrossEntropy:
+    """-log softmax(logits)[target], smoothed; see kernels/cross_entropy.py."""
+
+    tensors = 1
+
+    def __init__(self, targets_N: Tensor, label_smoothing: float = 0.0) -> None:
+        self.targets, self.smoothing = targets_N, label_smoothing
+
+    def dtype_for(self, logits: Tensor) -> torch.dtype:
+        """That of the kernel."""
+        return cross_entropy.dtype_for(logits)
+
+    def to_gradient(self, logits_CV: Tensor, rows: slice) -> Tensor:
+        """See RowLoss."""
+        return cross_entropy.loss_to_gradient(logits_CV, self.targets[rows], self.smoothing)
+
+
 def weighted_cross_entropy(
     states_NH: Tensor, targets_N: Tensor, weights_N: Tensor | None, head: Head, label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(The sum of weight times cross-entropy, differentiable; the cross-entropy of each label [n], without gradient)."""
-    parameters = getattr(head, "parameters", [])
-    return _ChunkedCrossEntropy.apply(states_NH, targets_N, weights_N, head, label_smoothing, *parameters)
+    return weighted_loss(states_NH, weights_N, head, CrossEntropy(targets_N, label_smoothing))
+
+
+def weighted_loss(states_NH: Tensor, weights_N: Tensor | None, head: Head, loss: RowLoss) -> tuple[Tensor, Tensor]:
+    """(The sum of weight times loss, differentiable in the states and the head's parameters; each loss [n], without)."""
+    return _ChunkedLoss.apply(states_NH, weights_N, head, loss, *getattr(head, "parameters", []))
 
 
 def label_log_probs(states_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
@@ -75,25 +112,20 @@ def label_log_probs(states_NH: Tensor, targets_N: Tensor, head: Head) -> Tensor:
     return -_EachCrossEntropy.apply(states_NH, targets_N, head, *getattr(head, "parameters", []))
 
 
-class _ChunkedCrossEntropy(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     """The loss, and with it the gradients, computed chunk by chunk in the forward pass."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        states_NH: Tensor,
-        targets_N: Tensor,
-        weights_N: Tensor | None,
-        head: Head,
-        label_smoothing: float,
-        *parameters: Tensor,
+        ctx: Any, states_NH: Tensor, weights_N: Tensor | None, head: Head, loss: RowLoss, *parameters: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """states [n, hidden], targets [n] int64, weights [n] or None for ones -> scalar float32, [n] float32."""
+        """states [n, hidden], weights [n] or None for ones -> scalar float32, [n] float32."""
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), dtype=torch.float32, device=states_NH.device)
         grads = [torch.zeros_like(t) for t in (states_NH, *parameters)] if wanted else []
         each_N = torch.empty(len(states_NH), dtype=torch.float32, device=states_NH.device)
         start, vocabulary, most = 0, getattr(head, "vocabulary", None), chunk_bytes(states_NH.device)
+        most = 2 * most // (1 + loss.tensors)
         once = getattr(head, "unpacked", None) if states_NH.is_cuda else None
         logits_of = head if once is None else once(states_NH.dtype)  # a GPU unpacks the whole layer for each product
         while start < len(states_NH):
@@ -102,8 +134,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.set_grad_enabled(wanted), torch.autocast(chunk.device.type, enabled=False):
                 logits = logits_of(chunk)
             vocabulary = logits.shape[-1]
-            own_CV = logits.detach().to(cross_entropy.dtype_for(logits), copy=getattr(head, "keeps_logits", True))
-            each_C = cross_entropy.loss_to_gradient(own_CV, targets_N[start : start + rows], label_smoothing)
+            own_CV = logits.detach().to(loss.dtype_for(logits), copy=getattr(head, "keeps_logits", True))
+            each_C = loss.to_gradient(own_CV, slice(start, start + rows))
             each_N[start : start + rows] = each_C
             weights_C1 = None if weights_N is None else weights_N[start : start + rows, None]
             if weights_C1 is not None:
@@ -127,7 +159,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scales what the forward pass computed."""
         states, *parameters = (saved * grad.to(saved.dtype) for saved in ctx.saved_tensors)
-        return states, None, None, None, None, *parameters
+        return states, None, None, None, *parameters
 
 
 class _EachCrossEntropy(torch.autograd.Function):
@@ -144,7 +176,7 @@ class _EachCrossEntropy(torch.autograd.Function):
         by_rows = ctx.needs_input_grad[0] and not parameters
         with torch.set_grad_enabled(by_rows):
             own_NH = states_NH.detach().requires_grad_(by_rows)
-            total, each_N = _ChunkedCrossEntropy.apply(own_NH, targets_N, None, head, 0.0)
+            total, each_N = _ChunkedLoss.apply(own_NH, None, head, CrossEntropy(targets_N))
             saved = torch.autograd.grad(total, own_NH)[0] if by_rows else states_NH
         ctx.head, ctx.by_rows = head, by_rows
         ctx.save_for_backward(saved, targets_N, *parameters)

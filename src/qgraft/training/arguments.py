@@ -56,16 +56,22 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
     quantization_bit: int | None = _option(None, "ChatGLM: 4 or 8, what its weights are packed in while loading.")
     adapter_name_or_path: str | None = _option(None, "Folder of an adapter to go on training instead of a new one.")
-    stage: str = _option("sft", "sft (supervised fine-tuning), or of preferences: dpo, ipo, orpo, simpo, kto.")
+    stage: str = _option("sft", "sft (fine-tuning); of preferences dpo, ipo, orpo, simpo, kto; distill (of a teacher).")
     loss_type: str | None = _option(
         None, "dpo: sigmoid, hinge, ipo, robust, exo_pair, ...; kto: kto, apo_zero_unpaired."
     )
-    beta: float | None = _option(None, "Preferences: how much the reference holds back; 0.1.")
+    beta: float | None = _option(None, "How much the reference holds back, 0.1; distill: 0 forward to 1 reverse KL.")
     label_smoothing: float | None = _option(None, "Preferences: share of rows that may be the wrong way round.")
     desirable_weight: float | None = _option(None, "kto: what the loss of wanted answers is multiplied by; 1.")
     undesirable_weight: float | None = _option(None, "kto: the same of those that are not wanted; 1.")
     simpo_gamma: float | None = _option(None, "simpo: margin by which the chosen answer is to be ahead; 0.5.")
     rpo_alpha: float | None = _option(None, "Pairs: add so much of the mean loss of the chosen answers' tokens.")
+    teacher_model_name_or_path: str | None = _option(None, "distill: the teacher, named like the model.")
+    teacher_adapter_name_or_path: str | None = _option(None, "distill: an adapter of the teacher's.")
+    teacher_cache: str | None = _option(None, "distill: folder of what the teacher says; default: in output_dir.")
+    loss_top_k: int | None = _option(None, "distill: tokens that the teacher names at each place; 64.")
+    kd_ratio: float | None = _option(None, "distill: share of the divergence beside the labels' own loss; 1.")
+    kd_temperature: float | None = _option(None, "distill: divides the logits of both; 1.")
     finetuning_type: str | None = _option(None, "What is trained: lora, or p_tuning, the default with pre_seq_len.")
     r: int = _option(8, "Rank of the LoRA.")
     lora_alpha: float = _option(16.0, "The delta is scaled by lora_alpha / r.")
@@ -352,15 +358,8 @@ def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
 
 
 _OF_TRANSFORMERS = (
-    ArithmeticError,
-    AttributeError,
-    ImportError,
-    LookupError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
+    ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
 
 
 def _translate_flags(argv: Sequence[str]) -> tuple[list[str], list[str]]:

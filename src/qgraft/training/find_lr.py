@@ -132,7 +132,7 @@ def has_diverged(smoothed: Sequence[float]) -> bool:
 def _trial(args: TrainArguments) -> TrainArguments:
     """`args` of the first steps of the run, beside whatever is in output_dir: nothing is deleted where no run begins."""
     args = copy.copy(args)
-    args.max_steps, args.overwrite_output_dir = STEPS, True
+    args.max_steps, args.overwrite_output_dir, args.find_lr = STEPS, True, True
     args.resume_from_checkpoint, args.early_stopping_patience = None, None
     args.lr_scheduler_type, args.lr_scheduler_kwargs, args.warmup_steps = SchedulerType.CONSTANT, None, 0
     return args

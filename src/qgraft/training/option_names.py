@@ -40,10 +40,16 @@ ALIASES = {  # name elsewhere -> ours
     "dpo_label_smoothing": "label_smoothing",
     "kto_chosen_weight": "desirable_weight",
     "kto_rejected_weight": "undesirable_weight",
+    **dict.fromkeys(("teacher", "teacher_model"), "teacher_model_name_or_path"),
+    "teacher_adapter": "teacher_adapter_name_or_path",
 }
 
 NOT_THERE = {  # name elsewhere -> what to do instead
     "use_dora": "DoRA is not there: leave it out, or train it with PEFT on the float model",
+    **dict.fromkeys(
+        ("lmbda", "seq_kd"),
+        "a student learns the answers of the rows, not its own or new ones of the teacher: leave it out",
+    ),
     **dict.fromkeys(("pissa_init", "init_lora_weights"), "a LoRA begins with B at zero: leave it out"),
 }
 

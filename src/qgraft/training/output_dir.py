@@ -40,9 +40,11 @@ from qgraft.training.checkpoints import (
 )
 from qgraft.training.optimization import STATES
 from qgraft.training.reference import REFERENCE
+from qgraft.training.teacher_cache import TEACHER
 
 RUN = "run.json"
-RATES, RATES_PICTURE = "find_lr.json", "find_lr.png"  # of no run: one may begin beside them
+RATES, RATES_PICTURE = "find_lr.json", "find_lr.png"
+_OF_NO_RUN = (RATES, RATES_PICTURE, TEACHER)  # one may begin beside them
 LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
 _WITHOUT_RESULT = {METRICS, RUN, REFERENCE, "runs", "loss.png"}  # of a run that has no checkpoint yet
 
@@ -94,7 +96,7 @@ def check_output_dir(args: TrainArguments) -> Earlier:
         if folder.exists() and not folder.is_dir():
             raise StorageError(f"output_dir {folder} is a file, expected a folder")
         every = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-        names = sorted(name for name in every if name[0] != "." and name not in (RATES, RATES_PICTURE))
+        names = sorted(name for name in every if name[0] != "." and name not in _OF_NO_RUN)
     if goes_on_from_newest(args):
         return _newest(args, folder, names)
     if str(args.resume_from_checkpoint or "none").lower() in ("false", "none", "0"):

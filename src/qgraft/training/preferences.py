@@ -9,16 +9,15 @@ The reference is the model itself: no second one is held, and none is asked in a
 answers do not belong to their prompts pass in each step, too, without gradient, before those that are learned.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.data.batches import spans
+from qgraft.data.batches import neighbours
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import IGNORED, Sample
 from qgraft.passes.decoder import evaluating
@@ -107,7 +106,7 @@ class PreferenceOptimization:
     def batches(self, samples: Sequence[Preference], tokens: int) -> list[Judged]:
         """Rows with at most so many tokens together; a row alone may have more."""
         lengths = [len(each.input_ids) - (each.shared if self.shared else 0) for each in samples]
-        return [self._laid_out(samples[part]) for part in _parts(lengths, tokens)]
+        return [self._laid_out(samples[part]) for part in neighbours(lengths, tokens)]
 
     def outcome(self, model: PreTrainedModel, batch: Judged) -> Outcome:
         """The sum of the losses of the rows."""
@@ -203,19 +202,11 @@ def text_log_probs(
     """
     found = list[float]()
     with nullcontext() if training else evaluating(model):
-        for part in _parts([len(text.input_ids) for text in texts], 0 if alone else tokens):
+        for part in neighbours([len(text.input_ids) for text in texts], 0 if alone else tokens):
             rows = [[text] for text in texts[part]]
             laid_out = lay_out(rows, [0] * len(rows))
             found += text_sums(log_probs(model, laid_out), laid_out)[0].tolist()
     return found
-
-
-def _parts(lengths: Sequence[int], tokens: int) -> Iterator[slice]:
-    """Which of some neighbours of these lengths go together, with at most so many tokens; one alone may have more."""
-    bounds = [0, *accumulate(lengths)]
-    places = {bound: place for place, bound in enumerate(bounds)}
-    for start, end in spans(list(pairwise(bounds)), tokens):
-        yield slice(places[start], places[end])
 
 
 def with_reference(

@@ -23,7 +23,7 @@ from qgraft.errors import TrainingError, option
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-Row = TypeVar("Row", Sample, Preference)
+Row = TypeVar("Row", bound=Sample | Preference)
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,11 @@ from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.log_probs import shares_prompts
+from qgraft.training.distillation import Distillation
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
-from qgraft.training.stages import preference_options
+from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
     from qgraft.training.run import Prepared
@@ -40,8 +41,10 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(
     model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization:
+) -> SupervisedFineTuning | PreferenceOptimization | Distillation:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
+        return Distillation(taught, prepared.lesson.width)
     options = preference_options(prepared.args)
     if options is None:
         return SupervisedFineTuning(prepared.args.label_smoothing_factor)
@@ -57,7 +60,9 @@ def settle_objective(
 
 
 def said_by_reference(prepared: "Prepared") -> dict[str, str]:
-    """A hash of what the reference says, for what a run is bound to; nothing where there is none."""
+    """A hash of what the reference or the teacher says, for what a run is bound to; nothing where there is none."""
+    if prepared.lesson is not None:
+        return {"teacher (SHA-256 of what it says)": prepared.lesson.sha256}
     rows = [each for each in (*prepared.samples, *prepared.eval_samples) if isinstance(each, Preference)]
     values = repr([each.reference for each in rows])
     said = any(each.reference for each in rows)
@@ -89,7 +94,7 @@ def referred(
 
 def write_reference(model: PreTrainedModel, prepared: "Prepared") -> None:
     """Write the file, where there is a reference. Raises StorageError."""
-    if not said_by_reference(prepared):
+    if prepared.lesson is not None or not said_by_reference(prepared):
         return
     sides = prepared.samples, prepared.eval_samples
     values = {name: [each.reference for each in rows] for name, rows in zip(_SIDES, sides, strict=True)}

@@ -6,6 +6,7 @@ output_dir/
   run.json        options, row accounting, base, losses, speed, memory, versions
   metrics.jsonl   one line a log
   reference.json  of preferences: what the model said of the rows before (reference.py)
+  teacher/        of distillation: what the teacher says of them (teacher_cache.py)
   loss.png        training and held-out loss
   checkpoint-N/   to resume from
 """
@@ -48,6 +49,7 @@ from qgraft.training.processes import ALONE, Processes
 from qgraft.training.reference import said_by_reference, settle_objective, write_reference
 from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import prepare_samples
+from qgraft.training.teacher import Lesson, ask_teacher
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
 
@@ -83,7 +85,7 @@ def train(
         )
     processes = Processes.of(args)
     with folder_locked(Path(str(args.output_dir))) if processes.first else nullcontext():
-        prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks)
+        prepared = prepare(model, tokenizer, dataset, args, eval_dataset, callbacks, shown(progress))
         return _train(model, prepared, processes, shown(progress))
 
 
@@ -115,7 +117,7 @@ class Prepared:
     args: TrainArguments
     folder: Path
     earlier: Earlier
-    samples: list[Any]  # Sample, or of preferences Preference
+    samples: list[Any]  # Sample, or of preferences Preference, of a teacher Taught
     eval_samples: list[Any]
     accounting: Accounting
     held_out: Accounting | None
@@ -123,6 +125,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase | None = None
     callbacks: Sequence[Callback] = ()
     refers_to_base: bool = True
+    lesson: Lesson | None = None
 
 
 def prepare(
@@ -132,8 +135,9 @@ def prepare(
     args: TrainArguments,
     eval_dataset: Dataset | None = None,
     callbacks: Sequence[Callback] = (),
+    console: Console | None = None,
 ) -> Prepared:
-    """Check the options of a run and tokenize its rows; see train()."""
+    """Check the options of a run, tokenize its rows, and ask the teacher about them where there is one; see train()."""
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     earlier = check_output_dir(args)
@@ -154,9 +158,14 @@ def prepare(
         every.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
     if any(isinstance(each, EarlyStoppingCallback) for each in every):
         _settle_early_stopping(args)
+    lesson = None
+    if args.stage == "distill":
+        rows = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
+        lesson = ask_teacher(model, tokenizer, args, *rows, Processes.of(args), notes, console)
+        samples, eval_samples = lesson.learned, lesson.held_out
     return Prepared(
         args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every,
-        args.adapter_name not in adapter_names(model),
+        args.adapter_name not in adapter_names(model), lesson,
     )  # fmt: skip
 
 
@@ -359,7 +368,8 @@ class Run:
     def _beside_loss(self, step: int | None) -> dict[str, float]:
         """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
         logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
-        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if "/" in key}
+        names = {f"eval_{name}" for name in self.objective.names}
+        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if key in names}
 
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""

@@ -1,8 +1,11 @@
 """Which kinds of training there are, what each takes of the options, and what does not go together.
 
-`stage` is LLaMA-Factory's word, the options are TRL's. A stage stands for a loss; `dpo` has several, by `loss_type`.
+`stage` is LLaMA-Factory's word, the options are TRL's, but for kd_ratio (torchtune's) and kd_temperature (axolotl's): alpha
+stands for the share of the one loss here and of the other there, and `temperature` is that of drawn answers already.
+A stage stands for a loss; `dpo` has several, by `loss_type`, and `distill` by `beta`.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qgraft.errors import OptionError, option
@@ -18,6 +21,7 @@ STAGES = {  # stage -> its losses, the first of which is taken where nothing is 
     "orpo": ("orpo",),
     "simpo": ("simpo",),
     "kto": LABELLED,
+    "distill": (),
 }
 _READ_BY = {  # option -> the losses that read it
     "label_smoothing": {"sigmoid", "robust", "exo_pair", "simpo"},
@@ -27,10 +31,56 @@ _READ_BY = {  # option -> the losses that read it
     "rpo_alpha": {*PAIRED} - {"orpo"},
 }
 OPTIONS = ("loss_type", "beta", *_READ_BY)
+OF_DISTILLING = (
+    "teacher_model_name_or_path", "teacher_adapter_name_or_path", "teacher_cache", "loss_top_k", "kd_ratio", "kd_temperature",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What a student learns of its teacher, see passes/divergence.py.
+
+    Attributes:
+        beta: of the divergence; 0 forward KL, 1 reverse KL.
+        share: of the divergence; the rest is that of the labels' own loss.
+        top_k: how many tokens the teacher names at a place.
+    """
+
+    beta: float = 0.0
+    temperature: float = 1.0
+    share: float = 1.0
+    top_k: int = 64
+
+
+def distill_options(args: "TrainArguments") -> DistillOptions | None:
+    """What a run learns of a teacher; None where there is none. Raises OptionError for all that is wrong, at once."""
+    given = {name: getattr(args, name) for name in OF_DISTILLING if getattr(args, name) is not None}
+    if args.stage != "distill":
+        if given:
+            raise OptionError(f"{', '.join(given)}: stage {args.stage} has no teacher", hint=option("stage", "distill"))
+        return None
+    said = {name: value for name in OPTIONS if (value := getattr(args, name)) is not None and name != "beta"}
+    problems = [f"{name}: it is of preferences, and stage distill has none" for name in said]
+    if args.beta is not None and args.beta > 1:
+        problems.append(f"beta={args.beta}: expected a number from 0, forward KL, to 1, reverse KL")
+    if args.teacher_model_name_or_path is None and args.teacher_cache is None:
+        problems.append("stage distill needs a teacher: a model in teacher_model_name_or_path")
+    if args.teacher_adapter_name_or_path is not None and args.teacher_model_name_or_path is None:
+        problems.append("teacher_adapter_name_or_path: of which model? give teacher_model_name_or_path")
+    if args.temperature is not None and not (args.do_predict or args.predict_with_generate):
+        problems.append("temperature: it is of drawn answers, and none is asked for; kd_temperature is the loss's")
+    if problems:
+        raise OptionError("; ".join(problems))
+    names = {"beta": "beta", "kd_temperature": "temperature", "kd_ratio": "share", "loss_top_k": "top_k"}
+    return DistillOptions(
+        **{own: getattr(args, name) for name, own in names.items() if getattr(args, name) is not None}
+    )
 
 
 def preference_options(args: "TrainArguments") -> PreferenceOptions | None:
-    """What a run learns preferences by; None for supervised fine-tuning."""
+    """What a run learns preferences by; None for supervised fine-tuning, and for distillation."""
+    if args.stage == "distill":
+        return None
     return preferring(args.stage, {name: getattr(args, name) for name in OPTIONS}, train_on_prompt=args.train_on_prompt)
 
 
@@ -44,6 +94,11 @@ def preferring(
     if stage not in STAGES:
         raise OptionError(f"stage={stage!r}: expected {', '.join(STAGES)}")
     given = {name: value for name, value in said.items() if value is not None}
+    if stage == "distill":
+        raise OptionError(
+            "stage distill: it is a training, which measures its held-out rows itself",
+            hint=f"{option('stage', 'sft')} measures the loss of the answers",
+        )
     if stage == "sft":
         if given:
             raise OptionError(f"{', '.join(given)}: stage sft learns no preferences", hint=option("stage", "dpo"))
@@ -56,6 +111,8 @@ def preferring(
     options = PreferenceOptions(loss, **{name: float(value) for name, value in given.items()},
                                 train_on_prompt=train_on_prompt)  # fmt: skip
     smoothing = options.label_smoothing
+    if options.beta <= 0:
+        problems.append(f"beta={options.beta}: expected a number above 0")
     if smoothing >= 0.5:
         problems.append(
             f"label_smoothing={smoothing}: expected the share of rows that are the wrong way round, below 0.5; from there on "
@@ -76,16 +133,25 @@ def preferring(
 
 def settle_stage(args: "TrainArguments") -> None:
     """Raise OptionError for options that do not go with the stage, at once. CUDA graphs are for supervised fine-tuning."""
-    if preference_options(args) is None:
+    distilling = distill_options(args) is not None
+    if not distilling and preference_options(args) is None:
         return
+    graphs, padding = args.cuda_graphs == "yes", not args.ignore_pad_token_for_loss
     wrong = {
+        "label_smoothing_factor: the teacher says what else is likely; leave it out": args.label_smoothing_factor,
+        "cuda_graphs=yes: passes beside a teacher's are not recorded": graphs,
+        "ignore_pad_token_for_loss=false: a teacher says nothing of padding": padding,
+        "do_eval without do_train: the teacher is asked in training alone; stage sft measures the loss of answers": (
+            args.do_eval and not args.do_train
+        ),
+    } if distilling else {
         "label_smoothing_factor: it smooths the loss of tokens; take label_smoothing": args.label_smoothing_factor,
         "fp16: the reference is computed without its scaled loss; take bf16": args.fp16,
         "cache_frozen_layers: it keeps what enters the adapter of single texts": args.cache_frozen_layers,
-        "cuda_graphs=yes: passes of pairs are not recorded": args.cuda_graphs == "yes",
+        "cuda_graphs=yes: passes of pairs are not recorded": graphs,
         "predict_with_generate: rows of preferences have no one answer to compare with": args.predict_with_generate,
-        "ignore_pad_token_for_loss=false: padding is no answer": not args.ignore_pad_token_for_loss,
-    }
+        "ignore_pad_token_for_loss=false: padding is no answer": padding,
+    }  # fmt: skip
     if problems := [problem for problem, holds in wrong.items() if holds]:
         raise OptionError(f"stage {args.stage}: " + "; ".join(problems))
     args.cuda_graphs = "no"
