@@ -15,7 +15,8 @@ from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.combine import combine
 from qgraft.adapters.exact import BlockLora, MinimumLora, minimums_of
-from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraLinear, drop_by_seed
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.states import load_lora_state_dict, lora_state_dict
 from qgraft.compat import CACHE
 from qgraft.errors import AdapterError, UnsupportedError

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import qgraft.adapters.lora as lora_module
-from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraFunction, LoraLinear
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import quantize
 from qgraft.kernels import lora as lora_kernels

@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from qgraft.adapters.attach import check_name
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.adapters.layer_ranks import check_layer_ranks
+from qgraft.adapters.lora import check_method
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
@@ -76,6 +77,8 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
     exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
+    use_dora: bool = _option(False, "DoRA: the length of each row of the weights is trained apart from its direction.")
+    init_lora_weights: str = _option("true", "pissa, or pissa_niter_16: begin with the base's principal components.")
     loraplus_lr_ratio: float | None = _option(None, "LoRA+: B learns at this many times learning_rate; 16.")
     loraplus_lr_embedding: float = _option(1e-6, "LoRA+: learning rate of adapters on embeddings.")
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
@@ -208,6 +211,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.layers_to_transform is not None:
             parse_layers(self.layers_to_transform)
+        check_method(self)
         check_layer_ranks(self.rank_pattern, self.alpha_pattern)  # type: ignore[arg-type]  # no text any more
         check_name(self.adapter_name)
         if not self.target_modules.strip(", "):

@@ -19,6 +19,10 @@ def impossible(args: "TrainArguments") -> list[str]:
             args.find_lr and args.resume_from_checkpoint
         ),
         "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
+        "use_dora: a prefix has no rows of a length; it is an option of a LoRA": prefix and args.use_dora,
+        "init_lora_weights: a prefix has no A and B; it is an option of a LoRA": (
+            prefix and args.init_lora_weights != "true"
+        ),
         "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
         "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
             prefix and (args.rank_pattern or args.alpha_pattern)
