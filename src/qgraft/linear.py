@@ -304,9 +304,9 @@ def _in_model_order(layer: QuantizedLinear, values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def rows_of(layer: nn.Module, rows: slice) -> Tensor:
-    """Some rows of the weight [out, in] of a QuantizedLinear or nn.Linear, float32 in the model's order."""
-    if not isinstance(layer, QuantizedLinear):
+def rows_of(layer: QuantizedLinear | nn.Linear, rows: slice) -> Tensor:
+    """Some rows of the weight [out, in] of a layer, float32 in the model's order."""
+    if isinstance(layer, nn.Linear):
         return layer.weight[rows].float()
     index = torch.arange(layer.out_features, device=layer.packed_weight.device)[rows]
     return _in_model_order(layer, dequantize(take_rows(layer.packed, index), torch.float32))

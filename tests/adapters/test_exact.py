@@ -257,7 +257,7 @@ def test_linear_sums_stay_exact_and_cut_ones_do_not(tiny_gguf: Maker, random_ids
 
 def test_k_quants_cannot_be_combined(tiny_gguf: Maker) -> None:
     model = with_exact(with_exact(k_model(tiny_gguf, "q4_k"), "law"), "med")
-    with pytest.raises(UnsupportedError, match=r"combine: model.*exact LoRA of a K-quant[\s\S]*hint: use_adapter"):
+    with pytest.raises(UnsupportedError, match=r"combine: model.*exact LoRA on a K-quant[\s\S]*hint: use_adapter"):
         combine(model, {"law": 1.0, "med": 1.0}, "both")
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import qgraft.adapters.lora as lora_module
+import qgraft.adapters.lora_function as lora_module
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
 from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.errors import AdapterError, OptionError

@@ -19,12 +19,11 @@ A row of zeros has no direction: it stays as it is until B A gives it one.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import ALL_ROWS, Lora, LoraConfig, LoraLayer, LoraLinear, Values
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values
 from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.peft_names import magnitude_name
 from qgraft.errors import UnsupportedError
@@ -52,7 +51,7 @@ class DoraLora(Lora):
     def factors(self) -> None:
         """See Lora: its B A is not all that it adds."""
 
-    def scale(self, base: nn.Module) -> Tensor:
+    def scale(self, base: Frozen) -> Tensor:
         """m / n [out], whose gradient is that of m."""
         lengths = self._lengths(base)
         return torch.where(lengths > 0, self.lora_magnitude_vector / lengths.where(lengths > 0, 1.0), 1.0)
@@ -66,7 +65,7 @@ class DoraLora(Lora):
         scale = self.scale(layer.base)
         return (y * scale if bias is None else (y - bias) * scale + bias).to(y.dtype)
 
-    def added(self, x_SI: Tensor, segment: LayerSegment, base: nn.Module) -> Tensor:
+    def added(self, x_SI: Tensor, segment: LayerSegment, base: Frozen) -> Tensor:
         """See Lora; beside others, in part, or with dropout."""
         dropped = drop_by_seed(x_SI, segment.dropout, segment.seed)
         product = base(dropped) if base.bias is None else base(dropped) - base.bias
@@ -76,16 +75,17 @@ class DoraLora(Lora):
         return ((scale - 1) * product + scale * low) * (segment.scaling / self.config.scaling)
 
     @torch.no_grad()
-    def delta(self, base: nn.Module, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora: W' - W."""
+        assert base is not None
         scale = self.scale(base)[rows, None]
-        return rows_of(base, rows) * (scale - 1) + super().delta(base, rows) * scale
+        return rows_of(base, rows) * (scale - 1) + super().delta(rows) * scale
 
     def tensors(self, path: str) -> dict[str, Tensor]:
         """See Part."""
         return super().tensors(path) | {magnitude_name(path): self.lora_magnitude_vector.detach()}
 
-    def _lengths(self, base: nn.Module) -> Tensor:
+    def _lengths(self, base: Frozen) -> Tensor:
         """n [out] float32."""
         A, B, squares = self.lora_A.detach(), self.lora_B.detach(), squares_of_rows(base)
         if torch.is_grad_enabled() or A.device.type != "cpu":  # comparing would wait for a GPU
@@ -98,28 +98,22 @@ class DoraLora(Lora):
 
 
 @torch.no_grad()
-def squares_of_rows(layer: nn.Module) -> Tensor:
+def squares_of_rows(layer: Frozen) -> Tensor:
     """|W|² of each row of a QuantizedLinear or nn.Linear, [out] float64; of packed bytes always the same tensor."""
     if isinstance(layer, QuantizedLinear):
         return layer.packed_weight.squares()
-    return _weight(layer).square().sum(1).double()
+    return layer.weight.float().square().sum(1).double()
 
 
 @torch.no_grad()
-def _lengths(base: nn.Module, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _lengths(base: Frozen, squares: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
     if isinstance(base, QuantizedLinear):
         cross_RO = linear(in_stored_order(base, A.float()), base.packed)
     else:
-        cross_RO = A.float() @ _weight(base).T
+        cross_RO = A.float() @ base.weight.float().T
     B_OR, gram_RR = B.double(), A.double() @ A.double().T
     squared = squares + (2 * scaling) * (B_OR * cross_RO.T).sum(1) + scaling**2 * ((B_OR @ gram_RR) * B_OR).sum(1)
     return squared.clamp_(min=0).sqrt_().float()
-
-
-def _weight(layer: Any) -> Tensor:
-    """That of a float layer, float32."""
-    weight: Tensor = layer.weight.detach().float()
-    return weight
 
 
 def check_dora(layers: Mapping[str, LoraLayer]) -> None:

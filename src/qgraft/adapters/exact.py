@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qgraft.adapters.lora import ALL_ROWS, Lora, LoraConfig, LoraLayer, LoraLinear, Values
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values
 from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.peft_names import minimums_name, tensor_name
 from qgraft.errors import AdapterError, UnsupportedError, option
@@ -111,7 +111,7 @@ class BlockLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * (SPREAD * self.config.scaling)
 
-    def delta(self, base: nn.Module, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora."""
         return self.change()[rows].float().repeat_interleave(self.width, dim=1)
 
@@ -163,12 +163,12 @@ class MinimumLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * self.config.scaling * self.unit.double()
 
-    def delta(self, base: nn.Module, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora."""
         n_OGS = self.integers[rows].double().unflatten(1, (self.unit.shape[1], -1))
         return (n_OGS * self.change()[rows, :, None]).flatten(1).float().repeat_interleave(self.width, dim=1)
 
-    def added(self, x_SI: Tensor, segment: LayerSegment, base: nn.Module) -> Tensor:
+    def added(self, x_SI: Tensor, segment: LayerSegment, base: Frozen) -> Tensor:
         """See Lora."""
         tensors = (self.lora_A, self.lora_B, self.integers, self.unit)
         return cast(Tensor, _MinimumFunction.apply(x_SI, *tensors, segment.scaling, segment.dropout, segment.seed))

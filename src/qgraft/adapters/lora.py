@@ -38,6 +38,7 @@ from qgraft.linear import LinearLike, QuantizedLinear, nothing, to_autocast
 from qgraft.ranges import COUNT, FINITE, SHARE, check_ranges
 
 Values = tuple[Tensor, ...]  # of a part as a file has them: A, B and, of DoRA, the magnitudes
+Frozen = QuantizedLinear | nn.Linear  # a layer of the base
 ALL_ROWS: Final = slice(None)
 _PISSA = re.compile(r"pissa(_niter_[1-9][0-9]{0,3})?")
 
@@ -73,7 +74,8 @@ class LoraConfig:
         check_ranges(
             {"r": (self.r, COUNT), "lora_alpha": (self.lora_alpha, FINITE), "lora_dropout": (self.lora_dropout, SHARE)}
         )
-        check_method(self)
+        if wrong := impossible_methods(self):
+            raise OptionError("; ".join(wrong))
 
     @property
     def scaling(self) -> float:
@@ -96,14 +98,13 @@ class Method(Protocol):
     def init_lora_weights(self) -> bool | str: ...
 
 
-def check_method(options: Method) -> None:
-    """Raise OptionError for a start that is none, or methods that have no meaning together."""
+def impossible_methods(options: Method) -> list[str]:
+    """A line for a start that is none, and for each combination that has no meaning."""
     init, pissa = options.init_lora_weights, starts_from_base(options.init_lora_weights)
-    if init not in (True, "true") and not pissa:
-        raise OptionError(
-            f"init_lora_weights={init!r}: expected true, pissa, or pissa_niter_16 with any number from 1 on"
-        )
     wrong = {
+        f"init_lora_weights={init!r}: expected true, pissa, or pissa_niter_16 with any number from 1 on": (
+            init not in (True, "true") and not pissa
+        ),
         "exact and use_dora: an exact LoRA changes minimums alone, DoRA the whole weight": options.exact
         and options.use_dora,
         f"exact and init_lora_weights={init}: no principal component is the same within groups of columns": (
@@ -120,8 +121,7 @@ def check_method(options: Method) -> None:
         "use_dora and lora_alpha=0: nothing that A and B learn would count": options.use_dora
         and not options.lora_alpha,
     }
-    if problems := [line for line, holds in wrong.items() if holds]:
-        raise OptionError("; ".join(problems), hint="leave one of the two out")
+    return [line for line, holds in wrong.items() if holds]
 
 
 def starts_from_base(init_lora_weights: bool | str) -> bool:
@@ -168,7 +168,7 @@ class Lora(Part):
         """A [r, in] and B [out, r] for the kernels; None for a part that is no product of two, which `added` computes."""
         return self.lora_A, self.lora_B
 
-    def added(self, x_SI: Tensor, segment: LayerSegment, base: nn.Module) -> Tensor:
+    def added(self, x_SI: Tensor, segment: LayerSegment, base: Frozen) -> Tensor:
         """What a part without factors adds for these inputs to the layer `base`, [tokens, out] in the dtype of x."""
         raise NotImplementedError
 
@@ -176,8 +176,8 @@ class Lora(Part):
         """The layer's whole output where no other part is active; None where the base's is made first, as of most kinds."""
         return None
 
-    def delta(self, base: nn.Module, rows: slice = ALL_ROWS) -> Tensor:
-        """What the adapter adds to these rows of the weight of `base`: scaling · B·A, [out, in]."""
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
+        """What the adapter adds to these rows of the weight, [out, in]: scaling · B·A, or what it makes of that of `base`."""
         return (self.lora_B[rows] @ self.lora_A) * self.config.scaling
 
     def tensors(self, path: str) -> dict[str, Tensor]:
@@ -302,9 +302,9 @@ class LoraLinear(LoraLayer):
     Itself a LinearLike: the questions about the weight go to the wrapped layer.
     """
 
-    base: QuantizedLinear | nn.Linear
+    base: Frozen
 
-    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
+    def __init__(self, base: Frozen, selection: Selection | None = None) -> None:
         super().__init__(base, (base.in_features, base.out_features), selection)
 
     def tokens_of(self, x: Tensor) -> int:

@@ -22,9 +22,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from qgraft.adapters.lora import ALL_ROWS, Lora, LoraConfig, LoraLayer, LoraLinear, starts_from_base
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, starts_from_base
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.errors import OptionError
 
@@ -55,7 +55,7 @@ class PissaLora(Lora):
         A = torch.cat([self.first_a + self.lora_A, self.lora_A])
         return A, torch.cat([self.lora_B, self.first_b], dim=1)
 
-    def delta(self, base: nn.Module, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora."""
         A, B = self.factors()
         return (B[rows] @ A) * self.config.scaling

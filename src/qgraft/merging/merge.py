@@ -369,7 +369,7 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor,
     In another format what rounding the base took away is a part of it, so that a merge makes up for that, too.
     """
     loras = [(cast(Lora, layer.loras[name]), weight) for name, weight in weights.items() if name in layer.loras]
-    parts = [weight * lora.delta(layer.base, rows) for lora, weight in loras]
+    parts = [weight * lora.delta(rows, layer.base) for lora, weight in loras]
     delta = in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
     if start.format == (packed := layer.packed).format:
         return delta

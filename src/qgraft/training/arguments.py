@@ -20,7 +20,6 @@ from transformers import HfArgumentParser, TrainingArguments
 from qgraft.adapters.attach import check_name
 from qgraft.adapters.layer_choice import parse_layers
 from qgraft.adapters.layer_ranks import check_layer_ranks
-from qgraft.adapters.lora import check_method
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
@@ -211,7 +210,6 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise UnsupportedError(f"finetuning_type={self.finetuning_type!r}: only lora and p_tuning are there")
         if self.layers_to_transform is not None:
             parse_layers(self.layers_to_transform)
-        check_method(self)
         check_layer_ranks(self.rank_pattern, self.alpha_pattern)  # type: ignore[arg-type]  # no text any more
         check_name(self.adapter_name)
         if not self.target_modules.strip(", "):

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from qgraft.adapters.lora import impossible_methods
+
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
@@ -34,4 +36,4 @@ def impossible(args: "TrainArguments") -> list[str]:
         "cache_frozen_layers: a prefix is in every layer, so none is frozen": prefix and cached,
         "cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16": cached and args.fp16,
     }
-    return [line for line, holds in wrong.items() if holds]
+    return [*impossible_methods(args), *(line for line, holds in wrong.items() if holds)]
