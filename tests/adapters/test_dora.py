@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import peft
 import pytest
 import torch
@@ -24,11 +25,15 @@ from qgraft.adapters.dora import DoraLora
 from qgraft.adapters.lora import LoraConfig, LoraLinear
 from qgraft.adapters.lora_function import drop_by_seed
 from qgraft.adapters.states import load_lora_state_dict, lora_state_dict
-from qgraft.errors import AdapterError, OptionError, UnsupportedError
+from qgraft.errors import AdapterError, CheckpointError, OptionError, UnsupportedError
 from qgraft.formats import quantize
 from qgraft.jobs.segments import Segment, serving_segments
+from qgraft.jobs.train import train_jobs
 from qgraft.linear import QuantizedLinear
+from qgraft.merging.merge import unmerge
 from qgraft.passes.decoding import fast_decoding
+from qgraft.storage import remove_folder
+from qgraft.training.run import train
 
 Maker = Callable[..., Any]
 PREFIX = "base_model.model."
@@ -293,3 +298,100 @@ class ByOurMask(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         seed = int(torch.randint(2**62, ()).item())
         return drop_by_seed(x.reshape(-1, x.shape[-1]), self.share, seed).view_as(x)
+
+
+ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(12)]
+
+
+def arguments(folder: Path, **options: Any) -> Any:
+    chosen = {"per_device_train_batch_size": 4, "num_train_epochs": 2, "save_steps": 2, "use_cpu": True, "r": 2,
+              "learning_rate": 1e-2, "plot_loss": False, "use_dora": True, **options}  # fmt: skip
+    return qgraft.TrainArguments(output_dir=str(folder), **chosen)
+
+
+def run(tiny_gguf: Maker, folder: Path, **options: Any) -> Any:
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    return train(model, tokenizer, ROWS, arguments(folder, **options)), model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_goes_on_to_the_same_bytes_and_passes_in_parts(
+    checkpointing: bool, tiny_gguf: Maker, tmp_path: Path
+) -> None:
+    options = {"lora_dropout": 0.1, "gradient_checkpointing": checkpointing, "loraplus_lr_ratio": 4.0}
+    for name in ("whole", "part"):
+        result, _ = run(tiny_gguf, tmp_path / name, **options)
+    remove_folder(tmp_path / "part" / "checkpoint-6")
+    (tmp_path / "part" / "adapter_model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="use_dora: was True, now None"):
+        run(tiny_gguf, tmp_path / "part", resume_from_checkpoint="true", **{**options, "use_dora": False})
+    run(tiny_gguf, tmp_path / "part", resume_from_checkpoint="true", **options)
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert result.steps == 6 and weights[0] == weights[1]
+    run(tiny_gguf, tmp_path / "one", max_tokens_per_pass=40, compute="float32")
+    run(tiny_gguf, tmp_path / "two", max_tokens_per_pass=4000, compute="float32")
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
+    for key, tensor in one.items():
+        torch.testing.assert_close(tensor, two[key], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_job_among_others_learns_as_it_does_alone(tiny_gguf: Maker, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    jobs: dict[str, dict[str, Any]] = {"dora": {}, "plain": {"seed": 3, "use_dora": False}}
+    told = {"dataset": str(tmp_path / "rows.jsonl"), "max_tokens_per_pass": 100, "save_strategy": "no",
+            "compute": "float32", "learning_rate": 2e-3}  # fmt: skip
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+    each = [arguments(tmp_path / "jobs" / name, adapter_name=name, **{**told, **own}) for name, own in jobs.items()]
+    assert all(report.finished for report in train_jobs(model, tokenizer, each))
+    for name, own in jobs.items():
+        run_alone = arguments(tmp_path / "alone" / name, **{**told, **own})
+        model, tokenizer = qgraft.load(tiny_gguf("llama").path)
+        train(model, tokenizer, None, run_alone)
+        together, alone = (
+            load_file(tmp_path / where / name / "adapter_model.safetensors") for where in ("jobs", "alone")
+        )
+        assert together.keys() == alone.keys()
+        for key, tensor in alone.items():
+            assert float((together[key] - tensor).norm()) < 1e-4 * float(tensor.norm())
+
+
+def test_merged_it_is_what_pefts_merge_makes(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker) -> None:
+    """In q8_0, where rounding is small; and taken out again it is as it was."""
+    tiny = tiny_gguf("llama", types=(gguf.GGMLQuantizationType.Q8_0,))
+    theirs = by_peft(tiny)
+    learned(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, _ = qgraft.load(tiny.path)
+    load_adapter(model, tmp_path / "theirs")
+    ids = random_ids(model)
+    adapted = logits(model, ids)
+    dense = {path: module.weight.detach() for path, module in theirs.merge_and_unload().named_modules()
+             if path in find_adapter(model).parts}  # fmt: skip
+    path = "model.layers.1.mlp.gate_proj"
+    part: Any = find_adapter(model).parts[path]
+    layer = model.get_submodule(path)
+    torch.testing.assert_close(layer.dequantize() + part.delta(base=layer.base), dense[path], rtol=1e-5, atol=1e-6)
+    qgraft.merge(model, method="nearest", calibration=ROWS, min_retained=-1e9)
+    assert not qgraft.adapter_names(model)
+    for path, weight in dense.items():
+        layer = model.get_submodule(path)
+        close = {"q8_0": 0.01, "q4_k": 0.1}[layer.packed.format]
+        assert float((layer.dequantize() - weight).norm() / weight.norm()) < close
+    unmerge(model)
+    assert torch.equal(logits(model, ids), adapted)
+
+
+@pytest.mark.slow
+def test_a_merge_in_four_bits_keeps_what_it_learned(tiny_gguf: Maker, tmp_path: Path) -> None:
+    """By the same machinery as a LoRA's."""
+    tiny = tiny_gguf("llama", types=(gguf.GGMLQuantizationType.Q4_1,), config={"hidden_size": 256, "head_dim": 64})
+    model, tokenizer = qgraft.load(tiny.path)
+    train(model, tokenizer, ROWS, arguments(tmp_path / "out", num_train_epochs=8, r=4, save_strategy="no"))
+    report = qgraft.merge(model, tokenizer, calibration=ROWS, min_retained=-1e9)
+    assert report.retained_gain is not None and report.retained_gain > 0.95
+    qgraft.save(model, tmp_path / "merged.gguf")
+    again, _ = qgraft.load(tmp_path / "merged.gguf")
+    ids = torch.arange(20)[None]
+    assert torch.equal(logits(again, ids), logits(model, ids))

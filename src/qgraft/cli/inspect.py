@@ -103,7 +103,9 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     problems = changed_files(path, seal)
     prefix = {"pre_seq_len": config.get("num_virtual_tokens"), "prefix_projection": config.get("prefix_projection")}
     findings = {
-        "kind": "prefix (P-Tuning v2)" if is_prefix_config(config) else "LoRA adapter",
+        "kind": "prefix (P-Tuning v2)"
+        if is_prefix_config(config)
+        else f"{'D' if config.get('use_dora') else 'L'}oRA adapter",
         "path": str(path),
         "parameters": (seal or {}).get("parameters") or sum(t.numel() for t in state.values()),
         **(prefix if is_prefix_config(config) else {}),
