@@ -35,6 +35,8 @@ LEARN, COST, CHART = FOLDER / "methods_learn.csv", FOLDER / "methods_cost.csv", 
 QUESTIONS = ("Who are you?", "你是谁？", "What is the capital of France?")
 METHODS: dict[str, dict[str, Any]] = {  # options beside those of the demo
     "lora": {"learning_rate": 1.5e-3, "num_train_epochs": 2},
+    "dora": {"use_dora": True, "learning_rate": 1.5e-3, "num_train_epochs": 2},
+    "pissa": {"init_lora_weights": "pissa_niter_16", "learning_rate": 4e-4, "num_train_epochs": 2},
     "prefix-128": {"pre_seq_len": 128, "learning_rate": 2e-2, "num_train_epochs": 6},
     "prefix-128-projection": {
         "pre_seq_len": 128, "prefix_projection": True, "learning_rate": 2e-3, "num_train_epochs": 4,

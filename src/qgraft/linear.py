@@ -51,6 +51,8 @@ class LinearLike(Protocol):
         """Put other packed bytes of the same shape in place of the weight."""
 
 
+_BLOCK = 1 << 22  # numbers of a weight that are unpacked at a time
+
 # Layers that compute x W^T + b and nothing else, by exact type: a subclass may do what its name does not say.
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
 # Models of transformers whose code reads the weights of layers only where this option of their configuration is set.
@@ -105,6 +107,7 @@ class PackedWeight(nn.Module):
     """
 
     _buffers: dict[str, Tensor]  # type: ignore[assignment]  # none of them is None
+    _squares: Tensor | None
 
     def __init__(self, packed: PackedTensor) -> None:
         super().__init__()
@@ -115,7 +118,7 @@ class PackedWeight(nn.Module):
         whole = checked(packed.parts, packed.format, packed.shape[1])
         if whole.shape != packed.shape:
             raise ValueError(f"{packed.format} weight: got parts of {whole.shape[0]} rows for a shape {packed.shape}")
-        self.format, self.shape = packed.format, packed.shape
+        self.format, self.shape, self._squares = packed.format, packed.shape, None
         for name in [*self._buffers]:
             delattr(self, name)  # another format may have fewer
         for part, tensor in zip(get_format(packed.format).parts, packed.parts, strict=True):
@@ -130,7 +133,17 @@ class PackedWeight(nn.Module):
         """Where the buffers lie."""
         return self.get().device
 
+    def squares(self) -> Tensor:
+        """The sum of the squares of each row, [out] float64; computed once for the bytes that are held."""
+        if self._squares is None:
+            packed, step = self.get(), max(1, _BLOCK // self.shape[1])
+            rows = torch.arange(self.shape[0], device=self.device).split(step)  # never the whole weight in float32
+            sums = [dequantize(take_rows(packed, each), torch.float32).square_().sum(1) for each in rows]
+            self._squares = torch.cat(sums).double()
+        return self._squares
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._squares = None
         # Seen as bytes, a buffer follows `.to(device)` but not `.half()`: stored numbers must keep their bits.
         for name, buffer in self._buffers.items():
             bytes_only = buffer if buffer.itemsize == 1 else buffer.contiguous()
@@ -288,6 +301,15 @@ def _in_model_order(layer: QuantizedLinear, values: Tensor) -> Tensor:
     """The inverse of in_stored_order, without autograd."""
     order = layer.input_order
     return values if order is None else torch.empty_like(values).index_copy_(-1, order, values)
+
+
+@torch.no_grad()
+def rows_of(layer: QuantizedLinear | nn.Linear, rows: slice) -> Tensor:
+    """Some rows of the weight [out, in] of a layer, float32 in the model's order."""
+    if isinstance(layer, nn.Linear):
+        return layer.weight[rows].float()
+    index = torch.arange(layer.out_features, device=layer.packed_weight.device)[rows]
+    return _in_model_order(layer, dequantize(take_rows(layer.packed, index), torch.float32))
 
 
 def to_autocast(x: Tensor) -> Tensor:

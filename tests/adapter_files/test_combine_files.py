@@ -271,8 +271,8 @@ def test_mistakes_are_refused_before_anything_is_written(folders: Any, tmp_path:
     (law / WEIGHTS).write_bytes(before)
     with pytest.raises(AdapterError, match="changed since it was saved"):
         combine_files(folders, tmp_path / "z")
-    edit_json(med / CONFIG, use_dora=True)
-    with pytest.raises(UnsupportedError, match="a LoRA with use_dora"):
+    edit_json(med / CONFIG, lora_bias=True)
+    with pytest.raises(UnsupportedError, match="a LoRA with lora_bias"):
         combine_files({med: 1.0}, tmp_path / "z")
 
 

@@ -96,7 +96,7 @@ def test_what_others_cannot_compute_they_are_not_given(tiny_gguf: Maker, tmp_pat
         AdapterError, match=r"an exact LoRA on a K-quant, which llama.cpp cannot compute[\s\S]*hint: merge it"
     ):
         export_gguf_lora(model, tmp_path / "a.gguf")
-    with pytest.raises(UnsupportedError, match=r"combine: .*exact LoRA of a K-quant"):
+    with pytest.raises(UnsupportedError, match=r"combine: .*exact LoRA on a K-quant"):
         combine_files({folder: 1.0}, tmp_path / "b")
     words = [
         "export",

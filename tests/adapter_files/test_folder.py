@@ -368,7 +368,13 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         AdapterError,
         "model.norm is a LlamaRMSNorm, neither a linear layer nor an embedding",
     ),
-    "DoRA": (options(use_dora=True), UnsupportedError, "a LoRA with use_dora"),
+    "DoRA without magnitudes": (
+        options(use_dora=True), AdapterError, rf"missing tensor .*{UP}\.lora_magnitude_vector"
+    ),
+    "magnitudes of another size": (
+        lambda f: (options(use_dora=True)(f), weights_become(f"{UP}.lora_magnitude_vector", torch.ones(3))(f)),
+        AdapterError, rf"{UP}: got magnitudes \[3\] torch.float32, expected floats \[256\]"
+    ),
     "bias": (options(bias="all"), UnsupportedError, "a LoRA with bias"),
     "several": (options(bias="all", modules_to_save=["lm_head"]), UnsupportedError, "with modules_to_save, bias"),
     "another kind": (

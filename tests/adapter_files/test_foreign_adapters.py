@@ -213,7 +213,7 @@ def test_what_cannot_hold_it_refuses_it(tiny_gguf: Maker, tmp_path: Path) -> Non
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "use_dora": {"target_modules": ["q_proj"], "use_dora": True},
+    "use_dora": {"target_modules": ["embed_tokens"], "use_dora": True},
     "trainable_token_indices": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},

@@ -15,7 +15,8 @@ from qgraft.adapters.base import find_adapter
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.combine import combine
 from qgraft.adapters.exact import BlockLora, MinimumLora, minimums_of
-from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraLinear, drop_by_seed
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.states import load_lora_state_dict, lora_state_dict
 from qgraft.compat import CACHE
 from qgraft.errors import AdapterError, UnsupportedError
@@ -256,7 +257,7 @@ def test_linear_sums_stay_exact_and_cut_ones_do_not(tiny_gguf: Maker, random_ids
 
 def test_k_quants_cannot_be_combined(tiny_gguf: Maker) -> None:
     model = with_exact(with_exact(k_model(tiny_gguf, "q4_k"), "law"), "med")
-    with pytest.raises(UnsupportedError, match=r"combine: model.*exact LoRA of a K-quant[\s\S]*hint: use_adapter"):
+    with pytest.raises(UnsupportedError, match=r"combine: model.*exact LoRA on a K-quant[\s\S]*hint: use_adapter"):
         combine(model, {"law": 1.0, "med": 1.0}, "both")
 
 

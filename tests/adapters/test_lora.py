@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import qgraft.adapters.lora as lora_module
-from qgraft.adapters.lora import LayerSegment, Lora, LoraConfig, LoraFunction, LoraLinear
+import qgraft.adapters.lora_function as lora_module
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLinear
+from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import quantize
 from qgraft.kernels import lora as lora_kernels

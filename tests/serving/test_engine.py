@@ -93,6 +93,21 @@ def test_answers_in_a_batch_are_those_alone(tiny_gguf: Maker, architecture: str)
 
 
 @pytest.mark.slow
+def test_a_dora_answers_among_others_as_it_does_alone(tiny_gguf: Maker) -> None:
+    model, tokenizer = qgraft.load(str(tiny_gguf("qwen2").path), device="cpu")
+    with_adapters(model, prefix=False)
+    attach_lora(model, r=4, lora_alpha=8, use_dora=True, name="dora")
+    draw = torch.Generator().manual_seed(4)
+    for lora in find_adapter(model, "dora").parts.values():
+        lora.lora_B.data.normal_(0, 0.2, generator=draw)
+        lora.lora_magnitude_vector.data.mul_(1 + 0.3 * torch.rand(lora.lora_B.shape[0], generator=draw))
+    mixes = ({}, {"law": 1.0}, {"dora": 1.0}, {"dora": 0.6, "law": 0.4})
+    check_greedy(
+        model, tokenizer, random_requests(model, 16, seed=1, mixes=mixes), max_batch=5, pass_tokens=24, max_queue=99
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "architecture",
     ["llama", "gpt2", "gemma2", "gemma3", "qwen2", "qwen3", "phi3", "starcoder2", "nemotron", "stablelm"],

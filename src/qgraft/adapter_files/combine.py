@@ -24,8 +24,10 @@ from qgraft.adapters.combine import (
     Factors,
     check_options,
     combine_layers,
-    minimums_error,
+    no_product_error,
 )
+from qgraft.adapters.dora import DoraLora
+from qgraft.adapters.exact import MinimumLora
 from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
@@ -77,7 +79,9 @@ def combine_files(
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
         if stored.minimums:
-            raise minimums_error("combine", sorted(stored.minimums)[0])
+            raise no_product_error("combine", sorted(stored.minimums)[0], MinimumLora.about)
+        if config.get("use_dora"):
+            raise no_product_error("combine", str(folder), DoraLora.about)
         problems += [f"{folder}: {problem}" for problem in wrong]
     if problems:
         raise AdapterError("the adapters cannot be combined:\n  " + "\n  ".join(problems))

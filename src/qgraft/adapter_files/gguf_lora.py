@@ -102,7 +102,7 @@ def export_gguf_lora(
     targets.check_new(path, overwrite, [find_origin(model).path], "gguf")
     base = _names_of_base(model)
     fingerprint = _unmerged(model)
-    alpha = _common_alpha(lora.config for lora in loras.values())
+    alpha = _common_alpha(lora.stored_config for lora in loras.values())
     tensors = _file_tensors(adapter.name, loras, base.origin, alpha, DTYPES[dtype][0])
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -220,10 +220,10 @@ def _file_tensors(
             problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")
             continue
         if (pair := lora.factors()) is None:
-            problems.append(f"{path}: an exact LoRA on a K-quant, which llama.cpp cannot compute; merge it")
+            problems.append(f"{path}: {lora.about}, which llama.cpp cannot compute; merge it")
             continue
         A, B = (each.detach().cpu() for each in pair)
-        if (own := _own_alpha(lora.config)) != alpha:
+        if (own := _own_alpha(lora.stored_config)) != alpha:
             B = (B.double() * (own / alpha)).float()
         if stored.row_order is not None:
             B = B[stored.row_order.argsort()]

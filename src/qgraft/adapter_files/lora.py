@@ -24,15 +24,15 @@ from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
-from qgraft.adapters.lora import LoraLayer
-from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name
+from qgraft.adapters.lora import LoraLayer, loras_of
+from qgraft.adapters.peft_names import MAGNITUDE, is_lora, magnitude_name, minimums_name, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.patterns import matches
 
-Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
+Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}, of DoRA MAGNITUDE: [out]
 
 _COMPARED_ROWS = 256  # of a copy of a layer with all of its rows, of which there may be 262,144
 # How far, relative to the base's weight, a copy may be from it: bfloat16 rounds by 0.004, two bits by 0.3.
@@ -44,7 +44,7 @@ class StoredLoras:
     """What the tensors of a LoRA's file are.
 
     Attributes:
-        pairs: A and B by the module path of the layer.
+        pairs: A and B, and the magnitudes of DoRA, by the module path of the layer.
         embeddings: the paths that are said to be embeddings.
         minimums: the paths of exact LoRAs on K-quants, whose A is [r, groups].
         copies: weights of the base by the module path.
@@ -63,7 +63,8 @@ def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tupl
     targets, numbers = _target_names(model, list(adapter.parts))
     state = adapter.state_dict()
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    return peft_config(adapter.configs, targets, source, numbers, peft_type), state
+    configs = {path: part.stored_config for path, part in loras_of(adapter, "a LoRA's files").items()}
+    return peft_config(configs, targets, source, numbers, peft_type), state
 
 
 def refuse_minimums(adapter: Adapter) -> None:
@@ -90,12 +91,11 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
             stored.embeddings.update([name.path] if name.of_embedding else [])
             stored.minimums.update([name.path] if name.of_minimums else [])
     for path, pair in list(loras.items()):
-        if len(pair) == 1:
-            missing = "B" if "A" in pair else "A"
+        for missing in sorted({"A", "B"} - pair.keys()):
             of_minimums, of_embedding = path in stored.minimums, path in stored.embeddings
             key = minimums_name(path, missing) if of_minimums else tensor_name(path, missing, of_embedding)
             stored.problems.append(f"missing tensor {key}")
-            del loras[path]
+            loras.pop(path, None)
     return stored
 
 
@@ -109,13 +109,15 @@ def holds_lora(path: Path) -> bool:
 
 def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, Any]:
     """PEFT's options of a LoRA of which only the tensors are known, and its alpha."""
-    ranks = {path: pair["A"].shape[0] for path, pair in parse_state(state).pairs.items() if pair["A"].dim()}
+    pairs = parse_state(state).pairs
+    ranks = {path: pair["A"].shape[0] for path, pair in pairs.items() if pair["A"].dim()}
     patterns = {f"^{re.escape(path)}": rank for path, rank in ranks.items()}
     return {
         "peft_type": "LORA",
         "r": max(ranks.values(), default=1),
         "lora_alpha": lora_alpha,
         "rank_pattern": patterns,
+        "use_dora": any(MAGNITUDE in pair for pair in pairs.values()),
     }
 
 
@@ -124,6 +126,10 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
     loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
     problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
     for path, pair in loras.items():
+        if (MAGNITUDE in pair) != bool(config.get("use_dora")):
+            problems.append(f"{'unexpected' if MAGNITUDE in pair else 'missing'} tensor {magnitude_name(path)}")
+            if MAGNITUDE not in pair:
+                continue
         if problem := _shape_problem(model, layers, path, pair, stored):
             problems.append(problem)
             continue
@@ -164,7 +170,8 @@ def made_of_pairs(
     layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
-    return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
+    parts = ("A", "B", MAGNITUDE) if config.get("use_dora") else ("A", "B")
+    return make_loras(model, name, layers, {path: tuple(pair[part] for part in parts) for path, pair in loras.items()})
 
 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:
@@ -211,6 +218,9 @@ def _shape_problem(
     if (list(A.shape), list(B.shape)) != expected_sizes:
         got = f"A {list(A.shape)}, B {list(B.shape)}"
         return f"{path}: got {got}, expected {expected_sizes[0]}, {expected_sizes[1]}"
+    magnitude = pair.get(MAGNITUDE)
+    if magnitude is not None and (list(magnitude.shape) != [out] or not magnitude.is_floating_point()):
+        return f"{path}: got magnitudes {list(magnitude.shape)} {magnitude.dtype}, expected floats [{out}]"
     return None
 
 

@@ -27,7 +27,7 @@ MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quan
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
-    "use_dora", "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
+    "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
     "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "ensure_weight_tying",
 )  # fmt: skip
@@ -69,6 +69,7 @@ def peft_config(
         "rank_pattern": {_key(path, layers): config.r for path, config in layers.items() if config.r != r},
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
+        **({"use_dora": True} if any(config.use_dora for config in layers.values()) else {}),
         "use_rslora": stabilized,
     }
 
@@ -76,7 +77,8 @@ def peft_config(
 def layer_config(config: Mapping[str, Any], path: str, r: int, exact: bool = False) -> LoraConfig:
     """The options of the layer at `path`, whose tensors have rank `r`."""
     alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return LoraConfig(r, alpha, config.get("lora_dropout", 0.0), bool(config.get("use_rslora")), exact=exact)
+    dropout, dora = config.get("lora_dropout", 0.0), bool(config.get("use_dora"))
+    return LoraConfig(r, alpha, dropout, bool(config.get("use_rslora")), exact=exact, use_dora=dora)
 
 
 def stated_rank(config: Mapping[str, Any], path: str) -> int:
@@ -85,7 +87,7 @@ def stated_rank(config: Mapping[str, Any], path: str) -> int:
 
 
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise UnsupportedError for the configuration, read from `path`, of anything but a plain LoRA."""
+    """Raise UnsupportedError for the configuration, read from `path`, of anything but a LoRA or DoRA."""
     if config.get("peft_type") not in ("LORA", MINIMUMS):
         raise UnsupportedError(f"{path.parent}: peft_type {config.get('peft_type')!r}; supported: LORA, PREFIX_TUNING")
     used = [key for key in _UNSUPPORTED if config.get(key)]
@@ -163,14 +165,15 @@ def _is_flag(value: object) -> bool:
 
 MOST = 10**9  # of ranks and alphas; far beyond any use, and well within float32
 _LEFT_OUT: dict[str, Any] = {
-    "lora_dropout": 0.0, "use_rslora": False, "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {},
-    "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
+    "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
+    "alpha_pattern": {}, "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
 }  # fmt: skip
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number from 1 on"),
     "lora_alpha": (_is_alpha, "a number"),
     "lora_dropout": (_is_share, "a number from 0 to below 1"),
     "use_rslora": (_is_flag, "true or false"),
+    "use_dora": (_is_flag, "true or false"),
     "fan_in_fan_out": (_is_flag, "true or false"),  # how the base keeps its weight: nothing that a LoRA computes with
     "rank_pattern": (lambda value: _is_table(value, _is_rank), "whole numbers under regular expressions"),
     "alpha_pattern": (lambda value: _is_table(value, _is_alpha), "numbers under regular expressions"),

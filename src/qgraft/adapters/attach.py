@@ -17,18 +17,20 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, require_model, selection_of
 from qgraft.adapters.batch_rows import accept_rows, refuse_rows
 from qgraft.adapters.choose import use_adapter
+from qgraft.adapters.dora import DoraLora, check_dora
 from qgraft.adapters.exact import check_exact, make_part
 from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
 from qgraft.adapters.layer_ranks import configs_of
-from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
+from qgraft.adapters.lora import Lora, LoraConfig, LoraLayer, LoraLinear, Values, starts_from_base
 from qgraft.adapters.lora_embedding import LoraEmbedding
+from qgraft.adapters.pissa import PissaLora, check_pissa
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
@@ -53,6 +55,8 @@ def attach_lora(
     exact: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    use_dora: bool = False,
+    init_lora_weights: bool | str = True,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -67,6 +71,9 @@ def attach_lora(
         exact: change the base's minimums only, so that a merge loses nothing but their rounding; for layers in formats
             with minimums (q4_1, q5_1, q2_k, q4_k, q5_k). A rank above the number of groups of a row adds nothing.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, see layer_ranks.py.
+        use_dora: train the length of each row of the weight apart from its direction (dora.py).
+        init_lora_weights: "pissa" or "pissa_niter_16" begins with the principal components of the packed weight, at rest
+            (pissa.py); its files are those of an ordinary LoRA of twice the rank.
 
     Returns the common options as a LoraConfig. Raises OptionError for a name that is of no linear layer, AdapterError for a
     name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
@@ -75,7 +82,7 @@ def attach_lora(
     check_new_name(model, name)
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
-    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact)
+    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, use_dora, init_lora_weights)
     attach_layers(model, name, configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern))
     return config
 
@@ -102,12 +109,12 @@ def attach_layers(
     model: nn.Module,
     name: str,
     layers: Mapping[str, LoraConfig],
-    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    values: Mapping[str, Values] | None = None,
 ) -> None:
     """Attach a LoRA `name` to the linear layers at these module paths, each with its own options, and make it active.
 
     Args:
-        values: A and B of each layer as files have them, copied; without them A is random and B zero.
+        values: A and B of each layer (of DoRA the magnitudes, too) as files have them, copied; without them it is a new one.
 
     Raises OptionError for an impossible name, AdapterError for one that is taken, UnsupportedError for an exact LoRA on
     a layer without minimums.
@@ -121,18 +128,32 @@ def make_loras(
     model: nn.Module,
     name: str,
     layers: Mapping[str, LoraConfig],
-    values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    values: Mapping[str, Values] | None = None,
 ) -> Adapter:
     """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model."""
     check_exact(model, [path for path, config in layers.items() if config.exact])
+    wrapped = {path: _wrapper(model.get_submodule(path)) for path in layers}
+    check_dora({path: wrapped[path] for path, config in layers.items() if config.use_dora})
+    check_pissa({path: (wrapped[path], config) for path, config in layers.items()})
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
     parts = {
-        path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
+        path: _part(wrapped[path], layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
     adapter = Adapter(name, "lora", parts)
     adapter.let_train(False)
     return adapter
+
+
+def _part(layer: LoraLayer, config: LoraConfig, values: Values | None) -> Lora:
+    """A LoRA that fits the layer, of the kind that its options say."""
+    if not isinstance(layer, LoraLinear):
+        return layer.make(config, values)
+    if config.use_dora:
+        return DoraLora(layer, config, values)
+    if starts_from_base(config.init_lora_weights):
+        return PissaLora(layer, config)
+    return make_part(layer, config, values)
 
 
 def put_loras(model: nn.Module, adapter: Adapter) -> None:

@@ -174,17 +174,17 @@ def combine(
     return report
 
 
-def minimums_error(action: str, path: str) -> UnsupportedError:
-    """The error where `action` needs A and B, and the layer at `path` has an exact LoRA on a K-quant."""
+def no_product_error(action: str, path: str, about: str) -> UnsupportedError:
+    """The error where `action` needs A and B, and the layer at `path` has something else."""
     return UnsupportedError(
-        f"{action}: {path}: the exact LoRA of a K-quant is no product of two matrices",
+        f"{action}: {path}: {about} is no product of two matrices",
         hint=worded(flags="merge one after the other", python="use_adapter(model, {'a': 0.5, 'b': 0.5}) adds them up"),
     )
 
 
 def _factors(path: str, lora: Lora) -> Factors:
     if (pair := lora.factors()) is None:
-        raise minimums_error("combine", path)
+        raise no_product_error("combine", path, lora.about)
     return Factors(pair[0].detach().cpu(), pair[1].detach().cpu(), lora.config.scaling)
 
 

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qgraft.adapters.lora import ALL_ROWS, LayerSegment, Lora, LoraConfig, LoraLayer, LoraLinear, drop_by_seed
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values
+from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.peft_names import minimums_name, tensor_name
 from qgraft.errors import AdapterError, UnsupportedError, option
 from qgraft.formats import FORMATS, PackedTensor, unpack
@@ -91,7 +92,7 @@ class BlockLora(Lora):
         out_features: int,
         config: LoraConfig,
         device: torch.device,
-        values: tuple[Tensor, Tensor] | None = None,
+        values: Values | None = None,
         *,
         width: int,
     ) -> None:
@@ -110,7 +111,7 @@ class BlockLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * (SPREAD * self.config.scaling)
 
-    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora."""
         return self.change()[rows].float().repeat_interleave(self.width, dim=1)
 
@@ -135,10 +136,11 @@ class BlockLora(Lora):
 class MinimumLora(Lora):
     """An exact LoRA on a K-quant: A [r, groups], with the integers of the base's minimums, int8 [out, sub-groups]."""
 
+    about = "an exact LoRA on a K-quant"
     integers: Tensor
     unit: Tensor
 
-    def __init__(self, packed: PackedTensor, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> None:
+    def __init__(self, packed: PackedTensor, config: LoraConfig, values: Values | None = None) -> None:
         out_features, in_features = packed.shape
         grid = unpack(packed)
         assert grid.m is not None
@@ -161,12 +163,12 @@ class MinimumLora(Lora):
         """dm [out, groups], float64."""
         return (self.lora_B.double() @ self.lora_A.double()) * self.config.scaling * self.unit.double()
 
-    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
         """See Lora."""
         n_OGS = self.integers[rows].double().unflatten(1, (self.unit.shape[1], -1))
         return (n_OGS * self.change()[rows, :, None]).flatten(1).float().repeat_interleave(self.width, dim=1)
 
-    def added(self, x_SI: Tensor, segment: LayerSegment) -> Tensor:
+    def added(self, x_SI: Tensor, segment: LayerSegment, base: Frozen) -> Tensor:
         """See Lora."""
         tensors = (self.lora_A, self.lora_B, self.integers, self.unit)
         return cast(Tensor, _MinimumFunction.apply(x_SI, *tensors, segment.scaling, segment.dropout, segment.seed))
@@ -231,7 +233,7 @@ def blocks(A: Tensor, width: int) -> Tensor | None:
     return A_RGW[:, :, 0] if bool((A_RGW[:, :, :1] == A_RGW).all()) else None
 
 
-def make_part(layer: LoraLayer, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> Lora:
+def make_part(layer: LoraLayer, config: LoraConfig, values: Values | None = None) -> Lora:
     """A LoRA that fits the layer, not on it yet: an exact one where its options say so.
 
     Args:

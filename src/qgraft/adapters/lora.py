@@ -11,39 +11,36 @@
 Sources: Hu et al. 2021 (arXiv:2106.09685); Kalajdzievski 2023 for rank stabilization (arXiv:2312.03732). Names, initial
 values and scaling are those of PEFT, so that its files and ours are the same.
 
-The whole layer is one autograd function. It saves x, A, B and x A^T (r numbers a token): the dropout mask is drawn again
-from its seed, the base has no weight gradient, and the input gradient is skipped where nothing below needs it. Written
-with ordinary modules, the same layer keeps the masked x and an output-sized temporary, too. Where x itself is cheap to
-compute from what is kept anyway (recompute.py), not even x is saved.
+The whole layer is one autograd function (lora_function.py).
 
 Adapter weights are float32 whatever the base computes in: Adam in half precision loses small updates.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, cast
+from typing import ClassVar, Final, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop_inputs
 
 from qgraft.adapters.adapter import Adapter, Part, prefix_error
 from qgraft.adapters.holder import Holder, set_module
+from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.adapters.peft_names import tensor_name
-from qgraft.adapters.recompute import Recompute, recompute_of
+from qgraft.adapters.recompute import recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.errors import AdapterError
+from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.kernels.lora import lora_backward, lora_forward
-from qgraft.kernels.summed_lora import casts_kept, kept_casts
-from qgraft.kernels.terms import Term
-from qgraft.linear import LinearLike, QuantizedLinear, fused_gradient, fused_weight, grad_input, nothing, to_autocast
+from qgraft.linear import LinearLike, QuantizedLinear, nothing, to_autocast
 from qgraft.ranges import COUNT, FINITE, SHARE, check_ranges
 
+Values = tuple[Tensor, ...]  # of a part as a file has them: A, B and, of DoRA, the magnitudes
+Frozen = QuantizedLinear | nn.Linear  # a layer of the base
 ALL_ROWS: Final = slice(None)
+_PISSA = re.compile(r"pissa(_niter_[1-9][0-9]{0,3})?")
 
 
 @dataclass(frozen=True)
@@ -58,6 +55,9 @@ class LoraConfig:
         target_modules: "all-linear", a regular expression, or names of linear layers.
         layers_to_transform: numbers of the decoder's layers that have it; None for all.
         exact: change the base's minimums only, so that a merge loses nothing but their rounding (exact.py).
+        use_dora: train the length of each row of the weight apart from its direction (dora.py).
+        init_lora_weights: True (A random, B zero), "pissa" or "pissa_niter_N": begin with the principal components of the
+            base's weight (pissa.py).
     """
 
     r: int = 8
@@ -67,16 +67,66 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     layers_to_transform: tuple[int, ...] | None = None
     exact: bool = False
+    use_dora: bool = False
+    init_lora_weights: bool | str = True
 
     def __post_init__(self) -> None:
         check_ranges(
             {"r": (self.r, COUNT), "lora_alpha": (self.lora_alpha, FINITE), "lora_dropout": (self.lora_dropout, SHARE)}
         )
+        if wrong := impossible_methods(self):
+            raise OptionError("; ".join(wrong))
 
     @property
     def scaling(self) -> float:
         """What the product B·A is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Method(Protocol):
+    """The options that make a LoRA another one than the plain one."""
+
+    @property
+    def lora_alpha(self) -> float: ...
+    @property
+    def lora_dropout(self) -> float: ...
+    @property
+    def exact(self) -> bool: ...
+    @property
+    def use_dora(self) -> bool: ...
+    @property
+    def init_lora_weights(self) -> bool | str: ...
+
+
+def impossible_methods(options: Method) -> list[str]:
+    """A line for a start that is none, and for each combination that has no meaning."""
+    init, pissa = options.init_lora_weights, starts_from_base(options.init_lora_weights)
+    wrong = {
+        f"init_lora_weights={init!r}: expected true, pissa, or pissa_niter_16 with any number from 1 on": (
+            init not in (True, "true") and not pissa
+        ),
+        "exact and use_dora: an exact LoRA changes minimums alone, DoRA the whole weight": options.exact
+        and options.use_dora,
+        f"exact and init_lora_weights={init}: no principal component is the same within groups of columns": (
+            options.exact and pissa
+        ),
+        f"use_dora and init_lora_weights={init}: a start from the base is an ordinary LoRA's": options.use_dora
+        and pissa,
+        f"init_lora_weights={init} and lora_alpha={options.lora_alpha:g}: its components are divided by it": (
+            pissa and options.lora_alpha <= 0
+        ),
+        f"init_lora_weights={init} and lora_dropout: it would drop principal components of the base": (
+            pissa and options.lora_dropout > 0
+        ),
+        "use_dora and lora_alpha=0: nothing that A and B learn would count": options.use_dora
+        and not options.lora_alpha,
+    }
+    return [line for line, holds in wrong.items() if holds]
+
+
+def starts_from_base(init_lora_weights: bool | str) -> bool:
+    """Whether a LoRA begins with the principal components of the base's weight."""
+    return isinstance(init_lora_weights, str) and _PISSA.fullmatch(init_lora_weights) is not None
 
 
 class Lora(Part):
@@ -88,6 +138,7 @@ class Lora(Part):
 
     kind = "lora"
     of_embedding = False  # whether A meets the rows of a table that are looked up, and not an input
+    about: ClassVar[str] = "a LoRA"  # what it is, where `factors` gives None
     config: LoraConfig
 
     def __init__(
@@ -96,7 +147,7 @@ class Lora(Part):
         out_features: int,
         config: LoraConfig,
         device: torch.device,
-        values: tuple[Tensor, Tensor] | None = None,
+        values: Values | None = None,
     ) -> None:
         super().__init__()
         self.lora_A = nn.Parameter(torch.empty(config.r, in_features, dtype=torch.float32, device=device))
@@ -108,16 +159,25 @@ class Lora(Part):
             self.lora_A.data.copy_(values[0])
             self.lora_B.data.copy_(values[1])
 
+    @property
+    def stored_config(self) -> LoraConfig:
+        """The options of the LoRA that its `tensors` are in a file."""
+        return self.config
+
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] for the kernels; None for a part that is no product of two, which `added` computes."""
         return self.lora_A, self.lora_B
 
-    def added(self, x_SI: Tensor, segment: "LayerSegment") -> Tensor:
-        """What a part without factors adds for these inputs, [tokens, out] in the dtype of x."""
+    def added(self, x_SI: Tensor, segment: LayerSegment, base: Frozen) -> Tensor:
+        """What a part without factors adds for these inputs to the layer `base`, [tokens, out] in the dtype of x."""
         raise NotImplementedError
 
-    def delta(self, rows: slice = ALL_ROWS) -> Tensor:
-        """What the adapter adds to these rows of the weight: scaling · B·A, [out, in]."""
+    def output(self, layer: "LoraLinear", x: Tensor, segment: LayerSegment) -> Tensor | None:
+        """The layer's whole output where no other part is active; None where the base's is made first, as of most kinds."""
+        return None
+
+    def delta(self, rows: slice = ALL_ROWS, base: Frozen | None = None) -> Tensor:
+        """What the adapter adds to these rows of the weight, [out, in]: scaling · B·A, or what it makes of that of `base`."""
         return (self.lora_B[rows] @ self.lora_A) * self.config.scaling
 
     def tensors(self, path: str) -> dict[str, Tensor]:
@@ -171,7 +231,7 @@ class LoraLayer(Holder):
         """See Holder."""
         return self.loras
 
-    def make(self, config: LoraConfig, values: tuple[Tensor, Tensor] | None = None) -> Lora:
+    def make(self, config: LoraConfig, values: Values | None = None) -> Lora:
         """A LoRA that fits the layer, not on it yet; see Lora for `values`."""
         return self.part(self.in_features, self.out_features, config, self._device(), values)
 
@@ -195,7 +255,7 @@ class LoraLayer(Holder):
         """How many tokens the input x is of."""
         raise NotImplementedError
 
-    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
+    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, LayerSegment]]) -> Tensor:
         """The output for x with each of these adapters on its own tokens."""
         raise NotImplementedError
 
@@ -242,35 +302,38 @@ class LoraLinear(LoraLayer):
     Itself a LinearLike: the questions about the weight go to the wrapped layer.
     """
 
-    base: QuantizedLinear | nn.Linear
+    base: Frozen
 
-    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
+    def __init__(self, base: Frozen, selection: Selection | None = None) -> None:
         super().__init__(base, (base.in_features, base.out_features), selection)
 
     def tokens_of(self, x: Tensor) -> int:
         """How many tokens x [..., in] is of."""
         return x.numel() // x.shape[-1]
 
-    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, "LayerSegment"]]) -> Tensor:
+    def with_segments(self, x: Tensor, served: Sequence[tuple[Lora, LayerSegment]]) -> Tensor:
         """x [..., in] -> [..., out] with each of these adapters on its own tokens."""
+        if len(served) == 1 and (output := served[0][0].output(self, x, served[0][1])) is not None:
+            return output
         found = [(lora, lora.factors(), segment) for lora, segment in served]
         products = [(pair, segment) for _, pair, segment in found if pair is not None]
-        y = self._with_products(x, products) if products else self.base(x)
+        y = self.with_products(x, products) if products else self.base(x)
         for lora, pair, segment in found:
             if pair is None:
                 y = self._with_part(y, x, lora, segment)
         return y
 
-    def _with_products(self, x: Tensor, products: "Sequence[tuple[tuple[Tensor, Tensor], LayerSegment]]") -> Tensor:
+    def with_products(self, x: Tensor, products: Sequence[tuple[tuple[Tensor, Tensor], LayerSegment]]) -> Tensor:
+        """The same with what these A and B add."""
         again = recompute_of(x)
         weights, segments = [weight for pair, _ in products for weight in pair], [segment for _, segment in products]
         sources = again.tensors if again else ()
         return LoraFunction.apply(to_autocast(x), self.base, segments, again, *weights, *sources)
 
-    def _with_part(self, y: Tensor, x: Tensor, lora: Lora, segment: "LayerSegment") -> Tensor:
+    def _with_part(self, y: Tensor, x: Tensor, lora: Lora, segment: LayerSegment) -> Tensor:
         """y with what a part without factors adds to the tokens of its segment."""
         x_NI = to_autocast(x).reshape(-1, self.in_features)
-        added = lora.added(x_NI[segment.start : segment.stop], segment).to(y.dtype)
+        added = lora.added(x_NI[segment.start : segment.stop], segment, self.base).to(y.dtype)
         if len(added) == len(x_NI):
             return y + added.view_as(y)
         rows = torch.arange(segment.start, segment.stop, device=y.device)
@@ -283,7 +346,7 @@ class LoraLinear(LoraLayer):
         own, add = x.index_select(0, index), y.index_add if y.requires_grad else y.index_add_  # which autograd forbids
         if (pair := lora.factors()) is None:
             segment = LayerSegment(0, self.tokens_of(own), lora.config.scaling, *self._dropout(lora))
-            added = lora.added(own.reshape(-1, self.in_features), segment)
+            added = lora.added(own.reshape(-1, self.in_features), segment, self.base)
             return add(0, index, added.view(*own.shape[:-1], -1).to(y.dtype))
         dropped = drop_inputs(own, lora.config.lora_dropout, self.training)
         h = dropped @ pair[0].to(x.dtype).T
@@ -318,83 +381,3 @@ class LoraLinear(LoraLayer):
 
     def _device(self) -> torch.device:
         return (self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed).device
-
-
-class LayerSegment(NamedTuple):
-    """How one adapter takes part in a layer's pass: on which tokens, with which factor and which mask."""
-
-    start: int
-    stop: int
-    scaling: float
-    dropout: float
-    seed: int
-
-
-class LoraFunction(torch.autograd.Function):
-    """y = base(x), and in the rows of each segment + s · (drop(x) A^T) B^T. Gradients for x and every A and B.
-
-    It saves x, each A and B, and the narrow h = drop(x) A^T. The products are those of kernels/lora.py; where the base
-    computes in bfloat16 (`QuantizedLinear.compute`), the deltas are products in float32 still: they are mostly smaller than
-    half a step of a bfloat16 y, to which adding them would change nothing. A segment reads and writes its own rows only: NaN
-    in one adapter stays in its own tokens.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        base: nn.Module,
-        segments: Sequence[LayerSegment],
-        again: Recompute | None,
-        *tensors: Tensor,
-    ) -> Tensor:
-        """x [..., in]; A [r, in], B [out, r] of each segment, then the tensors of `again` -> y [..., out], dtype of x."""
-        weights, sources = tensors[: 2 * len(segments)], tensors[2 * len(segments) :]
-        ctx.base, ctx.segments, ctx.make = base, segments, again and again.make
-        ctx.compute, ctx.casts = getattr(base, "compute", "float32"), kept_casts()
-        x_NI = x.reshape(-1, x.shape[-1]).contiguous()
-        weight = fused_weight(base, x_NI)
-        y_NO, hs = lora_forward(x_NI, base(x_NI) if weight is None else weight, _terms(segments, weights, x_NI))
-        ctx.save_for_backward(*weights, *hs, *(sources if again else (x_NI,)))
-        # in place and no view: some models add to what a layer gives them (Falcon), which autograd forbids for views
-        return y_NO.resize_(*x.shape[:-1], y_NO.shape[-1])
-
-    @staticmethod
-    @once_differentiable  # a second derivative is refused: it would have to keep what this function does not save
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """g [..., out] -> gradients of x and of every A and B."""
-        count, saved = len(ctx.segments), ctx.saved_tensors  # which may be asked for once only
-        weights, hs, sources = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        x = ctx.make(*sources) if ctx.make else sources[0]
-        x_NI = x.reshape(-1, x.shape[-1])
-        g_NO = grad.reshape(-1, grad.shape[-1]).to(x_NI.dtype).contiguous()
-        terms = _terms(ctx.segments, weights, x_NI)
-        base = None
-        if ctx.needs_input_grad[0]:
-            weight = fused_gradient(ctx.base, g_NO, ctx.compute)
-            base = grad_input(ctx.base, g_NO, ctx.compute) if weight is None else weight
-        with nullcontext() if ctx.casts is None else casts_kept(ctx.casts):
-            gx_NI, grads = lora_backward(g_NO, base, terms, hs)
-        if gx_NI is not None:
-            for segment, term, own in zip(ctx.segments, terms, grads, strict=True):
-                if not term.adds:
-                    gx_SI = own.gh @ term.A.to(own.gh.dtype)
-                    gx_NI[segment.start : segment.stop] += drop_by_seed(gx_SI, segment.dropout, segment.seed)
-            gx_NI = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
-        return gx_NI, None, None, None, *(g for own in grads for g in own[:2]), *(None for _ in sources if ctx.make)
-
-
-def _terms(segments: Sequence[LayerSegment], weights: Sequence[Tensor], x_NI: Tensor) -> list[Term]:
-    return [
-        Term(s.start, s.stop, s.scaling, A, B, drop_by_seed(x_NI[s.start : s.stop], s.dropout, s.seed), not s.dropout)
-        for s, A, B in zip(segments, weights[::2], weights[1::2], strict=True)
-    ]
-
-
-def drop_by_seed(x_SI: Tensor, dropout: float, seed: int) -> Tensor:
-    """Inverted dropout with the mask that `seed` stands for; x itself when dropout is 0."""
-    if not dropout:
-        return x_SI
-    generator = torch.Generator(x_SI.device).manual_seed(seed)
-    keep_SI = torch.empty_like(x_SI).bernoulli_(1.0 - dropout, generator=generator)
-    return x_SI * keep_SI.div_(1.0 - dropout)

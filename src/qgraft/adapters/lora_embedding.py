@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from qgraft.adapters.lora import LayerSegment, Lora, LoraLayer
+from qgraft.adapters.lora import Lora, LoraLayer
+from qgraft.adapters.lora_function import LayerSegment
 from qgraft.adapters.selection import Selection
 from qgraft.linear import QuantizedEmbedding
 

@@ -4,6 +4,7 @@
     base_model.model.<module path>.lora_B.weight       [out, r]
     base_model.model.<module path>.lora_embedding_A    [r, vocabulary]     of an embedding
     base_model.model.<module path>.lora_embedding_B    [width, r]
+    base_model.model.<module path>.lora_magnitude_vector   [out]       beside them, of DoRA
     base_model.model.<module path>.minimum_A           [r, groups]         of an exact LoRA on a K-quant (exact.py): no
     base_model.model.<module path>.minimum_B           [out, r]            names of PEFT's, which cannot compute it
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
@@ -19,8 +20,12 @@ from dataclasses import dataclass
 _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
 )
+_MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
+
+
+MAGNITUDE = "magnitude"
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class TensorName:
 
     Attributes:
         path: of the layer.
-        part: "A" or "B" of its LoRA; None for a copy of the base's weight.
+        part: "A" or "B" of its LoRA, MAGNITUDE of a DoRA; None for a copy of the base's weight.
         of_embedding: whether the LoRA is that of an embedding.
         of_minimums: whether it is an exact one on a K-quant.
     """
@@ -50,9 +55,14 @@ def minimums_name(path: str, part: str) -> str:
     return f"base_model.model.{path}.minimum_{part}"
 
 
+def magnitude_name(path: str) -> str:
+    """PEFT's name of the magnitudes of a DoRA on the layer at this module path."""
+    return f"base_model.model.{path}.lora_magnitude_vector"
+
+
 def is_lora(name: str) -> bool:
     """Whether a tensor that is called so is, or means to be, of a LoRA."""
-    return _NAME.fullmatch(name) is not None or _MINIMUMS.fullmatch(name) is not None
+    return any(pattern.fullmatch(name) is not None for pattern in (_NAME, _MAGNITUDE, _MINIMUMS))
 
 
 def parse_name(name: str) -> TensorName | None:
@@ -62,5 +72,7 @@ def parse_name(name: str) -> TensorName | None:
         return TensorName(lora["path"], lora["part"], of_embedding) if of_embedding != bool(lora["weight"]) else None
     if (minimums := _MINIMUMS.fullmatch(name)) is not None:
         return TensorName(minimums["path"], minimums["part"], of_minimums=True)
+    if (magnitude := _MAGNITUDE.fullmatch(name)) is not None:
+        return TensorName(magnitude["path"], MAGNITUDE)
     copied = _COPY.fullmatch(name)
     return None if copied is None else TensorName(copied["path"])

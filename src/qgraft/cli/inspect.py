@@ -100,10 +100,10 @@ def _adapter(path: Path, tensors: bool) -> dict[str, Any]:
     from qgraft.adapter_files.seal import SEAL, read_seal
 
     state, seal, config = read_tensors(path), read_seal(path), read_peft_config(path)
-    problems = changed_files(path, seal)
+    problems, lora = changed_files(path, seal), "DoRA adapter" if config.get("use_dora") else "LoRA adapter"
     prefix = {"pre_seq_len": config.get("num_virtual_tokens"), "prefix_projection": config.get("prefix_projection")}
     findings = {
-        "kind": "prefix (P-Tuning v2)" if is_prefix_config(config) else "LoRA adapter",
+        "kind": "prefix (P-Tuning v2)" if is_prefix_config(config) else lora,
         "path": str(path),
         "parameters": (seal or {}).get("parameters") or sum(t.numel() for t in state.values()),
         **(prefix if is_prefix_config(config) else {}),

@@ -5,7 +5,7 @@
     y[0:4]       += s_a · (x[0:4] A_a^T) B_a^T             each adapter over its own segment
     y[4:7]       += s_b · (x[4:7] A_b^T) B_b^T
 
-The whole layer is one LoraFunction (adapters/lora.py): each adapter's gradients are those that it would have alone.
+The whole layer is one LoraFunction (adapters/lora_function.py): each adapter's gradients are those that it would have alone.
 
 Not chosen: all A stacked to one matrix, with the foreign products masked out. It takes fewer and larger products, but
 n times the work of each, and 0 · NaN is NaN: one broken adapter would break all others.
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.base import selection_of
-from qgraft.adapters.lora import LayerSegment, Lora, LoraLayer
+from qgraft.adapters.lora import Lora, LoraLayer
+from qgraft.adapters.lora_function import LayerSegment
 from qgraft.errors import UnsupportedError
 
 

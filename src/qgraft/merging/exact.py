@@ -65,7 +65,9 @@ def _change(lora: Lora, place: Minimums) -> Tensor:
     """What the adapter changes the minimums by, [out, groups] float64."""
     if isinstance(lora, BlockLora | MinimumLora):
         return lora.change()
-    return (lora.lora_B.double() @ lora.lora_A[:, :: place.width].double()) * lora.config.scaling
+    pair = lora.factors()
+    assert pair is not None
+    return (pair[1].double() @ pair[0][:, :: place.width].double()) * lora.config.scaling
 
 
 def _merged(path: str, packed: PackedTensor, grid: Grid, change: Tensor) -> tuple[PackedTensor, LayerReport]:

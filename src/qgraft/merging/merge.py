@@ -368,9 +368,8 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor,
 
     In another format what rounding the base took away is a part of it, so that a merge makes up for that, too.
     """
-    parts = [
-        weight * cast(Lora, layer.loras[name]).delta(rows) for name, weight in weights.items() if name in layer.loras
-    ]
+    loras = [(cast(Lora, layer.loras[name]), weight) for name, weight in weights.items() if name in layer.loras]
+    parts = [weight * lora.delta(rows, layer.base) for lora, weight in loras]
     delta = in_stored_order(layer.base, torch.stack(parts).sum(0) if len(parts) > 1 else parts[0])
     if start.format == (packed := layer.packed).format:
         return delta

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from qgraft.adapters.base import selection_of
-from qgraft.adapters.lora import LayerSegment, LoraLayer
+from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.lora_function import LayerSegment
 from qgraft.attention import MaskNote, attend_capped, note_mask
 from qgraft.errors import UnsupportedError
 from qgraft.model_parts import argument_names, decoder_of, decoder_states

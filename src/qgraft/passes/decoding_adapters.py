@@ -52,10 +52,10 @@ class DecoderLoras:
     def _lora(self, name: str, lora: Lora, weight: float) -> decoder.Lora:
         A, B = (self._parameter(lora, part) for part in ("lora_A", "lora_B"))
         if (pair := lora.factors()) is None:
-            raise UnsupportedError(f"the adapter {name!r} changes minimums of K-quants, which no kernel adds")
-        if pair[0] is not A:  # made of it, so that it does not follow when A is written to
-            self._place(lambda: A._version)
-        return decoder.Lora(pair[0].detach(), B.detach(), lora.config.scaling * weight)
+            raise UnsupportedError(f"the adapter {name!r} has {lora.about}, which no kernel adds")
+        if pair[0] is not A or pair[1] is not B:  # made of them, so that it does not follow when they are written to
+            self._place(lambda: A._version + B._version)
+        return decoder.Lora(pair[0].detach(), pair[1].detach(), lora.config.scaling * weight)
 
     def _parameter(self, lora: nn.Module, name: str) -> Tensor:
         parameter: Tensor = self._ask(lora._parameters, name)

@@ -224,6 +224,8 @@ def why_changing(model: PreTrainedModel) -> str | None:
         return f"the rotation of {name} goes by the length of the text"
     if any(adapter.is_prefix for adapter in active):
         return "a prefix is trained"
+    if any(getattr(config, "use_dora", False) for adapter in active for config in adapter.configs.values()):
+        return "a DoRA computes the lengths of its rows in every pass"
     return _why_random(model, active) or _why_hooked(model)
 
 

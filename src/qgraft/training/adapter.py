@@ -53,15 +53,16 @@ def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
 def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[float, list[nn.Parameter]]] | None:
     """The parameters of args.adapter_name in groups, each with its learning rate, as LoRA+ has them; None without LoRA+.
 
-    Always the A of linear layers, what is on embeddings, the B of linear layers, as PEFT's create_loraplus_optimizer has
-    them (Hayou et al. 2024, arXiv:2402.12354).
+    Always the A of linear layers, what is on embeddings, the B of linear layers with the magnitudes of DoRA, as PEFT's
+    create_loraplus_optimizer has them (Hayou et al. 2024, arXiv:2402.12354).
     """
     if args.loraplus_lr_ratio is None:
         return None
     factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
     for part in find_adapter(model, args.adapter_name).parts.values():
         for name, parameter in part.named_parameters():
-            (embedding if cast(Lora, part).of_embedding else factors[name]).append(parameter)
+            group = "lora_A" if name == "lora_A" else "lora_B"  # with it what is a vector, as DoRA's magnitudes
+            (embedding if cast(Lora, part).of_embedding else factors[group]).append(parameter)
     return [
         (args.learning_rate, factors["lora_A"]),
         (args.loraplus_lr_embedding, embedding),
@@ -100,6 +101,8 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         "lora_dropout": args.lora_dropout,
         "use_rslora": args.use_rslora,
         "exact": args.exact,
+        "use_dora": args.use_dora,
+        "init_lora_weights": args.init_lora_weights,
     }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     configs = [vars(config) for config in adapter.configs.values()]
@@ -160,8 +163,9 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     if adapter.is_prefix:
         return {"kind": adapter.kind, **configs[0]}
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
-    if not common.get("exact"):
-        common.pop("exact", None)  # as the checkpoints of earlier releases have it, which are compared with this
+    for name, plain in (("exact", False), ("use_dora", False), ("init_lora_weights", True)):
+        if common.get(name) == plain:
+            del common[name]  # as the checkpoints of earlier releases have it, which are compared with this
     for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         if field not in common:
             common[name] = {path: getattr(config, field) for path, config in adapter.configs.items()}
@@ -207,4 +211,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
         arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
+        arguments.use_dora, arguments.init_lora_weights == "true" or arguments.init_lora_weights,
     )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+from qgraft.adapters.lora import impossible_methods
+
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
@@ -19,6 +21,10 @@ def impossible(args: "TrainArguments") -> list[str]:
             args.find_lr and args.resume_from_checkpoint
         ),
         "exact: a prefix changes no weight; it is an option of a LoRA": prefix and args.exact,
+        "use_dora: a prefix has no rows of a length; it is an option of a LoRA": prefix and args.use_dora,
+        "init_lora_weights: a prefix has no A and B; it is an option of a LoRA": (
+            prefix and args.init_lora_weights != "true"
+        ),
         "loraplus_lr_ratio: a prefix has no A and B; it is an option of a LoRA": prefix and args.loraplus_lr_ratio,
         "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
             prefix and (args.rank_pattern or args.alpha_pattern)
@@ -30,4 +36,4 @@ def impossible(args: "TrainArguments") -> list[str]:
         "cache_frozen_layers: a prefix is in every layer, so none is frozen": prefix and cached,
         "cache_frozen_layers: training in fp16 and evaluation compute otherwise; take bf16": cached and args.fp16,
     }
-    return [line for line, holds in wrong.items() if holds]
+    return [*impossible_methods(args), *(line for line, holds in wrong.items() if holds)]

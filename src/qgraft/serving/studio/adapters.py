@@ -220,6 +220,8 @@ def _changed(path: Path, seal: Mapping[str, Any] | None) -> list[str]:
 
 
 def _kind(config: Mapping[str, Any]) -> str:
+    if config.get("use_dora") is True:
+        return "DoRA"
     return {"LORA": "LoRA", "PREFIX_TUNING": "P-Tuning v2"}.get(str(config.get("peft_type")), "prefix")
 
 

@@ -25,8 +25,8 @@ from qgraft.serving.studio.workplace import read_or_none
 
 POINTS = 600  # of a curve
 SHOWN = (
-    "dataset", "num_train_epochs", "max_steps", "learning_rate", "r", "lora_alpha", "exact", "val_size", "max_length",
-    "system", "finetuning_type", "pre_seq_len", "per_device_train_batch_size", "seed",
+    "dataset", "num_train_epochs", "max_steps", "learning_rate", "r", "lora_alpha", "exact", "use_dora", "init_lora_weights",
+    "val_size", "max_length", "system", "finetuning_type", "pre_seq_len", "per_device_train_batch_size", "seed",
 )  # fmt: skip
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
