@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol, Self, TypeGuard, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,11 @@ class QuantizedEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
 
 
+def table_rows(layer: Any) -> int:
+    """How many tokens a table or an output layer has a row of."""
+    return int(layer.num_embeddings if hasattr(layer, "num_embeddings") else layer.out_features)
+
+
 def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
     """values [..., in], such as inputs of the layer, with their columns in the order that its weight is stored in."""
     order = getattr(layer, "input_order", None)
@@ -308,6 +313,7 @@ def computing(model: nn.Module, compute: str) -> Iterator[None]:
     """
     output_layer = getattr(model, "get_output_embeddings", None)
     head = output_layer() if callable(output_layer) else None
+    head = getattr(head, "base", head)  # below adapters
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module is not head]
     before = [layer.compute for layer in layers]
     embedding = getattr(model, "get_input_embeddings", lambda: None)() if compute == "int8" else None

@@ -6,6 +6,7 @@
     base_model.model.<module path>.lora_embedding_B    [width, r]
     base_model.model.<module path>.minimum_A           [r, groups]         of an exact LoRA on a K-quant (exact.py): no
     base_model.model.<module path>.minimum_B           [out, r]            names of PEFT's, which cannot compute it
+    base_model.model.<module path>.token_adapter.trainable_tokens_delta    [tokens, width]    rows of single tokens
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
                                                        output layer; without `base_layer` where it was resized
 
@@ -20,6 +21,9 @@ _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
 )
 _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
+_ROWS = re.compile(
+    r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?"
+)
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
 
 
@@ -29,7 +33,7 @@ class TensorName:
 
     Attributes:
         path: of the layer.
-        part: "A" or "B" of its LoRA; None for a copy of the base's weight.
+        part: "A" or "B" of its LoRA; "rows" of single tokens; None for a copy of the base's weight.
         of_embedding: whether the LoRA is that of an embedding.
         of_minimums: whether it is an exact one on a K-quant.
     """
@@ -50,6 +54,11 @@ def minimums_name(path: str, part: str) -> str:
     return f"base_model.model.{path}.minimum_{part}"
 
 
+def rows_name(path: str) -> str:
+    """PEFT's name of the rows of single tokens of the layer at this module path."""
+    return f"base_model.model.{path}.token_adapter.trainable_tokens_delta"
+
+
 def is_lora(name: str) -> bool:
     """Whether a tensor that is called so is, or means to be, of a LoRA."""
     return _NAME.fullmatch(name) is not None or _MINIMUMS.fullmatch(name) is not None
@@ -62,5 +71,7 @@ def parse_name(name: str) -> TensorName | None:
         return TensorName(lora["path"], lora["part"], of_embedding) if of_embedding != bool(lora["weight"]) else None
     if (minimums := _MINIMUMS.fullmatch(name)) is not None:
         return TensorName(minimums["path"], minimums["part"], of_minimums=True)
+    if (rows := _ROWS.fullmatch(name)) is not None:
+        return TensorName(rows["path"], "rows")
     copied = _COPY.fullmatch(name)
     return None if copied is None else TensorName(copied["path"])

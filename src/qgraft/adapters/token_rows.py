@@ -1,0 +1,475 @@
+"""Trained rows of single tokens: new tokens, and some that are there, in float beside the packed tables.
+
+    ids [..]  ->  table[ids]                  packed, frozen          states [.., in]  ->  x W^T       packed, frozen
+                  rows[slot of the id]        where the id has one                         x rows^T    in the tokens' columns
+
+A row stands in for that of the table and is not added to it, as in PEFT (`trainable_token_indices`; its files call the rows
+`trainable_tokens_delta`, and what they hold are whole rows). Ids behind the end of the table are new tokens: while an
+adapter that has such rows is on the model, the model has as many rows as the highest of them needs, and
+`config.vocab_size` says so. For what is not active they do not exist: their columns are the lowest number of the dtype,
+so that no text holds them and no other logit's probability changes, and an input with such an id is an error.
+
+Of a tied output layer the rows are those of the input. `TiedRows` stands there for them.
+
+Not chosen: a longer copy of the packed table, which would take its memory again and make another base of it; rows that are
+added, as those of a LoRA, because a table whose new rows were begun otherwise would make other rows of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from qgraft.adapters.adapter import Adapter, Part
+from qgraft.adapters.lora import LayerSegment, LoraLayer
+from qgraft.adapters.peft_names import rows_name
+from qgraft.adapters.selection import BatchRows, Selection
+from qgraft.errors import AdapterError, UnsupportedError, option
+from qgraft.formats import take_rows
+from qgraft.kernels import dequantize
+from qgraft.linear import (
+    QuantizedEmbedding,
+    QuantizedLinear,
+    is_plain_linear,
+    nothing,
+    table_rows,
+    to_autocast,
+    weight_is_read,
+)
+
+Where = slice | Tensor  # tokens of a pass: some in a row, or by their places
+TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class TokenRowsConfig:
+    """Which tokens have rows, in the order of the rows. What every part of a LoRA is asked is answered, too."""
+
+    token_indices: tuple[int, ...]
+    lora_dropout: ClassVar[float] = 0.0
+    scaling: ClassVar[float] = 1.0
+    exact: ClassVar[bool] = False
+
+
+class TokenRows(Part):
+    """Rows of some tokens of a table or an output layer, [tokens, width] in float32.
+
+    Args:
+        values: what they begin with, copied.
+    """
+
+    kind = "lora"
+    config: TokenRowsConfig
+
+    def __init__(self, config: TokenRowsConfig, values: Tensor) -> None:
+        super().__init__()
+        self.config = config
+        self.rows = nn.Parameter(values.detach().float().clone())
+        ids = torch.tensor(config.token_indices, device=values.device)
+        self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("ordered", ids.sort().values, persistent=False)
+        self.register_buffer("slots", ids.argsort(), persistent=False)
+
+    @property
+    def end(self) -> int:
+        """How many rows a vocabulary has at least that holds all of these tokens."""
+        return max(self.config.token_indices) + 1
+
+    def find(self, ids_N: Tensor) -> tuple[Tensor, Tensor]:
+        """(Which of the ids have a row, [n] bool; the number of the row there, [n] int64)."""
+        ordered, slots = cast(Tensor, self.ordered), cast(Tensor, self.slots)
+        place_N = torch.searchsorted(ordered, ids_N).clamp_(max=len(ordered) - 1)
+        return ordered[place_N] == ids_N, slots[place_N]
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See Part."""
+        return {rows_name(path): self.rows.detach()}
+
+
+class TiedRows(Part):
+    """What stands at a tied output layer for the rows of the input: these, which are trained and saved once."""
+
+    kind = "lora"
+    config: TokenRowsConfig
+
+    def __init__(self, source: TokenRows) -> None:
+        super().__init__()
+        self.config = source.config
+        self._source = (source,)  # no module of this one
+
+    @property
+    def source(self) -> TokenRows:
+        """The rows."""
+        return self._source[0]
+
+    def tensors(self, path: str) -> dict[str, Tensor]:
+        """See Part."""
+        return {}
+
+
+def rows_in(part: nn.Module) -> TokenRows:
+    """The rows that a part stands for."""
+    return part.source if isinstance(part, TiedRows) else cast(TokenRows, part)
+
+
+def token_rows_of(adapter: Adapter) -> dict[str, TokenRows]:
+    """The rows that the adapter trains, by module path; a tied output layer's are those of the input."""
+    return {path: part for path, part in adapter.parts.items() if isinstance(part, TokenRows)}
+
+
+class TokenLayer(LoraLayer):
+    """A table or an output layer of the base with rows of any number of adapters beside it."""
+
+    base: Any
+
+    def add(self, name: str, part: Part) -> None:
+        """See Holder."""
+        super().add(name, part)
+        self._resize()
+
+    def drop(self, name: str) -> None:
+        """See Holder."""
+        super().drop(name)
+        self._resize()
+
+    @property
+    def base_rows(self) -> int:
+        """How many rows the base's own weight has."""
+        return table_rows(self.base)
+
+    def _resize(self) -> None:
+        """Have as many rows as the adapters need."""
+        ends = [rows_in(part).end for part in self.loras.values()]
+        self._set_rows(max([self.base_rows, *ends]))
+
+    def _set_rows(self, count: int) -> None:
+        raise NotImplementedError
+
+    def with_segments(self, x: Tensor, served: Sequence[tuple[Any, LayerSegment]]) -> Tensor:
+        """The output for x with each of these adapters' rows for its own tokens."""
+        return self._with_rows(x, [(rows_in(part), slice(segment.start, segment.stop)) for part, segment in served])
+
+    def _row_by_row(self, x: Tensor, rows: BatchRows | None) -> Tensor:
+        assert rows is not None
+        tokens = self.tokens_of(x) // max(rows.batch, 1)
+        each_T = torch.arange(tokens, device=x.device)
+        served = [
+            (rows_in(part), (index[:, None] * tokens + each_T).reshape(-1))
+            for name, index in rows.groups
+            if (part := self.named(name)) is not None
+        ]
+        y = self._with_rows(x, served)
+        rows.check(y)
+        return y
+
+    def _with_rows(self, x: Tensor, served: Sequence[tuple[TokenRows, Where]]) -> Tensor:
+        raise NotImplementedError
+
+    def _device(self) -> torch.device:
+        return self.base.weight.device
+
+
+class TokenEmbedding(TokenLayer):
+    """A table with rows beside it; ids [...] int64 -> [..., embedding_dim]."""
+
+    base: QuantizedEmbedding | nn.Embedding
+
+    def __init__(self, base: QuantizedEmbedding | nn.Embedding, selection: Selection | None = None) -> None:
+        super().__init__(base, (base.num_embeddings, base.embedding_dim), selection)
+        self.num_embeddings, self.embedding_dim = base.num_embeddings, base.embedding_dim
+        self.padding_idx = base.padding_idx
+
+    def _set_rows(self, count: int) -> None:
+        self.num_embeddings = self.in_features = count
+
+    def tokens_of(self, ids: Tensor) -> int:
+        """How many tokens ids [...] are."""
+        return ids.numel()
+
+    def _with_rows(self, ids: Tensor, served: Sequence[tuple[TokenRows, Where]]) -> Tensor:
+        ids_N, longer = ids.reshape(-1), self.num_embeddings > self.base_rows
+        missing_N = ids_N >= self.base_rows
+        y_NH = self.base(ids_N.masked_fill(missing_N, 0) if longer else ids_N)
+        factor = self.base.scale if isinstance(self.base, QuantizedEmbedding) else 1.0
+        for part, where in served:
+            has_N, slot_N = part.find(ids_N[where])
+            added_NH = (embedding(slot_N, part.rows) * factor).to(y_NH.dtype)
+            y_NH[where] = torch.where(has_N[:, None], added_NH, y_NH[where])
+            missing_N[where] = missing_N[where] & ~has_N
+        if longer:
+            _check_known(ids_N, missing_N)
+            y_NH = y_NH.masked_fill(missing_N[:, None], torch.nan)
+        return y_NH.view(*ids.shape, self.embedding_dim)
+
+    @property
+    def weight(self) -> Tensor:
+        """As that of a QuantizedEmbedding, with all rows; the values are NaN."""
+        return nothing(self.num_embeddings, self.embedding_dim, self.base.weight.dtype, self._device())
+
+
+def _check_known(ids_N: Tensor, missing_N: Tensor) -> None:
+    """Raise AdapterError for an id without a row. On a GPU, where asking waits for all that runs, the row is NaN instead."""
+    if missing_N.device.type == "cpu" and bool(missing_N.any()):
+        raise AdapterError(
+            f"token {int(ids_N[missing_N][0])} has no row here: it is a new token of an adapter that is not active",
+            hint="use_adapter() makes it active; a text for the base, or for another adapter, must not hold it",
+        )
+
+
+class TokenHead(TokenLayer):
+    """An output layer with rows beside it; x [..., in] -> logits [..., out]."""
+
+    base: QuantizedLinear | nn.Linear
+
+    def __init__(self, base: QuantizedLinear | nn.Linear, selection: Selection | None = None) -> None:
+        super().__init__(base, (base.in_features, base.out_features), selection)
+
+    def _set_rows(self, count: int) -> None:
+        self.out_features = count
+
+    def tokens_of(self, x: Tensor) -> int:
+        """How many tokens x [..., in] is of."""
+        return x.numel() // x.shape[-1]
+
+    def parameters(self, recurse: bool = True) -> Any:
+        """Those of its own, and the rows of the input that it computes with: a loss needs their gradients."""
+        yield from super().parameters(recurse)
+        yield from (part.source.rows for part in self.loras.values() if isinstance(part, TiedRows))
+
+    def _with_rows(self, x: Tensor, served: Sequence[tuple[TokenRows, Where]]) -> Tensor:
+        x_NI = to_autocast(x).reshape(-1, self.in_features)
+        y_NV = self.base(x_NI)
+        if (more := self.out_features - self.base_rows) > 0:
+            lowest = torch.finfo(y_NV.dtype).min
+            y_NV = torch.cat([y_NV, y_NV.new_full((len(y_NV), more), lowest)], dim=1)
+        for part, where in served:
+            logits_NR = (x_NI[where] @ part.rows.to(x_NI.dtype).T).to(y_NV.dtype)
+            columns = cast(Tensor, part.ids)
+            if isinstance(where, slice):
+                y_NV[where].index_copy_(1, columns, logits_NR)
+            else:
+                y_NV[where[:, None], columns[None]] = logits_NR
+        return y_NV.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def weight(self) -> Tensor:
+        """As that of a QuantizedLinear, with all rows; the values are NaN."""
+        return nothing(self.out_features, self.in_features, self.base.weight.dtype, self._device())
+
+
+def path_of(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    """The path of a module of the model; None where it has none."""
+    return next((path for path, module in model.named_modules() if module is wanted and path), None)
+
+
+@dataclass(frozen=True)
+class Tables:
+    """Where a model has the rows of its vocabulary.
+
+    Attributes:
+        table: path of the input embedding.
+        head: path of the output layer; None where it has none.
+        tied: whether both have the same rows.
+    """
+
+    table: str
+    head: str | None
+    tied: bool
+
+    def named(self, indices: TokenIndices) -> dict[str, tuple[int, ...]]:
+        """The tokens by the path of the layer, with PEFT's meaning: a list is of the input embedding, of a tied model of
+        both; a tied output layer is named only where it has other ones.
+
+        Raises AdapterError for a name that is of neither, and for no tokens, an impossible id, or one twice.
+        """
+        if not isinstance(indices, Mapping):
+            return {self.table: _checked(indices)}
+        found = {self._path(str(name)): _checked(each) for name, each in indices.items()}
+        if self.tied and self.head and found.get(self.head) == found.get(self.table):
+            found.pop(self.head)
+        return found
+
+    def _path(self, name: str) -> str:
+        for path in filter(None, (self.table, self.head)):
+            if f".{path}".endswith(f".{name}"):
+                return path
+        raise AdapterError(
+            f"trainable_token_indices: {name!r} is neither the input embedding ({self.table}) nor the output layer "
+            f"({self.head})"
+        )
+
+
+def _checked(indices: Any) -> tuple[int, ...]:
+    """Ids of tokens. Raises AdapterError for none, a value that is no id, or one that is there twice."""
+    ids = tuple(indices) if isinstance(indices, Sequence) and not isinstance(indices, str) else ()
+    if not ids or not all(type(each) is int and 0 <= each < 2**31 for each in ids):
+        raise AdapterError(f"trainable_token_indices: got {str(indices)[:80]}, expected a list of token ids")
+    if len(set(ids)) < len(ids):
+        twice = next(each for each in ids if ids.count(each) > 1)
+        raise AdapterError(f"trainable_token_indices: token {twice} is there twice")
+    return ids
+
+
+def tables_of(model: nn.Module) -> Tables:
+    """Where the model has the rows of its vocabulary.
+
+    Raises UnsupportedError for a model whose rows cannot be stood in for: it has other tables, reads the weights itself, or
+    adds a bias to its logits, which PEFT leaves out of them.
+    """
+    owner: Any = model
+    table = path_of(model, getattr(owner, "get_input_embeddings", lambda: None)())
+    output = getattr(owner, "get_output_embeddings", lambda: None)()
+    head, name = path_of(model, output), type(model).__name__
+    config = getattr(owner, "config", None)
+    if table is None or getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedError(f"{name}: rows of single tokens need one input embedding")
+    source, layer = (getattr(module, "base", module) for module in (model.get_submodule(table), output))
+    if not (isinstance(source, QuantizedEmbedding) or type(source) is nn.Embedding):
+        raise UnsupportedError(f"{name}: {table} is a {type(source).__name__}, which has no rows to stand in for")
+    if output is not None and not (isinstance(layer, QuantizedLinear) or is_plain_linear(layer)):
+        raise UnsupportedError(f"{name}: its output layer is a {type(layer).__name__}, which has no rows to stand in for")
+    if output is not None and layer.bias is not None:
+        raise UnsupportedError(f"{name}: its output layer adds a bias, which rows of single tokens have none of")
+    if any(path and weight_is_read(model, path) for path in (table, head)):
+        raise UnsupportedError(f"{name}: its code reads the weights of {table} or {head} by itself")
+    tied = output is not None and _weight(source) is _weight(layer)
+    return Tables(table, head, tied)
+
+
+def _weight(layer: Any) -> Any:
+    return layer.packed_weight if hasattr(layer, "packed_weight") else layer.weight
+
+
+def make_token_rows(
+    model: nn.Module, indices: TokenIndices, values: Mapping[str, Mapping[int, Tensor]] | None = None
+) -> dict[str, Part]:
+    """Parts for these tokens of the model, by module path, on no model yet.
+
+    Args:
+        indices: ids, or ids by the layer's name, as PEFT's trainable_token_indices.
+        values: what rows begin with, by path and id, [width]; without one a token of the table begins with its row there,
+            and one behind its end with the mean of all rows.
+
+    Raises AdapterError, UnsupportedError.
+    """
+    tables = tables_of(model)
+    parts: dict[str, Part] = {}
+    for path, ids in tables.named(indices).items():
+        _check_end(model, path, max(ids) + 1)
+        own = {} if values is None else values.get(path, {})
+        parts[path] = TokenRows(TokenRowsConfig(ids), _first_values(model.get_submodule(path), ids, own))
+    source = parts.get(tables.table)
+    if tables.tied and tables.head and tables.head not in parts and isinstance(source, TokenRows):
+        parts[tables.head] = TiedRows(source)
+    first = next((rows_in(part) for part in parts.values()), None)
+    longer = max((rows_in(part).end for part in parts.values()), default=0) > table_rows(_base(model, tables.table))
+    if first is not None and longer and tables.head and parts.keys() != {tables.table, tables.head}:
+        missing = tables.head if tables.head not in parts else tables.table
+        raise AdapterError(
+            f"new tokens, behind the {table_rows(_base(model, tables.table))} rows of the table, need rows in both: none are "
+            f"given for {missing}",
+            hint=f"trainable_token_indices={{{tables.table.rpartition('.')[2]!r}: ids, {tables.head!r}: ids}}",
+        )
+    return parts
+
+
+def _check_end(model: nn.Module, path: str, end: int) -> None:
+    """Raise where rows behind the end of the table cannot be had."""
+    rows, config = table_rows(_base(model, path)), getattr(model, "config", None)
+    if end - rows > MOST_NEW:
+        raise AdapterError(
+            f"trainable_token_indices: token {end - 1} is {end - rows} rows behind the end of {path}, which has {rows}"
+        )
+    text: Any = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if end > rows and any(getattr(text, name, None) for name in ("final_logit_softcapping", "logits_soft_cap")):
+        raise UnsupportedError(
+            f"new tokens: {type(model).__name__} caps its logits, so a token that is not there cannot be ruled out",
+            hint=f"train one of its unused tokens: {option('trainable_token_indices', '[ID]')}",
+        )
+
+
+MOST_NEW = 1 << 20
+
+
+def _base(model: nn.Module, path: str) -> Any:
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, LoraLayer) else module
+
+
+@torch.no_grad()
+def _first_values(layer: Any, ids: Sequence[int], own: Mapping[int, Tensor]) -> Tensor:
+    """What rows begin with, [tokens, width] float32; see make_token_rows."""
+    base = layer.base if isinstance(layer, LoraLayer) else layer
+    count, mean = table_rows(base), None
+    rows = []
+    for each in ids:
+        if each in own:
+            rows.append(own[each].float())
+        elif each < count:
+            rows.append(table_values(base, [each])[0])
+        else:
+            mean = mean_of_table(base) if mean is None else mean
+            rows.append(mean)
+    device = base.weight.device
+    return torch.stack([row.to(device) for row in rows])
+
+
+@torch.no_grad()
+def table_values(layer: Any, ids: Sequence[int]) -> Tensor:
+    """Rows of a table or an output layer without any adapter, [n, width] float32."""
+    base = layer.base if isinstance(layer, LoraLayer) else layer
+    index = torch.tensor(list(ids))
+    if not hasattr(base, "packed_weight"):
+        return base.weight[index.to(base.weight.device)].float()
+    packed = base.packed_weight.get()
+    return dequantize(take_rows(packed, index.to(packed.device)), torch.float32)
+
+
+@torch.no_grad()
+def mean_of_table(layer: Any, chunk: int = 4096) -> Tensor:
+    """The mean of all rows, [width] float32, summed in float64."""
+    count = table_rows(layer)
+    total = sum(
+        table_values(layer, range(start, min(count, start + chunk))).double().sum(0) for start in range(0, count, chunk)
+    )
+    return (cast(Tensor, total) / count).float()
+
+
+def settle_vocabulary(model: nn.Module) -> None:
+    """Let the configuration say how many rows the model has now: that of its table, with the rows of its adapters."""
+    owner: Any = model
+    table = getattr(owner, "get_input_embeddings", lambda: None)()
+    config = getattr(owner, "config", None)
+    if table is None or not hasattr(config, "get_text_config"):
+        return
+    text: Any = config.get_text_config()
+    count = getattr(table, "num_embeddings", None)
+    if count is not None and getattr(text, "vocab_size", count) != count:
+        text.vocab_size = count
+        if hasattr(owner, "vocab_size"):
+            owner.vocab_size = count
+
+
+def check_together(adapters: Mapping[str, Adapter], weights: Mapping[str, float]) -> None:
+    """Raise AdapterError for active adapters whose rows have no meaning so: in part, or of the same tokens twice."""
+    seen: dict[tuple[str, int], str] = {}
+    for name, weight in weights.items():
+        rows = token_rows_of(adapters[name])
+        if rows and weight != 1:
+            raise AdapterError(
+                f"adapter {name!r} with the weight {weight}: it has rows of tokens, which stand in for those of the table, "
+                "expected 1",
+                hint="a share of a row means nothing for a token that the table does not have",
+            )
+        for path, part in rows.items():
+            for token in part.config.token_indices:
+                other = seen.setdefault((path, token), name)
+                if other != name:
+                    raise AdapterError(
+                        f"adapters {other!r} and {name!r} both have a row of token {token} ({path}): which one counts?",
+                        hint="use one of them at a time",
+                    )
+
