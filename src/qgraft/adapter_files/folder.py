@@ -3,6 +3,7 @@
     adapter_config.json          PEFT's options            readable by PEFT and by us
     adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
     prefix_encoder.safetensors   of prefixes with a projection: what is trained
+    tokenizer.json, ...          of LoRAs with new tokens: the tokenizer that has them
     calibration.safetensors      of LoRAs: rows of the training, to be merged with (calibration.py); may be deleted
     qgraft.json                  the seal: the base's fingerprint, SHA-256 of the other files, what it was trained on and
                                  with, versions, metrics. It takes its name before them, see storage.publish_files
@@ -31,6 +32,7 @@ from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import (
     bare_options,
     fit_layers,
+    fit_rows,
     holds_lora,
     inexact_layers,
     lora_content,
@@ -57,16 +59,19 @@ from qgraft.adapter_files.seal import (
 )
 from qgraft.adapter_files.sealed_base import base_hint, base_problems
 from qgraft.adapter_files.thudm import thudm_problem
+from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.adapters.kept_rows import KeptRows
 from qgraft.adapters.states import non_finite
+from qgraft.adapters.token_rows import token_ids
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
 from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm
+from qgraft.data.new_tokens import NewToken, check_new_tokens, read_new_tokens, take_new_tokens, write_tokenizer
 from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
 from qgraft.given import path_given
 from qgraft.json_files import read_object
@@ -129,7 +134,8 @@ def save_adapter(
         config, state = lora_content(model, adapter, source)
         seal[EXACT] = all(config.exact for config in adapter.configs.values())
         kept = adapter.kept if save_calibration else None
-        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept)
+        speaks = base_of(model).tokenizer if _new_tokens(model, adapter) else None
+        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept, speaks)
     selection_of(model).change(adapter.name, trained=remembered_arguments(seal))
 
 
@@ -141,6 +147,7 @@ def write_adapter(
     details: Mapping[str, Any],
     dtype: str = "float32",
     kept: KeptRows | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write an adapter that is on no model; see save_adapter.
 
@@ -150,6 +157,7 @@ def write_adapter(
         config: what adapter_config.json holds.
         details: what the seal holds beside versions and checksums; "base" among it.
         kept: rows that go with it.
+        tokenizer: of an adapter with new tokens; its files go with it.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
@@ -162,9 +170,16 @@ def write_adapter(
         if kept is not None:
             write_rows(staging / CALIBRATION, kept)
         storage.write_json(staging / CONFIG, config)
+        files += [] if tokenizer is None else write_tokenizer(staging, tokenizer)
         write_seal(staging, files, {**details, "kind": kind, "parameters": parameters})
     for file in {ENCODER, CALIBRATION} - {*files}:
         (folder / file).unlink(missing_ok=True)  # of an adapter that was here before
+
+
+def _new_tokens(model: nn.Module, adapter: Adapter) -> list[NewToken]:
+    """The tokens that the tokenizer got beyond the base's and the adapter has rows of."""
+    ids = set(token_ids(adapter))
+    return [token for token in base_of(model).tokens.values() if token.id in ids]
 
 
 def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -211,12 +226,15 @@ class StagedAdapter:
 
     Attributes:
         alone: whether `put` needs the model for itself: the first prefix asks its attention for shapes, and changes it.
-            LoRAs come between two calls or during one, which goes on without them.
+            LoRAs come between two calls or during one, which goes on without them, but those with new tokens: the model and
+            its tokenizer get a longer vocabulary.
         put: puts it on the model under a name, inactive, and says what that did. Raises as load_adapter.
+        tokens: the new ones.
     """
 
     alone: bool
     put: Callable[[str], LoadedAdapter]
+    tokens: tuple[NewToken, ...] = ()
 
 
 def stage_adapter(
@@ -245,16 +263,18 @@ def stage_adapter(
     if is_prefix_config(config):
         prefix = stored_prefix(config, state, seal)
         return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, seal, force))
-    return StagedAdapter(False, _lora_to_put(model, folder, config, state, seal, name, force))
+    return _staged_lora(model, folder, config, state, seal, name, force)
 
 
-def _lora_to_put(
+def _staged_lora(
     model: nn.Module, folder: Path, config: dict[str, Any], state: dict[str, Tensor], seal: Mapping[str, Any] | None,
     name: str, force: bool,
-) -> Callable[[str], LoadedAdapter]:  # fmt: skip
-    """See StagedAdapter.put; the LoRA is compared with the model, and made."""
+) -> StagedAdapter:  # fmt: skip
+    """The LoRA, compared with the model, and made."""
     stored = parse_state(state)
     fitting, misfits = fit_layers(model, config, stored)
+    rows, others = fit_rows(model, config, stored)
+    misfits += others
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
     problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
@@ -265,16 +285,37 @@ def _lora_to_put(
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
     adapter = dataclasses.replace(
-        made_of_pairs(model, name, config, fitting, exact), trained=remembered_arguments(seal),
+        made_of_pairs(model, name, config, fitting, exact, rows), trained=remembered_arguments(seal),
         kept=read_rows(folder, seal),
     )  # fmt: skip
-    loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
+    tokens, told = _tokens_of(model, folder, adapter)
+    notes = (*_notes(problems, seal), *told)
+    about = f"rows of {len(token_ids(adapter))} tokens, " if rows else ""
+    loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), notes, about)
 
     def put(name: str) -> LoadedAdapter:
+        if tokens:
+            take_new_tokens(base_of(model).tokenizer, base_of(model).tokens, tokens)
         put_loras(model, dataclasses.replace(adapter, name=name))
         return dataclasses.replace(loaded, name=name)
 
-    return put
+    return StagedAdapter(bool(rows), put, tuple(tokens))
+
+
+def _tokens_of(model: nn.Module, folder: Path, adapter: Adapter) -> tuple[list[NewToken], list[str]]:
+    """(The adapter's tokens that the model's tokenizer does not have of its own, notes). Raises AdapterError for a conflict."""
+    ids, speaks, known = set(token_ids(adapter)), base_of(model).tokenizer, base_of(model).tokens
+    if not ids:
+        return [], []
+    there = read_new_tokens(folder, ids) if folder.is_dir() else None
+    if speaks is None:
+        return [], ["the model came without a tokenizer: which texts its tokens are is the caller's affair"]
+    own = set(speaks.get_vocab().values()) - {token.id for token in known.values()}
+    check_new_tokens(speaks, there or [])
+    tokens = [token for token in there or [] if token.id not in own]
+    if unnamed := sorted(ids - own - {token.id for token in tokens}):
+        return tokens, [f"no tokenizer beside it says which text token {unnamed[0]} is"]
+    return tokens, []
 
 
 def _put_prefix(

@@ -35,7 +35,7 @@ from qgraft.adapters.holder import Holder, set_module
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.recompute import Recompute, recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.errors import AdapterError
+from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.summed_lora import casts_kept, kept_casts
@@ -130,6 +130,11 @@ def loras_of(adapter: Adapter, action: str) -> dict[str, Lora]:
     """The LoRAs that the adapter is, by module path. Raises AdapterError for a prefix, which `action` cannot take."""
     if adapter.is_prefix:
         raise prefix_error(action, [adapter.name])
+    if others := [path for path, part in adapter.parts.items() if not isinstance(part, Lora)]:
+        raise UnsupportedError(
+            f"{action}: {adapter.name!r} has rows of single tokens ({others[0]}), which are no LoRA",
+            hint="merge it: the merged file has them",
+        )
     return {path: cast(Lora, part) for path, part in adapter.parts.items()}
 
 

@@ -120,6 +120,11 @@ def token_rows_of(adapter: Adapter) -> dict[str, TokenRows]:
     return {path: part for path, part in adapter.parts.items() if isinstance(part, TokenRows)}
 
 
+def token_ids(adapter: Adapter) -> list[int]:
+    """The tokens that the adapter has rows of, in order, each once."""
+    return sorted({each for part in token_rows_of(adapter).values() for each in part.config.token_indices})
+
+
 class TokenLayer(LoraLayer):
     """A table or an output layer of the base with rows of any number of adapters beside it."""
 
