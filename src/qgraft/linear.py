@@ -222,6 +222,11 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"replace: got shape {packed.shape}, expected {self.packed_weight.shape}")
         self.packed_weight.set(packed)
 
+    def resize(self, packed: PackedTensor) -> None:
+        """Put packed bytes with another number of rows in place of the weight. Raises ValueError for another width."""
+        _resize(self, packed)
+        self.out_features = packed.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         x = in_stored_order(self, to_autocast(x))
@@ -262,6 +267,11 @@ class QuantizedEmbedding(nn.Module):
         """As that of a QuantizedLinear, [num_embeddings, embedding_dim]."""
         return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.device)
 
+    def resize(self, packed: PackedTensor) -> None:
+        """Put a table with another number of rows in place of this one. Raises ValueError for another width."""
+        _resize(self, packed)
+        self.num_embeddings = packed.shape[0]
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""
         rows = take_rows(self.packed_weight.get(), ids.reshape(-1))
@@ -276,6 +286,12 @@ class QuantizedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
+
+
+def _resize(layer: "QuantizedLinear | QuantizedEmbedding", packed: PackedTensor) -> None:
+    if packed.shape[1] != layer.packed_weight.shape[1]:
+        raise ValueError(f"resize: got width {packed.shape[1]}, expected {layer.packed_weight.shape[1]}")
+    layer.packed_weight.set(packed)
 
 
 def table_rows(layer: Any) -> int:

@@ -33,6 +33,7 @@ from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
+from qgraft.adapters.token_rows import token_rows_of
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
@@ -55,6 +56,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
+from qgraft.merging.token_rows import Written, put_table, rows_written
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -70,12 +72,14 @@ class Merged:
         packed: the original bytes, by module path.
         adapters: those that were merged, by the names they will have when they come back.
         weights: what they were merged with.
+        origin: the way back into the model's container before the first merge, which may have had fewer tokens.
     """
 
     info: BaseInfo | None
     packed: dict[str, PackedTensor]
     adapters: dict[str, Adapter]
     weights: dict[str, float]
+    origin: Any = None
 
 
 @alone("merged")
@@ -117,9 +121,9 @@ def merge(
     OptionError, UnsupportedError (a format that cannot be written), StorageError (work_dir).
     """
     console = shown(progress)
-    with held(work_dir, console) as work:
+    with held(work_dir, console) as work, rows_written(model) as rows:
         return _merge(
-            model, tokenizer, calibration, eval_dataset, method, to, min_retained, seed, reading, console, work
+            model, tokenizer, calibration, eval_dataset, method, to, min_retained, seed, reading, console, work, rows
         )
 
 
@@ -135,6 +139,7 @@ def _merge(
     reading: Mapping[str, Any],
     console: Console | None,
     work: WorkDir | None,
+    rows: Written,
 ) -> MergeReport:
     """The parts of a merge in their order."""
     began = time.perf_counter()
@@ -176,10 +181,10 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
+        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to), *rows.notes),
     )
     check_kept(report, min_retained)
-    _replace(model, {**others, **done}, weights)
+    _replace(model, {**others, **done}, weights, rows)
     return report
 
 
@@ -267,14 +272,22 @@ def unmerge(model: PreTrainedModel) -> None:
             hint="take them off with detach_lora() first",
         )
     active = {**merges.weights, **active_adapters(model)}
-    wrapped = dict(lora_layers(model))
+    wrapped, tables = dict(lora_layers(model)), _table_paths(merges)
     for path, packed in merges.packed.items():
         layer: Any = wrapped.get(path) or model.get_submodule(path)
-        layer.replace(packed)
+        if path in tables:
+            put_table(model, path, packed)
+        else:
+            layer.replace(packed)
     for adapter in merges.adapters.values():
         put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
     use_adapter(model, active)
-    base.info, base.merged = merges.info, None
+    base.info, base.origin, base.merged = merges.info, merges.origin, None
+
+
+def _table_paths(merged: Merged) -> set[str]:
+    """The layers that merges wrote rows of single tokens into."""
+    return {path for adapter in merged.adapters.values() for path in token_rows_of(adapter)}
 
 
 def _merged(model: PreTrainedModel) -> Merged | None:
@@ -284,23 +297,27 @@ def _merged(model: PreTrainedModel) -> Merged | None:
     return merged
 
 
-def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
+def _replace(
+    model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float], rows: Written
+) -> None:
     """Put the merged bytes in place and take the adapters off."""
     base, layers = base_of(model), dict(lora_layers(model))
-    before, info = _merged(model) or Merged(base.info, {}, {}, {}), base.info
+    before, info = _merged(model) or Merged(base.info, {}, {}, {}, rows.origin), base.info
     if info is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
             info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
-    original = {path: layers[path].packed for path in packed} | before.packed
+    original = {path: layers[path].packed for path in packed} | rows.packed | before.packed
     for path, merged in packed.items():
         layers[path].replace(merged)
     adapters, active = dict(before.adapters), dict(before.weights)
     for name, weight in weights.items():
         others = (f"{name[:50]}-again{n}" for n in count(1))  # for when one of that name was merged before
         kept = next(each for each in chain([name], others) if each not in adapters)
-        adapters[kept], active[kept] = replace(find_adapter(model, name), name=kept), weight
+        adapter = rows.adapters.get(name) or find_adapter(model, name)
+        adapters[kept], active[kept] = replace(adapter, name=kept), weight
         detach_lora(model, name)
-    base.info, base.merged = info, Merged(before.info, original, adapters, active)
+    base.info, base.merged = info, Merged(before.info, original, adapters, active, before.origin)
+    rows.kept = True
 
 
 def _check_format(model: PreTrainedModel, to: str | None) -> None:
