@@ -7,7 +7,7 @@ So what is merged then is a plain LoRA on a base that has the tokens: its gain, 
 measured with the rounded rows on both sides. What rounding does to the rows themselves is in the report's notes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -73,7 +73,7 @@ def rows_written(model: PreTrainedModel) -> Iterator[Written]:
         written.packed[path] = _base(model, path).packed_weight.get()
         put_table(model, path, packed)
     if isinstance(base.origin, Origin):
-        base.origin = replace(base.origin, tokens=(*base.origin.tokens, *tokens))
+        base.origin = replace(base.origin, tokens=_united(base.origin.tokens, tokens))
     try:
         yield written
     finally:
@@ -85,6 +85,12 @@ def rows_written(model: PreTrainedModel) -> Iterator[Written]:
                 detach_adapter(model, name)
                 put_loras(model, adapter)
             use_adapter(model, weights)
+
+
+def _united(before: Iterable[Any], more: Iterable[Any]) -> tuple[Any, ...]:
+    """Tokens in the order of their ids, each once."""
+    by_id = {token.id: token for token in (*before, *more)}
+    return tuple(by_id[number] for number in sorted(by_id))
 
 
 def put_table(model: PreTrainedModel, path: str, packed: PackedTensor) -> None:
@@ -107,7 +113,7 @@ def _base(model: PreTrainedModel, path: str) -> Any:
 def _tables_with_rows(
     model: PreTrainedModel, adapters: Mapping[str, Adapter]
 ) -> tuple[dict[str, PackedTensor], list[str], list[Any]]:
-    """(The tables with the rows in them by path, notes, the new tokens behind the ends of the tables as they were)."""
+    """(The tables with the rows in them by path, notes, the tokens that the container does not have)."""
     rows: dict[str, dict[int, Tensor]] = {}
     for adapter in adapters.values():
         for path, part in token_rows_of(adapter).items():
@@ -130,8 +136,9 @@ def _tables_with_rows(
     for path, each in rows.items():
         merged[path], error = _table_with(_base(model, path), path, each)
         errors.append(f"{path} in {merged[path].format} (relative rounding {error:.2g})")
-    total = len({token for each in rows.values() for token in each})
-    return merged, [f"rows of {total} tokens are written into {', '.join(errors)}"], [tokens[each] for each in new if each in tokens]
+    written = sorted({token for each in rows.values() for token in each})
+    notes = [f"rows of {len(written)} tokens are written into {', '.join(errors)}"]
+    return merged, notes, [tokens[each] for each in written if each in tokens]
 
 
 def _table_with(layer: Any, path: str, rows: Mapping[int, Tensor]) -> tuple[PackedTensor, float]:
