@@ -66,7 +66,7 @@ from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.adapters.kept_rows import KeptRows
 from qgraft.adapters.states import non_finite
-from qgraft.adapters.token_rows import token_ids
+from qgraft.adapters.token_rows import grows_vocabulary, token_ids
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
@@ -229,12 +229,12 @@ class StagedAdapter:
             LoRAs come between two calls or during one, which goes on without them, but those with new tokens: the model and
             its tokenizer get a longer vocabulary.
         put: puts it on the model under a name, inactive, and says what that did. Raises as load_adapter.
-        tokens: the new ones.
+        grows: whether it brings tokens that the model and its tokenizer do not have.
     """
 
     alone: bool
     put: Callable[[str], LoadedAdapter]
-    tokens: tuple[NewToken, ...] = ()
+    grows: bool = False
 
 
 def stage_adapter(
@@ -299,7 +299,8 @@ def _staged_lora(
         put_loras(model, dataclasses.replace(adapter, name=name))
         return dataclasses.replace(loaded, name=name)
 
-    return StagedAdapter(bool(rows), put, tuple(tokens))
+    grows = any(token.text not in base_of(model).tokens for token in tokens) or grows_vocabulary(model, adapter)
+    return StagedAdapter(bool(rows), put, grows)
 
 
 def _tokens_of(model: nn.Module, folder: Path, adapter: Adapter) -> tuple[list[NewToken], list[str]]:

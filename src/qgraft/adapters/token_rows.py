@@ -15,7 +15,7 @@ Not chosen: a longer copy of the packed table, which would take its memory again
 added, as those of a LoRA, because a table whose new rows were begun otherwise would make other rows of them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -123,6 +123,22 @@ def token_rows_of(adapter: Adapter) -> dict[str, TokenRows]:
 def token_ids(adapter: Adapter) -> list[int]:
     """The tokens that the adapter has rows of, in order, each once."""
     return sorted({each for part in token_rows_of(adapter).values() for each in part.config.token_indices})
+
+
+def grows_vocabulary(model: nn.Module, adapter: Adapter) -> bool:
+    """Whether the model gets more rows than it has now when the adapter is put on it."""
+    return any(part.end > table_rows(model.get_submodule(path)) for path, part in token_rows_of(adapter).items())
+
+
+def unknown_tokens(model: nn.Module, names: Iterable[str], ids: Iterable[int]) -> list[int]:
+    """Those of the ids that there is no row of where these adapters are active."""
+    table: Any = cast(Any, model).get_input_embeddings()
+    count = table.base_rows if isinstance(table, TokenLayer) else table.weight.shape[0]
+    beyond = {each for each in ids if not 0 <= each < count}
+    if beyond and isinstance(table, TokenLayer):
+        parts = [rows_in(part) for name in names if (part := table.named(name)) is not None]
+        beyond -= {token for part in parts for token in part.config.token_indices}
+    return sorted(beyond)
 
 
 class TokenLayer(LoraLayer):
