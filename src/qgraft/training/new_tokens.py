@@ -27,7 +27,9 @@ def take_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
     """
     if not trains_rows(args):
         return []
-    tables_of(model)
+    tables = tables_of(model)
+    if args.trainable_token_indices:
+        tables.named(_stated(args))  # or an error, before the tokenizer is changed
     texts = read_texts("add_tokens", args.add_tokens), read_texts("add_special_tokens", args.add_special_tokens)
     base = base_of(model)
     if not any(texts):
@@ -39,7 +41,6 @@ def take_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
     if base.tokenizer is not tokenizer:
         add_new_tokens(base.tokenizer, dict(base.tokens), *texts)
     base.tokens.update(known)
-    tables = tables_of(model)
     count = table_rows(_layer(model, tables.table))
     first, within = added[0], sum(token.id < count for token in added)
     where = f"{within} in rows of the table that no token had, " if within else ""
