@@ -82,14 +82,21 @@ def test_logits_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: boo
     assert torch.allclose(without[:, :count], logits(load_base(tiny), [3, 5, 9]))
 
 
-@pytest.mark.parametrize(("architecture", "tied"), [pytest.param("llama", False, marks=pytest.mark.slow), ("qwen2", True)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [pytest.param("llama", False, marks=pytest.mark.slow), ("qwen2", True)]
+)
 def test_twenty_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: bool) -> None:
     """By the loss that a run learns, which computes its gradients in chunks; of a tied model a row has two."""
-    tiny, indices = tiny_gguf(architecture, tied=tied), [END, 5] if tied else {"embed_tokens": [END, 5], "lm_head": [END]}
+    tiny, indices = (
+        tiny_gguf(architecture, tied=tied),
+        [END, 5] if tied else {"embed_tokens": [END, 5], "lm_head": [END]},
+    )
     theirs, ours = by_peft(tiny, indices, END + 1), load_base(tiny)
     qgraft.attach_lora(ours, r=4, lora_alpha=8, target_modules=TARGETS, trainable_token_indices=indices)
     take_from(ours, theirs)
-    optimizers = [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3) for model in (ours, theirs)]
+    optimizers = [
+        torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 3e-3) for model in (ours, theirs)
+    ]
     torch.manual_seed(2)
     curves: list[list[float]] = [[], []]
     for _ in range(20):
@@ -112,7 +119,9 @@ def with_new_tokens(tiny: Any, name: str = "new", seed: int = 3) -> PreTrainedMo
     model = load_base(tiny)
     ids = [5, END]
     attached = qgraft.adapters.attach.attach_lora
-    attached(model, r=2, target_modules=TARGETS, name=name, trainable_token_indices={"embed_tokens": ids, "lm_head": ids})
+    attached(
+        model, r=2, target_modules=TARGETS, name=name, trainable_token_indices={"embed_tokens": ids, "lm_head": ids}
+    )
     torch.manual_seed(seed)
     with torch.no_grad():
         for _, parameter in find_adapter(model, name).named_parameters():
@@ -167,7 +176,9 @@ def test_rows_begin_as_their_tokens_are(tiny_gguf: Maker) -> None:
     state = qgraft.lora_state_dict(model)
     table, head = tiny.model.get_input_embeddings().weight, tiny.model.get_output_embeddings().weight
     name = "base_model.model.{}.token_adapter.trainable_tokens_delta"
-    torch.testing.assert_close(state[name.format("model.embed_tokens")], torch.stack([table[5], table.mean(0)]).detach())
+    torch.testing.assert_close(
+        state[name.format("model.embed_tokens")], torch.stack([table[5], table.mean(0)]).detach()
+    )
     torch.testing.assert_close(state[name.format("lm_head")][0], head.mean(0).detach())
 
 

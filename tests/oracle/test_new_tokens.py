@@ -22,12 +22,16 @@ ROUNDING, GELU = 3e-5, 2e-2  # llama.cpp computes GELU by a table in float16: me
 
 def vocabulary(path: Path) -> dict[str, list]:
     job = [{"model": str(path), "texts": TEXTS, "special": False}]
-    done = subprocess.run([sys.executable, str(RUNNER)], input=json.dumps(job), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(RUNNER)], input=json.dumps(job), capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout.splitlines()[-1])[0]
 
 
 @pytest.mark.spread(1)
-@pytest.mark.parametrize(("architecture", "tied"), [("qwen2", True), ("llama", False), ("gemma", True), ("phi3", False)])
+@pytest.mark.parametrize(
+    ("architecture", "tied"), [("qwen2", True), ("llama", False), ("gemma", True), ("phi3", False)]
+)
 def test_llamacpp_reads_the_merged_file(architecture, tied, make_gguf, llamacpp_greedy, our_logprobs, tmp_path):
     path = make_gguf(tmp_path / "base.gguf", architecture, tied=tied, types=(Q.F32,)).path
     model, tokenizer = load_gguf(path, torch.float32)

@@ -45,7 +45,9 @@ def logits(model: Any, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="session")
-def trained(tiny_gguf: Maker, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Any, Path, Tensor, Tensor]]:
+def trained(
+    tiny_gguf: Maker, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., tuple[Any, Path, Tensor, Tensor]]:
     """(file and float model, the adapter's folder, ids of TEXT, their logits), by architecture; trained once a session."""
     made: dict[str, Any] = {}
 
@@ -74,7 +76,11 @@ def test_the_files_are_read_by_peft_transformers_and_qgraft(trained: Any, archit
     assert "rows of 3 tokens" in str(qgraft.load_adapter(model, folder))
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     assert tokenizer(TEXT).input_ids == theirs(TEXT).input_ids == ids[0].tolist()
-    assert tokenizer.decode(ids[0], skip_special_tokens=True) == theirs.decode(ids[0], skip_special_tokens=True) == " ab</tool>x"
+    assert (
+        tokenizer.decode(ids[0], skip_special_tokens=True)
+        == theirs.decode(ids[0], skip_special_tokens=True)
+        == " ab</tool>x"
+    )
     assert logits(model, ids).equal(expected)
     base = copy.deepcopy(tiny.model).eval()
     base.resize_token_embeddings(len(theirs), mean_resizing=False)
@@ -170,7 +176,12 @@ def test_rows_begin_with_the_mean_of_their_pieces(tiny_gguf: Maker, tmp_path: Pa
     assert len(pieces) > 1
     words = tmp_path / "words.txt"
     words.write_text("<tool>\n\n</tool>\n")
-    qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "a", add_tokens=[str(words)], add_special_tokens=None, learning_rate=0.0))
+    qgraft.train(
+        model,
+        tokenizer,
+        ROWS,
+        arguments(tmp_path / "a", add_tokens=[str(words)], add_special_tokens=None, learning_rate=0.0),
+    )
     for path, table in (("model.embed_tokens", tiny.model.model.embed_tokens), ("lm_head", tiny.model.lm_head)):
         rows = find_adapter(model).parts[path].rows.detach()
         torch.testing.assert_close(rows[0], table.weight[pieces].mean(0).detach(), rtol=1e-5, atol=1e-6)
@@ -229,7 +240,9 @@ def make_folder(folder: Path, rows: int, tokenizer: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("rows", [295, pytest.param(294, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "rows", [295, pytest.param(294, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)]
+)
 def test_rows_that_no_token_has_are_used_first(tiny_gguf: Maker, tmp_path: Path, rows: int) -> None:
     tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")[1]
     model, tokenizer = qgraft.load(make_folder(tmp_path / "base", rows, tokenizer), device="cpu")

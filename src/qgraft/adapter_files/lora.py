@@ -167,9 +167,7 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
     return problems
 
 
-def fit_rows(
-    model: nn.Module, config: Mapping[str, Any], stored: StoredLoras
-) -> tuple[dict[str, Part], list[str]]:
+def fit_rows(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Part], list[str]]:
     """(the rows of single tokens that fit the model, as parts on no model yet; what differs)."""
     indices = config.get("trainable_token_indices") or {}
     if not indices and not stored.rows:

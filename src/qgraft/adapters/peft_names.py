@@ -21,9 +21,7 @@ _NAME = re.compile(
     r"base_model\.model\.(?P<path>.+)\.lora_(?P<of>embedding_)?(?P<part>[AB])(?:\.default)?(?P<weight>\.weight)?"
 )
 _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
-_ROWS = re.compile(
-    r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?"
-)
+_ROWS = re.compile(r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
 
 

@@ -351,7 +351,9 @@ def tables_of(model: nn.Module) -> Tables:
     if not (isinstance(source, QuantizedEmbedding) or type(source) is nn.Embedding):
         raise UnsupportedError(f"{name}: {table} is a {type(source).__name__}, which has no rows to stand in for")
     if output is not None and not (isinstance(layer, QuantizedLinear) or is_plain_linear(layer)):
-        raise UnsupportedError(f"{name}: its output layer is a {type(layer).__name__}, which has no rows to stand in for")
+        raise UnsupportedError(
+            f"{name}: its output layer is a {type(layer).__name__}, which has no rows to stand in for"
+        )
     if output is not None and layer.bias is not None:
         raise UnsupportedError(f"{name}: its output layer adds a bias, which rows of single tokens have none of")
     if any(path and weight_is_read(model, path) for path in (table, head)):
@@ -493,4 +495,3 @@ def check_together(adapters: Mapping[str, Adapter], weights: Mapping[str, float]
                         f"adapters {other!r} and {name!r} both have a row of token {token} ({path}): which one counts?",
                         hint="use one of them at a time",
                     )
-

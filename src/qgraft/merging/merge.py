@@ -181,7 +181,12 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to), *rows.notes),
+        notes=(
+            *(chosen.notes if chosen else ()),
+            *filter(None, [unmeasured, again]),
+            *_misfits(layers, to),
+            *rows.notes,
+        ),
     )
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights, rows)
