@@ -32,8 +32,8 @@ TEXT = "<tool> ab</tool>x"
 
 
 def arguments(folder: Path, **options: Any) -> qgraft.TrainArguments:
-    given = {"add_tokens": ["</tool>"], "add_special_tokens": ["<tool>"], "max_steps": 2, "learning_rate": 1e-2, "save_strategy": "no",
-             **options}  # fmt: skip
+    given = {"add_tokens": ["</tool>"], "add_special_tokens": ["<tool>"], "max_steps": 2, "learning_rate": 1e-2}
+    given |= {"save_strategy": "no", **options}
     return qgraft.TrainArguments(
         output_dir=str(folder), r=2, target_modules="q_proj", use_cpu=True, plot_loss=False, **given
     )
@@ -86,7 +86,7 @@ def test_the_files_are_read_by_peft_transformers_and_qgraft(trained: Any, archit
     base.resize_token_embeddings(len(theirs), mean_resizing=False)
     got = logits(peft.PeftModel.from_pretrained(base, folder), ids)
     assert float((got - expected).abs().max()) < 1e-5 * float(expected.abs().max())
-    with pytest.raises(AdapterError, match="the tokenizer gives 295 next|is '</tool>' for the adapter and '<other>'"):
+    with pytest.raises(AdapterError, match=r"the tokenizer gives 295 next|is '</tool>' for the adapter and '<other>'"):
         other, words = qgraft.load(tiny.path, device="cpu")
         words.add_tokens(["<other>"])
         qgraft.load_adapter(other, folder)
@@ -101,7 +101,7 @@ def test_the_files_are_read_by_peft_transformers_and_qgraft(trained: Any, archit
 @pytest.mark.parametrize("architecture", CASES)
 def test_a_merged_file_has_the_tokens(trained: Any, tmp_path: Path, architecture: str) -> None:
     tiny, folder, ids, expected = trained(architecture)
-    model, tokenizer = qgraft.load(tiny.path, device="cpu")
+    model, _ = qgraft.load(tiny.path, device="cpu")
     qgraft.load_adapter(model, folder)
     with pytest.raises(MergeError):
         qgraft.merge(model, method="nearest", min_retained=1.0, eval_dataset=ROWS * 2, progress=False)

@@ -39,7 +39,7 @@ from qgraft.adapter_files.lora import (
     made_of_pairs,
     parse_state,
 )
-from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values
+from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values, folder_hint
 from qgraft.adapter_files.prefix import (
     ENCODER,
     check_prefix_config,
@@ -58,8 +58,8 @@ from qgraft.adapter_files.seal import (
     write_seal,
 )
 from qgraft.adapter_files.sealed_base import base_hint, base_problems
-from qgraft.adapter_files.thudm import thudm_problem
-from qgraft.adapters.adapter import Adapter
+from qgraft.adapter_files.thudm import is_thudm, read_thudm_prefix
+from qgraft.adapter_files.tokens import new_tokens_of, stored_tokens
 from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
@@ -70,20 +70,14 @@ from qgraft.adapters.token_rows import grows_vocabulary, token_ids
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
-from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm
-from qgraft.data.new_tokens import NewToken, check_new_tokens, read_new_tokens, take_new_tokens, write_tokenizer
-from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
+from qgraft.checkpoints.thudm_prefix import is_weight_file
+from qgraft.data.new_tokens import take_new_tokens, write_tokenizer
+from qgraft.errors import AdapterError, OptionError, near_match, option, worded
 from qgraft.given import path_given
 from qgraft.json_files import read_object
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def _folders() -> str:
-    """The hint where a folder holds no adapter."""
-    return worded(flags="give the output_dir of `qgraft train`, or a folder that PEFT wrote",
-                  python="give the folder that save_adapter or PEFT wrote")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -134,7 +128,7 @@ def save_adapter(
         config, state = lora_content(model, adapter, source)
         seal[EXACT] = all(config.exact for config in adapter.configs.values())
         kept = adapter.kept if save_calibration else None
-        speaks = base_of(model).tokenizer if _new_tokens(model, adapter) else None
+        speaks = base_of(model).tokenizer if new_tokens_of(model, adapter) else None
         write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept, speaks)
     selection_of(model).change(adapter.name, trained=remembered_arguments(seal))
 
@@ -174,12 +168,6 @@ def write_adapter(
         write_seal(staging, files, {**details, "kind": kind, "parameters": parameters})
     for file in {ENCODER, CALIBRATION} - {*files}:
         (folder / file).unlink(missing_ok=True)  # of an adapter that was here before
-
-
-def _new_tokens(model: nn.Module, adapter: Adapter) -> list[NewToken]:
-    """The tokens that the tokenizer got beyond the base's and the adapter has rows of."""
-    ids = set(token_ids(adapter))
-    return [token for token in base_of(model).tokens.values() if token.id in ids]
 
 
 def _converted(name: str, state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
@@ -249,14 +237,14 @@ def stage_adapter(
         folder = folder.parent
     check_new_name(model, name)
     if not folder.exists():
-        raise AdapterError(f"{folder}: no such file or folder", hint=_folders())
+        raise AdapterError(f"{folder}: no such file or folder", hint=folder_hint())
     bare = is_weight_file(folder) and holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
     if bare:
         config, state, seal = read_bare_lora(folder, lora_alpha)
-    elif _is_thudm(folder):
-        prefix = _read_thudm(model, folder)
+    elif is_thudm(folder):
+        prefix = read_thudm_prefix(model, folder)
         return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, force))
     else:
         config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
@@ -288,7 +276,7 @@ def _staged_lora(
         made_of_pairs(model, name, config, fitting, exact, rows), trained=remembered_arguments(seal),
         kept=read_rows(folder, seal),
     )  # fmt: skip
-    tokens, told = _tokens_of(model, folder, adapter)
+    tokens, told = stored_tokens(model, folder, adapter)
     notes = (*_notes(problems, seal), *told)
     about = f"rows of {len(token_ids(adapter))} tokens, " if rows else ""
     loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), notes, about)
@@ -301,22 +289,6 @@ def _staged_lora(
 
     grows = any(token.text not in base_of(model).tokens for token in tokens) or grows_vocabulary(model, adapter)
     return StagedAdapter(bool(rows), put, grows)
-
-
-def _tokens_of(model: nn.Module, folder: Path, adapter: Adapter) -> tuple[list[NewToken], list[str]]:
-    """(The adapter's tokens that the model's tokenizer does not have of its own, notes). Raises AdapterError for a conflict."""
-    ids, speaks, known = set(token_ids(adapter)), base_of(model).tokenizer, base_of(model).tokens
-    if not ids:
-        return [], []
-    there = read_new_tokens(folder, ids) if folder.is_dir() else None
-    if speaks is None:
-        return [], ["the model came without a tokenizer: which texts its tokens are is the caller's affair"]
-    own = set(speaks.get_vocab().values()) - {token.id for token in known.values()}
-    check_new_tokens(speaks, there or [])
-    tokens = [token for token in there or [] if token.id not in own]
-    if unnamed := sorted(ids - own - {token.id for token in tokens}):
-        return tokens, [f"no tokenizer beside it says which text token {unnamed[0]} is"]
-    return tokens, []
 
 
 def _put_prefix(
@@ -347,28 +319,10 @@ def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ..
     return tuple(notes)
 
 
-def _is_thudm(path: Path) -> bool:
-    """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
-    return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
-
-
-def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
-    """The prefix that THUDM's scripts left there. Raises AdapterError where there is none, or it cannot be read."""
-    try:
-        stored = read_thudm(path)
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-    if stored is None:
-        missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
-        raise AdapterError(f"{missing} {KEY}* among its tensors", hint=_folders())
-    problem = thudm_problem(model)
-    return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
-
-
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} holds no {CONFIG}", hint=_folders())
+        raise AdapterError(f"{folder} holds no {CONFIG}", hint=folder_hint())
     return read_object(folder / CONFIG, AdapterError)
 
 
@@ -411,7 +365,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if not (folder / PICKLED).is_file():
-        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint=_folders())
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint=folder_hint())
     return load_tensors(folder / PICKLED, AdapterError)
 
 

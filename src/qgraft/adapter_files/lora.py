@@ -27,7 +27,8 @@ from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import Lora, LoraLayer
 from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, rows_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
-from qgraft.adapters.token_rows import make_token_rows, tables_of, token_rows_of
+from qgraft.adapters.token_rows import token_rows_of
+from qgraft.adapters.token_tables import make_token_rows, tables_of
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows

@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.errors import AdapterError, UnsupportedError, worded
 from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
@@ -85,6 +85,12 @@ def layer_config(config: Mapping[str, Any], path: str, r: int, exact: bool = Fal
 def stated_rank(config: Mapping[str, Any], path: str) -> int:
     """The rank that the configuration gives the layer at `path`."""
     return int(_pattern(config.get("rank_pattern"), path, config["r"]))
+
+
+def folder_hint() -> str:
+    """The hint where a folder holds no adapter."""
+    return worded(flags="give the output_dir of `qgraft train`, or a folder that PEFT wrote",
+                  python="give the folder that save_adapter or PEFT wrote")  # fmt: skip
 
 
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:

@@ -36,12 +36,10 @@ from qgraft.adapters.token_rows import (
     TiedRows,
     TokenEmbedding,
     TokenHead,
-    TokenIndices,
     TokenLayer,
     TokenRows,
-    make_token_rows,
-    settle_vocabulary,
 )
+from qgraft.adapters.token_tables import TokenIndices, make_token_rows, settle_vocabulary
 from qgraft.errors import AdapterError, OptionError, option
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import dropout as drop_inputs
 
-from qgraft.adapters.adapter import Adapter, Part, prefix_error
+from qgraft.adapters.adapter import Part
 from qgraft.adapters.holder import Holder, set_module
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.recompute import Recompute, recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.errors import AdapterError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.summed_lora import casts_kept, kept_casts
@@ -124,18 +124,6 @@ class Lora(Part):
         """See Part."""
         pair = {"A": self.lora_A, "B": self.lora_B}
         return {tensor_name(path, part, self.of_embedding): tensor.detach() for part, tensor in pair.items()}
-
-
-def loras_of(adapter: Adapter, action: str) -> dict[str, Lora]:
-    """The LoRAs that the adapter is, by module path. Raises AdapterError for a prefix, which `action` cannot take."""
-    if adapter.is_prefix:
-        raise prefix_error(action, [adapter.name])
-    if others := [path for path, part in adapter.parts.items() if not isinstance(part, Lora)]:
-        raise UnsupportedError(
-            f"{action}: {adapter.name!r} has rows of single tokens ({others[0]}), which are no LoRA",
-            hint="merge it: the merged file has them",
-        )
-    return {path: cast(Lora, part) for path, part in adapter.parts.items()}
 
 
 class LoraLayer(Holder):

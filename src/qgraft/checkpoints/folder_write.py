@@ -258,7 +258,7 @@ def _write_tokens(source: Path, staging: Path, tokens: Sequence[Any]) -> None:
 
 
 def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix], tokens: Sequence[Any] = ()) -> None:
-    """config.json as it was, but for what layouts say in it of these matrices, and how many tokens there are with new ones."""
+    """config.json as it was, but for what layouts say in it of these matrices, and the number of tokens with new ones."""
     before = read_config_json(source)
     config = configured(before, [matrix.format for matrix in matrices])
     if tokens:

@@ -58,9 +58,9 @@ def longer_header(
         pieces.append(struct.pack("<Q", len(KINDS)) + KINDS.encode() + struct.pack("<IIQ", ARRAY, _INT32, len(kinds))
                       + struct.pack(f"<{len(kinds)}i", *kinds))  # fmt: skip
         keys += 1
-    start = header[: _COUNTS + 8] + struct.pack("<Q", keys)
+    counts = header[: _COUNTS + 8] + struct.pack("<Q", keys)
     infos = b"".join(_info(info, shapes.get(name, info.shape)) for name, info in file.tensors.items())
-    return start + b"".join(pieces) + infos
+    return counts + b"".join(pieces) + infos
 
 
 def _check_next(file: GgufFile, tokens: Sequence[Any]) -> int:

@@ -148,7 +148,7 @@ def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[s
 def _lay_out(
     file: GgufFile, formats: dict[str, str], shapes: Mapping[str, tuple[int, ...]], end: int
 ) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors in these formats and shapes, from `end` on, side by side in the order they lie in, and where the file ends."""
+    """The tensors in these formats and shapes, side by side from `end` on in their order, and where the file ends."""
     moved: dict[str, TensorInfo] = {}
     for info in sorted(file.tensors.values(), key=lambda info: info.offset):
         layout, shape = get_format(formats[info.name]), shapes.get(info.name, info.shape)

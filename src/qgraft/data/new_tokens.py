@@ -7,8 +7,8 @@ The id is the one that the tokenizer gives next. So rows of a padded table that 
 is made longer when they are used up; in a GGUF file every row has its token, and the table always gets longer.
 
 `pieces` are what the text was before. A new row begins with the mean of theirs (Gee et al. 2022, "Fast Vocabulary Transfer",
-arXiv:2402.09977), so that the model reads a new token at first as it read its text on an average. transformers' `resize_token_embeddings` begins with the
-mean of all rows, and so does qgraft where there are no pieces.
+arXiv:2402.09977), so that the model reads a new token at first as it read its text on an average. transformers'
+`resize_token_embeddings` begins with the mean of all rows, and so does qgraft where there are no pieces.
 """
 
 import json
@@ -155,7 +155,7 @@ def write_tokenizer(folder: Path, tokenizer: Any) -> list[str]:
 
 
 def read_new_tokens(folder: Path, ids: set[int]) -> list[NewToken] | None:
-    """Which of the added tokens in a folder's tokenizer.json have these ids; None where there is none. Raises AdapterError."""
+    """Which added tokens of a folder's tokenizer.json have these ids; None without such a file. Raises AdapterError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None

@@ -21,7 +21,8 @@ from qgraft.adapters.attach import detach_adapter, put_loras
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import Lora, LoraLayer
-from qgraft.adapters.token_rows import check_together, settle_vocabulary, tables_of, token_rows_of
+from qgraft.adapters.token_rows import check_together, token_rows_of
+from qgraft.adapters.token_tables import settle_vocabulary, tables_of
 from qgraft.checkpoints.origin import Origin
 from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, get_format, join_rows, quantize, take_rows
@@ -121,7 +122,8 @@ def _tables_with_rows(
     where, base = tables_of(model), base_of(model)
     if where.tied and where.head in rows:
         raise UnsupportedError(
-            f"merge: {where.head} is tied to {where.table}, and the adapter has rows of its own for it: one weight cannot hold both"
+            f"merge: {where.head} is tied to {where.table}, and the adapter has rows of its own for it: one weight cannot hold "
+            "both"
         )
     count = table_rows(_base(model, where.table))
     new = sorted({token for each in rows.values() for token in each if token >= count})

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapters.token_rows import unknown_tokens
 from qgraft.attention import attention_of
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
-from qgraft.adapters.token_rows import unknown_tokens
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.model_parts import context_of
 from qgraft.passes.batched import CACHED

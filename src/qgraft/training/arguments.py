@@ -78,15 +78,9 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
     loraplus_lr_ratio: float | None = _option(None, "LoRA+: B learns at this many times learning_rate; 16.")
     loraplus_lr_embedding: float = _option(1e-6, "LoRA+: learning rate of adapters on embeddings.")
-    add_tokens: list[str] | None = _option(  # noqa: RUF009
-        None, "New tokens, whose rows are trained: texts, or a .txt (one a line) or .json file."
-    )
-    add_special_tokens: list[str] | None = _option(  # noqa: RUF009
-        None, "The same as special tokens, which are left out where answers are shown."
-    )
-    trainable_token_indices: dict[str, Any] | str | None = _option(  # noqa: RUF009
-        None, "Ids of tokens whose rows are trained beside the table: 5,6 or {layer: [5, 6]}."
-    )
+    add_tokens: list[str] | None = _option(None, "New tokens, with trained rows: texts, a .txt or .json file.")  # noqa: RUF009
+    add_special_tokens: list[str] | None = _option(None, "The same, left out where answers are shown.")  # noqa: RUF009
+    trainable_token_indices: dict[str, Any] | str | None = _option(None, "Tokens to train rows of.")  # noqa: RUF009
     pre_seq_len: int | None = _option(None, "p_tuning: trained keys and values in front of every layer's; 128.")
     prefix_projection: bool = _option(False, "p_tuning: make them by a small network; take smaller learning rates.")
     prefix_dropout: float = _option(0.1, "p_tuning: share of them that is zeroed in training.")

@@ -8,7 +8,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of, find_adapter
-from qgraft.adapters.token_rows import TokenIndices, table_values, tables_of, token_ids, token_rows_of
+from qgraft.adapters.token_rows import token_ids, token_rows_of
+from qgraft.adapters.token_tables import TokenIndices, table_values, tables_of
 from qgraft.data.new_tokens import NewToken, add_new_tokens, read_texts
 from qgraft.errors import OptionError, option
 from qgraft.linear import table_rows
