@@ -122,8 +122,7 @@ def _tables_with_rows(
     where, base = tables_of(model), base_of(model)
     if where.tied and where.head in rows:
         raise UnsupportedError(
-            f"merge: {where.head} is tied to {where.table}, and the adapter has rows of its own for it: one weight cannot hold "
-            "both"
+            f"merge: {where.head} is tied to {where.table}, and the adapter has other rows for it: one weight cannot hold both"
         )
     count = table_rows(_base(model, where.table))
     new = sorted({token for each in rows.values() for token in each if token >= count})
