@@ -40,7 +40,9 @@ def merged_of(model: PreTrainedModel) -> Merged | None:
 
 
 def put_back(model: PreTrainedModel, merges: Merged) -> None:
-    """Put the original bytes in place, of tables that a merge made longer, too."""
+    """Put the original bytes in place, of tables that a merge made longer, too: their tokens are new ones again."""
+    base = base_of(model)
+    base.tokens |= {token.text: token for token in getattr(base.origin, "tokens", ())}
     tables = {path for adapter in merges.adapters.values() for path in token_rows_of(adapter)}
     wrapped = dict(lora_layers(model))
     for path, packed in merges.packed.items():

@@ -78,7 +78,9 @@ def rows_written(model: PreTrainedModel) -> Iterator[Written]:
     try:
         yield written
     finally:
-        if not written.kept:
+        if written.kept:  # they are the base's own now
+            base.tokens = {text: token for text, token in base.tokens.items() if token not in tokens}
+        else:
             base.origin = written.origin
             for path, packed in written.packed.items():
                 put_table(model, path, packed)
@@ -122,7 +124,7 @@ def _tables_with_rows(
     where, base = tables_of(model), base_of(model)
     if where.tied and where.head in rows:
         raise UnsupportedError(
-            f"merge: {where.head} is tied to {where.table}, and the adapter has other rows for it: one weight cannot hold both"
+            f"merge: {where.head} is tied to {where.table}, and the adapter has other rows for it: a weight cannot hold both"
         )
     count = table_rows(_base(model, where.table))
     new = sorted({token for each in rows.values() for token in each if token >= count})

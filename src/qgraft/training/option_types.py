@@ -35,6 +35,7 @@ NAMES = (
     "trainable_token_indices",
 )  # comma lists
 NUMBERS = ("layers_to_transform", "trainable_token_indices")  # of these, those of numbers
+TEXTS = ("add_tokens", "add_special_tokens")  # lists of any texts, of which one may stand alone
 _WORDS = {"true": True, "false": False}
 _CHOICES = {"eval_strategy": IntervalStrategy}  # where the type says str alone
 
@@ -79,6 +80,8 @@ def _typed(name: str, value: Any, kinds: frozenset[Any]) -> Any:
         return "no"  # which YAML takes for false
     if name in ("cuda_graphs", "keep_unpacked") and isinstance(value, bool):
         return ("yes" if name == "cuda_graphs" else "auto") if value else "no"  # likewise
+    if name in TEXTS and isinstance(value, str):
+        return [value]
     if name in NAMES:
         value = _joined(name, value)
     if (value is None and type(None) in kinds) or Any in kinds:
