@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Protocol, Self, TypeGuard, runtime_checkable
+from typing import Any, Protocol, Self, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -235,6 +235,11 @@ class QuantizedLinear(nn.Module):
             raise ValueError(f"replace: got shape {packed.shape}, expected {self.packed_weight.shape}")
         self.packed_weight.set(packed)
 
+    def resize(self, packed: PackedTensor) -> None:
+        """Put packed bytes with another number of rows in place of the weight. Raises ValueError for another width."""
+        _resize(self, packed)
+        self.out_features = packed.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         x = in_stored_order(self, to_autocast(x))
@@ -275,6 +280,11 @@ class QuantizedEmbedding(nn.Module):
         """As that of a QuantizedLinear, [num_embeddings, embedding_dim]."""
         return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.device)
 
+    def resize(self, packed: PackedTensor) -> None:
+        """Put a table with another number of rows in place of this one. Raises ValueError for another width."""
+        _resize(self, packed)
+        self.num_embeddings = packed.shape[0]
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""
         rows = take_rows(self.packed_weight.get(), ids.reshape(-1))
@@ -289,6 +299,17 @@ class QuantizedEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
+
+
+def _resize(layer: "QuantizedLinear | QuantizedEmbedding", packed: PackedTensor) -> None:
+    if packed.shape[1] != layer.packed_weight.shape[1]:
+        raise ValueError(f"resize: got width {packed.shape[1]}, expected {layer.packed_weight.shape[1]}")
+    layer.packed_weight.set(packed)
+
+
+def table_rows(layer: Any) -> int:
+    """How many tokens a table or an output layer has a row of."""
+    return int(layer.num_embeddings if hasattr(layer, "num_embeddings") else layer.out_features)
 
 
 def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
@@ -330,6 +351,7 @@ def computing(model: nn.Module, compute: str) -> Iterator[None]:
     """
     output_layer = getattr(model, "get_output_embeddings", None)
     head = output_layer() if callable(output_layer) else None
+    head = getattr(head, "base", head)  # below adapters
     layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module is not head]
     before = [layer.compute for layer in layers]
     embedding = getattr(model, "get_input_embeddings", lambda: None)() if compute == "int8" else None

@@ -10,10 +10,12 @@ import pytest
 from talkers import generated
 from waiting import until
 
+import qgraft
 from qgraft.adapter_files import folder as files
-from qgraft.adapters.attach import detach_adapter
+from qgraft.adapters.attach import attach_lora, detach_adapter
 from qgraft.adapters.base import adapter_names
-from qgraft.errors import AdapterError
+from qgraft.data.new_tokens import add_new_tokens
+from qgraft.errors import AdapterError, DataError
 from qgraft.model_parts import decoder_of
 from qgraft.passes import decoding_adapters
 from qgraft.passes.decoding import why_not
@@ -252,3 +254,32 @@ def test_one_that_does_not_fit_leaves_the_one_before(catalogue: Catalogue) -> No
         assert set(adapter_names(engine.model)) == {"med", "style", "tax", "mine"}
     finally:
         (catalogue.folder / "served.json").unlink(missing_ok=True)
+
+
+def test_new_tokens_come_only_at_the_start(tiny_gguf: Any, tmp_path: Path) -> None:
+    """A running server refuses an adapter whose tokens would change the tokenizer of all answers."""
+    model, tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")
+    size, known = model.config.vocab_size, len(tokenizer)
+    new = add_new_tokens(tokenizer, model.qgraft.tokens, ["<call>"], [])[0].id
+    attach_lora(model, r=2, target_modules="q_proj", name="calls", trainable_token_indices=both(model, new))
+    files.save_adapter(model, tmp_path / "calls", "calls")
+    detach_adapter(model, "calls")
+    model.qgraft.tokens.clear()
+    engine = Engine(model, tokenizer)
+    catalogue = Catalogue(engine, "base", tmp_path)
+    with pytest.raises(AdapterError, match="has new tokens"):
+        catalogue.load(LoadBody("calls", "calls"))
+    assert catalogue.names() == [] and model.config.vocab_size == size
+    assert str(catalogue.pin("calls", str(tmp_path / "calls"))).startswith("adapter calls: rows of 1 tokens")
+    assert model.config.vocab_size == max(size, new + 1) > known - 1
+    catalogue.load(LoadBody("again", "calls"))  # the same tokens
+    answers = answer_all(engine, [Request((new, 5), {name: 1.0}, GREEDY, 3) for name in ("calls", "again")])
+    assert [token.id for token in answers[0]["tokens"]] == [token.id for token in answers[1]["tokens"]]
+    with pytest.raises(DataError, match="new tokens of another adapter"):
+        answer_all(engine, [Request((new, 5), {}, GREEDY, 3)])
+    engine.stop()
+
+
+def both(model: Any, token: int) -> Any:
+    tied = model.get_input_embeddings().packed_weight is model.get_output_embeddings().packed_weight
+    return [token] if tied else {"embed_tokens": [token], "lm_head": [token]}

@@ -32,7 +32,7 @@ from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
-from qgraft.errors import AdapterError, OptionError, option
+from qgraft.errors import AdapterError, OptionError, UnsupportedError, option
 from qgraft.locks import folder_locked
 from qgraft.targets import check_new
 
@@ -78,6 +78,11 @@ def combine_files(
         stored = parse_state(state)
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
+        if stored.rows:
+            raise UnsupportedError(
+                f"combine: {names[folder]!r} has rows of single tokens ({sorted(stored.rows)[0]}), which are no LoRA",
+                hint="merge it: the merged file has them",
+            )
         if stored.minimums:
             raise no_product_error("combine", sorted(stored.minimums)[0], MinimumLora.about)
         if config.get("use_dora"):

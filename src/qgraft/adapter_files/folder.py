@@ -3,6 +3,7 @@
     adapter_config.json          PEFT's options            readable by PEFT and by us
     adapter_model.safetensors    PEFT's tensors            readable by PEFT and by us
     prefix_encoder.safetensors   of prefixes with a projection: what is trained
+    tokenizer.json, ...          of LoRAs with new tokens: the tokenizer that has them
     calibration.safetensors      of LoRAs: rows of the training, to be merged with (calibration.py); may be deleted
     qgraft.json                  the seal: the base's fingerprint, SHA-256 of the other files, what it was trained on and
                                  with, versions, metrics. It takes its name before them, see storage.publish_files
@@ -31,13 +32,14 @@ from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import (
     bare_options,
     fit_layers,
+    fit_rows,
     holds_lora,
     inexact_layers,
     lora_content,
     made_of_pairs,
     parse_state,
 )
-from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values
+from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values, folder_hint
 from qgraft.adapter_files.prefix import (
     ENCODER,
     check_prefix_config,
@@ -56,29 +58,26 @@ from qgraft.adapter_files.seal import (
     write_seal,
 )
 from qgraft.adapter_files.sealed_base import base_hint, base_problems
-from qgraft.adapter_files.thudm import thudm_problem
+from qgraft.adapter_files.thudm import is_thudm, read_thudm_prefix
+from qgraft.adapter_files.tokens import new_tokens_of, stored_tokens
 from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.fit_prefix import StoredPrefix, fit_prefix
 from qgraft.adapters.kept_rows import KeptRows
 from qgraft.adapters.states import non_finite
+from qgraft.adapters.token_rows import grows_vocabulary, token_ids
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.checkpoints.shards import check_header
-from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm
-from qgraft.errors import AdapterError, CheckpointError, OptionError, near_match, option, worded
+from qgraft.checkpoints.thudm_prefix import is_weight_file
+from qgraft.data.new_tokens import take_new_tokens, write_tokenizer
+from qgraft.errors import AdapterError, OptionError, near_match, option, worded
 from qgraft.given import path_given
 from qgraft.json_files import read_object
 
 WEIGHTS, PICKLED = "adapter_model.safetensors", "adapter_model.bin"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def _folders() -> str:
-    """The hint where a folder holds no adapter."""
-    return worded(flags="give the output_dir of `qgraft train`, or a folder that PEFT wrote",
-                  python="give the folder that save_adapter or PEFT wrote")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ def save_adapter(
         config, state = lora_content(model, adapter, source)
         seal[EXACT] = all(config.exact for config in adapter.configs.values())
         kept = adapter.kept if save_calibration else None
-        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept)
+        speaks = base_of(model).tokenizer if new_tokens_of(model, adapter) else None
+        write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept, speaks)
     selection_of(model).change(adapter.name, trained=remembered_arguments(seal))
 
 
@@ -141,6 +141,7 @@ def write_adapter(
     details: Mapping[str, Any],
     dtype: str = "float32",
     kept: KeptRows | None = None,
+    tokenizer: Any = None,
 ) -> None:
     """Write an adapter that is on no model; see save_adapter.
 
@@ -150,6 +151,7 @@ def write_adapter(
         config: what adapter_config.json holds.
         details: what the seal holds beside versions and checksums; "base" among it.
         kept: rows that go with it.
+        tokenizer: of an adapter with new tokens; its files go with it.
     """
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {', '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
@@ -162,6 +164,7 @@ def write_adapter(
         if kept is not None:
             write_rows(staging / CALIBRATION, kept)
         storage.write_json(staging / CONFIG, config)
+        files += [] if tokenizer is None else write_tokenizer(staging, tokenizer)
         write_seal(staging, files, {**details, "kind": kind, "parameters": parameters})
     for file in {ENCODER, CALIBRATION} - {*files}:
         (folder / file).unlink(missing_ok=True)  # of an adapter that was here before
@@ -211,12 +214,15 @@ class StagedAdapter:
 
     Attributes:
         alone: whether `put` needs the model for itself: the first prefix asks its attention for shapes, and changes it.
-            LoRAs come between two calls or during one, which goes on without them.
+            LoRAs come between two calls or during one, which goes on without them, but those with new tokens: the model and
+            its tokenizer get a longer vocabulary.
         put: puts it on the model under a name, inactive, and says what that did. Raises as load_adapter.
+        grows: whether it brings tokens that the model and its tokenizer do not have.
     """
 
     alone: bool
     put: Callable[[str], LoadedAdapter]
+    grows: bool = False
 
 
 def stage_adapter(
@@ -231,30 +237,32 @@ def stage_adapter(
         folder = folder.parent
     check_new_name(model, name)
     if not folder.exists():
-        raise AdapterError(f"{folder}: no such file or folder", hint=_folders())
+        raise AdapterError(f"{folder}: no such file or folder", hint=folder_hint())
     bare = is_weight_file(folder) and holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
     if bare:
         config, state, seal = read_bare_lora(folder, lora_alpha)
-    elif _is_thudm(folder):
-        prefix = _read_thudm(model, folder)
+    elif is_thudm(folder):
+        prefix = read_thudm_prefix(model, folder)
         return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, force))
     else:
         config, state, seal = read_gguf_lora(model, folder) if folder.is_file() else read_adapter(folder)
     if is_prefix_config(config):
         prefix = stored_prefix(config, state, seal)
         return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, seal, force))
-    return StagedAdapter(False, _lora_to_put(model, folder, config, state, seal, name, force))
+    return _staged_lora(model, folder, config, state, seal, name, force)
 
 
-def _lora_to_put(
+def _staged_lora(
     model: nn.Module, folder: Path, config: dict[str, Any], state: dict[str, Tensor], seal: Mapping[str, Any] | None,
     name: str, force: bool,
-) -> Callable[[str], LoadedAdapter]:  # fmt: skip
-    """See StagedAdapter.put; the LoRA is compared with the model, and made."""
+) -> StagedAdapter:  # fmt: skip
+    """The LoRA, compared with the model, and made."""
     stored = parse_state(state)
     fitting, misfits = fit_layers(model, config, stored)
+    rows, others = fit_rows(model, config, stored)
+    misfits += others
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
     problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
@@ -265,16 +273,22 @@ def _lora_to_put(
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
     adapter = dataclasses.replace(
-        made_of_pairs(model, name, config, fitting, exact), trained=remembered_arguments(seal),
+        made_of_pairs(model, name, config, fitting, exact, rows), trained=remembered_arguments(seal),
         kept=read_rows(folder, seal),
     )  # fmt: skip
-    loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))
+    tokens, told = stored_tokens(model, folder, adapter)
+    notes = (*_notes(problems, seal), *told)
+    about = f"rows of {len(token_ids(adapter))} tokens, " if rows else ""
+    loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), notes, about)
 
     def put(name: str) -> LoadedAdapter:
+        if tokens:
+            take_new_tokens(base_of(model).tokenizer, base_of(model).tokens, tokens)
         put_loras(model, dataclasses.replace(adapter, name=name))
         return dataclasses.replace(loaded, name=name)
 
-    return put
+    grows = any(token.text not in base_of(model).tokens for token in tokens) or grows_vocabulary(model, adapter)
+    return StagedAdapter(bool(rows), put, grows)
 
 
 def _put_prefix(
@@ -305,28 +319,10 @@ def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ..
     return tuple(notes)
 
 
-def _is_thudm(path: Path) -> bool:
-    """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
-    return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
-
-
-def _read_thudm(model: nn.Module, path: Path) -> StoredPrefix:
-    """The prefix that THUDM's scripts left there. Raises AdapterError where there is none, or it cannot be read."""
-    try:
-        stored = read_thudm(path)
-    except CheckpointError as error:
-        raise AdapterError(error.message, hint=error.hint) from error
-    if stored is None:
-        missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
-        raise AdapterError(f"{missing} {KEY}* among its tensors", hint=_folders())
-    problem = thudm_problem(model)
-    return dataclasses.replace(stored, problems=(*stored.problems, problem)) if problem else stored
-
-
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """The contents of adapter_config.json. Raises AdapterError when it is missing or not JSON."""
     if not (folder / CONFIG).is_file():
-        raise AdapterError(f"{folder} holds no {CONFIG}", hint=_folders())
+        raise AdapterError(f"{folder} holds no {CONFIG}", hint=folder_hint())
     return read_object(folder / CONFIG, AdapterError)
 
 
@@ -369,7 +365,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if (folder / WEIGHTS).is_file():
         return read_safetensors(folder / WEIGHTS)
     if not (folder / PICKLED).is_file():
-        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint=_folders())
+        raise AdapterError(f"{folder} holds no {WEIGHTS}", hint=folder_hint())
     return load_tensors(folder / PICKLED, AdapterError)
 
 

@@ -37,9 +37,9 @@ from torch import Tensor, nn
 from qgraft import storage, targets
 from qgraft.adapter_files.peft_config import peft_config
 from qgraft.adapters.base import base_of, find_adapter
-from qgraft.adapters.lora import Lora, LoraConfig, loras_of
+from qgraft.adapters.lora import Lora, LoraConfig
 from qgraft.adapters.peft_names import tensor_name
-from qgraft.adapters.states import non_finite
+from qgraft.adapters.states import loras_of, non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint

@@ -20,13 +20,23 @@ from torch import Tensor, nn
 
 from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.seal import SEAL
-from qgraft.adapters.adapter import Adapter
+from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
-from qgraft.adapters.lora import LoraLayer, loras_of
-from qgraft.adapters.peft_names import MAGNITUDE, is_lora, magnitude_name, minimums_name, parse_name, tensor_name
+from qgraft.adapters.lora import Lora, LoraLayer
+from qgraft.adapters.peft_names import (
+    MAGNITUDE,
+    is_lora,
+    magnitude_name,
+    minimums_name,
+    parse_name,
+    rows_name,
+    tensor_name,
+)
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
+from qgraft.adapters.token_rows import token_rows_of
+from qgraft.adapters.token_tables import make_token_rows, tables_of
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
@@ -48,6 +58,7 @@ class StoredLoras:
         embeddings: the paths that are said to be embeddings.
         minimums: the paths of exact LoRAs on K-quants, whose A is [r, groups].
         copies: weights of the base by the module path.
+        rows: of single tokens by the module path of the layer.
         problems: what is wrong with the names.
     """
 
@@ -55,16 +66,22 @@ class StoredLoras:
     embeddings: set[str]
     minimums: set[str]
     copies: dict[str, Tensor]
+    rows: dict[str, Tensor]
     problems: list[str]
 
 
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
-    targets, numbers = _target_names(model, list(adapter.parts))
+    layers = {path: part.stored_config for path, part in adapter.parts.items() if isinstance(part, Lora)}
+    targets, numbers = _target_names(model, list(layers))
     state = adapter.state_dict()
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    configs = {path: part.stored_config for path, part in loras_of(adapter, "a LoRA's files").items()}
-    return peft_config(configs, targets, source, numbers, peft_type), state
+    return peft_config(layers, targets, source, numbers, peft_type, token_indices(adapter)), state
+
+
+def token_indices(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """PEFT's trainable_token_indices of an adapter: ids by the last part of the layer's name."""
+    return {path.rpartition(".")[2]: part.config.token_indices for path, part in token_rows_of(adapter).items()}
 
 
 def refuse_minimums(adapter: Adapter) -> None:
@@ -78,7 +95,7 @@ def refuse_minimums(adapter: Adapter) -> None:
 
 def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
     """The tensors of a file by what they are."""
-    stored = StoredLoras({}, set(), set(), {}, [])
+    stored = StoredLoras({}, set(), set(), {}, {}, [])
     loras = stored.pairs
     for key, tensor in state.items():
         name = parse_name(key)
@@ -86,6 +103,8 @@ def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
             stored.problems.append(f"unexpected tensor {key}")
         elif name.part is None:
             stored.copies[name.path] = tensor
+        elif name.part == "rows":
+            stored.rows[name.path] = tensor
         else:
             loras.setdefault(name.path, {})[name.part] = tensor
             stored.embeddings.update([name.path] if name.of_embedding else [])
@@ -162,8 +181,38 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
     return problems
 
 
+def fit_rows(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Part], list[str]]:
+    """(the rows of single tokens that fit the model, as parts on no model yet; what differs)."""
+    indices = config.get("trainable_token_indices") or {}
+    if not indices and not stored.rows:
+        return {}, []
+    if not indices:
+        return {}, [f"unexpected tensor {rows_name(path)}" for path in stored.rows]
+    try:
+        named = tables_of(model).named(indices)
+        for path, ids in named.items():
+            rows = stored.rows.get(path)
+            if rows is None:
+                return {}, [f"missing tensor {rows_name(path)}"]
+            layer: Any = model.get_submodule(path)
+            width = getattr(layer, "embedding_dim", None) or layer.in_features
+            if list(rows.shape) != [len(ids), width] or not rows.is_floating_point():
+                got = f"{rows.dtype} {list(rows.shape)}"
+                return {}, [f"{rows_name(path)}: got {got}, expected floats {[len(ids), width]}"]
+        values = {path: dict(zip(ids, stored.rows[path], strict=True)) for path, ids in named.items()}
+        parts = make_token_rows(model, indices, values)
+    except AdapterError as error:
+        return {}, [error.message]
+    return parts, [f"unexpected tensor {rows_name(path)}" for path in stored.rows if path not in named]
+
+
 def made_of_pairs(
-    model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = ()
+    model: nn.Module,
+    name: str,
+    config: Mapping[str, Any],
+    loras: Pairs,
+    exact: Container[str] = (),
+    rows: Mapping[str, Part] | None = None,
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
     exact LoRAs."""
@@ -171,7 +220,8 @@ def made_of_pairs(
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
     parts = ("A", "B", MAGNITUDE) if config.get("use_dora") else ("A", "B")
-    return make_loras(model, name, layers, {path: tuple(pair[part] for part in parts) for path, pair in loras.items()})
+    values = {path: tuple(pair[part] for part in parts) for path, pair in loras.items()}
+    return make_loras(model, name, layers, values, rows)
 
 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:

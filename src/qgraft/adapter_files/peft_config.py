@@ -19,7 +19,7 @@ from typing import Any, cast
 
 from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
-from qgraft.errors import AdapterError, UnsupportedError
+from qgraft.errors import AdapterError, UnsupportedError, worded
 from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
@@ -27,7 +27,7 @@ MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quan
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
-    "lora_bias", "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices",
+    "lora_bias", "modules_to_save", "layer_replication", "target_parameters",
     "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "ensure_weight_tying",
 )  # fmt: skip
@@ -40,6 +40,7 @@ def peft_config(
     source: str | None,
     numbers: Sequence[int] | None = None,
     peft_type: str = "LORA",
+    tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """adapter_config.json: what PEFT needs to build the same adapter on the float model.
 
@@ -49,6 +50,7 @@ def peft_config(
         source: the base's file or name.
         numbers: PEFT's layers_to_transform; None for all layers of the decoder.
         peft_type: MINIMUMS for what PEFT cannot compute.
+        tokens: PEFT's trainable_token_indices, by names of layers.
     """
     stabilized = _most_common(config.use_rslora for config in layers.values())
     r = _most_common(config.r for config in layers.values())
@@ -70,6 +72,7 @@ def peft_config(
         "target_modules": targets,
         "task_type": "CAUSAL_LM",
         **({"use_dora": True} if any(config.use_dora for config in layers.values()) else {}),
+        **({} if not tokens else {"trainable_token_indices": {name: list(ids) for name, ids in tokens.items()}}),
         "use_rslora": stabilized,
     }
 
@@ -84,6 +87,12 @@ def layer_config(config: Mapping[str, Any], path: str, r: int, exact: bool = Fal
 def stated_rank(config: Mapping[str, Any], path: str) -> int:
     """The rank that the configuration gives the layer at `path`."""
     return int(_pattern(config.get("rank_pattern"), path, config["r"]))
+
+
+def folder_hint() -> str:
+    """The hint where a folder holds no adapter."""
+    return worded(flags="give the output_dir of `qgraft train`, or a folder that PEFT wrote",
+                  python="give the folder that save_adapter or PEFT wrote")  # fmt: skip
 
 
 def check_kind(path: Path, config: Mapping[str, Any]) -> None:
@@ -159,6 +168,11 @@ def _are_numbers(value: object) -> bool:
     return type(value) is int or (isinstance(value, list) and all(type(number) is int for number in value))
 
 
+def _are_tokens(value: object) -> bool:
+    lists = list(value.values()) if isinstance(value, dict) else [value]
+    return all(isinstance(ids, list) and all(type(each) is int and each >= 0 for each in ids) for ids in lists)
+
+
 def _is_flag(value: object) -> bool:
     return isinstance(value, bool)
 
@@ -167,6 +181,7 @@ MOST = 10**9  # of ranks and alphas; far beyond any use, and well within float32
 _LEFT_OUT: dict[str, Any] = {
     "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
     "alpha_pattern": {}, "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
+    "trainable_token_indices": [],
 }  # fmt: skip
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number from 1 on"),
@@ -181,6 +196,7 @@ _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "layers_pattern": (_are_patterns, "names of lists of layers"),
     "target_modules": (_are_names, "a list of names, or one regular expression"),
     "exclude_modules": (_are_names, "a list of names, or one regular expression"),
+    "trainable_token_indices": (_are_tokens, "a list of token ids, or such lists by names of layers"),
 }
 
 

@@ -1,5 +1,6 @@
-"""export_thudm(): a prefix as THUDM's P-Tuning scripts for ChatGLM store it; see checkpoints/thudm_prefix.py."""
+"""Prefixes as THUDM's P-Tuning scripts for ChatGLM store them, read and written; see checkpoints/thudm_prefix.py."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,15 @@ import torch
 from torch import nn
 
 from qgraft import storage, targets
+from qgraft.adapter_files.peft_config import CONFIG, folder_hint
+from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.attach_prefix import layout_of
 from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.fit_prefix import StoredPrefix
 from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.states import non_finite
 from qgraft.checkpoints.origin import Origin
-from qgraft.checkpoints.thudm_prefix import KEY
+from qgraft.checkpoints.thudm_prefix import KEY, has_weights, is_weight_file, read_thudm
 from qgraft.errors import AdapterError, CheckpointError, OptionError, UnsupportedError, near_match, worded
 from qgraft.json_files import read_object
 
@@ -24,6 +28,24 @@ BIN = "pytorch_model.bin"
 def thudm_problem(model: nn.Module) -> str | None:
     """Why the model can have no prefix of this kind; None for a ChatGLM."""
     return None if layout_of(model) in LAYOUTS else f"it is of a ChatGLM, and this is a {type(model).__name__}"
+
+
+def is_thudm(path: Path) -> bool:
+    """Whether to look for a prefix of THUDM's scripts there: a weight file, or a folder of them that is no adapter's."""
+    return is_weight_file(path) or (not (path / CONFIG).exists() and not (path / SEAL).exists() and has_weights(path))
+
+
+def read_thudm_prefix(model: nn.Module, path: Path) -> StoredPrefix:
+    """The prefix that THUDM's scripts left there. Raises AdapterError where there is none, or it cannot be read."""
+    try:
+        stored = read_thudm(path)
+    except CheckpointError as error:
+        raise AdapterError(error.message, hint=error.hint) from error
+    if stored is None:
+        missing = f"{path} holds no {CONFIG}, and no" if path.is_dir() else f"{path} holds no"
+        raise AdapterError(f"{missing} {KEY}* among its tensors", hint=folder_hint())
+    problem = thudm_problem(model)
+    return replace(stored, problems=(*stored.problems, problem)) if problem else stored
 
 
 def export_thudm(

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from qgraft.adapters.adapter import Adapter
+from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, require_model, selection_of
 from qgraft.adapters.batch_rows import accept_rows, refuse_rows
 from qgraft.adapters.choose import use_adapter
@@ -34,6 +34,14 @@ from qgraft.adapters.pissa import PissaLora, check_pissa
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
+from qgraft.adapters.token_rows import (
+    TiedRows,
+    TokenEmbedding,
+    TokenHead,
+    TokenLayer,
+    TokenRows,
+)
+from qgraft.adapters.token_tables import TokenIndices, make_token_rows, settle_vocabulary
 from qgraft.errors import AdapterError, OptionError, option
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
@@ -57,6 +65,7 @@ def attach_lora(
     alpha_pattern: Mapping[str, float] | None = None,
     use_dora: bool = False,
     init_lora_weights: bool | str = True,
+    trainable_token_indices: TokenIndices | None = None,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -74,6 +83,9 @@ def attach_lora(
         use_dora: train the length of each row of the weight apart from its direction (dora.py).
         init_lora_weights: "pissa" or "pissa_niter_16" begins with the principal components of the packed weight, at rest
             (pissa.py); its files are those of an ordinary LoRA of twice the rank.
+        trainable_token_indices: tokens whose rows of the table are trained beside it, as in PEFT: ids of the input
+            embedding (and of a tied output layer), or ids by the layer's name. Ids behind the end of the table are new
+            tokens, which begin with the mean of its rows and need rows in the output layer, too.
 
     Returns the common options as a LoraConfig. Raises OptionError for a name that is of no linear layer, AdapterError for a
     name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
@@ -83,7 +95,9 @@ def attach_lora(
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
     config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, use_dora, init_lora_weights)
-    attach_layers(model, name, configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern))
+    rows = {} if trainable_token_indices is None else make_token_rows(model, trainable_token_indices)
+    configs = configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern)
+    attach_layers(model, name, configs, rows=rows)
     return config
 
 
@@ -110,17 +124,19 @@ def attach_layers(
     name: str,
     layers: Mapping[str, LoraConfig],
     values: Mapping[str, Values] | None = None,
+    rows: Mapping[str, Part] | None = None,
 ) -> None:
     """Attach a LoRA `name` to the linear layers at these module paths, each with its own options, and make it active.
 
     Args:
         values: A and B of each layer (of DoRA the magnitudes, too) as files have them, copied; without them it is a new one.
+        rows: of single tokens, which go with it (token_rows.make_token_rows).
 
     Raises OptionError for an impossible name, AdapterError for one that is taken, UnsupportedError for an exact LoRA on
     a layer without minimums.
     """
     check_new_name(model, name)
-    put_loras(model, make_loras(model, name, layers, values))
+    put_loras(model, make_loras(model, name, layers, values, rows))
     use_adapter(model, name)
 
 
@@ -129,17 +145,21 @@ def make_loras(
     name: str,
     layers: Mapping[str, LoraConfig],
     values: Mapping[str, Values] | None = None,
+    rows: Mapping[str, Part] | None = None,
 ) -> Adapter:
     """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model."""
     check_exact(model, [path for path, config in layers.items() if config.exact])
-    wrapped = {path: _wrapper(model.get_submodule(path)) for path in layers}
+    wrapped = {path: _wrapper(model, path) for path in layers}
     check_dora({path: wrapped[path] for path, config in layers.items() if config.use_dora})
     check_pissa({path: (wrapped[path], config) for path, config in layers.items()})
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
-    parts = {
+    if both := sorted(layers.keys() & (rows or {}).keys()):
+        raise AdapterError(f"{both[0]}: a LoRA and rows of single tokens on one layer are not there together",
+                           hint="leave the layer out of target_modules, or the tokens out")  # fmt: skip
+    parts: dict[str, Part] = {
         path: _part(wrapped[path], layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
-    }
+    } | dict(rows or {})
     adapter = Adapter(name, "lora", parts)
     adapter.let_train(False)
     return adapter
@@ -158,7 +178,11 @@ def _part(layer: LoraLayer, config: LoraConfig, values: Values | None) -> Lora:
 
 def put_loras(model: nn.Module, adapter: Adapter) -> None:
     """Put a LoRA that fits the model on it, inactive: these modules, not copies of them."""
-    put_on(model, adapter, _wrapped)
+    rows = {path for path, part in adapter.parts.items() if isinstance(part, TokenRows | TiedRows)}
+    for path in adapter.parts:
+        _wrapper(model, path, path in rows)  # or an error, before anything is changed
+    put_on(model, adapter, lambda model, path, selection: _wrapped(model, path, selection, path in rows))
+    settle_vocabulary(model)
 
 
 @one_at_a_time
@@ -172,8 +196,9 @@ def put_on(model: nn.Module, adapter: Adapter, place: Place) -> None:
     selection_of(model).check_free()
     base = gather(model)
     _freeze(model)
+    holders = {path: place(model, path, base.selection) for path in adapter.parts}
     for path, part in adapter.parts.items():
-        place(model, path, base.selection).add(adapter.name, part)
+        holders[path].add(adapter.name, part)
     base.selection.add(adapter.under(base.stem))
     accept_rows(model)
 
@@ -219,9 +244,10 @@ def detach_adapter(model: nn.Module, name: str | None = None) -> None:
         selection.forget({each: adapter.parts.values() for each, adapter in gone.items()})
         for each, adapter in gone.items():
             for path in adapter.parts:
-                del holders[path].held[each]
+                holders[path].drop(each)
         for path in left:
             holders[path].take_away(model, path)
+    settle_vocabulary(model)
     if not selection.adapters:
         refuse_rows(model)
 
@@ -243,20 +269,33 @@ def _freeze(model: nn.Module) -> None:
                 parameter.requires_grad_(False)
 
 
-def _wrapped(model: nn.Module, path: str, selection: Selection) -> LoraLayer:
-    """The LoraLinear or LoraEmbedding at `path`, put there around the base's layer if it is not yet."""
+def _wrapped(model: nn.Module, path: str, selection: Selection, rows: bool = False) -> LoraLayer:
+    """The layer with adapters at `path`, put there around the base's layer if it is not yet; see _wrapper."""
     module = model.get_submodule(path)
-    layer = _wrapper(module, selection)
+    layer = _wrapper(model, path, rows, selection)
     if layer is not module:
         set_module(model, path, layer.train(module.training))
     return layer
 
 
-def _wrapper(module: nn.Module, selection: Selection | None = None) -> LoraLayer:
-    """A layer around the base's, which is in no model yet; the module itself where it is one."""
+def _wrapper(model: nn.Module, path: str, rows: bool = False, selection: Selection | None = None) -> LoraLayer:
+    """A layer around the base's at `path`, which is in no model yet; the one that is there where there is one.
+
+    Args:
+        rows: whether it is to carry rows of single tokens, and not LoRAs.
+
+    Raises AdapterError where the layer carries the other kind.
+    """
+    module = model.get_submodule(path)
     if isinstance(module, LoraLayer):
-        return module
+        if isinstance(module, TokenLayer) == rows:
+            return module
+        kinds = ("rows of single tokens", "a LoRA") if rows else ("a LoRA", "rows of single tokens")
+        raise AdapterError(
+            f"{path} carries {kinds[1]} of {', '.join(module.loras)}: {kinds[0]} of another adapter cannot go there, too",
+            hint="detach_adapter() takes the other adapter off",
+        )
     if isinstance(module, QuantizedEmbedding | nn.Embedding):
-        return LoraEmbedding(module, selection)
+        return TokenEmbedding(module, selection) if rows else LoraEmbedding(module, selection)
     assert isinstance(module, QuantizedLinear | nn.Linear)
-    return LoraLinear(module, selection)
+    return TokenHead(module, selection) if rows else LoraLinear(module, selection)

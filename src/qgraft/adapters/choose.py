@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from qgraft.adapters.base import selection_of
+from qgraft.adapters.token_rows import check_together
 from qgraft.errors import OptionError
 from qgraft.given import described
 from qgraft.ranges import FINITE
@@ -32,6 +33,7 @@ def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> 
             f"weights of prefixes: got {', '.join(wrong)}, expected 1",
             hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
         )
+    check_together(selection.adapters, weights)
     selection.choose(weights)
 
 

@@ -35,7 +35,8 @@ from qgraft.adapters.attach import attach_layers, check_new_name
 from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
 from qgraft.adapters.kept_rows import rows_of_all
-from qgraft.adapters.lora import Lora, LoraConfig, loras_of
+from qgraft.adapters.lora import Lora, LoraConfig
+from qgraft.adapters.states import loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match, worded
 from qgraft.given import described
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, check_ranges

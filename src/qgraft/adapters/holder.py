@@ -26,6 +26,10 @@ class Holder(nn.Module):
         """Put a part of the adapter `name` here, inactive."""
         raise NotImplementedError
 
+    def drop(self, name: str) -> None:
+        """Take the part of the adapter `name` away."""
+        del self.held[name]
+
     def take_away(self, model: nn.Module, path: str) -> None:
         """Leave the model, in which it is at `path`, as it was without it."""
         raise NotImplementedError

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop_inputs
 
-from qgraft.adapters.adapter import Adapter, Part, prefix_error
+from qgraft.adapters.adapter import Part
 from qgraft.adapters.holder import Holder, set_module
 from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.adapters.peft_names import tensor_name
@@ -184,13 +184,6 @@ class Lora(Part):
         """See Part."""
         pair = {"A": self.lora_A, "B": self.lora_B}
         return {tensor_name(path, part, self.of_embedding): tensor.detach() for part, tensor in pair.items()}
-
-
-def loras_of(adapter: Adapter, action: str) -> dict[str, Lora]:
-    """The LoRAs that the adapter is, by module path. Raises AdapterError for a prefix, which `action` cannot take."""
-    if adapter.is_prefix:
-        raise prefix_error(action, [adapter.name])
-    return {path: cast(Lora, part) for path, part in adapter.parts.items()}
 
 
 class LoraLayer(Holder):

@@ -7,6 +7,7 @@
     base_model.model.<module path>.lora_magnitude_vector   [out]       beside them, of DoRA
     base_model.model.<module path>.minimum_A           [r, groups]         of an exact LoRA on a K-quant (exact.py): no
     base_model.model.<module path>.minimum_B           [out, r]            names of PEFT's, which cannot compute it
+    base_model.model.<module path>.token_adapter.trainable_tokens_delta    [tokens, width]    rows of single tokens
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
                                                        output layer; without `base_layer` where it was resized
 
@@ -22,6 +23,7 @@ _NAME = re.compile(
 )
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
+_ROWS = re.compile(r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
 
 
@@ -34,7 +36,7 @@ class TensorName:
 
     Attributes:
         path: of the layer.
-        part: "A" or "B" of its LoRA, MAGNITUDE of a DoRA; None for a copy of the base's weight.
+        part: "A" or "B" of its LoRA, MAGNITUDE of a DoRA; "rows" of single tokens; None for a copy of the base's weight.
         of_embedding: whether the LoRA is that of an embedding.
         of_minimums: whether it is an exact one on a K-quant.
     """
@@ -60,6 +62,11 @@ def magnitude_name(path: str) -> str:
     return f"base_model.model.{path}.lora_magnitude_vector"
 
 
+def rows_name(path: str) -> str:
+    """PEFT's name of the rows of single tokens of the layer at this module path."""
+    return f"base_model.model.{path}.token_adapter.trainable_tokens_delta"
+
+
 def is_lora(name: str) -> bool:
     """Whether a tensor that is called so is, or means to be, of a LoRA."""
     return any(pattern.fullmatch(name) is not None for pattern in (_NAME, _MAGNITUDE, _MINIMUMS))
@@ -74,5 +81,7 @@ def parse_name(name: str) -> TensorName | None:
         return TensorName(minimums["path"], minimums["part"], of_minimums=True)
     if (magnitude := _MAGNITUDE.fullmatch(name)) is not None:
         return TensorName(magnitude["path"], MAGNITUDE)
+    if (rows := _ROWS.fullmatch(name)) is not None:
+        return TensorName(rows["path"], "rows")
     copied = _COPY.fullmatch(name)
     return None if copied is None else TensorName(copied["path"])

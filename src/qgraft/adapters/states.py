@@ -1,13 +1,15 @@
 """The weights of a LoRA as a dict of tensors, out of a model and back into it; files are adapter_files/."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.adapter import prefix_error
+from qgraft.adapters.adapter import Adapter, prefix_error
 from qgraft.adapters.base import find_adapter
-from qgraft.errors import AdapterError
+from qgraft.adapters.lora import Lora
+from qgraft.errors import AdapterError, UnsupportedError
 from qgraft.given import described
 
 
@@ -57,6 +59,18 @@ def load_lora_state_dict(model: nn.Module, state: Mapping[str, Tensor], name: st
         raise AdapterError(f"these tensors do not fit the adapter {find_adapter(model, name).name!r}:\n  {listed}",
                            hint="attach_lora() with the options that it was trained with comes first")  # fmt: skip
     find_adapter(model, name).take(state)
+
+
+def loras_of(adapter: Adapter, action: str) -> dict[str, Lora]:
+    """The LoRAs that the adapter is, by module path. Raises AdapterError for a prefix, which `action` cannot take."""
+    if adapter.is_prefix:
+        raise prefix_error(action, [adapter.name])
+    if others := [path for path, part in adapter.parts.items() if not isinstance(part, Lora)]:
+        raise UnsupportedError(
+            f"{action}: {adapter.name!r} has rows of single tokens ({others[0]}), which are no LoRA",
+            hint="merge it: the merged file has them",
+        )
+    return {path: cast(Lora, part) for path, part in adapter.parts.items()}
 
 
 def non_finite(state: Mapping[str, Tensor]) -> list[str]:

@@ -43,6 +43,7 @@ from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.checkpoints.pickles import WORDS
 from qgraft.checkpoints.shards import BIN_INDEX, INDEX, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
+from qgraft.json_files import read_object
 from qgraft.mapped import release
 
 SHARD_BYTES = 4_000_000_000
@@ -79,7 +80,9 @@ def write_folder(target: Path, origin: Origin, matrices: Sequence[Matrix]) -> tu
         storage.require_room(target, sum(place.nbytes for places in shards for place in places))
         with storage.publish_folder(target) as staging:
             _copy_files(origin.path, staging)
-            _write_config(origin.path, staging, matrices)
+            _write_config(origin.path, staging, matrices, origin.tokens)
+            if origin.tokens:
+                _write_tokens(origin.path, staging, origin.tokens)
             weight_map: dict[str, str] = {}
             for number, places in enumerate(shards, start=1):
                 name = (
@@ -222,10 +225,44 @@ def _copy_files(source: Path, staging: Path) -> None:
                 shutil.copyfile(path, copy)
 
 
-def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix]) -> None:
-    """config.json as it was, but for what layouts say in it of these matrices."""
+def _with_vocabulary(config: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """A configuration that says of at least so many tokens, at its top or in what it says of its text model."""
+    if "vocab_size" in config:
+        return {**config, "vocab_size": max(config["vocab_size"], count)}
+    inner = config.get("text_config")
+    if isinstance(inner, dict):
+        return {**config, "text_config": {**inner, "vocab_size": max(inner.get("vocab_size", 0), count)}}
+    return {**config, "vocab_size": count}
+
+
+def _write_tokens(source: Path, staging: Path, tokens: Sequence[Any]) -> None:
+    """tokenizer.json, and the list in tokenizer_config.json where there is one, with these tokens more.
+
+    Raises CheckpointError for a folder whose tokenizer is in another file.
+    """
+    path = source / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(f"{source}: new tokens go into tokenizer.json, and there is none")
+    entries = {
+        token.id: {"content": token.text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+                   "special": token.special}
+        for token in tokens
+    }  # fmt: skip
+    written = read_object(path, CheckpointError)
+    written["added_tokens"] = [*written.get("added_tokens", []), *({"id": each, **entries[each]} for each in entries)]
+    storage.write_json(staging / path.name, written)
+    options = source / "tokenizer_config.json"
+    if options.is_file() and "added_tokens_decoder" in (config := read_object(options, CheckpointError)):
+        config["added_tokens_decoder"] |= {str(each): entry for each, entry in entries.items()}
+        storage.write_json(staging / options.name, config)
+
+
+def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix], tokens: Sequence[Any] = ()) -> None:
+    """config.json as it was, but for what layouts say in it of these matrices, and the number of tokens with new ones."""
     before = read_config_json(source)
     config = configured(before, [matrix.format for matrix in matrices])
+    if tokens:
+        config = _with_vocabulary(config, max(token.id for token in tokens) + 1)
     if config == before:
         shutil.copyfile(source / "config.json", staging / "config.json")
     else:

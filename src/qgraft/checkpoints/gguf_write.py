@@ -3,7 +3,7 @@
 The header is never built anew. Tensor infos have the same length whatever their type, so a file with other formats has
 the old header with other numbers in it: types, offsets, and `general.file_type` where all linear layers end up in one
 format. Keys, their order, names, order of the tensors and alignment cannot change, and a model whose formats are the
-file's gets the old header byte for byte:
+file's gets the old header byte for byte (one with new tokens a longer header, see gguf_new_tokens.py):
 
     header up to the tensor data   copied, types and offsets patched where a format changed
     a matrix of the model          its packed rows, q and k back in llama.cpp's order, or requantized, panel by panel
@@ -18,7 +18,7 @@ Not chosen: gguf.GGUFWriter, which sorts out values and types anew and keeps nei
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 from qgraft import storage
 from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_model import gguf_digest
+from qgraft.checkpoints.gguf_new_tokens import longer_header
 from qgraft.checkpoints.gguf_split import part_paths, read_model
 from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.errors import CheckpointError
@@ -115,13 +116,18 @@ def _write_one(
 ) -> tuple[int, int, int]:
     """One file, with what it holds of the matrices."""
     formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
-    infos, end = _lay_out(file, formats)
-    same = infos == file.tensors
+    shapes = {name: matrix.packed.shape for name, matrix in by_name.items() if name in file.tensors}
     header = file.data[: file.data_offset].numpy().tobytes()
+    patched, infos_end = _with_file_type(file, header, uniform), file.header_nbytes
+    if origin.tokens:
+        longer = longer_header(file, patched[:infos_end], origin.tokens, shapes, _value_nbytes)
+        patched, infos_end = longer + bytes(-len(longer) % file.alignment), len(longer)
+    infos, end = _lay_out(file, formats, shapes, len(patched))
+    same = infos == file.tensors
     changed: set[str] = set()
     with _Source(origin, file.path) as source:
         nbytes = len(file.data) if same else end
-        header = header if same else _patch(file, header, infos, uniform)
+        header = header if same else _patch(patched, infos_end, infos)
         data = _data(file, source, infos, by_name, nbytes, changed)
         storage.write_chunks(target, chain([header], data), nbytes)
     return nbytes, len(file.data), len(changed)
@@ -136,31 +142,38 @@ def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[s
             yield name, info.shape, info.format, file.tensor(name)
         else:
             (data,) = matrix.whole().parts
-            yield name, info.shape, matrix.format, data
+            yield name, matrix.packed.shape, matrix.format, data
 
 
-def _lay_out(file: GgufFile, formats: dict[str, str]) -> tuple[dict[str, TensorInfo], int]:
-    """The tensors in these formats, side by side in the order they lie in, and where the file ends."""
+def _lay_out(
+    file: GgufFile, formats: dict[str, str], shapes: Mapping[str, tuple[int, ...]], end: int
+) -> tuple[dict[str, TensorInfo], int]:
+    """The tensors in these formats and shapes, side by side from `end` on in their order, and where the file ends."""
     moved: dict[str, TensorInfo] = {}
-    end = file.data_offset
     for info in sorted(file.tensors.values(), key=lambda info: info.offset):
-        layout = get_format(formats[info.name])
-        nbytes = layout.nbytes(math.prod(info.shape[:-1]), info.shape[-1])
-        moved[info.name] = replace(info, format=layout.name, offset=end, nbytes=nbytes)
+        layout, shape = get_format(formats[info.name]), shapes.get(info.name, info.shape)
+        nbytes = layout.nbytes(math.prod(shape[:-1]), shape[-1])
+        moved[info.name] = replace(info, format=layout.name, shape=shape, offset=end, nbytes=nbytes)
         end += -(-nbytes // file.alignment) * file.alignment
     return {name: moved[name] for name in file.tensors}, end
 
 
-def _patch(file: GgufFile, header: bytes, infos: dict[str, TensorInfo], uniform: str | None) -> bytes:
-    """The header with the types and offsets of `infos`, and the number of the format `uniform` as its file type."""
+def _with_file_type(file: GgufFile, header: bytes, uniform: str | None) -> bytes:
+    """The header with the number of the format `uniform` as its file type."""
     patched = bytearray(header)
     kind = file.metadata_types.get(_FILE_TYPE)
     if uniform in FILE_TYPES and isinstance(kind, int) and kind in (UINT32, _INT32):
         struct.pack_into(f"<{CODES[kind]}", patched, _value_offset(file, _FILE_TYPE), FILE_TYPES[uniform])
-    position = file.header_nbytes - sum(_info_nbytes(info) for info in infos.values())
+    return bytes(patched)
+
+
+def _patch(header: bytes, infos_end: int, infos: dict[str, TensorInfo]) -> bytes:
+    """The header, up to the data, with the types and offsets of `infos`, which end at `infos_end`."""
+    patched = bytearray(header)
+    position = infos_end - sum(_info_nbytes(info) for info in infos.values())
     for info in infos.values():
         position += _info_nbytes(info)
-        struct.pack_into("<IQ", patched, position - 12, TYPE_IDS[info.format], info.offset - file.data_offset)
+        struct.pack_into("<IQ", patched, position - 12, TYPE_IDS[info.format], info.offset - len(header))
     return bytes(patched)
 
 
@@ -212,11 +225,11 @@ def _data(
 
 def _panels(source: "_Source", old: TensorInfo, matrix: Matrix) -> Iterator[tuple[bool, bytes]]:
     """The matrix in pieces, each with whether it differs from what the source has in its place."""
-    position = old.offset
+    position, alike = old.offset, matrix.format == old.format and matrix.packed.shape == old.shape
     for panel in matrix.panels():
         (data,) = panel.parts
         raw = data.numpy().tobytes()
-        same = matrix.format == old.format and source.read(position, len(raw)) == raw
+        same = alike and source.read(position, len(raw)) == raw
         position += len(raw)
         yield not same, raw
 

@@ -15,6 +15,7 @@ because a copied or touched file is the same, and refusing it would cost somebod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class Origin:
         matrices: module path in the model -> where its weight lies.
         vectors: the parameters that were read as floats (norms, biases), by their names in the model.
         parts: how many files a GGUF model is split over.
+        tokens: those that the model has beyond the container's (data.new_tokens.NewToken), whose rows a merge wrote.
     """
 
     path: Path
@@ -67,6 +69,7 @@ class Origin:
     matrices: dict[str, Stored]
     vectors: tuple[str, ...] = ()
     parts: int = 1
+    tokens: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)

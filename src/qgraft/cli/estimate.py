@@ -27,10 +27,15 @@ def run(words: Sequence[str]) -> int:
     from qgraft.memory.settings import estimate
     from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
+    from qgraft.training.new_tokens import take_tokens
 
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
-    model, _ = load(options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device)
+    model, tokenizer = load(
+        options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device
+    )
+    if tokenizer is not None:
+        take_tokens(model, tokenizer, arguments)
     prepare_adapter(model, arguments)
     found = estimate(model, arguments)
     if options.json:

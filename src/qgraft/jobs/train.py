@@ -39,6 +39,7 @@ from qgraft.progress import Display, shown
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
+from qgraft.training.new_tokens import trains_rows
 from qgraft.training.random_state import RandomState
 from qgraft.training.report import TrainReport
 from qgraft.training.run import Prepared, Run, prepare
@@ -133,6 +134,7 @@ def check_jobs(jobs: Sequence[TrainArguments]) -> None:
     problems += [f"output_dir {folder} is given to {folders.count(folder)} jobs"
                  for folder in dict.fromkeys(folders) if folders.count(folder) > 1]  # fmt: skip
     problems += [f"{args.output_dir}: stage {args.stage} trains alone" for args in jobs if args.stage != "sft"]
+    problems += [f"{args.output_dir}: rows of tokens are for a run alone" for args in jobs if trains_rows(args)]
     problems += [f"{args.output_dir}: find_lr is for a run alone" for args in jobs if args.find_lr]
     problems += [f"{args.output_dir}: do_train is off" for args in jobs if not args.do_train]
     problems += [

@@ -14,7 +14,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path
@@ -26,9 +26,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import detach_lora, put_loras
-from qgraft.adapters.base import BaseInfo, adapter_names, alone, base_of, find_adapter, require_loras
+from qgraft.adapters.base import adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
 from qgraft.adapters.states import non_finite
@@ -53,29 +52,14 @@ from qgraft.merging.finish import finish
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
+from qgraft.merging.merged import Merged, merged_of, put_back
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
+from qgraft.merging.token_rows import Written, rows_written
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What merges took away, kept as `model.qgraft.merged`.
-
-    Attributes:
-        info: of the base before the first merge.
-        packed: the original bytes, by module path.
-        adapters: those that were merged, by the names they will have when they come back.
-        weights: what they were merged with.
-    """
-
-    info: BaseInfo | None
-    packed: dict[str, PackedTensor]
-    adapters: dict[str, Adapter]
-    weights: dict[str, float]
 
 
 @alone("merged")
@@ -117,9 +101,9 @@ def merge(
     OptionError, UnsupportedError (a format that cannot be written), StorageError (work_dir).
     """
     console = shown(progress)
-    with held(work_dir, console) as work:
+    with held(work_dir, console) as work, rows_written(model) as rows:
         return _merge(
-            model, tokenizer, calibration, eval_dataset, method, to, min_retained, seed, reading, console, work
+            model, tokenizer, calibration, eval_dataset, method, to, min_retained, seed, reading, console, work, rows
         )
 
 
@@ -135,6 +119,7 @@ def _merge(
     reading: Mapping[str, Any],
     console: Console | None,
     work: WorkDir | None,
+    rows: Written,
 ) -> MergeReport:
     """The parts of a merge in their order."""
     began = time.perf_counter()
@@ -176,10 +161,15 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
+        notes=(
+            *(chosen.notes if chosen else ()),
+            *filter(None, [unmeasured, again]),
+            *_misfits(layers, to),
+            *rows.notes,
+        ),
     )
     check_kept(report, min_retained)
-    _replace(model, {**others, **done}, weights)
+    _replace(model, {**others, **done}, weights, rows)
     return report
 
 
@@ -258,7 +248,7 @@ def unmerge(model: PreTrainedModel) -> None:
     Undoes all merges since the model was loaded; of two adapters of one name the later comes back as NAME-again1. Raises
     AdapterError when nothing is merged, or when an adapter of the same name has been attached meanwhile.
     """
-    base, merges = base_of(model), _merged(model)
+    base, merges = base_of(model), merged_of(model)
     if merges is None:
         raise AdapterError("unmerge: nothing is merged into this model")
     if taken := sorted(merges.adapters.keys() & set(adapter_names(model))):
@@ -267,40 +257,34 @@ def unmerge(model: PreTrainedModel) -> None:
             hint="take them off with detach_lora() first",
         )
     active = {**merges.weights, **active_adapters(model)}
-    wrapped = dict(lora_layers(model))
-    for path, packed in merges.packed.items():
-        layer: Any = wrapped.get(path) or model.get_submodule(path)
-        layer.replace(packed)
+    put_back(model, merges)
     for adapter in merges.adapters.values():
         put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
     use_adapter(model, active)
-    base.info, base.merged = merges.info, None
+    base.info, base.origin, base.merged = merges.info, merges.origin, None
 
 
-def _merged(model: PreTrainedModel) -> Merged | None:
-    """What earlier merges took away, if there were any."""
-    merged = base_of(model).merged
-    assert isinstance(merged, Merged | None)
-    return merged
-
-
-def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
+def _replace(
+    model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float], rows: Written
+) -> None:
     """Put the merged bytes in place and take the adapters off."""
     base, layers = base_of(model), dict(lora_layers(model))
-    before, info = _merged(model) or Merged(base.info, {}, {}, {}), base.info
+    before, info = merged_of(model) or Merged(base.info, {}, {}, {}, rows.origin), base.info
     if info is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
             info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
-    original = {path: layers[path].packed for path in packed} | before.packed
+    original = {path: layers[path].packed for path in packed} | rows.packed | before.packed
     for path, merged in packed.items():
         layers[path].replace(merged)
     adapters, active = dict(before.adapters), dict(before.weights)
     for name, weight in weights.items():
         others = (f"{name[:50]}-again{n}" for n in count(1))  # for when one of that name was merged before
         kept = next(each for each in chain([name], others) if each not in adapters)
-        adapters[kept], active[kept] = replace(find_adapter(model, name), name=kept), weight
+        adapter = rows.adapters.get(name) or find_adapter(model, name)
+        adapters[kept], active[kept] = replace(adapter, name=kept), weight
         detach_lora(model, name)
-    base.info, base.merged = info, Merged(before.info, original, adapters, active)
+    base.info, base.merged = info, Merged(before.info, original, adapters, active, before.origin)
+    rows.kept = True
 
 
 def _check_format(model: PreTrainedModel, to: str | None) -> None:
@@ -324,7 +308,7 @@ def _layers_to_merge(
     """
     weights = active_adapters(model)
     if not weights:
-        merges = _merged(model)
+        merges = merged_of(model)
         done = f"; merged already: {', '.join(merges.adapters)}" if merges else ""
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.adapters.base import base_of, selection_of
+from qgraft.adapters.token_rows import token_rows_of
 from qgraft.attention import SAMPLES, attention_of
 from qgraft.data.batches import Batch
 from qgraft.kernels import varlen
@@ -226,6 +227,8 @@ def why_changing(model: PreTrainedModel) -> str | None:
         return "a prefix is trained"
     if any(getattr(config, "use_dora", False) for adapter in active for config in adapter.configs.values()):
         return "a DoRA computes the lengths of its rows in every pass"
+    if any(map(token_rows_of, active)):
+        return "rows of tokens are trained"
     return _why_random(model, active) or _why_hooked(model)
 
 

@@ -296,6 +296,9 @@ class Catalogue:
     def _put(
         self, staged: StagedAdapter, name: str, path: Path, pinned: bool = False, listed: str | None = None
     ) -> LoadedAdapter:
+        if staged.grows and not pinned:
+            raise AdapterError(f"adapter {name!r} has new tokens, with which the tokenizer of all answers would change",
+                               hint="name it when the server is started: --adapter FOLDER")  # fmt: skip
         with self._exchange(staged.alone):
             loaded = staged.put(name)
         self.entries[name] = Entry(str(path), pinned, listed)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.adapters.token_rows import unknown_tokens
 from qgraft.attention import attention_of
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
@@ -305,10 +306,13 @@ class Engine:
 
     def _check(self, request: Request, limit: int) -> None:
         size = self.model.get_input_embeddings().weight.shape[0]
-        wrong = [token for token in request.prompt if not 0 <= token < size]
+        wrong = unknown_tokens(self.model, request.adapters, request.prompt)
         if not request.prompt or wrong:
-            raise DataError(f"the prompt holds the ids {wrong[:5]}, expected ids below {size}" if wrong
-                            else "the prompt is empty, expected at least one token")  # fmt: skip
+            new = any(0 <= token < size for token in wrong)
+            raise DataError(f"the prompt holds the ids {wrong[:5]}, expected ids below {size}" if wrong and not new
+                            else f"the prompt holds new tokens of another adapter: {wrong[:5]}" if wrong
+                            else "the prompt is empty, expected at least one token",
+                            hint="ask the adapter that has them" if new else None)  # fmt: skip
         if len(request.prompt) >= limit:
             raise ContextError(
                 f"the prompt is {len(request.prompt)} tokens, and the model's context is {limit} with the answer",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from qgraft.adapters.attach_prefix import prefixes_of
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.choose import check_weights
+from qgraft.adapters.token_rows import check_together
 from qgraft.errors import OptionError
 
 _COUNT = count(1)
@@ -44,6 +45,7 @@ def mix_of(model: nn.Module, adapters: Mapping[str, float]) -> Mix:
     selection = selection_of(model)
     selection.require(adapters)
     check_weights(adapters)
+    check_together(selection.adapters, adapters)
     attached = selection.adapters
     prefixes = tuple(name for name in adapters if attached[name].is_prefix)
     if wrong := [f"{name}={adapters[name]}" for name in prefixes if adapters[name] != 1]:

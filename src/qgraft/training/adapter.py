@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapter_files.calibration import CALIBRATION, keep_samples, read_rows
 from qgraft.adapter_files.folder import read_trained
+from qgraft.adapter_files.lora import token_indices
 from qgraft.adapter_files.seal import read_seal, remembered_arguments
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import attach_lora, chosen_layers
@@ -25,6 +26,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
 from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.new_tokens import begin_rows, check_rows, indices_of, trains_rows
 
 
 def prepare_adapter(model: PreTrainedModel, args: TrainArguments) -> None:
@@ -61,8 +63,9 @@ def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[f
     factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
     for part in find_adapter(model, args.adapter_name).parts.values():
         for name, parameter in part.named_parameters():
-            group = "lora_A" if name == "lora_A" else "lora_B"  # with it what is a vector, as DoRA's magnitudes
-            (embedding if cast(Lora, part).of_embedding else factors[group]).append(parameter)
+            # with B what is a vector, as DoRA's magnitudes; rows of tokens with A: as in PEFT
+            group = factors["lora_B" if name == "lora_B" or parameter.ndim == 1 else "lora_A"]
+            (embedding if isinstance(part, Lora) and part.of_embedding else group).append(parameter)
     return [
         (args.learning_rate, factors["lora_A"]),
         (args.loraplus_lr_embedding, embedding),
@@ -105,21 +108,23 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         "init_lora_weights": args.init_lora_weights,
     }
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
-    configs = [vars(config) for config in adapter.configs.values()]
+    loras = {path: part.config for path, part in adapter.parts.items() if isinstance(part, Lora)}
+    configs = [vars(config) for config in loras.values()]
     wrong = [
         f"{name}={value}, the adapter has {configs[0][name]}"
         for name, value in said.items()
         if value != defaults[name] and all(config[name] != value for config in configs)
     ]
     for name, field, table in zip(("rank_pattern", "alpha_pattern"), ("r", "lora_alpha"), _patterns(args), strict=True):
-        other = {path: getattr(config, field) for path, config in adapter.configs.items()
+        other = {path: getattr(config, field) for path, config in loras.items()
                  if (key := first_matching(table, path)) is not None and getattr(config, field) != table[key]}  # fmt: skip
         wrong += [f"{name}: {path} has {field} {value}" for path, value in list(other.items())[:1]]
     if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
         asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
-        if set(asked) != set(adapter.configs):
+        if set(asked) != set(loras):
             wrong.append(f"target_modules and layers_to_transform name {len(asked)} layers, it is on "
-                         f"{len(adapter.configs)}{'' if len(asked) != len(adapter.configs) else ' other ones'}")  # fmt: skip
+                         f"{len(loras)}{'' if len(asked) != len(loras) else ' other ones'}")  # fmt: skip
+    wrong += check_rows(model, args)
     if wrong:
         raise OptionError(
             f"the adapter {adapter.name!r} is on the model already: {'; '.join(wrong)}",
@@ -159,16 +164,19 @@ def take_saved(model: PreTrainedModel, folder: Path, name: str) -> None:
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What kind of adapter was trained, and with which options of its own."""
     adapter = find_adapter(model, name)
-    configs = [dataclasses.asdict(config) for config in adapter.configs.values()]
     if adapter.is_prefix:
-        return {"kind": adapter.kind, **configs[0]}
+        return {"kind": adapter.kind, **dataclasses.asdict(encoder_of(adapter).config)}
+    loras = {path: part.config for path, part in adapter.parts.items() if isinstance(part, Lora)}
+    configs = [dataclasses.asdict(config) for config in loras.values()]
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
     for name, plain in (("exact", False), ("use_dora", False), ("init_lora_weights", True)):
         if common.get(name) == plain:
             del common[name]  # as the checkpoints of earlier releases have it, which are compared with this
     for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         if field not in common:
-            common[name] = {path: getattr(config, field) for path, config in adapter.configs.items()}
+            common[name] = {path: getattr(config, field) for path, config in loras.items()}
+    if rows := token_indices(adapter):
+        common["trainable_token_indices"] = rows
     return {"kind": adapter.kind, "layers": len(configs), **common}
 
 
@@ -208,8 +216,10 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         assert arguments.pre_seq_len is not None
         attach_prefix(model, arguments.pre_seq_len, arguments.prefix_projection, arguments.prefix_dropout, name)
         return
+    rows = indices_of(model, arguments) if trains_rows(arguments) else None
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
         arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
-        arguments.use_dora, arguments.init_lora_weights == "true" or arguments.init_lora_weights,
+        arguments.use_dora, arguments.init_lora_weights == "true" or arguments.init_lora_weights, rows,
     )  # fmt: skip
+    begin_rows(model, arguments)

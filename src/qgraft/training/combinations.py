@@ -29,6 +29,12 @@ def impossible(args: "TrainArguments") -> list[str]:
         "rank_pattern and alpha_pattern: a prefix has no layers of a rank": (
             prefix and (args.rank_pattern or args.alpha_pattern)
         ),
+        "add_tokens, add_special_tokens and trainable_token_indices: a prefix has no rows of tokens": (
+            prefix and (args.add_tokens or args.add_special_tokens or args.trainable_token_indices)
+        ),
+        "cache_frozen_layers: rows of tokens are below every layer": (
+            cached and (args.add_tokens or args.add_special_tokens or args.trainable_token_indices)
+        ),
         "neftune_noise_alpha: stage sft alone learns with noise": args.stage != "sft" and args.neftune_noise_alpha,
         "cache_frozen_layers: with neftune_noise_alpha other states enter the layers in every epoch": (
             cached and args.neftune_noise_alpha

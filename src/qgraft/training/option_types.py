@@ -26,7 +26,16 @@ from qgraft.errors import OptionError, worded
 from qgraft.json_files import parse_json
 from qgraft.training.ranges import RANGES
 
-NAMES = ("dataset", "eval_dataset", "test_dataset", "target_modules", "layers_to_transform")  # comma lists
+NAMES = (
+    "dataset",
+    "eval_dataset",
+    "test_dataset",
+    "target_modules",
+    "layers_to_transform",
+    "trainable_token_indices",
+)  # comma lists
+NUMBERS = ("layers_to_transform", "trainable_token_indices")  # of these, those of numbers
+TEXTS = ("add_tokens", "add_special_tokens")  # lists of any texts, of which one may stand alone
 _WORDS = {"true": True, "false": False}
 _CHOICES = {"eval_strategy": IntervalStrategy}  # where the type says str alone
 
@@ -73,6 +82,8 @@ def _typed(name: str, value: Any, kinds: frozenset[Any]) -> Any:
         return ("yes" if name == "cuda_graphs" else "auto") if value else "no"  # likewise
     if name == "init_lora_weights" and value is True:
         return "true"
+    if name in TEXTS and isinstance(value, str):
+        return [value]
     if name in NAMES:
         value = _joined(name, value)
     if (value is None and type(None) in kinds) or Any in kinds:
@@ -96,7 +107,7 @@ def _of_text(name: str, text: str, kinds: frozenset[Any]) -> Any:
     """What a text stands for."""
     for choice in _choices(name, kinds):
         choice(text)  # or a ValueError
-    if dict in kinds:
+    if dict in kinds and (name not in NAMES or text.lstrip().startswith("{")):
         value = parse_json(text)
         if not isinstance(value, dict):
             raise ValueError
@@ -127,11 +138,11 @@ def _number(value: Real, kinds: frozenset[Any]) -> Any:
 
 def _joined(name: str, value: Any) -> Any:
     """A list of names as a comma list; one number as such a list, of layers."""
-    if name == "layers_to_transform" and isinstance(value, Integral) and not isinstance(value, bool):
+    if name in NUMBERS and isinstance(value, Integral) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, list | tuple | range):
         return value
-    kinds = Integral if name == "layers_to_transform" else str | os.PathLike
+    kinds = Integral if name in NUMBERS else str | os.PathLike
     parts = [str(os.fspath(each) if isinstance(each, os.PathLike) else each) for each in value
              if isinstance(each, kinds) and not isinstance(each, bool)]  # fmt: skip
     if len(parts) < len(value) or any("," in part for part in parts):
@@ -145,6 +156,8 @@ def _expected(name: str, kinds: frozenset[Any]) -> str:
         return ", ".join(named[:-1]) + f" or {named[-1]}"
     if name == "layers_to_transform":
         return 'numbers of layers, such as "15-29" or [15, 16]'
+    if name == "trainable_token_indices":
+        return 'ids of tokens, such as "5,6" or [5, 6], or such lists by names of layers'
     if name in NAMES:
         return "names, as a comma list or a list of texts"
     if name in RANGES:

@@ -42,6 +42,7 @@ from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remov
 from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair, ready_callbacks
 from qgraft.training.loop import TrainingLoop
+from qgraft.training.new_tokens import take_tokens
 from qgraft.training.output_dir import Earlier, begin_run, check_output_dir, check_room, trim_log
 from qgraft.training.passes import fastest_passes
 from qgraft.training.plan import plan_of
@@ -141,7 +142,7 @@ def prepare(
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     earlier = check_output_dir(args)
-    notes = [*args.notes, *earlier.passed_over]
+    notes = [*args.notes, *earlier.passed_over, *take_tokens(model, tokenizer, args)]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
