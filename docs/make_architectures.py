@@ -53,7 +53,7 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Layers
+Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, and all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
 A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than

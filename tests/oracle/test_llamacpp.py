@@ -32,7 +32,7 @@ from qgraft.data.tokenizing import encode_prompt
 Maker = Callable[..., Any]
 STEPS = 6
 ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
-WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gpt2", "starcoder2")
+WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "starcoder2")
 # llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both
 CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
 

@@ -19,8 +19,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_gemma import gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW, Keys, key_report
+from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys, key_report
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 
@@ -43,6 +44,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
     if header.architecture in ("gemma2", "gemma3"):
         values |= _gemma(header, file)
+    elif header.architecture == "gemma4":
+        values |= gemma4_fields(header, file)
     elif keys.rotates:
         values["rope_parameters"] = rope_parameters(header, file)
     if header.architecture in ("exaone4", "olmo2"):
@@ -81,9 +84,12 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     return config
 
 
-def draft_tensors(header: Header, file: GgufFile) -> set[str]:
-    """The tensors of layers that only draft tokens: no part of the model here, and copied when it is saved."""
+def idle_tensors(header: Header, file: GgufFile) -> set[str]:
+    """Tensors that are no part of the model here, and copied when it is saved: of layers that only draft tokens, and
+    keys and values of layers that take those of others."""
     layers = header.layers
+    if header.architecture == "gemma4":
+        return unread_tensors(header, file)
     return (
         {name for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers}
         if header.count("block_count") > layers
@@ -113,14 +119,20 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count", "ssm.conv_kernel",
-                "ssm.group_count", "ssm.state_size", "ssm.time_step_rank"]  # fmt: skip
+    optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
+                "rope.dimension_count", "ssm.conv_kernel", "ssm.group_count", "ssm.state_size",
+                "ssm.time_step_rank"]  # fmt: skip
     if header.architecture == "lfm2":
         optional.remove("attention.head_count_kv")  # by _key_heads
+    if header.get(PER_LAYER) == 0:
+        optional.remove(PER_LAYER)  # none
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
-            header.count(key, most=len(blocks) if key == "block_count" else widest)
+            if header.architecture == "gemma4" and key in ("feed_forward_length", "attention.head_count_kv"):
+                header.per_layer(key, most=widest)
+            else:
+                header.count(key, most=len(blocks) if key == "block_count" else widest)
         except (CheckpointError, UnsupportedError) as error:
             problems.append(error)
     if len(problems) == 1:

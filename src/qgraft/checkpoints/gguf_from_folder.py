@@ -177,7 +177,11 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
         name = stored(f"{path}.weight")
         rows: int = held.packed_weight.get().shape[0]
         matrices[path] = Stored(name, row_order(name, rows, rules, model.config), column_order(name, model.config))
-    for name, parameter in model.named_parameters():
+    held_buffers = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in held_buffers]
+    for name, parameter in chain(model.named_parameters(), buffers):
+        if ".packed_weight." in name:
+            continue
         if ".loras." in name or ".lora_" in name or name == "computes_in":
             continue
         plain = name.replace(".base.", ".")

@@ -28,6 +28,7 @@ Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
+SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 4's
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,10 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+_BY_LAYER = {  # a number, or a list with one for each layer
+    "feed_forward_length": "intermediate_size, and whether the layers that share keys and values have twice that",
+    "attention.head_count_kv": "num_key_value_heads, of layers without a window num_global_key_value_heads",
+}
 _SCALES = {  # of Granite
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -207,6 +212,12 @@ _TEMPERATURE = {
     "rope.scaling.yarn_log_multiplier": "mscale_all_dim of yarn",
 }
 _SAME_BASE = {"rope.freq_base_swa": _same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
+_UNSCALED = {  # positions
+    "rope.scaling.type": Must(lambda _, got: got in ("none", "linear"), "none or linear"),
+    "rope.scaling.factor": _one_of(0, 1),
+    "rope.scale_linear": _one_of(0, 1),
+    "rope.scaling.attn_factor": _one_of(1),
+}
 _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 _SAME_LAYERS = {
     PATTERN: Must(
@@ -239,6 +250,26 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         "gemma3_text",
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "final_logit_softcapping": "final_logit_softcapping"},
         {**_ROPE, **_WINDOWS, "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+    ),
+    "gemma4": Keys(  # two kinds of layers: gguf_gemma.py
+        "gemma4_text",
+        {**{key: field for key, field in _SIZES.items() if key not in _BY_LAYER}, _RMS: "rms_norm_eps",
+         "final_logit_softcapping": "final_logit_softcapping"},
+        {**_WINDOWS, **_BY_LAYER,
+         "rope.freq_base": "base in layers without a window, 10000 where it is absent",
+         "rope.freq_base_swa": "base in layers with a window, rope.freq_base where it is absent",
+         "attention.key_length": "global_head_dim: elements of a head in layers without a window",
+         "attention.key_length_swa": "head_dim: elements of a head in layers with a window",
+         SHARED: "last layers, which take keys and values from those before",
+         PER_LAYER: "hidden_size_per_layer_input: numbers of each token for each layer"},
+        musts={
+            **_UNSCALED,
+            "attention.scale": _one_of(0, 1),
+            **dict.fromkeys(("attention.value_length_swa", "rope.dimension_count_swa"), _same(
+                "attention.key_length_swa", lambda header: header.count("attention.key_length_swa")
+            )),
+        },
+        freqs=True,
     ),
     "glm4": Keys(
         "glm4", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True,

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.gguf_config import draft_tensors, gguf_config, notes_of
+from qgraft.checkpoints.gguf_config import gguf_config, idle_tensors, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
@@ -61,7 +61,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if TABLE[header.architecture].rotates:
         apply_rotation(decoder_of(model).rotary_emb, header, file)
     _set_end_tokens(model, file)
-    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - draft_tensors(header, file))
+    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - idle_tensors(header, file))
     if unused:
         raise CheckpointError(
             f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: "

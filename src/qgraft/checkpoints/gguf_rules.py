@@ -92,6 +92,7 @@ ARCHITECTURES = {  # general.architecture of the file
     "gemma": Rules(norm_offset=1.0),
     "gemma2": Rules(norm_offset=1.0),
     "gemma3": Rules(norm_offset=1.0),
+    "gemma4": Rules(),
     "glm4": Rules(),
     "gpt2": Rules(),
     "granite": Rules(_rotary_pairs),
@@ -165,8 +166,8 @@ def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
 
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
-    if (whole := names.get_name(parameter)) is not None:
-        return whole  # Qwen 3.5's A_log, without a suffix
+    if (whole := names.get_name(parameter)) is not None:  # Qwen 3.5's A_log, without a suffix
+        return f"{whole}.weight" if parameter.endswith(".layer_scalar") else whole  # Gemma 4's
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
     found = names.get_name(stem)
     return None if found is None else f"{found}.{suffix}"

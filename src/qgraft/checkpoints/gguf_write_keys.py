@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
@@ -28,6 +29,7 @@ ARCHITECTURE_OF = {  # by model_type
     **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
     **{keys.model_type: name for name, keys in TABLE.items()},
     "mistral": "llama",
+    "gemma4_unified_text": "gemma4",
 }
 
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of yarn, where they are not stated
@@ -67,7 +69,10 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     tensors: dict[str, Tensor] = {}
-    if keys.rotates:
+    if architecture == "gemma4":
+        own, tensors = gemma4_keys(config)
+        values |= own
+    elif keys.rotates:
         rope: Mapping[str, Any] = config.rope_parameters or {}
         values |= _windows(config, architecture)
         if "sliding_attention" in rope:
