@@ -147,6 +147,7 @@ def write_tiny(
                 parameter.numpy()
             )
             continue
+        stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
         gguf_name = names.get_name(name) or f"{names.get_name(stem)}.{suffix}"
         if name.endswith("dt_bias"):
             gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
@@ -181,11 +182,15 @@ def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: in
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     if "hidden_size_per_layer_input" in tiny:
         ids["vocab_size_per_layer_input"] = tokens
-    config = getattr(transformers, config_name)(
-        **{"vocab_size": tokens, "tie_word_embeddings": tied, **ids, **tiny, **options}
+    own = (
+        globals()
+        if architecture == "chatglm"
+        else {name: getattr(transformers, name) for name in (class_name, config_name)}
     )
+    words = "padded_vocab_size" if architecture == "chatglm" else "vocab_size"
+    config = own[config_name](**{words: tokens, "tie_word_embeddings": tied, **ids, **tiny, **options})
     torch.manual_seed(seed)
-    model = getattr(transformers, class_name)(config).eval().requires_grad_(False)
+    model = own[class_name](config).eval().requires_grad_(False)
     if architecture == "gemma2":  # transformers 5.17 leaves the cap of its scores out of every other attention
         model.set_attn_implementation("eager")
     for name, parameter in stored_tensors(model):
@@ -215,8 +220,8 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         key_heads = [0 if kind == "conv" else key_heads for kind in c.layer_types]
     grouped = {f"{architecture}.attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
-                                           "layer_norm_epsilon") if getattr(c, k, None))  # fmt: skip
-    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture == "lfm2" else ""
+                                           "layer_norm_epsilon", "layernorm_epsilon") if getattr(c, k, None))  # fmt: skip
+    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture in ("chatglm", "lfm2") else ""
     keys = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -241,6 +246,8 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads, "full_attention_interval": 4,
             "rope.dimension_sections": [11, 11, 10, 0],
         }  # fmt: skip
+    if architecture == "chatglm":
+        keys |= {"rope.dimension_count": head_dim // 2, "rope.freq_base": 10000.0 * c.rope_ratio}
     if architecture == "lfm2":
         keys["shortconv.l_cache"] = c.conv_L_cache
     if architecture == "granite":

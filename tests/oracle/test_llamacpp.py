@@ -33,6 +33,7 @@ Maker = Callable[..., Any]
 STEPS = 6
 ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
 WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "starcoder2")
+PASSED_OVER = ("per_layer_model_projection",)  # layers whose LoRAs llama.cpp does not add
 # llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both
 CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
 
@@ -46,7 +47,8 @@ def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
 def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = None) -> None:
     """A LoRA "default" large enough to change the answers; on every linear layer unless `layers` says otherwise."""
     plain = LoraConfig(r=4, lora_alpha=8)
-    attach_layers(model, "default", layers or dict.fromkeys(find_targets(model, "all-linear"), plain))
+    targets = [path for path in find_targets(model, "all-linear") if not path.endswith(PASSED_OVER)]
+    attach_layers(model, "default", layers or dict.fromkeys(targets, plain))
     torch.manual_seed(7)
     with torch.no_grad():
         for lora in find_adapter(model, "default").parts.values():

@@ -18,12 +18,14 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys, key_report
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
+from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
 _SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 where the key is absent
 _PERIODS = {"exaone4": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so many layers one without a window
@@ -48,6 +50,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values |= gemma4_fields(header, file)
     elif keys.rotates:
         values["rope_parameters"] = rope_parameters(header, file)
+    if header.architecture == "chatglm":
+        return _chatglm(header, values)
     if header.architecture in ("exaone4", "olmo2"):
         values |= _windowed(header, values["rope_parameters"])
     if header.architecture == "lfm2":
@@ -82,6 +86,15 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {problem}") from error
     config.name_or_path = str(file.path)
     return config
+
+
+def _chatglm(header: Header, values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of our own code; half of each head is rotated, which llama.cpp does not do unless it is told."""
+    header.count("rope.dimension_count")
+    ratio = header.number("rope.freq_base", 10000.0) / ROTARY_BASE
+    values |= {"rope_ratio": ratio, "rope_ratio_scales": "base" if ratio != 1 else None}
+    with ForeignErrors(str(header.path)):
+        return ChatGLM2Config(**values, name_or_path=str(header.path))
 
 
 def idle_tensors(header: Header, file: GgufFile) -> set[str]:

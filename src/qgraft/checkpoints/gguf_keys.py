@@ -49,7 +49,7 @@ class Keys:
         used: key -> what code does with it.
         ignored: key -> why it is without effect here, beside IGNORED.
         musts: keys that are refused unless they say what is computed, beside MUSTS.
-        rotates: whether positions are rotations (not gpt2's table).
+        rotates: whether a module of transformers makes rotations of positions (not gpt2's table, nor ChatGLM's own code).
         partial: whether a part of a head may be rotated.
         scalings: values of rope.scaling.type that are served.
         freqs: whether rope_freqs.weight divides the frequencies.
@@ -227,6 +227,18 @@ _SAME_LAYERS = {
 }
 
 TABLE: dict[str, Keys] = {  # by general.architecture
+    "chatglm": Keys(  # ChatGLM3 and GLM-4-9B, in our own code (models/chatglm2.py)
+        "chatglm",
+        {"context_length": "seq_length", "embedding_length": "hidden_size", "block_count": "num_layers",
+         "feed_forward_length": "ffn_hidden_size", "attention.head_count": "num_attention_heads",
+         "attention.head_count_kv": "multi_query_group_num", "attention.key_length": "kv_channels",
+         _RMS: "layernorm_epsilon"},
+        {"rope.freq_base": "10000 times rope_ratio, 10000 where it is absent"},
+        musts={**_UNSCALED, "rope.dimension_count": _same(
+            "half of a head", lambda header: header.head_dim // 2
+        )},
+        rotates=False, present={"add_qkv_bias": "attn_qkv.bias"},
+    ),
     "exaone4": Keys(
         "exaone4", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, freqs=True
     ),

@@ -37,6 +37,7 @@ from qgraft.checkpoints.gguf_rules import (
 )
 from qgraft.checkpoints.gguf_split import read_model
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
+from qgraft.checkpoints.glm_tokenizer import with_own_prompts
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor, take_rows
@@ -51,6 +52,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     file = read_model(path)
     rules = _rules(file)
     tokenizer = gguf_tokenizer(file)
+    if file.metadata["general.architecture"] == "chatglm":
+        tokenizer = with_own_prompts(tokenizer)
     config = gguf_config(file)
     reader = _TensorReader(file, rules, config)
     model = assemble(config, reader, dtype, str(path))

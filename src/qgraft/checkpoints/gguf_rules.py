@@ -87,6 +87,7 @@ class Rules:
 
 
 ARCHITECTURES = {  # general.architecture of the file
+    "chatglm": Rules(),
     "exaone4": Rules(),
     "falcon": Rules(_falcon_groups),
     "gemma": Rules(norm_offset=1.0),
@@ -110,6 +111,11 @@ ARCHITECTURES = {  # general.architecture of the file
     "stablelm": Rules(),
     "starcoder2": Rules(),
 }
+
+
+WITHOUT_LORA = (
+    "per_layer_model_proj.weight",
+)  # Gemma 4's, which llama.cpp multiplies by itself, whatever LoRAs there are
 
 
 def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig) -> Tensor | None:
@@ -169,5 +175,5 @@ def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     if (whole := names.get_name(parameter)) is not None:  # Qwen 3.5's A_log, without a suffix
         return f"{whole}.weight" if parameter.endswith(".layer_scalar") else whole  # Gemma 4's
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
-    found = names.get_name(stem)
+    found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))  # ChatGLM's have no such prefix
     return None if found is None else f"{found}.{suffix}"

@@ -24,6 +24,7 @@ from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
+from qgraft.models.chatglm2 import ROTARY_BASE
 
 ARCHITECTURE_OF = {  # by model_type
     **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
@@ -68,6 +69,11 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
+    if architecture == "chatglm":
+        values |= {
+            "rope.freq_base": float(ROTARY_BASE * config.rope_ratio),
+            "rope.dimension_count": config.kv_channels // 2,
+        }
     tensors: dict[str, Tensor] = {}
     if architecture == "gemma4":
         own, tensors = gemma4_keys(config)
