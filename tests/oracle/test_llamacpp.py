@@ -223,7 +223,7 @@ def test_the_real_base_scores_like_ours(llamacpp_greedy, our_logprobs):
 
 
 @pytest.mark.spread(4)
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"chatglm"}))
 def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
     architecture, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
 ):

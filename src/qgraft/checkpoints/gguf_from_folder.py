@@ -36,6 +36,7 @@ from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.origin import Matrix, Origin, Stored, find_origin
+from qgraft.data.scripted import WritesPrompts
 from qgraft.errors import CheckpointError, StorageError, UnsupportedError
 from qgraft.formats import get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -93,7 +94,7 @@ def gguf_names(model: Any) -> tuple[str, Origin]:
 
 def _architecture(model: Any) -> str:
     architecture = ARCHITECTURE_OF.get(model.config.model_type)
-    if architecture is None:
+    if architecture is None or isinstance(base_of(model).tokenizer, WritesPrompts):  # ChatGLM-6B and ChatGLM2-6B
         possible = ", ".join(sorted(ARCHITECTURE_OF))
         raise _refusal(find_origin(model).path, f"its architecture is {model.config.model_type}; possible: {possible}")
     return architecture

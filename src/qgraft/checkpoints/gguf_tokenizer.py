@@ -101,7 +101,11 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
 
 def _with_brackets(vocabulary: Vocabulary) -> Vocabulary:
     """ChatGLM3's special tokens "sop" and "eop" as <sop> and <eop>: cut out of a text they would take "people" apart."""
-    ids = {f"<{token}>" if token in ("sop", "eop") else token: number for token, number in vocabulary.ids.items()}
+    named = {number for number, kind in enumerate(vocabulary.kinds) if kind in SPECIAL}
+    ids = {
+        f"<{token}>" if token in ("sop", "eop") and number in named else token: number
+        for token, number in vocabulary.ids.items()
+    }
     return replace(vocabulary, tokens=list(ids), ids=ids)
 
 
