@@ -8,6 +8,7 @@ package.
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -139,6 +140,7 @@ def write_tiny(
         if value is not None:
             _add(writer, key, value)
     tiny = TinyGguf(path, model)
+    slices: dict[str, list[tuple[np.ndarray, Q]]] = {}  # Gemma 3n's altup projections are slices of one tensor
     of_heads: dict[str, list[np.ndarray]] = {}  # StableLM's norms of each head are rows of one tensor
     for index, (name, parameter) in enumerate(stored_tensors(model)):
         stem, _, suffix = name.rpartition(".")
@@ -147,11 +149,18 @@ def write_tiny(
                 parameter.numpy()
             )
             continue
+        if stacked_in := re.fullmatch(r"(model\.altup_(?:unembed_)?projections)\.\d+", stem):
+            value, kind = _encode("", parameter.detach(), types[0], index)
+            meant = torch.from_numpy(np.array(gguf.quants.dequantize(value, kind), np.float32))
+            with torch.no_grad():
+                parameter.copy_(meant)
+            slices.setdefault(f"{names.get_name(stacked_in[1])}.weight", []).append((value, kind))
+            continue
         stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
         gguf_name = names.get_name(name) or f"{names.get_name(stem)}.{suffix}"
         if name.endswith("dt_bias"):
             gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
-        if name.endswith("layer_scalar"):
+        if name.endswith(("layer_scalar", "correct_output_scale")):
             gguf_name += ".weight"
         stored, kind = _encode(
             gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index
@@ -163,6 +172,14 @@ def write_tiny(
         if gguf_name not in drop and gguf_name not in (extra or {}):
             writer.add_tensor(gguf_name, stored, raw_dtype=kind)
     stacked = {gguf_name: np.stack(rows) for gguf_name, rows in of_heads.items()}
+    for gguf_name, parts in slices.items():
+        writer.add_tensor(gguf_name, np.stack([value for value, _ in parts]), raw_dtype=parts[0][1])
+    if architecture == "gemma3n":  # their file has them, and nothing reads them
+        own = model.config.num_hidden_layers - model.config.num_kv_shared_layers
+        for layer in range(own, model.config.num_hidden_layers):
+            shape = (model.config.num_key_value_heads * model.config.head_dim, model.config.hidden_size)
+            stacked |= {f"blk.{layer}.attn_{name}.weight": np.ones(shape, np.float32) for name in "kv"}
+            stacked[f"blk.{layer}.attn_k_norm.weight"] = np.ones(model.config.head_dim, np.float32)
     if architecture == "gemma4":  # Gemma4Model.generate_extra_tensors
         pairs = keys["gemma4.attention.key_length"] // 2
         stacked["rope_freqs.weight"] = np.array([1.0] * (pairs // 4) + [1e30] * (pairs - pairs // 4), np.float32)
@@ -245,6 +262,16 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             "ssm.group_count": c.linear_num_key_heads, "ssm.time_step_rank": c.linear_num_value_heads,
             "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads, "full_attention_interval": 4,
             "rope.dimension_sections": [11, 11, 10, 0],
+        }  # fmt: skip
+    if architecture == "gemma3n":  # Gemma3NModel.set_gguf_parameters
+        del keys["rope.dimension_count"]
+        normal = torch.distributions.normal.Normal(0, 1)
+        keys |= {
+            "feed_forward_length": c.intermediate_size, "altup.active_idx": c.altup_active_idx,
+            "altup.num_inputs": c.altup_num_inputs, "embedding_length_per_layer_input": c.hidden_size_per_layer_input,
+            "attention.shared_kv_layers": c.num_kv_shared_layers,
+            "activation_sparsity_scale": [normal.icdf(torch.tensor(s)).item() for s in c.activation_sparsity_pattern],
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in c.layer_types],
         }  # fmt: skip
     if architecture == "chatglm":
         keys |= {"rope.dimension_count": head_dim // 2, "rope.freq_base": 10000.0 * c.rope_ratio}
@@ -425,7 +452,7 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight" or gguf_name.endswith(KERNELS):
+    if kind == Q.F32 or array.ndim == 1 or array.shape[1] < 32 or gguf_name == "position_embd.weight" or gguf_name.endswith(KERNELS):
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0

@@ -20,14 +20,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
-from qgraft.checkpoints.gguf_gemma import gemma4_fields, unread_tensors
+from qgraft.checkpoints.gguf_gemma import gemma3n_fields, gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys, key_report
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
-_SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 where the key is absent
+_SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 and 3n where the key is absent
 _PERIODS = {"exaone4": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so many layers one without a window
 _SCALES = {"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}
 _MOST_NAMED = 8
@@ -46,6 +46,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
     if header.architecture in ("gemma2", "gemma3"):
         values |= _gemma(header, file)
+    elif header.architecture == "gemma3n":
+        values |= gemma3n_fields(header, file)
     elif header.architecture == "gemma4":
         values |= gemma4_fields(header, file)
     elif keys.rotates:
@@ -101,7 +103,7 @@ def idle_tensors(header: Header, file: GgufFile) -> set[str]:
     """Tensors that are no part of the model here, and copied when it is saved: of layers that only draft tokens, and
     keys and values of layers that take those of others."""
     layers = header.layers
-    if header.architecture == "gemma4":
+    if header.architecture in ("gemma3n", "gemma4"):
         return unread_tensors(header, file)
     return (
         {name for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers}
@@ -142,7 +144,10 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
-            if header.architecture == "gemma4" and key in ("feed_forward_length", "attention.head_count_kv"):
+            if header.architecture in ("gemma3n", "gemma4") and key in (
+                "feed_forward_length",
+                "attention.head_count_kv",
+            ):
                 header.per_layer(key, most=widest)
             else:
                 header.count(key, most=len(blocks) if key == "block_count" else widest)
@@ -183,7 +188,7 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
         elif key.endswith("epsilon"):
             values[field] = header.number(key, zero=True)
         elif key.endswith("softcapping"):
-            default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0
+            default = _SOFT_CAPS[key] if header.architecture in ("gemma2", "gemma3n") else 0.0
             values[field] = header.number(key, default, zero=not default) or None
         elif key in _SCALES:  # 0 is none
             usual = header.attention_width**-0.5 if key == "attention.scale" else 1.0

@@ -1,4 +1,4 @@
-"""Gemma 4 from the keys of a GGUF file, and back: what its two kinds of layers have each of their own.
+"""Gemma 4 and 3n from the keys of a GGUF file, and back: what its two kinds of layers have each of their own.
 
     layers with a window    attention.key_length_swa, rope.freq_base_swa; every pair of a head is rotated
     layers without one      attention.key_length, rope.freq_base; of a head only the first pairs are: rope_freqs.weight, by
@@ -8,10 +8,14 @@
 
 A file without attn_v in layers without a window is of a model whose values there are its keys (attention_k_eq_v).
 
-Source: Gemma4Model in llama.cpp's conversion/gemma.py; models/gemma4.cpp.
+Gemma 3n states the share of activations that a layer drops as what llama.cpp multiplies their deviation by, the quantile of
+it: activation_sparsity_scale, -inf for none. Its altup projections are slices of one tensor each.
+
+Source: Gemma3NModel and Gemma4Model in llama.cpp's conversion/gemma.py; models/gemma3n.cpp, gemma4.cpp.
 """
 
 import re
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -20,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, SHARED, WINDOW
+from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, SHARED, SPARSITY, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, floats
 from qgraft.errors import CheckpointError
 
@@ -55,13 +59,40 @@ def gemma4_fields(header: Header, file: GgufFile) -> dict[str, Any]:
     return values
 
 
+def gemma3n_fields(header: Header, file: GgufFile) -> dict[str, Any]:
+    """The same of Gemma 3n, whose layers have heads of one width."""
+    table, low = (file.tensors.get(name) for name in ("per_layer_token_embd.weight", "blk.0.laurel_l.weight"))
+    scales = header.get(SPARSITY)
+    if not isinstance(scales, list) or len(scales) != header.layers or not all(type(each) is float for each in scales):
+        raise header.wrong(SPARSITY, f"{header.layers} numbers")
+    ropes = {"full_attention": ("rope.freq_base", 10000.0), "sliding_attention": ("rope.freq_base_swa", 10000.0)}
+    return {
+        "layer_types": [_KINDS[each] for each in _pattern(header)],
+        "sliding_window": header.count(WINDOW),
+        "num_kv_shared_layers": header.shared,
+        "intermediate_size": header.per_layer("feed_forward_length"),
+        "vocab_size_per_layer_input": table.shape[0] if table is not None else 1,
+        "laurel_rank": low.shape[0] if low is not None else 1,
+        "altup_active_idx": header.get("altup.active_idx") or 0,
+        "activation_sparsity_pattern": [round(NormalDist().cdf(each), 6) for each in scales],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": header.number(*key)} for kind, key in ropes.items()
+        },
+    }
+
+
 def _windowed(header: Header) -> list[bool]:
     """For each layer whether it has a window. transformers' last layer has none, whatever its configuration says."""
+    pattern = _pattern(header)
+    if pattern[-1]:
+        raise header.refused(PATTERN, "false at its end: the last layer has no window")
+    return pattern
+
+
+def _pattern(header: Header) -> list[bool]:
     pattern = header.get(PATTERN)
     if not isinstance(pattern, list) or len(pattern) != header.layers or not all(each in (0, 1) for each in pattern):
         raise header.wrong(PATTERN, f"{header.layers} times true or false")
-    if pattern[-1]:
-        raise header.refused(PATTERN, "false at its end: the last layer has no window")
     return [bool(each) for each in pattern]
 
 

@@ -28,7 +28,8 @@ Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
-SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 4's
+SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 3n's and 4's
+SPARSITY = "activation_sparsity_scale"
 
 
 @dataclass(frozen=True)
@@ -262,6 +263,18 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         "gemma3_text",
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "final_logit_softcapping": "final_logit_softcapping"},
         {**_ROPE, **_WINDOWS, "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+    ),
+    "gemma3n": Keys(
+        "gemma3n_text",
+        {**{key: field for key, field in _SIZES.items() if key != "feed_forward_length"}, _RMS: "rms_norm_eps", **_HEAD_DIM,
+         "final_logit_softcapping": "final_logit_softcapping", PER_LAYER: "hidden_size_per_layer_input",
+         "altup.num_inputs": "altup_num_inputs"},
+        {**_WINDOWS, "feed_forward_length": "intermediate_size; a number, or a list with one for each layer",
+         "altup.active_idx": "altup_active_idx", SHARED: "last layers, which take keys and values from those before",
+         SPARSITY: "activation_sparsity_pattern: of each layer the quantile of the share that it drops",
+         "rope.freq_base": "base in layers without a window, 10000 where it is absent",
+         "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+        musts={**_UNSCALED, "attention.scale": _one_of(0, 1)},
     ),
     "gemma4": Keys(  # two kinds of layers: gguf_gemma.py
         "gemma4_text",

@@ -33,6 +33,7 @@ from qgraft.checkpoints.gguf_rules import (
     from_file,
     name_map,
     row_order,
+    slice_of,
     tensor_name,
 )
 from qgraft.checkpoints.gguf_split import read_model
@@ -110,12 +111,14 @@ class _TensorReader:
         stem, _, suffix = name.rpartition(".")
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
+        if place := slice_of(self.names, name):
+            return self._slice(stem, *place)
         gguf_name = tensor_name(self.names, name)
         if gguf_name is None or gguf_name not in self.file.tensors:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        if len(info.shape) == 2 and not gguf_name.endswith(self.rules.kernels):
+        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, self.rules.floats)):
             order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
             return packed if order is None else take_rows(packed, order)
@@ -123,6 +126,17 @@ class _TensorReader:
         if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
             raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
         return from_file(gguf_name, value, self.rules, self.config)
+
+    def _slice(self, path: str, gguf_name: str, number: int) -> PackedTensor | None:
+        """One matrix of a tensor [n, out, in]."""
+        info = self.file.tensors.get(gguf_name)
+        if info is None or len(info.shape) != 3 or number >= info.shape[0]:
+            return None  # assemble() reports it as missing
+        self.used.add(gguf_name)
+        _, rows, width = info.shape
+        data = self.file.tensor(gguf_name).view(torch.uint8).view(info.shape[0], rows, -1)[number]
+        self.matrices[path] = Stored(gguf_name, number=number)
+        return PackedTensor(info.format, (rows, width), (data,))
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""

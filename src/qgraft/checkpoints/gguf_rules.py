@@ -78,12 +78,14 @@ class Rules:
         norm_offset: what is added to the weights of norms in the file.
         kernels: how names of the file end whose second dimension, of one element, is left out.
         plain_norms: a part of the names of norms without that offset.
+        floats: how names of matrices end that are floats in the model.
     """
 
     rows: RowOrder | None = None
     norm_offset: float = 0.0
     kernels: str = "\0"
     plain_norms: str = "\0"
+    floats: str = "\0"
 
 
 ARCHITECTURES = {  # general.architecture of the file
@@ -93,6 +95,7 @@ ARCHITECTURES = {  # general.architecture of the file
     "gemma": Rules(norm_offset=1.0),
     "gemma2": Rules(norm_offset=1.0),
     "gemma3": Rules(norm_offset=1.0),
+    "gemma3n": Rules(floats=".altup_correct_coef.weight"),
     "gemma4": Rules(),
     "glm4": Rules(),
     "gpt2": Rules(),
@@ -113,9 +116,9 @@ ARCHITECTURES = {  # general.architecture of the file
 }
 
 
-WITHOUT_LORA = (
-    "per_layer_model_proj.weight",
-)  # Gemma 4's, which llama.cpp multiplies by itself, whatever LoRAs there are
+# Gemma 3n's and 4's, which llama.cpp multiplies by themselves, whatever LoRAs there are
+WITHOUT_LORA = ("per_layer_model_proj.weight", "altup_proj.weight", "altup_unembd_proj.weight")
+_SLICES = re.compile(r"(model\.altup_(?:unembed_)?projections)\.(\d+)\.weight")
 
 
 def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig) -> Tensor | None:
@@ -170,10 +173,16 @@ def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
     return get_tensor_name_map(known[architecture], config.num_hidden_layers)
 
 
+def slice_of(names: TensorNameMap, parameter: str) -> tuple[str, int] | None:
+    """(the tensor in the file, which slice of it) of a matrix that is stored with others in one tensor [n, out, in]."""
+    found = _SLICES.fullmatch(parameter)
+    return None if found is None else (f"{names.get_name(found[1])}.weight", int(found[2]))
+
+
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
     if (whole := names.get_name(parameter)) is not None:  # Qwen 3.5's A_log, without a suffix
-        return f"{whole}.weight" if parameter.endswith(".layer_scalar") else whole  # Gemma 4's
+        return f"{whole}.weight" if parameter.endswith((".layer_scalar", ".correct_output_scale")) else whole  # Gemma's
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
     found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))  # ChatGLM's have no such prefix
     return None if found is None else f"{found}.{suffix}"

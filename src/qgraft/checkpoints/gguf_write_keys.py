@@ -28,7 +28,8 @@ from qgraft.models.chatglm2 import ROTARY_BASE
 
 ARCHITECTURE_OF = {  # by model_type
     **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
-    **{keys.model_type: name for name, keys in TABLE.items()},
+    # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them
+    **{keys.model_type: name for name, keys in TABLE.items() if name != "gemma3n"},
     "mistral": "llama",
     "gemma4_unified_text": "gemma4",
 }
