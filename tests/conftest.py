@@ -452,7 +452,13 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if kind == Q.F32 or array.ndim == 1 or array.shape[1] < 32 or gguf_name == "position_embd.weight" or gguf_name.endswith(KERNELS):
+    if (
+        kind == Q.F32
+        or array.ndim == 1
+        or array.shape[1] < 32
+        or gguf_name == "position_embd.weight"
+        or gguf_name.endswith(KERNELS)
+    ):
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0

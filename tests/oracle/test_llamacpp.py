@@ -35,12 +35,14 @@ ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GEL
 WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt2", "starcoder2")
 PASSED_OVER = (
     "per_layer_model_projection",
+    "modality_router",
     *(f"altup_{name}projections.{n}" for name in ("", "unembed_") for n in range(3)),
 )  # layers whose LoRAs llama.cpp does not add
-# llama.cpp has written in its code what no key tells it of Gemma 3n: 20 layers with keys and values, 10 sparse ones, sizes
+# llama.cpp has written in its code what no key tells it of Gemma 3n: 20 layers with keys and values, 10 sparse ones, sizes.
+# It takes the deviation of n activations over n - 1, the authors over n: many of them make that small
 LARGE = {
     "num_hidden_layers": 22, "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 4 + ["sliding_attention"] * 2,
-    "num_kv_shared_layers": 2, "laurel_rank": 64, "hidden_size_per_layer_input": 256,
+    "num_kv_shared_layers": 2, "laurel_rank": 64, "intermediate_size": 4096, "hidden_size_per_layer_input": 256,
     "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
 }  # fmt: skip
 # llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both

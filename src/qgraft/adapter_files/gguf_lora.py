@@ -217,7 +217,7 @@ def _file_tensors(
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
             continue
-        if stored.name in WITHOUT_LORA:
+        if stored.name.endswith(WITHOUT_LORA):
             problems.append(f"{path}: llama.cpp passes over a LoRA on {stored.name}")
             continue
         if lora.of_embedding:

@@ -22,7 +22,8 @@ from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma3n_fields, gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys, key_report
+from qgraft.checkpoints.gguf_key_report import key_report
+from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
@@ -96,7 +97,9 @@ def _chatglm(header: Header, values: dict[str, Any]) -> PreTrainedConfig:
     ratio = header.number("rope.freq_base", 10000.0) / ROTARY_BASE
     values |= {"rope_ratio": ratio, "rope_ratio_scales": "base" if ratio != 1 else None}
     with ForeignErrors(str(header.path)):
-        return ChatGLM2Config(**values, name_or_path=str(header.path))
+        config = ChatGLM2Config(**values)
+    config.name_or_path = str(header.path)
+    return config
 
 
 def idle_tensors(header: Header, file: GgufFile) -> set[str]:

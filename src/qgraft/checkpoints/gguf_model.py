@@ -118,7 +118,7 @@ class _TensorReader:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, self.rules.floats)):
+        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, *self.rules.floats)):
             order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
             return packed if order is None else take_rows(packed, order)

@@ -78,14 +78,14 @@ class Rules:
         norm_offset: what is added to the weights of norms in the file.
         kernels: how names of the file end whose second dimension, of one element, is left out.
         plain_norms: a part of the names of norms without that offset.
-        floats: how names of matrices end that are floats in the model.
+        floats: how names of matrices end whose weights transformers reads itself, so that they are floats.
     """
 
     rows: RowOrder | None = None
     norm_offset: float = 0.0
     kernels: str = "\0"
     plain_norms: str = "\0"
-    floats: str = "\0"
+    floats: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {  # general.architecture of the file
@@ -95,7 +95,7 @@ ARCHITECTURES = {  # general.architecture of the file
     "gemma": Rules(norm_offset=1.0),
     "gemma2": Rules(norm_offset=1.0),
     "gemma3": Rules(norm_offset=1.0),
-    "gemma3n": Rules(floats=".altup_correct_coef.weight"),
+    "gemma3n": Rules(floats=(".altup_correct_coef.weight", ".altup_predict_coef.weight")),
     "gemma4": Rules(),
     "glm4": Rules(),
     "gpt2": Rules(),
@@ -116,8 +116,9 @@ ARCHITECTURES = {  # general.architecture of the file
 }
 
 
-# Gemma 3n's and 4's, which llama.cpp multiplies by themselves, whatever LoRAs there are
-WITHOUT_LORA = ("per_layer_model_proj.weight", "altup_proj.weight", "altup_unembd_proj.weight")
+WITHOUT_LORA = (  # Gemma 3n's and 4's, which llama.cpp multiplies by themselves, whatever LoRAs there are
+    "per_layer_model_proj.weight", "altup_proj.weight", "altup_unembd_proj.weight", ".altup_router.weight",
+)  # fmt: skip
 _SLICES = re.compile(r"(model\.altup_(?:unembed_)?projections)\.(\d+)\.weight")
 
 

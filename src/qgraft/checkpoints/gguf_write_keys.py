@@ -186,6 +186,8 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width
         values["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
+    if not values.get("hidden_size_per_layer_input", True):  # of Gemma 4: no such table
+        values["vocab_size_per_layer_input"] = None
     layers = values.get("layer_types")
     if layers is not None and "sliding_attention" not in layers:
         values["sliding_window"] = None

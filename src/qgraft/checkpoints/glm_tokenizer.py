@@ -53,7 +53,7 @@ def is_glm4(path: Path) -> bool:
 def chatglm3_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a ChatGLM3's folder. Raises CheckpointError, UnsupportedError for another file than that."""
     data = path.read_bytes()
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
     try:
         proto.ParseFromString(data)
         SentencePieceProcessor().LoadFromSerializedProto(data)
