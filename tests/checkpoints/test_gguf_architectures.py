@@ -169,6 +169,15 @@ def test_a_tensor_too_many_is_refused(architecture: str, make_gguf: Maker, tmp_p
         qgraft.load(tiny.path, device="cpu")
 
 
+def test_gemma3n_computes_the_same_while_it_trains(tiny_gguf: Maker) -> None:
+    """transformers clamps weights of its altup in each pass of a training, which therefore are floats."""
+    model, _ = qgraft.load(tiny_gguf("gemma3n").path, dtype="float32", device="cpu")
+    expected = logits_of(model)
+    qgraft.attach_lora(model, r=2)
+    assert not [name for name in loras(model) if "coefs" in name]
+    assert torch.equal(logits_of(model.train()), expected)
+
+
 @pytest.mark.parametrize("ratio", [1, 500])
 def test_chatglm_is_what_transformers_glm_computes(ratio: int, tiny_gguf: Maker) -> None:
     """Its model is our own code, so transformers' GLM with the same weights judges it: theirs has q, k and v apart."""

@@ -32,7 +32,8 @@ from qgraft.data.tokenizing import encode_prompt
 Maker = Callable[..., Any]
 STEPS = 6
 ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
-WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gpt2", "starcoder2")
+WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "starcoder2")
+TOLERANCES = {**dict.fromkeys(WITH_GELU, GELU), "gemma3n": 2e-2}  # measured of the latter: 6e-3, see LARGE
 PASSED_OVER = (
     "per_layer_model_projection",
     "modality_router",
@@ -75,7 +76,7 @@ def test_float32_files_give_our_logprobs_to_rounding(
     model, _ = load_gguf(path, torch.float32)
     attach_noise(model)
     export_gguf_lora(model, tmp_path / "lora.gguf", dtype="float32")
-    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), TOLERANCES.get(architecture, ROUNDING)
     options = {"top": model.config.vocab_size, "exact": True}
     use_adapter(model, None)
     base = llamacpp_greedy(path, prompt, STEPS, **options)
@@ -249,7 +250,7 @@ def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
     export_gguf_lora(model, lora, dtype="float32")
     use_adapter(model, None)
     qgraft.save(model, path)
-    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), TOLERANCES.get(architecture, ROUNDING)
     options = {"top": model.config.vocab_size, "exact": True}
     theirs = llamacpp_greedy(path, prompt, STEPS, **options)
     assert theirs.gap(our_logprobs(tiny.model, prompt, theirs.ids)).max() < tolerance
