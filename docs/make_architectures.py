@@ -53,8 +53,15 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Layers
+Not served from GGUF, and refused by name: experts (`expert_count`) and all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
+
+`chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
+held to transformers' GLM with the same weights too. In Gemma 3n and 4 the table of embeddings for each layer stays packed
+and mapped, and the rows of the tokens are gathered. Keys and values of layers that take those of others are left as they
+are. llama.cpp adds no LoRA to `per_layer_model_proj`, and in Gemma 3n to altup's projections and router: an adapter with
+one there is refused as a GGUF-LoRA, and can be merged. Gemma 3n is not written from folders, which have no keys and values
+for those layers, and llama.cpp wants them; it takes the deviation of n activations over n - 1, the authors' model over n.
 
 A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than
 transformers, and in a K-quant several heads share a block. So these bytes stay as they are, in any format, and the layer
@@ -84,7 +91,8 @@ def gguf_section() -> str:
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        lines.append(f"| `{name}` | {models} | yes | {apart} | yes | {decoded} | {', '.join(stored)} |")
+        written = "merged only" if name == "gemma3n" else "yes"
+        lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 
 

@@ -8,6 +8,7 @@ package.
 import gc
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -139,17 +140,28 @@ def write_tiny(
         if value is not None:
             _add(writer, key, value)
     tiny = TinyGguf(path, model)
+    slices: dict[str, list[tuple[np.ndarray, Q]]] = {}  # Gemma 3n's altup projections are slices of one tensor
     of_heads: dict[str, list[np.ndarray]] = {}  # StableLM's norms of each head are rows of one tensor
-    for index, (name, parameter) in enumerate(model.named_parameters()):
+    for index, (name, parameter) in enumerate(stored_tensors(model)):
         stem, _, suffix = name.rpartition(".")
         if ".norms." in stem:
             of_heads.setdefault(f"{names.get_name(stem.partition('.norms.')[0])}.{suffix}", []).append(
                 parameter.numpy()
             )
             continue
+        if stacked_in := re.fullmatch(r"(model\.altup_(?:unembed_)?projections)\.\d+", stem):
+            value, kind = _encode("", parameter.detach(), types[0], index)
+            meant = torch.from_numpy(np.array(gguf.quants.dequantize(value, kind), np.float32))
+            with torch.no_grad():
+                parameter.copy_(meant)
+            slices.setdefault(f"{names.get_name(stacked_in[1])}.weight", []).append((value, kind))
+            continue
+        stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
         gguf_name = names.get_name(name) or f"{names.get_name(stem)}.{suffix}"
         if name.endswith("dt_bias"):
             gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
+        if name.endswith(("layer_scalar", "correct_output_scale")):
+            gguf_name += ".weight"
         stored, kind = _encode(
             gguf_name, _to_file(model, architecture, name, parameter), types[index % len(types)], index
         )
@@ -160,6 +172,17 @@ def write_tiny(
         if gguf_name not in drop and gguf_name not in (extra or {}):
             writer.add_tensor(gguf_name, stored, raw_dtype=kind)
     stacked = {gguf_name: np.stack(rows) for gguf_name, rows in of_heads.items()}
+    for gguf_name, parts in slices.items():
+        writer.add_tensor(gguf_name, np.stack([value for value, _ in parts]), raw_dtype=parts[0][1])
+    if architecture == "gemma3n":  # their file has them, and nothing reads them
+        own = model.config.num_hidden_layers - model.config.num_kv_shared_layers
+        for layer in range(own, model.config.num_hidden_layers):
+            shape = (model.config.num_key_value_heads * model.config.head_dim, model.config.hidden_size)
+            stacked |= {f"blk.{layer}.attn_{name}.weight": np.ones(shape, np.float32) for name in "kv"}
+            stacked[f"blk.{layer}.attn_k_norm.weight"] = np.ones(model.config.head_dim, np.float32)
+    if architecture == "gemma4":  # Gemma4Model.generate_extra_tensors
+        pairs = keys["gemma4.attention.key_length"] // 2
+        stacked["rope_freqs.weight"] = np.array([1.0] * (pairs // 4) + [1e30] * (pairs - pairs // 4), np.float32)
     for gguf_name, value in {**stacked, **(extra or {})}.items():
         writer.add_tensor(gguf_name, value)
     writer.write_header_to_file()
@@ -174,34 +197,48 @@ def float_model(architecture: str, tied: bool, options: dict[str, Any], seed: in
     class_name, config_name, tiny = MODELS[architecture]
     tokens = len(vocabulary(architecture)["tokenizer.ggml.tokens"])
     ids = {"bos_token_id": 1, "eos_token_id": 2}
-    config = getattr(transformers, config_name)(
-        **{"vocab_size": tokens, "tie_word_embeddings": tied, **ids, **tiny, **options}
+    if "hidden_size_per_layer_input" in tiny:
+        ids["vocab_size_per_layer_input"] = tokens
+    own = (
+        globals()
+        if architecture == "chatglm"
+        else {name: getattr(transformers, name) for name in (class_name, config_name)}
     )
+    words = "padded_vocab_size" if architecture == "chatglm" else "vocab_size"
+    config = own[config_name](**{words: tokens, "tie_word_embeddings": tied, **ids, **tiny, **options})
     torch.manual_seed(seed)
-    model = getattr(transformers, class_name)(config).eval().requires_grad_(False)
+    model = own[class_name](config).eval().requires_grad_(False)
     if architecture == "gemma2":  # transformers 5.17 leaves the cap of its scores out of every other attention
         model.set_attn_implementation("eager")
-    for name, parameter in model.named_parameters():
+    for name, parameter in stored_tensors(model):
         if parameter.dim() > 1:
             parameter.copy_(torch.randn(parameter.shape) * (1.0 if "embed" in name or "wte" in name else 0.12))
         else:
             plain = "linear_attn.norm" in name or not _offset(architecture)
-            centre = 1.0 if name.endswith(".weight") and plain else 0.0
+            centre = 1.0 if name.endswith((".weight", ".layer_scalar")) and plain else 0.0
             parameter.copy_(centre + 0.2 * torch.randn(parameter.shape))
     return model
+
+
+def stored_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Parameters, and buffers that a checkpoint holds."""
+    held = model.state_dict().keys()
+    return [*model.named_parameters(), *((name, buffer) for name, buffer in model.named_buffers() if name in held)]
 
 
 def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> dict[str, Any]:
     """What llama.cpp's converter writes about the shape of a model."""
     c = model.config
+    if architecture == "gemma4":
+        return gemma4_metadata(c.to_dict())
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     key_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
     if architecture == "lfm2":
         key_heads = [0 if kind == "conv" else key_heads for kind in c.layer_types]
     grouped = {f"{architecture}.attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
-                                           "layer_norm_epsilon") if getattr(c, k, None))  # fmt: skip
-    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture == "lfm2" else ""
+                                           "layer_norm_epsilon", "layernorm_epsilon") if getattr(c, k, None))  # fmt: skip
+    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture in ("chatglm", "lfm2") else ""
     keys = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -226,6 +263,18 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads, "full_attention_interval": 4,
             "rope.dimension_sections": [11, 11, 10, 0],
         }  # fmt: skip
+    if architecture == "gemma3n":  # Gemma3NModel.set_gguf_parameters
+        del keys["rope.dimension_count"]
+        normal = torch.distributions.normal.Normal(0, 1)
+        keys |= {
+            "feed_forward_length": c.intermediate_size, "altup.active_idx": c.altup_active_idx,
+            "altup.num_inputs": c.altup_num_inputs, "embedding_length_per_layer_input": c.hidden_size_per_layer_input,
+            "attention.shared_kv_layers": c.num_kv_shared_layers,
+            "activation_sparsity_scale": [normal.icdf(torch.tensor(s)).item() for s in c.activation_sparsity_pattern],
+            "attention.sliding_window_pattern": [kind == "sliding_attention" for kind in c.layer_types],
+        }  # fmt: skip
+    if architecture == "chatglm":
+        keys |= {"rope.dimension_count": head_dim // 2, "rope.freq_base": 10000.0 * c.rope_ratio}
     if architecture == "lfm2":
         keys["shortconv.l_cache"] = c.conv_L_cache
     if architecture == "granite":
@@ -240,6 +289,30 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             "attention.temperature_scale": rope["llama_4_scaling_beta"],
         }  # fmt: skip
     return {"general.name": "tiny", **{f"{architecture}.{k}": v for k, v in keys.items()}, **grouped}
+
+
+def gemma4_metadata(c: dict[str, Any]) -> dict[str, Any]:
+    """llama.cpp: Gemma4Model.set_gguf_parameters, after those of TextModel."""
+    own = {**c, **c["per_layer_config"]["1"]}  # of layers without a window
+    windowed = [kind == "sliding_attention" for kind in c["layer_types"]]
+    ropes = c["rope_parameters"]
+    shared, ffn = c["num_kv_shared_layers"], c["intermediate_size"]
+    keys = {
+        "context_length": c["max_position_embeddings"], "embedding_length": c["hidden_size"],
+        "block_count": len(windowed), "attention.head_count": c["num_attention_heads"],
+        "feed_forward_length": [ffn] * (len(windowed) - shared) + [ffn * (1 + c["use_double_wide_mlp"])] * shared,
+        "attention.head_count_kv": [(c if each else own)["num_key_value_heads"] for each in windowed],
+        "attention.layer_norm_rms_epsilon": c["rms_norm_eps"], "attention.sliding_window": c["sliding_window"],
+        "attention.sliding_window_pattern": windowed, "attention.shared_kv_layers": shared,
+        "embedding_length_per_layer_input": c["hidden_size_per_layer_input"],
+        "attention.key_length": own["head_dim"], "attention.value_length": own["head_dim"],
+        "attention.key_length_swa": c["head_dim"], "attention.value_length_swa": c["head_dim"],
+        "rope.dimension_count": own["head_dim"], "rope.dimension_count_swa": c["head_dim"],
+        "rope.freq_base": ropes["full_attention"]["rope_theta"],
+        "rope.freq_base_swa": ropes["sliding_attention"]["rope_theta"],
+        **({"final_logit_softcapping": c["final_logit_softcapping"]} if c["final_logit_softcapping"] else {}),
+    }  # fmt: skip
+    return {"general.name": "tiny", **{f"gemma4.{key}": value for key, value in keys.items()}}
 
 
 def vocabulary(architecture: str) -> dict[str, Any]:
@@ -379,7 +452,13 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if kind == Q.F32 or array.ndim == 1 or gguf_name == "position_embd.weight" or gguf_name.endswith(KERNELS):
+    if (
+        kind == Q.F32
+        or array.ndim == 1
+        or array.shape[1] < 32
+        or gguf_name == "position_embd.weight"
+        or gguf_name.endswith(KERNELS)
+    ):
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0

@@ -37,6 +37,23 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
          "num_kv_heads": KV_HEADS, "new_decoder_architecture": True},
     ),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", {**SHAPE, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh"}),
+    "chatglm": (
+        "ChatGLM2ForConditionalGeneration", "ChatGLM2Config",
+        {"hidden_size": HIDDEN, "num_layers": LAYERS, "num_attention_heads": HEADS, "multi_query_group_num": KV_HEADS,
+         "ffn_hidden_size": FFN, "seq_length": LENGTH, "kv_channels": 16, "pad_token_id": None},
+    ),
+    "gemma3n": (  # the last two layers take keys and values of the others
+        "Gemma3nForCausalLM", "Gemma3nTextConfig",
+        {**SHAPE, "head_dim": 16, "sliding_window": 8, "num_hidden_layers": 4,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2, "laurel_rank": 32,
+         "hidden_size_per_layer_input": 32, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
+    ),
+    "gemma4": (  # the last two layers take keys and values of the others
+        "Gemma4ForCausalLM", "Gemma4TextConfig",
+        {**SHAPE, "head_dim": 16, "global_head_dim": 32, "sliding_window": 8, "num_hidden_layers": 4,
+         "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+         "use_double_wide_mlp": True, "hidden_size_per_layer_input": 32, "final_logit_softcapping": 30.0},
+    ),
     "glm4": ("Glm4ForCausalLM", "Glm4Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
     "granite": (
         "GraniteForCausalLM", "GraniteConfig",

@@ -57,6 +57,8 @@ _BLOCK = 1 << 22  # numbers of a weight that are unpacked at a time
 _LINEARS = {"torch.nn.modules.linear.Linear", "transformers.models.falcon.modeling_falcon.FalconLinear"}
 # Models of transformers whose code reads the weights of layers only where this option of their configuration is set.
 _READS_IF = {"bloom": "slow_but_exact"}
+# Models whose embeddings are compared with given ones only, to find the ids that these are of: NaN are none, an error there
+_COMPARES = {"transformers.models.gemma4.modeling_gemma4.Gemma4ForCausalLM"}
 
 
 def qualified_name(module: nn.Module) -> str:
@@ -80,18 +82,20 @@ def weight_is_read(model: nn.Module, path: str) -> bool:
     option = _READS_IF.get(getattr(getattr(owner, "config", None), "model_type", ""))
     if not type(owner).__module__.startswith("transformers.models.") or (option and not getattr(owner.config, option)):
         return False
+    if isinstance(owner.get_submodule(name), nn.Embedding) and qualified_name(model) in _COMPARES:
+        return False
     return name in _read_weights(type(owner).__module__)
 
 
 @cache
 def _read_weights(module: str) -> frozenset[str]:
-    """The names of layers whose weights are read in a Python module, for more than their dtype or device.
+    """The names of layers whose weights are read in a Python module, for more than their dtype or device, or are clamped.
 
     What begins with `module.` is not: so the functions call what they initialize.
     """
     # names in strings are no code
     source = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module]))
-    chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)"
+    chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device)\b|\.data\b(?!\.clamp_))"
     return frozenset(re.findall(chain, source))
 
 

@@ -590,12 +590,11 @@ def test_commands_name_the_vocabulary_that_is_missing(folder, rows, tmp_path, ge
     assert not (tmp_path / "o").exists()
 
 
-def test_a_third_generation_is_not_asked_for_a_file_that_it_has(folder, tmp_path, capsys):
+def test_a_vocabulary_that_is_no_third_generations_is_refused(folder, tmp_path, capsys):
     path = copy_of(folder("chatglm2", "int4"), tmp_path)
     configure(path, _name_or_path="THUDM/chatglm3-6b")
     assert run("chat", "--model", path, "--prompt", "hi") == 2
-    told = capsys.readouterr().err
-    assert "this is a ChatGLM3, whose prompts are not known" in told and "hint" not in told
+    assert "a sentencepiece file that is no plain BPE, as ChatGLM3's is" in capsys.readouterr().err
 
 
 def other(generation: str) -> str:

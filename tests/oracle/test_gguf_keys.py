@@ -23,7 +23,9 @@ from qgraft.checkpoints.gguf_model import load_gguf
 LENGTH, CONTEXT = 96, 256
 TOLERANCE, CONTROL = 1e-2, 5e-2
 LAYER_NORM = ("falcon", "gpt2", "nemotron", "stablelm", "starcoder2")
-ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates)
+ROTATING = tuple(
+    name for name, keys in TABLE.items() if keys.rotates and name != "gemma4"
+)  # it takes none of these keys
 GEMMA = {
     "num_hidden_layers": 6,  # the last without a window in Gemma 3
     "head_dim": 16,
@@ -112,6 +114,15 @@ CASES = {
         "pattern": {"attention.sliding_window_pattern": 3},
         "list": {"attention.sliding_window_pattern": [False, True, True, False, True, False]},
     }.items()},
+    **{f"gemma4: {label}": Case("gemma4", keys) for label, keys in {
+        "base": {"rope.freq_base": 123.0}, "window's base": {"rope.freq_base_swa": 123.0},
+        "window": {"attention.sliding_window": 5}, "final cap": {"final_logit_softcapping": 1.0},
+    }.items()},
+    "gemma4: all of a head": Case("gemma4", {}, {"rope_freqs.weight": np.ones(16, np.float32)}),
+    "gemma4: keys that are values": Case(
+        "gemma4", {}, config={"attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 0,
+                              "hidden_size_per_layer_input": 0, "use_double_wide_mlp": False}
+    ),
     "gemma2: attention cap": Case("gemma2", {"attn_logit_softcapping": 1.0}),
     "gemma2: no window stated": Case("gemma2", {"attention.sliding_window": None}),
     "gemma3: no window": Case("gemma3", {"attention.sliding_window": 0}),

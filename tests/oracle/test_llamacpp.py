@@ -32,9 +32,22 @@ from qgraft.data.tokenizing import encode_prompt
 Maker = Callable[..., Any]
 STEPS = 6
 ROUNDING, GELU, HALF = 3e-5, 5e-3, 1e-2  # measured: 4e-6; 2e-3 (llama.cpp's GELU is a table in float16); 2e-3
-WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gpt2", "starcoder2")
+WITH_GELU = ("falcon", "gemma", "gemma2", "gemma3", "gemma4", "gpt2", "starcoder2")
+TOLERANCES = {**dict.fromkeys(WITH_GELU, GELU), "gemma3n": 2e-2}  # measured of the latter: 6e-3, see LARGE
+PASSED_OVER = (
+    "per_layer_model_projection",
+    "modality_router",
+    *(f"altup_{name}projections.{n}" for name in ("", "unembed_") for n in range(3)),
+)  # layers whose LoRAs llama.cpp does not add
+# llama.cpp has written in its code what no key tells it of Gemma 3n: 20 layers with keys and values, 10 sparse ones, sizes.
+# It takes the deviation of n activations over n - 1, the authors over n: many of them make that small
+LARGE = {
+    "num_hidden_layers": 22, "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 4 + ["sliding_attention"] * 2,
+    "num_kv_shared_layers": 2, "laurel_rank": 64, "intermediate_size": 4096, "hidden_size_per_layer_input": 256,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 12,
+}  # fmt: skip
 # llama.cpp scales Gemma's attention by its head_dim, transformers by an option that no file states; 256 is both
-CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}}
+CONFIG = {"gemma2": {"head_dim": 256}, "gemma3": {"head_dim": 256}, "gemma3n": LARGE}
 
 
 def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
@@ -46,7 +59,8 @@ def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
 def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = None) -> None:
     """A LoRA "default" large enough to change the answers; on every linear layer unless `layers` says otherwise."""
     plain = LoraConfig(r=4, lora_alpha=8)
-    attach_layers(model, "default", layers or dict.fromkeys(find_targets(model, "all-linear"), plain))
+    targets = [path for path in find_targets(model, "all-linear") if not path.endswith(PASSED_OVER)]
+    attach_layers(model, "default", layers or dict.fromkeys(targets, plain))
     torch.manual_seed(7)
     with torch.no_grad():
         for lora in find_adapter(model, "default").parts.values():
@@ -62,7 +76,7 @@ def test_float32_files_give_our_logprobs_to_rounding(
     model, _ = load_gguf(path, torch.float32)
     attach_noise(model)
     export_gguf_lora(model, tmp_path / "lora.gguf", dtype="float32")
-    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), TOLERANCES.get(architecture, ROUNDING)
     options = {"top": model.config.vocab_size, "exact": True}
     use_adapter(model, None)
     base = llamacpp_greedy(path, prompt, STEPS, **options)
@@ -221,7 +235,7 @@ def test_the_real_base_scores_like_ours(llamacpp_greedy, our_logprobs):
 
 
 @pytest.mark.spread(4)
-@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {"chatglm", "gemma3n"}))
 def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
     architecture, tiny_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path
 ):
@@ -236,7 +250,7 @@ def test_a_folder_saved_as_a_file_gives_our_logprobs_and_ids(
     export_gguf_lora(model, lora, dtype="float32")
     use_adapter(model, None)
     qgraft.save(model, path)
-    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), GELU if architecture in WITH_GELU else ROUNDING
+    prompt, tolerance = random_ids(model, rows=1)[0].tolist(), TOLERANCES.get(architecture, ROUNDING)
     options = {"top": model.config.vocab_size, "exact": True}
     theirs = llamacpp_greedy(path, prompt, STEPS, **options)
     assert theirs.gap(our_logprobs(tiny.model, prompt, theirs.ids)).max() < tolerance

@@ -68,11 +68,29 @@ OTHERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+GEMMA = {
+    "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 128, "sliding_window": WINDOW, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "num_kv_shared_layers": 2,
+}  # fmt: skip
+EMBEDDED = {**GEMMA, "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 32}
+WIDE = {"global_head_dim": 32, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0}
+OWN: dict[str, dict[str, Any]] = {  # the whole configuration, where some fields differ from layer to layer
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), {**EMBEDDED, "laurel_rank": 8,
+                    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}),
+    **dict.fromkeys(("gemma4", "gemma4_text"), {**EMBEDDED, **WIDE}),
+    **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), {**GEMMA, **WIDE}),
+}  # fmt: skip
+
+
 def config_of(kind: str) -> PreTrainedConfig:
     """A tiny configuration; raises whatever transformers raises for sizes that do not fit."""
     config_class: Any = CONFIG_MAPPING[kind]
     default = config_class()
     text = default.get_text_config(decoder=True)
+    if kind in OWN:
+        return type(text)(**OWN[kind])
     computed = {name for name in SIZES if isinstance(getattr(type(text), name, None), property)}
     names = {name: value for name, value in SIZES.items() if hasattr(text, name) and name not in computed}
     return type(text)(**(names | OTHERS.get(kind, {})))

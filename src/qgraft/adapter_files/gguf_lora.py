@@ -43,6 +43,7 @@ from qgraft.adapters.states import loras_of, non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
+from qgraft.checkpoints.gguf_rules import WITHOUT_LORA
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
 from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
@@ -215,6 +216,9 @@ def _file_tensors(
         stored = origin.matrices.get(path)
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
+            continue
+        if stored.name.endswith(WITHOUT_LORA):
+            problems.append(f"{path}: llama.cpp passes over a LoRA on {stored.name}")
             continue
         if lora.of_embedding:
             problems.append(f"{path}: a LoRA on the embedding, which a GGUF-LoRA of qgraft does not hold")

@@ -37,6 +37,7 @@ from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
+from qgraft.checkpoints.glm_tokenizer import chatglm3_tokenizer, glm4_tokenizer, is_glm4
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -365,10 +366,14 @@ def _native_tokenizer(
     if not path.is_file():
         return None, [f"the folder has no vocabulary file ({path.name}), so there is no tokenizer"]
     files = [folder / "config.json", folder / "tokenizer_config.json"]
-    if any(re.search(rb"chatglm3", file.read_bytes(), re.IGNORECASE) for file in files if file.is_file()):
-        return None, ["this is a ChatGLM3, whose prompts are not known here: the model loads without a tokenizer"]
+    third = any(re.search(rb"chatglm3", file.read_bytes(), re.IGNORECASE) for file in files if file.is_file())
     with ForeignErrors(f"{path}: no tokenizer can be built of it"):
-        tokenizer = architecture.tokenizer(vocab_file=str(path))
+        if path.name == "tokenizer.model" and is_glm4(path):
+            tokenizer = glm4_tokenizer(path)
+        elif third:
+            tokenizer = chatglm3_tokenizer(path)
+        else:
+            tokenizer = architecture.tokenizer(vocab_file=str(path))
     if problems := _vocabulary_problems(tokenizer, config):
         raise CheckpointError(
             f"{path} is not this model's vocabulary: {'; '.join(problems)}",
@@ -380,8 +385,8 @@ def _native_tokenizer(
 def _vocabulary_problems(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
     """Where the tokenizer's ids and the model's part: ids beyond the embedding, or other ids for what both call alike."""
     problems = []
-    if tokenizer.vocab_size > config.vocab_size:
-        problems.append(f"it has {tokenizer.vocab_size} ids, and the model {config.vocab_size}")
+    if len(tokenizer) > config.vocab_size:
+        problems.append(f"it has {len(tokenizer)} ids, and the model {config.vocab_size}")
     for name in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id"):
         ours, told = getattr(tokenizer, name, None), getattr(config, name, None)
         if isinstance(ours, int) and isinstance(told, int) and ours != told:

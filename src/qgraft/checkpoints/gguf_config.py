@@ -18,13 +18,17 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_gemma import gemma3n_fields, gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW, Keys, key_report
+from qgraft.checkpoints.gguf_key_report import key_report
+from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
+from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
-_SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 where the key is absent
+_SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 and 3n where the key is absent
 _PERIODS = {"exaone4": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so many layers one without a window
 _SCALES = {"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}
 _MOST_NAMED = 8
@@ -43,8 +47,14 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
     if header.architecture in ("gemma2", "gemma3"):
         values |= _gemma(header, file)
+    elif header.architecture == "gemma3n":
+        values |= gemma3n_fields(header, file)
+    elif header.architecture == "gemma4":
+        values |= gemma4_fields(header, file)
     elif keys.rotates:
         values["rope_parameters"] = rope_parameters(header, file)
+    if header.architecture == "chatglm":
+        return _chatglm(header, values)
     if header.architecture in ("exaone4", "olmo2"):
         values |= _windowed(header, values["rope_parameters"])
     if header.architecture == "lfm2":
@@ -81,9 +91,23 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     return config
 
 
-def draft_tensors(header: Header, file: GgufFile) -> set[str]:
-    """The tensors of layers that only draft tokens: no part of the model here, and copied when it is saved."""
+def _chatglm(header: Header, values: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of our own code; half of each head is rotated, which llama.cpp does not do unless it is told."""
+    header.count("rope.dimension_count")
+    ratio = header.number("rope.freq_base", 10000.0) / ROTARY_BASE
+    values |= {"rope_ratio": ratio, "rope_ratio_scales": "base" if ratio != 1 else None}
+    with ForeignErrors(str(header.path)):
+        config = ChatGLM2Config(**values)
+    config.name_or_path = str(header.path)
+    return config
+
+
+def idle_tensors(header: Header, file: GgufFile) -> set[str]:
+    """Tensors that are no part of the model here, and copied when it is saved: of layers that only draft tokens, and
+    keys and values of layers that take those of others."""
     layers = header.layers
+    if header.architecture in ("gemma3n", "gemma4"):
+        return unread_tensors(header, file)
     return (
         {name for name in file.tensors if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= layers}
         if header.count("block_count") > layers
@@ -113,14 +137,23 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
-    optional = ["attention.head_count_kv", "attention.key_length", "rope.dimension_count", "ssm.conv_kernel",
-                "ssm.group_count", "ssm.state_size", "ssm.time_step_rank"]  # fmt: skip
+    optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
+                "rope.dimension_count", "ssm.conv_kernel", "ssm.group_count", "ssm.state_size",
+                "ssm.time_step_rank"]  # fmt: skip
     if header.architecture == "lfm2":
         optional.remove("attention.head_count_kv")  # by _key_heads
+    if header.get(PER_LAYER) == 0:
+        optional.remove(PER_LAYER)  # none
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
-            header.count(key, most=len(blocks) if key == "block_count" else widest)
+            if header.architecture in ("gemma3n", "gemma4") and key in (
+                "feed_forward_length",
+                "attention.head_count_kv",
+            ):
+                header.per_layer(key, most=widest)
+            else:
+                header.count(key, most=len(blocks) if key == "block_count" else widest)
         except (CheckpointError, UnsupportedError) as error:
             problems.append(error)
     if len(problems) == 1:
@@ -158,7 +191,7 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
         elif key.endswith("epsilon"):
             values[field] = header.number(key, zero=True)
         elif key.endswith("softcapping"):
-            default = _SOFT_CAPS[key] if header.architecture == "gemma2" else 0.0
+            default = _SOFT_CAPS[key] if header.architecture in ("gemma2", "gemma3n") else 0.0
             values[field] = header.number(key, default, zero=not default) or None
         elif key in _SCALES:  # 0 is none
             usual = header.attention_width**-0.5 if key == "attention.scale" else 1.0

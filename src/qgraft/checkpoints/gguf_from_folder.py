@@ -36,6 +36,7 @@ from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.origin import Matrix, Origin, Stored, find_origin
+from qgraft.data.scripted import WritesPrompts
 from qgraft.errors import CheckpointError, StorageError, UnsupportedError
 from qgraft.formats import get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -93,7 +94,7 @@ def gguf_names(model: Any) -> tuple[str, Origin]:
 
 def _architecture(model: Any) -> str:
     architecture = ARCHITECTURE_OF.get(model.config.model_type)
-    if architecture is None:
+    if architecture is None or isinstance(base_of(model).tokenizer, WritesPrompts):  # ChatGLM-6B and ChatGLM2-6B
         possible = ", ".join(sorted(ARCHITECTURE_OF))
         raise _refusal(find_origin(model).path, f"its architecture is {model.config.model_type}; possible: {possible}")
     return architecture
@@ -177,7 +178,11 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
         name = stored(f"{path}.weight")
         rows: int = held.packed_weight.get().shape[0]
         matrices[path] = Stored(name, row_order(name, rows, rules, model.config), column_order(name, model.config))
-    for name, parameter in model.named_parameters():
+    held_buffers = model.state_dict().keys()
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if name in held_buffers]
+    for name, parameter in chain(model.named_parameters(), buffers):
+        if ".packed_weight." in name:
+            continue
         if ".loras." in name or ".lora_" in name or name == "computes_in":
             continue
         plain = name.replace(".base.", ".")

@@ -62,6 +62,16 @@ class Header:
             raise self.wrong(key, "a positive integer" if most is None else f"an integer from 1 to {most}")
         return value
 
+    def per_layer(self, key: str, default: int | None = None, most: int | None = None) -> list[int]:
+        """An integer from 1 to `most` for each layer, of a list of them or of one."""
+        value = default if self.get(key) is None else self.get(key)
+        layers = self.count("block_count")
+        values: list[Any] = value if isinstance(value, list) else [value] * layers
+        if len(values) != layers or not all(type(n) is int and 1 <= n <= (most or n) for n in values):
+            limit = "a positive integer" if most is None else f"an integer from 1 to {most}"
+            raise self.wrong(key, f"{limit}, or a list of one for each of {layers} layers")
+        return values
+
     @property
     def width(self) -> int:
         """Elements of a hidden state."""
@@ -95,6 +105,14 @@ class Header:
         if type(drafts) is not int or not 0 <= drafts < self.count("block_count"):
             raise self.wrong("nextn_predict_layers", "an integer from 0 on, less than block_count")
         return self.count("block_count") - drafts
+
+    @property
+    def shared(self) -> int:
+        """Of Gemma 4 the last layers, as many as this, which take keys and values from those before."""
+        shared = self.get("attention.shared_kv_layers") or 0
+        if type(shared) is not int or not 0 <= shared < self.layers:
+            raise self.wrong("attention.shared_kv_layers", "an integer from 0 on, less than block_count")
+        return shared
 
     def attends(self, layer: int) -> bool:
         """Whether a layer of Qwen 3.5 has attention instead of a gated delta net."""

@@ -19,7 +19,6 @@ soft caps of those that it does; and it walks each string of the vocabulary to r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
 from qgraft.checkpoints.gguf_header import Header, is_number
@@ -28,6 +27,8 @@ Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
+SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 3n's and 4's
+SPARSITY = "activation_sparsity_scale"
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Keys:
         used: key -> what code does with it.
         ignored: key -> why it is without effect here, beside IGNORED.
         musts: keys that are refused unless they say what is computed, beside MUSTS.
-        rotates: whether positions are rotations (not gpt2's table).
+        rotates: whether a module of transformers makes rotations of positions (not gpt2's table, nor ChatGLM's own code).
         partial: whether a part of a head may be rotated.
         scalings: values of rope.scaling.type that are served.
         freqs: whether rope_freqs.weight divides the frequencies.
@@ -177,6 +178,10 @@ _SIZES = {
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+_BY_LAYER = {  # a number, or a list with one for each layer
+    "feed_forward_length": "intermediate_size, and whether the layers that share keys and values have twice that",
+    "attention.head_count_kv": "num_key_value_heads, of layers without a window num_global_key_value_heads",
+}
 _SCALES = {  # of Granite
     "attention.scale": "attention_multiplier",
     "embedding_scale": "embedding_multiplier",
@@ -207,6 +212,12 @@ _TEMPERATURE = {
     "rope.scaling.yarn_log_multiplier": "mscale_all_dim of yarn",
 }
 _SAME_BASE = {"rope.freq_base_swa": _same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
+_UNSCALED = {  # positions
+    "rope.scaling.type": Must(lambda _, got: got in ("none", "linear"), "none or linear"),
+    "rope.scaling.factor": _one_of(0, 1),
+    "rope.scale_linear": _one_of(0, 1),
+    "rope.scaling.attn_factor": _one_of(1),
+}
 _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 _SAME_LAYERS = {
     PATTERN: Must(
@@ -216,6 +227,18 @@ _SAME_LAYERS = {
 }
 
 TABLE: dict[str, Keys] = {  # by general.architecture
+    "chatglm": Keys(  # ChatGLM3 and GLM-4-9B, in our own code (models/chatglm2.py)
+        "chatglm",
+        {"context_length": "seq_length", "embedding_length": "hidden_size", "block_count": "num_layers",
+         "feed_forward_length": "ffn_hidden_size", "attention.head_count": "num_attention_heads",
+         "attention.head_count_kv": "multi_query_group_num", "attention.key_length": "kv_channels",
+         _RMS: "layernorm_epsilon"},
+        {"rope.freq_base": "10000 times rope_ratio, 10000 where it is absent"},
+        musts={**_UNSCALED, "rope.dimension_count": _same(
+            "half of a head", lambda header: header.head_dim // 2
+        )},
+        rotates=False, present={"add_qkv_bias": "attn_qkv.bias"},
+    ),
     "exaone4": Keys(
         "exaone4", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, freqs=True
     ),
@@ -239,6 +262,38 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         "gemma3_text",
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "final_logit_softcapping": "final_logit_softcapping"},
         {**_ROPE, **_WINDOWS, "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+    ),
+    "gemma3n": Keys(
+        "gemma3n_text",
+        {**{key: field for key, field in _SIZES.items() if key != "feed_forward_length"}, _RMS: "rms_norm_eps", **_HEAD_DIM,
+         "final_logit_softcapping": "final_logit_softcapping", PER_LAYER: "hidden_size_per_layer_input",
+         "altup.num_inputs": "altup_num_inputs"},
+        {**_WINDOWS, "feed_forward_length": "intermediate_size; a number, or a list with one for each layer",
+         "altup.active_idx": "altup_active_idx", SHARED: "last layers, which take keys and values from those before",
+         SPARSITY: "activation_sparsity_pattern: of each layer the quantile of the share that it drops",
+         "rope.freq_base": "base in layers without a window, 10000 where it is absent",
+         "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
+        musts={**_UNSCALED, "attention.scale": _one_of(0, 1)},
+    ),
+    "gemma4": Keys(  # two kinds of layers: gguf_gemma.py
+        "gemma4_text",
+        {**{key: field for key, field in _SIZES.items() if key not in _BY_LAYER}, _RMS: "rms_norm_eps",
+         "final_logit_softcapping": "final_logit_softcapping"},
+        {**_WINDOWS, **_BY_LAYER,
+         "rope.freq_base": "base in layers without a window, 10000 where it is absent",
+         "rope.freq_base_swa": "base in layers with a window, rope.freq_base where it is absent",
+         "attention.key_length": "global_head_dim: elements of a head in layers without a window",
+         "attention.key_length_swa": "head_dim: elements of a head in layers with a window",
+         SHARED: "last layers, which take keys and values from those before",
+         PER_LAYER: "hidden_size_per_layer_input: numbers of each token for each layer"},
+        musts={
+            **_UNSCALED,
+            "attention.scale": _one_of(0, 1),
+            **dict.fromkeys(("attention.value_length_swa", "rope.dimension_count_swa"), _same(
+                "attention.key_length_swa", lambda header: header.count("attention.key_length_swa")
+            )),
+        },
+        freqs=True,
     ),
     "glm4": Keys(
         "glm4", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_PART}, partial=True,
@@ -319,45 +374,3 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         musts={**_SAME_BASE, **_SAME_LAYERS},
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class KeyReport:
-    """The keys of one file: used; without effect, with the reason; refused, with what was expected; unknown."""
-
-    used: dict[str, str] = field(default_factory=dict)
-    without_effect: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-
-
-def key_report(header: Header) -> KeyReport:
-    """Sort the keys of a file whose architecture is in the table."""
-    keys, report = TABLE[header.architecture], KeyReport()
-    for name, value in header.metadata.items():
-        key = name.removeprefix(f"{header.architecture}.")
-        if key == name:
-            group = next((group for group in OTHER_GROUPS if name.startswith(group)), None)
-            if group is None:
-                report.unknown.append(name)
-            else:
-                report.without_effect[name] = OTHER_GROUPS[group]
-        elif key in keys.fields or key in keys.used:
-            report.used[name] = keys.fields.get(key) or keys.used[key]
-        elif (must := _find(keys.musts, key)) or (not _find(keys.ignored, key) and (must := _find(MUSTS, key))):
-            if must.holds(header, value):
-                report.without_effect[name] = "says what is computed anyway"
-            else:
-                report.refused[name] = must.expected
-        elif reason := _find(keys.ignored, key) or IGNORED.get(key):
-            report.without_effect[name] = reason
-        else:
-            report.unknown.append(name)
-    return report
-
-
-def _find(table: Mapping[str, Meaning], key: str) -> Meaning | None:
-    """What the table says of the key, by its name or by a name that ends in *."""
-    if key in table:
-        return table[key]
-    return next((meaning for name, meaning in table.items() if name.endswith("*") and fnmatchcase(key, name)), None)

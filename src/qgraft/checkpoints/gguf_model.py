@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.gguf_config import draft_tensors, gguf_config, notes_of
+from qgraft.checkpoints.gguf_config import gguf_config, idle_tensors, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
@@ -33,10 +33,12 @@ from qgraft.checkpoints.gguf_rules import (
     from_file,
     name_map,
     row_order,
+    slice_of,
     tensor_name,
 )
 from qgraft.checkpoints.gguf_split import read_model
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
+from qgraft.checkpoints.glm_tokenizer import with_own_prompts
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.formats import PackedTensor, take_rows
@@ -51,6 +53,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     file = read_model(path)
     rules = _rules(file)
     tokenizer = gguf_tokenizer(file)
+    if file.metadata["general.architecture"] == "chatglm":
+        tokenizer = with_own_prompts(tokenizer)
     config = gguf_config(file)
     reader = _TensorReader(file, rules, config)
     model = assemble(config, reader, dtype, str(path))
@@ -61,7 +65,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if TABLE[header.architecture].rotates:
         apply_rotation(decoder_of(model).rotary_emb, header, file)
     _set_end_tokens(model, file)
-    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - draft_tensors(header, file))
+    unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - idle_tensors(header, file))
     if unused:
         raise CheckpointError(
             f"{path}: {len(unused)} tensors have no place in the architecture {config.model_type}: "
@@ -107,12 +111,14 @@ class _TensorReader:
         stem, _, suffix = name.rpartition(".")
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
+        if place := slice_of(self.names, name):
+            return self._slice(stem, *place)
         gguf_name = tensor_name(self.names, name)
         if gguf_name is None or gguf_name not in self.file.tensors:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        if len(info.shape) == 2 and not gguf_name.endswith(self.rules.kernels):
+        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, *self.rules.floats)):
             order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
             return packed if order is None else take_rows(packed, order)
@@ -120,6 +126,17 @@ class _TensorReader:
         if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
             raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
         return from_file(gguf_name, value, self.rules, self.config)
+
+    def _slice(self, path: str, gguf_name: str, number: int) -> PackedTensor | None:
+        """One matrix of a tensor [n, out, in]."""
+        info = self.file.tensors.get(gguf_name)
+        if info is None or len(info.shape) != 3 or number >= info.shape[0]:
+            return None  # assemble() reports it as missing
+        self.used.add(gguf_name)
+        _, rows, width = info.shape
+        data = self.file.tensor(gguf_name).view(torch.uint8).view(info.shape[0], rows, -1)[number]
+        self.matrices[path] = Stored(gguf_name, number=number)
+        return PackedTensor(info.format, (rows, width), (data,))
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""

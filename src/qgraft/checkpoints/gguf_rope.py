@@ -144,6 +144,8 @@ def _checked(header: Header, file: GgufFile, name: str) -> Tensor:
 
 def apply_rotation(rotary: Any, header: Header, file: GgufFile) -> None:
     """Set what the configuration cannot state in `rotary`, the module that makes cos and sin of positions."""
+    if header.architecture in ("gemma3n", "gemma4"):
+        return  # it states all of them
     kind, factor = scaling(header, file)
     divisor = torch.ones(1)
     if FREQS in rope_tensors(header, file):

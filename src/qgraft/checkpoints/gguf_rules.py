@@ -78,20 +78,25 @@ class Rules:
         norm_offset: what is added to the weights of norms in the file.
         kernels: how names of the file end whose second dimension, of one element, is left out.
         plain_norms: a part of the names of norms without that offset.
+        floats: how names of matrices end whose weights transformers reads itself, so that they are floats.
     """
 
     rows: RowOrder | None = None
     norm_offset: float = 0.0
     kernels: str = "\0"
     plain_norms: str = "\0"
+    floats: tuple[str, ...] = ()
 
 
 ARCHITECTURES = {  # general.architecture of the file
+    "chatglm": Rules(),
     "exaone4": Rules(),
     "falcon": Rules(_falcon_groups),
     "gemma": Rules(norm_offset=1.0),
     "gemma2": Rules(norm_offset=1.0),
     "gemma3": Rules(norm_offset=1.0),
+    "gemma3n": Rules(floats=(".altup_correct_coef.weight", ".altup_predict_coef.weight")),
+    "gemma4": Rules(),
     "glm4": Rules(),
     "gpt2": Rules(),
     "granite": Rules(_rotary_pairs),
@@ -109,6 +114,12 @@ ARCHITECTURES = {  # general.architecture of the file
     "stablelm": Rules(),
     "starcoder2": Rules(),
 }
+
+
+WITHOUT_LORA = (  # Gemma 3n's and 4's, which llama.cpp multiplies by themselves, whatever LoRAs there are
+    "per_layer_model_proj.weight", "altup_proj.weight", "altup_unembd_proj.weight", ".altup_router.weight",
+)  # fmt: skip
+_SLICES = re.compile(r"(model\.altup_(?:unembed_)?projections)\.(\d+)\.weight")
 
 
 def row_order(gguf_name: str, rows: int, rules: Rules, config: PreTrainedConfig) -> Tensor | None:
@@ -163,10 +174,16 @@ def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
     return get_tensor_name_map(known[architecture], config.num_hidden_layers)
 
 
+def slice_of(names: TensorNameMap, parameter: str) -> tuple[str, int] | None:
+    """(the tensor in the file, which slice of it) of a matrix that is stored with others in one tensor [n, out, in]."""
+    found = _SLICES.fullmatch(parameter)
+    return None if found is None else (f"{names.get_name(found[1])}.weight", int(found[2]))
+
+
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
-    if (whole := names.get_name(parameter)) is not None:
-        return whole  # Qwen 3.5's A_log, without a suffix
+    if (whole := names.get_name(parameter)) is not None:  # Qwen 3.5's A_log, without a suffix
+        return f"{whole}.weight" if parameter.endswith((".layer_scalar", ".correct_output_scale")) else whole  # Gemma's
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
-    found = names.get_name(stem)
+    found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))  # ChatGLM's have no such prefix
     return None if found is None else f"{found}.{suffix}"

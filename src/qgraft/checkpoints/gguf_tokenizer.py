@@ -19,6 +19,7 @@ not to (`parse_special = false`).
 
 import math
 import reprlib
+from dataclasses import replace
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -76,6 +77,8 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     Raises CheckpointError where its parts do not fit together, UnsupportedError where it is of a kind not read here.
     """
     vocabulary = read_vocabulary(file)
+    if _text(file, "tokenizer.ggml.pre") == "chatglm-spm":
+        vocabulary = _with_brackets(vocabulary)
     if vocabulary.model not in MODELS:
         raise UnsupportedError(
             f"{file.path}: tokenizer.ggml.model {vocabulary.model!r}; supported: {', '.join(MODELS)}"
@@ -94,6 +97,16 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
         **flags,
         **{f"{role}_token": added[token] for role, token in roles.items()},
     )
+
+
+def _with_brackets(vocabulary: Vocabulary) -> Vocabulary:
+    """ChatGLM3's special tokens "sop" and "eop" as <sop> and <eop>: cut out of a text they would take "people" apart."""
+    named = {number for number, kind in enumerate(vocabulary.kinds) if kind in SPECIAL}
+    ids = {
+        f"<{token}>" if token in ("sop", "eop") and number in named else token: number
+        for token, number in vocabulary.ids.items()
+    }
+    return replace(vocabulary, tokens=list(ids), ids=ids)
 
 
 def _roles(tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, str]:

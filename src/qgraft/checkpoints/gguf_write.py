@@ -32,7 +32,7 @@ from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, Tensor
 from qgraft.checkpoints.gguf_model import gguf_digest
 from qgraft.checkpoints.gguf_new_tokens import longer_header
 from qgraft.checkpoints.gguf_split import part_paths, read_model
-from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
+from qgraft.checkpoints.origin import Container, Matrix, Origin, Stack, by_tensor, changed_source
 from qgraft.errors import CheckpointError
 from qgraft.formats import GGML_TYPES, get_format
 
@@ -96,7 +96,7 @@ def write_gguf(target: Path, origin: Origin, matrices: Sequence[Matrix], uniform
 
     Returns (bytes written, bytes of the source, tensors that differ from it). Raises CheckpointError, StorageError.
     """
-    file, by_name = open_source(origin), {matrix.stored.name: matrix for matrix in matrices}
+    file, by_name = open_source(origin), by_tensor(matrices)
     if not file.parts:
         return _write_one(target, origin, file, by_name, uniform)
     paths = part_paths(target, len(file.parts))
@@ -112,7 +112,7 @@ def write_gguf(target: Path, origin: Origin, matrices: Sequence[Matrix], uniform
 
 
 def _write_one(
-    target: Path, origin: Origin, file: GgufFile, by_name: dict[str, Matrix], uniform: str | None
+    target: Path, origin: Origin, file: GgufFile, by_name: dict[str, Matrix | Stack], uniform: str | None
 ) -> tuple[int, int, int]:
     """One file, with what it holds of the matrices."""
     formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
@@ -135,7 +135,7 @@ def _write_one(
 
 def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[str, tuple[int, ...], str, Tensor]]:
     """What the fingerprint of the file with these matrices would be made of."""
-    by_name = {matrix.stored.name: matrix for matrix in matrices}
+    by_name = by_tensor(matrices)
     for name, info in file.tensors.items():
         matrix = by_name.get(name)
         if matrix is None:
@@ -203,7 +203,7 @@ def _data(
     file: GgufFile,
     source: "_Source",
     infos: dict[str, TensorInfo],
-    matrices: dict[str, Matrix],
+    matrices: dict[str, Matrix | Stack],
     nbytes: int,
     changed: set[str],
 ) -> Iterator[bytes]:
@@ -223,7 +223,7 @@ def _data(
         yield source.read(old.offset + old.nbytes, padding) if same else bytes(padding)
 
 
-def _panels(source: "_Source", old: TensorInfo, matrix: Matrix) -> Iterator[tuple[bool, bytes]]:
+def _panels(source: "_Source", old: TensorInfo, matrix: Matrix | Stack) -> Iterator[tuple[bool, bytes]]:
     """The matrix in pieces, each with whether it differs from what the source has in its place."""
     position, alike = old.offset, matrix.format == old.format and matrix.packed.shape == old.shape
     for panel in matrix.panels():

@@ -19,15 +19,19 @@ from transformers import PreTrainedConfig
 
 from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
+from qgraft.models.chatglm2 import ROTARY_BASE
 
 ARCHITECTURE_OF = {  # by model_type
     **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
-    **{keys.model_type: name for name, keys in TABLE.items()},
+    # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them
+    **{keys.model_type: name for name, keys in TABLE.items() if name != "gemma3n"},
     "mistral": "llama",
+    "gemma4_unified_text": "gemma4",
 }
 
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of yarn, where they are not stated
@@ -66,8 +70,16 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
+    if architecture == "chatglm":
+        values |= {
+            "rope.freq_base": float(ROTARY_BASE * config.rope_ratio),
+            "rope.dimension_count": config.kv_channels // 2,
+        }
     tensors: dict[str, Tensor] = {}
-    if keys.rotates:
+    if architecture == "gemma4":
+        own, tensors = gemma4_keys(config)
+        values |= own
+    elif keys.rotates:
         rope: Mapping[str, Any] = config.rope_parameters or {}
         values |= _windows(config, architecture)
         if "sliding_attention" in rope:
@@ -174,6 +186,8 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width
         values["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
+    if not values.get("hidden_size_per_layer_input", True):  # of Gemma 4: no such table
+        values["vocab_size_per_layer_input"] = None
     layers = values.get("layer_types")
     if layers is not None and "sliding_attention" not in layers:
         values["sliding_window"] = None

@@ -18,6 +18,7 @@ from qgraft.checkpoints.pull import from_hub, known_names, pull
 from qgraft.checkpoints.save import save_pretrained
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
+from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
 from qgraft.given import path_given
@@ -64,7 +65,7 @@ def load(
         loaded, tokenizer = load_gguf(path, compute_dtype)
     base_of(loaded).tokenizer = tokenizer  # merging reads rows with it
     _note_no_way_out(loaded, quantize)
-    if tokenizer is not None and architecture_of(loaded.config) is None:
+    if tokenizer is not None and not isinstance(tokenizer, WritesPrompts):
         _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):

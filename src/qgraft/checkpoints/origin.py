@@ -12,7 +12,7 @@ still be what it was when the model was loaded: `digest` says what that was. It 
 because a copied or touched file is the same, and refusing it would cost somebody a merge.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ class Stored:
         column_order: [in] int64, which stored column is column i of the model; None where they agree.
         transposed: whether floats are kept [in, out].
         repeated: the model does not read it, because it is tied to another matrix that it reads.
+        number: which one it is of the matrices of a tensor [n, out, in].
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stored:
     column_order: Tensor | None = None
     transposed: bool = False
     repeated: bool = False
+    number: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,6 +130,43 @@ class Matrix:
         """Which row of the model is row i of the container, [out] int64: the inverse of `row_order`."""
         order = self.stored.row_order
         return torch.arange(self.packed.shape[0]) if order is None else order.argsort()
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Matrices that are one tensor [n, out, in] of the container, in its order."""
+
+    matrices: list[Matrix]
+
+    @property
+    def format(self) -> str:
+        """The one that all of them have. Raises CheckpointError where they have several."""
+        if len(formats := {each.format for each in self.matrices}) > 1:
+            named = ", ".join(each.path for each in self.matrices)
+            raise CheckpointError(
+                f"{named}: got the formats {', '.join(sorted(formats))}, expected one: they are one tensor"
+            )
+        return self.matrices[0].format
+
+    def panels(self) -> Iterator[PackedTensor]:
+        """See Matrix."""
+        for each in self.matrices:
+            yield from each.panels()
+
+    def whole(self) -> PackedTensor:
+        """See Matrix; [n * out, in]."""
+        return join_rows([each.whole() for each in self.matrices])
+
+
+def by_tensor(matrices: Sequence[Matrix]) -> dict[str, Matrix | Stack]:
+    """What each tensor of the container is made of, by its name."""
+    found: dict[str, list[Matrix]] = {}
+    for each in matrices:
+        found.setdefault(each.stored.name, []).append(each)
+    return {
+        name: some[0] if len(some) == 1 else Stack(sorted(some, key=lambda each: each.stored.number))
+        for name, some in found.items()
+    }
 
 
 def find_origin(model: nn.Module) -> Origin:
