@@ -83,12 +83,13 @@ def weight_is_read(model: nn.Module, path: str) -> bool:
 
 @cache
 def _read_weights(module: str) -> frozenset[str]:
-    """The names of layers whose weights are read in a Python module, for more than their dtype or device.
+    """The names of layers whose weights are read in a Python module, for more than their type, dtype or device.
 
     What begins with `module.` is not: so the functions call what they initialize.
     """
     # names in strings are no code
     source = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module]))
+    source = re.sub(r"isinstance\(\s*[\w.]+,", "", source)
     chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device|data)\b)"
     return frozenset(re.findall(chain, source))
 

@@ -27,6 +27,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -47,6 +48,7 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.models.find import Architecture, architecture_of, find_architecture
 
 LARGEST_ID = (
@@ -54,6 +56,7 @@ LARGEST_ID = (
 )  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
 
 
+GENERATION = "generation_config.json"
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
 _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
@@ -98,7 +101,10 @@ def load_folder(
         formats=weight_formats(model),
         notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
     )
-    if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
+    ends = _stated_end_tokens(folder)
+    if is_encoder_decoder(config):
+        _read_generation(model, folder)
+    elif model.generation_config is not None and ends:
         model.generation_config.eos_token_id = ends
     digest = folder_digest(folder, reader.vectors)
     base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
@@ -107,12 +113,19 @@ def load_folder(
 
 def _stated_end_tokens(folder: Path) -> list[int]:
     """Those of generation_config.json: where a turn ends often stands there only, beside the end of a text."""
-    path = folder / "generation_config.json"
+    path = folder / GENERATION
     told = read_object(path, CheckpointError).get("eos_token_id") if path.is_file() else None
     ids = told if isinstance(told, list) else [] if told is None else [told]
     if odd := [token for token in ids if type(token) is not int or token < 0]:
         raise CheckpointError(f"{path}: eos_token_id: got {odd[0]!r}, expected ids of tokens")
     return ids
+
+
+def _read_generation(model: PreTrainedModel, folder: Path) -> None:
+    """What generation_config.json says: an encoder-decoder's forced, forbidden and first tokens are a part of how it answers."""
+    if (path := folder / GENERATION).is_file():
+        with ForeignErrors(str(path)):
+            model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:
