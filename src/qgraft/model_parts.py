@@ -85,7 +85,7 @@ def context_of(model: nn.Module) -> int | None:
     return context if isinstance(context, int) else None
 
 
-def is_encoder_decoder(config: PreTrainedConfig) -> bool:
+def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
     """Whether this is of a model whose encoder reads one sequence, and whose decoder writes another one (T5, BART)."""
     return bool(getattr(config, "is_encoder_decoder", False))
 

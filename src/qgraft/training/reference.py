@@ -25,10 +25,12 @@ from qgraft.data.tokenizing import samples_sha256
 from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
+from qgraft.training.seq2seq import SequenceToSequence
 from qgraft.training.stages import preference_options
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(
     model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization:
+) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if is_encoder_decoder(model.config):
+        return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
     options = preference_options(prepared.args)
     if options is None:
         return SupervisedFineTuning(prepared.args.label_smoothing_factor)
