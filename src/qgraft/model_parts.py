@@ -90,6 +90,14 @@ def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def pairs_unsupported(action: str) -> UnsupportedError:
+    """The error where `action` is asked for an encoder-decoder."""
+    return UnsupportedError(
+        f"{action}: this is an encoder-decoder, and only decoders that read prompt and answer as one text can do that",
+        hint="of encoder-decoders there are train, eval, chat, predictions, and merges by the method nearest",
+    )
+
+
 def keeps_state(model: PreTrainedModel) -> bool:
     """Whether every token that goes in, padding too, changes a state that the later ones see (Mamba and its kind)."""
     return bool(model._is_stateful)

@@ -125,7 +125,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     architecture = architecture_of(config)
     foreign = ForeignErrors(f"architecture {config.model_type!r}", UnsupportedError)
-    auto = AutoModelForCausalLM
+    auto: Any = AutoModelForCausalLM
     if is_encoder_decoder(config):
         if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             raise UnsupportedError(
@@ -178,7 +178,9 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
         stored = same.get(name, name)
         if stored not in filled:
             value = read(stored)
-            if value is None and hasattr(module, "create_weight"):  # sinusoids (Marian, Pegasus): a formula, not in the files
+            if value is None and hasattr(
+                module, "create_weight"
+            ):  # sinusoids (Marian, Pegasus): a formula, not in the files
                 value = module.create_weight()
             if value is None:
                 problems.append(f"missing {name} {list(parameter.shape)}")

@@ -331,6 +331,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     return raw
 
 
+def folder_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder's model, without a look at its weights. Raises as load_folder."""
+    return _config(folder, read_config_json(folder))
+
+
 def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
     path = folder / "config.json"
     quantization = raw.get("quantization_config") or {}

@@ -7,13 +7,13 @@ Nothing is put one after the other: the question goes into the encoder, the answ
 chat template, and no place for a system text, earlier rounds or tools; a row with any of these is dropped and counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qgraft.data.messages import Conversation, ConversationError, Message
 from qgraft.data.reading import Accounting
-from qgraft.errors import DataError, UnsupportedError
+from qgraft.errors import DataError, OptionError, UnsupportedError, option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +53,44 @@ class PairOptions:
     source_prefix: str = ""
     max_source_length: int | None = None
     max_target_length: int | None = None
+
+
+_MEANINGLESS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # option -> (why it has no meaning, which values say it)
+    "stage": (
+        "preferences are learned of decoders that read prompt and answer as one text",
+        lambda value: value != "sft",
+    ),
+    "finetuning_type": ("a prefix goes on decoders; take lora", lambda value: value != "lora"),
+    "template": ("the encoder reads the text as it is", lambda value: value not in (None, "auto", "plain")),
+    "system": ("there is no chat template to put it into", bool),
+    "enable_thinking": ("there is no chat template to tell", lambda value: value is not None),
+    "train_on_prompt": ("the encoder reads the source, and predicts none of it", bool),
+    "mask_history": ("a row has no history", bool),
+    "mask_reasoning": ("a target is a text", bool),
+    "history_column": ("a row has no history", bool),
+    "cuda_graphs": ("these passes are not recorded", lambda value: value == "yes"),
+    "cache_frozen_layers": ("what enters the decoder's adapters changes with the encoder's", bool),
+    "neftune_noise_alpha": ("noise is for decoders that read prompt and answer as one text", bool),
+    "memory_limit": ("the memory of an encoder-decoder is not counted; give max_tokens_per_pass", bool),
+    "ignore_pad_token_for_loss": ("padding is never learned", lambda value: not value),
+}
+
+
+def check_pair_options(said: Mapping[str, Any], *others: str) -> None:
+    """Raise OptionError for options that have no meaning for an encoder-decoder, at once.
+
+    Args:
+        said: option -> value; those that are no matter of the caller's may be missing.
+        others: sentences on what else has none.
+    """
+    problems = [
+        f"{name}={said[name]}: {why}" for name, (why, says) in _MEANINGLESS.items() if name in said and says(said[name])
+    ]
+    if problems := [*problems, *others]:
+        raise OptionError(
+            "an encoder-decoder (T5, BART and their kind): " + "; ".join(problems),
+            hint=f"leave these out; a text in front of every source is {option('source_prefix', 'translate: ')}",
+        )
 
 
 def encode_source(

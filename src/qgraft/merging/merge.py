@@ -55,6 +55,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -142,6 +143,9 @@ def _merge(
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
     layers, weights, exact = _layers_to_merge(model, to, method)
+    pairs = is_encoder_decoder(model.config)
+    if pairs:
+        _check_pairs(method if layers.keys() - exact.keys() else None, calibration, eval_dataset)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
@@ -150,7 +154,10 @@ def _merge(
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     solves = bool(solved) and method in CHAINS
-    chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
+    if pairs:
+        chosen, unmeasured = None, "what was kept is not measured: the model is an encoder-decoder; qgraft eval measures its loss"
+    else:
+        chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
     starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
@@ -181,6 +188,17 @@ def _merge(
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights)
     return report
+
+
+def _check_pairs(method: str | None, *given: Dataset | None) -> None:
+    """Raise UnsupportedError for what a merge into an encoder-decoder cannot do: its layers are not solved one after another."""
+    wanted = [f"method {method}"] if method in CHAINS else []
+    wanted += ["rows to solve for, or to measure on"] if any(each is not None for each in given) else []
+    if wanted:
+        raise UnsupportedError(
+            f"merge: {' and '.join(wanted)}: an encoder-decoder is merged without rows, by the methods nearest and grid",
+            hint=f"{option('method', 'nearest')} keeps everything in float layers; packed ones lose what they round away",
+        )
 
 
 def _rows_to_solve(find: Callable[[], Calibration | None], method: str) -> Calibration:

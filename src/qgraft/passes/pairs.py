@@ -79,7 +79,9 @@ def pair_losses(
     logits_BTV = model(**given, decoder_input_ids=forward(labels=labels_BT), use_cache=False).logits
     learned_BT = labels_BT != IGNORED
     weights_N = batch["weights"][:, None].expand_as(labels_BT)[learned_BT] if "weights" in batch else None
-    return weighted_cross_entropy(logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing)
+    return weighted_cross_entropy(
+        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing
+    )
 
 
 def _as_they_are(logits_NV: Tensor) -> Tensor:
@@ -101,6 +103,15 @@ def _decoder_input(model: PreTrainedModel) -> Any:
     return found
 
 
+@torch.inference_mode()
+def generate_targets(model: PreTrainedModel, sources: Sequence[list[int]], **told: Any) -> list[list[int]]:
+    """What generate() writes for each source, behind the decoder's start token: with the end, and padding behind it."""
+    batch = collate_pairs([PairSample(ids, [0], "") for ids in sources], pad_of(model))
+    given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    generate: Any = model.generate
+    return [ids[1:] for ids in generate(**given, **told).tolist()]
+
+
 @contextmanager
 def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> Iterator[str | None]:
     """Within the block passes of several pairs compute what the model says of each alone.
@@ -120,7 +131,11 @@ def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> It
                 )
         together = pair_losses(model, two)[1]
         apart = not _alike(model, together, torch.cat(alone))
-    yield f"{type(model).__name__} computes otherwise beside padding; every pair passes through it alone" if apart else None
+    yield (
+        f"{type(model).__name__} computes otherwise beside padding; every pair passes through it alone"
+        if apart
+        else None
+    )
 
 
 def _own_loss(model: PreTrainedModel, sample: PairSample) -> Tensor:

@@ -49,7 +49,7 @@ from qgraft.training.processes import ALONE, Processes
 from qgraft.training.reference import said_by_reference, settle_objective, write_reference
 from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import prepare_samples
-from qgraft.training.seq2seq import check_pair_options
+from qgraft.training.seq2seq import check_pair_run
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
 
@@ -139,7 +139,7 @@ def prepare(
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     if is_encoder_decoder(model.config):
-        check_pair_options(args)
+        check_pair_run(args)
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))

@@ -6,22 +6,21 @@
     pass     pairs of similar lengths, padded (passes/pairs.py)
 
 Which kind of model it is decides, not an option: `stage: sft` on an encoder-decoder learns so. What has no meaning there is
-refused by `check_pair_options`, all at once, and on the command line before the weights are read.
+refused by `check_pair_run`, all at once, and on the command line before the weights are read.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
-from qgraft.data.pairs import PairOptions, PairSample, build_pairs
+from qgraft.data.pairs import PairOptions, PairSample, build_pairs, check_pair_options
 from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
-from qgraft.errors import OptionError, option
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, CPU_TOKENS
 from qgraft.memory.settings import UNCOUNTED
@@ -132,54 +131,16 @@ def read_pairs(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
         max_samples=most or args.max_samples, allow_outside_files=args.allow_outside_files,
     )  # fmt: skip
-    options = PairOptions(args.source_prefix, min(args.max_source_length or limit, limit),
-                          min(longest or args.max_target_length or limit, limit))  # fmt: skip
-    return build_pairs(tokenizer, conversations, accounting, options), accounting
+    return build_pairs(tokenizer, conversations, accounting, pair_options(args, limit, longest)), accounting
 
 
-def check_pair_options(args: "TrainArguments") -> None:
-    """Raise OptionError for options that have no meaning for an encoder-decoder, at once."""
-    wrong = {
-        f"stage {args.stage}: preferences are learned of decoders that read prompt and answer as one text": (
-            args.stage != "sft"
-        ),
-        "finetuning_type p_tuning: a prefix goes on decoders; take lora": args.finetuning_type == "p_tuning",
-        "packing: source and target go into two networks, and samples are padded beside each other": (
-            any(PACKED in note for note in args.notes)
-        ),
-        "train_on_prompt: the encoder reads the source, and predicts none of it": args.train_on_prompt,
-        "mask_history: a row has no history": args.mask_history,
-        "mask_reasoning: a target is a text": args.mask_reasoning,
-        "history_column: a row has no history": args.history_column,
-        "cuda_graphs=yes: these passes are not recorded": args.cuda_graphs == "yes",
-        "cache_frozen_layers: what enters an adapter in the decoder changes with those of the encoder": (
-            args.cache_frozen_layers
-        ),
-        "neftune_noise_alpha: noise is for decoders that read prompt and answer as one text": args.neftune_noise_alpha,
-        "memory_limit: the memory of an encoder-decoder is not counted; give max_tokens_per_pass": args.memory_limit,
-        "ignore_pad_token_for_loss=false: padding is never learned": not args.ignore_pad_token_for_loss,
-        **prompting_problems(args.template, args.system, args.enable_thinking),
-    }
-    _refuse([problem for problem, holds in wrong.items() if holds])
+def pair_options(args: "TrainArguments", limit: int, longest: int | None = None) -> PairOptions:
+    """How a run writes pairs, both sides of at most `limit` tokens; `longest` goes before args.max_target_length."""
+    source, target = args.max_source_length or limit, longest or args.max_target_length or limit
+    return PairOptions(args.source_prefix, min(source, limit), min(target, limit))
 
 
-def check_prompting(template: str | None, system: str | None, enable_thinking: bool | None) -> None:
-    """Raise OptionError for what is of chat templates alone, where an encoder-decoder is asked."""
-    _refuse([problem for problem, holds in prompting_problems(template, system, enable_thinking).items() if holds])
-
-
-def prompting_problems(template: str | None, system: str | None, enable_thinking: bool | None) -> dict[str, Any]:
-    """What of these an encoder-decoder has no place for, each with whether it is said."""
-    return {
-        f"template {template}: the encoder reads the text as it is": template not in (None, "auto", "plain"),
-        "system: there is no chat template to put it into": system,
-        "enable_thinking: there is no chat template to tell": enable_thinking is not None,
-    }
-
-
-def _refuse(problems: Sequence[str]) -> None:
-    if problems:
-        raise OptionError(
-            "an encoder-decoder (T5, BART and their kind): " + "; ".join(problems),
-            hint=f"leave these out; a text in front of every source is {option('source_prefix', 'translate: ')}",
-        )
+def check_pair_run(args: "TrainArguments") -> None:
+    """Raise OptionError for options of a run that have no meaning for an encoder-decoder, at once."""
+    packed = any(PACKED in note for note in args.notes)
+    check_pair_options(vars(args), *(["packing: samples pass padded, side by side"] if packed else []))
