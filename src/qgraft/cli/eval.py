@@ -52,7 +52,8 @@ def run(words: Sequence[str]) -> int:
         use_adapter(model, name)
         results[name or "base"] = evaluate(
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
-            system=options.system, source_prefix=options.source_prefix or "", name=options.name, author=options.author, max_length=options.max_length,
+            system=options.system, source_prefix=options.source_prefix or "", name=options.name, author=options.author,
+            max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
             allow_outside_files=options.allow_outside_files, stage=options.stage, loss_type=options.loss_type,
             progress=True, **{name: getattr(options, name) for name in NUMBERS},

@@ -155,7 +155,10 @@ def _merge(
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     solves = bool(solved) and method in CHAINS
     if pairs:
-        chosen, unmeasured = None, "what was kept is not measured: the model is an encoder-decoder; qgraft eval measures its loss"
+        chosen, unmeasured = (
+            None,
+            "what was kept is not measured, as the model is an encoder-decoder",
+        )
     else:
         chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
     starts = {path: _start(layer, to) for path, layer in solved.items()}
@@ -191,7 +194,7 @@ def _merge(
 
 
 def _check_pairs(method: str | None, *given: Dataset | None) -> None:
-    """Raise UnsupportedError for what a merge into an encoder-decoder cannot do: its layers are not solved one after another."""
+    """Raise UnsupportedError for what needs the layers of an encoder-decoder one after another."""
     wanted = [f"method {method}"] if method in CHAINS else []
     wanted += ["rows to solve for, or to measure on"] if any(each is not None for each in given) else []
     if wanted:

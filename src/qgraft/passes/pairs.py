@@ -69,7 +69,7 @@ def pad_of(model: PreTrainedModel) -> int:
 def pair_losses(
     model: PreTrainedModel, samples: Sequence[PairSample], label_smoothing: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """(The sum of weight times cross-entropy over the labels of one pass, differentiable; that of each label, without weight).
+    """(The sum of weight times cross-entropy over the labels of a pass, differentiable; that of each label, unweighted).
 
     float32 scalar and [labels], pair after pair.
     """

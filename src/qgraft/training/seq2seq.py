@@ -25,7 +25,7 @@ from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, CPU_TOKENS
 from qgraft.memory.settings import UNCOUNTED
 from qgraft.passes.decoder import evaluating
-from qgraft.passes.pairs import pair_losses, padded_together, split_pairs
+from qgraft.passes.pairs import padded_together, pair_losses, split_pairs
 from qgraft.training.objective import Evaluation, Outcome
 from qgraft.training.option_names import PACKED
 from qgraft.training.processes import ALONE, Processes
