@@ -27,7 +27,6 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -38,6 +37,7 @@ from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
+from qgraft.checkpoints.generation import read_generation
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -48,7 +48,6 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
-from qgraft.model_parts import is_encoder_decoder
 from qgraft.models.find import Architecture, architecture_of, find_architecture
 
 LARGEST_ID = (
@@ -56,7 +55,6 @@ LARGEST_ID = (
 )  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
 
 
-GENERATION = "generation_config.json"
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
 _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
@@ -101,31 +99,10 @@ def load_folder(
         formats=weight_formats(model),
         notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
     )
-    ends = _stated_end_tokens(folder)
-    if is_encoder_decoder(config):
-        _read_generation(model, folder)
-    elif model.generation_config is not None and ends:
-        model.generation_config.eos_token_id = ends
+    read_generation(model, folder)
     digest = folder_digest(folder, reader.vectors)
     base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
     return model, tokenizer
-
-
-def _stated_end_tokens(folder: Path) -> list[int]:
-    """Those of generation_config.json: where a turn ends often stands there only, beside the end of a text."""
-    path = folder / GENERATION
-    told = read_object(path, CheckpointError).get("eos_token_id") if path.is_file() else None
-    ids = told if isinstance(told, list) else [] if told is None else [told]
-    if odd := [token for token in ids if type(token) is not int or token < 0]:
-        raise CheckpointError(f"{path}: eos_token_id: got {odd[0]!r}, expected ids of tokens")
-    return ids
-
-
-def _read_generation(model: PreTrainedModel, folder: Path) -> None:
-    """What generation_config.json says: which tokens an encoder-decoder begins with, must and may not write."""
-    if (path := folder / GENERATION).is_file():
-        with ForeignErrors(str(path)):
-            model.generation_config = GenerationConfig.from_pretrained(str(folder))
 
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:

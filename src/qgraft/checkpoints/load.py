@@ -65,7 +65,8 @@ def load(
         loaded, tokenizer = load_gguf(path, compute_dtype)
     base_of(loaded).tokenizer = tokenizer  # merging reads rows with it
     _note_no_way_out(loaded, quantize)
-    if tokenizer is not None and architecture_of(loaded.config) is None:
+    chats = architecture_of(loaded.config) is None and not is_encoder_decoder(loaded.config)  # by a chat template
+    if tokenizer is not None and chats:
         _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):
