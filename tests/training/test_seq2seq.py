@@ -1,8 +1,13 @@
 """Encoder-decoders against transformers and PEFT: loading, losses, training, answers, merging, and what is refused."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
+import numpy as np
 import peft
 import pytest
 import torch
@@ -21,6 +26,7 @@ from qgraft.serving.answering import answer
 from qgraft.training.predict import predict
 from qgraft.training.seq2seq import SequenceToSequence
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.py"
 WORDS = [("good", "positive"), ("bad and slow", "negative"), ("great", "positive"), ("awful", "negative")]
 ROWS = [{"sentence": f"the service was {word}{' and good' * (n % 3)}", "text_label": label}
         for n, (word, label) in enumerate(WORDS * 3)]  # fmt: skip
@@ -322,3 +328,68 @@ def test_what_has_no_meaning_is_refused_before_the_weights_are_read(pairs_folder
         ["estimate", "--model", bare],
     ):
         assert main(list(map(str, words))) == 2
+    writer = gguf.GGUFWriter(tmp_path / "t5.gguf", "t5")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
+    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
+    with pytest.raises(UnsupportedError, match="'t5'") as refused:
+        qgraft.load(tmp_path / "t5.gguf")
+    assert "folder" in str(refused.value.hint)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_to_the_same_bytes_and_a_rate_is_looked_for(pairs_folder, tmp_path):
+    """With dropout in the adapter; find_lr leaves none on the model."""
+    made, options = (
+        pairs_folder("bart"),
+        {"lora_dropout": 0.1, "save_strategy": "steps", "save_steps": 2, "val_size": 2},
+    )
+    for folder, steps in (("whole", 4), ("parts", 2), ("parts", 4)):
+        model, tokenizer = qgraft.load(made.path)
+        again = {"resume_from_checkpoint": "auto"} if (tmp_path / folder).exists() else {}
+        qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / folder, **options, **again, max_steps=steps,
+                                                       lr_scheduler_type="constant"))  # fmt: skip
+    whole, parts = ((tmp_path / each / "adapter_model.safetensors").read_bytes() for each in ("whole", "parts"))
+    assert whole == parts
+    model, tokenizer = qgraft.load(made.path)
+    found = qgraft.find_lr(model, tokenizer, ROWS, arguments(tmp_path / "rates"))
+    assert len(found.losses) > 5 and not qgraft.adapter_names(model)
+
+
+@pytest.mark.slow
+def test_the_commands_learn_measure_answer_and_merge(pairs_folder, tmp_path, capsys):
+    """From a csv file: what is in front of sources is remembered; the merged folder is measured as the adapter is."""
+    from qgraft.cli.main import main
+
+    made, rows, out = pairs_folder("t5"), tmp_path / "rows.csv", tmp_path / "out"
+    rows.write_text("sentence,text_label\n" + "".join(f"{r['sentence']},{r['text_label']}\n" for r in ROWS))
+    columns = ["--dataset", rows, "--prompt_column", "sentence", "--response_column", "text_label"]
+
+    def run(*words):
+        capsys.readouterr()
+        assert main(list(map(str, words))) == 0
+        return capsys.readouterr().out
+
+    run("train", "--model_name_or_path", made.path, *columns, "--source_prefix", "translate: ", "--max_steps", 4,
+        "--learning_rate", 1e-2, "--output_dir", out, "--use_cpu", "true", "--compute", "float32")  # fmt: skip
+    found = json.loads(run("eval", "--model", made.path, "--adapter", out, *columns, "--json"))["results"]
+    assert found["out"]["loss"] < found["base"]["loss"]
+    assert run(
+        "chat", "--model", made.path, "--adapter", out, "--prompt", "the service was good", "--max_new_tokens", 3
+    )
+    run("merge", "--model", made.path, "--adapter", out, "--method", "nearest", "--output", tmp_path / "merged")
+    words = ("eval", "--model", tmp_path / "merged", *columns, "--source_prefix", "translate: ", "--json")
+    assert json.loads(run(*words))["results"]["base"]["loss"] == pytest.approx(found["out"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_walk_through_runs(tmp_path):
+    """Rows in a file, a tiny T5 made on the spot: PEFT and qgraft read the adapter and give the same answers."""
+    rows = tmp_path / "rows.csv"
+    lines = (f"{r['sentence']} {n},{r['text_label']}\n" for n, r in enumerate(ROWS * 3))
+    rows.write_text("sentence,text_label\n" + "".join(lines))
+    found = subprocess.run(
+        [sys.executable, EXAMPLE, "--tiny", "--rows", rows, "--epochs", "2", "--output", tmp_path / "out"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    assert "epoch 1: train_loss" in found and "epoch 2: train_loss" in found and "eval_ppl" in found
+    assert "read by qgraft, same answers: True" in found and "read by PEFT, same answers: 4 of 4" in found
