@@ -89,12 +89,13 @@ def weight_is_read(model: nn.Module, path: str) -> bool:
 
 @cache
 def _read_weights(module: str) -> frozenset[str]:
-    """The names of layers whose weights are read in a Python module, for more than their dtype or device, or are clamped.
+    """The names of layers whose weights are read in a Python module, for more than their type, dtype or device, or clamped.
 
     What begins with `module.` is not: so the functions call what they initialize.
     """
     # names in strings are no code
     source = re.sub(r"\"[^\"\n]*\"|'[^'\n]*'", "", inspect.getsource(sys.modules[module]))
+    source = re.sub(r"isinstance\(\s*[\w.]+,", "", source)
     chain = r"(?<![\w.])(?!module\.)(?:\w+\.)+(\w+)\.weight\b(?!\.(?:dtype|device)\b|\.data\b(?!\.clamp_))"
     return frozenset(re.findall(chain, source))
 

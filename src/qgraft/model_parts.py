@@ -9,6 +9,7 @@
     context_of                                 how many positions there are
     keeps_state                                whether padding would be learned or remembered
     mixes_neighbours                           whether a token also sees others by a way that is not attention
+    is_encoder_decoder                         whether one part reads and another one writes
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qgraft.errors import UnsupportedError
@@ -82,6 +83,19 @@ def context_of(model: nn.Module) -> int | None:
     config = getattr(model, "config", None)
     context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     return context if isinstance(context, int) else None
+
+
+def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
+    """Whether this is of a model whose encoder reads one sequence, and whose decoder writes another one (T5, BART)."""
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def pairs_unsupported(action: str) -> UnsupportedError:
+    """The error where `action` is asked for an encoder-decoder."""
+    return UnsupportedError(
+        f"{action}: this is an encoder-decoder, and only decoders that read prompt and answer as one text can do that",
+        hint="of encoder-decoders there are train, eval, chat, predictions, and merges by the method nearest",
+    )
 
 
 def keeps_state(model: PreTrainedModel) -> bool:

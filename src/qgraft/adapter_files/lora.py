@@ -18,7 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.peft_config import (
+    CAUSAL,
+    CONFIG,
+    MINIMUMS,
+    SEQUENCE_TO_SEQUENCE,
+    layer_config,
+    peft_config,
+    stated_rank,
+)
 from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.attach import make_loras
@@ -40,6 +48,7 @@ from qgraft.adapters.token_tables import make_token_rows, tables_of
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}, of DoRA MAGNITUDE: [out]
@@ -76,7 +85,9 @@ def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tupl
     targets, numbers = _target_names(model, list(layers))
     state = adapter.state_dict()
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    return peft_config(layers, targets, source, numbers, peft_type, token_indices(adapter)), state
+    pairs = is_encoder_decoder(getattr(model, "config", None))
+    task_type = SEQUENCE_TO_SEQUENCE if pairs else CAUSAL
+    return peft_config(layers, targets, source, numbers, peft_type, task_type, token_indices(adapter)), state
 
 
 def token_indices(adapter: Adapter) -> dict[str, tuple[int, ...]]:

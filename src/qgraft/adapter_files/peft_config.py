@@ -23,6 +23,7 @@ from qgraft.errors import AdapterError, UnsupportedError, worded
 from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
+CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"  # PEFT's task types
 MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quants: PEFT refuses it, as it should
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have
@@ -40,6 +41,7 @@ def peft_config(
     source: str | None,
     numbers: Sequence[int] | None = None,
     peft_type: str = "LORA",
+    task_type: str = CAUSAL,
     tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """adapter_config.json: what PEFT needs to build the same adapter on the float model.
@@ -50,6 +52,7 @@ def peft_config(
         source: the base's file or name.
         numbers: PEFT's layers_to_transform; None for all layers of the decoder.
         peft_type: MINIMUMS for what PEFT cannot compute.
+        task_type: which class of PEFT wraps the model.
         tokens: PEFT's trainable_token_indices, by names of layers.
     """
     stabilized = _most_common(config.use_rslora for config in layers.values())
@@ -70,7 +73,7 @@ def peft_config(
         "r": r,
         "rank_pattern": {_key(path, layers): config.r for path, config in layers.items() if config.r != r},
         "target_modules": targets,
-        "task_type": "CAUSAL_LM",
+        "task_type": task_type,
         **({"use_dora": True} if any(config.use_dora for config in layers.values()) else {}),
         **({} if not tokens else {"trainable_token_indices": {name: list(ids) for name, ids in tokens.items()}}),
         "use_rslora": stabilized,

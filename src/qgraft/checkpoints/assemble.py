@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.checkpoints.foreign import ForeignErrors
@@ -31,6 +37,7 @@ from qgraft.linear import (
     qualified_name,
     weight_is_read,
 )
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.models.find import architecture_of
 from qgraft.rotary import by_call
 
@@ -41,12 +48,18 @@ MOST_PROBLEMS = 500  # listed; more than that is another model's file
 Reader = Callable[[str], PackedTensor | Tensor | None]
 Same = Mapping[str, str]  # parameter -> the one that it is the same tensor as, which the checkpoint has
 
-# Embeddings whose only addition is a factor, and the attribute that it is in: all of the Gemmas
+# Embeddings whose only addition is a factor, and the attribute that it is in: those of the Gemmas, and of BART's family
 _SCALED = {
     f"transformers.models.{kind}.modeling_{kind}.{name}TextScaledWordEmbedding": "scalar_embed_scale"
     for kind, name in (
         *(("gemma", "Gemma"), ("gemma2", "Gemma2"), ("gemma3", "Gemma3"), ("gemma3n", "Gemma3n")),
         *(("gemma4", "Gemma4"), ("gemma4_unified", "Gemma4Unified"), ("vaultgemma", "VaultGemma")),
+    )
+} | {
+    f"transformers.models.{kind}.modeling_{kind}.{name}ScaledWordEmbedding": "embed_scale"
+    for kind, name in (
+        *(("bart", "Bart"), ("mbart", "MBart"), ("plbart", "PLBart"), ("m2m_100", "M2M100")),
+        *(("bigbird_pegasus", "BigBirdPegasus"), ("blenderbot", "Blenderbot"), ("pegasus_x", "PegasusX")),
     )
 }
 
@@ -65,7 +78,7 @@ def assemble(
         same: the tied parameters; without it those that the model's class and config say are tied.
 
     Raises CheckpointError when tensors are missing or have other shapes, or something is wrong already (all listed);
-    UnsupportedError when there is no causal language model for the config.
+    UnsupportedError when there is no language model for the config, causal or from sequence to sequence.
     """
     model = empty_model(config, dtype)
     cap_scores(model)
@@ -112,10 +125,18 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     architecture = architecture_of(config)
     foreign = ForeignErrors(f"architecture {config.model_type!r}", UnsupportedError)
+    auto: Any = AutoModelForCausalLM
+    if is_encoder_decoder(config):
+        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise UnsupportedError(
+                f"{config.model_type} has an encoder that reads no text, or none that transformers has with a decoder",
+                hint="encoder-decoders of text are loaded: T5, mT5, umT5, BART, mBART, Marian, Pegasus and their kind",
+            )
+        auto = AutoModelForSeq2SeqLM
     with init_empty_weights(include_buffers=False), foreign:  # buffers (rotary tables) are computed, not loaded
         if architecture is not None:
             return architecture.model._from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:
@@ -135,7 +156,7 @@ def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, prob
                 problems.append(f"{path}.weight: got shape {list(packed.shape)}, expected {list(expected)}")
                 continue
             weight = held[name] = PackedWeight(packed)
-        model.set_submodule(path, _packed_module(module, weight, dtype))
+        model.set_submodule(path, _packed_module(module, weight, _kept_dtype(model, f"{path}.weight", dtype)))
 
 
 def _packed_module(module: nn.Module, weight: PackedWeight, dtype: torch.dtype) -> nn.Module:
@@ -157,6 +178,10 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
         stored = same.get(name, name)
         if stored not in filled:
             value = read(stored)
+            if value is None and hasattr(
+                module, "create_weight"
+            ):  # sinusoids (Marian, Pegasus): a formula, not in the files
+                value = module.create_weight()
             if value is None:
                 problems.append(f"missing {name} {list(parameter.shape)}")
                 continue

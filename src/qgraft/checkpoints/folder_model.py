@@ -37,6 +37,7 @@ from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
+from qgraft.checkpoints.generation import read_generation
 from qgraft.checkpoints.glm_tokenizer import chatglm3_tokenizer, glm4_tokenizer, is_glm4
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
@@ -99,21 +100,10 @@ def load_folder(
         formats=weight_formats(model),
         notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
     )
-    if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
-        model.generation_config.eos_token_id = ends
+    read_generation(model, folder)
     digest = folder_digest(folder, reader.vectors)
     base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
     return model, tokenizer
-
-
-def _stated_end_tokens(folder: Path) -> list[int]:
-    """Those of generation_config.json: where a turn ends often stands there only, beside the end of a text."""
-    path = folder / "generation_config.json"
-    told = read_object(path, CheckpointError).get("eos_token_id") if path.is_file() else None
-    ids = told if isinstance(told, list) else [] if told is None else [told]
-    if odd := [token for token in ids if type(token) is not int or token < 0]:
-        raise CheckpointError(f"{path}: eos_token_id: got {odd[0]!r}, expected ids of tokens")
-    return ids
 
 
 def folder_digest(folder: Path, vectors: Collection[str]) -> str:
@@ -317,6 +307,11 @@ def read_config_json(folder: Path) -> dict[str, Any]:
                     f"{path}: {key}: got {str(count)[:80]}, expected a number from 1 to {MOST_LAYERS}"
                 )
     return raw
+
+
+def folder_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder's model, without a look at its weights. Raises as load_folder."""
+    return _config(folder, read_config_json(folder))
 
 
 def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:

@@ -158,7 +158,11 @@ def _rules(file: GgufFile) -> Rules:
         return ARCHITECTURES[architecture]
     raise UnsupportedError(
         f"{file.path}: architecture {architecture!r}; supported: {', '.join(sorted(ARCHITECTURES))}",
-        hint=near_match(str(architecture), ARCHITECTURES),
+        hint=(
+            "encoder-decoders are loaded from their folders"
+            if architecture in ("t5", "t5encoder")
+            else near_match(str(architecture), ARCHITECTURES)
+        ),
     )
 
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
 from qgraft.adapters.transformers_names import Method, speak_transformers
-from qgraft.checkpoints.folder_model import load_folder, read_config_json
+from qgraft.checkpoints.folder_model import folder_config, load_folder, read_config_json
 from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf
@@ -22,6 +22,7 @@ from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
 from qgraft.given import path_given
+from qgraft.model_parts import is_encoder_decoder, pairs_unsupported
 from qgraft.models.find import architecture_of, find_architecture
 from qgraft.releases import check_releases
 
@@ -65,7 +66,7 @@ def load(
         loaded, tokenizer = load_gguf(path, compute_dtype)
     base_of(loaded).tokenizer = tokenizer  # merging reads rows with it
     _note_no_way_out(loaded, quantize)
-    if tokenizer is not None and not isinstance(tokenizer, WritesPrompts):
+    if tokenizer is not None and not isinstance(tokenizer, WritesPrompts) and not is_encoder_decoder(loaded.config):
         _set_end_tokens(loaded, tokenizer)
     loaded = loaded.to(device)  # type: ignore[arg-type]
     if path.is_dir() and architecture_of(loaded.config):
@@ -73,6 +74,13 @@ def load(
     speak_transformers(loaded)
     loaded.save_pretrained = Method(loaded, "save_pretrained", save_pretrained)
     return loaded, tokenizer
+
+
+def refuse_encoder_decoder(model: str | Path, action: str) -> None:
+    """Raise UnsupportedError where `model` is a local folder of an encoder-decoder, whose config.json alone is read."""
+    path = Path(model).expanduser()
+    if path.is_dir() and is_encoder_decoder(folder_config(path)):
+        raise pairs_unsupported(action)
 
 
 def _note_no_way_out(model: PreTrainedModel, quantize: str | None) -> None:

@@ -99,6 +99,11 @@ class Matrix:
     format: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self.packed.shape
+
+    @property
     def nbytes(self) -> int:
         """Bytes it will take; at most, where a part may have several dtypes."""
         return get_format(self.format).nbytes(*self.packed.shape)
@@ -147,6 +152,11 @@ class Stack:
                 f"{named}: got the formats {', '.join(sorted(formats))}, expected one: they are one tensor"
             )
         return self.matrices[0].format
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(n, out, in)."""
+        return (len(self.matrices), *self.matrices[0].shape)
 
     def panels(self) -> Iterator[PackedTensor]:
         """See Matrix."""

@@ -71,6 +71,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--prompt", help="ask this one question and leave")
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
+    parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
     parser.add_argument("--max_new_tokens", type=number_in(COUNT), default=256, help="longest answer (default 256)")
     likeliest, share = (
@@ -99,6 +100,7 @@ def run(words: Sequence[str]) -> int:
 
 def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
     from qgraft.adapters.base import adapter_names
+    from qgraft.model_parts import is_encoder_decoder
 
     messages: list[tuple[str, str]] = []
     print_note(f"adapters: {', '.join(adapter_names(model)) or 'none'}; /help shows the commands")
@@ -119,7 +121,8 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
             except DataError as error:  # what cannot be asked; the conversation goes on without it
                 print_note(f"error: {error}")
                 continue
-            messages += [("user", line), ("assistant", said)]
+            if not is_encoder_decoder(model.config):  # which reads one text, and no conversation
+                messages += [("user", line), ("assistant", said)]
 
 
 def _speaker(model: Any) -> str:
@@ -177,6 +180,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         template=options.template,
         system=options.system,
         enable_thinking=options.enable_thinking,
+        source_prefix=options.source_prefix or "",
         max_new_tokens=options.max_new_tokens,
         streaming=WordPrinter,
         **sampling,

@@ -23,7 +23,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options, rest = parser.parse_known_args(words)
 
-    from qgraft.checkpoints.load import load
+    from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.memory.settings import estimate
     from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
@@ -31,6 +31,7 @@ def run(words: Sequence[str]) -> int:
 
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
+    refuse_encoder_decoder(options.model, "estimate")
     model, tokenizer = load(
         options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device
     )

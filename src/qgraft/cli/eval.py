@@ -21,6 +21,7 @@ def run(words: Sequence[str]) -> int:
         "--allow_outside_files", action="store_true", help="dataset_info.json may name files outside of its folder"
     )
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
+    parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
     parser.add_argument("--system", help="system prompt for rows that have none")
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
@@ -51,7 +52,8 @@ def run(words: Sequence[str]) -> int:
         use_adapter(model, name)
         results[name or "base"] = evaluate(
             model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
-            system=options.system, name=options.name, author=options.author, max_length=options.max_length,
+            system=options.system, source_prefix=options.source_prefix or "", name=options.name, author=options.author,
+            max_length=options.max_length,
             columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
             allow_outside_files=options.allow_outside_files, stage=options.stage, loss_type=options.loss_type,
             progress=True, **{name: getattr(options, name) for name in NUMBERS},

@@ -152,8 +152,8 @@ def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
     """
     from qgraft.data.templates import remembered_template
 
-    for key in ("system", "template", "enable_thinking"):
-        if getattr(options, key, key) is not None:  # given, or no option of this command
+    for key in ("system", "template", "enable_thinking", "source_prefix"):
+        if getattr(options, key, key) not in (None, ""):  # given, or no option of this command
             continue
         value = remembered_template(trained) if key == "template" else trained.get(key)
         if isinstance(value, str | bool):

@@ -128,7 +128,7 @@ def make_service(options: argparse.Namespace) -> Any:
     """The service that the options describe; its engine is not started."""
     from qgraft.adapters.base import adapter_names
     from qgraft.adapters.choose import use_adapter
-    from qgraft.checkpoints.load import load
+    from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.serving.catalogue import Catalogue
     from qgraft.serving.engine import Engine
     from qgraft.serving.keys import Keys
@@ -139,6 +139,7 @@ def make_service(options: argparse.Namespace) -> Any:
     permissions = _permissions(options)
     if options.adapters is not None and not Path(options.adapters).is_dir():
         raise AdapterError(f"--adapters {options.adapters}: no such folder")
+    refuse_encoder_decoder(options.model, "serve")
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")

@@ -117,10 +117,12 @@ def _train_together(jobs: "list[TrainArguments]") -> int:
     from rich.console import Console
 
     from qgraft.adapters.choose import use_adapter
+    from qgraft.checkpoints.load import refuse_encoder_decoder
     from qgraft.errors import QgraftError
     from qgraft.jobs.train import raise_all, train_jobs
 
     wrong = []
+    refuse_encoder_decoder(str(jobs[0].model_name_or_path), "training several adapters at once")
     for arguments in jobs:
         try:
             _check(arguments)
@@ -170,6 +172,7 @@ def _check(arguments: "TrainArguments") -> None:
         print_note(f"note: {note}")
     if not arguments.model_name_or_path:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
+    _check_kind(arguments)
     if arguments.output_dir == UNSAID:
         raise OptionError("no output_dir is given", hint="--output_dir out")
     if arguments.do_train and not arguments.find_lr:
@@ -182,6 +185,17 @@ def _check(arguments: "TrainArguments") -> None:
             load_libraries()
     if arguments.do_predict:
         check_predicting(arguments)
+
+
+def _check_kind(arguments: "TrainArguments") -> None:
+    """Raise where the model is an encoder-decoder, as the config.json of its folder says, and options do not go with that."""
+    from qgraft.checkpoints.folder_model import folder_config
+    from qgraft.model_parts import is_encoder_decoder
+    from qgraft.training.seq2seq import check_pair_run
+
+    folder = Path(str(arguments.model_name_or_path)).expanduser()
+    if folder.is_dir() and is_encoder_decoder(folder_config(folder)):
+        check_pair_run(arguments)
 
 
 def _load(arguments: "TrainArguments") -> tuple[Any, Any]:

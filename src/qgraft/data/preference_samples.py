@@ -53,6 +53,11 @@ class Preference:
         return [token for text in self.texts for token in text.input_ids]
 
     @property
+    def length(self) -> int:
+        """How many tokens pass through the model to learn it."""
+        return len(self.input_ids)
+
+    @property
     def source(self) -> str:
         """Where the row stands."""
         return self.texts[0].source

@@ -32,6 +32,7 @@ from qgraft.errors import DataError, OptionError, UnsupportedError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qgraft.data.pairs import PairSample
     from qgraft.data.preference_samples import Preference
 
 Segment = tuple[str, float, bool]  # text, what its tokens weigh, whether those behind an end token do too
@@ -52,6 +53,11 @@ class Sample:
     weights: list[float] | None = None
     part: int = 0
     desirable: ClassVar[None] = None
+
+    @property
+    def length(self) -> int:
+        """How many tokens pass through the model to learn it."""
+        return len(self.input_ids)
 
     @property
     def texts(self) -> "tuple[Sample, ...]":
@@ -381,7 +387,7 @@ def _with_prefix(messages: Sequence[Message], prefix: str) -> list[Message]:
     ]
 
 
-def samples_sha256(samples: "Sequence[Sample | Preference]") -> str:
+def samples_sha256(samples: "Sequence[Sample | Preference | PairSample]") -> str:
     """Says which tokens were trained on, in their order, and with which weights."""
     digest = hashlib.sha256()
     for sample in samples:

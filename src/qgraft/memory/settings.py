@@ -38,6 +38,7 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.memory.budget import RunOptions, on_gpu, training_tokens
 from qgraft.memory.measure import Activations, measure_activations, sample_of
+from qgraft.model_parts import is_encoder_decoder, pairs_unsupported
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.graphed import launch_bound, why_eager
@@ -140,6 +141,8 @@ def estimate(model: PreTrainedModel, args: RunOptions) -> list[Estimate]:
     With args.memory_limit the setting that it leads to comes last. Nothing is trained; args.adapter_name is on the
     model. Raises OptionError where nothing fits.
     """
+    if is_encoder_decoder(model.config):
+        raise pairs_unsupported("estimate")
     samples = [sample_of(model, 16), sample_of(model, 17)]
     with computing(model, args.compute), padding_free(model, samples), fused_modules(model):
         counted = count(model, args)

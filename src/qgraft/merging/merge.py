@@ -34,7 +34,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
-from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
+from qgraft.errors import AdapterError, UnsupportedError, worded
 from qgraft.formats import (
     FORMATS,
     PackedTensor,
@@ -53,9 +53,11 @@ from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable,
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.merged import Merged, merged_of, put_back
+from qgraft.merging.needed_rows import no_rows, rows_to_measure, rows_to_solve
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
 from qgraft.merging.token_rows import Written, rows_written
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -135,7 +137,12 @@ def _merge(
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     solves = bool(solved) and method in CHAINS
-    chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
+    chosen: Calibration | None
+    unmeasured: str | None
+    if is_encoder_decoder(model.config):
+        chosen, unmeasured = no_rows(solves, method, *given)
+    else:
+        chosen, unmeasured = rows_to_solve(find, method) if solves else rows_to_measure(find, speaks, *given)
     starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
@@ -171,33 +178,6 @@ def _merge(
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights, rows)
     return report
-
-
-def _rows_to_solve(find: Callable[[], Calibration | None], method: str) -> Calibration:
-    """The rows; DataError where there are none."""
-    chosen = find()
-    if chosen is None:
-        raise DataError(
-            f"merge with method {method} needs rows of the adapter's task, and the adapter names no training set",
-            hint=f"give {worded(flags='--dataset', python='calibration=')}, or {option('method', 'nearest')}, which needs "
-            "none and keeps little",
-        )
-    return chosen
-
-
-def _rows_to_measure(
-    find: Callable[[], Calibration | None], tokenizer: PreTrainedTokenizerBase | None, *given: Dataset | None
-) -> tuple[Calibration | None, str | None]:
-    """(rows, or why there are none) where nothing is solved for: only rows that are given have to be there."""
-    needed = any(each is not None for each in given)
-    if tokenizer is None and not needed:
-        return None, "what was kept is not measured: the model came without a tokenizer"
-    try:
-        return find(), None
-    except DataError as error:
-        if needed:
-            raise
-        return None, f"what was kept is not measured: {error.message}"
 
 
 def _kept_with(measurement: Measurement, others: Packed, done: Packed) -> Kept:

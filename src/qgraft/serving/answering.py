@@ -12,9 +12,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.data.ends import end_token_ids, until_end
-from qgraft.data.tokenizing import decode_answer, encode_prompt, resolve_template
+from qgraft.data.messages import as_messages
+from qgraft.data.pairs import PairOptions, check_pair_options, encode_source
+from qgraft.data.tokenizing import ChatGlmOptions, decode_answer, encode_prompt, resolve_template
 from qgraft.errors import DataError
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import context_length, stated_ends
+from qgraft.passes.pairs import generate_targets
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ def answer(
     template: str | None = None,
     system: str | None = None,
     enable_thinking: bool | None = None,
+    source_prefix: str = "",
     max_new_tokens: int = 256,
     streaming: Callable[[Callable[[list[int]], str]], Any] | None = None,
     **generation: Any,
@@ -46,14 +51,20 @@ def answer(
 
     Args:
         template, system, enable_thinking: as in training, see resolve_template and encode_prompt.
+        source_prefix: stands in front of the question, as in training.
         max_new_tokens: the longest answer.
         streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
         generation: goes to generate().
 
     Raises DataError for a prompt that fills the model's context, and as encode_prompt does.
     """
+    if is_encoder_decoder(model.config):
+        check_pair_options({"template": template, "system": system, "enable_thinking": enable_thinking})
+        source, _ = encode_source(tokenizer, as_messages(messages), PairOptions(source_prefix))
+        return _target(model, tokenizer, source, max_new_tokens, streaming, generation)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
-    prompt = encode_prompt(tokenizer, messages, template=chosen, system=system)
+    chatglm = ChatGlmOptions(source_prefix=source_prefix)
+    prompt = encode_prompt(tokenizer, messages, template=chosen, system=system, chatglm=chatglm)
     context = context_length(model)
     if context is not None and len(prompt) >= context:
         raise DataError(
@@ -78,3 +89,21 @@ def answer(
     full = len(ids) == len(said) == room < max_new_tokens
     note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
     return Answer(decode_answer(tokenizer, ids), note)
+
+
+def _target(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: list[int], longest: int,
+    streaming: Callable[[Callable[[list[int]], str]], Any] | None, generation: dict[str, Any],
+) -> Answer:  # fmt: skip
+    """What an encoder-decoder makes of the ids of a source: sources and answers have a context each."""
+    context = context_length(model)
+    if context is not None and len(source) > context:
+        raise DataError(f"the text is {len(source)} tokens, and the encoder reads {context}", hint="give a shorter one")
+    room = longest if context is None else min(longest, context - 1)
+
+    def shown(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    beams = {} if streaming is None else {"num_beams": 1}  # a search with several shows nothing before its end
+    told = {**beams, **generation, "max_new_tokens": room, "streamer": streaming and streaming(shown)}
+    return Answer(shown(generate_targets(model, [source], **told)[0]))

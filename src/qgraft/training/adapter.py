@@ -24,6 +24,7 @@ from qgraft.adapters.prefix import encoder_of
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.new_tokens import begin_rows, check_rows, indices_of, trains_rows
@@ -189,10 +190,12 @@ def keep_rows(
 ) -> list[str]:
     """Let the adapter bring rows of its training, to be merged with, and say so; or none, where none are asked for.
 
-    Of preferences the answers that are chosen or wanted. A prefix changes no weight, so none is merged.
+    Of preferences the answers that are chosen or wanted. A prefix changes no weight, so none is merged; layers of
+    encoder-decoders are merged without rows.
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
-    if args.save_calibration and tokenizer is not None and not adapter.is_prefix:
+    solves = not adapter.is_prefix and not is_encoder_decoder(model.config)  # what a merge does with rows
+    if args.save_calibration and tokenizer is not None and solves:
         texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
         kept = keep_samples(tokenizer, texts, held, args.seed)
     selection_of(model).change(adapter.name, kept=kept)

@@ -1,9 +1,9 @@
 """evaluate(): what a model, with its active adapters, says of held-out rows: their loss, or which answers it prefers."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -11,11 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
 from qgraft.adapters.choose import adapters_off
+from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
-from qgraft.data.reading import Dataset, read_dataset, read_preferences
+from qgraft.data.reading import Accounting, Dataset, read_dataset, read_preferences
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, build_samples, resolve_template
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.log_probs import shares_prompts
@@ -27,6 +29,7 @@ from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
 from qgraft.training.ranges import RANGES
+from qgraft.training.seq2seq import evaluate_pairs
 from qgraft.training.stages import preferring
 
 
@@ -38,6 +41,7 @@ def evaluate(
     dataset_dir: str | None = None,
     template: str | None = None,
     system: str | None = None,
+    source_prefix: str = "",
     name: str | None = None,
     author: str | None = None,
     columns: Mapping[str, str] | None = None,
@@ -61,6 +65,7 @@ def evaluate(
     shown in a terminal and a notebook, or as `progress` says.
 
     Args:
+        source_prefix: stands in front of every question, as in training.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
@@ -75,28 +80,47 @@ def evaluate(
     options = preferring(stage, said, train_on_prompt=train_on_prompt and stage != "sft")
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
-    chosen, limit = (
-        resolve_template(tokenizer, template, enable_thinking=enable_thinking),
-        sample_limit(model, max_length),
-    )
+    limit = sample_limit(model, max_length)
+    if is_encoder_decoder(model.config):
+        asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
+                 "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
+        check_pair_options(asked)
+        conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
+        pairs = build_pairs(tokenizer, conversations, accounting, PairOptions(source_prefix, limit, limit))
+        with _shown(len(pairs), progress) as passed:
+            return _accounted(evaluate_pairs(model, pairs, passed=passed), accounting)
+    chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
-        "chatglm": ChatGlmOptions(numbered="history" in (columns or ())),
+        "chatglm": ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix),
     }  # fmt: skip
     if options is not None:
         rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
         preferences = build_preferences(tokenizer, rows, accounting, **learning)
         preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
-        judged = evaluate_preferences(model, preferences, options)
-        return replace(judged, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
+        return _accounted(evaluate_preferences(model, preferences, options), accounting)
     conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
+    with _shown(len(samples), progress) as passed:
+        return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+
+
+Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
+
+
+def _accounted(found: Measure, accounting: Accounting) -> Measure:
+    """With what became of the dataset's rows."""
+    return replace(found, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
+
+
+@contextmanager
+def _shown(total: int, progress: bool | Console | None) -> Iterator[Callable[[int], None]]:
+    """Yields what is told how many more samples are evaluated."""
     shows = (TextColumn("evaluated {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
              TimeRemainingColumn(compact=True))  # fmt: skip
     with Display(*shows, console=shown(progress)) as display:
-        task = display.add_task("", total=len(samples))
-        found = evaluate_samples(model, samples, passed=lambda count: display.advance(task, count))
-    return replace(found, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
+        task = display.add_task("", total=total)
+        yield lambda count: display.advance(task, count)
 
 
 @alone("evaluated")

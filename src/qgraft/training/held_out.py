@@ -5,11 +5,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.preference_samples import mismatched
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import evaluate_preferences, template_of
 from qgraft.training.objective import Measured, evaluate_samples
 from qgraft.training.samples import read_samples
+from qgraft.training.seq2seq import check_pair_run, evaluate_pairs, read_pairs
 from qgraft.training.stages import preference_options
 
 
@@ -19,6 +21,11 @@ def evaluate_held_out(
     """What the model, with its active adapters, says of args.eval_dataset; the same samples as train() would take."""
     if not args.eval_dataset:
         raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
+    if is_encoder_decoder(model.config):
+        check_pair_run(args)
+        most = sample_limit(model, args.max_length)
+        pairs, accounting = read_pairs(tokenizer, args.eval_dataset, args, most, held_out=True)
+        return evaluate_pairs(model, pairs, compute=args.compute), accounting
     limit, template, options = (
         sample_limit(model, args.max_length),
         template_of(tokenizer, args),

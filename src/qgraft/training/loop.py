@@ -209,7 +209,7 @@ class TrainingLoop:
         if not self.model.training:  # the walk over all modules costs milliseconds
             self.model.train()
         self._loss = torch.zeros_like(self._loss)
-        self._tokens = sum(len(sample.input_ids) for sample in own)
+        self._tokens = sum(sample.length for sample in own)
         count = self.objective.count(chosen) or 1.0  # all labels of a step may weigh nothing
         self.objective.begin(self.model, chosen, own, self.tokens_per_pass, self.processes)
         return Step(self.objective.batches(own, self.tokens_per_pass), count)

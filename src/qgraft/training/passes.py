@@ -20,6 +20,7 @@ from qgraft.errors import OptionError, option
 from qgraft.linear import computing
 from qgraft.memory.copies import copies_kept
 from qgraft.memory.settings import settle_noted
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.fused import fused_modules
@@ -29,6 +30,7 @@ from qgraft.passes.neftune import Noisy, noisy_embeddings
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
+from qgraft.training.seq2seq import pair_passes
 
 if TYPE_CHECKING:
     from qgraft.training.run import Prepared
@@ -125,6 +127,10 @@ def fastest_passes(
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
     args, samples, notes = prepared.args, prepared.samples, prepared.notes
+    if is_encoder_decoder(model.config):
+        with pair_passes(model, args, samples, notes) as tokens:
+            yield tokens, {}
+        return
     with ExitStack() as stack:
         stack.enter_context(computing(model, args.compute))
         if problem := stack.enter_context(padding_free(model, [text for each in samples for text in each.texts])):

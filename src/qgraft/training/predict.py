@@ -29,17 +29,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft import storage
 from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.messages import Conversation
+from qgraft.data.pairs import encode_source
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError, option
-from qgraft.model_parts import argument_names, keeps_state
+from qgraft.model_parts import argument_names, is_encoder_decoder, keeps_state
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
+from qgraft.passes.pairs import generate_targets
 from qgraft.progress import Display, shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
 from qgraft.training.scores import load_libraries, mean_scores
+from qgraft.training.seq2seq import check_pair_run, pair_options
 
 Dataset = str | Sequence[Mapping[str, object]]
 
@@ -147,8 +150,9 @@ def answer_rows(
 ) -> Predictions:
     """What predict() does, without writing anything; `max_samples` goes before args.max_samples."""
     load_libraries()
+    pairs = is_encoder_decoder(model.config)
     questions, accounting, notes = _questions(model, tokenizer, dataset, args, max_samples)
-    settings = generation_settings(tokenizer, args)
+    settings = pair_settings(model, args) if pairs else generation_settings(tokenizer, args)
     at_once = args.per_device_eval_batch_size if takes_padding(model) else 1
     if at_once < args.per_device_eval_batch_size:
         notes.append("per_device_eval_batch_size has no effect: this model cannot leave padding out, so rows are answered "
@@ -156,11 +160,11 @@ def answer_rows(
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     room = _room(tokenizer, args)
-    ends = end_token_ids(tokenizer, stated_ends(model), template_of(tokenizer, args))
+    ends = end_token_ids(tokenizer, stated_ends(model), None if pairs else template_of(tokenizer, args))
     answers = _answers(model, tokenizer, questions, settings, at_once, room, ends, console)
     seconds = time.perf_counter() - began
-    pairs = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]
-    return Predictions(pairs, mean_scores(pairs), settings | room.as_dict(), accounting, seconds, notes)
+    texts = [(question.expected, answer) for question, answer in zip(questions, answers, strict=True)]
+    return Predictions(texts, mean_scores(texts), settings | room.as_dict(), accounting, seconds, notes)
 
 
 def generation_settings(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> dict[str, Any]:
@@ -173,6 +177,16 @@ def generation_settings(tokenizer: PreTrainedTokenizerBase, args: TrainArguments
         settings["temperature"] = args.temperature or (0.95 if scripted else 1.0)
         settings["top_p"] = args.top_p or (0.7 if scripted else 1.0)
     return settings
+
+
+def pair_settings(model: PreTrainedModel, args: TrainArguments) -> dict[str, Any]:
+    """The same of an encoder-decoder: as its generation_config.json has it, but for what is said."""
+    own: Any = model.generation_config
+    drawn = args.temperature is not None or args.top_p is not None if args.do_sample is None else args.do_sample
+    said = {"num_beams": args.num_beams or own.num_beams or 1, "do_sample": bool(drawn) and args.temperature != 0}
+    if said["do_sample"]:
+        said |= {"temperature": args.temperature or 1.0, "top_p": args.top_p or 1.0}
+    return said
 
 
 def takes_padding(model: PreTrainedModel) -> bool:
@@ -211,7 +225,10 @@ def _questions(
     max_samples: int | None,
 ) -> tuple[list[_Question], Accounting, list[str]]:
     """The prompts that fit into the model's context; those that do not move from kept to dropped."""
-    template, context = template_of(tokenizer, args), sample_limit(model, _UNBOUNDED)
+    context, pairs = sample_limit(model, _UNBOUNDED), is_encoder_decoder(model.config)
+    if pairs:
+        check_pair_run(args)
+    template = ChatTemplate("", "tokenizer") if pairs else template_of(tokenizer, args)
     longest = args.val_max_target_length or args.max_target_length
     chatglm = ChatGlmOptions(args.max_source_length, longest, source_prefix=args.source_prefix)
     check_chatglm_options(tokenizer, chatglm)
@@ -222,6 +239,11 @@ def _questions(
     questions = []
     for conversation in conversations:
         try:
+            if pairs:
+                options = pair_options(args, sample_limit(model, args.max_length))
+                source, _ = encode_source(tokenizer, conversation.messages[:-1], options)
+                questions.append(_Question(source, conversation.messages[-1].content.strip()))
+                continue
             ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, chatglm=chatglm,
                                 tools=conversation.tools)  # fmt: skip
             if len(ids) >= context:
@@ -278,9 +300,13 @@ def _answers(
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
             prompts = [questions[index].ids for index in batch]
-            new = room.after(len(prompts[0]), context)
-            told = {**settings, "max_new_tokens": new, "eos_token_id": list(ends) or None}
-            for index, ids in zip(batch, _generate(model, tokenizer, prompts, told), strict=True):
+            if is_encoder_decoder(model.config):
+                found = generate_targets(model, prompts, **settings, max_new_tokens=min(room.new, context - 1))
+            else:
+                new = room.after(len(prompts[0]), context)
+                told = {**settings, "max_new_tokens": new, "eos_token_id": list(ends) or None}
+                found = _generate(model, tokenizer, prompts, told)
+            for index, ids in zip(batch, found, strict=True):
                 answers[index] = _text(tokenizer, until_end(ids, ends))
             progress.advance(task, len(batch))
     return answers

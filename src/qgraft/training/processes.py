@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgraft.data.pairs import PairSample
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import TrainingError, option
@@ -23,7 +24,7 @@ from qgraft.errors import TrainingError, option
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-Row = TypeVar("Row", bound=Sample | Preference)
+Row = TypeVar("Row", bound=Sample | Preference | PairSample)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Processes:
         """Those of the samples that this process computes: about as many tokens as the others, in their order."""
         if self.count == 1:
             return list(samples)
-        lengths = [len(sample.input_ids) for sample in samples]
+        lengths = [sample.length for sample in samples]
         tokens, chosen = [0] * self.count, set[int]()
         for index in sorted(range(len(samples)), key=lambda index: -lengths[index]):  # the longest first
             least = tokens.index(min(tokens))

@@ -25,11 +25,13 @@ from qgraft.data.tokenizing import samples_sha256
 from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.distillation import Distillation
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
+from qgraft.training.seq2seq import SequenceToSequence
 from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
@@ -41,8 +43,10 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(
     model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization | Distillation:
+) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence | Distillation:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if is_encoder_decoder(model.config):
+        return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
         return Distillation(taught, prepared.lesson.width)
     options = preference_options(prepared.args)

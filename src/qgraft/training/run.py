@@ -31,6 +31,7 @@ from qgraft.data.tokenizing import samples_sha256
 from qgraft.errors import OptionError, option
 from qgraft.locks import folder_locked
 from qgraft.memory.budget import evaluation_tokens
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import sample_limit
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
@@ -50,6 +51,7 @@ from qgraft.training.processes import ALONE, Processes
 from qgraft.training.reference import said_by_reference, settle_objective, write_reference
 from qgraft.training.report import TrainReport, save_run
 from qgraft.training.samples import prepare_samples
+from qgraft.training.seq2seq import check_pair_run
 from qgraft.training.teacher import Lesson, ask_teacher
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
@@ -118,7 +120,7 @@ class Prepared:
     args: TrainArguments
     folder: Path
     earlier: Earlier
-    samples: list[Any]  # Sample, or of preferences Preference, of a teacher Taught
+    samples: list[Any]  # Sample; of preferences Preference, of a teacher Taught, of encoder-decoders PairSample
     eval_samples: list[Any]
     accounting: Accounting
     held_out: Accounting | None
@@ -141,6 +143,8 @@ def prepare(
     """Check the options of a run, tokenize its rows, and ask the teacher about them where there is one; see train()."""
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
+    if is_encoder_decoder(model.config):
+        check_pair_run(args)
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over, *take_tokens(model, tokenizer, args)]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))

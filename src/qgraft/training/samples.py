@@ -10,9 +10,11 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
+from qgraft.training.seq2seq import read_pairs
 from qgraft.training.stages import preference_options
 
 
@@ -34,8 +36,8 @@ def prepare_samples(
                 flags="--dataset my.jsonl", python="rows as the third argument of train(), or dataset='my.jsonl'"
             ),
         )
-    template = template_of(tokenizer, args)
-    if template.note:
+    template = None if is_encoder_decoder(model.config) else template_of(tokenizer, args)
+    if template is not None and template.note:
         notes.append(template.note)
     if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
         notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
@@ -66,11 +68,17 @@ def read_samples(
     dataset: Dataset,
     args: TrainArguments,
     limit: int,
-    template: ChatTemplate,
+    template: ChatTemplate | None,
     *,
     held_out: bool,
 ) -> tuple[list[Any], Accounting]:
-    """The samples or preferences of one dataset, of at most `limit` tokens, as the options of a run ask for them."""
+    """The samples or preferences of one dataset, of at most `limit` tokens, as the options of a run ask for them.
+
+    Args:
+        template: None for an encoder-decoder, whose pairs have none.
+    """
+    if template is None:
+        return read_pairs(tokenizer, dataset, args, limit, held_out=held_out)
     options = preference_options(args)
     most = args.max_eval_samples if held_out else args.max_train_samples
     longest = args.val_max_target_length if held_out else None

@@ -1,0 +1,157 @@
+"""How pairs of source and target go through an encoder-decoder: padded side by side, by the model's own forward pass.
+
+    input_ids       [B, S]  sources, padded at the right
+    attention_mask  [B, S]  1 where a source is
+    labels          [B, T]  targets, -100 behind them
+    weights         [B]     of a pair's labels; only where one is not 1
+
+What the decoder reads is the labels behind its start token, and which token that is the model knows
+(prepare_decoder_input_ids_from_labels). Padding behind a target changes nothing before it; that padding behind a source does
+not either, and that the loss is the model's own, is found out on the longest pair and the shortest (`padded_together`).
+
+Padding-free passes as those of decoders were not chosen: these models add a bias of positions to the scores of their
+attention, and attend from one sequence to another, which no varlen kernel here computes. Targets are short, so the logits of
+all of them are made at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qgraft.data.batches import IGNORED, Batch
+from qgraft.data.pairs import PairSample
+from qgraft.errors import UnsupportedError
+from qgraft.linear import computing
+from qgraft.model_parts import computed_dtype
+from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
+from qgraft.passes.loss import weighted_cross_entropy
+
+
+def collate_pairs(samples: Sequence[PairSample], pad: int) -> Batch:
+    """One padded batch of these pairs, on the CPU, in their order."""
+    longest, most = (max(map(len, each)) for each in zip(*((s.input_ids, s.labels) for s in samples), strict=True))
+    batch = {
+        "input_ids": _padded([sample.input_ids for sample in samples], longest, pad),
+        "attention_mask": _padded([[1] * len(sample.input_ids) for sample in samples], longest, 0),
+        "labels": _padded([sample.labels for sample in samples], most, IGNORED),
+    }
+    if any(sample.weight != 1 for sample in samples):
+        batch["weights"] = torch.tensor([sample.weight for sample in samples])
+    return batch
+
+
+def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)
+
+
+def split_pairs(samples: Sequence[PairSample], tokens: int) -> list[list[PairSample]]:
+    """Pairs of similar lengths together, with at most so many tokens of both sides and padding; 0 for one in each."""
+    parts, wide, high = list[list[PairSample]](), 0, 0
+    for sample in sorted(samples, key=lambda each: (len(each.input_ids), len(each.labels))):
+        wide, high = max(wide, len(sample.input_ids)), max(high, len(sample.labels))
+        if parts and (len(parts[-1]) + 1) * (wide + high) <= tokens:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+            wide, high = len(sample.input_ids), len(sample.labels)
+    return parts
+
+
+def pad_of(model: PreTrainedModel) -> int:
+    """An id to pad sources with, which the attention mask hides."""
+    return getattr(model.config, "pad_token_id", None) or 0
+
+
+def pair_losses(
+    model: PreTrainedModel, samples: Sequence[PairSample], label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(The sum of weight times cross-entropy over the labels of a pass, differentiable; that of each label, unweighted).
+
+    float32 scalar and [labels], pair after pair.
+    """
+    batch = {key: value.to(model.device) for key, value in collate_pairs(samples, pad_of(model)).items()}
+    labels_BT, forward = batch["labels"], _decoder_input(model)
+    given: Any = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    logits_BTV = model(**given, decoder_input_ids=forward(labels=labels_BT), use_cache=False).logits
+    learned_BT = labels_BT != IGNORED
+    weights_N = batch["weights"][:, None].expand_as(labels_BT)[learned_BT] if "weights" in batch else None
+    return weighted_cross_entropy(
+        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing
+    )
+
+
+def _as_they_are(logits_NV: Tensor) -> Tensor:
+    """The head of a model whose own forward pass made the logits."""
+    return logits_NV
+
+
+def _decoder_input(model: PreTrainedModel) -> Any:
+    """The model's function from labels to what its decoder reads."""
+    found = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    start = getattr(model.config, "decoder_start_token_id", None)
+    if found is None:
+        raise UnsupportedError(f"{type(model).__name__} does not say what its decoder reads while it learns a target")
+    if start is None and getattr(model.config, "pad_token_id", None) is None:
+        raise UnsupportedError(
+            f"{type(model).__name__}: config.json names no decoder_start_token_id, by which every target begins",
+            hint="write the one of the model's release into it",
+        )
+    return found
+
+
+@torch.inference_mode()
+def generate_targets(model: PreTrainedModel, sources: Sequence[list[int]], **told: Any) -> list[list[int]]:
+    """What generate() writes for each source, behind the decoder's start token: with the end, and padding behind it."""
+    batch = collate_pairs([PairSample(ids, [0], "") for ids in sources], pad_of(model))
+    given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
+    generate: Any = model.generate
+    return [ids[1:] for ids in generate(**given, **told).tolist()]
+
+
+@contextmanager
+def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> Iterator[str | None]:
+    """Within the block passes of several pairs compute what the model says of each alone.
+
+    Yields None, or a sentence that says why every pair must pass alone. Raises UnsupportedError for a model whose loss of a
+    single pair is not the mean cross-entropy of its labels.
+    """
+    ordered = sorted(samples, key=lambda sample: len(sample.input_ids) + len(sample.labels))
+    two = [ordered[-1], *ordered[:-1][:1]]
+    with torch.no_grad(), evaluating(model), computing(model, "float32"):
+        alone = [pair_losses(model, [sample])[1] for sample in two]
+        for sample, losses in zip(two, alone, strict=True):
+            if not _alike(model, losses.mean(), _own_loss(model, sample)):
+                raise UnsupportedError(
+                    f"{type(model).__name__}: its own loss of a pair is not the mean cross-entropy of the target's tokens, "
+                    "so it cannot be trained here"
+                )
+        together = pair_losses(model, two)[1]
+        apart = not _alike(model, together, torch.cat(alone))
+    yield (
+        f"{type(model).__name__} computes otherwise beside padding; every pair passes through it alone"
+        if apart
+        else None
+    )
+
+
+def _own_loss(model: PreTrainedModel, sample: PairSample) -> Tensor:
+    """What the model itself says of a pair, called as anybody would."""
+    ids, labels = (torch.tensor([each], device=model.device) for each in (sample.input_ids, sample.labels))
+    own: Any = model
+    loss: Tensor = own(input_ids=ids, labels=labels, use_cache=False).loss
+    return loss.float()
+
+
+def _alike(model: PreTrainedModel, got: Tensor, expected: Tensor) -> bool:
+    """Whether losses are the same but for rounding; NaN is NaN in any pass."""
+    both = got.isfinite() & expected.isfinite()
+    if not torch.equal(got.isfinite(), expected.isfinite()):
+        return False
+    off, scale = (got - expected).abs()[both], expected[both].abs().clamp(min=1.0)
+    if computed_dtype(model) == torch.float32:
+        return bool((off <= EXACT * scale).all())
+    return not len(off) or float(off.mean()) <= ROUNDED * float(scale.mean())
