@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapter_files.expert_loras import parameter_names, take_experts
 from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.seal import SEAL
 from qgraft.adapters.adapter import Adapter
@@ -25,6 +26,7 @@ from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.lora_experts import expert_loras
 from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.checkpoints.thudm_prefix import tensor_names
@@ -60,10 +62,13 @@ class StoredLoras:
 
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
-    targets, numbers = _target_names(model, list(adapter.parts))
+    parameters = [path for path, _ in expert_loras(adapter.parts)]
+    linears = [path for path in adapter.parts if path not in parameters]
+    targets, numbers = _target_names(model, linears) if linears else ([], None)
     state = adapter.state_dict()
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    return peft_config(adapter.configs, targets, source, numbers, peft_type), state
+    config = peft_config(adapter.configs, targets, source, numbers, peft_type)
+    return config | ({"target_parameters": parameter_names(model, parameters)} if parameters else {}), state
 
 
 def refuse_minimums(adapter: Adapter) -> None:
@@ -121,8 +126,11 @@ def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, An
 
 def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[Pairs, list[str]]:
     """(those that fit the model's layers, what differs)."""
-    loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
-    problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
+    loras, layers = dict(stored.pairs), adaptable_layers(model)  # a walk over the model, so once
+    fitting, misfits = take_experts(model, config, loras)
+    problems = misfits + [
+        problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))
+    ]
     for path, pair in loras.items():
         if problem := _shape_problem(model, layers, path, pair, stored):
             problems.append(problem)
@@ -137,7 +145,8 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
         problems += [
-            f"{path}: it has tensors, but target_modules does not name it" for path in sorted(fitting.keys() - named)
+            f"{path}: it has tensors, but target_modules does not name it"
+            for path in sorted((fitting.keys() & layers.keys()) - named)
         ]
     return fitting, problems
 
@@ -161,7 +170,7 @@ def made_of_pairs(
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
     exact LoRAs."""
-    layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
+    layers = {path: layer_config(config, path, pair["A"].shape[-2], path in exact) for path, pair in loras.items()}
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
     return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})

@@ -29,10 +29,12 @@ from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_laye
 from qgraft.adapters.layer_ranks import configs_of
 from qgraft.adapters.lora import LoraConfig, LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
+from qgraft.adapters.lora_experts import LoraExperts, find_parameters, nest
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError, option
+from qgraft.experts import QuantizedExperts
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -53,6 +55,7 @@ def attach_lora(
     exact: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    target_parameters: Sequence[str] = (),
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -67,6 +70,8 @@ def attach_lora(
         exact: change the base's minimums only, so that a merge loses nothing but their rounding; for layers in formats
             with minimums (q4_1, q5_1, q2_k, q4_k, q5_k). A rank above the number of groups of a row adds nothing.
         rank_pattern, alpha_pattern: ranks and alphas of single layers, see layer_ranks.py.
+        target_parameters: the weights of experts that get one beside them, as in PEFT: "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj", or the whole names of such parameters. With them target_modules may be ().
 
     Returns the common options as a LoraConfig. Raises OptionError for a name that is of no linear layer, AdapterError for a
     name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
@@ -75,16 +80,22 @@ def attach_lora(
     check_new_name(model, name)
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
-    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact)
-    attach_layers(model, name, configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern))
+    parameters = _names(target_parameters.split(",") if isinstance(target_parameters, str) else target_parameters)
+    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, parameters)
+    chosen = chosen_layers(model, targets, numbers, parameters)
+    attach_layers(model, name, configs_of(chosen, config, rank_pattern, alpha_pattern))
     return config
 
 
 def chosen_layers(
-    model: nn.Module, target_modules: str | Sequence[str], layers_to_transform: LayerNumbers | None
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    layers_to_transform: LayerNumbers | None,
+    target_parameters: Sequence[str] = (),
 ) -> list[str]:
     """The paths of the layers that attach_lora() would put a LoRA on. Raises OptionError for none."""
-    paths = find_targets(model, target_modules)
+    paths = [] if target_parameters and not target_modules else find_targets(model, target_modules)
+    paths += find_parameters(model, target_parameters) if target_parameters else []
     return paths if layers_to_transform is None else within_layers(paths, parse_layers(layers_to_transform))
 
 
@@ -130,6 +141,7 @@ def make_loras(
         path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
+    nest(parts)
     adapter = Adapter(name, "lora", parts)
     adapter.let_train(False)
     return adapter
@@ -235,6 +247,8 @@ def _wrapper(module: nn.Module, selection: Selection | None = None) -> LoraLayer
     """A layer around the base's, which is in no model yet; the module itself where it is one."""
     if isinstance(module, LoraLayer):
         return module
+    if isinstance(module, QuantizedExperts):
+        return LoraExperts(module, selection)
     if isinstance(module, QuantizedEmbedding | nn.Embedding):
         return LoraEmbedding(module, selection)
     assert isinstance(module, QuantizedLinear | nn.Linear)

@@ -57,6 +57,7 @@ class LoraConfig:
         use_rslora: scale by lora_alpha / sqrt(r) instead.
         target_modules: "all-linear", a regular expression, or names of linear layers.
         layers_to_transform: numbers of the decoder's layers that have it; None for all.
+        target_parameters: the parameters of experts that have one, by names or the ends of names.
         exact: change the base's minimums only, so that a merge loses nothing but their rounding (exact.py).
     """
 
@@ -67,6 +68,7 @@ class LoraConfig:
     target_modules: str | tuple[str, ...] = "all-linear"
     layers_to_transform: tuple[int, ...] | None = None
     exact: bool = False
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_ranges(
