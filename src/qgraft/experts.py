@@ -73,6 +73,12 @@ class ExpertStack(nn.Module):
         """The weight [out, in] of one expert: views of the stored bytes."""
         return rows_of(self.packed, index * self.out_features, (index + 1) * self.out_features)
 
+    def replace(self, packed: PackedTensor) -> None:
+        """Put other packed bytes of the same shape in place. Raises ValueError for another shape."""
+        if packed.shape != self.packed_weight.shape:
+            raise ValueError(f"replace: got shape {packed.shape}, expected {self.packed_weight.shape}")
+        self.packed_weight.set(packed)
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.num_experts} x ({self.in_features}, {self.out_features}), {self.packed_weight.format}"

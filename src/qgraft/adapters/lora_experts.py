@@ -13,7 +13,7 @@ The router has no LoRA: its weight is no linear layer, and no parameter of the e
 """
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -79,6 +79,7 @@ class LoraExperts(LoraLayer):
 
     base: QuantizedExperts
     part = ExpertLora
+    stands_in: Callable[["LoraExperts", Routed], Tensor] | None = None  # what computes instead, while a merge is made
 
     def __init__(self, base: QuantizedExperts, selection: Selection | None = None) -> None:
         super().__init__(base, (base.in_features, base.out_features), selection)
@@ -91,6 +92,14 @@ class LoraExperts(LoraLayer):
                 hint=f"{option('lora_dropout', 0)}, or leave target_parameters out",
             )
         return ExpertLora(self, config, values)
+
+    def forward(self, x: Any) -> Tensor:
+        """Routed rows -> [rows, out]: what the base makes of them, with what the active adapters add."""
+        return self.forward_alone(x) if self.stands_in is None else self.stands_in(self, x)
+
+    def forward_alone(self, x: Any) -> Tensor:
+        """See LoraLayer.forward."""
+        return super().forward(x)
 
     def tokens_of(self, x: Any) -> int:
         """How many tokens the routed rows are of."""

@@ -31,11 +31,14 @@ from qgraft.adapters.attach import detach_lora, put_loras
 from qgraft.adapters.base import BaseInfo, adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
+from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
+from qgraft.checkpoints.origin import module_at
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, DataError, UnsupportedError, option, worded
+from qgraft.experts import ExpertStack
 from qgraft.formats import (
     FORMATS,
     PackedTensor,
@@ -49,6 +52,7 @@ from qgraft.formats import (
 from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
+from qgraft.merging.experts import StackToMerge, round_stack, rounded_notes, stacks_to_merge
 from qgraft.merging.finish import finish
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
@@ -142,6 +146,7 @@ def _merge(
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
     layers, weights, exact = _layers_to_merge(model, to, method)
+    experts = stacks_to_merge(model, weights)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
@@ -149,20 +154,25 @@ def _merge(
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
-    solves = bool(solved) and method in CHAINS
+    solves = bool(solved or experts) and method in CHAINS
     chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
     starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _bar(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
-        measurement = None if chosen is None else Measurement(model, layers, chosen)
-        done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about)
+        changed: dict[str, LoraLinear | ExpertStack] = {
+            **layers,
+            **{path: each.stack for path, each in experts.items()},
+        }
+        measurement = None if chosen is None else Measurement(model, changed, chosen)
+        done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about, experts)
         others = {path: merged for path, (merged, _) in exact.items()}
+        others |= {path: done.pop(path) for path in experts}
         if chosen is not None and measurement is not None:
             measured = partial(_kept_with, measurement, others)
             if method == "auto" and solved:
-                done, kept, steps = finish(model, layers, done, others, chosen, measured, _shown(bar, "distilling"))
+                done, kept, steps = finish(model, changed, done, others, chosen, measured, _shown(bar, "distilling"))
             else:
                 kept = measured(done)
     calibrated, again = chosen if solves else None, work.note if work else None
@@ -176,7 +186,12 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_misfits(layers, to)),
+        notes=(
+            *(chosen.notes if chosen else ()),
+            *filter(None, [unmeasured, again]),
+            *_misfits(layers, to),
+            *rounded_notes(reports),
+        ),
     )
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights)
@@ -224,21 +239,23 @@ def _solve(
     bar: Display,
     work: WorkDir | None,
     about: Callable[[Calibration], dict[str, Any]],
+    experts: Mapping[str, StackToMerge],
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
-    if not starts:
+    if not starts and not experts:
         return {}, []
     if chosen is None or method not in CHAINS:
         pairs = [merge_nearest(path, start, deltas[path](), method) for path, start in starts.items()]
+        pairs += [round_stack(path, stack, method) for path, stack in experts.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
     found = 0
     if work is not None:
         work.begin(about(chosen), starts)
         found = len(work.found)
-    shown, done = _shown(bar, "layers"), count(found + 1)
-    shown(found, len(starts))  # time left is reckoned from here on: what was found takes none
+    shown, done, total = _shown(bar, "layers"), count(found + 1), len(starts) + len(experts)
+    shown(found, total)  # time left is reckoned from here on: what was found takes none
     return merge_in_step(
-        model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(starts)), work
+        model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), total), work, experts
     )
 
 
@@ -269,7 +286,7 @@ def unmerge(model: PreTrainedModel) -> None:
     active = {**merges.weights, **active_adapters(model)}
     wrapped = dict(lora_layers(model))
     for path, packed in merges.packed.items():
-        layer: Any = wrapped.get(path) or model.get_submodule(path)
+        layer: Any = wrapped.get(path) or module_at(model, path)
         layer.replace(packed)
     for adapter in merges.adapters.values():
         put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
@@ -286,7 +303,8 @@ def _merged(model: PreTrainedModel) -> Merged | None:
 
 def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
     """Put the merged bytes in place and take the adapters off."""
-    base, layers = base_of(model), dict(lora_layers(model))
+    base, layers = base_of(model), dict[str, LoraLinear | ExpertStack](lora_layers(model))
+    layers |= {path: each.stack for path, each in stacks_to_merge(model, weights).items()}
     before, info = _merged(model) or Merged(base.info, {}, {}, {}), base.info
     if info is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
@@ -340,7 +358,12 @@ def _layers_to_merge(
     exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
     output: Any = model.get_output_embeddings()
     held = {name for name, each in FORMATS.items() if each.quantize is not None}
-    problems = [f"{path} is the embedding" for path in adapted if path not in layers]
+    problems = [f"{path} is the embedding" for path, layer in adapted.items() if isinstance(layer, LoraEmbedding)]
+    for path, each in stacks_to_merge(model, weights).items():
+        if to is not None:
+            problems.append(f"{path} holds experts, which are merged in the format that they have, and not in {to}")
+        elif not is_writable(each.stack.packed):
+            problems.append(f"{path} is {each.stack.packed.format}, which qgraft does not write")
     for path, layer in layers.items():
         if layer is output:
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
