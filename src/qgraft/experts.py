@@ -103,14 +103,14 @@ class Routed(NamedTuple):
         tokens: [R] int64, the token of each row.
         experts: [R] int64, ascending.
         groups: (expert, start, stop): its rows, for each expert that has some.
-        count: how many tokens there are in the pass.
+        total: how many tokens there are in the pass.
     """
 
     x: Tensor
     tokens: Tensor
     experts: Tensor
     groups: list[tuple[int, int, int]]
-    count: int
+    total: int
 
 
 class Segment(NamedTuple):
@@ -250,7 +250,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [R, out] -> gradients of x and of every A and B."""
         layer, routed, segments, saved = ctx.layer, ctx.routed, ctx.segments, ctx.saved_tensors
-        weights, (*hs, x_RI) = saved[: 2 * len(segments)], saved[2 * len(segments) :] if segments else (None,)
+        weights, (*hs, x_RI) = saved[: 2 * len(segments)], saved[2 * len(segments) :] if segments else (grad,)
         grads = [torch.zeros_like(weight) for weight in weights]
         g_RO, wanted = grad.contiguous(), ctx.needs_input_grad[0]
         gx_RI = g_RO.new_empty(len(g_RO), layer.in_features) if wanted else None
@@ -287,7 +287,7 @@ def _terms(
     terms = []
     for number, segment in enumerate(segments):
         first, last = 0, stop - start
-        if (segment.start, segment.stop) != (0, routed.count):
+        if (segment.start, segment.stop) != (0, routed.total):
             ends = torch.tensor([segment.start, segment.stop], device=routed.tokens.device)
             first, last = torch.searchsorted(routed.tokens[start:stop], ends).tolist()
         if first < last:

@@ -24,6 +24,7 @@ from qgraft.adapters.combine import (
     Factors,
     check_options,
     combine_layers,
+    experts_error,
     minimums_error,
 )
 from qgraft.adapters.kept_rows import rows_of_all
@@ -76,6 +77,8 @@ def combine_files(
         stored = parse_state(state)
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
+        if config.get("target_parameters"):
+            raise experts_error(", ".join(config["target_parameters"]))
         if stored.minimums:
             raise minimums_error("combine", sorted(stored.minimums)[0])
         problems += [f"{folder}: {problem}" for problem in wrong]

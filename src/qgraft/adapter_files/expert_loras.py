@@ -2,8 +2,8 @@
 
     target_parameters    ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]: parameters, or the ends of their names
 
-The names of the tensors say the module and how deep its wrapper lies, not the parameter (adapters/lora_experts.py): it follows
-from the parameters that target_parameters names in that module.
+The names of the tensors say the module and how deep its wrapper lies, not the parameter (adapters/lora_experts.py): it
+follows from the parameters that target_parameters names in that module.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,7 @@ def stored_tensors(experts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Te
 def stack_tensors(
     lora: ExpertLora, layer: QuantizedExperts, names: Mapping[str, str], scale: float
 ) -> dict[str, Tensor]:
-    """[E, r, in] and [E, out, r] for each tensor of a GGUF file that a projection has, as llama.cpp reads them; one A for all.
+    """[E, r, in] and [E, out, r] for each tensor of a GGUF file that a projection has, for llama.cpp; one A for all.
 
     Args:
         names: of the tensors, by what the projection calls their stacks.
@@ -80,7 +80,7 @@ def experts_of_stacks(
     problems += [f"{path}: got gate and up of different ranks, expected one" for path in ranks if len(ranks[path]) > 1]
     if problems:
         raise AdapterError(f"{source} does not fit this model:\n  " + "\n  ".join(problems))
-    return {path: (*_joined(layers[path], parts), *ranks[path]) for path, parts in grouped.items()}
+    return {path: (*_joined(layers[path], parts), ranks[path].pop()) for path, parts in grouped.items()}
 
 
 def _joined(layer: QuantizedExperts, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

@@ -52,12 +52,10 @@ class LoraConfig:
 
     Attributes:
         r: rank of the delta.
-        lora_alpha: the delta is scaled by lora_alpha / r.
+        lora_alpha, use_rslora: the delta is scaled by lora_alpha / r, or by lora_alpha / sqrt(r).
         lora_dropout: share of the inputs of A that is zeroed in training.
-        use_rslora: scale by lora_alpha / sqrt(r) instead.
-        target_modules: "all-linear", a regular expression, or names of linear layers.
+        target_modules: "all-linear", a regular expression, or names of linear layers; target_parameters: of experts.
         layers_to_transform: numbers of the decoder's layers that have it; None for all.
-        target_parameters: the parameters of experts that have one, by names or the ends of names.
         exact: change the base's minimums only, so that a merge loses nothing but their rounding (exact.py).
     """
 

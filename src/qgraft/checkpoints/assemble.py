@@ -186,7 +186,7 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
             value = read(name)
             if isinstance(value, Tensor) and value.shape == buffer.shape:
                 buffer.copy_(value)
-            elif value is not None:
+            elif isinstance(value, Tensor | PackedTensor):
                 problems.append(f"{name}: got shape {list(value.shape)}, expected {list(buffer.shape)}")
 
 

@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW, Keys, key_report
+from qgraft.checkpoints.gguf_key_report import key_report
+from qgraft.checkpoints.gguf_keys import PATTERN, TABLE, WINDOW, Keys
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 

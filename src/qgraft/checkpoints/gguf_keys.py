@@ -19,12 +19,10 @@ soft caps of those that it does; and it walks each string of the vocabulary to r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any
 
 from qgraft.checkpoints.gguf_header import Header, is_number
 
-Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
@@ -357,46 +355,3 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         musts={**_SAME_BASE, **_SAME_LAYERS},
     ),
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class KeyReport:
-    """The keys of one file: used; without effect, with the reason; refused, with what was expected; unknown."""
-
-    used: dict[str, str] = field(default_factory=dict)
-    without_effect: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    unknown: list[str] = field(default_factory=list)
-
-
-def key_report(header: Header) -> KeyReport:
-    """Sort the keys of a file whose architecture is in the table."""
-    keys, report = TABLE[header.architecture], KeyReport()
-    fields = keys.fields_of(header)
-    for name, value in header.metadata.items():
-        key = name.removeprefix(f"{header.architecture}.")
-        if key == name:
-            group = next((group for group in OTHER_GROUPS if name.startswith(group)), None)
-            if group is None:
-                report.unknown.append(name)
-            else:
-                report.without_effect[name] = OTHER_GROUPS[group]
-        elif key in fields or key in keys.used:
-            report.used[name] = fields.get(key) or keys.used[key]
-        elif (must := _find(keys.musts, key)) or (not _find(keys.ignored, key) and (must := _find(MUSTS, key))):
-            if must.holds(header, value):
-                report.without_effect[name] = "says what is computed anyway"
-            else:
-                report.refused[name] = must.expected
-        elif reason := _find(keys.ignored, key) or IGNORED.get(key):
-            report.without_effect[name] = reason
-        else:
-            report.unknown.append(name)
-    return report
-
-
-def _find(table: Mapping[str, Meaning], key: str) -> Meaning | None:
-    """What the table says of the key, by its name or by a name that ends in *."""
-    if key in table:
-        return table[key]
-    return next((meaning for name, meaning in table.items() if name.endswith("*") and fnmatchcase(key, name)), None)

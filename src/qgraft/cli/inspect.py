@@ -76,7 +76,8 @@ def _gguf(path: Path, tensors: bool) -> dict[str, Any]:
 def _keys(file: Any) -> dict[str, Any]:
     """What each metadata key is for: used, without effect, refused, unknown; only the lists that are not empty."""
     from qgraft.checkpoints.gguf_header import Header
-    from qgraft.checkpoints.gguf_keys import TABLE, key_report
+    from qgraft.checkpoints.gguf_key_report import key_report
+    from qgraft.checkpoints.gguf_keys import TABLE
 
     if file.metadata.get("general.architecture") not in TABLE:
         return {"does not load": f"the architecture is none of {', '.join(TABLE)}"}

@@ -4,7 +4,7 @@
                              expert is a pair of inputs that its weight can be solved for
 
 An expert that fewer than FEWEST pairs reached, or none, is not solved for: W + delta is rounded on the grid it has, which
-changes nothing where a delta is smaller than half a step. The report names these. An expert whose delta is zero keeps its bytes.
+changes nothing where a delta is smaller than half a step. The report names these. An expert without a delta keeps its bytes.
 """
 
 from collections import Counter
@@ -99,9 +99,9 @@ class _Split:
     def __call__(self, layer: LoraExperts, routed: Routed) -> Tensor:
         calibrates, judges = self.tokens()
         count = len(calibrates)
-        if routed.count != 2 * count:
+        if routed.total != 2 * count:
             raise UnsupportedError(
-                f"merge: experts are given {routed.count} tokens, expected all {2 * count} of two streams"
+                f"merge: experts are given {routed.total} tokens, expected all {2 * count} of two streams"
             )
         y = layer.forward_alone(routed)
         found: dict[str, list[tuple[PackedTensor, LayerReport]]] = {path: [] for path in self.stacks}

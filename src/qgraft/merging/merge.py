@@ -13,16 +13,15 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -60,7 +59,7 @@ from qgraft.merging.measure import Measurement, Packed, in_place
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
 from qgraft.passes.decoder import evaluating
-from qgraft.progress import Display, shown
+from qgraft.progress import Display, bar_on, counted, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
 
@@ -159,7 +158,7 @@ def _merge(
     starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), _bar(console) as bar:
+    with evaluating(model), bar_on(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
         changed: dict[str, LoraLinear | ExpertStack] = {
             **layers,
@@ -168,11 +167,12 @@ def _merge(
         measurement = None if chosen is None else Measurement(model, changed, chosen)
         done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about, experts)
         others = {path: merged for path, (merged, _) in exact.items()}
-        others |= {path: done.pop(path) for path in experts}
+        others |= {path: done[path] for path in experts}
+        done = {path: merged for path, merged in done.items() if path not in experts}
         if chosen is not None and measurement is not None:
             measured = partial(_kept_with, measurement, others)
             if method == "auto" and solved:
-                done, kept, steps = finish(model, changed, done, others, chosen, measured, _shown(bar, "distilling"))
+                done, kept, steps = finish(model, changed, done, others, chosen, measured, counted(bar, "distilling"))
             else:
                 kept = measured(done)
     calibrated, again = chosen if solves else None, work.note if work else None
@@ -186,12 +186,7 @@ def _merge(
         distilled_steps=steps,
         seconds=time.perf_counter() - began,
         peak_memory_bytes=peak_memory_bytes(),
-        notes=(
-            *(chosen.notes if chosen else ()),
-            *filter(None, [unmeasured, again]),
-            *_misfits(layers, to),
-            *rounded_notes(reports),
-        ),
+        notes=(*(chosen.notes if chosen else ()), *filter(None, [unmeasured, again]), *_notes(layers, to, reports)),
     )
     check_kept(report, min_retained)
     _replace(model, {**others, **done}, weights)
@@ -252,17 +247,11 @@ def _solve(
     if work is not None:
         work.begin(about(chosen), starts)
         found = len(work.found)
-    shown, done, total = _shown(bar, "layers"), count(found + 1), len(starts) + len(experts)
+    shown, done, total = counted(bar, "layers"), count(found + 1), len(starts) + len(experts)
     shown(found, total)  # time left is reckoned from here on: what was found takes none
     return merge_in_step(
         model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), total), work, experts
     )
-
-
-def _shown(bar: Display, what: str) -> Callable[[int, int], None]:
-    """Shows (done, total), from the first call on."""
-    task = cache(lambda: bar.add_task(what))
-    return lambda done, total: bar.update(task(), completed=done, total=total)
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
@@ -402,19 +391,8 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor,
     return delta + (base - rounded)
 
 
-def _misfits(layers: Mapping[str, LoraLinear], to: str | None) -> list[str]:
-    """Which layers got another format than `to`, or none."""
+def _notes(layers: Mapping[str, LoraLinear], to: str | None, reports: Sequence[LayerReport]) -> list[str]:
+    """Which layers got another format than `to`, or none; which experts were rounded."""
     widths = {path: layer.in_features for path, layer in layers.items()}
     found = {} if to is None else {path: (width, fitting_format(to, width)) for path, width in widths.items()}
-    return misfit_notes(str(to), found) if found else []
-
-
-def _bar(console: Console | None) -> Display:
-    return Display(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:.0f}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )
+    return [*(misfit_notes(str(to), found) if found else ()), *rounded_notes(reports)]

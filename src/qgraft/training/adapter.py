@@ -112,8 +112,9 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         other = {path: getattr(config, field) for path, config in adapter.configs.items()
                  if (key := first_matching(table, path)) is not None and getattr(config, field) != table[key]}  # fmt: skip
         wrong += [f"{name}: {path} has {field} {value}" for path, value in list(other.items())[:1]]
-    if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
-        asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
+    named = (args.layers_to_transform, args.target_parameters)
+    if args.target_modules != defaults["target_modules"] or any(each is not None for each in named):
+        asked = chosen_layers(model, args.target_modules, args.layers_to_transform, args.target_parameters or ())
         if set(asked) != set(adapter.configs):
             wrong.append(f"target_modules and layers_to_transform name {len(asked)} layers, it is on "
                          f"{len(adapter.configs)}{'' if len(asked) != len(adapter.configs) else ' other ones'}")  # fmt: skip
@@ -207,4 +208,5 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
     attach_lora(
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
         arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
+        arguments.target_parameters or (),
     )  # fmt: skip

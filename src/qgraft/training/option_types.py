@@ -26,7 +26,10 @@ from qgraft.errors import OptionError, worded
 from qgraft.json_files import parse_json
 from qgraft.training.ranges import RANGES
 
-NAMES = ("dataset", "eval_dataset", "test_dataset", "target_modules", "layers_to_transform")  # comma lists
+NAMES = (  # comma lists
+    *("dataset", "eval_dataset", "test_dataset"),
+    *("target_modules", "target_parameters", "layers_to_transform"),
+)
 _WORDS = {"true": True, "false": False}
 _CHOICES = {"eval_strategy": IntervalStrategy}  # where the type says str alone
 
