@@ -156,14 +156,14 @@ def test_experts_take_what_an_adapter_learned(
     model = adapted(tiny.path, "qwen3moe", target_modules=())
     for part in model.qgraft.adapters["default"].parts.values():
         part.lora_B.data[3].zero_()  # an expert that no token of the training came to
-    monkeypatch.setattr("qgraft.merging.experts.FEWEST", 60)
+    monkeypatch.setattr("qgraft.merging.experts.FEWEST", 200)
     ids = random_ids(tiny.model, rows=1, length=60)
     base, learned = logits(tiny.model, ids), logits(model, ids)
-    report = qgraft.merge(model, calibration=ROWS[:10], min_retained=-1e9, method=method)
+    report = qgraft.merge(model, calibration=ROWS, min_retained=-1e9, method=method)
     assert len(report.layers) == 6
     merged = logits(model, ids)
     far, near = (float((merged - each).norm() / (learned - base).norm()) for each in (base, learned))
-    assert near < {"nearest": 0.15, "codes": 0.8, "auto": 0.6}[method] < far
+    assert near < {"nearest": 0.15, "codes": 0.9, "auto": 0.6}[method] < far
     few = [note for note in report.notes if "too few calibration tokens" in note]
     assert bool(few) == (method != "nearest")
     stacks = {path: module for path, module in model.named_modules() if isinstance(module, ExpertStack)}
@@ -271,7 +271,7 @@ def test_what_cannot_be_adapted_is_refused(tiny_gguf: Maker, tmp_path: Path) -> 
         OptionError, match=r"no packed weights of experts are named experts\.up_proj.*experts\.gate_up_proj"
     ):
         qgraft.attach_lora(model, target_parameters=["experts.up_proj"])
-    with pytest.raises(OptionError, match="no packed weights of experts are named gate.weight"):
+    with pytest.raises(OptionError, match=r"no packed weights of experts are named gate\.weight"):
         qgraft.attach_lora(model, target_parameters=["gate.weight"])
     with pytest.raises(OptionError, match="no linear layer is named gate"):
         qgraft.attach_lora(model, target_modules="gate")
