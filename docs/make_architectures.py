@@ -53,7 +53,13 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Not served from GGUF, and refused by name: experts (`expert_count`), gemma3n, gemma4, and all other architectures. Layers
+Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on them by
+`--target_parameters`, with PEFT's names, layout and values (`tests/checkpoints/test_gguf_experts.py` has PEFT's own layers on
+transformers' model as the judge); the router takes none. A merge solves for each expert with the tokens that come to it, and
+names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are not written
+from them. Files of 2023 with a tensor for each expert are refused.
+
+Not served from GGUF, and refused by name: gemma3n, gemma4, deepseek2, and all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
 A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than
@@ -62,7 +68,7 @@ puts its inputs in their order (`QuantizedLinear.input_order`); it is trained, m
 have transformers' order in the model and in PEFT's files, the file's in a GGUF-LoRA. An exact LoRA is refused there. A file
 written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
-PACKED_APART = {"lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
+PACKED_APART = {"gpt-oss", "lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
 
 
 def gguf_section() -> str:
@@ -79,12 +85,14 @@ def gguf_section() -> str:
             *(["rows"] if rules.rows else []),
             *(["norms + 1"] if rules.norm_offset else []),
             *(["kernels"] if rules.kernels != "\0" else []),
+            *(["gate and up of experts alternate"] if rules.alternates else []),
         ]
         fast = [kind for kind in kinds if kind in FAMILIES]
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        lines.append(f"| `{name}` | {models} | yes | {apart} | yes | {decoded} | {', '.join(stored)} |")
+        written = "merged" if keys.experts and not keys.other else "mixtral merged" if keys.experts else "yes"
+        lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 
 

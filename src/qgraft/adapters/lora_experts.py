@@ -153,6 +153,14 @@ def expert_layers(model: nn.Module) -> dict[str, QuantizedExperts | LoraExperts]
     return {path: module for path, module in modules_outside_adapters(model) if isinstance(module, kinds)}
 
 
+def stack_paths(model: nn.Module) -> list[str]:
+    """The paths of the stacks of experts, in the model without adapters."""
+    layers = {
+        path: layer.base if isinstance(layer, LoraExperts) else layer for path, layer in expert_layers(model).items()
+    }
+    return [f"{path}.{part}" for path, layer in layers.items() for part in layer.stacks()]
+
+
 def find_parameters(model: nn.Module, target_parameters: Sequence[str]) -> list[str]:
     """The paths of the projections of experts that PEFT's `target_parameters` names: parameters, or the ends of their names.
 
