@@ -12,8 +12,8 @@ The file is written tensor by tensor into a temporary folder. Then, each in a pr
     generate        16 tokens after a prompt of 32
 
 touched_mb is what of the mapped file the process has read (RssFile): random tokens are routed to nearly all experts.
-peak_mb is all that it held at once; over_touched is their ratio. Random weights take the time and the memory of trained ones; nothing is
-said about losses. Results go to benchmarks/results/experts_full_size.csv.
+peak_mb is all that it held at once; over_touched is their ratio. Random weights take the time and the memory of trained
+ones; nothing is said about losses. Results go to benchmarks/results/experts_full_size.csv.
 """
 
 import argparse

@@ -53,11 +53,11 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on them by
-`--target_parameters`, with PEFT's names, layout and values (`tests/checkpoints/test_gguf_experts.py` has PEFT's own layers on
-transformers' model as the judge); the router takes none. A merge solves for each expert with the tokens that come to it, and
-names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are not written
-from them. Files of 2023 with a tensor for each expert are refused.
+Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on
+them by `--target_parameters`, with PEFT's names, layout and values: `tests/checkpoints/test_gguf_experts.py` has PEFT's own
+layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens that come
+to it, and names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are
+not written from them. Files of 2023 with a tensor for each expert are refused.
 
 Not served from GGUF, and refused by name: gemma3n, gemma4, deepseek2, and all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.

@@ -1,5 +1,5 @@
-"""Mixtures of experts out of GGUF files, and LoRAs on the experts themselves: PEFT's own layers on transformers' float model of
-the weights that the file's bytes mean give the same logits and gradients; merged, saved and exported they are what they were.
+"""Mixtures of experts out of GGUF files, and LoRAs on the experts themselves: PEFT's own layers on transformers' float model
+of the weights that the file's bytes mean give the same logits and gradients; merged, saved, exported they are what they were.
 
 test_gguf_architectures.py and test_gguf_model.py go through these architectures with all others, tests/oracle has llama.cpp.
 """

@@ -74,9 +74,9 @@ def save(
         path: the file to write (GGUF), or the folder. A model in several files becomes as many, PATH-00001-of-0000N.gguf
             and those after it. A name that ends in .gguf makes a new GGUF file of a model from a
             folder, for llama.cpp and what is built on it; what such a file cannot say is refused.
-        to: another format for every linear layer but the output layer, experts too ("q8_0"), or for some layers: {name: format},
-            where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
-            it; the first that fits a layer counts. Layers are requantized from their present values.
+        to: another format for every linear layer but the output layer, and for experts ("q8_0"), or for some layers:
+            {name: format}, where a name is a module path, its last parts, the tensor's name in the container, or one of
+            them with * in it; the first that fits a layer counts. Layers are requantized from their present values.
         overwrite: replace a file, or a folder that an earlier save wrote; without it an existing one is refused. What
             the model was loaded from is never replaced.
 
