@@ -233,6 +233,29 @@ def test_a_file_called_llama_with_experts_is_a_mixtral(tiny_gguf: Maker, random_
     assert torch.equal(model.generate(ids, **options), tiny.model.generate(ids, **options))
 
 
+def test_experts_are_quantized_and_saved_in_another_format(tiny_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    tiny = tiny_gguf("qwen3moe", types=(Q.F32,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.save(model, tmp_path / "saved.gguf", to="q8_0")
+    qgraft.quantize(model, "q8_0")
+    again, _ = qgraft.load(tmp_path / "saved.gguf", dtype="float32", device="cpu")
+    for each in (model, again):
+        kinds = {module.packed.format for module in each.modules() if isinstance(module, ExpertStack)}
+        assert kinds == {"q8_0"}
+    ids = random_ids(tiny.model)
+    assert torch.equal(logits(model, ids), logits(again, ids))
+    for path, stack in again.named_modules():
+        if isinstance(stack, ExpertStack):
+            whole = model.get_submodule(path).packed
+            meant = gguf.quants.dequantize(stack.packed.parts[0].numpy(), Q.Q8_0)
+            assert np.array_equal(meant, qgraft.formats.dequantize(whole, torch.float32).numpy())
+    tiny.model.save_pretrained(tmp_path / "folder")
+    kept, _ = qgraft.load(tmp_path / "folder", dtype="float32", device="cpu", quantize="q8_0")
+    assert any("experts are held as floats" in note for note in kept.qgraft.info.notes)
+    with pytest.raises(OptionError, match="none: its experts are held as floats"):
+        qgraft.attach_lora(kept, target_parameters=BOTH)
+
+
 def floats(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
