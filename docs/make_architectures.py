@@ -53,7 +53,13 @@ one call of C; all others decode by transformers' pass with the packed layers in
 |---|---|---|---|---|---|---|
 {rows}
 
-Not served from GGUF, and refused by name: experts (`expert_count`) and all other architectures. Layers
+Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on
+them by `--target_parameters`, with PEFT's names, layout and values: `tests/checkpoints/test_gguf_experts.py` has PEFT's own
+layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens that come
+to it, and names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are
+not written from them. Files of 2023 with a tensor for each expert are refused.
+
+Not served from GGUF, and refused by name: deepseek2, and all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
 `chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
@@ -69,7 +75,7 @@ puts its inputs in their order (`QuantizedLinear.input_order`); it is trained, m
 have transformers' order in the model and in PEFT's files, the file's in a GGUF-LoRA. An exact LoRA is refused there. A file
 written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
-PACKED_APART = {"lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
+PACKED_APART = {"gpt-oss", "lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
 
 
 def gguf_section() -> str:
@@ -86,12 +92,14 @@ def gguf_section() -> str:
             *(["rows"] if rules.rows else []),
             *(["norms + 1"] if rules.norm_offset else []),
             *(["kernels"] if rules.kernels != "\0" else []),
+            *(["gate and up of experts alternate"] if rules.alternates else []),
         ]
         fast = [kind for kind in kinds if kind in FAMILIES]
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        written = "merged only" if name == "gemma3n" else "yes"
+        merged_only = name == "gemma3n" or (keys.experts and not keys.other)
+        written = "merged only" if merged_only else "mixtral merged only" if keys.experts else "yes"
         lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 

@@ -21,6 +21,8 @@ llama.cpp departs from the model that a file was made of, qgraft computes as the
 * `attention.sliding_window` of phi3 and starcoder2: every layer has that window. llama.cpp attends to everything.
 * `rope.scaling.yarn_beta_fast`, `yarn_beta_slow` and `yarn_attn_factor`: what the authors chose, as the converter wrote it.
   llama.cpp passes over them for these architectures, and computes with 32, 1 and 1 + ln(factor) / 10.
+* `rope.scaling.type` yarn of gpt-oss: the ramp between fast and slow frequencies begins and ends where its authors' does.
+  llama.cpp rounds both ends to whole frequencies.
 * `rope_factors_long.weight` and `rope_factors_short.weight` (longrope): a text longer than
   `rope.scaling.original_context_length` is rotated by the long list, a shorter one by the short list. In llama.cpp the
   context of the session decides: in a long session short texts are rotated by the long list, too.
@@ -53,6 +55,7 @@ def page() -> str:
 
 def _used(keys: Keys) -> Iterator[tuple[str, str]]:
     yield from ((key, f"`{field}`") for key, field in keys.fields.items())
+    yield from ((key, f"`{field}`, in a file with experts") for key, field in keys.experts.items())
     yield from keys.used.items()
 
 

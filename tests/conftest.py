@@ -38,7 +38,7 @@ sys.path.insert(
     0, str(Path(__file__).parent)
 )  # what several rooms import: disks.py, tiny_models.py, decoder_float64.py
 
-from tiny_models import ALWAYS_TIED, FFN, KERNELS, LAYERS, MODELS, PERMUTED, PLUS_ONE, SENTENCEPIECE
+from tiny_models import ALWAYS_TIED, EXPERTS, FFN, KERNELS, LAYERS, MODELS, PERMUTED, PLUS_ONE, SENTENCEPIECE, STORED_AS
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -129,13 +129,14 @@ def write_tiny(
     """
     tied = tied or architecture in ALWAYS_TIED
     model = float_model(architecture, tied, config or {}, seed)
-    names = gguf.get_tensor_name_map(_arch(architecture), model.config.num_hidden_layers)
+    written = STORED_AS.get(architecture, architecture)
+    names = gguf.get_tensor_name_map(_arch(written), model.config.num_hidden_layers)
     keys = {
         **model_metadata(model, architecture),
         **(vocabulary(architecture) if tokenizer else {}),
         **(metadata or {}),
     }
-    writer = gguf.GGUFWriter(path, architecture)
+    writer = gguf.GGUFWriter(path, written)
     for key, value in keys.items():
         if value is not None:
             _add(writer, key, value)
@@ -144,6 +145,12 @@ def write_tiny(
     of_heads: dict[str, list[np.ndarray]] = {}  # StableLM's norms of each head are rows of one tensor
     for index, (name, parameter) in enumerate(stored_tensors(model)):
         stem, _, suffix = name.rpartition(".")
+        if ".experts." in name:
+            for gguf_name, stored, kind in _experts(model, name, parameter, types[index % len(types)], index):
+                tiny.parameters[gguf_name] = name
+                if gguf_name not in drop and gguf_name not in (extra or {}):
+                    writer.add_tensor(gguf_name, stored, raw_dtype=kind)
+            continue
         if ".norms." in stem:
             of_heads.setdefault(f"{names.get_name(stem.partition('.norms.')[0])}.{suffix}", []).append(
                 parameter.numpy()
@@ -157,7 +164,8 @@ def write_tiny(
             slices.setdefault(f"{names.get_name(stacked_in[1])}.weight", []).append((value, kind))
             continue
         stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
-        gguf_name = names.get_name(name) or f"{names.get_name(stem)}.{suffix}"
+        gguf_name = names.get_name(name) or f"{names.get_name(stem) or names.get_name(f'{stem}.layer')}.{suffix}"
+        gguf_name += ".weight" if gguf_name.endswith("_sinks") else ""
         if name.endswith("dt_bias"):
             gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
         if name.endswith(("layer_scalar", "correct_output_scale")):
@@ -235,7 +243,7 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
     key_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
     if architecture == "lfm2":
         key_heads = [0 if kind == "conv" else key_heads for kind in c.layer_types]
-    grouped = {f"{architecture}.attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
+    grouped = {"attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
                                            "layer_norm_epsilon", "layernorm_epsilon") if getattr(c, k, None))  # fmt: skip
     rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture in ("chatglm", "lfm2") else ""
@@ -249,6 +257,14 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         "attention.head_count": c.num_attention_heads,
         f"attention.layer_norm{rms}_epsilon": float(epsilon),
     }
+    if experts := getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None):
+        keys |= {"expert_count": experts, "expert_used_count": c.num_experts_per_tok}
+        if hasattr(c, "moe_intermediate_size"):
+            keys["expert_feed_forward_length"] = c.moe_intermediate_size
+        if hasattr(c, "shared_expert_intermediate_size"):
+            keys["expert_shared_feed_forward_length"] = c.shared_expert_intermediate_size
+        if architecture == "gpt-oss":
+            keys |= {"expert_feed_forward_length": c.intermediate_size, "attention.sliding_window": c.sliding_window}
     if rope := getattr(c, "rope_parameters", None):
         rope = rope.get("full_attention", rope)
         keys["rope.freq_base"] = float(rope["rope_theta"])
@@ -277,7 +293,7 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys |= {"rope.dimension_count": head_dim // 2, "rope.freq_base": 10000.0 * c.rope_ratio}
     if architecture == "lfm2":
         keys["shortconv.l_cache"] = c.conv_L_cache
-    if architecture == "granite":
+    if architecture.startswith("granite"):
         keys |= {"attention.scale": c.attention_multiplier, "embedding_scale": c.embedding_multiplier,
                  "residual_scale": c.residual_multiplier, "logit_scale": c.logits_scaling}  # fmt: skip
     if architecture == "mistral3":
@@ -288,7 +304,8 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             "rope.scaling.yarn_log_multiplier": rope["mscale_all_dim"],
             "attention.temperature_scale": rope["llama_4_scaling_beta"],
         }  # fmt: skip
-    return {"general.name": "tiny", **{f"{architecture}.{k}": v for k, v in keys.items()}, **grouped}
+    prefix = STORED_AS.get(architecture, architecture)
+    return {"general.name": "tiny", **{f"{prefix}.{k}": v for k, v in {**keys, **grouped}.items()}}
 
 
 def gemma4_metadata(c: dict[str, Any]) -> dict[str, Any]:
@@ -432,6 +449,27 @@ def _from_file(model: nn.Module, architecture: str, name: str, value: torch.Tens
     return value - _offset(architecture) if is_norm else value
 
 
+def _experts(
+    model: nn.Module, name: str, parameter: torch.Tensor, kind: Q, seed: int
+) -> list[tuple[str, np.ndarray, Q]]:
+    """(name, stored bytes, type) of what the converter makes of a parameter of all experts, which gets what they mean."""
+    leaf, module = name.rpartition(".")[2].removesuffix("_bias"), model.get_submodule(name.rpartition(".")[0])
+    value = parameter.detach()
+    value = value.transpose(1, 2) if module.is_transposed and value.dim() == 3 else value  # [experts, out, ...]
+    stems, block, made = EXPERTS[leaf], name.split(".")[2], []
+    for number, stem in enumerate(stems):
+        size = value.shape[1] // len(stems)
+        rows = slice(number * size, (number + 1) * size) if module.is_concatenated else slice(number, None, len(stems))
+        part = value[:, rows].contiguous()
+        stored, used = _encode(stem, part, Q.F32 if part.dim() == 2 else kind, seed)
+        with torch.no_grad():
+            value[:, rows] = torch.from_numpy(np.array(gguf.quants.dequantize(stored, used), np.float32)).view(
+                part.shape
+            )
+        made.append((f"blk.{block}.{stem}.{'bias' if part.dim() == 2 else 'weight'}", stored, used))
+    return made
+
+
 def _value_heads(value: torch.Tensor, config: Any, name: str, *, to_file: bool) -> torch.Tensor:
     """llama.cpp: _LinearAttentionVReorderBase; transformers has [key head, value head of it], the file the other way."""
     keys, heads, width = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_value_head_dim
@@ -452,19 +490,14 @@ def _encode(gguf_name: str, value: torch.Tensor, kind: Q, seed: int) -> tuple[np
     """(stored bytes, type): vectors and positions in F32, embeddings in Q8_0, one wide matrix as random Q4_K blocks, as all
     are in a type that gguf cannot quantize to; all in F32 where matrices are."""
     array = np.ascontiguousarray(value.numpy())
-    if (
-        kind == Q.F32
-        or array.ndim == 1
-        or array.shape[1] < 32
-        or gguf_name == "position_embd.weight"
-        or gguf_name.endswith(KERNELS)
-    ):
+    floats = (*KERNELS, "position_embd.weight", "ffn_gate_inp.weight")
+    if kind == Q.F32 or array.ndim == 1 or array.shape[1] < 32 or gguf_name.endswith(floats):
         return array, Q.F32
     if gguf_name in ("token_embd.weight", "output.weight"):
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
     if gguf_name == f"blk.{LAYERS - 1}.ffn_down.weight" and array.shape[1] % 256 == 0:
         return _random_blocks(Q.Q4_K, *array.shape, seed), Q.Q4_K
-    if kind in RANDOM_BLOCKS and array.shape[1] % 256:
+    if kind in RANDOM_BLOCKS and array.shape[-1] % 256:
         return gguf.quants.quantize(array, Q.Q8_0), Q.Q8_0
     if kind in RANDOM_BLOCKS:
         return _random_blocks(kind, *array.shape, seed), kind

@@ -17,12 +17,16 @@ MINISTRAL_ROPE = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
     "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3,
 }  # fmt: skip
-PERMUTED = {"granite", "llama", "mistral3", "smollm3"}  # rows of q and k
+PERMUTED = {"granite", "granitemoe", "llama", "mistral3", "mixtral", "smollm3"}  # rows of q and k
 MOVED = {  # layers whose rows are in another order
     **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
     "falcon": ("query_key_value",),
     "qwen35": ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
 }
+STORED_AS = {"mixtral": "llama"}  # which the file is called otherwise
+EXPERTS = {  # parameters of all experts of a layer -> their tensors
+    "gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",),
+}  # fmt: skip
 KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
 PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35"}  # norms
 SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
@@ -83,6 +87,36 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
     "nemotron": ("NemotronForCausalLM", "NemotronConfig", {**SHAPE, "head_dim": 16}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", {**SHAPE, "pad_token_id": None}),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
+    "gpt-oss": (
+        "GptOssForCausalLM", "GptOssConfig",
+        {**SHAPE, "head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 8,
+         "intermediate_size": 96, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+         "swiglu_limit": 7.0},
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM", "GraniteMoeConfig",
+        {**SHAPE, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
+         "logits_scaling": 1.25, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "mixtral": (
+        "MixtralForCausalLM", "MixtralConfig",
+        {**SHAPE, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": None},
+    ),
+    "olmoe": (
+        "OlmoeForCausalLM", "OlmoeConfig",
+        {**SHAPE, "intermediate_size": 96, "num_experts": 6, "num_experts_per_tok": 2, "pad_token_id": None,
+         "num_key_value_heads": HEADS},  # llama.cpp reads no other
+    ),
+    "qwen2moe": (
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        {**SHAPE, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "shared_expert_intermediate_size": 96},
+    ),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {**SHAPE, "head_dim": 128, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+         "norm_topk_prob": True},
+    ),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**SHAPE, "head_dim": 128}),  # the head_dim that the reader assumes
     "stablelm": ("StableLmForCausalLM", "StableLmConfig", {**SHAPE, "use_qkv_bias": True}),
     "starcoder2": ("Starcoder2ForCausalLM", "Starcoder2Config", SHAPE),

@@ -248,8 +248,7 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out]."""
         x = in_stored_order(self, to_autocast(x))
-        rounded = _ROUNDED.get(self.compute) if x.dtype == torch.float32 else None
-        y = (rounded or linear)(x, self.packed)
+        y = packed_product(x, self.packed, self.compute)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -317,6 +316,18 @@ def table_rows(layer: Any) -> int:
     return int(layer.num_embeddings if hasattr(layer, "num_embeddings") else layer.out_features)
 
 
+def packed_product(x: Tensor, packed: PackedTensor, compute: str) -> Tensor:
+    """x [..., in] -> x W^T [..., out], computed as QuantizedLinear.compute says."""
+    rounded = _ROUNDED.get(compute) if x.dtype == torch.float32 else None
+    return (rounded or linear)(x, packed)
+
+
+def packed_gradient(grad: Tensor, packed: PackedTensor, compute: str) -> Tensor:
+    """g [..., out] -> g W [..., in], where `compute` is what the layer's was in the forward pass."""
+    rounded = _ROUNDED_GRADIENTS.get(compute) if grad.dtype == torch.float32 else None
+    return (rounded or linear_grad_input)(grad, packed)
+
+
 def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
     """values [..., in], such as inputs of the layer, with their columns in the order that its weight is stored in."""
     order = getattr(layer, "input_order", None)
@@ -357,7 +368,9 @@ def computing(model: nn.Module, compute: str) -> Iterator[None]:
     output_layer = getattr(model, "get_output_embeddings", None)
     head = output_layer() if callable(output_layer) else None
     head = getattr(head, "base", head)  # below adapters
-    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear) and module is not head]
+    layers: list[Any] = [
+        module for module in model.modules() if hasattr(type(module), "compute") and module is not head
+    ]
     before = [layer.compute for layer in layers]
     embedding = getattr(model, "get_input_embeddings", lambda: None)() if compute == "int8" else None
     width = getattr(embedding, "embedding_dim", 0)
@@ -407,8 +420,7 @@ def grad_input(layer: nn.Module, grad: Tensor, compute: str = "float32") -> Tens
     Raises TypeError for a module that is neither a QuantizedLinear nor an nn.Linear.
     """
     if isinstance(layer, QuantizedLinear):
-        rounded = _ROUNDED_GRADIENTS.get(compute) if grad.dtype == torch.float32 else None
-        return _in_model_order(layer, (rounded or linear_grad_input)(grad, layer.packed))
+        return _in_model_order(layer, packed_gradient(grad, layer.packed, compute))
     if isinstance(layer, nn.Linear):
         return grad @ layer.weight.to(grad.dtype)
     raise TypeError(f"no input gradient for {type(layer).__name__}: expected QuantizedLinear or nn.Linear")

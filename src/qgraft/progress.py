@@ -11,11 +11,21 @@ replace an output (`display_id`), which is all that a table of a few numbers nee
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, TaskID
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LOGGER = logging.getLogger("qgraft")
 SECONDS_BETWEEN_LINES = 30.0
@@ -88,3 +98,21 @@ class Display(Progress):
             self._output = import_module("IPython.display").display(table, display_id=True)
         else:
             self._output.update(table)
+
+
+def bar_on(console: Console | None) -> Display:
+    """A bar with the number of what is done, the time that has gone and the time that is left."""
+    return Display(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        TextColumn("{task.completed:.0f}/{task.total}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=console,
+    )
+
+
+def counted(bar: Display, what: str) -> Callable[[int, int], None]:
+    """Shows (done, total), from the first call on."""
+    task = cache(lambda: bar.add_task(what))
+    return lambda done, total: bar.update(task(), completed=done, total=total)

@@ -87,6 +87,25 @@ def test_float32_files_give_our_logprobs_to_rounding(
     assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < tolerance
 
 
+@pytest.mark.spread(1)
+@pytest.mark.parametrize("architecture", ["gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "qwen3moe"])
+def test_loras_on_experts_in_llamacpp(architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    path = float32_file(make_gguf, architecture, tmp_path)
+    model, _ = load_gguf(path, torch.float32)
+    parameters = ("experts.gate_up_proj", "experts.down_proj")
+    qgraft.attach_lora(model, r=2, lora_alpha=4, target_parameters=parameters, target_modules=())
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for lora in find_adapter(model, "default").parts.values():
+            lora.lora_B.normal_(0, 0.5)
+    export_gguf_lora(model, tmp_path / "lora.gguf", dtype="float32")
+    prompt, options = random_ids(model, rows=1)[0].tolist(), {"top": model.config.vocab_size, "exact": True}
+    with_lora = llamacpp_greedy(path, prompt, STEPS, lora=tmp_path / "lora.gguf", **options)
+    assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < ROUNDING
+    use_adapter(model, None)
+    assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() > 0.1, "the adapter does too little"
+
+
 def test_what_the_file_cannot_say_is_in_the_weights(make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
     path = float32_file(make_gguf, "llama", tmp_path)
     model, _ = load_gguf(path, torch.float32)

@@ -24,6 +24,7 @@ from qgraft.adapters.combine import (
     Factors,
     check_options,
     combine_layers,
+    experts_error,
     no_product_error,
 )
 from qgraft.adapters.dora import DoraLora
@@ -83,6 +84,8 @@ def combine_files(
                 f"combine: {names[folder]!r} has rows of single tokens ({sorted(stored.rows)[0]}), which are no LoRA",
                 hint="merge it: the merged file has them",
             )
+        if config.get("target_parameters"):
+            raise experts_error(", ".join(config["target_parameters"]))
         if stored.minimums:
             raise no_product_error("combine", sorted(stored.minimums)[0], MinimumLora.about)
         if config.get("use_dora"):

@@ -35,18 +35,22 @@ from gguf import GGUFType, GGUFWriter, Keys, LlamaFileType
 from torch import Tensor, nn
 
 from qgraft import storage, targets
+from qgraft.adapter_files.expert_loras import experts_of_stacks, stack_tensors, stored_tensors
 from qgraft.adapter_files.peft_config import peft_config
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.lora import Lora, LoraConfig
+from qgraft.adapters.lora_experts import ExpertLora, LoraExperts, expert_layers
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import loras_of, non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
+from qgraft.checkpoints.gguf_rope import floats
 from qgraft.checkpoints.gguf_rules import WITHOUT_LORA
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
 from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
+from qgraft.experts import QuantizedExperts
 from qgraft.formats import dequantize
 
 DTYPES = {
@@ -104,7 +108,8 @@ def export_gguf_lora(
     base = _names_of_base(model)
     fingerprint = _unmerged(model)
     alpha = _common_alpha(lora.stored_config for lora in loras.values())
-    tensors = _file_tensors(adapter.name, loras, base.origin, alpha, DTYPES[dtype][0])
+    experts = {path: layer.base for path, layer in expert_layers(model).items() if isinstance(layer, LoraExperts)}
+    tensors = _file_tensors(adapter.name, loras, experts, base.origin, alpha, DTYPES[dtype][0])
     try:
         with tempfile.TemporaryDirectory() as folder:
             writer = GGUFWriter(Path(folder) / "lora.gguf", base.architecture)
@@ -139,6 +144,7 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
     matrices = base.origin.matrices
     places = {s.name: (p, s) for p, s in matrices.items() if not s.repeated and is_linear(model, p)}
     pairs: dict[str, dict[str, Tensor]] = {}  # module path -> "A" and "B"
+    of_experts: dict[str, dict[str, Tensor]] = {}  # likewise, by the paths of stacks
     state: dict[str, Tensor] = {}
     for name, info in file.tensors.items():
         match = _NAME.fullmatch(name)
@@ -149,11 +155,15 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
             if part == "A" and stored.column_order is not None:
                 value = value[:, stored.column_order]
             pairs.setdefault(layer, {})[part] = value
+        elif match is not None and match["base"] in places and len(info.shape) == 3:
+            of_experts.setdefault(places[match["base"]][0], {})[match["part"].upper()] = floats(file, name)
         elif not name.endswith("_norm.weight"):
             state[f"{name} {list(info.shape)}"] = torch.empty(0)
+    found = experts_of_stacks(model, path, of_experts)
+    state |= stored_tensors({layer: (A, B) for layer, (A, B, _) in found.items()})
     for layer, pair in pairs.items():
         state |= {tensor_name(layer, part): value for part, value in pair.items()}
-    return _options(alpha, pairs), state, _seal(file)
+    return _options(alpha, pairs, found), state, _seal(file)
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,12 +217,23 @@ def _common_alpha(configs: Iterable[LoraConfig]) -> float:
 
 
 def _file_tensors(
-    name: str, loras: Mapping[str, Lora], origin: Origin, alpha: float, dtype: torch.dtype
+    name: str,
+    loras: Mapping[str, Lora],
+    layers: Mapping[str, QuantizedExperts],
+    origin: Origin,
+    alpha: float,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """{tensor name in the file: values, rows in the file's order, with what differs from `alpha` in B}."""
     tensors: dict[str, Tensor] = {}
     problems = []
     for path, lora in loras.items():
+        if isinstance(lora, ExpertLora):
+            names = {part: stored.name for place, stored in origin.matrices.items()
+                     for stem, _, part in [place.rpartition(".")] if stem == path}  # fmt: skip
+            values = stack_tensors(lora, layers[path], names, _own_alpha(lora.config) / alpha)
+            tensors |= {name: value.to(dtype).contiguous() for name, value in values.items()}
+            continue
         stored = origin.matrices.get(path)
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
@@ -312,11 +333,18 @@ def _matrix(file: GgufFile, name: str, order: Tensor | None) -> Tensor:
     return value if order is None or len(order) != len(value) else value[order]
 
 
-def _options(alpha: float, pairs: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Any]:
+def _options(
+    alpha: float, pairs: Mapping[str, Mapping[str, Tensor]], experts: Mapping[str, tuple[Tensor, Tensor, int]]
+) -> dict[str, Any]:
     """PEFT's options with which alpha / r is what llama.cpp multiplies each pair by."""
     ranks = {layer: len(pair["A"]) for layer, pair in pairs.items() if len(pair) == 2}
     layers = {layer: LoraConfig(rank, alpha or float(rank)) for layer, rank in ranks.items()}
-    return peft_config(layers, sorted(layers), None) if layers else {"r": 1, "lora_alpha": alpha}
+    linears = sorted(layers)
+    for layer, (A, _, rank) in experts.items():  # A of gate and up may be two, whose ranks add up
+        layers[layer] = LoraConfig(A.shape[1], (alpha or float(rank)) * A.shape[1] / rank)
+    if not layers:
+        return {"r": 1, "lora_alpha": alpha}
+    return peft_config(layers, linears, None) | ({"target_parameters": sorted(experts)} if experts else {})
 
 
 def _seal(file: GgufFile) -> dict[str, Any] | None:

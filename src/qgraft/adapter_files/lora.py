@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qgraft.adapter_files.expert_loras import parameter_names, take_experts
 from qgraft.adapter_files.peft_config import (
     CAUSAL,
     CONFIG,
@@ -33,6 +34,7 @@ from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import Lora, LoraLayer
+from qgraft.adapters.lora_experts import expert_loras
 from qgraft.adapters.peft_names import (
     MAGNITUDE,
     is_lora,
@@ -81,13 +83,16 @@ class StoredLoras:
 
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
+    parameters = [path for path, _ in expert_loras(adapter.parts)]
     layers = {path: part.stored_config for path, part in adapter.parts.items() if isinstance(part, Lora)}
-    targets, numbers = _target_names(model, list(layers))
+    linears = [path for path in layers if path not in parameters]
+    targets, numbers = _target_names(model, linears) if linears else ([], None)
     state = adapter.state_dict()
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
     pairs = is_encoder_decoder(getattr(model, "config", None))
     task_type = SEQUENCE_TO_SEQUENCE if pairs else CAUSAL
-    return peft_config(layers, targets, source, numbers, peft_type, task_type, token_indices(adapter)), state
+    config = peft_config(layers, targets, source, numbers, peft_type, task_type, token_indices(adapter))
+    return config | ({"target_parameters": parameter_names(model, parameters)} if parameters else {}), state
 
 
 def token_indices(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -153,8 +158,11 @@ def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, An
 
 def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[Pairs, list[str]]:
     """(those that fit the model's layers, what differs)."""
-    loras, fitting, layers = stored.pairs, {}, adaptable_layers(model)  # a walk over the model, so once
-    problems = [problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))]
+    loras, layers = dict(stored.pairs), adaptable_layers(model)  # a walk over the model, so once
+    fitting, misfits = take_experts(model, config, loras)
+    problems = misfits + [
+        problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))
+    ]
     for path, pair in loras.items():
         if (MAGNITUDE in pair) != bool(config.get("use_dora")):
             problems.append(f"{'unexpected' if MAGNITUDE in pair else 'missing'} tensor {magnitude_name(path)}")
@@ -173,7 +181,8 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
         problems += [
-            f"{path}: it has tensors, but target_modules does not name it" for path in sorted(fitting.keys() - named)
+            f"{path}: it has tensors, but target_modules does not name it"
+            for path in sorted((fitting.keys() & layers.keys()) - named)
         ]
     return fitting, problems
 
@@ -227,7 +236,7 @@ def made_of_pairs(
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
     exact LoRAs."""
-    layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
+    layers = {path: layer_config(config, path, pair["A"].shape[-2], path in exact) for path, pair in loras.items()}
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
     parts = ("A", "B", MAGNITUDE) if config.get("use_dora") else ("A", "B")

@@ -28,7 +28,7 @@ MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quan
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have
 _UNSUPPORTED = (
-    "lora_bias", "modules_to_save", "layer_replication", "target_parameters",
+    "lora_bias", "modules_to_save", "layer_replication",
     "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "ensure_weight_tying",
 )  # fmt: skip
@@ -184,7 +184,7 @@ MOST = 10**9  # of ranks and alphas; far beyond any use, and well within float32
 _LEFT_OUT: dict[str, Any] = {
     "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
     "alpha_pattern": {}, "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
-    "trainable_token_indices": [],
+    "target_parameters": [], "trainable_token_indices": [],
 }  # fmt: skip
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number from 1 on"),
@@ -200,6 +200,7 @@ _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "target_modules": (_are_names, "a list of names, or one regular expression"),
     "exclude_modules": (_are_names, "a list of names, or one regular expression"),
     "trainable_token_indices": (_are_tokens, "a list of token ids, or such lists by names of layers"),
+    "target_parameters": (lambda value: isinstance(value, list) and _are_names(value), "a list of names"),
 }
 
 

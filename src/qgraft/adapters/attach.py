@@ -30,6 +30,7 @@ from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_laye
 from qgraft.adapters.layer_ranks import configs_of
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLayer, LoraLinear, Values, starts_from_base
 from qgraft.adapters.lora_embedding import LoraEmbedding
+from qgraft.adapters.lora_experts import LoraExperts, find_parameters, nest
 from qgraft.adapters.pissa import PissaLora, check_pissa
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
@@ -43,6 +44,7 @@ from qgraft.adapters.token_rows import (
 )
 from qgraft.adapters.token_tables import TokenIndices, make_token_rows, settle_vocabulary
 from qgraft.errors import AdapterError, OptionError, option
+from qgraft.experts import QuantizedExperts
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
@@ -66,6 +68,7 @@ def attach_lora(
     use_dora: bool = False,
     init_lora_weights: bool | str = True,
     trainable_token_indices: TokenIndices | None = None,
+    target_parameters: Sequence[str] = (),
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
 
@@ -86,6 +89,8 @@ def attach_lora(
         trainable_token_indices: tokens whose rows of the table are trained beside it, as in PEFT: ids of the input
             embedding (and of a tied output layer), or ids by the layer's name. Ids behind the end of the table are new
             tokens, which begin with the mean of its rows and need rows in the output layer, too.
+        target_parameters: the weights of experts that get one beside them, as in PEFT: "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj", or the whole names of such parameters. With them target_modules may be ().
 
     Returns the common options as a LoraConfig. Raises OptionError for a name that is of no linear layer, AdapterError for a
     name that is taken, UnsupportedError for an exact LoRA on layers without minimums.
@@ -94,18 +99,25 @@ def attach_lora(
     check_new_name(model, name)
     targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
-    config = LoraConfig(r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, use_dora, init_lora_weights)
+    parameters = _names(target_parameters.split(",") if isinstance(target_parameters, str) else target_parameters)
+    config = LoraConfig(
+        r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, use_dora, init_lora_weights, parameters
+    )
     rows = {} if trainable_token_indices is None else make_token_rows(model, trainable_token_indices)
-    configs = configs_of(chosen_layers(model, targets, numbers), config, rank_pattern, alpha_pattern)
-    attach_layers(model, name, configs, rows=rows)
+    chosen = chosen_layers(model, targets, numbers, parameters)
+    attach_layers(model, name, configs_of(chosen, config, rank_pattern, alpha_pattern), rows=rows)
     return config
 
 
 def chosen_layers(
-    model: nn.Module, target_modules: str | Sequence[str], layers_to_transform: LayerNumbers | None
+    model: nn.Module,
+    target_modules: str | Sequence[str],
+    layers_to_transform: LayerNumbers | None,
+    target_parameters: Sequence[str] = (),
 ) -> list[str]:
     """The paths of the layers that attach_lora() would put a LoRA on. Raises OptionError for none."""
-    paths = find_targets(model, target_modules)
+    paths = [] if target_parameters and not target_modules else find_targets(model, target_modules)
+    paths += find_parameters(model, target_parameters) if target_parameters else []
     return paths if layers_to_transform is None else within_layers(paths, parse_layers(layers_to_transform))
 
 
@@ -159,7 +171,9 @@ def make_loras(
     parts: dict[str, Part] = {
         path: _part(wrapped[path], layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
-    } | dict(rows or {})
+    }
+    nest(parts)
+    parts |= rows or {}
     adapter = Adapter(name, "lora", parts)
     adapter.let_train(False)
     return adapter
@@ -295,6 +309,8 @@ def _wrapper(model: nn.Module, path: str, rows: bool = False, selection: Selecti
             f"{path} carries {kinds[1]} of {', '.join(module.loras)}: {kinds[0]} of another adapter cannot go there, too",
             hint="detach_adapter() takes the other adapter off",
         )
+    if isinstance(module, QuantizedExperts):
+        return LoraExperts(module, selection)
     if isinstance(module, QuantizedEmbedding | nn.Embedding):
         return TokenEmbedding(module, selection) if rows else LoraEmbedding(module, selection)
     assert isinstance(module, QuantizedLinear | nn.Linear)

@@ -36,6 +36,7 @@ from qgraft.adapters.base import find_adapter, require_loras, selection_of
 from qgraft.adapters.choose import check_weights
 from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import Lora, LoraConfig
+from qgraft.adapters.lora_experts import ExpertLora
 from qgraft.adapters.states import loras_of
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match, worded
 from qgraft.given import described
@@ -183,7 +184,17 @@ def no_product_error(action: str, path: str, about: str) -> UnsupportedError:
     )
 
 
+def experts_error(path: str) -> UnsupportedError:
+    """The error where A and B are those of all experts of a layer, whose ranks cannot be added up in one product."""
+    return UnsupportedError(
+        f"combine: {path}: a LoRA on experts is a product of two matrices for each of them",
+        hint=worded(flags="merge one after the other", python="use_adapter(model, {'a': 0.5, 'b': 0.5}) adds them up"),
+    )
+
+
 def _factors(path: str, lora: Lora) -> Factors:
+    if isinstance(lora, ExpertLora):
+        raise experts_error(path)
     if (pair := lora.factors()) is None:
         raise no_product_error("combine", path, lora.about)
     return Factors(pair[0].detach().cpu(), pair[1].detach().cpu(), lora.config.scaling)

@@ -120,6 +120,7 @@ def check_dora(layers: Mapping[str, LoraLayer]) -> None:
     """Raise UnsupportedError where one of these wrapped layers is no linear layer."""
     if others := [path for path, layer in layers.items() if not isinstance(layer, LoraLinear)]:
         raise UnsupportedError(
-            f"use_dora: {', '.join(others)}: an embedding, which has no DoRA here; supported: linear layers",
-            hint="leave the embedding out of target_modules, or merge it into its float base with PEFT (merge_and_unload)",
+            f"use_dora: {', '.join(others)}: embeddings and experts have no DoRA here; supported: linear layers",
+            hint="leave them out of target_modules and target_parameters, or merge it into its float base with PEFT "
+            "(merge_and_unload)",
         )

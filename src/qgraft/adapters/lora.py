@@ -49,10 +49,9 @@ class LoraConfig:
 
     Attributes:
         r: rank of the delta.
-        lora_alpha: the delta is scaled by lora_alpha / r.
+        lora_alpha, use_rslora: the delta is scaled by lora_alpha / r, or by lora_alpha / sqrt(r).
         lora_dropout: share of the inputs of A that is zeroed in training.
-        use_rslora: scale by lora_alpha / sqrt(r) instead.
-        target_modules: "all-linear", a regular expression, or names of linear layers.
+        target_modules: "all-linear", a regular expression, or names of linear layers; target_parameters: of experts.
         layers_to_transform: numbers of the decoder's layers that have it; None for all.
         exact: change the base's minimums only, so that a merge loses nothing but their rounding (exact.py).
         use_dora: train the length of each row of the weight apart from its direction (dora.py).
@@ -69,6 +68,7 @@ class LoraConfig:
     exact: bool = False
     use_dora: bool = False
     init_lora_weights: bool | str = True
+    target_parameters: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_ranges(

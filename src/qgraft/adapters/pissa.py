@@ -26,7 +26,7 @@ from torch import Tensor
 
 from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, starts_from_base
 from qgraft.adapters.peft_names import tensor_name
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, UnsupportedError
 
 
 class PissaLora(Lora):
@@ -88,11 +88,18 @@ def principal_components(weight: Tensor, config: LoraConfig) -> tuple[Tensor, Te
 
 
 def check_pissa(layers: Mapping[str, tuple[LoraLayer, LoraConfig]]) -> None:
-    """Raise OptionError where the weight of a layer with such a LoRA has fewer components than its rank."""
+    """Raise for a layer with such a LoRA: UnsupportedError where it is no linear layer, OptionError where its weight has
+    fewer components than the rank."""
+    starting = {path: each for path, each in layers.items() if starts_from_base(each[1].init_lora_weights)}
+    if others := [path for path, (layer, _) in starting.items() if not isinstance(layer, LoraLinear)]:
+        raise UnsupportedError(
+            f"init_lora_weights: {', '.join(others)}: embeddings and experts have no such start; supported: linear layers",
+            hint="leave them out of target_modules and target_parameters",
+        )
     small = [
         f"{path}: r={config.r}, the weight is [{layer.out_features}, {layer.in_features}]"
-        for path, (layer, config) in layers.items()
-        if starts_from_base(config.init_lora_weights) and config.r > min(layer.out_features, layer.in_features)
+        for path, (layer, config) in starting.items()
+        if config.r > min(layer.out_features, layer.in_features)
     ]
     if small:
         raise OptionError("init_lora_weights: more components than a weight has:\n  " + "\n  ".join(small[:8]),

@@ -2,7 +2,8 @@
 
 The model class is instantiated with its parameters on the meta device (shapes, no memory). Then every linear layer and
 embedding is replaced by a QuantizedLinear or QuantizedEmbedding that holds the checkpoint's packed tensor, and all other
-parameters and buffers (norms, biases, routers, experts) are read as floats. A checkpoint is seen here only as a function
+parameters and buffers (norms, biases, routers) are read as floats, experts as their reader has them: packed in a stack of
+matrices (experts.py), or as floats. A checkpoint is seen here only as a function
 from a parameter's name to its tensor, so a GGUF file and a folder of safetensors share all of this.
 
 Replaced is what is known to compute x W^T + b, or to look up rows, by its exact type (`packable`). A subclass keeps its
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.compat import cap_scores
 from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.experts import IMPLEMENTATION, ExpertStack, PackedLayer, Stack, holds_experts, misfit, place
 from qgraft.formats import PackedTensor, dequantize, hold_floats
 from qgraft.linear import (
     PackedWeight,
@@ -44,8 +46,9 @@ from qgraft.rotary import by_call
 MOST_PROBLEMS = 500  # listed; more than that is another model's file
 
 # Reads the parameter called so in the transformers model; None when the checkpoint has no such tensor. A linear layer's
-# or embedding's weight comes as a PackedTensor, everything else as a floating point tensor.
-Reader = Callable[[str], PackedTensor | Tensor | None]
+# or embedding's weight comes as a PackedTensor, the weights of experts may come as stacks of them, by the names that they get
+# in the model, everything else as a floating point tensor.
+Reader = Callable[[str], PackedTensor | dict[str, Stack] | Tensor | None]
 Same = Mapping[str, str]  # parameter -> the one that it is the same tensor as, which the checkpoint has
 
 # Embeddings whose only addition is a factor, and the attribute that it is in: those of the Gemmas, and of BART's family
@@ -87,6 +90,8 @@ def assemble(
     problems = list(known_problems)
     _fill_modules(model, read, dtype, problems, same)
     _fill_parameters(model, read, dtype, problems, same)
+    if any(isinstance(module, ExpertStack) for module in model.modules()):
+        model.set_experts_implementation(IMPLEMENTATION)
     if problems:
         shown = "\n  ".join(problems[:MOST_PROBLEMS])
         more = f"\n  ... and {len(problems) - MOST_PROBLEMS} more" if len(problems) > MOST_PROBLEMS else ""
@@ -114,11 +119,17 @@ def weight_formats(model: nn.Module) -> dict[str, int]:
     formats: dict[str, int] = {}
     seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding) and id(module.packed_weight) not in seen:
+        if isinstance(module, PackedLayer) and id(module.packed_weight) not in seen:
             seen.add(id(module.packed_weight))
             packed = module.packed_weight.get()
             formats[packed.format] = formats.get(packed.format, 0) + packed.shape[0] * packed.shape[1]
     return formats
+
+
+def float_experts_note(model: nn.Module) -> list[str]:
+    """One sentence where quantizing leaves the experts as they are."""
+    held = any(holds_experts(module) and isinstance(module.gate_up_proj, nn.Parameter) for module in model.modules())
+    return ["the experts are held as floats and are not quantized; in a GGUF file they are packed"] if held else []
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -150,6 +161,7 @@ def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, prob
             if found is None:
                 problems.append(f"missing {path}.weight {list(module.weight.shape)}")
                 continue
+            assert not isinstance(found, dict)
             packed = found if isinstance(found, PackedTensor) or found.dim() != 2 else hold_floats(found)
             expected = tuple(module.weight.T.shape if isinstance(module, Conv1D) else module.weight.shape)
             if not isinstance(packed, PackedTensor) or packed.shape != expected:  # only matrices come packed
@@ -185,6 +197,13 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
             if value is None:
                 problems.append(f"missing {name} {list(parameter.shape)}")
                 continue
+            if isinstance(value, dict):
+                problem = misfit(module, leaf, value) if holds_experts(module) else "the model computes with floats"
+                if problem is None:
+                    place(module, leaf, value, dtype)
+                else:
+                    problems.append(f"{name}: {problem}")
+                continue
             if value.shape != parameter.shape:
                 problems.append(f"{name}: got shape {list(value.shape)}, expected {list(parameter.shape)}")
                 continue
@@ -198,7 +217,7 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
             value = read(name)
             if isinstance(value, Tensor) and value.shape == buffer.shape:
                 buffer.copy_(value)
-            elif value is not None:
+            elif isinstance(value, Tensor | PackedTensor):
                 problems.append(f"{name}: got shape {list(value.shape)}, expected {list(buffer.shape)}")
 
 

@@ -34,7 +34,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.adapters.base import BaseInfo, base_of
-from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
+from qgraft.checkpoints.assemble import assemble, empty_model, float_experts_note, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
 from qgraft.checkpoints.generation import read_generation
@@ -98,7 +98,13 @@ def load_folder(
         architecture=config.model_type,
         fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
-        notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
+        notes=(
+            *reader.notes,
+            *reader.misfits(),
+            *(float_experts_note(model) if quantize else ()),
+            *_unexpected_note(unexpected),
+            *tokenizer_notes,
+        ),
     )
     read_generation(model, folder)
     digest = folder_digest(folder, reader.vectors)

@@ -29,7 +29,13 @@ from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
 _SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 and 3n where the key is absent
-_PERIODS = {"exaone4": 4, "gemma2": 2, "gemma3": 6, "olmo2": 4}  # every so many layers one without a window
+_PERIODS = {
+    "exaone4": 4,
+    "gemma2": 2,
+    "gemma3": 6,
+    "gpt-oss": 2,
+    "olmo2": 4,
+}  # every so many layers one without a window
 _SCALES = {"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}
 _MOST_NAMED = 8
 
@@ -44,7 +50,7 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
     keys = TABLE[header.architecture]
     _check_sizes(header, file)
     _check_keys(header)
-    values = {**_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
+    values = {**keys.fixed, **_plain(header, keys), **_from_tensors(header, file), **_token_ids(file)}
     if header.architecture in ("gemma2", "gemma3"):
         values |= _gemma(header, file)
     elif header.architecture == "gemma3n":
@@ -55,7 +61,7 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values["rope_parameters"] = rope_parameters(header, file)
     if header.architecture == "chatglm":
         return _chatglm(header, values)
-    if header.architecture in ("exaone4", "olmo2"):
+    if header.architecture in ("exaone4", "gpt-oss", "olmo2"):
         values |= _windowed(header, values["rope_parameters"])
     if header.architecture == "lfm2":
         values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
@@ -140,6 +146,8 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
                 "rope.dimension_count", "ssm.conv_kernel", "ssm.group_count", "ssm.state_size",
                 "ssm.time_step_rank"]  # fmt: skip
+    if header.get("expert_count"):
+        optional += TABLE[header.architecture].experts
     if header.architecture == "lfm2":
         optional.remove("attention.head_count_kv")  # by _key_heads
     if header.get(PER_LAYER) == 0:
@@ -185,7 +193,7 @@ def _plain(header: Header, keys: Keys) -> dict[str, Any]:
     """The fields that one key sets."""
     values: dict[str, Any] = {}
     defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
-    for key, field in keys.fields.items():
+    for key, field in keys.fields_of(header).items():
         if key == "block_count":
             values[field] = header.layers
         elif key.endswith("epsilon"):
@@ -258,7 +266,7 @@ def _key_heads(header: Header) -> dict[str, Any]:
 
 
 def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:
-    """Windows of OLMo 3 and EXAONE 4. Layers with one have OLMo 3's plain rotations, or EXAONE 4's only ones."""
+    """Windows of gpt-oss, OLMo 3 and EXAONE 4. Layers with one have OLMo 3's plain rotations, or EXAONE 4's only ones."""
     windows = _windows(header)
     values: dict[str, Any] = {
         "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in windows]
@@ -267,6 +275,8 @@ def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:
         if not any(windows) and (header.get(WINDOW) or 0) not in (0, header.count("context_length")):
             raise header.refused(WINDOW, "0, but in a model of 64 layers, whose windows llama.cpp knows by that number")
         return values | {"sliding_window": header.count(WINDOW, 4096) if any(windows) else None}
+    if header.architecture == "gpt-oss":
+        return values | {"sliding_window": header.count(WINDOW)}
     if not header.get(WINDOW):
         return {}
     ropes = {

@@ -1,11 +1,14 @@
-"""What became of each metadata key of a GGUF file, by the tables of gguf_keys.py."""
+"""The keys of one GGUF file, sorted by what the table of its architecture (gguf_keys.py) says of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import TypeVar
 
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, OTHER_GROUPS, TABLE, Meaning
+from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, OTHER_GROUPS, TABLE
+
+Meaning = TypeVar("Meaning")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class KeyReport:
 def key_report(header: Header) -> KeyReport:
     """Sort the keys of a file whose architecture is in the table."""
     keys, report = TABLE[header.architecture], KeyReport()
+    fields = keys.fields_of(header)
     for name, value in header.metadata.items():
         key = name.removeprefix(f"{header.architecture}.")
         if key == name:
@@ -29,8 +33,8 @@ def key_report(header: Header) -> KeyReport:
                 report.unknown.append(name)
             else:
                 report.without_effect[name] = OTHER_GROUPS[group]
-        elif key in keys.fields or key in keys.used:
-            report.used[name] = keys.fields.get(key) or keys.used[key]
+        elif key in fields or key in keys.used:
+            report.used[name] = fields.get(key) or keys.used[key]
         elif (must := _find(keys.musts, key)) or (not _find(keys.ignored, key) and (must := _find(MUSTS, key))):
             if must.holds(header, value):
                 report.without_effect[name] = "says what is computed anyway"

@@ -19,11 +19,10 @@ soft caps of those that it does; and it walks each string of the vocabulary to r
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from qgraft.checkpoints.gguf_header import Header, is_number
 
-Meaning = TypeVar("Meaning")
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
@@ -55,6 +54,8 @@ class Keys:
         freqs: whether rope_freqs.weight divides the frequencies.
         present: field that is true where the first layer has a tensor -> that tensor.
         other: (key, model_type): the configuration where that key is there and not 0.
+        experts: key -> field of the configuration in a file whose expert_count is not 0.
+        fixed: field -> its value, which no key states.
     """
 
     model_type: str
@@ -68,6 +69,12 @@ class Keys:
     freqs: bool = False
     present: Mapping[str, str] = field(default_factory=dict)
     other: tuple[str, str] | None = None
+    experts: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+    def fields_of(self, header: Header) -> dict[str, str]:
+        """key -> field of the configuration, in this file."""
+        return {**self.fields, **(self.experts if header.get("expert_count") else {})}
 
     def type_of(self, header: Header) -> str:
         """transformers' name of the configuration of this file."""
@@ -140,7 +147,7 @@ MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
     "attn_logit_softcapping": _one_of(0),
     "embedding_length_out": _same("embedding_length", lambda header: header.width),
     "embedding_scale": _one_of(0, 1),
-    "expert_count": Must(lambda _, got: got == 0, "0: experts are not served in a GGUF file"),
+    "expert_count": Must(lambda _, got: got == 0, "0: this architecture is not served with experts"),
     "expert_*": _NO_EXPERTS,
     "final_logit_softcapping": _one_of(0),
     "logit_scale": _one_of(0, 1),
@@ -226,6 +233,17 @@ _SAME_LAYERS = {
     )
 }
 
+_SOFTMAX = 1  # of expert_gating_func
+_PLAIN_EXPERTS = {
+    "expert_gating_func": _one_of(_SOFTMAX),
+    "expert_weights_scale": _one_of(0, 1),
+    "expert_*": _one_of(0),
+}
+_NORMED_EXPERTS = {**_PLAIN_EXPERTS, "expert_weights_norm": _one_of(True)}
+_COUNTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_LOCAL_COUNTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+_EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
+
 TABLE: dict[str, Keys] = {  # by general.architecture
     "chatglm": Keys(  # ChatGLM3 and GLM-4-9B, in our own code (models/chatglm2.py)
         "chatglm",
@@ -308,9 +326,18 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         musts={"attention.head_count_kv": _same("attention.head_count", lambda header: header.heads)},
         rotates=False,
     ),
+    "gpt-oss": Keys(
+        "gpt_oss", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_WINDOWS},
+        musts={**_PLAIN_EXPERTS, **_SAME_BASE, "expert_gating_func": _one_of(3)},  # softmax of the chosen ones
+        experts={**_LOCAL_COUNTS, "expert_feed_forward_length": "intermediate_size"},
+    ),
     "granite": Keys(
         "granite", {**_SIZES, _RMS: "rms_norm_eps", **_SCALES}, _ROPE, freqs=True, present=_BIASES,
         musts={"rope.scaling.finetuned": _one_of(True)},  # Granite's switch for rotations
+    ),
+    "granitemoe": Keys(
+        "granitemoe", {**_SIZES, _RMS: "rms_norm_eps", **_SCALES}, _ROPE, experts=_LOCAL_COUNTS,
+        musts={**_NORMED_EXPERTS, "rope.scaling.finetuned": _one_of(True)}, present={"attention_bias": "attn_q.bias"},
     ),
     "hunyuan-dense": Keys(
         "hunyuan_v1_dense", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE,
@@ -324,7 +351,8 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     ),
     "llama": Keys(  # mistral files, too
         "llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE, present=_BIASES, freqs=True,
-        scalings=("none", "linear", "yarn", "longrope"),
+        scalings=("none", "linear", "yarn", "longrope"), other=("expert_count", "mixtral"), experts=_LOCAL_COUNTS,
+        musts={**_NORMED_EXPERTS, "expert_*": Must(lambda header, got: not got or not header.get("expert_count"), "0")},
     ),
     "mistral3": Keys(
         "mistral", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_TEMPERATURE}, freqs=True,
@@ -336,12 +364,21 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     "olmo2": Keys(  # with a window OLMo 3
         "olmo2", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_WINDOWS}, musts=_SAME_BASE, other=(WINDOW, "olmo3")
     ),
+    "olmoe": Keys("olmoe", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE, musts=_PLAIN_EXPERTS, experts=_COUNTS),
     "phi3": Keys(
         "phi3", {**_SIZES, _RMS: "rms_norm_eps"}, {**_ROPE, **_PART, **_ONE_WINDOW},
         musts={**_SAME_BASE, **_SAME_LAYERS}, partial=True, scalings=("none", "linear", "longrope"),
     ),
     "qwen2": Keys("qwen2", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE),
+    "qwen2moe": Keys(
+        "qwen2_moe", {**_SIZES, _RMS: "rms_norm_eps"}, _ROPE, musts=_PLAIN_EXPERTS,
+        experts={**_COUNTS, **_EXPERT_SIZE, "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+    ),
     "qwen3": Keys("qwen3", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE),
+    "qwen3moe": Keys(
+        "qwen3_moe", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE, musts=_NORMED_EXPERTS,
+        experts={**_COUNTS, **_EXPERT_SIZE}, fixed={"norm_topk_prob": True},
+    ),
     "qwen35": Keys(  # gated delta nets, and full attention every so many layers
         "qwen3_5_text",
         {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM, "ssm.conv_kernel": "linear_conv_kernel_dim",

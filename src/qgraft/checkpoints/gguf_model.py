@@ -28,8 +28,11 @@ from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
+    ROUTER,
+    SHARED_GATE,
     Rules,
     column_order,
+    expert_tensors,
     from_file,
     name_map,
     row_order,
@@ -41,6 +44,7 @@ from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.glm_tokenizer import with_own_prompts
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
+from qgraft.experts import Stack
 from qgraft.formats import PackedTensor, take_rows
 from qgraft.model_parts import decoder_of
 
@@ -107,8 +111,10 @@ class _TensorReader:
         self.used: set[str] = set()
         self.matrices: dict[str, Stored] = {}  # by module path
 
-    def __call__(self, name: str) -> PackedTensor | Tensor | None:
+    def __call__(self, name: str) -> PackedTensor | dict[str, Stack] | Tensor | None:
         stem, _, suffix = name.rpartition(".")
+        if experts := expert_tensors(name):
+            return self._of_experts(name, experts)
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
         if place := slice_of(self.names, name):
@@ -118,7 +124,11 @@ class _TensorReader:
             return None
         self.used.add(gguf_name)
         info = self.file.tensors[gguf_name]
-        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, *self.rules.floats)):
+        if gguf_name.endswith(SHARED_GATE) and len(info.shape) == 1:
+            self.matrices[stem] = Stored(gguf_name)
+            data = self.file.tensor(gguf_name).view(torch.uint8).view(1, -1)
+            return PackedTensor(info.format, (1, info.shape[0]), (data,))
+        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, ROUTER, *self.rules.floats)):
             order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
             return packed if order is None else take_rows(packed, order)
@@ -137,6 +147,27 @@ class _TensorReader:
         data = self.file.tensor(gguf_name).view(torch.uint8).view(info.shape[0], rows, -1)[number]
         self.matrices[path] = Stored(gguf_name, number=number)
         return PackedTensor(info.format, (rows, width), (data,))
+
+    def _of_experts(self, name: str, tensors: dict[str, str]) -> dict[str, Stack] | Tensor | None:
+        """What the file has of the weights, or the biases, of all experts of a layer."""
+        if not all(each in self.file.tensors for each in tensors.values()):
+            return None
+        self.used.update(tensors.values())
+        if name.endswith("_bias"):
+            parts = [floats(self.file, each) for each in tensors.values()]
+            even = all(part.dim() == 2 and part.shape == parts[0].shape for part in parts)
+            return torch.stack(parts, -1).flatten(1) if self.rules.alternates and even else torch.cat(parts, -1)
+        self.matrices |= {f"{name}.{part}": Stored(each) for part, each in tensors.items()}
+        return {part: self._stack(each) for part, each in tensors.items()}
+
+    def _stack(self, name: str) -> Stack:
+        info = self.file.tensors[name]
+        if len(info.shape) != 3:
+            got = f"tensor {name}: got shape {list(info.shape)}, expected matrices [experts, out, in]"
+            raise CheckpointError(f"{self.file.path}: {got}")
+        rows, width = info.shape[0] * info.shape[1], info.shape[2]
+        data = self.file.tensor(name).view(torch.uint8).view(rows, -1)
+        return Stack(info.shape[0], PackedTensor(info.format, (rows, width), (data,)))
 
     def _of_head(self, name: str, head: int) -> PackedTensor | Tensor | None:
         """One head's norm (StableLM 2 12B), which the file has in a row of one tensor."""

@@ -6,7 +6,8 @@
 yarn divides slow frequencies by the factor and leaves fast ones (beta_fast, beta_slow, original_context_length), and its
 cos and sin have a factor of their own, 1 + ln(factor) / 10, on which attn_factor comes. Converters write what a model's
 authors chose beside that as yarn_beta_fast, yarn_beta_slow, yarn_attn_factor; llama.cpp passes over these for the
-architectures here, transformers does not, and the authors' model is followed.
+architectures here, transformers does not, and the authors' model is followed. So it is for gpt-oss, whose ramp between
+fast and slow frequencies begins and ends between two of them, and not at one.
 
 longrope (Phi-3) has a list of f for short texts and one for long ones. As in the authors' code the length of the text
 decides, which is long when it is longer than original_context_length; llama.cpp goes by the context of its session, and
@@ -111,6 +112,7 @@ def _yarn(header: Header, factor: float) -> dict[str, Any]:
         "attention_factor": own * _attn_factor(header),
         "beta_fast": header.number("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": header.number("rope.scaling.yarn_beta_slow", 1.0),
+        **({"truncate": False} if header.architecture == "gpt-oss" else {}),  # where the ramp begins and ends
     }
 
 

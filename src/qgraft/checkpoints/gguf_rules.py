@@ -79,6 +79,7 @@ class Rules:
         kernels: how names of the file end whose second dimension, of one element, is left out.
         plain_norms: a part of the names of norms without that offset.
         floats: how names of matrices end whose weights transformers reads itself, so that they are floats.
+        alternates: whether an expert's outputs of gate and up, which the file has in a tensor each, alternate.
     """
 
     rows: RowOrder | None = None
@@ -86,6 +87,7 @@ class Rules:
     kernels: str = "\0"
     plain_norms: str = "\0"
     floats: tuple[str, ...] = ()
+    alternates: bool = False
 
 
 ARCHITECTURES = {  # general.architecture of the file
@@ -98,17 +100,22 @@ ARCHITECTURES = {  # general.architecture of the file
     "gemma3n": Rules(floats=(".altup_correct_coef.weight", ".altup_predict_coef.weight")),
     "gemma4": Rules(),
     "glm4": Rules(),
+    "gpt-oss": Rules(alternates=True),
     "gpt2": Rules(),
     "granite": Rules(_rotary_pairs),
+    "granitemoe": Rules(_rotary_pairs),
     "hunyuan-dense": Rules(),
     "lfm2": Rules(kernels=".shortconv.conv.weight"),
     "llama": Rules(_rotary_pairs),  # mistral files carry this name too
     "mistral3": Rules(_rotary_pairs),
     "nemotron": Rules(norm_offset=1.0),
     "olmo2": Rules(),
+    "olmoe": Rules(),
     "phi3": Rules(),
     "qwen2": Rules(),
+    "qwen2moe": Rules(),
     "qwen3": Rules(),
+    "qwen3moe": Rules(),
     "qwen35": Rules(_value_heads, 1.0, "ssm_conv1d.weight", "ssm_norm"),
     "smollm3": Rules(_rotary_pairs),
     "stablelm": Rules(),
@@ -180,10 +187,29 @@ def slice_of(names: TensorNameMap, parameter: str) -> tuple[str, int] | None:
     return None if found is None else (f"{names.get_name(found[1])}.weight", int(found[2]))
 
 
+ROUTER = "ffn_gate_inp.weight"  # the end of its name
+SHARED_GATE = "ffn_gate_inp_shexp.weight"  # of a layer with one output, whose dimension files may leave out
+_EXPERTS = {  # the parameters of all experts of a layer -> their tensors, by the names that these have in the model
+    "gate_up_proj": {"gate": "ffn_gate_exps", "up": "ffn_up_exps"},
+    "down_proj": {"down": "ffn_down_exps"},
+}
+
+
+def expert_tensors(parameter: str) -> dict[str, str]:
+    """The tensors of a file that make up a parameter of all experts of a layer; none where it is no such parameter."""
+    found = re.search(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)(_bias)?$", parameter)
+    if found is None:
+        return {}
+    suffix = "bias" if found[3] else "weight"
+    return {part: f"blk.{found[1]}.{stem}.{suffix}" for part, stem in _EXPERTS[found[2]].items()}
+
+
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
-    if (whole := names.get_name(parameter)) is not None:  # Qwen 3.5's A_log, without a suffix
-        return f"{whole}.weight" if parameter.endswith((".layer_scalar", ".correct_output_scale")) else whole  # Gemma's
+    if (whole := names.get_name(parameter)) is not None:  # without a suffix: Qwen 3.5's A_log, gpt-oss's sinks, Gemma's
+        weights = whole.endswith("_sinks") or parameter.endswith((".layer_scalar", ".correct_output_scale"))
+        return f"{whole}.weight" if weights else whole
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
-    found = names.get_name(stem) or names.get_name(stem.removeprefix("transformer."))  # ChatGLM's have no such prefix
+    stems = (stem, stem.removeprefix("transformer."), f"{stem}.layer")  # ChatGLM's; GraniteMoE's router, as it once was
+    found = next((name for each in stems if (name := names.get_name(each)) is not None), None)
     return None if found is None else f"{found}.{suffix}"

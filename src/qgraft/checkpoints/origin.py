@@ -21,10 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from qgraft.adapters.base import base_of
-from qgraft.adapters.lora import LoraLayer, LoraLinear
+from qgraft.adapters.lora import LoraLayer
 from qgraft.errors import CheckpointError, UnsupportedError
+from qgraft.experts import ExpertStack, PackedLayer
 from qgraft.formats import PackedTensor, checked, convert, get_format, join_rows, take_columns, take_rows
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.linear import QuantizedLinear
 from qgraft.mapped import release
 
 PANEL_WEIGHTS = 1 << 22  # written at a time: 16 MiB while they are float32
@@ -195,9 +196,18 @@ def current_matrices(model: nn.Module, origin: Origin) -> list[Matrix]:
     return [_matrix_at(model, path, stored) for path, stored in origin.matrices.items()]
 
 
+def module_at(model: nn.Module, path: str) -> nn.Module:
+    """The base's module at `path`, whatever adapters are on it or on what it is in."""
+    module = model
+    for name in path.split("."):
+        module = module.get_submodule(name)
+        module = module.base if isinstance(module, LoraLayer) else module
+    return module
+
+
 def is_linear(model: nn.Module, path: str) -> bool:
-    """Whether a linear layer lies at `path`, as opposed to an embedding."""
-    return isinstance(model.get_submodule(path), QuantizedLinear | LoraLinear)
+    """Whether a linear layer, or those of all experts, lies at `path`, as opposed to an embedding."""
+    return isinstance(module_at(model, path), QuantizedLinear | ExpertStack)
 
 
 def changed_source(origin: Origin, what: str) -> CheckpointError:
@@ -209,10 +219,8 @@ def changed_source(origin: Origin, what: str) -> CheckpointError:
 
 
 def _matrix_at(model: nn.Module, path: str, stored: Stored) -> Matrix:
-    module = model.get_submodule(path)
-    if isinstance(module, LoraLayer):
-        module = module.base
-    if not isinstance(module, QuantizedLinear | QuantizedEmbedding):
+    module = module_at(model, path)
+    if not isinstance(module, PackedLayer):
         raise CheckpointError(
             f"{path}: got a {type(module).__name__}, expected the quantized layer that load put there"
         )

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from qgraft.adapters.base import adapters_of, base_of
+from qgraft.adapters.lora_experts import stack_paths
 from qgraft.adapters.targets import find_targets
-from qgraft.checkpoints.assemble import weight_formats
+from qgraft.checkpoints.assemble import float_experts_note, weight_formats
 from qgraft.checkpoints.origin import Origin
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError, worded
@@ -21,7 +22,7 @@ from qgraft.linear import QuantizedLinear
 
 
 def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
-    """Pack every linear layer of `model` but the output layer in `format`, in place.
+    """Pack every linear layer of `model` but the output layer, and experts that are packed, in `format`, in place.
 
     Args:
         model: from load(), or any module tree with nn.Linear layers.
@@ -51,8 +52,14 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
             layer.replace(convert(layer.packed, fitting))
         else:
             model.set_submodule(path, QuantizedLinear(quantize_weight(layer.weight.detach(), fitting), layer.bias))
+    for path in stack_paths(model):
+        stack: Any = model.get_submodule(path)
+        fitting = fitting_format(format, stack.in_features)
+        fitted[path] = (stack.in_features, fitting)
+        if fitting is not None:
+            stack.replace(convert(stack.packed, fitting))
     _tell_base(model)
-    return tuple(misfit_notes(format, fitted))
+    return (*misfit_notes(format, fitted), *float_experts_note(model))
 
 
 def _tell_base(model: Any) -> None:

@@ -20,6 +20,7 @@ from torch import nn
 from qgraft import storage, targets
 from qgraft.adapters.base import base_of, require_model
 from qgraft.adapters.choose import active_adapters
+from qgraft.adapters.lora_experts import stack_paths
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints import folder_write, gguf_write
 from qgraft.checkpoints.fingerprint import fingerprint
@@ -73,9 +74,9 @@ def save(
         path: the file to write (GGUF), or the folder. A model in several files becomes as many, PATH-00001-of-0000N.gguf
             and those after it. A name that ends in .gguf makes a new GGUF file of a model from a
             folder, for llama.cpp and what is built on it; what such a file cannot say is refused.
-        to: another format for every linear layer but the output layer ("q8_0"), or for some layers: {name: format},
-            where a name is a module path, its last parts, the tensor's name in the container, or one of them with * in
-            it; the first that fits a layer counts. Layers are requantized from their present values.
+        to: another format for every linear layer but the output layer, and for experts ("q8_0"), or for some layers:
+            {name: format}, where a name is a module path, its last parts, the tensor's name in the container, or one of
+            them with * in it; the first that fits a layer counts. Layers are requantized from their present values.
         overwrite: replace a file, or a folder that an earlier save wrote; without it an existing one is refused. What
             the model was loaded from is never replaced.
 
@@ -216,7 +217,7 @@ def _wanted_formats(model: nn.Module, origin: Origin, to: str | Mapping[str, str
     if to is None:
         return {}
     if isinstance(to, str):
-        return {path: to for path in find_targets(model, "all-linear") if path in origin.matrices}
+        return {path: to for path in _inner(model) if path in origin.matrices}
     names = {path: stored.name for path, stored in origin.matrices.items() if not stored.repeated}
     linears = {path: name for path, name in names.items() if is_linear(model, path)}
     wanted: dict[str, str] = {}
@@ -258,10 +259,15 @@ def _check_held(origin: Origin, matrices: Sequence[Matrix]) -> None:
 
 
 def _uniform(model: nn.Module, matrices: Sequence[Matrix]) -> str | None:
-    """The format that every linear layer but the output layer will have, if they agree."""
-    inner = set(find_targets(model, "all-linear"))
+    """The format that every linear layer but the output layer, and every expert, will have, if they agree."""
+    inner = set(_inner(model))
     formats = {matrix.format for matrix in matrices if matrix.path in inner}
     return formats.pop() if len(formats) == 1 else None
+
+
+def _inner(model: nn.Module) -> list[str]:
+    """The paths of all linear layers but the output layer, and of the stacks of experts."""
+    return find_targets(model, "all-linear") + stack_paths(model)
 
 
 def _count(matrices: Sequence[Matrix]) -> dict[str, int]:

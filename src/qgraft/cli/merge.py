@@ -127,13 +127,16 @@ def _merge_into(target: Path, json_file: Path, picture: Path, options: argparse.
 
 def _unmeasured(model: Any, report: Any, to: str | None) -> list[str]:
     """A sentence where layers that are not merged change their format, too, which comes after measuring."""
+    from qgraft.adapters.lora_experts import stack_paths
     from qgraft.adapters.targets import find_targets
+    from qgraft.experts import ExpertStack
     from qgraft.formats import fitting_format
     from qgraft.linear import QuantizedLinear
 
     merged = {layer.path for layer in report.layers}
-    paths = [] if to is None else [path for path in find_targets(model, "all-linear") if path not in merged]
-    layers = [layer for path in paths if isinstance(layer := model.get_submodule(path), QuantizedLinear)]
+    inner = [] if to is None else [*find_targets(model, "all-linear"), *stack_paths(model)]
+    layers = [model.get_submodule(path) for path in inner if path not in merged]
+    layers = [layer for layer in layers if isinstance(layer, QuantizedLinear | ExpertStack)]
     weights = [layer.packed_weight.get() for layer in layers]
     count = sum(fitting_format(str(to), each.shape[1]) not in (None, each.format) for each in weights)
     return [f"{count} linear layers without an adapter are written in {to}, too: not measured"] if count else []

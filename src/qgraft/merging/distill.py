@@ -49,6 +49,7 @@ from qgraft.adapters.exact import BlockLora, MinimumLora, make_part, minimums_of
 from qgraft.adapters.lora import LoraConfig, LoraLinear
 from qgraft.data.batches import IGNORED, Batch, collate, count_labels, label_weights, split_batch
 from qgraft.data.tokenizing import Sample
+from qgraft.experts import ExpertStack
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
 from qgraft.linear import QuantizedLinear, in_stored_order
@@ -81,7 +82,7 @@ class Distillation:
     """
 
     def __init__(
-        self, model: PreTrainedModel, layers: Mapping[str, LoraLinear], others: Packed, rows: Calibration
+        self, model: PreTrainedModel, layers: Mapping[str, LoraLinear | ExpertStack], others: Packed, rows: Calibration
     ) -> None:
         self._model, self._layers, self._others, self._rows = model, layers, others, rows
         self._fit, _ = states_of(model, rows.fit)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from transformers import PreTrainedModel
 
 from qgraft.adapters.lora import LoraLinear
+from qgraft.experts import ExpertStack
 from qgraft.merging.calibration import Calibration
 from qgraft.merging.distill import Distillation
 from qgraft.merging.layer import has_fine_reals
@@ -35,7 +36,7 @@ WORTH_IT = 0.25  # the least share of what is missing that a round must bring fo
 
 def finish(
     model: PreTrainedModel,
-    layers: Mapping[str, LoraLinear],
+    layers: Mapping[str, LoraLinear | ExpertStack],
     packed: Packed,
     others: Packed,
     rows: Calibration,

@@ -121,6 +121,7 @@ class LayerReport:
         codes_changed: share of the codes that differ from the base's.
         error: root mean square error of the outputs on held-out tokens; 1 is not merging, None is not measured.
         steps: the algorithms that were kept, in their order.
+        rounded: of a stack of experts, those that saw too few tokens.
     """
 
     path: str
@@ -129,6 +130,7 @@ class LayerReport:
     codes_changed: float
     error: float | None
     steps: tuple[str, ...]
+    rounded: tuple[int, ...] = ()
 
     @property
     def effect_kept(self) -> float | None:

@@ -34,6 +34,7 @@ from qgraft.formats import PackedTensor
 from qgraft.kernels import linear
 from qgraft.linear import in_stored_order
 from qgraft.mapped import release
+from qgraft.merging.experts import StackToMerge, standing_in_experts
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
 from qgraft.merging.store import WorkDir
 from qgraft.model_parts import decoder_of
@@ -52,6 +53,7 @@ def merge_in_step(
     method: str,
     progress: Callable[[LayerReport], None],
     work: WorkDir | None = None,
+    experts: Mapping[str, StackToMerge] | None = None,
 ) -> tuple[dict[str, PackedTensor], list[LayerReport]]:
     """Merge the layers of `starts`; the model is left as it was.
 
@@ -62,16 +64,25 @@ def merge_in_step(
         held: what each step is judged on.
         progress: called after each layer that is solved.
         work: what is found there is not solved again, what is solved is kept there.
+        experts: stacks of experts that are merged, too (experts.py); they are solved again whatever is found.
 
     Returns module path -> merged weight, and the layers' reports in the order of the pass. Raises UnsupportedError for a
     layer that the decoder's pass does not reach.
     """
-    pass_ = _Pass(method, progress, work)
+    pass_, stacks = _Pass(method, progress, work), experts or {}
 
     def split(path: str, layer: LoraLinear) -> nn.Module:
         return _SplitLayer(path, layer, starts[path], deltas[path], pass_)
 
-    with torch.no_grad(), padding_free(model, [*samples, *held]) as problem, standing_in(model, starts, split):
+    def tokens() -> tuple[Tensor, Tensor]:
+        return pass_.calibrates, pass_.judges
+
+    with (
+        torch.no_grad(),
+        padding_free(model, [*samples, *held]) as problem,
+        standing_in(model, starts, split),
+        standing_in_experts(stacks, method, tokens, pass_.done),
+    ):
         alone = problem is None and attention_of(model) == SAMPLES
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
@@ -82,7 +93,7 @@ def merge_in_step(
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         release(*model.buffers())  # which trials of padding_free may have passed
         decoder_of(model)(**batch, use_cache=False, **bounds)
-    if missed := [path for path in starts if path not in pass_.packed]:
+    if missed := [path for path in [*starts, *stacks] if path not in pass_.packed]:
         raise UnsupportedError(
             f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",
             hint=_NO_INPUTS,
@@ -100,6 +111,12 @@ class _Pass:
         self.packed: dict[str, PackedTensor] = {}
         self.layers: list[LayerReport] = []
         self._last: tuple[Tensor, Inputs | FewInputs] | None = None
+
+    def done(self, path: str, merged: PackedTensor, report: LayerReport) -> None:
+        """Take what became of a layer."""
+        self.packed[path] = merged
+        self.layers.append(report)
+        self.progress(report)
 
     def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs | FewInputs:
         """The moments of a layer's inputs; q, k and v, and gate and up, are given the same tensor and share them."""
@@ -142,10 +159,11 @@ class _SplitLayer(nn.Module):
         pass_ = self.pass_
         found = pass_.found.get(self.path)
         merged, report = found or self._solve(pass_.inputs(x, x_a, x_m))
-        pass_.packed[self.path] = merged
-        pass_.layers.append(report)
         if found is None:
-            pass_.progress(report)
+            pass_.done(self.path, merged, report)
+        else:
+            pass_.packed[self.path] = merged
+            pass_.layers.append(report)
         return merged
 
     def _solve(self, inputs: Inputs | FewInputs) -> tuple[PackedTensor, LayerReport]:

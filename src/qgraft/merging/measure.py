@@ -16,6 +16,7 @@ from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.lora import LoraLinear
 from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import Sample
+from qgraft.experts import ExpertStack
 from qgraft.formats import PackedTensor
 from qgraft.mapped import release
 from qgraft.merging.calibration import Calibration
@@ -41,7 +42,9 @@ class States:
 class Measurement:
     """Base and base + adapter on the rows that measure, to compare merged weights with."""
 
-    def __init__(self, model: PreTrainedModel, layers: Mapping[str, LoraLinear], rows: Calibration) -> None:
+    def __init__(
+        self, model: PreTrainedModel, layers: Mapping[str, LoraLinear | ExpertStack], rows: Calibration
+    ) -> None:
         self._model, self._layers, self._rows = model, layers, rows
         with adapters_off(model):
             self._base = self._states()
@@ -70,7 +73,7 @@ class Measurement:
 
 
 @contextmanager
-def in_place(layers: Mapping[str, LoraLinear], packed: Packed) -> Iterator[None]:
+def in_place(layers: Mapping[str, LoraLinear | ExpertStack], packed: Packed) -> Iterator[None]:
     """Within the block the layers hold these weights."""
     before = {path: layers[path].packed for path in packed}
     for path, each in packed.items():

@@ -13,16 +13,15 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,11 +29,13 @@ from qgraft.adapters.attach import detach_lora, put_loras
 from qgraft.adapters.base import adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
+from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
 from qgraft.checkpoints.assemble import weight_formats
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError, worded
+from qgraft.experts import ExpertStack
 from qgraft.formats import (
     FORMATS,
     PackedTensor,
@@ -48,6 +49,7 @@ from qgraft.formats import (
 from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
+from qgraft.merging.experts import StackToMerge, round_stack, rounded_notes, stacks_to_merge
 from qgraft.merging.finish import finish
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
@@ -59,7 +61,7 @@ from qgraft.merging.store import WorkDir, held, identity
 from qgraft.merging.token_rows import Written, rows_written
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import evaluating
-from qgraft.progress import Display, shown
+from qgraft.progress import Display, bar_on, counted, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
 
@@ -129,6 +131,7 @@ def _merge(
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
     layers, weights, exact = _layers_to_merge(model, to, method)
+    experts = stacks_to_merge(model, weights)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
@@ -136,7 +139,7 @@ def _merge(
     find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
-    solves = bool(solved) and method in CHAINS
+    solves = bool(solved or experts) and method in CHAINS
     chosen: Calibration | None
     unmeasured: str | None
     if is_encoder_decoder(model.config):
@@ -146,15 +149,21 @@ def _merge(
     starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), _bar(console) as bar:
+    with evaluating(model), bar_on(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
-        measurement = None if chosen is None else Measurement(model, layers, chosen)
-        done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about)
+        changed: dict[str, LoraLinear | ExpertStack] = {
+            **layers,
+            **{path: each.stack for path, each in experts.items()},
+        }
+        measurement = None if chosen is None else Measurement(model, changed, chosen)
+        done, reports = _solve(model, starts, deltas, chosen, method, bar, work, about, experts)
         others = {path: merged for path, (merged, _) in exact.items()}
+        others |= {path: done[path] for path in experts}
+        done = {path: merged for path, merged in done.items() if path not in experts}
         if chosen is not None and measurement is not None:
             measured = partial(_kept_with, measurement, others)
             if method == "auto" and solved:
-                done, kept, steps = finish(model, layers, done, others, chosen, measured, _shown(bar, "distilling"))
+                done, kept, steps = finish(model, changed, done, others, chosen, measured, counted(bar, "distilling"))
             else:
                 kept = measured(done)
     calibrated, again = chosen if solves else None, work.note if work else None
@@ -171,7 +180,7 @@ def _merge(
         notes=(
             *(chosen.notes if chosen else ()),
             *filter(None, [unmeasured, again]),
-            *_misfits(layers, to),
+            *_notes(layers, to, reports),
             *rows.notes,
         ),
     )
@@ -194,28 +203,24 @@ def _solve(
     bar: Display,
     work: WorkDir | None,
     about: Callable[[Calibration], dict[str, Any]],
+    experts: Mapping[str, StackToMerge],
 ) -> tuple[Packed, list[LayerReport]]:
     """Merged weights by module path, and what happened to each layer; the model is left as it was."""
-    if not starts:
+    if not starts and not experts:
         return {}, []
     if chosen is None or method not in CHAINS:
         pairs = [merge_nearest(path, start, deltas[path](), method) for path, start in starts.items()]
+        pairs += [round_stack(path, stack, method) for path, stack in experts.items()]
         return {report.path: packed for packed, report in pairs}, [report for _, report in pairs]
     found = 0
     if work is not None:
         work.begin(about(chosen), starts)
         found = len(work.found)
-    shown, done = _shown(bar, "layers"), count(found + 1)
-    shown(found, len(starts))  # time left is reckoned from here on: what was found takes none
+    shown, done, total = counted(bar, "layers"), count(found + 1), len(starts) + len(experts)
+    shown(found, total)  # time left is reckoned from here on: what was found takes none
     return merge_in_step(
-        model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), len(starts)), work
+        model, starts, deltas, chosen.fit, chosen.judge, method, lambda _: shown(next(done), total), work, experts
     )
-
-
-def _shown(bar: Display, what: str) -> Callable[[int, int], None]:
-    """Shows (done, total), from the first call on."""
-    task = cache(lambda: bar.add_task(what))
-    return lambda done, total: bar.update(task(), completed=done, total=total)
 
 
 merge_lora = merge  # its name in the tutorials on ChatGLM's QuantizedLinear, beside attach_lora and detach_lora
@@ -248,7 +253,8 @@ def _replace(
     model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float], rows: Written
 ) -> None:
     """Put the merged bytes in place and take the adapters off."""
-    base, layers = base_of(model), dict(lora_layers(model))
+    base, layers = base_of(model), dict[str, LoraLinear | ExpertStack](lora_layers(model))
+    layers |= {path: each.stack for path, each in stacks_to_merge(model, weights).items()}
     before, info = merged_of(model) or Merged(base.info, {}, {}, {}, rows.origin), base.info
     if info is not None:  # adapters of the unmerged base no longer fit
         with in_place(layers, packed):  # may fail, so it comes before what cannot
@@ -304,7 +310,12 @@ def _layers_to_merge(
     exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
     output: Any = model.get_output_embeddings()
     held = {name for name, each in FORMATS.items() if each.quantize is not None}
-    problems = [f"{path} is the embedding" for path in adapted if path not in layers]
+    problems = [f"{path} is the embedding" for path, layer in adapted.items() if isinstance(layer, LoraEmbedding)]
+    for path, each in stacks_to_merge(model, weights).items():
+        if to is not None:
+            problems.append(f"{path} holds experts, which are merged in the format that they have, and not in {to}")
+        elif not is_writable(each.stack.packed):
+            problems.append(f"{path} is {each.stack.packed.format}, which qgraft does not write")
     for path, layer in layers.items():
         if layer is output:
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
@@ -342,19 +353,8 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor,
     return delta + (base - rounded)
 
 
-def _misfits(layers: Mapping[str, LoraLinear], to: str | None) -> list[str]:
-    """Which layers got another format than `to`, or none."""
+def _notes(layers: Mapping[str, LoraLinear], to: str | None, reports: Sequence[LayerReport]) -> list[str]:
+    """Which layers got another format than `to`, or none; which experts were rounded."""
     widths = {path: layer.in_features for path, layer in layers.items()}
     found = {} if to is None else {path: (width, fitting_format(to, width)) for path, width in widths.items()}
-    return misfit_notes(str(to), found) if found else []
-
-
-def _bar(console: Console | None) -> Display:
-    return Display(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.completed:.0f}/{task.total}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True),
-        console=console,
-    )
+    return [*(misfit_notes(str(to), found) if found else ()), *rounded_notes(reports)]

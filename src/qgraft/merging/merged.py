@@ -9,6 +9,7 @@ from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.adapters.targets import lora_layers
 from qgraft.adapters.token_rows import token_rows_of
+from qgraft.checkpoints.origin import module_at
 from qgraft.formats import PackedTensor
 from qgraft.merging.token_rows import put_table
 
@@ -46,7 +47,7 @@ def put_back(model: PreTrainedModel, merges: Merged) -> None:
     tables = {path for adapter in merges.adapters.values() for path in token_rows_of(adapter)}
     wrapped = dict(lora_layers(model))
     for path, packed in merges.packed.items():
-        layer: Any = wrapped.get(path) or model.get_submodule(path)
+        layer: Any = wrapped.get(path) or module_at(model, path)
         if path in tables:
             put_table(model, path, packed)
         else:

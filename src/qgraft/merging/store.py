@@ -41,6 +41,7 @@ from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS
 from qgraft.checkpoints.shards import open_shard
 from qgraft.errors import CheckpointError, StorageError, worded
+from qgraft.experts import QuantizedExperts
 from qgraft.formats import FORMATS, PackedTensor
 from qgraft.json_files import OWN, covered_text, is_covered, parse_json, read_object
 from qgraft.kernels import KERNELS_VARIABLE, native_status
@@ -269,7 +270,7 @@ def _numbers_of(model: PreTrainedModel) -> Iterator[bytes | memoryview]:
     for path, module in model.named_modules():
         if module in apart:
             continue
-        compute = module.compute if isinstance(module, QuantizedLinear) else None
+        compute = module.compute if isinstance(module, QuantizedLinear | QuantizedExperts) else None
         yield json.dumps([path, type(module).__qualname__, compute]).encode()
         for named in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for name, tensor in named:

@@ -120,8 +120,9 @@ def _check_lora(model: PreTrainedModel, adapter: Adapter, args: TrainArguments) 
         other = {path: getattr(config, field) for path, config in loras.items()
                  if (key := first_matching(table, path)) is not None and getattr(config, field) != table[key]}  # fmt: skip
         wrong += [f"{name}: {path} has {field} {value}" for path, value in list(other.items())[:1]]
-    if args.target_modules != defaults["target_modules"] or args.layers_to_transform is not None:
-        asked = chosen_layers(model, args.target_modules, args.layers_to_transform)
+    named = (args.layers_to_transform, args.target_parameters)
+    if args.target_modules != defaults["target_modules"] or any(each is not None for each in named):
+        asked = chosen_layers(model, args.target_modules, args.layers_to_transform, args.target_parameters or ())
         if set(asked) != set(loras):
             wrong.append(f"target_modules and layers_to_transform name {len(asked)} layers, it is on "
                          f"{len(loras)}{'' if len(asked) != len(loras) else ' other ones'}")  # fmt: skip
@@ -224,5 +225,6 @@ def _attach_new(model: PreTrainedModel, arguments: TrainArguments) -> None:
         model, arguments.r, arguments.lora_alpha, arguments.lora_dropout, arguments.target_modules,
         arguments.use_rslora, name, arguments.layers_to_transform, arguments.exact, *_patterns(arguments),
         arguments.use_dora, arguments.init_lora_weights == "true" or arguments.init_lora_weights, rows,
+        arguments.target_parameters or (),
     )  # fmt: skip
     begin_rows(model, arguments)

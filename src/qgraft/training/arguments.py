@@ -79,6 +79,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
     rank_pattern: dict[str, Any] | str | None = _option(None, "Ranks of single layers, {layers: r}.")  # noqa: RUF009
     alpha_pattern: dict[str, Any] | str | None = _option(None, "Their lora_alpha likewise.")  # noqa: RUF009
     target_modules: str = _option("all-linear", "all-linear, a comma list of layer names, or a regular expression.")
+    target_parameters: str | None = _option(None, "Experts: mlp.experts.gate_up_proj,mlp.experts.down_proj, or one.")
     layers_to_transform: str | None = _option(None, "Only targets in these layers, counted from 0: 15-29 or 15,16,17.")
     use_rslora: bool = _option(False, "Scale by lora_alpha / sqrt(r) instead.")
     exact: bool = _option(False, "LoRA that changes the base's minimums only: a merge keeps all of it.")
@@ -221,7 +222,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             parse_layers(self.layers_to_transform)
         check_layer_ranks(self.rank_pattern, self.alpha_pattern)  # type: ignore[arg-type]  # no text any more
         check_name(self.adapter_name)
-        if not self.target_modules.strip(", "):
+        if not self.target_modules.strip(", ") and not self.target_parameters:
             raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))
         self._check_numbers()
         settle_stage(self)

@@ -8,8 +8,8 @@ from torch import nn
 from qgraft.adapters.base import adapter_names, base_of, find_adapter
 from qgraft.adapters.states import non_finite
 from qgraft.errors import TrainingError
+from qgraft.experts import PackedLayer
 from qgraft.formats import dequantize
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 
 def check_held_out(model: nn.Module, loss: float) -> None:
@@ -39,7 +39,7 @@ def _broken_weight(model: nn.Module) -> str | None:
     """The path of a weight of the base that is not finite. Unpacks one layer after the other."""
     for path, module in model.named_modules():
         weights = [(name, weight.detach()) for name, weight in module.named_parameters(recurse=False)]
-        if isinstance(module, QuantizedLinear | QuantizedEmbedding):
+        if isinstance(module, PackedLayer):
             weights.append(("weight", dequantize(module.packed_weight.get(), torch.float32)))
         for name, weight in weights:
             if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):

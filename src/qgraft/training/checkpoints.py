@@ -37,8 +37,8 @@ OPTIMIZER, RANDOM = "optimizer.pt", "random_state.pt"
 STATE, PROGRESS = "trainer_state.json", "progress.json"
 BASE, HELD_OUT = "base (fingerprint)", "held-out rows (SHA-256 of the samples)"
 OF_ADAPTER = "adapter: "
-_OF_ITS_SHAPE = {"kind", "layers", "r", "rank_pattern", "use_dora", "target_modules", "layers_to_transform", "pre_seq_len", 
-                 "prefix_projection", "prefix_hidden_size", "layout"}  # fmt: skip
+_OF_ITS_SHAPE = {"kind", "layers", "r", "rank_pattern", "use_dora", "target_modules", "target_parameters",
+                 "layers_to_transform", "pre_seq_len", "prefix_projection", "prefix_hidden_size", "layout"}  # fmt: skip
 NEVER_FORCED = {BASE, *(OF_ADAPTER + name for name in _OF_ITS_SHAPE)}
 _HASH = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")

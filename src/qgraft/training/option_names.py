@@ -11,6 +11,7 @@ ALIASES = {  # name elsewhere -> ours
     "lora_r": "r",
     "lora_target": "target_modules",
     "lora_target_modules": "target_modules",
+    "lora_target_parameters": "target_parameters",
     "cutoff_len": "max_length",
     "max_seq_length": "max_length",
     "model": "model_name_or_path",

@@ -26,14 +26,10 @@ from qgraft.errors import OptionError, worded
 from qgraft.json_files import parse_json
 from qgraft.training.ranges import RANGES
 
-NAMES = (
-    "dataset",
-    "eval_dataset",
-    "test_dataset",
-    "target_modules",
-    "layers_to_transform",
-    "trainable_token_indices",
-)  # comma lists
+NAMES = (  # comma lists
+    *("dataset", "eval_dataset", "test_dataset"),
+    *("target_modules", "target_parameters", "layers_to_transform", "trainable_token_indices"),
+)
 NUMBERS = ("layers_to_transform", "trainable_token_indices")  # of these, those of numbers
 TEXTS = ("add_tokens", "add_special_tokens")  # lists of any texts, of which one may stand alone
 _WORDS = {"true": True, "false": False}
