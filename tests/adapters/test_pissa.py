@@ -97,6 +97,7 @@ def test_it_learns_what_pefts_learns(
         torch.testing.assert_close(part.delta() / part.config.scaling, second.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_its_files_are_those_of_a_lora(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker) -> None:
     """In half precision too: the difference of two large products would lose what it learned."""
     tiny = tiny_gguf("llama")
@@ -131,6 +132,7 @@ def run(tiny_gguf: Maker, folder: Path, **options: Any) -> Any:
     return train(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(folder), **chosen)), model
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bytes(tiny_gguf: Maker, tmp_path: Path) -> None:
     run(tiny_gguf, tmp_path / "whole", num_train_epochs=1)
     run(tiny_gguf, tmp_path / "part", num_train_epochs=1)
