@@ -360,7 +360,6 @@ def test_a_job_among_others_learns_as_it_does_alone(tiny_gguf: Maker, tmp_path: 
             assert float((together[key] - tensor).norm()) < 1e-4 * float(tensor.norm())
 
 
-@pytest.mark.slow
 def test_merged_it_is_what_pefts_merge_makes(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker) -> None:
     """In q8_0, where rounding is small; and taken out again it is as it was."""
     tiny = tiny_gguf("llama", types=(gguf.GGMLQuantizationType.Q8_0,))

@@ -132,7 +132,6 @@ def run(tiny_gguf: Maker, folder: Path, **options: Any) -> Any:
     return train(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(folder), **chosen)), model
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_to_the_same_bytes(tiny_gguf: Maker, tmp_path: Path) -> None:
     run(tiny_gguf, tmp_path / "whole", num_train_epochs=1)
     run(tiny_gguf, tmp_path / "part", num_train_epochs=1)
