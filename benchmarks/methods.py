@@ -123,7 +123,10 @@ def learn(name: str) -> dict[str, Any]:
         "loss": metrics["eval_loss"],
         "curve": json.dumps([[entry["step"], entry["eval_loss"]] for entry in log if "eval_loss" in entry]),
         "answers": json.dumps(
-            [answer(model, tokenizer, [("user", asked)], max_new_tokens=48, do_sample=False) for asked in QUESTIONS],
+            [
+                answer(model, tokenizer, [("user", asked)], max_new_tokens=48, do_sample=False).text
+                for asked in QUESTIONS
+            ],
             ensure_ascii=False,
         ),
     }

@@ -75,7 +75,9 @@ def logits(model: Any, ids: Tensor, **options: Any) -> Tensor:
         return model(ids, **options).logits
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2"])  # without biases, and with them
+@pytest.mark.parametrize(
+    "name", [pytest.param("llama", marks=pytest.mark.slow), "qwen2"]
+)  # without biases, and with them
 def test_files_go_both_ways_and_logits_are_pefts(
     name: str, tiny_gguf: Maker, tmp_path: Path, random_ids: Maker
 ) -> None:
@@ -192,6 +194,7 @@ def test_rows_of_a_batch_and_jobs_are_what_they_are_alone(tiny_gguf: Maker, rand
         torch.testing.assert_close(together[:, part], layer(x[:, part]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_new_one_changes_nothing_and_decoding_leaves_the_kernels_that_do_not_add_it(
     tiny_gguf: Maker, random_ids: Maker
 ) -> None:

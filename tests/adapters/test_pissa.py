@@ -97,6 +97,7 @@ def test_it_learns_what_pefts_learns(
         torch.testing.assert_close(part.delta() / part.config.scaling, second.float(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_its_files_are_those_of_a_lora(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker) -> None:
     """In half precision too: the difference of two large products would lose what it learned."""
     tiny = tiny_gguf("llama")

@@ -100,26 +100,17 @@ class Method(Protocol):
 
 def impossible_methods(options: Method) -> list[str]:
     """A line for a start that is none, and for each combination that has no meaning."""
-    init, pissa = options.init_lora_weights, starts_from_base(options.init_lora_weights)
+    init, dora, pissa = options.init_lora_weights, options.use_dora, starts_from_base(options.init_lora_weights)
+    start = f"init_lora_weights={init}"
+    known = pissa or init is True or init == "true"
     wrong = {
-        f"init_lora_weights={init!r}: expected true, pissa, or pissa_niter_16 with any number from 1 on": (
-            init not in (True, "true") and not pissa
-        ),
-        "exact and use_dora: an exact LoRA changes minimums alone, DoRA the whole weight": options.exact
-        and options.use_dora,
-        f"exact and init_lora_weights={init}: no principal component is the same within groups of columns": (
-            options.exact and pissa
-        ),
-        f"use_dora and init_lora_weights={init}: a start from the base is an ordinary LoRA's": options.use_dora
-        and pissa,
-        f"init_lora_weights={init} and lora_alpha={options.lora_alpha:g}: its components are divided by it": (
-            pissa and options.lora_alpha <= 0
-        ),
-        f"init_lora_weights={init} and lora_dropout: it would drop principal components of the base": (
-            pissa and options.lora_dropout > 0
-        ),
-        "use_dora and lora_alpha=0: nothing that A and B learn would count": options.use_dora
-        and not options.lora_alpha,
+        f"init_lora_weights={init!r}: expected true, pissa, or pissa_niter_16 with any number from 1 on": not known,
+        "exact and use_dora: an exact LoRA changes minimums alone, DoRA the whole weight": options.exact and dora,
+        f"exact and {start}: no principal component is the same within groups of columns": options.exact and pissa,
+        f"use_dora and {start}: what is begun with is taken from an ordinary LoRA": dora and pissa,
+        f"lora_alpha of 0 or less and {start}: its components are divided by it": pissa and options.lora_alpha <= 0,
+        f"lora_dropout and {start}: it would drop principal components of the base": pissa and options.lora_dropout > 0,
+        "use_dora and lora_alpha=0: nothing that A and B learn would count": dora and not options.lora_alpha,
     }
     return [line for line, holds in wrong.items() if holds]
 
