@@ -31,8 +31,8 @@ def run(words: Sequence[str]) -> int:
 
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
-    loading = {"quantize": arguments.quantize, "dtype": arguments.compute_dtype, "device": arguments.device}
-    model, tokenizer = load(options.model, **loading)
+    dtype, device = arguments.compute_dtype, arguments.device
+    model, tokenizer = load(options.model, quantize=arguments.quantize, dtype=dtype, device=device)
     if tokenizer is not None:
         take_tokens(model, tokenizer, arguments)
     prepare_adapter(model, arguments)
