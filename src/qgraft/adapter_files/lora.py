@@ -197,13 +197,9 @@ def fit_rows(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -
         parts = make_token_rows(model, {path: list(rows) for path, rows in values.items()}, values)
     except AdapterError as error:
         return {}, [error.message]
-    twice = tables.head if tables.tied and tables.table in named else None  # PEFT may keep a tied layer's once more
-    same = (
-        twice is None
-        or twice in named
-        or stored.rows.get(twice, stored.rows[tables.table]).equal(stored.rows[tables.table])
-    )
-    others = stored.rows.keys() - named.keys() - ({twice} if same else set())
+    others = stored.rows.keys() - named.keys()
+    if tables.tied and tables.head in others and tables.table in named:  # PEFT may keep a tied layer's once more
+        others -= {tables.head} if stored.rows[tables.head].equal(stored.rows[tables.table]) else set()
     return parts, [f"unexpected tensor {rows_name(path)}" for path in sorted(others)]
 
 
