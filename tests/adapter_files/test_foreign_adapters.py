@@ -286,7 +286,7 @@ ROWS: dict[str, tuple[str, bool, Any]] = {
 }
 
 
-@pytest.mark.spread(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ROWS)
 def test_rows_of_tokens_with_the_copies_of_a_resized_model(tiny_gguf: Maker, tmp_path: Path, key: str) -> None:
     architecture, tied, indices = ROWS[key]
