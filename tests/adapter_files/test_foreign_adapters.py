@@ -214,7 +214,6 @@ def test_what_cannot_hold_it_refuses_it(tiny_gguf: Maker, tmp_path: Path) -> Non
 
 OTHERS: dict[str, dict[str, Any]] = {
     "use_dora": {"target_modules": ["embed_tokens"], "use_dora": True},
-    "trainable_token_indices": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4]},
     "modules_to_save": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
     "lora_bias": {"target_modules": ["q_proj"], "lora_bias": True},
 }
@@ -277,3 +276,38 @@ def test_the_file_of_weights_stands_for_its_folder(tiny_gguf: Maker, tmp_path: P
     assert load_adapter(model, tmp_path / "a" / WEIGHTS, "b").applied == 1
     with pytest.raises(OptionError, match="has options of its own"):
         load_adapter(model, tmp_path / "a", "c", lora_alpha=8)
+
+
+ROWS: dict[str, tuple[str, bool, Any]] = {
+    "there": ("llama", False, [3, 5]),
+    "new": ("llama", False, {"embed_tokens": [5, 294], "lm_head": [294, 5]}),
+    "new, of the input alone": ("llama", False, [5, 294]),  # the output layer's is in the copy of it
+    "new, tied": ("qwen2", True, [5, 294]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ROWS)
+def test_rows_of_tokens_with_the_copies_of_a_resized_model(tiny_gguf: Maker, tmp_path: Path, key: str) -> None:
+    architecture, tied, indices = ROWS[key]
+    tiny = tiny_gguf(architecture, tied=tied)
+    theirs = load_float(tiny)
+    if key != "there":
+        theirs.resize_token_embeddings(295)
+    options = {"target_modules": ["q_proj"], "trainable_token_indices": indices, "task_type": "CAUSAL_LM"}
+    model = peft.get_peft_model(theirs, peft.LoraConfig(r=4, **options)).eval()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for _, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.2)
+    model.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    ours = load_base(tiny)
+    load_adapter(ours, tmp_path / "theirs")
+    ids = torch.tensor([[3, 5, 7, 5 if key == "there" else 294]])
+    assert close(logits(ours, ids), logits(model, ids))
+    change(tmp_path / "theirs", lambda state: state.update({
+        name: tensor + 1 for name, tensor in state.items() if name.endswith("base_layer.weight")
+    }))  # fmt: skip
+    with pytest.raises(AdapterError, match="another than this base's"):
+        load_adapter(load_base(tiny), tmp_path / "theirs")

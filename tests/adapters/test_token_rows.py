@@ -65,7 +65,7 @@ CASES = [
 ]
 
 
-@pytest.mark.spread(3)
+@pytest.mark.spread(2)
 @pytest.mark.parametrize(("architecture", "tied", "indices", "end"), CASES)
 def test_logits_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: bool, indices: Any, end: int) -> None:
     tiny = tiny_gguf(architecture, tied=tied)
@@ -83,9 +83,13 @@ def test_logits_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: boo
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [pytest.param("llama", False, marks=pytest.mark.slow), ("qwen2", True)]
+    ("architecture", "tied", "steps"),
+    [
+        ("qwen2", True, 3),
+        *(pytest.param(*case, 20, marks=pytest.mark.slow) for case in (("llama", False), ("qwen2", True))),
+    ],
 )
-def test_twenty_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: bool) -> None:
+def test_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: bool, steps: int) -> None:
     """By the loss that a run learns, which computes its gradients in chunks; of a tied model a row has two."""
     tiny, indices = (
         tiny_gguf(architecture, tied=tied),
@@ -99,7 +103,7 @@ def test_twenty_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tie
     ]
     torch.manual_seed(2)
     curves: list[list[float]] = [[], []]
-    for _ in range(20):
+    for _ in range(steps):
         ids = torch.randint(3, 12, (10,)).tolist()
         ids[3], ids[6] = END, END
         losses = (
@@ -112,7 +116,7 @@ def test_twenty_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tie
             optimizer.step()
             curve.append(float(loss.detach()))
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
-    assert curves[0][-1] < curves[0][0]
+    assert steps < 20 or curves[0][-1] < curves[0][0]
 
 
 def with_new_tokens(tiny: Any, name: str = "new", seed: int = 3) -> PreTrainedModel:

@@ -240,9 +240,8 @@ def make_folder(folder: Path, rows: int, tokenizer: Any) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    "rows", [295, pytest.param(294, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.slow)]
-)
+@pytest.mark.spread(1)
+@pytest.mark.parametrize("rows", [295, 294, 300])
 def test_rows_that_no_token_has_are_used_first(tiny_gguf: Maker, tmp_path: Path, rows: int) -> None:
     tokenizer = qgraft.load(tiny_gguf("llama").path, device="cpu")[1]
     model, tokenizer = qgraft.load(make_folder(tmp_path / "base", rows, tokenizer), device="cpu")

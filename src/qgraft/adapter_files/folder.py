@@ -260,8 +260,8 @@ def _staged_lora(
 ) -> StagedAdapter:  # fmt: skip
     """The LoRA, compared with the model, and made."""
     stored = parse_state(state)
-    fitting, misfits = fit_layers(model, config, stored)
     rows, others = fit_rows(model, config, stored)
+    fitting, misfits = fit_layers(model, config, stored, rows)
     misfits += others
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
     problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())

@@ -10,10 +10,10 @@ over where it is the base's; a larger vocabulary, or another base's, is a differ
 
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ from qgraft.adapters.token_tables import make_token_rows, tables_of
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
+from qgraft.linear import table_rows
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.patterns import matches
 
@@ -156,13 +157,14 @@ def bare_options(state: Mapping[str, Tensor], lora_alpha: float) -> dict[str, An
     }
 
 
-def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[Pairs, list[str]]:
-    """(those that fit the model's layers, what differs)."""
+def fit_layers(
+    model: nn.Module, config: Mapping[str, Any], stored: StoredLoras, longer: Container[str] = ()
+) -> tuple[Pairs, list[str]]:
+    """(those that fit the model's layers, what differs). Copies of the base's layers `longer` may have more rows."""
     loras, layers = dict(stored.pairs), adaptable_layers(model)  # a walk over the model, so once
-    fitting, misfits = take_experts(model, config, loras)
-    problems = misfits + [
-        problem for path, copy in stored.copies.items() if (problem := _copy_problem(layers, path, copy))
-    ]
+    fitting, problems = take_experts(model, config, loras)
+    copies = stored.copies.items()
+    problems += [p for path, copy in copies if (p := _copy_problem(model, layers, path, copy, path in longer))]
     for path, pair in loras.items():
         if (MAGNITUDE in pair) != bool(config.get("use_dora")):
             problems.append(f"{'unexpected' if MAGNITUDE in pair else 'missing'} tensor {magnitude_name(path)}")
@@ -202,28 +204,48 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
 
 
 def fit_rows(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, Part], list[str]]:
-    """(the rows of single tokens that fit the model, as parts on no model yet; what differs)."""
+    """(the rows of single tokens that fit the model, as parts on no model yet; what differs).
+
+    PEFT keeps copies of tables that were resized: their new rows that were not trained are taken from there.
+    """
     indices = config.get("trainable_token_indices") or {}
-    if not indices and not stored.rows:
-        return {}, []
     if not indices:
         return {}, [f"unexpected tensor {rows_name(path)}" for path in stored.rows]
     try:
-        named = tables_of(model).named(indices)
-        for path, ids in named.items():
-            rows = stored.rows.get(path)
-            if rows is None:
-                return {}, [f"missing tensor {rows_name(path)}"]
-            layer: Any = model.get_submodule(path)
-            width = getattr(layer, "embedding_dim", None) or layer.in_features
-            if list(rows.shape) != [len(ids), width] or not rows.is_floating_point():
-                got = f"{rows.dtype} {list(rows.shape)}"
-                return {}, [f"{rows_name(path)}: got {got}, expected floats {[len(ids), width]}"]
+        tables = tables_of(model)
+        named = tables.named(indices)
+        if missing := [path for path in named if path not in stored.rows]:
+            return {}, [f"missing tensor {rows_name(missing[0])}"]
+        if wrong := [
+            line for path, ids in named.items() if (line := _rows_problem(model, path, ids, stored.rows[path]))
+        ]:
+            return {}, wrong
         values = {path: dict(zip(ids, stored.rows[path], strict=True)) for path, ids in named.items()}
-        parts = make_token_rows(model, indices, values)
+        for path in (tables.table, *([] if tables.head is None or tables.tied else [tables.head])):
+            copy, count = stored.copies.get(path), table_rows(_base(model, path))
+            for token in range(count, 0 if copy is None else len(copy)):
+                values.setdefault(path, {}).setdefault(token, cast(Tensor, copy)[token])
+        parts = make_token_rows(model, {path: list(rows) for path, rows in values.items()}, values)
     except AdapterError as error:
         return {}, [error.message]
-    return parts, [f"unexpected tensor {rows_name(path)}" for path in stored.rows if path not in named]
+    others = stored.rows.keys() - named.keys()
+    if tables.tied and tables.head in others and tables.table in named:  # PEFT may keep a tied layer's once more
+        others -= {tables.head} if stored.rows[tables.head].equal(stored.rows[tables.table]) else set()
+    return parts, [f"unexpected tensor {rows_name(path)}" for path in sorted(others)]
+
+
+def _rows_problem(model: nn.Module, path: str, ids: Sequence[int], rows: Tensor) -> str | None:
+    layer: Any = _base(model, path)
+    expected = [len(ids), getattr(layer, "embedding_dim", None) or layer.in_features]
+    if list(rows.shape) == expected and rows.is_floating_point():
+        return None
+    return f"{rows_name(path)}: got {rows.dtype} {list(rows.shape)}, expected floats {expected}"
+
+
+def _base(model: nn.Module, path: str) -> Any:
+    """The base's own layer at `path`, below adapters."""
+    module = model.get_submodule(path)
+    return module.base if isinstance(module, LoraLayer) else module
 
 
 def made_of_pairs(
@@ -294,12 +316,15 @@ def _shape_problem(
     return None
 
 
-def _copy_problem(layers: Mapping[str, nn.Module], path: str, copy: Tensor) -> str | None:
+def _copy_problem(
+    model: nn.Module, layers: Mapping[str, nn.Module], path: str, copy: Tensor, longer: bool
+) -> str | None:
     """What tells a copy of the base's layer at `path` from that layer; None where it is the same, but for its rounding."""
-    layer = layers.get(path)
+    layer = _base(model, path) if longer else layers.get(path)
     if layer is None:
         return f"unexpected tensor: a weight of {path}, which the model does not have"
     weight, bits = _weight_of(layer)
+    copy = copy[: weight.shape[0]] if longer else copy
     if list(copy.shape) != list(weight.shape) or not copy.is_floating_point():
         got, expected = f"{copy.dtype} {list(copy.shape)}", list(weight.shape)
         return f"{path}: got a copy of the base's weight {got}, expected {expected}: was its vocabulary extended?"

@@ -9,7 +9,8 @@
     base_model.model.<module path>.minimum_B           [out, r]            names of PEFT's, which cannot compute it
     base_model.model.<module path>.token_adapter.trainable_tokens_delta    [tokens, width]    rows of single tokens
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
-                                                       output layer; without `base_layer` where it was resized
+                                                       output layer; without `base_layer` where it was resized,
+                                                       below `token_adapter` beside rows of single tokens
 
 PEFT's own model is `base_model.model`, with the adapter's name behind `lora_A`. Its files leave the name out; a state dict
 of the whole model does not, so `default`, the name that PEFT gives, is read as well.
@@ -24,7 +25,7 @@ _NAME = re.compile(
 _MAGNITUDE = re.compile(r"base_model\.model\.(?P<path>.+)\.lora_magnitude_vector(?:\.default)?(?:\.weight)?")
 _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])")
 _ROWS = re.compile(r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
-_COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.base_layer)?\.weight")
+_COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.token_adapter)?(?:\.base_layer)?\.weight")
 
 
 MAGNITUDE = "magnitude"

@@ -32,9 +32,8 @@ def run(words: Sequence[str]) -> int:
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
     refuse_encoder_decoder(options.model, "estimate")
-    model, tokenizer = load(
-        options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device
-    )
+    dtype, device = arguments.compute_dtype, arguments.device
+    model, tokenizer = load(options.model, quantize=arguments.quantize, dtype=dtype, device=device)
     if tokenizer is not None:
         take_tokens(model, tokenizer, arguments)
     prepare_adapter(model, arguments)
