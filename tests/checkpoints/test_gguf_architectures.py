@@ -170,6 +170,36 @@ def test_a_tensor_too_many_is_refused(architecture: str, make_gguf: Maker, tmp_p
         qgraft.load(tiny.path, device="cpu")
 
 
+def test_keys_and_values_that_nothing_reads_are_left_as_they_are(tiny_gguf: Maker, tmp_path: Path) -> None:
+    tiny = tiny_gguf("gemma3n")
+    model, _ = qgraft.load(tiny.path, device="cpu")
+    (note,) = model.qgraft.info.notes
+    assert note.startswith("6 tensors of layers that take keys and values of others are not loaded")
+    qgraft.save(model, tmp_path / "saved.gguf")
+    assert (tmp_path / "saved.gguf").read_bytes() == tiny.path.read_bytes()
+
+
+GEMMA4: dict[str, tuple[dict[str, Any], dict[str, np.ndarray], str]] = {
+    "a last layer with a window": ({"attention.sliding_window_pattern": [False, True] * 2}, {}, "pattern: got .*at its end"),
+    "too short a list": ({"feed_forward_length": [256] * 3}, {}, "feed_forward_length: got .*one for each of 4 layers"),
+    "other widths": ({"feed_forward_length": [256, 512, 256, 512]}, {}, "feed_forward_length: got .*one width, twice it"),
+    "more shared layers than there are": ({"attention.shared_kv_layers": 4}, {}, "shared_kv_layers: got 4, expected an int"),
+    "heads of all kinds": ({"attention.head_count_kv": [2, 2, 1, 1]}, {}, "head_count_kv: got .*the layers of each kind"),
+    "heads past all tensors": ({"attention.key_length_swa": 2**31 - 1}, {}, "key_length_swa: got 2147483647"),
+    "rotations of another kind": ({}, {"rope_freqs.weight": np.full(16, 2.0, np.float32)}, "rope_freqs.weight: expected 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GEMMA4)
+def test_what_gemma4_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path) -> None:
+    keys, extra, message = GEMMA4[name]
+    tiny = make_gguf(
+        tmp_path / "tiny.gguf", "gemma4", metadata={f"gemma4.{key}": value for key, value in keys.items()}, extra=extra
+    )
+    with pytest.raises((CheckpointError, UnsupportedError), match=rf"(?s){message}"):
+        qgraft.load(tiny.path, device="cpu")
+
+
 def test_gemma3n_computes_the_same_while_it_trains(tiny_gguf: Maker) -> None:
     """transformers clamps weights of its altup in each pass of a training, which therefore are floats."""
     model, _ = qgraft.load(tiny_gguf("gemma3n").path, dtype="float32", device="cpu")

@@ -77,10 +77,10 @@ GEMMA = {
 EMBEDDED = {**GEMMA, "vocab_size_per_layer_input": WORDS, "hidden_size_per_layer_input": 32}
 WIDE = {"global_head_dim": 32, "use_double_wide_mlp": True, "final_logit_softcapping": 5.0}
 OWN: dict[str, dict[str, Any]] = {  # the whole configuration, where some fields differ from layer to layer
-    **dict.fromkeys(("gemma3n", "gemma3n_text"), {**EMBEDDED, "laurel_rank": 8,
-                    "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}),
-    **dict.fromkeys(("gemma4", "gemma4_text"), {**EMBEDDED, **WIDE}),
-    **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), {**GEMMA, **WIDE}),
+    f"{name}{suffix}": config for suffix in ("", "_text") for name, config in {
+        "gemma3n": {**EMBEDDED, "laurel_rank": 8, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]},
+        "gemma4": {**EMBEDDED, **WIDE}, "gemma4_unified": {**GEMMA, **WIDE},
+    }.items()
 }  # fmt: skip
 
 

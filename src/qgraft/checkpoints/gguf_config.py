@@ -121,12 +121,16 @@ def idle_tensors(header: Header, file: GgufFile) -> set[str]:
     )
 
 
-def notes_of(header: Header) -> tuple[str, ...]:
-    """One sentence on layers that only draft, one on the keys of the file that the table does not know."""
+def notes_of(header: Header, file: GgufFile) -> tuple[str, ...]:
+    """Sentences on layers that only draft, on tensors that nothing reads, on the keys that the table does not know."""
     drafts = header.count("block_count") - header.layers
-    notes = (
+    notes: tuple[str, ...] = (
         (f"{drafts} layers that only draft tokens are not loaded; a saved file has them as they are",) if drafts else ()
     )
+    if idle := unread_tensors(header, file) if header.shared else ():
+        notes += (
+            f"{len(idle)} tensors of layers that take keys and values of others are not loaded; a saved file has them",
+        )
     return notes + _unknown_keys_note(header)
 
 

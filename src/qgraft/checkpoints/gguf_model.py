@@ -83,7 +83,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         architecture=config.model_type,
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
-        notes=notes_of(header),
+        notes=notes_of(header, file),
     )
     base.origin = Origin(file.path.absolute(), "gguf", gguf_digest(file), reader.matrices, parts=len(file.parts) or 1)
     return model, tokenizer

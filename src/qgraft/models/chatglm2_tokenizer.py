@@ -11,7 +11,7 @@
 Where a conversation goes on from a cache, the text of the next round begins with a blank line and is encoded without
 special ids; its first id, a blank that sentencepiece puts in front of any text, is dropped.
 
-ChatGLM3 has the same file but another prompt, which is not built here. Source: what the released tokenizer makes of
+ChatGLM3 has the same file but another prompt: checkpoints/glm_tokenizer.py. Source: what the released tokenizer makes of
 texts, prompts and training rows (tests/golden/tokenizer_chatglm2). The rest is in prompt_tokenizer.py.
 """
 
