@@ -13,7 +13,14 @@ from typing import Any
 from qgraft.adapter_files.calibration import read_rows
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
-from qgraft.adapter_files.peft_config import CONFIG, layer_config, peft_config, stated_rank
+from qgraft.adapter_files.peft_config import (
+    CAUSAL,
+    CONFIG,
+    SEQUENCE_TO_SEQUENCE,
+    layer_config,
+    peft_config,
+    stated_rank,
+)
 from qgraft.adapter_files.prefix import is_prefix_config
 from qgraft.adapter_files.seal import EXACT, is_exact, remembered_arguments
 from qgraft.adapters.adapter import prefix_error
@@ -106,7 +113,9 @@ def combine_files(
         for path, made in combined.items()
         for part in "AB"
     }
-    options = peft_config(configs, targets, (base or {}).get("source"))
+    pairs = all(config.get("task_type") == SEQUENCE_TO_SEQUENCE for config, _, _ in read.values())
+    task_type = SEQUENCE_TO_SEQUENCE if pairs else CAUSAL
+    options = peft_config(configs, targets, (base or {}).get("source"), task_type=task_type)
     kept = rows_of_all([read_rows(folder, seal) for folder, seal in seals.items()])
     with folder_locked(output):
         check_new(output, overwrite, folders)  # another process may just have written it

@@ -8,7 +8,7 @@ from qgraft.errors import DataError, UnsupportedError, option, worded
 from qgraft.merging.calibration import Calibration, Dataset
 
 
-def rows_to_solve(find: Callable[[], Calibration | None], method: str) -> tuple[Calibration, None]:
+def rows_to_solve(find: Callable[[], Calibration | None], method: str) -> tuple[Calibration | None, str | None]:
     """(The rows, nothing to say). Raises DataError where there are none."""
     chosen = find()
     if chosen is None:
@@ -35,7 +35,7 @@ def rows_to_measure(
         return None, f"what was kept is not measured: {error.message}"
 
 
-def no_rows(solves: bool, method: str, *given: Dataset | None) -> tuple[None, str]:
+def no_rows(solves: bool, method: str, *given: Dataset | None) -> tuple[Calibration | None, str | None]:
     """(None, why there are no rows) for an encoder-decoder, whose layers are not solved in the order of one pass.
 
     Raises UnsupportedError where rows are given, or the method `solves` for some.
