@@ -16,9 +16,9 @@ Only experts that some token was routed to are multiplied, and only the pages of
 Shapes: E experts, T tokens, K experts a token, R = T·K rows, I and O the inputs and outputs of a projection.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,12 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qgraft.formats import PackedTensor, get_format
-from qgraft.kernels import dequantize
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Grads, Term
 from qgraft.linear import (
     PackedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
-    nothing,
     packed_gradient,
     packed_product,
     to_autocast,
@@ -130,18 +128,15 @@ class QuantizedExperts(nn.Module):
 
     Args:
         stacks: what a file has of the weights, by name, in the order of their outputs.
-        dtype: what the model computes in.
     """
 
     compute = "float32"
 
-    def __init__(
-        self, stacks: Mapping[str, Stack], alternates: bool = False, dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, stacks: Mapping[str, Stack], alternates: bool = False) -> None:
         super().__init__()
         for name, stack in stacks.items():
             self.add_module(name, ExpertStack(stack))
-        self.alternates, self.dtype = alternates, dtype
+        self.alternates = alternates
         first = next(iter(self.stacks().values()))
         self.num_experts, self.in_features = first.num_experts, first.in_features
         self.out_features = sum(stack.out_features for stack in self.stacks().values())
@@ -166,18 +161,6 @@ class QuantizedExperts(nn.Module):
     def device(self) -> torch.device:
         """Where the weights lie."""
         return next(iter(self.stacks().values())).packed.device
-
-    @property
-    def weight(self) -> Tensor:
-        """As that of a QuantizedLinear, [experts * out, in]."""
-        return nothing(self.num_experts * self.out_features, self.in_features, self.dtype, self.device)
-
-    def dequantize(self, index: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in] of one expert in `dtype`."""
-        w_OI = torch.empty(self.out_features, self.in_features, dtype=dtype, device=self.device)
-        for stack, outputs in self._made():
-            w_OI[outputs] = dequantize(stack.expert(index), dtype)
-        return w_OI
 
     def forward(self, routed: Routed) -> Tensor:
         """rows [R, in] -> [R, out] in the dtype of the rows."""
@@ -208,10 +191,6 @@ class QuantizedExperts(nn.Module):
             parts[0] += part
         return parts[0]
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
-        return super()._apply(fn, recurse)
-
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return "adapters: qgraft.attach_lora(target_parameters=...)"
@@ -233,7 +212,8 @@ class _Product(torch.autograd.Function):
         *weights: Tensor,
     ) -> Tensor:
         """x [R, in]; A, B of each segment -> y [R, out]."""
-        ctx.layer, ctx.routed, ctx.segments, ctx.compute = layer, routed, segments, layer.compute
+        ctx.layer, ctx.segments, ctx.compute = layer, segments, layer.compute
+        ctx.routed = routed._replace(x=x_RI.new_empty(0))  # which the function shall not keep
         x_RI = x_RI.contiguous()
         y_RO, hs = x_RI.new_empty(len(x_RI), layer.out_features), []
         for index, start, stop in routed.groups:
@@ -344,7 +324,7 @@ def misfit(module: nn.Module, leaf: str, stacks: Mapping[str, Stack]) -> str | N
     return None if got == expected else f"got experts {got}, expected {expected}"
 
 
-def place(module: nn.Module, leaf: str, stacks: Mapping[str, Stack], dtype: torch.dtype) -> None:
+def place(module: nn.Module, leaf: str, stacks: Mapping[str, Stack]) -> None:
     """Put packed weights in the place of the parameter `leaf`."""
     delattr(module, leaf)
-    module.add_module(leaf, QuantizedExperts(stacks, not module.is_concatenated, dtype))
+    module.add_module(leaf, QuantizedExperts(stacks, not module.is_concatenated))

@@ -25,8 +25,11 @@ def test_the_table_has_every_architecture():
 @pytest.mark.parametrize("architecture", TABLE)
 def test_fields_are_those_of_transformers_configuration(architecture):
     keys = TABLE[architecture]
-    known = (ChatGLM2Config() if architecture == "chatglm" else AutoConfig.for_model(keys.model_type)).to_dict()
-    assert set(keys.fields.values()) <= known.keys()
+    known = ChatGLM2Config() if architecture == "chatglm" else AutoConfig.for_model(keys.model_type)
+    stated = {*known.to_dict(), *known.attribute_map, *(["head_dim"] if architecture == "qwen3moe" else [])}
+    assert {*keys.fields.values(), *keys.fixed} <= stated
+    mixture = known if keys.other is None else AutoConfig.for_model(keys.other[1])  # llama's is Mixtral
+    assert {*keys.experts.values()} <= {*mixture.to_dict(), *mixture.attribute_map}
     assert not keys.fields.keys() & keys.used.keys()
     assert not (keys.fields.keys() | keys.used.keys()) & (keys.musts.keys() | keys.ignored.keys())
     assert not MUSTS.keys() & IGNORED.keys()
@@ -49,9 +52,12 @@ def test_each_key_of_a_file_is_in_one_list(make_gguf, tmp_path):
 
 
 def test_experts_are_refused_with_all_their_keys(make_gguf, tmp_path):
-    metadata = {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_weights_scale": 2.5}
-    report = key_report(Header(read_gguf(make_gguf(tmp_path / "tiny.gguf", "llama", metadata=metadata).path)))
+    metadata = {"qwen2.expert_count": 8, "qwen2.expert_used_count": 2, "qwen2.expert_weights_scale": 2.5}
+    report = key_report(Header(read_gguf(make_gguf(tmp_path / "tiny.gguf", "qwen2", metadata=metadata).path)))
     assert report.refused.keys() == metadata.keys()
+    metadata = {"llama.expert_count": 8, "llama.expert_used_count": 2, "llama.expert_weights_scale": 2.5}
+    report = key_report(Header(read_gguf(make_gguf(tmp_path / "mixtral.gguf", "llama", metadata=metadata).path)))
+    assert report.refused.keys() == {"llama.expert_weights_scale"}
 
 
 def test_the_page_is_the_table():

@@ -87,7 +87,7 @@ def test_float32_files_give_our_logprobs_to_rounding(
     assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < tolerance
 
 
-@pytest.mark.spread(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "qwen3moe"])
 def test_loras_on_experts_in_llamacpp(architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
     path = float32_file(make_gguf, architecture, tmp_path)

@@ -39,7 +39,7 @@ from qgraft.adapter_files.expert_loras import experts_of_stacks, stack_tensors, 
 from qgraft.adapter_files.peft_config import peft_config
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.lora import Lora, LoraConfig
-from qgraft.adapters.lora_experts import ExpertLora, LoraExperts, expert_layers
+from qgraft.adapters.lora_experts import ExpertLora, LoraExperts, expert_layers, stack_paths
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import loras_of, non_finite
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
@@ -144,6 +144,7 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
     matrices = base.origin.matrices
     places = {s.name: (p, s) for p, s in matrices.items() if not s.repeated and is_linear(model, p)}
     pairs: dict[str, dict[str, Tensor]] = {}  # module path -> "A" and "B"
+    stacks = set(stack_paths(model))
     of_experts: dict[str, dict[str, Tensor]] = {}  # likewise, by the paths of stacks
     state: dict[str, Tensor] = {}
     for name, info in file.tensors.items():
@@ -155,7 +156,7 @@ def read_gguf_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], dict[s
             if part == "A" and stored.column_order is not None:
                 value = value[:, stored.column_order]
             pairs.setdefault(layer, {})[part] = value
-        elif match is not None and match["base"] in places and len(info.shape) == 3:
+        elif match is not None and len(info.shape) == 3 and places.get(match["base"], ("",))[0] in stacks:
             of_experts.setdefault(places[match["base"]][0], {})[match["part"].upper()] = floats(file, name)
         elif not name.endswith("_norm.weight"):
             state[f"{name} {list(info.shape)}"] = torch.empty(0)

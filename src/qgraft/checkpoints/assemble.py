@@ -200,7 +200,7 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
             if isinstance(value, dict):
                 problem = misfit(module, leaf, value) if holds_experts(module) else "the model computes with floats"
                 if problem is None:
-                    place(module, leaf, value, dtype)
+                    place(module, leaf, value)
                 else:
                     problems.append(f"{name}: {problem}")
                 continue

@@ -123,6 +123,11 @@ def _if_yarn(must: Must) -> Must:
     return Must(holds, f"{must.expected}, where rope.scaling.type is yarn")
 
 
+def _if_experts(must: Must) -> Must:
+    """A key that only experts have a use for."""
+    return Must(lambda header, got: not header.get("expert_count") or must.holds(header, got), must.expected)
+
+
 _NO_EXPERTS = Must(
     lambda header, got: got == 0 or header.get("expert_count") in (0, None),
     "no experts, as in a file whose expert_count is 0",
@@ -235,11 +240,10 @@ _SAME_LAYERS = {
 
 _SOFTMAX = 1  # of expert_gating_func
 _PLAIN_EXPERTS = {
-    "expert_gating_func": _one_of(_SOFTMAX),
-    "expert_weights_scale": _one_of(0, 1),
-    "expert_*": _one_of(0),
-}
-_NORMED_EXPERTS = {**_PLAIN_EXPERTS, "expert_weights_norm": _one_of(True)}
+    "expert_gating_func": _if_experts(_one_of(_SOFTMAX)), "expert_weights_scale": _if_experts(_one_of(0, 1)),
+    "expert_*": _if_experts(_one_of(0)),
+}  # fmt: skip
+_NORMED_EXPERTS = {**_PLAIN_EXPERTS, "expert_weights_norm": _if_experts(_one_of(True))}
 _COUNTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _LOCAL_COUNTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
@@ -352,7 +356,7 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     "llama": Keys(  # mistral files, too
         "llama", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE, present=_BIASES, freqs=True,
         scalings=("none", "linear", "yarn", "longrope"), other=("expert_count", "mixtral"), experts=_LOCAL_COUNTS,
-        musts={**_NORMED_EXPERTS, "expert_*": Must(lambda header, got: not got or not header.get("expert_count"), "0")},
+        musts=_NORMED_EXPERTS,
     ),
     "mistral3": Keys(
         "mistral", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_TEMPERATURE}, freqs=True,

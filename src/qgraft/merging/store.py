@@ -183,7 +183,8 @@ class WorkDir:
         release(*packed.parts)
         said = parse_json(text, finite=False)
         report = LayerReport(
-            **{each.name: said[each.name] for each in fields(LayerReport)} | {"steps": (*said["steps"],)}
+            **{each.name: said[each.name] for each in fields(LayerReport)}
+            | {"steps": (*said["steps"],), "rounded": (*said["rounded"],)}
         )
         return packed.map(lambda part: part.to(like.device)), report
 
