@@ -232,7 +232,7 @@ class QuantizedLinear(nn.Module):
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         shape = f"{self.in_features}, {self.out_features}, {self.packed_weight.format}, bias={self.bias is not None}"
-        return f"{shape}; adapters: qgraft.attach_lora"  # PEFT's error shows this where it cannot wrap the layer
+        return f"{shape}; adapters: qgraft.attach_lora, qgraft.peft_config"  # PEFT's error shows this where it cannot wrap the layer
 
 
 class QuantizedEmbedding(nn.Module):
@@ -275,7 +275,7 @@ class QuantizedEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora"
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.packed_weight.format}; adapters: qgraft.attach_lora, qgraft.peft_config"
 
 
 def in_stored_order(layer: nn.Module, values: Tensor) -> Tensor:
