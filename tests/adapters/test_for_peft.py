@@ -164,17 +164,18 @@ def test_merges_by_peft_are_refused_with_the_way_to_ours(pair):
 def test_our_functions_refuse_a_model_that_peft_has_wrapped(pair, tmp_path):
     packed, _ = pair()
     ours = get_peft_model(packed, qgraft.peft_config(packed, config()))
+    calls = (
+        qgraft.attach_lora,
+        qgraft.adapter_names,
+        qgraft.merge,
+        lambda model: qgraft.save_adapter(model, tmp_path / "a"),
+        lambda model: qgraft.save(model, tmp_path / "merged.gguf"),
+        lambda model: qgraft.peft_config(model, config()),
+    )
     for model in (ours, packed):
-        for call in (
-            lambda: qgraft.attach_lora(model),
-            lambda: qgraft.adapter_names(model),
-            lambda: qgraft.save_adapter(model, tmp_path / "a"),
-            lambda: qgraft.merge(model),
-            lambda: qgraft.save(model, tmp_path / "merged.gguf"),
-            lambda: qgraft.peft_config(model, config()),
-        ):
+        for call in calls:
             with pytest.raises(AdapterError, match=r"PEFT[\s\S]*hint: .*unload"):
-                call()
+                call(model)
     qgraft.attach_lora(ours.unload())
 
 
@@ -185,3 +186,43 @@ def test_only_a_lora_config_and_a_model_without_our_adapters_are_taken(pair):
     qgraft.attach_lora(packed)
     with pytest.raises(AdapterError, match="detach_adapter"):
         qgraft.peft_config(packed, config())
+
+
+def of_trl(kind, model, adapter, tokenizer, folder):
+    """The losses of 20 steps of one of TRL's trainers."""
+    trl = pytest.importorskip("trl")
+    words = [f"the cat {n} sat on the mat {n * 7}" for n in range(40)]
+    options = {
+        "output_dir": str(folder), "use_cpu": True, "bf16": False, "report_to": "none", "max_steps": 20, "seed": 3,
+        "logging_steps": 1, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "max_length": 48,
+    }  # fmt: skip
+    if kind == "sft":
+        rows, args, trainer = [{"text": text} for text in words], trl.SFTConfig(**options), trl.SFTTrainer
+    else:
+        rows = [{"prompt": text, "chosen": " good", "rejected": " bad"} for text in words]
+        args, trainer = trl.DPOConfig(**options), trl.DPOTrainer
+    data = pytest.importorskip("datasets").Dataset.from_list(rows)
+    run = trainer(model=model, args=args, train_dataset=data, processing_class=tokenizer, peft_config=adapter)
+    run.train()
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_trl_learns_on_packed_layers_as_on_float_ones(tiny_gguf, tmp_path, kind):
+    made = tiny_gguf()
+    packed, tokenizer = qgraft.load(made.path)
+    options = {"target_modules": "all-linear", "init_lora_weights": True, "task_type": "CAUSAL_LM"}
+    adapter = qgraft.peft_config(packed, config(**options))
+    ours = of_trl(kind, packed, adapter, tokenizer, tmp_path / "a")
+    theirs = of_trl(kind, copy.deepcopy(made.model), config(**options), tokenizer, tmp_path / "b")
+    assert len(ours) == 20 and ours[-1] < ours[0]
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_the_output_layer_gives_its_weight_to_those_who_multiply_by_it(pair):
+    packed, plain = pair()
+    assert packed.lm_head.weight.isnan().all()
+    qgraft.peft_config(packed, config())
+    close(packed.lm_head.weight, plain.lm_head.weight)

@@ -157,7 +157,7 @@ def gather(model: nn.Module) -> Base:
 
 
 def _refuse_peft(inside: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise AdapterError where PEFT has put its layers around those of the model: what is done to ours would miss its LoRAs."""
+    """Raise AdapterError where PEFT has put its layers around the model's: ours would miss its LoRAs."""
     wrapped = next((path for path, module in inside if hasattr(type(module), "adapter_layer_names")), None)
     if wrapped is not None:
         raise AdapterError(

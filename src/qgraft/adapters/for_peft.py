@@ -19,7 +19,8 @@ def peft_config(model: nn.Module, config: Any) -> Any:
         model = peft.get_peft_model(model, qgraft.peft_config(model, peft.LoraConfig(task_type="CAUSAL_LM")))
 
     PEFT is told by its hook for custom modules what to put on packed layers. "all-linear", which PEFT finds no packed layer
-    by, becomes their paths; everything else stays as it is. To load an adapter:
+    by, becomes their paths; everything else stays as it is. The output layer unpacks its weight for those who ask for it from
+    then on, as TRL's trainers do. To load an adapter:
     `PeftModel.from_pretrained(model, folder, config=qgraft.peft_config(model, LoraConfig.from_pretrained(folder)))`.
 
     Args:
@@ -47,6 +48,9 @@ def peft_config(model: nn.Module, config: Any) -> Any:
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = set(find_targets(model, "all-linear"))
     config._register_custom_module(CUSTOM_MODULES)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if isinstance(head, QuantizedLinear):
+        head.weight_is_given = True  # TRL multiplies by it, and calls no layer
     return config
 
 
