@@ -46,7 +46,7 @@ def peft_config(model: nn.Module, config: Any) -> Any:
     check_config(config)
     _check_copied(model, config.modules_to_save or ())
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = set(find_targets(model, "all-linear"))
+        config.target_modules = set(find_targets(model, "all-linear"))  # type: ignore[assignment]  # as PEFT does
     config._register_custom_module(CUSTOM_MODULES)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if isinstance(head, QuantizedLinear):
