@@ -80,4 +80,7 @@ class PeftEmbedding(_OnPacked, Embedding):
         return None if scale == 1.0 else torch.tensor(scale)
 
 
-CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {QuantizedLinear: PeftLinear, QuantizedEmbedding: PeftEmbedding}
+CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    QuantizedLinear: PeftLinear,
+    QuantizedEmbedding: PeftEmbedding,
+}
