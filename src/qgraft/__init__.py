@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qgraft.adapters.base import adapter_names
     from qgraft.adapters.choose import active_adapters, adapters_off, use_adapter
     from qgraft.adapters.combine import combine
+    from qgraft.adapters.for_peft import peft_config
     from qgraft.adapters.states import load_lora_state_dict, lora_state_dict
     from qgraft.checkpoints.load import load
     from qgraft.checkpoints.pull import pull
@@ -65,6 +66,7 @@ _HOMES = {  # public name -> the module it lives in
     "lora_state_dict": "adapters.states",
     "merge": "merging.merge",
     "merge_lora": "merging.merge",
+    "peft_config": "adapters.for_peft",
     "pull": "checkpoints.pull",
     "quantize": "checkpoints.quantize",
     "save": "checkpoints.save",
@@ -102,6 +104,7 @@ __all__ = [
     "lora_state_dict",
     "merge",
     "merge_lora",
+    "peft_config",
     "pull",
     "quantize",
     "save",

@@ -163,6 +163,8 @@ class QuantizedLinear(nn.Module):
         compute: how the products of a float32 x are computed: "float32", or "bf16": x and W rounded to bfloat16,
             which is faster on CPUs that multiply bfloat16 in hardware, or "int8": x, and gradients where that is
             faster, rounded to 8 bits. Set by `computing`.
+        weight_is_given: whether `weight` unpacks the numbers each time that it is asked for, for code of others that
+            multiplies by the output layer's weight itself; else they are NaN.
         input_order: [in] int64, which input the stored column j of W multiplies; None where that is j. Bytes stay as
             their file has them, whose blocks may hold columns of several heads: x is put in their order instead. Inputs,
             gradients and `dequantize` are in the model's order, `packed` and `replace` in the stored one.
@@ -176,6 +178,7 @@ class QuantizedLinear(nn.Module):
     bias: nn.Parameter | None
     input_order: Tensor | None
     compute = "float32"
+    weight_is_given = False
 
     def __init__(
         self, weight: PackedTensor | PackedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.float32
@@ -222,8 +225,11 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """[out, in] in the dtype that the model computes in, for code that asks for shape, dtype and device.
 
-        Its values are NaN, and take no memory: nobody shall compute with it. They are in `dequantize`.
+        Its values are NaN, and take no memory: nobody shall compute with it, but where `weight_is_given`. They are in
+        `dequantize`.
         """
+        if self.weight_is_given:
+            return self.dequantize(self.dtype)
         return nothing(self.out_features, self.in_features, self.dtype, self.packed_weight.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

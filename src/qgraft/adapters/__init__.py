@@ -17,4 +17,6 @@ combine.py         one LoRA out of several
 fit_prefix.py      whether a stored prefix fits a model
 recompute.py       inputs of layers that need not be saved
 peft_names.py      what PEFT calls a LoRA's tensors
+for_peft.py        let PEFT put its own LoRAs on packed layers
+peft_layers.py     PEFT's layers around ours
 """

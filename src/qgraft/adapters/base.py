@@ -136,6 +136,7 @@ def gather(model: nn.Module) -> Base:
     """The model's Base, after a look at its parts: those that got adapters by themselves share its selection from now on."""
     base, *_ = (base_of(module) for module in entrances(model))
     inside = list(modules_outside_adapters(model))
+    _refuse_peft(inside)
     holders = [(path, module) for path, module in inside if isinstance(module, Holder)]
     others = [(path, holder) for path, holder in holders if holder.selection is not base.selection]
     known = base.selection.adapters
@@ -155,6 +156,16 @@ def gather(model: nn.Module) -> Base:
         if isinstance(own, Base) and own is not base:
             own.selection, own.stem = base.selection, join(base.stem, path)
     return base
+
+
+def _refuse_peft(inside: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise AdapterError where PEFT has put its layers around the model's: ours would miss its LoRAs."""
+    wrapped = next((path for path, module in inside if hasattr(type(module), "adapter_layer_names")), None)
+    if wrapped is not None:
+        raise AdapterError(
+            f"{wrapped}: the model carries adapters of PEFT's, which only PEFT can use",
+            hint="model.save_pretrained('adapter'); model = model.unload(); qgraft.load_adapter(model, 'adapter')",
+        )
 
 
 def _stem(path: str, holder: Holder) -> str:

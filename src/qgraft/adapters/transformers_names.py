@@ -117,8 +117,8 @@ def _refuse_lost(module: nn.Module, state: Mapping[str, Any], prefix: str, *_: A
     """
     given = [key.removeprefix(prefix) for key in state if isinstance(key, str) and key.startswith(prefix)]
     lost = sorted(set(given) - module.state_dict().keys())
-    attached = ", ".join(selection_of(module).adapters) or "none"
     if named := [key for key in lost if _OF_ADAPTERS.search(key)]:
+        attached = ", ".join(selection_of(module).adapters) or "none"
         lora = ("qgraft.load_lora_state_dict(model, tensors) puts what lora_state_dict gave into the LoRA that is attached; "
                 "qgraft.load_adapter(model, 'lora.pt', lora_alpha=16) attaches one")  # fmt: skip
         prefix_there = any("prefix_encoder." in key for key in named)
