@@ -27,7 +27,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
         "targets",
     },
     {"formats"},
-    {"kernels", "compat", "model_parts", "shared_prompts"},
+    {"kernels", "compat", "model_parts", "plain_layers", "shared_prompts"},
     {"linear", "attention", "rotary"},
     {"experts"},
     {"models", "adapters", "data"},

@@ -12,7 +12,8 @@ import pytest
 
 import qgraft
 from qgraft.cli import main as cli
-from qgraft.training.arguments import TrainArguments, arguments_from_dict, option_help, parse_arguments
+from qgraft.training.arguments import TrainArguments, arguments_from_dict, parse_arguments
+from qgraft.training.option_help import option_help
 from qgraft.training.option_names import ALIASES, WITHOUT_EFFECT
 from qgraft.training.scores import SCORES, mean_scores
 

@@ -16,8 +16,9 @@ from transformers.trainer_utils import SchedulerType
 import qgraft
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.training import trainer_options
-from qgraft.training.arguments import arguments_from_dict, changed_arguments, option_help, parse_arguments
+from qgraft.training.arguments import arguments_from_dict, changed_arguments, parse_arguments
 from qgraft.training.loop import Step, TrainingLoop
+from qgraft.training.option_help import option_help
 from qgraft.training.run import train
 from qgraft.training.trainer_options import (
     CHOICES,

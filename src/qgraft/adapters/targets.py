@@ -9,8 +9,9 @@ from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.errors import OptionError, near_match
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear, is_plain_linear, weight_is_read
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 from qgraft.patterns import matches
+from qgraft.plain_layers import is_plain_linear, weight_is_read
 
 
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:

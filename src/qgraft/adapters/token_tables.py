@@ -17,7 +17,8 @@ from qgraft.adapters.token_rows import TiedRows, TokenRows, TokenRowsConfig, row
 from qgraft.errors import AdapterError, UnsupportedError, option
 from qgraft.formats import take_rows
 from qgraft.kernels import dequantize
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear, is_plain_linear, table_rows, weight_is_read
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear, table_rows
+from qgraft.plain_layers import is_plain_linear, weight_is_read
 
 TokenIndices = Sequence[int] | Mapping[str, Sequence[int]]
 MOST_NEW = 1 << 20  # rows behind the end of a table

@@ -35,12 +35,10 @@ from qgraft.linear import (
     PackedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
-    is_plain_linear,
-    qualified_name,
-    weight_is_read,
 )
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.models.find import architecture_of
+from qgraft.plain_layers import is_plain_linear, qualified_name, weight_is_read
 from qgraft.rotary import by_call
 
 MOST_PROBLEMS = 500  # listed; more than that is another model's file

@@ -41,7 +41,8 @@ words apply to all of them.
 
 def run(words: Sequence[str]) -> int:
     """Parse, load, do what is asked for, say what came of it."""
-    from qgraft.training.arguments import option_help, parse_jobs
+    from qgraft.training.arguments import parse_jobs
+    from qgraft.training.option_help import option_help
 
     if not words or words[0] in ("-h", "--help", "--help_all"):
         print(DESCRIPTION + option_help(everything="--help_all" in words), end="")

@@ -41,9 +41,10 @@ from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
 from qgraft.training.new_tokens import trains_rows
+from qgraft.training.prepare import Prepared, prepare
 from qgraft.training.random_state import RandomState
 from qgraft.training.report import TrainReport
-from qgraft.training.run import Prepared, Run, prepare
+from qgraft.training.run import Run
 
 SHARED = (  # options that concern the base and the passes through it
     "model_name_or_path", "quantize", "quantization_bit", "compute", "compute_dtype", "use_cpu", "max_tokens_per_pass",

@@ -6,9 +6,7 @@ that change nothing here are accepted and named in a note (option_names.py; for 
 trainer_options.py). Anything else that is unknown, or that cannot be obeyed, is an error.
 """
 
-import argparse
 import dataclasses
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -32,10 +30,7 @@ from qgraft.training.precision import settle_precision
 from qgraft.training.ranges import check_intervals, out_of_range
 from qgraft.training.stages import settle_stage
 from qgraft.training.trainer_options import (
-    HONOURED,
-    MOST_USED,
     REFUSED,
-    inherited_options,
     rename_checkpointing,
     settle_best,
     settle_options,
@@ -256,7 +251,7 @@ def parse_arguments(argv: Sequence[str]) -> TrainArguments:
         given = overrides(argv[1:], option_kinds(TrainArguments))
         return arguments_from_dict(_own_names(read_config(Path(argv[0]))) | _own_names(given))
     words, notes = _translate_flags(argv)
-    parser = _parser()
+    parser = option_parser()
     parsed, rest = parser.parse_known_args(words)
     if rest:
         stray_word(TrainArguments, rest)
@@ -305,43 +300,6 @@ def changed_arguments(args: TrainArguments) -> dict[str, Any]:
     return {name: getattr(value, "value", value) for name, value in changed.items()}
 
 
-def option_help(everything: bool = False) -> str:
-    """The options for `qgraft train --help`: ours and the most used of transformers', or all with their full texts."""
-    if everything:
-        parser = _parser()
-        for action in parser._actions:
-            if action.dest in inherited_options(TrainArguments).keys() - HONOURED:
-                action.help = argparse.SUPPRESS
-                continue
-            action.option_strings = action.option_strings[:1]  # dashes are understood as well
-            if action.choices is not None:
-                action.help = f"{action.help} One of {', '.join(map(str, action.choices))}."
-            action.metavar = None if action.nargs == 0 else "WORD" if action.choices is not None else "VALUE"
-            if action.option_strings[0].startswith("--no_"):  # its own default says nothing
-                action.help, action.default = f"Switches {action.dest} off, which is on by default.", argparse.SUPPRESS
-        return parser.format_help().partition("\n\n")[2]
-    defaults = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainArguments)}
-    own = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainArguments) if f.name in _own_options()}
-    lines = [_help_line(name, defaults[name], text) for name, text in own.items()]
-    lines += ["", "From transformers' TrainingArguments, the most used (--help_all: the others):", ""]
-    lines += [_help_line(name, defaults[name], text) for name, text in MOST_USED.items()]
-    return "\n".join(lines) + "\n"
-
-
-def _own_options() -> set[str]:
-    """Names of the options that TrainArguments adds, or gives another default."""
-    return {name for name in TrainArguments.__annotations__ if name != "remove_unused_columns"}
-
-
-def _help_line(name: str, default: Any, text: str) -> str:
-    shown = "" if default in (None, False, "") else f" {default}"
-    column = 36
-    head, lines = f"  --{name}{shown}".ljust(column), textwrap.wrap(text, 80 - column, break_on_hyphens=False)
-    if not head.endswith(" "):
-        head += "\n" + " " * column
-    return head + ("\n" + " " * column).join(lines)
-
-
 class _Parser(HfArgumentParser):
     """HfArgumentParser whose complaints are ours: no usage of 150 options, no exit."""
 
@@ -349,7 +307,8 @@ class _Parser(HfArgumentParser):
         raise OptionError(message, hint="`qgraft train --help` lists the options")
 
 
-def _parser() -> _Parser:
+def option_parser() -> HfArgumentParser:
+    """The parser of all options, as flags."""
     return _Parser(cast(Any, TrainArguments), prog="qgraft train", allow_abbrev=False, add_help=False)
 
 

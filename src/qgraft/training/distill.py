@@ -12,8 +12,8 @@ from qgraft.locks import folder_locked
 from qgraft.progress import shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.given import check_arguments, check_pair
+from qgraft.training.prepare import prepare
 from qgraft.training.processes import Processes
-from qgraft.training.run import prepare
 
 
 def distill(

@@ -38,10 +38,10 @@ from qgraft.training.given import check_arguments, check_pair
 from qgraft.training.loop import TrainingLoop
 from qgraft.training.output_dir import RATES, RATES_PICTURE
 from qgraft.training.passes import fastest_passes
+from qgraft.training.prepare import Prepared, prepare
 from qgraft.training.processes import ALONE
 from qgraft.training.random_state import RandomState
 from qgraft.training.reference import settle_objective
-from qgraft.training.run import Prepared, prepare
 
 STEPS, LOWEST, HIGHEST = 40, 1e-6, 1.0
 SMOOTHING = 0.8  # of the mean so far, 0.2 of the new loss

@@ -33,7 +33,7 @@ from qgraft.training.optimization import Optimization
 from qgraft.training.seq2seq import pair_passes
 
 if TYPE_CHECKING:
-    from qgraft.training.run import Prepared
+    from qgraft.training.prepare import Prepared
 
 
 class Passes:

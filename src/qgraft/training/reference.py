@@ -35,7 +35,7 @@ from qgraft.training.seq2seq import SequenceToSequence
 from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
-    from qgraft.training.run import Prepared
+    from qgraft.training.prepare import Prepared
 
 REFERENCE = "reference.json"
 Sides = tuple[list[Preference], list[Preference]]  # learned, held out
