@@ -37,6 +37,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.activations": "ACT2FN",
     "transformers.cache_utils": "DynamicLayer DynamicSlidingWindowLayer",
     "transformers.conversion_mapping": "get_model_conversion_mapping",
+    "transformers.convert_slow_tokenizer": "bytes_to_unicode",
     "transformers.core_model_loading": "WeightConverter.convert WeightConverter.add_tensor WeightRenaming "
     "dot_natural_key rename_source_key(base_model_prefix,meta_state_dict)",
     "transformers.masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS create_causal_mask(config,inputs_embeds,attention_mask)",
@@ -44,6 +45,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast",
     "transformers.modeling_utils": "ALL_ATTENTION_FUNCTIONS.get_interface",
     "transformers.pytorch_utils": "Conv1D",
+    "transformers.integrations.moe": "ALL_EXPERTS_FUNCTIONS",
     "transformers.integrations": "get_reporting_integration_callbacks(report_to)",
     "transformers.optimization": "Adafactor",
     "transformers.trainer_callback": "DefaultFlowCallback ExportableState.state",

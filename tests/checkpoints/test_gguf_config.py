@@ -175,7 +175,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a part of a head": ("llama", {"rope.dimension_count": 8}, "dimension_count: got 8, expected attention.key_length"),
     "head_dim": ("qwen2", {"attention.key_length": 32}, "key_length: got 32, expected embedding_length / "),
     "two lengths": ("llama", {"attention.value_length": 8}, "value_length: got 8, expected attention.key_length"),
-    "experts": ("llama", {"expert_count": 8, "expert_used_count": 2}, "expert_count: got 8, expected 0"),
+    "experts": ("qwen2", {"expert_count": 8, "expert_used_count": 2}, "expert_count: got 8, expected 0"),
     "gpt2's heads": ("gpt2", {"attention.head_count_kv": 2}, "head_count_kv: got 2, expected attention.head_count"),
     "two bases": ("gemma2", {"rope.freq_base_swa": 123.0}, "freq_base_swa: got 123.0, expected rope.freq_base"),
     "window": ("llama", {"attention.sliding_window": 64}, "sliding_window: got 64, expected 0, or at least context_length"),
@@ -204,7 +204,7 @@ def test_refused(make_gguf: Maker, tmp_path: Path, name: str) -> None:
 
 
 def test_all_that_is_refused_is_named_at_once(make_gguf: Maker, tmp_path: Path) -> None:
-    tiny = written(make_gguf, tmp_path, "llama", {"logit_scale": 0.5, "attention.causal": False, "expert_count": 4})
+    tiny = written(make_gguf, tmp_path, "qwen3", {"logit_scale": 0.5, "attention.causal": False, "expert_count": 4})
     with pytest.raises(UnsupportedError, match=r"(?s)logit_scale: .*causal: .*expert_count: "):
         gguf_config(read_gguf(tiny.path))
 

@@ -1,6 +1,7 @@
 """save() of GGUF models: the `gguf` package and transformers read what was written, and a failed save leaves no trace."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -110,7 +111,10 @@ def test_changed_layers(
     for path in changed:
         change(model.get_submodule(path))
     report = save(model, copy)
-    assert report.changed == len(changed) > 7
+    places = [model.qgraft.origin.matrices.get(path) for path in changed]
+    assert (
+        report.changed == len({path if at is None else at.name for path, at in zip(changed, places, strict=True)}) > 7
+    )
     assert copy.stat().st_size == tiny.path.stat().st_size == report.nbytes
     assert fields(copy) == fields(tiny.path)
     parameters = {gguf_name: name.removesuffix(".weight") for gguf_name, name in tiny.parameters.items()}
@@ -118,7 +122,10 @@ def test_changed_layers(
     assert list(new) == list(old)
     for name, tensor in new.items():
         assert (tensor.tensor_type, tensor.data_offset) == (old[name].tensor_type, old[name].data_offset)
-        assert np.array_equal(tensor.data, old[name].data) == (parameters[name] not in changed), name
+        written = {each.name for each in places if each is not None} if name not in parameters else ()
+        assert np.array_equal(tensor.data, old[name].data) == (
+            parameters.get(name) not in changed and name not in written
+        )
 
     if architecture not in READ_BY_TRANSFORMERS:
         return
@@ -544,5 +551,8 @@ def test_every_matrix_of_a_loaded_model_has_an_origin(tiny_gguf: Maker) -> None:
         output = next(path for path, module in model.named_modules() if module is model.get_output_embeddings())
         assert set(model.qgraft.origin.matrices) == matrices - ({output} if tied else set())
         for path, stored in model.qgraft.origin.matrices.items():
+            if stored.name not in tiny.parameters:  # Gemma 3n's: slices of one tensor
+                assert re.fullmatch(r"model\.altup_(unembed_)?projections\.[0-2]", path)
+                continue
             of_experts = path.rpartition(".")[0]
             assert tiny.parameters[stored.name] == (of_experts if "_exps." in stored.name else f"{path}.weight")

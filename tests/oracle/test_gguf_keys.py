@@ -23,9 +23,8 @@ from qgraft.checkpoints.gguf_model import load_gguf
 LENGTH, CONTEXT = 96, 256
 TOLERANCE, CONTROL = 1e-2, 5e-2
 LAYER_NORM = ("falcon", "gpt2", "nemotron", "stablelm", "starcoder2")
-ROTATING = tuple(
-    name for name, keys in TABLE.items() if keys.rotates and name != "gemma4"
-)  # it takes none of these keys
+# The Gemmas with two kinds of layers take none of these keys. Gemma 3n itself is too large here: see test_llamacpp.py
+ROTATING = tuple(name for name, keys in TABLE.items() if keys.rotates and name not in ("gemma3n", "gemma4"))
 GEMMA = {
     "num_hidden_layers": 6,  # the last without a window in Gemma 3
     "head_dim": 16,
@@ -170,7 +169,7 @@ def prompt_of(length: int) -> list[int]:
 def judged(make_gguf: Callable[..., Any], llamacpp_behind: Any, tmp_path_factory: Any) -> dict[str, tuple[Any, Any]]:
     """Of each case its file and llama.cpp's log-probabilities; of each architecture those of the plain file."""
     folder = tmp_path_factory.mktemp("keys")
-    cases = {**CASES, **WITHOUT_EFFECT, **{name: Case(name, {}) for name in TABLE}}
+    cases = {**CASES, **WITHOUT_EFFECT, **{name: Case(name, {}) for name in TABLE if name != "gemma3n"}}
     files = []
     for index, case in enumerate(cases.values()):
         name, config = case.architecture, {**CONFIGS.get(case.architecture, {}), **case.config}

@@ -16,26 +16,27 @@ Not chosen: transformers' GGUF reader. It passes over every key that it does not
 soft caps of those that it does; and it walks each string of the vocabulary to read a dozen numbers.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qgraft.checkpoints.gguf_header import Header, is_number
+from qgraft.checkpoints.gguf_header import Header
+from qgraft.checkpoints.gguf_musts import (
+    Must,
+    if_experts,
+    if_yarn,
+    near,
+    one_of,
+    positions_of_texts,
+    same,
+    whole_context,
+)
 
 WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
 SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 3n's and 4's
 SPARSITY = "activation_sparsity_scale"
-
-
-@dataclass(frozen=True)
-class Must:
-    """A key that is refused unless what it says is computed anyway: when that is, and in words."""
-
-    holds: Callable[[Header, Any], bool]
-    expected: str
 
 
 @dataclass(frozen=True)
@@ -81,90 +82,43 @@ class Keys:
         return self.other[1] if self.other and header.get(self.other[0]) else self.model_type
 
 
-def _one_of(*values: float) -> Must:
-    words = " or ".join(str(value) for value in values)
-    return Must(lambda _, got: all(_near(each, values) for each in (got if isinstance(got, list) else [got])), words)
-
-
-def _near(got: Any, values: tuple[float, ...]) -> bool:
-    if isinstance(got, bool) or isinstance(values[0], bool):
-        return got in values and isinstance(got, bool)
-    return is_number(got) and any(math.isclose(got, value, rel_tol=1e-5) for value in values)
-
-
-def _same(what: str, value: Callable[[Header], float]) -> Must:
-    return Must(lambda header, got: _near(got, (value(header),)), what)
-
-
-def _positions_of_texts(header: Header, sections: Any) -> bool:
-    """Whether every rotated pair is in one of the first three sections, interleaved: in the fourth a text's position is 0."""
-    if (
-        not isinstance(sections, list)
-        or len(sections) != 4
-        or not all(type(each) is int and each >= 0 for each in sections)
-    ):
-        return False
-    return any(sections) and all(
-        place < 3 * sections[place % 3] for place in (pair % sum(sections) for pair in range(header.rotated // 2))
-    )
-
-
-def _whole_context(header: Header, window: Any) -> bool:
-    """A window that nothing of the context is outside of, or none."""
-    return window in (0, None) or (is_number(window) and window >= header.count("context_length"))
-
-
-def _if_yarn(must: Must) -> Must:
-    """A key that only yarn has a use for."""
-
-    def holds(header: Header, got: Any) -> bool:
-        return header.get("rope.scaling.type") != "yarn" or must.holds(header, got)
-
-    return Must(holds, f"{must.expected}, where rope.scaling.type is yarn")
-
-
-def _if_experts(must: Must) -> Must:
-    """A key that only experts have a use for."""
-    return Must(lambda header, got: not header.get("expert_count") or must.holds(header, got), must.expected)
-
-
 _NO_EXPERTS = Must(
     lambda header, got: got == 0 or header.get("expert_count") in (0, None),
     "no experts, as in a file whose expert_count is 0",
 )
-_NO_WINDOW = Must(_whole_context, "0, or at least context_length: no layer has a window here")
+_NO_WINDOW = Must(whole_context, "0, or at least context_length: no layer has a window here")
 
 MUSTS: dict[str, Must] = {  # of every architecture; a name may end in *
-    "attention.causal": _one_of(True),
-    "attention.clamp_kqv": _one_of(0),
-    "attention.key_length": _same(
+    "attention.causal": one_of(True),
+    "attention.clamp_kqv": one_of(0),
+    "attention.key_length": same(
         "embedding_length / attention.head_count", lambda header: header.width // header.heads
     ),
-    "attention.key_length_swa": _same("attention.key_length", lambda header: header.head_dim),
-    "attention.max_alibi_bias": _one_of(0),
+    "attention.key_length_swa": same("attention.key_length", lambda header: header.head_dim),
+    "attention.max_alibi_bias": one_of(0),
     "attention.scale": Must(
-        lambda header, got: _near(got, (0, header.attention_width**-0.5)), "0, or the scale that is computed"
+        lambda header, got: near(got, (0, header.attention_width**-0.5)), "0, or the scale that is computed"
     ),
-    "attention.temperature_scale": _one_of(0),
-    "attention.value_length": _same("attention.key_length", lambda header: header.head_dim),
-    "attention.value_length_swa": _same("attention.key_length", lambda header: header.head_dim),
+    "attention.temperature_scale": one_of(0),
+    "attention.value_length": same("attention.key_length", lambda header: header.head_dim),
+    "attention.value_length_swa": same("attention.key_length", lambda header: header.head_dim),
     WINDOW: _NO_WINDOW,
-    "attn_logit_softcapping": _one_of(0),
-    "embedding_length_out": _same("embedding_length", lambda header: header.width),
-    "embedding_scale": _one_of(0, 1),
+    "attn_logit_softcapping": one_of(0),
+    "embedding_length_out": same("embedding_length", lambda header: header.width),
+    "embedding_scale": one_of(0, 1),
     "expert_count": Must(lambda _, got: got == 0, "0: this architecture is not served with experts"),
     "expert_*": _NO_EXPERTS,
-    "final_logit_softcapping": _one_of(0),
-    "logit_scale": _one_of(0, 1),
-    "nextn_predict_layers": _one_of(0),
-    "residual_scale": _one_of(0, 1),
-    "rope.dimension_count": _same("attention.key_length", lambda header: header.head_dim),
-    "rope.dimension_count_swa": _same("rope.dimension_count", lambda header: header.rotated),
-    "rope.dimension_sections": _one_of(0),
-    "rope.scaling.alpha": _one_of(0, 1),
-    "rope.scaling.yarn_ext_factor": _if_yarn(_one_of(1)),
-    "rope.scaling.yarn_log_multiplier": _if_yarn(_one_of(0)),
-    "use_parallel_residual": _one_of(False),
+    "final_logit_softcapping": one_of(0),
+    "logit_scale": one_of(0, 1),
+    "nextn_predict_layers": one_of(0),
+    "residual_scale": one_of(0, 1),
+    "rope.dimension_count": same("attention.key_length", lambda header: header.head_dim),
+    "rope.dimension_count_swa": same("rope.dimension_count", lambda header: header.rotated),
+    "rope.dimension_sections": one_of(0),
+    "rope.scaling.alpha": one_of(0, 1),
+    "rope.scaling.yarn_ext_factor": if_yarn(one_of(1)),
+    "rope.scaling.yarn_log_multiplier": if_yarn(one_of(0)),
+    "use_parallel_residual": one_of(False),
 }
 
 IGNORED = {  # of every architecture
@@ -223,12 +177,12 @@ _TEMPERATURE = {
     "attention.temperature_scale": "llama_4_scaling_beta: queries grow with the logarithm of their position",
     "rope.scaling.yarn_log_multiplier": "mscale_all_dim of yarn",
 }
-_SAME_BASE = {"rope.freq_base_swa": _same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
+_SAME_BASE = {"rope.freq_base_swa": same("rope.freq_base", lambda header: header.number("rope.freq_base", 10000.0))}
 _UNSCALED = {  # positions
     "rope.scaling.type": Must(lambda _, got: got in ("none", "linear"), "none or linear"),
-    "rope.scaling.factor": _one_of(0, 1),
-    "rope.scale_linear": _one_of(0, 1),
-    "rope.scaling.attn_factor": _one_of(1),
+    "rope.scaling.factor": one_of(0, 1),
+    "rope.scale_linear": one_of(0, 1),
+    "rope.scaling.attn_factor": one_of(1),
 }
 _BIASES = {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_up.bias"}
 _SAME_LAYERS = {
@@ -240,10 +194,10 @@ _SAME_LAYERS = {
 
 _SOFTMAX = 1  # of expert_gating_func
 _PLAIN_EXPERTS = {
-    "expert_gating_func": _if_experts(_one_of(_SOFTMAX)), "expert_weights_scale": _if_experts(_one_of(0, 1)),
-    "expert_*": _if_experts(_one_of(0)),
+    "expert_gating_func": if_experts(one_of(_SOFTMAX)), "expert_weights_scale": if_experts(one_of(0, 1)),
+    "expert_*": if_experts(one_of(0)),
 }  # fmt: skip
-_NORMED_EXPERTS = {**_PLAIN_EXPERTS, "expert_weights_norm": _if_experts(_one_of(True))}
+_NORMED_EXPERTS = {**_PLAIN_EXPERTS, "expert_weights_norm": if_experts(one_of(True))}
 _COUNTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
 _LOCAL_COUNTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _EXPERT_SIZE = {"expert_feed_forward_length": "moe_intermediate_size"}
@@ -256,7 +210,7 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          "attention.head_count_kv": "multi_query_group_num", "attention.key_length": "kv_channels",
          _RMS: "layernorm_epsilon"},
         {"rope.freq_base": "10000 times rope_ratio, 10000 where it is absent"},
-        musts={**_UNSCALED, "rope.dimension_count": _same(
+        musts={**_UNSCALED, "rope.dimension_count": same(
             "half of a head", lambda header: header.head_dim // 2
         )},
         rotates=False, present={"add_qkv_bias": "attn_qkv.bias"},
@@ -295,7 +249,7 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          SPARSITY: "activation_sparsity_pattern: of each layer the quantile of the share that it drops",
          "rope.freq_base": "base in layers without a window, 10000 where it is absent",
          "rope.freq_base_swa": "base in layers with a window, 10000 where it is absent"},
-        musts={**_UNSCALED, "attention.scale": _one_of(0, 1)},
+        musts={**_UNSCALED, "attention.scale": one_of(0, 1)},
     ),
     "gemma4": Keys(  # two kinds of layers: gguf_gemma.py
         "gemma4_text",
@@ -310,8 +264,8 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          PER_LAYER: "hidden_size_per_layer_input: numbers of each token for each layer"},
         musts={
             **_UNSCALED,
-            "attention.scale": _one_of(0, 1),
-            **dict.fromkeys(("attention.value_length_swa", "rope.dimension_count_swa"), _same(
+            "attention.scale": one_of(0, 1),
+            **dict.fromkeys(("attention.value_length_swa", "rope.dimension_count_swa"), same(
                 "attention.key_length_swa", lambda header: header.count("attention.key_length_swa")
             )),
         },
@@ -327,21 +281,21 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          "feed_forward_length": "n_inner", "attention.head_count": "n_head", _LAYER: "layer_norm_epsilon"},
         {},
         ignored={"rope.*": "positions are a table"},
-        musts={"attention.head_count_kv": _same("attention.head_count", lambda header: header.heads)},
+        musts={"attention.head_count_kv": same("attention.head_count", lambda header: header.heads)},
         rotates=False,
     ),
     "gpt-oss": Keys(
         "gpt_oss", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, {**_ROPE, **_WINDOWS},
-        musts={**_PLAIN_EXPERTS, **_SAME_BASE, "expert_gating_func": _one_of(3)},  # softmax of the chosen ones
+        musts={**_PLAIN_EXPERTS, **_SAME_BASE, "expert_gating_func": one_of(3)},  # softmax of the chosen ones
         experts={**_LOCAL_COUNTS, "expert_feed_forward_length": "intermediate_size"},
     ),
     "granite": Keys(
         "granite", {**_SIZES, _RMS: "rms_norm_eps", **_SCALES}, _ROPE, freqs=True, present=_BIASES,
-        musts={"rope.scaling.finetuned": _one_of(True)},  # Granite's switch for rotations
+        musts={"rope.scaling.finetuned": one_of(True)},  # Granite's switch for rotations
     ),
     "granitemoe": Keys(
         "granitemoe", {**_SIZES, _RMS: "rms_norm_eps", **_SCALES}, _ROPE, experts=_LOCAL_COUNTS,
-        musts={**_NORMED_EXPERTS, "rope.scaling.finetuned": _one_of(True)}, present={"attention_bias": "attn_q.bias"},
+        musts={**_NORMED_EXPERTS, "rope.scaling.finetuned": one_of(True)}, present={"attention_bias": "attn_q.bias"},
     ),
     "hunyuan-dense": Keys(
         "hunyuan_v1_dense", {**_SIZES, _RMS: "rms_norm_eps", **_HEAD_DIM}, _ROPE,
@@ -392,9 +346,9 @@ TABLE: dict[str, Keys] = {  # by general.architecture
          DRAFTS: "last layers, which only draft; they are left as they are"},
         musts={
             "rope.dimension_sections": Must(
-                _positions_of_texts, "four numbers whose first three sections take in all that is rotated"
+                positions_of_texts, "four numbers whose first three sections take in all that is rotated"
             ),
-            "ssm.inner_size": _same("ssm.state_size times ssm.time_step_rank",
+            "ssm.inner_size": same("ssm.state_size times ssm.time_step_rank",
                                     lambda header: header.count("ssm.state_size") * header.count("ssm.time_step_rank")),
             "attention.recurrent_layers": Must(lambda header, got: got == [
                 not header.attends(layer) for layer in range(header.count("block_count"))

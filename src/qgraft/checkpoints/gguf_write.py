@@ -116,7 +116,7 @@ def _write_one(
 ) -> tuple[int, int, int]:
     """One file, with what it holds of the matrices."""
     formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
-    shapes = {name: matrix.shape for name, matrix in by_name.items() if name in file.tensors}
+    shapes = {name: _shape_of(matrix, file.tensors[name]) for name, matrix in by_name.items() if name in file.tensors}
     header = file.data[: file.data_offset].numpy().tobytes()
     patched, infos_end = _with_file_type(file, header, uniform), file.header_nbytes
     if origin.tokens:
@@ -142,7 +142,12 @@ def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[s
             yield name, info.shape, info.format, file.tensor(name)
         else:
             (data,) = matrix.whole().parts
-            yield name, matrix.shape, matrix.format, data
+            yield name, _shape_of(matrix, info), matrix.format, data
+
+
+def _shape_of(matrix: Matrix | Stack, info: TensorInfo) -> tuple[int, ...]:
+    """Of a matrix in the file: that of the tensor that it replaces, but where it has got more rows."""
+    return info.shape if math.prod(matrix.shape) == math.prod(info.shape) else matrix.shape
 
 
 def _lay_out(
@@ -225,7 +230,7 @@ def _data(
 
 def _panels(source: "_Source", old: TensorInfo, matrix: Matrix | Stack) -> Iterator[tuple[bool, bytes]]:
     """The matrix in pieces, each with whether it differs from what the source has in its place."""
-    position, alike = old.offset, matrix.format == old.format and matrix.shape == old.shape
+    position, alike = old.offset, matrix.format == old.format and _shape_of(matrix, old) == old.shape
     for panel in matrix.panels():
         (data,) = panel.parts
         raw = data.numpy().tobytes()
