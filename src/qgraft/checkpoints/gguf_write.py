@@ -32,7 +32,7 @@ from qgraft.checkpoints.gguf_file import CODES, STRING, UINT32, GgufFile, Tensor
 from qgraft.checkpoints.gguf_model import gguf_digest
 from qgraft.checkpoints.gguf_new_tokens import longer_header
 from qgraft.checkpoints.gguf_split import part_paths, read_model
-from qgraft.checkpoints.origin import Container, Matrix, Origin, Stack, by_tensor, changed_source
+from qgraft.checkpoints.origin import Container, Matrix, Origin, Slices, by_tensor, changed_source
 from qgraft.errors import CheckpointError
 from qgraft.formats import GGML_TYPES, get_format
 
@@ -112,7 +112,7 @@ def write_gguf(target: Path, origin: Origin, matrices: Sequence[Matrix], uniform
 
 
 def _write_one(
-    target: Path, origin: Origin, file: GgufFile, by_name: dict[str, Matrix | Stack], uniform: str | None
+    target: Path, origin: Origin, file: GgufFile, by_name: dict[str, Matrix | Slices], uniform: str | None
 ) -> tuple[int, int, int]:
     """One file, with what it holds of the matrices."""
     formats = {name: by_name[name].format if name in by_name else info.format for name, info in file.tensors.items()}
@@ -145,7 +145,7 @@ def gguf_entries(file: GgufFile, matrices: Sequence[Matrix]) -> Iterator[tuple[s
             yield name, _shape_of(matrix, info), matrix.format, data
 
 
-def _shape_of(matrix: Matrix | Stack, info: TensorInfo) -> tuple[int, ...]:
+def _shape_of(matrix: Matrix | Slices, info: TensorInfo) -> tuple[int, ...]:
     """Of a matrix in the file: that of the tensor that it replaces, but where it has got more rows."""
     return info.shape if math.prod(matrix.shape) == math.prod(info.shape) else matrix.shape
 
@@ -208,7 +208,7 @@ def _data(
     file: GgufFile,
     source: "_Source",
     infos: dict[str, TensorInfo],
-    matrices: dict[str, Matrix | Stack],
+    matrices: dict[str, Matrix | Slices],
     nbytes: int,
     changed: set[str],
 ) -> Iterator[bytes]:
@@ -228,7 +228,7 @@ def _data(
         yield source.read(old.offset + old.nbytes, padding) if same else bytes(padding)
 
 
-def _panels(source: "_Source", old: TensorInfo, matrix: Matrix | Stack) -> Iterator[tuple[bool, bytes]]:
+def _panels(source: "_Source", old: TensorInfo, matrix: Matrix | Slices) -> Iterator[tuple[bool, bytes]]:
     """The matrix in pieces, each with whether it differs from what the source has in its place."""
     position, alike = old.offset, matrix.format == old.format and _shape_of(matrix, old) == old.shape
     for panel in matrix.panels():

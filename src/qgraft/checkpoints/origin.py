@@ -139,7 +139,7 @@ class Matrix:
 
 
 @dataclass(frozen=True, eq=False)
-class Stack:
+class Slices:
     """Matrices that are one tensor [n, out, in] of the container, in its order."""
 
     matrices: list[Matrix]
@@ -169,13 +169,13 @@ class Stack:
         return join_rows([each.whole() for each in self.matrices])
 
 
-def by_tensor(matrices: Sequence[Matrix]) -> dict[str, Matrix | Stack]:
+def by_tensor(matrices: Sequence[Matrix]) -> dict[str, Matrix | Slices]:
     """What each tensor of the container is made of, by its name."""
     found: dict[str, list[Matrix]] = {}
     for each in matrices:
         found.setdefault(each.stored.name, []).append(each)
     return {
-        name: some[0] if len(some) == 1 else Stack(sorted(some, key=lambda each: each.stored.number))
+        name: some[0] if len(some) == 1 else Slices(sorted(some, key=lambda each: each.stored.number))
         for name, some in found.items()
     }
 
