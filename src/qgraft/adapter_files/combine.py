@@ -30,7 +30,7 @@ from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
-from qgraft.errors import AdapterError, OptionError, option
+from qgraft.errors import AdapterError, OptionError, UnsupportedError, option
 from qgraft.locks import folder_locked
 from qgraft.targets import check_new
 
@@ -73,7 +73,9 @@ def combine_files(
         raise prefix_error("combine", prefixes)
     layers, embeddings, problems = {}, set(), []
     for folder, (config, state, _) in read.items():
-        stored = parse_state(state)
+        stored = parse_state(state, config.get("modules_to_save"))
+        if stored.whole:
+            raise UnsupportedError(f"combine: {folder} has a head of its own, and heads have no sum")
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
         if stored.minimums:

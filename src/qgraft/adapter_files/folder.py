@@ -57,6 +57,7 @@ from qgraft.adapter_files.seal import (
 )
 from qgraft.adapter_files.sealed_base import base_hint, base_problems
 from qgraft.adapter_files.thudm import thudm_problem
+from qgraft.adapter_files.whole import told_of, whole_problems
 from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
@@ -127,7 +128,7 @@ def save_adapter(
         write_adapter(folder, adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
     else:
         config, state = lora_content(model, adapter, source)
-        seal[EXACT] = all(config.exact for config in adapter.configs.values())
+        seal |= {EXACT: all(config.exact for config in adapter.configs.values()), **told_of(model)}
         kept = adapter.kept if save_calibration else None
         write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept)
     selection_of(model).change(adapter.name, trained=remembered_arguments(seal))
@@ -253,10 +254,11 @@ def _lora_to_put(
     name: str, force: bool,
 ) -> Callable[[str], LoadedAdapter]:  # fmt: skip
     """See StagedAdapter.put; the LoRA is compared with the model, and made."""
-    stored = parse_state(state)
+    stored = parse_state(state, config.get("modules_to_save"))
     fitting, misfits = fit_layers(model, config, stored)
+    whole, others = whole_problems(model, config, stored.whole, seal)
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
-    problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())
+    problems = stored.problems + base_problems(model, seal) + misfits + others + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise _unfit(folder, problems, base_hint(model, seal) or f"load it on the base that it was trained on, or use "
@@ -265,7 +267,7 @@ def _lora_to_put(
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
     adapter = dataclasses.replace(
-        made_of_pairs(model, name, config, fitting, exact), trained=remembered_arguments(seal),
+        made_of_pairs(model, name, config, fitting, exact, whole), trained=remembered_arguments(seal),
         kept=read_rows(folder, seal),
     )  # fmt: skip
     loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), _notes(problems, seal))

@@ -10,8 +10,8 @@ over where it is the base's; a larger vocabulary, or another base's, is a differ
 
 import math
 import re
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from torch import Tensor, nn
 
 from qgraft.adapter_files.peft_config import CONFIG, MINIMUMS, layer_config, peft_config, stated_rank
 from qgraft.adapter_files.seal import SEAL
+from qgraft.adapter_files.whole import Whole
 from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import LoraLayer
-from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name
+from qgraft.adapters.peft_names import is_lora, minimums_name, parse_name, tensor_name, whole_path
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
+from qgraft.adapters.whole import whole_modules
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
+from qgraft.model_parts import is_within, task_of
 from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}
@@ -48,6 +51,7 @@ class StoredLoras:
         embeddings: the paths that are said to be embeddings.
         minimums: the paths of exact LoRAs on K-quants, whose A is [r, groups].
         copies: weights of the base by the module path.
+        whole: modules that are trained whole, by their paths, each its tensors.
         problems: what is wrong with the names.
     """
 
@@ -56,14 +60,16 @@ class StoredLoras:
     minimums: set[str]
     copies: dict[str, Tensor]
     problems: list[str]
+    whole: Whole = field(default_factory=dict)
 
 
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(PEFT's options, PEFT's tensors) of a LoRA on the model, whose base came from `source`."""
-    targets, numbers = _target_names(model, list(adapter.parts))
-    state = adapter.state_dict()
+    targets, numbers = _target_names(model, list(adapter.configs))
+    state, whole = adapter.state_dict(), list(whole_modules(adapter))
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    return peft_config(adapter.configs, targets, source, numbers, peft_type), state
+    config = peft_config(adapter.configs, targets, source, numbers, peft_type)
+    return {**config, "task_type": task_of(model), **({"modules_to_save": whole} if whole else {})}, state
 
 
 def refuse_minimums(adapter: Adapter) -> None:
@@ -75,11 +81,14 @@ def refuse_minimums(adapter: Adapter) -> None:
         )
 
 
-def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
-    """The tensors of a file by what they are."""
+def parse_state(state: Mapping[str, Tensor], saved: Sequence[str] | None = None) -> StoredLoras:
+    """The tensors of a file by what they are; `saved` are PEFT's modules_to_save."""
     stored = StoredLoras({}, set(), set(), {}, [])
     loras = stored.pairs
     for key, tensor in state.items():
+        if (within := whole_path(key, saved or ())) is not None:
+            stored.whole.setdefault(within[0], {})[within[1]] = tensor
+            continue
         name = parse_name(key)
         if name is None:
             stored.problems.append(f"unexpected tensor {key}")
@@ -132,7 +141,7 @@ def fit_layers(model: nn.Module, config: Mapping[str, Any], stored: StoredLoras)
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
     if targets and targets != "all-linear" and loras and not config.get("exclude_modules"):
-        expected = named = _targets_of(layers, targets)
+        expected = named = {path for path in _targets_of(layers, targets) if not is_within(path, stored.whole)}
         if isinstance(targets, list):
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
@@ -157,14 +166,15 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
 
 
 def made_of_pairs(
-    model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = ()
+    model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = (),
+    whole: Whole | None = None,
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
-    exact LoRAs."""
+    exact LoRAs; and the modules that are trained whole."""
     layers = {path: layer_config(config, path, pair["A"].shape[0], path in exact) for path, pair in loras.items()}
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
-    return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()})
+    return make_loras(model, name, layers, {path: (pair["A"], pair["B"]) for path, pair in loras.items()}, whole)
 
 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:

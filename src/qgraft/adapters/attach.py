@@ -32,8 +32,10 @@ from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.prefix import Prefixes
 from qgraft.adapters.selection import Selection
 from qgraft.adapters.targets import find_targets
+from qgraft.adapters.whole import WholeHolder, WholeModule, check_free, put_whole, whole_modules
 from qgraft.errors import AdapterError, OptionError, option
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.model_parts import heads_of
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Place = Callable[
@@ -55,6 +57,8 @@ def attach_lora(
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
+
+    Of a classifier (...ForSequenceClassification, ...ForTokenClassification) it also trains a copy of the head, whole.
 
     Args:
         model: any module tree with QuantizedLinear or nn.Linear layers; changed in place.
@@ -113,7 +117,7 @@ def attach_layers(
     a layer without minimums.
     """
     check_new_name(model, name)
-    put_loras(model, make_loras(model, name, layers, values))
+    put_loras(model, make_loras(model, name, layers, values, {path: None for path in heads_of(model)}))
     use_adapter(model, name)
 
 
@@ -122,22 +126,43 @@ def make_loras(
     name: str,
     layers: Mapping[str, LoraConfig],
     values: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+    whole: Mapping[str, Mapping[str, Tensor] | None] | None = None,
 ) -> Adapter:
-    """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model."""
+    """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model.
+
+    Args:
+        whole: modules that it has copies of and trains whole: path -> their tensors, None for those of the base.
+    """
     check_exact(model, [path for path, config in layers.items() if config.exact])
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}
     parts = {
         path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
-    adapter = Adapter(name, "lora", parts)
+    adapter = Adapter(name, "lora", parts | {path: _copied(model, path, state) for path, state in (whole or {}).items()})
     adapter.let_train(False)
     return adapter
 
 
 def put_loras(model: nn.Module, adapter: Adapter) -> None:
     """Put a LoRA that fits the model on it, inactive: these modules, not copies of them."""
-    put_on(model, adapter, _wrapped)
+    whole = whole_modules(adapter)
+    for path in whole:
+        check_free(model.get_submodule(path), path)
+
+    def place(model: nn.Module, path: str, selection: Selection) -> Holder:
+        return put_whole(model, path, selection) if path in whole else _wrapped(model, path, selection)
+
+    put_on(model, adapter, place)
+
+
+def _copied(model: nn.Module, path: str, state: Mapping[str, Tensor] | None) -> WholeModule:
+    """A copy of the base's module at `path`, with these tensors if there are any."""
+    module = model.get_submodule(path)
+    part = WholeModule(module.base if isinstance(module, WholeHolder) else module)
+    if state is not None:
+        part.module.load_state_dict({leaf: tensor.float() for leaf, tensor in state.items()})
+    return part
 
 
 @one_at_a_time

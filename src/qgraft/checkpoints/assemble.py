@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.checkpoints.foreign import ForeignErrors
@@ -31,6 +37,7 @@ from qgraft.linear import (
     qualified_name,
     weight_is_read,
 )
+from qgraft.model_parts import CAUSAL, heads_of, is_within, stated_task
 from qgraft.models.find import architecture_of
 from qgraft.rotary import by_call
 
@@ -40,6 +47,12 @@ MOST_PROBLEMS = 500  # listed; more than that is another model's file
 # or embedding's weight comes as a PackedTensor, everything else as a floating point tensor.
 Reader = Callable[[str], PackedTensor | Tensor | None]
 Same = Mapping[str, str]  # parameter -> the one that it is the same tensor as, which the checkpoint has
+
+_CLASSES: dict[str, Any] = {
+    CAUSAL: AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
 
 # Embeddings whose only addition is a factor, and the attribute that it is in: all of the Gemmas
 _SCALED = {
@@ -84,6 +97,8 @@ def assemble(
     if next(model.parameters(), None) is None:
         # All packed, without biases and weights of norms (OLMo): transformers asks parameters for device and dtype
         model.register_parameter("computes_in", nn.Parameter(torch.empty(0, dtype=dtype)))
+    if not hasattr(model, "generation_config"):
+        model.generation_config = None  # of a classifier, which generates nothing
     model.requires_grad_(False)
     return model.eval()
 
@@ -93,7 +108,7 @@ def packable(model: nn.Module, path: str) -> bool:
     module = model.get_submodule(path)
     kinds = (nn.Embedding, Conv1D)
     known = is_plain_linear(module) or type(module) in kinds or qualified_name(module) in _SCALED
-    return known and not weight_is_read(model, path)
+    return known and not weight_is_read(model, path) and not is_within(path, heads_of(model))
 
 
 def weight_formats(model: nn.Module) -> dict[str, int]:
@@ -115,7 +130,8 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     with init_empty_weights(include_buffers=False), foreign:  # buffers (rotary tables) are computed, not loaded
         if architecture is not None:
             return architecture.model._from_config(config, dtype=dtype)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        kind = _CLASSES[stated_task(config.architectures)]
+        return kind.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:

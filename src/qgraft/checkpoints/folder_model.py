@@ -37,6 +37,7 @@ from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
+from qgraft.checkpoints.heads import Heads, Task, head_names, settle_task
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -59,13 +60,14 @@ _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype, quantize: str | None = None
+    folder: Path, dtype: torch.dtype, quantize: str | None = None, task: Task = Task()  # noqa: B008  # frozen
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and tokenizer of a folder; the tokenizer is None when the folder has none.
 
     Args:
         dtype: what the model computes in.
         quantize: a writable format for the linear layers ("q4_1", "chatglm-int4", ...), or None.
+        task: what it is loaded for.
 
     Raises CheckpointError for missing or broken files, UnsupportedError for an unknown architecture or format, or a
     folder that is already quantized by another library.
@@ -75,6 +77,7 @@ def load_folder(
     raw = read_config_json(folder)
     config = _config(folder, raw)
     tokenizer, tokenizer_notes = _tokenizer(folder, config)
+    tokenizer_notes += settle_task(config, task, tokenizer)
     with ExitStack() as stack:
         exact = (
             architecture_of(config) is not None
@@ -96,12 +99,13 @@ def load_folder(
         architecture=config.model_type,
         fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
-        notes=(*reader.notes, *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
+        notes=(*reader.notes, *reader.heads.notes(), *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
     )
     if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
         model.generation_config.eos_token_id = ends
     digest = folder_digest(folder, reader.vectors)
-    base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
+    head = head_names(reader.names.stored, reader.heads.paths)
+    base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors), head=head)
     return model, tokenizer
 
 
@@ -145,7 +149,7 @@ class _FolderReader:
         self.owners = owners(tensors)
         weights = dict.fromkeys(self.owners.get(name, name) for name in tensors)
         self.names = (same_names if exact else transformers_names)(model, weights)
-        output = model.get_output_embeddings()
+        output, self.heads = model.get_output_embeddings(), Heads(model)
         paths = [path for path, _ in model.named_modules() if path and packable(model, path)]
         self.layers: dict[str, Any] = {f"{path}.weight": model.get_submodule(path) for path in paths}
         self.quantized_names = {
@@ -164,9 +168,11 @@ class _FolderReader:
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
         if name in self.names.made:
             return self._make(name)
-        if name not in self.names.stored:
+        stored = self.names.stored.get(name)
+        if (drawn := self.heads.value(name, None if stored is None else self.tensors[stored])) is not None:
+            return drawn
+        if stored is None:
             return None
-        stored = self.names.stored[name]
         matrix = StoredMatrix(stored, self.tensors, self.config)
         layout = find_layout(matrix)
         if layout.packed_as is not None:

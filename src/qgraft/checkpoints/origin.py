@@ -13,7 +13,7 @@ because a copied or touched file is the same, and refusing it would cost somebod
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ class Origin:
         matrices: module path in the model -> where its weight lies.
         vectors: the parameters that were read as floats (norms, biases), by their names in the model.
         parts: how many files a GGUF model is split over.
+        head: of a classifier, the parameters of its head that are in the folder -> their tensors there.
     """
 
     path: Path
@@ -67,6 +68,7 @@ class Origin:
     matrices: dict[str, Stored]
     vectors: tuple[str, ...] = ()
     parts: int = 1
+    head: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,9 @@ def train_jobs(
     jobs = name_jobs(jobs)
     check_jobs(jobs)
     require_loras(model, adapter_names(model), "training several adapters at once")
+    if task_of(model) != CAUSAL:
+        raise UnsupportedError(f"training several adapters at once: the model is a classifier ({task_of(model)}), whose texts "
+                               "are padded, and not in one row", hint="train one after another")  # fmt: skip
     nn.Module.to(model, jobs[0].device)
     console = shown(progress)
     display = run_display(console, labels=True) if console else None

@@ -20,9 +20,11 @@ from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import Lora
 from qgraft.adapters.prefix import encoder_of
+from qgraft.adapters.whole import WholeModule, whole_modules
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
+from qgraft.model_parts import CAUSAL, task_of
 from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 
@@ -61,7 +63,10 @@ def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[f
     factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
     for part in find_adapter(model, args.adapter_name).parts.values():
         for name, parameter in part.named_parameters():
-            (embedding if cast(Lora, part).of_embedding else factors[name]).append(parameter)
+            if isinstance(part, WholeModule):  # a head: PEFT has its vectors in the group of B
+                factors["lora_B" if parameter.dim() == 1 else "lora_A"].append(parameter)
+            else:
+                (embedding if cast(Lora, part).of_embedding else factors[name]).append(parameter)
     return [
         (args.learning_rate, factors["lora_A"]),
         (args.loraplus_lr_embedding, embedding),
@@ -156,6 +161,7 @@ def take_saved(model: PreTrainedModel, folder: Path, name: str) -> None:
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What kind of adapter was trained, and with which options of its own."""
     adapter = find_adapter(model, name)
+    whole = {"modules_to_save": list(found)} if (found := whole_modules(adapter)) else {}
     configs = [dataclasses.asdict(config) for config in adapter.configs.values()]
     if adapter.is_prefix:
         return {"kind": adapter.kind, **configs[0]}
@@ -165,7 +171,7 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         if field not in common:
             common[name] = {path: getattr(config, field) for path, config in adapter.configs.items()}
-    return {"kind": adapter.kind, "layers": len(configs), **common}
+    return {"kind": adapter.kind, "layers": len(configs), **whole, **common}
 
 
 def keep_rows(
@@ -180,7 +186,7 @@ def keep_rows(
     Of preferences the answers that are chosen or wanted. A prefix changes no weight, so none is merged.
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
-    if args.save_calibration and tokenizer is not None and not adapter.is_prefix:
+    if args.save_calibration and tokenizer is not None and not adapter.is_prefix and task_of(model) == CAUSAL:
         texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
         kept = keep_samples(tokenizer, texts, held, args.seed)
     selection_of(model).change(adapter.name, kept=kept)

@@ -7,7 +7,10 @@ from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.classification import classifier_of, evaluate_labelled
+from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import evaluate_preferences, template_of
+from qgraft.training.label_rows import read_label_samples
 from qgraft.training.objective import Measured, evaluate_samples
 from qgraft.training.samples import read_samples
 from qgraft.training.stages import preference_options
@@ -19,6 +22,11 @@ def evaluate_held_out(
     """What the model, with its active adapters, says of args.eval_dataset; the same samples as train() would take."""
     if not args.eval_dataset:
         raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
+    check_task(args, model)
+    if (classifier := classifier_of(model)) is not None:
+        limit = sample_limit(model, args.max_length)
+        rows, accounting = read_label_samples(model, tokenizer, args.eval_dataset, args, limit, [], most=args.max_eval_samples)
+        return evaluate_labelled(model, rows, classifier, compute=args.compute), accounting
     limit, template, options = (
         sample_limit(model, args.max_length),
         template_of(tokenizer, args),
@@ -27,5 +35,5 @@ def evaluate_held_out(
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     if options is None:
         return evaluate_samples(model, samples, compute=args.compute), accounting
-    rows = mismatched(samples, limit) if options.loss_type == "kto" else samples
-    return evaluate_preferences(model, rows, options, args.compute), accounting
+    pairs = mismatched(samples, limit) if options.loss_type == "kto" else samples
+    return evaluate_preferences(model, pairs, options, args.compute), accounting

@@ -26,7 +26,7 @@ from qgraft.errors import OptionError, worded
 from qgraft.json_files import parse_json
 from qgraft.training.ranges import RANGES
 
-NAMES = ("dataset", "eval_dataset", "test_dataset", "target_modules", "layers_to_transform")  # comma lists
+NAMES = ("dataset", "eval_dataset", "test_dataset", "target_modules", "layers_to_transform", "labels")  # comma lists
 _WORDS = {"true": True, "false": False}
 _CHOICES = {"eval_strategy": IntervalStrategy}  # where the type says str alone
 

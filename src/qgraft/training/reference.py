@@ -26,6 +26,7 @@ from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.log_probs import shares_prompts
+from qgraft.training.classification import Classification, classifier_of
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
@@ -40,8 +41,10 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(
     model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization:
+) -> SupervisedFineTuning | PreferenceOptimization | Classification:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if (classifier := classifier_of(model)) is not None:
+        return Classification(classifier, prepared.args.label_smoothing_factor)
     options = preference_options(prepared.args)
     if options is None:
         return SupervisedFineTuning(prepared.args.label_smoothing_factor)

@@ -37,6 +37,8 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
+from qgraft.training.classification import METRICS as OF_LABELS
+from qgraft.training.classification_options import check_task
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair, ready_callbacks
@@ -136,6 +138,7 @@ def prepare(
     """Check the options of a run and tokenize its rows; see train()."""
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
+    check_task(args, model)
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
@@ -359,7 +362,9 @@ class Run:
     def _beside_loss(self, step: int | None) -> dict[str, float]:
         """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
         logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
-        return {key: value for key, value in (logged[-1] if logged else self._beside).items() if "/" in key}
+        kept = {f"eval_{name}" for name in OF_LABELS}
+        found = logged[-1] if logged else self._beside
+        return {key: value for key, value in found.items() if "/" in key or key in kept}
 
     def _last_eval_loss(self) -> float | None:
         """The held-out loss of the adapter as it is, where it was measured after the last step; None where it was not."""
