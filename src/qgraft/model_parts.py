@@ -103,6 +103,15 @@ def heads_of(model: nn.Module) -> list[str]:
     return [path for path in found if any(True for _ in model.get_submodule(path).parameters())]
 
 
+def require_writer(model: nn.Module, action: str) -> None:
+    """Raise UnsupportedError for a classifier, where `action` needs a model that writes."""
+    if (task := task_of(model)) != CAUSAL:
+        raise UnsupportedError(
+            f"{action}: a {type(model).__name__} is a classifier ({task}), which writes no answers",
+            hint="`qgraft eval` measures it, `qgraft train --do_predict` writes down what it says of rows",
+        )
+
+
 def is_within(path: str, modules: Iterable[str]) -> bool:
     """Whether the module at `path` is one of these, or in one."""
     return any(f"{path}.".startswith(f"{each}.") for each in modules)

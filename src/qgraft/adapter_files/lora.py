@@ -166,7 +166,11 @@ def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dic
 
 
 def made_of_pairs(
-    model: nn.Module, name: str, config: Mapping[str, Any], loras: Pairs, exact: Container[str] = (),
+    model: nn.Module,
+    name: str,
+    config: Mapping[str, Any],
+    loras: Pairs,
+    exact: Container[str] = (),
     whole: Whole | None = None,
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as

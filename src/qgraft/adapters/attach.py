@@ -117,7 +117,7 @@ def attach_layers(
     a layer without minimums.
     """
     check_new_name(model, name)
-    put_loras(model, make_loras(model, name, layers, values, {path: None for path in heads_of(model)}))
+    put_loras(model, make_loras(model, name, layers, values, dict.fromkeys(heads_of(model))))
     use_adapter(model, name)
 
 
@@ -139,7 +139,9 @@ def make_loras(
         path: make_part(_wrapper(model.get_submodule(path)), layers[path], values[path] if values else None)
         for path in sorted(layers, key=lambda path: order.get(path, len(order)))
     }
-    adapter = Adapter(name, "lora", parts | {path: _copied(model, path, state) for path, state in (whole or {}).items()})
+    adapter = Adapter(
+        name, "lora", parts | {path: _copied(model, path, state) for path, state in (whole or {}).items()}
+    )
     adapter.let_train(False)
     return adapter
 

@@ -98,7 +98,7 @@ def assemble(
         # All packed, without biases and weights of norms (OLMo): transformers asks parameters for device and dtype
         model.register_parameter("computes_in", nn.Parameter(torch.empty(0, dtype=dtype)))
     if not hasattr(model, "generation_config"):
-        model.generation_config = None  # of a classifier, which generates nothing
+        vars(model)["generation_config"] = None  # of a classifier, which generates nothing
     model.requires_grad_(False)
     return model.eval()
 

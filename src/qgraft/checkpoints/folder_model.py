@@ -60,7 +60,10 @@ _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype, quantize: str | None = None, task: Task = Task()  # noqa: B008  # frozen
+    folder: Path,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    task: Task = Task(),  # noqa: B008  # frozen
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and tokenizer of a folder; the tokenizer is None when the folder has none.
 
@@ -99,7 +102,13 @@ def load_folder(
         architecture=config.model_type,
         fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
-        notes=(*reader.notes, *reader.heads.notes(), *reader.misfits(), *_unexpected_note(unexpected), *tokenizer_notes),
+        notes=(
+            *reader.notes,
+            *reader.heads.notes(),
+            *reader.misfits(),
+            *_unexpected_note(unexpected),
+            *tokenizer_notes,
+        ),
     )
     if model.generation_config is not None and (ends := _stated_end_tokens(folder)):
         model.generation_config.eos_token_id = ends

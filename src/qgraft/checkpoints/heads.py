@@ -5,9 +5,9 @@
                 TOKEN_CLS    AutoModelForTokenClassification          a label for each token
     head        classifier, score, pre_classifier, pooler, ...        (model_parts.heads_of)
 
-A folder whose config.json names such a class is one already. Any other gets a head that is drawn as transformers draws it, with
-a seed of its own, so that loading twice gives the same one; the load says which tensors those are. A head is never packed:
-it is small, and an adapter trains a copy of it whole. What a save writes of it into the folder is said here, too.
+A folder whose config.json names such a class is one already. Any other gets a head that is drawn as transformers draws it,
+with a seed of its own, so that loading twice gives the same one; the load says which tensors those are. A head is never
+packed: it is small, and an adapter trains a copy of it whole. What a save writes of it into the folder is said here, too.
 """
 
 import copy
@@ -96,10 +96,12 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
             config.architectures = None
         return []
     if architecture_of(config) is not None or type(config) not in _CLASSES[wanted]:
-        raise UnsupportedError(f"task_type={wanted!r}: transformers has no {CLASSIFIERS[wanted]} of {config.model_type}")
+        raise UnsupportedError(
+            f"task_type={wanted!r}: transformers has no {CLASSIFIERS[wanted]} of {config.model_type}"
+        )
     labels = task.labels
     if labels is None and task.problem_type == NUMBER:
-        labels = config.id2label.values() if stated == wanted and config.num_labels == 1 else ["LABEL_0"]
+        labels = [str(name) for name in (config.id2label or {}).values()] if config.num_labels == 1 else ["LABEL_0"]
     if labels is None and stated != wanted:
         raise OptionError(
             f"task_type={wanted!r}: the folder has no such head, and no labels are given for a new one",
@@ -110,7 +112,8 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: number for number, label in enumerate(labels)}
     kept = config.problem_type if stated == wanted and labels is None else None
-    config.problem_type = task.problem_type or kept or (NUMBER if config.num_labels == 1 else SINGLE)
+    problem: Any = task.problem_type or kept or (NUMBER if config.num_labels == 1 else SINGLE)
+    config.problem_type = problem
     config.architectures = [_CLASSES[wanted][type(config)].__name__]
     return _settle_padding(config, tokenizer)
 
@@ -159,7 +162,7 @@ class Heads:
 
 def drawn_heads(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters of the head as transformers draws them, in float32, the same ones every time."""
-    found = {}
+    found = dict[str, Tensor]()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for path in heads_of(model):
@@ -174,7 +177,7 @@ def drawn_heads(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def head_state(model: nn.Module) -> dict[str, Tensor]:
     """The parameters of the base's own head by their names in the model, whatever adapters have copies of it."""
-    found = {}
+    found = dict[str, Tensor]()
     for path in heads_of(model):
         module: Any = model.get_submodule(path)
         module = module.base if isinstance(module, WholeHolder) else module

@@ -25,12 +25,14 @@ def run(words: Sequence[str]) -> int:
 
     from qgraft.checkpoints.load import load
     from qgraft.memory.settings import estimate
+    from qgraft.model_parts import require_writer
     from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
 
     tokens = [] if options.tokens is None else [f"--max_tokens_per_pass={options.tokens}"]
     arguments = parse_arguments([*rest, *tokens])
     model, _ = load(options.model, quantize=arguments.quantize, dtype=arguments.compute_dtype, device=arguments.device)
+    require_writer(model, "qgraft estimate")
     prepare_adapter(model, arguments)
     found = estimate(model, arguments)
     if options.json:

@@ -1,8 +1,8 @@
 """Labelled texts as token ids, and batches of them: padded on the right, with the mask that leaves the padding out.
 
-    text          [CLS] text [SEP], or two of them, as the tokenizer of the model writes them; labels: what LabelScheme.target says
-    words         the ids of each word one after another; the label stands at the first id of a word, -100 elsewhere, as in
-                  transformers' examples
+    text    [CLS] text [SEP], or two of them, as the model's tokenizer writes them; labels: what LabelScheme.target says
+    words   the ids of each word one after another; the label stands at the first id of a word, -100 elsewhere, as in
+            transformers' examples
 
 Texts of several lengths share a batch by padding: an encoder sees both directions, so attention sample by sample within a row
 (data/batches.py) is not what these models were trained with, and their pooler reads the first token of a row alone.

@@ -4,8 +4,8 @@
     multi_label_classification     ["spam", "advert"]       -> a 0 or 1 for each label
     regression                     3.5                      -> the number
 
-The names are those of the rows, in the order of transformers' examples: numbers by their size, texts by their letters. A number
-is also a name, its text; so 0 and "0" are one label. Nothing is guessed where a label can be read in two ways: it is refused.
+The names are those of the rows, in the order of transformers' examples: numbers by their size, texts by their letters. A
+number is also a name, its text; so 0 and "0" are one label. What can be read in two ways is refused.
 """
 
 import math
@@ -37,8 +37,11 @@ class LabelScheme:
             chosen = set(names_of(label))
             self.check(chosen)
             return [float(name in chosen) for name in self.names]
-        (name,) = names_of(label)
-        return [self.id_of(name)]
+        names = names_of(label)
+        if len(names) != 1:
+            raise DataError(f"problem_type {SINGLE}: a row has {len(names)} labels",
+                            hint=f"a model loaded with {option('problem_type', SEVERAL)} learns them all")  # fmt: skip
+        return [self.id_of(names[0])]
 
     def id_of(self, name: str) -> int:
         """The id of a label."""
@@ -73,22 +76,28 @@ def _name(label: Label) -> str:
     return str(label)
 
 
-def scheme_of(rows: Sequence[Conversation], *, tokens: bool, problem_type: str | None = None) -> LabelScheme:
-    """The labels of these rows. Raises DataError for what can be read in two ways, or is no label of that kind."""
+def scheme_of(
+    rows: Sequence[Conversation], *, tokens: bool, problem_type: str | None = None, names: Sequence[str] | None = None
+) -> LabelScheme:
+    """The labels of these rows, or those that are given as `names`.
+
+    Raises DataError for what can be read in two ways, or is no label of that kind.
+    """
     labels = [row.label for row in rows]
     if tokens:
-        return LabelScheme(_sorted({_name(each) for label in labels for each in _listed(label)}))
+        return LabelScheme(tuple(names or _sorted({_name(each) for label in labels for each in _listed(label)})))
     kind = problem_type or _kind(labels)
     if kind == NUMBER:
         for row in rows:
             _number(row.label)
-        return LabelScheme(("LABEL_0",), NUMBER)
+        return LabelScheme(tuple(names or ("LABEL_0",)), NUMBER)
     if kind == SINGLE and any(isinstance(label, list | dict) and len(names_of(label)) != 1 for label in labels):
         raise DataError(f"problem_type {SINGLE}: rows have several labels, or none",
                         hint=f"{option('problem_type', SEVERAL)} learns them all")  # fmt: skip
-    names = {name for label in labels for name in ([*label] if isinstance(label, dict) else names_of(label))}
-    _check(labels, names, kind)
-    return LabelScheme(_sorted(names), kind)
+    found = {name for label in labels for name in ([*label] if isinstance(label, dict) else names_of(label))}
+    if names is None:
+        _check(labels, found, kind)
+    return LabelScheme(tuple(names or _sorted(found)), kind)
 
 
 def _kind(labels: Sequence[Label]) -> str:
@@ -99,8 +108,8 @@ def _kind(labels: Sequence[Label]) -> str:
         return NUMBER
     if numbers or any(isinstance(label, str) and _is_fraction(label) for label in labels):
         raise DataError("labels are numbers with fractions in some rows, and texts",
-                        hint=f"{option('problem_type', NUMBER)} learns numbers, {option('problem_type', SINGLE)} takes each for "
-                        "a name")  # fmt: skip
+                        hint=f"{option('problem_type', NUMBER)} learns numbers, {option('problem_type', SINGLE)} takes "
+                        "each for a name")  # fmt: skip
     return SINGLE
 
 

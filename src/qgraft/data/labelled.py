@@ -6,8 +6,8 @@
              {"text": "...", "label": 3.5}                       a number to come close to
     tokens   {"tokens": ["Ada", "lives", ...], "ner_tags": ["B-PER", "O", ...]}      a label for each word
 
-Other columns are named with prompt_column (two of them with a comma) and label_column. A label is kept as the row has it; what
-it is to the model is said in label_schemes.py.
+Other columns are named with prompt_column (two of them with a comma) and label_column. A label is kept as the row has it;
+what it is to the model is said in label_schemes.py.
 """
 
 import json
@@ -62,8 +62,10 @@ def read_tagged(row: object, layout: RowLayout) -> Sequence[Read]:
 
 def labelled_rows() -> str:
     """What rows look like, for a hint."""
-    return ("rows hold a text and its label ({\"text\": ..., \"label\": ...}), or tokens and their ner_tags; other columns are "
-            "named with prompt_column and label_column")  # fmt: skip
+    return (
+        'rows hold a text and its label ({"text": ..., "label": ...}), or tokens and their ner_tags; other columns are named '
+        "with prompt_column and label_column"
+    )
 
 
 def _checked(row: object) -> Mapping[str, object]:
@@ -97,7 +99,9 @@ def _column(row: Mapping[str, object], layout: RowLayout, part: str, names: Sequ
             return column
     if told is not None:
         raise RowError(f"no column {told!r}")
-    raise RowError(f"no column of the {'label' if part == 'label' else 'text'}: {', '.join(sorted(map(str, row))[:6]) or 'none'}")
+    raise RowError(
+        f"no column of the {'label' if part == 'label' else 'text'}: {', '.join(sorted(map(str, row))[:6]) or 'none'}"
+    )
 
 
 def _label(value: object) -> Label:
@@ -127,7 +131,8 @@ def _plain(value: object) -> Label:
         return value
     if isinstance(value, str):
         return text_of(value, "label").strip()
-    return json.loads(str(value))  # type: ignore[no-any-return]  # a number of numpy's
+    number: Label = json.loads(str(value))  # of numpy's
+    return number
 
 
 def _list(value: object, called: str) -> Sequence[object]:

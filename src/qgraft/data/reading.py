@@ -274,7 +274,9 @@ def _read_item(
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
         known = schemas() if reader is _answered else labelled_rows() if reader in _LABELLED else PREFERENCES
-        told = column_flags(unread, item.layout) if reader in (_answered, read_judged) else None  # others have no one answer
+        told = (
+            column_flags(unread, item.layout) if reader in (_answered, read_judged) else None
+        )  # others have no one answer
         raise DataError(f"{item.name}: {why}", hint=told or known)
     total.notes += item.notes
     return found

@@ -14,7 +14,7 @@ The original bytes are kept for that (views of the mapped file, so they cost no 
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, count
 from pathlib import Path
@@ -26,9 +26,8 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainin
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.adapter import Adapter
 from qgraft.adapters.attach import detach_lora, put_loras
-from qgraft.adapters.base import BaseInfo, adapter_names, alone, base_of, find_adapter, require_loras
+from qgraft.adapters.base import adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
 from qgraft.adapters.states import non_finite
@@ -50,32 +49,18 @@ from qgraft.linear import in_stored_order
 from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.finish import finish
+from qgraft.merging.heads import heads_merged, no_rows, put_heads, settle_method
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
+from qgraft.merging.merged import Merged, merged_of
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
+from qgraft.model_parts import CAUSAL, task_of
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
 from qgraft.sizes import peak_memory_bytes
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What merges took away, kept as `model.qgraft.merged`.
-
-    Attributes:
-        info: of the base before the first merge.
-        packed: the original bytes, by module path.
-        adapters: those that were merged, by the names they will have when they come back.
-        weights: what they were merged with.
-    """
-
-    info: BaseInfo | None
-    packed: dict[str, PackedTensor]
-    adapters: dict[str, Adapter]
-    weights: dict[str, float]
 
 
 @alone("merged")
@@ -146,12 +131,14 @@ def _merge(
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
     trained, brought = [each.trained for each in adapters], [each.kept for each in adapters]
-    find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
+    find: Any = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
+    find = find if task_of(model) == CAUSAL else no_rows
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
+    starts = {path: _start(layer, to) for path, layer in solved.items()}
+    method = settle_method(model, method, starts)
     solves = bool(solved) and method in CHAINS
     chosen, unmeasured = (_rows_to_solve(find, method), None) if solves else _rows_to_measure(find, speaks, *given)
-    starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), _bar(console) as bar:
@@ -258,7 +245,7 @@ def unmerge(model: PreTrainedModel) -> None:
     Undoes all merges since the model was loaded; of two adapters of one name the later comes back as NAME-again1. Raises
     AdapterError when nothing is merged, or when an adapter of the same name has been attached meanwhile.
     """
-    base, merges = base_of(model), _merged(model)
+    base, merges = base_of(model), merged_of(model)
     if merges is None:
         raise AdapterError("unmerge: nothing is merged into this model")
     if taken := sorted(merges.adapters.keys() & set(adapter_names(model))):
@@ -274,23 +261,18 @@ def unmerge(model: PreTrainedModel) -> None:
     for adapter in merges.adapters.values():
         put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
     use_adapter(model, active)
+    put_heads(model, merges.heads)
     base.info, base.merged = merges.info, None
-
-
-def _merged(model: PreTrainedModel) -> Merged | None:
-    """What earlier merges took away, if there were any."""
-    merged = base_of(model).merged
-    assert isinstance(merged, Merged | None)
-    return merged
 
 
 def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights: Mapping[str, float]) -> None:
     """Put the merged bytes in place and take the adapters off."""
     base, layers = base_of(model), dict(lora_layers(model))
-    before, info = _merged(model) or Merged(base.info, {}, {}, {}), base.info
-    if info is not None:  # adapters of the unmerged base no longer fit
-        with in_place(layers, packed):  # may fail, so it comes before what cannot
-            info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
+    before, info = merged_of(model) or Merged(base.info, {}, {}, {}), base.info
+    with heads_merged(model, weights) as heads:
+        if info is not None:  # adapters of the unmerged base no longer fit
+            with in_place(layers, packed):  # may fail, so it comes before what cannot
+                info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
     original = {path: layers[path].packed for path in packed} | before.packed
     for path, merged in packed.items():
         layers[path].replace(merged)
@@ -300,7 +282,7 @@ def _replace(model: PreTrainedModel, packed: Mapping[str, PackedTensor], weights
         kept = next(each for each in chain([name], others) if each not in adapters)
         adapters[kept], active[kept] = replace(find_adapter(model, name), name=kept), weight
         detach_lora(model, name)
-    base.info, base.merged = info, Merged(before.info, original, adapters, active)
+    base.info, base.merged = info, Merged(before.info, original, adapters, active, heads | before.heads)
 
 
 def _check_format(model: PreTrainedModel, to: str | None) -> None:
@@ -324,7 +306,7 @@ def _layers_to_merge(
     """
     weights = active_adapters(model)
     if not weights:
-        merges = _merged(model)
+        merges = merged_of(model)
         done = f"; merged already: {', '.join(merges.adapters)}" if merges else ""
         attached = ", ".join(adapter_names(model)) or "none"
         raise AdapterError(

@@ -5,10 +5,10 @@
     regression                     (logit - number)^2
     words (TOKEN_CLS)              cross-entropy at the first token of each word
 
-The loss of a step is the mean over its texts, or its words, whatever batches they pass in: what transformers' models compute of
-one batch. Beside it the share that is right is logged, and of held-out rows macro-F1 as well: the mean of F1 = 2 tp / (2 tp + fp
-+ fn) over the labels that were expected or predicted, which one frequent label does not make look well. Several labels of a text
-are right together or not; each counts where its probability is above a half.
+The loss of a step is the mean over its texts, or its words, whatever batches they pass in: what transformers' models compute
+of one batch. Beside it the share that is right is logged, and of held-out rows macro-F1 as well: the mean of
+F1 = 2 tp / (2 tp + fp + fn) over the labels that were expected or predicted, which one frequent label does not make look
+well. Several labels of a text are right together or not; each counts where its probability is above a half.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ METRICS = ("accuracy", "macro_f1", "mse", "mae")  # whatever is said beside the 
 class LabelEvaluation:
     """The mean loss over the texts, or words, and what of METRICS the problem has.
 
-    Of the dataset's rows, `dropped` gave no sample, and `truncated` were cut at max_length; `labels` is how many were measured.
+    Of the dataset's rows, `dropped` gave no sample, and `truncated` were cut at max_length; `labels` were measured.
     """
 
     loss: float

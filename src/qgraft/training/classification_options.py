@@ -22,7 +22,9 @@ def _option(help: str) -> Any:
 class ClassificationOptions:
     """The options of classifiers; TrainArguments has them."""
 
-    task_type: str | None = _option("CAUSAL_LM, SEQ_CLS (a label for each text) or TOKEN_CLS (for each word); of a folder.")
+    task_type: str | None = _option(
+        "CAUSAL_LM, SEQ_CLS (a label for each text) or TOKEN_CLS (for each word); of a folder."
+    )
     labels: str | None = _option("Comma list of what is told apart, by their ids; default: those of the dataset.")
     problem_type: str | None = _option("single_label_classification, multi_label_classification or regression.")
     label_column: str | None = _option("Column of the label, or of a label for each word.")
@@ -84,6 +86,8 @@ def _check_classifier(args: "TrainArguments") -> None:
     if args.label_smoothing_factor and args.problem_type in (SEVERAL, NUMBER):
         said.append(f"label_smoothing_factor with problem_type {args.problem_type}")
     if said:
-        raise OptionError(f"task_type {args.task_type}: {', '.join(said)}: of models that write, or not there for classifiers",
-                          hint="leave them out")  # fmt: skip
+        raise OptionError(
+            f"task_type {args.task_type}: {', '.join(said)}: of models that write, or not there for classifiers",
+            hint="leave them out",
+        )
     args.cuda_graphs = "no"

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
 from qgraft.adapters.choose import adapters_off
-from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.label_samples import build_label_samples
+from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Dataset, read_dataset, read_labels, read_preferences
-from qgraft.errors import OptionError
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, build_samples, resolve_template
+from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.passes.decoder import padding_free
@@ -90,7 +90,9 @@ def evaluate(
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking)
         labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
-        texts = build_label_samples(tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit)
+        texts = build_label_samples(
+            tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
+        )
         counted = evaluate_labelled(model, texts, classifier)
         return replace(counted, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
     if options is not None:

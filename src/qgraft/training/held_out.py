@@ -25,7 +25,9 @@ def evaluate_held_out(
     check_task(args, model)
     if (classifier := classifier_of(model)) is not None:
         limit = sample_limit(model, args.max_length)
-        rows, accounting = read_label_samples(model, tokenizer, args.eval_dataset, args, limit, [], most=args.max_eval_samples)
+        rows, accounting = read_label_samples(
+            model, tokenizer, args.eval_dataset, args, limit, [], most=args.max_eval_samples
+        )
         return evaluate_labelled(model, rows, classifier, compute=args.compute), accounting
     limit, template, options = (
         sample_limit(model, args.max_length),

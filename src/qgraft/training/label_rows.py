@@ -9,6 +9,7 @@ from qgraft.data.label_schemes import LabelScheme, label_note, scheme_of
 from qgraft.data.reading import Accounting, Dataset, named_columns, read_labels
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import classifier_of
+from qgraft.training.classification_options import task_given
 
 
 def read_label_samples(
@@ -25,7 +26,9 @@ def read_label_samples(
     classifier = classifier_of(model)
     assert classifier is not None  # the caller asked
     rows, accounting = read_labels(dataset, args.dataset_dir, tokens=classifier.words, **_reading(args, most))
-    samples = build_label_samples(tokenizer, rows, accounting, classifier.scheme, tokens=classifier.words, max_length=limit)
+    samples = build_label_samples(
+        tokenizer, rows, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
+    )
     notes.append(label_note(rows, classifier.scheme, tokens=classifier.words))
     return samples, accounting
 
@@ -34,7 +37,7 @@ def labels_of_rows(dataset: Dataset, args: TrainArguments) -> LabelScheme:
     """What the rows of a dataset tell apart, before there is a model."""
     words = args.task_type == "TOKEN_CLS"
     rows, _ = read_labels(dataset, args.dataset_dir, tokens=words, **_reading(args, args.max_train_samples))
-    return scheme_of(rows, tokens=words, problem_type=args.problem_type)
+    return scheme_of(rows, tokens=words, problem_type=args.problem_type, names=task_given(args).labels)
 
 
 def _reading(args: TrainArguments, most: int | None) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """What a classifier says of rows, written down with the probabilities: what predict() does with such a model.
 
 output_dir/
-  predictions.jsonl      a line for each row:  {"label": "positive", "predict": "positive", "probabilities": {"negative": 0.02, ...}}
-                         several labels        {"label": ["a"], "predict": ["a", "b"], "probabilities": {...}}
-                         a number              {"label": 3.5, "predict": 3.31}
-                         words                 {"label": ["O", ...], "predict": ["O", ...], "probabilities": [0.99, ...]}, those of
-                                               what is predicted; null for words behind max_length
+  predictions.jsonl      a line for each row: {"label": "good", "predict": "good", "probabilities": {"bad": 0.02, ...}}
+                         several labels       {"label": ["a"], "predict": ["a", "b"], "probabilities": {...}}
+                         a number             {"label": 3.5, "predict": 3.31}
+                         words                {"label": ["O", ...], "predict": ["O", ...], "probabilities": [0.99, ...]},
+                                              those of what is predicted; null for words behind max_length
   predict_results.json   loss, accuracy, macro-F1, number of rows, seconds, where every row went
 """
 
@@ -30,7 +30,14 @@ from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.classification import Classifier, LabelEvaluation, classifier_of, evaluate_labelled, passed, predicted
+from qgraft.training.classification import (
+    Classifier,
+    LabelEvaluation,
+    classifier_of,
+    evaluate_labelled,
+    passed,
+    predicted,
+)
 from qgraft.training.label_rows import read_label_samples
 
 LINES = "predictions.jsonl"

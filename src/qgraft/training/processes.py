@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgraft.data.label_samples import LabelSample
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import TrainingError, option
@@ -23,7 +24,7 @@ from qgraft.errors import TrainingError, option
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-Row = TypeVar("Row", Sample, Preference)
+Row = TypeVar("Row", Sample, Preference, LabelSample)
 
 
 @dataclass(frozen=True)

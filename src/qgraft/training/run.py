@@ -37,9 +37,9 @@ from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
+from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.classification import METRICS as OF_LABELS
 from qgraft.training.classification_options import check_task
-from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair, ready_callbacks
 from qgraft.training.loop import TrainingLoop
