@@ -101,10 +101,11 @@ def _architecture(model: Any) -> str:
 
 def draft_gguf(model: Any) -> Draft:
     """The file that `model` would be. Raises UnsupportedError for what no GGUF file can say."""
-    origin, config, architecture = find_origin(model), model.config, _architecture(model)
+    origin = find_origin(model)
     refuse = partial(_refusal, origin.path)
     if heads := heads_of(model):
         raise refuse(f"it has no place for the head of a classifier ({', '.join(heads)})")
+    config, architecture = model.config, _architecture(model)
     tokenizer = base_of(model).tokenizer
     if tokenizer is None:
         raise refuse("it came without a tokenizer, and a GGUF file holds one")
