@@ -56,11 +56,13 @@ def heads_merged(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, n
             own[path] = holder.base
             dtype = next(holder.base.parameters()).dtype
             holder.base = copy.deepcopy(part.module).to(dtype).requires_grad_(False).train(holder.training)
+    kept = False
     try:
         yield own
-    except BaseException:
-        put_heads(model, own)
-        raise
+        kept = True
+    finally:
+        if not kept:
+            put_heads(model, own)
 
 
 def put_heads(model: nn.Module, heads: Mapping[str, nn.Module]) -> None:
