@@ -144,8 +144,8 @@ def test_the_loss_of_twenty_steps_is_that_of_peft(folder, tmp_path):
     qgraft.attach_lora(model, r=4, lora_alpha=8)
     qgraft.save_adapter(model, tmp_path / "start")
     # a larger epsilon than usual: while B is zero, Adam would make steps of what is rounding in the gradients of A
-    args = arguments(tmp_path / "out", max_steps=20, logging_steps=1, lr_scheduler_type="constant", learning_rate=5e-3,
-                     max_grad_norm=0, adam_epsilon=1e-4)  # fmt: skip
+    args = arguments(tmp_path / "out", max_steps=20, logging_steps=1, lr_scheduler_type="constant", learning_rate=2e-2,
+                     max_grad_norm=0, adam_epsilon=1e-4, compute="float32")  # fmt: skip
     qgraft.train(model, tokenizer, rows, args)
     logged = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     ours = [line["loss"] for line in logged if "loss" in line]
@@ -153,7 +153,7 @@ def test_the_loss_of_twenty_steps_is_that_of_peft(folder, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2)
     peft = PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
     optimizer = torch.optim.AdamW(
-        [p for p in peft.parameters() if p.requires_grad], lr=5e-3, eps=1e-4, weight_decay=0.0
+        [p for p in peft.parameters() if p.requires_grad], lr=2e-2, eps=1e-4, weight_decay=0.0
     )
     plan, theirs = plan_of(args, len(rows), 1), []
     for step in range(20):
@@ -164,8 +164,8 @@ def test_the_loss_of_twenty_steps_is_that_of_peft(folder, tmp_path):
         loss.backward()
         optimizer.step()
         theirs.append(float(loss.detach()))
-    assert len(ours) == 20 and max(ours) - min(ours) > 0.05
-    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    assert len(ours) == 20 and max(ours) - min(ours) > 0.2
+    assert max(abs(a - b) for a, b in zip(ours, theirs, strict=True)) < 1e-6
 
 
 def test_what_peft_trained_is_loaded(folder, tmp_path):
