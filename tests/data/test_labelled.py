@@ -36,6 +36,7 @@ def test_targets():
     assert several.target(["z", "x"]) == [1.0, 0.0, 1.0]
     assert several.target({"y": True, "x": False}) == [0.0, 1.0, 0.0]
     assert LabelScheme(("a", "b")).target("b") == [1]
+    assert LabelScheme(("LABEL_0", "LABEL_1")).target(1) == [1]  # as PEFT's files have them, without names
     assert LabelScheme(("LABEL_0",), NUMBER).target("1.5") == [1.5]
     with pytest.raises(DataError, match="does not know: c"):
         LabelScheme(("a", "b")).target("c")

@@ -287,6 +287,11 @@ def test_the_command_line_reads_the_labels_and_writes_down_what_is_said(folder, 
     assert main(["eval", "--model", str(folder), "--adapter", str(out), "--dataset", str(files["test"]), "--prompt_column",
                  "review", "--label_column", "mood", "--json"]) == 0  # fmt: skip
     assert json.loads(capsys.readouterr().out)["results"]["out"]["accuracy"] == pytest.approx(right)
+    (out / "qgraft.json").unlink()  # as PEFT writes it: the labels are numbers
+    rows = [{"text": row["text"], "label": ["bad", "good"].index(row["label"])} for row in rows_of(48, 7)]
+    files["test"].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["eval", "--model", str(folder), "--adapter", str(out), "--dataset", str(files["test"]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["out"]["accuracy"] == pytest.approx(right)
     assert main(["chat", "--model", str(folder), "--adapter", str(out), "--prompt", "hi"]) != 0
     assert "writes no answers" in capsys.readouterr().err
 

@@ -34,9 +34,8 @@ class LabelScheme:
         if self.problem_type == NUMBER:
             return [_number(label)]
         if self.problem_type == SEVERAL:
-            chosen = set(names_of(label))
-            self.check(chosen)
-            return [float(name in chosen) for name in self.names]
+            chosen = {self.id_of(name) for name in names_of(label)}
+            return [float(number in chosen) for number in range(len(self.names))]
         names = names_of(label)
         if len(names) != 1:
             raise DataError(f"problem_type {SINGLE}: a row has {len(names)} labels",
@@ -46,11 +45,15 @@ class LabelScheme:
     def id_of(self, name: str) -> int:
         """The id of a label."""
         self.check([name])
-        return self.names.index(name)
+        return self.names.index(self._own(name))
+
+    def _own(self, name: str) -> str:
+        """The name as the model has it: LABEL_0, LABEL_1, ... are what transformers calls labels without names."""
+        return name if name in self.names or not name.isdecimal() else f"LABEL_{name}"
 
     def check(self, names: Iterable[str]) -> None:
         """Raise DataError for labels that the model does not tell apart."""
-        if unknown := sorted({name for name in names if name not in self.names}):
+        if unknown := sorted({name for name in names if self._own(name) not in self.names}):
             known = ", ".join(self.names[:MOST_SHOWN]) + (", ..." if len(self.names) > MOST_SHOWN else "")
             raise DataError(
                 f"labels that the model does not know: {', '.join(unknown[:MOST_SHOWN])}; it tells apart: {known}",
