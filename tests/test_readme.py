@@ -12,7 +12,7 @@ from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [f"docs/guide-{name}{tongue}.md" for tongue in ("", "_zh")
-          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences")]  # fmt: skip
+          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences", "classify")]  # fmt: skip
 PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 

@@ -10,6 +10,7 @@
     keeps_state                                whether padding would be learned or remembered
     mixes_neighbours                           whether a token also sees others by a way that is not attention
     is_encoder_decoder                         whether one part reads and another one writes
+    task_of, heads_of                          whether it classifies texts or their tokens, and what does so
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -17,6 +18,7 @@ passes/decoding_network.py. tests/contract/test_facade.py holds all of these to 
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -73,6 +75,49 @@ def computed_dtype(model: PreTrainedModel) -> torch.dtype:
     return dtype
 
 
+CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # PEFT's task_type
+CAUSAL = "CAUSAL_LM"
+
+
+def task_of(model: nn.Module) -> str:
+    """What the model is for, as PEFT's task_type says it, by the name of its class: CAUSAL_LM but for classifiers."""
+    return stated_task([type(model).__name__])
+
+
+def stated_task(architectures: Any) -> str:
+    """The same of the names of classes in a config.json."""
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    return next((task for task, ending in CLASSIFIERS.items() if name.endswith(ending)), CAUSAL)
+
+
+def heads_of(model: nn.Module) -> list[str]:
+    """The paths of the modules of a classifier that make logits of the decoder's states; none of other models.
+
+    They are all modules beside the decoder, and its pooler, which reads one state only. None of them is packed.
+    """
+    if task_of(model) == CAUSAL:
+        return []
+    decoder = decoder_of(model)
+    stem = next((name for name, child in model.named_children() if child is decoder), "")
+    found = [f"{stem}.{name}" for name, _ in decoder.named_children() if name == "pooler"]
+    found += [name for name, child in model.named_children() if child is not decoder]
+    return [path for path in found if any(True for _ in model.get_submodule(path).parameters())]
+
+
+def require_writer(model: nn.Module, action: str) -> None:
+    """Raise UnsupportedError for a classifier, where `action` needs a model that writes."""
+    if (task := task_of(model)) != CAUSAL:
+        raise UnsupportedError(
+            f"{action}: a {type(model).__name__} is a classifier ({task}), which writes no answers",
+            hint="`qgraft eval` measures it, `qgraft train --do_predict` writes down what it says of rows",
+        )
+
+
+def is_within(path: str, modules: Iterable[str]) -> bool:
+    """Whether the module at `path` is one of these, or in one."""
+    return any(f"{path}.".startswith(f"{each}.") for each in modules)
+
+
 def argument_names(module: nn.Module) -> list[str]:
     """The names of what the forward pass takes, in order; beside them most take any keyword."""
     return list(inspect.signature(module.forward).parameters)
@@ -82,7 +127,9 @@ def context_of(model: nn.Module) -> int | None:
     """How many positions the model has; None where it sets no limit."""
     config = getattr(model, "config", None)
     context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    return context if isinstance(context, int) else None
+    table = getattr(getattr(decoder_of(model), "embeddings", None), "position_embeddings", None)
+    begin = getattr(table, "padding_idx", None)  # of RoBERTa's kind, whose positions begin behind it
+    return context - (0 if begin is None else begin + 1) if isinstance(context, int) else None
 
 
 def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:

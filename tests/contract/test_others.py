@@ -1,4 +1,4 @@
-"""accelerate, PEFT, torch and Python: what is not in their documentation, or has moved before."""
+"""accelerate, PEFT, torch, Python: what is not in their documentation, or has moved before; how transformers draws a head."""
 
 import importlib
 import inspect
@@ -12,6 +12,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
+    BertConfig,
+    BertForSequenceClassification,
+)
 
 
 @pytest.mark.parametrize("kind", [PartialState, AcceleratorState, GradientState])
@@ -119,3 +125,20 @@ def test_an_entry_of_none_in_sys_modules_fails_an_import(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("datasets")
+
+
+def test_a_model_of_transformers_draws_the_modules_that_it_is_given():
+    options = {
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    model = BertForSequenceClassification(BertConfig(**options, initializer_range=0.5))
+    layer = nn.Linear(64, 64)
+    model._init_weights(layer)
+    assert 0.4 < float(layer.weight.detach().std()) < 0.6 and not layer.bias.any()
+    assert (
+        BertConfig in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and BertConfig in MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    )

@@ -83,7 +83,9 @@ def combine_files(
         raise prefix_error("combine", prefixes)
     layers, embeddings, problems = {}, set(), []
     for folder, (config, state, _) in read.items():
-        stored = parse_state(state)
+        stored = parse_state(state, config.get("modules_to_save"))
+        if stored.whole:
+            raise UnsupportedError(f"combine: {folder} has a head of its own, and heads have no sum")
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
         if stored.rows:

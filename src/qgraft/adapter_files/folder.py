@@ -60,6 +60,7 @@ from qgraft.adapter_files.seal import (
 from qgraft.adapter_files.sealed_base import base_hint, base_problems
 from qgraft.adapter_files.thudm import is_thudm, read_thudm_prefix
 from qgraft.adapter_files.tokens import new_tokens_of, stored_tokens
+from qgraft.adapter_files.whole import told_of, whole_problems
 from qgraft.adapters.attach import check_new_name, put_loras
 from qgraft.adapters.base import base_of, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
@@ -126,7 +127,7 @@ def save_adapter(
         write_adapter(folder, adapter.name, files, content.options, {**seal, "prefix": content.about}, dtype)
     else:
         config, state = lora_content(model, adapter, source)
-        seal[EXACT] = all(config.exact for config in adapter.configs.values())
+        seal |= {EXACT: all(config.exact for config in adapter.configs.values()), **told_of(model)}
         kept = adapter.kept if save_calibration else None
         speaks = base_of(model).tokenizer if new_tokens_of(model, adapter) else None
         write_adapter(folder, adapter.name, {WEIGHTS: state}, config, seal, dtype, kept, speaks)
@@ -259,12 +260,12 @@ def _staged_lora(
     name: str, force: bool,
 ) -> StagedAdapter:  # fmt: skip
     """The LoRA, compared with the model, and made."""
-    stored = parse_state(state)
+    stored = parse_state(state, config.get("modules_to_save"))
     rows, others = fit_rows(model, config, stored)
     fitting, misfits = fit_layers(model, config, stored, rows)
-    misfits += others
+    whole, unlike = whole_problems(model, config, stored.whole, seal)
     inexact = inexact_layers(model, stored, fitting) if is_exact(seal) else {}
-    problems = stored.problems + base_problems(model, seal) + misfits + list(inexact.values())
+    problems = stored.problems + base_problems(model, seal) + misfits + others + unlike + list(inexact.values())
     problems += [f"{key}: NaN or infinity" for key in non_finite(state)]
     if problems and not force:
         raise _unfit(folder, problems, base_hint(model, seal) or f"load it on the base that it was trained on, or use "
@@ -273,7 +274,7 @@ def _staged_lora(
         raise AdapterError(f"{folder}: none of its {len(stored.pairs)} layers exists in this model")
     exact = fitting.keys() - inexact.keys() if is_exact(seal) else stored.minimums
     adapter = dataclasses.replace(
-        made_of_pairs(model, name, config, fitting, exact, rows), trained=remembered_arguments(seal),
+        made_of_pairs(model, name, config, fitting, exact, rows, whole), trained=remembered_arguments(seal),
         kept=read_rows(folder, seal),
     )  # fmt: skip
     tokens, told = stored_tokens(model, folder, adapter)

@@ -42,6 +42,7 @@ from qgraft.adapters.lora import Lora, LoraConfig
 from qgraft.adapters.lora_experts import ExpertLora, LoraExperts, expert_layers, stack_paths
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import loras_of, non_finite
+from qgraft.adapters.whole import refuse_whole
 from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import gguf_names
 from qgraft.checkpoints.gguf_model import gguf_fingerprint
@@ -103,6 +104,7 @@ def export_gguf_lora(
     if dtype not in DTYPES:
         raise OptionError(f"dtype={dtype!r}: expected {' or '.join(DTYPES)}", hint=near_match(dtype, DTYPES))
     path, adapter = Path(path), find_adapter(model, name)
+    refuse_whole(adapter, "a GGUF-LoRA")
     loras = loras_of(adapter, "a GGUF-LoRA")
     targets.check_new(path, overwrite, [find_origin(model).path], "gguf")
     base = _names_of_base(model)

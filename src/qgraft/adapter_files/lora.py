@@ -11,7 +11,7 @@ over where it is the base's; a larger vocabulary, or another base's, is a differ
 import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from qgraft.adapter_files.expert_loras import parameter_names, take_experts
 from qgraft.adapter_files.peft_config import (
-    CAUSAL,
     CONFIG,
     MINIMUMS,
     SEQUENCE_TO_SEQUENCE,
@@ -29,6 +28,7 @@ from qgraft.adapter_files.peft_config import (
     stated_rank,
 )
 from qgraft.adapter_files.seal import SEAL
+from qgraft.adapter_files.whole import Whole
 from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
@@ -43,15 +43,17 @@ from qgraft.adapters.peft_names import (
     parse_name,
     rows_name,
     tensor_name,
+    whole_path,
 )
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.adapters.token_rows import token_rows_of
 from qgraft.adapters.token_tables import make_token_rows, tables_of
+from qgraft.adapters.whole import whole_modules
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.linear import table_rows
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import is_encoder_decoder, is_within, task_of
 from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}, of DoRA MAGNITUDE: [out]
@@ -71,6 +73,7 @@ class StoredLoras:
         minimums: the paths of exact LoRAs on K-quants, whose A is [r, groups].
         copies: weights of the base by the module path.
         rows: of single tokens by the module path of the layer.
+        whole: modules that are trained whole, by their paths, each its tensors.
         problems: what is wrong with the names.
     """
 
@@ -80,6 +83,7 @@ class StoredLoras:
     copies: dict[str, Tensor]
     rows: dict[str, Tensor]
     problems: list[str]
+    whole: Whole = field(default_factory=dict)
 
 
 def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,12 +92,13 @@ def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tupl
     layers = {path: part.stored_config for path, part in adapter.parts.items() if isinstance(part, Lora)}
     linears = [path for path in layers if path not in parameters]
     targets, numbers = _target_names(model, linears) if linears else ([], None)
-    state = adapter.state_dict()
+    state, whole = adapter.state_dict(), list(whole_modules(adapter))
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
     pairs = is_encoder_decoder(getattr(model, "config", None))
-    task_type = SEQUENCE_TO_SEQUENCE if pairs else CAUSAL
+    task_type = SEQUENCE_TO_SEQUENCE if pairs else task_of(model)
     config = peft_config(layers, targets, source, numbers, peft_type, task_type, token_indices(adapter))
-    return config | ({"target_parameters": parameter_names(model, parameters)} if parameters else {}), state
+    config |= {"target_parameters": parameter_names(model, parameters)} if parameters else {}
+    return config | ({"modules_to_save": whole} if whole else {}), state
 
 
 def token_indices(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -110,11 +115,14 @@ def refuse_minimums(adapter: Adapter) -> None:
         )
 
 
-def parse_state(state: Mapping[str, Tensor]) -> StoredLoras:
-    """The tensors of a file by what they are."""
+def parse_state(state: Mapping[str, Tensor], saved: Sequence[str] | None = None) -> StoredLoras:
+    """The tensors of a file by what they are; `saved` are PEFT's modules_to_save."""
     stored = StoredLoras({}, set(), set(), {}, {}, [])
     loras = stored.pairs
     for key, tensor in state.items():
+        if (within := whole_path(key, saved or ())) is not None:
+            stored.whole.setdefault(within[0], {})[within[1]] = tensor
+            continue
         name = parse_name(key)
         if name is None:
             stored.problems.append(f"unexpected tensor {key}")
@@ -178,7 +186,7 @@ def fit_layers(
             problems.append(f"{path}: rank {pair['A'].shape[0]}, but {CONFIG} says r={rank}")
     targets = config.get("target_modules")
     if targets and targets != "all-linear" and loras and not config.get("exclude_modules"):
-        expected = named = _targets_of(layers, targets)
+        expected = named = {path for path in _targets_of(layers, targets) if not is_within(path, stored.whole)}
         if isinstance(targets, list):
             expected = {path for path in expected if path in targets or _in_layers(path, config)}
         problems += [f"missing tensors of {path}" for path in sorted(expected - loras.keys())]
@@ -255,15 +263,16 @@ def made_of_pairs(
     loras: Pairs,
     exact: Container[str] = (),
     rows: Mapping[str, Part] | None = None,
+    whole: Whole | None = None,
 ) -> Adapter:
     """The LoRA, on no model yet: each layer with the rank of its tensors and the alpha of its pattern, those in `exact` as
-    exact LoRAs."""
+    exact LoRAs; and the modules that are trained whole."""
     layers = {path: layer_config(config, path, pair["A"].shape[-2], path in exact) for path, pair in loras.items()}
     one = {config: config for config in layers.values()}  # for all layers that are alike: a hundred adapters are held
     layers = {path: one[config] for path, config in layers.items()}
     parts = ("A", "B", MAGNITUDE) if config.get("use_dora") else ("A", "B")
     values = {path: tuple(pair[part] for part in parts) for path, pair in loras.items()}
-    return make_loras(model, name, layers, values, rows)
+    return make_loras(model, name, layers, values, rows, whole)
 
 
 def _targets_of(layers: Iterable[str], targets: str | list[str]) -> set[str]:

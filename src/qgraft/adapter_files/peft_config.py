@@ -20,6 +20,7 @@ from typing import Any, cast
 from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError, worded
+from qgraft.model_parts import CLASSIFIERS
 from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
@@ -103,6 +104,8 @@ def check_kind(path: Path, config: Mapping[str, Any]) -> None:
     if config.get("peft_type") not in ("LORA", MINIMUMS):
         raise UnsupportedError(f"{path.parent}: peft_type {config.get('peft_type')!r}; supported: LORA, PREFIX_TUNING")
     used = [key for key in _UNSUPPORTED if config.get(key)]
+    if config.get("task_type") in CLASSIFIERS:
+        used = [key for key in used if key != "modules_to_save"]  # its head, see whole.py
     if config.get("bias", "none") != "none":
         used.append("bias")
     if str(config.get("init_lora_weights")).lower().startswith(_CHANGING_INITS):
@@ -160,6 +163,10 @@ def _are_names(value: object) -> bool:
     return is_pattern(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
 def _are_patterns(value: object) -> bool:
     names = value if isinstance(value, list) else [value]
     return all(
@@ -184,7 +191,7 @@ MOST = 10**9  # of ranks and alphas; far beyond any use, and well within float32
 _LEFT_OUT: dict[str, Any] = {
     "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "fan_in_fan_out": False, "rank_pattern": {},
     "alpha_pattern": {}, "layers_to_transform": [], "layers_pattern": [], "target_modules": [], "exclude_modules": [],
-    "target_parameters": [], "trainable_token_indices": [],
+    "modules_to_save": [], "target_parameters": [], "trainable_token_indices": [],
 }  # fmt: skip
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "r": (_is_rank, "a whole number from 1 on"),
@@ -201,6 +208,7 @@ _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     "exclude_modules": (_are_names, "a list of names, or one regular expression"),
     "trainable_token_indices": (_are_tokens, "a list of token ids, or such lists by names of layers"),
     "target_parameters": (lambda value: isinstance(value, list) and _are_names(value), "a list of names"),
+    "modules_to_save": (_is_list, "a list of names"),
 }
 
 

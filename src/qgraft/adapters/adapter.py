@@ -70,8 +70,8 @@ class Adapter:
 
     @property
     def configs(self) -> dict[str, Any]:
-        """The options of its parts, by module path."""
-        return {path: part.config for path, part in self.parts.items()}
+        """The options of its parts, by module path; a module that is trained whole has none."""
+        return {path: part.config for path, part in self.parts.items() if part.config is not None}
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Its trainable tensors, by module path and name."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.base import adapter_names, adapters_of, gather, one_at_a_time, require_model, selection_of
@@ -43,9 +43,11 @@ from qgraft.adapters.token_rows import (
     TokenRows,
 )
 from qgraft.adapters.token_tables import TokenIndices, make_token_rows, settle_vocabulary
+from qgraft.adapters.whole import WholeHolder, WholeModule, check_free, put_whole, whole_modules
 from qgraft.errors import AdapterError, OptionError, option
 from qgraft.experts import QuantizedExperts
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.model_parts import heads_of
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 Place = Callable[
@@ -71,6 +73,8 @@ def attach_lora(
     target_parameters: Sequence[str] = (),
 ) -> LoraConfig:
     """Freeze the model, wrap its target layers with a new LoRA `name` and make it the active adapter.
+
+    Of a classifier (...ForSequenceClassification, ...ForTokenClassification) it also trains a copy of the head, whole.
 
     Args:
         model: any module tree with QuantizedLinear or nn.Linear layers; changed in place.
@@ -148,7 +152,7 @@ def attach_layers(
     a layer without minimums.
     """
     check_new_name(model, name)
-    put_loras(model, make_loras(model, name, layers, values, rows))
+    put_loras(model, make_loras(model, name, layers, values, rows, dict.fromkeys(heads_of(model))))
     use_adapter(model, name)
 
 
@@ -158,8 +162,13 @@ def make_loras(
     layers: Mapping[str, LoraConfig],
     values: Mapping[str, Values] | None = None,
     rows: Mapping[str, Part] | None = None,
+    whole: Mapping[str, Mapping[str, Tensor] | None] | None = None,
 ) -> Adapter:
-    """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model."""
+    """A LoRA for these layers of the model, inactive and not on it yet; see attach_layers. Changes nothing of the model.
+
+    Args:
+        whole: modules that it has copies of and trains whole: path -> their tensors, None for those of the base.
+    """
     check_exact(model, [path for path, config in layers.items() if config.exact])
     wrapped = {path: _wrapper(model, path) for path in layers}
     check_dora({path: wrapped[path] for path, config in layers.items() if config.use_dora})
@@ -174,6 +183,7 @@ def make_loras(
     }
     nest(parts)
     parts |= rows or {}
+    parts |= {path: _copied(model, path, state) for path, state in (whole or {}).items()}
     adapter = Adapter(name, "lora", parts)
     adapter.let_train(False)
     return adapter
@@ -193,10 +203,27 @@ def _part(layer: LoraLayer, config: LoraConfig, values: Values | None) -> Lora:
 def put_loras(model: nn.Module, adapter: Adapter) -> None:
     """Put a LoRA that fits the model on it, inactive: these modules, not copies of them."""
     rows = {path for path, part in adapter.parts.items() if isinstance(part, TokenRows | TiedRows)}
-    for path in adapter.parts:
-        _wrapper(model, path, path in rows)  # or an error, before anything is changed
-    put_on(model, adapter, lambda model, path, selection: _wrapped(model, path, selection, path in rows))
+    whole = whole_modules(adapter)
+    for path in adapter.parts:  # or an error, before anything is changed
+        if path in whole:
+            check_free(model.get_submodule(path), path)
+        else:
+            _wrapper(model, path, path in rows)
+
+    def place(model: nn.Module, path: str, selection: Selection) -> Holder:
+        return put_whole(model, path, selection) if path in whole else _wrapped(model, path, selection, path in rows)
+
+    put_on(model, adapter, place)
     settle_vocabulary(model)
+
+
+def _copied(model: nn.Module, path: str, state: Mapping[str, Tensor] | None) -> WholeModule:
+    """A copy of the base's module at `path`, with these tensors if there are any."""
+    module = model.get_submodule(path)
+    part = WholeModule(module.base if isinstance(module, WholeHolder) else module)
+    if state is not None:
+        part.module.load_state_dict({leaf: tensor.float() for leaf, tensor in state.items()})
+    return part
 
 
 @one_at_a_time

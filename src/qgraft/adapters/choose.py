@@ -8,6 +8,7 @@ from torch import nn
 
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.token_rows import check_together
+from qgraft.adapters.whole import has_whole
 from qgraft.errors import OptionError
 from qgraft.given import described
 from qgraft.ranges import FINITE
@@ -34,6 +35,12 @@ def use_adapter(model: nn.Module, adapter: str | Mapping[str, float] | None) -> 
             hint="a prefix is there or not: attention is not proportional to its keys, so a share of one means nothing",
         )
     check_together(selection.adapters, weights)
+    heads = has_whole(selection.adapters[name] for name in weights)
+    if heads and (len(heads) > 1 or weights[heads[0]] != 1):
+        raise OptionError(
+            f"weights of classifiers: got {', '.join(f'{name}={weights[name]}' for name in heads)}, expected one with 1",
+            hint="heads have no sum: choose one adapter, or name one for each row with adapter_names",
+        )
     selection.choose(weights)
 
 

@@ -38,6 +38,7 @@ from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import Lora, LoraConfig
 from qgraft.adapters.lora_experts import ExpertLora
 from qgraft.adapters.states import loras_of
+from qgraft.adapters.whole import refuse_whole
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, near_match, worded
 from qgraft.given import described
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, check_ranges
@@ -162,6 +163,8 @@ def combine(
         )
     selection_of(model).require(adapters)
     require_loras(model, adapters, "combine")
+    for adapter in adapters:
+        refuse_whole(find_adapter(model, adapter), "combine")
     loras = {adapter: loras_of(find_adapter(model, adapter), "combine") for adapter in adapters}
     layers = {adapter: {path: _factors(path, lora) for path, lora in own.items()} for adapter, own in loras.items()}
     combined, report = combine_layers(layers, adapters, name, method, r, density, seed)

@@ -11,12 +11,14 @@
     base_model.model.<module path>.base_layer.weight   a copy of the base's weight beside a LoRA on the embedding or the
                                                        output layer; without `base_layer` where it was resized,
                                                        below `token_adapter` beside rows of single tokens
+    base_model.model.<module path>.<its tensor>        of a module that is trained whole (modules_to_save)
 
 PEFT's own model is `base_model.model`, with the adapter's name behind `lora_A`. Its files leave the name out; a state dict
 of the whole model does not, so `default`, the name that PEFT gives, is read as well.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _NAME = re.compile(
@@ -66,6 +68,22 @@ def magnitude_name(path: str) -> str:
 def rows_name(path: str) -> str:
     """PEFT's name of the rows of single tokens of the layer at this module path."""
     return f"base_model.model.{path}.token_adapter.trainable_tokens_delta"
+
+
+def whole_name(path: str, leaf: str) -> str:
+    """PEFT's name of a tensor of the module at this path, which is trained whole."""
+    return f"base_model.model.{path}.{leaf}"
+
+
+def whole_path(name: str, saved: Sequence[str]) -> tuple[str, str] | None:
+    """(module path, name within it) of a tensor of a module that PEFT's modules_to_save names; None for other tensors."""
+    stem, rest = "base_model.model.", name.removeprefix("base_model.model.")
+    if is_lora(name) or not name.startswith(stem):
+        return None
+    parts = rest.split(".")
+    paths = (".".join(parts[:end]) for end in range(1, len(parts)))
+    path = next((path for path in paths if path.endswith(tuple(saved))), None)  # as PEFT compares them
+    return None if path is None else (path, rest[len(path) + 1 :])
 
 
 def is_lora(name: str) -> bool:

@@ -10,6 +10,7 @@ from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.errors import OptionError, near_match
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
+from qgraft.model_parts import heads_of, is_within
 from qgraft.patterns import matches
 from qgraft.plain_layers import is_plain_linear, weight_is_read
 
@@ -58,9 +59,11 @@ def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none.
 
-    Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read).
+    Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read). So are
+    those of a classifier's head, which is trained whole (whole.py).
     """
-    return {path: layer for path, layer in adaptable_layers(model).items() if not is_embedding(layer)}
+    heads, layers = heads_of(model), adaptable_layers(model)
+    return {path: layer for path, layer in layers.items() if not is_embedding(layer) and not is_within(path, heads)}
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -21,6 +21,8 @@ from transformers import (
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -36,7 +38,7 @@ from qgraft.linear import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import CAUSAL, heads_of, is_encoder_decoder, is_within, stated_task
 from qgraft.models.find import architecture_of
 from qgraft.plain_layers import is_plain_linear, qualified_name, weight_is_read
 from qgraft.rotary import by_call
@@ -48,6 +50,12 @@ MOST_PROBLEMS = 500  # listed; more than that is another model's file
 # in the model, everything else as a floating point tensor.
 Reader = Callable[[str], PackedTensor | dict[str, Stack] | Tensor | None]
 Same = Mapping[str, str]  # parameter -> the one that it is the same tensor as, which the checkpoint has
+
+_CLASSES: dict[str, Any] = {
+    CAUSAL: AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
 
 # Embeddings whose only addition is a factor, and the attribute that it is in: those of the Gemmas, and of BART's family
 _SCALED = {
@@ -100,6 +108,8 @@ def assemble(
     if next(model.parameters(), None) is None:
         # All packed, without biases and weights of norms (OLMo): transformers asks parameters for device and dtype
         model.register_parameter("computes_in", nn.Parameter(torch.empty(0, dtype=dtype)))
+    if not hasattr(model, "generation_config"):
+        vars(model)["generation_config"] = None  # of a classifier, which generates nothing
     model.requires_grad_(False)
     return model.eval()
 
@@ -109,7 +119,7 @@ def packable(model: nn.Module, path: str) -> bool:
     module = model.get_submodule(path)
     kinds = (nn.Embedding, Conv1D)
     known = is_plain_linear(module) or type(module) in kinds or qualified_name(module) in _SCALED
-    return known and not weight_is_read(model, path)
+    return known and not weight_is_read(model, path) and not is_within(path, heads_of(model))
 
 
 def weight_formats(model: nn.Module) -> dict[str, int]:
@@ -134,8 +144,14 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     architecture = architecture_of(config)
     foreign = ForeignErrors(f"architecture {config.model_type!r}", UnsupportedError)
-    auto: Any = AutoModelForCausalLM
+    task = stated_task(config.architectures)
+    auto: Any = _CLASSES[task]
     if is_encoder_decoder(config):
+        if task != CAUSAL:
+            raise UnsupportedError(
+                f"{config.model_type}: an encoder-decoder as a classifier ({task}) is not served",
+                hint="encoders and decoders have such heads: BERT, ALBERT, RoBERTa, Qwen, Llama",
+            )
         if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             raise UnsupportedError(
                 f"{config.model_type} has an encoder that reads no text, or none that transformers has with a decoder",

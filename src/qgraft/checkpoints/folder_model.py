@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -36,9 +35,10 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, float_experts_note, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
 from qgraft.checkpoints.generation import read_generation
-from qgraft.checkpoints.glm_tokenizer import chatglm3_tokenizer, glm4_tokenizer, is_glm4
+from qgraft.checkpoints.heads import Heads, Task, head_names, settle_task
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
@@ -49,25 +49,24 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
-from qgraft.models.find import Architecture, architecture_of, find_architecture
-
-LARGEST_ID = (
-    1 << 24
-)  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
-
+from qgraft.models.find import architecture_of, find_architecture
 
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
 _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 
 def load_folder(
-    folder: Path, dtype: torch.dtype, quantize: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    quantize: str | None = None,
+    task: Task = Task(),  # noqa: B008  # frozen
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """The model and tokenizer of a folder; the tokenizer is None when the folder has none.
 
     Args:
         dtype: what the model computes in.
         quantize: a writable format for the linear layers ("q4_1", "chatglm-int4", ...), or None.
+        task: what it is loaded for.
 
     Raises CheckpointError for missing or broken files, UnsupportedError for an unknown architecture or format, or a
     folder that is already quantized by another library.
@@ -76,7 +75,8 @@ def load_folder(
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
     raw = read_config_json(folder)
     config = _config(folder, raw)
-    tokenizer, tokenizer_notes = _tokenizer(folder, config)
+    tokenizer, tokenizer_notes = folder_tokenizer(folder, config)
+    tokenizer_notes += settle_task(config, task, tokenizer)
     with ExitStack() as stack:
         exact = (
             architecture_of(config) is not None
@@ -100,6 +100,7 @@ def load_folder(
         formats=weight_formats(model),
         notes=(
             *reader.notes,
+            *reader.heads.notes(),
             *reader.misfits(),
             *(float_experts_note(model) if quantize else ()),
             *_unexpected_note(unexpected),
@@ -108,7 +109,8 @@ def load_folder(
     )
     read_generation(model, folder)
     digest = folder_digest(folder, reader.vectors)
-    base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors))
+    head = head_names(reader.names.stored, reader.heads.paths)
+    base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors), head=head)
     return model, tokenizer
 
 
@@ -142,7 +144,7 @@ class _FolderReader:
         self.owners = owners(tensors)
         weights = dict.fromkeys(self.owners.get(name, name) for name in tensors)
         self.names = (same_names if exact else transformers_names)(model, weights)
-        output = model.get_output_embeddings()
+        output, self.heads = model.get_output_embeddings(), Heads(model)
         paths = [path for path, _ in model.named_modules() if path and packable(model, path)]
         self.layers: dict[str, Any] = {f"{path}.weight": model.get_submodule(path) for path in paths}
         self.quantized_names = {
@@ -161,9 +163,11 @@ class _FolderReader:
     def __call__(self, name: str) -> PackedTensor | Tensor | None:
         if name in self.names.made:
             return self._make(name)
-        if name not in self.names.stored:
+        stored = self.names.stored.get(name)
+        if (drawn := self.heads.value(name, None if stored is None else self.tensors[stored])) is not None:
+            return drawn
+        if stored is None:
             return None
-        stored = self.names.stored[name]
         matrix = StoredMatrix(stored, self.tensors, self.config)
         layout = find_layout(matrix)
         if layout.packed_as is not None:
@@ -343,56 +347,6 @@ def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         if kind in CONFIG_MAPPING:
             raise CheckpointError(f"{path}: {one_line(error)}") from error
         raise UnsupportedError(f"{folder}: model_type {kind!r} is unknown to transformers") from error
-
-
-def _tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    """The folder's tokenizer, and notes where there is none."""
-    if architecture := architecture_of(config):
-        return _native_tokenizer(folder, architecture, config)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-        return None, []
-    with ForeignErrors(f"{folder}: transformers cannot build the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-        tokenizer.decode(tokenizer("a 1").input_ids)  # a length that is a text, say, is only found out in use
-        largest = max(tokenizer.get_vocab().values(), default=0)
-    if largest > LARGEST_ID:
-        raise CheckpointError(f"{folder}: the tokenizer has a token with id {largest}, expected at most {LARGEST_ID}")
-    return tokenizer, []
-
-
-def _native_tokenizer(
-    folder: Path, architecture: Architecture, config: PreTrainedConfig
-) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
-    path = folder / architecture.vocabulary
-    if not path.is_file():
-        return None, [f"the folder has no vocabulary file ({path.name}), so there is no tokenizer"]
-    files = [folder / "config.json", folder / "tokenizer_config.json"]
-    third = any(re.search(rb"chatglm3", file.read_bytes(), re.IGNORECASE) for file in files if file.is_file())
-    with ForeignErrors(f"{path}: no tokenizer can be built of it"):
-        if path.name == "tokenizer.model" and is_glm4(path):
-            tokenizer = glm4_tokenizer(path)
-        elif third:
-            tokenizer = chatglm3_tokenizer(path)
-        else:
-            tokenizer = architecture.tokenizer(vocab_file=str(path))
-    if problems := _vocabulary_problems(tokenizer, config):
-        raise CheckpointError(
-            f"{path} is not this model's vocabulary: {'; '.join(problems)}",
-            hint="vocabulary and config.json come from one release: take both from there",
-        )
-    return tokenizer, []
-
-
-def _vocabulary_problems(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> list[str]:
-    """Where the tokenizer's ids and the model's part: ids beyond the embedding, or other ids for what both call alike."""
-    problems = []
-    if len(tokenizer) > config.vocab_size:
-        problems.append(f"it has {len(tokenizer)} ids, and the model {config.vocab_size}")
-    for name in ("bos_token_id", "eos_token_id", "mask_token_id", "gmask_token_id"):
-        ours, told = getattr(tokenizer, name, None), getattr(config, name, None)
-        if isinstance(ours, int) and isinstance(told, int) and ours != told:
-            problems.append(f"its {name} is {ours}, and config.json says {told}")
-    return problems
 
 
 def _unexpected_note(names: list[str]) -> list[str]:

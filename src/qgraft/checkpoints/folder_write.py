@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.checkpoints.folder_model import folder_digest, matrix_entries, read_config_json
+from qgraft.checkpoints.heads import changed_head, head_config
 from qgraft.checkpoints.layouts import (
     LAYOUTS,
     StoredMatrix,
@@ -68,19 +69,20 @@ def check_source(origin: Origin) -> None:
         raise changed_source(origin, "another configuration or other tensors than then")
 
 
-def write_folder(target: Path, origin: Origin, matrices: Sequence[Matrix]) -> tuple[int, int, int]:
-    """Publish the folder of `origin` with these matrices as `target`, whole or not at all.
+def write_folder(target: Path, origin: Origin, matrices: Sequence[Matrix], model: nn.Module) -> tuple[int, int, int]:
+    """Publish the folder of `origin` with these matrices, and the head of the classifier `model`, as `target`, whole or not
+    at all.
 
     Returns (bytes of weights written, of the source, tensors that differ from it). Raises CheckpointError, StorageError.
     """
     check_source(origin)
     changed, sizes = 0, {}
     with ExitStack() as stack:
-        shards = _split(_places(origin, matrices, stack))
+        shards = _split(_places(origin, matrices, model, stack))
         storage.require_room(target, sum(place.nbytes for places in shards for place in places))
         with storage.publish_folder(target) as staging:
             _copy_files(origin.path, staging)
-            _write_config(origin.path, staging, matrices, origin.tokens)
+            _write_config(origin.path, staging, matrices, head_config(model), origin.tokens)
             if origin.tokens:
                 _write_tokens(origin.path, staging, origin.tokens)
             weight_map: dict[str, str] = {}
@@ -100,15 +102,18 @@ def write_folder(target: Path, origin: Origin, matrices: Sequence[Matrix]) -> tu
     return sum(sizes.values()), before, changed
 
 
-def folder_entries(origin: Origin, matrices: Sequence[Matrix]) -> Iterator[tuple[str, tuple[int, ...], str, Tensor]]:
+def folder_entries(
+    origin: Origin, matrices: Sequence[Matrix], model: nn.Module
+) -> Iterator[tuple[str, tuple[int, ...], str, Tensor]]:
     """What the fingerprint of the folder with these matrices would be made of."""
     for matrix in matrices:
         if not matrix.stored.repeated:
             yield from matrix_entries(matrix.stored.name, matrix.whole())
     with ExitStack() as stack:
         tensors = open_shards(origin.path, stack)
-        for name in origin.vectors:
-            value = tensors[name]()
+        head = changed_head(model, origin.head, tensors)
+        for name in dict.fromkeys([*origin.vectors, *head]):
+            value = head[name] if name in head else tensors[name]()
             yield name, tuple(value.shape), str(value.dtype), value
 
 
@@ -143,6 +148,7 @@ class _Place:
     shard: Shard
     name: str
     matrix: Matrix | None
+    value: Tensor | None = None  # where it is of the head
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -150,9 +156,13 @@ class _Place:
 
     @property
     def nbytes(self) -> int:
+        if self.value is not None:
+            return self.value.nbytes
         return int(self.shard.tensor(self.name).nbytes if self.matrix is None else self.matrix.nbytes)
 
     def tensors(self) -> Tensors:
+        if self.value is not None:
+            return {self.name: (WORDS[self.value.dtype], self.value)}
         if self.matrix is None:
             return {self.name: (self.shard.describe(self.name)[1], self.shard.tensor(self.name))}
         stored = self.matrix.stored
@@ -163,7 +173,7 @@ class _Place:
     def differs(self, tensors: Tensors) -> bool:
         """Whether these are not what the source has in this place."""
         if self.matrix is None:
-            return False
+            return self.value is not None
         for name, (_, new) in tensors.items():
             old = self.shard.tensor(name) if name in self.shard.names else None
             if old is None or (old.shape, old.dtype) != (new.shape, new.dtype):
@@ -179,15 +189,19 @@ def _bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
-def _places(origin: Origin, matrices: Sequence[Matrix], stack: ExitStack) -> Iterator[_Place]:
-    """Every tensor of the source that is written again; those that make up a matrix go with the first of them."""
+def _places(origin: Origin, matrices: Sequence[Matrix], model: nn.Module, stack: ExitStack) -> Iterator[_Place]:
+    """Every tensor of the source that is written again; those that make up a matrix go with the first of them. What is new of
+    a classifier's head comes last."""
     by_name = {matrix.stored.name: matrix for matrix in matrices}
     shards = [(path, open_shard(path, stack)) for path in shard_paths(origin.path)]
     whose = owners([name for _, shard in shards for name in shard.names])
     tensors = {name: partial(shard.tensor, name) for _, shard in shards for name in shard.names}
     config = read_config_json(origin.path)
+    head = changed_head(model, origin.head, tensors)
     for path, shard in shards:
         for name in shard.names:
+            if name in head:
+                continue
             matrix = by_name.get(whose.get(name, name))
             if matrix is None:
                 yield _Place(path, shard, name, None)
@@ -201,6 +215,8 @@ def _places(origin: Origin, matrices: Sequence[Matrix], stack: ExitStack) -> Ite
                 *tensor_names(layout_for(matrix.format), weight),
             ):  # a stray beside plain numbers
                 yield _Place(path, shard, name, None)
+    for name, value in head.items():
+        yield _Place(*shards[-1], name, None, value)
 
 
 def _split(places: Iterator[_Place]) -> list[list[_Place]]:
@@ -257,10 +273,13 @@ def _write_tokens(source: Path, staging: Path, tokens: Sequence[Any]) -> None:
         storage.write_json(staging / options.name, config)
 
 
-def _write_config(source: Path, staging: Path, matrices: Sequence[Matrix], tokens: Sequence[Any] = ()) -> None:
-    """config.json as it was, but for what layouts say in it of these matrices, and the number of tokens with new ones."""
+def _write_config(
+    source: Path, staging: Path, matrices: Sequence[Matrix], head: Mapping[str, Any], tokens: Sequence[Any] = ()
+) -> None:
+    """config.json as it was, but for what layouts say in it of these matrices, what is said of a classifier's head, and
+    the number of tokens with new ones."""
     before = read_config_json(source)
-    config = configured(before, [matrix.format for matrix in matrices])
+    config: Mapping[str, Any] = {**configured(before, [matrix.format for matrix in matrices]), **head}
     if tokens:
         config = _with_vocabulary(config, max(token.id for token in tokens) + 1)
     if config == before:

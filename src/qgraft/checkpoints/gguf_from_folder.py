@@ -40,7 +40,7 @@ from qgraft.data.scripted import WritesPrompts
 from qgraft.errors import CheckpointError, StorageError, UnsupportedError
 from qgraft.formats import get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
-from qgraft.model_parts import decoder_of
+from qgraft.model_parts import decoder_of, heads_of
 
 ALIGNMENT = 32
 POSITIONS = "position_embd.weight"  # llama.cpp adds them in float32
@@ -102,8 +102,11 @@ def _architecture(model: Any) -> str:
 
 def draft_gguf(model: Any) -> Draft:
     """The file that `model` would be. Raises UnsupportedError for what no GGUF file can say."""
-    origin, config, architecture = find_origin(model), model.config, _architecture(model)
+    origin = find_origin(model)
     refuse = partial(_refusal, origin.path)
+    if heads := heads_of(model):
+        raise refuse(f"it has no place for the head of a classifier ({', '.join(heads)})")
+    config, architecture = model.config, _architecture(model)
     tokenizer = base_of(model).tokenizer
     if tokenizer is None:
         raise refuse("it came without a tokenizer, and a GGUF file holds one")

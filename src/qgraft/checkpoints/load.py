@@ -1,6 +1,7 @@
 """load(): one door for every kind of base: a GGUF file, a folder, a hub id, or the name of a known model."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from qgraft.checkpoints.folder_model import folder_config, load_folder, read_con
 from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf
+from qgraft.checkpoints.heads import Task
 from qgraft.checkpoints.layouts.chatglm import stated_bits
 from qgraft.checkpoints.pull import from_hub, known_names, pull
 from qgraft.checkpoints.save import save_pretrained
@@ -22,7 +24,7 @@ from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
 from qgraft.given import path_given
-from qgraft.model_parts import is_encoder_decoder, pairs_unsupported
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, pairs_unsupported
 from qgraft.models.find import architecture_of, find_architecture
 from qgraft.releases import check_releases
 
@@ -35,6 +37,9 @@ def load(
     quantize: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "auto",
+    task_type: str | None = None,
+    labels: Sequence[str] | None = None,
+    problem_type: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Load a base with its weights packed.
 
@@ -44,6 +49,9 @@ def load(
         quantize: packs the linear layers of a float checkpoint in this format while loading.
         dtype: what activations are computed in; "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
         device: where the packed weights go; "auto" is a GPU where there is one.
+        task_type: SEQ_CLS or TOKEN_CLS makes a classifier of a folder (heads.py); None for what its config.json says.
+        labels: names of what it tells apart, by their ids; None for the folder's own.
+        problem_type: single_label_classification, multi_label_classification or regression, as in transformers.
 
     Returns an ordinary transformers model in evaluation mode, frozen, with `model.qgraft` on it (adapters/base.py; what was
     loaded is its `info`), and its tokenizer (None for a folder without one). A ChatGLM's folder that holds a prefix
@@ -54,9 +62,13 @@ def load(
     device = choose_device(device)
     compute_dtype = choose_dtype(dtype, device)
     path_given("model", model)
+    task = Task(task_type, labels, problem_type)
     path = _resolve(os.fspath(model))  # as it is spelt: ./org/name is no name of the hub
     if path.is_dir():
-        loaded, tokenizer = load_folder(path, compute_dtype, quantize)
+        loaded, tokenizer = load_folder(path, compute_dtype, quantize, task)
+    elif task not in (Task(), Task(CAUSAL)):
+        raise UnsupportedError(f"task_type={task_type!r}: {path.name} is a GGUF file, whose models write; classifiers come "
+                               "from folders", hint="give the folder of the float checkpoint")  # fmt: skip
     elif quantize is not None:
         raise UnsupportedError(
             f"quantize={quantize!r} with {path.name}: a GGUF file's weights are loaded as they are stored",

@@ -13,7 +13,7 @@ because a copied or touched file is the same, and refusing it would cost somebod
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Origin:
         vectors: the parameters that were read as floats (norms, biases), by their names in the model.
         parts: how many files a GGUF model is split over.
         tokens: those that the model has beyond the container's (data.new_tokens.NewToken), whose rows a merge wrote.
+        head: of a classifier, the parameters of its head that are in the folder -> their tensors there.
     """
 
     path: Path
@@ -73,6 +74,7 @@ class Origin:
     vectors: tuple[str, ...] = ()
     parts: int = 1
     tokens: tuple[Any, ...] = ()
+    head: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

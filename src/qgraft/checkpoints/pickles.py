@@ -33,8 +33,12 @@ _ASKED_FOR = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def load_pickle(path: Path, error: type[QgraftError], *, mmap: bool = False) -> Any:
-    """What torch.save wrote to `path`, on the CPU. Raises `error`."""
+    """What torch.save wrote to `path`, on the CPU; `mmap` maps a file that is a zip, as those are since torch 1.6.
+
+    Raises `error`.
+    """
     try:
+        mmap = mmap and zipfile.is_zipfile(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as reason:
         if asked := _ASKED_FOR.search(str(reason)):

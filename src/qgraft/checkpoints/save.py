@@ -108,7 +108,7 @@ def save(
         elif origin.container == "gguf":
             written = write_gguf(target, origin, matrices, _uniform(model, matrices))
         else:
-            written = write_folder(target, origin, matrices)
+            written = write_folder(target, origin, matrices, model)
     return SaveReport(target, *written, _count(matrices), tuple(notes))
 
 
@@ -150,7 +150,7 @@ def current_fingerprint(model: nn.Module) -> str:
     if origin.container == "gguf":
         return fingerprint(gguf_entries(open_source(origin), matrices))
     check_source(origin)
-    return fingerprint(folder_entries(origin, matrices))
+    return fingerprint(folder_entries(origin, matrices, model))
 
 
 def _absolute(path: str | Path, origin: Origin) -> Path:

@@ -87,7 +87,7 @@ def run(words: Sequence[str]) -> int:
 
     from qgraft.passes.decoding import fast_decoding
 
-    model, tokenizer, names = load_with_adapters(options)
+    model, tokenizer, names = load_with_adapters(options, writes="qgraft chat")
     if len(names) > 1:
         print_note(f"{_speaker(model)} answers")
     torch.manual_seed(options.seed)

@@ -25,6 +25,7 @@ def run(words: Sequence[str]) -> int:
 
     from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.memory.settings import estimate
+    from qgraft.model_parts import require_writer
     from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
     from qgraft.training.new_tokens import take_tokens
@@ -34,6 +35,7 @@ def run(words: Sequence[str]) -> int:
     refuse_encoder_decoder(options.model, "estimate")
     dtype, device = arguments.compute_dtype, arguments.device
     model, tokenizer = load(options.model, quantize=arguments.quantize, dtype=dtype, device=device)
+    require_writer(model, "qgraft estimate")
     if tokenizer is not None:
         take_tokens(model, tokenizer, arguments)
     prepare_adapter(model, arguments)

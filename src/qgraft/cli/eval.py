@@ -28,6 +28,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--author", help="what {{author}} in the dataset becomes")
     parser.add_argument("--prompt_column", help="column of the question, where the rows' own names are not recognized")
     parser.add_argument("--response_column", help="column of the answer")
+    parser.add_argument("--label_column", help="of a classifier: column of the label, or of a label for each word")
     parser.add_argument("--history_column", help="column of earlier rounds, [[question, answer], ...]")
     parser.add_argument(
         "--max_length", type=number_in(LENGTH), default=2048, help="longer samples are cut (default 2048)"
@@ -65,7 +66,8 @@ def run(words: Sequence[str]) -> int:
     for key, result in results.items():
         print(f"{key:<{width}}  loss {result['loss']:.4f}  {_beside(result)}")
     rows = results["base"]  # the same for all
-    labels = f"{rows['labels']} answer tokens of " if "labels" in rows else ""
+    what = "answer tokens" if "perplexity" in rows else "labels"
+    labels = f"{rows['labels']} {what} of " if "labels" in rows else ""
     counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]
     if rows["truncated"]:
         counts.append(f"{rows['truncated']} cut at max_length {options.max_length}: their ends are not measured")
@@ -77,6 +79,10 @@ def _beside(result: dict[str, float]) -> str:
     """What is said beside the loss: the perplexity, or of preferences how often the model is right, and how clearly."""
     if "perplexity" in result:
         return f"perplexity {result['perplexity']:.2f}"
+    if "accuracy" in result:
+        return f"accuracy {100 * result['accuracy']:.1f} %  macro-F1 {result['macro_f1']:.3f}"
+    if "mae" in result:
+        return f"mean error {result['mae']:.4f}"
     names = {"logps/accuracies": "likelier", "rewards/accuracies": "rewarded more", "rewards/margins": "margin"}
     shown = {names[key]: result[key] for key in names if key in result}
     return "  ".join(f"{name} {value:.3f}" if name == "margin" else f"{name} {100 * value:.1f} %"

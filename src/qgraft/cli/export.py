@@ -95,10 +95,12 @@ def _check_dtype(options: argparse.Namespace) -> None:
 def _loaded(options: argparse.Namespace) -> tuple[Any, Any, str, dict[str, Any]]:
     """(model, tokenizer, the adapter's name, what it was trained with); no adapter has the name ""."""
     from qgraft.adapter_files.folder import load_adapter
+    from qgraft.adapter_files.told_task import told_labels
     from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
 
-    model, tokenizer = load(options.model, quantize=options.quantize, dtype="float32", device="cpu")
+    about = told_labels(options.model, options.adapter) if options.adapter is not None else {}
+    model, tokenizer = load(options.model, quantize=options.quantize, dtype="float32", device="cpu", **about)
     if options.adapter is None:
         print_notes(model)
         return model, tokenizer, "", {}

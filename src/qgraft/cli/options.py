@@ -73,22 +73,32 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU where there is one")
 
 
-def load_with_adapters(options: argparse.Namespace, prompts: bool = True) -> tuple[Any, Any, list[str]]:
+def load_with_adapters(
+    options: argparse.Namespace, prompts: bool = True, writes: str | None = None
+) -> tuple[Any, Any, list[str]]:
     """(model, tokenizer, adapter names) with every --adapter attached, the last one active; says what was applied.
 
     Args:
+        writes: what a model is needed for that writes; None where a classifier serves as well.
         prompts: take what prompts depend on from the last adapter, see prompt_as_in_training.
 
     A prefix that came with the model is not among the names; it is active where no --adapter is given.
     """
     from qgraft.adapter_files.folder import load_adapter
+    from qgraft.adapter_files.told_task import told_labels
     from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.checkpoints.load import load
     from qgraft.errors import AdapterError
+    from qgraft.model_parts import require_writer
 
     if missing := [folder for folder in options.adapter if not Path(folder).exists()]:  # before minutes of loading
         raise AdapterError(f"--adapter {missing[0]}: no such file or folder")
-    model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
+    about = told_labels(options.model, options.adapter[-1]) if options.adapter else {}
+    model, tokenizer = load(
+        options.model, quantize=options.quantize, dtype=options.dtype, device=options.device, **about
+    )
+    if writes is not None:
+        require_writer(model, writes)
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")
     print_notes(model)

@@ -129,6 +129,7 @@ def make_service(options: argparse.Namespace) -> Any:
     from qgraft.adapters.base import adapter_names
     from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.load import load, refuse_encoder_decoder
+    from qgraft.model_parts import require_writer
     from qgraft.serving.catalogue import Catalogue
     from qgraft.serving.engine import Engine
     from qgraft.serving.keys import Keys
@@ -141,6 +142,7 @@ def make_service(options: argparse.Namespace) -> Any:
         raise AdapterError(f"--adapters {options.adapters}: no such folder")
     refuse_encoder_decoder(options.model, "serve")
     model, tokenizer = load(options.model, quantize=options.quantize, dtype=options.dtype, device=options.device)
+    require_writer(model, "qgraft serve")
     if tokenizer is None:
         raise without_tokenizer(options.model, model, "this command")
     print_notes(model)

@@ -164,6 +164,7 @@ def _together(done: "Sequence[TrainReport]", jobs: int) -> str:
 
 def _check(arguments: "TrainArguments") -> None:
     """Print the notes, and raise what can be known to be wrong before the minutes that loading a large model takes."""
+    from qgraft.adapter_files.told_task import told_task
     from qgraft.errors import DataError, OptionError
     from qgraft.training.output_dir import check_output_dir
     from qgraft.training.predict import EVALUATED, check_predicting, check_results
@@ -174,6 +175,7 @@ def _check(arguments: "TrainArguments") -> None:
     if not arguments.model_name_or_path:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
     _check_kind(arguments)
+    arguments.task_type = arguments.task_type or told_task(arguments.model_name_or_path, arguments.adapter_name_or_path)
     if arguments.output_dir == UNSAID:
         raise OptionError("no output_dir is given", hint="--output_dir out")
     if arguments.do_train and not arguments.find_lr:
@@ -217,11 +219,35 @@ def load_base(arguments: "TrainArguments") -> tuple[Any, Any]:
             print_note(
                 f"note: quantization_bit {arguments.quantization_bit}: the weights are stored in so many bits already"
             )
-    model, tokenizer = load(name, quantize=quantize, dtype=arguments.compute_dtype, device=arguments.device)
+    about = _classifier(arguments)
+    model, tokenizer = load(name, quantize=quantize, dtype=arguments.compute_dtype, device=arguments.device, **about)
     if tokenizer is None:
         raise without_tokenizer(name, model, "this command")
     print_notes(model)
     return model, tokenizer
+
+
+def _classifier(arguments: "TrainArguments") -> dict[str, Any]:
+    """What load() is told of a classifier: what the adapter tells, the options say, the folder says, or the rows."""
+    from qgraft.adapter_files.told_task import told_labels, told_task
+    from qgraft.model_parts import CLASSIFIERS
+    from qgraft.training.classification_options import task_given
+    from qgraft.training.label_rows import labels_of_rows
+
+    if arguments.adapter_name_or_path and (about := told_labels(*_places(arguments))):
+        return about
+    task, rows = task_given(arguments), arguments.dataset or arguments.eval_dataset or arguments.test_dataset
+    if task.task_type not in CLASSIFIERS:
+        return {} if task.task_type is None else {"task_type": task.task_type}
+    own = told_task(str(arguments.model_name_or_path)) == task.task_type
+    if rows is None or (own and task.labels is None and task.problem_type is None):
+        return {"task_type": task.task_type, "labels": task.labels, "problem_type": task.problem_type}
+    scheme = labels_of_rows(rows, arguments)
+    return {"task_type": task.task_type, "labels": scheme.names, "problem_type": scheme.problem_type}
+
+
+def _places(arguments: "TrainArguments") -> tuple[str, str]:
+    return str(arguments.model_name_or_path), str(arguments.adapter_name_or_path)
 
 
 def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
@@ -290,6 +316,8 @@ def _evaluate(
 ) -> None:
     """Print the held-out loss (a run that trained has measured it), and scores if asked; both into eval_results.json."""
     from qgraft import storage
+    from qgraft.model_parts import CLASSIFIERS
+    from qgraft.training.classification import METRICS
     from qgraft.training.held_out import evaluate_held_out
     from qgraft.training.predict import EVALUATED, answer_rows
 
@@ -298,9 +326,12 @@ def _evaluate(
         measured = {"eval_loss": of_rows.loss, **{f"eval_{key}": value for key, value in of_rows.metrics.items()}}
     else:
         measured = report.metrics
-    loss, beside = measured["eval_loss"], {key: value for key, value in measured.items() if "/" in key}
+    kept = {f"eval_{name}" for name in METRICS}
+    loss = measured["eval_loss"]
+    beside = {key: value for key, value in measured.items() if "/" in key or key in kept}
     results: dict[str, Any] = {"eval_loss": loss, **beside}
-    perplexity = f", perplexity {math.exp(min(loss, 700.0)):.2f}" if arguments.stage == "sft" else ""
+    writes = arguments.stage == "sft" and arguments.task_type not in CLASSIFIERS
+    perplexity = f", perplexity {math.exp(min(loss, 700.0)):.2f}" if writes else ""
     print(f"held-out loss {loss:.4f}{perplexity}")
     for key, value in beside.items():
         print(f"{key} {value:.4f}")
@@ -316,13 +347,19 @@ def _evaluate(
 
 def _predict(model: Any, tokenizer: Any, arguments: "TrainArguments", console: "Console") -> None:
     from qgraft.training.predict import PREDICTIONS, RESULTS, predict
+    from qgraft.training.predict_labels import LINES, LabelPredictions
 
     found = predict(model, tokenizer, None, arguments, progress=console)
     for note in found.notes:
         print_note(f"note: {note}")
     print_note(found.accounting.summary())
-    _print_scores(found)
-    print(f"{PREDICTIONS} and {RESULTS} are in {arguments.output_dir}")
+    if isinstance(found, LabelPredictions):
+        said = {"loss": found.measured.loss, **found.measured.metrics}
+        print(", ".join(f"{name} {value:.4f}" for name, value in said.items()) + f" of {len(found.rows)} rows")
+    else:
+        _print_scores(found)
+    lines = LINES if isinstance(found, LabelPredictions) else PREDICTIONS
+    print(f"{lines} and {RESULTS} are in {arguments.output_dir}")
 
 
 def _print_scores(found: "Predictions") -> None:
@@ -345,6 +382,8 @@ def _print_report(report: "TrainReport") -> None:
         parts.append(f"{metrics['eval_loss_last']:.3f} at the end (in {LAST})")
     parts.append(f"{metrics['tokens_per_second']:.0f} tokens/s")
     print(comma_lines([*parts, f"peak memory {metrics['peak_memory_bytes'] / 1e9:.2f} GB"]))
+    if "eval_accuracy" in metrics:
+        print(f"held-out accuracy {100 * metrics['eval_accuracy']:.1f} %, macro-F1 {metrics['eval_macro_f1']:.3f}")
     if "eval_rewards/accuracies" in metrics:
         margin = f", by {metrics['eval_rewards/margins']:.2f}" if "eval_rewards/margins" in metrics else ""
         print(f"held-out rows rewarded the right way round: {100 * metrics['eval_rewards/accuracies']:.1f} %{margin}")

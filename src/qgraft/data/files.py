@@ -144,3 +144,18 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 yield row, f"{path.name}:{number}"
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read after row {number}: {error}") from error
+
+
+def hub_rows(hub: str, hint: str, **places: str | None) -> Iterator[Row]:
+    """Rows of a dataset on the Hugging Face Hub, from its cache where there is no network."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(f"{hub}: no such file, and the Hub needs datasets", hint="pip install datasets") from error
+    try:
+        rows = datasets.load_dataset(hub, **{**places, "split": places.get("split") or "train"})
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        offline = "no connection to the Hub" if isinstance(error, ConnectionError) else "the Hub gives none"
+        raise DataError(f"{hub}: no such file here, and {offline} ({error})", hint=hint) from error
+    for number, row in enumerate(rows, 1):
+        yield row, f"{hub}:{number}"

@@ -9,12 +9,13 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
+from qgraft.data.label_samples import LabelSample
 from qgraft.data.pairs import PairSample
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import DataError
 
-Row = TypeVar("Row", bound=Sample | Preference | PairSample)
+Row = TypeVar("Row", bound=Sample | Preference | LabelSample | PairSample)
 
 
 def hold_out(samples: Sequence[Row], val_size: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -70,13 +70,15 @@ class Message:
 class Conversation:
     """Messages, ending in an answer; where they stand in a file; the tools that their answers may call.
 
-    `desirable` says whether the answer is wanted, where the row says so of a single answer.
+    `desirable` says whether the answer is wanted, where the row says so of a single answer; `label` is that of texts for a
+    classifier, which are the messages then.
     """
 
     messages: tuple[Message, ...]
     source: str
     tools: tuple[Tool, ...] = ()
     desirable: bool | None = None
+    label: Any = None
 
     @classmethod
     def of(cls, source: str, *pairs: Pair) -> "Conversation":

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from qgraft.data.calls import RowError
-from qgraft.data.files import SUFFIXES, check_suffix, file_rows, load_json, read_text
+from qgraft.data.files import SUFFIXES, check_suffix, file_rows, hub_rows, load_json, read_text
+from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
 from qgraft.data.rows import COLUMNS, Read, RowLayout, column_flags, read_row, schemas
@@ -121,8 +122,8 @@ class _Item:
 
 
 def named_columns(options: Mapping[str, Any]) -> dict[str, str] | None:
-    """`columns` for read_dataset from the options prompt_column, response_column and history_column; None without any."""
-    named = {part: options.get(f"{part}_column") for part in ("prompt", "response", "history")}
+    """`columns` for read_dataset from the options prompt_column, response_column ...; None without any."""
+    named = {part: options.get(f"{part}_column") for part in ("prompt", "response", "history", "label")}
     return {part: column for part, column in named.items() if column} or None
 
 
@@ -161,6 +162,14 @@ def read_preferences(
 ) -> tuple[list[tuple[Conversation, ...]], Accounting]:
     """The same of rows of preferences: (chosen, rejected) of each; or, `labelled`, (answer,) with Conversation.desirable."""
     return _read(read_judged if labelled else read_pair, names, dataset_dir, **reading)
+
+
+def read_labels(
+    names: Dataset, dataset_dir: str | None = None, *, tokens: bool = False, **reading: Any
+) -> tuple[list[Conversation], Accounting]:
+    """The same of labelled texts; with `tokens` of words with a label each (labelled.py)."""
+    found, accounting = _read(read_tagged if tokens else read_labelled, names, dataset_dir, **reading)
+    return [conversation for (conversation,) in found], accounting
 
 
 def _answered(row: object, layout: RowLayout) -> Sequence[Read]:
@@ -207,7 +216,7 @@ def _sha256(conversations: Iterable[Conversation]) -> str:
     for each in conversations:
         turns = [(m.role, m.content, m.reasoning, [(c.name, c.arguments, c.id) for c in m.calls], m.call_id, m.name, m.weight)
                  for m in each.messages]  # fmt: skip
-        judged = [] if each.desirable is None else [each.desirable]
+        judged = [said for said in (each.desirable, each.label) if said is not None]
         digest.update(json.dumps([turns, each.tools, *judged]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -237,6 +246,9 @@ def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
     return cast(Sequence[Mapping[str, object]], given)
 
 
+_LABELLED = (read_labelled, read_tagged)
+
+
 def _read_item(
     item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader
 ) -> list[tuple[Conversation, ...]]:
@@ -261,8 +273,10 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        known = schemas() if reader is _answered else PREFERENCES
-        told = None if reader is read_pair else column_flags(unread, item.layout)  # a pair has no one answer to name
+        known = schemas() if reader is _answered else labelled_rows() if reader in _LABELLED else PREFERENCES
+        told = (
+            column_flags(unread, item.layout) if reader in (_answered, read_judged) else None
+        )  # others have no one answer
         raise DataError(f"{item.name}: {why}", hint=told or known)
     total.notes += item.notes
     return found
@@ -272,7 +286,7 @@ def _filled_in(read: Read, fill: Fill, source: str) -> Conversation:
     """A conversation with name and author put in."""
     messages = (replace(each, content=_filled(each.content, fill, source),
                         reasoning=_filled(each.reasoning, fill, source)) for each in read.messages)  # fmt: skip
-    return Conversation(tuple(messages), source, read.tools, read.desirable)
+    return Conversation(tuple(messages), source, read.tools, read.desirable, read.label)
 
 
 def _filled(text: str, fill: Fill, source: str) -> str:
@@ -310,7 +324,7 @@ def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill, outside: bo
     hint = near_match(name, known) or f"there are {', '.join(known[:20])}"
     hub = _HUB_NAME.fullmatch(name)
     if hub and Path(name).suffix not in SUFFIXES:
-        return _Item(name, _hub_rows(hub[1], hint, split=hub[2]), layout)
+        return _Item(name, hub_rows(hub[1], hint, split=hub[2]), layout)
     raise DataError(f"{name}: no built-in set, no entry of {info_path}, no file or folder", hint=hint)
 
 
@@ -380,20 +394,5 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outsid
                 f"{where}: hf_hub_url {hub} is a folder here",
                 hint=f"name the folder itself as the dataset, or give {option('allow_outside_files')}",
             )
-        return _Item(name, _hub_rows(hub, f"see {where}", **places), layout, limit)
+        return _Item(name, hub_rows(hub, f"see {where}", **places), layout, limit)
     raise DataError(f"{where}: names no file_name and no hf_hub_url (scripts and other hubs are not read)")
-
-
-def _hub_rows(hub: str, hint: str, **places: str | None) -> Iterator[Row]:
-    """Rows of a dataset on the Hugging Face Hub, from its cache where there is no network."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(f"{hub}: no such file, and the Hub needs datasets", hint="pip install datasets") from error
-    try:
-        rows = datasets.load_dataset(hub, **{**places, "split": places.get("split") or "train"})
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        offline = "no connection to the Hub" if isinstance(error, ConnectionError) else "the Hub gives none"
-        raise DataError(f"{hub}: no such file here, and {offline} ({error})", hint=hint) from error
-    for number, row in enumerate(rows, 1):
-        yield row, f"{hub}:{number}"

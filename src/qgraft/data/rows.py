@@ -20,6 +20,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Number
+from typing import Any
 
 from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
@@ -68,12 +69,14 @@ _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one as \ud800; no to
 
 @dataclass(frozen=True)
 class Read:
-    """What a row holds: messages that end in an answer, tools, the keys that change nothing; whether the answer is wanted."""
+    """What a row holds: messages that end in an answer, tools, the keys that change nothing; whether the answer is wanted; of
+    texts for a classifier their label (labelled.py)."""
 
     messages: list[Message]
     tools: tuple[Tool, ...] = ()
     ignored: frozenset[str] = frozenset()
     desirable: bool | None = None
+    label: Any = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class RowLayout:
         if told is None and "prompt" in self.columns and part in ("query", "history", "system", "tools"):
             return None  # as in LLaMA-Factory: who names the columns names all of them
         names = [told] if told else COLUMNS[part]
-        present = [key for name in names if (key := _column(row, name)) is not None]
+        present = [key for name in names if (key := column_called(row, name)) is not None]
         if told and not present and part in ("prompt", "response", "messages"):
             raise RowError(f"no column {told!r}")
         # A table of mixed rows has all columns in each row: the present ones may be empty.
@@ -127,7 +130,7 @@ def read_row(row: object, layout: RowLayout) -> Read:
     return Read(messages, tools, frozenset([*ignored, *unread(row, (layout.find(row, part) for part in parts))]))
 
 
-def _column(row: Mapping[str, object], name: str) -> str | None:
+def column_called(row: Mapping[str, object], name: str) -> str | None:
     """The column of this name, or else the first that differs from it in case, blanks or dashes only."""
     if name in row:
         return name
@@ -140,7 +143,7 @@ def column_flags(row: object, layout: RowLayout) -> str | None:
 
     None of a pair, too: no column of it is the answer, and the rejected one the least.
     """
-    if not isinstance(row, Mapping) or any(_column(row, part) for part in ("chosen", "rejected")):
+    if not isinstance(row, Mapping) or any(column_called(row, part) for part in ("chosen", "rejected")):
         return None
     texts = [key for key in row if isinstance(key, str) and isinstance(row[key], str)]
     try:
@@ -174,7 +177,7 @@ def unread(row: Mapping[str, object], read: Iterable[str | None]) -> list[str]:
 
 
 def _of_pair(row: Mapping[str, object], layout: RowLayout) -> list[Message]:
-    if _column(row, "chosen") and _column(row, "rejected") and not layout.find(row, "response"):
+    if column_called(row, "chosen") and column_called(row, "rejected") and not layout.find(row, "response"):
         raise RowError("holds preferences (chosen, rejected), which stage dpo learns; stage sft learns answers")
     if not any(layout.find(row, part) for part in ("prompt", "query", "response")):
         raise RowError(f"unknown keys: {', '.join(sorted(str(key)[:40] for key in row)[:6]) or 'none'}")

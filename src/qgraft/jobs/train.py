@@ -33,7 +33,7 @@ from qgraft.jobs.joint_step import HandIn, learn_together
 from qgraft.linear import computing
 from qgraft.locks import folder_locked
 from qgraft.memory.budget import training_tokens
-from qgraft.model_parts import is_encoder_decoder, pairs_unsupported
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, pairs_unsupported, task_of
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.progress import Display, shown
@@ -74,6 +74,11 @@ def train_jobs(
     require_loras(model, adapter_names(model), "training several adapters at once")
     if is_encoder_decoder(model.config):
         raise pairs_unsupported("training several adapters at once")
+    if task_of(model) != CAUSAL:
+        raise UnsupportedError(
+            f"training several adapters at once: the model is a classifier ({task_of(model)}), whose texts are padded",
+            hint="train one after another",
+        )
     nn.Module.to(model, jobs[0].device)
     console = shown(progress)
     display = run_display(console, labels=True) if console else None

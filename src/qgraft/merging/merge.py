@@ -51,6 +51,7 @@ from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.experts import StackToMerge, round_stack, rounded_notes, stacks_to_merge
 from qgraft.merging.finish import finish
+from qgraft.merging.heads import heads_merged, no_classifier_rows, put_heads, settle_method
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
@@ -59,7 +60,7 @@ from qgraft.merging.needed_rows import no_rows, rows_to_measure, rows_to_solve
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
 from qgraft.merging.token_rows import Written, rows_written
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, bar_on, counted, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -136,9 +137,12 @@ def _merge(
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
     trained, brought = [each.trained for each in adapters], [each.kept for each in adapters]
-    find = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
+    find: Any = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
+    find = find if task_of(model) == CAUSAL else no_classifier_rows
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
+    starts = {path: _start(layer, to) for path, layer in solved.items()}
+    method = settle_method(model, method, starts)
     solves = bool(solved or experts) and method in CHAINS
     chosen: Calibration | None
     unmeasured: str | None
@@ -146,7 +150,6 @@ def _merge(
         chosen, unmeasured = no_rows(solves, method, *given)
     else:
         chosen, unmeasured = rows_to_solve(find, method) if solves else rows_to_measure(find, speaks, *given)
-    starts = {path: _start(layer, to) for path, layer in solved.items()}
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
     with evaluating(model), bar_on(console) as bar:
@@ -246,6 +249,7 @@ def unmerge(model: PreTrainedModel) -> None:
     for adapter in merges.adapters.values():
         put_loras(model, copy.deepcopy(adapter))  # a copy of the model has the same Merged, and shall not train with it
     use_adapter(model, active)
+    put_heads(model, merges.heads)
     base.info, base.origin, base.merged = merges.info, merges.origin, None
 
 
@@ -256,9 +260,10 @@ def _replace(
     base, layers = base_of(model), dict[str, LoraLinear | ExpertStack](lora_layers(model))
     layers |= {path: each.stack for path, each in stacks_to_merge(model, weights).items()}
     before, info = merged_of(model) or Merged(base.info, {}, {}, {}, rows.origin), base.info
-    if info is not None:  # adapters of the unmerged base no longer fit
-        with in_place(layers, packed):  # may fail, so it comes before what cannot
-            info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
+    with heads_merged(model, weights) as heads:
+        if info is not None:  # adapters of the unmerged base no longer fit
+            with in_place(layers, packed):  # may fail, so it comes before what cannot
+                info = replace(info, fingerprint=current_fingerprint(model), formats=weight_formats(model))
     original = {path: layers[path].packed for path in packed} | rows.packed | before.packed
     for path, merged in packed.items():
         layers[path].replace(merged)
@@ -269,7 +274,8 @@ def _replace(
         adapter = rows.adapters.get(name) or find_adapter(model, name)
         adapters[kept], active[kept] = replace(adapter, name=kept), weight
         detach_lora(model, name)
-    base.info, base.merged = info, Merged(before.info, original, adapters, active, before.origin)
+    base.info = info
+    base.merged = Merged(before.info, original, adapters, active, before.origin, heads | before.heads)
     rows.kept = True
 
 

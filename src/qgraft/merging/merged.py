@@ -1,8 +1,9 @@
 """What merges took away from a model, so that `unmerge` can put it back: bytes, adapters, and the way into its file."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from qgraft.adapters.adapter import Adapter
@@ -24,6 +25,7 @@ class Merged:
         adapters: those that were merged, by the names they will have when they come back.
         weights: what they were merged with.
         origin: the way back into the model's container before the first merge, which may have had fewer tokens.
+        heads: of a classifier, the base's own, by module path.
     """
 
     info: BaseInfo | None
@@ -31,9 +33,10 @@ class Merged:
     adapters: dict[str, Adapter]
     weights: dict[str, float]
     origin: Any = None
+    heads: dict[str, nn.Module] = field(default_factory=dict)
 
 
-def merged_of(model: PreTrainedModel) -> Merged | None:
+def merged_of(model: nn.Module) -> Merged | None:
     """What earlier merges took away, if there were any."""
     merged = base_of(model).merged
     assert isinstance(merged, Merged | None)

@@ -21,10 +21,11 @@ from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import Lora
 from qgraft.adapters.prefix import encoder_of
+from qgraft.adapters.whole import whole_modules
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.patterns import first_matching
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.new_tokens import begin_rows, check_rows, indices_of, trains_rows
@@ -64,7 +65,7 @@ def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[f
     factors, embedding = dict[str, list[nn.Parameter]](lora_A=[], lora_B=[]), list[nn.Parameter]()
     for part in find_adapter(model, args.adapter_name).parts.values():
         for name, parameter in part.named_parameters():
-            # with B what is a vector, as DoRA's magnitudes; rows of tokens with A: as in PEFT
+            # with B what is a vector, as DoRA's magnitudes and biases of heads; rows of tokens with A: as in PEFT
             group = factors["lora_B" if name == "lora_B" or parameter.ndim == 1 else "lora_A"]
             (embedding if isinstance(part, Lora) and part.of_embedding else group).append(parameter)
     return [
@@ -166,6 +167,7 @@ def take_saved(model: PreTrainedModel, folder: Path, name: str) -> None:
 def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     """What kind of adapter was trained, and with which options of its own."""
     adapter = find_adapter(model, name)
+    whole = {"modules_to_save": list(found)} if (found := whole_modules(adapter)) else {}
     if adapter.is_prefix:
         return {"kind": adapter.kind, **dataclasses.asdict(encoder_of(adapter).config)}
     loras = {path: part.config for path, part in adapter.parts.items() if isinstance(part, Lora)}
@@ -179,7 +181,7 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
             common[name] = {path: getattr(config, field) for path, config in loras.items()}
     if rows := token_indices(adapter):
         common["trainable_token_indices"] = rows
-    return {"kind": adapter.kind, "layers": len(configs), **common}
+    return {"kind": adapter.kind, "layers": len(configs), **whole, **common}
 
 
 def keep_rows(
@@ -196,6 +198,7 @@ def keep_rows(
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
     solves = not adapter.is_prefix and not is_encoder_decoder(model.config)  # what a merge does with rows
+    solves = solves and task_of(model) == CAUSAL
     if args.save_calibration and tokenizer is not None and solves:
         texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
         kept = keep_samples(tokenizer, texts, held, args.seed)

@@ -21,6 +21,7 @@ from qgraft.adapters.layer_ranks import check_layer_ranks
 from qgraft.data.templates import SYSTEM_TEXTS
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.sizes import parse_size
+from qgraft.training.classification_options import ClassificationOptions, settle_classification
 from qgraft.training.combinations import impossible
 from qgraft.training.config_files import CONFIG_SUFFIXES, Named, overrides, read_config, stray_word, unknown_option
 from qgraft.training.optimization import check_optimization
@@ -44,7 +45,7 @@ def _option(default: Any, help: str) -> Any:
 
 
 @dataclass
-class TrainArguments(TrainingArguments, metaclass=Named):
+class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
@@ -221,6 +222,7 @@ class TrainArguments(TrainingArguments, metaclass=Named):
             raise OptionError("target_modules names no layer", hint=option("target_modules", "all-linear"))
         self._check_numbers()
         settle_stage(self)
+        settle_classification(self)
         if not self.ignore_pad_token_for_loss and None in (self.max_source_length, self.max_target_length):
             raise OptionError("ignore_pad_token_for_loss=false needs max_source_length and max_target_length, the length "
                               "that is padded to", hint="batches hold no padding otherwise")  # fmt: skip

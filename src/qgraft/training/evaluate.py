@@ -11,10 +11,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import alone
 from qgraft.adapters.choose import adapters_off
+from qgraft.data.label_samples import build_label_samples
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
-from qgraft.data.reading import Accounting, Dataset, read_dataset, read_preferences
+from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, build_samples, resolve_template
+from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.model_parts import is_encoder_decoder
@@ -24,6 +26,7 @@ from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
 from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.classification import LabelEvaluation, classifier_of, evaluate_labelled
 from qgraft.training.given import check_pair
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
@@ -58,13 +61,14 @@ def evaluate(
     simpo_gamma: float | None = None,
     rpo_alpha: float | None = None,
     progress: bool | Console | None = None,
-) -> Evaluation | PreferenceEvaluation:
+) -> Evaluation | PreferenceEvaluation | LabelEvaluation:
     """The loss of the model with its active adapters on a dataset (see read_dataset for what can be named).
 
     Naming the history's column numbers the prompts of ChatGLM-6B from the first question on, as in training. Progress is
     shown in a terminal and a notebook, or as `progress` says.
 
     Args:
+        columns: see read_dataset; "prompt" and "label" of labelled texts, which a classifier is asked about.
         source_prefix: stands in front of every question, as in training.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
@@ -94,6 +98,14 @@ def evaluate(
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
         "chatglm": ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix),
     }  # fmt: skip
+    if (classifier := classifier_of(model)) is not None:
+        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking)
+        labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
+        texts = build_label_samples(
+            tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
+        )
+        counted = evaluate_labelled(model, texts, classifier)
+        return replace(counted, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
     if options is not None:
         rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
         preferences = build_preferences(tokenizer, rows, accounting, **learning)
@@ -121,6 +133,13 @@ def _shown(total: int, progress: bool | Console | None) -> Iterator[Callable[[in
     with Display(*shows, console=shown(progress)) as display:
         task = display.add_task("", total=total)
         yield lambda count: display.advance(task, count)
+
+
+def _refuse_of_writers(stage: str, **said: Any) -> None:
+    """Raise OptionError for what is of models that write."""
+    given = [name for name, value in said.items() if value is not None] + ([f"stage={stage}"] if stage != "sft" else [])
+    if given:
+        raise OptionError(f"{', '.join(given)}: the model is a classifier, which reads texts as they are")
 
 
 @alone("evaluated")

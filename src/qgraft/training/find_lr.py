@@ -147,13 +147,16 @@ def _only_steps(args: TrainArguments) -> None:
 @contextmanager
 def _as_it_was(model: PreTrainedModel, name: str) -> Iterator[None]:
     """The model afterwards as before: which adapters it has, which are active, the weights of this one."""
-    active, is_new, use_cache = active_adapters(model), name not in adapter_names(model), model.config.use_cache
+    active, is_new = active_adapters(model), name not in adapter_names(model)
+    use_cache = getattr(model.config, "use_cache", None)  # which encoders may not have
     before = {} if is_new else {key: value.clone() for key, value in find_adapter(model, name).state_dict().items()}
-    model.config.use_cache = False
+    if use_cache is not None:
+        model.config.use_cache = False
     try:
         yield
     finally:
-        model.config.use_cache = use_cache
+        if use_cache is not None:
+            model.config.use_cache = use_cache
         if not is_new:
             find_adapter(model, name).take(before)
         elif name in adapter_names(model):

@@ -8,7 +8,10 @@ from qgraft.errors import DataError, option
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.classification import classifier_of, evaluate_labelled
+from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import evaluate_preferences, template_of
+from qgraft.training.label_rows import read_label_samples
 from qgraft.training.objective import Measured, evaluate_samples
 from qgraft.training.samples import read_samples
 from qgraft.training.seq2seq import check_pair_run, evaluate_pairs, read_pairs
@@ -26,6 +29,13 @@ def evaluate_held_out(
         most = sample_limit(model, args.max_length)
         pairs, accounting = read_pairs(tokenizer, args.eval_dataset, args, most, held_out=True)
         return evaluate_pairs(model, pairs, compute=args.compute), accounting
+    check_task(args, model)
+    if (classifier := classifier_of(model)) is not None:
+        limit = sample_limit(model, args.max_length)
+        rows, accounting = read_label_samples(
+            model, tokenizer, args.eval_dataset, args, limit, [], most=args.max_eval_samples
+        )
+        return evaluate_labelled(model, rows, classifier, compute=args.compute), accounting
     limit, template, options = (
         sample_limit(model, args.max_length),
         template_of(tokenizer, args),
@@ -34,5 +44,5 @@ def evaluate_held_out(
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     if options is None:
         return evaluate_samples(model, samples, compute=args.compute), accounting
-    rows = mismatched(samples, limit) if options.loss_type == "kto" else samples
-    return evaluate_preferences(model, rows, options, args.compute), accounting
+    judged = mismatched(samples, limit) if options.loss_type == "kto" else samples
+    return evaluate_preferences(model, judged, options, args.compute), accounting

@@ -6,6 +6,7 @@ import textwrap
 from typing import Any
 
 from qgraft.training.arguments import TrainArguments, option_parser
+from qgraft.training.classification_options import ClassificationOptions
 from qgraft.training.trainer_options import HONOURED, MOST_USED, inherited_options
 
 
@@ -34,7 +35,8 @@ def option_help(everything: bool = False) -> str:
 
 def _own_options() -> set[str]:
     """Names of the options that TrainArguments adds, or gives another default."""
-    return {name for name in TrainArguments.__annotations__ if name != "remove_unused_columns"}
+    own = {*TrainArguments.__annotations__, *ClassificationOptions.__annotations__}
+    return own - {"remove_unused_columns"}
 
 
 def _help_line(name: str, default: Any, text: str) -> str:

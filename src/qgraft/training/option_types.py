@@ -28,7 +28,7 @@ from qgraft.training.ranges import RANGES
 
 NAMES = (  # comma lists
     *("dataset", "eval_dataset", "test_dataset"),
-    *("target_modules", "target_parameters", "layers_to_transform", "trainable_token_indices"),
+    *("target_modules", "target_parameters", "layers_to_transform", "trainable_token_indices", "labels"),
 )
 NUMBERS = ("layers_to_transform", "trainable_token_indices")  # of these, those of numbers
 TEXTS = ("add_tokens", "add_special_tokens")  # lists of any texts, of which one may stand alone

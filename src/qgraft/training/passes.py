@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from qgraft.compat import asks_for_checkpointing
 from qgraft.errors import OptionError, option
 from qgraft.linear import computing
+from qgraft.memory.budget import CPU_TOKENS, GPU_EVAL_TOKENS, on_gpu
 from qgraft.memory.copies import copies_kept
 from qgraft.memory.settings import settle_noted
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.frozen_cache import frozen_layers_cached
 from qgraft.passes.fused import fused_modules
@@ -133,6 +134,9 @@ def fastest_passes(
         return
     with ExitStack() as stack:
         stack.enter_context(computing(model, args.compute))
+        if task_of(model) != CAUSAL:
+            yield args.max_tokens_per_pass or (GPU_EVAL_TOKENS if on_gpu(args) else CPU_TOKENS), {}
+            return
         if problem := stack.enter_context(padding_free(model, [text for each in samples for text in each.texts])):
             notes.append(f"{problem}; every sample passes through the model alone")
         stack.enter_context(fused_modules(model))

@@ -34,13 +34,15 @@ from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError, option
-from qgraft.model_parts import argument_names, is_encoder_decoder, keeps_state
+from qgraft.model_parts import CAUSAL, CLASSIFIERS, argument_names, is_encoder_decoder, keeps_state, task_of
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.pairs import generate_targets
 from qgraft.progress import Display, shown
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import template_of
+from qgraft.training.predict_labels import LINES, LabelPredictions, predict_labels, write_predictions
 from qgraft.training.scores import load_libraries, mean_scores
 from qgraft.training.seq2seq import check_pair_run, pair_options
 
@@ -98,8 +100,9 @@ def predict(
     args: TrainArguments,
     *,
     progress: bool | Console | None = None,
-) -> Predictions:
-    """Answer a dataset with the active adapters, and write answers and scores into args.output_dir.
+) -> Predictions | LabelPredictions:
+    """Answer a dataset with the active adapters, and write answers and scores into args.output_dir; of a classifier what it
+    says of the rows (predict_labels.py).
 
     Args:
         dataset: what read_dataset takes, or rows; None for args.test_dataset, or else args.eval_dataset.
@@ -107,9 +110,14 @@ def predict(
 
     Both files are written when everything is answered. Raises DataError, OptionError, StorageError, UnsupportedError.
     """
+    check_task(args, model)
     check_predicting(args, dataset)
     chosen = dataset if dataset is not None else args.test_dataset or args.eval_dataset
     assert chosen is not None  # checked above
+    if task_of(model) != CAUSAL:
+        labelled = predict_labels(model, tokenizer, chosen, args, most=args.max_predict_samples)
+        write_predictions(labelled, Path(str(args.output_dir)), RESULTS)
+        return labelled
     found = answer_rows(model, tokenizer, chosen, args, max_samples=args.max_predict_samples, console=shown(progress))
     lines = [json.dumps({"labels": label, "predict": answer}, ensure_ascii=False) for label, answer in found.pairs]
     folder = Path(str(args.output_dir))
@@ -125,6 +133,9 @@ def check_predicting(args: TrainArguments, dataset: Dataset | None = None) -> No
             "do_predict has no rows",
             hint=f"{option('test_dataset', 'test.jsonl')}, or {option('eval_dataset', 'held_out.jsonl')}",
         )
+    if args.task_type in CLASSIFIERS:
+        check_results(args, LINES, RESULTS)
+        return
     load_libraries()
     check_results(args, PREDICTIONS, RESULTS)
 

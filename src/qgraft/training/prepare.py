@@ -17,6 +17,7 @@ from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.limits import sample_limit
 from qgraft.training.adapter import positions_to_take
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.classification_options import check_task
 from qgraft.training.events import Callback
 from qgraft.training.given import ready_callbacks
 from qgraft.training.new_tokens import take_tokens
@@ -62,6 +63,7 @@ def prepare(
     """Check the options of a run, tokenize its rows, and ask the teacher about them where there is one; see train()."""
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
+    check_task(args, model)
     if is_encoder_decoder(model.config):
         check_pair_run(args)
     earlier = check_output_dir(args)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from qgraft.data.label_samples import LabelSample
 from qgraft.data.pairs import PairSample
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
@@ -24,7 +25,7 @@ from qgraft.errors import TrainingError, option
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-Row = TypeVar("Row", bound=Sample | Preference | PairSample)
+Row = TypeVar("Row", bound=Sample | Preference | LabelSample | PairSample)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.log_probs import shares_prompts
+from qgraft.training.classification import Classification, classifier_of
 from qgraft.training.distillation import Distillation
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
@@ -43,10 +44,12 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(
     model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence | Distillation:
+) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence | Distillation | Classification:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
     if is_encoder_decoder(model.config):
         return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
+    if (classifier := classifier_of(model)) is not None:
+        return Classification(classifier, prepared.args.label_smoothing_factor)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
         return Distillation(taught, prepared.lesson.width)
     options = preference_options(prepared.args)

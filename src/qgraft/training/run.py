@@ -123,7 +123,7 @@ class Run:
         """`alone()` holds while the model is evaluated, see TrainingLoop."""
         self.model, self.prepared, self.watch, self.stop = model, prepared, watch, stop
         self.processes, self._alone = processes, alone
-        self._use_cache = model.config.use_cache
+        self._use_cache = getattr(model.config, "use_cache", None)  # which encoders may not have
 
     def start(self, tokens: int, estimated: dict[str, float]) -> None:
         """Make room in output_dir, measure the held-out loss, begin with passes of at most so many tokens."""
@@ -143,7 +143,8 @@ class Run:
                 self._say(warning)
         if resume is None:
             self._begin(steps)
-        self.model.config.use_cache = False
+        if self._use_cache is not None:
+            self.model.config.use_cache = False
         self.loop = TrainingLoop(
             self.model, args, prepared.samples, prepared.eval_samples, tokens, bound=self._bound,
             callbacks=[*prepared.callbacks, self.watch], stop=self.stop, tokenizer=prepared.tokenizer,
@@ -273,7 +274,8 @@ class Run:
             self.loop.close()
         self.watch.close()
         self.stop.close()
-        self.model.config.use_cache = self._use_cache
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache
         self.model.eval()
 
     def _fixed(self) -> dict[str, Any]:

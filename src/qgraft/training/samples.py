@@ -1,5 +1,6 @@
 """The samples of a run: its rows read and tokenized as its options say, and some of them held out."""
 
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -10,10 +11,11 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
+from qgraft.training.label_rows import read_label_samples
 from qgraft.training.seq2seq import read_pairs
 from qgraft.training.stages import preference_options
 
@@ -36,6 +38,8 @@ def prepare_samples(
                 flags="--dataset my.jsonl", python="rows as the third argument of train(), or dataset='my.jsonl'"
             ),
         )
+    if task_of(model) != CAUSAL:
+        return _prepare_labelled(model, tokenizer, chosen, eval_dataset, args, limit, notes)
     template = None if is_encoder_decoder(model.config) else template_of(tokenizer, args)
     if template is not None and template.note:
         notes.append(template.note)
@@ -60,6 +64,32 @@ def prepare_samples(
     if pairing:
         samples, eval_samples = (mismatched(rows, limit) for rows in (samples, eval_samples))
     return samples, eval_samples, accounting, held_out_accounting
+
+
+def _prepare_labelled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    eval_dataset: Dataset | None,
+    args: TrainArguments,
+    limit: int,
+    notes: list[str],
+) -> tuple[list[Any], list[Any], Accounting, Accounting | None]:
+    """The same of labelled rows, for a classifier."""
+    reads = partial(read_label_samples, model, tokenizer, args=args, limit=limit)
+    samples, accounting = reads(dataset, notes=notes, most=args.max_train_samples)
+    notes += accounting.said()
+    held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
+    if held_out:
+        said = list[str]()
+        eval_samples, held_out_accounting = reads(held_out, notes=said, most=args.max_eval_samples)
+        notes += [f"held-out rows: {sentence}" for sentence in (*said, *held_out_accounting.said())]
+        return samples, eval_samples, accounting, held_out_accounting
+    eval_samples = []
+    if args.val_size:
+        samples, eval_samples = hold_out(samples, args.val_size, args.seed)
+        notes.append(f"held out {len(eval_samples)} of {len(samples) + len(eval_samples)} samples for evaluation")
+    return samples, eval_samples, accounting, None
 
 
 def read_samples(

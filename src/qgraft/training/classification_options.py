@@ -1,0 +1,93 @@
+"""What a run that learns labels is told (classification.py), and which options of a run have no meaning with it."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from qgraft.checkpoints.heads import NUMBER, SEVERAL, Task
+from qgraft.errors import OptionError, UnsupportedError, option
+from qgraft.model_parts import CAUSAL, CLASSIFIERS, task_of
+
+if TYPE_CHECKING:
+    from qgraft.training.arguments import TrainArguments
+
+
+def _option(help: str) -> Any:
+    return field(default=None, metadata={"help": help})
+
+
+@dataclass
+class ClassificationOptions:
+    """The options of classifiers; TrainArguments has them."""
+
+    task_type: str | None = _option(
+        "CAUSAL_LM, SEQ_CLS (a label for each text) or TOKEN_CLS (for each word); of a folder."
+    )
+    labels: str | None = _option("Comma list of what is told apart, by their ids; default: those of the dataset.")
+    problem_type: str | None = _option("single_label_classification, multi_label_classification or regression.")
+    label_column: str | None = _option("Column of the label, or of a label for each word.")
+
+
+OPTIONS = tuple(each.name for each in dataclasses.fields(ClassificationOptions))
+_OF_WRITERS = (
+    "train_on_prompt", "mask_history", "mask_reasoning", "enable_thinking", "template", "system", "source_prefix",
+    "response_column", "history_column", "max_source_length", "max_target_length", "val_max_target_length",
+    "predict_with_generate", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "cache_frozen_layers",
+    "neftune_noise_alpha", "memory_limit", "quantization_bit",
+)  # fmt: skip
+
+
+def task_given(args: "TrainArguments") -> Task:
+    """What the options say of the model that is to be loaded. Raises OptionError for impossible ones."""
+    names = None if args.labels is None else [name.strip() for name in args.labels.split(",") if name.strip()]
+    return Task(args.task_type, names, args.problem_type)
+
+
+def settle_classification(args: "TrainArguments") -> None:
+    """Raise OptionError, or UnsupportedError, for options that do not go together, as far as no model is needed for it."""
+    task_given(args)
+    if args.task_type in CLASSIFIERS:
+        _check_classifier(args)
+
+
+def check_task(args: "TrainArguments", model: nn.Module) -> None:
+    """The same with a model, which may be a classifier though no option says so. Of one the run then has the task_type."""
+    task = task_of(model)
+    if args.task_type not in (None, task):
+        raise OptionError(
+            f"task_type={args.task_type!r}: the model was loaded for {task}",
+            hint=f"load(..., task_type={args.task_type!r}, labels=[...])",
+        )
+    if task == CAUSAL:
+        said = [name for name in ("labels", "problem_type", "label_column") if getattr(args, name) is not None]
+        said = [name for name in said if name != "label_column" or args.stage != "kto"]
+        if said:
+            raise OptionError(f"{', '.join(said)}: the model writes, and has no labels",
+                              hint=option("task_type", "SEQ_CLS"))  # fmt: skip
+        return
+    args.task_type = task
+    _check_classifier(args)
+
+
+def _check_classifier(args: "TrainArguments") -> None:
+    if args.stage != "sft":
+        raise UnsupportedError(f"stage={args.stage!r}: preferences are of answers, and a classifier writes none")
+    if args.finetuning_type != "lora":
+        raise UnsupportedError(f"finetuning_type={args.finetuning_type!r}: a classifier is trained by LoRA",
+                               hint="leave pre_seq_len and finetuning_type out")  # fmt: skip
+    defaults = {each.name: each.default for each in dataclasses.fields(args)}
+    said = [name for name in _OF_WRITERS if getattr(args, name) != defaults[name]]
+    if args.cuda_graphs == "yes":
+        said.append("cuda_graphs=yes")
+    if not args.ignore_pad_token_for_loss:
+        said.append("ignore_pad_token_for_loss=false")
+    if args.label_smoothing_factor and args.problem_type in (SEVERAL, NUMBER):
+        said.append(f"label_smoothing_factor with problem_type {args.problem_type}")
+    if said:
+        raise OptionError(
+            f"task_type {args.task_type}: {', '.join(said)}: of models that write, or not there for classifiers",
+            hint="leave them out",
+        )
+    args.cuda_graphs = "no"
