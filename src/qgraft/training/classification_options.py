@@ -35,7 +35,8 @@ _OF_WRITERS = (
     "train_on_prompt", "mask_history", "mask_reasoning", "enable_thinking", "template", "system", "source_prefix",
     "response_column", "history_column", "max_source_length", "max_target_length", "val_max_target_length",
     "predict_with_generate", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "cache_frozen_layers",
-    "neftune_noise_alpha", "memory_limit", "quantization_bit",
+    "neftune_noise_alpha", "memory_limit", "quantization_bit", "add_tokens", "add_special_tokens",
+    "trainable_token_indices",
 )  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def check_task(args: "TrainArguments", model: nn.Module) -> None:
 
 def _check_classifier(args: "TrainArguments") -> None:
     if args.stage != "sft":
-        raise UnsupportedError(f"stage={args.stage!r}: preferences are of answers, and a classifier writes none")
+        raise UnsupportedError(f"stage={args.stage!r}: it learns from answers, and a classifier writes none")
     if args.finetuning_type != "lora":
         raise UnsupportedError(f"finetuning_type={args.finetuning_type!r}: a classifier is trained by LoRA",
                                hint="leave pre_seq_len and finetuning_type out")  # fmt: skip
