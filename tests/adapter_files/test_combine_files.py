@@ -41,9 +41,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "target_modules": ["q_proj", "lm_head", "layers.1.mlp.up_proj"],
     },
 }
+PROMPTS = {"system": "Be brief.", "template": "chatml", "enable_thinking": False, "source_prefix": "say: "}
 ARGUMENTS = {
-    "law": {"system": "Be brief.", "template": "chatml", "dataset": "law.jsonl", "learning_rate": 1e-3},
-    "med": {"system": "Be brief.", "template": "chatml", "dataset": "med.jsonl", "learning_rate": 1e-3},
+    "law": {**PROMPTS, "dataset": "law.jsonl", "learning_rate": 1e-3},
+    "med": {**PROMPTS, "dataset": "med.jsonl", "learning_rate": 1e-3},
 }
 
 
@@ -154,7 +155,7 @@ def test_the_seal_carries_the_base_over_and_says_what_was_combined(
     assert seal["combined"] == {str(tmp_path / "law"): 0.7, str(tmp_path / "med"): -0.4}
     assert (seal["method"], seal["density"], seal["seed"]) == ("dare", 0.25, 3)
     assert seal["truncation_error"] == report.error > 0.1
-    assert seal["arguments"] == {"system": "Be brief.", "template": "chatml"}  # what both were trained with
+    assert seal["arguments"] == PROMPTS  # what both were trained with
     combine_files({tmp_path / "both": 1.0, tmp_path / "law": -1.0}, tmp_path / "third")
     third = read_seal(tmp_path / "third")
     assert third is not None

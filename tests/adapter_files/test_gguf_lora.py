@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qgraft.adapter_files import gguf_lora
 from qgraft.adapter_files.folder import load_adapter
-from qgraft.adapter_files.gguf_lora import FINGERPRINT, export_gguf_lora
+from qgraft.adapter_files.gguf_lora import FINGERPRINT, export_gguf_lora, read_gguf_lora
 from qgraft.adapters.attach import attach_layers, attach_lora, detach_lora
 from qgraft.adapters.base import adapter_names, find_adapter
 from qgraft.adapters.lora import LoraConfig
@@ -146,6 +146,13 @@ def test_a_rank_stabilized_adapter_keeps_its_bits(tiny, tmp_path):
     np.testing.assert_array_equal(
         tensors[f"{UP_FILE}.lora_b"], find_adapter(model, "default").parts[UP].lora_B.detach().numpy()
     )
+
+
+def test_how_prompts_were_made_is_in_the_file(tiny, tmp_path):
+    said = {"system": "Be brief.", "template": "chatml", "enable_thinking": False, "source_prefix": "say: "}
+    export_gguf_lora(with_adapter(tiny), tmp_path / "a.gguf", arguments={**said, "learning_rate": 1e-3})
+    _, _, seal = read_gguf_lora(load_base(tiny), tmp_path / "a.gguf")
+    assert seal["arguments"] == said
 
 
 def converter_permute(value: np.ndarray, heads: int) -> np.ndarray:

@@ -219,6 +219,11 @@ def test_tokens_that_cannot_be_are_refused(tiny_gguf: Maker, tmp_path: Path) -> 
     refused("cannot be a token", add_tokens=[" "])
     refused("expected token ids", trainable_token_indices={"lm_head": ["a"]})
     refused("a prefix has no rows", finetuning_type="p_tuning")
+    for ids in ([294], {"lm_head": [5, 400]}):
+        refused("expected ids of tokens that are there, 0 to 293", trainable_token_indices=ids, add_tokens=None,
+                add_special_tokens=None)  # fmt: skip
+    with pytest.raises(UnsupportedError, match="stage=dpo with new tokens: the base"):
+        qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "x", stage="dpo"))
     with pytest.raises(OptionError, match="rows of tokens are for a run alone"):
         check_jobs([arguments(tmp_path / "a"), arguments(tmp_path / "b")])
     assert len(tokenizer) == 294
@@ -226,6 +231,17 @@ def test_tokens_that_cannot_be_are_refused(tiny_gguf: Maker, tmp_path: Path) -> 
     assert read_texts("add_tokens", [str(tmp_path / "words.json"), "<d>"]) == ["<a>", "b, c", "<d>"]
     with pytest.raises(AdapterError, match="the ids \\[295\\], and the tokenizer gives 294 next"):
         check_new_tokens(tokenizer, [NewToken("<x>", 295)])
+
+
+def test_a_student_learns_to_write_its_new_tokens(trained: Any, tmp_path: Path) -> None:
+    tiny, folder, *_ = trained()
+    model, tokenizer = qgraft.load(tiny.path, device="cpu")
+    pieces = tokenizer("<tool>", add_special_tokens=False).input_ids
+    teacher = {"teacher_model_name_or_path": str(tiny.path), "teacher_adapter_name_or_path": str(folder)}
+    qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "student", stage="distill", **teacher))
+    head = find_adapter(model).parts["lm_head"]
+    row = head.rows.detach()[head.config.token_indices.index(tokenizer.convert_tokens_to_ids("<tool>"))]
+    assert (row - tiny.model.lm_head.weight[pieces].mean(0)).abs().max() > 1e-3
 
 
 def make_folder(folder: Path, rows: int, tokenizer: Any) -> Path:

@@ -40,11 +40,12 @@ from qgraft.adapters.kept_rows import rows_of_all
 from qgraft.adapters.lora import LoraConfig
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.states import non_finite
+from qgraft.data.templates import PROMPT_OPTIONS
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, option
 from qgraft.locks import folder_locked
 from qgraft.targets import check_new
 
-_OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", "system", "template")
+_OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", *PROMPT_OPTIONS)
 
 
 def combine_files(

@@ -50,6 +50,7 @@ from qgraft.checkpoints.gguf_rope import floats
 from qgraft.checkpoints.gguf_rules import WITHOUT_LORA
 from qgraft.checkpoints.gguf_write import open_source
 from qgraft.checkpoints.origin import Origin, find_origin, is_linear
+from qgraft.data.templates import PROMPT_OPTIONS
 from qgraft.errors import AdapterError, CheckpointError, OptionError, StorageError, UnsupportedError, near_match, worded
 from qgraft.experts import QuantizedExperts
 from qgraft.formats import dequantize
@@ -58,7 +59,7 @@ DTYPES = {
     "float32": (torch.float32, LlamaFileType.ALL_F32),
     "float16": (torch.float16, LlamaFileType.MOSTLY_F16),
 }
-FINGERPRINT, PROMPT, PROMPT_KEYS = "qgraft.base.fingerprint", "qgraft.prompt", ("system", "template")
+FINGERPRINT, PROMPT = "qgraft.base.fingerprint", "qgraft.prompt"
 _INVOCATION = "adapter.alora.invocation_tokens"  # Keys.Adapter.ALORA_INVOCATION_TOKENS of newer releases of gguf
 _NAME = re.compile(r"(?P<base>.+)\.lora_(?P<part>[ab])")
 
@@ -287,8 +288,10 @@ def _add_metadata(
 
 
 def _add_prompt(writer: GGUFWriter, arguments: Mapping[str, Any]) -> None:
-    for key in PROMPT_KEYS:
-        if isinstance(value := arguments.get(key), str):
+    for key in PROMPT_OPTIONS:
+        if isinstance(value := arguments.get(key), bool):
+            writer.add_bool(f"{PROMPT}.{key}", value)
+        elif isinstance(value, str):
             writer.add_string(f"{PROMPT}.{key}", value)
 
 
@@ -356,5 +359,5 @@ def _seal(file: GgufFile) -> dict[str, Any] | None:
     if not isinstance(fingerprint, str):
         return None
     name = file.metadata.get(Keys.General.BASE_MODEL_NAME.format(id=0))
-    arguments = {key: file.metadata[f"{PROMPT}.{key}"] for key in PROMPT_KEYS if f"{PROMPT}.{key}" in file.metadata}
+    arguments = {key: file.metadata[f"{PROMPT}.{key}"] for key in PROMPT_OPTIONS if f"{PROMPT}.{key}" in file.metadata}
     return {"base": {"fingerprint": fingerprint, "source": name}, "arguments": arguments}

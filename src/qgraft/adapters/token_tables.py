@@ -89,7 +89,9 @@ def tables_of(model: nn.Module) -> Tables:
     head, name = path_of(model, output), type(model).__name__
     config = getattr(owner, "config", None)
     if table is None or getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedError(f"{name}: rows of single tokens need one input embedding")
+        raise UnsupportedError(
+            f"{name}: rows of single tokens are trained in decoders only, beside one input embedding"
+        )
     source: Any = _base(model, table)
     layer: Any = getattr(output, "base", output)
     if not (isinstance(source, QuantizedEmbedding) or type(source) is nn.Embedding):

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from qgraft.cli.options import Parser, comma_lines, load_with_adapters, number_in, print_json, true_or_false
+from qgraft.cli.options import Parser, comma_lines, load_with_adapters, number_in, print_json, print_note, true_or_false
+from qgraft.errors import AdapterError
 from qgraft.ranges import LENGTH
 from qgraft.training.ranges import RANGES
 
@@ -42,30 +43,37 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(words)
 
-    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.base import adapter_names, find_adapter
     from qgraft.adapters.choose import use_adapter
+    from qgraft.adapters.token_rows import token_rows_of
     from qgraft.data.reading import named_columns
     from qgraft.training.evaluate import evaluate
 
     model, tokenizer, _ = load_with_adapters(options)
-    results = {}
-    for name in [None, *adapter_names(model)]:
+    results, names = {}, adapter_names(model)
+    with_tokens = [name for name in names if token_rows_of(find_adapter(model, name))]
+    for name in [None, *names]:
         use_adapter(model, name)
-        results[name or "base"] = evaluate(
-            model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
-            system=options.system, source_prefix=options.source_prefix or "", name=options.name, author=options.author,
-            max_length=options.max_length,
-            columns=named_columns(vars(options)), enable_thinking=options.enable_thinking,
-            allow_outside_files=options.allow_outside_files, stage=options.stage, loss_type=options.loss_type,
-            progress=True, **{name: getattr(options, name) for name in NUMBERS},
-        ).as_dict()  # fmt: skip
+        try:
+            results[name or "base"] = evaluate(
+                model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
+                system=options.system, source_prefix=options.source_prefix or "", name=options.name,
+                author=options.author, max_length=options.max_length, columns=named_columns(vars(options)),
+                enable_thinking=options.enable_thinking, allow_outside_files=options.allow_outside_files,
+                stage=options.stage, loss_type=options.loss_type, progress=True,
+                **{name: getattr(options, name) for name in NUMBERS},
+            ).as_dict()  # fmt: skip
+        except AdapterError as error:  # rows that hold new tokens of another adapter
+            if not with_tokens or name in with_tokens:
+                raise
+            print_note(f"{name or 'base'} cannot read these rows: {error.message}")
     if options.json:
         print_json({"model": options.model, "dataset": options.dataset, "results": results})
         return 0
     width = max(map(len, results))
     for key, result in results.items():
         print(f"{key:<{width}}  loss {result['loss']:.4f}  {_beside(result)}")
-    rows = results["base"]  # the same for all
+    rows = next(iter(results.values()))  # the same for all
     what = "answer tokens" if "perplexity" in rows else "labels"
     labels = f"{rows['labels']} {what} of " if "labels" in rows else ""
     counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]

@@ -160,9 +160,9 @@ def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
 
     An option that a command has not is not missing: merge reads enable_thinking from the adapter itself, with its rows.
     """
-    from qgraft.data.templates import remembered_template
+    from qgraft.data.templates import PROMPT_OPTIONS, remembered_template
 
-    for key in ("system", "template", "enable_thinking", "source_prefix"):
+    for key in PROMPT_OPTIONS:
         if getattr(options, key, key) not in (None, ""):  # given, or no option of this command
             continue
         value = remembered_template(trained) if key == "template" else trained.get(key)

@@ -261,8 +261,7 @@ def _load_adapter(model: Any, arguments: "TrainArguments") -> None:
         loaded = load_adapter(model, arguments.adapter_name_or_path, arguments.adapter_name, force=arguments.force)
         print_note(str(loaded))
         check_adapter(model, arguments)
-        if not arguments.do_train:
-            prompt_as_in_training(arguments, find_adapter(model, arguments.adapter_name).trained)
+        prompt_as_in_training(arguments, find_adapter(model, arguments.adapter_name).trained)
     elif not arguments.do_train and not active_adapters(model):
         print_note("note: no adapter is given, so this is about the base")
 

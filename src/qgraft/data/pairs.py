@@ -57,7 +57,7 @@ class PairOptions:
 
 _MEANINGLESS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # option -> (why it has no meaning, which values say it)
     "stage": (
-        "preferences are learned of decoders that read prompt and answer as one text",
+        "preferences and teachers are for decoders that read prompt and answer as one text",
         lambda value: value != "sft",
     ),
     "finetuning_type": ("a prefix goes on decoders; take lora", lambda value: value != "lora"),
@@ -86,10 +86,11 @@ def check_pair_options(said: Mapping[str, Any], *others: str) -> None:
     problems = [
         f"{name}={said[name]}: {why}" for name, (why, says) in _MEANINGLESS.items() if name in said and says(said[name])
     ]
+    instead = f"; a text in front of every source is {option('source_prefix', 'translate: ')}"
     if problems := [*problems, *others]:
         raise OptionError(
             "an encoder-decoder (T5, BART and their kind): " + "; ".join(problems),
-            hint=f"leave these out; a text in front of every source is {option('source_prefix', 'translate: ')}",
+            hint=f"leave these out{instead if said.get('system') else ''}",
         )
 
 

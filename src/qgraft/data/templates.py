@@ -85,6 +85,14 @@ def tokenizers_own(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
     return (tokenizer.get_chat_template(), "") if held else ("", "")
 
 
+PROMPT_OPTIONS = (
+    "system",
+    "template",
+    "enable_thinking",
+    "source_prefix",
+)  # what prompts depend on, of a training's options
+
+
 def remembered_template(arguments: Mapping[str, Any]) -> str | None:
     """The template that an adapter says it was trained with; a name counts, a file has to be named by the user.
 

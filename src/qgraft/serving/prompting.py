@@ -15,12 +15,10 @@ from transformers import PreTrainedTokenizerBase
 from qgraft.data.messages import ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.scripted import WritesPrompts
-from qgraft.data.templates import ChatTemplate, remembered_template
-from qgraft.data.tokenizing import encode_prompt, resolve_template
+from qgraft.data.templates import PROMPT_OPTIONS, ChatTemplate, remembered_template
+from qgraft.data.tokenizing import ChatGlmOptions, encode_prompt, resolve_template
 from qgraft.serving.protocol import Ask
 from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, CallFormat, call_format
-
-_KEYS = ("template", "system", "enable_thinking")
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,12 @@ class Prompting:
     template: str | None = None
     system: str | None = None
     enable_thinking: bool | None = None
+    source_prefix: str | None = None
 
     def as_trained(self, trained: Sequence[Mapping[str, Any]]) -> "Prompting":
         """With what adapters were trained with, where it is not given here and they agree."""
         found: dict[str, Any] = {}
-        for key in _KEYS:
+        for key in PROMPT_OPTIONS:
             said = [remembered_template(each) if key == "template" else each.get(key) for each in trained]
             agreed = said[0] if said and all(value == said[0] for value in said) else None
             own = getattr(self, key)
@@ -76,7 +75,8 @@ class Prompter:
         if writer is not None:
             settled = writer.settled(turns)
             writer.check_asked(writer.prompt(settled, ask.tools), settled, ask.tools)
-        ids = encode_prompt(self.tokenizer, turns, template=template, tools=ask.tools)
+        prefix = ChatGlmOptions(source_prefix=how.source_prefix or "")
+        ids = encode_prompt(self.tokenizer, turns, template=template, tools=ask.tools, chatglm=prefix)
         ending = str(self.tokenizer.decode(ids[-8:])).rstrip()
         reasons = OPEN in template.text or OPEN in self.tokenizer.get_added_vocab()
         names = [tool["function"]["name"] for tool in ask.tools]

@@ -173,8 +173,9 @@ def describe_adapter(model: PreTrainedModel, name: str) -> dict[str, Any]:
     loras = {path: part.config for path, part in adapter.parts.items() if isinstance(part, Lora)}
     configs = [dataclasses.asdict(config) for config in loras.values()]
     common = {key: value for key, value in configs[0].items() if all(config[key] == value for config in configs)}
-    for name, plain in (("exact", False), ("use_dora", False), ("init_lora_weights", True)):
-        if common.get(name) == plain:
+    plain = {"exact": False, "use_dora": False, "init_lora_weights": True, "target_parameters": ()}
+    for name, value in plain.items():
+        if common.get(name) == value:
             del common[name]  # as the checkpoints of earlier releases have it, which are compared with this
     for name, field in (("rank_pattern", "r"), ("alpha_pattern", "lora_alpha")):
         if field not in common:

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qgraft.adapters.base import base_of, find_adapter
+from qgraft.adapters.base import adapter_names, base_of, find_adapter
 from qgraft.adapters.token_rows import token_ids, token_rows_of
 from qgraft.adapters.token_tables import TokenIndices, table_values, tables_of
 from qgraft.data.new_tokens import NewToken, add_new_tokens, read_texts
-from qgraft.errors import OptionError, option
+from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.linear import table_rows
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.stages import preference_options
 
 
 def trains_rows(args: TrainArguments) -> bool:
@@ -34,7 +35,14 @@ def take_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
     texts = read_texts("add_tokens", args.add_tokens), read_texts("add_special_tokens", args.add_special_tokens)
     base = base_of(model)
     if not any(texts):
+        _check_there(tokenizer, args)
         return []
+    preferred = preference_options(args)
+    if preferred is not None and preferred.refers and args.adapter_name not in adapter_names(model):
+        raise UnsupportedError(
+            f"stage={args.stage} with new tokens: the base that answers are compared with has no rows of them",
+            hint=f"train them with {option('stage', 'sft')} and go on from that adapter, or take {option('stage', 'orpo')}",
+        )
     known = dict(base.tokens)
     added = add_new_tokens(tokenizer, known, *texts)
     if base.tokenizer is None:
@@ -42,6 +50,7 @@ def take_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
     if base.tokenizer is not tokenizer:
         add_new_tokens(base.tokenizer, dict(base.tokens), *texts)
     base.tokens.update(known)
+    _check_there(tokenizer, args)
     count = table_rows(_layer(model, tables.table))
     first, within = added[0], sum(token.id < count for token in added)
     where = f"{within} in rows of the table that no token had, " if within else ""
@@ -49,6 +58,17 @@ def take_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args
         f"{len(added)} new tokens, {where}the first is {first.text!r}, {first.id}; each begins as the mean of the "
         "tokens that its text was"
     ]
+
+
+def _check_there(tokenizer: PreTrainedTokenizerBase, args: TrainArguments) -> None:
+    """Raise OptionError for ids of trainable_token_indices that are no tokens."""
+    given = _stated(args) if args.trainable_token_indices else []
+    ids: list[int] = [each for some in given.values() for each in some] if isinstance(given, Mapping) else [*given]
+    if wrong := [each for each in ids if not 0 <= each < len(tokenizer)]:
+        raise OptionError(
+            f"trainable_token_indices: got {wrong[0]}, expected ids of tokens that are there, 0 to {len(tokenizer) - 1}",
+            hint=f"new tokens are {option('add_tokens', 'TEXT')}",
+        )
 
 
 def _layer(model: PreTrainedModel, path: str) -> Any:

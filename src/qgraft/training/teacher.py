@@ -292,6 +292,7 @@ def _shared_out(samples: Sequence[Sample], said: Said) -> Iterator[Taught]:
 
 
 def _rows_of(model: PreTrainedModel) -> int:
-    """How many ids the model says something of."""
+    """How many ids the model says something of, with the new tokens that an adapter will have rows of."""
     rows = getattr(model.get_output_embeddings(), "out_features", None)
-    return int(rows or model.config.get_text_config().vocab_size)
+    new = (token.id + 1 for token in base_of(model).tokens.values())
+    return max([int(rows or model.config.get_text_config().vocab_size), *new])
