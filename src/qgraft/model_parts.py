@@ -76,7 +76,7 @@ def computed_dtype(model: PreTrainedModel) -> torch.dtype:
 
 
 CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # PEFT's task_type
-CAUSAL = "CAUSAL_LM"
+CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"
 
 
 def task_of(model: nn.Module) -> str:
@@ -135,6 +135,12 @@ def context_of(model: nn.Module) -> int | None:
 def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
     """Whether this is of a model whose encoder reads one sequence, and whose decoder writes another one (T5, BART)."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def peft_task(model: nn.Module) -> str:
+    """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes."""
+    task, pairs = task_of(model), is_encoder_decoder(getattr(model, "config", None))
+    return SEQUENCE_TO_SEQUENCE if pairs and task == CAUSAL else task
 
 
 def pairs_unsupported(action: str) -> UnsupportedError:

@@ -291,6 +291,13 @@ REFUSED = {
 }  # fmt: skip
 
 
+def test_what_it_is_for_may_be_said(pairs_folder):
+    folder = pairs_folder("t5").path
+    assert qgraft.load(folder, device="cpu", task_type="SEQ_2_SEQ_LM")[0].config.is_encoder_decoder
+    with pytest.raises(OptionError, match="task_type='CAUSAL_LM': t5 is loaded for SEQ_2_SEQ_LM"):
+        qgraft.load(folder, device="cpu", task_type="CAUSAL_LM")
+
+
 def test_what_has_no_meaning_is_refused_before_the_weights_are_read(pairs_folder, tmp_path):
     """In train() and evaluate(); on the command line by config.json alone."""
     from qgraft.cli.main import main

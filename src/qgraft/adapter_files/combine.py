@@ -14,9 +14,7 @@ from qgraft.adapter_files.calibration import read_rows
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
 from qgraft.adapter_files.lora import StoredLoras, parse_state
 from qgraft.adapter_files.peft_config import (
-    CAUSAL,
     CONFIG,
-    SEQUENCE_TO_SEQUENCE,
     layer_config,
     peft_config,
     stated_rank,
@@ -43,6 +41,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.data.templates import PROMPT_OPTIONS
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, option
 from qgraft.locks import folder_locked
+from qgraft.model_parts import CAUSAL, SEQUENCE_TO_SEQUENCE
 from qgraft.targets import check_new
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", *PROMPT_OPTIONS)

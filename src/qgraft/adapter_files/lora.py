@@ -22,7 +22,6 @@ from qgraft.adapter_files.expert_loras import parameter_names, take_experts
 from qgraft.adapter_files.peft_config import (
     CONFIG,
     MINIMUMS,
-    SEQUENCE_TO_SEQUENCE,
     layer_config,
     peft_config,
     stated_rank,
@@ -53,7 +52,7 @@ from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.linear import table_rows
-from qgraft.model_parts import is_encoder_decoder, is_within, task_of
+from qgraft.model_parts import is_within, peft_task
 from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}, of DoRA MAGNITUDE: [out]
@@ -94,9 +93,7 @@ def lora_content(model: nn.Module, adapter: Adapter, source: str | None) -> tupl
     targets, numbers = _target_names(model, linears) if linears else ([], None)
     state, whole = adapter.state_dict(), list(whole_modules(adapter))
     peft_type = MINIMUMS if parse_state(state).minimums else "LORA"
-    pairs = is_encoder_decoder(getattr(model, "config", None))
-    task_type = SEQUENCE_TO_SEQUENCE if pairs else task_of(model)
-    config = peft_config(layers, targets, source, numbers, peft_type, task_type, token_indices(adapter))
+    config = peft_config(layers, targets, source, numbers, peft_type, peft_task(model), token_indices(adapter))
     config |= {"target_parameters": parameter_names(model, parameters)} if parameters else {}
     return config | ({"modules_to_save": whole} if whole else {}), state
 

@@ -20,11 +20,10 @@ from typing import Any, cast
 from qgraft.adapters.layer_choice import list_pattern
 from qgraft.adapters.lora import LoraConfig
 from qgraft.errors import AdapterError, UnsupportedError, worded
-from qgraft.model_parts import CLASSIFIERS
+from qgraft.model_parts import CAUSAL, CLASSIFIERS
 from qgraft.patterns import first_matching, is_ending, is_pattern
 
 CONFIG = "adapter_config.json"
-CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"  # PEFT's task types
 MINIMUMS = "QGRAFT_MINIMUMS"  # peft_type of an exact LoRA with layers in K-quants: PEFT refuses it, as it should
 
 # PEFT options that change the arithmetic and that a plain LoRA does not have

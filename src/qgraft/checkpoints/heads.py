@@ -27,7 +27,16 @@ from transformers import (
 
 from qgraft.adapters.whole import WholeHolder
 from qgraft.errors import OptionError, UnsupportedError, worded
-from qgraft.model_parts import CAUSAL, CLASSIFIERS, heads_of, is_within, stated_task, task_of
+from qgraft.model_parts import (
+    CAUSAL,
+    CLASSIFIERS,
+    SEQUENCE_TO_SEQUENCE,
+    heads_of,
+    is_encoder_decoder,
+    is_within,
+    stated_task,
+    task_of,
+)
 from qgraft.models.find import architecture_of
 
 _CLASSES: dict[str, Any] = {
@@ -44,7 +53,7 @@ class Task:
     """What a folder is loaded for.
 
     Attributes:
-        task_type: CAUSAL_LM, SEQ_CLS or TOKEN_CLS; None for what the folder says.
+        task_type: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None for what the folder says.
         labels: names by their ids; None for the folder's.
         problem_type: one of PROBLEMS; None for the folder's, or else for one label of several.
     """
@@ -54,12 +63,14 @@ class Task:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        known = (CAUSAL, *CLASSIFIERS)
+        known = (CAUSAL, SEQUENCE_TO_SEQUENCE, *CLASSIFIERS)
         if self.task_type is not None and self.task_type not in known:
             raise OptionError(f"task_type={self.task_type!r}: expected {', '.join(known)}")
         if self.problem_type is not None and self.problem_type not in PROBLEMS:
             raise OptionError(f"problem_type={self.problem_type!r}: expected {', '.join(PROBLEMS)}")
-        if self.task_type == CAUSAL and (self.labels is not None or self.problem_type is not None):
+        if self.task_type in (CAUSAL, SEQUENCE_TO_SEQUENCE) and (
+            self.labels is not None or self.problem_type is not None
+        ):
             raise OptionError("labels and problem_type are of classifiers", hint=_asks())
         if self.task_type == "TOKEN_CLS" and self.problem_type not in (None, SINGLE):
             raise OptionError(f"problem_type={self.problem_type!r}: tokens have one label each ({SINGLE})")
@@ -91,7 +102,10 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
     """
     stated = stated_task(config.architectures)
     wanted = task.task_type or (stated if task.labels is None and task.problem_type is None else "SEQ_CLS")
-    if wanted == CAUSAL:
+    if wanted in (CAUSAL, SEQUENCE_TO_SEQUENCE):
+        writes = SEQUENCE_TO_SEQUENCE if is_encoder_decoder(config) else CAUSAL
+        if task.task_type not in (None, writes):
+            raise OptionError(f"task_type={wanted!r}: {config.model_type} is loaded for {writes}")
         if stated != CAUSAL:
             config.architectures = None
         return []
