@@ -164,7 +164,7 @@ class _FolderReader:
         if name in self.names.made:
             return self._make(name)
         stored = self.names.stored.get(name)
-        if (drawn := self.heads.value(name, None if stored is None else self.tensors[stored])) is not None:
+        if (drawn := self.heads.value(name, self.tensors.get(stored or ""))) is not None:
             return drawn
         if stored is None:
             return None
