@@ -274,13 +274,8 @@ def test_options_that_have_no_meaning_are_refused(options, problem, tmp_path):
 
 
 def test_what_is_not_there_is_said(tiny_gguf, tmp_path):
-    from qgraft.training.arguments import arguments_from_dict
-
-    with pytest.raises(OptionError, match="lmbda") as error:
-        arguments_from_dict({"stage": "distill", "lmbda": 0.5, "output_dir": str(tmp_path)})
-    assert "not its own" in error.value.hint
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
-    with pytest.raises(OptionError, match="a training") as error:
+    with pytest.raises(OptionError, match="a training"):
         qgraft.evaluate(model, tokenizer, ROWS, stage="distill")
     with pytest.raises(OptionError, match="stage='sft': nothing is learned of a teacher"):
         distill(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=True))
