@@ -26,8 +26,9 @@ from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.model_parts import is_encoder_decoder
+from qgraft.passes.labels import classifier_of
 from qgraft.passes.log_probs import shares_prompts
-from qgraft.training.classification import Classification, classifier_of
+from qgraft.training.classification import Classification
 from qgraft.training.distillation import Distillation
 from qgraft.training.objective import SupervisedFineTuning
 from qgraft.training.on_policy import draws_answers
