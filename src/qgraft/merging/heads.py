@@ -73,12 +73,13 @@ def _give_heads(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
 @contextmanager
 def heads_merged(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Module]]:
     """Give the base the heads of these adapters; yields its own. Where the block fails it gets them back."""
-    own = _give_heads(model, names)
+    own, kept = _give_heads(model, names), False
     try:
         yield own
-    except BaseException:
-        put_heads(model, own)
-        raise
+        kept = True
+    finally:
+        if not kept:
+            put_heads(model, own)
 
 
 @contextmanager

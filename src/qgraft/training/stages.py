@@ -8,7 +8,7 @@ A stage stands for a loss; `dpo` has several, by `loss_type`, and `distill` by `
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgraft.errors import OptionError, option
+from qgraft.errors import OptionError, near_match, option
 from qgraft.training.preference_losses import LABELLED, PAIRED, PreferenceOptions
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def preferring(
     Raises OptionError for all that has no meaning with the stage, at once.
     """
     if stage not in STAGES:
-        raise OptionError(f"stage={stage!r}: expected {', '.join(STAGES)}")
+        raise OptionError(f"stage={stage!r}: expected {', '.join(STAGES)}", hint=near_match(stage, STAGES))
     given = {name: value for name, value in said.items() if value is not None}
     if stage == "distill":
         raise OptionError(
