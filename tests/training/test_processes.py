@@ -14,6 +14,8 @@ import safetensors.torch
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_classifiers import BAD, GOOD, rows_of, write_encoder
+from tiny_pairs import write_pairs_model
 
 import qgraft
 from qgraft.data.tokenizing import Sample
@@ -275,3 +277,67 @@ def test_other_stages_come_to_the_result_of_one_process_too(stage, tiny_gguf, tm
         rewards = {key: value for key, value in expected.items() if "/" in key or key in ("kl", "kd_loss")}
         assert {key: line[key] for key in rewards} == pytest.approx(rewards, rel=1e-3, abs=1e-5)
     assert any("rewards/margins" in line or "kd_loss" in line for line in one)
+
+
+def kind_of_run(kind, tiny_gguf, tmp_path):
+    """(model, rows, options of the run, of loading) of what else trains on the same loop."""
+    plain = [{"prompt": f"hello {i}", "response": "the world " * (1 + i % 3)} for i in range(15)]
+    if kind == "dora":
+        return tiny_gguf("llama").path, plain, {"use_dora": True}, {}
+    if kind == "new tokens":
+        rows = [{**row, "response": "<tool> " + row["response"]} for row in plain]
+        return tiny_gguf("llama").path, rows, {"add_tokens": ["<tool>"], "target_modules": "q_proj"}, {}
+    if kind == "pairs":
+        write_pairs_model("t5", tmp_path / "t5")
+        rows = [
+            {"prompt": "the service was " + "good " * (i % 4), "response": ("positive", "bad")[i % 2]}
+            for i in range(15)
+        ]
+        return tmp_path / "t5", rows, {"template": None}, {}
+    rows, names = rows_of(15), {"task_type": kind, "labels": ["bad", "good"] if kind == "SEQ_CLS" else ["O", "X"]}
+    if kind == "TOKEN_CLS":
+        words = [row["text"].split() for row in rows]
+        rows = [{"tokens": each, "ner_tags": ["X" if word in GOOD + BAD else "O" for word in each]} for each in words]
+    return (
+        write_encoder(tmp_path / "bert"),
+        rows,
+        {"task_type": kind, "labels": names["labels"], "template": None},
+        names,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["SEQ_CLS", "TOKEN_CLS", "dora", "new tokens", "pairs"])
+def test_other_kinds_come_to_the_result_of_one_process_too(kind, tiny_gguf, tmp_path, one_thread):
+    """Padded batches, whole heads, magnitudes, rows of tokens, pairs: losses, gradients and what is logged beside them."""
+    model, kept, more, names = kind_of_run(kind, tiny_gguf, tmp_path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    more = {
+        "num_train_epochs": 1,
+        "save_steps": 100,
+        "quantize": None if kind in ("dora", "new tokens") else "q8_0",
+        **more,
+    }
+    chosen = {key: value for key, value in {**OPTIONS, **more}.items() if value is not None}
+    args = qgraft.TrainArguments(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **chosen)
+    loaded = qgraft.load(model, quantize=more["quantize"], **names)
+    qgraft.train(*loaded, str(rows), args)
+    words = command(model, rows, tmp_path / "two", 2, ddp_timeout=60, ddp_backend="gloo", **more)
+    told = []  # without what is not said, lists as the command line has them
+    for word in words:
+        name, _, value = word.partition("=")
+        if value == "None":
+            continue
+        told += [name, ",".join(more["labels"])] if name == "--labels" else [word]
+        if name == "--add_tokens":
+            told[-1:] = [name, *more["add_tokens"]]
+    done = subprocess.run(told, env=ENVIRONMENT, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same_result(tmp_path / "two", tmp_path / "one")
+    one, two = ([json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+                for name in ("one", "two"))  # fmt: skip
+    for line, expected in zip(two, one, strict=True):
+        beside = {key: value for key, value in expected.items() if "accuracy" in key or "f1" in key}
+        assert {key: line[key] for key in beside} == pytest.approx(beside)
+    assert any("accuracy" in line for line in one) is (kind in ("SEQ_CLS", "TOKEN_CLS"))

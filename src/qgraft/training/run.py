@@ -36,6 +36,7 @@ from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
+from qgraft.training.classification import METRICS as OF_LABELS
 from qgraft.training.events import Callback
 from qgraft.training.given import check_arguments, check_pair
 from qgraft.training.loop import TrainingLoop
@@ -303,7 +304,7 @@ class Run:
     def _beside_loss(self, step: int | None) -> dict[str, float]:
         """What was measured beside the held-out loss of the adapter that is kept, that of this step."""
         logged = [e for e in self.loop.events.state.log_history if "eval_loss" in e and e["step"] == step]
-        names = {f"eval_{name}" for name in self.objective.names}
+        names = {f"eval_{name}" for name in (*self.objective.names, *OF_LABELS)}
         return {key: value for key, value in (logged[-1] if logged else self._beside).items() if key in names}
 
     def _last_eval_loss(self) -> float | None:
