@@ -95,7 +95,7 @@ def test_the_loss_is_the_divergence_on_what_the_student_drew(tiny_gguf, teacher_
 
 def test_shares_of_none_and_of_all_and_what_repeats(tiny_gguf, teacher_adapter, tmp_path, drawn):
     """lmbda=0 is the run without it, byte for byte; of a half some batches are drawn; the seed decides."""
-    options = {"save_strategy": "no"}
+    options = {"save_strategy": "no", "max_steps": 1}
     run(tiny_gguf, teacher_adapter, tmp_path / "off", **options)
     run(tiny_gguf, teacher_adapter, tmp_path / "none", lmbda=0.0, **options)
     assert not drawn and bytes_of(tmp_path / "off") == bytes_of(tmp_path / "none")
