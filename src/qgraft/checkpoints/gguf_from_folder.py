@@ -30,7 +30,8 @@ from qgraft.adapters.lora import LoraLayer
 from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
-from qgraft.checkpoints.gguf_keys import TABLE, WINDOW
+from qgraft.checkpoints.gguf_key_parts import WINDOW
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
