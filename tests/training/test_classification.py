@@ -57,6 +57,18 @@ def logits_of(model, batch) -> torch.Tensor:
     return model.eval()(**batch).logits.float()
 
 
+def test_the_report_has_what_was_measured_beside_the_loss(folder, tmp_path, capsys):
+    """Of the last evaluation, as the command line prints it."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in rows_of(12)))
+    words = ["train", "--task_type", "SEQ_CLS", "--model", str(folder), "--dataset", str(rows), "--val_size", "4"]
+    words += ["--max_steps", "1", "--plot_loss", "false", "--output_dir", str(tmp_path / "out"), "--use_cpu"]
+    assert main(words) == 0
+    metrics = json.loads((tmp_path / "out/run.json").read_text())["metrics"]
+    line = f"held-out accuracy {100 * metrics['eval_accuracy']:.1f} %, macro-F1 {metrics['eval_macro_f1']:.3f}"
+    assert line in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_learns(folder, tmp_path):
     model, tokenizer = loaded(folder, quantize="q8_0")
