@@ -38,7 +38,7 @@ ALWAYS_TIED = {
     "lfm2moe",
 }  # the tables of the gguf package have no output layer for them
 LATENT = {  # DeepSeek's
-    **SHAPE, "num_hidden_layers": 3, "num_key_value_heads": HEADS, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
+    **SHAPE, "num_hidden_layers": 3, "num_key_value_heads": HEADS, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16, "v_head_dim": 32, "n_shared_experts": 2, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
 }  # fmt: skip
