@@ -141,7 +141,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
         {**LATENT, "q_lora_rank": 32, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     ),
-    "dots1": ("Dots1ForCausalLM", "Dots1Config", {**CHOICE, "head_dim": 32, "sliding_window": None, "num_key_value_heads": HEADS}),
+    "dots1": (
+        "Dots1ForCausalLM", "Dots1Config",
+        {**CHOICE, "head_dim": 32, "sliding_window": None, "num_key_value_heads": HEADS},
+    ),
     "ernie4_5": ("Ernie4_5ForCausalLM", "Ernie4_5Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
     "ernie4_5-moe": (
         "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig",

@@ -118,7 +118,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.spread(4)
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_mixtures_are_refused_for(name: str, make_gguf: Maker, tmp_path: Path) -> None:
     architecture, keys, message = REFUSED[name]
