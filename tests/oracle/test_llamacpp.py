@@ -118,7 +118,7 @@ def test_narrow_states_of_deepseek(architecture, keys, make_gguf, random_ids, ll
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("architecture", sorted(MIXTURES | {"mixtral", "deepseek3"}))
 def test_loras_on_experts_in_llamacpp(architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
     path = float32_file(make_gguf, architecture, tmp_path)
     model, _ = load_gguf(path, torch.float32)

@@ -13,6 +13,7 @@ transformers' own GGUF loader is the oracle of the tests; it turns every weight 
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,7 +69,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         if stored.column_order is not None:
             model.get_submodule(place).input_order = stored.column_order.argsort()
     for place in reader.apart:
-        model.set_submodule(place, LatentRows(model.get_submodule(place).dequantize(dtype)))
+        layer: Any = model.get_submodule(place)
+        model.set_submodule(place, LatentRows(layer.dequantize(dtype)))
     header = Header(file)
     if TABLE[header.architecture].rotates:
         decoder = decoder_of(model)
