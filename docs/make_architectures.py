@@ -62,6 +62,14 @@ not written from them. Files of 2023 with a tensor for each expert are refused.
 Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
+`deepseek2` is DeepSeek 2, and with `expert_gating_func` 2 DeepSeek 3. Where a file has `attn_k_b` and `attn_v_b` in
+place of `attn_kv_b` (those since 2025), that layer is held as floats and takes no LoRA: the keys are stored transposed.
+llama.cpp adds no LoRA to its queries, keys and values: an adapter with one there is refused as a GGUF-LoRA, and can be
+merged. The groups of experts of DeepSeek 2 (not Lite) are chosen by their best expert, as its authors do; llama.cpp
+takes the best two. PEFT takes `gate_proj` and `up_proj` in `target_modules` for those of the experts, as transformers 4
+had them: an adapter on dense or shared layers of a mixture that shall be opened by PEFT is put on attention alone, and
+on experts by `target_parameters`.
+
 `chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
 held to transformers' GLM with the same weights too. In Gemma 3n and 4 the table of embeddings for each layer stays packed
 and mapped, and the rows of the tokens are gathered. Keys and values of layers that take those of others are left as they

@@ -38,7 +38,7 @@ ALWAYS_TIED = {
     "lfm2moe",
 }  # the tables of the gguf package have no output layer for them
 LATENT = {  # DeepSeek's
-    **SHAPE, "num_hidden_layers": 3, "num_key_value_heads": HEADS, "kv_lora_rank": 32, "qk_nope_head_dim": 32,
+    **SHAPE, "num_hidden_layers": 3, "num_key_value_heads": HEADS, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 16, "v_head_dim": 32, "n_shared_experts": 2, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5,
 }  # fmt: skip
@@ -141,14 +141,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
         {**LATENT, "q_lora_rank": 32, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     ),
-    "dots1": ("Dots1ForCausalLM", "Dots1Config", {**CHOICE, "sliding_window": None, "num_key_value_heads": HEADS}),
+    "dots1": (
+        "Dots1ForCausalLM", "Dots1Config",
+        {**CHOICE, "head_dim": 32, "sliding_window": None, "num_key_value_heads": HEADS},
+    ),
     "ernie4_5": ("Ernie4_5ForCausalLM", "Ernie4_5Config", {**SHAPE, "head_dim": 16, "pad_token_id": None}),
     "ernie4_5-moe": (
         "Ernie4_5_MoeForCausalLM", "Ernie4_5_MoeConfig",
         {**SHAPE, "num_hidden_layers": 3, "moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 32,
          "pad_token_id": None},
     ),
-    "glm4moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**CHOICE, "head_dim": 16, "use_qk_norm": True}),
+    "glm4moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**CHOICE, "head_dim": 32, "use_qk_norm": True}),
     "lfm2moe": (
         "Lfm2MoeForCausalLM", "Lfm2MoeConfig",
         {**SHAPE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "pad_token_id": None,

@@ -16,6 +16,7 @@ import transformers
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader
 from safetensors.torch import load_file
+from tiny_models import STORED_AS
 from torch import Tensor, nn
 
 import qgraft
@@ -43,6 +44,7 @@ RECURRENT = {
     "qwen35moe",
 }  # layers that carry a state, or convolve along the row: one sample in each pass
 ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
+MODELS_OF_ALL = pytest.mark.parametrize("architecture", sorted(TABLE.keys() | STORED_AS.keys()))
 
 
 def samples() -> list[Sample]:
@@ -75,7 +77,7 @@ def with_loras(model: nn.Module, values: dict[str, nn.Parameter]) -> dict[str, T
 
 
 @pytest.mark.spread(8)
-@ALL
+@MODELS_OF_ALL
 def test_losses_and_gradients_are_those_of_transformers_model(
     architecture: str, make_gguf: Maker, tmp_path: Path
 ) -> None:
@@ -122,7 +124,7 @@ def test_recurrent_layers_see_one_sample_whatever_a_trial_would_say(
 
 
 @pytest.mark.spread(8)
-@ALL
+@MODELS_OF_ALL
 def test_logits_and_greedy_tokens_are_those_of_transformers_model(
     architecture: str, tiny_gguf: Maker, random_ids: Maker
 ) -> None:
@@ -141,7 +143,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_model(
 
 
 @pytest.mark.spread(4)
-@ALL
+@MODELS_OF_ALL
 def test_what_an_adapter_learned_is_in_the_merged_file(architecture: str, tiny_gguf: Maker, tmp_path: Path) -> None:
     tiny = tiny_gguf(architecture)
     model, tokenizer = qgraft.load(tiny.path, dtype="float32", device="cpu")

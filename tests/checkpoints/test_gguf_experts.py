@@ -26,7 +26,10 @@ from qgraft.linear import computing
 
 Maker = Callable[..., Any]
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
-ARCHITECTURES = ("qwen3moe", "gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe")
+ARCHITECTURES = (
+    "qwen3moe", "gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "deepseek2", "deepseek3", "dots1", "ernie4_5-moe",
+    "glm4moe", "lfm2moe", "qwen35moe",
+)  # fmt: skip
 ROWS = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
 EACH = pytest.mark.parametrize(
     "architecture",
@@ -35,7 +38,7 @@ EACH = pytest.mark.parametrize(
 
 
 def names_of(architecture: str, parameters: tuple[str, ...] = BOTH) -> list[str]:
-    block = "block_sparse_moe" if architecture == "granitemoe" else "mlp"
+    block = {"granitemoe": "block_sparse_moe", "lfm2moe": "feed_forward"}.get(architecture, "mlp")
     return [name.replace("mlp", block) for name in parameters]
 
 
@@ -67,7 +70,14 @@ def test_loras_on_experts_are_those_of_peft(
     architecture: str, make_gguf: Maker, random_ids: Maker, tmp_path: Path
 ) -> None:
     tiny = make_gguf(tmp_path / "tiny.gguf", architecture)
-    model = adapted(tiny.path, architecture)
+    # PEFT takes gate_proj and up_proj of layers beside the experts for those of experts, as transformers 4 had them
+    beside = (
+        {}
+        if architecture in ARCHITECTURES[:6]
+        else {"target_modules": ["o_proj" if architecture != "lfm2moe" else "out_proj"]}
+    )
+    model = adapted(tiny.path, architecture, **beside)
+    layers = sum(".experts.down_proj" in name and "bias" not in name for name in tiny.model.state_dict())
     ids = random_ids(tiny.model, length=24)
     base = logits(tiny.model, ids)
     qgraft.save_adapter(model, tmp_path / "adapter")
@@ -89,7 +99,7 @@ def test_loras_on_experts_are_those_of_peft(
             parameter.data = parameter.grad
         found |= part.tensors(path)
     assert found.keys() == gradients.keys()
-    assert sum("experts" in name for name in found) == 8
+    assert sum("experts" in name for name in found) == 4 * layers
     for name, gradient in gradients.items():
         assert float((found[name] - gradient).abs().max()) < 1e-4 * largest, name
 

@@ -27,7 +27,11 @@ def test_the_table_has_every_architecture():
 def test_fields_are_those_of_transformers_configuration(architecture):
     keys = TABLE[architecture]
     known = ChatGLM2Config() if architecture == "chatglm" else AutoConfig.for_model(keys.model_type)
-    stated = {*known.to_dict(), *known.attribute_map, *(["head_dim"] if architecture == "qwen3moe" else [])}
+    stated = {
+        *known.to_dict(),
+        *known.attribute_map,
+        *(["head_dim"] if architecture in ("dots1", "glm4moe", "qwen3moe") else []),
+    }
     assert {*keys.fields.values(), *keys.fixed} <= stated
     mixture = known if keys.other is None else AutoConfig.for_model(keys.other[1])  # llama's is Mixtral
     assert {*keys.experts.values()} <= {*mixture.to_dict(), *mixture.attribute_map}

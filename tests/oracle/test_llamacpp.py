@@ -15,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader, GGUFWriter
 from gguf_copies import write_copy
+from tiny_latent import APART, YARN_KEYS, keyed, kv_b_apart
 from torch import nn
 
 import qgraft
@@ -41,6 +42,7 @@ PASSED_OVER = (
     "modality_router",
     *(f"altup_{name}projections.{n}" for name in ("", "unembed_") for n in range(3)),
 )  # layers whose LoRAs llama.cpp does not add
+OF_DEEPSEEK = ("self_attn.q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # likewise
 # llama.cpp has written in its code what no key tells it of Gemma 3n: 20 layers with keys and values, 10 sparse ones, sizes.
 # It takes the deviation of n activations over n - 1, the authors over n: many of them make that small
 LARGE = {
@@ -67,7 +69,8 @@ def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
 def attach_noise(model: nn.Module, layers: Mapping[str, LoraConfig] | None = None) -> None:
     """A LoRA "default" large enough to change the answers; on every linear layer unless `layers` says otherwise."""
     plain = LoraConfig(r=4, lora_alpha=8)
-    targets = [path for path in find_targets(model, "all-linear") if not path.endswith(PASSED_OVER)]
+    passed_over = PASSED_OVER + (OF_DEEPSEEK if model.config.model_type.startswith("deepseek") else ())
+    targets = [path for path in find_targets(model, "all-linear") if not path.endswith(passed_over)]
     attach_layers(model, "default", layers or dict.fromkeys(targets, plain))
     torch.manual_seed(7)
     with torch.no_grad():
@@ -96,7 +99,26 @@ def test_float32_files_give_our_logprobs_to_rounding(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", ["gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "qwen3moe"])
+@pytest.mark.parametrize("keys", [{}, YARN_KEYS])
+@pytest.mark.parametrize("architecture", ["deepseek2", "deepseek3"])
+def test_narrow_states_of_deepseek(architecture, keys, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
+    """Keys and values in one tensor and in two, plain and with yarn; groups of experts in DeepSeek 3."""
+    config = {"num_hidden_layers": 27 if architecture == "deepseek2" else 3}
+    plain = make_gguf(tmp_path / "plain.gguf", architecture, types=(Q.F32,), config=config, metadata=keyed(keys))
+    drop = tuple(f"blk.{number}.attn_kv_b.weight" for number in range(config["num_hidden_layers"]))
+    apart = make_gguf(
+        tmp_path / "apart.gguf", architecture, types=(Q.F32,), config=config, metadata=keyed(APART | keys),
+        extra=kv_b_apart(plain.model), drop=drop,
+    )  # fmt: skip
+    for path in (plain.path, apart.path):
+        model, _ = load_gguf(path, torch.float32)
+        prompt = random_ids(model, rows=1, length=60)[0].tolist()
+        theirs = llamacpp_greedy(path, prompt, STEPS, top=model.config.vocab_size, exact=True)
+        assert theirs.gap(our_logprobs(model, prompt, theirs.ids)).max() < ROUNDING
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(MIXTURES | {"mixtral", "deepseek3"}))
 def test_loras_on_experts_in_llamacpp(architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):
     path = float32_file(make_gguf, architecture, tmp_path)
     model, _ = load_gguf(path, torch.float32)

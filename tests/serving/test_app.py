@@ -21,6 +21,7 @@ httpx = pytest.importorskip("httpx")
 import torch
 from served import ADMIN, ALL, HELLO, LAW_ONLY, TRAVERSALS, Running, ask, serving, told
 
+import qgraft
 from qgraft.data.tokenizing import decode_answer
 from qgraft.errors import AdapterError
 from qgraft.serving.prompting import Prompting
@@ -421,6 +422,35 @@ def test_tools_and_reasoning_by_openais_client(running: Running, monkeypatch: py
     )
     calls = [call for each in deltas for call in each.delta.tool_calls or ()]
     assert [call.function.name for call in calls] == ["time"] and calls[0].index == 0
+
+
+@pytest.mark.parametrize(
+    "name,call", [("chatglm3", "time\n ```python\ntool_call(at='Rome')\n```"), ("glm", 'time\n{"at": "Rome"}')]
+)
+def test_calls_of_glm_by_openais_client(
+    running: Running, monkeypatch: pytest.MonkeyPatch, name: str, call: str
+) -> None:
+    """What the models' own prompts have calls look like comes back as tool_calls, and goes in again with its result."""
+    openai = pytest.importorskip("openai")
+    said = iter(running.tokenizer("\n " + call, add_special_tokens=False)["input_ids"])
+    monkeypatch.setattr(Sampler, "draw", lambda self, logits, allowed=None: Token(next(said, 2)))
+    template = Path(qgraft.__file__).parent / f"data/variants/{name}.jinja"
+    monkeypatch.setattr(running.service.prompter, "prompting", Prompting(template=str(template)))
+    monkeypatch.setattr(running.service.engine, "context", None)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key=ALL, max_retries=0)
+    tool = {"type": "function", "function": {"name": "time", "description": "", "parameters": {"type": "object"}}}
+    choice = client.chat.completions.create(model="base", messages=HELLO, tools=[tool]).choices[0]
+    assert (choice.finish_reason, choice.message.content or "") == ("tool_calls", "")
+    (made,) = choice.message.tool_calls
+    assert (made.function.name, json.loads(made.function.arguments)) == ("time", {"at": "Rome"})
+    turns = [
+        *HELLO,
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": made.id, "content": "1"},
+    ]
+    said = iter(running.tokenizer("One.", add_special_tokens=False)["input_ids"])
+    again = client.chat.completions.create(model="base", messages=turns, tools=[tool])
+    assert again.choices[0].message.content == "One."
 
 
 @pytest.mark.parametrize("generation", ["chatglm", "chatglm2"])

@@ -1,5 +1,6 @@
 """Calls and reasoning come back out of what training's templates write, whole and piece by piece."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,69 @@ def test_what_a_template_writes_is_read_back(tiny_gguf: Maker, name: str) -> Non
     assert (call.before + TIME.arguments + call.after).strip() == written.strip().removeprefix(
         "<think>\n\n</think>\n\n"
     )
+
+
+ROME = {"at": "Rome", "days": [1, -2.5, None], "who": {"it's": True}}
+GLM = {
+    "chatglm3": """time\n ```python\ntool_call(at='Rome', days=[1, -2.5, None], who={"it's": True})\n```""",
+    "glm": 'time\n{"at": "Rome", "days": [1, -2.5, null], "who": {"it\'s": true}}',
+}
+
+
+@pytest.mark.parametrize("step", [1, 1000])
+@pytest.mark.parametrize("name", GLM)
+def test_calls_of_glm_are_what_its_template_writes(tiny_gguf: Maker, name: str, step: int) -> None:
+    """The prompts of the releases' own code (tests/checkpoints/test_glm_tokenizer.py), and several parts of one answer."""
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    template = ChatTemplate(variant(name), name)
+    form = call_format(tokenizer, template)
+    assert form is not None and form.turn == "<|assistant|>"
+    call = Call("time", json.dumps(ROME))
+    writer, asked = Writer(tokenizer, template), Message("user", "What time is it in Rome?")
+    tools = [{"type": "function", "function": {"name": "time", "description": "", "parameters": {"type": "object"}}}]
+    prompt = writer.prompt([asked], tools)
+
+    def written(*calls: Call, text: str = "") -> str:
+        said = Message("assistant", text, calls=calls)
+        return writer.answered([asked, said], tools).text.removeprefix(prompt)
+
+    assert written(call) == GLM[name]
+    for text, content, calls in (
+        (written(call), "", (call,)),
+        (written(call, call), "", (call, call)),
+        (written(call, text="I look it up."), "I look it up.", (call,)),
+        (written(text="It is noon."), "It is noon.", ()),
+        (GLM[name].replace("time", "other"), GLM[name].replace("time", "other"), ()),
+        (GLM[name][:-5], GLM[name][:-5], ()),
+        (GLM[name] + " is what I would call", GLM[name] + " is what I would call", ()),
+    ):
+        reader = AnswerReader(format=form, names=["time"])
+        assert (pieces(reader, text, step)[1].strip(), reader.calls) == (content, calls), text
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["at=now()", "'Rome'", "**{'at': 'Rome'}", "at=b'Rome'", "at={1, 2}", "at=1j", "at=1e999", "at=(1, 2)", "at={1: 2}",
+     "at=1, at=2", "at='Rome", "at=" + "[" * 70 + "]" * 70, "at=__import__('os')", "at=\0"],
+)  # fmt: skip
+def test_keywords_are_literals_that_json_has(given: str) -> None:
+    form = CallFormat("", "```", True, "\n ```python\ntool_call(", keywords=True)
+    text = f"time\n ```python\ntool_call({given})\n```"
+    assert form.read(text, ["time"]) == (text, ())
+    assert form.read(text.replace(given, "at='a)b'"), ["time"])[1] == (Call("time", '{"at": "a)b"}'),)
+
+
+def test_a_call_of_chatglm3_that_is_cut_has_the_keywords_that_are_whole() -> None:
+    form = CallFormat("", "```", True, "\n ```python\ntool_call(", keywords=True, turn="<|assistant|>")
+    text, told = "I ask.<|assistant|>time\n ```python\ntool_call(at='a, b', days=[1, 2], who='me')\n```", []
+    for end in range(text.index("at="), len(text) + 1):
+        reader = AnswerReader(format=form, names=["time"])
+        assert reader.push(text[:end])[1] + reader.push("", last=True, cut=True)[1] == "I ask."
+        told.append(reader.calls[0].arguments)
+    begun = ["{", '{"at": "a, b"', '{"at": "a, b", "days": [1, 2]', '{"at": "a, b", "days": [1, 2], "who": "me"}']
+    assert list(dict.fromkeys(told)) == begun
+    with pytest.raises(UnsupportedError, match="arguments as Python's keywords"):
+        call_texts(form, [{"type": "function", "function": {"name": "time"}}], ())
 
 
 def test_a_forced_call_is_what_templates_write_without_ids(tiny_gguf: Maker) -> None:

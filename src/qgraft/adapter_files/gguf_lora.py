@@ -112,7 +112,7 @@ def export_gguf_lora(
     fingerprint = _unmerged(model)
     alpha = _common_alpha(lora.stored_config for lora in loras.values())
     experts = {path: layer.base for path, layer in expert_layers(model).items() if isinstance(layer, LoraExperts)}
-    tensors = _file_tensors(adapter.name, loras, experts, base.origin, alpha, DTYPES[dtype][0])
+    tensors = _file_tensors(adapter.name, loras, experts, base, alpha, DTYPES[dtype][0])
     try:
         with tempfile.TemporaryDirectory() as folder:
             writer = GGUFWriter(Path(folder) / "lora.gguf", base.architecture)
@@ -224,13 +224,13 @@ def _file_tensors(
     name: str,
     loras: Mapping[str, Lora],
     layers: Mapping[str, QuantizedExperts],
-    origin: Origin,
+    base: _Base,
     alpha: float,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """{tensor name in the file: values, rows in the file's order, with what differs from `alpha` in B}."""
-    tensors: dict[str, Tensor] = {}
-    problems = []
+    origin, tensors = base.origin, dict[str, Tensor]()
+    problems, alone = [], WITHOUT_LORA.get(base.architecture, ())
     for path, lora in loras.items():
         if isinstance(lora, ExpertLora):
             names = {part: stored.name for place, stored in origin.matrices.items()
@@ -242,7 +242,7 @@ def _file_tensors(
         if stored is None or stored.repeated:
             problems.append(f"{path}: {origin.path.name} has no tensor of its own for it")
             continue
-        if stored.name.endswith(WITHOUT_LORA):
+        if stored.name.endswith(alone):
             problems.append(f"{path}: llama.cpp passes over a LoRA on {stored.name}")
             continue
         if lora.of_embedding:

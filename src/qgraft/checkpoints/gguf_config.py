@@ -132,6 +132,8 @@ def notes_of(header: Header, file: GgufFile) -> tuple[str, ...]:
     notes: tuple[str, ...] = (
         (f"{drafts} layers that only draft tokens are not loaded; a saved file has them as they are",) if drafts else ()
     )
+    if header.get("attention.key_length_mla") is not None:
+        notes += ("kv_b_proj is held as floats and takes no LoRA: the file has its keys transposed, its values apart",)
     if idle := unread_tensors(header, file) if header.shared else ():
         notes += (
             f"{len(idle)} tensors of layers that take keys and values of others are not loaded; a saved file has them",

@@ -67,7 +67,7 @@ TABLE: dict[str, Keys] = {  # by general.architecture
     ),
     "cohere2": Keys(  # layers without a window have no rotations
         "cohere2", {**SIZES, LAYER_NORM: "layer_norm_eps", "logit_scale": "logit_scale"}, {**ROPE, **WINDOWED},
-        musts={**UNSCALED, **SAME_BASE}, present={"attention_bias": "attn_q.bias"},
+        musts=SAME_BASE, present={"attention_bias": "attn_q.bias"},
     ),
     "command-r": Keys(
         "cohere", {**SIZES, LAYER_NORM: "layer_norm_eps", "logit_scale": "logit_scale"}, ROPE,

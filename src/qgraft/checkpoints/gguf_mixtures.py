@@ -1,7 +1,7 @@
 """Mixtures of experts with dense layers before them and experts that serve every token: their tables of metadata keys.
 
     DeepSeek      queries, keys and values come out of narrow states: attn_kv_b has the rows of keys and values of each head
-                  in turn, as transformers has; newer files have them apart, and those of the keys transposed (gguf_latent.py)
+                  in turn, as transformers has; newer files have them apart, attn_k_b transposed and attn_v_b
     routing       softmax (DeepSeek 2) or sigmoid with a bias for the choice (all others); of some groups of experts only the
                   best are chosen from. DeepSeek 2's groups are as good as their best expert, those of others as their two
                   best together; llama.cpp computes the latter for all
@@ -10,7 +10,12 @@
 Source: `load_hparams` in llama.cpp (llama-model.cpp, models/*.cpp) and its converter.
 """
 
+import re
+from collections.abc import Collection
 from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_key_parts import (
@@ -178,3 +183,26 @@ def _latent(header: Header) -> dict[str, Any]:
         "v_head_dim": value,
         **({"topk_method": "group_limited_greedy" if _groups(header) > 1 else "greedy"} if gating == 1 else {}),
     }
+
+
+def latent_tensors(parameter: str, tensors: Collection[str]) -> tuple[str, str] | None:
+    """The tensors that make up DeepSeek's `kv_b_proj.weight` of a layer where a file has keys and values apart."""
+    found = re.search(r"\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight$", parameter)
+    pair = tuple(f"blk.{found[1]}.attn_{kind}_b.weight" for kind in "kv") if found else ()
+    return (pair[0], pair[1]) if pair and all(name in tensors for name in pair) else None
+
+
+class LatentRows(nn.Linear):
+    """y = x W^T with floats made of two tensors. No LoRA is put on it, as its class is its own: no merge could be written."""
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, width = weight.shape
+        super().__init__(width, rows, bias=False, device="meta")
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def latent_rows(keys: Tensor, values: Tensor) -> Tensor:
+    """keys [heads, rank, nope] and values [heads, v, rank] -> [heads * (nope + v), rank], the rows of each head in turn."""
+    if keys.dim() != 3 or values.dim() != 3 or (keys.shape[0], keys.shape[1]) != (values.shape[0], values.shape[2]):
+        return torch.empty(0)  # assemble() reports the shape
+    return torch.cat([keys.transpose(1, 2), values], 1).flatten(0, 1)

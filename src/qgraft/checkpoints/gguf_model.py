@@ -13,6 +13,7 @@ transformers' own GGUF loader is the oracle of the tests; it turns every weight 
 import hashlib
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from qgraft.checkpoints.gguf_config import gguf_config, idle_tensors, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.checkpoints.gguf_mixtures import LatentRows, latent_rows, latent_tensors
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
@@ -66,6 +68,9 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     for place, stored in reader.matrices.items():
         if stored.column_order is not None:
             model.get_submodule(place).input_order = stored.column_order.argsort()
+    for place in reader.apart:
+        layer: Any = model.get_submodule(place)
+        model.set_submodule(place, LatentRows(layer.dequantize(dtype)))
     header = Header(file)
     if TABLE[header.architecture].rotates:
         decoder = decoder_of(model)
@@ -112,6 +117,7 @@ class _TensorReader:
         self.names = name_map(file.metadata["general.architecture"], config)
         self.used: set[str] = set()
         self.matrices: dict[str, Stored] = {}  # by module path
+        self.apart: list[str] = []  # layers whose weights no matrix of the file is
 
     def __call__(self, name: str) -> PackedTensor | dict[str, Stack] | Tensor | None:
         stem, _, suffix = name.rpartition(".")
@@ -119,6 +125,8 @@ class _TensorReader:
             return self._of_experts(name, experts)
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
+        if apart := latent_tensors(name, self.file.tensors.keys()):
+            return self._apart(stem, apart)
         if place := slice_of(self.names, name):
             return self._slice(stem, *place)
         gguf_name = tensor_name(self.names, name)
@@ -140,6 +148,12 @@ class _TensorReader:
         if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
             raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
         return from_file(gguf_name, value, self.rules, self.config)
+
+    def _apart(self, path: str, tensors: tuple[str, str]) -> Tensor:
+        """DeepSeek's rows of keys and values, which newer files have in a tensor each; floats, as one is transposed."""
+        self.used.update(tensors)
+        self.apart.append(path)
+        return latent_rows(*(floats(self.file, each) for each in tensors))
 
     def _slice(self, path: str, gguf_name: str, number: int) -> PackedTensor | None:
         """One matrix of a tensor [n, out, in]."""

@@ -134,9 +134,15 @@ ARCHITECTURES = {  # general.architecture of the file
 }
 
 
-WITHOUT_LORA = (  # Gemma 3n's and 4's, which llama.cpp multiplies by themselves, whatever LoRAs there are
+# What llama.cpp multiplies by itself, whatever LoRAs there are: of Gemma 3n and 4, and DeepSeek's queries, keys and values
+_GEMMA_ALONE = (
     "per_layer_model_proj.weight", "altup_proj.weight", "altup_unembd_proj.weight", ".altup_router.weight",
 )  # fmt: skip
+WITHOUT_LORA = {  # general.architecture -> how names of such matrices end
+    "deepseek2": tuple(f".attn_{name}.weight" for name in ("q", "q_a", "q_b", "kv_a_mqa", "kv_b")),
+    "gemma3n": _GEMMA_ALONE,
+    "gemma4": _GEMMA_ALONE,
+}
 _SLICES = re.compile(r"(model\.altup_(?:unembed_)?projections)\.(\d+)\.weight")
 
 

@@ -7,6 +7,7 @@ around the call stands what the model writes around its calls.
     Llama 3          {"name": "f", "parameters": {...}}                                   object, nothing before it
     Mistral          [TOOL_CALLS] [{"name": "f", "arguments": {...}}]                     list of objects
     GLM-4            f\\n{...}                                                             name, then arguments
+    ChatGLM3         f\\n ```python\\ntool_call(key='value')\\n```                          name, then Python's keywords
 
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
 other. One that max_tokens or a stop string cuts is a call with as much of its arguments as there is, as OpenAI tells it;
@@ -19,20 +20,21 @@ import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qgraft.data.ends import ENDS
 from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.serving.call_arguments import begun_keywords, json_at, keywords_at
 from qgraft.serving.fields import shown
 from qgraft.serving.grammars import CallText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_NAME, _KEY, _VALUE = "probe_function", "probe_key", "probe value"
+_NAME, _KEY, _VALUE, _TEXT = "probe_function", "probe_key", "probe value", "A probe that says something."
 _TOOL = {
     "type": "function",
     "function": {
@@ -60,6 +62,8 @@ class CallFormat:
         written: a call letter for letter: what stands before the name, between it and the arguments, and behind them;
             None where the name comes last.
         repeats: whether calls may follow one another.
+        keywords: whether arguments are Python's keywords.
+        turn: what stands between a text and a call, or between calls, where that is a token of its own: GLM's <|assistant|>.
     """
 
     before: str
@@ -68,11 +72,18 @@ class CallFormat:
     between: str = ""
     written: tuple[str, str, str] | None = None
     repeats: bool = False
+    keywords: bool = False
+    turn: str = ""
 
     @property
     def mark(self) -> str:
         """What tells where calls begin; "" where they begin like any JSON."""
         return self.before.strip()
+
+    @property
+    def _named(self) -> str:
+        """A name that stands alone, and what is between it and its arguments, with whatever blanks."""
+        return r"([\w.-]+)\s*" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*"
 
     def may_begin(self, text: str) -> int:
         """Where in the text calls may begin, so that what follows is not shown as text; its length for nowhere."""
@@ -83,6 +94,8 @@ class CallFormat:
 
     def read(self, text: str, names: Collection[str]) -> tuple[str, tuple[Call, ...]]:
         """(the text without its calls, the calls). What is none stays text."""
+        if self.turn:
+            return self._of_turns(text.split(self.turn), names)
         at = text.find(self.mark) if self.mark else 0
         if at < 0:
             return text, ()
@@ -96,25 +109,37 @@ class CallFormat:
             rest = rest[place:]
         return (text[:at].rstrip() if not rest.strip() else text[:at] + rest, tuple(calls)) if calls else (text, ())
 
+    def _of_turns(self, parts: list[str], names: Collection[str]) -> tuple[str, tuple[Call, ...]]:
+        said, calls = list[str](), list[Call]()
+        for part in parts:
+            found = self._one(part, names)
+            if found is not None and not part[found[1] :].strip():
+                calls += found[0]
+            else:
+                said.append(part)
+        return self.turn.join(said).rstrip() if calls else self.turn.join(said), tuple(calls)
+
     def cut(self, text: str, names: Collection[str]) -> tuple[str, Call | None] | None:
         """(the text before it, the call) where the text ends in the middle of a call; None where it does not.
 
         No call where its name is not whole.
         """
-        at = text.rfind(self.mark) if self.mark else 0
+        at = text.rfind(self.mark) if self.mark else max(text.rfind(self.turn), 0) if self.turn else 0
         if at < 0:
             return None
+        if self.turn:
+            text = text[:at] + text[at:].removeprefix(self.turn)
         lead, rest = text[:at].rstrip(), text[at + len(self.mark) :].lstrip()
-        if self.separate:
-            found = re.match(r"([\w.-]+)\s*" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*(?=\{)", rest)
-        else:
-            found = _BEGUN.match(rest)
+        named = self._named + ("" if self.keywords else r"(?=\{)")
+        found = re.match(named, rest) if self.separate else _BEGUN.match(rest)
         if found is None:
             return (lead, None) if self.mark and _is_beginning(rest, self.separate) else None
         if found[1] not in names:
             return None
         arguments = rest[found.end() :]
-        whole = _json_at(arguments, 0)
+        if self.keywords:
+            return lead, Call(found[1], begun_keywords(arguments))
+        whole = json_at(arguments, 0)
         return lead, Call(found[1], arguments if whole is None else arguments[: whole[1]])
 
     def _one(self, text: str, names: Collection[str]) -> tuple[list[Call], int] | None:
@@ -125,13 +150,11 @@ class CallFormat:
                 return None
             start += len(self.mark)
         if self.separate:
-            found = re.compile(r"\s*([\w.-]+)\s*" + r"\s*".join(map(re.escape, self.between.split())) + r"\s*").match(
-                text, start
-            )
-            value = None if found is None else _json_at(text, found.end())
+            found = re.compile(r"\s*" + self._named).match(text, start)
+            value = None if found is None else (keywords_at if self.keywords else json_at)(text, found.end())
             calls = [_call(found[1], value[0], names)] if found is not None and value is not None else [None]
         else:
-            value = _json_at(text, start)
+            value = json_at(text, start)
             each = value[0] if value is not None and isinstance(value[0], list) else [value and value[0]]
             calls = [_object_call(one, names) for one in each]
         if value is None or not calls or None in calls:
@@ -163,12 +186,31 @@ def call_format(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) ->
         before, after = _own(said[:start]).rstrip(), _until_end(said[stop:], tokenizer)
         repeats = bool(before and after.strip()) and said[start] == "{"
         return CallFormat(before, after.strip(), written=_written(said, start, stop, after), repeats=repeats)
-    if at < 0 or (brace := said.find("{", at)) < 0 or (arguments := _json_at(said, brace)) is None:
+    if at < 0:
+        return None
+    turn = "" if _own(said[:at]).strip() else _turn(writer)
+    given = said.find(f"{_KEY}={_VALUE!r})", at)
+    if given >= 0:
+        before, between = _own(said[:at]).rstrip(), said[at + len(_NAME) : given]
+        after = _until_end(said[said.find(")", given) + 1 :], tokenizer).strip()
+        return CallFormat(before, after, True, between, keywords=True, turn=turn)
+    if (brace := said.find("{", at)) < 0 or (arguments := json_at(said, brace)) is None:
         return None
     if arguments[0] != {_KEY: _VALUE}:
         return None
     between, before, after = said[at + len(_NAME) : brace], _own(said[:at]), _until_end(said[arguments[1] :], tokenizer)
-    return CallFormat(before.rstrip(), after.strip(), True, between, (before, between, after))
+    return CallFormat(before.rstrip(), after.strip(), True, between, (before, between, after), turn=turn)
+
+
+def _turn(writer: Writer) -> str:
+    """What the template writes between a text and a call behind it, beside blanks."""
+    called = Message("assistant", _TEXT, calls=(Call(_NAME, "{}", _ID),))
+    try:
+        said = writer.answered([Message("user", "probe question"), called], [_TOOL]).text
+    except ConversationError:
+        return ""
+    between = said[said.find(_TEXT) + len(_TEXT) :]
+    return between[: max(between.find(_NAME), 0)].strip()
 
 
 def _header(prompt: str, whole: str) -> int:
@@ -187,7 +229,7 @@ def _own(before: str) -> str:
 def _written(said: str, start: int, stop: int, after: str) -> tuple[str, str, str] | None:
     """See CallFormat: of the call that stands there as JSON, up to its arguments; brackets that are open then are closed."""
     name, brace = said.find(_NAME, start), said.rfind("{", start, said.find(_KEY, start))
-    arguments = _json_at(said, brace)
+    arguments = json_at(said, brace)
     if name > brace or arguments is None or arguments[1] > stop:
         return None
     closers: list[str] = []
@@ -213,6 +255,10 @@ def call_texts(
     for number, function in enumerate(tool["function"] for tool in tools):
         if names and function["name"] not in names:
             continue
+        if form is not None and form.keywords:
+            raise UnsupportedError(
+                "the chat template writes arguments as Python's keywords, which no answer is held to"
+            )
         if form is None or form.written is None:
             raise UnsupportedError("how the chat template writes calls is not known here")
         where = f"tools[{number}].function.parameters"
@@ -237,20 +283,11 @@ def _until_end(after: str, tokenizer: "PreTrainedTokenizerBase") -> str:
 def _json_around(text: str, at: int) -> tuple[int, int] | None:
     """The JSON list or object that the place is in, with the name and the arguments of the probe."""
     for start in range(at):
-        if text[start] in "[{" and (value := _json_at(text, start)) is not None and value[1] > at:
+        if text[start] in "[{" and (value := json_at(text, start)) is not None and value[1] > at:
             each = value[0] if isinstance(value[0], list) else [value[0]]
             if len(each) == 1 and _object_call(each[0], [_NAME]) is not None:
                 return start, value[1]
     return None
-
-
-def _json_at(text: str, start: int) -> tuple[Any, int] | None:
-    start += len(text[start:]) - len(text[start:].lstrip())
-    try:
-        value, stop = json.JSONDecoder().raw_decode(text, start)
-    except (ValueError, RecursionError):
-        return None
-    return value, stop
 
 
 def _object_call(value: object, names: Collection[str]) -> Call | None:
@@ -345,7 +382,8 @@ class AnswerReader:
         if last:
             shown, self.calls = self.format.read(self._held, self.names)
             self._held = ""
-            return self._without_cut(shown) if cut else shown
+            shown = self._without_cut(shown) if cut else shown
+            return shown.replace(self.format.turn, "") if self.format.turn else shown
         at = self.format.may_begin(self._held)
         shown, self._held = self._held[:at], self._held[at:]
         return shown
