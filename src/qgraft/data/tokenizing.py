@@ -295,8 +295,8 @@ class Encoder:
             self.writer.remark(SEVERAL)
             return None
         same = [*group[:-1], before]
-        text = "".join(text for text, _, _ in _segments(same))
-        ids, _ = self._encoded([*_segments(same), (answer.prompt[len(text) :], 0.0, False)])
+        text = "".join(text for text, _, _ in segments_of(same))
+        ids, _ = self._encoded([*segments_of(same), (answer.prompt[len(text) :], 0.0, False)])
         if ids != self._encoded([(answer.prompt, 0.0, False)])[0]:
             self.writer.remark(RETOKENIZED)
             return None
@@ -304,7 +304,7 @@ class Encoder:
 
     def _sample(self, group: list[Answer], source: str) -> Sample:
         """The sample of these answers, each behind its prompt; the last one has an end."""
-        ids, weights = self._encoded(_segments(group))
+        ids, weights = self._encoded(segments_of(group))
         if not group[-1].ends:
             ids, weights = [*ids, self.ends[0]], [*weights, group[-1].weight]
         ids = _with_bos(self.tokenizer, ids)
@@ -353,7 +353,7 @@ class Encoder:
         return Sample(ids, labels, conversation.source, weights)
 
 
-def _segments(group: Sequence[Answer]) -> list[Segment]:
+def segments_of(group: Sequence[Answer]) -> list[Segment]:
     """The text of answers and of what is between them, in pieces, with what each weighs."""
     segments: list[Segment] = []
     length = 0
