@@ -68,8 +68,11 @@ def load(
     if path.is_dir():
         loaded, tokenizer = load_folder(path, compute_dtype, quantize, task)
     elif task not in (Task(), Task(CAUSAL)):
-        raise UnsupportedError(f"task_type={task_type!r}: {path.name} is a GGUF file, whose models read and write text; "
-                               "classifiers and models of images come from folders", hint="give the folder of the float checkpoint")  # fmt: skip
+        raise UnsupportedError(
+            f"task_type={task_type!r}: {path.name} is a GGUF file, whose models read and write text; classifiers and models of "
+            "images come from folders",
+            hint="give the folder of the float checkpoint",
+        )
     elif quantize is not None:
         raise UnsupportedError(
             f"quantize={quantize!r} with {path.name}: a GGUF file's weights are loaded as they are stored",

@@ -18,10 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from qgraft.data.masks import Answer
-from qgraft.data.messages import Conversation, ConversationError
+from qgraft.data.messages import Conversation, ConversationError, Message, Tool
 from qgraft.data.pictures import INSTALL, Picture
 from qgraft.data.reading import Accounting
-from qgraft.data.tokenizing import IGNORED, ChatTemplate, Encoder, Learning, Sample, cut_sample, segments_of
+from qgraft.data.tokenizing import (
+    IGNORED,
+    ChatTemplate,
+    Encoder,
+    Learning,
+    Sample,
+    cut_sample,
+    segments_of,
+    with_prefix,
+    with_system,
+)
 from qgraft.errors import DataError, UnsupportedError
 
 _PLACEHOLDERS = ("image_token", "boi_token")  # what a processor may call what the template writes for an image
@@ -81,6 +91,29 @@ def _cut(sample: ImageSample, max_length: int) -> ImageSample | None:
     return ImageSample(cut.input_ids, cut.labels, cut.source, cut.weights, sample.part, sample.text)
 
 
+def image_prompt(
+    processor: Any,
+    messages: Sequence[Message],
+    *,
+    template: ChatTemplate,
+    system: str | None = None,
+    source_prefix: str = "",
+    tools: Sequence[Tool] = (),
+) -> tuple[str, list[Picture]]:
+    """(What asks for the next answer, as training saw it, the images in it); see encode_prompt.
+
+    Raises ConversationError where the template writes no place for an image, or too many.
+    """
+    encoder = ImageEncoder(processor, template, Learning())
+    turns = with_prefix(with_system(messages, system), source_prefix)
+    text = encoder.with_bos(encoder.writer.prompt(encoder.writer.settled(turns), tools)) if encoder.writer else ""
+    images = [image for message in messages for image in message.images]
+    place = encoder.placeholder(text, len(images))
+    if images and text.count(place) != len(images):
+        raise ConversationError(f"the chat template writes {text.count(place)} of {len(images)} images")
+    return text, images
+
+
 class ImageEncoder(Encoder):
     """Makes samples of conversations with images."""
 
@@ -102,15 +135,18 @@ class ImageEncoder(Encoder):
         found = super()._sample(group, source)
         text = "".join(piece for piece, _, _ in segments_of(group))
         text += "" if group[-1].ends else str(self.tokenizer.convert_ids_to_tokens(self.ends[0]))
+        return ImageSample(found.input_ids, found.labels, source, found.weights, text=self.with_bos(text))
+
+    def with_bos(self, text: str) -> str:
+        """The text with the token that begins texts, where the tokenizer puts one there and the template did not."""
         bos = self.tokenizer.bos_token
-        if bos and found.input_ids[0] == self.tokenizer.bos_token_id and not text.startswith(str(bos)):
-            text = f"{bos}{text}"
-        return ImageSample(found.input_ids, found.labels, source, found.weights, text=text)
+        added = bos is not None and getattr(self.tokenizer, "add_bos_token", False) and not text.startswith(str(bos))
+        return f"{bos}{text}" if added else text
 
     def _expanded(self, sample: Sample, images: Sequence[Picture], opened: Sequence[Any]) -> ImageSample:
         """The sample with the processor's ids, and the labels at their places among these."""
         assert isinstance(sample, ImageSample)
-        place = self._placeholder(sample.text, len(images))
+        place = self.placeholder(sample.text, len(images))
         count = sample.text.count(place) if place else 0
         ids = self._processed(sample.text, opened[:count])
         labels, weights = [IGNORED] * len(ids), [0.0] * len(ids)
@@ -130,7 +166,7 @@ class ImageEncoder(Encoder):
         return ImageSample(ids, labels, sample.source, None if sample.weights is None else weights, sample.part,
                            sample.text, tuple(images[:count]))  # fmt: skip
 
-    def _placeholder(self, text: str, images: int) -> str:
+    def placeholder(self, text: str, images: int) -> str:
         """What stands in the text for an image; "" where there is none. Raises ConversationError for one that is none."""
         known = [str(token) for name in _PLACEHOLDERS if (token := getattr(self.processor, name, None))]
         found = [token for token in known if token in text]

@@ -66,11 +66,12 @@ class Picture:
 
     @cached_property
     def said(self) -> str:
-        """Tells it from others: its path, or a hash of what is in it."""
-        if isinstance(self.data, Path):
-            return str(self.data)
-        raw = self.data if isinstance(self.data, bytes) else repr(self.data.size).encode() + self.data.tobytes()
-        return hashlib.sha256(raw).hexdigest()
+        """Tells it from others: a hash of its file's bytes, or of its pixels. Raises DataError where there is no file."""
+        try:
+            raw = self.data.read_bytes() if isinstance(self.data, Path) else self.data
+        except OSError as error:
+            raise DataError(f"{self.name} cannot be read: {error}") from error
+        return hashlib.sha256(raw if isinstance(raw, bytes) else repr(raw.size).encode() + raw.tobytes()).hexdigest()
 
 
 def picture_of(value: Any) -> Picture:

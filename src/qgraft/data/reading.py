@@ -7,7 +7,7 @@ row is, its own keys tell, so that one file may mix these:
     alpaca   {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"], ...]}
     pairs    {"prompt" | "query" | "question" | "content": "...",
               "response" | "answer" | "completion" | "target" | "summary": "..."}
-    sharegpt {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+    sharegpt {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], "images": [...]}
     OpenAI   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "tools": [...]}
 
 The user's text of alpaca is instruction + "\\n" + input, and answers in `history` are learned too, both as in
@@ -150,8 +150,8 @@ def read_dataset(
             preferences also "chosen", "rejected" and "label".
         max_samples: read only so many rows of each entry of `names`.
         allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
-            else's data, and a line of it would otherwise make any file of the machine the rows that are learned. Images, too.
-        images: whether images are read; without it rows that hold some are dropped.
+            else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
+        images: whether rows may hold images (pictures.py); else these are dropped.
     """
     found, accounting = _read(
         _answered, names, dataset_dir, name=name, author=author, columns=columns, max_samples=max_samples,
@@ -208,8 +208,7 @@ def _read(
         items = [_resolve(part, folder, layout, fill, allow_outside_files) for part in wanted]
     if not items:
         raise DataError("no dataset is named", hint=f"the built-in sets are {', '.join(BUILT_IN)}")
-    accounting = Accounting()
-    seen = allow_outside_files if images else None
+    accounting, seen = Accounting(), allow_outside_files if images else None
     rows = [found for item in items for found in _read_item(item, accounting, fill, max_samples, reader, seen)]
     accounting.check()
     accounting.sha256 = _sha256(conversation for row in rows for conversation in row)
@@ -252,9 +251,6 @@ def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
     return cast(Sequence[Mapping[str, object]], given)
 
 
-_LABELLED = (read_labelled, read_tagged)
-
-
 def _read_item(
     item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader, seen: bool | None
 ) -> list[tuple[Conversation, ...]]:
@@ -279,7 +275,13 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        known = schemas() if reader is _answered else labelled_rows() if reader in _LABELLED else PREFERENCES
+        known = (
+            schemas()
+            if reader is _answered
+            else labelled_rows()
+            if reader in (read_labelled, read_tagged)
+            else PREFERENCES
+        )
         told = (
             column_flags(unread, item.layout) if reader in (_answered, read_judged) else None
         )  # others have no one answer

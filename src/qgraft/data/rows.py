@@ -25,9 +25,9 @@ from typing import Any
 
 from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
-from qgraft.data.pictures import MARK, PLACEHOLDER, Picture, located, part_picture, pictures_of
+from qgraft.data.pictures import MARK, PLACEHOLDER, Picture, located, part_picture, picture_of, pictures_of
 from qgraft.data.tables import same_name
-from qgraft.errors import worded
+from qgraft.errors import DataError, worded
 
 COLUMNS = {  # part of a row: the columns that may hold it; the first one that is filled counts
     "prompt": ("instruction", "prompt", "query", "question", "content"),
@@ -159,6 +159,15 @@ def with_images(
     return [replace(each, messages=[
                 replace(message, images=tuple(located(image, home, outside) for image in message.images))
                 for message in each.messages]) for each in given]  # fmt: skip
+
+
+def with_pictures(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
+    """The messages with images, named as in rows, in front of the first question. Raises DataError for what is none."""
+    try:
+        found = [located(picture_of(image), None, True) for image in images]
+        return _placed(list(messages), found)
+    except RowError as error:
+        raise DataError(str(error)) from error
 
 
 def column_called(row: Mapping[str, object], name: str) -> str | None:

@@ -12,7 +12,7 @@ they have, each architecture's own code decides (Gemma's images are seen in both
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,10 +20,12 @@ from transformers import PreTrainedModel
 
 from qgraft.data.batches import IGNORED, Batch
 from qgraft.data.image_samples import ImageSample, process, require_processor
+from qgraft.data.pictures import Picture
 from qgraft.errors import DataError, UnsupportedError
 from qgraft.linear import computing
 from qgraft.model_parts import argument_names
 from qgraft.passes.decoder import evaluating
+from qgraft.passes.limits import context_length
 from qgraft.passes.loss import weighted_cross_entropy
 from qgraft.passes.pairs import alike
 
@@ -92,6 +94,21 @@ def image_losses(
 def _as_they_are(logits_NV: Tensor) -> Tensor:
     """The head of a model whose own forward pass made the logits."""
     return logits_NV
+
+
+@torch.inference_mode()
+def generate_seen(model: PreTrainedModel, text: str, images: Sequence[Picture], **told: Any) -> tuple[int, list[int]]:
+    """(How many tokens a prompt with its images has, what generate() writes behind them, its end included)."""
+    batch = process(require_processor(model), [text], [[image.open() for image in images]])
+    given = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+    length, generate = given["input_ids"].shape[1], cast(Any, model).generate
+    context = context_length(model)
+    if context is not None and length >= context:
+        raise DataError(f"the prompt is {length} tokens with its images, and the model's context is {context} with the "
+                        "answer", hint="give fewer or smaller images, or a shorter question")  # fmt: skip
+    if context is not None:
+        told["max_new_tokens"] = min(told["max_new_tokens"], context - length)
+    return length, generate(**given, **told)[0, length:].tolist()
 
 
 @contextmanager
