@@ -69,8 +69,8 @@ def load(
         loaded, tokenizer = load_folder(path, compute_dtype, quantize, task)
     elif task not in (Task(), Task(CAUSAL)):
         raise UnsupportedError(
-            f"task_type={task_type!r}: {path.name} is a GGUF file, whose models read and write text; classifiers and models of "
-            "images come from folders",
+            f"task_type={task_type!r}: {path.name} is a GGUF file, whose models read and write text; classifiers and models "
+            "of images come from folders",
             hint="give the folder of the float checkpoint",
         )
     elif quantize is not None:

@@ -275,16 +275,10 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        known = (
-            schemas()
-            if reader is _answered
-            else labelled_rows()
-            if reader in (read_labelled, read_tagged)
-            else PREFERENCES
-        )
-        told = (
-            column_flags(unread, item.layout) if reader in (_answered, read_judged) else None
-        )  # others have no one answer
+        others = PREFERENCES if reader in (read_judged, read_pair) else labelled_rows()
+        known = schemas() if reader is _answered else others
+        one = reader in (_answered, read_judged)  # of others no column is the answer
+        told = column_flags(unread, item.layout) if one else None
         raise DataError(f"{item.name}: {why}", hint=told or known)
     total.notes += item.notes
     return found
