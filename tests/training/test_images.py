@@ -205,7 +205,7 @@ def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
 
 
 def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
-    """q_proj is a name on both sides: alone it means the decoder of text; a pattern or a path reaches the rest, as in PEFT."""
+    """q_proj is a name on both sides: alone it means the decoder of text; a pattern or a path reaches the rest."""
     made = image_folder()
     model, _ = qgraft.load(made.path)
     assert len(find_targets(model, "q_proj")) == 2
@@ -216,7 +216,7 @@ def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter.normal_(0, 0.3)
+                parameter.normal_(0, 0.1)
     qgraft.save_adapter(model, tmp_path / "out")
     base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
@@ -260,7 +260,7 @@ def test_rows_name_images_in_all_usual_forms(tmp_path):
     for conversation in conversations:
         (image,) = conversation.messages[0].images
         assert conversation.messages[0].content == f"{MARK}what?"
-        assert list(image.open().getdata()) == list(picture(0).getdata())
+        assert image.open().tobytes() == picture(0).tobytes()
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -317,11 +317,12 @@ def test_without_pillow_images_are_refused_in_words(image_folder, monkeypatch):
         qgraft.evaluate(model, tokenizer, ROWS)
 
 
-def test_a_run_with_held_out_rows_resumes_and_answers(image_folder, tmp_path):
-    """From files: evaluation, a checkpoint that a run goes on from to the same bytes, answers, chat."""
+@pytest.mark.slow
+def test_a_run_with_held_out_rows_answers_and_merges(image_folder, tmp_path):
+    """From files: evaluation, the same bytes again, answers, chat, and a merge whose folder transformers reads."""
     made, path = image_folder(), write_rows(tmp_path)
-    more = {"save_steps": 2, "save_strategy": "steps", "max_steps": 4, "lora_dropout": 0.1}
-    for name in ("whole", "cut"):
+    more = {"max_steps": 4, "lora_dropout": 0.1}
+    for name in ("whole", "again"):
         model, tokenizer = qgraft.load(made.path)
         torch.manual_seed(0)
         qgraft.train(model, tokenizer, path, arguments(tmp_path / name, **more), eval_dataset=path)
@@ -332,7 +333,7 @@ def test_a_run_with_held_out_rows_resumes_and_answers(image_folder, tmp_path):
             said = answer(model, tokenizer, [("user", "what?")], images=[tmp_path / "pictures" / "0.png"],
                           max_new_tokens=4, do_sample=False)  # fmt: skip
             assert said.text.strip() == found.pairs[0][1]
-    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "cut")]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
     assert weights[0] == weights[1]
     run = json.loads((tmp_path / "whole" / "run.json").read_text())
     assert run["metrics"]["eval_loss"] == pytest.approx(kept.loss, abs=1e-5)
@@ -351,15 +352,13 @@ def test_a_run_with_held_out_rows_resumes_and_answers(image_folder, tmp_path):
         assert (theirs(**batch).logits - model(**batch).logits).abs().max() <= 1e-5
 
 
-@pytest.mark.parametrize("options, what", [
-    ({"train_on_prompt": True}, "train_on_prompt"), ({"neftune_noise_alpha": 5.0}, "noise"),
-    ({"cache_frozen_layers": True}, "cache_frozen_layers"), ({"memory_limit": "6GB"}, "memory_limit"),
-    ({"packing": True}, "packing"), ({"add_tokens": "x"}, "add_tokens"),
-])  # fmt: skip
-def test_options_without_a_meaning_are_refused(image_folder, tmp_path, options, what):
+def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
     model, tokenizer = qgraft.load(image_folder().path)
-    with pytest.raises(OptionError, match=what):
+    options = {"train_on_prompt": True, "neftune_noise_alpha": 5.0, "cache_frozen_layers": True, "memory_limit": "6GB",
+               "packing": True, "cuda_graphs": "yes"}  # fmt: skip
+    with pytest.raises(OptionError) as refused:
         qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", **options))
+    assert all(name in str(refused.value) for name in options)
 
 
 def test_what_has_no_images_refuses_them(image_folder, tmp_path):
@@ -368,7 +367,7 @@ def test_what_has_no_images_refuses_them(image_folder, tmp_path):
         qgraft.attach_prefix(model, 4)
     with pytest.raises(QgraftError, match="GGUF"):
         qgraft.save(model, tmp_path / "model.gguf")
-    with pytest.raises(OptionError, match="IMAGE_TEXT_TO_TEXT"):
+    with pytest.raises(OptionError, match="CAUSAL_LM"):
         qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", task_type="SEQ_CLS", labels="a,b"))
     pairs = [{"prompt": "?", "chosen": "a", "rejected": "b", "images": [picture(0)]}]
     with pytest.raises(DataError, match="does not read"):
