@@ -355,7 +355,7 @@ def test_a_run_with_held_out_rows_answers_and_merges(image_folder, tmp_path):
 def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
     model, tokenizer = qgraft.load(image_folder().path)
     options = {"train_on_prompt": True, "neftune_noise_alpha": 5.0, "cache_frozen_layers": True, "memory_limit": "6GB",
-               "packing": True, "cuda_graphs": "yes"}  # fmt: skip
+               "cuda_graphs": "yes"}  # fmt: skip
     with pytest.raises(OptionError) as refused:
         qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", **options))
     assert all(name in str(refused.value) for name in options)

@@ -148,7 +148,7 @@ def read_dataset(
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
         columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages"; of
             preferences also "chosen", "rejected" and "label".
-        max_samples, images: read only so many rows of each entry of `names`; whether they may hold images, or else are dropped.
+        max_samples, images: read only so many rows of each entry of `names`; whether any may hold images.
         allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
             else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
     """
