@@ -108,7 +108,9 @@ def main():
     qgraft.load_adapter(model, options.output_dir / "adapter")
     for colour in COLOURS:
         image = options.output_dir / "rows" / "images" / f"{colour}-0.png"
-        said = answer(model, tokenizer, [("user", "Which colour is this?")], images=[image], max_new_tokens=12, do_sample=False)
+        said = answer(
+            model, tokenizer, [("user", "Which colour is this?")], images=[image], max_new_tokens=12, do_sample=False
+        )
         print(f"{image.name}: {said.text}")
 
 
