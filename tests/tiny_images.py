@@ -156,10 +156,10 @@ WITH_TORCHVISION = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # their pr
 
 
 def write_image_model(kind: str, folder: Path):
-    """(The model, its processor), saved in the folder."""
+    """The model, saved in the folder with its processor."""
     torch.manual_seed(0)
     cls, config, processor = KINDS[kind]()
     model = cls(config).eval()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    return model, processor
+    return model

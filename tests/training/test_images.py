@@ -21,10 +21,12 @@ from qgraft.data.pictures import MARK, Picture
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import IGNORED, Learning, resolve_template
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
-from qgraft.linear import QuantizedLinear
+from qgraft.linear import QuantizedLinear, computing
 from qgraft.model_parts import decoder_layers, language_of, vision_of
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.serving.answering import answer
+from qgraft.training.images import check_image_run
+from qgraft.training.option_names import PACKED
 from qgraft.training.predict import predict
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images.py"
@@ -65,7 +67,8 @@ def image_folder(tmp_path_factory):
             pytest.importorskip("num2words")
         if kind not in made:
             folder = tmp_path_factory.mktemp(kind)
-            model, processor = write_image_model(kind, folder)
+            model = write_image_model(kind, folder)
+            processor = transformers.AutoProcessor.from_pretrained(folder)
             made[kind] = SimpleNamespace(path=folder, model=model, processor=processor)
         return made[kind]
 
@@ -144,7 +147,7 @@ def test_losses_together_are_those_of_single_texts(image_folder, kind):
     parts = split_images(samples, 100_000)
     assert [len(part) for part in parts] == [5, 1]  # text alone goes by itself
     for part in parts:
-        with torch.no_grad():
+        with torch.no_grad(), computing(model, "float32"):
             total, each = image_losses(model, part)
         expected = []
         for sample in part:
@@ -354,11 +357,12 @@ def test_a_run_with_held_out_rows_answers_and_merges(image_folder, tmp_path):
 
 def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
     model, tokenizer = qgraft.load(image_folder().path)
-    options = {"train_on_prompt": True, "neftune_noise_alpha": 5.0, "cache_frozen_layers": True, "memory_limit": "6GB",
-               "cuda_graphs": "yes"}  # fmt: skip
+    options = {"train_on_prompt": True, "cache_frozen_layers": True, "memory_limit": "6GB", "cuda_graphs": "yes"}
     with pytest.raises(OptionError) as refused:
         qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", **options))
     assert all(name in str(refused.value) for name in options)
+    with pytest.raises(OptionError, match=r"neftune_noise_alpha=5.*add_tokens=x.*packing"):
+        check_image_run({"neftune_noise_alpha": 5.0, "add_tokens": "x"}, [PACKED])
 
 
 def test_what_has_no_images_refuses_them(image_folder, tmp_path):
