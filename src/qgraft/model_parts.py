@@ -11,6 +11,7 @@
     mixes_neighbours                           whether a token also sees others by a way that is not attention
     is_encoder_decoder                         whether one part reads and another one writes
     task_of, heads_of, labels_of               whether it classifies texts or their tokens, what does so, and what as
+    language_of, vision_of                     of a model that sees images, the part that reads text, and the others
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -57,6 +58,8 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     Raises UnsupportedError for a model that has neither.
     """
     decoder, config = decoder_of(model), getattr(model, "config", None)
+    if (language := language_of(model)) is not None:
+        decoder = model.get_submodule(language)
     units = [module for module in decoder.modules() if isinstance(module, GradientCheckpointingLayer)]
     if units:
         within = {id(inner) for unit in units for inner in unit.modules() if inner is not unit}
@@ -77,6 +80,7 @@ def computed_dtype(model: PreTrainedModel) -> torch.dtype:
 
 CLASSIFIERS = {"SEQ_CLS": "ForSequenceClassification", "TOKEN_CLS": "ForTokenClassification"}  # PEFT's task_type
 CAUSAL, SEQUENCE_TO_SEQUENCE = "CAUSAL_LM", "SEQ_2_SEQ_LM"
+IMAGES = "IMAGE_TEXT_TO_TEXT"  # as transformers calls it; to PEFT such a model is CAUSAL_LM
 
 
 def task_of(model: nn.Module) -> str:
@@ -119,6 +123,35 @@ def require_writer(model: nn.Module, action: str) -> None:
             f"{action}: a {type(model).__name__} is a classifier ({task}), which writes no answers",
             hint="`qgraft eval` measures it, `qgraft train --do_predict` writes down what it says of rows",
         )
+
+
+def language_of(model: nn.Module) -> str | None:
+    """The path of the decoder of text in a model that also sees images, without its output layer; None of other models.
+
+    It is the outermost model of transformers in there whose configuration is the text's.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "vision_config", None) is None or is_encoder_decoder(config):
+        return None
+    text: Any = config.get_text_config()  # type: ignore[union-attr]
+    inner = ((path, module) for path, module in model.named_modules() if path and isinstance(module, PreTrainedModel))
+    return next((path for path, module in inner if type(module.config) is type(text)), None)
+
+
+def vision_of(model: nn.Module) -> list[str]:
+    """The paths of the modules that make of images what the decoder of text reads; none of a model that reads text alone.
+
+    They are all that stand beside that decoder below the output layer: tower, projector, connector.
+    """
+    if (language := language_of(model)) is None:
+        return []
+    found, stem, decoder = list[str](), "", decoder_of(model)
+    for part in language.split("."):
+        module = model.get_submodule(stem) if stem else model
+        if module is not model or module is decoder:
+            found += [f"{stem}.{name}".lstrip(".") for name, _ in module.named_children() if name != part]
+        stem = f"{stem}.{part}".lstrip(".")
+    return found
 
 
 def is_within(path: str, modules: Iterable[str]) -> bool:

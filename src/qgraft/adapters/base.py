@@ -62,6 +62,7 @@ class Base:
         info: where its weights came from and what they are; None for a model that `load` did not make.
         origin: the way back into its container (checkpoints/origin.py); None as above.
         tokenizer: the one that was loaded with it, if any.
+        processor: what makes numbers of images, of a model that sees some (checkpoints/folder_processor.py).
         tokens: those that it got beyond the base's, by their texts (data/new_tokens.py).
         merged: what merges took away, to be put back (merging/merge.py); None where nothing is merged.
         selection: its adapters, and which of them are active.
@@ -72,6 +73,7 @@ class Base:
     info: BaseInfo | None = None
     origin: Any = None
     tokenizer: Any = None
+    processor: Any = None
     tokens: dict[str, Any] = field(default_factory=dict)
     merged: Any = None
     selection: Selection = field(default_factory=Selection)

@@ -10,7 +10,7 @@ from qgraft.adapters.lora import LoraLayer, LoraLinear
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.errors import OptionError, near_match
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
-from qgraft.model_parts import heads_of, is_within
+from qgraft.model_parts import heads_of, is_within, vision_of
 from qgraft.patterns import matches
 from qgraft.plain_layers import is_plain_linear, weight_is_read
 
@@ -18,11 +18,11 @@ from qgraft.plain_layers import is_plain_linear, weight_is_read
 def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[str]:
     """The paths of the linear layers that `target_modules` names; see attach_lora. Raises OptionError for none."""
     layers = _linear_layers(model)
-    linears = list(layers)
+    linears, vision = list(layers), vision_of(model)
     if target_modules in ("all-linear", "all"):
         getter = getattr(model, "get_output_embeddings", None)
         output = getter() if getter else None
-        inner = [path for path, layer in layers.items() if layer is not output]
+        inner = [path for path, layer in layers.items() if layer is not output and not is_within(path, vision)]
         if not inner:
             raise OptionError(f"target_modules={target_modules!r}: the model has no linear layer but its output layer")
         return inner
@@ -30,10 +30,17 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
         return _match_regex(linears, target_modules)
     names = target_modules.split(",") if isinstance(target_modules, str) else target_modules
     wanted = [name.strip() for name in names if name.strip()]
-    missing = [name for name in wanted if not any(is_named(path, name) for path in linears)]
-    if missing or not wanted:
+    named = {name: [path for path in linears if is_named(path, name)] for name in wanted}
+    if (missing := [name for name in wanted if not named[name]]) or not wanted:
         _raise_unknown_targets(missing, linears)
-    return [path for path in linears if any(is_named(path, name) for name in wanted)]
+    if not vision:
+        return [path for path in linears if any(is_named(path, name) for name in wanted)]
+    # the last part of a path alone names layers of the decoder of text, where one there is called so
+    reads = {
+        name: [p for p in paths if "." in name or not is_within(p, vision)] or paths for name, paths in named.items()
+    }
+    chosen = {path for paths in reads.values() for path in paths}
+    return [path for path in linears if path in chosen]
 
 
 def _match_regex(linears: list[str], pattern: str) -> list[str]:

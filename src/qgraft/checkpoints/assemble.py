@@ -18,8 +18,10 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -38,7 +40,7 @@ from qgraft.linear import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
-from qgraft.model_parts import CAUSAL, heads_of, is_encoder_decoder, is_within, stated_task
+from qgraft.model_parts import CAUSAL, heads_of, is_encoder_decoder, is_within, language_of, stated_task
 from qgraft.models.find import architecture_of
 from qgraft.plain_layers import is_plain_linear, qualified_name, weight_is_read
 from qgraft.rotary import by_call
@@ -158,10 +160,24 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 hint="encoder-decoders of text are loaded: T5, mT5, umT5, BART, mBART, Marian, Pegasus and their kind",
             )
         auto = AutoModelForSeq2SeqLM
+    elif reads_images(config):
+        auto = AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False), foreign:  # buffers (rotary tables) are computed, not loaded
         if architecture is not None:
             return architecture.model._from_config(config, dtype=dtype)
-        return auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+    if auto is AutoModelForImageTextToText and language_of(model) is None:
+        raise UnsupportedError(
+            f"{config.model_type}: this model of images has no decoder of text of its own",
+            hint="those of the kinds of LLaVA, Qwen-VL, Gemma 3 and Idefics 3 (SmolVLM) are loaded",
+        )
+    return model
+
+
+def reads_images(config: PreTrainedConfig) -> bool:
+    """Whether the configuration names the class of transformers that reads images and texts (heads.settle_task says so)."""
+    named: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), None)
+    return named is not None and [named.__name__] == config.architectures
 
 
 def _fill_modules(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, float_experts_note, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.folder_processor import folder_processor
 from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
 from qgraft.checkpoints.generation import read_generation
@@ -49,6 +50,7 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
+from qgraft.model_parts import is_within, vision_of
 from qgraft.models.find import architecture_of, find_architecture
 
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
@@ -92,6 +94,7 @@ def load_folder(
         problems = [f"unexpected {name}" for name in unexpected] if exact else []
         model = assemble(config, reader, dtype, str(folder), problems, reader.same())
     base = base_of(model)
+    base.processor, processor_notes = folder_processor(folder, model, tokenizer)
     base.info = BaseInfo(
         source=str(folder),
         container="folder",
@@ -105,6 +108,7 @@ def load_folder(
             *(float_experts_note(model) if quantize else ()),
             *_unexpected_note(unexpected),
             *tokenizer_notes,
+            *processor_notes,
         ),
     )
     read_generation(model, folder)
@@ -144,11 +148,13 @@ class _FolderReader:
         self.owners = owners(tensors)
         weights = dict.fromkeys(self.owners.get(name, name) for name in tensors)
         self.names = (same_names if exact else transformers_names)(model, weights)
-        output, self.heads = model.get_output_embeddings(), Heads(model)
+        output, self.heads, vision = model.get_output_embeddings(), Heads(model), vision_of(model)
         paths = [path for path, _ in model.named_modules() if path and packable(model, path)]
         self.layers: dict[str, Any] = {f"{path}.weight": model.get_submodule(path) for path in paths}
         self.quantized_names = {
-            name for name, m in self.layers.items() if m is not output and not isinstance(m, nn.Embedding)
+            name
+            for name, m in self.layers.items()
+            if m is not output and not isinstance(m, nn.Embedding) and not is_within(name, vision)
         }
         self.ignored = [r"rotary_emb\.inv_freq$", *(model._keys_to_ignore_on_load_unexpected or ())]  # recomputed
         if exact:

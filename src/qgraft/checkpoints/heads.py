@@ -3,6 +3,7 @@
     task_type   CAUSAL_LM    AutoModelForCausalLM                     what a folder is loaded for where it says nothing else
                 SEQ_CLS      AutoModelForSequenceClassification       a label, several, or a number for each text
                 TOKEN_CLS    AutoModelForTokenClassification          a label for each token
+                IMAGE_TEXT_TO_TEXT    AutoModelForImageTextToText     a model that writes, and sees images
     head        classifier, score, pre_classifier, pooler, ...        (model_parts.heads_of)
 
 A folder whose config.json names such a class is one already. Any other gets a head that is drawn as transformers draws it,
@@ -18,6 +19,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING,
     PreTrainedConfig,
@@ -30,6 +33,7 @@ from qgraft.errors import OptionError, UnsupportedError, worded
 from qgraft.model_parts import (
     CAUSAL,
     CLASSIFIERS,
+    IMAGES,
     SEQUENCE_TO_SEQUENCE,
     heads_of,
     is_encoder_decoder,
@@ -46,6 +50,7 @@ _CLASSES: dict[str, Any] = {
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 PROBLEMS = (SINGLE, SEVERAL, NUMBER)  # problem_type of transformers
 MOST_LABELS = 100_000
+WRITERS = (CAUSAL, SEQUENCE_TO_SEQUENCE, IMAGES)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Task:
     """What a folder is loaded for.
 
     Attributes:
-        task_type: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS or TOKEN_CLS; None for what the folder says.
+        task_type: CAUSAL_LM, SEQ_2_SEQ_LM, IMAGE_TEXT_TO_TEXT, SEQ_CLS or TOKEN_CLS; None for what the folder says.
         labels: names by their ids; None for the folder's.
         problem_type: one of PROBLEMS; None for the folder's, or else for one label of several.
     """
@@ -63,14 +68,12 @@ class Task:
     problem_type: str | None = None
 
     def __post_init__(self) -> None:
-        known = (CAUSAL, SEQUENCE_TO_SEQUENCE, *CLASSIFIERS)
+        known = (*WRITERS, *CLASSIFIERS)
         if self.task_type is not None and self.task_type not in known:
             raise OptionError(f"task_type={self.task_type!r}: expected {', '.join(known)}")
         if self.problem_type is not None and self.problem_type not in PROBLEMS:
             raise OptionError(f"problem_type={self.problem_type!r}: expected {', '.join(PROBLEMS)}")
-        if self.task_type in (CAUSAL, SEQUENCE_TO_SEQUENCE) and (
-            self.labels is not None or self.problem_type is not None
-        ):
+        if self.task_type in WRITERS and (self.labels is not None or self.problem_type is not None):
             raise OptionError("labels and problem_type are of classifiers", hint=_asks())
         if self.task_type == "TOKEN_CLS" and self.problem_type not in (None, SINGLE):
             raise OptionError(f"problem_type={self.problem_type!r}: tokens have one label each ({SINGLE})")
@@ -102,7 +105,9 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
     """
     stated = stated_task(config.architectures)
     wanted = task.task_type or (stated if task.labels is None and task.problem_type is None else "SEQ_CLS")
-    if wanted in (CAUSAL, SEQUENCE_TO_SEQUENCE):
+    if wanted in (CAUSAL, IMAGES) and (seeing := _seeing(config)) is not None:
+        return _settle_images(config, wanted, seeing)
+    if wanted in WRITERS:
         writes = SEQUENCE_TO_SEQUENCE if is_encoder_decoder(config) else CAUSAL
         if task.task_type not in (None, writes):
             raise OptionError(f"task_type={wanted!r}: {config.model_type} is loaded for {writes}")
@@ -130,6 +135,30 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
     config.problem_type = problem
     config.architectures = [_CLASSES[wanted][type(config)].__name__]
     return _settle_padding(config, tokenizer)
+
+
+def _seeing(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class of transformers that reads images and texts by this configuration; None where there is none."""
+    if architecture_of(config) is not None or is_encoder_decoder(config):
+        return None
+    return _class_in(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, config)
+
+
+def _class_in(table: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """What a table of transformers has for this configuration."""
+    found: type[PreTrainedModel] | None = table.get(type(config), None)
+    return found
+
+
+def _settle_images(config: PreTrainedConfig, wanted: str, seeing: type[PreTrainedModel]) -> list[str]:
+    """Let the configuration describe the model that sees, or where transformers has it apart and nobody asks, its text's."""
+    text = _class_in(MODEL_FOR_CAUSAL_LM_MAPPING, config)
+    if wanted == CAUSAL and text not in (None, seeing):
+        config.architectures = None
+        asked = worded(flags=f"--task_type {IMAGES}", python=f"task_type={IMAGES!r}")
+        return [f"{config.model_type}: the decoder of text alone is loaded; {asked} loads the whole, which sees images"]
+    config.architectures = [seeing.__name__]
+    return []
 
 
 def _settle_padding(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:

@@ -49,7 +49,8 @@ def load(
         quantize: packs the linear layers of a float checkpoint in this format while loading.
         dtype: what activations are computed in; "auto" is float32 on a CPU and bfloat16 on a GPU that has it.
         device: where the packed weights go; "auto" is a GPU where there is one.
-        task_type: SEQ_CLS or TOKEN_CLS makes a classifier of a folder (heads.py); None for what its config.json says.
+        task_type: SEQ_CLS or TOKEN_CLS makes a classifier of a folder (heads.py), IMAGE_TEXT_TO_TEXT loads also what sees
+            images; None for what its config.json says.
         labels: names of what it tells apart, by their ids; None for the folder's own.
         problem_type: single_label_classification, multi_label_classification or regression, as in transformers.
 
@@ -67,8 +68,11 @@ def load(
     if path.is_dir():
         loaded, tokenizer = load_folder(path, compute_dtype, quantize, task)
     elif task not in (Task(), Task(CAUSAL)):
-        raise UnsupportedError(f"task_type={task_type!r}: {path.name} is a GGUF file, whose models write; classifiers come "
-                               "from folders", hint="give the folder of the float checkpoint")  # fmt: skip
+        raise UnsupportedError(
+            f"task_type={task_type!r}: {path.name} is a GGUF file, whose models read and write text; classifiers and models "
+            "of images come from folders",
+            hint="give the folder of the float checkpoint",
+        )
     elif quantize is not None:
         raise UnsupportedError(
             f"quantize={quantize!r} with {path.name}: a GGUF file's weights are loaded as they are stored",

@@ -69,6 +69,9 @@ def run(words: Sequence[str]) -> int:
     parser = Parser("chat", f"Talk to a model. While chatting:\n\n{HELP}")
     parser.add_model()
     parser.add_argument("--prompt", help="ask this one question and leave")
+    parser.add_argument(
+        "--image", action="append", default=[], help="an image in front of the first question; repeatable"
+    )
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")
@@ -182,6 +185,7 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         enable_thinking=options.enable_thinking,
         source_prefix=options.source_prefix or "",
         max_new_tokens=options.max_new_tokens,
+        images=options.image,
         streaming=WordPrinter,
         **sampling,
     )

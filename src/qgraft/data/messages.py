@@ -45,6 +45,7 @@ class Message:
         reasoning: what an answer thought before, if the row keeps it apart from the content.
         calls: functions that an answer calls.
         call_id, name: of a tool's turn, which call it answers and of which function; `name` also of other turns.
+        images: of a question, in their order; its content has pictures.MARK in their places.
         weight: of an answer, what its loss is multiplied by.
     """
 
@@ -55,6 +56,7 @@ class Message:
     call_id: str | None = None
     name: str | None = None
     weight: float = 1.0
+    images: tuple[Any, ...] = ()
 
     def __getitem__(self, index: int) -> str:
         """As a (role, content) pair: `role, content = message`."""
@@ -63,7 +65,7 @@ class Message:
     @property
     def is_plain(self) -> bool:
         """Whether a role and a text are all there is to it."""
-        return not (self.reasoning or self.calls)
+        return not (self.reasoning or self.calls or self.images)
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def as_pairs(messages: Sequence[Message]) -> list[Pair]:
     for message in messages:
         if message.calls:
             raise ConversationError("tool_calls: the tokenizer writes the model's own prompts, without tools")
+        if message.images:
+            raise ConversationError("images: the tokenizer writes the model's own prompts, of text alone")
         if message.reasoning:
             raise ConversationError(
                 "reasoning_content: the tokenizer writes the model's own prompts, without reasoning"

@@ -7,7 +7,7 @@ row is, its own keys tell, so that one file may mix these:
     alpaca   {"instruction": "...", "input": "...", "output": "...", "system": "...", "history": [["q", "a"], ...]}
     pairs    {"prompt" | "query" | "question" | "content": "...",
               "response" | "answer" | "completion" | "target" | "summary": "..."}
-    sharegpt {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]}
+    sharegpt {"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}], "images": [...]}
     OpenAI   {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}], "tools": [...]}
 
 The user's text of alpaca is instruction + "\\n" + input, and answers in `history` are learned too, both as in
@@ -30,7 +30,7 @@ from qgraft.data.files import SUFFIXES, check_suffix, file_rows, hub_rows, load_
 from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
-from qgraft.data.rows import COLUMNS, Read, RowLayout, column_flags, read_row, schemas
+from qgraft.data.rows import COLUMNS, Read, RowLayout, column_flags, read_row, schemas, with_images
 from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match, option
 from qgraft.given import described
@@ -44,7 +44,7 @@ BUILT_IN = {
     "identity_heldout": ("identity_en_heldout", "identity_zh_heldout"),
     **{name: (name,) for name in ("identity_en", "identity_zh", "identity_en_heldout", "identity_zh_heldout")},
 }
-_NOT_TEXT = {"images", "videos", "audios"}  # columns of other kinds of training
+_NOT_READ = {"videos", "audios"}  # columns of other kinds of training
 _TOLD_BY = {"kto_tag": "label"}  # LLaMA-Factory's name of a part of a row
 _PLACEHOLDER = re.compile(r"\{\{(name|author|NAME|AUTHOR)\}\}|<(NAME|AUTHOR)>|\[(NAME|AUTHOR)\]")
 _HUB_DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # the oldest datasets have no organisation
@@ -119,6 +119,7 @@ class _Item:
     layout: RowLayout
     limit: int | None = None
     notes: list[str] = field(default_factory=list)  # of its files, once they are read
+    home: Path | None = None  # the folder of its files
 
 
 def named_columns(options: Mapping[str, Any]) -> dict[str, str] | None:
@@ -136,6 +137,7 @@ def read_dataset(
     columns: Mapping[str, str] | None = None,
     max_samples: int | None = None,
     allow_outside_files: bool = False,
+    images: bool = False,
 ) -> tuple[list[Conversation], Accounting]:
     """Read datasets into conversations.
 
@@ -146,13 +148,13 @@ def read_dataset(
         name, author: what to put for {{name}}, <NAME>, [NAME] and {{author}}, <AUTHOR>, [AUTHOR].
         columns: which column holds "prompt", "query", "response", "history", "system", "tools" or "messages"; of
             preferences also "chosen", "rejected" and "label".
-        max_samples: read only so many rows of each entry of `names`.
+        max_samples, images: read only so many rows of each entry of `names`; whether any may hold images.
         allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
             else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
     """
     found, accounting = _read(
         _answered, names, dataset_dir, name=name, author=author, columns=columns, max_samples=max_samples,
-        allow_outside_files=allow_outside_files,
+        allow_outside_files=allow_outside_files, images=images,
     )  # fmt: skip
     return [conversation for (conversation,) in found], accounting
 
@@ -186,6 +188,7 @@ def _read(
     columns: Mapping[str, str] | None = None,
     max_samples: int | None = None,
     allow_outside_files: bool = False,
+    images: bool = False,
 ) -> tuple[list[tuple[Conversation, ...]], Accounting]:
     """See read_dataset(); `reader` says what a row is."""
     if unknown := [part for part in columns or {} if part not in COLUMNS]:
@@ -204,8 +207,8 @@ def _read(
         items = [_resolve(part, folder, layout, fill, allow_outside_files) for part in wanted]
     if not items:
         raise DataError("no dataset is named", hint=f"the built-in sets are {', '.join(BUILT_IN)}")
-    accounting = Accounting()
-    rows = [found for item in items for found in _read_item(item, accounting, fill, max_samples, reader)]
+    accounting, seen = Accounting(), allow_outside_files if images else None
+    rows = [found for item in items for found in _read_item(item, accounting, fill, max_samples, reader, seen)]
     accounting.check()
     accounting.sha256 = _sha256(conversation for row in rows for conversation in row)
     return rows, accounting
@@ -217,6 +220,7 @@ def _sha256(conversations: Iterable[Conversation]) -> str:
         turns = [(m.role, m.content, m.reasoning, [(c.name, c.arguments, c.id) for c in m.calls], m.call_id, m.name, m.weight)
                  for m in each.messages]  # fmt: skip
         judged = [said for said in (each.desirable, each.label) if said is not None]
+        judged += [image.said for message in each.messages for image in message.images]
         digest.update(json.dumps([turns, each.tools, *judged]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -246,20 +250,17 @@ def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
     return cast(Sequence[Mapping[str, object]], given)
 
 
-_LABELLED = (read_labelled, read_tagged)
-
-
 def _read_item(
-    item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader
+    item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader, seen: bool | None
 ) -> list[tuple[Conversation, ...]]:
-    """The conversations of each row of one entry; it must give some, whatever the other entries give."""
+    """The conversations of each row of one entry, which must give some; `seen`: see with_images."""
     found: list[tuple[Conversation, ...]] = []
     failed: list[tuple[str, str]] = []
     unread: object = None
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
     for row, source in islice(item.rows, limit):
         try:
-            given = reader(row, item.layout)
+            given = with_images(reader(row, item.layout), row, item.layout, item.home, seen)
         except RowError as error:
             failed.append((str(error), source))
             unread = row
@@ -273,10 +274,10 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        known = schemas() if reader is _answered else labelled_rows() if reader in _LABELLED else PREFERENCES
-        told = (
-            column_flags(unread, item.layout) if reader in (_answered, read_judged) else None
-        )  # others have no one answer
+        others = PREFERENCES if reader in (read_judged, read_pair) else labelled_rows()
+        known = schemas() if reader is _answered else others
+        one = reader in (_answered, read_judged)  # of others no column is the answer
+        told = column_flags(unread, item.layout) if one else None
         raise DataError(f"{item.name}: {why}", hint=told or known)
     total.notes += item.notes
     return found
@@ -340,7 +341,8 @@ def _path_item(name: str, path: Path, layout: RowLayout, limit: int | None = Non
     for file in files or [path]:
         check_suffix(file)
     notes: list[str] = []
-    return _Item(name, (row for file in files for row in file_rows(file, notes)), layout, limit, notes)
+    home = path if path.is_dir() else path.parent
+    return _Item(name, (row for file in files for row in file_rows(file, notes)), layout, limit, notes, home)
 
 
 def _files_at(path: Path) -> list[Path]:
@@ -370,8 +372,8 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outsid
     formatting, columns, tags = told.get("formatting"), told.get("columns", {}), told.get("tags", {})
     if not all(isinstance(part, dict) for part in (entry, columns, tags)):
         raise DataError(f"{where}: the entry, its columns and its tags must be objects")
-    if _NOT_TEXT & columns.keys():
-        raise DataError(f"{where}: holds images, video or sound; qgraft learns from text only")
+    if _NOT_READ & columns.keys():
+        raise DataError(f"{where}: holds video or sound; qgraft learns from text and images")
     columns = {_TOLD_BY.get(part, part): column for part, column in columns.items()}
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt")

@@ -22,6 +22,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from qgraft.data.messages import Call, ConversationError, Message, Tool
+from qgraft.data.pictures import MARK
 from qgraft.data.sandbox import CLOSE, FAILURES, OPEN, render
 from qgraft.data.templates import VARIANTS_HINT, ChatTemplate
 
@@ -40,6 +41,7 @@ _PROBE_CALL = Call(
 )  # Mistral wants nine letters and digits
 _PROBE = Message("assistant", "probe answer")
 _ASKED = Message("user", "probe question")
+_READS_PARTS = re.compile(r"type\W{1,4}(==|equalto|in\b)|selectattr")
 CHANCE = 12  # characters that do not stand in a template's own words by chance
 _TAGS = re.compile(r"</?think>")
 REWRITTEN = "the chat template changes the words of answers; they are learned as it writes them"
@@ -209,6 +211,20 @@ class Writer:
                 return form
         return _Form("")
 
+    @cached_property
+    def _lists(self) -> bool:
+        """Whether the template reads contents as lists of parts alone, as those of some models of images do."""
+        return (
+            bool(_READS_PARTS.search(self.template.text)) and not self._writes(lists=False) and self._writes(lists=True)
+        )
+
+    def _writes(self, *, lists: bool) -> bool:
+        """Whether the template writes a question, given as text or as a list of parts."""
+        try:
+            return _ASKED.content in self._render([_ASKED], (), prompt=True, lists=lists).text
+        except ConversationError:
+            return False
+
     def _can(self, messages: Sequence[Message]) -> bool:
         try:
             self.prompt(messages)
@@ -221,14 +237,22 @@ class Writer:
         return self.answered([*messages[:-1], other], tools).text == whole
 
     def _render(
-        self, messages: Sequence[Message], tools: Sequence[Tool], *, prompt: bool, form: _Form | None = None
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Tool],
+        *,
+        prompt: bool,
+        form: _Form | None = None,
+        lists: bool | None = None,
     ) -> Rendered:
         if any(mark in message.content for message in messages for mark in (OPEN, CLOSE)):
             raise ConversationError("a message holds a noncharacter of Unicode, U+FDD0 or U+FDD1")
+        if any(message.content.count(MARK) != len(message.images) for message in messages):
+            raise ConversationError("a message holds a noncharacter of Unicode, U+FDD2")
         text = self.template.with_tools if tools and self.template.with_tools else self.template.text
         options = {} if self.template.enable_thinking is None else {"enable_thinking": self.template.enable_thinking}
         variables = {
-            "messages": [self._as_dict(message, form) for message in messages], "tools": list(tools) or None,
+            "messages": [self._as_dict(message, form, lists) for message in messages], "tools": list(tools) or None,
             "documents": None, "add_generation_prompt": prompt, **self._special, **options,
         }  # fmt: skip
         try:
@@ -238,10 +262,12 @@ class Writer:
             raise ConversationError(f"chat template ({self.template.origin}) fails: {why}",
                                     hint=VARIANTS_HINT) from error  # fmt: skip
 
-    def _as_dict(self, message: Message, form: _Form | None) -> dict[str, Any]:
+    def _as_dict(self, message: Message, form: _Form | None, lists: bool | None) -> dict[str, Any]:
         """A message under the names that transformers' documentation gives its parts."""
         role = self._tool_role if message.role == "tool" else message.role
         said: dict[str, Any] = {"role": role, "content": message.content}
+        if message.images or (message.content and (self._lists if lists is None else lists)):
+            said["content"] = _parts(message.content)
         if message.calls:
             form = form or self._form
             if not message.content:
@@ -274,6 +300,15 @@ def reasoning_of(message: Message) -> str:
 def without_reasoning(content: str) -> str:
     """What an answer says after it has thought."""
     return content.rpartition("</think>")[2]
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """A content as the list of its parts, texts and images."""
+    found: list[dict[str, str]] = []
+    for number, text in enumerate(content.split(MARK)):
+        found += [{"type": "image"}] if number else []
+        found += [{"type": "text", "text": text}] if text else []
+    return found
 
 
 def _stands_in(part: str, text: str) -> bool:

@@ -20,12 +20,14 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Number
+from pathlib import Path
 from typing import Any
 
 from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
+from qgraft.data.pictures import MARK, PLACEHOLDER, Picture, located, part_picture, picture_of, pictures_of
 from qgraft.data.tables import same_name
-from qgraft.errors import worded
+from qgraft.errors import DataError, worded
 
 COLUMNS = {  # part of a row: the columns that may hold it; the first one that is filled counts
     "prompt": ("instruction", "prompt", "query", "question", "content"),
@@ -38,6 +40,7 @@ COLUMNS = {  # part of a row: the columns that may hold it; the first one that i
     "chosen": ("chosen",),
     "rejected": ("rejected",),
     "label": ("label", "kto_tag"),
+    "images": ("images", "image"),
 }
 _ROLES = {
     **dict.fromkeys(("system", "developer"), "system"),
@@ -45,6 +48,7 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
+_BESIDE = ("system", "tools", "images")  # parts of rows of both kinds
 _TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool",
     "system_tag": "system",
@@ -120,14 +124,50 @@ def read_row(row: object, layout: RowLayout) -> Read:
         tools = tools or own_tools
     else:
         messages, ignored = _of_pair(row, layout), set()
+    pictures = layout.find(row, "images")
+    messages = _placed(messages, [] if pictures is None else pictures_of(row[pictures]))
     system = layout.text(row, "system", "system")
     if system and messages[:1] and messages[0].role != "system":
         messages.insert(0, Message("system", system))
     elif system and messages[:1] and messages[0].content != system:
         ignored = {*ignored, "system (beside a system message)"}
     messages = checked(messages)
-    parts = ("messages", "system", "tools") if listed else ("prompt", "query", "response", "history", "system", "tools")
-    return Read(messages, tools, frozenset([*ignored, *unread(row, (layout.find(row, part) for part in parts))]))
+    parts = ("messages",) if listed else ("prompt", "query", "response", "history")
+    return Read(
+        messages, tools, frozenset([*ignored, *unread(row, (layout.find(row, part) for part in (*parts, *_BESIDE)))])
+    )
+
+
+def with_images(
+    given: Sequence[Read], row: object, layout: RowLayout, home: Path | None, outside: bool | None
+) -> Sequence[Read]:
+    """What a row says, with its images found.
+
+    Args:
+        home: the folder of the row's file; None for rows that come from none.
+        outside: whether images may lie elsewhere; None where none are read.
+
+    Raises RowError for images that are not there, or that are not read.
+    """
+    column = layout.find(row, "images") if isinstance(row, Mapping) else None
+    told = column is not None and not is_empty(value := row[column]) and value != []  # type: ignore[index]
+    seen = told or any(message.images for each in given for message in each.messages)
+    if not seen:
+        return given
+    if outside is None:
+        raise RowError("holds images, which the model, or what is done here, does not read")
+    return [replace(each, messages=[
+                replace(message, images=tuple(located(image, home, outside) for image in message.images))
+                for message in each.messages]) for each in given]  # fmt: skip
+
+
+def with_pictures(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
+    """The messages with images, named as in rows, in front of the first question. Raises DataError for what is none."""
+    try:
+        found = [located(picture_of(image), None, True) for image in images]
+        return _placed(list(messages), found)
+    except RowError as error:
+        raise DataError(str(error)) from error
 
 
 def column_called(row: Mapping[str, object], name: str) -> str | None:
@@ -233,7 +273,9 @@ def _effective(role: str, message: Mapping[str, object]) -> set[str]:
 def _message(role: str, content: object, keys: Mapping[str, object], written_call: bool) -> Message:
     """One message with what its keys say; a `written_call` is JSON in its content, if it is a call."""
     parts = content if isinstance(content, (list, tuple)) else [content]
-    message = Message(role, "".join(_part(part) for part in parts))
+    said = [_part(part) for part in parts]
+    pictures = tuple(part for part in said if not isinstance(part, str))
+    message = Message(role, "".join(part if isinstance(part, str) else MARK for part in said), images=pictures)
     name, call_id = (text_of(keys.get(key), key) or None for key in ("name", "tool_call_id"))
     if role != "assistant":
         return replace(message, name=name, call_id=call_id)
@@ -260,13 +302,48 @@ def _weight(keys: Mapping[str, object]) -> float:
     return float(weight)
 
 
-def _part(part: object) -> str:
-    """Text of one part of a content: a string or {"type": "text", "text": "..."}."""
+def _part(part: object) -> str | Picture:
+    """One part of a content: the text of a string or of {"type": "text", "text": "..."}, or an image (pictures.py)."""
+    if isinstance(part, Mapping) and part.get("type") in ("image", "image_url"):
+        return part_picture(part) or Picture(None)  # which stands in a column of the row
     if isinstance(part, Mapping) and part.get("type", "text") != "text":
         raise RowError(f"content of type {str(part.get('type'))[:40]!r}")
     if isinstance(part, Mapping) and "text" not in part:
         raise RowError("content is an object without text")
     return text_of(part.get("text") if isinstance(part, Mapping) else part, "content")
+
+
+def _placed(messages: list[Message], pictures: Sequence[Picture]) -> list[Message]:
+    """The messages with the images of a row's column in their places.
+
+    Those are parts of a content that name none; else PLACEHOLDER in texts; else in front of the first question.
+    """
+    left = list(pictures)
+    unnamed = sum(each.data is None for message in messages for each in message.images)
+    texts = sum(message.content.count(PLACEHOLDER) for message in messages) if left and not unnamed else 0
+    if left and not unnamed and not texts:
+        first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
+        if first is None:
+            raise RowError("images, and no question")
+        asked = replace(messages[first], content=MARK * len(left) + messages[first].content,
+                        images=(*left, *messages[first].images))  # fmt: skip
+        left, messages = [], [*messages[:first], asked, *messages[first + 1 :]]
+    elif (texts or unnamed) != len(left):
+        where = f"{PLACEHOLDER} stands in its texts" if texts else "contents ask for one"
+        raise RowError(f"a row with {len(left)} images, and {where} {texts or unnamed} times")
+    placed = [_with_images(message, left, bool(texts)) for message in messages]
+    if any(message.images and message.role != "user" for message in placed):
+        raise RowError("an image stands elsewhere than in a question")
+    return placed
+
+
+def _with_images(message: Message, left: list[Picture], by_text: bool) -> Message:
+    """A message with images for the places that name none, taken from the front of `left`."""
+    own, images, content = list(message.images), list[Picture](), message.content
+    for piece in re.findall(f"{MARK}|{PLACEHOLDER}" if by_text else MARK, content) if own or by_text else ():
+        given = own.pop(0) if piece == MARK and own else Picture(None)
+        images.append(left.pop(0) if given.data is None else given)
+    return replace(message, images=tuple(images), content=content.replace(PLACEHOLDER, MARK) if by_text else content)
 
 
 def checked(messages: Sequence[Message]) -> list[Message]:

@@ -105,11 +105,11 @@ def encode_prompt(
 ) -> list[int]:
     """The ids of a prompt that asks for the next answer, as training saw them."""
     template, chatglm = template or resolve_template(tokenizer), chatglm or ChatGlmOptions()
-    turns = _with_system(as_messages(messages), system)
+    turns = with_system(as_messages(messages), system)
     if isinstance(tokenizer, WritesPrompts):
         return tokenizer.prompt_ids(as_pairs(turns), chatglm.max_source_length, source_prefix=chatglm.source_prefix)
     writer = Writer(tokenizer, template)
-    text = writer.prompt(writer.settled(_with_prefix(turns, chatglm.source_prefix)), tools)
+    text = writer.prompt(writer.settled(with_prefix(turns, chatglm.source_prefix)), tools)
     return _with_bos(tokenizer, _plain_ids(tokenizer, text))
 
 
@@ -266,10 +266,10 @@ class Encoder:
 
     def samples(self, conversation: Conversation) -> list[Sample]:
         """The samples of a conversation; raises DataError where there is none."""
-        messages = _with_system(conversation.messages, self.learning.system)
+        messages = with_system(conversation.messages, self.learning.system)
         if self.writer is None:
             return [self._scripted(conversation, messages)]
-        messages = _with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
+        messages = with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
         answers = learned_answers(self.writer, messages, conversation.tools, self.choice)
         self._known.clear()
         groups: list[list[Answer]] = []
@@ -295,8 +295,8 @@ class Encoder:
             self.writer.remark(SEVERAL)
             return None
         same = [*group[:-1], before]
-        text = "".join(text for text, _, _ in _segments(same))
-        ids, _ = self._encoded([*_segments(same), (answer.prompt[len(text) :], 0.0, False)])
+        text = "".join(text for text, _, _ in segments_of(same))
+        ids, _ = self._encoded([*segments_of(same), (answer.prompt[len(text) :], 0.0, False)])
         if ids != self._encoded([(answer.prompt, 0.0, False)])[0]:
             self.writer.remark(RETOKENIZED)
             return None
@@ -304,7 +304,7 @@ class Encoder:
 
     def _sample(self, group: list[Answer], source: str) -> Sample:
         """The sample of these answers, each behind its prompt; the last one has an end."""
-        ids, weights = self._encoded(_segments(group))
+        ids, weights = self._encoded(segments_of(group))
         if not group[-1].ends:
             ids, weights = [*ids, self.ends[0]], [*weights, group[-1].weight]
         ids = _with_bos(self.tokenizer, ids)
@@ -353,7 +353,7 @@ class Encoder:
         return Sample(ids, labels, conversation.source, weights)
 
 
-def _segments(group: Sequence[Answer]) -> list[Segment]:
+def segments_of(group: Sequence[Answer]) -> list[Segment]:
     """The text of answers and of what is between them, in pieces, with what each weighs."""
     segments: list[Segment] = []
     length = 0
@@ -375,12 +375,12 @@ def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]
     return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
-def _with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
     first = [Message("system", system)] if system and messages[0].role != "system" else []
     return [*first, *messages]
 
 
-def _with_prefix(messages: Sequence[Message], prefix: str) -> list[Message]:
+def with_prefix(messages: Sequence[Message], prefix: str) -> list[Message]:
     first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
     return [
         replace(each, content=prefix + each.content) if index == first else each for index, each in enumerate(messages)
@@ -393,7 +393,8 @@ def samples_sha256(samples: "Sequence[Sample | Preference | PairSample]") -> str
     for sample in samples:
         for text in sample.texts:
             weights = () if text.weights is None else (text.weights,)
-            digest.update(repr((text.input_ids, text.labels, *weights)).encode())
+            seen = (image.said for image in getattr(text, "images", ()))
+            digest.update(repr((text.input_ids, text.labels, *weights, *seen)).encode())
         if sample.desirable is not None:
             digest.update(repr(sample.desirable).encode())
     return digest.hexdigest()

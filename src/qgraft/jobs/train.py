@@ -40,6 +40,7 @@ from qgraft.progress import Display, shown
 from qgraft.training.adapter import prepare_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal, StopWith, Watch, run_display
+from qgraft.training.images import holds_images
 from qgraft.training.new_tokens import trains_rows
 from qgraft.training.prepare import Prepared, prepare
 from qgraft.training.random_state import RandomState
@@ -86,6 +87,10 @@ def train_jobs(
         for args in jobs:
             stack.enter_context(folder_locked(Path(str(args.output_dir))))
         prepared = _prepare_all(model, tokenizer, jobs)
+        if any(holds_images(each.samples) for each in prepared):
+            raise UnsupportedError(
+                "training several adapters at once: rows hold images, which pass padded", hint="train one after another"
+            )
         return _train_all(model, jobs, prepared, display)
 
 

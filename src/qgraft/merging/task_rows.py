@@ -23,7 +23,8 @@ from qgraft.data.preference_samples import Preference, build_preferences
 from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset, read_labels, read_preferences
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, build_samples, resolve_template
-from qgraft.errors import DataError, worded
+from qgraft.errors import DataError, option, worded
+from qgraft.model_parts import vision_of
 from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
 
@@ -91,6 +92,9 @@ class Reader:
         if judged := [row for row in rows if isinstance(row, tuple)]:
             return build_preferences(self.tokenizer, judged, accounting, **learning)
         plain = [row for row in rows if isinstance(row, Conversation)]
+        if any(message.images for row in plain for message in row.messages):
+            raise DataError(f"merge: the rows of {dataset if isinstance(dataset, str) else 'the task'} hold images, and "
+                            "merges go by texts alone", hint=f"{option('method', 'nearest')} needs no rows")  # fmt: skip
         return build_samples(self.tokenizer, plain, accounting, **learning)
 
     def _read(
@@ -113,7 +117,7 @@ class Reader:
             except DataError:
                 if known:
                     raise
-        return *read_dataset(dataset, folder, **reading), columns
+        return *read_dataset(dataset, folder, images=bool(vision_of(self.model)), **reading), columns
 
     def changed_rows(self, arguments: Mapping[str, Any], held_out: bool = True) -> str | None:
         """The name of a dataset of a run that holds other rows today than then; None where it is not known to."""

@@ -124,13 +124,13 @@ def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> It
     with torch.no_grad(), evaluating(model), computing(model, "float32"):
         alone = [pair_losses(model, [sample])[1] for sample in two]
         for sample, losses in zip(two, alone, strict=True):
-            if not _alike(model, losses.mean(), _own_loss(model, sample)):
+            if not alike(model, losses.mean(), _own_loss(model, sample)):
                 raise UnsupportedError(
                     f"{type(model).__name__}: its own loss of a pair is not the mean cross-entropy of the target's tokens, "
                     "so it cannot be trained here"
                 )
         together = pair_losses(model, two)[1]
-        apart = not _alike(model, together, torch.cat(alone))
+        apart = not alike(model, together, torch.cat(alone))
     yield (
         f"{type(model).__name__} computes otherwise beside padding; every pair passes through it alone"
         if apart
@@ -146,7 +146,7 @@ def _own_loss(model: PreTrainedModel, sample: PairSample) -> Tensor:
     return loss.float()
 
 
-def _alike(model: PreTrainedModel, got: Tensor, expected: Tensor) -> bool:
+def alike(model: PreTrainedModel, got: Tensor, expected: Tensor) -> bool:
     """Whether losses are the same but for rounding; NaN is NaN in any pass."""
     both = got.isfinite() & expected.isfinite()
     if not torch.equal(got.isfinite(), expected.isfinite()):

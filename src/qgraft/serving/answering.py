@@ -12,11 +12,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.data.ends import end_token_ids, until_end
+from qgraft.data.image_samples import image_prompt, require_processor
 from qgraft.data.messages import as_messages
 from qgraft.data.pairs import PairOptions, check_pair_options, encode_source
+from qgraft.data.pictures import Picture
+from qgraft.data.rows import with_pictures
+from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, decode_answer, encode_prompt, resolve_template
-from qgraft.errors import DataError
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.errors import DataError, UnsupportedError
+from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import context_length, stated_ends
 from qgraft.passes.pairs import generate_targets
 
@@ -44,6 +49,7 @@ def answer(
     enable_thinking: bool | None = None,
     source_prefix: str = "",
     max_new_tokens: int = 256,
+    images: Sequence[Any] = (),
     streaming: Callable[[Callable[[list[int]], str]], Any] | None = None,
     **generation: Any,
 ) -> Answer:
@@ -53,16 +59,25 @@ def answer(
         template, system, enable_thinking: as in training, see resolve_template and encode_prompt.
         source_prefix: stands in front of the question, as in training.
         max_new_tokens: the longest answer.
+        images: in front of the first question, for a model that sees: paths, bytes or images of Pillow.
         streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
         generation: goes to generate().
 
     Raises DataError for a prompt that fills the model's context, and as encode_prompt does.
     """
+    if images and not vision_of(model):
+        raise UnsupportedError(f"images: {type(model).__name__} reads text alone")
     if is_encoder_decoder(model.config):
         check_pair_options({"template": template, "system": system, "enable_thinking": enable_thinking})
         source, _ = encode_source(tokenizer, as_messages(messages), PairOptions(source_prefix))
         return _target(model, tokenizer, source, max_new_tokens, streaming, generation)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
+    if images:
+        turns = with_pictures(as_messages(messages), images)
+        text, pictures = image_prompt(
+            require_processor(model), turns, template=chosen, system=system, source_prefix=source_prefix
+        )
+        return _seen(model, tokenizer, text, pictures, chosen, max_new_tokens, streaming, generation)
     chatglm = ChatGlmOptions(source_prefix=source_prefix)
     prompt = encode_prompt(tokenizer, messages, template=chosen, system=system, chatglm=chatglm)
     context = context_length(model)
@@ -87,6 +102,25 @@ def answer(
     said = output[0, len(prompt) :].tolist()
     ids = until_end(said, ends)
     full = len(ids) == len(said) == room < max_new_tokens
+    note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
+    return Answer(decode_answer(tokenizer, ids), note)
+
+
+def _seen(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pictures: Sequence[Picture],
+    template: ChatTemplate, longest: int, streaming: Callable[[Callable[[list[int]], str]], Any] | None,
+    generation: dict[str, Any],
+) -> Answer:  # fmt: skip
+    """What a model that sees says behind a prompt with images."""
+    ends = end_token_ids(tokenizer, stated_ends(model), template)
+
+    def shown(ids: list[int]) -> str:
+        return str(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))
+
+    told = {**generation, "max_new_tokens": longest, "eos_token_id": ends or None}
+    length, said = generate_seen(model, text, pictures, streamer=streaming and streaming(shown), **told)
+    ids, context = until_end(said, ends), context_length(model)
+    full = context is not None and len(ids) == len(said) == context - length < longest
     note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
     return Answer(decode_answer(tokenizer, ids), note)
 

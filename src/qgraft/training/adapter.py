@@ -22,6 +22,7 @@ from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import Lora
 from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.whole import whole_modules
+from qgraft.data.image_samples import ImageSample
 from qgraft.data.preference_samples import Preference
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import CheckpointError, OptionError, option, worded
@@ -195,11 +196,11 @@ def keep_rows(
     """Let the adapter bring rows of its training, to be merged with, and say so; or none, where none are asked for.
 
     Of preferences the answers that are chosen or wanted. A prefix changes no weight, so none is merged; layers of
-    encoder-decoders are merged without rows.
+    encoder-decoders, and those of adapters that learned from images, are merged without rows.
     """
     adapter, kept = find_adapter(model, args.adapter_name), None
     solves = not adapter.is_prefix and not is_encoder_decoder(model.config)  # what a merge does with rows
-    solves = solves and task_of(model) == CAUSAL
+    solves = solves and task_of(model) == CAUSAL and not any(isinstance(sample, ImageSample) for sample in learned)
     if args.save_calibration and tokenizer is not None and solves:
         texts, held = ([e.texts[0] for e in rows if e.desirable is not False] for rows in (learned, held_out))
         kept = keep_samples(tokenizer, texts, held, args.seed)

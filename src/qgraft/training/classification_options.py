@@ -8,7 +8,7 @@ from torch import nn
 
 from qgraft.checkpoints.heads import NUMBER, SEVERAL, Task
 from qgraft.errors import OptionError, UnsupportedError, option
-from qgraft.model_parts import CLASSIFIERS, peft_task
+from qgraft.model_parts import CLASSIFIERS, IMAGES, peft_task, vision_of
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -23,7 +23,7 @@ class ClassificationOptions:
     """The options of classifiers; TrainArguments has them."""
 
     task_type: str | None = _option(
-        "CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS (a label for each text) or TOKEN_CLS (for each word); of a folder."
+        "CAUSAL_LM, SEQ_2_SEQ_LM, IMAGE_TEXT_TO_TEXT, SEQ_CLS (a label for a text) or TOKEN_CLS (for each word); of a folder."
     )
     labels: str | None = _option("Comma list of what is told apart, by their ids; default: those of the dataset.")
     problem_type: str | None = _option("single_label_classification, multi_label_classification or regression.")
@@ -56,7 +56,8 @@ def settle_classification(args: "TrainArguments") -> None:
 def check_task(args: "TrainArguments", model: nn.Module) -> None:
     """The same with a model, which may be a classifier though no option says so. Of one the run then has the task_type."""
     task = peft_task(model)
-    if args.task_type not in (None, task):
+    seen = IMAGES if vision_of(model) else task
+    if args.task_type not in (None, task, seen):
         raise OptionError(
             f"task_type={args.task_type!r}: the model was loaded for {task}",
             hint=f"load(..., task_type={args.task_type!r}, labels=[...])",

@@ -15,11 +15,11 @@ from qgraft.data.label_samples import build_label_samples
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
-from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, build_samples, resolve_template
+from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Learning, build_samples, resolve_template
 from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
-from qgraft.model_parts import is_encoder_decoder
+from qgraft.model_parts import is_encoder_decoder, vision_of
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.labels import classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -29,6 +29,7 @@ from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import LabelEvaluation, evaluate_labelled
 from qgraft.training.given import check_pair
+from qgraft.training.images import check_image_run, evaluate_images, samples_of, with_images
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
@@ -112,7 +113,13 @@ def evaluate(
         preferences = build_preferences(tokenizer, rows, accounting, **learning)
         preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
         return _accounted(evaluate_preferences(model, preferences, options), accounting)
-    conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
+    conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
+    if with_images(conversations):
+        check_image_run({"train_on_prompt": train_on_prompt})
+        told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=source_prefix))
+        seen, _ = samples_of(model, (conversations, accounting), chosen, limit, told)
+        with _shown(len(seen), progress) as passed:
+            return _accounted(evaluate_images(model, seen, passed=passed), accounting)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)

@@ -12,6 +12,7 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import evaluate_labelled
 from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import evaluate_preferences, template_of
+from qgraft.training.images import check_image_run, evaluate_images, image_rows, learning_of, samples_of
 from qgraft.training.label_rows import read_label_samples
 from qgraft.training.objective import Measured, evaluate_samples
 from qgraft.training.samples import read_samples
@@ -42,6 +43,10 @@ def evaluate_held_out(
         template_of(tokenizer, args),
         preference_options(args),
     )
+    if (seeing := image_rows(model, args, (args.eval_dataset, args.max_eval_samples))) is not None and seeing[0]:
+        check_image_run(vars(args), args.notes)
+        seen, accounting = samples_of(model, seeing[0], template, limit, learning_of(model, args))
+        return evaluate_images(model, seen, compute=args.compute), accounting
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     if options is None:
         return evaluate_samples(model, samples, compute=args.compute), accounting

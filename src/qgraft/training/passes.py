@@ -29,6 +29,7 @@ from qgraft.passes.graphed import GraphedPasses, launch_bound, why_eager
 from qgraft.passes.loss import check_gradient
 from qgraft.passes.neftune import Noisy, noisy_embeddings
 from qgraft.training.arguments import TrainArguments
+from qgraft.training.images import holds_images, image_passes
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
 from qgraft.training.seq2seq import pair_passes
@@ -130,6 +131,10 @@ def fastest_passes(
     args, samples, notes = prepared.args, prepared.longest, prepared.notes
     if is_encoder_decoder(model.config):
         with pair_passes(model, args, samples, notes) as tokens:
+            yield tokens, {}
+        return
+    if holds_images(samples):
+        with image_passes(model, args, samples, notes) as tokens:
             yield tokens, {}
         return
     with ExitStack() as stack:

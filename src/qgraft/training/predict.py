@@ -28,20 +28,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
 from qgraft.data.ends import end_token_ids, until_end
+from qgraft.data.image_samples import image_prompt, require_processor
 from qgraft.data.messages import Conversation
 from qgraft.data.pairs import encode_source
+from qgraft.data.pictures import Picture
 from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError, option
-from qgraft.model_parts import CAUSAL, CLASSIFIERS, argument_names, is_encoder_decoder, keeps_state, task_of
+from qgraft.model_parts import CAUSAL, CLASSIFIERS, argument_names, is_encoder_decoder, keeps_state, task_of, vision_of
 from qgraft.passes.decoder import evaluating
+from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.pairs import generate_targets
 from qgraft.progress import Display, shown
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import template_of
+from qgraft.training.images import with_images
 from qgraft.training.predict_labels import LINES, LabelPredictions, predict_labels, write_predictions
 from qgraft.training.scores import load_libraries, mean_scores
 from qgraft.training.seq2seq import check_pair_run, pair_options
@@ -91,6 +95,8 @@ class _Question:
 
     ids: list[int]
     expected: str
+    text: str = ""  # of a prompt with images, as the processor reads it
+    images: tuple[Picture, ...] = ()
 
 
 def predict(
@@ -164,10 +170,11 @@ def answer_rows(
     pairs = is_encoder_decoder(model.config)
     questions, accounting, notes = _questions(model, tokenizer, dataset, args, max_samples)
     settings = pair_settings(model, args) if pairs else generation_settings(tokenizer, args)
-    at_once = args.per_device_eval_batch_size if takes_padding(model) else 1
+    seen = any(question.images for question in questions)
+    at_once = args.per_device_eval_batch_size if takes_padding(model) and not seen else 1
     if at_once < args.per_device_eval_batch_size:
-        notes.append("per_device_eval_batch_size has no effect: this model cannot leave padding out, so rows are answered "
-                     "one by one")  # fmt: skip
+        why = "rows with images pass by themselves" if seen else "this model cannot leave padding out"
+        notes.append(f"per_device_eval_batch_size has no effect: {why}, so rows are answered one by one")  # fmt: skip
     began = time.perf_counter()
     torch.manual_seed(args.seed)
     room = _room(tokenizer, args)
@@ -246,7 +253,9 @@ def _questions(
     conversations, accounting = read_dataset(
         dataset, args.dataset_dir, name=args.name, author=args.author, columns=named_columns(vars(args)),
         max_samples=max_samples or args.max_samples, allow_outside_files=args.allow_outside_files,
+        images=bool(vision_of(model)),
     )  # fmt: skip
+    processor = require_processor(model) if with_images(conversations) else None
     questions = []
     for conversation in conversations:
         try:
@@ -254,6 +263,14 @@ def _questions(
                 options = pair_options(args, sample_limit(model, args.max_length))
                 source, _ = encode_source(tokenizer, conversation.messages[:-1], options)
                 questions.append(_Question(source, conversation.messages[-1].content.strip()))
+                continue
+            if processor is not None and with_images([conversation]):
+                text, images = image_prompt(
+                    processor, conversation.messages[:-1], template=template, system=args.system,
+                    source_prefix=args.source_prefix, tools=conversation.tools,
+                )  # fmt: skip
+                expected = _expected_text(tokenizer, conversation, template, longest)
+                questions.append(_Question([], expected, text, tuple(images)))
                 continue
             ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, chatglm=chatglm,
                                 tools=conversation.tools)  # fmt: skip
@@ -311,7 +328,10 @@ def _answers(
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]
             prompts = [questions[index].ids for index in batch]
-            if is_encoder_decoder(model.config):
+            if seen := [questions[index] for index in batch if questions[index].images]:
+                told = {**settings, "max_new_tokens": room.new, "eos_token_id": list(ends) or None}
+                found = [generate_seen(model, each.text, each.images, **told)[1] for each in seen]
+            elif is_encoder_decoder(model.config):
                 found = generate_targets(model, prompts, **settings, max_new_tokens=min(room.new, context - 1))
             else:
                 new = room.after(len(prompts[0]), context)

@@ -30,7 +30,8 @@ from qgraft.passes.labels import classifier_of
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.classification import Classification
 from qgraft.training.distillation import Distillation
-from qgraft.training.objective import SupervisedFineTuning
+from qgraft.training.images import ImageTextToText, holds_images
+from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.on_policy import draws_answers
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
@@ -44,12 +45,12 @@ REFERENCE = "reference.json"
 Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 
-def settle_objective(
-    model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence | Distillation | Classification:
+def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes) -> Objective:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
     if is_encoder_decoder(model.config):
         return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
+    if holds_images(prepared.samples):
+        return ImageTextToText(prepared.args.label_smoothing_factor, alone=not tokens)
     if (classifier := classifier_of(model)) is not None:
         return Classification(classifier, prepared.args.label_smoothing_factor)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:

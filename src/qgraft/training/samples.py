@@ -15,6 +15,7 @@ from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
+from qgraft.training.images import check_image_run, image_rows, learning_of, samples_of
 from qgraft.training.label_rows import read_label_samples
 from qgraft.training.seq2seq import read_pairs
 from qgraft.training.stages import preference_options
@@ -46,6 +47,8 @@ def prepare_samples(
     if args.history_column and getattr(tokenizer, "bare_single", False) and isinstance(tokenizer, WritesPrompts):
         notes.append("history_column: rows without history begin with [Round 0] too, as in ChatGLM's script; chat sends "
                      "a first question bare")  # fmt: skip
+    if template is not None and (found := _prepare_seen(model, chosen, eval_dataset, args, limit, template, notes)):
+        return found
     samples, accounting = read_samples(model, tokenizer, chosen, args, limit, template, held_out=False)
     notes += accounting.said()
     options = preference_options(args)
@@ -64,6 +67,35 @@ def prepare_samples(
     if pairing:
         samples, eval_samples = (mismatched(rows, limit) for rows in (samples, eval_samples))
     return samples, eval_samples, accounting, held_out_accounting
+
+
+def _prepare_seen(
+    model: PreTrainedModel,
+    dataset: Dataset,
+    eval_dataset: Dataset | None,
+    args: TrainArguments,
+    limit: int,
+    template: ChatTemplate,
+    notes: list[str],
+) -> tuple[list[Any], list[Any], Accounting, Accounting | None] | None:
+    """The same of rows with images, for a model that sees them; None where no row holds one."""
+    held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
+    rows = image_rows(model, args, (dataset, args.max_train_samples), (held_out, args.max_eval_samples))
+    if rows is None:
+        return None
+    check_image_run(vars(args), args.notes)
+    (samples, accounting), *others = [
+        samples_of(model, each, template, limit, learning_of(model, args)) for each in rows if each is not None
+    ]
+    notes += accounting.said()
+    for eval_samples, where in others:
+        notes += [f"held-out rows: {sentence}" for sentence in where.said()]
+        return samples, eval_samples, accounting, where
+    kept_back: list[Any] = []
+    if args.val_size:
+        samples, kept_back = hold_out(samples, args.val_size, args.seed)
+        notes.append(f"held out {len(kept_back)} of {len(samples) + len(kept_back)} samples for evaluation")
+    return samples, kept_back, accounting, None
 
 
 def _prepare_labelled(

@@ -1,0 +1,36 @@
+"""The processor of a folder whose model sees images: what makes numbers of images, and places for them in a text.
+
+transformers' own, with its image processor; its tokenizer is the model's. Where it cannot be made (Pillow or torchvision
+are not installed, the folder has no preprocessor_config.json), the model loads without one, reads text, and says why.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from qgraft.checkpoints.foreign import FOREIGN, one_line
+from qgraft.data.pictures import INSTALL
+from qgraft.model_parts import vision_of
+
+
+def folder_processor(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Any, list[str]]:
+    """(The processor, which writes with this tokenizer; None for a model of text, and where there is none; notes)."""
+    if not vision_of(model):
+        return None, []
+    if tokenizer is None:
+        return None, ["the folder has no tokenizer, so no images are read"]
+    try:
+        processor = AutoProcessor.from_pretrained(str(folder), trust_remote_code=False)
+    except FOREIGN as error:
+        return None, [f"no images are read: the folder's processor cannot be made ({one_line(error)[:160]}); "
+                      f"where Pillow or torchvision is missing: {INSTALL}"]  # fmt: skip
+    if not hasattr(processor, "image_processor"):
+        return None, ["the folder has no processor of images, so none are read"]
+    template = getattr(processor, "chat_template", None)
+    if isinstance(template, str):  # in a file of its own in older folders, which tokenizers do not read
+        tokenizer.chat_template = template
+    processor.tokenizer = tokenizer
+    return processor, []

@@ -1,0 +1,147 @@
+"""How texts with images go through a model that sees: padded side by side, by the model's own forward pass.
+
+    input_ids, attention_mask   [B, T]  as the processor writes them, padded at the right
+    pixel_values, ...                   what the processor makes of the images, under the names that the model takes
+    labels                      [B, T]  already shifted, as of other batches: the token that each position predicts
+
+Texts with images and texts without go in batches of their own: processors take a list of images for every text or for none.
+That padding changes nothing, and that the loss is the model's own, is found out on the longest sample and the shortest
+(`images_together`). Padding-free passes as those of texts were not chosen: what an image's tokens see, and which positions
+they have, each architecture's own code decides (Gemma's images are seen in both directions, Qwen's have three positions).
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qgraft.data.batches import IGNORED, Batch
+from qgraft.data.image_samples import ImageSample, process, require_processor
+from qgraft.data.pictures import Picture
+from qgraft.errors import DataError, UnsupportedError
+from qgraft.linear import computing
+from qgraft.model_parts import argument_names
+from qgraft.passes.decoder import evaluating
+from qgraft.passes.limits import context_length
+from qgraft.passes.loss import weighted_cross_entropy
+from qgraft.passes.pairs import alike
+
+
+def split_images(samples: Sequence[ImageSample], tokens: int) -> list[list[ImageSample]]:
+    """Samples of similar lengths together, with at most so many tokens with padding; 0 for one in each."""
+    parts, wide = list[list[ImageSample]](), 0
+    for sample in sorted(samples, key=lambda each: (not each.images, len(each.input_ids))):
+        wide = max(wide, len(sample.input_ids))
+        if parts and bool(parts[-1][0].images) == bool(sample.images) and (len(parts[-1]) + 1) * wide <= tokens:
+            parts[-1].append(sample)
+        else:
+            parts.append([sample])
+            wide = len(sample.input_ids)
+    return parts
+
+
+def collate_images(processor: Any, samples: Sequence[ImageSample]) -> Batch:
+    """One padded batch of these samples, on the CPU, in their order: what the processor makes, labels, and weights if any.
+
+    Raises DataError where an image is not what it was when the rows were read.
+    """
+    batch = process(processor, [sample.text for sample in samples], [[i.open() for i in s.images] for s in samples])
+    ids, wide = batch["input_ids"], max(len(sample.input_ids) for sample in samples)
+    for row, sample in zip(ids, samples, strict=True):
+        if row[: len(sample.input_ids)].tolist() != sample.input_ids:
+            raise DataError(f"{sample.source}: an image has another size than when the rows were read")
+    shape = ids.shape
+    cut = {key: value[:, :wide] for key, value in batch.items() if isinstance(value, Tensor) and value.shape == shape}
+    batch = {**{key: value for key, value in batch.items() if isinstance(value, Tensor)}, **cut}
+    lengths = torch.tensor([len(sample.input_ids) for sample in samples])
+    batch["attention_mask"] = (torch.arange(wide) < lengths[:, None]).to(torch.int64)
+    batch["labels"] = _rows([[*sample.labels[1:], IGNORED] for sample in samples], wide, IGNORED)
+    if any(sample.weights is not None for sample in samples):
+        weights = [sample.weights or [1.0] * len(sample.labels) for sample in samples]
+        batch["weights"] = _rows([[*each[1:], 0.0] for each in weights], wide, 0.0)
+    return batch
+
+
+def _rows(rows: Sequence[list[Any]], length: int, value: Any) -> Tensor:
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])
+
+
+def image_losses(
+    model: PreTrainedModel, samples: Sequence[ImageSample], label_smoothing: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(The sum of weight times cross-entropy over the labels of a pass, differentiable; that of each label, unweighted).
+
+    float32 scalar and [labels], sample after sample.
+    """
+    batch = {key: value.to(model.device) for key, value in collate_images(require_processor(model), samples).items()}
+    labels_BT, weights_BT = batch.pop("labels"), batch.pop("weights", None)
+    learned_BT = labels_BT != IGNORED
+    if "logits_to_keep" in argument_names(model):
+        places_K = learned_BT.any(0).nonzero()[:, 0]
+        learned_BT, labels_BT = learned_BT[:, places_K], labels_BT[:, places_K]
+        weights_BT = None if weights_BT is None else weights_BT[:, places_K]
+        batch["logits_to_keep"] = places_K
+    logits_BTV = model(**batch, use_cache=False).logits
+    weights_N = None if weights_BT is None else weights_BT[learned_BT]
+    return weighted_cross_entropy(
+        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing
+    )
+
+
+def _as_they_are(logits_NV: Tensor) -> Tensor:
+    """The head of a model whose own forward pass made the logits."""
+    return logits_NV
+
+
+@torch.inference_mode()
+def generate_seen(model: PreTrainedModel, text: str, images: Sequence[Picture], **told: Any) -> tuple[int, list[int]]:
+    """(How many tokens a prompt with its images has, what generate() writes behind them, its end included)."""
+    batch = process(require_processor(model), [text], [[image.open() for image in images]])
+    given = {key: value.to(model.device) for key, value in batch.items() if isinstance(value, Tensor)}
+    length, generate = given["input_ids"].shape[1], cast(Any, model).generate
+    context = context_length(model)
+    if context is not None and length >= context:
+        raise DataError(f"the prompt is {length} tokens with its images, and the model's context is {context} with the "
+                        "answer", hint="give fewer or smaller images, or a shorter question")  # fmt: skip
+    if context is not None:
+        told["max_new_tokens"] = min(told["max_new_tokens"], context - length)
+    return length, generate(**given, **told)[0, length:].tolist()
+
+
+@contextmanager
+def images_together(model: PreTrainedModel, samples: Sequence[ImageSample]) -> Iterator[str | None]:
+    """Within the block passes of several samples compute what the model says of each alone.
+
+    Yields None, or a sentence that says why every sample must pass alone. Raises UnsupportedError for a model whose loss of
+    a single sample is not the mean cross-entropy of its labels.
+    """
+    seen = [sample for sample in samples if sample.images] or samples
+    ordered = sorted(seen, key=lambda sample: len(sample.input_ids))
+    two = [ordered[-1], *ordered[:-1][:1]]
+    with torch.no_grad(), evaluating(model), computing(model, "float32"):
+        alone = [image_losses(model, [sample])[1] for sample in two]
+        for sample, losses in zip(two, alone, strict=True):
+            if not alike(model, losses.mean(), _own_loss(model, sample)):
+                raise UnsupportedError(
+                    f"{type(model).__name__}: its own loss of a text with images is not the mean cross-entropy of its "
+                    "labels, so it cannot be trained here"
+                )
+        apart = not alike(model, image_losses(model, two)[1], torch.cat(alone))
+    yield (
+        f"{type(model).__name__} computes otherwise beside padding; every text passes through it alone"
+        if apart
+        else None
+    )
+
+
+def _own_loss(model: PreTrainedModel, sample: ImageSample) -> Tensor:
+    """What the model itself says of a sample, called as anybody would."""
+    batch = {key: value.to(model.device) for key, value in collate_images(require_processor(model), [sample]).items()}
+    batch.pop("weights", None)
+    batch["labels"] = torch.tensor([sample.labels], device=model.device)
+    own: Any = model
+    loss: Tensor = own(**batch, use_cache=False).loss
+    return loss.float()

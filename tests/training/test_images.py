@@ -1,0 +1,386 @@
+"""Models that see images against transformers and PEFT: loading, samples, losses, training, answers, and what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from tiny_images import KINDS, WITH_TORCHVISION, picture, write_image_model
+
+import qgraft
+from qgraft.adapters.base import find_adapter
+from qgraft.adapters.targets import find_targets
+from qgraft.data.image_samples import build_image_samples
+from qgraft.data.pictures import MARK, Picture
+from qgraft.data.reading import read_dataset
+from qgraft.data.tokenizing import IGNORED, Learning, resolve_template
+from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
+from qgraft.linear import QuantizedLinear, computing
+from qgraft.model_parts import decoder_layers, language_of, vision_of
+from qgraft.passes.images import image_losses, images_together, split_images
+from qgraft.serving.answering import answer
+from qgraft.training.images import check_image_run
+from qgraft.training.option_names import PACKED
+from qgraft.training.predict import predict
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "images.py"
+SIZES = [(40, 30), (64, 20), (30, 60)]
+WORDS = ["red", "blue and more", "green"]
+
+
+def asked(number, content=None):
+    parts = [
+        {"type": "image", "image": picture(number, SIZES[number % 3])},
+        {"type": "text", "text": f"what is {number}?"},
+    ]
+    return {"messages": [{"role": "user", "content": content or parts},
+                         {"role": "assistant", "content": WORDS[number % 3]}]}  # fmt: skip
+
+
+SEVERAL = {  # images between answers, by placeholders
+    "conversations": [
+        {"from": "human", "value": "<image> and <image>\nwhich?"}, {"from": "gpt", "value": "both"},
+        {"from": "human", "value": "and <image>?"}, {"from": "gpt", "value": "none"},
+    ],
+    "images": [picture(20), picture(21), picture(22)],
+}  # fmt: skip
+TEXT = {"instruction": "hello", "output": "hi"}
+ROWS = [*(asked(number) for number in range(4)), SEVERAL, TEXT]
+LANGUAGE = r"model\.(language_model|text_model)\..*_proj"
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """(folder, the model and the processor that transformers made) of each kind, made once; neither is to be changed."""
+    made = {}
+
+    def get(kind="llava"):
+        if kind in WITH_TORCHVISION:
+            pytest.importorskip("torchvision")
+        if kind == "smolvlm":
+            pytest.importorskip("num2words")
+        if kind not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            model = write_image_model(kind, folder)
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            made[kind] = SimpleNamespace(path=folder, model=model, processor=processor)
+        return made[kind]
+
+    return get
+
+
+def arguments(folder, **options):
+    defaults = {"max_steps": 3, "per_device_train_batch_size": 4, "logging_steps": 1, "use_cpu": True, "plot_loss": False,
+                "save_strategy": "no", "compute": "float32", "learning_rate": 1e-2, "r": 4, "lora_alpha": 8}  # fmt: skip
+    return qgraft.TrainArguments(output_dir=str(folder), **{**defaults, **options})
+
+
+def samples_for(model, tokenizer, rows=ROWS, max_length=2048):
+    conversations, accounting = read_dataset(rows, images=True)
+    template = resolve_template(tokenizer)
+    made = build_image_samples(model.qgraft.processor, conversations, accounting, template=template,
+                               max_length=max_length, learning=Learning())  # fmt: skip
+    return made, accounting
+
+
+def as_processed(processor, sample):
+    """What anybody would hand to the model."""
+    images = [[image.open() for image in sample.images]] if sample.images else None
+    return processor(text=[sample.text], images=images, return_tensors="pt", add_special_tokens=False)
+
+
+EVERY = [kind if kind == "llava" else pytest.param(kind, marks=pytest.mark.slow) for kind in sorted(KINDS)]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_folder_computes_what_transformers_does(image_folder, kind):
+    """Logits of a text with an image; the language side's linears pack, the vision side stays floats."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    assert type(model) is type(made.model) and language_of(model) and vision_of(model)
+    assert all(path.startswith(language_of(model)) for path in find_targets(model, "all-linear"))
+    assert len(decoder_layers(model)) == 2
+    sample = samples_for(model, tokenizer, ROWS[:1])[0][0]
+    batch = as_processed(made.processor, sample)
+    assert batch["input_ids"][0].tolist() == sample.input_ids
+    with torch.no_grad():
+        assert (model(**batch).logits - made.model(**batch).logits).abs().max() <= 1e-5
+    packed, _ = qgraft.load(made.path, quantize="q8_0")
+    held = {
+        path: module.packed.format for path, module in packed.named_modules() if isinstance(module, QuantizedLinear)
+    }
+    inside = {form for path, form in held.items() if path.startswith(language_of(model))}
+    outside = {form for path, form in held.items() if path.startswith(tuple(vision_of(model)))}
+    assert inside == {"q8_0"} and outside == {"f32"}
+
+
+@pytest.mark.parametrize("kind", [kind if kind in ("llava", "gemma3") else pytest.param(kind, marks=pytest.mark.slow)
+                                  for kind in sorted(KINDS)])  # fmt: skip
+def test_labels_are_the_answers(image_folder, kind):
+    """Of a row with images between its answers, and of one without; ids are the processor's own."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    samples, accounting = samples_for(model, tokenizer, [SEVERAL, TEXT])
+    assert (accounting.kept, accounting.dropped) == (2, {})
+    end = tokenizer.eos_token
+    for sample, said in zip(samples, (f"both{end}none{end}", f"hi{end}"), strict=True):
+        assert as_processed(made.processor, sample)["input_ids"][0].tolist() == sample.input_ids
+        learned = [at for at, label in enumerate(sample.labels) if label != IGNORED]
+        assert tokenizer.decode([sample.labels[at] for at in learned]) == said
+        assert all(sample.labels[at] == sample.input_ids[at] for at in learned)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_losses_together_are_those_of_single_texts(image_folder, kind):
+    """Padding at the right, images of different sizes, text alone: per label the model's own cross-entropy."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    samples, _ = samples_for(model, tokenizer)
+    with images_together(model, samples) as apart:
+        assert apart is None
+    parts = split_images(samples, 100_000)
+    assert [len(part) for part in parts] == [5, 1]  # text alone goes by itself
+    for part in parts:
+        with torch.no_grad(), computing(model, "float32"):
+            total, each = image_losses(model, part)
+        expected = []
+        for sample in part:
+            with torch.no_grad():
+                logits = made.model(**as_processed(made.processor, sample)).logits[0, :-1]
+            expected.append(F.cross_entropy(logits, torch.tensor(sample.labels[1:]), reduction="none")[
+                torch.tensor(sample.labels[1:]) != IGNORED])  # fmt: skip
+        assert (each - torch.cat(expected)).abs().max() <= 2e-4
+        assert abs(float(total - torch.cat(expected).sum())) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    "kind, steps", [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS))]
+)
+def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
+    """The same adapter on the same batches: 20 steps of the same losses, and PEFT reads what was saved to the same logits."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    qgraft.attach_lora(model, r=4, lora_alpha=8)
+    start = {key: value.clone() for key, value in find_adapter(model, "default").state_dict().items()}
+    samples, _ = samples_for(model, tokenizer)
+    args = arguments(tmp_path / "out", max_steps=steps, per_device_train_batch_size=len(ROWS), max_grad_norm=0.0,
+                     lr_scheduler_type="constant", weight_decay=0.0)  # fmt: skip
+    report = qgraft.train(model, tokenizer, ROWS, args)
+    assert report.accounting.kept == len(ROWS)
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [entry["loss"] for entry in logged if "loss" in entry]
+
+    base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
+    theirs = peft.get_peft_model(
+        base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE, task_type="CAUSAL_LM")
+    )
+    assert peft.get_peft_model_state_dict(theirs).keys() == start.keys()
+    peft.set_peft_model_state_dict(theirs, start)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.0)
+    batches = [{**as_processed(made.processor, s), "labels": torch.tensor([s.labels])} for s in samples]
+    counts = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches]
+    curve = []
+    theirs.train()
+    for _ in range(steps):
+        loss = sum(theirs(**batch).loss * count for batch, count in zip(batches, counts, strict=True)) / sum(counts)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        curve.append(loss.item())
+    assert losses == pytest.approx(curve, abs=1e-4)
+    assert losses[-1] < losses[0] - 0.02 * steps
+
+    again = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
+    read = peft.PeftModel.from_pretrained(again, tmp_path / "out").eval()
+    own, _ = qgraft.load(made.path)
+    qgraft.load_adapter(own, tmp_path / "out")
+    batch = as_processed(made.processor, samples[0])
+    with torch.no_grad():
+        expected = read(**batch).logits
+        for each in (model, own):
+            assert (each(**batch).logits - expected).abs().max() <= 1e-5
+
+
+def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
+    """q_proj is a name on both sides: alone it means the decoder of text; a pattern or a path reaches the rest."""
+    made = image_folder()
+    model, _ = qgraft.load(made.path)
+    assert len(find_targets(model, "q_proj")) == 2
+    assert len(find_targets(model, "q_proj,out_proj")) == 4  # a name of the tower alone means that
+    seen = find_targets(model, r"model\.vision_tower\..*q_proj")
+    assert len(seen) == 2 and all(path.startswith("model.vision_tower") for path in seen)
+    qgraft.attach_lora(model, r=2, target_modules=r"model\.(vision_tower|language_model)\..*q_proj")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.1)
+    qgraft.save_adapter(model, tmp_path / "out")
+    base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    sample = samples_for(model, model.qgraft.tokenizer, ROWS[:1])[0][0]
+    batch = as_processed(made.processor, sample)
+    with torch.no_grad():
+        assert (model(**batch).logits - theirs(**batch).logits).abs().max() <= 1e-5
+        assert (model(**batch).logits - made.model(**batch).logits).abs().max() > 1e-3
+
+
+def write_rows(folder):
+    """Rows in a file, with images in files beside it."""
+    (folder / "pictures").mkdir()
+    lines = []
+    for number in range(3):
+        picture(number).save(folder / "pictures" / f"{number}.png")
+        lines.append({"instruction": "<image>what?", "output": WORDS[number], "images": [f"pictures/{number}.png"]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder / "rows.jsonl"
+
+
+def test_rows_name_images_in_all_usual_forms(tmp_path):
+    """By content parts and by placeholders, from files beside the rows, from bytes and data: addresses."""
+    path = write_rows(tmp_path)
+    conversations, accounting = read_dataset(path, images=True)
+    assert accounting.kept == 3 and conversations[0].messages[0].content == f"{MARK}what?"
+    raw = (tmp_path / "pictures" / "0.png").read_bytes()
+    import base64
+
+    address = "data:image/png;base64," + base64.b64encode(raw).decode()
+    question = {"type": "text", "text": "what?"}
+    forms = [
+        asked(0, [{"type": "image", "path": str(tmp_path / "pictures/0.png")}, question]),
+        asked(0, [{"type": "image_url", "image_url": {"url": address}}, question]),
+        asked(0, [{"type": "image", "image": {"bytes": raw, "path": None}}, question]),
+        {**asked(0, [{"type": "image"}, question]), "images": [raw]},
+        {"prompt": "what?", "response": "red", "image": picture(0)},  # in front where nothing says where
+    ]
+    conversations, accounting = read_dataset(forms, images=True)
+    assert accounting.kept == len(forms)
+    for conversation in conversations:
+        (image,) = conversation.messages[0].images
+        assert conversation.messages[0].content == f"{MARK}what?"
+        assert image.open().tobytes() == picture(0).tobytes()
+
+
+@pytest.mark.parametrize("row, reason", [
+    ({**TEXT, "instruction": "<image><image>", "images": [picture(0)]}, "a row with 1 images"),
+    (asked(0, [{"type": "image"}]), "a row with 0 images"),
+    (asked(0, [{"type": "image", "url": "https://example.org/a.png"}]), "nothing is fetched"),
+    (asked(0, [{"type": "image", "image": "gone.png"}]), "not there"),
+    (asked(0, [{"type": "image", "image": 7}]), "expected a path"),
+    (asked(0, [{"type": "video", "video": "a.mp4"}]), "content of type 'video'"),
+    ({"messages": [{"role": "user", "content": "?"},
+                   {"role": "assistant", "content": [{"type": "image", "image": picture(0)}]}]}, "elsewhere"),
+])  # fmt: skip
+def test_what_rows_cannot_say_is_counted(row, reason):
+    _, accounting = read_dataset([row, TEXT], images=True)
+    assert [reason in why for why in accounting.dropped] == [True]
+
+
+def test_images_stay_in_the_folder_of_their_file(tmp_path):
+    """What a row of a file names elsewhere is not read, unless that is allowed; a text model drops rows with images."""
+    (tmp_path / "data").mkdir()
+    path = write_rows(tmp_path / "data")
+    picture(0).save(tmp_path / "secret.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    for name in ("../secret.png", str(tmp_path / "secret.png"), "link.png"):
+        path.write_text(json.dumps({**TEXT, "images": [name]}) + "\n")
+        with pytest.raises(DataError, match="outside of the folder"):
+            read_dataset(path, images=True)
+        assert read_dataset(path, images=True, allow_outside_files=True)[1].kept == 1
+        with pytest.raises(DataError, match="does not read"):
+            read_dataset(path)
+
+
+def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
+    model, tokenizer = qgraft.load(image_folder().path)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
+    rows = [asked(0, [{"type": "image", "image": str(tmp_path / "broken.png")}]), asked(1),
+            {"instruction": "an <image> in words", "output": "no"}]  # fmt: skip
+    samples, accounting = samples_for(model, tokenizer, rows)
+    assert len(samples) == 1
+    assert any("no image that can be read" in why for why in accounting.dropped)
+    assert any("where the model would see an image" in why for why in accounting.dropped)
+    _, accounting = samples_for(model, tokenizer, [asked(0), TEXT], max_length=30)
+    assert any("rows with images are not cut" in why for why in accounting.dropped)
+
+
+def test_without_pillow_images_are_refused_in_words(image_folder, monkeypatch):
+    model, tokenizer = qgraft.load(image_folder().path)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(UnsupportedError, match=r"Pillow.*\n.*qgraft\[images\]"):
+        Picture(b"").open()
+    monkeypatch.undo()
+    model.qgraft.processor = None
+    with pytest.raises(UnsupportedError, match="without a processor"):
+        qgraft.evaluate(model, tokenizer, ROWS)
+
+
+@pytest.mark.slow
+def test_a_run_with_held_out_rows_answers_and_merges(image_folder, tmp_path):
+    """From files: evaluation, the same bytes again, answers, chat, and a merge whose folder transformers reads."""
+    made, path = image_folder(), write_rows(tmp_path)
+    more = {"max_steps": 4, "lora_dropout": 0.1}
+    for name in ("whole", "again"):
+        model, tokenizer = qgraft.load(made.path)
+        torch.manual_seed(0)
+        qgraft.train(model, tokenizer, path, arguments(tmp_path / name, **more), eval_dataset=path)
+        if name == "whole":
+            kept = qgraft.evaluate(model, tokenizer, path)
+            found = predict(model, tokenizer, path, arguments(tmp_path / "said", max_new_tokens=4))
+            assert len(found.pairs) == 3 and [pair[0] for pair in found.pairs] == WORDS
+            said = answer(model, tokenizer, [("user", "what?")], images=[tmp_path / "pictures" / "0.png"],
+                          max_new_tokens=4, do_sample=False)  # fmt: skip
+            assert said.text.strip() == found.pairs[0][1]
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "again")]
+    assert weights[0] == weights[1]
+    run = json.loads((tmp_path / "whole" / "run.json").read_text())
+    assert run["metrics"]["eval_loss"] == pytest.approx(kept.loss, abs=1e-5)
+    assert not (tmp_path / "whole" / "calibration.safetensors").exists()
+    with pytest.raises(QgraftError, match="hold images"):
+        qgraft.merge(model, tokenizer)
+    report = qgraft.merge(model, tokenizer, method="nearest")
+    assert any("not measured" in note for note in report.notes)
+    merged = qgraft.evaluate(model, tokenizer, path)
+    assert merged.loss == pytest.approx(kept.loss, abs=1e-4)  # floats: exact but for rounding
+    qgraft.save(model, tmp_path / "merged")
+    theirs = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "merged").eval()
+    sample = samples_for(model, tokenizer, ROWS[:1])[0][0]
+    with torch.no_grad():
+        batch = as_processed(made.processor, sample)
+        assert (theirs(**batch).logits - model(**batch).logits).abs().max() <= 1e-5
+
+
+def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
+    model, tokenizer = qgraft.load(image_folder().path)
+    options = {"train_on_prompt": True, "cache_frozen_layers": True, "memory_limit": "6GB", "cuda_graphs": "yes"}
+    with pytest.raises(OptionError) as refused:
+        qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", **options))
+    assert all(name in str(refused.value) for name in options)
+    with pytest.raises(OptionError, match=r"neftune_noise_alpha=5.*add_tokens=x.*packing"):
+        check_image_run({"neftune_noise_alpha": 5.0, "add_tokens": "x"}, [PACKED])
+
+
+def test_what_has_no_images_refuses_them(image_folder, tmp_path):
+    model, tokenizer = qgraft.load(image_folder().path)
+    with pytest.raises(UnsupportedError, match="sees images"):
+        qgraft.attach_prefix(model, 4)
+    with pytest.raises(QgraftError, match="GGUF"):
+        qgraft.save(model, tmp_path / "model.gguf")
+    with pytest.raises(OptionError, match="CAUSAL_LM"):
+        qgraft.train(model, tokenizer, ROWS, arguments(tmp_path / "out", task_type="SEQ_CLS", labels="a,b"))
+    pairs = [{"prompt": "?", "chosen": "a", "rejected": "b", "images": [picture(0)]}]
+    with pytest.raises(DataError, match="does not read"):
+        qgraft.train(model, tokenizer, pairs, arguments(tmp_path / "out", stage="dpo"))
+
+
+@pytest.mark.slow
+def test_the_example_runs_as_written(tmp_path):
+    command = [sys.executable, str(EXAMPLE), "--tiny", "--output_dir", str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "held-out loss" in run.stdout
