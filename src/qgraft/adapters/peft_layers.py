@@ -1,31 +1,36 @@
 """PEFT's own LoRA layers around ours, for LoraConfig's hook for custom modules (for_peft.py).
 
-A packed layer is called, and its weight never read: what PEFT computes from the weight (merges, DoRA, starting values by its
-singular values) would come out as NaN, so it is refused before.
+A packed layer is called, and its weight unpacked only for DoRA and MiCA, which read it. What PEFT does to weights (merges,
+starting values that it takes out of them), or finds by their being Parameters, is refused: it would come out as NaN, or be
+missing.
 """
 
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import Embedding, Linear
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
-# Starting values that are drawn, or made of inputs. PEFT makes all others of the weight.
-_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-# What PEFT computes with the weight, or makes of layers whose weight is a Parameter.
+# Starting values that are drawn, or made of inputs or of the weight. PEFT takes all others out of the weight.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+# What PEFT does to the weight, or to Parameters only.
 _OF_WEIGHTS = (
-    *("use_dora", "use_bdlora", "use_qalora", "arrow_config", "velora_config", "monteclora_config", "kasa_config"),
-    *("trainable_token_indices", "target_parameters", "layer_replication", "loftq_config"),
+    *("use_qalora", "kasa_config", "trainable_token_indices", "target_parameters", "layer_replication", "loftq_config"),
+    "ensure_weight_tying",
 )
 
 
-def check_config(config: LoraConfig) -> None:
-    """Raise OptionError for a LoRA that PEFT cannot put on packed layers."""
+def check_config(config: LoraConfig, packed: Sequence[str]) -> None:
+    """Raise OptionError for a LoRA that PEFT cannot put on a model whose weights at the paths `packed` are packed."""
     for name in _OF_WEIGHTS:
         if value := getattr(config, name, None):
             raise OptionError(f"{name}={value!r}: PEFT needs a float weight for it, and this model's are packed",
@@ -34,17 +39,59 @@ def check_config(config: LoraConfig) -> None:
     if start not in _STARTS:
         raise OptionError(
             f"init_lora_weights={start!r}: PEFT makes these of a float weight, and this model's are packed",
-            hint="init_lora_weights=True, 'gaussian', 'orthogonal' or 'eva'",
+            hint="init_lora_weights=True, 'gaussian', 'orthogonal', 'eva' or 'mica'",
         )
+    if config.bias != "none":
+        raise OptionError(
+            f"bias={config.bias!r}: PEFT trains the biases of the base itself, and a packed base must stay what its file has",
+            hint="bias='none'; lora_bias=True is a bias of the LoRA's own",
+        )
+    _check_copied(config.modules_to_save or (), packed)
+
+
+def _check_copied(names: Sequence[str], packed: Sequence[str]) -> None:
+    """Raise OptionError where PEFT, which goes by the ends of names, would train a copy of something packed."""
+    for path in packed:
+        above = accumulate(path.split("."), "{}.{}".format)
+        if name := next((name for part in above for name in names if part.endswith(name)), None):
+            raise OptionError(
+                f"modules_to_save: {name!r} is or has {path.rpartition('.')[0]}, which is packed: a copy of it has no weight "
+                "that can be trained",
+                hint="name it in target_modules: a LoRA is trained on it",
+            )
+
+
+def without_peft(model: nn.Module) -> nn.Module:
+    """The model inside of what PEFT puts around all of one; its layers may be PEFT's."""
+    while isinstance(model, PeftModel | PeftMixedModel | BaseTuner):
+        model = model.model if isinstance(model, BaseTuner) else model.base_model
+    return model
+
+
+def tuned_paths(model: nn.Module) -> list[str]:
+    """Where PEFT has put its layers around the model's."""
+    return [path for path, module in model.named_modules() if hasattr(type(module), "adapter_layer_names")]
 
 
 class _OnPacked:
-    """What PEFT's layers do otherwise on a packed base."""
+    """What PEFT's layers do otherwise on a packed base.
+
+    Attributes:
+        packed: the paths of all packed weights of the model.
+    """
+
+    packed: Sequence[str] = ()
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any) -> None:
         """Add an adapter. Raises OptionError as check_config."""
-        check_config(config)
+        check_config(config, self.packed)
+        if config.use_dora or config.init_lora_weights == "mica":
+            self._give_weight()
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
+
+    def _give_weight(self) -> None:
+        """Let the base layer unpack its weight for PEFT."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise UnsupportedError: a packed weight takes what an adapter adds only if it is packed again."""
@@ -58,9 +105,19 @@ class _OnPacked:
 class PeftLinear(_OnPacked, Linear):
     """PEFT's LoRAs on a QuantizedLinear."""
 
-    def __init__(self, base_layer: QuantizedLinear, adapter_name: str, config: LoraConfig, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config, **kwargs)
+    def __init__(self, base_layer: QuantizedLinear, *args: Any, packed: Sequence[str] = (), **kwargs: Any) -> None:
+        self.packed = packed
+        super().__init__(base_layer, *args, **kwargs)
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """As above."""
         self.fan_in_fan_out = False  # the weight is [out, in] whatever the float model's is
+        super().update_layer(*args, **kwargs)
+
+    def _give_weight(self) -> None:
+        base = self.get_base_layer()
+        assert isinstance(base, QuantizedLinear)
+        base.weight_is_given = True
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
@@ -69,18 +126,32 @@ class PeftLinear(_OnPacked, Linear):
 class PeftEmbedding(_OnPacked, Embedding):
     """PEFT's LoRAs on a QuantizedEmbedding."""
 
+    def __init__(self, base_layer: QuantizedEmbedding, *args: Any, packed: Sequence[str] = (), **kwargs: Any) -> None:
+        self.packed = packed
+        super().__init__(base_layer, *args, **kwargs)
+
+    def _give_weight(self) -> None:
+        raise OptionError(
+            "use_dora and init_lora_weights='mica' need all rows of the embedding in float in every call, and it is packed",
+            hint="leave the embedding out of target_modules",
+        )
+
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim  # type: ignore[return-value]
 
     def _embed(self, input: Tensor, weight: Tensor, input_fn: Any = None, output_fn: Any = None) -> Tensor:
-        return embedding(input, weight)  # both functions are of tensor parallelism
+        base = self.get_base_layer()
+        assert isinstance(base, QuantizedEmbedding)
+        return embedding(input, weight, base.padding_idx)  # both functions are of tensor parallelism
 
     def _get_embed_scale(self) -> Tensor | None:
         scale = self.get_base_layer().scale
         return None if scale == 1.0 else torch.tensor(scale)
 
 
-CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {
-    QuantizedLinear: PeftLinear,
-    QuantizedEmbedding: PeftEmbedding,
-}
+def custom_modules(packed: Sequence[str]) -> dict[Any, Any]:
+    """What PEFT puts on packed layers, for LoraConfig's hook; `packed`: the paths of all packed weights of the model."""
+    return {
+        QuantizedLinear: partial(PeftLinear, packed=tuple(packed)),
+        QuantizedEmbedding: partial(PeftEmbedding, packed=tuple(packed)),
+    }
