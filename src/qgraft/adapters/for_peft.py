@@ -1,15 +1,12 @@
 """Let PEFT, and trainers made for it, put its LoRAs on a packed model: `peft_config`."""
 
-from collections.abc import Collection
 from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
 
 from qgraft.adapters.base import adapter_names, require_model
-from qgraft.adapters.targets import find_targets
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
-from qgraft.experts import ExpertStack
 from qgraft.given import described
 from qgraft.linear import PackedWeight, QuantizedLinear
 
@@ -21,9 +18,9 @@ def peft_config(model: nn.Module, config: Any) -> Any:
         model = peft.get_peft_model(model, qgraft.peft_config(model, peft.LoraConfig(task_type="CAUSAL_LM")))
         model.add_adapter("second", qgraft.peft_config(model, peft.LoraConfig(task_type="CAUSAL_LM")))
 
-    PEFT is told by its hook for custom modules what to put on packed layers. "all-linear", which PEFT finds no packed layer
-    by, becomes their paths; everything else stays as it is. The output layer unpacks its weight for those who ask for it from
-    then on, as TRL's trainers do. To load an adapter:
+    PEFT is told by its hook for custom modules what to put on packed layers. "all-linear", by which PEFT finds no packed
+    layer, becomes the paths of those that it means; everything else stays as it is. The output layer unpacks its weight for
+    those who ask for it from then on, as TRL's trainers do. To load an adapter:
     `PeftModel.from_pretrained(model, folder, config=qgraft.peft_config(model, LoraConfig.from_pretrained(folder)))`.
 
     Args:
@@ -38,38 +35,22 @@ def peft_config(model: nn.Module, config: Any) -> Any:
         raise UnsupportedError("peft_config: peft is not installed", hint="pip install 'qgraft[combine]'")
     from peft import LoraConfig
 
-    from qgraft.adapters.peft_layers import check_config, custom_modules, tuned_paths, without_peft
+    from qgraft.adapters.peft_layers import check_config, custom_modules, is_tuned, name_all_linear, without_peft
 
     if type(config) is not LoraConfig:
         raise OptionError(f"config: got {described(config)}, expected a peft.LoraConfig")
     base = without_peft(model)
-    tuned = tuned_paths(base)
-    if not tuned and (names := adapter_names(model)):
+    if not is_tuned(base) and (names := adapter_names(model)):
         raise AdapterError(
             f"the model has adapters of qgraft's: {', '.join(names)}", hint="qgraft.detach_adapter(model)"
         )
     packed = [path for path, module in base.named_modules(remove_duplicate=False) if isinstance(module, PackedWeight)]
     check_config(config, packed)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        config.target_modules = _all_linear(base, tuned)  # type: ignore[assignment]  # as PEFT does
+        name_all_linear(config, base)
     config._register_custom_module(custom_modules(packed))
     head = getattr(base, "get_output_embeddings", lambda: None)()
     head = getattr(head, "base_layer", head)
     if isinstance(head, QuantizedLinear):
         head.weight_is_given = True  # TRL multiplies by it, and calls no layer
     return config
-
-
-def _all_linear(model: nn.Module, tuned: Collection[str]) -> set[str]:
-    """The paths of all linear layers but the output layer, also of those that carry LoRAs of PEFT's (`tuned`) already."""
-    inner = find_targets(model, "all-linear")
-    if any(isinstance(module, ExpertStack) for module in model.modules()):
-        names = sorted({path.rpartition(".")[2] for path in inner})
-        raise OptionError(
-            "target_modules='all-linear': PEFT means the experts of some models too, and this model's are packed",
-            hint=f"name the layers: target_modules={names}",
-        )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inside = {path for path in inner for above in tuned if path.startswith(f"{above}.")}
-    wrapped = {path for path in tuned if f"{path}.base_layer" in inside and model.get_submodule(path) is not head}
-    return set(inner) - inside | wrapped

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftMixedModel, PeftModel
 from peft.tuners.lora.layer import Embedding, Linear
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from qgraft.errors import OptionError, UnsupportedError
+from qgraft.experts import ExpertStack
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 
 # Starting values that are drawn, or made of inputs or of the weight. PEFT takes all others out of the weight.
@@ -68,9 +69,27 @@ def without_peft(model: nn.Module) -> nn.Module:
     return model
 
 
-def tuned_paths(model: nn.Module) -> list[str]:
-    """Where PEFT has put its layers around the model's."""
-    return [path for path, module in model.named_modules() if hasattr(type(module), "adapter_layer_names")]
+def is_tuned(model: nn.Module) -> bool:
+    """Whether PEFT has put layers around the model's."""
+    return any(hasattr(type(module), "adapter_layer_names") for module in model.modules())
+
+
+def name_all_linear(config: LoraConfig, model: nn.Module) -> None:
+    """Put the paths of all layers that PEFT means by "all-linear" in its place, those of packed layers among them.
+
+    Raises OptionError for packed experts, which PEFT means in some models: it finds them by their being Parameters.
+    """
+    packed = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    if any(isinstance(module, ExpertStack) for module in model.modules()):
+        names = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in packed})
+        raise OptionError(
+            "target_modules='all-linear': PEFT means the experts of some models too, and this model's are packed",
+            hint=f"name the layers, some of {names}",
+        )
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    inner = {path for path, layer in packed.items() if layer is not head and not path.endswith(".base_layer")}
+    _maybe_include_all_linear_layers(config, model)  # those that are no packed layers, or that PEFT has wrapped already
+    config.target_modules = inner.union(config.target_modules or ())  # type: ignore[assignment]  # a set, as PEFT has it
 
 
 class _OnPacked:
