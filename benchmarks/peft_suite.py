@@ -195,7 +195,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 
 def run(source: Path, packed: bool, more: list[str]) -> dict[str, tuple[str, str]]:
-    """test -> (passed | failed | skipped, why) of one run."""
+    """test -> (passed | refused | failed | skipped, why) of one run."""
     place = Path(tempfile.mkdtemp())
     report, tests = place / "report.xml", Path(shutil.copytree(source / "tests", place / "tests")).parent
     (tests / "tests" / "__init__.py").touch()  # which the release leaves out
@@ -228,6 +228,8 @@ def run(source: Path, packed: bool, more: list[str]) -> dict[str, tuple[str, str
             "not one of the models" in why or "offline" in why.lower() or "LocalEntryNotFound" in why
         ):
             outcome = "skipped"
+        elif outcome == "failed" and why.startswith("qgraft.errors."):
+            outcome = "refused"
         found[f"{case.get('classname', '').removeprefix('tests.test_')}::{case.get('name')}"] = (outcome, why)
     return found
 
@@ -246,10 +248,13 @@ def main(words: list[str]) -> None:
         for name, (outcome, _) in results.items():
             table.setdefault(name.split("::")[0].split(".")[0], Counter())[f"{kind} {outcome}"] += 1
     for file, counts in sorted(table.items()):
-        print(file, dict(counts))
+        print(file, dict(sorted(counts.items())))
+    reasons = Counter(why.split("\n")[0] for outcome, why in packed.values() if outcome == "refused")
+    for why, count in reasons.most_common():
+        print(f"refused {count}: {why}")
     for name, (outcome, why) in sorted(packed.items()):
-        if outcome == "failed" and plain.get(name, ("passed", ""))[0] == "passed":
-            print(f"{name}\n    {why.splitlines()[0] if why else ''}")
+        if outcome == "failed":
+            print(f"{name}: float {plain.get(name, ('not run', ''))[0]}\n    {why.splitlines()[0] if why else ''}")
 
 
 if __name__ == "__main__":

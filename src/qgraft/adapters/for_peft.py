@@ -35,7 +35,14 @@ def peft_config(model: nn.Module, config: Any) -> Any:
         raise UnsupportedError("peft_config: peft is not installed", hint="pip install 'qgraft[combine]'")
     from peft import LoraConfig
 
-    from qgraft.adapters.peft_layers import check_config, custom_modules, is_tuned, name_all_linear, without_peft
+    from qgraft.adapters.peft_layers import (
+        check_config,
+        custom_modules,
+        is_tuned,
+        name_all_linear,
+        refuse_other_weights,
+        without_peft,
+    )
 
     if type(config) is not LoraConfig:
         raise OptionError(f"config: got {described(config)}, expected a peft.LoraConfig")
@@ -48,6 +55,7 @@ def peft_config(model: nn.Module, config: Any) -> Any:
     check_config(config, packed)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         name_all_linear(config, base)
+    refuse_other_weights(base)
     config._register_custom_module(custom_modules(packed))
     head = getattr(base, "get_output_embeddings", lambda: None)()
     head = getattr(head, "base_layer", head)

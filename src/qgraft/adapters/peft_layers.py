@@ -17,6 +17,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from qgraft.adapters.weight_copies import copy_problem
 from qgraft.errors import OptionError, UnsupportedError
 from qgraft.experts import ExpertStack
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -60,6 +61,23 @@ def _check_copied(names: Sequence[str], packed: Sequence[str]) -> None:
                 "that can be trained",
                 hint="name it in target_modules: a LoRA is trained on it",
             )
+
+
+def refuse_other_weights(model: nn.Module) -> None:
+    """Let load_state_dict of the model raise where it is given the weight of a packed layer, and it is not that of the base.
+
+    PEFT's files hold tables of a larger vocabulary, or that were trained. What a module has no Parameter for, PEFT passes by.
+    """
+    for layer in model.modules():
+        if isinstance(layer, QuantizedLinear | QuantizedEmbedding):
+            layer.register_load_state_dict_pre_hook(_refuse_other_weight)
+
+
+def _refuse_other_weight(layer: nn.Module, state: Any, prefix: str, *arguments: Any) -> None:
+    path, errors = prefix.removesuffix("."), arguments[-1]
+    if (copy := state.pop(f"{prefix}weight", None)) is not None:
+        problem = copy_problem(path, layer, copy.cpu())
+        errors += [problem] if problem and problem not in errors else []
 
 
 def without_peft(model: nn.Module) -> nn.Module:
