@@ -123,12 +123,9 @@ class _OnPacked:
         """Add an adapter. Raises OptionError as check_config."""
         check_config(config, self.packed)
         if config.use_dora or config.init_lora_weights == "mica":
-            self._give_weight()
+            base = self.get_base_layer()  # type: ignore[attr-defined]
+            base.weight_is_given = True
         super().update_layer(adapter_name, r, lora_alpha, config=config, **kwargs)  # type: ignore[misc]
-
-    def _give_weight(self) -> None:
-        """Let the base layer unpack its weight for PEFT."""
-        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raise UnsupportedError: a packed weight takes what an adapter adds only if it is packed again."""
@@ -151,11 +148,6 @@ class PeftLinear(_OnPacked, Linear):
         self.fan_in_fan_out = False  # the weight is [out, in] whatever the float model's is
         super().update_layer(*args, **kwargs)
 
-    def _give_weight(self) -> None:
-        base = self.get_base_layer()
-        assert isinstance(base, QuantizedLinear)
-        base.weight_is_given = True
-
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features  # type: ignore[return-value]
 
@@ -166,12 +158,6 @@ class PeftEmbedding(_OnPacked, Embedding):
     def __init__(self, base_layer: QuantizedEmbedding, *args: Any, packed: Sequence[str] = (), **kwargs: Any) -> None:
         self.packed = packed
         super().__init__(base_layer, *args, **kwargs)
-
-    def _give_weight(self) -> None:
-        raise OptionError(
-            "use_dora and init_lora_weights='mica' need all rows of the embedding in float in every call, and it is packed",
-            hint="leave the embedding out of target_modules",
-        )
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
         return module.num_embeddings, module.embedding_dim  # type: ignore[return-value]
