@@ -97,15 +97,14 @@ def name_all_linear(config: LoraConfig, model: nn.Module) -> None:
 
     Raises OptionError for packed experts, which PEFT means in some models: it finds them by their being Parameters.
     """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     packed = {path: layer for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear)}
+    inner = {path for path, layer in packed.items() if layer is not head and not path.endswith(".base_layer")}
     if any(isinstance(module, ExpertStack) for module in model.modules()):
-        names = sorted({path.removesuffix(".base_layer").rpartition(".")[2] for path in packed})
         raise OptionError(
             "target_modules='all-linear': PEFT means the experts of some models too, and this model's are packed",
-            hint=f"name the layers, some of {names}",
+            hint=f"name the layers, some of {sorted({path.rpartition('.')[2] for path in inner})}",
         )
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    inner = {path for path, layer in packed.items() if layer is not head and not path.endswith(".base_layer")}
     _maybe_include_all_linear_layers(config, model)  # those that are no packed layers, or that PEFT has wrapped already
     config.target_modules = inner.union(config.target_modules or ())  # type: ignore[assignment]  # a set, as PEFT has it
 
