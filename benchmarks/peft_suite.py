@@ -53,7 +53,7 @@ ODD = "chatglm-int8"  # of layers whose width has no blocks of 32
 PACKED = "QGRAFT_PEFT_SUITE_PACKED"  # set in the second run
 
 
-def pack(model: Any) -> Any:
+def pack(model: Any, format: str | None = None) -> Any:
     """Pack the linear layers and embeddings of a model in place, and return it."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -66,7 +66,8 @@ def pack(model: Any) -> Any:
             continue
         weight = layer.weight.detach()
         rows = weight.T.contiguous() if isinstance(layer, Conv1D) else weight
-        packed = quantize(rows.float(), FORMATS[number % len(FORMATS)] if rows.shape[1] % 32 == 0 else ODD)
+        fitting = FORMATS[number % len(FORMATS)] if rows.shape[1] % 32 == 0 else ODD
+        packed = quantize(rows.float(), format or fitting)
         if isinstance(layer, nn.Embedding):
             other: Any = QuantizedEmbedding(packed, weight.dtype, padding_idx=layer.padding_idx)
         else:
@@ -132,7 +133,7 @@ def replace_peft() -> None:
 
     def given(model: Any, config: Any) -> Any:
         if not is_tuned(without_peft(model)):
-            pack(without_peft(model))
+            pack(without_peft(model), "f32")  # what a test has made itself, and may have asked already
         return qgraft.peft_config(model, config) if type(config) is LoraConfig else config
 
     def taking(function: Any) -> Any:
