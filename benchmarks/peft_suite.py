@@ -177,8 +177,9 @@ def of_lora(item: Any) -> bool:
     if any(isinstance(value, str) and value.startswith(("Conv", "MHA")) for value in values):
         return False
     classes = [value.__name__ for value in values if inspect.isclass(value)]
+    classes += [type(value).__name__ for value in values if hasattr(value, "peft_type")]
     if classes:
-        return "LoraConfig" in classes
+        return set(classes) == {"LoraConfig"}
     return "LoraConfig" in inspect.getsource(item.function)
 
 
