@@ -220,8 +220,10 @@ class QuantizedEmbedding(nn.Module):
         weight: the packed table [num_embeddings, embedding_dim].
         dtype: of the output.
         scale: every row is multiplied by it (Gemma scales its embeddings by sqrt(embedding_dim)).
-        padding_idx: kept for code that asks for it; rows are frozen, so it changes nothing.
+        padding_idx: the token whose row is not trained, where rows are trained beside the table.
     """
+
+    weight_is_given = False
 
     def __init__(
         self,
@@ -237,7 +239,9 @@ class QuantizedEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """As that of a QuantizedLinear, [num_embeddings, embedding_dim]."""
+        """As that of a QuantizedLinear, [num_embeddings, embedding_dim], without the scale."""
+        if self.weight_is_given:
+            return dequantize(self.packed_weight.get(), self.dtype)
         return nothing(self.num_embeddings, self.embedding_dim, self.dtype, self.packed_weight.device)
 
     def resize(self, packed: PackedTensor) -> None:

@@ -120,8 +120,9 @@ def test_adapters_stay_in_float32_on_a_model_of_half_precision(pair, random_ids,
     assert {p.dtype for n, p in ours.named_parameters() if "lora_" in n} == {torch.float32}
 
 
-def test_all_linear_is_every_linear_layer_but_the_output_layer(pair):
-    packed, plain = pair()
+@pytest.mark.parametrize("architecture", ["gemma3n", "gpt2"])  # layers whose weights the model reads; Conv1D
+def test_all_linear_is_what_peft_means(pair, architecture):
+    packed, plain = pair(architecture)
     ours = get_peft_model(packed, qgraft.peft_config(packed, config(target_modules="all-linear")))
     theirs = get_peft_model(plain, config(target_modules="all-linear"))
     assert set(ours.targeted_module_names) == set(theirs.targeted_module_names)
@@ -130,25 +131,102 @@ def test_all_linear_is_every_linear_layer_but_the_output_layer(pair):
 @pytest.mark.parametrize(
     "options",
     [
-        {"use_dora": True},
         {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"},
         {"trainable_token_indices": [1]},
         {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["mlp"]},  # its layers are packed
+        {"modules_to_save": ["head"]},  # PEFT takes the end of any name
+        {"bias": "all"},  # which would be trained in the base
+        {"ensure_weight_tying": True},
         {"target_parameters": ["q_proj.weight"]},
     ],
 )
-def test_what_peft_computes_from_float_weights_is_refused(pair, options):
+def test_what_peft_does_to_float_weights_is_refused(pair, options):
     packed, _ = pair()
     with pytest.raises(OptionError, match=r"packed[\s\S]*hint:"):
         qgraft.peft_config(packed, config(**options))
-
-
-def test_a_second_adapter_with_dora_is_refused(pair):
-    packed, _ = pair()
     ours = get_peft_model(packed, qgraft.peft_config(packed, config()))
-    with pytest.raises(OptionError, match="use_dora"):
-        ours.add_adapter("two", config(use_dora=True))
+    with pytest.raises(OptionError, match=r"packed[\s\S]*hint:"):
+        ours.add_adapter("two", config(**options))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "mica"}])
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+@pytest.mark.spread(2)
+def test_peft_reads_the_weight_where_it_only_reads_it(pair, random_ids, architecture, options):
+    packed, plain = pair(architecture)
+    ours = get_peft_model(packed, qgraft.peft_config(packed, config(**options)))
+    theirs = get_peft_model(plain, config(**options))
+    magnitudes = [p for name, p in theirs.named_parameters() if "magnitude" in name]
+    for parameter in magnitudes:
+        parameter.data.mul_(1.1)
+    mine, values = (dict(model.named_parameters()) for model in (ours, theirs))
+    assert {name for name, p in mine.items() if p.requires_grad} == {n for n, p in values.items() if p.requires_grad}
+    for name in (name for name in values if "lora_" in name):
+        if "use_dora" not in options and ("lora_B" in name or "embedding_B" in name):
+            close(mine[name].abs(), values[name].abs())  # MiCA's start: singular vectors of the weight
+        mine[name].data.copy_(values[name])
+    ids = random_ids(plain)
+    losses = [model(input_ids=ids, labels=ids) for model in (ours, theirs)]
+    close(losses[0].logits, losses[1].logits)
+    for each in losses:
+        each.loss.backward()
+    for name, p in values.items():
+        if p.requires_grad:
+            torch.testing.assert_close(mine[name].grad, p.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_a_second_adapter_may_be_on_other_layers(pair, random_ids):
+    packed, plain = pair()
+    ours, theirs = both(packed, plain, target_modules=["q_proj", "lm_head"])
+    ours.add_adapter("two", qgraft.peft_config(ours, config(target_modules="all-linear")))
+    theirs.add_adapter("two", config(target_modules="all-linear"))
+    assert set(ours.base_model.targeted_module_names) == set(theirs.base_model.targeted_module_names)
+    copy_loras(ours, theirs)
+    ids = random_ids(plain)
+    for model in (ours, theirs):
+        model.base_model.set_adapter(["default", "two"])
+    close(ours(ids).logits, theirs(ids).logits)
+
+
+def test_nothing_is_learned_for_the_padding_token(pair, random_ids, tmp_path):
+    pad = {"config": {"pad_token_id": 3}, "metadata": {"tokenizer.ggml.padding_token_id": 3}}
+    ours, theirs = both(*pair(**pad), target_modules=["embed_tokens"])
+    ids = random_ids(theirs.get_base_model())
+    ids[:, 2:4] = 3
+    for model in (ours, theirs):
+        model(input_ids=ids, labels=ids).loss.backward()
+    grads = [next(p.grad for n, p in model.named_parameters() if "embedding_A" in n) for model in (ours, theirs)]
+    assert not grads[1][:, 3].any() and grads[1].any()
+    close(*grads)
+    ours.save_pretrained(tmp_path, save_embedding_layers=False)
+    base = ours.unload()
+    qgraft.load_adapter(base, tmp_path)
+    a = next(p.requires_grad_() for n, p in base.named_parameters() if n.endswith("lora_A"))
+    base(input_ids=ids, labels=ids).loss.backward()
+    close(a.grad, grads[1])
+
+
+def test_another_table_in_a_file_is_refused(pair, tmp_path):
+    packed, plain = pair()
+    theirs = get_peft_model(plain, config(target_modules=["q_proj"]))
+    for changed in (False, True):
+        if changed:
+            theirs.get_input_embeddings().weight.data.mul_(2)
+        theirs.save_pretrained(tmp_path, save_embedding_layers=True)
+        stored = qgraft.peft_config(packed, LoraConfig.from_pretrained(tmp_path))
+        if not changed:
+            packed = PeftModel.from_pretrained(packed, tmp_path, config=stored).unload()
+            continue
+        with pytest.raises(RuntimeError, match=r"embed_tokens: the copy of the base's weight is another"):
+            PeftModel.from_pretrained(packed, tmp_path, config=stored)
+
+
+def test_all_linear_does_not_mean_packed_experts_in_silence(tiny_gguf):
+    model = qgraft.load(tiny_gguf("qwen3moe").path)[0]
+    with pytest.raises(OptionError, match=r"experts[\s\S]*hint: .*q_proj"):
+        qgraft.peft_config(model, config(target_modules="all-linear"))
 
 
 def test_merges_by_peft_are_refused_with_the_way_to_ours(pair):
@@ -170,7 +248,6 @@ def test_our_functions_refuse_a_model_that_peft_has_wrapped(pair, tmp_path):
         qgraft.merge,
         lambda model: qgraft.save_adapter(model, tmp_path / "a"),
         lambda model: qgraft.save(model, tmp_path / "merged.gguf"),
-        lambda model: qgraft.peft_config(model, config()),
     )
     for model in (ours, packed):
         for call in calls:

@@ -207,6 +207,12 @@ def test_what_gemma4_is_refused_for(name: str, make_gguf: Maker, tmp_path: Path)
         qgraft.load(tiny.path, device="cpu")
 
 
+def test_gemma3n_has_no_active_input_past_all_inputs(make_gguf: Maker, tmp_path: Path) -> None:
+    tiny = make_gguf(tmp_path / "tiny.gguf", "gemma3n", metadata={"gemma3n.altup.active_idx": 4})
+    with pytest.raises(CheckpointError, match=r"altup\.active_idx: got 4, expected an integer from 0 to 3"):
+        qgraft.load(tiny.path, device="cpu")
+
+
 def test_gemma3n_computes_the_same_while_it_trains(tiny_gguf: Maker) -> None:
     """transformers clamps weights of its altup in each pass of a training, which therefore are floats."""
     model, _ = qgraft.load(tiny_gguf("gemma3n").path, dtype="float32", device="cpu")

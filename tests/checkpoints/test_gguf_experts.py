@@ -285,6 +285,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"extra": {"blk.0.ffn_gate_shexp.weight": floats(32, 64)}}, r"1 tensors have no place.*ffn_gate_shexp",
     ),
     "more experts than tensors": ({"metadata": {"qwen3moe.expert_count": 10**6}}, "expert_count: got 1000000"),
+    "more experts a token than there are": (
+        {"metadata": {"qwen3moe.expert_used_count": 7}}, "expert_used_count: got 7, expected an integer from 1 to 6",
+    ),
     "groups of experts": ({"metadata": {"qwen3moe.expert_group_count": 2}}, "expert_group_count: got 2, expected 0"),
     "another gate": ({"metadata": {"qwen3moe.expert_gating_func": 2}}, "expert_gating_func: got 2, expected 1"),
 }  # fmt: skip
@@ -308,6 +311,8 @@ def test_what_cannot_be_adapted_is_refused(tiny_gguf: Maker, tmp_path: Path) -> 
         qgraft.attach_lora(model, target_parameters=["gate.weight"])
     with pytest.raises(OptionError, match="no linear layer is named gate"):
         qgraft.attach_lora(model, target_modules="gate")
+    with pytest.raises(OptionError, match=r"target_parameters=None: expected names"):
+        qgraft.attach_lora(model, target_parameters=None)
     with pytest.raises(UnsupportedError, match=r"lora_dropout=0\.1: a LoRA on experts has none"):
         qgraft.attach_lora(model, lora_dropout=0.1, target_parameters=BOTH)
     for other in ({"use_dora": True}, {"init_lora_weights": "pissa"}):

@@ -8,14 +8,12 @@ Beside a LoRA on the embedding or the output layer PEFT puts a copy of the base'
 over where it is the base's; a larger vocabulary, or another base's, is a difference.
 """
 
-import math
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from qgraft.adapter_files.expert_loras import parameter_names, take_experts
@@ -47,19 +45,15 @@ from qgraft.adapters.peft_names import (
 from qgraft.adapters.targets import adaptable_layers, is_embedding, is_named
 from qgraft.adapters.token_rows import token_rows_of
 from qgraft.adapters.token_tables import make_token_rows, tables_of
+from qgraft.adapters.weight_copies import copy_problem
 from qgraft.adapters.whole import whole_modules
 from qgraft.checkpoints.thudm_prefix import tensor_names
 from qgraft.errors import AdapterError, CheckpointError, UnsupportedError
-from qgraft.formats import PackedTensor, dequantize, take_rows
 from qgraft.linear import table_rows
 from qgraft.model_parts import is_within, peft_task
 from qgraft.patterns import matches
 
 Pairs = dict[str, dict[str, Tensor]]  # module path -> {"A": [r, in], "B": [out, r]}, of DoRA MAGNITUDE: [out]
-
-_COMPARED_ROWS = 256  # of a copy of a layer with all of its rows, of which there may be 262,144
-# How far, relative to the base's weight, a copy may be from it: bfloat16 rounds by 0.004, two bits by 0.3.
-_FLOATS_APART, _PACKED_APART = 0.01, 0.5
 
 
 @dataclass(frozen=True)
@@ -329,30 +323,8 @@ def _copy_problem(
     layer = _base(model, path) if longer else layers.get(path)
     if layer is None:
         return f"unexpected tensor: a weight of {path}, which the model does not have"
-    weight, bits = _weight_of(layer)
-    copy = copy[: weight.shape[0]] if longer else copy
-    if list(copy.shape) != list(weight.shape) or not copy.is_floating_point():
-        got, expected = f"{copy.dtype} {list(copy.shape)}", list(weight.shape)
-        return f"{path}: got a copy of the base's weight {got}, expected {expected}: was its vocabulary extended?"
-    index = torch.linspace(0, len(copy) - 1, min(len(copy), _COMPARED_ROWS)).long()
-    ours = (
-        dequantize(take_rows(weight, index), torch.float32)
-        if isinstance(weight, PackedTensor)
-        else weight[index].float()
-    )
-    apart = float((copy[index].float() - ours.cpu()).norm() / ours.norm().clamp(min=1e-30))
-    if apart <= max(_FLOATS_APART, min(_PACKED_APART, 2.0 ** (2 - bits))):  # rounding to n bits moves by about 2^-n
-        return None
-    return f"{path}: the copy of the base's weight is another than this base's (relative difference {apart:.2g})"
-
-
-def _weight_of(layer: nn.Module) -> tuple[PackedTensor | Tensor, float]:
-    """(the weight of the base's layer, its bits)."""
-    base: Any = layer.base if isinstance(layer, LoraLayer) else layer
-    if not hasattr(base, "packed_weight"):
-        return base.weight.detach(), 16.0
-    packed: PackedTensor = base.packed_weight.get()
-    return packed, 8.0 * packed.nbytes / math.prod(packed.shape)
+    base = layer.base if isinstance(layer, LoraLayer) else layer
+    return copy_problem(path, base, copy[: table_rows(base)] if longer else copy)
 
 
 def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, list[int] | None]:

@@ -101,9 +101,10 @@ def attach_lora(
     """
     require_model(model)
     check_new_name(model, name)
-    targets = target_modules if isinstance(target_modules, str) else _names(target_modules)
+    targets = target_modules if isinstance(target_modules, str) else _names("target_modules", target_modules)
     numbers = None if layers_to_transform is None else parse_layers(layers_to_transform)
-    parameters = _names(target_parameters.split(",") if isinstance(target_parameters, str) else target_parameters)
+    named = target_parameters.split(",") if isinstance(target_parameters, str) else target_parameters
+    parameters = _names("target_parameters", named)
     config = LoraConfig(
         r, lora_alpha, lora_dropout, use_rslora, targets, numbers, exact, use_dora, init_lora_weights, parameters
     )
@@ -125,12 +126,13 @@ def chosen_layers(
     return paths if layers_to_transform is None else within_layers(paths, parse_layers(layers_to_transform))
 
 
-def _names(target_modules: Any) -> tuple[str, ...]:
+def _names(argument: str, given: Any) -> tuple[str, ...]:
     """Names of layers as a tuple. Raises OptionError for what is none."""
-    names = tuple(target_modules) if isinstance(target_modules, Collection) else (target_modules,)
+    names = tuple(given) if isinstance(given, Collection) else (given,)
     if not all(isinstance(name, str) for name in names):
-        raise OptionError(f"target_modules={target_modules!r}: expected names of layers, a text or a list of them",
-                          hint=option("target_modules", "all-linear"))  # fmt: skip
+        known = {"target_modules": "all-linear", "target_parameters": "mlp.experts.down_proj"}[argument]
+        raise OptionError(f"{argument}={given!r}: expected names of layers, a text or a list of them",
+                          hint=option(argument, known))  # fmt: skip
     return names
 
 

@@ -8,8 +8,8 @@
           y = table[ids] + s · f · A^T[ids] B^T
 
 Names and sizes are PEFT's (`lora_embedding_A`, `lora_embedding_B`), and so is the factor f: a table that scales its rows
-(Gemma's) scales what is added to them, too. PEFT draws no dropout here. A tied output layer shares the base's table and
-not what is added: with PEFT it is a module of its own, too.
+(Gemma's) scales what is added to them, too. PEFT draws no dropout here, and learns nothing for the table's padding token. A
+tied output layer shares the base's table and not what is added: with PEFT it is a module of its own, too.
 
 Such adapters come from PEFT's files; qgraft puts its own LoRAs on linear layers only.
 """
@@ -69,7 +69,7 @@ class LoraEmbedding(LoraLayer):
     def _added(self, ids: Tensor, lora: Lora, scaling: float) -> Tensor:
         """What the adapter adds for ids [...], [..., embedding_dim] float32."""
         factor = self.base.scale if isinstance(self.base, QuantizedEmbedding) else 1.0
-        return (embedding(ids, lora.lora_A.T) @ lora.lora_B.T) * (scaling * factor)
+        return (embedding(ids, lora.lora_A.T, self.padding_idx) @ lora.lora_B.T) * (scaling * factor)
 
     @property
     def weight(self) -> Tensor:

@@ -165,6 +165,8 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
         required.remove("feed_forward_length")
     if header.get(PER_LAYER) == 0:
         optional.remove(PER_LAYER)  # none
+    experts = header.get("expert_count")
+    bounds = {"block_count": len(blocks)} | ({"expert_used_count": experts} if type(experts) is int else {})
     problems: list[QgraftError] = []
     for key in (*required, *(key for key in optional if header.get(key) is not None)):
         try:
@@ -174,7 +176,7 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
             ):
                 header.per_layer(key, most=widest)
             else:
-                header.count(key, most=len(blocks) if key == "block_count" else widest)
+                header.count(key, most=bounds.get(key, widest))
         except (CheckpointError, UnsupportedError) as error:
             problems.append(error)
     if len(problems) == 1:

@@ -65,6 +65,9 @@ def gemma3n_fields(header: Header, file: GgufFile) -> dict[str, Any]:
     scales = header.get(SPARSITY)
     if not isinstance(scales, list) or len(scales) != header.layers or not all(type(each) is float for each in scales):
         raise header.wrong(SPARSITY, f"{header.layers} numbers")
+    inputs, active = header.count("altup.num_inputs", 4), header.get("altup.active_idx") or 0
+    if type(active) is not int or not 0 <= active < inputs:
+        raise header.wrong("altup.active_idx", f"an integer from 0 to {inputs - 1}")
     ropes = {"full_attention": ("rope.freq_base", 10000.0), "sliding_attention": ("rope.freq_base_swa", 10000.0)}
     return {
         "layer_types": [_KINDS[each] for each in _pattern(header)],
@@ -73,7 +76,7 @@ def gemma3n_fields(header: Header, file: GgufFile) -> dict[str, Any]:
         "intermediate_size": header.per_layer("feed_forward_length"),
         "vocab_size_per_layer_input": table.shape[0] if table is not None else 1,
         "laurel_rank": low.shape[0] if low is not None else 1,
-        "altup_active_idx": header.get("altup.active_idx") or 0,
+        "altup_active_idx": active,
         "activation_sparsity_pattern": [round(NormalDist().cdf(each), 6) for each in scales],
         "rope_parameters": {
             kind: {"rope_type": "default", "rope_theta": header.number(*key)} for kind, key in ropes.items()
