@@ -38,6 +38,7 @@ from qgraft.linear import (
 )
 
 IMPLEMENTATION = "qgraft"  # among transformers' functions for experts
+PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of all experts -> their stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -313,6 +314,16 @@ def holds_experts(module: nn.Module) -> bool:
     """Whether this is transformers' module of all experts of a layer, whose weights can be stacks instead."""
     plain = not getattr(module, "has_post_expert_norm", False) and getattr(module, "has_gate", False)
     return bool(plain) and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def parts_of(module: nn.Module, leaf: str, value: Tensor) -> dict[str, Tensor]:
+    """The matrices [E, out, in] of all experts in the numbers of the parameter `leaf`, by the names of the stacks; views."""
+    w_EOI = value.transpose(1, 2) if module.is_transposed else value
+    names = PARTS[leaf]
+    cuts = w_EOI.chunk(len(names), 1)
+    if not module.is_concatenated:
+        cuts = tuple(w_EOI[:, number :: len(names)] for number in range(len(names)))
+    return dict(zip(names, cuts, strict=True))
 
 
 def misfit(module: nn.Module, leaf: str, stacks: Mapping[str, Stack]) -> str | None:

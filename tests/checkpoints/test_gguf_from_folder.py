@@ -31,7 +31,9 @@ GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta":
 
 
 MIXTURES = {name for name, keys in TABLE.items() if keys.experts and not keys.other}
-WRITTEN = sorted(ARCHITECTURES.keys() - MIXTURES - {"chatglm", "gemma3n"})  # the first in test_glm_tokenizer.py
+WRITTEN = sorted(
+    ARCHITECTURES.keys() - MIXTURES - {"chatglm", "gemma3n"}
+)  # see test_pack_experts.py, test_glm_tokenizer.py
 RAW = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 

@@ -41,6 +41,7 @@ _WITHOUT_EFFECT = (
     "original_max_position_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
+    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
 )  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         rotary: the module that makes cos and sin of positions; None where positions are a table.
     """
     keys, values = TABLE[architecture], dict[str, Any]()
-    for key, field in keys.fields.items():
+    for key, field in {**keys.fields, **keys.experts}.items():
         value = getattr(config, field, None)
         if field == "n_inner":
             value = value or 4 * config.n_embd
