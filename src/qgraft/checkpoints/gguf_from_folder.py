@@ -280,10 +280,12 @@ def _vectors(model: Any, draft: Draft) -> dict[str, Tensor]:
     """Tensor of the file -> float32 values, with rows of heads put together, permuted and with llama.cpp's 1 + w."""
     origin, rules = find_origin(model), ARCHITECTURES[draft.architecture]
     rows: dict[str, list[Tensor]] = {}
-    biases = {owner: parts for name in draft.vectors if (parts := _parts_of_biases(owner := name.rpartition(".")[0]))}
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in draft.vectors)
+    biases = {owner: tensors for owner in owners if (tensors := _parts_of_biases(owner))}
     plain = [name for name in draft.vectors if name.rpartition(".")[0] not in biases]
     for parameter, value in read_vectors(origin.path, model.config, [*plain, *biases]).items():
-        if tensors := biases.get(parameter, {}):
+        if parameter in biases:
+            tensors = biases[parameter]
             count = len(tensors)
             cuts = [value[:, n::count] for n in range(count)] if rules.alternates else value.chunk(count, 1)
             rows |= {tensor: [cut.float().cpu()] for tensor, cut in zip(tensors.values(), cuts, strict=True)}
