@@ -180,8 +180,6 @@ def test_experts_take_what_an_adapter_learned(
     assert torch.equal(logits(model, ids), learned)
     with pytest.raises(AdapterError, match="is active and would not be in the saved weights"):
         qgraft.save(model, tmp_path / "unmerged.gguf")
-    with pytest.raises(UnsupportedError, match=r"holds experts, which are merged in the format that they have"):
-        qgraft.merge(model, to="f32", method="nearest")
 
 
 def test_rows_of_a_batch_have_their_own_adapters(tiny_gguf: Maker, random_ids: Maker) -> None:

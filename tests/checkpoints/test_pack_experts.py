@@ -158,3 +158,47 @@ def test_experts_that_stay_floats(make_gguf: Maker, random_ids: Maker, tmp_path:
         UnsupportedError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: q4_0: got 1 of \d+ weights NaN"
     ):
         qgraft.quantize(floats, "q4_0")
+
+
+@pytest.mark.parametrize(
+    ("to", "method", "most"),
+    [
+        ("f32", "nearest", 1e-5),
+        pytest.param("q8_0", "auto", 0.1, marks=pytest.mark.slow),
+        pytest.param("q5_1", "codes", 0.9, marks=pytest.mark.slow),
+    ],
+)
+def test_a_merge_of_experts_into_another_format(
+    to: str,
+    method: str,
+    most: float,
+    make_gguf: Maker,
+    random_ids: Maker,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An expert that the adapter leaves alone gets the format, too; one with too few tokens is rounded."""
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen3moe", types=(Q.Q4_0,))
+    model, _ = qgraft.load(tiny.path, dtype="float32", device="cpu")
+    qgraft.attach_lora(model, r=2, target_modules=(), target_parameters=["mlp.experts.down_proj"])
+    torch.manual_seed(1)
+    for part in model.qgraft.adapters["default"].parts.values():
+        part.lora_B.data.normal_(0, 0.3)
+        part.lora_B.data[3].zero_()
+    monkeypatch.setattr("qgraft.merging.experts.FEWEST", 200)
+    ids = random_ids(model, rows=1, length=60)
+    learned = logits(model, ids)
+    rows = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
+    report = qgraft.merge(model, to=to, method=method, calibration=rows, min_retained=-1e9)
+    merged = logits(model, ids)
+    assert {layer.format for layer in report.layers} == {to}
+    assert packed_formats(model) == {"q4_0", to}
+    base = logits(qgraft.load(tiny.path, dtype="float32", device="cpu")[0], ids)
+    assert float((merged - learned).norm()) < most * float((learned - base).norm())
+    qgraft.save(model, tmp_path / "merged.gguf", to=to)
+    again, _ = qgraft.load(tmp_path / "merged.gguf", dtype="float32", device="cpu")
+    assert packed_formats(again) == {to}
+    stack = model.model.layers[1].mlp.experts.down_proj.down.packed
+    assert torch.equal(again.model.layers[1].mlp.experts.down_proj.down.packed.parts[0], stack.parts[0])
+    qgraft.unmerge(model)
+    assert torch.equal(logits(model, ids), learned)
