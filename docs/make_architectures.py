@@ -61,7 +61,7 @@ GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, a
 without it they stay floats, which take no LoRA. Back into a folder packed experts are not written.
 Files of 2023 with a tensor for each expert are refused.
 
-Not served from GGUF, and refused by name: deepseek2, and all other architectures. Layers
+Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
 `chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
@@ -77,13 +77,14 @@ puts its inputs in their order (`QuantizedLinear.input_order`); it is trained, m
 have transformers' order in the model and in PEFT's files, the file's in a GGUF-LoRA. An exact LoRA is refused there. A file
 written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
-PACKED_APART = {"gpt-oss", "lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
+PACKED_APART = {"gpt-oss", "lfm2", "lfm2moe", "qwen35", "qwen35moe"}  # by tests/checkpoints/test_gguf_architectures.py
 
 
 def gguf_section() -> str:
     """What is said of GGUF files, from the tables of the architectures."""
     from qgraft.checkpoints.gguf_keys import TABLE
     from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
     from qgraft.passes.decoding_network import FAMILIES
 
     lines = []
@@ -100,7 +101,7 @@ def gguf_section() -> str:
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        written = "merged only" if name == "gemma3n" else "yes"
+        written = "merged only" if name in UNWRITTEN else "yes"
         lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 

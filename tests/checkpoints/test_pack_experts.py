@@ -149,7 +149,7 @@ def test_experts_that_stay_floats(make_gguf: Maker, random_ids: Maker, tmp_path:
     ids = random_ids(model)
     assert torch.equal(logits(model, ids), logits(again, ids))
     floats, _ = qgraft.load(folder, dtype="float32", device="cpu")
-    assert "experts are written packed: load with quantize" in str(why_not_gguf(floats))
+    assert "experts are written packed" in str(why_not_gguf(floats))
     held, _ = qgraft.load(folder, dtype="float32", device="cpu", quantize="f16")
     assert packed_formats(held) == {"f16"} and why_not_gguf(held) is None
     for parameter in floats.model.layers[0].mlp.experts.parameters():

@@ -21,15 +21,18 @@ from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
+from qgraft.checkpoints.gguf_key_parts import INTERVAL, PATTERN, WINDOW
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE
 
+# llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them. What the keys of
+# the others say of their experts is not read backwards.
+UNWRITTEN = frozenset({"deepseek2", "dots1", "ernie4_5-moe", "gemma3n", "glm4moe", "lfm2moe", "qwen35moe"})
 ARCHITECTURE_OF = {  # by model_type
-    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
-    # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them
-    **{keys.model_type: name for name, keys in TABLE.items() if name != "gemma3n"},
+    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other and name not in UNWRITTEN},
+    **{keys.model_type: name for name, keys in TABLE.items() if name not in UNWRITTEN},
     "mistral": "llama",
     "gemma4_unified_text": "gemma4",
 }
