@@ -56,8 +56,10 @@ one call of C; all others decode by transformers' pass with the packed layers in
 Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on
 them by `--target_parameters`, with PEFT's names, layout and values: `tests/checkpoints/test_gguf_experts.py` has PEFT's own
 layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens that come
-to it, and names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are
-not written from them. Files of 2023 with a tensor for each expert are refused.
+to it, and names those that it only rounds, because too few came. Experts of a folder are packed by `--quantize` in formats of
+GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, and then trained, merged and written as a file;
+without it they stay floats, which take no LoRA. Back into a folder packed experts are not written.
+Files of 2023 with a tensor for each expert are refused.
 
 Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
@@ -90,6 +92,7 @@ def gguf_section() -> str:
     """What is said of GGUF files, from the tables of the architectures."""
     from qgraft.checkpoints.gguf_keys import TABLE
     from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
     from qgraft.passes.decoding_network import FAMILIES
 
     lines = []
@@ -106,8 +109,7 @@ def gguf_section() -> str:
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        merged_only = name == "gemma3n" or (keys.experts and name != "llama")
-        written = "merged only" if merged_only else "mixtral merged only" if keys.experts else "yes"
+        written = "merged only" if name in UNWRITTEN else "yes"
         lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 

@@ -25,19 +25,19 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from qgraft.formats import PackedTensor, get_format
+from qgraft.formats import PackedTensor, slice_rows
+from qgraft.kernels.grouped import Group, grouped_linear
 from qgraft.kernels.lora import lora_backward, lora_forward
-from qgraft.kernels.terms import Grads, Term
+from qgraft.kernels.terms import Term
 from qgraft.linear import (
     PackedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
-    packed_gradient,
-    packed_product,
     to_autocast,
 )
 
 IMPLEMENTATION = "qgraft"  # among transformers' functions for experts
+PARTS = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}  # parameters of all experts -> their stacks
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ class ExpertStack(nn.Module):
 
     def expert(self, index: int) -> PackedTensor:
         """The weight [out, in] of one expert: views of the stored bytes."""
-        return rows_of(self.packed, index * self.out_features, (index + 1) * self.out_features)
+        return slice_rows(self.packed, index * self.out_features, (index + 1) * self.out_features)
 
     def replace(self, packed: PackedTensor) -> None:
         """Put other packed bytes of the same shape in place. Raises ValueError for another shape."""
@@ -83,14 +83,6 @@ class ExpertStack(nn.Module):
 
 
 PackedLayer = QuantizedLinear | QuantizedEmbedding | ExpertStack  # modules that hold a packed weight
-
-
-def rows_of(packed: PackedTensor, start: int, stop: int) -> PackedTensor:
-    """Rows of a packed weight, in a format that can be cut by rows, as views."""
-    assert get_format(packed.format).by_rows
-    return PackedTensor(
-        packed.format, (stop - start, packed.shape[1]), tuple(part[start:stop] for part in packed.parts)
-    )
 
 
 class Routed(NamedTuple):
@@ -107,7 +99,7 @@ class Routed(NamedTuple):
     x: Tensor
     tokens: Tensor
     experts: Tensor
-    groups: list[tuple[int, int, int]]
+    groups: list[Group]
     total: int
 
 
@@ -154,9 +146,6 @@ class QuantizedExperts(nn.Module):
             start = stop
         return found
 
-    def _made(self) -> list[tuple[ExpertStack, slice]]:
-        return list(zip(self.stacks().values(), self.outputs().values(), strict=True))
-
     @property
     def device(self) -> torch.device:
         """Where the weights lie."""
@@ -174,22 +163,34 @@ class QuantizedExperts(nn.Module):
         """
         return _Product.apply(to_autocast(routed.x), self, routed, segments, *weights)
 
-    def product(self, x_RI: Tensor, index: int) -> Tensor:
-        """x W_e^T of one expert, [rows, out]."""
-        y_RO = x_RI.new_empty(len(x_RI), self.out_features)
-        for stack, outputs in self._made():
-            y_RO[:, outputs] = packed_product(x_RI, stack.expert(index), self.compute)
-        return y_RO
+    def product(self, x_RI: Tensor, groups: Sequence[Group]) -> Tensor:
+        """x W_e^T of the rows of each expert, [R, out]."""
+        stacks = self.stacks().values()
+        parts = self._grouped([x_RI] * len(stacks), list(stacks), groups, False, self.compute)
+        if len(parts) == 1:
+            return parts[0]
+        return torch.stack(parts, -1).flatten(1) if self.alternates else torch.cat(parts, -1)
 
-    def grad_input(self, g_RO: Tensor, index: int, compute: str) -> Tensor:
-        """g W_e of one expert, [rows, in]; `compute` is what it was in the forward pass."""
-        parts = [
-            packed_gradient(g_RO[:, outputs].contiguous(), stack.expert(index), compute)
-            for stack, outputs in self._made()
-        ]
-        for part in parts[1:]:
-            parts[0] += part
-        return parts[0]
+    def grad_input(self, g_RO: Tensor, groups: Sequence[Group], compute: str) -> Tensor:
+        """g W_e of the rows of each expert, [R, in]; `compute` is what it was in the forward pass."""
+        stacks, outputs = self.stacks(), self.outputs()
+        gs = [g_RO[:, outputs[name]] for name in stacks]
+        first, *others = self._grouped(gs, list(stacks.values()), groups, True, compute)
+        for other in others:
+            first += other
+        return first
+
+    def _grouped(
+        self, xs: list[Tensor], stacks: list[ExpertStack], groups: Sequence[Group], backward: bool, compute: str
+    ) -> list[Tensor]:
+        """The products with the stacks, those of one format in one call."""
+        found: dict[int, Tensor] = {}
+        for format in {stack.packed.format: None for stack in stacks}:
+            at = [number for number, stack in enumerate(stacks) if stack.packed.format == format]
+            packed = [stacks[number].packed for number in at]
+            ys = grouped_linear([xs[number] for number in at], packed, self.num_experts, groups, backward, compute)
+            found |= dict(zip(at, ys, strict=True))
+        return [found[number] for number in range(len(stacks))]
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -199,7 +200,7 @@ class QuantizedExperts(nn.Module):
 class _Product(torch.autograd.Function):
     """QuantizedExperts.with_loras: y = x W_e^T + s · (x A_e^T) B_e^T. Gradients for x and every A and B.
 
-    Without LoRAs nothing of the size of x is saved. The products are those of linear layers, an expert after the other.
+    Without LoRAs nothing of the size of x is saved. All experts are one call (kernels/grouped.py), what LoRAs add another.
     """
 
     @staticmethod
@@ -215,13 +216,9 @@ class _Product(torch.autograd.Function):
         ctx.layer, ctx.segments, ctx.compute = layer, segments, layer.compute
         ctx.routed = routed._replace(x=x_RI.new_empty(0))  # which the function shall not keep
         x_RI = x_RI.contiguous()
-        y_RO, hs = x_RI.new_empty(len(x_RI), layer.out_features), []
-        for index, start, stop in routed.groups:
-            y_SO = layer.product(x_RI[start:stop], index)
-            if terms := _terms(routed, start, stop, index, segments, weights, x_RI):
-                y_SO, own = lora_forward(x_RI[start:stop], y_SO, [term for _, term in terms])
-                hs += own
-            y_RO[start:stop] = y_SO
+        y_RO, hs = layer.product(x_RI, routed.groups), list[Tensor]()
+        if terms := _terms(routed, segments, weights, x_RI):
+            y_RO, hs = lora_forward(x_RI, y_RO, [term for _, _, term in terms])
         ctx.save_for_backward(*weights, *hs, *((x_RI,) if segments else ()))
         return y_RO
 
@@ -232,48 +229,30 @@ class _Product(torch.autograd.Function):
         layer, routed, segments, saved = ctx.layer, ctx.routed, ctx.segments, ctx.saved_tensors
         weights, (*hs, x_RI) = saved[: 2 * len(segments)], saved[2 * len(segments) :] if segments else (grad,)
         grads = [torch.zeros_like(weight) for weight in weights]
-        g_RO, wanted = grad.contiguous(), ctx.needs_input_grad[0]
-        gx_RI = g_RO.new_empty(len(g_RO), layer.in_features) if wanted else None
-        at = 0
-        for index, start, stop in routed.groups:
-            g_SO = g_RO[start:stop]
-            gx_SI = layer.grad_input(g_SO, index, ctx.compute) if wanted else None
-            terms = _terms(routed, start, stop, index, segments, weights, x_RI)
-            if terms:
-                gx_SI, own = lora_backward(g_SO, gx_SI, [term for _, term in terms], hs[at : at + len(terms)])
-                _add(grads, index, [number for number, _ in terms], own)
-                at += len(terms)
-            if gx_RI is not None and gx_SI is not None:
-                gx_RI[start:stop] = gx_SI
+        g_RO = grad.contiguous()
+        gx_RI = layer.grad_input(g_RO, routed.groups, ctx.compute) if ctx.needs_input_grad[0] else None
+        if terms := _terms(routed, segments, weights, x_RI):
+            gx_RI, own = lora_backward(g_RO, gx_RI, [term for _, _, term in terms], hs)
+            for (number, expert, _), each in zip(terms, own, strict=True):
+                grads[2 * number][expert] += each.A
+                grads[2 * number + 1][expert] += each.B
         return gx_RI, None, None, None, *grads
 
 
-def _add(grads: list[Tensor], index: int, numbers: list[int], own: Sequence[Grads]) -> None:
-    for number, each in zip(numbers, own, strict=True):
-        grads[2 * number][index] += each.A
-        grads[2 * number + 1][index] += each.B
-
-
 def _terms(
-    routed: Routed,
-    start: int,
-    stop: int,
-    index: int,
-    segments: Sequence[Segment],
-    weights: Sequence[Tensor],
-    x_RI: Tensor,
-) -> list[tuple[int, Term]]:
-    """(number of the segment, its LoRA on the rows start:stop of one expert) of those that have rows there."""
+    routed: Routed, segments: Sequence[Segment], weights: Sequence[Tensor], x_RI: Tensor
+) -> list[tuple[int, int, Term]]:
+    """(number of the segment, expert, its LoRA on the rows of its tokens) of those that have rows."""
     terms = []
-    for number, segment in enumerate(segments):
-        first, last = 0, stop - start
-        if (segment.start, segment.stop) != (0, routed.total):
-            ends = torch.tensor([segment.start, segment.stop], device=routed.tokens.device)
-            first, last = torch.searchsorted(routed.tokens[start:stop], ends).tolist()
-        if first < last:
-            A, B = weights[2 * number][index], weights[2 * number + 1][index]
-            x_SI = x_RI[start + first : start + last]
-            terms.append((number, Term(first, last, segment.scaling, A, B, x_SI)))
+    for expert, start, stop in routed.groups if segments else ():
+        for number, segment in enumerate(segments):
+            first, last = start, stop
+            if (segment.start, segment.stop) != (0, routed.total):
+                ends = torch.tensor([segment.start, segment.stop], device=routed.tokens.device)
+                first, last = (start + torch.searchsorted(routed.tokens[start:stop], ends)).tolist()
+            if first < last:
+                A, B = weights[2 * number][expert], weights[2 * number + 1][expert]
+                terms.append((number, expert, Term(first, last, segment.scaling, A, B, x_RI[first:last])))
     return terms
 
 
@@ -313,6 +292,16 @@ def holds_experts(module: nn.Module) -> bool:
     """Whether this is transformers' module of all experts of a layer, whose weights can be stacks instead."""
     plain = not getattr(module, "has_post_expert_norm", False) and getattr(module, "has_gate", False)
     return bool(plain) and hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def parts_of(module: nn.Module, leaf: str, value: Tensor) -> dict[str, Tensor]:
+    """The matrices [E, out, in] of all experts in the numbers of the parameter `leaf`, by the names of the stacks; views."""
+    w_EOI = value.transpose(1, 2) if module.is_transposed else value
+    names = PARTS[leaf]
+    cuts = w_EOI.chunk(len(names), 1)
+    if not module.is_concatenated:
+        cuts = tuple(w_EOI[:, number :: len(names)] for number in range(len(names)))
+    return dict(zip(names, cuts, strict=True))
 
 
 def misfit(module: nn.Module, leaf: str, stacks: Mapping[str, Stack]) -> str | None:

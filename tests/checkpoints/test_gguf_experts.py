@@ -190,8 +190,6 @@ def test_experts_take_what_an_adapter_learned(
     assert torch.equal(logits(model, ids), learned)
     with pytest.raises(AdapterError, match="is active and would not be in the saved weights"):
         qgraft.save(model, tmp_path / "unmerged.gguf")
-    with pytest.raises(UnsupportedError, match=r"holds experts, which are merged in the format that they have"):
-        qgraft.merge(model, to="f32", method="nearest")
 
 
 def test_rows_of_a_batch_have_their_own_adapters(tiny_gguf: Maker, random_ids: Maker) -> None:
@@ -259,11 +257,6 @@ def test_experts_are_quantized_and_saved_in_another_format(tiny_gguf: Maker, ran
             whole = model.get_submodule(path).packed
             meant = gguf.quants.dequantize(stack.packed.parts[0].numpy(), Q.Q8_0)
             assert np.array_equal(meant, qgraft.formats.dequantize(whole, torch.float32).numpy())
-    tiny.model.save_pretrained(tmp_path / "folder")
-    kept, _ = qgraft.load(tmp_path / "folder", dtype="float32", device="cpu", quantize="q8_0")
-    assert any("experts are held as floats" in note for note in kept.qgraft.info.notes)
-    with pytest.raises(OptionError, match="none: its experts are held as floats"):
-        qgraft.attach_lora(kept, target_parameters=BOTH)
 
 
 def floats(*shape: int) -> np.ndarray:

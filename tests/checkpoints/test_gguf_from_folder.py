@@ -16,6 +16,7 @@ from qgraft.checkpoints.gguf_file import GgufFile, read_gguf
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
 from qgraft.checkpoints.gguf_write_tokenizer import PROBES, check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.pretokenizers import PRE_TOKENIZERS
 from qgraft.errors import UnsupportedError
@@ -31,7 +32,8 @@ GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta":
 
 
 MIXTURES = {name for name, keys in TABLE.items() if keys.experts and not keys.other}
-WRITTEN = sorted(ARCHITECTURES.keys() - MIXTURES - {"chatglm", "gemma3n"})  # the first in test_glm_tokenizer.py
+# see test_pack_experts.py, test_glm_tokenizer.py
+WRITTEN = sorted(ARCHITECTURES.keys() - MIXTURES - UNWRITTEN - {"chatglm"})
 RAW = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 

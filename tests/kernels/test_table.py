@@ -10,6 +10,7 @@ import torch
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import KERNELS_VARIABLE, choose, reference, triton_ops
+from qgraft.kernels.grouped import Product
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.table import PACKED_OPS, ROWS, Kernel, Row
 from qgraft.kernels.terms import Term, Weight
@@ -68,6 +69,15 @@ def _descend(module: Any, packed: PackedTensor) -> Any:
     return module.descend(torch.randn(block, rows), codes, steps, factor @ factor.T / block, -7, 7), codes
 
 
+def _grouped(module: Any, packed: PackedTensor) -> Any:
+    """Three experts of 32 outputs, one of them without rows; each kind of product on few and on many rows."""
+    groups = [(0, 0, 3), (2, 3, TOKENS + 15)]
+    for compute in ("float32", "int8"):
+        for backward, width in ((False, INPUTS), (True, OUTPUTS // 3)):
+            xs = [torch.randn(TOKENS + 15, width) for _ in range(2)]
+            yield module.grouped_linear(xs, [packed, packed], 3, groups, Product(backward, compute))
+
+
 def _product(op: str) -> Case:
     width = OUTPUTS if "grad_input" in op else INPUTS
     return lambda module, packed: getattr(module, op)(torch.randn(20, width), packed)
@@ -76,6 +86,7 @@ def _product(op: str) -> Case:
 CASES: dict[str, Case] = {
     **{op: _product(op) for op in PACKED_OPS},
     "dequantize": lambda module, packed: module.dequantize(packed, torch.float32),
+    "grouped": _grouped,
     "lora": _lora, "lora_bf16": lambda module, packed: _lora(module, packed, "bf16"),
     "lora_int8": lambda module, packed: _lora(module, packed, "int8"),
     "norm": _norm, "gated": _gated, "rotate": _rotate, "varlen_attention": _attention, "cross_entropy": _cross_entropy,

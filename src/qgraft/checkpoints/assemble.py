@@ -136,12 +136,6 @@ def weight_formats(model: nn.Module) -> dict[str, int]:
     return formats
 
 
-def float_experts_note(model: nn.Module) -> list[str]:
-    """One sentence where quantizing leaves the experts as they are."""
-    held = any(holds_experts(module) and isinstance(module.gate_up_proj, nn.Parameter) for module in model.modules())
-    return ["the experts are held as floats and are not quantized; in a GGUF file they are packed"] if held else []
-
-
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of `config` with its parameters on the meta device. Raises UnsupportedError where there is none."""
     architecture = architecture_of(config)

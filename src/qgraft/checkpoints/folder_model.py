@@ -33,7 +33,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.adapters.base import BaseInfo, base_of
-from qgraft.checkpoints.assemble import assemble, empty_model, float_experts_note, packable, weight_formats
+from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.folder_processor import folder_processor
 from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
@@ -43,10 +43,12 @@ from qgraft.checkpoints.heads import Heads, Task, head_names, settle_task
 from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
+from qgraft.checkpoints.pack_experts import experts_module, float_experts_note, pack_experts, packs_experts
 from qgraft.checkpoints.shards import open_shard, open_shards, shard_paths
 from qgraft.checkpoints.thudm_prefix import KEY as PREFIX_KEY
 from qgraft.checkpoints.thudm_prefix import holds_only_prefix
 from qgraft.errors import CheckpointError, UnsupportedError, worded
+from qgraft.experts import Stack
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.json_files import read_object
@@ -105,7 +107,7 @@ def load_folder(
             *reader.notes,
             *reader.heads.notes(),
             *reader.misfits(),
-            *(float_experts_note(model) if quantize else ()),
+            *(float_experts_note(model, quantize) if quantize else ()),
             *_unexpected_note(unexpected),
             *tokenizer_notes,
             *processor_notes,
@@ -166,7 +168,7 @@ class _FolderReader:
         self.notes: list[str] = []
         self.fitted: dict[str, tuple[int, str | None]] = {}  # what was quantized -> its width and format
 
-    def __call__(self, name: str) -> PackedTensor | Tensor | None:
+    def __call__(self, name: str) -> PackedTensor | dict[str, Stack] | Tensor | None:
         if name in self.names.made:
             return self._make(name)
         stored = self.names.stored.get(name)
@@ -179,6 +181,8 @@ class _FolderReader:
         if layout.packed_as is not None:
             self._check_packed(name, layout)
         elif (value := matrix.numbers()).dim() != 2 or name not in self.layers:
+            if (stacks := self._experts(name, value)) is not None:
+                return stacks
             self._note_vector(stored, value)
             return value
         transposed = isinstance(self.layers[name], Conv1D)
@@ -207,15 +211,31 @@ class _FolderReader:
         rows, columns = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
         return rows, columns
 
-    def _make(self, name: str) -> PackedTensor | Tensor:
+    def _experts(self, name: str, value: Tensor) -> dict[str, Stack] | None:
+        """A parameter of all experts, packed where that is asked for."""
+        module = experts_module(self.model, name) if self.quantize and packs_experts(self.quantize) else None
+        if module is None or value.shape != getattr(module, name.rpartition(".")[2]).shape:  # reported by assemble()
+            return None
+        stacks, fitting = pack_experts(name, module, value, str(self.quantize))
+        for part, stack in stacks.items():
+            path = f"{name}.{part}"
+            self.fitted[path] = (stack.shape[2], fitting)
+            self.matrices[path] = Stored(path)
+            self.entries[path] = matrix_entries(path, stack.packed)
+        return stacks
+
+    def _make(self, name: str) -> PackedTensor | dict[str, Stack] | Tensor:
         """What transformers computes of several tensors: floats, also where a layer holds it."""
         made = self.names.made[name]
         for stored, _ in made.sources:
             if (layout := find_layout(StoredMatrix(stored, self.tensors, self.config))).packed_as is not None:
                 raise UnsupportedError(f"{name} is computed of {stored}, which is stored in {layout.packed_as}")
+        value = made.value(name, self.model, self.tensors)
+        if (stacks := self._experts(name, value)) is not None:
+            return stacks
+        for stored, _ in made.sources:
             if stored not in self.entries:  # of a rule that makes several parameters, each is asked for
                 self._note_vector(stored, self.tensors[stored]())
-        value = made.value(name, self.model, self.tensors)
         if name not in self.layers or value.dim() != 2:
             return value
         return self._pack(name, value.T.contiguous() if isinstance(self.layers[name], Conv1D) else value)

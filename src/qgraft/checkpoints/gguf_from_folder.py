@@ -27,16 +27,26 @@ from torch import Tensor, nn
 from qgraft import storage
 from qgraft.adapters.base import base_of
 from qgraft.adapters.lora import LoraLayer
+from qgraft.adapters.lora_experts import stack_paths
 from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_key_parts import WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
-from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
+from qgraft.checkpoints.gguf_rules import (
+    ARCHITECTURES,
+    ROUTER,
+    column_order,
+    expert_tensors,
+    name_map,
+    row_order,
+    tensor_name,
+    to_file,
+)
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
-from qgraft.checkpoints.origin import Matrix, Origin, Stored, find_origin
+from qgraft.checkpoints.origin import Matrix, Origin, Stored, find_origin, module_at
 from qgraft.data.scripted import WritesPrompts
 from qgraft.errors import CheckpointError, StorageError, UnsupportedError, worded
 from qgraft.formats import get_format
@@ -54,7 +64,8 @@ class Draft:
     Attributes:
         origin: where the matrices of the model lie in the file to be; like that of a loaded file.
         file: header and, as its only data, the tensors of the rotations.
-        vectors: parameter of the model -> tensor of the file; several parameters for one tensor are its rows.
+        vectors: parameter of the model -> tensor of the file; several parameters for one tensor are its rows. Of the biases
+            of all experts, which may be several tensors, the parameter's name with that of the stack behind it.
         notes: what differs in llama.cpp, each one sentence.
     """
 
@@ -112,7 +123,7 @@ def draft_gguf(model: Any) -> Draft:
     if tokenizer is None:
         raise refuse("it came without a tokenizer, and a GGUF file holds one")
     matrices, vectors = _places(model, architecture, refuse)
-    shapes = {each.name: tuple(_held(model, path).shape) for path, each in matrices.items()}
+    shapes = {each.name: _file_shape(each, _held(model, path).shape) for path, each in matrices.items()}
     rows = shapes["token_embd.weight"][0]
     if beyond := [token for token in base_of(model).tokens.values() if token.id >= rows]:
         raise refuse(f"an adapter has rows of new tokens, {beyond[0].text!r} with the id {beyond[0].id}, and the embedding "
@@ -149,7 +160,7 @@ def write_new_gguf(
     matrices = [_in_float32(each) if each.stored.name == POSITIONS else each for each in matrices]
     vectors = {**_vectors(model, draft), **draft.rotations}
     infos: dict[str, tuple[tuple[int, ...], str]] = {
-        each.stored.name: (each.packed.shape, each.format) for each in matrices
+        each.stored.name: (_file_shape(each.stored, each.packed.shape), each.format) for each in matrices
     }
     infos |= {name: (tuple(value.shape), "f32") for name, value in vectors.items()}
     header = _header_bytes(draft, infos, uniform)
@@ -179,6 +190,10 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
             raise refuse(f"llama.cpp has no tensor for {parameter.removesuffix('.weight')}")
         return found
 
+    for path in stack_paths(model):
+        parameter, _, part = path.rpartition(".")
+        experts: Any = module_at(model, path)
+        matrices[path] = Stored(expert_tensors(parameter)[part], experts=experts.num_experts)
     for path, module in model.named_modules():
         held: Any = module.base if isinstance(module, LoraLayer) else module
         inner = path.endswith(".base") and isinstance(model.get_submodule(path[:-5]), LoraLayer)
@@ -196,22 +211,39 @@ def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Store
         if ".loras." in name or ".lora_" in name or name == "computes_in":
             continue
         plain = name.replace(".base.", ".")
-        if parameter.dim() != 1 and not stored(plain).endswith(rules.kernels):
+        if biases := expert_tensors(plain):
+            if parameter.dim() != 2:
+                raise refuse(
+                    f"{name} is held as floats, and experts are written packed",
+                    hint=worded(flags="give --quantize f16, or smaller", python='load with quantize="f16", or smaller'),
+                )
+            vectors |= {f"{plain}.{part}": tensor for part, tensor in biases.items()}
+            continue
+        if parameter.dim() != 1 and not stored(plain).endswith((rules.kernels, ROUTER)):
             raise refuse(f"{name} is a {parameter.dim()}-dimensional parameter that is kept as floats")
         vectors[plain] = stored(plain)
     return matrices, vectors
 
 
 def _held(model: Any, path: str) -> Any:
-    module: Any = model.get_submodule(path)
-    held: Any = module.base if isinstance(module, LoraLayer) else module
+    held: Any = module_at(model, path)
     return held.packed_weight.get()
+
+
+def _file_shape(stored: Stored, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[out, in] of a matrix, [experts, out, in] of a stack."""
+    rows, width = shape
+    return (stored.experts, rows // stored.experts, width) if stored.experts else (rows, width)
 
 
 def _vector_shapes(model: Any, vectors: dict[str, str]) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in vectors.items():
         owner, _, leaf = name.rpartition(".")
+        if parts := _parts_of_biases(owner):
+            experts, width = model.get_parameter(owner).shape
+            shapes[tensor] = (experts, width // len(parts))
+            continue
         module = model.get_submodule(owner)
         shape = getattr(module.base if isinstance(module, LoraLayer) else module, leaf).shape
         rows = shapes.get(tensor, (0,))[0] + 1
@@ -219,6 +251,11 @@ def _vector_shapes(model: Any, vectors: dict[str, str]) -> dict[str, tuple[int, 
             (rows, *shape) if ".norms." in name else tuple(size for size in shape if size != 1 or len(shape) == 1)
         )
     return shapes
+
+
+def _parts_of_biases(parameter: str) -> dict[str, str]:
+    """The tensors of a file that the biases of all experts of a layer are; none where it is another parameter."""
+    return expert_tensors(parameter) if parameter.endswith("_bias") else {}
 
 
 def _turn_end(model: Any, tokenizer: Any) -> dict[str, int]:
@@ -251,7 +288,16 @@ def _vectors(model: Any, draft: Draft) -> dict[str, Tensor]:
     """Tensor of the file -> float32 values, with rows of heads put together, permuted and with llama.cpp's 1 + w."""
     origin, rules = find_origin(model), ARCHITECTURES[draft.architecture]
     rows: dict[str, list[Tensor]] = {}
-    for parameter, value in read_vectors(origin.path, model.config, list(draft.vectors)).items():
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in draft.vectors)
+    biases = {owner: tensors for owner in owners if (tensors := _parts_of_biases(owner))}
+    plain = [name for name in draft.vectors if name.rpartition(".")[0] not in biases]
+    for parameter, value in read_vectors(origin.path, model.config, [*plain, *biases]).items():
+        if parameter in biases:
+            tensors = biases[parameter]
+            count = len(tensors)
+            cuts = [value[:, n::count] for n in range(count)] if rules.alternates else value.chunk(count, 1)
+            rows |= {tensor: [cut.float().cpu()] for tensor, cut in zip(tensors.values(), cuts, strict=True)}
+            continue
         rows.setdefault(draft.vectors[parameter], []).append(value.float().cpu())
     found = {}
     for name, parts in rows.items():

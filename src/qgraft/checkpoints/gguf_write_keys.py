@@ -27,10 +27,12 @@ from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.errors import UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE
 
+# llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them. What the keys of
+# the others say of their experts is not read backwards.
+UNWRITTEN = frozenset({"deepseek2", "dots1", "ernie4_5-moe", "gemma3n", "glm4moe", "lfm2moe", "qwen35moe"})
 ARCHITECTURE_OF = {  # by model_type
-    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other},
-    # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them
-    **{keys.model_type: name for name, keys in TABLE.items() if name != "gemma3n"},
+    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other and name not in UNWRITTEN},
+    **{keys.model_type: name for name, keys in TABLE.items() if name not in UNWRITTEN},
     "mistral": "llama",
     "gemma4_unified_text": "gemma4",
 }
@@ -42,6 +44,7 @@ _WITHOUT_EFFECT = (
     "original_max_position_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
+    "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
 )  # fmt: skip
 
 
@@ -52,7 +55,7 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         rotary: the module that makes cos and sin of positions; None where positions are a table.
     """
     keys, values = TABLE[architecture], dict[str, Any]()
-    for key, field in keys.fields.items():
+    for key, field in {**keys.fields, **keys.experts}.items():
         value = getattr(config, field, None)
         if field == "n_inner":
             value = value or 4 * config.n_embd

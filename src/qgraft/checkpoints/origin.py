@@ -42,6 +42,7 @@ class Stored:
         transposed: whether floats are kept [in, out].
         repeated: the model does not read it, because it is tied to another matrix that it reads.
         number: which one it is of the matrices of a tensor [n, out, in].
+        experts: of a stack in a file that is written anew, how many matrices it holds; 0 for a single matrix.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Stored:
     transposed: bool = False
     repeated: bool = False
     number: int = 0
+    experts: int = 0
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,21 +8,24 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qgraft.adapters.base import adapters_of, base_of
 from qgraft.adapters.lora_experts import stack_paths
 from qgraft.adapters.targets import find_targets
-from qgraft.checkpoints.assemble import float_experts_note, weight_formats
-from qgraft.checkpoints.origin import Origin
+from qgraft.checkpoints.assemble import weight_formats
+from qgraft.checkpoints.origin import Origin, Stored
+from qgraft.checkpoints.pack_experts import float_experts, float_experts_note, pack_experts, packs_experts
 from qgraft.checkpoints.save import CONTAINERS, current_fingerprint
 from qgraft.errors import AdapterError, UnsupportedError, worded
+from qgraft.experts import IMPLEMENTATION, place
 from qgraft.formats import convert, fitting_format, get_format, misfit_notes
 from qgraft.formats import quantize as quantize_weight
 from qgraft.linear import QuantizedLinear
 
 
 def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
-    """Pack every linear layer of `model` but the output layer, and experts that are packed, in `format`, in place.
+    """Pack every linear layer of `model` but the output layer, and the experts of a mixture, in `format`, in place.
 
     Args:
         model: from load(), or any module tree with nn.Linear layers.
@@ -58,8 +61,26 @@ def quantize(model: nn.Module, format: str) -> tuple[str, ...]:
         fitted[path] = (stack.in_features, fitting)
         if fitting is not None:
             stack.replace(convert(stack.packed, fitting))
+    if packs_experts(format):
+        _pack_experts(model, format, fitted)
     _tell_base(model)
-    return (*misfit_notes(format, fitted), *float_experts_note(model))
+    return (*misfit_notes(format, fitted), *float_experts_note(model, format))
+
+
+def _pack_experts(model: Any, format: str, fitted: dict[str, tuple[int, str | None]]) -> None:
+    """Put stacks in the place of experts that are floats, and say so in what the model remembers of its container."""
+    found = float_experts(model)
+    for name, (module, leaf) in found.items():
+        stacks, fitting = pack_experts(name, module, getattr(module, leaf).detach(), format)
+        fitted |= {f"{name}.{part}": (stack.shape[2], fitting) for part, stack in stacks.items()}
+        place(module, leaf, stacks)
+    for each in model.modules() if found else ():
+        if isinstance(each, PreTrainedModel):
+            each.set_experts_implementation(IMPLEMENTATION)
+    base = base_of(model)
+    if isinstance(base.origin, Origin):
+        stored = {path: Stored(path) for path in stack_paths(model) if path not in base.origin.matrices}
+        base.origin = replace(base.origin, matrices=base.origin.matrices | stored)
 
 
 def _tell_base(model: Any) -> None:

@@ -209,6 +209,14 @@ def _plan(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) 
         if fitting is not None:
             matrices[path] = replace(matrix, format=fitting)
     _check_held(origin, list(matrices.values()))
+    if origin.container == "folder" and (stacks := [path for path in stack_paths(model) if path in matrices]):
+        raise UnsupportedError(
+            f"{len(stacks)} stacks of experts ({stacks[0]}, ...) are packed: a folder has no place for them",
+            hint=worded(
+                flags="give --output NAME.gguf; or leave --quantize out, and experts stay as they are",
+                python="save as NAME.gguf; or load without quantize, and experts stay as they are",
+            ),
+        )
     return list(matrices.values()), [note for wanted, found in fitted.items() for note in misfit_notes(wanted, found)]
 
 

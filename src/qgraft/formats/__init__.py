@@ -51,6 +51,7 @@ __all__ = [
     "misfit_notes",
     "pack",
     "quantize",
+    "slice_rows",
     "take_columns",
     "take_rows",
     "unpack",
@@ -230,6 +231,14 @@ def take_columns(packed: PackedTensor, columns: Tensor) -> PackedTensor:
     (data,) = packed.parts
     moved = data.view(rows, width // size, -1)[:, (starts // size).to(data.device)].view(data.shape)
     return replace(packed, parts=(moved,))
+
+
+def slice_rows(packed: PackedTensor, start: int, stop: int) -> PackedTensor:
+    """The packed rows start:stop, of a format that can be cut by rows, as views."""
+    assert get_format(packed.format).by_rows
+    return replace(
+        packed, shape=(stop - start, packed.shape[1]), parts=tuple(part[start:stop] for part in packed.parts)
+    )
 
 
 def join_rows(panels: Sequence[PackedTensor]) -> PackedTensor:

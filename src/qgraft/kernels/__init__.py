@@ -4,6 +4,7 @@
     choice.py     which kernel serves which row, format, device and dtype, and why    `qgraft doctor` prints it
     reference.py  plain torch for every row, format and device; the truth the others are tested against
     ops.py        the rows on packed weights as torch ops: schemas, shape rules for tracing, gradients    torch.ops.qgraft.*
+    grouped.py    products of all experts of a layer
     lora.py       a packed layer with LoRAs on it;  summed_lora.py: in half precision on a GPU
     pointwise.py  norms, gated products, rotations;  cross_entropy.py: the loss of logits
     varlen_attention.py  attention within samples that share a row;  varlen.py: on a GPU by torch's own kernel

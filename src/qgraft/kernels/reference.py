@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qgraft.formats import PackedTensor, unpack
+from qgraft.formats import PackedTensor, slice_rows, unpack
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels.terms import Grads, Term
 
 if TYPE_CHECKING:
+    from qgraft.kernels.grouped import Group, Product
     from qgraft.kernels.pointwise import Activation
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -177,6 +178,21 @@ def loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> 
         logits_CV.sub_(smoothing / logits_CV.shape[1])
     logits_CV.scatter_add_(1, index_C1, torch.full_like(largest_C1, smoothing - 1.0))
     return losses_C
+
+
+def grouped_linear(
+    xs: Sequence[Tensor], stacks: Sequence[PackedTensor], experts: int, groups: Sequence["Group"], product: "Product"
+) -> list[Tensor]:
+    """y = x W_e^T or gx = g W_e of the rows of each expert, by the product of one matrix."""
+    ys = []
+    for x, stack in zip(xs, stacks, strict=True):
+        rows = stack.shape[0] // experts
+        y = x.new_empty(len(x), stack.shape[1] if product.backward else rows)
+        for expert, start, stop in groups:
+            packed = slice_rows(stack, expert * rows, (expert + 1) * rows)
+            y[start:stop] = product.of(x[start:stop], packed)
+        ys.append(y)
+    return ys
 
 
 def lora_forward(x_NI: Tensor, product_NO: Tensor, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:

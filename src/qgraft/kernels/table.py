@@ -2,6 +2,7 @@
 
     row                 reference      C, on a CPU         Triton, on a GPU    torch's own kernels, on a GPU
     the packed ops      reference.py   cpu/packed.py       triton_ops.py
+    grouped             reference.py   cpu/grouped.py
     lora, _bf16, _int8  reference.py   cpu/lora.py                             summed_lora.py
     norm gated rotate   reference.py   cpu/pointwise.py    gpu_rows.py
     varlen_attention    reference.py   cpu/varlen_...py                        varlen.py
@@ -161,6 +162,10 @@ ROWS: dict[str, Row] = {
         _packed("linear_grad_input_bf16", "gx = g W, both rounded to bfloat16"),
         _packed("linear_int8", "y = x W^T, x rounded to 8 bits"),
         _packed("linear_grad_input_int8", "gx = g W, g rounded to 8 bits"),
+        Row(
+            "grouped", "products of experts, each with rows of its own", ("grouped_linear",), True,
+            (_native("grouped", _no_lora),),
+        ),
         Row("lora", "a layer with its LoRAs", _LORA, True, (_native("lora", _no_lora), _SUMMED)),
         Row("lora_bf16", "the same in bfloat16", _LORA, True, (_native("lora", _no_lora_bf16),)),
         Row("lora_int8", "the same in 8 bits", _LORA, True, (_native("lora", _no_lora_int8),)),

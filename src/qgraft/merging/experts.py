@@ -5,6 +5,7 @@
 
 An expert that fewer than FEWEST pairs reached, or none, is not solved for: W + delta is rounded on the grid it has, which
 changes nothing where a delta is smaller than half a step. The report names these. An expert without a delta keeps its bytes.
+Where another format is asked for, each expert is rounded to it first, and what that took away is a part of its delta.
 """
 
 from collections import Counter
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from qgraft.adapters.lora_experts import ExpertLora, LoraExperts, expert_layers
 from qgraft.errors import UnsupportedError
 from qgraft.experts import ExpertStack, Routed
-from qgraft.formats import PackedTensor, join_rows
+from qgraft.formats import PackedTensor, dequantize, fitting_format, join_rows, quantize
 from qgraft.kernels import linear
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, merge_layer, merge_nearest, seen
 
@@ -34,14 +35,33 @@ class StackToMerge:
     layer: LoraExperts
     part: str
     weights: Mapping[str, float]
+    to: str | None = None  # the format that was asked for
 
     @property
     def stack(self) -> ExpertStack:
         """The weights of all experts."""
         return self.layer.base.stacks()[self.part]
 
+    @property
+    def format(self) -> str:
+        """That of the merged weights."""
+        fitting = None if self.to is None else fitting_format(self.to, self.stack.in_features)
+        return fitting or self.stack.packed.format
+
+    def start(self, expert: int) -> PackedTensor:
+        """An expert's weight in that format."""
+        packed = self.stack.expert(expert)
+        return packed if packed.format == self.format else quantize(dequantize(packed, torch.float32), self.format)
+
     @torch.no_grad()
-    def delta(self, expert: int) -> Tensor:
+    def delta(self, expert: int, start: PackedTensor) -> Tensor:
+        """What an expert's adapted weight is above `start`, [out, in]: what adapters add, and what rounding took away."""
+        delta = self._added(expert)
+        if start.format == (packed := self.stack.expert(expert)).format:
+            return delta
+        return delta + (dequantize(packed, torch.float32) - dequantize(start, torch.float32))
+
+    def _added(self, expert: int) -> Tensor:
         """What the active adapters add to an expert's weight, [out, in]."""
         outputs = self.layer.base.outputs()[self.part]
         named = [(self.layer.named(name), weight) for name, weight in self.weights.items()]
@@ -51,10 +71,10 @@ class StackToMerge:
         return torch.stack(parts).sum(0)
 
 
-def stacks_to_merge(model: nn.Module, weights: Mapping[str, float]) -> dict[str, StackToMerge]:
+def stacks_to_merge(model: nn.Module, weights: Mapping[str, float], to: str | None = None) -> dict[str, StackToMerge]:
     """The stacks that these adapters are on, by their paths in the model without adapters."""
     return {
-        f"{path}.{part}": StackToMerge(layer, part, weights)
+        f"{path}.{part}": StackToMerge(layer, part, weights, to)
         for path, layer in expert_layers(model).items()
         if isinstance(layer, LoraExperts) and any(name in layer.loras for name in weights)
         for part in layer.base.stacks()
@@ -146,22 +166,23 @@ def _merged(
 ) -> tuple[PackedTensor, LayerReport]:
     if inputs is None:
         return _rounded(path, stack, expert, ROUNDED)
-    delta = stack.delta(expert)
+    start = stack.start(expert)
+    delta = stack.delta(expert, start)
     if not bool(delta.any()):
-        return _untouched(path, stack, expert)
-    return merge_layer(path, stack.stack.expert(expert), delta, inputs, method)
+        return _untouched(path, start)
+    return merge_layer(path, start, delta, inputs, method)
 
 
 def _rounded(path: str, stack: StackToMerge, expert: int, method: str) -> tuple[PackedTensor, LayerReport]:
-    delta = stack.delta(expert)
+    start = stack.start(expert)
+    delta = stack.delta(expert, start)
     if not bool(delta.any()):
-        return _untouched(path, stack, expert)
-    return merge_nearest(path, stack.stack.expert(expert), delta, method)
+        return _untouched(path, start)
+    return merge_nearest(path, start, delta, method)
 
 
-def _untouched(path: str, stack: StackToMerge, expert: int) -> tuple[PackedTensor, LayerReport]:
-    packed = stack.stack.expert(expert)
-    return packed, LayerReport(path, packed.format, 0.0, 0.0, None, ())
+def _untouched(path: str, start: PackedTensor) -> tuple[PackedTensor, LayerReport]:
+    return start, LayerReport(path, start.format, 0.0, 0.0, None, ())
 
 
 def _joined(

@@ -132,7 +132,7 @@ def _merge(
     check_ranges({"min_retained": (min_retained, AT_MOST_1), "seed": (seed, SEED)})
     _check_format(model, to)
     layers, weights, exact = _layers_to_merge(model, to, method)
-    experts = stacks_to_merge(model, weights)
+    experts = stacks_to_merge(model, weights, to)
     if base_of(model).info is not None:
         current_fingerprint(model)  # needs the file that was loaded; better missing now than after minutes
     adapters = [find_adapter(model, name) for name in weights]
@@ -183,7 +183,7 @@ def _merge(
         notes=(
             *(chosen.notes if chosen else ()),
             *filter(None, [unmeasured, again]),
-            *_notes(layers, to, reports),
+            *_notes({path: each.in_features for path, each in changed.items()}, to, reports),
             *rows.notes,
         ),
     )
@@ -317,11 +317,9 @@ def _layers_to_merge(
     output: Any = model.get_output_embeddings()
     held = {name for name, each in FORMATS.items() if each.quantize is not None}
     problems = [f"{path} is the embedding" for path, layer in adapted.items() if isinstance(layer, LoraEmbedding)]
-    for path, each in stacks_to_merge(model, weights).items():
-        if to is not None:
-            problems.append(f"{path} holds experts, which are merged in the format that they have, and not in {to}")
-        elif not is_writable(each.stack.packed):
-            problems.append(f"{path} is {each.stack.packed.format}, which qgraft does not write")
+    stacks = stacks_to_merge(model, weights, to)
+    problems += [f"{path} is {each.format}, which qgraft does not write" for path, each in stacks.items()
+                 if each.format not in held]  # fmt: skip
     for path, layer in layers.items():
         if layer is output:
             problems.append(f"{path} is the output layer, which may share its weight with the embedding")
@@ -359,8 +357,7 @@ def _delta(layer: LoraLinear, weights: Mapping[str, float], start: PackedTensor,
     return delta + (base - rounded)
 
 
-def _notes(layers: Mapping[str, LoraLinear], to: str | None, reports: Sequence[LayerReport]) -> list[str]:
-    """Which layers got another format than `to`, or none; which experts were rounded."""
-    widths = {path: layer.in_features for path, layer in layers.items()}
+def _notes(widths: Mapping[str, int], to: str | None, reports: Sequence[LayerReport]) -> list[str]:
+    """Which layers got another format than `to`, or none, by their inputs; which experts were rounded."""
     found = {} if to is None else {path: (width, fitting_format(to, width)) for path, width in widths.items()}
     return [*(misfit_notes(str(to), found) if found else ()), *rounded_notes(reports)]

@@ -104,7 +104,7 @@ def test_formats_with_8_bit_products_are_those_of_c() -> None:
     def served(backward: bool) -> list[str]:
         call = [abi.LinearCall(number, 0, 256, 0, abi.ROUNDINGS.index("int8"), 0, weight.data_ptr())
                 for number in abi.FORMAT_IDS.values()]  # fmt: skip
-        codes = [library.loaded().qgraft_linear(ctypes.byref(each), backward, 1) for each in call]
+        codes = [library.loaded().qgraft_linear(ctypes.byref(each), 1, backward, 1) for each in call]
         assert set(codes) <= {0, -1}
         return sorted(name for name, code in zip(abi.FORMAT_IDS, codes, strict=True) if code == 0)
 

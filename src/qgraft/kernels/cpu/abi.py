@@ -124,7 +124,7 @@ def declare(library: ctypes.CDLL) -> None:
     arguments: dict[str, Sequence[type]] = {
         "qgraft_dequantize": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
         "qgraft_dequantize_bf16": [i32, _pointer, _pointer, _i64, _i64, _pointer, i32],
-        "qgraft_linear": [_pointer, i32, i32],
+        "qgraft_linear": [_pointer, _i64, i32, i32],
         "qgraft_norm": [_pointer, _pointer, ctypes.c_float, _i64, _i64, _pointer, _pointer, i32],
         "qgraft_normalized": [_pointer, _pointer, _pointer, _i64, _i64, _pointer, i32],
         "qgraft_norm_backward": [_pointer, _pointer, _pointer, _pointer, _i64, _i64, _pointer, i32],

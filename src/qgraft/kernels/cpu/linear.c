@@ -1,4 +1,5 @@
-/* A frozen packed layer with any number of LoRAs on it, forward and backward, each in one call.
+/* A frozen packed layer with any number of LoRAs on it, forward and backward, each in one call; and many layers in one, each
+ * with rows of its own: the experts of a mixture. Their blocks are shared out one behind the other, without a barrier between.
  *
  *     forward    h = x A^T                 y  = x W^T + bias + s h B^T
  *     backward   gh = s g B                gx = g W + gh A                 gA = gh^T x        gB = s g^T h
@@ -69,7 +70,7 @@ static float *term_scratch(const LinearCall *call, int64_t width, int64_t k) {
 
 /* s B^T [rank, rows], by all threads. */
 static void transpose_B(const LinearCall *call, const LoraTerm *term, float *factor) {
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t r0 = 0; r0 < call->rows; r0 += COLUMNS)
         for (int64_t i = 0; i < term->rank; i++)
             for (int64_t r = r0; r < r0 + COLUMNS && r < call->rows; r++)
@@ -144,18 +145,20 @@ static void block_size(const Level *level, const LinearCall *call, int backward,
     *columns = level->gemm ? larger(COLUMNS, smaller(widest, round_up(share, COLUMNS))) : COLUMNS;
 }
 
-/* All blocks, and before them what the tokens of each need: pairs, h or gh. */
-static void products(const Level *level, const LinearCall *call, int backward, int threads) {
-    const int64_t width = backward ? call->columns : call->rows, depth = backward ? call->rows : call->columns;
-    int64_t tokens, columns;
-    block_size(level, call, backward, threads, &tokens, &columns);
-    const int64_t blocks = (width + columns - 1) / columns, parts = (call->m + tokens - 1) / tokens;
-    for (int64_t k = 0; k < call->terms; k++) transpose_B(call, call->term + k, term_scratch(call, depth, k));
+/* Whether tokens need something before their blocks: pairs, codes, h or gh. */
+static int has_first_pass(const LinearCall *call, int backward) {
+    const int rounds = call->rounding == BFLOAT16 || (call->rounding == INT8 && !backward);
+    return call->terms || (rounds && call->data && call->out);
+}
+
+/* What the tokens of each block need. */
+static void first_pass(const Level *level, const LinearCall *call, int backward) {
+    const int64_t depth = backward ? call->rows : call->columns;
     const int product = call->data && call->out, to_codes = product && call->rounding == INT8 && !backward;
-    const int to_pairs = product && call->rounding == BFLOAT16, first_pass = to_pairs || to_codes || call->terms;
+    const int to_pairs = product && call->rounding == BFLOAT16;
     const QuantizedX codes = codes_of(call, 0);
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < (first_pass ? call->m : 0); t += TOKENS) {
+#pragma omp for schedule(dynamic) nowait
+    for (int64_t t = 0; t < call->m; t += TOKENS) {
         const int64_t end = t + TOKENS < call->m ? t + TOKENS : call->m;
         for (int64_t i = t; i < end; i++) {
             if (to_pairs) level->round_pairs(call->in + i * depth, depth, call->scratch + i * ((depth + 1) / 2));
@@ -172,7 +175,15 @@ static void products(const Level *level, const LinearCall *call, int backward, i
             down_project(level, factor, term->rank, depth, in, stop - start, h);
         }
     }
-#pragma omp for schedule(dynamic)
+}
+
+/* All blocks; `threads`: how many of them share this layer. */
+static void products(const Level *level, const LinearCall *call, int backward, int threads) {
+    const int64_t width = backward ? call->columns : call->rows;
+    int64_t tokens, columns;
+    block_size(level, call, backward, threads, &tokens, &columns);
+    const int64_t blocks = (width + columns - 1) / columns, parts = (call->m + tokens - 1) / tokens;
+#pragma omp for schedule(dynamic) nowait
     for (int64_t share = 0; share < (call->out ? blocks * parts : 0); share++) {
         const int64_t first = share / parts * columns, t0 = share % parts * tokens;
         block(level, call, backward, first, smaller(first + columns, width), t0, smaller(t0 + tokens, call->m));
@@ -214,20 +225,55 @@ static int has_rounding(const Level *level, const LinearCall *call, int backward
     return has_int8((int)call->format) || (has_int8_panels((int)call->format) && level->gemm_int8_panels);
 }
 
-/* The forward or backward pass. 0; -1 for a bad format, or a pass that this CPU level has no loops for (base). */
-int qgraft_linear(const LinearCall *asked, int backward, int threads) {
+/* The layer as it is computed: without loops for bfloat16, in float32. */
+static LinearCall settled(const Level *level, const LinearCall *asked) {
+    LinearCall call = *asked;
+    if (call.rounding == BFLOAT16 && !level->gemm_bf16) call.rounding = FLOAT32;
+    return call;
+}
+
+/* The forward or backward pass of `count` layers, whose outputs and scratch lie apart. 0; -1 for a bad format, or a pass that
+ * this CPU level has no loops for (base). */
+int qgraft_linear(const LinearCall *asked, int64_t count, int backward, int threads) {
     enum { PARALLEL_WORK = 65536 }; /* fewer products are done before a second thread has woken up */
     const Level *level = qgraft_level();
-    LinearCall call = *asked;
-    if ((backward || call.terms) && !level->low_rank) return -1;
-    if (call.data && row_bytes((int)call.format, call.columns) < 0) return -1;
-    if (!has_rounding(level, &call, backward)) return -1;
-    if (call.rounding == BFLOAT16 && !level->gemm_bf16) call.rounding = FLOAT32;
-    if (call.rows * call.columns * call.m <= PARALLEL_WORK) threads = 1;
+    int64_t work = 0, terms = 0, passes = 0;
+    for (const LinearCall *call = asked; call < asked + count; call++) {
+        if ((backward || call->terms) && !level->low_rank) return -1;
+        if (call->data && row_bytes((int)call->format, call->columns) < 0) return -1;
+        if (!has_rounding(level, call, backward)) return -1;
+        work += call->rows * call->columns * call->m, terms += call->terms, passes += has_first_pass(call, backward);
+    }
+    if (work <= PARALLEL_WORK) threads = 1;
+    const int sharing = count >= SHARES * threads ? 1 : threads; /* many layers are shared out whole */
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        products(level, &call, backward, threads);
-        if (backward) gradients(level, &call);
+        for (int64_t i = 0; i < (terms ? count : 0); i++) {
+            const LinearCall call = settled(level, asked + i);
+            for (int64_t k = 0; k < call.terms; k++)
+                transpose_B(&call, call.term + k, term_scratch(&call, backward ? call.rows : call.columns, k));
+        }
+        if (terms) {
+#pragma omp barrier
+        }
+        for (int64_t i = 0; i < (passes ? count : 0); i++) {
+            const LinearCall call = settled(level, asked + i);
+            if (has_first_pass(&call, backward)) first_pass(level, &call, backward);
+        }
+        if (passes) {
+#pragma omp barrier
+        }
+        for (int64_t i = 0; i < count; i++) {
+            const LinearCall call = settled(level, asked + i);
+            products(level, &call, backward, sharing);
+        }
+        if (backward && terms) {
+#pragma omp barrier
+            for (int64_t i = 0; i < count; i++) {
+                const LinearCall call = settled(level, asked + i);
+                gradients(level, &call);
+            }
+        }
     }
     return 0;
 }

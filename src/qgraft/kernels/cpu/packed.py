@@ -10,7 +10,6 @@ Forward and backward read the same packed bytes; nothing is repacked or transpos
                second-level cache, and torch multiplies it.
 """
 
-import ctypes
 import threading
 from collections.abc import Sequence
 
@@ -191,21 +190,38 @@ def linear_call(
     rows, columns = packed.shape if packed else weight  # type: ignore[misc]
     data, scales = stored(packed) if packed else (None, None)
     tokens, width = x_NI.shape
-    if tokens < FEW_ROUNDED and (compute == "bf16" or backward):
-        compute = "float32"
-    floats = _scratch_floats(compute, tokens, width)
+    compute = rounding_of(compute, tokens, backward)
+    floats = scratch_floats(compute, tokens, width)
     for term in terms:
         floats += term.rank * (rows + 2 * (term.stop - term.start))
     call = LinearCall(
         FORMAT_IDS[packed.format] if packed else 0, rows, columns, tokens, ROUNDINGS.index(compute), len(terms),
-        pointer(data), pointer(scales), pointer(bias), x_NI.data_ptr(), pointer(y),
-        _scratch_buffer(4 * floats).data_ptr() if floats else None, (LoraTerm * len(terms))(*terms),
+        pointer(data), pointer(scales), pointer(bias), x_NI.data_ptr(), pointer(y), None, (LoraTerm * len(terms))(*terms),
     )  # fmt: skip
-    code = loaded().qgraft_linear(ctypes.byref(call), backward, torch.get_num_threads())
+    call_linear([(call, 0)], floats, backward)
+
+
+def call_linear(calls: Sequence[tuple[LinearCall, int]], floats: int, backward: bool) -> None:
+    """qgraft_linear of several layers at once.
+
+    Args:
+        calls: each with where its scratch begins, in numbers.
+        floats: the numbers of scratch that all of them take.
+    """
+    scratch = _scratch_buffer(4 * floats).data_ptr() if floats else None
+    for call, start in calls:
+        call.scratch = None if scratch is None else scratch + 4 * start
+    asked = (LinearCall * len(calls))(*(call for call, _ in calls))
+    code = loaded().qgraft_linear(asked, len(calls), backward, torch.get_num_threads())
     assert code == 0, f"qgraft_linear returned {code}"
 
 
-def _scratch_floats(compute: str, tokens: int, width: int) -> int:
+def rounding_of(compute: str, tokens: int, backward: bool) -> str:
+    """What the product of so many tokens rounds: few are computed in float32, but for 8 bits forward."""
+    return "float32" if tokens < FEW_ROUNDED and (compute == "bf16" or backward) else compute
+
+
+def scratch_floats(compute: str, tokens: int, width: int) -> int:
     """What x or g take when they are rounded: as scratch_size of linear.c."""
     if compute == "bf16":
         return (width // 2 + 1) * tokens
