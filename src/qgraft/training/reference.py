@@ -29,7 +29,7 @@ from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.classification import Classification, classifier_of
 from qgraft.training.distillation import Distillation
-from qgraft.training.objective import SupervisedFineTuning
+from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
 from qgraft.training.seq2seq import SequenceToSequence
@@ -42,10 +42,10 @@ REFERENCE = "reference.json"
 Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 
-def settle_objective(
-    model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes
-) -> SupervisedFineTuning | PreferenceOptimization | SequenceToSequence | Distillation | Classification:
+def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes) -> Objective:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if prepared.objective is not None:
+        return prepared.objective
     if is_encoder_decoder(model.config):
         return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
     if (classifier := classifier_of(model)) is not None:

@@ -1,0 +1,183 @@
+"""What the VAE and the text encoders make of a folder of images: computed once, kept in one file, latents.safetensors.
+
+    mean.N, std.N            of image N: the VAE's distribution, [C, h, w], scaled as the denoiser takes latents
+    mirrored_mean.N, ...     the same of its mirror image, with random_flip
+    caption.K.NAME           of caption K: what the denoiser is told under this name
+
+A step draws latents from these distributions anew, as diffusers' scripts do with --cache_latents. The file says what it was
+made of (images, captions, options, the pipeline's files): where that is the same, nothing is loaded but the file.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qgraft import storage
+from qgraft.checkpoints.folder_write import write_safetensors
+from qgraft.checkpoints.foreign import ForeignErrors
+from qgraft.checkpoints.pickles import WORDS
+from qgraft.checkpoints.shards import open_shard
+from qgraft.diffusion.arguments import DiffusionArguments
+from qgraft.diffusion.families import Conditions, Family
+from qgraft.diffusion.images import ImageRow, captions_of, pixels_of
+from qgraft.errors import CheckpointError, TrainingError
+from qgraft.progress import bar_on, counted
+from qgraft.training.output_dir import LATENTS
+
+_MADE_OF = "qgraft.made_of"
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSample:
+    """An image as its latents' distribution, and what its caption says.
+
+    Attributes:
+        mean, std: [C, h, w]; of the mirror image beside them, if there is one.
+        conditions: by their names, each with a batch of one.
+        places: see ImageRow.
+        input_ids, labels: what stands for it in the hash of a run's rows.
+    """
+
+    source: str
+    mean: Tensor
+    std: Tensor
+    mirrored: tuple[Tensor, Tensor] | None
+    conditions: Conditions
+    places: tuple[int, ...]
+    input_ids: str
+    labels: str | int
+    part: ClassVar[int] = 0
+    weights: ClassVar[None] = None
+    desirable: ClassVar[None] = None
+
+    @property
+    def length(self) -> int:
+        """How many places its latents have, which count as tokens."""
+        return self.mean.shape[-1] * self.mean.shape[-2]
+
+    @property
+    def texts(self) -> "tuple[ImageSample, ...]":
+        """What passes through the denoiser to learn it: itself."""
+        return (self,)
+
+
+def encoded(
+    rows: Sequence[ImageRow],
+    family: Family,
+    args: DiffusionArguments,
+    source: str,
+    pipeline: Callable[[], Any],
+    console: Console | None = None,
+) -> tuple[list[ImageSample], int]:
+    """The rows as samples, out of the file where it is of these rows; and how many captions were cut.
+
+    Args:
+        source: the pipeline's folder or hub id.
+        pipeline: what makes it, called only where it is needed.
+    """
+    path = Path(args.latents_cache or Path(str(args.output_dir)) / LATENTS).expanduser()
+    about = made_of(rows, args, source)
+    kept = _read(path, about)
+    found, truncated = kept or _encode(rows, pipeline(), family, args, console)
+    if kept is None:
+        storage.make_folder(path.parent)
+        metadata = {_MADE_OF: about, "truncated": str(truncated), "format": "pt"}
+        write_safetensors(path, {name: (WORDS[each.dtype], each) for name, each in found.items()}, metadata)
+    captions = {caption: number for number, caption in enumerate(captions_of(rows))}
+    told: list[Conditions] = [{} for _ in captions]
+    for name, tensor in found.items():
+        if name.startswith("caption."):
+            _, number, condition = name.split(".", 2)
+            told[int(number)][condition] = tensor
+    samples = []
+    for number, row in enumerate(rows):
+        mirrored = (found[f"mirrored_mean.{number}"], found[f"mirrored_std.{number}"]) if args.random_flip else None
+        samples.append(ImageSample(
+            str(row.path), found[f"mean.{number}"], found[f"std.{number}"], mirrored,
+            told[captions[row.caption]], row.places, f"{row.sha256} {args.resolution}", row.caption,
+        ))  # fmt: skip
+    return samples, truncated
+
+
+def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str) -> str:
+    """A hash of all that the file depends on; of the pipeline its files' sizes and times, of a hub id the name."""
+    folder, digest = Path(source).expanduser(), hashlib.sha256()
+    files = []
+    if folder.is_dir():
+        parts = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(_ENCODERS)]
+        files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
+    pipeline = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    options = (args.resolution, args.random_flip, args.max_sequence_length)
+    each = [(row.sha256, row.caption, row.places) for row in rows]
+    digest.update(json.dumps([str(source), pipeline, options, each]).encode())
+    return digest.hexdigest()
+
+
+_ENCODERS = ("vae", "text_encoder", "tokenizer")
+
+
+def _read(path: Path, about: str) -> tuple[dict[str, Tensor], int] | None:
+    """(tensors, captions that were cut) of the file where it is made of the same; None where it is not, or is not there."""
+    if not path.is_file():
+        return None
+    with ExitStack() as stack:
+        try:
+            shard = open_shard(path, stack)
+        except CheckpointError:
+            return None  # of a process that was killed, or anything else: it is made again
+        if shard.metadata.get(_MADE_OF) != about:
+            return None
+        return {name: shard.tensor(name).clone() for name in shard.names}, int(shard.metadata["truncated"])
+
+
+@torch.no_grad()
+def _encode(
+    rows: Sequence[ImageRow], pipeline: Any, family: Family, args: DiffusionArguments, console: Console | None
+) -> tuple[dict[str, Tensor], int]:
+    """See the module's docstring; and how many captions were cut. Raises TrainingError for latents that are no numbers."""
+    found: dict[str, Tensor] = {}
+    captions = captions_of(rows)
+    length = args.max_sequence_length if args.max_sequence_length is not None else family.tokens
+    options = {} if length is None or not family.sized else {"max_sequence_length": length}
+    with bar_on(console) as bar:
+        said = counted(bar, "captions and images")
+        for number, caption in enumerate(captions):
+            with ForeignErrors(f"caption {caption!r} cannot be encoded"):
+                for name, told in family.encode(pipeline, caption, **options).items():
+                    found[f"caption.{number}.{name}"] = told.cpu().contiguous()
+            said(number + 1, len(captions) + len(rows))
+        for number, row in enumerate(rows):
+            pixels = pixels_of(row)[None]
+            for stem, image in (("", pixels), ("mirrored_", pixels.flip(-1)))[: 1 + args.random_flip]:
+                mean, std = _distribution(pipeline.vae, image)
+                found[f"{stem}mean.{number}"], found[f"{stem}std.{number}"] = mean, std
+            said(len(captions) + number + 1, len(captions) + len(rows))
+    if broken := [name for name, each in found.items() if each.is_floating_point() and not bool(each.isfinite().all())]:
+        raise TrainingError(f"NaN or infinity in what the pipeline encodes: {broken[0]} of {len(broken)}",
+                            hint="its VAE or text encoders are broken, or overflow")  # fmt: skip
+    return found, _too_long(pipeline, family, captions, length)
+
+
+def _distribution(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [C, h, w] of the latents, shifted and scaled as the denoiser takes them."""
+    distribution = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+    scale, shift = vae.config.scaling_factor, vae.config.get("shift_factor") or 0.0
+    mean, std = (distribution.mean[0] - shift) * scale, distribution.std[0] * scale
+    return mean.float().cpu().contiguous(), std.float().cpu().contiguous()
+
+
+def _too_long(pipeline: Any, family: Family, captions: Sequence[str | int], length: int | None) -> int:
+    """How many captions are longer than what is read of them."""
+    reader = getattr(pipeline, family.reads, None) if family.reads else None
+    if reader is None:
+        return 0
+    most = min(reader.model_max_length, length or reader.model_max_length)
+    return sum(len(reader(caption, verbose=False).input_ids) > most for caption in captions)
