@@ -68,9 +68,6 @@ def vae():
     )  # fmt: skip
 
 
-WORDS = ["a", "photo", "of", "red", "green", "blue", "square"]
-
-
 def clip(folder: Path):
     """(text encoder, tokenizer) of few words."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -86,8 +83,10 @@ def clip(folder: Path):
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
     torch.manual_seed(2)
-    config = CLIPTextConfig(vocab_size=len(pieces), hidden_size=32, intermediate_size=37, num_attention_heads=4,
-                            num_hidden_layers=2, max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1)  # fmt: skip
+    config = CLIPTextConfig(
+        vocab_size=len(pieces), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
+        max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
     return CLIPTextModel(config).eval(), tokenizer
 
 

@@ -12,8 +12,8 @@ qgraft.attach_lora, save_adapter, load_adapter, use_adapter and the like work on
 
 from qgraft.adapter_files.diffusers_lora import save_lora_weights
 from qgraft.diffusion.arguments import ATTENTION, DiffusionArguments
-from qgraft.diffusion.load import load
-from qgraft.diffusion.merge import merge, save
-from qgraft.diffusion.train import train
+from qgraft.diffusion.denoisers import load
+from qgraft.diffusion.merged import merge, save
+from qgraft.diffusion.run import train
 
 __all__ = ["ATTENTION", "DiffusionArguments", "load", "merge", "save", "save_lora_weights", "train"]

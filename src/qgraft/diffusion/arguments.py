@@ -6,7 +6,7 @@ where they are given, all at once.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from qgraft.errors import OptionError, option
 from qgraft.ranges import ABOVE_0, AMOUNT, COUNT, FINITE, Range, check_ranges
@@ -26,6 +26,13 @@ _TAKEN = {  # of what TrainArguments has beside transformers' options
     *("learning_rate", "logging_steps", "save_total_limit", "eval_strategy", "load_best_model_at_end", "cuda_graphs"),
     *("early_stopping_patience", "early_stopping_threshold", "remove_unused_columns", "save_calibration"),
 }
+_OF_SETTING = (
+    "finetuning_type",
+    "cuda_graphs",
+    "remove_unused_columns",
+    "save_calibration",
+    "force",
+)  # nothing to choose
 _OF_TEXTS = ("label_smoothing_factor", "neftune_noise_alpha", "do_eval", "do_predict", "per_device_eval_batch_size")
 
 
@@ -36,6 +43,8 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class DiffusionArguments(TrainArguments):
     """Options of training a LoRA on a denoiser; those not listed here are TrainArguments' and transformers'."""
+
+    command: ClassVar[str] = "diffuse"
 
     resolution: int = _option(512, "Images are resized and cut at their middle to squares of so many pixels.")
     caption_column: str = _option("text", "Of metadata.jsonl: the caption; of a DiT the class.")
@@ -56,7 +65,11 @@ class DiffusionArguments(TrainArguments):
     guidance_scale: float | None = _option(None, "Flux: the guidance that it is told; 3.5.")
     output_kohya_format: bool = _option(False, "U-Nets: write pytorch_lora_weights_kohya.safetensors, too.")
 
-    # TrainArguments' with another default
+    # TrainArguments' with another meaning or default
+    model_name_or_path: str | None = _option(None, "Folder of a pipeline of diffusers, or its hub id.")
+    dataset: str | None = _option(None, "Folder of images, with metadata.jsonl.")
+    quantize: str | None = _option(None, "Format to pack the linear layers in while loading, e.g. q8_0.")
+    max_samples: int | None = _option(None, "Read at most so many images.")
     target_modules: str = _option(ATTENTION, "Comma list of layer names, all-linear, or a regular expression.")
     learning_rate: float = _option(1e-4, "Peak learning rate of AdamW.")
     r: int = _option(4, "Rank of the LoRA.")
@@ -72,9 +85,9 @@ class DiffusionArguments(TrainArguments):
 
     def _refuse_texts(self) -> None:
         """Raise OptionError for options that a denoiser has no use for, all at once."""
-        own = {*TrainArguments.__annotations__, *ClassificationOptions.__annotations__} - _TAKEN | {*_OF_TEXTS}
+        refused = refused_options()
         told = [each.name for each in dataclasses.fields(self)
-                if each.name in own and each.init and getattr(self, each.name) != _default(each)]  # fmt: skip
+                if each.name in refused and each.init and getattr(self, each.name) != _default(each)]  # fmt: skip
         if self.finetuning_type not in (None, "lora"):
             told.append("finetuning_type")
         if told:
@@ -99,6 +112,16 @@ class DiffusionArguments(TrainArguments):
         """Raise OptionError where any of these options is given."""
         if told := [name for name in names if getattr(self, name) is not None]:
             raise OptionError(f"{', '.join(told)}: {why}", hint=f"leave {option(told[0], getattr(self, told[0]))} out")
+
+
+def shown_options() -> set[str]:
+    """The options that are ours, for a short help."""
+    return {*DiffusionArguments.__annotations__, *_TAKEN} - {*_OF_SETTING}
+
+
+def refused_options() -> set[str]:
+    """The options that have no meaning for a denoiser."""
+    return {*TrainArguments.__annotations__, *ClassificationOptions.__annotations__} - _TAKEN | {*_OF_TEXTS}
 
 
 def _default(each: "dataclasses.Field[Any]") -> Any:

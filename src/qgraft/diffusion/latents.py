@@ -32,7 +32,7 @@ from qgraft.errors import CheckpointError, TrainingError
 from qgraft.progress import bar_on, counted
 from qgraft.training.output_dir import LATENTS
 
-_MADE_OF = "qgraft.made_of"
+_MADE_OF, _CUT = "qgraft.made_of", "qgraft.cut"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ class ImageSample:
         mean, std: [C, h, w]; of the mirror image beside them, if there is one.
         conditions: by their names, each with a batch of one.
         places: see ImageRow.
+        lost: tokens of the caption that the text encoder does not read.
         input_ids, labels: what stands for it in the hash of a run's rows.
     """
 
@@ -54,6 +55,7 @@ class ImageSample:
     places: tuple[int, ...]
     input_ids: str
     labels: str | int
+    lost: int = 0
     part: ClassVar[int] = 0
     weights: ClassVar[None] = None
     desirable: ClassVar[None] = None
@@ -76,8 +78,8 @@ def encoded(
     source: str,
     pipeline: Callable[[], Any],
     console: Console | None = None,
-) -> tuple[list[ImageSample], int]:
-    """The rows as samples, out of the file where it is of these rows; and how many captions were cut.
+) -> list[ImageSample]:
+    """The rows as samples, out of the file where it is of these rows.
 
     Args:
         source: the pipeline's folder or hub id.
@@ -86,25 +88,26 @@ def encoded(
     path = Path(args.latents_cache or Path(str(args.output_dir)) / LATENTS).expanduser()
     about = made_of(rows, args, source)
     kept = _read(path, about)
-    found, truncated = kept or _encode(rows, pipeline(), family, args, console)
+    found, cut = kept or _encode(rows, pipeline(), family, args, console)
     if kept is None:
         storage.make_folder(path.parent)
-        metadata = {_MADE_OF: about, "truncated": str(truncated), "format": "pt"}
+        metadata = {_MADE_OF: about, _CUT: json.dumps(cut), "format": "pt"}
         write_safetensors(path, {name: (WORDS[each.dtype], each) for name, each in found.items()}, metadata)
     captions = {caption: number for number, caption in enumerate(captions_of(rows))}
     told: list[Conditions] = [{} for _ in captions]
     for name, tensor in found.items():
         if name.startswith("caption."):
-            _, number, condition = name.split(".", 2)
-            told[int(number)][condition] = tensor
+            _, which, condition = name.split(".", 2)
+            told[int(which)][condition] = tensor
     samples = []
     for number, row in enumerate(rows):
         mirrored = (found[f"mirrored_mean.{number}"], found[f"mirrored_std.{number}"]) if args.random_flip else None
         samples.append(ImageSample(
             str(row.path), found[f"mean.{number}"], found[f"std.{number}"], mirrored,
             told[captions[row.caption]], row.places, f"{row.sha256} {args.resolution}", row.caption,
+            cut[captions[row.caption]],
         ))  # fmt: skip
-    return samples, truncated
+    return samples
 
 
 def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str) -> str:
@@ -124,8 +127,8 @@ def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str) -> 
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 
-def _read(path: Path, about: str) -> tuple[dict[str, Tensor], int] | None:
-    """(tensors, captions that were cut) of the file where it is made of the same; None where it is not, or is not there."""
+def _read(path: Path, about: str) -> tuple[dict[str, Tensor], list[int]] | None:
+    """(tensors, tokens cut off each caption) of the file where it is made of the same; None where there is none such."""
     if not path.is_file():
         return None
     with ExitStack() as stack:
@@ -135,14 +138,14 @@ def _read(path: Path, about: str) -> tuple[dict[str, Tensor], int] | None:
             return None  # of a process that was killed, or anything else: it is made again
         if shard.metadata.get(_MADE_OF) != about:
             return None
-        return {name: shard.tensor(name).clone() for name in shard.names}, int(shard.metadata["truncated"])
+        return {name: shard.tensor(name).clone() for name in shard.names}, json.loads(shard.metadata[_CUT])
 
 
 @torch.no_grad()
 def _encode(
     rows: Sequence[ImageRow], pipeline: Any, family: Family, args: DiffusionArguments, console: Console | None
-) -> tuple[dict[str, Tensor], int]:
-    """See the module's docstring; and how many captions were cut. Raises TrainingError for latents that are no numbers."""
+) -> tuple[dict[str, Tensor], list[int]]:
+    """(tensors, tokens cut off each caption). Raises TrainingError for latents that are no numbers."""
     found: dict[str, Tensor] = {}
     captions = captions_of(rows)
     length = args.max_sequence_length if args.max_sequence_length is not None else family.tokens
@@ -174,10 +177,10 @@ def _distribution(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().cpu().contiguous(), std.float().cpu().contiguous()
 
 
-def _too_long(pipeline: Any, family: Family, captions: Sequence[str | int], length: int | None) -> int:
-    """How many captions are longer than what is read of them."""
+def _too_long(pipeline: Any, family: Family, captions: Sequence[str | int], length: int | None) -> list[int]:
+    """By how many tokens each caption is longer than what is read of it."""
     reader = getattr(pipeline, family.reads, None) if family.reads else None
     if reader is None:
-        return 0
+        return [0] * len(captions)
     most = min(reader.model_max_length, length or reader.model_max_length)
-    return sum(len(reader(caption, verbose=False).input_ids) > most for caption in captions)
+    return [max(0, len(reader(caption, verbose=False).input_ids) - most) for caption in captions]

@@ -27,7 +27,7 @@ from torch import Tensor
 from qgraft.diffusion.arguments import OF_FLOW, OF_NOISE, PREDICTIONS, DiffusionArguments
 from qgraft.diffusion.families import Family
 from qgraft.diffusion.latents import ImageSample
-from qgraft.diffusion.load import diffusers
+from qgraft.diffusion.denoisers import diffusers, frozen_parameter
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.passes.decoder import evaluating
 from qgraft.training.objective import Outcome
@@ -176,7 +176,7 @@ class Denoising:
 
     def _losses(self, model: Any, batch: Drawn) -> Tensor:
         """The weighted loss of each image, [B] float32."""
-        frozen = next(each for each in model.parameters() if not each.requires_grad)
+        frozen = frozen_parameter(model)
         latents, noise = batch.latents.to(frozen.device), batch.noise.to(frozen.device)
         signal, spread, weights = (
             table[batch.steps].to(frozen.device) for table in (self.signal, self.spread, self.weights)

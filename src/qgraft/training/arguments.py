@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -47,6 +47,8 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
+
+    command: ClassVar[str] = "train"
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
@@ -317,12 +319,12 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser whose complaints are ours: no usage of 150 options, no exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message, hint="`qgraft train --help` lists the options")
+        raise OptionError(message, hint=f"`{self.prog} --help` lists the options")
 
 
 def option_parser(kind: type[TrainArguments] = TrainArguments) -> HfArgumentParser:
     """The parser of all options, as flags."""
-    return _Parser(cast(Any, kind), prog="qgraft train", allow_abbrev=False, add_help=False)
+    return _Parser(cast(Any, kind), prog=f"qgraft {kind.command}", allow_abbrev=False, add_help=False)
 
 
 def _build(kind: type[Arguments], values: Mapping[str, Any], notes: list[str]) -> Arguments:

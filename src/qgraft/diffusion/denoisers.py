@@ -7,6 +7,7 @@ Nothing of a folder is executed: classes go by name, and only those of families.
 safetensors files alone.
 """
 
+import inspect
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,7 +24,7 @@ from qgraft.checkpoints.fingerprint import fingerprint
 from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.load import choose_device, choose_dtype
 from qgraft.checkpoints.quantize import quantize as pack
-from qgraft.diffusion.families import Family, family_named, family_of, latent_channels
+from qgraft.diffusion.families import Family, family_named, family_of
 from qgraft.errors import CheckpointError, InstallationError, UnsupportedError
 from qgraft.experts import PackedLayer
 from qgraft.formats import get_format
@@ -132,13 +133,9 @@ def _entries(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, ...], str, T
                 yield f"{path}.weight.{number}", packed.shape, packed.format, part
 
 
-def load_pipeline(source: str, denoiser: Any, dtype: torch.dtype) -> Any:
-    """The pipeline of `denoiser` without it, on its device: the VAE in float32, the text encoders in `dtype`.
-
-    Raises CheckpointError, UnsupportedError where it is another pipeline, or its VAE makes other latents.
-    """
-    library, family = diffusers(), family_of(denoiser)
-    path = Path(source).expanduser()
+def pipeline_class(source: str, denoiser: Any) -> str:
+    """The name of the pipeline's class. Raises CheckpointError, UnsupportedError where the denoiser is of another one."""
+    library, family, path = diffusers(), family_of(denoiser), Path(source).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise CheckpointError(f"{source} holds no {INDEX}: training needs the VAE and text encoders of the pipeline",
@@ -149,31 +146,37 @@ def load_pipeline(source: str, denoiser: Any, dtype: torch.dtype) -> Any:
             index = library.DiffusionPipeline.load_config(source)
     name = index.get("_class_name")
     if name not in family.pipelines:
-        raise UnsupportedError(
-            f"{source} is a {name}, expected {' or '.join(family.pipelines)} for a {type(denoiser).__name__}"
-        )
-    absent = dict.fromkeys([family.part, *(each for each in _UNUSED if each in index)])
-    safety = {"requires_safety_checker": False} if "safety_checker" in index else {}
+        expected = " or ".join(family.pipelines)
+        raise UnsupportedError(f"{source} is a {name}, expected {expected} for a {type(denoiser).__name__}")
+    return str(name)
+
+
+def load_pipeline(source: str, denoiser: Any) -> Any:
+    """The pipeline of `denoiser` without it, on its device: the VAE in float32, the text encoders in the denoiser's dtype.
+
+    Raises CheckpointError, UnsupportedError where it is another pipeline, or its latents are scaled in another way.
+    """
+    kind, family = getattr(diffusers(), pipeline_class(source, denoiser)), family_of(denoiser)
+    base, path = frozen_parameter(denoiser), Path(source).expanduser()
+    taken = inspect.signature(kind.__init__).parameters
+    absent: dict[str, Any] = dict.fromkeys([family.part, *(each for each in _UNUSED if each in taken)])
+    if "requires_safety_checker" in taken:
+        absent["requires_safety_checker"] = False
     with ForeignErrors(f"{source} cannot be read"):
-        pipeline = getattr(library, name).from_pretrained(
-            str(path) if path.is_dir() else source, dtype={"vae": torch.float32, "default": dtype},
-            use_safetensors=True, **absent, **safety,
+        pipeline = kind.from_pretrained(
+            str(path) if path.is_dir() else source, dtype={"vae": torch.float32, "default": base.dtype},
+            use_safetensors=True, **absent,
         )  # fmt: skip
-    _check_vae(source, pipeline, denoiser)
-    return pipeline.to(next(denoiser.parameters()).device)
-
-
-def _check_vae(source: str, pipeline: Any, denoiser: Any) -> None:
     vae = pipeline.vae
     if type(vae).__name__ != "AutoencoderKL" or vae.config.get("latents_mean") is not None:
         raise UnsupportedError(f"{source}: a {type(vae).__name__} whose latents are scaled by channels, expected "
                                "AutoencoderKL")  # fmt: skip
-    made, taken = vae.config.latent_channels, latent_channels(denoiser)
-    if made != taken:
-        raise UnsupportedError(
-            f"{source}: the denoiser takes {taken} channels, and the VAE makes {made}: an inpainting or editing model "
-            "is told more than an image"
-        )
+    return pipeline.to(base.device)
+
+
+def frozen_parameter(denoiser: nn.Module) -> nn.Parameter:
+    """One of the base's floats: which device and dtype it computes in."""
+    return next(each for each in denoiser.parameters() if not each.requires_grad and each.is_floating_point())
 
 
 def scheduler_of(source: str, family: Family) -> Any:

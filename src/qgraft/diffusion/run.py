@@ -13,7 +13,6 @@ its checkpoint with the draws it would have had. What is its own is the objectiv
 
 import copy
 from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,10 +22,10 @@ from qgraft.adapter_files.diffusers_lora import part_of, save_lora_weights
 from qgraft.adapters.base import adapter_names, base_of
 from qgraft.data.held_out import hold_out
 from qgraft.diffusion.arguments import DiffusionArguments
-from qgraft.diffusion.families import Family, family_of
+from qgraft.diffusion.families import Family, family_of, latent_channels
 from qgraft.diffusion.images import read_images
 from qgraft.diffusion.latents import ImageSample, encoded
-from qgraft.diffusion.load import describe, diffusers, load_pipeline, scheduler_of
+from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_class, scheduler_of
 from qgraft.diffusion.noise import Denoising
 from qgraft.errors import DataError, OptionError, UnsupportedError, option
 from qgraft.linear import computing
@@ -97,15 +96,16 @@ def _prepare(
     _check(denoiser, family, args)
     every = [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     earlier = check_output_dir(args)
+    pipeline_class(source, denoiser)
+    guided = bool(getattr(denoiser.config, "guidance_embeds", False))
+    objective = Denoising(family, scheduler_of(source, family), args, guided)
     rows, accounting = read_images(
         str(args.dataset), args.resolution, caption_column=args.caption_column, instance_prompt=args.instance_prompt,
         most=args.max_samples,
     )  # fmt: skip
-    dtype = next(each.dtype for each in denoiser.parameters() if each.is_floating_point())
-    pipeline = cache(partial(load_pipeline, source, denoiser, dtype))
-    schedule = scheduler_of(source, family)
-    objective = Denoising(family, schedule, args, bool(getattr(denoiser.config, "guidance_embeds", False)))
-    samples, accounting.truncated = encoded(rows, family, args, source, pipeline, console)
+    samples = encoded(rows, family, args, source, lambda: load_pipeline(source, denoiser), console)
+    lost = [each.lost for each in samples]
+    accounting.truncated, accounting.truncated_tokens = sum(map(bool, lost)), sum(lost)
     _check_samples(denoiser, family, samples)
     held: list[ImageSample] = []
     if args.val_size:
@@ -116,10 +116,6 @@ def _prepare(
     info = base_of(denoiser).info
     describe(denoiser, source if info is None else info.source, () if info is None else info.notes)
     notes = [*args.notes, *earlier.passed_over, *accounting.notes]
-    if accounting.truncated:
-        notes.append(
-            f"{accounting.truncated} captions are longer than the text encoder reads, which passes over their ends"
-        )
     return Prepared(
         args, Path(str(args.output_dir)), earlier, list(samples), list(held), accounting, None, notes, None, every,
         args.adapter_name not in adapter_names(denoiser), objective=objective,
@@ -140,7 +136,6 @@ def _source(denoiser: Any, args: DiffusionArguments) -> str:
 
 def _check(denoiser: Any, family: Family, args: DiffusionArguments) -> None:
     """Raise for options that this denoiser has no use for."""
-    diffusers()
     if args.max_sequence_length is not None and not family.sized:
         raise OptionError(f"max_sequence_length: the text encoder of a {type(denoiser).__name__} reads one length",
                           hint="leave it out")  # fmt: skip
@@ -151,7 +146,10 @@ def _check(denoiser: Any, family: Family, args: DiffusionArguments) -> None:
 
 def _check_samples(denoiser: Any, family: Family, samples: Sequence[ImageSample]) -> None:
     """Raise for latents that the denoiser cannot cut into its patches, and classes that it does not have."""
-    side = samples[0].mean.shape[-1]
+    made, _, side = samples[0].mean.shape
+    if made != (taken := latent_channels(denoiser)):
+        raise UnsupportedError(f"the denoiser takes {taken} channels, and the VAE makes {made}: an inpainting or editing "
+                               "model is told more than an image")  # fmt: skip
     blocks = getattr(denoiser.config, "block_out_channels", None)
     unit = family.square * (getattr(denoiser.config, "patch_size", None) or 1)
     unit = unit if blocks is None else 2 ** (len(blocks) - 1)
