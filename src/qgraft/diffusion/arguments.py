@@ -6,7 +6,7 @@ where they are given, all at once.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from qgraft.errors import OptionError, option
 from qgraft.ranges import ABOVE_0, AMOUNT, COUNT, FINITE, Range, check_ranges
@@ -44,7 +44,7 @@ def _option(default: Any, help: str) -> Any:
 class DiffusionArguments(TrainArguments):
     """Options of training a LoRA on a denoiser; those not listed here are TrainArguments' and transformers'."""
 
-    command: ClassVar[str] = "diffuse"
+    command = "diffuse"
 
     resolution: int = _option(512, "Images are resized and cut at their middle to squares of so many pixels.")
     caption_column: str = _option("text", "Of metadata.jsonl: the caption; of a DiT the class.")

@@ -25,8 +25,8 @@ from qgraft.adapters.states import loras_of, non_finite
 from qgraft.adapters.targets import adapted_layers
 from qgraft.checkpoints.folder_write import write_safetensors
 from qgraft.checkpoints.pickles import WORDS
-from qgraft.diffusion.families import family_of
 from qgraft.diffusion.denoisers import CONFIG, describe
+from qgraft.diffusion.families import family_of
 from qgraft.errors import AdapterError, StorageError, UnsupportedError, option
 from qgraft.given import path_given
 from qgraft.linear import QuantizedLinear

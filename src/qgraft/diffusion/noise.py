@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from qgraft.diffusion.arguments import OF_FLOW, OF_NOISE, PREDICTIONS, DiffusionArguments
+from qgraft.diffusion.denoisers import diffusers, frozen_parameter
 from qgraft.diffusion.families import Family
 from qgraft.diffusion.latents import ImageSample
-from qgraft.diffusion.denoisers import diffusers, frozen_parameter
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.passes.decoder import evaluating
 from qgraft.training.objective import Outcome

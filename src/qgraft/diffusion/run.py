@@ -22,10 +22,10 @@ from qgraft.adapter_files.diffusers_lora import part_of, save_lora_weights
 from qgraft.adapters.base import adapter_names, base_of
 from qgraft.data.held_out import hold_out
 from qgraft.diffusion.arguments import DiffusionArguments
+from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_class, scheduler_of
 from qgraft.diffusion.families import Family, family_of, latent_channels
 from qgraft.diffusion.images import read_images
 from qgraft.diffusion.latents import ImageSample, encoded
-from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_class, scheduler_of
 from qgraft.diffusion.noise import Denoising
 from qgraft.errors import DataError, OptionError, UnsupportedError, option
 from qgraft.linear import computing

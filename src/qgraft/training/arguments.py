@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -48,7 +48,7 @@ def _option(default: Any, help: str) -> Any:
 class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
 
-    command: ClassVar[str] = "train"
+    command = "train"
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
