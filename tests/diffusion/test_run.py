@@ -228,6 +228,7 @@ def test_what_has_no_meaning_is_refused(folder, tmp_path):
         ({"model_name_or_path": str(folder / "sd" / "unet")}, CheckpointError, "needs the VAE"),
         ({"model_name_or_path": str(folder / "images")}, CheckpointError, "needs the VAE"),
         ({"eval_strategy": "steps", "eval_steps": 1}, OptionError, "no held-out rows"),
+        ({"latents_cache": str(folder / "images" / "0.png")}, StorageError, "no file of latents"),
     ]:  # fmt: skip
         with pytest.raises(error, match=match):
             diffusion.train(unet, options(folder, tmp_path / "no", **told))

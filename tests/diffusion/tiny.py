@@ -68,9 +68,9 @@ def vae():
     )  # fmt: skip
 
 
-def clip(folder: Path):
-    """(text encoder, tokenizer) of few words."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def clip(folder: Path, projected: bool = False):
+    """(text encoder, tokenizer) of letters."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     pieces = [
@@ -82,12 +82,13 @@ def clip(folder: Path):
     (folder / "vocab.json").write_text(json.dumps({piece: number for number, piece in enumerate(pieces)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=16)
-    torch.manual_seed(2)
+    torch.manual_seed(2 + 10 * projected)
     config = CLIPTextConfig(
         vocab_size=len(pieces), hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2,
         max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        projection_dim=32,
     )  # fmt: skip
-    return CLIPTextModel(config).eval(), tokenizer
+    return (CLIPTextModelWithProjection if projected else CLIPTextModel)(config).eval(), tokenizer
 
 
 def pipeline(folder: Path, **schedule):
@@ -112,3 +113,61 @@ def images(folder: Path, count: int = 4, size: tuple[int, int] = (20, 16)) -> Pa
         lines.append(json.dumps({"file_name": f"{number}.png", "text": f"a photo of a {name} square"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def t5():
+    """(text encoder, tokenizer) of letters."""
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [
+        ("<pad>", 0.0),
+        ("</s>", 0.0),
+        ("<unk>", 0.0),
+        *[(letter, -2.0) for letter in "▁abcdefghijklmnopqrstuvwxyz"],
+    ]
+    torch.manual_seed(3)
+    config = T5Config(vocab_size=32, d_model=32, d_kv=8, d_ff=37, num_layers=1, num_heads=4)
+    return T5EncoderModel(config).eval(), T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=16)
+
+
+def whole(kind: str, folder: Path):
+    """A pipeline of this kind, saved in `folder`."""
+    if kind == "unet":
+        return pipeline(folder)
+    encoder, tokenizer = clip(folder.parent / "words")
+    noise = {"scheduler": diffusers.DDPMScheduler(num_train_timesteps=100, beta_schedule="scaled_linear"), "vae": vae()}
+    flow = {"scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "vae": vae()}
+    flow["vae"].register_to_config(shift_factor=0.0609)
+    pooled, _ = clip(folder.parent / "words", projected=True)
+    if kind == "sdxl":
+        made = diffusers.StableDiffusionXLPipeline(
+            text_encoder=encoder,
+            text_encoder_2=pooled,
+            tokenizer=tokenizer,
+            tokenizer_2=tokenizer,
+            unet=sdxl(),
+            **noise,
+        )
+    elif kind.startswith("sd3"):
+        encoder_3, tokenizer_3 = t5() if kind == "sd3" else (None, None)
+        made = diffusers.StableDiffusion3Pipeline(
+            transformer=sd3(), text_encoder=clip(folder.parent / "words", projected=True)[0], text_encoder_2=pooled,
+            tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder_3=encoder_3, tokenizer_3=tokenizer_3, **flow,
+        )  # fmt: skip
+    elif kind == "flux":
+        encoder_2, tokenizer_2 = t5()
+        made = diffusers.FluxPipeline(
+            transformer=flux(), text_encoder=encoder, tokenizer=tokenizer, text_encoder_2=encoder_2, tokenizer_2=tokenizer_2,
+            **flow,
+        )  # fmt: skip
+    elif kind == "pixart":
+        encoder, tokenizer = t5()
+        made = diffusers.PixArtSigmaPipeline(transformer=pixart(), text_encoder=encoder, tokenizer=tokenizer, **noise)
+    else:
+        made = diffusers.DiTPipeline(transformer=dit(), **noise)
+    made.save_pretrained(folder)
+    if kind == "dit":  # where the released folders have it, and save_pretrained forgets it
+        path = folder / "model_index.json"
+        labels = {"id2label": {"1": "red, crimson", "2": "green", "3": "blue"}}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **labels}))
+    return made

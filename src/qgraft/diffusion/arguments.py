@@ -44,7 +44,7 @@ def _option(default: Any, help: str) -> Any:
 class DiffusionArguments(TrainArguments):
     """Options of training a LoRA on a denoiser; those not listed here are TrainArguments' and transformers'."""
 
-    command = "diffuse"
+    command, public_name = "diffuse", "qgraft.diffusion.DiffusionArguments"
 
     resolution: int = _option(512, "Images are resized and cut at their middle to squares of so many pixels.")
     caption_column: str = _option("text", "Of metadata.jsonl: the caption; of a DiT the class.")

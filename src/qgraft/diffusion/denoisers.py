@@ -133,39 +133,40 @@ def _entries(denoiser: nn.Module) -> Iterator[tuple[str, tuple[int, ...], str, T
                 yield f"{path}.weight.{number}", packed.shape, packed.format, part
 
 
-def pipeline_class(source: str, denoiser: Any) -> str:
-    """The name of the pipeline's class. Raises CheckpointError, UnsupportedError where the denoiser is of another one."""
+def pipeline_index(source: str, denoiser: Any) -> dict[str, Any]:
+    """What the pipeline's model_index.json says. Raises CheckpointError, UnsupportedError where it is of another denoiser."""
     library, family, path = diffusers(), family_of(denoiser), Path(source).expanduser()
     if path.is_dir():
         if not (path / INDEX).is_file():
             raise CheckpointError(f"{source} holds no {INDEX}: training needs the VAE and text encoders of the pipeline",
                                   hint="give the pipeline's folder, above unet or transformer")  # fmt: skip
-        index: Any = read_object(path / INDEX, CheckpointError)
+        index: dict[str, Any] = read_object(path / INDEX, CheckpointError)
     else:
         with ForeignErrors(f"{source} cannot be fetched"):
             index = library.DiffusionPipeline.load_config(source)
-    name = index.get("_class_name")
-    if name not in family.pipelines:
+    if (name := index.get("_class_name")) not in family.pipelines:
         expected = " or ".join(family.pipelines)
         raise UnsupportedError(f"{source} is a {name}, expected {expected} for a {type(denoiser).__name__}")
-    return str(name)
+    return index
 
 
 def load_pipeline(source: str, denoiser: Any) -> Any:
-    """The pipeline of `denoiser` without it, on its device: the VAE in float32, the text encoders in the denoiser's dtype.
+    """The pipeline around `denoiser`, on its device: the VAE in float32, the text encoders in the denoiser's dtype.
 
     Raises CheckpointError, UnsupportedError where it is another pipeline, or its latents are scaled in another way.
     """
-    kind, family = getattr(diffusers(), pipeline_class(source, denoiser)), family_of(denoiser)
+    index, family = pipeline_index(source, denoiser), family_of(denoiser)
+    kind = getattr(diffusers(), index["_class_name"])
     base, path = frozen_parameter(denoiser), Path(source).expanduser()
     taken = inspect.signature(kind.__init__).parameters
-    absent: dict[str, Any] = dict.fromkeys([family.part, *(each for each in _UNUSED if each in taken)])
+    empty = [name for name, entry in index.items() if entry == [None, None]]  # SD3 without its T5
+    absent: dict[str, Any] = dict.fromkeys(each for each in (*empty, *_UNUSED) if each in taken)
     if "requires_safety_checker" in taken:
         absent["requires_safety_checker"] = False
     with ForeignErrors(f"{source} cannot be read"):
         pipeline = kind.from_pretrained(
             str(path) if path.is_dir() else source, dtype={"vae": torch.float32, "default": base.dtype},
-            use_safetensors=True, **absent,
+            use_safetensors=True, **{family.part: denoiser}, **absent,
         )  # fmt: skip
     vae = pipeline.vae
     if type(vae).__name__ != "AutoencoderKL" or vae.config.get("latents_mean") is not None:

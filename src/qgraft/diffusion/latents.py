@@ -9,8 +9,9 @@ made of (images, captions, options, the pipeline's files): where that is the sam
 """
 
 import hashlib
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from qgraft.checkpoints.shards import open_shard
 from qgraft.diffusion.arguments import DiffusionArguments
 from qgraft.diffusion.families import Conditions, Family
 from qgraft.diffusion.images import ImageRow, captions_of, pixels_of
-from qgraft.errors import CheckpointError, TrainingError
+from qgraft.errors import CheckpointError, StorageError, TrainingError, option
 from qgraft.progress import bar_on, counted
 from qgraft.training.output_dir import LATENTS
 
@@ -128,17 +129,24 @@ _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 
 def _read(path: Path, about: str) -> tuple[dict[str, Tensor], list[int]] | None:
-    """(tensors, tokens cut off each caption) of the file where it is made of the same; None where there is none such."""
-    if not path.is_file():
+    """(tensors, tokens cut off each caption) of the file where it is made of the same; None where there is none such.
+
+    Raises StorageError where something else lies there.
+    """
+    if not path.exists():
         return None
     with ExitStack() as stack:
         try:
             shard = open_shard(path, stack)
+            metadata: Mapping[str, str] = shard.metadata
         except CheckpointError:
-            return None  # of a process that was killed, or anything else: it is made again
-        if shard.metadata.get(_MADE_OF) != about:
+            metadata = {}
+        if not {_MADE_OF, _CUT} <= metadata.keys():
+            another = option("latents_cache", "latents.safetensors")
+            raise StorageError(f"{path} is there, and is no file of latents", hint=f"delete it, or give {another}")
+        if metadata[_MADE_OF] != about:
             return None
-        return {name: shard.tensor(name).clone() for name in shard.names}, json.loads(shard.metadata[_CUT])
+        return {name: shard.tensor(name).clone() for name in shard.names}, json.loads(metadata[_CUT])
 
 
 @torch.no_grad()
@@ -148,8 +156,8 @@ def _encode(
     """(tensors, tokens cut off each caption). Raises TrainingError for latents that are no numbers."""
     found: dict[str, Tensor] = {}
     captions = captions_of(rows)
-    length = args.max_sequence_length if args.max_sequence_length is not None else family.tokens
-    options = {} if length is None or not family.sized else {"max_sequence_length": length}
+    length = _longest(pipeline, family, args)
+    options = {} if length is None else {"max_sequence_length": length}
     with bar_on(console) as bar:
         said = counted(bar, "captions and images")
         for number, caption in enumerate(captions):
@@ -177,10 +185,20 @@ def _distribution(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float().cpu().contiguous(), std.float().cpu().contiguous()
 
 
+def _longest(pipeline: Any, family: Family, args: DiffusionArguments) -> int | None:
+    """How many tokens of a caption are read, where that can be chosen: as asked for, else as the script, else the pipeline."""
+    if not family.sized:
+        return None
+    unsaid = inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default
+    return args.max_sequence_length or family.tokens or int(unsaid)
+
+
 def _too_long(pipeline: Any, family: Family, captions: Sequence[str | int], length: int | None) -> list[int]:
     """By how many tokens each caption is longer than what is read of it."""
-    reader = getattr(pipeline, family.reads, None) if family.reads else None
-    if reader is None:
+    if family.reads is None:
         return [0] * len(captions)
-    most = min(reader.model_max_length, length or reader.model_max_length)
+    reader = getattr(pipeline, family.reads)
+    if reader is None:  # SD3 without its T5
+        reader, length = pipeline.tokenizer, None
+    most = reader.model_max_length if length is None else length
     return [max(0, len(reader(caption, verbose=False).input_ids) - most) for caption in captions]

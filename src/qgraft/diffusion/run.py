@@ -22,7 +22,7 @@ from qgraft.adapter_files.diffusers_lora import part_of, save_lora_weights
 from qgraft.adapters.base import adapter_names, base_of
 from qgraft.data.held_out import hold_out
 from qgraft.diffusion.arguments import DiffusionArguments
-from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_class, scheduler_of
+from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_index, scheduler_of
 from qgraft.diffusion.families import Family, family_of, latent_channels
 from qgraft.diffusion.images import read_images
 from qgraft.diffusion.latents import ImageSample, encoded
@@ -96,7 +96,7 @@ def _prepare(
     _check(denoiser, family, args)
     every = [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     earlier = check_output_dir(args)
-    pipeline_class(source, denoiser)
+    pipeline_index(source, denoiser)
     guided = bool(getattr(denoiser.config, "guidance_embeds", False))
     objective = Denoising(family, scheduler_of(source, family), args, guided)
     rows, accounting = read_images(

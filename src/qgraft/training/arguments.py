@@ -48,7 +48,7 @@ def _option(default: Any, help: str) -> Any:
 class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
 
-    command = "train"
+    command, public_name = "train", "qgraft.TrainArguments"
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
