@@ -68,6 +68,18 @@ def test_diffusers_computes_the_same(kind, options, tmp_path):
     assert (output(last, kind) - expected).abs().max() <= 1e-5
 
 
+def test_without_metadata_alpha_is_the_rank(tmp_path):
+    """Of files of diffusers before 0.33."""
+    ours = trained(tiny.unet(), r=4, lora_alpha=4, rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 2})
+    state = load_file(diffusion.save_lora_weights(ours, tmp_path))
+    save_file(state, tmp_path / "old.safetensors")
+    theirs, again = tiny.unet(), tiny.unet()
+    theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name="old.safetensors")
+    qgraft.load_adapter(again, tmp_path / "old.safetensors")
+    assert (output(ours, "unet") - output(theirs, "unet")).abs().max() <= 1e-5
+    assert torch.equal(output(ours, "unet"), output(again, "unet"))
+
+
 @pytest.mark.parametrize("kind", ["unet", "sdxl"])
 def test_kohyas_layout_is_read_by_diffusers_and_by_us(kind, tmp_path):
     ours = trained(KINDS[kind](), lora_alpha=6, use_rslora=True)
@@ -135,6 +147,14 @@ def test_what_has_no_meaning_is_refused(tmp_path):
     save_file(kept, tmp_path / "half.safetensors")
     with pytest.raises(AdapterError, match="missing tensor"):
         qgraft.load_adapter(tiny.unet(), tmp_path / "half.safetensors")
+    told = {"unet.r": 4, "unet.lora_alpha": 6, "unet.bias": "all"}
+    save_file(state, tmp_path / "bias.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(UnsupportedError, match="a LoRA with bias"):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "bias.safetensors")
+    save_file({f"lora_unet_{key}": torch.zeros(2, 2) for key in ("double_blocks_0_img_attn_qkv.lora_up.weight",)},
+              tmp_path / "flux.safetensors")  # fmt: skip
+    with pytest.raises(UnsupportedError, match="three parts each"):
+        qgraft.load_adapter(tiny.flux(), tmp_path / "flux.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:100])
     with pytest.raises(AdapterError):
         qgraft.load_adapter(tiny.unet(), tmp_path / "broken.safetensors")

@@ -139,6 +139,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(folder, tmp_path):
         part, options(folder, tmp_path / "whole", max_steps=5, resume_from_checkpoint="auto", **told)
     )
     assert again.unchanged
+    diffusion.train(part, options(folder, tmp_path / "whole", max_steps=5, resume_from_checkpoint="auto",
+                                  output_kohya_format=True, **told))  # fmt: skip
+    assert (tmp_path / "whole" / "pytorch_lora_weights_kohya.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -180,10 +183,11 @@ def test_latents_are_computed_once(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantize", [None, "q8_0", "q4_1"])
-def test_merging_and_saving(folder, tmp_path, quantize):
-    unet = diffusion.load(folder / "sd", quantize=quantize)
-    qgraft.attach_lora(unet, 4, 8, target_modules=diffusion.ATTENTION)
+@pytest.mark.parametrize("quantize, dora", [(None, False), (None, True), ("q8_0", False), ("q4_1", False)])
+def test_merging_and_saving(folder, tmp_path, quantize, dora):
+    unet = diffusion.load(folder / "sd" / "unet", quantize=quantize)
+    assert unet.qgraft.info.fingerprint == diffusion.load(folder / "sd", quantize=quantize).qgraft.info.fingerprint
+    qgraft.attach_lora(unet, 4, 8, target_modules=diffusion.ATTENTION, use_dora=dora)
     for number, tensor in enumerate(qgraft.lora_state_dict(unet).values()):
         tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
     expected, before = sees(unet), unet.qgraft.info.fingerprint
@@ -193,8 +197,9 @@ def test_merging_and_saving(folder, tmp_path, quantize):
         diffusion.save(unet, tmp_path / "early")
     report = diffusion.merge(unet)
     assert len(report.floats) == (0 if quantize else 32) and len(report.packed) == (32 if quantize else 0)
-    kept = float((sees(unet) - expected).norm() / (base - expected).norm())
-    assert kept <= {None: 1e-5, "q8_0": 0.05, "q4_1": 0.6}[quantize]
+    assert 0 < report.error < 0.6 if quantize else report.error == 0
+    lost = float((sees(unet) - expected).norm() / (base - expected).norm())
+    assert lost <= {None: 1e-5, "q8_0": 0.05, "q4_1": 0.6}[quantize]
     assert unet.qgraft.info.fingerprint != before and qgraft.adapter_names(unet) == []
     diffusion.save(unet, tmp_path / "merged")
     theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "merged")

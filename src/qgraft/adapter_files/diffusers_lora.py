@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapter_files.lora import lora_content, refuse_minimums
-from qgraft.adapter_files.peft_config import checked_values
+from qgraft.adapter_files.peft_config import check_kind, checked_values
 from qgraft.adapters.base import base_of, find_adapter
 from qgraft.adapters.dora import DoraLora
 from qgraft.adapters.peft_names import parse_name, tensor_name
@@ -167,7 +167,11 @@ def _told(path: Path, part: str, metadata: Mapping[str, str]) -> dict[str, Any] 
     if not isinstance(options, dict):
         raise AdapterError(f"{path}: {METADATA}: got a {type(options).__name__}, expected an object")
     own = {key.removeprefix(f"{part}."): value for key, value in options.items() if key.startswith(f"{part}.")}
-    return checked_values(path, own) if own else None
+    if not own:
+        return None
+    own = {"peft_type": "LORA", **own}
+    check_kind(path / METADATA, own)
+    return checked_values(path, own)
 
 
 def _bare(state: Mapping[str, Tensor], alphas: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -204,9 +208,7 @@ def _from_kohya(
                 raise AdapterError(f"{path}: {key}: got {list(tensor.shape)}, expected one finite number")
             alphas[layer] = float(tensor)
         else:
-            state[tensor_name(layer, "A" if leaf.startswith("lora_down") else "B")] = (
-                tensor.flatten(2).squeeze(-1) if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor
-            )
+            state[tensor_name(layer, "A" if leaf.startswith("lora_down") else "B")] = tensor
     return _bare(state, alphas), state
 
 

@@ -176,8 +176,9 @@ def load_pipeline(source: str, denoiser: Any) -> Any:
 
 
 def frozen_parameter(denoiser: nn.Module) -> nn.Parameter:
-    """One of the base's floats: which device and dtype it computes in."""
-    return next(each for each in denoiser.parameters() if not each.requires_grad and each.is_floating_point())
+    """One of the base's floats: which device and dtype it computes in. There always is one: a convolution, a table."""
+    inside = (each for _, module in modules_outside_adapters(denoiser) for each in module.parameters(recurse=False))
+    return next(each for each in inside if each.is_floating_point())
 
 
 def scheduler_of(source: str, family: Family) -> Any:

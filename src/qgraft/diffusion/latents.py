@@ -186,7 +186,7 @@ def _distribution(vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _longest(pipeline: Any, family: Family, args: DiffusionArguments) -> int | None:
-    """How many tokens of a caption are read, where that can be chosen: as asked for, else as the script, else the pipeline."""
+    """How many tokens of a caption are read, where that can be chosen: as asked for, or the script, or the pipeline."""
     if not family.sized:
         return None
     unsaid = inspect.signature(pipeline.encode_prompt).parameters["max_sequence_length"].default

@@ -117,8 +117,11 @@ class Denoising:
 
     # --- the objective of a run
 
-    def begin(self, model: Any, every: Sequence[Any], own: Sequence[Any], tokens: int, processes: Processes) -> None:
-        """Nothing: each image is learned by itself."""
+    def begin(
+        self, model: Any, every: Sequence[Any], own: Sequence[Any], tokens: int, processes: Processes, step: int
+    ) -> tuple[Sequence[Any], float]:
+        """As they are: each image is learned by itself."""
+        return own, self.count(every)
 
     def count(self, samples: Sequence[ImageSample]) -> float:
         """The images."""

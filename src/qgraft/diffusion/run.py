@@ -74,10 +74,9 @@ def train(
             run = Run(denoiser, prepared, watch, stop)
             try:
                 run.start(0, {})
-                if (report := run.ended_before) is not None:
-                    return report
-                run.loop.take_steps()
-                report = run.finish()
+                if (report := run.ended_before) is None:
+                    run.loop.take_steps()
+                    report = run.finish()
             finally:
                 run.close()
             if report.finished:
