@@ -145,6 +145,27 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(folder, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_module_is_trained_as_it_is(folder, tmp_path):
+    """Of diffusers, not frozen, packed in place."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "sd", subfolder="unet")
+    qgraft.quantize(unet, "q8_0")
+    with pytest.raises(OptionError, match="which pipeline"):
+        diffusion.train(unet, options(folder, tmp_path / "one"))
+    diffusion.train(unet, options(folder, tmp_path / "one", model_name_or_path=str(folder / "sd")))
+    loaded = diffusion.load(folder / "sd", quantize="q8_0")
+    torch.manual_seed(42)
+    qgraft.attach_lora(loaded, 4, 4, target_modules=diffusion.ATTENTION)
+    diffusion.train(loaded, options(folder, tmp_path / "two"))  # goes on with it
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert loaded.qgraft.info.fingerprint == unet.qgraft.info.fingerprint
+    qgraft.attach_lora(loaded, 8, 6, target_modules="to_q", name="other")
+    diffusion.train(loaded, options(folder, tmp_path / "three", adapter_name="other"))
+    assert json.loads((tmp_path / "three" / "run.json").read_text())["adapter"]["lora_alpha"] == 6
+    with pytest.raises(OptionError, match=r"lora_alpha=5.*, the adapter has 6"):
+        diffusion.train(loaded, options(folder, tmp_path / "four", adapter_name="other", lora_alpha=5))
+
+
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_loss(folder, tmp_path):
     for name, on in (("off", False), ("on", True)):
         unet = diffusion.load(folder / "sd", quantize="q8_0")

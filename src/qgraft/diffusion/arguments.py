@@ -77,7 +77,8 @@ class DiffusionArguments(TrainArguments):
 
     def __post_init__(self) -> None:
         self._refuse_texts()
-        if self.lora_alpha is None:
+        self.alpha_unsaid = self.lora_alpha is None
+        if self.alpha_unsaid:
             self.lora_alpha = self.r
         super().__post_init__()
         self._check_diffusion()

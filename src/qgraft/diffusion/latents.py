@@ -76,18 +76,17 @@ def encoded(
     rows: Sequence[ImageRow],
     family: Family,
     args: DiffusionArguments,
-    source: str,
+    about: str,
     pipeline: Callable[[], Any],
     console: Console | None = None,
 ) -> list[ImageSample]:
     """The rows as samples, out of the file where it is of these rows.
 
     Args:
-        source: the pipeline's folder or hub id.
+        about: what they are of, see made_of.
         pipeline: what makes it, called only where it is needed.
     """
     path = Path(args.latents_cache or Path(str(args.output_dir)) / LATENTS).expanduser()
-    about = made_of(rows, args, source)
     kept = _read(path, about)
     found, cut = kept or _encode(rows, pipeline(), family, args, console)
     if kept is None:
@@ -111,15 +110,19 @@ def encoded(
     return samples
 
 
-def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str) -> str:
-    """A hash of all that the file depends on; of the pipeline its files' sizes and times, of a hub id the name."""
+def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str, dtype: str) -> str:
+    """A hash of all that the file depends on; of the pipeline its files' sizes and times, of a hub id the name.
+
+    Args:
+        dtype: what captions are encoded in.
+    """
     folder, digest = Path(source).expanduser(), hashlib.sha256()
     files = []
     if folder.is_dir():
         parts = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(_ENCODERS)]
         files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
     pipeline = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    options = (args.resolution, args.random_flip, args.max_sequence_length)
+    options = (args.resolution, args.random_flip, args.max_sequence_length, dtype)
     each = [(row.sha256, row.caption, row.places) for row in rows]
     digest.update(json.dumps([str(source), pipeline, options, each]).encode())
     return digest.hexdigest()

@@ -22,10 +22,10 @@ from qgraft.adapter_files.diffusers_lora import part_of, save_lora_weights
 from qgraft.adapters.base import adapter_names, base_of
 from qgraft.data.held_out import hold_out
 from qgraft.diffusion.arguments import DiffusionArguments
-from qgraft.diffusion.denoisers import describe, load_pipeline, pipeline_index, scheduler_of
+from qgraft.diffusion.denoisers import describe, frozen_parameter, load_pipeline, pipeline_index, scheduler_of
 from qgraft.diffusion.families import Family, family_of, latent_channels
 from qgraft.diffusion.images import read_images
-from qgraft.diffusion.latents import ImageSample, encoded
+from qgraft.diffusion.latents import ImageSample, encoded, made_of
 from qgraft.diffusion.noise import Denoising
 from qgraft.errors import DataError, OptionError, UnsupportedError, option
 from qgraft.linear import computing
@@ -69,6 +69,7 @@ def train(
         raise UnsupportedError("a denoiser is trained in one process", hint="start it without torchrun")
     with folder_locked(Path(str(args.output_dir))):
         prepared = _prepare(denoiser, family, args, callbacks, console)
+        args = cast(DiffusionArguments, prepared.args)
         with adapter_in_training(denoiser, args), computing(denoiser, args.compute):
             watch, stop = Watch(prepared.folder, console, unit="places"), StopOnSignal()
             run = Run(denoiser, prepared, watch, stop)
@@ -91,6 +92,8 @@ def _prepare(
 ) -> Prepared:
     """All that can be wrong is found before anything is touched; the images as samples."""
     args = copy.copy(args)
+    if args.alpha_unsaid and args.adapter_name in adapter_names(denoiser):
+        args.lora_alpha = None  # that of the adapter
     source = _source(denoiser, args)
     _check(denoiser, family, args)
     every = [*tracking_callbacks(args), *ready_callbacks(callbacks)]
@@ -102,7 +105,8 @@ def _prepare(
         str(args.dataset), args.resolution, caption_column=args.caption_column, instance_prompt=args.instance_prompt,
         most=args.max_samples,
     )  # fmt: skip
-    samples = encoded(rows, family, args, source, lambda: load_pipeline(source, denoiser), console)
+    about = made_of(rows, args, source, str(frozen_parameter(denoiser).dtype))
+    samples = encoded(rows, family, args, about, lambda: load_pipeline(source, denoiser), console)
     lost = [each.lost for each in samples]
     accounting.truncated, accounting.truncated_tokens = sum(map(bool, lost)), sum(lost)
     _check_samples(denoiser, family, samples)
