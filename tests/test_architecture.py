@@ -36,6 +36,7 @@ RANKS = [  # a lower rank never imports a higher one; rooms of the same rank nev
     {"memory"},
     {"training"},
     {"jobs", "merging", "serving"},
+    {"diffusion"},
     {"cli"},
     {"__main__"},
 ]
@@ -65,6 +66,7 @@ ONLY_IN = {
     "llguidance": {"serving", "cli"},
     "matplotlib": {"plots"},
     "datasets": {"data"},
+    "diffusers": {"diffusion"},
 }
 
 

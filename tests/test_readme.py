@@ -12,7 +12,8 @@ from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 GUIDES = [f"docs/guide-{name}{tongue}.md" for tongue in ("", "_zh")
-          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences", "classify")]  # fmt: skip
+          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences", "classify",
+                       "diffusion")]  # fmt: skip
 PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 
@@ -31,15 +32,17 @@ def commands(page: str) -> list[list[str]]:
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist_and_their_options_are_known(page, monkeypatch, capsys):
     from qgraft.cli.main import main
-    from qgraft.training.arguments import parse_arguments
+    from qgraft.diffusion.arguments import DiffusionArguments
+    from qgraft.training.arguments import TrainArguments, parse_options
 
     monkeypatch.chdir(ROOT)
+    kinds = {"train": TrainArguments, "diffuse": DiffusionArguments}
     seen = [words[1:] for words in commands(page) if words[0] == "qgraft"]
     assert seen
     for command, *words in seen:
         assert command in COMMANDS
-        if command == "train":
-            parse_arguments(words)
+        if command in kinds:
+            parse_options(words, kinds[command])
             continue
         with pytest.raises(SystemExit):
             main([command, "--help"])

@@ -65,6 +65,10 @@ def activation_checkpointing(model: PreTrainedModel, args: TrainingArguments) ->
 
     Raises ValueError for a model that cannot.
     """
+    if hasattr(model, "enable_gradient_checkpointing"):  # of diffusers, which takes the same kind of it
+        with _checkpointing_of_diffusers(model, args):
+            yield
+        return
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if not asks_for_checkpointing(args) or getattr(model, f"is_{name}_checkpointing"):
         yield
@@ -75,3 +79,15 @@ def activation_checkpointing(model: PreTrainedModel, args: TrainingArguments) ->
         yield
     finally:
         getattr(model, f"{name}_checkpointing_disable")()
+
+
+@contextmanager
+def _checkpointing_of_diffusers(model: Any, args: TrainingArguments) -> Iterator[None]:
+    asked = asks_for_checkpointing(args) and not model.is_gradient_checkpointing
+    if asked:
+        model.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if asked:
+            model.disable_gradient_checkpointing()

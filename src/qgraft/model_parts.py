@@ -178,8 +178,10 @@ def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def peft_task(model: nn.Module) -> str:
-    """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes."""
+def peft_task(model: nn.Module) -> str | None:
+    """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes; diffusers' have none."""
+    if type(model).__module__.startswith("diffusers."):
+        return None
     task, pairs = task_of(model), is_encoder_decoder(getattr(model, "config", None))
     return SEQUENCE_TO_SEQUENCE if pairs and task == CAUSAL else task
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapter_files.calibration import CALIBRATION, read_rows, write_rows
+from qgraft.adapter_files.diffusers_lora import file_of, read_diffusers_lora
 from qgraft.adapter_files.gguf_lora import read_gguf_lora
 from qgraft.adapter_files.lora import (
     bare_options,
@@ -194,9 +195,9 @@ def load_adapter(
     """Attach the adapter in `folder` to the model as `name`, and make it the active one.
 
     Args:
-        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), a prefix of THUDM's scripts, folder
-            or file (checkpoints/thudm_prefix.py), or a file of a LoRA's tensors alone, which
-            torch.save(lora_state_dict(model), "lora.pt") writes.
+        folder: adapter folder (LoRA or prefix), a GGUF-LoRA file (gguf_lora.py), a LoRA of a diffusion model in one file
+            (diffusers_lora.py), a prefix of THUDM's scripts, folder or file (checkpoints/thudm_prefix.py), or a file of a
+            LoRA's tensors alone, which torch.save(lora_state_dict(model), "lora.pt") writes.
         force: load what fits although something differs; the report's notes say what.
         lora_alpha: that of a file of tensors alone, which holds none.
 
@@ -239,11 +240,15 @@ def stage_adapter(
     check_new_name(model, name)
     if not folder.exists():
         raise AdapterError(f"{folder}: no such file or folder", hint=folder_hint())
-    bare = is_weight_file(folder) and holds_lora(folder)
+    of_denoiser = file_of(folder)
+    bare = of_denoiser is None and is_weight_file(folder) and holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")
     if bare:
         config, state, seal = read_bare_lora(folder, lora_alpha)
+    elif of_denoiser is not None:
+        config, state = read_diffusers_lora(model, of_denoiser)
+        return _staged_lora(model, of_denoiser, config, state, None, name, force)
     elif is_thudm(folder):
         prefix = read_thudm_prefix(model, folder)
         return StagedAdapter(True, partial(_put_prefix, model, folder, prefix, None, force))

@@ -327,12 +327,18 @@ def _copy_problem(
     return copy_problem(path, base, copy[: table_rows(base)] if longer else copy)
 
 
+def _leaf(path: str) -> str:
+    """The last part of a path, or the last two: a number alone would name other lists' modules too, which PEFT refuses."""
+    parts = path.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdecimal() else parts[-1:])
+
+
 def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, list[int] | None]:
     """The shortest names that select exactly these layers in PEFT, and the numbers that narrow them, if any do.
 
-    The names are the last parts of the paths, or else the whole paths.
+    The names are the last parts of the paths, with the one before where that is a number in a list, or the whole paths.
     """
-    leaves = sorted({path.rsplit(".", 1)[-1] for path in paths})
+    leaves = sorted({_leaf(path) for path in paths})
     layers = adaptable_layers(model)
     named = {path for path in layers for leaf in leaves if is_named(path, leaf)}
     selected = {path: layer_number(path) for path in named}

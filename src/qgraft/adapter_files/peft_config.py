@@ -41,7 +41,7 @@ def peft_config(
     source: str | None,
     numbers: Sequence[int] | None = None,
     peft_type: str = "LORA",
-    task_type: str = CAUSAL,
+    task_type: str | None = CAUSAL,
     tokens: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
     """adapter_config.json: what PEFT needs to build the same adapter on the float model.
@@ -52,7 +52,7 @@ def peft_config(
         source: the base's file or name.
         numbers: PEFT's layers_to_transform; None for all layers of the decoder.
         peft_type: MINIMUMS for what PEFT cannot compute.
-        task_type: which class of PEFT wraps the model.
+        task_type: which class of PEFT wraps the model; None for the one without a task.
         tokens: PEFT's trainable_token_indices, by names of layers.
     """
     stabilized = _most_common(config.use_rslora for config in layers.values())

@@ -334,6 +334,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         hint = "give a .gguf file or a folder saved by transformers"
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter: give its base as the model, and this folder as the adapter"
+        if (folder / "model_index.json").is_file():
+            hint = f"this is a diffusion model: {worded(flags='qgraft diffuse', python='qgraft.diffusion.load()')} takes it"
         raise CheckpointError(f"{folder}: no config.json", hint=hint)
     raw = read_object(path, CheckpointError, finite=False)
     for part in [raw, *(each for each in raw.values() if isinstance(each, dict))]:  # text_config and the like

@@ -18,6 +18,7 @@ COMMANDS = {
     "demo": "see it work: tune a real 4-bit model to a new identity",
     "pull": "fetch a known model",
     "train": "train an adapter on the packed weights of a model file",
+    "diffuse": "train an adapter on an image model of diffusers (SD, SDXL, SD3, Flux)",
     "distill": "ask a teacher about rows once, for students to learn from",
     "estimate": "say how much memory training will take",
     "chat": "talk to a model, with or without adapters",
@@ -53,6 +54,21 @@ MEANT = {  # what people type who know other tools -> what there is for it
         ("check", "env", "status", "gpu"), "`qgraft doctor` shows what is installed and which kernels serve"
     ),
     **dict.fromkeys(("teach", "teacher", "student", "kd"), "`qgraft train --stage distill` learns from a teacher"),
+    **dict.fromkeys(
+        (
+            "diffusion",
+            "diffusers",
+            "dreambooth",
+            "image",
+            "images",
+            "text2image",
+            "text-to-image",
+            "sd",
+            "sdxl",
+            "flux",
+        ),
+        "`qgraft diffuse` trains on images",
+    ),
     "quantize": "a float folder is packed while loading: --quantize q4_1 of `qgraft train`, `chat` and `export`",
 }
 

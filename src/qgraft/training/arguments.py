@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 from transformers import HfArgumentParser, TrainingArguments
 
@@ -47,6 +47,8 @@ def _option(default: Any, help: str) -> Any:
 @dataclass
 class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
     """Options of a training run; those not listed here are transformers' TrainingArguments."""
+
+    command, public_name = "train", "qgraft.TrainArguments"
 
     model_name_or_path: str | None = _option(None, "GGUF file, Hugging Face folder, hub id, or a known model's name.")
     quantize: str | None = _option(None, "Format to pack a float checkpoint in while loading, e.g. q4_1.")
@@ -246,20 +248,27 @@ class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
             raise OptionError("; ".join(problems))
 
 
+Arguments = TypeVar("Arguments", bound=TrainArguments)
+
+
 def parse_arguments(argv: Sequence[str]) -> TrainArguments:
-    """TrainArguments from command line words: flags, or a YAML/JSON file followed by option=value words.
+    """TrainArguments from command line words; see parse_options."""
+    return parse_options(argv, TrainArguments)
+
+
+def parse_options(argv: Sequence[str], kind: type[Arguments]) -> Arguments:
+    """The options `kind` from command line words: flags, or a YAML/JSON file followed by option=value words.
 
     Raises OptionError for an unknown option (with the closest names) or an impossible value.
     """
     if argv and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        given = overrides(argv[1:], option_kinds(TrainArguments))
-        return arguments_from_dict(_own_names(read_config(Path(argv[0]))) | _own_names(given))
+        given = overrides(argv[1:], option_kinds(kind))
+        return _from_dict(_own_names(read_config(Path(argv[0]))) | _own_names(given), kind)
     words, notes = _translate_flags(argv)
-    parser = option_parser()
-    parsed, rest = parser.parse_known_args(words)
+    parsed, rest = option_parser(kind).parse_known_args(words)
     if rest:
-        stray_word(TrainArguments, rest)
-    return _build(vars(parsed), notes)
+        stray_word(kind, rest)
+    return _build(kind, vars(parsed), notes)
 
 
 def parse_jobs(argv: Sequence[str]) -> list[TrainArguments]:
@@ -283,22 +292,26 @@ def parse_jobs(argv: Sequence[str]) -> list[TrainArguments]:
 
 def arguments_from_dict(options: Mapping[str, Any]) -> TrainArguments:
     """TrainArguments from {option: value}, aliases of other tools included; raises OptionError."""
-    known = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
+    return _from_dict(options, TrainArguments)
+
+
+def _from_dict(options: Mapping[str, Any], kind: type[Arguments]) -> Arguments:
+    known = {f.name for f in dataclasses.fields(kind) if f.init}
     values: dict[str, Any] = {}
     notes = []
     for name, value in _own_names(options).items():
         if name in WITHOUT_EFFECT:
             notes.append(f"{name} has no effect: {WITHOUT_EFFECT[name]}")
         elif name not in known:
-            unknown_option(TrainArguments, name)
+            unknown_option(kind, name)
         else:
             values[name] = value
-    return _build(values, notes)
+    return _build(kind, values, notes)
 
 
 def changed_arguments(args: TrainArguments) -> dict[str, Any]:
     """The options that differ from their defaults, as JSON values."""
-    defaults = TrainArguments(output_dir=args.output_dir, use_cpu=args.use_cpu)
+    defaults = type(args)(output_dir=args.output_dir, use_cpu=args.use_cpu)
     options = [option.name for option in dataclasses.fields(args) if option.init]
     changed = {name: getattr(args, name) for name in options if getattr(args, name) != getattr(defaults, name)}
     return {name: getattr(value, "value", value) for name, value in changed.items()}
@@ -308,18 +321,18 @@ class _Parser(HfArgumentParser):
     """HfArgumentParser whose complaints are ours: no usage of 150 options, no exit."""
 
     def error(self, message: str) -> NoReturn:
-        raise OptionError(message, hint="`qgraft train --help` lists the options")
+        raise OptionError(message, hint=f"`{self.prog} --help` lists the options")
 
 
-def option_parser() -> HfArgumentParser:
+def option_parser(kind: type[TrainArguments] = TrainArguments) -> HfArgumentParser:
     """The parser of all options, as flags."""
-    return _Parser(cast(Any, TrainArguments), prog="qgraft train", allow_abbrev=False, add_help=False)
+    return _Parser(cast(Any, kind), prog=f"qgraft {kind.command}", allow_abbrev=False, add_help=False)
 
 
-def _build(values: Mapping[str, Any], notes: list[str]) -> TrainArguments:
-    init = {f.name for f in dataclasses.fields(TrainArguments) if f.init}
+def _build(kind: type[Arguments], values: Mapping[str, Any], notes: list[str]) -> Arguments:
+    init = {f.name for f in dataclasses.fields(kind) if f.init}
     try:
-        arguments = TrainArguments(**{name: value for name, value in values.items() if name in init})
+        arguments = kind(**{name: value for name, value in values.items() if name in init})
     except _OF_TRANSFORMERS as error:  # its checks, and what it runs into where it has none
         raise OptionError(str(error) or type(error).__name__) from error
     arguments.notes[:0] = notes

@@ -29,6 +29,7 @@ class Watch(TrainerCallback):
         display: where several runs show a line each, started and stopped by their caller; it stands in for the console.
         label: what the run's line begins with there.
         writes: whether this process keeps the log.
+        unit: what is learned, as the bar says it.
     """
 
     def __init__(
@@ -38,7 +39,9 @@ class Watch(TrainerCallback):
         display: Display | None = None,
         label: str = "",
         writes: bool = True,
+        unit: str = "tok",
     ) -> None:
+        self.unit = unit
         self.path, self.console, self.writes = folder / METRICS, console, writes
         self.display, self.label = display, label
         self.progress = Progress()
@@ -66,7 +69,7 @@ class Watch(TrainerCallback):
     ) -> None:
         """Start the bar."""
         self._step_began = time.perf_counter()
-        self._bar = self.display or (run_display(self.console) if self.console else None)
+        self._bar = self.display or (run_display(self.console, unit=self.unit) if self.console else None)
         if self._bar is not None:
             total, done = state.max_steps, state.global_step
             self._task = self._bar.add_task(self.label, total=total, completed=done, **self._shown)
@@ -125,7 +128,7 @@ class Watch(TrainerCallback):
             self._bar.update(self._task, completed=state.global_step, **self._shown)
 
 
-def run_display(console: Console, labels: bool = False) -> Display:
+def run_display(console: Console, labels: bool = False, unit: str = "tok") -> Display:
     """A live display with a line for each run, not started yet. It fits 80 columns; labels come in front.
 
     Several runs share the terminal's width, and the process its memory, so with labels the memory is left out.
@@ -136,7 +139,7 @@ def run_display(console: Console, labels: bool = False) -> Display:
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         BarColumn(bar_width=8),
         TextColumn("epoch {task.fields[epoch]} loss {task.fields[loss]} eval {task.fields[eval_loss]}"),
-        TextColumn("{task.fields[rate]} tok/s" + memory),
+        TextColumn(f"{{task.fields[rate]}} {unit}/s" + memory),
         TimeRemainingColumn(compact=True),
         TextColumn("left"),
         console=console,

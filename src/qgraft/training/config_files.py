@@ -134,7 +134,7 @@ def unknown_option(kind: Any, name: str, *, translated: bool = True) -> NoReturn
     if name in NOT_THERE:
         raise OptionError(f"unknown option {name!r}", hint=NOT_THERE[name])
     known = [field.name for field in dataclasses.fields(kind)] + [*ALIASES, *WITHOUT_EFFECT] * translated
-    listed = worded(flags="`qgraft train --help`", python="help(qgraft.TrainArguments)") + " lists the options"
+    listed = worded(flags=f"`qgraft {kind.command} --help`", python=f"help({kind.public_name})") + " lists the options"
     raise OptionError(f"unknown option {name!r}", hint=near_match(name, known) or listed)
 
 

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import textwrap
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from qgraft.training.arguments import TrainArguments, option_parser
@@ -12,24 +13,32 @@ from qgraft.training.trainer_options import HONOURED, MOST_USED, inherited_optio
 
 def option_help(everything: bool = False) -> str:
     """The options for `qgraft train --help`: ours and the most used of transformers', or all with their full texts."""
-    if everything:
-        parser = option_parser()
-        for action in parser._actions:
-            if action.dest in inherited_options(TrainArguments).keys() - HONOURED:
-                action.help = argparse.SUPPRESS
-                continue
-            action.option_strings = action.option_strings[:1]  # dashes are understood as well
-            if action.choices is not None:
-                action.help = f"{action.help} One of {', '.join(map(str, action.choices))}."
-            action.metavar = None if action.nargs == 0 else "WORD" if action.choices is not None else "VALUE"
-            if action.option_strings[0].startswith("--no_"):  # its own default says nothing
-                action.help, action.default = f"Switches {action.dest} off, which is on by default.", argparse.SUPPRESS
-        return parser.format_help().partition("\n\n")[2]
-    defaults = {f.name: getattr(f.default, "value", f.default) for f in dataclasses.fields(TrainArguments)}
-    own = {f.name: f.metadata["help"] for f in dataclasses.fields(TrainArguments) if f.name in _own_options()}
-    lines = [_help_line(name, defaults[name], text) for name, text in own.items()]
+    return full_help(TrainArguments) if everything else short_help(TrainArguments, _own_options(), MOST_USED)
+
+
+def full_help(kind: type[TrainArguments], left_out: Collection[str] = ()) -> str:
+    """All options of a kind with their full texts, but for those without effect and those left out."""
+    parser = option_parser(kind)
+    for action in parser._actions:
+        if action.dest in {*(inherited_options(TrainArguments).keys() - HONOURED), *left_out}:
+            action.help = argparse.SUPPRESS
+            continue
+        action.option_strings = action.option_strings[:1]  # dashes are understood as well
+        if action.choices is not None:
+            action.help = f"{action.help} One of {', '.join(map(str, action.choices))}."
+        action.metavar = None if action.nargs == 0 else "WORD" if action.choices is not None else "VALUE"
+        if action.option_strings[0].startswith("--no_"):  # its own default says nothing
+            action.help, action.default = f"Switches {action.dest} off, which is on by default.", argparse.SUPPRESS
+    return parser.format_help().partition("\n\n")[2]
+
+
+def short_help(kind: type[TrainArguments], own: Collection[str], inherited: Mapping[str, str]) -> str:
+    """These options of a kind, and those of transformers' that are used most, with these texts."""
+    fields = dataclasses.fields(kind)
+    defaults = {f.name: getattr(f.default, "value", f.default) for f in fields}
+    lines = [_help_line(f.name, defaults[f.name], f.metadata["help"]) for f in fields if f.name in own]
     lines += ["", "From transformers' TrainingArguments, the most used (--help_all: the others):", ""]
-    lines += [_help_line(name, defaults[name], text) for name, text in MOST_USED.items()]
+    lines += [_help_line(name, defaults[name], text) for name, text in inherited.items()]
     return "\n".join(lines) + "\n"
 
 

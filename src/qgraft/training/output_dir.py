@@ -44,7 +44,8 @@ from qgraft.training.teacher_cache import TEACHER
 
 RUN = "run.json"
 RATES, RATES_PICTURE = "find_lr.json", "find_lr.png"
-_OF_NO_RUN = (RATES, RATES_PICTURE, TEACHER)  # one may begin beside them
+LATENTS = "latents.safetensors"  # of diffusion: what the VAE and the text encoders say of the images
+_OF_NO_RUN = (RATES, RATES_PICTURE, TEACHER, LATENTS)  # one may begin beside them
 LAST = "last"  # the folder of the last adapter, where an earlier one was better and is kept
 _WITHOUT_RESULT = {METRICS, RUN, REFERENCE, "runs", "loss.png"}  # of a run that has no checkpoint yet
 

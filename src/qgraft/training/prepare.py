@@ -22,6 +22,7 @@ from qgraft.training.drawn import longest_samples
 from qgraft.training.events import Callback
 from qgraft.training.given import ready_callbacks
 from qgraft.training.new_tokens import take_tokens
+from qgraft.training.objective import Objective
 from qgraft.training.output_dir import Earlier, check_output_dir
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import Processes
@@ -52,6 +53,7 @@ class Prepared:
     refers_to_base: bool = True
     lesson: Lesson | None = None
     limit: int = 0
+    objective: Objective | None = None  # where it does not follow from the options
 
     @property
     def longest(self) -> list[Any]:
@@ -89,10 +91,7 @@ def prepare(
         notes += settle_best(args)
     check_evaluation(args, eval_samples)
     plan_of(args, len(samples), Processes.of(args).count)  # or an error, before anything is touched
-    if args.early_stopping_patience is not None:
-        every.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
-    if any(isinstance(each, EarlyStoppingCallback) for each in every):
-        _settle_early_stopping(args)
+    add_early_stopping(args, every)
     lesson = None
     if args.stage == "distill":
         rows = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
@@ -104,8 +103,15 @@ def prepare(
     )  # fmt: skip
 
 
-def _settle_early_stopping(args: TrainArguments) -> None:
-    """Let EarlyStoppingCallback go by the held-out loss. Raises OptionError where that is never measured."""
+def add_early_stopping(args: TrainArguments, callbacks: list[Callback]) -> None:
+    """Put EarlyStoppingCallback among the callbacks where it is asked for, and let it go by the held-out loss.
+
+    Raises OptionError where that is never measured.
+    """
+    if args.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+    if not any(isinstance(each, EarlyStoppingCallback) for each in callbacks):
+        return
     if args.eval_strategy == IntervalStrategy.NO:
         who = "EarlyStoppingCallback" if args.early_stopping_patience is None else "early_stopping_patience"
         raise OptionError(

@@ -47,6 +47,8 @@ Sides = tuple[list[Preference], list[Preference]]  # learned, held out
 
 def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, processes: Processes) -> Objective:
     """What a run learns, so many tokens in a pass. Of preferences the rows then have what the reference says of them."""
+    if prepared.objective is not None:
+        return prepared.objective
     if is_encoder_decoder(model.config):
         return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
     if holds_images(prepared.samples):

@@ -260,6 +260,8 @@ class Run:
     def _warn_of_divergence(self, last: float | None) -> None:
         """A note that cannot be missed where the run ended far above where it began."""
         losses = [entry["loss"] for entry in self.loop.events.state.log_history if "loss" in entry]
+        if self.prepared.objective is not None:
+            losses = []  # a denoiser's tell of the noise that was drawn, and less of what was learned
         if self._before is not None and last is not None and last > self._before * DIVERGED:
             what = f"the held-out loss rose from {self._before:.3f} to {last:.3f}"
         elif len(losses) > 1 and losses[-1] > max(losses[0] * DIVERGED, losses[0] + 0.5):

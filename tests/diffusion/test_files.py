@@ -1,0 +1,160 @@
+"""LoRAs in files: what diffusers reads of ours and we of its, and kohya's layout."""
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import qgraft
+from qgraft import diffusion
+from qgraft.errors import AdapterError, OptionError, UnsupportedError
+
+diffusers = tiny.diffusers
+pytestmark = pytest.mark.slow
+KINDS = {"unet": tiny.unet, "sdxl": tiny.sdxl, "sd3": tiny.sd3, "flux": tiny.flux}
+
+
+def trained(model, name="default", **options):
+    told = {"r": 4, "lora_alpha": 6, "target_modules": diffusion.ATTENTION, **options}
+    qgraft.attach_lora(model, name=name, **told)
+    for number, tensor in enumerate(qgraft.lora_state_dict(model, name).values()):
+        tensor.copy_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(number)))
+    return model
+
+
+def output(model, kind):
+    from test_oracle import TOLD
+
+    args, kwargs = TOLD[kind][1]()
+    torch.manual_seed(0)  # img_ids of Flux
+    args, kwargs = TOLD[kind][1]()
+    with torch.no_grad():
+        return model.eval()(*args, **kwargs).sample
+
+
+OPTIONS = [{}, {"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"to_q": 2}}, {"dtype": "float16"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_diffusers_computes_the_same(kind, options, tmp_path):
+    dtype = options.get("dtype", "float32")
+    ours = trained(KINDS[kind](), **{key: value for key, value in options.items() if key != "dtype"})
+    path = diffusion.save_lora_weights(ours, tmp_path, dtype=dtype)
+    assert path.name == "pytorch_lora_weights.safetensors"
+    theirs = KINDS[kind]()
+    part = "unet" if kind in ("unet", "sdxl") else "transformer"
+    theirs.load_lora_adapter(tmp_path, prefix=part, weight_name=path.name, adapter_name="default")
+    expected = output(theirs, kind)
+    assert (output(ours, kind) - expected).abs().max() <= (1e-5 if dtype == "float32" else 1e-3)
+    assert (expected - output(KINDS[kind](), kind)).abs().max() > 1e-3
+    again = KINDS[kind]()
+    qgraft.load_adapter(again, path)
+    if dtype == "float32":
+        assert torch.equal(output(again, kind), output(ours, kind))
+    assert (output(again, kind) - expected).abs().max() <= 1e-5
+    saved = tmp_path / "theirs"
+    theirs.save_lora_adapter(saved)  # without the part in front
+    stored = {f"{part}.{key}": tensor for key, tensor in load_file(saved / path.name).items()}
+    with safe_open(saved / path.name, "pt") as file:
+        told = json.loads(file.metadata()["lora_adapter_metadata"])
+    save_file(stored, tmp_path / "peft.safetensors",
+              {"lora_adapter_metadata": json.dumps({f"{part}.{key}": value for key, value in told.items()})})  # fmt: skip
+    last = KINDS[kind]()
+    qgraft.load_adapter(last, tmp_path / "peft.safetensors")
+    assert (output(last, kind) - expected).abs().max() <= 1e-5
+
+
+def test_without_metadata_alpha_is_the_rank(tmp_path):
+    """Of files of diffusers before 0.33."""
+    ours = trained(tiny.unet(), r=4, lora_alpha=4, rank_pattern={"to_q": 2}, alpha_pattern={"to_q": 2})
+    state = load_file(diffusion.save_lora_weights(ours, tmp_path))
+    save_file(state, tmp_path / "old.safetensors")
+    theirs, again = tiny.unet(), tiny.unet()
+    theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name="old.safetensors")
+    qgraft.load_adapter(again, tmp_path / "old.safetensors")
+    assert (output(ours, "unet") - output(theirs, "unet")).abs().max() <= 1e-5
+    assert torch.equal(output(ours, "unet"), output(again, "unet"))
+
+
+@pytest.mark.parametrize("kind", ["unet", "sdxl"])
+def test_kohyas_layout_is_read_by_diffusers_and_by_us(kind, tmp_path):
+    ours = trained(KINDS[kind](), lora_alpha=6, use_rslora=True)
+    path = diffusion.save_lora_weights(ours, tmp_path, layout="kohya")
+    assert all(key.startswith("lora_unet_") for key in load_file(path))
+    loader = diffusers.StableDiffusionXLPipeline if kind == "sdxl" else diffusers.StableDiffusionPipeline
+    state, alphas = loader.lora_state_dict(load_file(path), unet_config=ours.config)
+    theirs = KINDS[kind]()
+    loader.load_lora_into_unet(state, network_alphas=alphas, unet=theirs)
+    assert (output(ours, kind) - output(theirs, kind)).abs().max() <= 1e-5
+    again = KINDS[kind]()
+    qgraft.load_adapter(again, tmp_path)  # the folder
+    assert (output(ours, kind) - output(again, kind)).abs().max() <= 1e-5
+
+
+def test_the_original_names_of_sdxls_blocks_are_read(tmp_path):
+    """A U-Net of SDXL's shape: kohya calls its blocks as the original code does, diffusers maps them."""
+
+    def make():
+        torch.manual_seed(0)
+        return diffusers.UNet2DConditionModel(
+            sample_size=8, layers_per_block=2, block_out_channels=(32, 32, 32), cross_attention_dim=64, norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=8,
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=80, use_linear_projection=True,
+        ).requires_grad_(False)  # fmt: skip
+
+    ours = trained(make())
+    state, called = load_file(diffusion.save_lora_weights(ours, tmp_path / "own", layout="kohya")), {}
+    for key, tensor in state.items():
+        for block in range(3):
+            for layer in range(3):
+                key = key.replace(
+                    f"down_blocks_{block}_attentions_{layer}_", f"input_blocks_{3 * block + layer + 1}_1_"
+                )
+                key = key.replace(f"up_blocks_{block}_attentions_{layer}_", f"output_blocks_{3 * block + layer}_1_")
+        called[key.replace("mid_block_attentions_0_", "middle_block_1_")] = tensor
+    assert not called.keys() & state.keys()
+    save_file(called, tmp_path / "sgm.safetensors")
+    again, theirs = make(), make()
+    qgraft.load_adapter(again, tmp_path / "sgm.safetensors")
+    converted, alphas = diffusers.StableDiffusionXLPipeline.lora_state_dict(called, unet_config=theirs.config)
+    diffusers.StableDiffusionXLPipeline.load_lora_into_unet(converted, network_alphas=alphas, unet=theirs)
+    assert torch.equal(output(ours, "sdxl"), output(again, "sdxl"))
+    assert (output(again, "sdxl") - output(theirs, "sdxl")).abs().max() <= 1e-5
+
+
+def test_what_has_no_meaning_is_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="three parts each"):
+        diffusion.save_lora_weights(trained(tiny.flux()), tmp_path, layout="kohya")
+    with pytest.raises(OptionError, match="layout='peft'"):
+        diffusion.save_lora_weights(trained(tiny.unet()), tmp_path, layout="peft")
+    with pytest.raises(UnsupportedError, match="DoRA"):
+        diffusion.save_lora_weights(trained(tiny.unet(), use_dora=True), tmp_path, layout="kohya")
+    path = diffusion.save_lora_weights(trained(tiny.unet()), tmp_path)
+    state = load_file(path)
+    with pytest.raises(AdapterError, match="does not fit"):
+        qgraft.load_adapter(tiny.sd3(), path)
+    save_file({**state, "text_encoder.layers.0.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "te.safetensors")
+    with pytest.raises(AdapterError, match="unexpected tensor text_encoder"):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "te.safetensors")
+    notes = qgraft.load_adapter(tiny.unet(), tmp_path / "te.safetensors", force=True).notes
+    assert any("text_encoder" in note for note in notes)
+    kept = {key: tensor for key, tensor in state.items() if "lora_B" not in key or "to_q" not in key}
+    save_file(kept, tmp_path / "half.safetensors")
+    with pytest.raises(AdapterError, match="missing tensor"):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "half.safetensors")
+    told = {"unet.r": 4, "unet.lora_alpha": 6, "unet.bias": "all"}
+    save_file(state, tmp_path / "bias.safetensors", {"lora_adapter_metadata": json.dumps(told)})
+    with pytest.raises(UnsupportedError, match="a LoRA with bias"):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "bias.safetensors")
+    save_file({f"lora_unet_{key}": torch.zeros(2, 2) for key in ("double_blocks_0_img_attn_qkv.lora_up.weight",)},
+              tmp_path / "flux.safetensors")  # fmt: skip
+    with pytest.raises(UnsupportedError, match="three parts each"):
+        qgraft.load_adapter(tiny.flux(), tmp_path / "flux.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(path.read_bytes()[:100])
+    with pytest.raises(AdapterError):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "broken.safetensors")
