@@ -368,4 +368,16 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         "starcoder2", {**_SIZES, _LAYER: "norm_epsilon"}, {**_ROPE, **_ONE_WINDOW},
         musts={**_SAME_BASE, **_SAME_LAYERS},
     ),
+    "t5": Keys(  # an encoder and a decoder: gguf_t5.py
+        "t5",
+        {"embedding_length": "d_model", "block_count": "num_layers", "feed_forward_length": "d_ff",
+         "attention.head_count": "num_heads", "attention.key_length": "d_kv", _RMS: "layer_norm_epsilon",
+         "attention.relative_buckets_count": "relative_attention_num_buckets"},
+        {"decoder_block_count": "num_decoder_layers; block_count where it is absent",
+         "decoder_start_token_id": "what every answer begins with"},
+        ignored={"context_length": "positions are relative", _LAYER: "norms are by the root of the mean square",
+                 "rope.*": "positions are a bias"},
+        musts={"attention.head_count_kv": same("attention.head_count", lambda header: header.heads)},
+        rotates=False,
+    ),
 }  # fmt: skip
