@@ -30,6 +30,7 @@ EXPERTS = {  # parameters of all experts of a layer -> their tensors
 KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
 PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35"}  # norms
 SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
+PAIRS = {"t5"}  # encoder-decoders, whose files tests/tiny_pairs.py makes
 ALWAYS_TIED = {"gemma", "gemma2"}  # the tables of the gguf package have no output layer for them
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class, configuration class, its options)
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**SHAPE, **GEMMA}),

@@ -32,6 +32,7 @@ from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_keys import TABLE, WINDOW
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
+from qgraft.checkpoints.gguf_t5 import t5_notes
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
@@ -126,6 +127,7 @@ def draft_gguf(model: Any) -> Draft:
         raise refuse(f"no key of it states {'; '.join(lost)}")
     if (window := keys.get(f"{architecture}.{WINDOW}")) and architecture in ("phi3", "starcoder2"):
         notes.append(f"llama.cpp passes over this architecture's window of {window} tokens: longer texts differ there")
+    notes += t5_notes(file)
     to_be = Origin(origin.path, "gguf", origin.digest, matrices)
     return Draft(to_be, file, vectors, rotations, tuple(notes))
 
@@ -300,6 +302,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         float: writer.add_float32,
         str: writer.add_string,
         list: writer.add_array,
+        bytes: writer.add_array,
     }
     adders[type(value)](key, value)
 

@@ -14,6 +14,7 @@ Source: T5Model in llama.cpp's conversion/t5.py, and models/t5.cpp there.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from transformers import PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
+from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, take_rows
 
 START, DECODER_LAYERS = "decoder_start_token_id", "decoder_block_count"
@@ -50,6 +52,32 @@ def t5_fields(header: Header, file: GgufFile) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu",
         "tie_word_embeddings": not has_own_output(file),
     }
+
+
+def t5_keys(config: PreTrainedConfig) -> dict[str, Any]:
+    """The keys that a file states beside those of the table. Raises UnsupportedError for what llama.cpp does not run."""
+    start, layers = getattr(config, "decoder_start_token_id", None), (config.num_layers, config.num_decoder_layers)
+    if start is None:
+        raise UnsupportedError("config.json names no decoder_start_token_id, by which every answer begins")
+    if layers[1] > layers[0]:
+        raise UnsupportedError(
+            f"its decoder has {layers[1]} layers and its encoder {layers[0]}: llama.cpp has no room for more in the decoder"
+        )
+    return {START: start, DECODER_LAYERS: layers[1], "context_length": getattr(config, "n_positions", 512)}
+
+
+def t5_notes(draft: GgufFile) -> list[str]:
+    """What differs in llama.cpp, which runs the file, each one sentence."""
+    if draft.metadata["general.architecture"] != "t5" or has_own_output(draft):
+        return []
+    return ["llama.cpp leaves out the scale of a tied output layer: its likeliest tokens are the same, its probabilities "
+            "sharper"]  # fmt: skip
+
+
+def scales_outputs(values: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration divides what goes into its output layer, as its class in transformers does."""
+    tied = bool(values.get("tie_word_embeddings")) and values["model_type"] == "umt5"
+    return bool(values.get("scale_decoder_outputs", tied))
 
 
 def has_own_output(file: GgufFile) -> bool:

@@ -33,6 +33,7 @@ from qgraft.errors import CheckpointError, DataError
 
 CHARSMAP = "tokenizer.ggml.precompiled_charsmap"
 LOW_LINE = "\u2581"  # sentencepiece's blank
+SEVERAL, IN_FRONT = " {2,}", r"\A(?= *[^ ])"  # blanks that become one; where one is put in front
 _VALUE = 1 << 31  # of an entry that holds a value and not a byte's place
 
 
@@ -210,9 +211,9 @@ def unigram(file: GgufFile, vocabulary: Vocabulary) -> tuple[Tokenizer, Exact]:
     merged, prefixed = (_flag(file, name) for name in ("remove_extra_whitespaces", "add_space_prefix"))
     steps: list[normalizers.Normalizer] = [normalizers.Precompiled(charsmap.raw)] if charsmap else []
     if merged:
-        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(SEVERAL), " ")]
     if merged or prefixed:
-        steps.append(normalizers.Replace(Regex(r"\A(?= *[^ ])"), " "))
+        steps.append(normalizers.Replace(Regex(IN_FRONT), " "))
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", LOW_LINE)])
     back: list[decoders.Decoder] = [decoders.Replace(LOW_LINE, " "), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(back + ([decoders.Strip(" ", left=1, right=0)] if merged or prefixed else []))

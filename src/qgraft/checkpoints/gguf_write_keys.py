@@ -23,6 +23,7 @@ from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
+from qgraft.checkpoints.gguf_t5 import scales_outputs, t5_keys
 from qgraft.errors import UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE
 
@@ -31,6 +32,8 @@ ARCHITECTURE_OF = {  # by model_type
     # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them
     **{keys.model_type: name for name, keys in TABLE.items() if name != "gemma3n"},
     "mistral": "llama",
+    "mt5": "t5",
+    "umt5": "t5",
     "gemma4_unified_text": "gemma4",
 }
 
@@ -41,6 +44,7 @@ _WITHOUT_EFFECT = (
     "original_max_position_embeddings", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop",
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
+    "dropout_rate", "classifier_dropout", "initializer_factor",
 )  # fmt: skip
 
 
@@ -68,6 +72,8 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         values["feed_forward_length"] = _filled(config)["intermediate_size"]
         kinds = config.layer_types
         values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
+    if architecture == "t5":
+        values |= t5_keys(config)
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     if architecture == "chatglm":
@@ -182,6 +188,8 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
         width, unit = int(2 * values["intermediate_size"] / 3), values["block_multiple_of"]
         width = int((values["block_ffn_dim_multiplier"] or 1) * width)
         values["intermediate_size"] = -(-width // unit) * unit
+    if values["model_type"] in ("t5", "mt5", "umt5"):
+        values["scale_decoder_outputs"] = scales_outputs(values)
     if "num_attention_heads" in values:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width
