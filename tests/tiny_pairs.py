@@ -1,4 +1,4 @@
-"""Tiny random encoder-decoders with a tokenizer, without dropout: folders as transformers saves them, and T5 as GGUF files."""
+"""Tiny random encoder-decoders with a tokenizer, without dropout: folders as transformers saves them, and T5's GGUF files."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

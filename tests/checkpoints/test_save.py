@@ -33,7 +33,8 @@ from qgraft.experts import PackedLayer
 from qgraft.formats import FORMATS, quantize
 from qgraft.linear import QuantizedLinear
 
-CASES = [(name, tied) for name in sorted(ARCHITECTURES.keys() - PAIRS) for tied in (False, True) if tied or name not in ALWAYS_TIED]
+CAUSAL = sorted(ARCHITECTURES.keys() - PAIRS)
+CASES = [(name, tied) for name in CAUSAL for tied in (False, True) if tied or name not in ALWAYS_TIED]
 READ_ONLY = next(name for name, each in FORMATS.items() if each.quantize is None)
 Maker = Callable[..., Any]
 

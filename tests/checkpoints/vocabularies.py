@@ -127,7 +127,7 @@ def normalizer_of(model: bytes) -> bytes:
 
 
 def unigrams(pieces: Sequence[str], scores: Sequence[float] | None = None, **more: Any) -> dict[str, Any]:
-    """The keys of T5's vocabulary as llama.cpp's converter writes them; without `scores`, the first piece has the best one."""
+    """The keys of T5's vocabulary as llama.cpp's converter has them; without `scores`, the first piece has the best one."""
     head, tail = ["<pad>", "</s>", "<unk>", "<extra>"], ["[PAD0]", "[PAD1]"]
     tokens = list(dict.fromkeys([*head, *pieces, *tail]))
     inner = len(tokens) - len(head) - len(tail)

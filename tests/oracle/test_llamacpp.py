@@ -15,6 +15,7 @@ import torch
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader, GGUFWriter
 from gguf_copies import write_copy
+from tiny_models import PAIRS
 from torch import nn
 
 import qgraft

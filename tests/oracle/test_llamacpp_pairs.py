@@ -26,7 +26,13 @@ APART = 2e-2
 def llamacpp(path: Path, loras: tuple[Path, ...] = ()) -> torch.Tensor:
     """llama.cpp's logits [target, 160]."""
     pytest.importorskip("xllamacpp")
-    job = {"model": str(path), "loras": [str(each) for each in loras], "source": SOURCE, "target": TARGET, "tokens": 160}
+    job = {
+        "model": str(path),
+        "loras": [str(each) for each in loras],
+        "source": SOURCE,
+        "target": TARGET,
+        "tokens": 160,
+    }
     done = subprocess.run(
         [sys.executable, str(RUNNER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )
@@ -50,7 +56,9 @@ def train_a_little(model: Any) -> None:
             torch.nn.init.normal_(each, std=0.1)
 
 
-@pytest.mark.parametrize("kind", ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-untied", "umt5-untied"))])
+@pytest.mark.parametrize(
+    "kind", ["t5", *(pytest.param(name, marks=pytest.mark.slow) for name in ("t5-untied", "umt5-untied"))]
+)
 def test_the_logits_are_llamacpps(tmp_path: Path, kind: str) -> None:
     """With an adapter too: beside the file as a GGUF-LoRA, and merged into it."""
     path = tmp_path / "tiny.gguf"

@@ -46,8 +46,9 @@ def t5_fields(header: Header, file: GgufFile) -> dict[str, Any]:
     start, rows = header.get(START), file.tensors[EMBEDDING].shape[0] if EMBEDDING in file.tensors else 0
     if type(start) is not int or not 0 <= start < max(rows, 1):
         raise header.wrong(START, "the id of a token, which every answer begins with")
+    most = max(min(len(written), header.layers), 1)  # transformers and llama.cpp answer with no more than the encoder's
     return {
-        "num_decoder_layers": header.count(DECODER_LAYERS, header.layers, most=max(len(written), 1)),
+        "num_decoder_layers": header.count(DECODER_LAYERS, header.layers, most),
         "decoder_start_token_id": start,
         "feed_forward_proj": "gated-gelu" if "enc.blk.0.ffn_gate.weight" in file.tensors else "relu",
         "tie_word_embeddings": not has_own_output(file),

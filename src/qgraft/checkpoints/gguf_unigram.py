@@ -82,7 +82,9 @@ class Charsmap:
     def _learn(self, character: str) -> str | None:
         """What a character becomes whatever follows; None where that matters."""
         place = self._walk(self._children(0), character.encode())[0]
-        goes_on = place is not None and any(self.entries[place ^ byte] & (_VALUE | 255) == byte for byte in range(1, 256))
+        goes_on = place is not None and any(
+            self.entries[place ^ byte] & (_VALUE | 255) == byte for byte in range(1, 256)
+        )
         if not goes_on:
             length, replacement = self._longest(character, 0)
             self.known[character] = replacement if length else character
@@ -94,9 +96,10 @@ class Charsmap:
         """(Characters of the longest key at `at`, its text); (0, "") where none begins there."""
         place, found = self._children(0), (0, "")
         for end in range(at, len(text)):
-            place, value = self._walk(place, text[end].encode())
-            if place is None:
+            behind, value = self._walk(place, text[end].encode())
+            if behind is None:
                 break
+            place = behind
             if value is not None:
                 found = (end + 1 - at, self.texts[value : self.texts.index(0, value)].decode())
         return found
@@ -182,8 +185,12 @@ class Exact:
             )
         if self.charsmap is None or self.charsmap.leaves(part) or self._there.normalize_str(part) == exact:
             return part
-        if (self.cut_out is None or not self.cut_out.search(exact)) and self._there.normalize_str(exact) == exact:
-            return exact
+        words = [(word, self.charsmap.normalize(word)) for word in part.split(" ")]
+        mixed = " ".join(word if self._there.normalize_str(word) == right else right for word, right in words)
+        for candidate in (mixed, exact):
+            whole = self.cut_out is None or not self.cut_out.search(candidate)
+            if whole and self._there.normalize_str(candidate) == exact:
+                return candidate
         raise DataError(
             f"{part[:40]!r}: what its characters are normalized to would be normalized once more",
             hint="normalize the text beforehand: unicodedata.normalize('NFKC', text)",

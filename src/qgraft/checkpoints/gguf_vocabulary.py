@@ -107,7 +107,7 @@ def _corrected(stated: Sequence[int], ids: Mapping[str, int], metadata: Mapping[
 
 
 def _roles(metadata: Mapping[str, Any], model: str, kinds: Sequence[int]) -> dict[str, int]:
-    roles = dict(_USUAL_IDS.get(model, {}))
+    roles = dict(_USUAL_IDS.get(str(model), {}))
     roles |= {
         role: metadata[key] for role, name in ROLES.items() if (key := f"tokenizer.ggml.{name}_token_id") in metadata
     }

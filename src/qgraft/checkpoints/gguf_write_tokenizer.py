@@ -103,7 +103,7 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, draft: GgufFile) -> list
              for text in around[:1]]  # fmt: skip
     read.exact = exact
     if odd := [text for text in PROBES if _ids(tokenizer, text, False) != _ids(read, text, False)] if exact else []:
-        notes.append(f"marks that are put together, as in {odd[0][:20]!r}, llama.cpp normalizes otherwise than this tokenizer")
+        notes.append(f"characters with marks ({odd[0][:20]!r}) llama.cpp normalizes otherwise than this tokenizer")
     return (
         notes + ["in front of a text that begins with a blank llama.cpp puts another than this tokenizer"][: len(other)]
     )
@@ -147,7 +147,9 @@ def _unigram_keys(parts: Mapping[str, Any], rows: int) -> dict[str, Any]:
     in_front = any(step.get("pattern") == {"Regex": IN_FRONT} for step in steps)
     tables = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
     if len(tables) > 1 or len(model["vocab"]) > rows:
-        raise UnsupportedError("its tokenizer has several tables of normalizations, or more tokens than the embedding rows")
+        raise UnsupportedError(
+            "its tokenizer has several tables of normalizations, or more tokens than the embedding rows"
+        )
     scores = [float(score) for _, score in model["vocab"]]
     more = [0.0 if number in {each["id"] for each in parts["added_tokens"]} else UNUSED_SCORE
             for number in range(len(scores), rows)]  # fmt: skip
