@@ -102,7 +102,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, draft: GgufFile) -> list
     notes = [f"around special tokens ({text[:30]!r}) llama.cpp puts blanks otherwise than this tokenizer"
              for text in around[:1]]  # fmt: skip
     read.exact = exact
-    if odd := [text for text in PROBES if _ids(tokenizer, text, False) != _ids(read, text, False)] if exact else []:
+    odd = [text for text in PROBES if _ids(tokenizer, text, False) != _ids(read, text, False)] if exact else []
+    if odd:
         notes.append(f"characters with marks ({odd[0][:20]!r}) llama.cpp normalizes otherwise than this tokenizer")
     return (
         notes + ["in front of a text that begins with a blank llama.cpp puts another than this tokenizer"][: len(other)]

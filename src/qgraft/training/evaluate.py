@@ -49,6 +49,8 @@ def evaluate(
     author: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_length: int = 2048,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
     allow_outside_files: bool = False,
@@ -70,6 +72,7 @@ def evaluate(
     Args:
         columns: see read_dataset; "prompt" and "label" of labelled texts, which a classifier is asked about.
         source_prefix: stands in front of every question, as in training.
+        max_source_length, max_target_length: of an encoder-decoder, and ChatGLM: the longest of each, as in training.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
@@ -79,6 +82,8 @@ def evaluate(
     numbers = {"beta": beta, "label_smoothing": label_smoothing, "desirable_weight": desirable_weight,
                "undesirable_weight": undesirable_weight, "simpo_gamma": simpo_gamma, "rpo_alpha": rpo_alpha}  # fmt: skip
     given = {name: (value, RANGES[name]) for name, value in numbers.items() if value is not None}
+    sides = {"max_source_length": max_source_length, "max_target_length": max_target_length}
+    given |= {name: (value, RANGES[name]) for name, value in sides.items() if value is not None}
     check_ranges({"max_length": (max_length, LENGTH), **given})
     said = {"loss_type": loss_type, **numbers}
     options = preferring(stage, said, train_on_prompt=train_on_prompt and stage != "sft")
@@ -90,16 +95,19 @@ def evaluate(
                  "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
         check_pair_options(asked)
         conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
-        pairs = build_pairs(tokenizer, conversations, accounting, PairOptions(source_prefix, limit, limit))
+        source, target = (min(longest or limit, limit) for longest in sides.values())
+        pairs = build_pairs(tokenizer, conversations, accounting, PairOptions(source_prefix, source, target))
         with _shown(len(pairs), progress) as passed:
             return _accounted(evaluate_pairs(model, pairs, passed=passed), accounting)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
-        "chatglm": ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix),
+        "chatglm": ChatGlmOptions(
+            max_source_length, max_target_length, numbered="history" in (columns or ()), source_prefix=source_prefix
+        ),
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
-        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking)
+        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking, **sides)
         labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
         texts = build_label_samples(
             tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
