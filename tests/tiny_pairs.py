@@ -47,11 +47,19 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     )
 
 
+def made_causal(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model; of transformers 5.17, whose umT5 sees what comes, with a decoder that does not."""
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            module.is_causal = module.is_decoder
+    return model
+
+
 def write_pairs_model(kind: str, folder: Path, **options: Any) -> transformers.PreTrainedModel:
     """Save a random model of this kind and a tokenizer in the folder; returns the model, in evaluation mode."""
     name, config, more = KINDS[kind]
     torch.manual_seed(0)
-    model = getattr(transformers, name)(getattr(transformers, config)(**{**more, **options})).eval()
+    model = made_causal(getattr(transformers, name)(getattr(transformers, config)(**{**more, **options})).eval())
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_()
     model.save_pretrained(folder)
@@ -88,9 +96,10 @@ def write_t5_gguf(
     name, config_name, more = KINDS[kind]
     config = getattr(transformers, config_name)(**{**more, **options})
     torch.manual_seed(0)
-    model = getattr(transformers, name)(config).eval().requires_grad_(False)
+    model = made_causal(getattr(transformers, name)(config).eval().requires_grad_(False))
     tied = {**more, **options}.get("tie_word_embeddings", True)
     if not tied:
+        config.tie_word_embeddings = hasattr(config, "scale_decoder_outputs")  # transformers 5.17 scales umT5's by this
         model.lm_head.weight = torch.nn.Parameter(torch.empty(model.shared.weight.shape), requires_grad=False)
     writer, names = gguf.GGUFWriter(path, "t5"), gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5, 8)
     stated = {

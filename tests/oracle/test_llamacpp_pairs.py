@@ -1,6 +1,7 @@
 """T5's files in llama.cpp, which shares no code with qgraft: as they are, merged, written from folders, with a GGUF-LoRA.
 
-llama.cpp keeps keys and values in float16 and takes GELU from a table: measured, logits of a deviation of 3 are 0.005 apart.
+llama.cpp keeps keys and values in float16 and takes GELU from a table: measured, logits of a
+deviation of 6.2 are 0.009 apart, of 0.85 0.0014.
 """
 
 import json
@@ -82,6 +83,8 @@ def test_files_written_from_folders(tmp_path: Path, kind: str) -> None:
     """As they are, and with linear layers in q8_0."""
     name = KINDS[kind][0]
     model = write_t5_gguf(tmp_path / "made.gguf", kind)
+    if kind == "umt5-untied" and not hasattr(model.config, "scale_decoder_outputs"):
+        pytest.skip("this release of transformers scales it whatever config.json says, so no file says what it computes")
     _, tokenizer = qgraft.load(tmp_path / "made.gguf")
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")
@@ -93,3 +96,26 @@ def test_files_written_from_folders(tmp_path: Path, kind: str) -> None:
     packed, _ = qgraft.load(tmp_path / "packed.gguf")
     assert set(packed.qgraft.info.formats) == {"f32", "q8_0"}
     assert float((llamacpp(tmp_path / "packed.gguf") - ours(packed)).abs().mean()) < 0.2  # inputs in 8 bits there
+
+
+KEYS = {  # what a file states -> options of the model that it means
+    "attention.relative_buckets_count": {"relative_attention_num_buckets": 16},
+    "attention.layer_norm_rms_epsilon": {"layer_norm_epsilon": 0.3},
+    "attention.key_length": {"d_kv": 16},
+    "decoder_block_count": {"num_decoder_layers": 1},
+    "attention.layer_norm_epsilon, without effect": {},
+    "context_length, without effect": {},
+}
+
+
+@pytest.mark.spread(1)
+@pytest.mark.parametrize("key", KEYS)
+def test_what_keys_mean(tmp_path: Path, key: str) -> None:
+    """Each with a value that is not the usual one; the judge of tests/oracle/test_gguf_keys.py takes decoders."""
+    name, comma, _ = key.partition(",")
+    more = {f"t5.{name}": 0.7 if "epsilon" in name else 4} if comma else {}
+    write_t5_gguf(tmp_path / "usual.gguf", "t5")
+    write_t5_gguf(tmp_path / "tiny.gguf", "t5", keys=more, **KEYS[key])
+    model, usual = (qgraft.load(tmp_path / f"{each}.gguf")[0] for each in ("tiny", "usual"))
+    assert float((llamacpp(tmp_path / "tiny.gguf") - ours(model)).abs().max()) < APART
+    assert comma or float((ours(model) - ours(usual)).abs().max()) > 3 * APART

@@ -108,6 +108,6 @@ def t5_same(file: GgufFile) -> dict[str, str]:
 
 
 def settle_scale(config: PreTrainedConfig, file: GgufFile) -> None:
-    """transformers before 5.24 goes by this field of umT5, and sets it whatever it is told."""
+    """transformers 5.17 goes by this field of umT5, and sets it whatever it is told."""
     if config.model_type == "umt5" and not hasattr(config, "scale_decoder_outputs"):
         config.tie_word_embeddings = not has_own_output(file)
