@@ -8,9 +8,8 @@
  * add s (n A^T) B^T. All in float32; the products with W are in 8-bit integers (gemm_int8.h) where the layer asks for it.
  *
  * A product of one row takes 20 microseconds, so calls and passes of their own for each, in Python and torch, take
- * longer than the work. Here the threads stay in one parallel region. Columns of a product, rows of what is cheap (norms, x A^T
- * of a LoRA, the rotated keys) and heads of attention are shared out evenly, with a barrier (barrier.h) between what reads
- * others' shares.
+ * longer than the work. Here the threads stay in one parallel region. Columns of a product, of x A^T too, rows of keys and heads of
+ * attention are shared out evenly, with a barrier (barrier.h) between what reads others' shares.
  *
  * Keys and values are in slots of a memory that all texts share; a row is told those of its text.
  */
@@ -35,22 +34,22 @@ static int omp_get_num_threads(void) { return 1; }
 const int64_t qgraft_decode_sizes[] = {sizeof(Linear), sizeof(DecoderLayer), sizeof(Decoder), sizeof(Lora),
                                        sizeof(Loras), sizeof(DecoderPart), sizeof(DecoderRow)};
 
-/* The thread's rows of h = s x A^T, of all LoRAs on these of a layer's products, one behind the other. */
+/* The thread's share of h = s x A^T [rows, ranks], of all LoRAs on these of a layer's products, one behind the other. */
 static void lower(const Thread *thread, int64_t layer, int from, int to, const float *x) {
     const int64_t columns = linear_of(thread, layer, from)->columns;
-    for (int64_t p = 0, end = 0; p < thread->parts; p++) {
-        const int64_t first = larger(end, first_row(thread));
-        end += thread->part[p].rows;
-        const int64_t n = smaller(end, last_row(thread)) - first;
-        float *h = thread->h + first * thread->ranks;
-        for (int which = from; which < to && n > 0; which++) {
+    Ranks ranks = ranks_of_thread(thread, layer, from, to);
+    for (int64_t p = 0, start = 0; p < thread->parts; start += thread->part[p].rows, p++) {
+        float *h = thread->h + start * thread->ranks;
+        for (int which = from; which < to; which++) {
             const Loras loras = loras_of(thread->part + p, layer, which);
             for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; h += lora->rank, lora++) {
+                int64_t first, last;
+                if (!take_ranks(&ranks, lora->rank, &first, &last)) continue;
                 const Product product = {F32, (const uint8_t *)lora->A, NULL, row_bytes(F32, columns), thread->ranks, columns,
-                                         0, lora->rank, n, h, NULL};
-                thread->level->gemv(&product, x + first * columns);
-                for (int64_t t = 0; t < n; t++)
-                    for (int64_t i = 0; i < lora->rank; i++) h[t * thread->ranks + i] *= (float)lora->scaling;
+                                         first, last, thread->part[p].rows, h, NULL};
+                thread->level->gemv(&product, x + start * columns);
+                for (int64_t t = 0; t < product.m; t++)
+                    for (int64_t i = first; i < last; i++) h[t * thread->ranks + i] *= (float)lora->scaling;
             }
         }
     }
@@ -170,20 +169,26 @@ static void attend(const Thread *thread, const DecoderLayer *layer) {
     }
 }
 
-/* The thread's rows of x, normed. */
-static void norm_rows(const Thread *thread, const float *weight, float *out) {
+/* out = the rows first <= t < last of x, normed. */
+static void norm_rows(const Thread *thread, int64_t first, int64_t last, const float *weight, float *out) {
     const int64_t hidden = thread->decoder->hidden;
-    for (int64_t t = first_row(thread); t < last_row(thread); t++)
+    for (int64_t t = first; t < last; t++)
         thread->level->pointwise->norm(thread->x + t * hidden, weight, (float)thread->decoder->epsilon, hidden, out + t * hidden);
+}
+
+/* What these products of a layer read: x normed, by each thread for itself, which takes less than to wait for others; and h. */
+static void prepare(const Thread *thread, int64_t layer, int from, int to, const float *weight) {
+    norm_rows(thread, 0, thread->rows, weight, thread->normed);
+    if (!thread->ranks) return;
+    lower(thread, layer, from, to, thread->normed);
+    barrier_wait(thread->barrier, thread->count);
 }
 
 static void run_layer(const Thread *thread, int64_t i) {
     const DecoderLayer *layer = thread->decoder->layer + i;
     const int64_t inner = thread->decoder->inner;
     int64_t first, last;
-    norm_rows(thread, layer->attention_norm, thread->normed);
-    lower(thread, i, Q, O, thread->normed);
-    barrier_wait(thread->barrier, thread->count);
+    prepare(thread, i, Q, O, layer->attention_norm);
     project(thread, i, Q, Q, thread->normed, thread->q);
     project(thread, i, Q, K, thread->normed, thread->k);
     project(thread, i, Q, V, thread->normed, thread->v);
@@ -194,9 +199,7 @@ static void run_layer(const Thread *thread, int64_t i) {
     barrier_wait(thread->barrier, thread->count);
     project_back(thread, i, O, thread->attended);
     barrier_wait(thread->barrier, thread->count);
-    norm_rows(thread, layer->mlp_norm, thread->normed);
-    lower(thread, i, GATE, DOWN, thread->normed);
-    barrier_wait(thread->barrier, thread->count);
+    prepare(thread, i, GATE, DOWN, layer->mlp_norm);
     project(thread, i, GATE, GATE, thread->normed, thread->gate);
     project(thread, i, GATE, UP, thread->normed, thread->up);
     columns_of_thread(thread, inner, &first, &last);
@@ -244,7 +247,7 @@ static int is_sound(const Decoder *decoder, const DecoderPart *part, int64_t par
 
 /* Numbers of memory: of all rows, and of each thread, whose spans come first; all that follows is a multiple of 8 bytes. */
 static int64_t numbers_of_rows(const Decoder *decoder, int64_t ranks) {
-    return decoder->hidden + 2 * decoder->channels * (decoder->heads + decoder->groups) + 2 * decoder->inner + ranks;
+    return 2 * decoder->channels * (decoder->heads + decoder->groups) + 2 * decoder->inner + ranks;
 }
 
 static int64_t groups_of_codes(const Decoder *decoder) {
@@ -253,22 +256,23 @@ static int64_t groups_of_codes(const Decoder *decoder) {
 
 static int64_t numbers_of_thread(const Decoder *decoder, int64_t rows, int64_t seen) {
     const int64_t shared = decoder->heads / decoder->groups, codes = rows * groups_of_codes(decoder);
-    return round_up(4 * (seen + 1) + shared * (decoder->channels + seen) + (2 + 32 / (int64_t)sizeof(float)) * codes, 2);
+    return round_up(4 * (seen + 1) + rows * decoder->hidden + shared * (decoder->channels + seen)
+                    + (2 + 32 / (int64_t)sizeof(float)) * codes, 2);
 }
 
 /* A thread with its places in memory: [rows, ..] from `all` on, its own from `own` on. */
 static Thread thread_of(const Decoder *decoder, int64_t rows, int64_t ranks, int64_t seen, float *all, float *own) {
     const int64_t wide = decoder->heads * decoder->channels, narrow = decoder->groups * decoder->channels;
     const int64_t codes = rows * groups_of_codes(decoder), shared = decoder->heads / decoder->groups;
-    float *places[] = {all, 0, 0, 0, 0, 0, 0, 0}, *head = own + 4 * (seen + 1), *scores = head + shared * decoder->channels;
-    const int64_t sizes[] = {decoder->hidden, wide, narrow, narrow, wide, decoder->inner, decoder->inner};
-    float *steps = scores + shared * seen;
-    for (int i = 0; i < 7; i++) places[i + 1] = places[i] + rows * sizes[i];
+    float *places[] = {all, 0, 0, 0, 0, 0, 0}, *normed = own + 4 * (seen + 1), *head = normed + rows * decoder->hidden;
+    const int64_t sizes[] = {wide, narrow, narrow, wide, decoder->inner, decoder->inner};
+    float *scores = head + shared * decoder->channels, *steps = scores + shared * seen;
+    for (int i = 0; i < 6; i++) places[i + 1] = places[i] + rows * sizes[i];
     return (Thread){
         .decoder = decoder, .rows = rows, .ranks = ranks, .level = qgraft_level(),
         .index = omp_get_thread_num(), .count = omp_get_num_threads(),
-        .normed = places[0], .q = places[1], .k = places[2], .v = places[3], .attended = places[4], .gate = places[5],
-        .up = places[6], .h = places[7], .head = head, .scores = scores, .spans = (int64_t *)own,
+        .q = places[0], .k = places[1], .v = places[2], .attended = places[3], .gate = places[4], .up = places[5],
+        .h = places[6], .normed = normed, .head = head, .scores = scores, .spans = (int64_t *)own,
         .codes = {(int8_t *)(steps + 2 * codes), steps, steps + codes, 0},
     };
 }
@@ -292,7 +296,7 @@ int qgraft_decode_rows(const Decoder *decoder, const DecoderPart *part, int64_t 
         thread.part = part, thread.parts = parts, thread.row = row, thread.barrier = &barrier;
         thread.x = x, thread.cos = cos, thread.sin = sin;
         for (int64_t i = 0; i < decoder->layers; i++) run_layer(&thread, i);
-        norm_rows(&thread, decoder->norm, x);
+        norm_rows(&thread, first_row(&thread), last_row(&thread), decoder->norm, x);
     }
     free(memory);
     return 0;

@@ -63,9 +63,9 @@ typedef struct {
     const Level *level;
     Barrier *barrier;
     int64_t index, count, parts, rows, ranks;
-    float *x, *normed, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
-    const float *cos, *sin;                                   /* [rows, channels] */
-    float *head, *scores;                                     /* its own */
+    float *x, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
+    const float *cos, *sin;                          /* [rows, channels] */
+    float *normed, *head, *scores;                   /* its own; normed [rows, hidden] */
     int64_t *spans;
     QuantizedX codes;
 } Thread;
@@ -105,6 +105,33 @@ static int64_t spans_of(const Thread *thread, const DecoderLayer *layer, const D
     return find_spans(row->slots, row->front + hidden, row->seen, thread->spans, front);
 }
 
+/* A thread's share of the rows of A of several LoRAs, one behind the other, in tiles of 4: first <= tile < last; `at`: the next. */
+typedef struct {
+    int64_t first, last, at;
+} Ranks;
+
+enum { TILE_OF_RANKS = 4 }; /* rows that gemv takes at a time */
+
+/* Of all LoRAs on these of a layer's products. */
+static Ranks ranks_of_thread(const Thread *thread, int64_t layer, int from, int to) {
+    int64_t tiles = 0;
+    for (int64_t p = 0; p < thread->parts; p++)
+        for (int which = from; which < to; which++) {
+            const Loras loras = loras_of(thread->part + p, layer, which);
+            for (int64_t i = 0; i < loras.count; i++) tiles += (loras.lora[i].rank + TILE_OF_RANKS - 1) / TILE_OF_RANKS;
+        }
+    return (Ranks){tiles * thread->index / thread->count, tiles * (thread->index + 1) / thread->count, 0};
+}
+
+/* Goes past the next LoRA; which rows of its A are the thread's, and whether any are. */
+static int take_ranks(Ranks *ranks, int64_t rank, int64_t *first, int64_t *last) {
+    const int64_t tiles = (rank + TILE_OF_RANKS - 1) / TILE_OF_RANKS;
+    *first = TILE_OF_RANKS * larger(ranks->first - ranks->at, 0);
+    *last = smaller(TILE_OF_RANKS * smaller(ranks->last - ranks->at, tiles), rank);
+    ranks->at += tiles;
+    return *first < *last;
+}
+
 /* Notes as many bytes as there is room for. */
 static void note(Ahead *ahead, const float *from, int64_t numbers) {
     if (ahead->count < AHEAD) ahead->runs[ahead->count++] = (Bytes){from, numbers * (int64_t)sizeof(float)};
@@ -140,15 +167,18 @@ static Ahead ahead_of(const Thread *thread, int64_t layer, int which, int64_t fi
         for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++)
             note(&ahead, lora->B + first * lora->rank, (last - first) * lora->rank);
     }
-    for (int64_t p = 0, end = 0; p < thread->parts && thread->ranks && after < layers; p++) {
-        const int64_t start = end;
-        end += thread->part[p].rows;
-        if (start >= last_row(thread) || end <= first_row(thread) || p % share.count != share.index) continue;
-        for (int other = next[which][0]; other < next[which][1]; other++) {
-            const Loras loras = loras_of(thread->part + p, after, other);
-            for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++)
-                note(&ahead, lora->A, lora->rank * linear_of(thread, after, other)->columns);
-        }
+    if (thread->ranks && after < layers) {
+        Ranks ranks = ranks_of_thread(thread, after, next[which][0], next[which][1]);
+        for (int64_t p = 0; p < thread->parts; p++)
+            for (int other = next[which][0]; other < next[which][1]; other++) {
+                const Loras loras = loras_of(thread->part + p, after, other);
+                for (const Lora *lora = loras.lora; lora < loras.lora + loras.count; lora++) {
+                    const int64_t columns = linear_of(thread, after, other)->columns;
+                    int64_t from, to;
+                    if (take_ranks(&ranks, lora->rank, &from, &to) && p % share.count == share.index)
+                        note(&ahead, lora->A + from * columns, (to - from) * columns);
+                }
+            }
     }
     const DecoderLayer *following = thread->decoder->layer + layer + 1;
     if (which == GATE && layer + 1 < layers) note_memory(thread, following, share, following->values, &ahead);
