@@ -84,7 +84,9 @@ def test_files_written_from_folders(tmp_path: Path, kind: str) -> None:
     name = KINDS[kind][0]
     model = write_t5_gguf(tmp_path / "made.gguf", kind)
     if kind == "umt5-untied" and not hasattr(model.config, "scale_decoder_outputs"):
-        pytest.skip("this release of transformers scales it whatever config.json says, so no file says what it computes")
+        pytest.skip(
+            "this release of transformers scales it whatever config.json says, so no file says what it computes"
+        )
     _, tokenizer = qgraft.load(tmp_path / "made.gguf")
     model.save_pretrained(tmp_path / "folder")
     tokenizer.save_pretrained(tmp_path / "folder")

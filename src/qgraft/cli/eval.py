@@ -85,9 +85,8 @@ def run(words: Sequence[str]) -> int:
     counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]
     if rows["truncated"]:
         sides = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
-        given = [f"{name} {value}" for name, value in sides.items() if value is not None]
-        cut = f"{rows['truncated']} cut at {given.pop(0) if given else f'max_length {options.max_length}'}"
-        counts += [cut, *given]
+        given = [f"{name} {value}" for name, value in sides.items() if value] or [f"max_length {options.max_length}"]
+        counts += [f"{rows['truncated']} cut at {given[0]}", *given[1:]]
         counts[-1] += ": their ends are not measured"
     print(comma_lines(counts))
     return 0
