@@ -71,13 +71,14 @@ for those layers, and llama.cpp wants them; it takes the deviation of n activati
 
 `t5` is T5, FLAN-T5, mT5 and umT5: an encoder and a decoder. What is said above holds of source and target: logits of
 transformers' model with the same weights to 1e-5, losses of 20 steps those of PEFT, merged files read again
-(`tests/checkpoints/test_gguf_t5.py`); llama.cpp's logits, which it gives through its C interface, to 0.002 where
-they deviate by 1, with a GGUF-LoRA, merged and written from folders (`tests/oracle/test_llamacpp_pairs.py`). Feed-forward
-layers are gated, with GELU, where the file has `ffn_gate` (llama.cpp's rule); ReLU else. A file without `output.weight` has a tied output layer, and
-what goes into it is divided by the root of d_model, as by T5's authors and transformers; llama.cpp does not divide, so its
-likeliest tokens are the same and its probabilities sharper. Dropout is 0.1 while training, as in T5's configuration, because
-no key states it. A decoder deeper than the encoder is refused: neither transformers' generate() nor llama.cpp runs it. Files
-of an encoder alone (`t5encoder`) are refused.
+(`tests/checkpoints/test_gguf_t5.py`); llama.cpp's logits, which it gives through its C interface, to 0.002 where they
+deviate by 1, with a GGUF-LoRA, merged and written from folders (`tests/oracle/test_llamacpp_pairs.py`). Feed-forward
+layers are gated, with GELU, where the file has `ffn_gate` (llama.cpp's rule); ReLU else. A file without
+`output.weight` has a tied output layer, and what goes into it is divided by the root of d_model, as by T5's authors
+and transformers; llama.cpp does not divide, so its likeliest tokens are the same and its probabilities sharper.
+Dropout is 0.1 while training, as in T5's configuration, because no key states it. A decoder deeper than the encoder
+is refused: neither transformers' generate() nor llama.cpp runs it. Files of an encoder alone (`t5encoder`) are
+refused.
 
 A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than
 transformers, and in a K-quant several heads share a block. So these bytes stay as they are, in any format, and the layer
