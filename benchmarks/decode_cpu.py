@@ -11,6 +11,7 @@ Greedy, batch 1, SmolLM2-135M, the same questions with the same ids for all, tor
     nf4, nf4-bf16     generate() on bitsandbytes NF4, compute dtype float32 and bfloat16; on a CPU with AVX512-BF16 the
                       library computes the layers of both in bfloat16
     llama.cpp         through xllamacpp, the same file; its server, without its prompt cache
+    llama.cpp-adapter the same with that LoRA, in float32 as ours is
 
     decode     64 tokens after a short question: the time of 65 tokens less that of one, so the question does not count
     prefill    one token after a question of about 512 tokens
@@ -36,7 +37,7 @@ import machine
 import peers
 
 RESULTS = Path(__file__).with_name("results") / "decode_cpu.csv"
-CONTESTANTS = ("qgraft", "qgraft-adapter", "transformers", "nf4", "nf4-bf16", "llama.cpp")
+CONTESTANTS = ("qgraft", "qgraft-adapter", "transformers", "nf4", "nf4-bf16", "llama.cpp", "llama.cpp-adapter")
 PACKAGES = ("qgraft", "torch", "transformers", "bitsandbytes", "xllamacpp")
 QUESTION = "What does json.dumps do in Python?"
 NEW_TOKENS, PREFILL_TOKENS = 64, 512
@@ -119,9 +120,8 @@ def measure(name: str, folder: Path) -> dict[str, float]:
     """Load the contestant in this process and time it."""
     short, long = json.loads((folder / "prompts.json").read_text())
     began = time.perf_counter()
-    generate = {"qgraft": load_qgraft, "qgraft-adapter": load_qgraft, "llama.cpp": load_llama_cpp}.get(
-        name, load_transformers
-    )(name, folder)
+    loaders = {"qgraft": load_qgraft, "llama.cpp": load_llama_cpp}
+    generate = loaders.get(name.removesuffix("-adapter"), load_transformers)(name, folder)
     load_seconds = time.perf_counter() - began
     generate(short, 4)
     many, one = best_seconds(generate, short, NEW_TOKENS + 1), best_seconds(generate, short, 1)
@@ -206,6 +206,8 @@ def load_llama_cpp(name: str, folder: Path) -> Generate:
     params.n_ctx, params.n_parallel, params.n_gpu_layers = 1024, 1, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.warmup = params.fit_params = params.enable_chat_template = False
+    if name == "llama.cpp-adapter":
+        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(folder / "adapter.gguf"), 1.0)]
     server = xllamacpp.Server(params)
 
     def generate(prompt: Prompt, tokens: int) -> None:

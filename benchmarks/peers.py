@@ -53,6 +53,7 @@ def prepare(folder: Path, datasets: list[str]) -> None:
     from peft_nf4 import float_model
 
     import qgraft
+    from qgraft.adapter_files.gguf_lora import export_gguf_lora
 
     model, tokenizer = qgraft.load(MODEL)
     float_model(model).save_pretrained(folder / "float")
@@ -60,6 +61,7 @@ def prepare(folder: Path, datasets: list[str]) -> None:
     torch.manual_seed(0)
     qgraft.attach_lora(model, r=RANK, lora_alpha=2 * RANK)
     qgraft.save_adapter(model, folder / "adapter")
+    export_gguf_lora(model, folder / "adapter.gguf", dtype="float32")
     for dataset in datasets:
         (folder / f"{dataset}.json").write_text(json.dumps(shared_rows(dataset, tokenizer)))
     (folder / "sizes.json").write_text(json.dumps(sizes(model)))

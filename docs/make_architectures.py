@@ -59,7 +59,7 @@ layers on transformers' model as the judge. The router takes none. A merge solve
 to it, and names those that it only rounds, because too few came. Folders hold experts as floats, and files with experts are
 not written from them. Files of 2023 with a tensor for each expert are refused.
 
-Not served from GGUF, and refused by name: deepseek2, and all other architectures. Layers
+Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
 
 `chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
@@ -87,7 +87,7 @@ have transformers' order in the model and in PEFT's files, the file's in a GGUF-
 written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
 PAIRS = {"t5": ["t5", "umt5"]}  # encoder-decoders: tests/checkpoints/test_gguf_t5.py
-PACKED_APART = {"gpt-oss", "lfm2", "qwen35"}  # by tests/checkpoints/test_gguf_architectures.py
+PACKED_APART = {"gpt-oss", "lfm2", "lfm2moe", "qwen35", "qwen35moe"}  # by tests/checkpoints/test_gguf_architectures.py
 
 
 def gguf_section() -> str:
@@ -111,7 +111,7 @@ def gguf_section() -> str:
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
         apart = "pairs, padded" if name in PAIRS else apart
         models = ", ".join(f"`{kind}`" for kind in kinds)
-        merged_only = name == "gemma3n" or (keys.experts and not keys.other)
+        merged_only = name == "gemma3n" or (keys.experts and name != "llama")
         written = "merged only" if merged_only else "mixtral merged only" if keys.experts else "yes"
         written = "yes, merged without rows" if name in PAIRS else written
         lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")

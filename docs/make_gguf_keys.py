@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, OTHER_GROUPS, TABLE, Keys
+from qgraft.checkpoints.gguf_key_parts import IGNORED, MUSTS, OTHER_GROUPS, Keys
+from qgraft.checkpoints.gguf_keys import TABLE
 
 HEADER = """# The metadata keys of a GGUF file
 

@@ -166,6 +166,8 @@ def write_tiny(
         stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
         gguf_name = names.get_name(name) or f"{names.get_name(stem) or names.get_name(f'{stem}.layer')}.{suffix}"
         gguf_name += ".weight" if gguf_name.endswith("_sinks") else ""
+        if name.endswith(("expert_bias", "score_correction_bias")):
+            gguf_name = f"blk.{name.split('.')[2]}.exp_probs_b.bias"
         if name.endswith("dt_bias"):
             gguf_name = gguf_name.replace("None.dt_bias", f"blk.{name.split('.')[2]}.ssm_dt.bias")
         if name.endswith(("layer_scalar", "correct_output_scale")):
@@ -241,12 +243,12 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         return gemma4_metadata(c.to_dict())
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     key_heads = getattr(c, "num_key_value_heads", None) or getattr(c, "num_kv_heads", None)
-    if architecture == "lfm2":
+    if architecture in ("lfm2", "lfm2moe"):
         key_heads = [0 if kind == "conv" else key_heads for kind in c.layer_types]
     grouped = {"attention.head_count_kv": key_heads} if architecture != "gpt2" else {}
     epsilon = next(getattr(c, k) for k in ("rms_norm_eps", "norm_eps", "layer_norm_eps", "norm_epsilon",
                                            "layer_norm_epsilon", "layernorm_epsilon") if getattr(c, k, None))  # fmt: skip
-    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture in ("chatglm", "lfm2") else ""
+    rms = "_rms" if hasattr(c, "rms_norm_eps") or architecture in ("chatglm", "lfm2", "lfm2moe") else ""
     keys = {
         "context_length": c.max_position_embeddings,
         "embedding_length": c.hidden_size,
@@ -257,6 +259,10 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         "attention.head_count": c.num_attention_heads,
         f"attention.layer_norm{rms}_epsilon": float(epsilon),
     }
+    if architecture in ("cohere2", "command-r"):
+        keys["logit_scale"] = c.logit_scale
+    if architecture == "cohere2":
+        keys["attention.sliding_window"] = c.sliding_window
     if experts := getattr(c, "num_experts", None) or getattr(c, "num_local_experts", None):
         keys |= {"expert_count": experts, "expert_used_count": c.num_experts_per_tok}
         if hasattr(c, "moe_intermediate_size"):
@@ -272,13 +278,14 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         keys["attention.key_length"] = keys["attention.value_length"] = head_dim
     if "gemma" in architecture or architecture == "phi3":
         keys["attention.sliding_window"] = getattr(c, "sliding_window", None) or 0
-    if architecture == "qwen35":
+    if architecture in ("qwen35", "qwen35moe"):
         keys |= {
             "ssm.conv_kernel": c.linear_conv_kernel_dim, "ssm.state_size": c.linear_key_head_dim,
             "ssm.group_count": c.linear_num_key_heads, "ssm.time_step_rank": c.linear_num_value_heads,
             "ssm.inner_size": c.linear_value_head_dim * c.linear_num_value_heads, "full_attention_interval": 4,
             "rope.dimension_sections": [11, 11, 10, 0],
         }  # fmt: skip
+    keys |= mixture_metadata(c, architecture)
     if architecture == "gemma3n":  # Gemma3NModel.set_gguf_parameters
         del keys["rope.dimension_count"]
         normal = torch.distributions.normal.Normal(0, 1)
@@ -291,7 +298,7 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         }  # fmt: skip
     if architecture == "chatglm":
         keys |= {"rope.dimension_count": head_dim // 2, "rope.freq_base": 10000.0 * c.rope_ratio}
-    if architecture == "lfm2":
+    if architecture in ("lfm2", "lfm2moe"):
         keys["shortconv.l_cache"] = c.conv_L_cache
     if architecture.startswith("granite"):
         keys |= {"attention.scale": c.attention_multiplier, "embedding_scale": c.embedding_multiplier,
@@ -306,6 +313,34 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
         }  # fmt: skip
     prefix = STORED_AS.get(architecture, architecture)
     return {"general.name": "tiny", **{f"{prefix}.{k}": v for k, v in {**keys, **grouped}.items()}}
+
+
+def mixture_metadata(c: Any, architecture: str) -> dict[str, Any]:
+    """llama.cpp: set_gguf_parameters of DeepseekV2Model and those like it."""
+    keys: dict[str, Any] = {}
+    if hasattr(c, "n_shared_experts"):
+        keys |= {
+            "leading_dense_block_count": c.first_k_dense_replace, "expert_shared_count": c.n_shared_experts,
+            "expert_weights_scale": c.routed_scaling_factor, "expert_weights_norm": bool(c.norm_topk_prob),
+            "expert_gating_func": 1 if architecture == "deepseek2" else 2,
+        }  # fmt: skip
+        if (c.n_group or 1) > 1:
+            keys |= {"expert_group_count": c.n_group, "expert_group_used_count": c.topk_group}
+    if architecture in ("deepseek2", "deepseek3"):
+        keys |= {
+            "attention.kv_lora_rank": c.kv_lora_rank, "rope.dimension_count": c.qk_rope_head_dim,
+            "attention.key_length": c.qk_head_dim, "attention.value_length": c.v_head_dim,
+            **({"attention.q_lora_rank": c.q_lora_rank} if c.q_lora_rank else {}),
+        }  # fmt: skip
+    if architecture == "ernie4_5-moe":
+        keys |= {
+            "leading_dense_block_count": c.moe_layer_start_index, "expert_shared_count": c.moe_num_shared_experts,
+            "interleave_moe_layer_step": c.moe_layer_interval,
+            "expert_shared_feed_forward_length": c.moe_num_shared_experts * c.moe_intermediate_size,
+        }  # fmt: skip
+    if architecture == "lfm2moe":
+        keys |= {"leading_dense_block_count": c.num_dense_layers, "expert_gating_func": 2}
+    return keys
 
 
 def gemma4_metadata(c: dict[str, Any]) -> dict[str, Any]:

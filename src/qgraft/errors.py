@@ -98,6 +98,9 @@ def option(name: str, value: object = True) -> str:
 
 
 def near_match(name: object, known: Iterable[str]) -> str | None:
-    """The hint for an unknown `name`: the closest known names, or None when nothing is close."""
-    close = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.6)
+    """The hint for an unknown `name`: the closest known names, by their letters in any case; None when nothing is close."""
+    names = list(known)
+    own = {each.lower(): each for each in names}
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.6)
+    close = close or [own[each] for each in difflib.get_close_matches(str(name).lower(), own, n=3, cutoff=0.6)]
     return f"did you mean {' or '.join(close)}?" if close else None

@@ -10,7 +10,7 @@
     keeps_state                                whether padding would be learned or remembered
     mixes_neighbours                           whether a token also sees others by a way that is not attention
     is_encoder_decoder                         whether one part reads and another one writes
-    task_of, heads_of                          whether it classifies texts or their tokens, and what does so
+    task_of, heads_of, labels_of               whether it classifies texts or their tokens, what does so, and what as
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -102,6 +102,14 @@ def heads_of(model: nn.Module) -> list[str]:
     found = [f"{stem}.{name}" for name, _ in decoder.named_children() if name == "pooler"]
     found += [name for name, child in model.named_children() if child is not decoder]
     return [path for path in found if any(True for _ in model.get_submodule(path).parameters())]
+
+
+def labels_of(model: nn.Module) -> tuple[str, ...]:
+    """What a classifier tells apart, by their ids; nothing of other models."""
+    config: Any = getattr(model, "config", None)
+    if task_of(model) == CAUSAL or config is None:
+        return ()
+    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
 
 
 def require_writer(model: nn.Module, action: str) -> None:

@@ -76,3 +76,25 @@ def test_a_template_that_does_more_is_left_out_and_that_is_said(tokenizer: Any, 
     made = modelfile("base.gguf", None, tokenizer, [2], system='a """ b')
     assert "TEMPLATE" not in made.text and "SYSTEM" not in made.text
     assert ["no TEMPLATE is written" in made.notes[0], "no SYSTEM is written" in made.notes[1]] == [True, True]
+
+
+def test_the_text_in_front_of_the_first_question_is_in_the_template(tokenizer: Any) -> None:
+    """Once, as training has it; by hand where no template is written; braces would be a command of Go's."""
+    tokenizer.chat_template = CHATML
+    made = modelfile("base.gguf", None, tokenizer, [2], source_prefix="Is it good? ")
+    (template,) = re.findall(r'TEMPLATE """(.*?)"""', made.text, re.S)
+    once = "{{ if not $asked }}Is it good? {{ $asked = true }}{{ end }}"
+    assert template.startswith("{{ $asked := false }}") and template.count(once) == 1
+    for talk in TALKS:
+        asked = [dict(message) for message in talk]
+        next(message for message in asked if message["role"] == "user")["content"] = "Is it good? " + talk[0]["content"]
+        plain = template.removeprefix("{{ $asked := false }}").replace(once, "")
+        assert go(plain, asked) == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert re.search(r'eq \.Role "user" \}\}[^{]*' + re.escape(once) + r"\{\{ \.Content \}\}", template)
+    tokenizer.chat_template = COUNTS
+    assert (
+        "put 'Is it good? ' in front"
+        in modelfile("b.gguf", None, tokenizer, [2], source_prefix="Is it good? ").notes[0]
+    )
+    tokenizer.chat_template = CHATML
+    assert "TEMPLATE" not in modelfile("b.gguf", None, tokenizer, [2], source_prefix="{{ x").text

@@ -36,7 +36,12 @@ Maker = Callable[..., Any]
 GREEDY: dict[str, Any] = {"max_new_tokens": 32, "do_sample": False, "eos_token_id": None, "pad_token_id": 0,
                           "repetition_penalty": 20.0}  # fmt: skip
 LENGTHS, SCALING = (7, 9, 40), 2.0  # the last one is longer than every window
-RECURRENT = {"lfm2", "qwen35"}  # layers that carry a state, or convolve along the row: one sample in each pass
+RECURRENT = {
+    "lfm2",
+    "lfm2moe",
+    "qwen35",
+    "qwen35moe",
+}  # layers that carry a state, or convolve along the row: one sample in each pass
 ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
 
 

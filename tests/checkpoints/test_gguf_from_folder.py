@@ -280,3 +280,24 @@ def test_olmo3_is_an_olmo2_with_a_window(tiny_gguf: Maker, random_ids: Maker, tm
         assert again.config.model_type == "olmo3"
         ids = random_ids(again, length=40)
         assert (logits(again, ids) - logits(olmo3, ids)).abs().max() < 1e-4
+
+
+def test_new_tokens_behind_the_table_are_merged_first(tiny_gguf: Maker, tmp_path: Path) -> None:
+    folder, _ = make_folder(tiny_gguf, tmp_path / "folder", "llama")
+    model, tokenizer = qgraft.load(folder, quantize="q8_0", device="cpu")
+    rows = [{"instruction": "call", "output": "<tool> ab"}] * 4
+    args = qgraft.TrainArguments(output_dir=str(tmp_path / "run"), add_tokens=["<tool>"], max_steps=1, r=2, use_cpu=True,
+                                 target_modules="q_proj", save_strategy="no", plot_loss=False)  # fmt: skip
+    qgraft.train(model, tokenizer, rows, args)
+    with (
+        qgraft.adapters_off(model),
+        pytest.raises(UnsupportedError, match="rows of new tokens, '<tool>' with the id") as error,
+    ):
+        qgraft.save(model, tmp_path / "x.gguf")
+    assert error.value.hint == "merge() it first, then save()"
+    qgraft.merge(model, tokenizer, method="nearest", min_retained=-1e9)
+    qgraft.save(model, tmp_path / "x.gguf")
+    again, its = qgraft.load(tmp_path / "x.gguf", device="cpu")
+    ids = tokenizer("<tool> ab", return_tensors="pt").input_ids
+    assert its("<tool> ab")["input_ids"] == ids[0].tolist()
+    assert torch.allclose(logits(again, ids), logits(model, ids), atol=1e-3)

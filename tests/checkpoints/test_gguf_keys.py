@@ -11,8 +11,9 @@ from transformers import AutoConfig
 
 from qgraft.checkpoints.gguf_file import read_gguf
 from qgraft.checkpoints.gguf_header import Header
+from qgraft.checkpoints.gguf_key_parts import IGNORED, MUSTS
 from qgraft.checkpoints.gguf_key_report import key_report
-from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, TABLE
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.models.chatglm2 import ChatGLM2Config
 

@@ -40,3 +40,11 @@ def test_unknown_keys_are_said_when_a_command_loads(make_gguf, tmp_path, capsys)
     path = make_gguf(tmp_path / "tiny.gguf", "llama", metadata={"llama.new": 1}).path
     assert main(["chat", "--model", str(path), "--prompt", "hello", "--max_new_tokens", "1"]) == 0
     assert capsys.readouterr().err.count("metadata keys unknown to qgraft, without effect: llama.new") == 1
+
+
+def test_a_folder_of_parts_is_told_by_a_file_in_it(tmp_path, capsys):
+    for number in (1, 2):
+        (tmp_path / f"tiny-0000{number}-of-00002.gguf").write_bytes(b"GGUF")
+    assert main(["inspect", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "holds neither a model" in said and "tiny-00001-of-00002.gguf" in said.replace("\n", "")

@@ -50,7 +50,7 @@ def of_task(chosen: Calibration) -> list[Sample]:
 )
 def test_rows_are_shared_out(lengths: list[int], held: list[int] | None, seed: int) -> None:
     task, measure = rows_of(lengths), None if held is None else rows_of(held, "held")
-    chosen = choose_samples(task, measure, Letters(), seed, "a note")
+    chosen = choose_samples(task, measure, neutral_samples(Letters()), seed, "a note")
     lists = [chosen.fit, chosen.judge, chosen.measure, chosen.drift]
     assert all(lists)
     parts = [[each for each in part if not each.source.startswith("neutral")] for part in chosen.further]
@@ -81,14 +81,14 @@ def test_rows_are_shared_out(lengths: list[int], held: list[int] | None, seed: i
 
 def test_the_seed_chooses() -> None:
     task = rows_of([30] * 40)
-    one, again, other = (choose_samples(task, None, Letters(), seed) for seed in (0, 0, 1))
+    one, again, other = (choose_samples(task, None, neutral_samples(Letters()), seed) for seed in (0, 0, 1))
     assert sources(one.fit) == sources(again.fit) != sources(other.fit)
     assert sources(one.measure) == sources(again.measure) != sources(other.measure)
     assert sources(one.drift) == sources(other.drift)
 
 
 def test_unrelated_text_that_measures_is_every_other_line() -> None:
-    chosen = choose_samples(rows_of([60] * 8), None, Letters(), 0)
+    chosen = choose_samples(rows_of([60] * 8), None, neutral_samples(Letters()), 0)
     number = {source: int(source.partition(":")[2]) for source in sources(chosen.fit + chosen.judge + chosen.drift)
               if source.startswith("neutral")}  # fmt: skip
     assert {number[source] % 2 for source in sources(chosen.drift)} == {0}
@@ -115,7 +115,7 @@ def test_every_line_of_unrelated_text_is_text_and_none_is_there_twice() -> None:
 )
 def test_too_few_rows_are_refused_with_the_figures(lengths: list[int], told: str) -> None:
     with pytest.raises(DataError, match=told + ".*expected at least 4 rows with 128 tokens") as caught:
-        choose_samples(rows_of(lengths), rows_of([100] * 9), Letters(), 0)
+        choose_samples(rows_of(lengths), rows_of([100] * 9), neutral_samples(Letters()), 0)
     assert "calibration=" in caught.value.hint
 
 

@@ -16,7 +16,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, quantize
 from qgraft.linear import QuantizedLinear
-from qgraft.merging import lockstep
+from qgraft.merging import lockstep, outputs
 from qgraft.merging.layer import Inputs, LayerReport
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.merge import merge
@@ -83,7 +83,7 @@ def pad(monkeypatch: pytest.MonkeyPatch) -> None:
     def padding_free(*args: Any) -> Iterator[str]:
         yield "not kept apart"
 
-    monkeypatch.setattr(lockstep, "padding_free", padding_free)
+    monkeypatch.setattr(outputs, "padding_free", padding_free)
 
 
 def check_inputs(got: dict[str, Inputs], a: dict[str, Tensor], m: dict[str, Tensor], calibrating: int) -> None:

@@ -675,7 +675,7 @@ def test_rows_of_several_adapters_are_put_together(trained, rows, tmp_path, monk
     selection.change("b", trained={"dataset": str(tmp_path / "two.jsonl"), "system": "Beta"})
     seen: list[Sample] = []
 
-    def choose(task: list[Sample], *args: Any) -> Any:
+    def choose(task: list[Sample], *args: Any, **named: Any) -> Any:
         seen.extend(task)
         raise RuntimeError("enough")
 

@@ -17,7 +17,8 @@ from gguf import GGMLQuantizationType as Q
 
 from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import read_gguf
-from qgraft.checkpoints.gguf_keys import IGNORED, TABLE
+from qgraft.checkpoints.gguf_key_parts import IGNORED
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_model import load_gguf
 
 LENGTH, CONTEXT = 96, 256

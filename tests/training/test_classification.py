@@ -207,7 +207,7 @@ def test_merged_and_saved_the_folder_is_the_classifier(folder, tmp_path):
     attach_random(model)
     batch = batch_of(tokenizer, ["the food was awful", "it was a great film"])
     ours, before = logits_of(model, batch), model.qgraft.info.fingerprint
-    with pytest.raises(UnsupportedError, match="goes by next tokens"):
+    with pytest.raises(DataError, match="needs rows of the adapter's task"):
         qgraft.merge(model)
     qgraft.merge(model, to="f32")
     assert torch.allclose(logits_of(model, batch), ours, atol=1e-4)

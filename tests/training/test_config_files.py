@@ -33,6 +33,7 @@ def test_an_anchor_is_as_good_as_any(tmp_path: Path) -> None:
         ("learning_rat", "did you mean learning_rate"),
         ("packing", "leave it out: "),
         ("pissa_init", "init_lora_weights=pissa"),
+        ("pref_ftx", "it is rpo_alpha here"),
     ],
 )
 def test_an_option_that_python_gives_is_answered_as_on_the_command_line(name: str, hint: str) -> None:

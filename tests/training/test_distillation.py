@@ -179,7 +179,8 @@ def test_a_cache_of_anything_else_is_refused(tiny_gguf, adapter, tmp_path):
     named = {**options, "teacher_cache": str(tmp_path / "out" / TEACHER)}
     for other, said in (({"rows": ROWS[1:]}, "rows"), ({"kd_temperature": 2.0}, "kd_temperature: was 1.0, now 2.0"),
                         ({"loss_top_k": 3}, "loss_top_k"),
-                        ({"teacher_adapter_name_or_path": None}, "teacher_adapter")):  # fmt: skip
+                        ({"teacher_adapter_name_or_path": None},
+                         r"teacher_adapter: was teacher \([0-9a-f]{12}\), now none\n")):  # fmt: skip
         with pytest.raises(StorageError, match=said) as error:
             run(tiny_gguf, adapter, tmp_path / "next", **{**named, **other})
         assert "teacher_cache=" in error.value.hint
@@ -274,13 +275,8 @@ def test_options_that_have_no_meaning_are_refused(options, problem, tmp_path):
 
 
 def test_what_is_not_there_is_said(tiny_gguf, tmp_path):
-    from qgraft.training.arguments import arguments_from_dict
-
-    with pytest.raises(OptionError, match="lmbda") as error:
-        arguments_from_dict({"stage": "distill", "lmbda": 0.5, "output_dir": str(tmp_path)})
-    assert "not its own" in error.value.hint
     model, tokenizer = qgraft.load(tiny_gguf("llama").path)
-    with pytest.raises(OptionError, match="a training") as error:
+    with pytest.raises(OptionError, match="a training"):
         qgraft.evaluate(model, tokenizer, ROWS, stage="distill")
     with pytest.raises(OptionError, match="stage='sft': nothing is learned of a teacher"):
         distill(model, tokenizer, ROWS, qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=True))

@@ -232,6 +232,7 @@ def test_a_trained_output_layer_gets_its_gradient():
     ("stage", "said", "problem"),
     [
         ("ppo", {}, "stage='ppo': expected sft, dpo, ipo, orpo, simpo, kto"),
+        ("DPO", {}, r"stage='DPO': expected sft, .*\n.*did you mean dpo"),
         ("sft", {"beta": 0.2}, "beta: stage sft learns no preferences"),
         ("dpo", {"loss_type": "kto"}, "loss_type='kto': stage dpo has sigmoid"),
         ("kto", {"loss_type": "hinge"}, "loss_type='hinge': stage kto has kto, apo_zero_unpaired"),

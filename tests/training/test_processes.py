@@ -242,7 +242,10 @@ def test_what_a_callback_of_one_process_asks_for_all_do_and_all_end_with_the_bes
     assert first.endswith(whole)
 
 
-@pytest.mark.parametrize("stage", ["dpo", "kto", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage",
+    ["dpo", "kto", pytest.param("distill", marks=pytest.mark.slow), pytest.param("drawn", marks=pytest.mark.slow)],
+)
 def test_other_stages_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp_path, one_thread):
     """The reference, or the teacher, is asked in shares; KTO's divergence and what is logged are of all processes."""
     kept = [
@@ -251,8 +254,10 @@ def test_other_stages_come_to_the_result_of_one_process_too(stage, tiny_gguf, tm
     if stage == "kto":
         kept = [{"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
                 for row in kept for side in ("chosen", "rejected")]  # fmt: skip
-    more = {"stage": stage}
-    if stage == "distill":
+    more = {"stage": "distill" if stage == "drawn" else stage}
+    if stage == "drawn":  # each process draws the answers of its share, by the numbers that one alone draws them by
+        more |= {"lmbda": 0.7, "beta": 0.5, "max_new_tokens": 8, "num_train_epochs": 1}
+    if stage in ("distill", "drawn"):
         kept = [{"prompt": row["prompt"], "response": row["chosen"]} for row in kept]
         more["teacher_model_name_or_path"] = str(tiny_gguf("llama", seed=4).path)
     rows, model = tmp_path / "rows.jsonl", tiny_gguf("llama").path

@@ -2,7 +2,8 @@ r'''A Modelfile, from which `ollama create` makes a model of a GGUF file, with a
 
     FROM /path/base.gguf            the file that llama.cpp runs
     ADAPTER ./adapter.gguf          a GGUF-LoRA
-    TEMPLATE """..."""              in Go's template language, over .Messages
+    TEMPLATE """..."""              in Go's template language, over .Messages; with the text that the training put in front of
+                                    the first question (source_prefix)
     SYSTEM """..."""                the system text that the adapter was trained with, or the template's own
     PARAMETER stop "<|im_end|>"     tokens that end an answer
 
@@ -52,13 +53,16 @@ class _Around:
         parts = (self.pieces[each.role] for each in messages)
         return "".join(a + each.content + b for each, (a, b) in zip(messages, parts, strict=True)) + self.answer
 
-    def in_go(self) -> str:
-        """The same over Ollama's .Messages."""
+    def in_go(self, source_prefix: str = "") -> str:
+        """The same over Ollama's .Messages, with a text in front of the first question."""
+        first = f"{{{{ if not $asked }}}}{source_prefix}{{{{ $asked = true }}}}{{{{ end }}}}" if source_prefix else ""
         cases = [
-            f'{{{{ {"if" if number == 0 else "else if"} eq .Role "{role}" }}}}{before}{{{{ .Content }}}}{behind}'
+            f'{{{{ {"if" if number == 0 else "else if"} eq .Role "{role}" }}}}{before}{first if role == "user" else ""}'
+            f"{{{{ .Content }}}}{behind}"
             for number, (role, (before, behind)) in enumerate(self.pieces.items())
         ]
-        return self.lead + "{{ range .Messages }}" + "".join(cases) + "{{ end }}{{ end }}" + self.answer
+        begin = "{{ $asked := false }}" if source_prefix else ""
+        return begin + self.lead + "{{ range .Messages }}" + "".join(cases) + "{{ end }}{{ end }}" + self.answer
 
 
 def modelfile(
@@ -68,24 +72,28 @@ def modelfile(
     ends: list[int],
     system: str | None = None,
     template: str | None = None,
+    source_prefix: str = "",
 ) -> Modelfile:
     """The Modelfile for a GGUF file, with `adapter` (a GGUF-LoRA) or without one.
 
     Args:
         ends: ids of the tokens that end an answer.
         system, template: the system text and the template of the training.
+        source_prefix: the text that the training put in front of the first question.
     """
     lines, notes = [f"FROM {base}"], []
     if adapter is not None:
         lines.append(f"ADAPTER {adapter}")
-    around, why = _around(tokenizer, system, template)
+    around, why = _around(tokenizer, system, template, source_prefix)
     if around is None:
+        if source_prefix:
+            notes.append(f"source_prefix is not in it: put {source_prefix!r} in front of the first question")
         notes.append(
             f"no TEMPLATE is written: {why}. Ollama takes one of its own where it knows the file's chat template, and sends "
             "questions without roles where it does not: `ollama show --template NAME` shows which"
         )
     else:
-        lines.append(f'TEMPLATE """{around.in_go()}"""')
+        lines.append(f'TEMPLATE """{around.in_go(source_prefix)}"""')
         system = system if system is not None else around.default
     if system is not None:
         if '"""' in system:
@@ -97,7 +105,9 @@ def modelfile(
     return Modelfile("\n".join(lines) + "\n", tuple(notes))
 
 
-def _around(tokenizer: "PreTrainedTokenizerBase", system: str | None, name: str | None) -> tuple[_Around | None, str]:
+def _around(
+    tokenizer: "PreTrainedTokenizerBase", system: str | None, name: str | None, source_prefix: str
+) -> tuple[_Around | None, str]:
     """(what the chat template writes around messages, or None; why it is None)."""
     chosen = named_template(tokenizer, name)
     begins = str(tokenizer.bos_token or "")
@@ -117,7 +127,9 @@ def _around(tokenizer: "PreTrainedTokenizerBase", system: str | None, name: str 
         and _prompt(tokenizer, chosen, _messages(None, _TALK[:1])).startswith(begins)
     ):
         around = replace(around, lead=begins)  # otherwise llama.cpp puts the token there itself
-    literals = [around.lead] + [each for pair in around.pieces.values() for each in pair] + [around.answer]
+    literals = (
+        [source_prefix, around.lead] + [each for pair in around.pieces.values() for each in pair] + [around.answer]
+    )
     if any(mark in each for each in literals for mark in ("{{", "}}", '"""')):
         return None, "the chat template writes what a Modelfile cannot hold"
     return around, ""

@@ -14,18 +14,10 @@ from torch import Tensor, nn
 
 from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.whole import WholeHolder
-from qgraft.model_parts import CAUSAL, CLASSIFIERS, heads_of, is_within, task_of
+from qgraft.model_parts import CAUSAL, CLASSIFIERS, heads_of, is_within, labels_of, task_of
 
 LABELS, PROBLEM = "labels", "problem_type"  # in the seal
 Whole = dict[str, dict[str, Tensor]]  # module path -> its tensors by their names within it
-
-
-def labels_of(model: nn.Module) -> tuple[str, ...]:
-    """What a classifier tells apart, by their ids; nothing of other models."""
-    config: Any = getattr(model, "config", None)
-    if task_of(model) == CAUSAL or config is None:
-        return ()
-    return tuple(str(config.id2label[number]) for number in range(config.num_labels))
 
 
 def told_of(model: nn.Module) -> dict[str, Any]:

@@ -22,8 +22,10 @@ from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma3n_fields, gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
+from qgraft.checkpoints.gguf_key_parts import PATTERN, PER_LAYER, WINDOW, Keys
 from qgraft.checkpoints.gguf_key_report import key_report
-from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, TABLE, WINDOW, Keys
+from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.checkpoints.gguf_mixtures import MIXTURES, mixture_fields
 from qgraft.checkpoints.gguf_rope import rope_parameters
 from qgraft.checkpoints.gguf_t5 import settle_scale, t5_fields, t5_type
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
@@ -31,6 +33,7 @@ from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
 _SOFT_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}  # Gemma 2 and 3n where the key is absent
 _PERIODS = {
+    "cohere2": 4,
     "exaone4": 4,
     "gemma2": 2,
     "gemma3": 6,
@@ -65,11 +68,13 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values["rope_parameters"] = rope_parameters(header, file)
     if header.architecture == "chatglm":
         return _chatglm(header, values)
-    if header.architecture in ("exaone4", "gpt-oss", "olmo2"):
+    if header.architecture in ("cohere2", "exaone4", "gpt-oss", "olmo2"):
         values |= _windowed(header, values["rope_parameters"])
-    if header.architecture == "lfm2":
+    if header.architecture in ("lfm2", "lfm2moe"):
         values |= {"block_auto_adjust_ff_dim": False, **_key_heads(header)}
-    if header.architecture == "qwen35":
+    if header.architecture in MIXTURES:
+        values |= mixture_fields(header)
+    if header.architecture in ("qwen35", "qwen35moe"):
         if header.count("ssm.time_step_rank") % header.count("ssm.group_count"):
             raise header.wrong("ssm.group_count", "a divisor of ssm.time_step_rank")
         values |= {
@@ -152,14 +157,16 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     pattern = re.compile(r"enc\.blk\.(\d+)\." if header.architecture == "t5" else r"blk\.([^.]*)\.")
     blocks = {match[1] for name in file.tensors if (match := pattern.match(name))}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
-    required = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+    required = ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"]
     optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
                 "rope.dimension_count", "ssm.conv_kernel", "ssm.group_count", "ssm.state_size",
                 "ssm.time_step_rank"]  # fmt: skip
     if header.get("expert_count"):
         optional += TABLE[header.architecture].experts
-    if header.architecture == "lfm2":
+    if header.architecture in ("lfm2", "lfm2moe"):
         optional.remove("attention.head_count_kv")  # by _key_heads
+    if header.architecture == "qwen35moe":
+        required.remove("feed_forward_length")
     if header.get(PER_LAYER) == 0:
         optional.remove(PER_LAYER)  # none
     problems: list[QgraftError] = []
@@ -202,7 +209,8 @@ def _check_keys(header: Header) -> None:
 def _plain(header: Header, keys: Keys) -> dict[str, Any]:
     """The fields that one key sets."""
     values: dict[str, Any] = {}
-    defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim}
+    defaults = {"attention.head_count_kv": header.heads, "attention.key_length": header.head_dim,
+                "interleave_moe_layer_step": 1}  # fmt: skip
     for key, field in keys.fields_of(header).items():
         if key == "block_count":
             values[field] = header.layers
@@ -276,7 +284,7 @@ def _key_heads(header: Header) -> dict[str, Any]:
 
 
 def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:
-    """Windows of gpt-oss, OLMo 3 and EXAONE 4. Layers with one have OLMo 3's plain rotations, or EXAONE 4's only ones."""
+    """Windows of Cohere 2, gpt-oss, OLMo 3, EXAONE 4. Layers with one have OLMo 3's plain rotations, or EXAONE 4's only."""
     windows = _windows(header)
     values: dict[str, Any] = {
         "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in windows]
@@ -285,7 +293,7 @@ def _windowed(header: Header, rope: dict[str, Any]) -> dict[str, Any]:
         if not any(windows) and (header.get(WINDOW) or 0) not in (0, header.count("context_length")):
             raise header.refused(WINDOW, "0, but in a model of 64 layers, whose windows llama.cpp knows by that number")
         return values | {"sliding_window": header.count(WINDOW, 4096) if any(windows) else None}
-    if header.architecture == "gpt-oss":
+    if header.architecture in ("cohere2", "gpt-oss"):
         return values | {"sliding_window": header.count(WINDOW)}
     if not header.get(WINDOW):
         return {}

@@ -30,7 +30,8 @@ from qgraft.adapters.lora import LoraLayer
 from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
-from qgraft.checkpoints.gguf_keys import TABLE, WINDOW
+from qgraft.checkpoints.gguf_key_parts import WINDOW
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES, column_order, name_map, row_order, tensor_name, to_file
 from qgraft.checkpoints.gguf_t5 import t5_notes
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
@@ -38,7 +39,7 @@ from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, wr
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
 from qgraft.checkpoints.origin import Matrix, Origin, Stored, find_origin
 from qgraft.data.scripted import WritesPrompts
-from qgraft.errors import CheckpointError, StorageError, UnsupportedError
+from qgraft.errors import CheckpointError, StorageError, UnsupportedError, worded
 from qgraft.formats import get_format
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 from qgraft.model_parts import decoder_of, heads_of
@@ -113,11 +114,17 @@ def draft_gguf(model: Any) -> Draft:
         raise refuse("it came without a tokenizer, and a GGUF file holds one")
     matrices, vectors = _places(model, architecture, refuse)
     shapes = {each.name: tuple(_held(model, path).shape) for path, each in matrices.items()}
+    rows = shapes["token_embd.weight"][0]
+    if beyond := [token for token in base_of(model).tokens.values() if token.id >= rows]:
+        raise refuse(f"an adapter has rows of new tokens, {beyond[0].text!r} with the id {beyond[0].id}, and the embedding "
+                     f"has {rows} rows until it is merged",
+                     hint=worded(flags="`qgraft merge --output FOLDER`, then `qgraft export --model FOLDER --to gguf`",
+                                 python="merge() it first, then save()"))  # fmt: skip
     rotary = decoder_of(model).rotary_emb if TABLE[architecture].rotates else None
     try:
         keys, rotations = written_keys(config, architecture, rotary)
         keys = {"general.architecture": architecture, "general.name": origin.path.resolve().name, **keys}
-        keys |= tokenizer_keys(tokenizer, shapes["token_embd.weight"][0]) | _turn_end(model, tokenizer)
+        keys |= tokenizer_keys(tokenizer, rows) | _turn_end(model, tokenizer)
         file = _header(origin.path, keys, shapes, _vector_shapes(model, vectors), rotations)
         notes = check_tokenizer(tokenizer, file)
         lost = lost_in_keys(config, rotary, file)
@@ -156,11 +163,11 @@ def write_new_gguf(
     return nbytes, before, len(infos)
 
 
-def _refusal(path: Path, why: str) -> UnsupportedError:
-    return UnsupportedError(
-        f"{path} cannot be written as a GGUF file: {why}",
-        hint="keep the adapter as it is: PEFT reads its folder; or train on the GGUF file of the base",
-    )
+_KEEP = "keep the adapter as it is: PEFT reads its folder; or train on the GGUF file of the base"
+
+
+def _refusal(path: Path, why: str, hint: str = _KEEP) -> UnsupportedError:
+    return UnsupportedError(f"{path} cannot be written as a GGUF file: {why}", hint=hint)
 
 
 def _places(model: Any, architecture: str, refuse: Any) -> tuple[dict[str, Stored], dict[str, str]]:

@@ -24,7 +24,7 @@ from transformers import PreTrainedConfig
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import PATTERN, PER_LAYER, SHARED, SPARSITY, WINDOW
+from qgraft.checkpoints.gguf_key_parts import PATTERN, PER_LAYER, SHARED, SPARSITY, WINDOW
 from qgraft.checkpoints.gguf_rope import FREQS, floats
 from qgraft.errors import CheckpointError
 

@@ -6,7 +6,8 @@ from fnmatch import fnmatchcase
 from typing import TypeVar
 
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import IGNORED, MUSTS, OTHER_GROUPS, TABLE
+from qgraft.checkpoints.gguf_key_parts import IGNORED, MUSTS, OTHER_GROUPS
+from qgraft.checkpoints.gguf_keys import TABLE
 
 Meaning = TypeVar("Meaning")
 

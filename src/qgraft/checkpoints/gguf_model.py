@@ -28,6 +28,7 @@ from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
+    CHOICE,
     ROUTER,
     SHARED_GATE,
     Rules,
@@ -68,7 +69,8 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
             model.get_submodule(place).input_order = stored.column_order.argsort()
     header = Header(file)
     if TABLE[header.architecture].rotates:
-        apply_rotation(decoder_of(model).rotary_emb, header, file)
+        decoder = decoder_of(model)
+        apply_rotation(getattr(decoder, "rotary_emb", None) or decoder.pos_emb, header, file)  # LFM2-MoE's name for it
     _set_end_tokens(model, file)
     unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - idle_tensors(header, file))
     if unused:
@@ -129,11 +131,13 @@ class _TensorReader:
             self.matrices[stem] = Stored(gguf_name)
             data = self.file.tensor(gguf_name).view(torch.uint8).view(1, -1)
             return PackedTensor(info.format, (1, info.shape[0]), (data,))
-        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, ROUTER, *self.rules.floats)):
+        if len(info.shape) == 2 and not gguf_name.endswith((self.rules.kernels, ROUTER, CHOICE, *self.rules.floats)):
             order, packed = row_order(gguf_name, info.shape[0], self.rules, self.config), self.file.packed(gguf_name)
             self.matrices[stem] = Stored(gguf_name, order, column_order(gguf_name, self.config))
             return packed if order is None else take_rows(packed, order)
         value = floats(self.file, gguf_name)
+        if gguf_name.endswith(CHOICE):
+            return value.view(1, -1) if self.config.model_type == "ernie4_5_moe" else value.view(-1)
         if gguf_name.endswith(".ssm_a") and not bool((value < 0).all()):
             raise CheckpointError(f"{self.file.path}: {gguf_name}: expected negative numbers, by which a state decays")
         return from_file(gguf_name, value, self.rules, self.config)

@@ -75,6 +75,8 @@ def rope_parameters(header: Header, file: GgufFile) -> dict[str, Any]:
         **_partial(header),
     }
     original = header.count("rope.scaling.original_context_length", header.count("context_length"))
+    if kind == "linear" and factor != 1 and header.architecture == "deepseek2":
+        raise header.refused("rope.scaling.type", "none or yarn, or a factor of 1")
     if kind == "yarn":
         return rope | _yarn(header, factor) | {"original_max_position_embeddings": original}
     if kind == "longrope":
@@ -104,6 +106,15 @@ def _yarn(header: Header, factor: float) -> dict[str, Any]:
     """yarn's own words. Ministral 3 divides its factor by one of another multiplier, and scales queries by position."""
     growth, beta = 0.1 * math.log(max(factor, 1.0)), header.get("attention.temperature_scale")
     log_multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
+    if header.architecture == "deepseek2":  # scores are scaled; cos and sin are not
+        return {
+            "rope_type": "yarn",
+            "factor": factor,
+            "attention_factor": 1.0,
+            "mscale_all_dim": 10 * log_multiplier,
+            "beta_fast": header.number("rope.scaling.yarn_beta_fast", 32.0),
+            "beta_slow": header.number("rope.scaling.yarn_beta_slow", 1.0),
+        }
     own = header.number("rope.scaling.yarn_attn_factor", (1 + growth) / (1 + log_multiplier * growth))
     return {
         **({"llama_4_scaling_beta": header.number("attention.temperature_scale")} if beta else {}),

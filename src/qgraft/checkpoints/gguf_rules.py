@@ -91,7 +91,14 @@ class Rules:
 
 
 ARCHITECTURES = {  # general.architecture of the file
+    "arcee": Rules(_rotary_pairs),
     "chatglm": Rules(),
+    "cohere2": Rules(),
+    "command-r": Rules(floats=("attn_q_norm.weight", "attn_k_norm.weight")),  # [heads, width of a head]
+    "deepseek2": Rules(),
+    "dots1": Rules(),
+    "ernie4_5": Rules(),
+    "ernie4_5-moe": Rules(),
     "exaone4": Rules(),
     "falcon": Rules(_falcon_groups),
     "gemma": Rules(norm_offset=1.0),
@@ -100,12 +107,14 @@ ARCHITECTURES = {  # general.architecture of the file
     "gemma3n": Rules(floats=(".altup_correct_coef.weight", ".altup_predict_coef.weight")),
     "gemma4": Rules(),
     "glm4": Rules(),
+    "glm4moe": Rules(),
     "gpt-oss": Rules(alternates=True),
     "gpt2": Rules(),
     "granite": Rules(_rotary_pairs),
     "granitemoe": Rules(_rotary_pairs),
     "hunyuan-dense": Rules(),
     "lfm2": Rules(kernels=".shortconv.conv.weight"),
+    "lfm2moe": Rules(kernels=".shortconv.conv.weight"),
     "llama": Rules(_rotary_pairs),  # mistral files carry this name too
     "mistral3": Rules(_rotary_pairs),
     "nemotron": Rules(norm_offset=1.0),
@@ -117,6 +126,8 @@ ARCHITECTURES = {  # general.architecture of the file
     "qwen3": Rules(),
     "qwen3moe": Rules(),
     "qwen35": Rules(_value_heads, 1.0, "ssm_conv1d.weight", "ssm_norm"),
+    "qwen35moe": Rules(_value_heads, 1.0, "ssm_conv1d.weight", "ssm_norm"),
+    "seed_oss": Rules(),
     "smollm3": Rules(_rotary_pairs),
     "stablelm": Rules(),
     "starcoder2": Rules(),
@@ -190,6 +201,7 @@ def slice_of(names: TensorNameMap, parameter: str) -> tuple[str, int] | None:
 
 
 ROUTER = "ffn_gate_inp.weight"  # the end of its name
+CHOICE = "exp_probs_b.bias"  # added to the scores that experts are chosen by, not to their weights; of any shape
 SHARED_GATE = "ffn_gate_inp_shexp.weight"  # of a layer with one output, whose dimension files may leave out
 _EXPERTS = {  # the parameters of all experts of a layer -> their tensors, by the names that these have in the model
     "gate_up_proj": {"gate": "ffn_gate_exps", "up": "ffn_up_exps"},
@@ -208,10 +220,12 @@ def expert_tensors(parameter: str) -> dict[str, str]:
 
 def tensor_name(names: TensorNameMap, parameter: str) -> str | None:
     """The name in the file of a parameter of the model; None where the architecture has none."""
+    if found := re.search(r"\.layers\.(\d+)\..*(?:expert|score_correction)_bias$", parameter):
+        return f"blk.{found[1]}.{CHOICE}"
     if (whole := names.get_name(parameter)) is not None:  # without a suffix: Qwen 3.5's A_log, gpt-oss's sinks, Gemma's
         weights = whole.endswith("_sinks") or parameter.endswith((".layer_scalar", ".correct_output_scale"))
         return f"{whole}.weight" if weights else whole
     stem, _, suffix = re.sub(r"\.dt_bias$", ".dt_proj.bias", parameter).rpartition(".")
     stems = (stem, stem.removeprefix("transformer."), f"{stem}.layer")  # ChatGLM's; GraniteMoE's router, as it once was
-    found = next((name for each in stems if (name := names.get_name(each)) is not None), None)
-    return None if found is None else f"{found}.{suffix}"
+    known = next((name for each in stems if (name := names.get_name(each)) is not None), None)
+    return None if known is None else f"{known}.{suffix}"

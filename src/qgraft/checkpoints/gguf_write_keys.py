@@ -21,7 +21,8 @@ from qgraft.checkpoints.gguf_config import gguf_config
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_keys import INTERVAL, PATTERN, TABLE, WINDOW
+from qgraft.checkpoints.gguf_key_parts import INTERVAL, PATTERN, WINDOW
+from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.checkpoints.gguf_t5 import scales_outputs, t5_keys
 from qgraft.errors import UnsupportedError

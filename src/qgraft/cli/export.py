@@ -173,7 +173,8 @@ def _ollama(
     stated = model.generation_config.eos_token_id
     ends = end_token_ids(tokenizer, stated, named_template(tokenizer, template))
     lora = "./adapter.gguf" if name else None
-    described = modelfile(base, lora, tokenizer, ends, arguments.get("system"), template)
+    prefix = str(arguments.get("source_prefix") or "")
+    described = modelfile(base, lora, tokenizer, ends, arguments.get("system"), template, prefix)
     with storage.publish_folder(target) as staging:
         if name:
             export_gguf_lora(model, staging / "adapter.gguf", name, options.dtype or "float16", arguments)

@@ -41,7 +41,11 @@ def examine(path: Path, tensors: bool = False) -> dict[str, Any]:
     if path.is_dir() and (path / "config.json").is_file():
         return _folder(path, tensors)
     if path.is_dir():
-        raise CheckpointError(f"{path} holds neither a model (config.json) nor an adapter ({CONFIG})")
+        files = sorted(path.glob("*.gguf"))
+        raise CheckpointError(
+            f"{path} holds neither a model (config.json) nor an adapter ({CONFIG})",
+            hint=f"name a file in it, of several parts of a model any: {files[0]}" if files else None,
+        )
     return _gguf(path, tensors)
 
 

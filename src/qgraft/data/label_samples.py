@@ -32,7 +32,7 @@ class LabelSample:
     """Token ids, and of a text [id], a number for each label, or [number]; of words an id or -100 for each token.
 
     `kinds` are the token_type_ids where the tokenizer has some, `lost` the words that were cut off; `part` is 0: a row is one
-    sample.
+    sample. Without labels it is unrelated text (merging/calibration.py).
     """
 
     input_ids: list[int]
@@ -130,10 +130,8 @@ def _kinds(encoded: Any) -> list[int] | None:
     return None if kinds is None else list(kinds)
 
 
-def collate_labelled(
-    samples: Sequence[LabelSample], scheme: LabelScheme, *, tokens: bool, padding: int
-) -> dict[str, Tensor]:
-    """input_ids, attention_mask, token_type_ids [B, T] int64 and labels: [B] int64, [B, labels] or [B] float32, or [B, T]."""
+def collate_texts(samples: Sequence[LabelSample], padding: int) -> dict[str, Tensor]:
+    """input_ids, attention_mask and, where all have them, token_type_ids, [B, T] int64."""
     width = max(len(sample.input_ids) for sample in samples)
     short = [width - len(sample.input_ids) for sample in samples]
     batch = {
@@ -143,8 +141,17 @@ def collate_labelled(
     if all(sample.kinds is not None for sample in samples):
         kinds = [(sample.kinds or []) + [0] * n for sample, n in zip(samples, short, strict=True)]
         batch["token_type_ids"] = torch.tensor(kinds)
+    return batch
+
+
+def collate_labelled(
+    samples: Sequence[LabelSample], scheme: LabelScheme, *, tokens: bool, padding: int
+) -> dict[str, Tensor]:
+    """The same, with labels: [B] int64, [B, labels] or [B] float32, or [B, T]."""
+    batch = collate_texts(samples, padding)
     if tokens:
-        labels = [sample.labels + [IGNORED] * n for sample, n in zip(samples, short, strict=True)]
+        width = batch["input_ids"].shape[1]
+        labels = [sample.labels + [IGNORED] * (width - sample.length) for sample in samples]
         return {**batch, "labels": torch.tensor(labels, dtype=torch.int64)}
     values = [sample.labels for sample in samples]
     if scheme.problem_type == SEVERAL:

@@ -26,15 +26,18 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
-from qgraft.adapters.kept_rows import KeptRows
+from qgraft.adapters.kept_rows import LONGEST, KeptRows
+from qgraft.data.label_samples import LabelSample
 from qgraft.data.reading import Dataset, as_dataset
 from qgraft.data.tokenizing import IGNORED, Sample, WritesPrompts
 from qgraft.errors import DataError, OptionError, worded
 from qgraft.linear import QuantizedLinear
 from qgraft.merging.task_rows import READING, Reader, as_asked, brought_rows, given_rows
+from qgraft.passes.limits import sample_limit
 
 TASK_TOKENS, NEUTRAL_TOKENS = 4096, 1536  # that calibrate and judge
 MEASURE_TOKENS, DRIFT_TOKENS = 1536, 1024  # to measure: of the task, of unrelated text
+LABELLED = 4  # times as many of the task for a classifier, whose rows say one thing each and need no vocabulary
 FULL_WEIGHTS, FEWEST_SHARE = 4e8, 0.25  # up to so many weights all these tokens; larger models this share at least
 FURTHER, LEAST_PART = 3, 0.75  # parts of further rows, and how much of the tokens of the first there must be in one
 JUDGED = 12  # one row of so many judges
@@ -123,7 +126,10 @@ def find_rows(
             f"a set of {size} rows: with fewer than about {FEW_ROWS} a merge keeps less, and what it keeps is measured "
             "roughly; more rows of the kind can be given as " + worded(flags="--dataset", python="calibration=")
         )
-    chosen, share = choose_samples(task, held, tokenizer, seed, *notes), _share(model)
+    labelled = reader.classifier is not None
+    neutral = neutral_texts(tokenizer, sample_limit(model, LONGEST)) if labelled else neutral_samples(tokenizer)
+    chosen = choose_samples(task, held, neutral, seed, *notes, times=LABELLED if labelled else 1)
+    share = _share(model)
     fit, judge, measure, drift, *further = (
         _evenly(rows, share) for rows in (chosen.fit, chosen.judge, chosen.measure, chosen.drift, *chosen.further)
     )
@@ -145,11 +151,12 @@ def _evenly(rows: list[Sample], share: float) -> list[Sample]:
 def choose_samples(
     task: Sequence[Sample],
     measure: Sequence[Sample] | None,
-    tokenizer: PreTrainedTokenizerBase,
+    neutral: Sequence[Any],
     seed: int,
     *notes: str,
+    times: int = 1,
 ) -> Calibration:
-    """Share out the rows of a task, and the neutral ones.
+    """Share out the rows of a task, `times` as many tokens as usual, and the neutral ones.
 
     Raises DataError for fewer than FEWEST_ROWS rows or FEWEST_TOKENS tokens.
     """
@@ -162,12 +169,11 @@ def choose_samples(
         )
     rows = random.Random(seed).sample(list(task), len(task))
     if measure is None:
-        measured = _up_to(rows[: max(1, len(rows) // 4)], MEASURE_TOKENS)
+        measured = _up_to(rows[: max(1, len(rows) // 4)], times * MEASURE_TOKENS)
         rows = rows[len(measured) :]
     else:
-        measured = _up_to(measure, MEASURE_TOKENS)
-    chosen = _up_to(rows, TASK_TOKENS)
-    neutral = neutral_samples(tokenizer)
+        measured = _up_to(measure, times * MEASURE_TOKENS)
+    chosen = _up_to(rows, times * TASK_TOKENS)
     fit, judge = _judging(chosen)
     neutral_fit, neutral_judge = _judging(_up_to(neutral[0::2], NEUTRAL_TOKENS))
     drift = _up_to(neutral[1::2], DRIFT_TOKENS)
@@ -191,10 +197,8 @@ def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     Where the tokenizer writes samples itself, they are answers to an empty question: ChatGLM-6B reads a prompt in both
     directions, so that nothing in it is left to predict.
     """
-    lines = (resources.files("qgraft.merging") / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
     samples = []
-    for number, line in enumerate(lines, 1):
-        text = json.loads(line)["text"]
+    for number, text in enumerate(_passages(), 1):
         if isinstance(tokenizer, WritesPrompts):
             ids, labels = tokenizer.sample_ids([("user", ""), ("assistant", text)])
         else:
@@ -202,6 +206,19 @@ def neutral_samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
             labels = [IGNORED, *ids[1:]]
         samples.append(Sample(ids, labels, f"neutral:{number}", weights=[0.0] * len(ids)))
     return samples
+
+
+def neutral_texts(tokenizer: PreTrainedTokenizerBase, longest: int) -> list[LabelSample]:
+    """The same for a classifier: without labels."""
+    found = [tokenizer(text, truncation=True, max_length=longest, verbose=False) for text in _passages()]
+    return [LabelSample(list(each["input_ids"]), [], f"neutral:{number}",
+                        None if (kinds := each.get("token_type_ids")) is None else list(kinds))
+            for number, each in enumerate(found, 1)]  # fmt: skip
+
+
+def _passages() -> list[str]:
+    lines = (resources.files("qgraft.merging") / "neutral.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["text"] for line in lines]
 
 
 def _judging(rows: list[Sample]) -> tuple[list[Sample], list[Sample]]:

@@ -33,6 +33,7 @@ instead of learning the task, and the calibration's unrelated text is in it, so 
 
 import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -47,8 +48,7 @@ from transformers import PreTrainedModel
 from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.exact import BlockLora, MinimumLora, make_part, minimums_of
 from qgraft.adapters.lora import LoraConfig, LoraLinear
-from qgraft.data.batches import IGNORED, Batch, collate, count_labels, label_weights, split_batch
-from qgraft.data.tokenizing import Sample
+from qgraft.data.batches import Batch
 from qgraft.experts import ExpertStack
 from qgraft.formats import Grid, PackedTensor, pack, unpack
 from qgraft.formats.grid import combine
@@ -58,7 +58,8 @@ from qgraft.merging.exact import with_minimums
 from qgraft.merging.layer import has_fine_reals
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, Packed, in_place, mean_divergence, states_of, summed_divergence
-from qgraft.passes.decoder import Head, label_states, output_head, padding_free
+from qgraft.merging.outputs import Outputs, outputs_of
+from qgraft.passes.decoder import Head
 from qgraft.passes.loss import weighted_cross_entropy
 
 PASSES = 2  # of a round
@@ -120,7 +121,7 @@ class Distillation:
         return states_of(self._model, self._rows.measure)[0]
 
     def _distilled(
-        self, packed: Packed, samples: Sequence[Sample], targets: Tensor, progress: Callable[[int, int], None]
+        self, packed: Packed, samples: Sequence[Any], targets: Tensor, progress: Callable[[int, int], None]
     ) -> tuple[Packed, int]:
         """(weights after one more round, steps); those whose scales no small step can change as they are."""
         self._rounds += 1
@@ -135,7 +136,9 @@ class Distillation:
         """How far the rows that judge are from the adapter's model: their divergence, and what their labels lost, in nats."""
         with in_place(self._layers, {**self._others, **candidate}), adapters_off(self._model):
             states, labels = states_of(self._model, self._rows.judge)
-        head, weights = output_head(self._model), _weights_of(collate(self._rows.judge), states)
+        outputs = outputs_of(self._model)
+        (every,) = outputs.batches(self._rows.judge, sys.maxsize)
+        head, weights = outputs.head(self._model), _weights_of(outputs, every, states)
         lost = _lost(self._judge, states, labels, weights, head)
         return mean_divergence(self._judge, states, head) + max(0.0, lost)
 
@@ -143,7 +146,7 @@ class Distillation:
 def distill(
     model: PreTrainedModel,
     merged: Packed,
-    samples: Sequence[Sample],
+    samples: Sequence[Any],
     targets: Tensor,
     *,
     progress: Callable[[int, int], None],
@@ -157,7 +160,7 @@ def distill(
     Args:
         merged: module path of a LoraLinear -> its merged weight, in a format with a grid.
         samples: what to train on.
-        targets: the adapter's last hidden states at the label positions of the samples, [labels, hidden].
+        targets: the adapter's states at the label positions of the samples, [labels, width].
         progress: called after each step with (step, steps).
         seed: of the order of the samples and of the LoRAs.
         pace: what the learning rates are multiplied by.
@@ -174,21 +177,22 @@ def distill(
         return layers[path]
 
     order = random.Random(seed)
-    samples, targets = _shuffled(samples, targets, order)
-    with padding_free(model, samples) as problem, _seeded(seed, model.device), standing_in(model, merged, free):
+    outputs = outputs_of(model)
+    samples, targets = _shuffled(outputs, samples, targets, order)
+    with outputs.together(model, samples) as problem, _seeded(seed, model.device), standing_in(model, merged, free):
         trained = [
             ([each for each in layer.parameters() if each.requires_grad], pace * layer.rate)
             for layer in layers.values()
         ]
         parameters = [each for group, _ in trained for each in group]
         optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in trained], betas=(0.9, 0.99))
-        batches = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
-        parts = list(zip(batches, targets.split([count_labels(batch) for batch in batches]), strict=True))
+        batches = outputs.batches(samples, 0 if problem else PASS_TOKENS)
+        parts = list(zip(batches, targets.split([outputs.count(batch) for batch in batches]), strict=True))
         steps = [part for _ in range(PASSES) for part in order.sample(parts, len(parts))]
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_schedule, steps=len(steps)))
-        head, lost = output_head(model), _Labels()
+        lost = _Labels()
         for step, (batch, states) in enumerate(steps):
-            _backward(model, head, batch, states, parameters, lost)
+            _backward(model, outputs, batch, states, parameters, lost)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
@@ -202,9 +206,11 @@ def _sharing(packed: PackedTensor, before: PackedTensor) -> PackedTensor:
     return replace(packed, parts=tuple(old if torch.equal(new, old) else new for new, old in pairs))
 
 
-def _shuffled(samples: Sequence[Sample], targets: Tensor, order: random.Random) -> tuple[list[Sample], Tensor]:
+def _shuffled(
+    outputs: Outputs, samples: Sequence[Any], targets: Tensor, order: random.Random
+) -> tuple[list[Any], Tensor]:
     """The samples in another order, so that rows of the task and unrelated text share steps, and their targets."""
-    parts = targets.split([sum(label != IGNORED for label in sample.labels) for sample in samples])
+    parts = targets.split([outputs.rows(sample) for sample in samples])
     pairs = order.sample([*zip(samples, parts, strict=True)], len(samples))
     return [sample for sample, _ in pairs], torch.cat([part for _, part in pairs])
 
@@ -240,11 +246,12 @@ class _Labels:
 
 
 def _backward(
-    model: PreTrainedModel, head: Head, batch: Batch, targets: Tensor, parameters: list[nn.Parameter], lost: _Labels
-) -> None:
+    model: PreTrainedModel, outputs: Outputs, batch: Batch, targets: Tensor, parameters: list[nn.Parameter],
+    lost: _Labels,
+) -> None:  # fmt: skip
     """Accumulate the gradients of a part's mean loss, without ever holding the logits of all its positions."""
-    states, labels = label_states(model, {key: value.to(model.device) for key, value in batch.items()})
-    free, weights = states.detach().requires_grad_(), _weights_of(batch, states)
+    head, (states, labels) = outputs.head(model), outputs.states(model, batch)
+    free, weights = states.detach().requires_grad_(), _weights_of(outputs, batch, states)
     parts = (each.split(CHUNK_ROWS) for each in (free, targets, labels, weights))
     for chunk, target, label, weight in zip(*parts, strict=True):
         with torch.no_grad():
@@ -265,9 +272,9 @@ def _lost(states_p: Tensor, states_q: Tensor, labels: Tensor, weights: Tensor, h
     return (got - known) / max(float(weights.sum()), 1e-9)
 
 
-def _weights_of(batch: Batch, states: Tensor) -> Tensor:
+def _weights_of(outputs: Outputs, batch: Batch, states: Tensor) -> Tensor:
     """What each label of the batch weighs, [labels] float32, where their states are."""
-    weights = label_weights(batch)
+    weights = outputs.weights(batch)
     return torch.ones(len(states), device=states.device) if weights is None else weights.to(states.device)
 
 

@@ -19,6 +19,7 @@ quantizers do, which must know what the blocks of each architecture take.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,9 +37,9 @@ from qgraft.linear import in_stored_order
 from qgraft.mapped import release
 from qgraft.merging.experts import StackToMerge, standing_in_experts
 from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
+from qgraft.merging.outputs import Outputs, outputs_of
 from qgraft.merging.store import WorkDir
-from qgraft.model_parts import decoder_of
-from qgraft.passes.decoder import attention_arguments, padding_free
+from qgraft.passes.decoder import attention_arguments
 
 JUDGING_TOKENS = 512  # that judge each step of each layer
 _NO_INPUTS = "method nearest and method grid need no inputs"
@@ -48,8 +49,8 @@ def merge_in_step(
     model: PreTrainedModel,
     starts: Mapping[str, PackedTensor],
     deltas: Mapping[str, Callable[..., Tensor]],
-    samples: Sequence[Sample],
-    held: Sequence[Sample],
+    samples: Sequence[Any],
+    held: Sequence[Any],
     method: str,
     progress: Callable[[LayerReport], None],
     work: WorkDir | None = None,
@@ -77,9 +78,10 @@ def merge_in_step(
     def tokens() -> tuple[Tensor, Tensor]:
         return pass_.calibrates, pass_.judges
 
+    outputs = outputs_of(model)
     with (
         torch.no_grad(),
-        padding_free(model, [*samples, *held]) as problem,
+        outputs.together(model, [*samples, *held]) as problem,
         standing_in(model, starts, split),
         standing_in_experts(stacks, method, tokens, pass_.done),
     ):
@@ -87,12 +89,12 @@ def merge_in_step(
         if alone:  # else a mask over all tokens of one row would be as large as their square
             batch, pass_.calibrates, pass_.judges = _in_one_row(samples, held)
         else:
-            batch, pass_.calibrates, pass_.judges = _padded(samples, held)
+            batch, pass_.calibrates, pass_.judges = _padded(outputs, samples, held)
         pass_.judges = _thinned(pass_.judges, JUDGING_TOKENS)
         batch = {key: value.to(model.device) for key, value in batch.items()}
         bounds = attention_arguments(model, batch["position_ids"]) if alone else {}
         release(*model.buffers())  # which trials of padding_free may have passed
-        decoder_of(model)(**batch, use_cache=False, **bounds)
+        outputs.reach(model, batch, bounds)
     if missed := [path for path in [*starts, *stacks] if path not in pass_.packed]:
         raise UnsupportedError(
             f"merge: the decoder's pass does not reach {', '.join(missed[:4])}, so their inputs cannot be seen",
@@ -206,13 +208,10 @@ def _in_one_row(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict
     return {key: batch[key] for key in ("input_ids", "position_ids")}, calibrates, ~calibrates
 
 
-def _padded(samples: Sequence[Sample], held: Sequence[Sample]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def _padded(outputs: Outputs, samples: Sequence[Any], held: Sequence[Any]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """The samples twice as padded rows, where samples of one row are not attended to one by one."""
-    both = [*samples, *held]
-    width = max(len(sample.input_ids) for sample in both)
-    ids = torch.tensor([[*sample.input_ids, *[0] * (width - len(sample.input_ids))] for sample in both])
-    mask = torch.tensor([[n < len(sample.input_ids) for n in range(width)] for sample in both])
+    rows = outputs.padded([*samples, *held])
+    mask = rows["attention_mask"].bool()
     calibrates, judges = mask.clone(), mask.clone()
     calibrates[len(samples) :], judges[: len(samples)] = False, False
-    batch = {"input_ids": torch.cat([ids, ids]), "attention_mask": torch.cat([mask, mask]).long()}
-    return batch, calibrates.flatten(), judges.flatten()
+    return {key: torch.cat([value, value]) for key, value in rows.items()}, calibrates.flatten(), judges.flatten()

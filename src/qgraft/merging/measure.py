@@ -1,7 +1,8 @@
 """What was kept: losses on the task's rows, and how far two models are apart on any rows.
 
-Everything comes from the last hidden states at label positions, which are small enough to keep for three models at
-once; logits are formed a few rows at a time. The output layer is the same for all of them: merging leaves it alone.
+Everything comes from the states at label positions (outputs.py), which are small enough to keep for three models at
+once; logits are formed a few rows at a time. The head is the same for all of them: merging leaves an output layer alone, and
+a classifier has the adapter's meanwhile.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,14 +15,14 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.choose import adapters_off
 from qgraft.adapters.lora import LoraLinear
-from qgraft.data.batches import collate, split_batch
 from qgraft.data.tokenizing import Sample
 from qgraft.experts import ExpertStack
 from qgraft.formats import PackedTensor
 from qgraft.mapped import release
 from qgraft.merging.calibration import Calibration
+from qgraft.merging.outputs import outputs_of
 from qgraft.merging.report import Kept
-from qgraft.passes.decoder import Head, label_states, output_head, padding_free
+from qgraft.passes.decoder import Head
 from qgraft.passes.loss import summed_cross_entropy
 
 PASS_TOKENS = 1024
@@ -32,7 +33,7 @@ Packed = Mapping[str, PackedTensor]  # module path -> weight
 
 @dataclass(frozen=True, eq=False)
 class States:
-    """Last hidden states of one model at the label positions of the rows that measure, and the task's labels."""
+    """States of one model at the label positions of the rows that measure, and the task's labels."""
 
     task: Tensor
     labels: Tensor
@@ -54,7 +55,8 @@ class Measurement:
         """What is kept of the adapter's gain when the layers hold these weights."""
         with in_place(self._layers, packed), adapters_off(self._model):
             merged = self._states()
-        base, adapter, head = self._base, self._adapter, output_head(self._model)
+        outputs = outputs_of(self._model)
+        base, adapter, head = self._base, self._adapter, outputs.head(self._model)
         return Kept(
             base=mean_loss(base.task, base.labels, head),
             adapter=mean_loss(adapter.task, adapter.labels, head),
@@ -66,6 +68,7 @@ class Measurement:
             labels=len(base.labels),
             held_out=self._rows.held_out,
             same_token=same_token(adapter.task, merged.task, head),
+            unit=outputs.unit,
         )
 
     def _states(self) -> States:
@@ -87,10 +90,10 @@ def in_place(layers: Mapping[str, LoraLinear | ExpertStack], packed: Packed) -> 
 
 @torch.no_grad()
 def states_of(model: PreTrainedModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """The last hidden states [labels, hidden] of the model as it is now, and the labels, in the order of `samples`."""
-    with padding_free(model, samples) as problem:
-        parts = split_batch(collate(samples), 0 if problem else PASS_TOKENS)
-        pairs = [label_states(model, {key: value.to(model.device) for key, value in part.items()}) for part in parts]
+    """The states [labels, width] of the model as it is now, and the labels, in the order of `samples`."""
+    outputs = outputs_of(model)
+    with outputs.together(model, samples) as problem:
+        pairs = [outputs.states(model, part) for part in outputs.batches(samples, 0 if problem else PASS_TOKENS)]
     release(*model.buffers())  # of other weights, or none, is what comes next
     states, labels = zip(*pairs, strict=True)
     return torch.cat(states), torch.cat(labels)

@@ -51,7 +51,7 @@ from qgraft.merging.calibration import Calibration, Dataset, find_rows
 from qgraft.merging.exact import merge_exactly
 from qgraft.merging.experts import StackToMerge, round_stack, rounded_notes, stacks_to_merge
 from qgraft.merging.finish import finish
-from qgraft.merging.heads import heads_merged, no_classifier_rows, put_heads, settle_method
+from qgraft.merging.heads import heads_lent, heads_merged, is_comparable, no_number_rows, put_heads, settle_method
 from qgraft.merging.layer import CHAINS, LayerReport, check_method, is_writable, merge_nearest
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.measure import Measurement, Packed, in_place
@@ -60,7 +60,7 @@ from qgraft.merging.needed_rows import no_rows, rows_to_measure, rows_to_solve
 from qgraft.merging.report import Kept, MergeReport, check_kept
 from qgraft.merging.store import WorkDir, held, identity
 from qgraft.merging.token_rows import Written, rows_written
-from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
+from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import evaluating
 from qgraft.progress import Display, bar_on, counted, shown
 from qgraft.ranges import AT_MOST_1, SEED, check_ranges
@@ -138,7 +138,7 @@ def _merge(
     adapters = [find_adapter(model, name) for name in weights]
     trained, brought = [each.trained for each in adapters], [each.kept for each in adapters]
     find: Any = partial(find_rows, model, tokenizer, calibration, eval_dataset, trained, reading, seed, brought)
-    find = find if task_of(model) == CAUSAL else no_classifier_rows
+    find = find if is_comparable(model) else no_number_rows
     solved = {path: layer for path, layer in layers.items() if path not in exact}
     speaks, given = tokenizer or base_of(model).tokenizer, (calibration, eval_dataset)
     starts = {path: _start(layer, to) for path, layer in solved.items()}
@@ -152,7 +152,7 @@ def _merge(
         chosen, unmeasured = rows_to_solve(find, method) if solves else rows_to_measure(find, speaks, *given)
     deltas = {path: partial(_delta, layer, weights, starts[path]) for path, layer in solved.items()}
     kept, steps = None, 0
-    with evaluating(model), bar_on(console) as bar:
+    with evaluating(model), heads_lent(model, weights), bar_on(console) as bar:
         about = partial(identity, model, weights, method=method, to=to, seed=seed)
         changed: dict[str, LoraLinear | ExpertStack] = {
             **layers,

@@ -37,6 +37,7 @@ class Kept:
         held_out: False where the rows were taken from the calibration set, so that the adapter may know them.
         before: the retained gain on these rows before a last round that learned from them, too; None where there was none.
         same_token: the share of the answers' tokens before which merged and adapter's model find the same token likeliest.
+        unit: what was compared: the next "token" of a model that writes, the "label" of a classifier.
     """
 
     base: float
@@ -50,6 +51,7 @@ class Kept:
     held_out: bool
     same_token: float
     before: float | None = None
+    unit: str = "token"
 
     @property
     def retained_gain(self) -> float | None:
@@ -141,9 +143,11 @@ class MergeReport:
                 f"loss on {kept.rows} {where}: base {kept.base:.4f}, with the adapter {kept.adapter:.4f}, "
                 f"merged {kept.merged:.4f}"
             )
-            lines.append(f"perplexity there: base {perplexities[0]}, with the adapter {perplexities[1]}, "
-                         f"merged {perplexities[2]}")  # fmt: skip
-            lines.append(f"same likeliest token as with the adapter: {kept.same_token:.1%} of {kept.labels} tokens")
+            if kept.unit == "token":
+                lines.append(f"perplexity there: base {perplexities[0]}, with the adapter {perplexities[1]}, "
+                             f"merged {perplexities[2]}")  # fmt: skip
+            unit, same = kept.unit, f"{kept.same_token:.1%} of {kept.labels} {kept.unit}s"
+            lines.append(f"same likeliest {unit} as with the adapter: {same}")
             lines.append(
                 f"drift on unrelated text: KL {kept.drift_kl:.4f} from the adapter's model, "
                 f"which itself is {kept.adapter_kl:.4f} from the base"

@@ -288,7 +288,10 @@ def _numbers_of_adapter(model: PreTrainedModel, name: str) -> Iterator[bytes | m
 def _tokens(model: PreTrainedModel, rows: Calibration) -> Iterator[bytes | memoryview]:
     """The samples, and the embeddings of their tokens: to read all rows would bring a large file into memory for nothing."""
     for samples in (rows.fit, rows.judge):
-        yield json.dumps([[sample.input_ids, sample.labels] for sample in samples]).encode()
+        kinds = [
+            [kinds] if (kinds := getattr(sample, "kinds", None)) else [] for sample in samples
+        ]  # of a classifier's
+        yield json.dumps([[s.input_ids, s.labels, *more] for s, more in zip(samples, kinds, strict=True)]).encode()
     ids = sorted({0, *(token for sample in [*rows.fit, *rows.judge] for token in sample.input_ids)})  # 0 pads
     with torch.no_grad():
         yield from _described("embedding", _embedding(model)(torch.tensor(ids, device=model.device)))

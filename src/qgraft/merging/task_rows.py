@@ -9,6 +9,7 @@ Rows that two adapters share count once. Those that runs held out measure, where
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -16,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapter_files.calibration import CALIBRATION, check_text, samples_of
 from qgraft.adapters.kept_rows import LONGEST, KeptRows, united_rows
 from qgraft.data.held_out import hold_out
+from qgraft.data.label_samples import build_label_samples
 from qgraft.data.messages import Conversation
 from qgraft.data.preference_samples import Preference, build_preferences
-from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset, read_preferences
+from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset, read_labels, read_preferences
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, build_samples, resolve_template
 from qgraft.errors import DataError, worded
+from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
 
 TRAINED_LENGTH, TRAINED_SEED = 2048, 42  # of a run whose arguments do not say it: their defaults in TrainArguments
@@ -57,17 +60,25 @@ class Reader:
     tokenizer: PreTrainedTokenizerBase
     options: Mapping[str, Any]
 
+    @cached_property
+    def classifier(self) -> Classifier | None:
+        """What the model tells apart, where it is a classifier."""
+        return classifier_of(self.model)
+
     def samples(
         self, dataset: Dataset, arguments: Mapping[str, Any], longest: int = LONGEST, most: int | None = None
-    ) -> list[Sample]:
-        """The answers of a dataset; of a training on preferences those chosen or wanted."""
+    ) -> list[Any]:
+        """The answers of a dataset; of a training on preferences those chosen or wanted; of a classifier the texts."""
         return [each.texts[0] if isinstance(each, Preference) else each
                 for each in self._built(dataset, arguments, longest, most) if each.desirable is not False]  # fmt: skip
 
-    def _built(
-        self, dataset: Dataset, arguments: Mapping[str, Any], longest: int, most: int | None
-    ) -> Sequence[Sample | Preference]:
+    def _built(self, dataset: Dataset, arguments: Mapping[str, Any], longest: int, most: int | None) -> Sequence[Any]:
         rows, accounting, columns = self._read(dataset, arguments, most)
+        if self.classifier is not None:
+            labelled = [row for row in rows if isinstance(row, Conversation)]
+            most = sample_limit(self.model, min(longest, arguments.get("max_length", longest)))
+            return build_label_samples(self.tokenizer, labelled, accounting, self.classifier.scheme,
+                                       tokens=self.classifier.words, max_length=most)  # fmt: skip
         chosen = self.options.get("template") or remembered_template(arguments)
         template = resolve_template(self.tokenizer, chosen, enable_thinking=arguments.get("enable_thinking"),
                                     system_text=arguments.get("system_text", "question"))  # fmt: skip
@@ -93,6 +104,8 @@ class Reader:
         columns = named_columns(arguments) if known else None
         reading: dict[str, Any] = {"name": name, "author": author, "columns": columns, "max_samples": most,
                                    "allow_outside_files": bool(self.options.get("allow_outside_files"))}  # fmt: skip
+        if self.classifier is not None:
+            return *read_labels(dataset, folder, tokens=self.classifier.words, **reading), columns
         stage = arguments.get("stage", "sft")
         if stage not in ("sft", "distill"):
             try:
@@ -125,7 +138,7 @@ class Reader:
                 + worded(flags="--dataset", python="calibration="),
             )
 
-    def trained_on(self, arguments: Mapping[str, Any]) -> Sequence[Sample | Preference]:
+    def trained_on(self, arguments: Mapping[str, Any]) -> Sequence[Any]:
         """All samples of a run before it held some out, as long as it had them: which rows gave one decides the choice."""
         most = arguments.get("max_train_samples") or arguments.get("max_samples")
         return self._built(arguments["dataset"], arguments, arguments.get("max_length", TRAINED_LENGTH), most)

@@ -57,6 +57,19 @@ def fused_modules(model: nn.Module) -> Iterator[int]:
                 del module.forward
 
 
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Within the block modules compute by their classes' own forward passes, though a fused_modules block is around it."""
+    put_in = [(module, _own(module)) for module in model.modules() if getattr(_own(module), "of_block", False)]
+    for module, _ in put_in:
+        del module.forward
+    try:
+        yield
+    finally:
+        for module, forward in put_in:
+            module.forward = forward
+
+
 def _own(module: nn.Module) -> Any:
     """What stands in the place of the forward pass of the module's class, if anything does."""
     return vars(module).get("forward")
@@ -139,7 +152,10 @@ class _Block:
             function = self._gated(activation)
         else:
             function = self._attention(type(module))
-        return None if function is None else MethodType(function, module)
+        if function is None:
+            return None
+        function.of_block = True  # type: ignore[attr-defined]
+        return MethodType(function, module)
 
     def _norm(self, norm: Norm) -> Any:
         """An input of another dtype than the weight's goes the module's own way: what comes out is the module's business."""

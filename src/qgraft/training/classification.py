@@ -14,22 +14,20 @@ well. Several labels of a text are right together or not; each counts where its 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qgraft.adapter_files.whole import labels_of
 from qgraft.adapters.base import alone
 from qgraft.data.batches import IGNORED
-from qgraft.data.label_samples import LabelSample, label_batches
-from qgraft.data.label_schemes import NUMBER, SEVERAL, SINGLE, LabelScheme
+from qgraft.data.label_samples import LabelSample
+from qgraft.data.label_schemes import NUMBER, SEVERAL
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
-from qgraft.model_parts import CAUSAL, argument_names, task_of
 from qgraft.passes.decoder import evaluating
+from qgraft.passes.labels import Classifier, labelled_logits
 from qgraft.training.objective import Outcome
 from qgraft.training.processes import ALONE, Processes
 
@@ -56,39 +54,6 @@ class LabelEvaluation:
                 "dropped": self.dropped, "truncated": self.truncated}  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Classifier:
-    """What a model of a classifier tells apart, and how its batches are made.
-
-    Attributes:
-        words: whether each word has a label.
-        padding: the id of the token that texts are padded with.
-    """
-
-    scheme: LabelScheme
-    words: bool
-    padding: int
-
-    @property
-    def problem(self) -> str:
-        """See the module's docstring."""
-        return self.scheme.problem_type
-
-    def batches(self, samples: Sequence[LabelSample], tokens: int) -> list[dict[str, Tensor]]:
-        """See data/label_samples.py."""
-        return label_batches(samples, tokens, self.scheme, words=self.words, padding=self.padding)
-
-
-def classifier_of(model: PreTrainedModel) -> Classifier | None:
-    """What the model tells apart; None for a model that writes."""
-    if task_of(model) == CAUSAL:
-        return None
-    padding = getattr(model.config.get_text_config(), "pad_token_id", None)
-    words = task_of(model) == "TOKEN_CLS"
-    problem = model.config.problem_type or (NUMBER if model.config.num_labels == 1 and not words else SINGLE)
-    return Classifier(LabelScheme(labels_of(model), problem), words, 0 if padding is None else padding)
-
-
 class Classification:
     """An Objective, see objective.py."""
 
@@ -103,8 +68,10 @@ class Classification:
         own: Sequence[LabelSample],
         tokens: int,
         processes: Processes,
-    ) -> None:
-        """Nothing: each text is learned by itself."""
+        step: int,
+    ) -> tuple[list[LabelSample], float]:
+        """As they are, and how many there are: each text, or word, is learned by itself."""
+        return list(own), self.count(every)
 
     def count(self, samples: Sequence[LabelSample]) -> float:
         """The texts, or the words with a label."""
@@ -134,20 +101,6 @@ class Classification:
     ) -> LabelEvaluation:
         """The mean loss on these rows, without smoothing; dropout is off, and the training mode is kept."""
         return evaluate_labelled(model, samples, self.classifier, tokens, processes=processes)
-
-
-def labelled_logits(
-    model: PreTrainedModel, batch: Mapping[str, Tensor], classifier: Classifier
-) -> tuple[Tensor, Tensor]:
-    """Logits [n, labels] float32 of the texts, or of the labelled words, and their labels."""
-    taken = argument_names(model)
-    inputs: dict[str, Any] = {key: value.to(model.device, non_blocking=True) for key, value in batch.items()}
-    labels = inputs.pop("labels")
-    logits = model(**{key: value for key, value in inputs.items() if key in taken}).logits.float()
-    if classifier.words:
-        chosen = labels != IGNORED
-        return logits[chosen], labels[chosen]
-    return logits, labels
 
 
 def summed_loss(logits: Tensor, labels: Tensor, problem: str, smoothing: float = 0.0) -> Tensor:

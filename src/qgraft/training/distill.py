@@ -14,6 +14,7 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.given import check_arguments, check_pair
 from qgraft.training.prepare import prepare
 from qgraft.training.processes import Processes
+from qgraft.training.stages import distill_options
 
 
 def distill(
@@ -36,6 +37,11 @@ def distill(
     check_arguments(args)
     if args.stage != "distill":
         raise OptionError(f"stage={args.stage!r}: nothing is learned of a teacher", hint=option("stage", "distill"))
+    if (options := distill_options(args)) is not None and options.draws:
+        raise OptionError(
+            "lmbda, seq_kd: drawn answers are judged in training, and are not there before",
+            hint="leave them out: this asks about the rows' own answers, those held out too",
+        )
     first = Processes.of(args).first and args.teacher_cache is None
     with folder_locked(Path(str(args.output_dir))) if first else nullcontext():
         return prepare(model, tokenizer, dataset, args, eval_dataset, console=shown(progress)).notes

@@ -4,11 +4,13 @@
     loss       of a label kd_ratio * divergence(teacher, student) + (1 - kd_ratio) * -log q(label), chunk by chunk
                (passes/divergence.py); the mean over the labels of a step, each times its weight
 
-The samples are those of supervised fine-tuning, and pass as they do: one after another, without padding.
+The samples are those of supervised fine-tuning, and pass as they do: one after another, without padding. Answers that are
+drawn in training, and what the teacher says of them, come from on_policy.py.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,6 +24,9 @@ from qgraft.passes.loss import weighted_loss
 from qgraft.training.objective import Outcome
 from qgraft.training.processes import ALONE, Processes
 from qgraft.training.stages import DistillOptions
+
+if TYPE_CHECKING:
+    from qgraft.training.on_policy import DrawnAnswers
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +61,25 @@ class Distillation:
 
     Attributes:
         width: ids that teacher and student both have.
+        answers: where those come from that are drawn in training; None where the rows' own are learned.
         names: kd_loss, the divergence; nll_loss, the cross-entropy of the labels.
     """
 
     options: DistillOptions
     width: int
+    answers: "DrawnAnswers | None" = None
     names: Sequence[str] = ("kd_loss", "nll_loss")
 
     def begin(
-        self, model: PreTrainedModel, every: Sequence[Taught], own: Sequence[Taught], tokens: int, processes: Processes
-    ) -> None:
-        """Nothing: each label is learned by itself."""
+        self, model: PreTrainedModel, every: Sequence[Taught], own: Sequence[Taught], tokens: int, processes: Processes,
+        step: int,
+    ) -> tuple[list[Taught], float]:  # fmt: skip
+        """As they are, or with answers that are drawn now; and the weight of all labels: each is learned by itself."""
+        if self.answers is None:
+            return list(own), self.count(every)
+        taught = self.answers.taught(every, own, step)
+        weight = torch.tensor([self.count(taught)], dtype=torch.float64, device=model.device)
+        return taught, float(processes.add(weight))
 
     def count(self, samples: Sequence[Taught]) -> float:
         """The weight of all labels that are learned."""

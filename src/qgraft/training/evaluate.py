@@ -22,12 +22,13 @@ from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.model_parts import is_encoder_decoder
 from qgraft.passes.decoder import padding_free
+from qgraft.passes.labels import classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
 from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.classification import LabelEvaluation, classifier_of, evaluate_labelled
+from qgraft.training.classification import LabelEvaluation, evaluate_labelled
 from qgraft.training.given import check_pair
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions

@@ -6,9 +6,10 @@ from qgraft.data.preference_samples import mismatched
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
 from qgraft.model_parts import is_encoder_decoder
+from qgraft.passes.labels import classifier_of
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.classification import classifier_of, evaluate_labelled
+from qgraft.training.classification import evaluate_labelled
 from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import evaluate_preferences, template_of
 from qgraft.training.label_rows import read_label_samples

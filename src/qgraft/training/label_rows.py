@@ -7,8 +7,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.data.label_samples import LabelSample, build_label_samples
 from qgraft.data.label_schemes import LabelScheme, label_note, scheme_of
 from qgraft.data.reading import Accounting, Dataset, named_columns, read_labels
+from qgraft.passes.labels import classifier_of
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.classification import classifier_of
 from qgraft.training.classification_options import task_given
 
 

@@ -204,15 +204,15 @@ class TrainingLoop:
         """The batches of the next step; they stay on the CPU, see passes.decoder.label_states."""
         self.events.forget_wishes()
         self.events.tell("on_step_begin")
-        chosen = [self.samples[index] for index in self.plan.step(self.progress.position)]
-        own = self.processes.share(chosen)
+        position = self.progress.position
+        chosen = [self.samples[index] for index in self.plan.step(position)]
         if not self.model.training:  # the walk over all modules costs milliseconds
             self.model.train()
         self._loss = torch.zeros_like(self._loss)
+        given = self.model, chosen, self.processes.share(chosen), self.tokens_per_pass, self.processes, position
+        own, count = self.objective.begin(*given)
         self._tokens = sum(sample.length for sample in own)
-        count = self.objective.count(chosen) or 1.0  # all labels of a step may weigh nothing
-        self.objective.begin(self.model, chosen, own, self.tokens_per_pass, self.processes)
-        return Step(self.objective.batches(own, self.tokens_per_pass), count)
+        return Step(self.objective.batches(own, self.tokens_per_pass), count or 1.0)  # all labels may weigh nothing
 
     def learn(self, step: Step) -> None:
         """Forward and backward of the batches, one after another."""

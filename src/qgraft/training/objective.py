@@ -56,9 +56,18 @@ class Objective(Protocol):
         """Of the metrics of an Outcome."""
 
     def begin(
-        self, model: PreTrainedModel, every: Sequence[Any], own: Sequence[Any], tokens: int, processes: Processes
-    ) -> None:
-        """Learn what must be known of all samples of a step, `every`, before those of this process pass, `own`."""
+        self,
+        model: PreTrainedModel,
+        every: Sequence[Any],
+        own: Sequence[Any],
+        tokens: int,
+        processes: Processes,
+        step: int,
+    ) -> tuple[Sequence[Any], float]:
+        """Learn what must be known of all samples of a step, `every`, before those of this process pass, `own`.
+
+        Returns what this process passes, and what the sums of all processes are divided by.
+        """
 
     def count(self, samples: Sequence[Any]) -> float:
         """What sums over these samples are divided by."""
@@ -84,9 +93,11 @@ class SupervisedFineTuning:
     names: Sequence[str] = ()
 
     def begin(
-        self, model: PreTrainedModel, every: Sequence[Sample], own: Sequence[Sample], tokens: int, processes: Processes
-    ) -> None:
-        """Nothing: each label is learned by itself."""
+        self, model: PreTrainedModel, every: Sequence[Sample], own: Sequence[Sample], tokens: int, processes: Processes,
+        step: int,
+    ) -> tuple[list[Sample], float]:  # fmt: skip
+        """As they are, and the weight of all labels: each is learned by itself."""
+        return list(own), self.count(every)
 
     def count(self, samples: Sequence[Sample]) -> float:
         """The weight of all labels that are learned."""

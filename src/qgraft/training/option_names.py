@@ -51,8 +51,9 @@ ALIASES = {  # name elsewhere -> ours
 
 NOT_THERE = {  # name elsewhere -> what to do instead
     **dict.fromkeys(
-        ("lmbda", "seq_kd"),
-        "a student learns the answers of the rows, not its own or new ones of the teacher: leave it out",
+        ("pref_ftx", "dpo_ftx"),
+        "it is rpo_alpha here, of pairs: of the mean over all chosen tokens of a step, where theirs is over the mean of each "
+        "answer; for 0 leave it out",
     ),
     "pissa_init": "it is init_lora_weights=pissa here, or pissa_niter_16",
     "pissa_iter": "it is the number in init_lora_weights=pissa_niter_16",

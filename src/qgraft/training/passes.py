@@ -127,7 +127,7 @@ def fastest_passes(
     model: PreTrainedModel, prepared: "Prepared", console: Console | None
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
-    args, samples, notes = prepared.args, prepared.samples, prepared.notes
+    args, samples, notes = prepared.args, prepared.longest, prepared.notes
     if is_encoder_decoder(model.config):
         with pair_passes(model, args, samples, notes) as tokens:
             yield tokens, {}
@@ -140,6 +140,8 @@ def fastest_passes(
         if problem := stack.enter_context(padding_free(model, [text for each in samples for text in each.texts])):
             notes.append(f"{problem}; every sample passes through the model alone")
         stack.enter_context(fused_modules(model))
+        if prepared.lesson is not None and prepared.lesson.teacher is not None:
+            stack.enter_context(prepared.lesson.teacher.ready(samples))
         found = settle_noted(model, args, samples, bool(problem), notes, console)
         check_graphs(model, args)
         stack.enter_context(copies_kept(model, args, found[1], notes))

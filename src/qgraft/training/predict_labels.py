@@ -28,12 +28,11 @@ from qgraft.data.reading import Accounting, Dataset
 from qgraft.linear import computing
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.decoder import evaluating
+from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import (
-    Classifier,
     LabelEvaluation,
-    classifier_of,
     evaluate_labelled,
     passed,
     predicted,

@@ -85,19 +85,21 @@ class PreferenceOptimization:
         own: Sequence[Preference],
         tokens: int,
         processes: Processes = ALONE,
-    ) -> None:
+        step: int = 0,
+    ) -> tuple[list[Preference], float]:
         """What the losses of a step must know of all of it: KTO's divergence; what each chosen token counts."""
         options = self.options
         labels = sum(self._learned(each) for each in every) if options.alpha else 0
         self._share = options.alpha * len(every) / labels if labels else 0.0
         if options.loss_type != "kto":
-            return
+            return list(own), self.count(every)
         others = [each.mismatched for each in own if each.mismatched is not None]
         now = text_log_probs(model, others, tokens, self.alone, training=True)
         gained = sum(value - each.reference[1] for value, each in zip(now, own, strict=True))
         both = torch.tensor([gained, len(own)], dtype=torch.float64, device=model.device)
         total, count = processes.add(both).tolist()
         self._divergence = max(total / (count or 1.0), 0.0)
+        return list(own), self.count(every)
 
     def count(self, samples: Sequence[Preference]) -> float:
         """The rows."""

@@ -18,6 +18,7 @@ from qgraft.passes.limits import sample_limit
 from qgraft.training.adapter import positions_to_take
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification_options import check_task
+from qgraft.training.drawn import longest_samples
 from qgraft.training.events import Callback
 from qgraft.training.given import ready_callbacks
 from qgraft.training.new_tokens import take_tokens
@@ -26,6 +27,7 @@ from qgraft.training.plan import plan_of
 from qgraft.training.processes import Processes
 from qgraft.training.samples import prepare_samples
 from qgraft.training.seq2seq import check_pair_run
+from qgraft.training.stages import distill_options
 from qgraft.training.teacher import Lesson, ask_teacher
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
 
@@ -40,7 +42,7 @@ class Prepared:
     args: TrainArguments
     folder: Path
     earlier: Earlier
-    samples: list[Any]  # Sample; of preferences Preference, of a teacher Taught, of encoder-decoders PairSample
+    samples: list[Any]  # Sample; of preferences Preference, of a teacher Taught, of encoder-decoders PairSample, ...
     eval_samples: list[Any]
     accounting: Accounting
     held_out: Accounting | None
@@ -49,6 +51,13 @@ class Prepared:
     callbacks: Sequence[Callback] = ()
     refers_to_base: bool = True
     lesson: Lesson | None = None
+    limit: int = 0
+
+    @property
+    def longest(self) -> list[Any]:
+        """The samples as long as they may become: answers may be drawn in training."""
+        taught = distill_options(self.args)
+        return longest_samples(self.samples, self.limit, taught) if taught and taught.draws else self.samples
 
 
 def prepare(
@@ -88,10 +97,10 @@ def prepare(
     if args.stage == "distill":
         rows = (dataset or args.dataset, eval_dataset or args.eval_dataset), (samples, eval_samples), limit
         lesson = ask_teacher(model, tokenizer, args, *rows, Processes.of(args), notes, console)
-        samples, eval_samples = lesson.learned, lesson.held_out
+        samples, eval_samples = list(lesson.learned), list(lesson.held_out)
     return Prepared(
         args, Path(str(args.output_dir)), earlier, samples, eval_samples, accounting, held_out, notes, tokenizer, every,
-        args.adapter_name not in adapter_names(model), lesson,
+        args.adapter_name not in adapter_names(model), lesson, limit,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ RANGES = {
     "beta": AMOUNT, "label_smoothing": SHARE, "simpo_gamma": AMOUNT, "rpo_alpha": AMOUNT,
     "desirable_weight": AMOUNT, "undesirable_weight": AMOUNT,
     "kd_ratio": SHARE_ABOVE_0, "kd_temperature": Range(1e-2, 1e3), "loss_top_k": COUNT,
+    "lmbda": Range(0, 1),
     "neftune_noise_alpha": AMOUNT, "loraplus_lr_ratio": ABOVE_0, "loraplus_lr_embedding": AMOUNT,
     "r": RANK, "lora_alpha": ABOVE_0, "lora_dropout": SHARE,
     "pre_seq_len": COUNT, "prefix_dropout": SHARE,

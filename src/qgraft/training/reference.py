@@ -26,10 +26,12 @@ from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.model_parts import is_encoder_decoder
+from qgraft.passes.labels import classifier_of
 from qgraft.passes.log_probs import shares_prompts
-from qgraft.training.classification import Classification, classifier_of
+from qgraft.training.classification import Classification
 from qgraft.training.distillation import Distillation
 from qgraft.training.objective import SupervisedFineTuning
+from qgraft.training.on_policy import draws_answers
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
 from qgraft.training.seq2seq import SequenceToSequence
@@ -51,7 +53,8 @@ def settle_objective(
     if (classifier := classifier_of(model)) is not None:
         return Classification(classifier, prepared.args.label_smoothing_factor)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
-        return Distillation(taught, prepared.lesson.width)
+        drawn = draws_answers(model, prepared, taught, processes.count) if taught.draws else None
+        return Distillation(taught, prepared.lesson.width, drawn)
     options = preference_options(prepared.args)
     if options is None:
         return SupervisedFineTuning(prepared.args.label_smoothing_factor)

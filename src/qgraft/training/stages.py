@@ -8,7 +8,7 @@ A stage stands for a loss; `dpo` has several, by `loss_type`, and `distill` by `
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qgraft.errors import OptionError, option
+from qgraft.errors import OptionError, near_match, option
 from qgraft.training.preference_losses import LABELLED, PAIRED, PreferenceOptions
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ _READ_BY = {  # option -> the losses that read it
 OPTIONS = ("loss_type", "beta", *_READ_BY)
 OF_DISTILLING = (
     "teacher_model_name_or_path", "teacher_adapter_name_or_path", "teacher_cache", "loss_top_k", "kd_ratio", "kd_temperature",
+    "lmbda", "seq_kd",
 )  # fmt: skip
 
 
@@ -44,17 +45,34 @@ class DistillOptions:
         beta: of the divergence; 0 forward KL, 1 reverse KL.
         share: of the divergence; the rest is that of the labels' own loss.
         top_k: how many tokens the teacher names at a place.
+        lmbda: share of the batches whose answers the student draws; of the others the teacher does with `seq_kd`.
+        drawn_at: the temperature of these draws.
+        max_new_tokens: the longest drawn answer.
     """
 
     beta: float = 0.0
     temperature: float = 1.0
     share: float = 1.0
     top_k: int = 64
+    lmbda: float = 0.0
+    seq_kd: bool = False
+    drawn_at: float = 1.0
+    max_new_tokens: int = 128
+
+    @property
+    def draws(self) -> bool:
+        """Whether any answers are drawn in training."""
+        return self.lmbda > 0 or self.seq_kd
+
+    @property
+    def learns_rows(self) -> bool:
+        """Whether the rows' own answers are learned."""
+        return self.lmbda < 1 and not self.seq_kd
 
 
 def distill_options(args: "TrainArguments") -> DistillOptions | None:
     """What a run learns of a teacher; None where there is none. Raises OptionError for all that is wrong, at once."""
-    given = {name: getattr(args, name) for name in OF_DISTILLING if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in OF_DISTILLING if getattr(args, name) not in (None, False)}
     if args.stage != "distill":
         if given:
             raise OptionError(f"{', '.join(given)}: stage {args.stage} has no teacher", hint=option("stage", "distill"))
@@ -67,14 +85,42 @@ def distill_options(args: "TrainArguments") -> DistillOptions | None:
         problems.append("stage distill needs a teacher: a model in teacher_model_name_or_path")
     if args.teacher_adapter_name_or_path is not None and args.teacher_model_name_or_path is None:
         problems.append("teacher_adapter_name_or_path: of which model? give teacher_model_name_or_path")
-    if args.temperature is not None and not (args.do_predict or args.predict_with_generate):
-        problems.append("temperature: it is of drawn answers, and none is asked for; kd_temperature is the loss's")
-    if problems:
-        raise OptionError("; ".join(problems))
-    names = {"beta": "beta", "kd_temperature": "temperature", "kd_ratio": "share", "loss_top_k": "top_k"}
-    return DistillOptions(
+    names = {
+        "beta": "beta", "kd_temperature": "temperature", "kd_ratio": "share", "loss_top_k": "top_k", "lmbda": "lmbda",
+        "seq_kd": "seq_kd", "temperature": "drawn_at", "max_new_tokens": "max_new_tokens",
+    }  # fmt: skip
+    options = DistillOptions(
         **{own: getattr(args, name) for name, own in names.items() if getattr(args, name) is not None}
     )
+    if problems := problems + _wrong_with_draws(args, options):
+        raise OptionError("; ".join(problems))
+    return options
+
+
+def _wrong_with_draws(args: "TrainArguments", options: DistillOptions) -> list[str]:
+    """A line for each option that does not go with answers that are drawn in training, or with none."""
+    answers = args.do_predict or args.predict_with_generate
+    if not options.draws:
+        alone = args.temperature is not None and not answers
+        said = "temperature: it is of drawn answers, and none is asked for; kd_temperature is the loss's"
+        return [said] if alone else []
+    wrong = {
+        "drawn answers are judged by the teacher itself: name it in teacher_model_name_or_path": (
+            args.teacher_model_name_or_path is None
+        ),
+        "seq_kd: with lmbda=1 the student draws every answer": options.seq_kd and options.lmbda == 1,
+        "kd_ratio: to learn an answer that the student drew itself by its own loss teaches nothing": (
+            options.share < 1 and options.lmbda > 0
+        ),
+        "train_on_prompt: a teacher says of drawn answers alone": args.train_on_prompt,
+        "mask_reasoning: what a drawn answer thinks is a part of it": args.mask_reasoning,
+        "cache_frozen_layers: drawn answers are other ones in every step": args.cache_frozen_layers,
+        "memory_limit: it is of the student alone, and the teacher stays beside it": args.memory_limit is not None,
+        "top_p, num_beams and do_sample: answers are drawn from all of a model's tokens; temperature=0 takes the likeliest": (
+            not answers and (args.top_p or args.num_beams or args.do_sample is not None)
+        ),
+    }
+    return [problem for problem, holds in wrong.items() if holds]
 
 
 def preference_options(args: "TrainArguments") -> PreferenceOptions | None:
@@ -92,7 +138,7 @@ def preferring(
     Raises OptionError for all that has no meaning with the stage, at once.
     """
     if stage not in STAGES:
-        raise OptionError(f"stage={stage!r}: expected {', '.join(STAGES)}")
+        raise OptionError(f"stage={stage!r}: expected {', '.join(STAGES)}", hint=near_match(stage, STAGES))
     given = {name: value for name, value in said.items() if value is not None}
     if stage == "distill":
         raise OptionError(

@@ -40,6 +40,7 @@ from qgraft.progress import Display
 from qgraft.training.adapter import describe_adapter
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.distillation import Taught
+from qgraft.training.drawn import longest_samples
 from qgraft.training.evaluate import template_of
 from qgraft.training.preferences import labels_of
 from qgraft.training.processes import Processes
@@ -52,12 +53,51 @@ BLOCK_LABELS = 4096  # of a file of the cache, which is what a kill costs at mos
 
 @dataclass(frozen=True)
 class Lesson:
-    """What came of asking: both sides of the rows with it, how many ids it is about, and its hash."""
+    """What came of asking: both sides of the rows with it, how many ids it is about, and its hash.
 
-    learned: list[Taught]
-    held_out: list[Taught]
+    Attributes:
+        teacher: where answers are drawn in training, which it is asked about then.
+    """
+
+    learned: Sequence[Sample]
+    held_out: Sequence[Sample]
     width: int
     sha256: str
+    teacher: "LiveTeacher | None" = None
+
+
+@dataclass(eq=False)
+class LiveTeacher:
+    """A teacher that stays loaded, and is asked about texts that were not there before.
+
+    Attributes:
+        k: tokens that it names at each label.
+        tokens: of a pass; within `ready` only.
+    """
+
+    model: PreTrainedModel
+    args: TrainArguments
+    options: DistillOptions
+    width: int
+    k: int
+    tokens: int = 0
+
+    @contextmanager
+    def ready(self, samples: Sequence[Sample]) -> Iterator[None]:
+        """Within the block texts like these, and no longer ones, take the fastest way through it."""
+        with _fastest(self.model, self.args, samples) as self.tokens:
+            yield
+
+    @torch.no_grad()
+    def taught(self, samples: Sequence[Sample]) -> list[Taught]:
+        """The samples with what it says of them."""
+        return list(_shared_out(samples, self._said(samples))) if samples else []
+
+    def _said(self, samples: Sequence[Sample]) -> Said:
+        said = [_said(self.model, batch, self.options, self.k, self.width)
+                for batch in split_batch(collate(samples), self.tokens)]  # fmt: skip
+        _check_finite(joined := Said.joined(said), samples)
+        return joined
 
 
 def ask_teacher(
@@ -81,7 +121,7 @@ def ask_teacher(
     """
     with torch.no_grad():
         lesson = _asked(model, tokenizer, args, datasets, sides, limit, processes, notes, console)
-    gc.collect()  # the teacher is gone before the student's memory is measured
+    gc.collect()  # a teacher that is asked no more is gone before the student's memory is measured
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return lesson
@@ -91,17 +131,37 @@ def _asked(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: TrainArguments, datasets: Sequence[Dataset | None],
     sides: tuple[list[Sample], list[Sample]], limit: int, processes: Processes, notes: list[str], console: Console | None,
 ) -> Lesson:  # fmt: skip
-    options, folder = distill_options(args), Path(args.teacher_cache or Path(str(args.output_dir)) / TEACHER)
+    options, folder = distill_options(args), _folder(args)
     assert options is not None
-    samples, teacher = [*sides[0], *sides[1]], _load_teacher(args, notes)
+    asked = [*(sides[0] if options.learns_rows else []), *sides[1]]  # of these the answers are known before
+    teacher = _load_teacher(args, notes)
     if teacher is None:
         width = min(_rows_of(model), read_about(folder)[WIDTH])
     else:
-        check_teacher(model, tokenizer, teacher, args, datasets, samples, limit)
+        longest = [*(longest_samples(sides[0], limit, options) if options.draws else sides[0]), *sides[1]]
+        check_teacher(model, tokenizer, teacher, args, datasets, longest, limit)
         width = min(_rows_of(model), _rows_of(teacher[0]))
+    about = _about(teacher, args, options, asked, width, folder)
+    taught, sha256 = (
+        _known_before(teacher, args, options, asked, about, processes, notes, console) if asked else ([], "")
+    )
+    learned = taught[: len(taught) - len(sides[1])] if options.learns_rows else sides[0]
+    held_out = taught[len(taught) - len(sides[1]) :]
+    if teacher is None or not options.draws:
+        return Lesson(learned, held_out, width, sha256)
+    notes.append(f"the teacher stays beside the student, and names {about['loss_top_k']} tokens at each that is drawn")
+    said = hashlib.sha256(json.dumps([about, sha256], sort_keys=True).encode()).hexdigest()
+    return Lesson(learned, held_out, width, said, LiveTeacher(teacher[0], args, options, width, about["loss_top_k"]))
+
+
+def _known_before(
+    teacher: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None, args: TrainArguments, options: DistillOptions,
+    samples: Sequence[Sample], about: dict[str, Any], processes: Processes, notes: list[str], console: Console | None,
+) -> tuple[list[Taught], str]:  # fmt: skip
+    """The samples with what the teacher says of them, by the cache, and a hash of that."""
+    folder = _folder(args)
     blocks = list(neighbours([labels_of(sample) for sample in samples], BLOCK_LABELS))
     counts = [sum(map(labels_of, samples[block])) for block in blocks]
-    about = _about(teacher, args, options, samples, width, folder)
     cache = TeacherCache(folder, about, counts, about["loss_top_k"])
     with folder_locked(folder) if processes.first else nullcontext():
         if processes.first:
@@ -114,11 +174,16 @@ def _asked(
     assert len(said) == len(blocks)
     named = sum(float((1 - each.rest.double().exp()).sum()) for each in said) / sum(counts)
     notes.append(
-        f"the teacher names {cache.k} of {width} tokens at each of {sum(counts)} labels, {100 * named:.2f} % of its "
+        f"the teacher names {cache.k} of {about[WIDTH]} tokens at each of {sum(counts)} labels, {100 * named:.2f} % of its "
         "probability; the others count as one"
     )
     taught = [each for block, of_it in zip(blocks, said, strict=True) for each in _shared_out(samples[block], of_it)]
-    return Lesson(taught[: len(sides[0])], taught[len(sides[0]) :], width, cache.sha256)
+    return taught, cache.sha256
+
+
+def _folder(args: TrainArguments) -> Path:
+    """Where the cache is."""
+    return Path(args.teacher_cache or Path(str(args.output_dir)) / TEACHER)
 
 
 def check_teacher(
@@ -246,12 +311,13 @@ def _ask_about(
         )
     shows = (TextColumn("asked the teacher about {task.completed:.0f}/{task.total:.0f} samples"), BarColumn(bar_width=8),
              TimeRemainingColumn(compact=True))  # fmt: skip
-    with Display(*shows, console=console) as display, _fastest(teacher[0], args, blocks) as tokens:
+    every = [sample for block in blocks for sample in block]
+    with Display(*shows, console=console) as display, _fastest(teacher[0], args, every) as tokens:
         task = display.add_task("", total=sum(map(len, blocks)))
         display.advance(task, sum(len(block) for number, block in enumerate(blocks) if number not in missing))
         for number in missing[processes.rank :: processes.count]:
             batches = split_batch(collate(blocks[number]), tokens)
-            said = Said.joined([_said(teacher[0], batch, options, cache.about) for batch in batches])
+            said = Said.joined([_said(teacher[0], batch, options, cache.k, cache.about[WIDTH]) for batch in batches])
             _check_finite(said, blocks[number])
             cache.keep(number, said)
             display.advance(task, len(blocks[number]))
@@ -259,19 +325,18 @@ def _ask_about(
 
 
 @contextmanager
-def _fastest(teacher: PreTrainedModel, args: TrainArguments, blocks: Sequence[Sequence[Sample]]) -> Iterator[int]:
+def _fastest(teacher: PreTrainedModel, args: TrainArguments, samples: Sequence[Sample]) -> Iterator[int]:
     """Within the block samples take the fastest way through the teacher; yields the tokens of a pass."""
     with ExitStack() as stack:
         stack.enter_context(computing(teacher, args.compute))
-        problem = stack.enter_context(padding_free(teacher, [sample for block in blocks for sample in block]))
+        problem = stack.enter_context(padding_free(teacher, samples))
         stack.enter_context(fused_modules(teacher))
         yield 0 if problem else GPU_EVAL_TOKENS if teacher.device.type == "cuda" else CPU_EVAL_TOKENS
 
 
-def _said(teacher: PreTrainedModel, batch: Any, options: DistillOptions, about: dict[str, Any]) -> Said:
+def _said(teacher: PreTrainedModel, batch: Any, options: DistillOptions, k: int, width: int) -> Said:
     states_NH, _ = label_states(teacher, batch)
-    return likeliest(states_NH, output_head(teacher), k=about["loss_top_k"], width=about[WIDTH],
-                     temperature=options.temperature)  # fmt: skip
+    return likeliest(states_NH, output_head(teacher), k=k, width=width, temperature=options.temperature)
 
 
 def _check_finite(said: Said, samples: Sequence[Sample]) -> None:

@@ -133,8 +133,15 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return [f"{key}: was {str(before.get(key))[:60]}, now {str(now.get(key))[:60]}"
+    return [f"{key}: was {_shown(before.get(key))}, now {_shown(now.get(key))}"
             for key in sorted({*before, *now}) if before.get(key) != now.get(key)]  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    """A value in a line: of the adapters by their names the first digits of their hashes."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} ({str(sha256)[:12]})" for name, sha256 in value.items()) or "none"
+    return "none" if value is None else str(value)[:60]
 
 
 def _another() -> str:

@@ -1,0 +1,181 @@
+"""What a merge compares of two models: the next tokens of one that writes, the labels of a classifier.
+
+    states   whatever logits are made of, a row for each label: of a writer its last hidden states, of a classifier its
+             logits, made by the adapter's head (heads.heads_lent)
+    head     states -> logits [n, choices], whose softmax is what the model says
+
+Several labels of a text are a choice between two for each of them: softmax(0, logit) is its sigmoid, so losses and
+divergences are those of next tokens. A number (regression) is no choice, and not merged by what it says.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from qgraft.data.batches import IGNORED, Batch, collate, count_labels, label_weights, neighbours, split_batch
+from qgraft.data.label_samples import LabelSample, collate_texts
+from qgraft.data.label_schemes import SEVERAL
+from qgraft.data.tokenizing import Sample
+from qgraft.model_parts import argument_names, decoder_of
+from qgraft.passes.decoder import Head, label_states, output_head, padding_free
+from qgraft.passes.labels import Classifier, classifier_of
+
+
+class Outputs(Protocol):
+    """See the module's docstring. A batch is a dict of tensors, on the CPU."""
+
+    @property
+    def unit(self) -> str:
+        """What a row of states is about."""
+
+    def together(self, model: PreTrainedModel, samples: Sequence[Any]) -> AbstractContextManager[str | None]:
+        """Within the block samples share passes; yields why not, where each has to pass alone."""
+
+    def batches(self, samples: Sequence[Any], tokens: int) -> list[Batch]:
+        """The samples in their order, at most so many tokens in each; 0 for one sample in each."""
+
+    def rows(self, sample: Any) -> int:
+        """How many rows of states a sample gives."""
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        """States [n, width] and labels [n], in the order of the samples."""
+
+    def count(self, batch: Batch) -> int:
+        """How many rows of states a batch gives."""
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        """What the loss of each label is multiplied by, [n]; None for 1 each."""
+
+    def head(self, model: PreTrainedModel) -> Head:
+        """See the module's docstring."""
+
+    def padded(self, samples: Sequence[Any]) -> Batch:
+        """The samples as padded rows, input_ids and attention_mask [B, T] among them."""
+
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
+        """Pass a batch, on the model's device, through all layers; `bounds` as passes.decoder.attention_arguments."""
+
+
+def outputs_of(model: PreTrainedModel) -> Outputs:
+    """Those of this model."""
+    classifier = classifier_of(model)
+    return _NextTokens() if classifier is None else _Labels(classifier)
+
+
+class _NextTokens:
+    """Of a causal language model: padding-free batches (data/batches.py), all of which the decoder facade knows."""
+
+    unit = "token"
+
+    def together(self, model: PreTrainedModel, samples: Sequence[Sample]) -> AbstractContextManager[str | None]:
+        return padding_free(model, samples)
+
+    def batches(self, samples: Sequence[Sample], tokens: int) -> list[Batch]:
+        return split_batch(collate(samples), tokens)
+
+    def rows(self, sample: Sample) -> int:
+        return sum(label != IGNORED for label in sample.labels)
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        return label_states(model, {key: value.to(model.device) for key, value in batch.items()})
+
+    def count(self, batch: Batch) -> int:
+        return count_labels(batch)
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        return label_weights(batch)
+
+    def head(self, model: PreTrainedModel) -> Head:
+        return output_head(model)
+
+    def padded(self, samples: Sequence[Sample]) -> Batch:
+        width = max(sample.length for sample in samples)
+        ids = torch.tensor([[*sample.input_ids, *[0] * (width - sample.length)] for sample in samples])
+        mask = torch.tensor([[n < sample.length for n in range(width)] for sample in samples])
+        return {"input_ids": ids, "attention_mask": mask.long()}
+
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
+        decoder_of(model)(**batch, use_cache=False, **bounds)
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """Of a classifier: padded batches, with `chosen` [B, T] bool where words have labels; unrelated text has none."""
+
+    classifier: Classifier
+    unit: str = "label"
+
+    def together(self, model: PreTrainedModel, samples: Sequence[LabelSample]) -> AbstractContextManager[str | None]:
+        return nullcontext()
+
+    def batches(self, samples: Sequence[LabelSample], tokens: int) -> list[Batch]:
+        lengths = [sample.length for sample in samples]
+        return [self._batch(samples[part]) for part in neighbours(lengths, tokens)]
+
+    def rows(self, sample: LabelSample) -> int:
+        return len(self._labels(sample))
+
+    def states(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+        taken = argument_names(model)
+        inputs: dict[str, Any] = {key: value.to(model.device) for key, value in batch.items()}
+        logits = model(**{key: value for key, value in inputs.items() if key in taken}).logits.float()
+        if self.classifier.words:
+            logits = logits[inputs["chosen"]]
+        return logits.reshape(-1, 1) if self._several else logits, inputs["targets"]
+
+    def count(self, batch: Batch) -> int:
+        return len(batch["targets"])
+
+    def weights(self, batch: Batch) -> Tensor | None:
+        return batch["weights"]
+
+    def head(self, model: PreTrainedModel) -> Head:
+        return _with_zero if self._several else _as_they_are
+
+    def padded(self, samples: Sequence[LabelSample]) -> Batch:
+        return collate_texts(samples, self.classifier.padding)
+
+    def reach(self, model: PreTrainedModel, batch: Batch, bounds: Mapping[str, Tensor]) -> None:
+        decoder = decoder_of(model)
+        given: dict[str, Any] = {**batch, **bounds, "use_cache": False}
+        taken = argument_names(decoder)
+        decoder(**{key: value for key, value in given.items() if key in taken})
+
+    @property
+    def _several(self) -> bool:
+        return self.classifier.problem == SEVERAL
+
+    def _labels(self, sample: LabelSample) -> list[int]:
+        """The label of each row; 0, which weighs nothing, of unrelated text."""
+        if self.classifier.words:
+            return [int(label) for label in sample.labels if label != IGNORED] or [0] * sample.length
+        count = len(self.classifier.scheme.names) if self._several else 1
+        return [int(label) for label in sample.labels] or [0] * count
+
+    def _batch(self, samples: Sequence[LabelSample]) -> Batch:
+        batch, labels = collate_texts(samples, self.classifier.padding), [self._labels(sample) for sample in samples]
+        weights = [float(bool(sample.labels)) for sample, each in zip(samples, labels, strict=True) for _ in each]
+        batch |= {
+            "targets": torch.tensor([label for each in labels for label in each]),
+            "weights": torch.tensor(weights),
+        }
+        if self.classifier.words:
+            width = batch["input_ids"].shape[1]
+            kept = [[label != IGNORED for label in sample.labels] or [True] * sample.length for sample in samples]
+            batch["chosen"] = torch.tensor([each + [False] * (width - len(each)) for each in kept])
+        return batch
+
+
+def _as_they_are(logits_NV: Tensor) -> Tensor:
+    return logits_NV
+
+
+def _with_zero(logits_N1: Tensor) -> Tensor:
+    """What is said of one label: no, or yes."""
+    return F.pad(logits_N1, (1, 0))
