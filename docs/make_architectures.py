@@ -79,12 +79,24 @@ are. llama.cpp adds no LoRA to `per_layer_model_proj`, and in Gemma 3n to altup'
 one there is refused as a GGUF-LoRA, and can be merged. Gemma 3n is not written from folders, which have no keys and values
 for those layers, and llama.cpp wants them; it takes the deviation of n activations over n - 1, the authors' model over n.
 
+`t5` is T5, FLAN-T5, mT5 and umT5: an encoder and a decoder. What is said above holds of source and target: logits of
+transformers' model with the same weights to 1e-5, losses of 20 steps those of PEFT, merged files read again
+(`tests/checkpoints/test_gguf_t5.py`); llama.cpp's logits, which it gives through its C interface, to 0.002 where they
+deviate by 1, with a GGUF-LoRA, merged and written from folders (`tests/oracle/test_llamacpp_pairs.py`). Feed-forward
+layers are gated, with GELU, where the file has `ffn_gate` (llama.cpp's rule); ReLU else. A file without
+`output.weight` has a tied output layer, and what goes into it is divided by the root of d_model, as by T5's authors
+and transformers; llama.cpp does not divide, so its likeliest tokens are the same and its probabilities sharper.
+Dropout is 0.1 while training, as in T5's configuration, because no key states it. A decoder deeper than the encoder
+is refused: neither transformers' generate() nor llama.cpp runs it. Files of an encoder alone (`t5encoder`) are
+refused.
+
 A Qwen 3.5 with more value heads than key heads (4B and larger) has the columns of `ssm_out` in another order of heads than
 transformers, and in a K-quant several heads share a block. So these bytes stay as they are, in any format, and the layer
 puts its inputs in their order (`QuantizedLinear.input_order`); it is trained, merged into and saved as any other. Adapters
 have transformers' order in the model and in PEFT's files, the file's in a GGUF-LoRA. An exact LoRA is refused there. A file
 written from a folder of floats has that order in any format, too; from weights that are K-quants already it is refused.
 """
+PAIRS = {"t5": ["t5", "umt5"]}  # encoder-decoders: tests/checkpoints/test_gguf_t5.py
 PACKED_APART = {"gpt-oss", "lfm2", "lfm2moe", "qwen35", "qwen35moe"}  # by tests/checkpoints/test_gguf_architectures.py
 
 
@@ -97,7 +109,7 @@ from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
 
     lines = []
     for name, keys in TABLE.items():
-        kinds = [keys.model_type, *([keys.other[1]] if keys.other else [])]
+        kinds = PAIRS.get(name, [keys.model_type, *([keys.other[1]] if keys.other else [])])
         rules = ARCHITECTURES[name]
         stored = [
             *(["rows"] if rules.rows else []),
@@ -108,8 +120,10 @@ from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
         fast = [kind for kind in kinds if kind in FAMILIES]
         decoded = "packed layers" if not fast else "in C" if fast == kinds else f"{', '.join(fast)} in C"
         apart = "one in each pass" if name in PACKED_APART else "several in a row"
+        apart = "pairs, padded" if name in PAIRS else apart
         models = ", ".join(f"`{kind}`" for kind in kinds)
         written = "merged only" if name in UNWRITTEN else "yes"
+        written = "yes, merged without rows" if name in PAIRS else written
         lines.append(f"| `{name}` | {models} | yes | {apart} | {written} | {decoded} | {', '.join(stored)} |")
     return GGUF.format(rows="\n".join(lines))
 

@@ -4,9 +4,16 @@ import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    DynamicCache,
+    Gemma2Config,
+    LlamaConfig,
+    UMT5Config,
+)
 
-from qgraft.compat import CACHE, cache_in, cap_scores, given_cache, takes_cache
+from qgraft.compat import CACHE, cache_in, cap_scores, given_cache, hide_what_comes, takes_cache
 
 
 @takes_cache
@@ -34,6 +41,16 @@ def test_a_function_takes_both_names(name):
 def test_a_function_shows_the_name_that_generate_looks_for():
     assert list(inspect.signature(function).parameters) == ["x", CACHE, "kwargs"]
     assert function.__doc__ == "A doc." and given_cache({"input_ids": 1, "cache": None}) is None
+
+
+def test_umt5_sees_nothing_that_comes():
+    """As T5 does: the first logits do not depend on what the decoder reads behind them."""
+    config = UMT5Config(vocab_size=20, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    model = AutoModelForSeq2SeqLM.from_config(config).eval()
+    hide_what_comes(model)
+    ids = torch.arange(6)[None]
+    one, other = (model(input_ids=ids, decoder_input_ids=torch.tensor([[0, second]])).logits[0, 0] for second in (3, 4))
+    assert torch.allclose(one, other) and one.std() > 0
 
 
 def test_capped_scores_are_computed_as_written():

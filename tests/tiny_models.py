@@ -30,6 +30,7 @@ EXPERTS = {  # parameters of all experts of a layer -> their tensors
 KERNELS = (".shortconv.conv.weight", ".ssm_conv1d.weight")  # of convolutions: matrices in the file, floats in the model
 PLUS_ONE = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe"}  # norms
 SENTENCEPIECE = {"gemma", "gemma2", "gemma3", "phi3"}
+PAIRS = {"t5"}  # encoder-decoders, whose files tests/tiny_pairs.py makes
 ALWAYS_TIED = {
     "command-r",
     "cohere2",

@@ -3,6 +3,7 @@
     5.24    the keyword of the cache is `cache` in forward(), generate() and in outputs; before it was `past_key_values`
     5.23    gradient checkpointing is called activation checkpointing, of a model and among the options
             "sdpa" refuses capped attention scores (Gemma 2), and such models take "eager"; 5.17 left the cap out, silently
+    5.17    umT5's decoder saw the tokens that it was to predict, and its outputs were scaled whatever config.json said
 
 Models of our own are written with the new name. `takes_cache` lets a function of theirs be called with either, and shows
 in its signature the one that the installed release asks for: generate() looks there for what a model understands.
@@ -52,6 +53,14 @@ def cap_scores(model: PreTrainedModel) -> None:
     """Let a model whose configuration caps the attention's scores compute them by an implementation that does so."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
+
+
+def hide_what_comes(model: PreTrainedModel) -> None:
+    """Let umT5's decoder attend to no token behind the one that it reads, as the other T5s' do."""
+    if model.config.model_type == "umt5":
+        for module in model.modules():
+            if getattr(module, "has_relative_attention_bias", False):  # no layer between the halves has one
+                vars(module)["is_causal"] = bool(getattr(module, "is_decoder", False))
 
 
 def asks_for_checkpointing(args: TrainingArguments) -> bool:

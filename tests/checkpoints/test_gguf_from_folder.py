@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from tiny_models import MINISTRAL_ROPE, SHAPE
+from tiny_models import MINISTRAL_ROPE, PAIRS, SHAPE
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import qgraft
@@ -33,7 +33,7 @@ GEMMA3 = {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta":
 
 MIXTURES = {name for name, keys in TABLE.items() if keys.experts and not keys.other}
 # see test_pack_experts.py, test_glm_tokenizer.py
-WRITTEN = sorted(ARCHITECTURES.keys() - MIXTURES - UNWRITTEN - {"chatglm"})
+WRITTEN = sorted(ARCHITECTURES.keys() - MIXTURES - UNWRITTEN - PAIRS - {"chatglm"})
 RAW = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 

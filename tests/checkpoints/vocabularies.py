@@ -4,6 +4,7 @@ Merges are learned from the texts without cutting them, so that there are tokens
 where a cut is forgotten, or is one too many, other tokens come out.
 """
 
+import io
 import json
 import subprocess
 import sys
@@ -104,6 +105,40 @@ def sentencepiece(pieces: Sequence[str], scores: Sequence[float] | None = None, 
     }  # fmt: skip
 
 
+def nfkc_charsmap() -> bytes:
+    """sentencepiece's own table of normalizations, nmt_nfkc: what T5's files hold."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b", "b a"]), model_writer=model, vocab_size=5, model_type="unigram", bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    return normalizer_of(model.getvalue())
+
+
+def normalizer_of(model: bytes) -> bytes:
+    """The table in a sentencepiece model file."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    made = sentencepiece_model_pb2.ModelProto()
+    made.ParseFromString(model)
+    return made.normalizer_spec.precompiled_charsmap
+
+
+def unigrams(pieces: Sequence[str], scores: Sequence[float] | None = None, **more: Any) -> dict[str, Any]:
+    """The keys of T5's vocabulary as llama.cpp's converter has them; without `scores`, the first piece has the best one."""
+    head, tail = ["<pad>", "</s>", "<unk>", "<extra>"], ["[PAD0]", "[PAD1]"]
+    tokens = list(dict.fromkeys([*head, *pieces, *tail]))
+    inner = len(tokens) - len(head) - len(tail)
+    own = [-2.0 - 0.01 * number for number in range(inner)] if scores is None else list(scores)
+    return {
+        "model": "t5", "pre": "default", "tokens": tokens, "scores": [0.0] * 4 + own + [-10000.0] * 2,
+        "token_type": [3, 3, 2, 4] + [1] * inner + [5] * 2, "add_space_prefix": True, "remove_extra_whitespaces": True,
+        "eos_token_id": 1, "padding_token_id": 0, "unknown_token_id": 2, **more,
+    }  # fmt: skip
+
+
 def write(path: Path, keys: dict[str, Any], **metadata: Any) -> Path:
     """A file of these keys of `tokenizer.ggml` (without the prefix), and of others with underscores for points."""
     writer = gguf.GGUFWriter(path, "llama")
@@ -118,7 +153,7 @@ def write(path: Path, keys: dict[str, Any], **metadata: Any) -> Path:
     writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
     adders = {
         bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-        list: writer.add_array,
+        list: writer.add_array, bytes: writer.add_array,
     }  # fmt: skip
     values = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
     values |= {key.replace("_", ".", 1): value for key, value in metadata.items()}

@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
-import numpy as np
 import peft
 import pytest
 import torch
@@ -335,12 +333,35 @@ def test_what_has_no_meaning_is_refused_before_the_weights_are_read(pairs_folder
         ["estimate", "--model", bare],
     ):
         assert main(list(map(str, words))) == 2
-    writer = gguf.GGUFWriter(tmp_path / "t5.gguf", "t5")
-    writer.add_tensor("token_embd.weight", np.zeros((4, 32), dtype=np.float32))
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    with pytest.raises(UnsupportedError, match="'t5'") as refused:
-        qgraft.load(tmp_path / "t5.gguf")
-    assert "folder" in str(refused.value.hint)
+
+
+def test_eval_cuts_sides_as_in_training(pairs_folder, tmp_path, capsys):
+    """evaluate() is told; the command takes the lengths from the adapter, and says so."""
+    from qgraft.cli.main import main
+
+    made, rows = pairs_folder("t5"), tmp_path / "rows.json"
+    rows.write_text(
+        json.dumps([{"instruction": "good bad great awful and slow", "output": "positive negative neutral"}])
+    )
+    model, tokenizer = qgraft.load(made.path)
+    qgraft.attach_lora(model, 4, 8)
+    sides = {"max_source_length": 4, "max_target_length": 7, "val_max_target_length": 3}
+    qgraft.save_adapter(model, tmp_path / "cut", details={"arguments": sides})
+    cut = qgraft.evaluate(model, tokenizer, str(rows), max_source_length=4, max_target_length=3)
+    whole = qgraft.evaluate(model, tokenizer, str(rows))
+    assert cut.labels == 3 < whole.labels and cut.truncated == 1 and not whole.truncated
+    words = ["eval", "--model", str(made.path), "--adapter", str(tmp_path / "cut"), "--dataset", str(rows)]
+    assert main(words) == 0
+    found = capsys.readouterr()
+    assert (
+        f"loss {cut.loss:.4f}" in found.out
+        and "1 cut at max_source_length 4, max_target_length 3: their" in " ".join(found.out.split())
+    )
+    assert "--max_source_length as in training: 4" in found.err and "--max_target_length as in training: 3" in found.err
+    assert main([*words, "--max_target_length", "30", "--max_source_length", "30", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["results"]["base"]["labels"] == whole.labels
+    with pytest.raises(OptionError, match="max_source_length"):
+        qgraft.evaluate(model, tokenizer, str(rows), max_source_length=1)
 
 
 @pytest.mark.slow

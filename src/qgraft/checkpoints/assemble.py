@@ -31,7 +31,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from qgraft.checkpoints.foreign import ForeignErrors
-from qgraft.compat import cap_scores
+from qgraft.compat import cap_scores, hide_what_comes
 from qgraft.errors import CheckpointError, UnsupportedError
 from qgraft.experts import IMPLEMENTATION, ExpertStack, PackedLayer, Stack, holds_experts, misfit, place
 from qgraft.formats import PackedTensor, dequantize, hold_floats
@@ -93,6 +93,7 @@ def assemble(
     """
     model = empty_model(config, dtype)
     cap_scores(model)
+    hide_what_comes(model)
     by_call(model)
     same = dict(model.all_tied_weights_keys) if same is None else same
     problems = list(known_problems)

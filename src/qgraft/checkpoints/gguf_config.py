@@ -27,6 +27,7 @@ from qgraft.checkpoints.gguf_key_report import key_report
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_mixtures import MIXTURES, mixture_fields
 from qgraft.checkpoints.gguf_rope import rope_parameters
+from qgraft.checkpoints.gguf_t5 import settle_scale, t5_fields, t5_type
 from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE, ChatGLM2Config
 
@@ -41,6 +42,7 @@ _PERIODS = {
 }  # every so many layers one without a window
 _SCALES = {"attention.scale", "embedding_scale", "residual_scale", "logit_scale"}
 _MOST_NAMED = 8
+_USUAL_IDS = {"llama": {"bos": 1, "eos": 2}, "t5": {"eos": 1, "pad": 0}}  # of vocabularies whose file states none
 
 
 def gguf_config(file: GgufFile) -> PreTrainedConfig:
@@ -60,6 +62,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values |= gemma3n_fields(header, file)
     elif header.architecture == "gemma4":
         values |= gemma4_fields(header, file)
+    elif header.architecture == "t5":
+        values |= t5_fields(header, file)
     elif keys.rotates:
         values["rope_parameters"] = rope_parameters(header, file)
     if header.architecture == "chatglm":
@@ -87,7 +91,7 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         values["sliding_window"] = header.count(WINDOW)
     if "original_max_position_embeddings" in values.get("rope_parameters", {}) and keys.model_type == "phi3":
         values["original_max_position_embeddings"] = values["rope_parameters"]["original_max_position_embeddings"]
-    model_type = keys.type_of(header)
+    model_type = t5_type(file) if header.architecture == "t5" else keys.type_of(header)
     if model_type not in CONFIG_MAPPING:
         raise UnsupportedError(
             f"{file.path}: architecture {header.architecture!r}: transformers {transformers.__version__} has no {model_type}",
@@ -99,6 +103,7 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
         problem = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{file.path}: transformers cannot read the configuration: {problem}") from error
     config.name_or_path = str(file.path)
+    settle_scale(config, file)
     return config
 
 
@@ -151,7 +156,8 @@ def _unknown_keys_note(header: Header) -> tuple[str, ...]:
 
 def _check_sizes(header: Header, file: GgufFile) -> None:
     """Widths and counts are integers that the tensors can bear out, before anything is built in their size."""
-    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    pattern = re.compile(r"enc\.blk\.(\d+)\." if header.architecture == "t5" else r"blk\.([^.]*)\.")
+    blocks = {match[1] for name in file.tensors if (match := pattern.match(name))}
     widest = max((max(info.shape) for info in file.tensors.values()), default=0)
     required = ["block_count", "embedding_length", "feed_forward_length", "attention.head_count"]
     optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
@@ -241,8 +247,8 @@ def _from_tensors(header: Header, file: GgufFile) -> dict[str, Any]:
 
 
 def _token_ids(file: GgufFile) -> dict[str, int | None]:
-    """The ids of special tokens; sentencepiece's are 1 and 2 where the file states none, as in llama.cpp."""
-    usual = {"bos": 1, "eos": 2} if file.metadata.get("tokenizer.ggml.model") == "llama" else {}
+    """The ids of special tokens; sentencepiece's are known where the file states none, as in llama.cpp."""
+    usual = _USUAL_IDS.get(str(file.metadata.get("tokenizer.ggml.model")), {})
     return {
         f"{role}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id", usual.get(role))
         for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))

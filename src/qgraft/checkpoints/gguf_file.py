@@ -58,6 +58,7 @@ _TOKENIZER_ARRAYS = {  # key -> element types it may have
     "tokenizer.ggml.merges": (STRING,),
     "tokenizer.ggml.scores": (6, 12),
     "tokenizer.ggml.token_type": _INTEGERS,
+    "tokenizer.ggml.precompiled_charsmap": (0, 1),
 }
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _UNREAD_TYPES = {  # to name in messages what we cannot read
@@ -316,7 +317,7 @@ def _check_metadata(path: Path, metadata: dict[str, Any], types: dict[str, int |
     for key in (key for key in metadata if key.startswith("tokenizer.ggml.")):
         if (elements := _TOKENIZER_ARRAYS.get(key)) is not None:
             require(types[key] in [(ARRAY, kind) for kind in elements], key, f"an array of value type in {elements}")
-            if tokens is not None and not key.endswith("merges"):
+            if tokens is not None and not key.endswith(("merges", "charsmap")):
                 require(len(metadata[key]) == length, key, f"{length} elements, one for each token")
         elif key.endswith("_token_id"):
             inside = types[key] in _INTEGERS and 0 <= metadata[key] < length

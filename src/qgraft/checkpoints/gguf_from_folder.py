@@ -43,6 +43,7 @@ from qgraft.checkpoints.gguf_rules import (
     tensor_name,
     to_file,
 )
+from qgraft.checkpoints.gguf_t5 import t5_notes
 from qgraft.checkpoints.gguf_write import FILE_TYPES, TYPE_IDS
 from qgraft.checkpoints.gguf_write_keys import ARCHITECTURE_OF, lost_in_keys, written_keys
 from qgraft.checkpoints.gguf_write_tokenizer import check_tokenizer, tokenizer_keys
@@ -144,6 +145,7 @@ def draft_gguf(model: Any) -> Draft:
         raise refuse(f"no key of it states {'; '.join(lost)}")
     if (window := keys.get(f"{architecture}.{WINDOW}")) and architecture in ("phi3", "starcoder2"):
         notes.append(f"llama.cpp passes over this architecture's window of {window} tokens: longer texts differ there")
+    notes += t5_notes(file)
     to_be = Origin(origin.path, "gguf", origin.digest, matrices)
     return Draft(to_be, file, vectors, rotations, tuple(notes))
 
@@ -353,6 +355,7 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         float: writer.add_float32,
         str: writer.add_string,
         list: writer.add_array,
+        bytes: writer.add_array,
     }
     adders[type(value)](key, value)
 

@@ -218,5 +218,17 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         "starcoder2", {**SIZES, LAYER_NORM: "norm_epsilon"}, {**ROPE, **ONE_WINDOW},
         musts={**SAME_BASE, **SAME_LAYERS},
     ),
+    "t5": Keys(  # an encoder and a decoder: gguf_t5.py
+        "t5",
+        {"embedding_length": "d_model", "block_count": "num_layers", "feed_forward_length": "d_ff",
+         "attention.head_count": "num_heads", "attention.key_length": "d_kv", RMS_NORM: "layer_norm_epsilon",
+         "attention.relative_buckets_count": "relative_attention_num_buckets"},
+        {"decoder_block_count": "num_decoder_layers; block_count where it is absent",
+         "decoder_start_token_id": "what every answer begins with"},
+        ignored={"context_length": "positions are relative", LAYER_NORM: "norms are by the root of the mean square",
+                 "rope.*": "positions are a bias"},
+        musts={"attention.head_count_kv": same("attention.head_count", lambda header: header.heads)},
+        rotates=False,
+    ),
     **MIXTURES,
 }  # fmt: skip

@@ -43,13 +43,14 @@ from qgraft.checkpoints.gguf_rules import (
     tensor_name,
 )
 from qgraft.checkpoints.gguf_split import read_model
+from qgraft.checkpoints.gguf_t5 import t5_same
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
 from qgraft.checkpoints.glm_tokenizer import with_own_prompts
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.errors import CheckpointError, UnsupportedError, near_match
 from qgraft.experts import Stack
 from qgraft.formats import PackedTensor, take_rows
-from qgraft.model_parts import decoder_of
+from qgraft.model_parts import decoder_of, is_encoder_decoder
 
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -64,7 +65,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         tokenizer = with_own_prompts(tokenizer)
     config = gguf_config(file)
     reader = _TensorReader(file, rules, config)
-    model = assemble(config, reader, dtype, str(path))
+    model = assemble(config, reader, dtype, str(path), same=t5_same(file) if is_encoder_decoder(config) else None)
     for place, stored in reader.matrices.items():
         if stored.column_order is not None:
             model.get_submodule(place).input_order = stored.column_order.argsort()
@@ -208,8 +209,8 @@ def _rules(file: GgufFile) -> Rules:
     raise UnsupportedError(
         f"{file.path}: architecture {architecture!r}; supported: {', '.join(sorted(ARCHITECTURES))}",
         hint=(
-            "encoder-decoders are loaded from their folders"
-            if architecture in ("t5", "t5encoder")
+            "an encoder alone writes nothing; give the file of the whole model"
+            if architecture == "t5encoder"
             else near_match(str(architecture), ARCHITECTURES)
         ),
     )

@@ -131,6 +131,7 @@ ARCHITECTURES = {  # general.architecture of the file
     "smollm3": Rules(_rotary_pairs),
     "stablelm": Rules(),
     "starcoder2": Rules(),
+    "t5": Rules(),  # mT5, umT5 and FLAN-T5 carry this name too
 }
 
 
@@ -195,7 +196,8 @@ def name_map(architecture: str, config: PreTrainedConfig) -> TensorNameMap:
             f"architecture {architecture!r}: the package gguf {version('gguf')} does not know its tensors",
             hint="pip install -U gguf",
         )
-    return get_tensor_name_map(known[architecture], config.num_hidden_layers)
+    layers = max(config.num_hidden_layers, getattr(config, "num_decoder_layers", 0))
+    return get_tensor_name_map(known[architecture], layers)
 
 
 def slice_of(names: TensorNameMap, parameter: str) -> tuple[str, int] | None:

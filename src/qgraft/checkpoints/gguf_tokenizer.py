@@ -3,6 +3,7 @@
     tokenizer.ggml.model   gpt2    byte-level BPE: `merges` in their order, cut as `pre` says (pretokenizers.py)
                            llama   sentencepiece: `scores` instead of merges (sentencepiece_merges.py)
                            gemma4  BPE over UTF-8 with a low line for a blank, as sentencepiece writes its pieces
+                           t5      sentencepiece's unigram model: the best sum of `scores` (gguf_unigram.py)
     tokens, token_type     texts and kinds (gguf_vocabulary.py)
     *_token_id             which of them begins a text, ends it, fills it up
     add_bos_token, ...     whether a text alone gets them
@@ -19,6 +20,7 @@ not to (`parse_special = false`).
 
 import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,26 +28,46 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qgraft.checkpoints.gguf_file import GgufFile
+from qgraft.checkpoints.gguf_unigram import LOW_LINE, Exact, unigram
 from qgraft.checkpoints.gguf_vocabulary import CUT_OUT, ROLES, SPECIAL, Vocabulary, read_vocabulary
 from qgraft.checkpoints.pretokenizers import LINES, PRE_TOKENIZERS, UNREAD, PreTokenizer
 from qgraft.checkpoints.sentencepiece_merges import Pair, merges_by_score
 from qgraft.errors import CheckpointError, DataError, UnsupportedError, near_match
 
-MODELS = ("gpt2", "llama", "gemma4")
-_LOW_LINE = "\u2581"  # sentencepiece's blank
+MODELS = ("gpt2", "llama", "gemma4", "t5")
+_TEXTS = ("text_pair", "text_target", "text_pair_target")  # options that hold texts too
 _PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
 
 
 class GgufTokenizer(PreTrainedTokenizerFast):
-    """transformers' class, which says of half a surrogate pair only that it is not a str."""
+    """transformers' class, which says of half a surrogate pair only that it is not a str.
+
+    Attributes:
+        exact: what a text goes through before transformers reads it; None for nothing.
+    """
+
+    exact: Exact | None = None
 
     def __call__(self, text: Any = None, *args: Any, **options: Any) -> Any:
-        _check_unicode(text)
-        return super().__call__(text, *args, **options)
+        options |= {name: self._prepared(options[name], options) for name in _TEXTS if name in options}
+        return super().__call__(self._prepared(text, options), *args, **options)
 
     def encode(self, text: Any, *args: Any, **options: Any) -> list[int]:
+        return list(super().encode(self._prepared(text, options), *args, **options))
+
+    def _prepared(self, text: Any, options: Mapping[str, Any]) -> Any:
         _check_unicode(text)
-        return list(super().encode(text, *args, **options))
+        if self.exact is None or text is None:
+            return text
+        if isinstance(text, list | tuple):
+            return [self._prepared(each, options) for each in text]
+        prepared = self.exact.prepare(text)
+        if prepared != text and options.get("return_offsets_mapping"):
+            raise DataError(
+                f"{text[:40]!r}: no places of its tokens can be told, as it is normalized before it is read",
+                hint="leave return_offsets_mapping out, or normalize the text beforehand",
+            )
+        return prepared
 
 
 GgufTokenizer.__name__ = PreTrainedTokenizerFast.__name__  # what save_pretrained writes; anybody can read that
@@ -83,20 +105,25 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
         raise UnsupportedError(
             f"{file.path}: tokenizer.ggml.model {vocabulary.model!r}; supported: {', '.join(MODELS)}"
         )
-    pre = None if vocabulary.model == "llama" else _pre_tokenizer(file)
-    tokenizer = _sentencepiece(file, vocabulary) if pre is None else _byte_pairs(file, vocabulary, pre)
+    pre, exact = None if vocabulary.model in ("llama", "t5") else _pre_tokenizer(file), None
+    if vocabulary.model == "t5":
+        tokenizer, exact = unigram(file, vocabulary)
+    else:
+        tokenizer = _sentencepiece(file, vocabulary) if pre is None else _byte_pairs(file, vocabulary, pre)
     added, roles = _added_tokens(file, vocabulary), _roles(tokenizer, vocabulary)
     for token in roles.values():  # transformers makes them special in any case, at the latest when it loads them again
         added.setdefault(token, AddedToken(token, normalized=False)).special = True
     tokenizer.add_tokens(list(added.values()))
     flags = _begins_and_ends(file, roles, pre)
-    return GgufTokenizer(
+    made = GgufTokenizer(
         tokenizer_object=_Handed(tokenizer),
         clean_up_tokenization_spaces=False,  # llama.cpp's server and chat print what was written, too
         chat_template=_text(file, "tokenizer.chat_template") or None,
         **flags,
         **{f"{role}_token": added[token] for role, token in roles.items()},
     )
+    made.exact = exact
+    return made
 
 
 def _with_brackets(vocabulary: Vocabulary) -> Vocabulary:
@@ -124,9 +151,10 @@ def _roles(tokenizer: Tokenizer, vocabulary: Vocabulary) -> dict[str, str]:
 
 def _begins_and_ends(file: GgufFile, roles: dict[str, str], pre: PreTokenizer | None) -> dict[str, bool]:
     """Whether a text gets the bos token before it and the eos token behind it, as transformers' options say it."""
+    unigrams = file.metadata.get("tokenizer.ggml.model") == "t5"
     flags = {
-        "bos": _flag(file, "add_bos_token", pre is None or pre.add_bos),
-        "eos": _flag(file, "add_eos_token", False),
+        "bos": _flag(file, "add_bos_token", not unigrams and (pre is None or pre.add_bos)),
+        "eos": _flag(file, "add_eos_token", unigrams),
         "sep": _flag(file, "add_sep_token", False),  # what llama.cpp puts between two texts, never behind one
     }
     if pre is PRE_TOKENIZERS["gemma4"]:
@@ -163,9 +191,9 @@ def _byte_pairs(file: GgufFile, vocabulary: Vocabulary, pre: PreTokenizer) -> To
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, ignore_merges=pre.ignore_merges, byte_fallback=pre.raw))
     splits: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.Split(Regex(each), "isolated") for each in cuts]
     if pre.raw:
-        tokenizer.normalizer = normalizers.Replace(" ", _LOW_LINE)
+        tokenizer.normalizer = normalizers.Replace(" ", LOW_LINE)
         tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
+            [decoders.Replace(LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
         )
     else:
         splits.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
@@ -222,10 +250,10 @@ def _sentencepiece(file: GgufFile, vocabulary: Vocabulary) -> Tokenizer:
     merges = merges_by_score(vocabulary, scores)
     unknown = vocabulary.text("unk")
     tokenizer = Tokenizer(models.BPE(vocabulary.ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    blanks: list[normalizers.Normalizer] = [normalizers.Replace(" ", _LOW_LINE)]
-    back: list[decoders.Decoder] = [decoders.Replace(_LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    blanks: list[normalizers.Normalizer] = [normalizers.Replace(" ", LOW_LINE)]
+    back: list[decoders.Decoder] = [decoders.Replace(LOW_LINE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if _flag(file, "add_space_prefix", True):
-        blanks.insert(0, normalizers.Prepend(_LOW_LINE))
+        blanks.insert(0, normalizers.Prepend(LOW_LINE))
         back.append(decoders.Strip(" ", left=1, right=0))
     tokenizer.normalizer, tokenizer.decoder = normalizers.Sequence(blanks), decoders.Sequence(back)
     return tokenizer

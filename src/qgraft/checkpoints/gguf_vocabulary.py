@@ -43,7 +43,10 @@ _PRINTED = ("<|channel|>", "<|message|>", "<|start|>", "<|constrain|>")  # of gp
 ROLES = {  # transformers' name of a role -> the key of its id
     "bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask", "cls": "cls",
 }  # fmt: skip
-_SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unk": 0}  # what a sentencepiece file that states none has
+_USUAL_IDS = {  # what a sentencepiece file that states none has
+    "llama": {"bos": 1, "eos": 2, "unk": 0},
+    "t5": {"eos": 1, "unk": 2, "pad": 0},
+}
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def _corrected(stated: Sequence[int], ids: Mapping[str, int], metadata: Mapping[
 
 
 def _roles(metadata: Mapping[str, Any], model: str, kinds: Sequence[int]) -> dict[str, int]:
-    roles = dict(_SENTENCEPIECE_IDS) if model == "llama" else {}
+    roles = dict(_USUAL_IDS.get(str(model), {}))
     roles |= {
         role: metadata[key] for role, name in ROLES.items() if (key := f"tokenizer.ggml.{name}_token_id") in metadata
     }

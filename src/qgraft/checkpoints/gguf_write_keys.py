@@ -24,6 +24,7 @@ from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_key_parts import INTERVAL, PATTERN, WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
+from qgraft.checkpoints.gguf_t5 import scales_outputs, t5_keys
 from qgraft.errors import UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE
 
@@ -34,6 +35,8 @@ ARCHITECTURE_OF = {  # by model_type
     **{keys.other[1]: name for name, keys in TABLE.items() if keys.other and name not in UNWRITTEN},
     **{keys.model_type: name for name, keys in TABLE.items() if name not in UNWRITTEN},
     "mistral": "llama",
+    "mt5": "t5",
+    "umt5": "t5",
     "gemma4_unified_text": "gemma4",
 }
 
@@ -45,6 +48,7 @@ _WITHOUT_EFFECT = (
     "residual_dropout", "embedding_dropout", "summary_type", "summary_use_proj", "summary_activation",
     "summary_first_dropout", "summary_proj_to_labels", "block_multiple_of", "block_ffn_dim_multiplier", "full_attn_idxs",
     "router_aux_loss_coef", "output_router_logits", "router_jitter_noise",
+    "dropout_rate", "classifier_dropout", "initializer_factor",
 )  # fmt: skip
 
 
@@ -72,6 +76,8 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         values["feed_forward_length"] = _filled(config)["intermediate_size"]
         kinds = config.layer_types
         values["attention.head_count_kv"] = [config.num_key_value_heads * (kind != "conv") for kind in kinds]
+    if architecture == "t5":
+        values |= t5_keys(config)
     if "attention.key_length" in values:
         values["attention.value_length"] = values["attention.key_length"]
     if architecture == "chatglm":
@@ -186,6 +192,8 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
         width, unit = int(2 * values["intermediate_size"] / 3), values["block_multiple_of"]
         width = int((values["block_ffn_dim_multiplier"] or 1) * width)
         values["intermediate_size"] = -(-width // unit) * unit
+    if values["model_type"] in ("t5", "mt5", "umt5"):
+        values["scale_decoder_outputs"] = scales_outputs(values)
     if "num_attention_heads" in values:
         width = values.get("head_dim") or values["hidden_size"] // values["num_attention_heads"]
         values["head_dim"] = width

@@ -3,14 +3,17 @@
     byte-level BPE        tokenizer.ggml.model gpt2    tokens, merges; `pre` is the name under which our table
                           (pretokenizers.py) has exactly the expressions, normalizer and options that this tokenizer has
     sentencepiece as BPE  tokenizer.ggml.model llama   tokens, scores: a token that an earlier merge makes has the better one
+    unigrams              tokenizer.ggml.model t5      tokens, scores, sentencepiece's table of normalizations
 
 A tokenizer has more switches than a file has keys. So the keys are read again, as any GGUF's are, and the tokenizer that
 they make must give the same ids for odd texts (PROBES) and for each added token between words; if it does not, the
 tokenizer is refused. What alone may differ is a blank behind a special token, and in front of a text that begins with one,
-which llama.cpp puts there for all sentencepiece models and transformers for some: that is said.
+which llama.cpp puts there for all sentencepiece models and transformers for some, and of unigrams in which order marks are
+put together (gguf_unigram.py): that is said.
 """
 
 import json
+from base64 import b64decode
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
@@ -19,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
+from qgraft.checkpoints.gguf_unigram import IN_FRONT, SEVERAL
 from qgraft.checkpoints.gguf_vocabulary import BYTE, CONTROL, NORMAL, ROLES, UNKNOWN, UNUSED, USER_DEFINED
 from qgraft.checkpoints.pretokenizers import GPT2, PRE_TOKENIZERS
 from qgraft.errors import CheckpointError, UnsupportedError
@@ -34,7 +38,7 @@ PROBES = (
     "https://example.org/a?b=c&d=%20#frag user@mail.com $1,234.50 10^-3 <tag/> ~~~ ###",
     "", " ", "\n", "a", "  a", "1", "12", "123", "1234", "aaaaaaaaaaaaaaaaaaaaaaaa", "!!!???...", "'s 'S 'Re",
 )  # fmt: skip
-_LOW_LINE = "\u2581"
+UNUSED_SCORE = -10000.0  # what llama.cpp's converter gives rows of the embedding that no token has
 _LLAMACPP_NAMES = {"llama3": "llama-bpe", "gpt-2": "gpt-2", "starcoder": "smollm"}  # of entries with several names
 
 
@@ -48,11 +52,13 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, A
         raise UnsupportedError(f"a {type(tokenizer).__name__}, which is none of the tokenizers package's")
     parts = json.loads(backend.to_str())
     model = parts["model"]
-    if model["type"] != "BPE":
-        raise UnsupportedError(f"a tokenizer of the kind {model['type']}, where a GGUF file has BPE")
+    if model["type"] not in ("BPE", "Unigram"):
+        raise UnsupportedError(f"a tokenizer of the kind {model['type']}, where a GGUF file has BPE or Unigram")
     tokens, kinds = _tokens(parts, rows)
     keys: dict[str, Any] = {"tokens": tokens, "token_type": kinds}
-    if model.get("byte_fallback"):
+    if model["type"] == "Unigram":
+        keys |= _unigram_keys(parts, len(tokens))
+    elif model.get("byte_fallback"):
         keys |= {"model": "llama", "scores": _scores(model, tokens), "add_space_prefix": _prefixes_space(parts)}
     else:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
@@ -72,9 +78,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, draft: GgufFile) -> list
     Raises UnsupportedError where ids differ.
     """
     try:
-        read = gguf_tokenizer(draft)
+        read: Any = gguf_tokenizer(draft)
     except CheckpointError as error:
         raise UnsupportedError(f"its tokenizer is not one that a GGUF file can hold: {error.message}") from error
+    exact, read.exact = read.exact, None  # the order of normalizations is told below
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     blanks = draft.metadata["tokenizer.ggml.model"] == "llama"  # where only blanks at the beginning may differ
     other = []
@@ -94,6 +101,10 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, draft: GgufFile) -> list
         raise UnsupportedError(f"its tokenizer gives other ids than llama.cpp would: {around[0][:60]!r}")
     notes = [f"around special tokens ({text[:30]!r}) llama.cpp puts blanks otherwise than this tokenizer"
              for text in around[:1]]  # fmt: skip
+    read.exact = exact
+    odd = [text for text in PROBES if _ids(tokenizer, text, False) != _ids(read, text, False)] if exact else []
+    if odd:
+        notes.append(f"characters with marks ({odd[0][:20]!r}) llama.cpp normalizes otherwise than this tokenizer")
     return (
         notes + ["in front of a text that begins with a blank llama.cpp puts another than this tokenizer"][: len(other)]
     )
@@ -107,7 +118,12 @@ def _tokens(parts: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
     """(tokens by id, the kind of each); rows of the embedding that no token has are filled up, as converters do."""
     tokens, kinds = [f"[PAD{number}]" for number in range(rows)], [UNUSED] * rows
     fallback, unknown = parts["model"].get("byte_fallback"), parts["model"].get("unk_token")
-    entries = [(token, number, NORMAL) for token, number in parts["model"]["vocab"].items()]
+    knows = fallback or parts["model"]["type"] == "Unigram"  # a token for what is unknown
+    vocabulary = parts["model"]["vocab"]
+    if isinstance(vocabulary, list):  # of unigrams, with their scores
+        vocabulary = {token: number for number, (token, _) in enumerate(vocabulary)}
+        unknown = next((token for token, number in vocabulary.items() if number == parts["model"]["unk_id"]), None)
+    entries = [(token, number, NORMAL) for token, number in vocabulary.items()]
     entries += [
         (each["content"], each["id"], CONTROL if each["special"] else USER_DEFINED) for each in parts["added_tokens"]
     ]
@@ -118,8 +134,29 @@ def _tokens(parts: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
             )
         if fallback and kind == NORMAL and len(token) == 6 and token.startswith("<0x"):
             kind = BYTE
-        tokens[number], kinds[number] = token, UNKNOWN if fallback and token == unknown else kind
+        tokens[number], kinds[number] = token, UNKNOWN if knows and token == unknown else kind
     return tokens, kinds
+
+
+def _unigram_keys(parts: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """Scores, normalizations and what becomes of blanks. Raises UnsupportedError for bytes of unknown characters."""
+    model = parts["model"]
+    if model.get("byte_fallback") or model.get("unk_id") is None:
+        raise UnsupportedError("its tokenizer spells unknown characters in bytes, and llama.cpp's unigrams do not")
+    steps = [*_flat(parts["normalizer"], "normalizers"), *_flat(parts["pre_tokenizer"], "pretokenizers")]
+    merged = any(step["type"] == "WhitespaceSplit" or step.get("pattern") == {"Regex": SEVERAL} for step in steps)
+    in_front = any(step.get("pattern") == {"Regex": IN_FRONT} for step in steps)
+    tables = [step["precompiled_charsmap"] for step in steps if step["type"] == "Precompiled"]
+    if len(tables) > 1 or len(model["vocab"]) > rows:
+        raise UnsupportedError(
+            "its tokenizer has several tables of normalizations, or more tokens than the embedding rows"
+        )
+    scores = [float(score) for _, score in model["vocab"]]
+    more = [0.0 if number in {each["id"] for each in parts["added_tokens"]} else UNUSED_SCORE
+            for number in range(len(scores), rows)]  # fmt: skip
+    keys = {"model": "t5", "pre": "default", "scores": scores + more, "remove_extra_whitespaces": merged,
+            "add_space_prefix": in_front or _prefixes_space(parts)}  # fmt: skip
+    return keys | ({"precompiled_charsmap": b64decode(tables[0])} if tables else {})
 
 
 def _scores(model: Mapping[str, Any], tokens: list[str]) -> list[float]:

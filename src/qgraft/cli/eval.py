@@ -34,6 +34,11 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--max_length", type=number_in(LENGTH), default=2048, help="longer samples are cut (default 2048)"
     )
+    for side, what in (("source", "question"), ("target", "answer")):
+        parser.add_argument(
+            f"--max_{side}_length", type=number_in(RANGES[f"max_{side}_length"]),
+            help=f"of an encoder-decoder, and ChatGLM: longest {what} (default: as in training)",
+        )  # fmt: skip
     parser.add_argument("--stage", default="sft", help="rows of preferences: dpo, ipo, orpo, simpo or kto")
     parser.add_argument("--loss_type", help="which loss of preferences, as in training")
     for number in NUMBERS:
@@ -58,7 +63,8 @@ def run(words: Sequence[str]) -> int:
             results[name or "base"] = evaluate(
                 model, tokenizer, options.dataset, dataset_dir=options.dataset_dir, template=options.template,
                 system=options.system, source_prefix=options.source_prefix or "", name=options.name,
-                author=options.author, max_length=options.max_length, columns=named_columns(vars(options)),
+                author=options.author, max_length=options.max_length, max_source_length=options.max_source_length,
+                max_target_length=options.max_target_length, columns=named_columns(vars(options)),
                 enable_thinking=options.enable_thinking, allow_outside_files=options.allow_outside_files,
                 stage=options.stage, loss_type=options.loss_type, progress=True,
                 **{name: getattr(options, name) for name in NUMBERS},
@@ -78,7 +84,10 @@ def run(words: Sequence[str]) -> int:
     labels = f"{rows['labels']} {what} of " if "labels" in rows else ""
     counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]
     if rows["truncated"]:
-        counts.append(f"{rows['truncated']} cut at max_length {options.max_length}: their ends are not measured")
+        sides = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}
+        given = [f"{name} {value}" for name, value in sides.items() if value] or [f"max_length {options.max_length}"]
+        counts += [f"{rows['truncated']} cut at {given[0]}", *given[1:]]
+        counts[-1] += ": their ends are not measured"
     print(comma_lines(counts))
     return 0
 

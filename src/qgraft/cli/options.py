@@ -162,11 +162,13 @@ def prompt_as_in_training(options: Any, trained: dict[str, Any]) -> None:
     """
     from qgraft.data.templates import PROMPT_OPTIONS, remembered_template
 
-    for key in PROMPT_OPTIONS:
+    lengths = {"max_source_length": "max_source_length", "max_target_length": "val_max_target_length"}
+    for key in (*PROMPT_OPTIONS, *lengths):
         if getattr(options, key, key) not in (None, ""):  # given, or no option of this command
             continue
-        value = remembered_template(trained) if key == "template" else trained.get(key)
-        if isinstance(value, str | bool):
+        value = remembered_template(trained) if key == "template" else trained.get(lengths.get(key, key))
+        value = trained.get(key) if value is None and key in lengths else value
+        if isinstance(value, str | bool | int):
             setattr(options, key, value)
             print_note(f"--{key} as in training: {value}")
 

@@ -33,7 +33,7 @@ from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
-from qgraft.model_parts import context_of
+from qgraft.model_parts import context_of, is_encoder_decoder, pairs_unsupported
 from qgraft.passes.batched import CACHED
 from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.key_values import BLOCK
@@ -77,6 +77,8 @@ class Engine:
     ) -> None:
         if attention_of(model) == CACHED:
             raise UnsupportedError("the model is served by another engine")
+        if is_encoder_decoder(model.config):
+            raise pairs_unsupported("serve")
         self.model, self.tokenizer = model.eval(), tokenizer
         self.max_batch, self.max_queue, self.pass_tokens = max_batch, max_queue, pass_tokens
         self.ends = frozenset(end_token_ids(tokenizer, stated_ends(model), template))

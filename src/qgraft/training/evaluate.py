@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qgraft.adapters.base import alone
 from qgraft.adapters.choose import adapters_off
 from qgraft.data.label_samples import build_label_samples
+from qgraft.data.messages import Conversation
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
@@ -51,6 +52,8 @@ def evaluate(
     author: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_length: int = 2048,
+    max_source_length: int | None = None,
+    max_target_length: int | None = None,
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
     allow_outside_files: bool = False,
@@ -72,18 +75,19 @@ def evaluate(
     Args:
         columns: see read_dataset; "prompt" and "label" of labelled texts, which a classifier is asked about.
         source_prefix: stands in front of every question, as in training.
+        max_source_length, max_target_length: of an encoder-decoder, and ChatGLM: the longest of each, as in training.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
     Raises DataError when the dataset cannot be read or holds no answers.
     """
     check_pair(model, tokenizer)
+    sides = {"max_source_length": max_source_length, "max_target_length": max_target_length}
     numbers = {"beta": beta, "label_smoothing": label_smoothing, "desirable_weight": desirable_weight,
                "undesirable_weight": undesirable_weight, "simpo_gamma": simpo_gamma, "rpo_alpha": rpo_alpha}  # fmt: skip
-    given = {name: (value, RANGES[name]) for name, value in numbers.items() if value is not None}
+    given = {name: (value, RANGES[name]) for name, value in {**numbers, **sides}.items() if value is not None}
     check_ranges({"max_length": (max_length, LENGTH), **given})
-    said = {"loss_type": loss_type, **numbers}
-    options = preferring(stage, said, train_on_prompt=train_on_prompt and stage != "sft")
+    options = preferring(stage, {"loss_type": loss_type, **numbers}, train_on_prompt=train_on_prompt and stage != "sft")
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
@@ -91,17 +95,15 @@ def evaluate(
         asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
                  "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
         check_pair_options(asked)
-        conversations, accounting = read_dataset(dataset, dataset_dir, **reading)
-        pairs = build_pairs(tokenizer, conversations, accounting, PairOptions(source_prefix, limit, limit))
-        with _shown(len(pairs), progress) as passed:
-            return _accounted(evaluate_pairs(model, pairs, passed=passed), accounting)
+        written = PairOptions(source_prefix, *(min(longest or limit, limit) for longest in sides.values()))
+        return _of_pairs(model, tokenizer, read_dataset(dataset, dataset_dir, **reading), written, progress)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
-        "chatglm": ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix),
+        "chatglm": ChatGlmOptions(max_source_length, max_target_length, "history" in (columns or ()), False, source_prefix),
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
-        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking)
+        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking, **sides)
         labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
         texts = build_label_samples(
             tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
@@ -123,6 +125,16 @@ def evaluate(
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+
+
+def _of_pairs(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: tuple[list[Conversation], Accounting],
+    written: PairOptions, progress: bool | Console | None,
+) -> Evaluation:  # fmt: skip
+    """The same of an encoder-decoder, whose rows are pairs."""
+    pairs = build_pairs(tokenizer, *read, written)
+    with _shown(len(pairs), progress) as passed:
+        return _accounted(evaluate_pairs(model, pairs, passed=passed), read[1])
 
 
 Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
