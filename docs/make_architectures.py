@@ -104,7 +104,7 @@ def gguf_section() -> str:
     """What is said of GGUF files, from the tables of the architectures."""
     from qgraft.checkpoints.gguf_keys import TABLE
     from qgraft.checkpoints.gguf_rules import ARCHITECTURES
-from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
+    from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
     from qgraft.passes.decoding_network import FAMILIES
 
     lines = []

@@ -16,6 +16,7 @@ import qgraft
 from qgraft.data.batches import IGNORED, collate
 from qgraft.data.tokenizing import Sample
 from qgraft.errors import QgraftError
+from qgraft.experts import ExpertStack, QuantizedExperts
 from qgraft.formats import dequantize
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
 from qgraft.passes.decoder import padding_free
@@ -69,7 +70,20 @@ def dequantized(reference: PreTrainedModel, packed: nn.Module) -> PreTrainedMode
             weight: Any = reference.get_submodule(path).weight
             value = dequantize(module.packed_weight.get(), torch.float32)
             weight.data = value if isinstance(reference.get_submodule(path), nn.Linear | nn.Embedding) else value.T
+        if isinstance(module, QuantizedExperts):
+            experts: Any = reference.get_submodule(path.rpartition(".")[0])
+            parts = [
+                dequantize(stack.packed, torch.float32).unflatten(0, stack_shape(stack))
+                for stack in module.stacks().values()
+            ]
+            value = torch.stack(parts, 2).flatten(1, 2) if module.alternates and parts[1:] else torch.cat(parts, 1)
+            parameter = getattr(experts, path.rpartition(".")[2])
+            parameter.data = (value.transpose(1, 2) if experts.is_transposed else value).contiguous()
     return reference
+
+
+def stack_shape(stack: ExpertStack) -> tuple[int, int]:
+    return stack.num_experts, stack.out_features
 
 
 def answers_alike(packed: PreTrainedModel, reference: PreTrainedModel) -> None:
