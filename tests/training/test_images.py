@@ -51,6 +51,7 @@ SEVERAL = {  # images between answers, by placeholders
     "images": [picture(20), picture(21), picture(22)],
 }  # fmt: skip
 TEXT = {"instruction": "hello", "output": "hi"}
+NOT_IN_PEFT = {"gemma4"}  # whose vision layers PEFT 0.21 does not know
 ROWS = [*(asked(number) for number in range(4)), SEVERAL, TEXT]
 
 
@@ -159,7 +160,8 @@ def test_losses_together_are_those_of_single_texts(image_folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, steps", [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS))]
+    "kind, steps",
+    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS.keys() - NOT_IN_PEFT))],
 )
 def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
     """The same adapter on the same batches: 20 steps of the same losses, and PEFT reads what was saved to the same logits."""
