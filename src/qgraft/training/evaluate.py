@@ -29,7 +29,7 @@ from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import LabelEvaluation, evaluate_labelled
 from qgraft.training.given import check_pair
-from qgraft.training.images import check_image_run, evaluate_images, samples_of, with_images
+from qgraft.training.images import Rows, check_image_run, evaluate_images, samples_of, with_images
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
@@ -116,13 +116,22 @@ def evaluate(
     conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
-        told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=source_prefix))
-        seen, _ = samples_of(model, (conversations, accounting), chosen, limit, told)
-        with _shown(len(seen), progress) as passed:
-            return _accounted(evaluate_images(model, seen, passed=passed), accounting)
+        rows = conversations, accounting
+        return _accounted(_evaluate_seen(model, rows, chosen, limit, system, source_prefix, progress), accounting)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+
+
+def _evaluate_seen(
+    model: PreTrainedModel, rows: Rows, template: ChatTemplate, limit: int, system: str | None, prefix: str,
+    progress: bool | Console | None,
+) -> Evaluation:  # fmt: skip
+    """The loss on rows with images."""
+    told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
+    samples, _ = samples_of(model, rows, template, limit, told)
+    with _shown(len(samples), progress) as passed:
+        return evaluate_images(model, samples, passed=passed)
 
 
 Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
