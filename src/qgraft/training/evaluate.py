@@ -96,10 +96,9 @@ def evaluate(
         with _shown(len(pairs), progress) as passed:
             return _accounted(evaluate_pairs(model, pairs, passed=passed), accounting)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
-    learning: dict[str, Any] = {
-        "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
-        "chatglm": ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix),
-    }  # fmt: skip
+    chatglm = ChatGlmOptions(numbered="history" in (columns or ()), source_prefix=source_prefix)
+    learning: dict[str, Any] = {"template": chosen, "system": system, "max_length": limit,
+                                "eos_ids": stated_ends(model), "chatglm": chatglm}  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking)
         labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
@@ -116,8 +115,7 @@ def evaluate(
     conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
-        rows = conversations, accounting
-        return _accounted(_evaluate_seen(model, rows, chosen, limit, system, source_prefix, progress), accounting)
+        return _evaluate_seen(model, (conversations, accounting), chosen, limit, system, source_prefix, progress)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
@@ -129,9 +127,9 @@ def _evaluate_seen(
 ) -> Evaluation:  # fmt: skip
     """The loss on rows with images."""
     told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
-    samples, _ = samples_of(model, rows, template, limit, told)
+    samples, accounting = samples_of(model, rows, template, limit, told)
     with _shown(len(samples), progress) as passed:
-        return evaluate_images(model, samples, passed=passed)
+        return _accounted(evaluate_images(model, samples, passed=passed), accounting)
 
 
 Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
