@@ -82,8 +82,7 @@ def evaluate(
                "undesirable_weight": undesirable_weight, "simpo_gamma": simpo_gamma, "rpo_alpha": rpo_alpha}  # fmt: skip
     given = {name: (value, RANGES[name]) for name, value in numbers.items() if value is not None}
     check_ranges({"max_length": (max_length, LENGTH), **given})
-    said = {"loss_type": loss_type, **numbers}
-    options = preferring(stage, said, train_on_prompt=train_on_prompt and stage != "sft")
+    options = preferring(stage, {"loss_type": loss_type, **numbers}, train_on_prompt=train_on_prompt and stage != "sft")
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
