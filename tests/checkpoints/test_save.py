@@ -88,7 +88,7 @@ def test_an_unchanged_model_gives_an_identical_file(
 
 @pytest.mark.slow
 def test_the_real_model(tmp_path: Path) -> None:
-    path = cache_folder() / Path(KNOWN_MODELS["smollm2-135m"].member).name
+    path = cache_folder() / KNOWN_MODELS["smollm2-135m"].file
     if not path.is_file():
         pytest.skip("smollm2-135m is not in the cache; `qgraft pull smollm2-135m` fetches it")
     model = load(path)

