@@ -143,16 +143,42 @@ def _idefics(kind: str):
     return getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor
 
 
+def _gemma4():
+    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Processor, Gemma4VideoProcessor
+    from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    names = ("boi_token", "eoi_token", "image_token", "boa_token", "eoa_token", "audio_token")
+    special = ["<|image>", "<image|>", "<|image|>", "<|audio>", "<audio|>", "<|audio|>"]
+    speaks = tokenizer(GEMMA, "<|image|>", ["<bos>", "<start_of_turn>", "<end_of_turn>", *special],
+                       **dict(zip(names, special, strict=True)))  # fmt: skip
+    speaks.bos_token, speaks.eos_token = "<bos>", "<end_of_turn>"
+    images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = Gemma4Processor(Gemma4AudioFeatureExtractor(), images, speaks, Gemma4VideoProcessor(),
+                                chat_template=speaks.chat_template)  # fmt: skip
+    keys = ("boi_token_id", "eoi_token_id", "image_token_id", "boa_token_id", "eoa_token_index", "audio_token_id")
+    ids = dict(zip(keys, speaks.convert_tokens_to_ids(special), strict=True))
+    sees = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "patch_size": 4,
+            "position_embedding_size": 64}  # fmt: skip
+    text = {**TEXT, "vocab_size": len(speaks), "head_dim": 8, "global_head_dim": 8, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": len(speaks),
+            "hidden_size_per_layer_input": 32}  # fmt: skip
+    config = Gemma4Config(vision_config=sees, text_config=text, audio_config=None, video_token_id=None, **ids)
+    return Gemma4ForConditionalGeneration, config, processor
+
+
 KINDS = {
     "llava": _llava,
     "gemma3": _gemma3,
+    "gemma4": _gemma4,
     "idefics3": lambda: _idefics("Idefics3"),
     "smolvlm": lambda: _idefics("SmolVLM"),
     "qwen2_vl": lambda: _qwen("Qwen2"),
     "qwen2_5_vl": lambda: _qwen("Qwen2_5_"),
     "qwen3_vl": lambda: _qwen("Qwen3"),
 }
-WITH_TORCHVISION = {"smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # their processors hold one of videos
+WITH_TORCHVISION = {"gemma4", "smolvlm", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"}  # their processors hold one of videos
 
 
 def write_image_model(kind: str, folder: Path):

@@ -51,8 +51,8 @@ SEVERAL = {  # images between answers, by placeholders
     "images": [picture(20), picture(21), picture(22)],
 }  # fmt: skip
 TEXT = {"instruction": "hello", "output": "hi"}
+NOT_IN_PEFT = {"gemma4"}  # whose vision layers PEFT 0.21 does not know
 ROWS = [*(asked(number) for number in range(4)), SEVERAL, TEXT]
-LANGUAGE = r"model\.(language_model|text_model)\..*_proj"
 
 
 @pytest.fixture(scope="session")
@@ -160,12 +160,14 @@ def test_losses_together_are_those_of_single_texts(image_folder, kind):
 
 
 @pytest.mark.parametrize(
-    "kind, steps", [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS))]
+    "kind, steps",
+    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS.keys() - NOT_IN_PEFT))],
 )
 def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
     """The same adapter on the same batches: 20 steps of the same losses, and PEFT reads what was saved to the same logits."""
     made = image_folder(kind)
     model, tokenizer = qgraft.load(made.path)
+    targets = find_targets(model, "all-linear")
     qgraft.attach_lora(model, r=4, lora_alpha=8)
     start = {key: value.clone() for key, value in find_adapter(model, "default").state_dict().items()}
     samples, _ = samples_for(model, tokenizer)
@@ -178,7 +180,7 @@ def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
 
     base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
     theirs = peft.get_peft_model(
-        base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=LANGUAGE, task_type="CAUSAL_LM")
+        base, peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM")
     )
     assert peft.get_peft_model_state_dict(theirs).keys() == start.keys()
     peft.set_peft_model_state_dict(theirs, start)

@@ -22,7 +22,7 @@ from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.model_parts import is_encoder_decoder, vision_of
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.labels import classifier_of
+from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
@@ -30,7 +30,7 @@ from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import LabelEvaluation, evaluate_labelled
 from qgraft.training.given import check_pair
-from qgraft.training.images import check_image_run, evaluate_images, samples_of, with_images
+from qgraft.training.images import Rows, check_image_run, evaluate_images, samples_of, with_images
 from qgraft.training.objective import Evaluation, evaluate_samples
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
@@ -104,12 +104,8 @@ def evaluate(
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking, **sides)
-        labelled, accounting = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
-        texts = build_label_samples(
-            tokenizer, labelled, accounting, classifier.scheme, tokens=classifier.words, max_length=limit
-        )
-        counted = evaluate_labelled(model, texts, classifier)
-        return replace(counted, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
+        labelled = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
+        return _of_labels(model, tokenizer, labelled, classifier, limit)
     if options is not None:
         rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
         preferences = build_preferences(tokenizer, rows, accounting, **learning)
@@ -118,13 +114,20 @@ def evaluate(
     conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
-        told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=source_prefix))
-        seen, _ = samples_of(model, (conversations, accounting), chosen, limit, told)
-        with _shown(len(seen), progress) as passed:
-            return _accounted(evaluate_images(model, seen, passed=passed), accounting)
+        return _evaluate_seen(model, (conversations, accounting), chosen, limit, system, source_prefix, progress)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+
+
+def _of_labels(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: tuple[list[Conversation], Accounting],
+    classifier: Classifier, limit: int,
+) -> LabelEvaluation:  # fmt: skip
+    """The same of a classifier."""
+    texts = build_label_samples(tokenizer, *read, classifier.scheme, tokens=classifier.words, max_length=limit)
+    counted = evaluate_labelled(model, texts, classifier)
+    return replace(counted, dropped=sum(read[1].dropped.values()), truncated=read[1].truncated)
 
 
 def _of_pairs(
@@ -135,6 +138,17 @@ def _of_pairs(
     pairs = build_pairs(tokenizer, *read, written)
     with _shown(len(pairs), progress) as passed:
         return _accounted(evaluate_pairs(model, pairs, passed=passed), read[1])
+
+
+def _evaluate_seen(
+    model: PreTrainedModel, rows: Rows, template: ChatTemplate, limit: int, system: str | None, prefix: str,
+    progress: bool | Console | None,
+) -> Evaluation:  # fmt: skip
+    """The loss on rows with images."""
+    told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
+    samples, accounting = samples_of(model, rows, template, limit, told)
+    with _shown(len(samples), progress) as passed:
+        return _accounted(evaluate_images(model, samples, passed=passed), accounting)
 
 
 Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
