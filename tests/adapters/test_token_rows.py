@@ -119,6 +119,20 @@ def test_steps_are_those_of_peft(tiny_gguf: Maker, architecture: str, tied: bool
     assert steps < 20 or curves[0][-1] < curves[0][0]
 
 
+def test_a_tables_padding_token_learns_nothing_as_with_peft(tiny_gguf: Maker) -> None:
+    tiny, ids = tiny_gguf("llama", tied=False), torch.tensor([[3, 7, 5, 7, 9]])
+    theirs, ours = by_peft(tiny, [5, 7]), load_base(tiny)
+    theirs.get_input_embeddings().original_module.padding_idx = ours.get_input_embeddings().padding_idx = 7
+    qgraft.attach_lora(ours, r=4, lora_alpha=8, target_modules=TARGETS, trainable_token_indices=[5, 7])
+    take_from(ours, theirs)
+    for model in (ours, theirs):
+        model(ids, labels=ids).loss.backward()
+    (expected,) = (p.grad for name, p in theirs.named_parameters() if "trainable_tokens_delta" in name)
+    got = find_adapter(ours, "default").parts["model.embed_tokens"].rows.grad
+    assert not expected[1].any() and not got[1].any()
+    assert torch.allclose(got[0], expected[0], rtol=1e-4, atol=1e-7) and got[0].any()
+
+
 def with_new_tokens(tiny: Any, name: str = "new", seed: int = 3) -> PreTrainedModel:
     model = load_base(tiny)
     ids = [5, END]

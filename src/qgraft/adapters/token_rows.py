@@ -74,6 +74,10 @@ class TokenRows(Part):
         place_N = torch.searchsorted(ordered, ids_N).clamp_(max=len(ordered) - 1)
         return ordered[place_N] == ids_N, slots[place_N]
 
+    def slot_of(self, token: int | None) -> int | None:
+        """The number of the token's row; None where it has none."""
+        return self.config.token_indices.index(token) if token in self.config.token_indices else None
+
     def tensors(self, path: str) -> dict[str, Tensor]:
         """See Part."""
         return {rows_name(path): self.rows.detach()}
@@ -207,7 +211,8 @@ class TokenEmbedding(TokenLayer):
         factor = self.base.scale if isinstance(self.base, QuantizedEmbedding) else 1.0
         for part, where in served:
             has_N, slot_N = part.find(ids_N[where])
-            added_NH = (embedding(slot_N, part.rows) * factor).to(y_NH.dtype)
+            untrained = part.slot_of(self.padding_idx)  # as PEFT has it: a table's padding token learns nothing
+            added_NH = (embedding(slot_N, part.rows, untrained) * factor).to(y_NH.dtype)
             y_NH[where] = torch.where(has_N[:, None], added_NH, y_NH[where])
             missing_N[where] = missing_N[where] & ~has_N
         if longer:
