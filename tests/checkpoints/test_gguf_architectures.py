@@ -16,7 +16,7 @@ import transformers
 from gguf import GGMLQuantizationType as Q
 from gguf import GGUFReader
 from safetensors.torch import load_file
-from tiny_models import STORED_AS
+from tiny_models import PAIRS, STORED_AS
 from torch import Tensor, nn
 
 import qgraft
@@ -43,8 +43,8 @@ RECURRENT = {
     "qwen35",
     "qwen35moe",
 }  # layers that carry a state, or convolve along the row: one sample in each pass
-ALL = pytest.mark.parametrize("architecture", sorted(TABLE))
-MODELS_OF_ALL = pytest.mark.parametrize("architecture", sorted(TABLE.keys() | STORED_AS.keys()))
+ALL = pytest.mark.parametrize("architecture", sorted(TABLE.keys() - PAIRS))
+MODELS_OF_ALL = pytest.mark.parametrize("architecture", sorted((TABLE.keys() | STORED_AS.keys()) - PAIRS))
 
 
 def samples() -> list[Sample]:
@@ -283,7 +283,7 @@ def test_keys_that_would_change_the_computation_are_refused(
 
 
 @pytest.mark.spread(20)
-@pytest.mark.parametrize("architecture", sorted(TABLE.keys() - {"chatglm"}))  # that is our own code
+@pytest.mark.parametrize("architecture", sorted(TABLE.keys() - PAIRS - {"chatglm"}))  # that is our own code
 def test_an_architecture_that_transformers_has_not_is_named(
     architecture: str, tiny_gguf: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

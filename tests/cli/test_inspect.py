@@ -33,7 +33,7 @@ def test_a_file_that_does_not_load_is_shown(make_gguf, tmp_path, capsys):
     raw = path.read_bytes()
     assert raw.count(b"\x05\0\0\0\0\0\0\0llama") == 1  # the architecture
     path.write_bytes(raw.replace(b"\x05\0\0\0\0\0\0\0llama", b"\x05\0\0\0\0\0\0\0lloma", 1))
-    assert "the architecture is none of chatglm, " in inspected(path, capsys)["keys"]["does not load"]
+    assert "the architecture is none of arcee, chatglm, " in inspected(path, capsys)["keys"]["does not load"]
 
 
 def test_unknown_keys_are_said_when_a_command_loads(make_gguf, tmp_path, capsys):

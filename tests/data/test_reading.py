@@ -115,7 +115,7 @@ def test_every_schema_is_recognized_by_its_keys(row, expected):
         ({"messages": ["q", "a"]}, "message is a str, not an object"),
         ({"messages": "q"}, "messages is a str, not a list"),
         ({"messages": messages(("user", [{"type": "image_url", "image_url": "x"}]), ("assistant", "a"))},
-         "holds images, which the model"),
+         "holds images, which the model, or what is done here, does not read"),
         ({"messages": [*messages(*QA), {"role": "tool", "content": {"x": 1}}, *messages(("assistant", "b"))]},
          "content is an object without text"),
         ({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None, "tool_calls": [1]}]},

@@ -24,8 +24,8 @@ from qgraft.checkpoints.gguf_model import load_gguf
 LENGTH, CONTEXT = 96, 256
 TOLERANCE, CONTROL = 1e-2, 5e-2
 LAYER_NORM = ("falcon", "gpt2", "nemotron", "stablelm", "starcoder2")
-# gemma3n is of one size in llama.cpp: test_llamacpp.py; T5: test_llamacpp_pairs.py
-SMALL = {name: keys for name, keys in TABLE.items() if name not in ("gemma3n", "t5")}
+# of some sizes only in llama.cpp: test_llamacpp.py; T5: test_llamacpp_pairs.py
+SMALL = {name: keys for name, keys in TABLE.items() if name not in ("deepseek2", "gemma3n", "t5")}
 ROTATING = tuple(
     name for name, keys in SMALL.items() if keys.rotates and name != "gemma4"
 )  # it takes none of these keys

@@ -21,18 +21,16 @@ def run(words: Sequence[str]) -> int:
 
 
 def _packages(model: WheelModel) -> str:
-    first, last = model.wheels[0].package, model.wheels[-1].package
-    return first if first == last else f"{first} to {last}"
+    return model.wheels[0].package + (" ..." if len(model.wheels) > 1 else "")
 
 
 def _table() -> str:
-    lines = [f"{'name':<16}{'size':>8}  {'licence':<12}from"]
+    lines = [f"{'name':<15}{'size':>8}  {'licence':<12}from"]
     lines += [
-        f"{name:<16}{f'{m.megabytes} MB':>8}  {m.licence:<12}{_packages(m)} on PyPI, checked by its hash"
-        for name, m in KNOWN_MODELS.items()
+        f"{name:<15}{f'{m.megabytes} MB':>8}  {m.licence:<12}PyPI: {_packages(m)}" for name, m in KNOWN_MODELS.items()
     ]
     lines += [
-        f"{name:<16}{f'{m.megabytes / 1000:.2f} GB':>8}  {m.licence:<12}{m.repository}"
+        f"{name:<15}{f'{m.megabytes / 1000:.2f} GB':>8}  {m.licence:<12}{m.repository}"
         for name, m in HUB_MODELS.items()
     ]
-    return "\n".join([*lines, "", "Files of the hub are what their pages say; any other: --model org/name:file.gguf"])
+    return "\n".join([*lines, "", "Any other GGUF file of the hub: --model org/name:file.gguf"])
