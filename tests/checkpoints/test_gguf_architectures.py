@@ -411,7 +411,7 @@ def test_value_heads_that_share_a_block_compute_what_transformers_model_does(
         assert off < 1e-4, f"{name}: off by {off:.2g} of the largest gradient"
 
 
-@pytest.mark.parametrize("kind", [Q.Q4_K, Q.Q6_K], ids=str)
+@pytest.mark.parametrize("kind", [Q.Q4_K, pytest.param(Q.Q6_K, marks=pytest.mark.slow)], ids=str)
 def test_value_heads_that_share_a_block_take_a_merge(kind: Q, shared: Callable[[Q], Any], tmp_path: Path) -> None:
     tiny, model = shared(kind)
     base = logits_of(model)
