@@ -72,6 +72,10 @@ takes the best two. PEFT takes `gate_proj` and `up_proj` in `target_modules` for
 had them: an adapter on dense or shared layers of a mixture that shall be opened by PEFT is put on attention alone, and
 on experts by `target_parameters`.
 
+The ramp of yarn begins and ends in gpt-oss where the model was trained with it (`truncate` of transformers is false);
+llama.cpp rounds both to whole elements of a head. Queries and keys of Qwen 3.5's delta nets are normed with an epsilon of
+1e-6, as by its authors; llama.cpp takes that of the file, which in released ones is the same.
+
 `chatglm` is ChatGLM3-6B and GLM-4-9B in the layout of their own code, which is ours here (`models/chatglm2.py`); it is
 held to transformers' GLM with the same weights too. In Gemma 3n and 4 the table of embeddings for each layer stays packed
 and mapped, and the rows of the tokens are gathered. Keys and values of layers that take those of others are left as they
