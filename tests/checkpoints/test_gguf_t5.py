@@ -24,8 +24,8 @@ from qgraft.errors import CheckpointError, QgraftError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.merging.merge import merge
 from qgraft.serving.answering import answer
+from qgraft.training.padded import Padded
 from qgraft.training.predict import predict
-from qgraft.training.seq2seq import SequenceToSequence
 
 PACKED = (Q.Q8_0, Q.Q4_1, Q.Q5_0, Q.F16)
 WORDS = [("good", "positive"), ("bad and slow", "negative"), ("great", "positive"), ("awful", "negative")]
@@ -170,10 +170,8 @@ def put_lora(model: Any) -> None:
 @pytest.mark.slow
 def test_a_run_is_that_of_peft_on_the_dequantized_weights(t5_file, tmp_path: Path, monkeypatch) -> None:
     """20 steps on packed weights: PEFT's losses on the floats that they mean; PEFT reads the adapter, and answers alike."""
-    made, batches, own = t5_file("t5"), [], SequenceToSequence.batches
-    monkeypatch.setattr(
-        SequenceToSequence, "batches", lambda self, rows, tokens: batches.append(rows) or own(self, rows, tokens)
-    )
+    made, batches, own = t5_file("t5"), [], Padded.batches
+    monkeypatch.setattr(Padded, "batches", lambda self, rows, tokens: batches.append(rows) or own(self, rows, tokens))
     model, tokenizer = qgraft.load(made.path)
     assert model.config.dropout_rate == 0.1  # T5's, which no key states
     for module in model.modules():

@@ -66,7 +66,7 @@ def test_another_run_is_refused_by_name(what, change, tiny_gguf, stopped):
 )  # fmt: skip
 def test_force_goes_on_with_what_is_now(what, change, tiny_gguf, stopped):
     log = (stopped / "metrics.jsonl").read_bytes().splitlines()[:4]
-    report = run(tiny_gguf, stopped, resume_from_checkpoint="true", force=True, num_train_epochs=4, **change)
+    report = run(tiny_gguf, stopped, resume_from_checkpoint=True, force=True, num_train_epochs=4, **change)
     said = [note for note in report.notes if note.startswith("goes on as force=True says: ")]
     assert any(what in note for note in said) and len(said) >= len(
         change.keys() & {"rows", "seed", "lora_alpha", "optim"}

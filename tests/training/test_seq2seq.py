@@ -21,8 +21,9 @@ from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.linear import QuantizedLinear
 from qgraft.passes.pairs import collate_pairs, padded_together, pair_losses, split_pairs
 from qgraft.serving.answering import answer
+from qgraft.training.padded import Padded
 from qgraft.training.predict import predict
-from qgraft.training.seq2seq import SequenceToSequence
+from qgraft.training.seq2seq import PAIRS
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sentiment.py"
 WORDS = [("good", "positive"), ("bad and slow", "negative"), ("great", "positive"), ("awful", "negative")]
@@ -121,10 +122,8 @@ def test_a_run_is_that_of_peft(pairs_folder, tmp_path, monkeypatch, kind, target
     """20 steps with AdamW, clipping and a linear schedule on the same float weights: the same losses; PEFT reads the
     adapter, and computes the same with it."""
     made, batches = pairs_folder(kind), []
-    own = SequenceToSequence.batches
-    monkeypatch.setattr(
-        SequenceToSequence, "batches", lambda self, rows, tokens: batches.append(rows) or own(self, rows, tokens)
-    )
+    own = Padded.batches
+    monkeypatch.setattr(Padded, "batches", lambda self, rows, tokens: batches.append(rows) or own(self, rows, tokens))
     model, tokenizer = qgraft.load(made.path)
     qgraft.attach_lora(model, 4, 8, target_modules=targets)
     qgraft.save_adapter(model, tmp_path / "start")
@@ -183,7 +182,7 @@ def test_losses_of_a_padded_pass_are_each_pairs_own(pairs_folder):
         with torch.no_grad():
             assert sum(float(pair_losses(model, part)[0]) for part in parts) == pytest.approx(oracle, rel=1e-5)
             assert sum(float(pair_losses(model, part, 0.1)[0]) for part in parts) == pytest.approx(smooth, rel=1e-5)
-    assert SequenceToSequence().count(samples) == sum(each.weight * len(each.labels) for each in samples)
+    assert Padded(PAIRS).count(samples) == sum(each.weight * len(each.labels) for each in samples)
     found = qgraft.evaluate(model, tokenizer, ROWS, columns=COLUMNS)
     plain = build_pairs(tokenizer, *read_dataset(ROWS, columns=COLUMNS), PairOptions())
     with torch.no_grad():

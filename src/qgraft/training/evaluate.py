@@ -30,12 +30,13 @@ from qgraft.ranges import LENGTH, check_ranges
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import LabelEvaluation, evaluate_labelled
 from qgraft.training.given import check_pair
-from qgraft.training.images import Rows, check_image_run, evaluate_images, samples_of, with_images
+from qgraft.training.images import IMAGES, Rows, check_image_run, samples_of, with_images
 from qgraft.training.objective import Evaluation, evaluate_samples
+from qgraft.training.padded import evaluate_padded
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
 from qgraft.training.ranges import RANGES
-from qgraft.training.seq2seq import evaluate_pairs
+from qgraft.training.seq2seq import PAIRS
 from qgraft.training.stages import preferring
 
 
@@ -137,7 +138,7 @@ def _of_pairs(
     """The same of an encoder-decoder, whose rows are pairs."""
     pairs = build_pairs(tokenizer, *read, written)
     with _shown(len(pairs), progress) as passed:
-        return _accounted(evaluate_pairs(model, pairs, passed=passed), read[1])
+        return _accounted(evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
 
 
 def _evaluate_seen(
@@ -148,7 +149,7 @@ def _evaluate_seen(
     told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
     samples, accounting = samples_of(model, rows, template, limit, told)
     with _shown(len(samples), progress) as passed:
-        return _accounted(evaluate_images(model, samples, passed=passed), accounting)
+        return _accounted(evaluate_padded(model, IMAGES, samples, passed=passed), accounting)
 
 
 Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)

@@ -12,11 +12,12 @@ from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import evaluate_labelled
 from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import evaluate_preferences, template_of
-from qgraft.training.images import check_image_run, evaluate_images, image_rows, learning_of, samples_of
+from qgraft.training.images import IMAGES, check_image_run, image_rows, learning_of, samples_of
 from qgraft.training.label_rows import read_label_samples
 from qgraft.training.objective import Measured, evaluate_samples
+from qgraft.training.padded import evaluate_padded
 from qgraft.training.samples import read_samples
-from qgraft.training.seq2seq import check_pair_run, evaluate_pairs, read_pairs
+from qgraft.training.seq2seq import PAIRS, check_pair_run, read_pairs
 from qgraft.training.stages import preference_options
 
 
@@ -30,7 +31,7 @@ def evaluate_held_out(
         check_pair_run(args)
         most = sample_limit(model, args.max_length)
         pairs, accounting = read_pairs(tokenizer, args.eval_dataset, args, most, held_out=True)
-        return evaluate_pairs(model, pairs, compute=args.compute), accounting
+        return evaluate_padded(model, PAIRS, pairs, compute=args.compute), accounting
     check_task(args, model)
     if (classifier := classifier_of(model)) is not None:
         limit = sample_limit(model, args.max_length)
@@ -46,7 +47,7 @@ def evaluate_held_out(
     if (seeing := image_rows(model, args, (args.eval_dataset, args.max_eval_samples))) is not None and seeing[0]:
         check_image_run(vars(args), args.notes)
         seen, accounting = samples_of(model, seeing[0], template, limit, learning_of(model, args))
-        return evaluate_images(model, seen, compute=args.compute), accounting
+        return evaluate_padded(model, IMAGES, seen, compute=args.compute), accounting
     samples, accounting = read_samples(model, tokenizer, args.eval_dataset, args, limit, template, held_out=True)
     if options is None:
         return evaluate_samples(model, samples, compute=args.compute), accounting

@@ -1,23 +1,18 @@
 """Learning from texts with images, on the loop that all runs have.
 
-    sample   a conversation as the model's processor writes it, labels on its answers (data/image_samples.py)
-    loss     cross-entropy of the answers' tokens, each times its weight; the mean over the labels of a step
-    pass     texts of similar lengths, padded (passes/images.py)
+    sample   a conversation as the model's processor writes it (data/image_samples.py)
+    label    a token of its answers
+    pass     texts of similar lengths, padded (passes/images.py, padded.py)
 
 The rows decide, not an option: where a model sees images and some row of a run holds one, all of its rows are learned so.
 What has no meaning there is refused by `check_image_run`, all at once.
 """
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import PreTrainedModel
 
-from qgraft.adapters.base import alone
 from qgraft.data.image_samples import ImageSample, build_image_samples, require_processor
 from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
@@ -25,124 +20,29 @@ from qgraft.data.scripted import ChatGlmOptions
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import IGNORED, Learning
 from qgraft.errors import OptionError
-from qgraft.linear import computing
-from qgraft.memory.budget import CPU_TOKENS
-from qgraft.memory.settings import UNCOUNTED
 from qgraft.model_parts import vision_of
-from qgraft.passes.decoder import evaluating
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.passes.limits import stated_ends
-from qgraft.training.objective import Evaluation, Outcome
 from qgraft.training.option_names import PACKED
-from qgraft.training.processes import ALONE, Processes
+from qgraft.training.padded import Kind
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
 
-@dataclass(frozen=True)
-class ImageTextToText:
-    """An Objective, see objective.py. `alone`: every text passes through the model by itself."""
-
-    label_smoothing: float = 0.0
-    alone: bool = False
-    names: Sequence[str] = ()
-
-    def begin(
-        self,
-        model: PreTrainedModel,
-        every: Sequence[ImageSample],
-        own: Sequence[ImageSample],
-        tokens: int,
-        processes: Processes,
-        step: int,
-    ) -> tuple[list[ImageSample], float]:
-        """As they are, and the weight of all labels: each is learned by itself."""
-        return list(own), self.count(every)
-
-    def count(self, samples: Sequence[ImageSample]) -> float:
-        """The weight of all labels."""
-        return weigh_labels(samples)
-
-    def batches(self, samples: Sequence[ImageSample], tokens: int) -> list[list[ImageSample]]:
-        """See split_images."""
-        return split_images(samples, 0 if self.alone else tokens)
-
-    def outcome(self, model: PreTrainedModel, batch: Sequence[ImageSample]) -> Outcome:
-        """The weighted sum of the losses at the labels."""
-        return Outcome(image_losses(model, batch, self.label_smoothing)[0])
-
-    def means(self, sums: Mapping[str, float], count: float) -> dict[str, float]:
-        """None, as there are no metrics."""
-        return {name: value / count for name, value in sums.items()}
-
-    def evaluate(
-        self, model: PreTrainedModel, samples: Sequence[ImageSample], tokens: int, processes: Processes
-    ) -> Evaluation:
-        """The mean over all labels, without smoothing."""
-        return evaluate_images(model, samples, 0 if self.alone else tokens, processes=processes, found_out=True)
+def weight_of(sample: ImageSample) -> float:
+    """The weight of a sample's labels; the first of a text is predicted from nothing and is none."""
+    weights = [1.0] * len(sample.labels) if sample.weights is None else sample.weights
+    return float(sum(w for w, label in zip(weights[1:], sample.labels[1:], strict=True) if label != IGNORED))
 
 
-def weigh_labels(samples: Sequence[ImageSample]) -> float:
-    """The weight of all labels; the first of a text is predicted from nothing and is none."""
-    return float(
-        sum(
-            (1.0 if sample.weights is None else sample.weights[at])
-            for sample in samples
-            for at, label in enumerate(sample.labels)
-            if at and label != IGNORED
-        )
-    )
-
-
-@torch.no_grad()
-@alone("evaluated")
-def evaluate_images(
-    model: PreTrainedModel,
-    samples: Sequence[ImageSample],
-    tokens: int | None = None,
-    compute: str | None = None,
-    processes: Processes = ALONE,
-    passed: Callable[[int], None] = lambda _: None,
-    *,
-    found_out: bool = False,
-) -> Evaluation:
-    """The loss on samples with images; the arguments are those of evaluate_samples, and:
-
-    Args:
-        found_out: whether it is known already how they pass through the model.
-    """
-    tokens = _tokens(model) if tokens is None else tokens
-    total, labels, weight = 0.0, 0, 0.0
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(nullcontext() if compute is None else computing(model, compute))
-        apart = None if found_out else stack.enter_context(images_together(model, samples))
-        for part in split_images(processes.share(samples), 0 if apart else tokens):
-            total += float(image_losses(model, part)[0])
-            labels += sum(label != IGNORED for sample in part for label in sample.labels[1:])
-            weight += weigh_labels(part)
-            passed(len(part))
-    sums = torch.tensor([total, labels, weight], dtype=torch.float64, device=model.device)
-    total, labels, weight = processes.add(sums).tolist()
-    loss = total / (weight or 1.0)
-    return Evaluation(loss, math.exp(min(loss, 700.0)), len(samples), int(labels))
-
-
-def _tokens(model: PreTrainedModel) -> int:
-    """Of a pass, where nobody says."""
-    return UNCOUNTED if model.device.type == "cuda" else CPU_TOKENS
-
-
-@contextmanager
-def image_passes(
-    model: PreTrainedModel, args: "TrainArguments", samples: Sequence[ImageSample], notes: list[str]
-) -> Iterator[int]:
-    """Within the block a run's texts take the fastest way through the model; yields the tokens of a pass, 0 for one text."""
-    with computing(model, args.compute), images_together(model, samples) as apart:
-        if apart:
-            notes.append(apart)
-        yield 0 if apart else args.max_tokens_per_pass or _tokens(model)
+IMAGES = Kind[ImageSample](
+    split=split_images,
+    losses=image_losses,
+    together=images_together,
+    labels=lambda sample: sum(label != IGNORED for label in sample.labels[1:]),
+    weight=weight_of,
+)
 
 
 def holds_images(samples: Sequence[Any]) -> bool:

@@ -76,6 +76,8 @@ def _typed(name: str, value: Any, kinds: frozenset[Any]) -> Any:
         return "no"  # which YAML takes for false
     if name in ("cuda_graphs", "keep_unpacked") and isinstance(value, bool):
         return ("yes" if name == "cuda_graphs" else "auto") if value else "no"  # likewise
+    if name == "resume_from_checkpoint" and isinstance(value, bool):
+        return str(value).lower()
     if name == "init_lora_weights" and value is True:
         return "true"
     if name in TEXTS and isinstance(value, str):

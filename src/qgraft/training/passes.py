@@ -29,10 +29,11 @@ from qgraft.passes.graphed import GraphedPasses, launch_bound, why_eager
 from qgraft.passes.loss import check_gradient
 from qgraft.passes.neftune import Noisy, noisy_embeddings
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.images import holds_images, image_passes
+from qgraft.training.images import IMAGES, holds_images
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
-from qgraft.training.seq2seq import pair_passes
+from qgraft.training.padded import padded_passes
+from qgraft.training.seq2seq import PAIRS
 
 if TYPE_CHECKING:
     from qgraft.training.prepare import Prepared
@@ -130,11 +131,11 @@ def fastest_passes(
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
     args, samples, notes = prepared.args, prepared.longest, prepared.notes
     if is_encoder_decoder(model.config):
-        with pair_passes(model, args, samples, notes) as tokens:
+        with padded_passes(model, PAIRS, args, samples, notes) as tokens:
             yield tokens, {}
         return
     if holds_images(samples):
-        with image_passes(model, args, samples, notes) as tokens:
+        with padded_passes(model, IMAGES, args, samples, notes) as tokens:
             yield tokens, {}
         return
     with ExitStack() as stack:

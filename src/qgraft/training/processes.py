@@ -10,22 +10,27 @@ transformers' TrainingArguments joins the process group (gloo on CPUs, nccl on G
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qgraft.data.label_samples import LabelSample
-from qgraft.data.pairs import PairSample
-from qgraft.data.preference_samples import Preference
-from qgraft.data.tokenizing import Sample
 from qgraft.errors import TrainingError, option
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
 
-Row = TypeVar("Row", bound=Sample | Preference | LabelSample | PairSample)
+
+class Long(Protocol):
+    """A sample of any kind."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens it has."""
+
+
+Row = TypeVar("Row", bound=Long)
 
 
 @dataclass(frozen=True)

@@ -30,12 +30,13 @@ from qgraft.passes.labels import classifier_of
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.classification import Classification
 from qgraft.training.distillation import Distillation
-from qgraft.training.images import ImageTextToText, holds_images
+from qgraft.training.images import IMAGES, holds_images
 from qgraft.training.objective import Objective, SupervisedFineTuning
 from qgraft.training.on_policy import draws_answers
+from qgraft.training.padded import Padded
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
-from qgraft.training.seq2seq import SequenceToSequence
+from qgraft.training.seq2seq import PAIRS
 from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
@@ -50,9 +51,9 @@ def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, 
     if prepared.objective is not None:
         return prepared.objective
     if is_encoder_decoder(model.config):
-        return SequenceToSequence(prepared.args.label_smoothing_factor, alone=not tokens)
+        return Padded(PAIRS, prepared.args.label_smoothing_factor, alone=not tokens)
     if holds_images(prepared.samples):
-        return ImageTextToText(prepared.args.label_smoothing_factor, alone=not tokens)
+        return Padded(IMAGES, prepared.args.label_smoothing_factor, alone=not tokens)
     if (classifier := classifier_of(model)) is not None:
         return Classification(classifier, prepared.args.label_smoothing_factor)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
