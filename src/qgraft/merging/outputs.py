@@ -25,6 +25,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.model_parts import argument_names, decoder_of
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
 from qgraft.passes.labels import Classifier, classifier_of
+from qgraft.passes.loss import as_they_are
 
 
 class Outputs(Protocol):
@@ -136,7 +137,7 @@ class _Labels:
         return batch["weights"]
 
     def head(self, model: PreTrainedModel) -> Head:
-        return _with_zero if self._several else _as_they_are
+        return _with_zero if self._several else as_they_are
 
     def padded(self, samples: Sequence[LabelSample]) -> Batch:
         return collate_texts(samples, self.classifier.padding)
@@ -170,10 +171,6 @@ class _Labels:
             kept = [[label != IGNORED for label in sample.labels] or [True] * sample.length for sample in samples]
             batch["chosen"] = torch.tensor([each + [False] * (width - len(each)) for each in kept])
         return batch
-
-
-def _as_they_are(logits_NV: Tensor) -> Tensor:
-    return logits_NV
 
 
 def _with_zero(logits_N1: Tensor) -> Tensor:

@@ -21,13 +21,11 @@ from transformers import PreTrainedModel
 from qgraft.data.batches import IGNORED, Batch
 from qgraft.data.image_samples import ImageSample, process, require_processor
 from qgraft.data.pictures import Picture
-from qgraft.errors import DataError, UnsupportedError
-from qgraft.linear import computing
+from qgraft.errors import DataError
 from qgraft.model_parts import argument_names
-from qgraft.passes.decoder import evaluating
 from qgraft.passes.limits import context_length
-from qgraft.passes.loss import weighted_cross_entropy
-from qgraft.passes.pairs import alike
+from qgraft.passes.loss import as_they_are, weighted_cross_entropy
+from qgraft.passes.pairs import tried_together
 
 
 def split_images(samples: Sequence[ImageSample], tokens: int) -> list[list[ImageSample]]:
@@ -87,13 +85,8 @@ def image_losses(
     logits_BTV = model(**batch, use_cache=False).logits
     weights_N = None if weights_BT is None else weights_BT[learned_BT]
     return weighted_cross_entropy(
-        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing
+        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, as_they_are, label_smoothing
     )
-
-
-def _as_they_are(logits_NV: Tensor) -> Tensor:
-    """The head of a model whose own forward pass made the logits."""
-    return logits_NV
 
 
 @torch.inference_mode()
@@ -121,20 +114,8 @@ def images_together(model: PreTrainedModel, samples: Sequence[ImageSample]) -> I
     seen = [sample for sample in samples if sample.images] or samples
     ordered = sorted(seen, key=lambda sample: len(sample.input_ids))
     two = [ordered[-1], *ordered[:-1][:1]]
-    with torch.no_grad(), evaluating(model), computing(model, "float32"):
-        alone = [image_losses(model, [sample])[1] for sample in two]
-        for sample, losses in zip(two, alone, strict=True):
-            if not alike(model, losses.mean(), _own_loss(model, sample)):
-                raise UnsupportedError(
-                    f"{type(model).__name__}: its own loss of a text with images is not the mean cross-entropy of its "
-                    "labels, so it cannot be trained here"
-                )
-        apart = not alike(model, image_losses(model, two)[1], torch.cat(alone))
-    yield (
-        f"{type(model).__name__} computes otherwise beside padding; every text passes through it alone"
-        if apart
-        else None
-    )
+    what = "a text with images is not the mean cross-entropy of its labels"
+    yield tried_together(model, two, image_losses, _own_loss, what, "every text passes through it alone")
 
 
 def _own_loss(model: PreTrainedModel, sample: ImageSample) -> Tensor:

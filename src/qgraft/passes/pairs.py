@@ -14,9 +14,9 @@ attention, and attend from one sequence to another, which no varlen kernel here 
 all of them are made at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,9 @@ from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
 from qgraft.model_parts import computed_dtype
 from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
-from qgraft.passes.loss import weighted_cross_entropy
+from qgraft.passes.loss import as_they_are, weighted_cross_entropy
+
+S = TypeVar("S")
 
 
 def collate_pairs(samples: Sequence[PairSample], pad: int) -> Batch:
@@ -80,13 +82,8 @@ def pair_losses(
     learned_BT = labels_BT != IGNORED
     weights_N = batch["weights"][:, None].expand_as(labels_BT)[learned_BT] if "weights" in batch else None
     return weighted_cross_entropy(
-        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, _as_they_are, label_smoothing
+        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, as_they_are, label_smoothing
     )
-
-
-def _as_they_are(logits_NV: Tensor) -> Tensor:
-    """The head of a model whose own forward pass made the logits."""
-    return logits_NV
 
 
 def _decoder_input(model: PreTrainedModel) -> Any:
@@ -121,21 +118,25 @@ def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> It
     """
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids) + len(sample.labels))
     two = [ordered[-1], *ordered[:-1][:1]]
+    what, alone = "a pair is not the mean cross-entropy of the target's tokens", "every pair passes through it alone"
+    yield tried_together(model, two, pair_losses, _own_loss, what, alone)
+
+
+def tried_together(
+    model: PreTrainedModel, two: Sequence[S], losses: Callable[[PreTrainedModel, Sequence[S]], tuple[Tensor, Tensor]],
+    own_loss: Callable[[PreTrainedModel, S], Tensor], what: str, alone: str,
+) -> str | None:  # fmt: skip
+    """Why two samples may not pass together, in words that end in `alone`; None where they say what each says by itself.
+
+    Raises UnsupportedError where the model's own loss of a single one is another: of `what`.
+    """
     with torch.no_grad(), evaluating(model), computing(model, "float32"):
-        alone = [pair_losses(model, [sample])[1] for sample in two]
-        for sample, losses in zip(two, alone, strict=True):
-            if not alike(model, losses.mean(), _own_loss(model, sample)):
-                raise UnsupportedError(
-                    f"{type(model).__name__}: its own loss of a pair is not the mean cross-entropy of the target's tokens, "
-                    "so it cannot be trained here"
-                )
-        together = pair_losses(model, two)[1]
-        apart = not alike(model, together, torch.cat(alone))
-    yield (
-        f"{type(model).__name__} computes otherwise beside padding; every pair passes through it alone"
-        if apart
-        else None
-    )
+        each = [losses(model, [sample])[1] for sample in two]
+        for sample, found in zip(two, each, strict=True):
+            if not alike(model, found.mean(), own_loss(model, sample)):
+                raise UnsupportedError(f"{type(model).__name__}: its own loss of {what}, so it cannot be trained here")
+        apart = not alike(model, losses(model, two)[1], torch.cat(each))
+    return f"{type(model).__name__} computes otherwise beside padding; {alone}" if apart else None
 
 
 def _own_loss(model: PreTrainedModel, sample: PairSample) -> Tensor:
