@@ -38,6 +38,8 @@ def test_auto_starts_where_there_is_nothing_and_leaves_a_finished_run_as_it_is(t
     again = train(tiny_gguf, tmp_path / "out")
     assert again.unchanged and again.notes == ["already finished: step 4 of 4; nothing was changed"]
     assert again.metrics == json.loads((tmp_path / "out" / "run.json").read_text())["metrics"]
+    other = train(tiny_gguf, tmp_path / "out", learning_rate=0.05).notes
+    assert other[1:] == ["another option than before, without effect on a finished run: learning_rate default -> 0.05"]
     assert state(tmp_path / "out") == before
     more = train(tiny_gguf, tmp_path / "out", num_train_epochs=2)
     assert (more.steps, more.unchanged) == (8, False)

@@ -207,11 +207,14 @@ class Run:
         prepared, steps, planned = self.prepared, run["steps"], run.get("planned_steps", run["steps"])
         goes_on = option("resume_from_checkpoint", f"{folder}/checkpoint-N")
         early = "" if steps == planned else f", where it was stopped early ({goes_on} goes on)"
+        changes = self._bound.changes(Bound(run["bound"], run["arguments"]))
         return TrainReport(
             prepared.folder, steps, True, None, run.get("parameters", 0), run.get("metrics", {}),
             prepared.accounting, prepared.held_out,
             [*args.notes, *prepared.earlier.passed_over,
-             f"already finished: step {steps} of {planned}{early}; nothing was changed"], unchanged=True,
+             f"already finished: step {steps} of {planned}{early}; nothing was changed",
+             *(f"another option than before, without effect on a finished run: {change}" for change in changes)],
+            unchanged=True,
         )  # fmt: skip
 
     def finish(self) -> TrainReport:
