@@ -296,12 +296,23 @@ def holds_experts(module: nn.Module) -> bool:
 
 def parts_of(module: nn.Module, leaf: str, value: Tensor) -> dict[str, Tensor]:
     """The matrices [E, out, in] of all experts in the numbers of the parameter `leaf`, by the names of the stacks; views."""
-    w_EOI = value.transpose(1, 2) if module.is_transposed else value
+    return cut_outputs(module, leaf, value.transpose(1, 2) if module.is_transposed else value)
+
+
+def cut_outputs(module: nn.Module, leaf: str, w_EO: Tensor) -> dict[str, Tensor]:
+    """What of [E, out, ...] of all experts each stack has, by its name; views."""
     names = PARTS[leaf]
-    cuts = w_EOI.chunk(len(names), 1)
+    cuts = w_EO.chunk(len(names), 1)
     if not module.is_concatenated:
-        cuts = tuple(w_EOI[:, number :: len(names)] for number in range(len(names)))
+        cuts = tuple(w_EO[:, number :: len(names)] for number in range(len(names)))
     return dict(zip(names, cuts, strict=True))
+
+
+def join_outputs(module: nn.Module, cuts: Sequence[Tensor]) -> Tensor:
+    """The inverse of `cut_outputs`: [E, out, ...] of all experts, from those of each stack."""
+    if len(cuts) == 1:
+        return cuts[0]
+    return torch.cat(list(cuts), 1) if module.is_concatenated else torch.stack(list(cuts), 2).flatten(1, 2)
 
 
 def misfit(module: nn.Module, leaf: str, stacks: Mapping[str, Stack]) -> str | None:

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.folder_experts import stored_stacks
 from qgraft.checkpoints.folder_processor import folder_processor
 from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
 from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
@@ -148,6 +149,7 @@ class _FolderReader:
     ) -> None:
         self.tensors, self.config, self.quantize, self.model = tensors, config, quantize, model
         self.owners = owners(tensors)
+        self.nameless = set(self.owners.values()) - self.owners.keys()  # no tensor is called as these matrices are
         weights = dict.fromkeys(self.owners.get(name, name) for name in tensors)
         self.names = (same_names if exact else transformers_names)(model, weights)
         output, self.heads, vision = model.get_output_embeddings(), Heads(model), vision_of(model)
@@ -179,7 +181,9 @@ class _FolderReader:
         matrix = StoredMatrix(stored, self.tensors, self.config)
         layout = find_layout(matrix)
         if layout.packed_as is not None:
-            self._check_packed(name, layout)
+            module = self._check_packed(name, layout)
+            if layout.experts:
+                return self._note_stacks(name, stored_stacks(name, module, layout, matrix))
         elif (value := matrix.numbers()).dim() != 2 or name not in self.layers:
             if (stacks := self._experts(name, value)) is not None:
                 return stacks
@@ -192,11 +196,13 @@ class _FolderReader:
         self.entries[stored] = matrix_entries(stored, packed)
         return packed
 
-    def _check_packed(self, name: str, layout: Layout) -> None:
-        """A matrix that is packed already can be read as it is, for a layer."""
-        if name not in self.layers:
+    def _check_packed(self, name: str, layout: Layout) -> Any:
+        """The layer, or the experts, that a matrix is read for as it is: it is packed already."""
+        module = experts_module(self.model, name) if layout.experts else self.layers.get(name)
+        if module is None:
+            kinds = "experts" if layout.experts else "linear layers and embeddings"
             raise UnsupportedError(
-                f"{name} is stored in {layout.packed_as}, which is read for linear layers and embeddings only",
+                f"{name} is stored in {layout.packed_as}, which is read for {kinds} only",
                 hint="give the float checkpoint's folder",
             )
         if self.quantize is not None:
@@ -204,6 +210,7 @@ class _FolderReader:
                 f"quantize={self.quantize!r}: {name} is stored in {layout.packed_as} already",
                 hint="leave quantize out, or give the float checkpoint's folder",
             )
+        return module
 
     def _shape(self, name: str) -> tuple[int, int]:
         """(out, in) of the layer whose weight is called so."""
@@ -217,9 +224,12 @@ class _FolderReader:
         if module is None or value.shape != getattr(module, name.rpartition(".")[2]).shape:  # reported by assemble()
             return None
         stacks, fitting = pack_experts(name, module, value, str(self.quantize))
+        self.fitted |= {f"{name}.{part}": (stack.shape[2], fitting) for part, stack in stacks.items()}
+        return self._note_stacks(name, stacks)
+
+    def _note_stacks(self, name: str, stacks: dict[str, Stack]) -> dict[str, Stack]:
         for part, stack in stacks.items():
             path = f"{name}.{part}"
-            self.fitted[path] = (stack.shape[2], fitting)
             self.matrices[path] = Stored(path)
             self.entries[path] = matrix_entries(path, stack.packed)
         return stacks
@@ -283,7 +293,7 @@ class _FolderReader:
     def _is_stray(self, name: str) -> bool:
         """Whether a tensor would be part of a matrix, were it kept in another layout: scales beside plain numbers."""
         weight = self.owners.get(name, name)
-        if name == weight:
+        if name == weight and name not in self.nameless:
             return False
         return name not in tensor_names(find_layout(StoredMatrix(weight, self.tensors, self.config)), weight)
 
@@ -370,7 +380,12 @@ def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         with ForeignErrors(str(path)):
             return architecture.config.from_dict(raw)
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        if hasattr(
+            config, "quantization_config"
+        ):  # read by a layout; the model is none of transformers' quantized ones
+            del config.quantization_config
+        return config
     except FOREIGN as error:
         if kind in CONFIG_MAPPING:
             raise CheckpointError(f"{path}: {one_line(error)}") from error

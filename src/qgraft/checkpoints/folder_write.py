@@ -16,7 +16,7 @@ read, and save, which makes a copy of a whole shard in memory.
 import json
 import shutil
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +28,9 @@ import torch
 from torch import Tensor, nn
 
 from qgraft import storage
+from qgraft.adapters.lora_experts import stack_paths
+from qgraft.checkpoints.folder_experts import FORMATS as EXPERT_FORMATS
+from qgraft.checkpoints.folder_experts import Together, place_experts
 from qgraft.checkpoints.folder_model import folder_digest, matrix_entries, read_config_json
 from qgraft.checkpoints.heads import changed_head, head_config
 from qgraft.checkpoints.layouts import (
@@ -50,7 +53,8 @@ from qgraft.mapped import release
 SHARD_BYTES = 4_000_000_000
 CONTAINER = Container(
     "a folder of safetensors",
-    frozenset(format for layout in LAYOUTS for format in layout.formats),
+    frozenset(format for layout in LAYOUTS if not layout.experts for format in layout.formats),
+    EXPERT_FORMATS,
     'load with quantize="chatglm-int4", or save with to="chatglm-int8" or to="f16"',
 )
 _COPIED = ("*.json", "*.jinja", "*.md", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
@@ -147,7 +151,7 @@ class _Place:
     file: Path
     shard: Shard
     name: str
-    matrix: Matrix | None
+    matrix: Matrix | Together | None
     value: Tensor | None = None  # where it is of the head
 
     @property
@@ -166,7 +170,10 @@ class _Place:
         if self.matrix is None:
             return {self.name: (self.shard.describe(self.name)[1], self.shard.tensor(self.name))}
         stored = self.matrix.stored
-        written = layout_for(self.matrix.format).write(self.matrix.whole(), stored.transposed)
+        if isinstance(self.matrix, Together):
+            written = self.matrix.written()
+        else:
+            written = layout_for(self.matrix.format).write(self.matrix.whole(), stored.transposed)
         named = {tensor_name(stored.name, suffix): tensor for suffix, tensor in written.items()}
         return {name: (WORDS[tensor.dtype], tensor) for name, tensor in named.items()}
 
@@ -192,9 +199,11 @@ def _bytes(tensor: Tensor) -> Tensor:
 def _places(origin: Origin, matrices: Sequence[Matrix], model: nn.Module, stack: ExitStack) -> Iterator[_Place]:
     """Every tensor of the source that is written again; those that make up a matrix go with the first of them. What is new of
     a classifier's head comes last."""
-    by_name = {matrix.stored.name: matrix for matrix in matrices}
     shards = [(path, open_shard(path, stack)) for path in shard_paths(origin.path)]
     whose = owners([name for _, shard in shards for name in shard.names])
+    by_name = _by_name(
+        matrices, model, dict.fromkeys(whose.get(name, name) for _, shard in shards for name in shard.names)
+    )
     tensors = {name: partial(shard.tensor, name) for _, shard in shards for name in shard.names}
     config = read_config_json(origin.path)
     head = changed_head(model, origin.head, tensors)
@@ -217,6 +226,21 @@ def _places(origin: Origin, matrices: Sequence[Matrix], model: nn.Module, stack:
                 yield _Place(path, shard, name, None)
     for name, value in head.items():
         yield _Place(*shards[-1], name, None, value)
+
+
+def _by_name(matrices: Sequence[Matrix], model: nn.Module, weights: Iterable[str]) -> dict[str, Matrix | Together]:
+    """What goes in the place of the source's matrices, by their names there; `weights` are these and its other tensors."""
+    stacks = set(stack_paths(model))
+    found = place_experts(model, [matrix for matrix in matrices if matrix.path in stacks], weights)
+    return found | {matrix.stored.name: matrix for matrix in matrices if matrix.path not in stacks}
+
+
+def check_experts(origin: Origin, matrices: Sequence[Matrix], model: nn.Module) -> None:
+    """Raise UnsupportedError where experts of these matrices have no place in the folder of `origin`."""
+    with ExitStack() as stack:
+        tensors = open_shards(origin.path, stack)
+        whose = owners(tensors)
+        _by_name(matrices, model, dict.fromkeys(whose.get(name, name) for name in tensors))
 
 
 def _split(places: Iterator[_Place]) -> list[list[_Place]]:

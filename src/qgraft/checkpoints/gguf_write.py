@@ -36,7 +36,8 @@ from qgraft.checkpoints.origin import Container, Matrix, Origin, Slices, by_tens
 from qgraft.errors import CheckpointError
 from qgraft.formats import GGML_TYPES, get_format
 
-CONTAINER = Container("a GGUF file", frozenset(GGML_TYPES.values()), 'give to="q8_0" or another format of GGUF')
+_HELD = frozenset(GGML_TYPES.values())
+CONTAINER = Container("a GGUF file", _HELD, _HELD, 'give to="q8_0" or another format of GGUF')
 CHUNK_BYTES = 16 << 20  # copied at a time
 TYPE_IDS = {name: number for number, name in GGML_TYPES.items()}
 _FIXED_BYTES = 24  # magic, version, two counts

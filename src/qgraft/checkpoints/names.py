@@ -20,7 +20,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from qgraft.errors import CheckpointError
 
@@ -73,6 +80,15 @@ class _Made:
         if parameter not in self.values:
             raise CheckpointError(f"{parameter} is not among what is made of {self.sources[0][0]} and others")
         return self.values.pop(parameter)
+
+    def stacked(self) -> list[list[str]]:
+        """The tensors that the rule stacks, for each of the stacks that it puts side by side; none where it does more."""
+        operations: list[Any] = list(self.rule.operations)
+        kinds = [type(each) for each in operations]
+        plain = kinds in ([MergeModulelist], [MergeModulelist, Concatenate]) and len(self.rule.target_patterns) == 1
+        if not plain or [each.dim for each in operations] != [0, 1][: len(operations)]:
+            return []
+        return [[name for name, each in self.sources if each == pattern] for pattern in self.rule.source_patterns]
 
 
 def same_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:

@@ -86,11 +86,13 @@ class Container:
     Attributes:
         kind: what it is called in messages.
         held: the formats that it has a place for.
+        experts: those that it has a place for in experts.
         hint: what to do about a matrix in another format.
     """
 
     kind: str
     held: frozenset[str]
+    experts: frozenset[str]
     hint: str
 
 

@@ -9,7 +9,7 @@ final name whole or not at all (storage.py).
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,7 +24,7 @@ from qgraft.adapters.lora_experts import stack_paths
 from qgraft.adapters.targets import find_targets
 from qgraft.checkpoints import folder_write, gguf_write
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.folder_write import check_source, folder_entries, write_folder
+from qgraft.checkpoints.folder_write import check_experts, check_source, folder_entries, write_folder
 from qgraft.checkpoints.gguf_from_folder import Draft, draft_gguf, write_new_gguf
 from qgraft.checkpoints.gguf_split import part_paths
 from qgraft.checkpoints.gguf_write import gguf_entries, open_source, write_gguf
@@ -202,21 +202,16 @@ def _plan(model: nn.Module, origin: Origin, to: str | Mapping[str, str] | None) 
     """What is to be written, and notes on what stays as it is although `to` asks for it."""
     matrices = {matrix.path: matrix for matrix in current_matrices(model, origin)}
     fitted: dict[str, dict[str, tuple[int, str | None]]] = {}  # wanted format -> what fits whom
+    stacks = set(stack_paths(model))
     for path, wanted in _wanted_formats(model, origin, to).items():
         matrix, width = matrices[path], matrices[path].packed.shape[1]
-        fitting = fitting_format(_writable(origin, wanted).name, width)
+        fitting = fitting_format(_writable(origin, wanted, path in stacks).name, width)
         fitted.setdefault(wanted, {})[path] = (width, fitting)
         if fitting is not None:
             matrices[path] = replace(matrix, format=fitting)
-    _check_held(origin, list(matrices.values()))
-    if origin.container == "folder" and (stacks := [path for path in stack_paths(model) if path in matrices]):
-        raise UnsupportedError(
-            f"{len(stacks)} stacks of experts ({stacks[0]}, ...) are packed: a folder has no place for them",
-            hint=worded(
-                flags="give --output NAME.gguf; or leave --quantize out, and experts stay as they are",
-                python="save as NAME.gguf; or load without quantize, and experts stay as they are",
-            ),
-        )
+    if origin.container == "folder" and stacks:
+        check_experts(origin, list(matrices.values()), model)
+    _check_held(origin, list(matrices.values()), stacks)
     return list(matrices.values()), [note for wanted, found in fitted.items() for note in misfit_notes(wanted, found)]
 
 
@@ -246,19 +241,23 @@ def _is_called(key: str, path: str, name: str) -> bool:
     return any(fnmatchcase(f".{word}", f"*.{key}") for word in (path, name, name.removesuffix(".weight")))
 
 
-def _writable(origin: Origin, wanted: str) -> Format:
+def _writable(origin: Origin, wanted: str, experts: bool) -> Format:
     """The format called `wanted`. Raises UnsupportedError when nothing can be requantized to it in this container."""
     chosen = get_format(wanted)
     container = CONTAINERS[origin.container]
-    if chosen.quantize is None or wanted not in container.held:
-        possible = sorted(name for name in container.held if FORMATS[name].quantize is not None)
-        raise UnsupportedError(f"to={wanted!r}: {container.kind} can get: {', '.join(possible)}")
+    held = container.experts if experts else container.held
+    if chosen.quantize is None or wanted not in held:
+        possible = sorted(name for name in held if FORMATS[name].quantize is not None)
+        raise UnsupportedError(
+            f"to={wanted!r}: {container.kind} can get{' in experts' * experts}: {', '.join(possible)}"
+        )
     return chosen
 
 
-def _check_held(origin: Origin, matrices: Sequence[Matrix]) -> None:
+def _check_held(origin: Origin, matrices: Sequence[Matrix], stacks: Collection[str]) -> None:
     container = CONTAINERS[origin.container]
-    homeless = Counter(each.format for each in matrices if each.format not in container.held)
+    held = {each.path: container.experts if each.path in stacks else container.held for each in matrices}
+    homeless = Counter(each.format for each in matrices if each.format not in held[each.path])
     if homeless:
         found = ", ".join(f"{number} matrices in {name}" for name, number in sorted(homeless.items()))
         raise UnsupportedError(

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from functools import reduce
 from typing import Any, Final
 
-from qgraft.checkpoints.layouts import chatglm, floats
+from qgraft.checkpoints.layouts import chatglm, floats, mxfp4
 from qgraft.checkpoints.layouts.layout import WEIGHT, Layout, StoredMatrix, tensor_name
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "tensor_names",
 ]
 
-LAYOUTS: Final[list[Layout]] = [chatglm.LAYOUT, floats.LAYOUT]
+LAYOUTS: Final[list[Layout]] = [chatglm.LAYOUT, mxfp4.LAYOUT, floats.LAYOUT]
 
 
 def is_claimed(config: Mapping[str, Any]) -> bool:
@@ -58,7 +58,8 @@ def tensor_names(layout: Layout, weight: str) -> tuple[str, ...]:
 
 
 def owners(names: Collection[str]) -> dict[str, str]:
-    """{tensor: the matrix `X.weight` that it is part of, in one of the layouts}, for those of `names` that are."""
+    """{tensor: the matrix `X.weight`, or X of all experts, that it is part of in one of the layouts}, for those of `names`
+    that are."""
     found: dict[str, str] = {}
     known = set(names)
     for layout in LAYOUTS:
@@ -66,7 +67,7 @@ def owners(names: Collection[str]) -> dict[str, str]:
             for name in names:
                 stem = name.removesuffix(suffix)
                 if stem != name and stem + layout.suffixes[0] in known:
-                    found.setdefault(name, stem + WEIGHT)
+                    found.setdefault(name, stem if layout.experts else stem + WEIGHT)
     return found
 
 

@@ -28,7 +28,7 @@ class StoredMatrix:
     """One matrix of a folder, wherever its tensors lie. What has been read of it stays as long as it does.
 
     Attributes:
-        name: as the model would call it, in the folder's words: `X.weight`.
+        name: as the model would call it, in the folder's words: `X.weight`; of all experts X.
         tensors: everything that is in the folder, by name; read when called.
         config: config.json.
     """
@@ -79,6 +79,8 @@ class Layout:
             Raises CheckpointError.
         write: (packed, whether floats lie [in, out]) -> {suffix: tensor}.
         configure: (config.json, the formats of all matrices) -> config.json for these; the same where nothing changes.
+        experts: whether its matrices are those of all experts of a layer, in a parameter X of theirs instead of `X.weight`:
+            read and written are the rows of all, one expert behind the other; a tensor of theirs is [experts, out, ...].
     """
 
     formats: tuple[str, ...]
@@ -89,3 +91,4 @@ class Layout:
     read: Callable[[StoredMatrix, tuple[int, int], bool], PackedTensor | Tensor]
     write: Callable[[PackedTensor, bool], dict[str, Tensor]]
     configure: Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
+    experts: bool = False
