@@ -58,7 +58,7 @@ them by `--target_parameters`, with PEFT's names, layout and values: `tests/chec
 layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens that come
 to it, and names those that it only rounds, because too few came. Experts of a folder are packed by `--quantize` in formats of
 GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, and then trained, merged and written as a file;
-without it they stay floats, which take no LoRA. Back into the folder's own tensors, whichever these are, experts are written as
+without it they stay floats, which take no LoRA. Back into the folder, whatever tensors it has of them, experts are written as
 floats (`--to f16`, `--to bf16`). The released gpt-oss, whose folder has its experts in MXFP4, is read, trained, merged and
 written in these blocks, bit for bit as `transformers.integrations.mxfp4` reads them.
 Files of 2023 with a tensor for each expert are refused.

@@ -1,6 +1,7 @@
 """The experts of a mixture, packed: stacks of matrices as in a file, a projection of all experts, their forward pass.
 
     file          ffn_gate_exps [E, I, H], ffn_up_exps [E, I, H], ffn_down_exps [E, H, I]       blocks of whole rows
+                  ffn_gate_up_exps [E, 2I, H], in newer ones, instead of the first two
     ExpertStack   one of them, seen as a matrix of E·I rows: expert e is its rows e·I to (e+1)·I, without a copy
     QuantizedExperts    y = x W_e^T for rows x that are sorted by their expert e; gate and up are one projection, as in
                         transformers, whose outputs lie one behind the other, or alternate (gpt-oss)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gguf import GGMLQuantizationType as Q
+from gguf_copies import fuse
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -259,6 +260,30 @@ def test_experts_are_quantized_and_saved_in_another_format(tiny_gguf: Maker, ran
             assert np.array_equal(meant, qgraft.formats.dequantize(whole, torch.float32).numpy())
 
 
+def test_gate_and_up_in_one_tensor(make_gguf: Maker, random_ids: Maker, tmp_path: Path) -> None:
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen3moe", types=(Q.Q4_0,))
+    fused = fuse(tiny.path, tmp_path / "fused.gguf")
+    ids, found = random_ids(tiny.model, rows=1, length=30), []
+    for path in (tiny.path, fused):
+        model = adapted(path, "qwen3moe", target_modules=())
+        found.append(logits(model, ids))
+        qgraft.save_adapter(model, tmp_path / path.stem)
+        export_gguf_lora(model, tmp_path / f"{path.stem}.lora.gguf", dtype="float32")
+        qgraft.merge(model, method="nearest", min_retained=-1e9)
+        found.append(logits(model, ids))
+        qgraft.save(model, tmp_path / f"merged-{path.name}")
+    assert off(found[2], found[0]) < 1e-5
+    assert off(found[3], found[1]) < 1e-5
+    names = {tensor.name for tensor in gguf.GGUFReader(tmp_path / "merged-fused.gguf").tensors}
+    assert "blk.0.ffn_gate_up_exps.weight" in names and "blk.0.ffn_up_exps.weight" not in names
+    again, _ = qgraft.load(tmp_path / "merged-fused.gguf", dtype="float32", device="cpu")
+    assert torch.equal(logits(again, ids), found[3])
+    for stored in ("tiny", "fused.lora.gguf"):
+        again, _ = qgraft.load(fused, dtype="float32", device="cpu")
+        qgraft.load_adapter(again, tmp_path / stored, force=stored == "tiny")  # whose base is another file
+        assert off(logits(again, ids), found[0]) < 1e-5, stored
+
+
 def floats(*shape: int) -> np.ndarray:
     return np.ones(shape, np.float32)
 
@@ -280,6 +305,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "more experts than tensors": ({"metadata": {"qwen3moe.expert_count": 10**6}}, "expert_count: got 1000000"),
     "more experts a token than there are": (
         {"metadata": {"qwen3moe.expert_used_count": 7}}, "expert_used_count: got 7, expected an integer from 1 to 6",
+    ),
+    "gate and up twice": (
+        {"extra": {"blk.0.ffn_gate_up_exps.weight": floats(6, 64, 64)}}, r"2 tensors have no place.*ffn_gate_exps",
+    ),
+    "half of gate and up": (
+        {"extra": {"blk.0.ffn_gate_up_exps.weight": floats(6, 32, 64)},
+         "drop": ("blk.0.ffn_gate_exps.weight", "blk.0.ffn_up_exps.weight")},
+        r"gate_up_proj: got experts \[\(6, 32, 64\)\], expected \[\(6, 64, 64\)\]",
     ),
     "groups of experts": ({"metadata": {"qwen3moe.expert_group_count": 2}}, "expert_group_count: got 2, expected 0"),
     "another gate": ({"metadata": {"qwen3moe.expert_gating_func": 2}}, "expert_gating_func: got 2, expected 1"),

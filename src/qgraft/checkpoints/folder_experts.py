@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qgraft.checkpoints.assemble import empty_model
 from qgraft.checkpoints.layouts import LAYOUTS, Layout, StoredMatrix, layout_for
@@ -91,7 +91,7 @@ class Together:
         return joined
 
 
-def place_experts(model: nn.Module, stacks: Sequence[Matrix], weights: Iterable[str]) -> dict[str, Matrix | Together]:
+def place_experts(model: Any, stacks: Sequence[Matrix], weights: Iterable[str]) -> dict[str, Matrix | Together]:
     """What goes in the place of matrices of a folder, by their names there.
 
     Args:
@@ -131,7 +131,7 @@ def place_experts(model: nn.Module, stacks: Sequence[Matrix], weights: Iterable[
     return found
 
 
-def _check_formats(model: nn.Module, stacks: Sequence[Matrix]) -> None:
+def _check_formats(model: Any, stacks: Sequence[Matrix]) -> None:
     formats = {each.format for each in stacks}
     held = formats <= _FLOATS or (formats == {MXFP4} and model.config.model_type == "gpt_oss")
     if held and all(len({each.format for each in stacks if each.path.startswith(f"{path}.")}) == 1

@@ -122,7 +122,8 @@ class _TensorReader:
 
     def __call__(self, name: str) -> PackedTensor | dict[str, Stack] | Tensor | None:
         stem, _, suffix = name.rpartition(".")
-        if experts := expert_tensors(name):
+        fusable = () if self.rules.alternates else self.file.tensors.keys()
+        if experts := expert_tensors(name, fusable):
             return self._of_experts(name, experts)
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))

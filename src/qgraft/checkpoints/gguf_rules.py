@@ -12,7 +12,7 @@ Source: `modify_tensors` of the classes in llama.cpp's conversion/.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -215,12 +215,21 @@ _EXPERTS = {  # the parameters of all experts of a layer -> their tensors, by th
 }
 
 
-def expert_tensors(parameter: str) -> dict[str, str]:
-    """The tensors of a file that make up a parameter of all experts of a layer; none where it is no such parameter."""
+_FUSED = "ffn_gate_up_exps"  # newer files may have gate and up of each expert one behind the other
+
+
+def expert_tensors(parameter: str, tensors: Collection[str] = ()) -> dict[str, str]:
+    """The tensors of a file that make up a parameter of all experts of a layer; none where it is no such parameter.
+
+    Args:
+        tensors: what the file has: gate and up may be in one.
+    """
     found = re.search(r"\.layers\.(\d+)\..*\bexperts\.(gate_up_proj|down_proj)(_bias)?$", parameter)
     if found is None:
         return {}
     suffix = "bias" if found[3] else "weight"
+    if found[2] == "gate_up_proj" and (fused := f"blk.{found[1]}.{_FUSED}.{suffix}") in tensors:
+        return {"gate_up": fused}
     return {part: f"blk.{found[1]}.{stem}.{suffix}" for part, stem in _EXPERTS[found[2]].items()}
 
 
