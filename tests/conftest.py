@@ -269,8 +269,10 @@ def model_metadata(model: transformers.PreTrainedModel, architecture: str) -> di
             keys["expert_feed_forward_length"] = c.moe_intermediate_size
         if hasattr(c, "shared_expert_intermediate_size"):
             keys["expert_shared_feed_forward_length"] = c.shared_expert_intermediate_size
+        if architecture in ("gpt-oss", "hunyuan-moe", "minimax-m2"):
+            keys["expert_feed_forward_length"] = c.intermediate_size
         if architecture == "gpt-oss":
-            keys |= {"expert_feed_forward_length": c.intermediate_size, "attention.sliding_window": c.sliding_window}
+            keys["attention.sliding_window"] = c.sliding_window
     if rope := getattr(c, "rope_parameters", None):
         rope = rope.get("full_attention", rope)
         keys["rope.freq_base"] = float(rope["rope_theta"])
@@ -338,6 +340,10 @@ def mixture_metadata(c: Any, architecture: str) -> dict[str, Any]:
             "interleave_moe_layer_step": c.moe_layer_interval,
             "expert_shared_feed_forward_length": c.moe_num_shared_experts * c.moe_intermediate_size,
         }  # fmt: skip
+    if architecture == "hunyuan-moe":
+        keys |= {"expert_shared_count": 1, "expert_shared_feed_forward_length": c.intermediate_size}
+    if architecture == "minimax-m2":
+        keys["expert_gating_func"] = 2
     if architecture == "lfm2moe":
         keys |= {"leading_dense_block_count": c.num_dense_layers, "expert_gating_func": 2}
     return keys

@@ -153,6 +153,15 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
          "pad_token_id": None},
     ),
     "glm4moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", {**CHOICE, "head_dim": 32, "use_qk_norm": True}),
+    "hunyuan-moe": (
+        "HunYuanMoEV1ForCausalLM", "HunYuanMoEV1Config",
+        {**SHAPE, "head_dim": 16, "intermediate_size": 96, "num_experts": 6, "moe_topk": 2, "pad_token_id": None},
+    ),
+    "minimax-m2": (
+        "MiniMaxM2ForCausalLM", "MiniMaxM2Config",
+        {**SHAPE, "head_dim": 32, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2,
+         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+    ),
     "lfm2moe": (
         "Lfm2MoeForCausalLM", "Lfm2MoeConfig",
         {**SHAPE, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"], "pad_token_id": None,

@@ -17,6 +17,9 @@ _READS_IF = {"bloom": "slow_but_exact"}
 # Models whose embeddings are compared with given ones only, to find the ids that these are of: NaN are none, an error there
 _COMPARES = {"transformers.models.gemma4.modeling_gemma4.Gemma4ForCausalLM"}
 
+# Routers of experts that keep their weight in a linear layer: they stay floats and take no LoRA, as all routers
+_ROUTERS = {"transformers.models.hunyuan_v1_moe.modeling_hunyuan_v1_moe.HunYuanMoEV1Gate"}
+
 
 def qualified_name(module: nn.Module) -> str:
     """Where the class of a module is, and what it is called."""
@@ -32,10 +35,13 @@ def weight_is_read(model: nn.Module, path: str) -> bool:
     """Whether the code of the model reads the weight of the layer at `path`, instead of calling the layer.
 
     Such a layer cannot be replaced by one that holds its weight in another way, and a LoRA on it would be passed by.
-    (Mamba hands `self.out_proj.weight` to its kernels.) What the code says is taken for what it does.
+    (Mamba hands `self.out_proj.weight` to its kernels.) What the code says is taken for what it does. So is that of a router,
+    in whatever class it is.
     """
     parent, _, name = path.rpartition(".")
     owner = model.get_submodule(parent)
+    if qualified_name(owner) in _ROUTERS:
+        return True
     option = _READS_IF.get(getattr(getattr(owner, "config", None), "model_type", ""))
     if not type(owner).__module__.startswith("transformers.models.") or (option and not getattr(owner.config, option)):
         return False

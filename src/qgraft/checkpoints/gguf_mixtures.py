@@ -23,6 +23,7 @@ from qgraft.checkpoints.gguf_key_parts import (
     DRAFTS,
     EXPERT_SIZE,
     HEAD_DIM,
+    LOCAL_COUNTS,
     NORMED_EXPERTS,
     PARTLY,
     QWEN35,
@@ -92,6 +93,15 @@ MIXTURES: dict[str, Keys] = {  # by general.architecture
         experts=_ROUTED, musts=_SIGMOID, partial=True,
         present={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
     ),
+    "hunyuan-moe": Keys(
+        "hunyuan_v1_moe", {**SIZES, RMS_NORM: "rms_norm_eps", **HEAD_DIM}, ROPE,
+        experts={"expert_count": "num_experts", "expert_used_count": "moe_topk",
+                 "expert_feed_forward_length": "intermediate_size"},
+        musts={**NORMED_EXPERTS, "expert_shared_count": one_of(1), "expert_shared_feed_forward_length": same(
+            "expert_feed_forward_length", lambda header: header.count("expert_feed_forward_length")
+        )},
+        present={"attention_bias": "attn_q.bias"},
+    ),
     "lfm2moe": Keys(
         "lfm2_moe",
         {**_PLAIN_SIZES, RMS_NORM: "norm_eps", "shortconv.l_cache": "conv_L_cache"},
@@ -100,6 +110,11 @@ MIXTURES: dict[str, Keys] = {  # by general.architecture
         experts={**COUNTS, **EXPERT_SIZE},
         musts={**_SIGMOID, NORMED: one_of(True), FACTOR: one_of(0, 1)},
         present={"use_expert_bias": "exp_probs_b.bias"}, fixed={"norm_topk_prob": True, "routed_scaling_factor": 1.0},
+    ),
+    "minimax-m2": Keys(
+        "minimax_m2", {**SIZES, RMS_NORM: "rms_norm_eps", **HEAD_DIM}, {**ROPE, **PARTLY},
+        experts={**LOCAL_COUNTS, "expert_feed_forward_length": "intermediate_size"},
+        musts={**_SIGMOID, NORMED: one_of(True), FACTOR: one_of(0, 1)}, partial=True,
     ),
     "qwen35moe": Keys(
         "qwen3_5_moe_text",

@@ -113,9 +113,11 @@ ARCHITECTURES = {  # general.architecture of the file
     "granite": Rules(_rotary_pairs),
     "granitemoe": Rules(_rotary_pairs),
     "hunyuan-dense": Rules(),
+    "hunyuan-moe": Rules(),
     "lfm2": Rules(kernels=".shortconv.conv.weight"),
     "lfm2moe": Rules(kernels=".shortconv.conv.weight"),
     "llama": Rules(_rotary_pairs),  # mistral files carry this name too
+    "minimax-m2": Rules(),
     "mistral3": Rules(_rotary_pairs),
     "nemotron": Rules(norm_offset=1.0),
     "olmo2": Rules(),
