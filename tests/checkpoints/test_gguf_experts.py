@@ -29,7 +29,7 @@ Maker = Callable[..., Any]
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ARCHITECTURES = (
     "qwen3moe", "gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "deepseek2", "deepseek3", "dots1", "ernie4_5-moe",
-    "glm4moe", "lfm2moe", "qwen35moe",
+    "glm4moe", "lfm2moe", "qwen35moe", "hunyuan-moe", "minimax-m2",
 )  # fmt: skip
 ROWS = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
 EACH = pytest.mark.parametrize(

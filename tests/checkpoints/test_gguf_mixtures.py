@@ -114,6 +114,9 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a number for a word": ("dots1", {"expert_weights_norm": 2}, "expert_weights_norm: got 2, expected true or false"),
     "a factor": ("lfm2moe", {"expert_weights_scale": 2.5}, "expert_weights_scale: got 2.5, expected 0 or 1"),
     "another shared expert": ("ernie4_5-moe", {"expert_shared_feed_forward_length": 7}, "got 7, expected expert_feed"),
+    "two shared experts": ("hunyuan-moe", {"expert_shared_count": 2}, "expert_shared_count: got 2, expected 1"),
+    "weights that are not divided": ("minimax-m2", {"expert_weights_norm": False}, "weights_norm: got False, expected True"),
+    "softmax of MiniMax": ("minimax-m2", {"expert_gating_func": 1}, "expert_gating_func: got 1, expected 2"),
     "a bias too many": ("qwen35moe", {"expert_shared_count": 1}, "expert_shared_count: got 1, expected 0"),
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from qgraft.checkpoints.gguf_gemma import gemma4_keys
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_key_parts import INTERVAL, PATTERN, WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.checkpoints.gguf_mixtures import SIGMOID
 from qgraft.checkpoints.gguf_rope import FREQS, LONG, SHORT, apply_rotation
 from qgraft.checkpoints.gguf_t5 import scales_outputs, t5_keys
 from qgraft.errors import UnsupportedError
@@ -40,6 +41,9 @@ ARCHITECTURE_OF = {  # by model_type
     "gemma4_unified_text": "gemma4",
 }
 
+_STATED = {  # of mixtures, what no field of a configuration says
+    "hunyuan-moe": {"expert_shared_count": 1}, "minimax-m2": {"expert_gating_func": SIGMOID, "expert_weights_norm": True},
+}  # fmt: skip
 _BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # of yarn, where they are not stated
 _WITHOUT_EFFECT = (
     *PreTrainedConfig().to_dict(), "bos_token_id", "eos_token_id", "pad_token_id", "initializer_range", "pretraining_tp",
@@ -65,11 +69,14 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
             value = value or 4 * config.n_embd
         if value is not None:
             values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
+    values |= _STATED.get(architecture, {})
     if architecture == "qwen35":
         values["ssm.inner_size"] = config.linear_value_head_dim * config.linear_num_value_heads
         kinds = [*config.layer_types, "full_attention"]
         values[INTERVAL] = kinds.index("full_attention") + 1
         values["rope.dimension_sections"] = [*(config.rope_parameters or {}).get("mrope_section", [11, 11, 10]), 0][:4]
+    if architecture == "hunyuan-moe":
+        values["expert_shared_feed_forward_length"] = config.intermediate_size
     if architecture == "falcon":
         values["attention.head_count_kv"] = _filled(config)["num_kv_heads"]
     if architecture == "lfm2":
@@ -131,7 +138,7 @@ def _rotation(
             values["attention.temperature_scale"] = float(rope["llama_4_scaling_beta"])
             values["rope.scaling.yarn_log_multiplier"] = float(rope.get("mscale_all_dim", 0.0))
             values |= {f"rope.scaling.yarn_{key}": float(rope.get(key) or n) for key, n in _BETAS.items()}
-    elif kind == "dynamic" and rope.get("alpha") and config.model_type == "hunyuan_v1_dense":
+    elif kind == "dynamic" and rope.get("alpha") and config.model_type in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         values["rope.freq_base"] *= rope["alpha"] ** (head_dim / (head_dim - 2))
     elif kind == "llama3":
         plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
