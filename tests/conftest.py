@@ -163,6 +163,14 @@ def write_tiny(
                 parameter.copy_(meant)
             slices.setdefault(f"{names.get_name(stacked_in[1])}.weight", []).append((value, kind))
             continue
+        if stem.endswith("shared_mlp.input_linear"):  # llama.cpp: GraniteMoeModel.modify_tensors
+            kind = types[index % len(types)]
+            for number, part in enumerate(("gate", "up")):
+                rows = parameter.chunk(2)[number]
+                stored, used = _encode("", rows.detach(), kind, index)
+                rows.copy_(torch.from_numpy(np.array(gguf.quants.dequantize(stored, used), np.float32)))
+                writer.add_tensor(f"blk.{name.split('.')[2]}.ffn_{part}_shexp.weight", stored, raw_dtype=used)
+            continue
         stem = stem.removeprefix("transformer.") if architecture == "chatglm" else stem
         gguf_name = names.get_name(name) or f"{names.get_name(stem) or names.get_name(f'{stem}.layer')}.{suffix}"
         gguf_name += ".weight" if gguf_name.endswith("_sinks") else ""
@@ -342,6 +350,8 @@ def mixture_metadata(c: Any, architecture: str) -> dict[str, Any]:
         }  # fmt: skip
     if architecture == "hunyuan-moe":
         keys |= {"expert_shared_count": 1, "expert_shared_feed_forward_length": c.intermediate_size}
+    if architecture == "granitemoeshared":
+        keys["expert_shared_feed_forward_length"] = c.shared_intermediate_size
     if architecture == "minimax-m2":
         keys["expert_gating_func"] = 2
     if architecture == "lfm2moe":

@@ -17,13 +17,26 @@ MINISTRAL_ROPE = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8, "beta_fast": 16.0,
     "beta_slow": 2.0, "mscale": 1.0, "mscale_all_dim": 0.5, "llama_4_scaling_beta": 0.3,
 }  # fmt: skip
-PERMUTED = {"arcee", "granite", "granitemoe", "llama", "mistral3", "mixtral", "smollm3"}  # rows of q and k
+PERMUTED = {
+    "arcee",
+    "granite",
+    "granitemoe",
+    "granitemoeshared",
+    "llama",
+    "mistral3",
+    "mixtral",
+    "smollm3",
+}  # rows of q and k
 MOVED = {  # layers whose rows are in another order
     **dict.fromkeys(PERMUTED, ("q_proj", "k_proj")),
     "falcon": ("query_key_value",),
     **dict.fromkeys(("qwen35", "qwen35moe"), ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b")),
 }
-STORED_AS = {"mixtral": "llama", "deepseek3": "deepseek2"}  # which the file is called otherwise
+STORED_AS = {
+    "mixtral": "llama",
+    "deepseek3": "deepseek2",
+    "granitemoeshared": "granitemoe",
+}  # which the file is called otherwise
 EXPERTS = {  # parameters of all experts of a layer -> their tensors
     "gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",),
 }  # fmt: skip
@@ -114,6 +127,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture -> (class
         "GraniteMoeForCausalLM", "GraniteMoeConfig",
         {**SHAPE, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
          "logits_scaling": 1.25, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2},
+    ),
+    "granitemoeshared": (
+        "GraniteMoeSharedForCausalLM", "GraniteMoeSharedConfig",
+        {**SHAPE, "attention_multiplier": 0.3, "embedding_multiplier": 1.5, "residual_multiplier": 0.7,
+         "logits_scaling": 1.25, "intermediate_size": 96, "num_local_experts": 6, "num_experts_per_tok": 2,
+         "shared_intermediate_size": 160},
     ),
     "mixtral": (
         "MixtralForCausalLM", "MixtralConfig",

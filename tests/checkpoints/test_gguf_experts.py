@@ -29,7 +29,7 @@ Maker = Callable[..., Any]
 BOTH = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
 ARCHITECTURES = (
     "qwen3moe", "gpt-oss", "granitemoe", "mixtral", "olmoe", "qwen2moe", "deepseek2", "deepseek3", "dots1", "ernie4_5-moe",
-    "glm4moe", "lfm2moe", "qwen35moe", "hunyuan-moe", "minimax-m2",
+    "glm4moe", "lfm2moe", "qwen35moe", "hunyuan-moe", "minimax-m2", "granitemoeshared",
 )  # fmt: skip
 ROWS = [{"instruction": f"question {i}", "output": f"the cat {i} sat on the mat"} for i in range(24)]
 EACH = pytest.mark.parametrize(
@@ -39,7 +39,9 @@ EACH = pytest.mark.parametrize(
 
 
 def names_of(architecture: str, parameters: tuple[str, ...] = BOTH) -> list[str]:
-    block = {"granitemoe": "block_sparse_moe", "lfm2moe": "feed_forward"}.get(architecture, "mlp")
+    block = {"granitemoe": "block_sparse_moe", "granitemoeshared": "block_sparse_moe", "lfm2moe": "feed_forward"}.get(
+        architecture, "mlp"
+    )
     return [name.replace("mlp", block) for name in parameters]
 
 

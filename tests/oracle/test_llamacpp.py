@@ -127,7 +127,11 @@ def test_narrow_states_of_deepseek(architecture, keys, make_gguf, random_ids, ll
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "fused"),
-    [(name, fused) for name in sorted(MIXTURES | {"mixtral", "deepseek3"}) for fused in {False, name in READ_FUSED}],
+    [
+        (name, fused)
+        for name in sorted(MIXTURES | {"mixtral", "deepseek3", "granitemoeshared"})
+        for fused in {False, name in READ_FUSED}
+    ],
 )
 def test_loras_on_experts_in_llamacpp(
     architecture, fused, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path

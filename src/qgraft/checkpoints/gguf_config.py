@@ -22,7 +22,7 @@ from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_gemma import gemma3n_fields, gemma4_fields, unread_tensors
 from qgraft.checkpoints.gguf_header import Header
-from qgraft.checkpoints.gguf_key_parts import PATTERN, PER_LAYER, WINDOW, Keys
+from qgraft.checkpoints.gguf_key_parts import PATTERN, PER_LAYER, SHARED_SIZE, WINDOW, Keys
 from qgraft.checkpoints.gguf_key_report import key_report
 from qgraft.checkpoints.gguf_keys import TABLE
 from qgraft.checkpoints.gguf_mixtures import MIXTURES, mixture_fields
@@ -83,6 +83,8 @@ def gguf_config(file: GgufFile) -> PreTrainedConfig:
                 "full_attention" if header.attends(layer) else "linear_attention" for layer in range(header.layers)
             ],
         }
+    if keys.type_of(header) == "granitemoeshared":
+        values["shared_intermediate_size"] = header.count(SHARED_SIZE)
     if header.architecture == "mistral3":
         values |= {"sliding_window": None}  # transformers' default is one
         if keys.type_of(header) == "ministral3" and values["rope_parameters"]["rope_type"] != "yarn":
@@ -139,6 +141,8 @@ def notes_of(header: Header, file: GgufFile) -> tuple[str, ...]:
     )
     if header.get("attention.key_length_mla") is not None:
         notes += ("kv_b_proj is held as floats and takes no LoRA: the file has its keys transposed, its values apart",)
+    if header.architecture == "granitemoe" and header.get(SHARED_SIZE):
+        notes += ("shared_mlp.input_linear is held as floats and takes no LoRA: the file has its gate and up apart",)
     if idle := unread_tensors(header, file) if header.shared else ():
         notes += (
             f"{len(idle)} tensors of layers that take keys and values of others are not loaded; a saved file has them",

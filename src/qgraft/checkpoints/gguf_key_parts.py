@@ -23,6 +23,7 @@ WINDOW = "attention.sliding_window"
 PATTERN = "attention.sliding_window_pattern"
 INTERVAL, DRAFTS = "full_attention_interval", "nextn_predict_layers"
 SHARED, PER_LAYER = "attention.shared_kv_layers", "embedding_length_per_layer_input"  # Gemma 3n's and 4's
+SHARED_SIZE = "expert_shared_feed_forward_length"
 SPARSITY = "activation_sparsity_scale"
 
 

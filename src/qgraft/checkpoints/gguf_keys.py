@@ -38,6 +38,7 @@ from qgraft.checkpoints.gguf_key_parts import (
     SAME_LAYERS,
     SCALES,
     SHARED,
+    SHARED_SIZE,
     SIZES,
     SPARSITY,
     TEMPERATURE,
@@ -155,8 +156,10 @@ TABLE: dict[str, Keys] = {  # by general.architecture
         musts={"rope.scaling.finetuned": one_of(True)},  # Granite's switch for rotations
     ),
     "granitemoe": Keys(
-        "granitemoe", {**SIZES, RMS_NORM: "rms_norm_eps", **SCALES}, ROPE, experts=LOCAL_COUNTS,
+        "granitemoe", {**SIZES, RMS_NORM: "rms_norm_eps", **SCALES},
+        {**ROPE, SHARED_SIZE: "shared_intermediate_size; no expert is shared where it is absent"}, experts=LOCAL_COUNTS,
         musts={**NORMED_EXPERTS, "rope.scaling.finetuned": one_of(True)}, present={"attention_bias": "attn_q.bias"},
+        other=(SHARED_SIZE, "granitemoeshared"),
     ),
     "hunyuan-dense": Keys(
         "hunyuan_v1_dense", {**SIZES, RMS_NORM: "rms_norm_eps", **HEAD_DIM}, ROPE,

@@ -5,6 +5,7 @@
     routing       softmax (DeepSeek 2) or sigmoid with a bias for the choice (all others); of some groups of experts only the
                   best are chosen from. DeepSeek 2's groups are as good as their best expert, those of others as their two
                   best together; llama.cpp computes the latter for all
+    Granite       a shared expert whose gate and up are one layer in transformers, and two tensors in the file
     Qwen 3.5, LFM2    as their dense kin (gguf_keys.py), with experts
 
 Source: `load_hparams` in llama.cpp (llama-model.cpp, models/*.cpp) and its converter.
@@ -200,14 +201,20 @@ def _latent(header: Header) -> dict[str, Any]:
     }
 
 
-def latent_tensors(parameter: str, tensors: Collection[str]) -> tuple[str, str] | None:
-    """The tensors that make up DeepSeek's `kv_b_proj.weight` of a layer where a file has keys and values apart."""
-    found = re.search(r"\.layers\.(\d+)\.self_attn\.kv_b_proj\.weight$", parameter)
-    pair = tuple(f"blk.{found[1]}.attn_{kind}_b.weight" for kind in "kv") if found else ()
+_APART = {  # layers whose rows a file may have, or has, in two tensors
+    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
+    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
+}
+
+
+def tensors_apart(parameter: str, tensors: Collection[str]) -> tuple[str, str] | None:
+    """The tensors that make up the weight of such a layer where a file has it so."""
+    found = re.search(r"\.layers\.(\d+)\.(\w+\.\w+)\.weight$", parameter)
+    pair = tuple(f"blk.{found[1]}.{stem}.weight" for stem in _APART.get(found[2], ())) if found else ()
     return (pair[0], pair[1]) if pair and all(name in tensors for name in pair) else None
 
 
-class LatentRows(nn.Linear):
+class FloatRows(nn.Linear):
     """y = x W^T with floats made of two tensors. No LoRA is put on it, as its class is its own: no merge could be written."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -216,8 +223,14 @@ class LatentRows(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
 
 
-def latent_rows(keys: Tensor, values: Tensor) -> Tensor:
-    """keys [heads, rank, nope] and values [heads, v, rank] -> [heads * (nope + v), rank], the rows of each head in turn."""
-    if keys.dim() != 3 or values.dim() != 3 or (keys.shape[0], keys.shape[1]) != (values.shape[0], values.shape[2]):
+def joined_rows(first: Tensor, second: Tensor) -> Tensor:
+    """The rows of two tensors [out, in], one behind the other: of a shared expert's gate and up.
+
+    Of DeepSeek's keys [heads, rank, nope] and values [heads, v, rank] -> [heads * (nope + v), rank], the rows of each head in
+    turn.
+    """
+    if (first.dim(), second.dim()) == (2, 2) and first.shape[1] == second.shape[1]:
+        return torch.cat([first, second])
+    if (first.dim(), second.dim()) != (3, 3) or (first.shape[0], first.shape[1]) != (second.shape[0], second.shape[2]):
         return torch.empty(0)  # assemble() reports the shape
-    return torch.cat([keys.transpose(1, 2), values], 1).flatten(0, 1)
+    return torch.cat([first.transpose(1, 2), second], 1).flatten(0, 1)

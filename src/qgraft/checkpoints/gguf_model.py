@@ -26,7 +26,7 @@ from qgraft.checkpoints.gguf_config import gguf_config, idle_tensors, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
 from qgraft.checkpoints.gguf_keys import TABLE
-from qgraft.checkpoints.gguf_mixtures import LatentRows, latent_rows, latent_tensors
+from qgraft.checkpoints.gguf_mixtures import FloatRows, joined_rows, tensors_apart
 from qgraft.checkpoints.gguf_rope import apply_rotation, floats, rope_tensors
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
@@ -71,7 +71,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
             model.get_submodule(place).input_order = stored.column_order.argsort()
     for place in reader.apart:
         layer: Any = model.get_submodule(place)
-        model.set_submodule(place, LatentRows(layer.dequantize(dtype)))
+        model.set_submodule(place, FloatRows(layer.dequantize(dtype)))
     header = Header(file)
     if TABLE[header.architecture].rotates:
         decoder = decoder_of(model)
@@ -127,7 +127,7 @@ class _TensorReader:
             return self._of_experts(name, experts)
         if head := re.fullmatch(r"(.+)\.norms\.(\d+)", stem):
             return self._of_head(f"{head[1]}.{suffix}", int(head[2]))
-        if apart := latent_tensors(name, self.file.tensors.keys()):
+        if apart := tensors_apart(name, self.file.tensors.keys()):
             return self._apart(stem, apart)
         if place := slice_of(self.names, name):
             return self._slice(stem, *place)
@@ -152,10 +152,10 @@ class _TensorReader:
         return from_file(gguf_name, value, self.rules, self.config)
 
     def _apart(self, path: str, tensors: tuple[str, str]) -> Tensor:
-        """DeepSeek's rows of keys and values, which newer files have in a tensor each; floats, as one is transposed."""
+        """Rows that the file has in two tensors: of DeepSeek's keys, transposed, and values, or of Granite's gate and up."""
         self.used.update(tensors)
         self.apart.append(path)
-        return latent_rows(*(floats(self.file, each) for each in tensors))
+        return joined_rows(*(floats(self.file, each) for each in tensors))
 
     def _slice(self, path: str, gguf_name: str, number: int) -> PackedTensor | None:
         """One matrix of a tensor [n, out, in]."""

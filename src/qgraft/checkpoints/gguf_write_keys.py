@@ -30,10 +30,10 @@ from qgraft.errors import UnsupportedError
 from qgraft.models.chatglm2 import ROTARY_BASE
 
 # llama.cpp wants keys and values of all layers of Gemma 3n, and folders have none of those that share them. What the keys of
-# the others say of their experts is not read backwards.
+# the others say of their experts is not read backwards. GraniteMoE is written without a shared expert.
 UNWRITTEN = frozenset({"deepseek2", "dots1", "ernie4_5-moe", "gemma3n", "glm4moe", "lfm2moe", "qwen35moe"})
 ARCHITECTURE_OF = {  # by model_type
-    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other and name not in UNWRITTEN},
+    **{keys.other[1]: name for name, keys in TABLE.items() if keys.other and name not in (*UNWRITTEN, "granitemoe")},
     **{keys.model_type: name for name, keys in TABLE.items() if name not in UNWRITTEN},
     "mistral": "llama",
     "mt5": "t5",
