@@ -61,7 +61,12 @@ GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, a
 without it they stay floats, which take no LoRA. Back into the folder, whatever tensors it has of them, experts are written as
 floats (`--to f16`, `--to bf16`). The released gpt-oss, whose folder has its experts in MXFP4, is read, trained, merged and
 written in these blocks, bit for bit as `transformers.integrations.mxfp4` reads them.
-Files of 2023 with a tensor for each expert are refused.
+Gate and up of experts may lie in one tensor (`ffn_gate_up_exps`, [experts, gate rows and then up rows, in]): it stays one, also
+in a GGUF-LoRA. Of ours llama.cpp reads `deepseek2` and `qwen35moe` so. Files of 2023 with a tensor for each expert are refused.
+
+`granitemoe` with `expert_shared_feed_forward_length` has gate and up of the shared expert in two tensors, which are one layer in
+transformers: it is held as floats and takes no LoRA, and a saved file has both as they were. Such models are not written from
+folders. The routers of Hunyuan's mixtures are linear layers in transformers; they stay floats as all routers, and take no LoRA.
 
 Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
