@@ -54,19 +54,21 @@ one call of C; all others decode by transformers' pass with the packed layers in
 {rows}
 
 Experts stay packed, as they lie in the file; those that no token of a pass was routed to are not read. LoRAs are put on
-them by `--target_parameters`, with PEFT's names, layout and values: `tests/checkpoints/test_gguf_experts.py` has PEFT's own
-layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens that come
-to it, and names those that it only rounds, because too few came. Experts of a folder are packed by `--quantize` in formats of
-GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, and then trained, merged and written as a file;
-without it they stay floats, which take no LoRA. Back into the folder, whatever tensors it has of them, experts are written as
-floats (`--to f16`, `--to bf16`). The released gpt-oss, whose folder has its experts in MXFP4, is read, trained, merged and
-written in these blocks, bit for bit as `transformers.integrations.mxfp4` reads them.
-Gate and up of experts may lie in one tensor (`ffn_gate_up_exps`, [experts, gate rows and then up rows, in]): it stays one, also
-in a GGUF-LoRA. Of ours llama.cpp reads `deepseek2` and `qwen35moe` so. Files of 2023 with a tensor for each expert are refused.
+them by `--target_parameters`, with PEFT's names, layout and values: `tests/checkpoints/test_gguf_experts.py` has PEFT's
+own layers on transformers' model as the judge. The router takes none. A merge solves for each expert with the tokens
+that come to it, and names those that it only rounds, because too few came. Experts of a folder are packed by
+`--quantize` in formats of GGUF files (`f16` and `bf16` among them), whichever way the folder keeps them, and then
+trained, merged and written as a file; without it they stay floats, which take no LoRA. Back into the folder, whatever
+tensors it has of them, experts are written as floats (`--to f16`, `--to bf16`). The released gpt-oss, whose folder has
+its experts in MXFP4, is read, trained, merged and written in these blocks, bit for bit as
+`transformers.integrations.mxfp4` reads them. Gate and up of experts may lie in one tensor (`ffn_gate_up_exps`,
+[experts, gate rows and then up rows, in]): it stays one, also in a GGUF-LoRA. Of ours llama.cpp reads `deepseek2` and
+`qwen35moe` so. Files of 2023 with a tensor for each expert are refused.
 
-`granitemoe` with `expert_shared_feed_forward_length` has gate and up of the shared expert in two tensors, which are one layer in
-transformers: it is held as floats and takes no LoRA, and a saved file has both as they were. Such models are not written from
-folders. The routers of Hunyuan's mixtures are linear layers in transformers; they stay floats as all routers, and take no LoRA.
+`granitemoe` with `expert_shared_feed_forward_length` has gate and up of the shared expert in two tensors, which are one
+layer in transformers: it is held as floats and takes no LoRA, and a saved file has both as they were. Such models are
+not written from folders. The routers of Hunyuan's mixtures are linear layers in transformers; they stay floats as all
+routers, and take no LoRA.
 
 Not served from GGUF, and refused by name: all other architectures. Layers
 that only draft tokens (`nextn_predict_layers`) are left out, and copied when the file is saved.
