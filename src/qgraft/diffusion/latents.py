@@ -139,7 +139,7 @@ _ENCODERS = ("vae", "text_encoder", "tokenizer")
 
 
 def _pipeline_files(source: str) -> list[tuple[Any, ...]]:
-    """What tells the pipeline's VAE, text encoders and labels from others: a file's inode changes its time when it is written."""
+    """What tells the pipeline's VAE, text encoders and labels from others; st_ctime is of every change, and cannot be set."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         found = try_to_load_from_cache(source, INDEX)
