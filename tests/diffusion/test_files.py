@@ -139,7 +139,7 @@ def test_older_names_and_names_without_the_part_are_read(tmp_path):
     qgraft.load_adapter(again, tmp_path / "theirs")
     assert (output(again, "unet") - output(scaled, "unet")).abs().max() <= 1e-5
     twice = dict(state)
-    twice[next(iter(plain.values()))] = next(iter(state.values()))
+    twice[next(iter(plain.values()))] = next(iter(state.values())).clone()
     save_file(twice, tmp_path / "twice.safetensors")
     with pytest.raises(AdapterError, match="1 tensors are there twice"):
         qgraft.load_adapter(tiny.unet(), tmp_path / "twice.safetensors")

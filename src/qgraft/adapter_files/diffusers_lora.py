@@ -166,7 +166,7 @@ def read_diffusers_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], d
     state = {_peft_key(key.removeprefix(front)) if key in own else key: each for key, each in stored.items()}
     if len(state) < len(stored):
         raise AdapterError(f"{path}: {len(stored) - len(state)} tensors are there twice, by names of old and of now")
-    told = _told(path, front, metadata)
+    told = _told(path, front, metadata) if own else None
     return (_bare(state) if told is None else told), state
 
 
