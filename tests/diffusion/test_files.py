@@ -1,6 +1,7 @@
 """LoRAs in files: what diffusers reads of ours and we of its, and kohya's layout."""
 
 import json
+import re
 
 import pytest
 import tiny
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import qgraft
 from qgraft import diffusion
+from qgraft.adapter_files.diffusers_lora import METADATA
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
 diffusers = tiny.diffusers
@@ -93,6 +95,74 @@ def test_kohyas_layout_is_read_by_diffusers_and_by_us(kind, tmp_path):
     again = KINDS[kind]()
     qgraft.load_adapter(again, tmp_path)  # the folder
     assert (output(ours, kind) - output(again, kind)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_diffusers_reads_kohyas_layout_where_layers_differ(dtype, tmp_path):
+    """It takes one alpha for all layers of attention."""
+    told = {"rank_pattern": {"to_v": 2}, "alpha_pattern": {"mid_block.*to_q": 12, "to_k": 3}}
+    ours = trained(tiny.unet(), lora_alpha=257, **told)  # no bfloat16
+    path = diffusion.save_lora_weights(ours, tmp_path / "k.safetensors", layout="kohya", dtype=dtype)
+    state = load_file(path)
+    assert {float(tensor) for key, tensor in state.items() if key.endswith("alpha")} == {257.0}
+    state, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(state, unet_config=ours.config)
+    theirs, again = tiny.unet(), tiny.unet()
+    diffusers.StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=theirs)
+    qgraft.load_adapter(again, path)
+    if dtype == "float32":
+        assert (output(ours, "unet") - output(theirs, "unet")).abs().max() <= 1e-4
+    assert (output(again, "unet") - output(theirs, "unet")).abs().max() <= 1e-4
+
+
+def test_older_names_and_names_without_the_part_are_read(tmp_path):
+    ours = trained(tiny.unet(), r=4, lora_alpha=4)
+    state, expected = load_file(diffusion.save_lora_weights(ours, tmp_path / "now.safetensors")), output(ours, "unet")
+    plain = {key: key.replace("lora_A", "lora.down").replace("lora_B", "lora.up") for key in state}
+    of_processor = {
+        key: re.sub(r"\.(to_.*?)(\.0)?\.lora\.", r".processor.\1_lora.", called) for key, called in plain.items()
+    }
+    assert all("processor.to_" in called for called in of_processor.values())
+    for names in (plain, of_processor):
+        save_file({called: state[key] for key, called in names.items()}, tmp_path / "old.safetensors")
+        again, theirs = tiny.unet(), tiny.unet()
+        qgraft.load_adapter(again, tmp_path / "old.safetensors")
+        assert torch.equal(output(again, "unet"), expected)
+        theirs.load_lora_adapter(tmp_path, prefix="unet", weight_name="old.safetensors")
+        assert (output(theirs, "unet") - expected).abs().max() <= 1e-5
+    scaled = tiny.unet()
+    scaled.load_lora_adapter(
+        diffusion.save_lora_weights(trained(tiny.unet()), tmp_path).parent, prefix="unet",
+        weight_name="pytorch_lora_weights.safetensors", adapter_name="default",
+    )  # fmt: skip
+    scaled.save_lora_adapter(tmp_path / "theirs")  # without the part, in tensors and options
+    again = tiny.unet()
+    qgraft.load_adapter(again, tmp_path / "theirs")
+    assert (output(again, "unet") - output(scaled, "unet")).abs().max() <= 1e-5
+    twice = dict(state)
+    twice[next(iter(plain.values()))] = next(iter(state.values())).clone()
+    save_file(twice, tmp_path / "twice.safetensors")
+    with pytest.raises(AdapterError, match="1 tensors are there twice"):
+        qgraft.load_adapter(tiny.unet(), tmp_path / "twice.safetensors")
+
+
+def test_nothing_of_a_file_is_passed_over_in_silence(tmp_path):
+    kohya = load_file(diffusion.save_lora_weights(trained(tiny.unet()), tmp_path / "k.safetensors", layout="kohya"))
+    path = diffusion.save_lora_weights(trained(tiny.unet()), tmp_path / "d.safetensors")
+    alpha = next(key for key in kohya if key.endswith("alpha"))
+    layer = alpha.removesuffix("alpha")
+    of_encoder = {METADATA: json.dumps({"text_encoder.r": 4, "text_encoder.lora_alpha": 9})}
+    for state, metadata, match in [
+        ({**kohya, alpha: torch.tensor(float("nan"))}, None, "alpha: got nan, expected one finite number"),
+        ({**kohya, alpha: torch.ones(2)}, None, r"alpha: got a tensor \[2\], expected"),
+        ({key: each for key, each in kohya.items() if key == alpha or layer not in key}, None, f"unexpected tensor {alpha}"),
+        ({**kohya, layer + "dora_scale": torch.ones(32, 1)}, None, "unexpected tensor .*dora_scale"),
+        ({layer + "hada_w1_a": torch.ones(32, 4)}, None, "unexpected tensor .*hada_w1_a"),
+        ({key.replace("lora_unet", "lycoris"): each for key, each in kohya.items()}, None, "a weight of lycoris_down"),
+        (load_file(path), of_encoder, "no option that begins with 'unet.'"),
+    ]:  # fmt: skip
+        save_file(state, tmp_path / "odd.safetensors", metadata)
+        with pytest.raises(AdapterError, match=match):
+            qgraft.load_adapter(tiny.unet(), tmp_path / "odd.safetensors")
 
 
 def test_the_original_names_of_sdxls_blocks_are_read(tmp_path):

@@ -204,6 +204,26 @@ def test_latents_are_computed_once(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_run_does_not_go_on_with_another_pipeline(folder, tmp_path):
+    """Latents and schedule are the pipeline's, and are no options."""
+    shutil.copytree(folder / "sd", tmp_path / "sd")
+    told = {"model_name_or_path": str(tmp_path / "sd"), "save_strategy": "steps", "save_steps": 2}
+    diffusion.train(diffusion.load(tmp_path / "sd"), options(folder, tmp_path / "out", **told))
+    told["resume_from_checkpoint"] = str(tmp_path / "out" / "checkpoint-2")
+    for path, change, match in [
+        ("scheduler/scheduler_config.json", ('"beta_end": 0.02', '"beta_end": 0.03'), "noise schedule"),
+        ("vae/config.json", ('"scaling_factor": 0.18215', '"scaling_factor": 0.2'), "latents and conditions"),
+    ]:
+        before = (tmp_path / "sd" / path).read_text()
+        assert change[0] in before
+        (tmp_path / "sd" / path).write_text(before.replace(*change))
+        with pytest.raises(CheckpointError, match=match):
+            diffusion.train(diffusion.load(tmp_path / "sd"), options(folder, tmp_path / "out", **told))
+        (tmp_path / "sd" / path).write_text(before)
+    diffusion.train(diffusion.load(tmp_path / "sd"), options(folder, tmp_path / "out", **told))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize, dora", [(None, False), (None, True), ("q8_0", False), ("q4_1", False)])
 def test_merging_and_saving(folder, tmp_path, quantize, dora):
     unet = diffusion.load(folder / "sd" / "unet", quantize=quantize)
@@ -250,11 +270,12 @@ def test_what_has_no_meaning_is_refused(folder, tmp_path):
         ({"guidance_scale": 3.5}, OptionError, "told none"),
         ({"max_sequence_length": 20}, OptionError, "reads one length"),
         ({"resolution": 10}, OptionError, "cannot divide"),
+        ({"resolution": 17}, OptionError, "leaves out what is over"),
         ({"target_modules": "to_x"}, OptionError, "no linear layer is named to_x"),
         ({"model_name_or_path": str(folder / "sd" / "unet")}, CheckpointError, "needs the VAE"),
         ({"model_name_or_path": str(folder / "images")}, CheckpointError, "needs the VAE"),
         ({"eval_strategy": "steps", "eval_steps": 1}, OptionError, "no held-out rows"),
-        ({"latents_cache": str(folder / "images" / "0.png")}, StorageError, "no file of latents"),
+        ({"latents_cache": str(folder / "images" / "0.png")}, StorageError, "no whole file of latents"),
     ]:  # fmt: skip
         with pytest.raises(error, match=match):
             diffusion.train(unet, options(folder, tmp_path / "no", **told))

@@ -7,9 +7,13 @@
                 alpha is a tensor without dimensions; without it it is the rank. SDXL's are also called by the blocks of the
                 original code, lora_unet_input_blocks_4_1_..., which is read
 
-kohya's scaling is alpha / r, so a rank-stabilized LoRA is written with the alpha that gives the same one. Its names for
+kohya's scaling is alpha / r, so a rank-stabilized LoRA is written with the alpha that gives the same one. diffusers (0.42)
+takes one alpha for all layers of attention in such a file, so one is written, and what differs is in lora_up. Its names for
 transformers (Flux, SD3) are of layers that diffusers has in three parts each (q, k, v in one): they are refused, both ways.
 A file may hold LoRAs of text encoders too; they are not for this model and are told as what does not fit.
+
+Read as well: names without the part in front (save_lora_adapter of diffusers), and those of diffusers before 0.26,
+<module path>.lora.down.weight and <attention>.processor.to_q_lora.down.weight.
 
 Sources: loaders/lora_base.py, lora_conversion_utils.py of diffusers; networks/lora.py of sd-scripts.
 """
@@ -19,6 +23,7 @@ import re
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -46,6 +51,8 @@ _STEM = "base_model.model."
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PARTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.")
 _KOHYA = re.compile(r"lora_(?:unet|te|te1|te2|transformer)_")
+_OLD = re.compile(r"\.(?:processor\.(to_[qkv]|to_out)_lora|lora)\.(down|up)\.weight$")
+_OLD_LAYERS = {"": "", "to_q": "to_q.", "to_k": "to_k.", "to_v": "to_v.", "to_out": "to_out.0."}
 _BLOCK = re.compile(r"(input|output)_blocks_(\d+)_(\d)_|middle_block_(\d)_")
 
 
@@ -76,7 +83,8 @@ def save_lora_weights(
     if target.suffix != ".safetensors":
         target = target / (WEIGHTS if layout == "diffusers" else KOHYA)
     tensors, metadata = (_diffusers if layout == "diffusers" else _kohya)(model, part, find_adapter(model, name).name)
-    stored = {key: tensor.to("cpu", _DTYPES[dtype]).contiguous() for key, tensor in tensors.items()}
+    stored = {key: tensor.to("cpu", torch.float32 if key.endswith(".alpha") else _DTYPES[dtype]).contiguous()
+              for key, tensor in tensors.items()}  # fmt: skip
     if broken := non_finite(stored):
         raise AdapterError(f"the LoRA is not saved: NaN or infinity in {len(broken)} tensors, {broken[0]} first")
     storage.make_folder(target.parent)
@@ -103,22 +111,28 @@ def _kohya(model: nn.Module, part: str, name: str) -> tuple[dict[str, Tensor], d
     tensors: dict[str, Tensor] = {}
     adapter = find_adapter(model, name)
     refuse_minimums(adapter)
-    state = adapter.state_dict()
-    for path, lora in loras_of(adapter, "save_lora_weights").items():
+    state, loras = adapter.state_dict(), loras_of(adapter, "save_lora_weights")
+    alphas = {path: lora.stored_config.scaling * lora.stored_config.r for path, lora in loras.items()}
+    alpha = mode(alphas.values())
+    for path, lora in loras.items():
         if isinstance(lora, DoraLora):
             raise UnsupportedError("layout=kohya: a DoRA has lengths of rows, which diffusers does not read from there")
-        stem, config = "lora_unet_" + path.replace(".", "_"), lora.stored_config
+        stem = "lora_unet_" + path.replace(".", "_")
         tensors[f"{stem}.lora_down.weight"] = state[tensor_name(path, "A")]
-        tensors[f"{stem}.lora_up.weight"] = state[tensor_name(path, "B")]
-        tensors[f"{stem}.alpha"] = torch.tensor(config.scaling * config.r)
+        tensors[f"{stem}.lora_up.weight"] = state[tensor_name(path, "B")] * (alphas[path] / alpha)
+        tensors[f"{stem}.alpha"] = torch.tensor(alpha)
     return tensors, {"format": "pt", "ss_network_module": "networks.lora"}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def file_of(path: Path) -> Path | None:
-    """The file of this kind that `path` is, or that lies in the folder `path` without an adapter of PEFT's; else None."""
+def file_of(model: nn.Module, path: Path) -> Path | None:
+    """The file of this kind that `path` is, or that lies in the folder `path` without an adapter of PEFT's; else None.
+
+    For a model of diffusers every safetensors file is one that has no names of PEFT's.
+    """
+    ours = type(model).__module__.startswith("diffusers.models.")
     for found in (path, path / WEIGHTS, path / KOHYA):
         if found.suffix == ".safetensors" and found.is_file() and not (path / "adapter_config.json").is_file():
             with ExitStack() as stack:
@@ -126,6 +140,8 @@ def file_of(path: Path) -> Path | None:
                     names = open_shard(found, stack).names
                 except CheckpointError as error:
                     raise AdapterError(error.message, hint=error.hint) from error
+            if ours and not any(name.startswith(_STEM) for name in names):
+                return found
             return found if any(name.startswith(_PARTS) or _KOHYA.match(name) for name in names) else None
     return None
 
@@ -145,19 +161,23 @@ def read_diffusers_lora(model: nn.Module, path: Path) -> tuple[dict[str, Any], d
         metadata = shard.metadata
     if any(map(_KOHYA.match, stored)):
         return _from_kohya(model, path, part, stored)
-    own = {key for key in stored if key.startswith(f"{part}.")}
-    state = {_peft_key(key.removeprefix(f"{part}.")) if key in own else key: each for key, each in stored.items()}
-    told = _told(path, part, metadata)
+    front = f"{part}." if any(key.startswith(_PARTS) for key in stored) else ""
+    own = {key for key in stored if key.startswith(front)}
+    state = {_peft_key(key.removeprefix(front)) if key in own else key: each for key, each in stored.items()}
+    if len(state) < len(stored):
+        raise AdapterError(f"{path}: {len(stored) - len(state)} tensors are there twice, by names of old and of now")
+    told = _told(path, front, metadata) if own else None
     return (_bare(state) if told is None else told), state
 
 
 def _peft_key(key: str) -> str:
     """The name in PEFT's files of what diffusers calls so below the part."""
+    key = _OLD.sub(lambda found: f".{_OLD_LAYERS[found[1] or '']}lora_{'A' if found[2] == 'down' else 'B'}.weight", key)
     return _STEM + key.removesuffix(".weight") + (".weight" * ("lora_magnitude_vector" not in key))
 
 
-def _told(path: Path, part: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """PEFT's options in the file's metadata; None where there are none."""
+def _told(path: Path, front: str, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """PEFT's options in the file's metadata, which have `front` before their names; None for a file without."""
     if METADATA not in metadata:
         return None
     try:
@@ -166,9 +186,10 @@ def _told(path: Path, part: str, metadata: Mapping[str, str]) -> dict[str, Any] 
         raise AdapterError(f"{path}: {METADATA} is not JSON: {error}") from error
     if not isinstance(options, dict):
         raise AdapterError(f"{path}: {METADATA}: got a {type(options).__name__}, expected an object")
-    own = {key.removeprefix(f"{part}."): value for key, value in options.items() if key.startswith(f"{part}.")}
+    own = {key.removeprefix(front): value for key, value in options.items() if key.startswith(front)}
     if not own:
-        return None
+        raise AdapterError(f"{path}: {METADATA} has no option that begins with {front!r}: by which alpha is it scaled?",
+                           hint="without any metadata the alpha is the rank")  # fmt: skip
     own = {"peft_type": "LORA", **own}
     check_kind(path / METADATA, own)
     return checked_values(path, own)
@@ -197,6 +218,7 @@ def _from_kohya(
     layers: Any = getattr(model, "config", {}).get("layers_per_block", 2)
     state: dict[str, Tensor] = {}
     alphas: dict[str, float] = {}
+    said: dict[str, str] = {}
     for key, tensor in stored.items():
         stem, _, leaf = key.partition(".")
         name = _diffusers_block(stem.removeprefix("lora_unet_"), layers if isinstance(layers, int) else 2)
@@ -205,10 +227,14 @@ def _from_kohya(
             state[key] = tensor
         elif leaf == "alpha":
             if tensor.numel() != 1 or not bool(torch.isfinite(tensor.float()).all()):
-                raise AdapterError(f"{path}: {key}: got {list(tensor.shape)}, expected one finite number")
-            alphas[layer] = float(tensor)
+                got = f"a tensor {list(tensor.shape)}" if tensor.numel() != 1 else float(tensor)
+                raise AdapterError(f"{path}: {key}: got {got}, expected one finite number")
+            alphas[layer], said[layer] = float(tensor), key
         else:
             state[tensor_name(layer, "A" if leaf.startswith("lora_down") else "B")] = tensor
+    for layer, key in said.items():
+        if not {tensor_name(layer, "A"), tensor_name(layer, "B")} & state.keys():
+            state[key] = stored[key]  # an alpha of nothing does not fit
     return _bare(state, alphas), state
 
 

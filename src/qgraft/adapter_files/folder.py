@@ -240,7 +240,7 @@ def stage_adapter(
     check_new_name(model, name)
     if not folder.exists():
         raise AdapterError(f"{folder}: no such file or folder", hint=folder_hint())
-    of_denoiser = file_of(folder)
+    of_denoiser = file_of(model, folder)
     bare = of_denoiser is None and is_weight_file(folder) and holds_lora(folder)
     if lora_alpha is not None and not bare:
         raise OptionError(f"lora_alpha={lora_alpha}: {folder} has options of its own", hint="leave lora_alpha out")

@@ -49,7 +49,7 @@ class Picture:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(source, formats=FORMATS) as image:
-                    return image.convert("RGB")
+                    return in_rgb(image, image.format)
         except (
             OSError,
             SyntaxError,
@@ -72,6 +72,21 @@ class Picture:
         except OSError as error:
             raise DataError(f"{self.name} cannot be read: {error}") from error
         return hashlib.sha256(raw if isinstance(raw, bytes) else repr(raw.size).encode() + raw.tobytes()).hexdigest()
+
+
+def in_rgb(image: Any, format: str | None) -> Any:
+    """An image of Pillow in RGB; of 16 bits the upper 8, as Pillow reads them in colour, where its convert() gives white.
+
+    Args:
+        format: that of its file.
+
+    Raises ValueError for numbers of 32 bits, which say nowhere what white is.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and format == "PNG"):
+        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels are numbers of 32 bits ({image.mode}), of which no white is known")
+    return image.convert("RGB")
 
 
 def picture_of(value: Any) -> Picture:

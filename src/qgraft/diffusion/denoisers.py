@@ -182,14 +182,50 @@ def frozen_parameter(denoiser: nn.Module) -> nn.Parameter:
 
 
 def scheduler_of(source: str, family: Family) -> Any:
-    """The noise schedule that the pipeline is trained with. Raises CheckpointError, UnsupportedError."""
+    """The noise schedule that the pipeline is trained with: one of noise prediction as the DDPMScheduler of its betas.
+
+    Raises CheckpointError, UnsupportedError.
+    """
     flow, library = "FlowMatchEulerDiscreteScheduler", diffusers()
     local = Path(source).expanduser()
     with ForeignErrors(f"{source}: its scheduler cannot be read"):
         config = library.DDPMScheduler.load_config(str(local) if local.exists() else source, subfolder="scheduler")
     name = config.get("_class_name")
-    if (name == flow) != family.flow:
-        expected = flow if family.flow else "one of noise prediction"
+    if name not in ((flow,) if family.flow else _OF_BETAS):
+        expected = (
+            flow if family.flow else "one of noise prediction, as DDPMScheduler, DDIMScheduler, EulerDiscreteScheduler"
+        )
         raise UnsupportedError(f"{source}: its scheduler is a {name}, expected {expected}")
+    if odd := [
+        f"{key}={config[key]!r}" for key, usual in _USUAL.items() if config.get(key, usual) not in (usual, None)
+    ]:
+        raise UnsupportedError(
+            f"{source}: its scheduler has {odd[0]}: the denoiser is asked in a way that is not known here"
+        )
+    own, made = getattr(library, name), getattr(library, flow if family.flow else "DDPMScheduler")
+    defaults = {each.name: each.default for each in inspect.signature(own.__init__).parameters.values()}
+    config, taken = {**defaults, **config}, inspect.signature(made.__init__).parameters
     with ForeignErrors(f"{source}: its scheduler cannot be made"):
-        return getattr(library, flow if family.flow else "DDPMScheduler").from_config(config)
+        scheduler = made.from_config({key: value for key, value in config.items() if key in taken and key != "self"})
+    table, steps = scheduler.sigmas if family.flow else scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    if len(table) < steps or not bool(((table >= 0) & (table <= 1)).all()):
+        raise CheckpointError(
+            f"{source}: the numbers of its scheduler give no schedule of {steps} steps between 0 and 1"
+        )
+    return scheduler
+
+
+_USUAL = {"use_flow_sigmas": False, "invert_sigmas": False, "timestep_type": "discrete"}
+_OF_BETAS = (  # by which x_t = sqrt(a_t) x + sqrt(1 - a_t) n with the a_t of DDPM, however they then take their steps
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+    *(
+        "EulerAncestralDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+    ),
+    *("KDPM2AncestralDiscreteScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"),
+    *("DPMSolverSDEScheduler", "DEISMultistepScheduler", "UniPCMultistepScheduler", "SASolverScheduler"),
+    *("DDPMParallelScheduler", "DDIMParallelScheduler"),
+)

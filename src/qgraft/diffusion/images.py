@@ -6,10 +6,13 @@
 Without captions, one text stands for all images (instance_prompt, as DreamBooth has it); then all images of the folder count.
 An image is turned as its EXIF says, made RGB, resized until its shorter side is `resolution` and cut at its middle, with the
 roundings of torchvision's Resize and CenterCrop, which diffusers' scripts use. A cut at a random place, their other choice,
-would need new latents in every epoch.
+would need new latents in every epoch. Of 16 bits the upper 8 count, as Pillow has it of RGB; what Pillow would clip (numbers
+of 32 bits, whose white is said nowhere) is dropped. As in the scripts, transparency is passed over, and of several pictures
+in one file the first is taken: the accounting says of how many.
 """
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +23,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from qgraft.data.files import file_rows
+from qgraft.data.pictures import FORMATS, in_rgb
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
 
 METADATA = "metadata.jsonl"
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+_LIKE_IMAGES = (*SUFFIXES, ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".ppm", ".dng")
 _BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
@@ -36,12 +41,14 @@ class ImageRow:
         caption: a text; of a DiT the number or the name of a class.
         places: what SDXL is told: (height, width) before, (top, left) of the cut, (height, width) now.
         sha256: of the file.
+        odd: what is not learned of it, in words that stand behind a number of images; empty for most.
     """
 
     path: Path
     caption: str | int
     places: tuple[int, int, int, int, int, int]
     sha256: str
+    odd: str = ""
 
 
 def read_images(
@@ -70,8 +77,16 @@ def read_images(
     accounting.check()
     if not rows:
         raise DataError(f"dataset {folder} holds no image that can be learned: {accounting.summary()}")
-    if instance_prompt is None and (left := _unnamed(root, {name for _, name, _ in pairs})):
-        accounting.notes.append(f"{len(left)} images have no line in {METADATA}, {left[0]} first")
+    for odd in sorted({row.odd for row in rows} - {""}):
+        of = [row.path.name for row in rows if row.odd == odd]
+        accounting.notes.append(f"{len(of)} images {odd}, {of[0]} first")
+    if left := _left(root, {(root / name).resolve() for _, name, _ in pairs if isinstance(name, str)}):
+        why = (
+            f"have no line in {METADATA}"
+            if instance_prompt is None
+            else "are none that are read, or lie in folders below"
+        )
+        accounting.notes.append(f"{len(left)} files of the folder {why}, {left[0]} first")
     return rows, accounting
 
 
@@ -95,8 +110,11 @@ def _all_images(root: Path, caption: str) -> list[tuple[str, Any, Any]]:
     return [(name, name, caption) for name in names]
 
 
-def _unnamed(root: Path, named: set[Any]) -> list[str]:
-    return sorted(path.name for path in root.iterdir() if path.suffix.lower() in SUFFIXES and path.name not in named)
+def _left(root: Path, named: set[Path]) -> list[str]:
+    """The other files of the folder and of those below, but for hidden ones and those that are no images by their names."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.suffix.lower() in _LIKE_IMAGES)
+    names = ((path, path.relative_to(root)) for path in files)
+    return [str(name) for path, name in names if path.resolve() not in named and not str(name).startswith(".")]
 
 
 def _row(root: Path, name: Any, caption: Any, resolution: int) -> ImageRow | str:
@@ -115,15 +133,27 @@ def _row(root: Path, name: Any, caption: Any, resolution: int) -> ImageRow | str
     if not path.is_file():
         return "no such image"
     try:
-        with Image.open(path) as image:
-            image.load()
-            width, height = ImageOps.exif_transpose(image).size
-    except _BROKEN:
-        return "the image cannot be read"
+        turned, odd = _opened(path)
+    except _BROKEN as error:
+        return "its pixels have 32 bits" if "32 bits" in str(error) else "the image cannot be read"
+    width, height = turned.size
     wide, high = _resized(width, height, resolution)
+    if wide * high > (Image.MAX_IMAGE_PIXELS or math.inf):
+        return f"too long for its width at resolution {resolution}"
     top, left = (round((side - resolution) / 2.0) for side in (high, wide))
     places = (height, width, top, left, resolution, resolution)
-    return ImageRow(path, caption, places, hashlib.sha256(path.read_bytes()).hexdigest())
+    return ImageRow(path, caption, places, hashlib.sha256(path.read_bytes()).hexdigest(), odd)
+
+
+def _opened(path: Path) -> tuple[Image.Image, str]:
+    """(the image in RGB, turned as its EXIF says; what of it is not learned). Raises one of _BROKEN."""
+    with Image.open(path, formats=FORMATS) as image:
+        moves = getattr(image, "is_animated", False)
+        clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+        turned = in_rgb(ImageOps.exif_transpose(image), image.format)
+    if moves:
+        return turned, "hold several pictures, the first of which is learned"
+    return turned, "are transparent in places, and what lies beneath is learned" if clear else ""
 
 
 def _resized(width: int, height: int, resolution: int) -> tuple[int, int]:
@@ -136,8 +166,7 @@ def _resized(width: int, height: int, resolution: int) -> tuple[int, int]:
 def pixels_of(row: ImageRow) -> Tensor:
     """[3, resolution, resolution] float32 from -1 to 1."""
     _, _, top, left, side, _ = row.places
-    with Image.open(row.path) as image:
-        turned = ImageOps.exif_transpose(image).convert("RGB")
+    turned, _ = _opened(row.path)
     resized = turned.resize(_resized(*turned.size, side), Image.Resampling.BILINEAR)
     cut = resized.crop((left, top, left + side, top + side))
     bytes_HWC = torch.frombuffer(bytearray(cut.tobytes()), dtype=torch.uint8).view(side, side, 3)

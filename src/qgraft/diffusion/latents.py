@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from rich.console import Console
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.pickles import WORDS
 from qgraft.checkpoints.shards import open_shard
 from qgraft.diffusion.arguments import DiffusionArguments
+from qgraft.diffusion.denoisers import INDEX
 from qgraft.diffusion.families import Conditions, Family
 from qgraft.diffusion.images import ImageRow, captions_of, pixels_of
 from qgraft.errors import CheckpointError, StorageError, TrainingError, option
@@ -111,24 +113,41 @@ def encoded(
 
 
 def made_of(rows: Sequence[ImageRow], args: DiffusionArguments, source: str, dtype: str) -> str:
-    """A hash of all that the file depends on; of the pipeline its files' sizes and times, of a hub id the name.
+    """A hash of all that the file depends on; of the pipeline its files' sizes and times, of a hub id the commit.
 
     Args:
         dtype: what captions are encoded in.
     """
-    folder, digest = Path(source).expanduser(), hashlib.sha256()
-    files = []
-    if folder.is_dir():
-        parts = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(_ENCODERS)]
-        files = [path for part in parts for path in sorted(part.rglob("*")) if path.is_file()]
-    pipeline = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     options = (args.resolution, args.random_flip, args.max_sequence_length, dtype)
     each = [(row.sha256, row.caption, row.places) for row in rows]
-    digest.update(json.dumps([str(source), pipeline, options, each]).encode())
+    return hashlib.sha256(json.dumps([_LAYOUT, source, _pipeline_files(source), options, each]).encode()).hexdigest()
+
+
+def latents_sha256(samples: Sequence[ImageSample]) -> str:
+    """A hash of all that the samples say beside their images and captions: latents, conditions, places."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        told = [tensor for _, tensor in sorted(sample.conditions.items())]
+        for tensor in (sample.mean, sample.std, *(sample.mirrored or ()), *told):
+            digest.update(tensor.contiguous().view(torch.uint8).numpy())
+        digest.update(repr(sample.places).encode())
     return digest.hexdigest()
 
 
+_LAYOUT = 2  # goes up where the same images would become other latents
 _ENCODERS = ("vae", "text_encoder", "tokenizer")
+
+
+def _pipeline_files(source: str) -> list[tuple[Any, ...]]:
+    """What tells the pipeline's VAE, text encoders and labels from others; st_ctime is of every change, and cannot be set."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        found = try_to_load_from_cache(source, INDEX)
+        return [(Path(found).parent.name,)] if isinstance(found, str) else []
+    parts = [each for each in sorted(folder.iterdir()) if each.is_dir() and each.name.startswith(_ENCODERS)]
+    files = [folder / INDEX, *(path for part in parts for path in sorted(part.rglob("*")) if path.is_file())]
+    about = [(path, path.stat()) for path in files]
+    return [(str(path.relative_to(folder)), was.st_size, was.st_mtime_ns, was.st_ctime_ns) for path, was in about]
 
 
 def _read(path: Path, about: str) -> tuple[dict[str, Tensor], list[int]] | None:
@@ -146,7 +165,7 @@ def _read(path: Path, about: str) -> tuple[dict[str, Tensor], list[int]] | None:
             metadata = {}
         if not {_MADE_OF, _CUT} <= metadata.keys():
             another = option("latents_cache", "latents.safetensors")
-            raise StorageError(f"{path} is there, and is no file of latents", hint=f"delete it, or give {another}")
+            raise StorageError(f"{path} is there, and is no whole file of latents", hint=f"give another, as {another}")
         if metadata[_MADE_OF] != about:
             return None
         return {name: shard.tensor(name).clone() for name in shard.names}, json.loads(metadata[_CUT])

@@ -17,6 +17,7 @@ the order of the scripts (x, n, offset, t), so a seed gives the same run on ever
 their own, the same ones whenever they are measured.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +115,12 @@ class Denoising:
         self.signal = 1 - self.spread
         weights = diffusers().training_utils.compute_loss_weighting_for_sd3(self.weighting, self.spread)
         self.weights = weights * self.spread**2 if self.preconditioned else weights
+
+    @property
+    def schedule_sha256(self) -> str:
+        """A hash of the pipeline's schedule: how much noise each step has, and what is predicted by default."""
+        told = f"{self.scheduler.config.get('prediction_type')} {self.spread.tolist()}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
     # --- the objective of a run
 

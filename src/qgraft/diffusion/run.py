@@ -25,7 +25,7 @@ from qgraft.diffusion.arguments import DiffusionArguments
 from qgraft.diffusion.denoisers import describe, frozen_parameter, load_pipeline, pipeline_index, scheduler_of
 from qgraft.diffusion.families import Family, family_of, latent_channels
 from qgraft.diffusion.images import read_images
-from qgraft.diffusion.latents import ImageSample, encoded, made_of
+from qgraft.diffusion.latents import ImageSample, encoded, latents_sha256, made_of
 from qgraft.diffusion.noise import Denoising
 from qgraft.errors import DataError, OptionError, UnsupportedError, option
 from qgraft.linear import computing
@@ -109,7 +109,11 @@ def _prepare(
     samples = encoded(rows, family, args, about, lambda: load_pipeline(source, denoiser), console)
     lost = [each.lost for each in samples]
     accounting.truncated, accounting.truncated_tokens = sum(map(bool, lost)), sum(lost)
-    _check_samples(denoiser, family, samples)
+    _check_samples(denoiser, family, args, samples)
+    bound = {
+        "latents and conditions (SHA-256)": latents_sha256(samples),
+        "noise schedule (SHA-256)": objective.schedule_sha256,
+    }
     held: list[ImageSample] = []
     if args.val_size:
         samples, held = hold_out(cast(Any, samples), args.val_size, args.seed)
@@ -121,7 +125,7 @@ def _prepare(
     notes = [*args.notes, *earlier.passed_over, *accounting.notes]
     return Prepared(
         args, Path(str(args.output_dir)), earlier, list(samples), list(held), accounting, None, notes, None, every,
-        args.adapter_name not in adapter_names(denoiser), objective=objective,
+        args.adapter_name not in adapter_names(denoiser), objective=objective, bound=bound,
     )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def _check(denoiser: Any, family: Family, args: DiffusionArguments) -> None:
         raise UnsupportedError(f"output_kohya_format: kohya's layout has no names for {what}")
 
 
-def _check_samples(denoiser: Any, family: Family, samples: Sequence[ImageSample]) -> None:
+def _check_samples(denoiser: Any, family: Family, args: DiffusionArguments, samples: Sequence[ImageSample]) -> None:
     """Raise for latents that the denoiser cannot cut into its patches, and classes that it does not have."""
     made, _, side = samples[0].mean.shape
     if made != (taken := latent_channels(denoiser)):
@@ -156,6 +160,9 @@ def _check_samples(denoiser: Any, family: Family, samples: Sequence[ImageSample]
     blocks = getattr(denoiser.config, "block_out_channels", None)
     unit = family.square * (getattr(denoiser.config, "patch_size", None) or 1)
     unit = unit if blocks is None else 2 ** (len(blocks) - 1)
+    if args.resolution % side:
+        raise OptionError(f"resolution={args.resolution}: its latents are {side} wide, and the VAE leaves out what is over",
+                          hint="a multiple of 64 fits all")  # fmt: skip
     if side % unit:
         raise OptionError(f"resolution: its latents are {side} wide, which the denoiser cannot divide by {unit}",
                           hint="a multiple of 64 fits all")  # fmt: skip

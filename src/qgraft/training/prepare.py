@@ -1,8 +1,8 @@
 """What a run is given, checked, and its rows as samples: all that can be wrong is found before anything is touched."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Prepared:
     lesson: Lesson | None = None
     limit: int = 0
     objective: Objective | None = None  # where it does not follow from the options
+    bound: Mapping[str, str] = field(default_factory=dict)  # what else the run cannot go on without
 
     @property
     def longest(self) -> list[Any]:

@@ -300,6 +300,7 @@ class Run:
             "steps of an epoch": plan_of(args, len(self.prepared.samples), self.processes.count).steps_per_epoch,
             "rows (SHA-256 of the samples)": samples_sha256(self.prepared.samples),
             **said_by_reference(self.prepared),
+            **self.prepared.bound,
             HELD_OUT: samples_sha256(self.prepared.eval_samples),
             **({name: getattr(args, name) for name in ("lr_scheduler_type", "learning_rate")} if by_loss else {}),
             **loraplus,
