@@ -12,6 +12,7 @@ beside its text, which has MARK in their places.
 import base64
 import binascii
 import hashlib
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,27 +38,42 @@ class Picture:
     data: Any
 
     def open(self) -> Any:
-        """The image in RGB. Raises DataError for what is none, UnsupportedError without Pillow."""
+        """The image in RGB, upright, as transformers' load_image has it.
+
+        Raises DataError for what is none or has more than 8 bits a channel, UnsupportedError without Pillow.
+        """
         try:
             from PIL import Image
         except ImportError as error:
             raise UnsupportedError("images need Pillow, which is not installed", hint=INSTALL) from error
-        if isinstance(self.data, Image.Image):
-            return self.data.convert("RGB")
         source = BytesIO(self.data) if isinstance(self.data, bytes) else self.data
         try:
+            if isinstance(self.data, Image.Image):
+                return self._upright(self.data)
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(source, formats=FORMATS) as image:
-                    return image.convert("RGB")
+                    return self._upright(image)
         except (
             OSError,
             SyntaxError,
             ValueError,
+            struct.error,  # of EXIF that is cut off
             Image.DecompressionBombError,
             Image.DecompressionBombWarning,
         ) as error:
             raise DataError(f"{self.name} is no image that can be read: {str(error)[:200]}") from error
+
+    def _upright(self, image: Any) -> Any:
+        """Turned as its EXIF says, in RGB."""
+        from PIL import ImageOps
+
+        if image.mode.startswith(("I", "F")):  # which Pillow clips: 16 bits become white, numbers from 0 to 1 black
+            raise DataError(
+                f"{self.name} is in mode {image.mode}, expected 8 bits a channel",
+                hint="convert it before, by the range it has",
+            )
+        return ImageOps.exif_transpose(image).convert("RGB")
 
     @property
     def name(self) -> str:
