@@ -6,12 +6,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from PIL import Image
 from tiny_images import KINDS, WITH_TORCHVISION, picture, write_image_model
+from transformers.image_utils import load_image
 
 import qgraft
 from qgraft.adapters.base import find_adapter
@@ -271,6 +274,11 @@ def test_rows_name_images_in_all_usual_forms(tmp_path):
 @pytest.mark.parametrize("row, reason", [
     ({**TEXT, "instruction": "<image><image>", "images": [picture(0)]}, "a row with 1 images"),
     (asked(0, [{"type": "image"}]), "a row with 0 images"),
+    ({**TEXT, "instruction": "<image>what?", "images": []}, "a row with 0 images, and <image> stands in its texts 1 times"),
+    ({**TEXT, "instruction": "a \ufdd2?", "images": [picture(0)]}, "U+FDD2"),
+    ({**TEXT, "images": [picture(0)], "image": picture(1)}, "images in two columns"),
+    ({**asked(0), "images": [picture(1)]}, "whose place nothing says"),
+    ({**TEXT, "videos": ["a.mp4"]}, "holds videos"),
     (asked(0, [{"type": "image", "url": "https://example.org/a.png"}]), "nothing is fetched"),
     (asked(0, [{"type": "image", "image": "gone.png"}]), "not there"),
     (asked(0, [{"type": "image", "image": 7}]), "expected a path"),
@@ -302,13 +310,64 @@ def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
     model, tokenizer = qgraft.load(image_folder().path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     rows = [asked(0, [{"type": "image", "image": str(tmp_path / "broken.png")}]), asked(1),
-            {"instruction": "an <image> in words", "output": "no"}]  # fmt: skip
+            {"instruction": "in words", "output": "an <image>"}]  # fmt: skip
     samples, accounting = samples_for(model, tokenizer, rows)
     assert len(samples) == 1
     assert any("no image that can be read" in why for why in accounting.dropped)
     assert any("where the model would see an image" in why for why in accounting.dropped)
     _, accounting = samples_for(model, tokenizer, [asked(0), TEXT], max_length=30)
     assert any("rows with images are not cut" in why for why in accounting.dropped)
+
+
+def test_an_image_is_what_transformers_opens(tmp_path):
+    """Turned as EXIF says, from files, bytes and Pillow; of 16 bits the upper 8; numbers of 32 bits are refused, which Pillow clips."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(0).save(tmp_path / "turned.png", exif=exif)
+    expected = load_image(str(tmp_path / "turned.png"))
+    assert expected.size == (30, 40)
+    opened = Image.open(tmp_path / "turned.png")
+    for given in (tmp_path / "turned.png", (tmp_path / "turned.png").read_bytes(), opened):
+        image = Picture(given).open()
+        assert (image.size, image.tobytes()) == (expected.size, expected.tobytes())
+    grey = np.array([[0, 255], [256, 65535]], np.uint16)
+    assert np.asarray(Picture(Image.fromarray(grey)).open())[..., 0].tolist() == [[0, 0], [1, 255]]
+    for dtype in (np.int32, np.float32):
+        with pytest.raises(DataError, match="of which no white is known"):
+            Picture(Image.fromarray(np.full((4, 4), 1, dtype))).open()
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:900])
+    with pytest.raises(DataError, match="no image that can be read"):
+        Picture(Image.open(tmp_path / "cut.png")).open()
+
+
+def test_logits_of_all_labels_are_never_there_at_once(image_folder, monkeypatch):
+    """The output layer gets chunks of states; a model whose logits are not its head of the states goes by its own pass."""
+    made = image_folder()
+    model, tokenizer = qgraft.load(made.path)
+    rows = [{**SEVERAL, "conversations": [*SEVERAL["conversations"][:3], {"from": "gpt", "value": "none " * 40}]}] * 2
+    samples, _ = samples_for(model, tokenizer, rows)
+    monkeypatch.setattr("qgraft.passes.loss.CHUNK_BYTES", 4 * len(tokenizer) * 50)
+    seen = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[:-1].numel()))
+    with torch.no_grad():
+        each = image_losses(model, samples)[1]
+    hook.remove()
+    assert sum(seen) == len(each) > 400 and max(seen) <= 100
+    monkeypatch.setattr("qgraft.passes.images.output_head", lambda model: lambda states: model.lm_head(states) * 2)
+    with images_together(model, samples) as apart:
+        assert apart is None
+    with torch.no_grad():
+        assert float((image_losses(model, samples)[1] - each).abs().max()) <= 1e-5
+
+
+def test_vision_learns_beside_rows_of_text(image_folder, tmp_path):
+    """Passes of text alone give a LoRA of the vision side no gradient, and are no fault."""
+    model, tokenizer = qgraft.load(image_folder().path)
+    qgraft.attach_lora(model, r=4, lora_alpha=8, target_modules=r"model\.vision_tower\..*q_proj")
+    before = [each.detach().clone() for each in model.parameters() if each.requires_grad]
+    qgraft.train(model, tokenizer, [asked(0), TEXT], arguments(tmp_path / "out", max_steps=2))
+    after = [each for each in model.parameters() if each.requires_grad]
+    assert any((one - other).abs().max() > 1e-3 for one, other in zip(before, after, strict=True))
 
 
 def test_without_pillow_images_are_refused_in_words(image_folder, monkeypatch):

@@ -12,6 +12,7 @@ beside its text, which has MARK in their places.
 import base64
 import binascii
 import hashlib
+import struct
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,23 +38,27 @@ class Picture:
     data: Any
 
     def open(self) -> Any:
-        """The image in RGB. Raises DataError for what is none, UnsupportedError without Pillow."""
+        """The image in RGB, upright, as transformers' load_image has it.
+
+        Raises DataError for what is none, UnsupportedError without Pillow.
+        """
         try:
             from PIL import Image
         except ImportError as error:
             raise UnsupportedError("images need Pillow, which is not installed", hint=INSTALL) from error
-        if isinstance(self.data, Image.Image):
-            return self.data.convert("RGB")
         source = BytesIO(self.data) if isinstance(self.data, bytes) else self.data
         try:
+            if isinstance(self.data, Image.Image):
+                return upright(self.data)
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 with Image.open(source, formats=FORMATS) as image:
-                    return in_rgb(image, image.format)
+                    return upright(image)
         except (
             OSError,
             SyntaxError,
             ValueError,
+            struct.error,  # of EXIF that is cut off
             Image.DecompressionBombError,
             Image.DecompressionBombWarning,
         ) as error:
@@ -74,19 +79,20 @@ class Picture:
         return hashlib.sha256(raw if isinstance(raw, bytes) else repr(raw.size).encode() + raw.tobytes()).hexdigest()
 
 
-def in_rgb(image: Any, format: str | None) -> Any:
-    """An image of Pillow in RGB; of 16 bits the upper 8, as Pillow reads them in colour, where its convert() gives white.
+def upright(image: Any) -> Any:
+    """An image of Pillow, turned as its EXIF says, in RGB; of 16 bits the upper 8, as Pillow itself reads them in colour.
 
-    Args:
-        format: that of its file.
-
-    Raises ValueError for numbers of 32 bits, which say nowhere what white is.
+    Raises ValueError for numbers of 32 bits, which say nowhere what white is; Pillow's convert() clips them, and 16 bits too.
     """
-    if image.mode.startswith("I;16") or (image.mode == "I" and format == "PNG"):
-        return image.convert("I").point(lambda value: value / 256).convert("L").convert("RGB")
-    if image.mode in ("I", "F"):
+    from PIL import ImageOps
+
+    in_16_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if image.mode in ("I", "F") and not in_16_bits:
         raise ValueError(f"its pixels are numbers of 32 bits ({image.mode}), of which no white is known")
-    return image.convert("RGB")
+    turned = ImageOps.exif_transpose(image)
+    if in_16_bits:
+        turned = turned.convert("I").point(lambda value: value / 256).convert("L")
+    return turned.convert("RGB")
 
 
 def picture_of(value: Any) -> Picture:

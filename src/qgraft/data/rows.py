@@ -48,6 +48,7 @@ _ROLES = {
     **dict.fromkeys(("assistant", "gpt", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "ipython"), "tool"),
 }
+_OTHER_KINDS = ("videos", "audios")  # columns of LLaMA-Factory's for what no model here is given
 _BESIDE = ("system", "tools", "images")  # parts of rows of both kinds
 _TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool",
@@ -149,16 +150,28 @@ def with_images(
 
     Raises RowError for images that are not there, or that are not read.
     """
-    column = layout.find(row, "images") if isinstance(row, Mapping) else None
-    told = column is not None and not is_empty(value := row[column]) and value != []  # type: ignore[index]
-    seen = told or any(message.images for each in given for message in each.messages)
-    if not seen:
+    columns: Mapping[str, object] = row if isinstance(row, Mapping) else {}
+    if other := next((name for name in _OTHER_KINDS if _holds(columns.get(name))), None):
+        raise RowError(f"holds {other}, which are not read")
+    column = layout.find(columns, "images")
+    told = column is not None and _holds(columns[column])
+    if not told and not any(message.images for each in given for message in each.messages):
+        marks = sum(each.content.count(PLACEHOLDER) for each in given[0].messages if each.role == "user")
+        if marks and outside is not None:
+            raise RowError(f"a row with 0 images, and {PLACEHOLDER} stands in its texts {marks} times")
         return given
     if outside is None:
         raise RowError("holds images, which the model, or what is done here, does not read")
+    if len(filled := [name for name in COLUMNS["images"] if _holds(columns.get(name))]) > 1:
+        raise RowError(f"images in two columns, {' and '.join(filled)}")
     return [replace(each, messages=[
                 replace(message, images=tuple(located(image, home, outside) for image in message.images))
                 for message in each.messages]) for each in given]  # fmt: skip
+
+
+def _holds(value: object) -> bool:
+    """Whether a column of images holds some."""
+    return not is_empty(value) and not (isinstance(value, Sequence) and not value)
 
 
 def with_pictures(messages: Sequence[Message], images: Sequence[Any]) -> list[Message]:
@@ -319,8 +332,12 @@ def _placed(messages: list[Message], pictures: Sequence[Picture]) -> list[Messag
     Those are parts of a content that name none; else PLACEHOLDER in texts; else in front of the first question.
     """
     left = list(pictures)
+    if any(message.content.count(MARK) != len(message.images) for message in messages):
+        raise RowError(f"a message holds a noncharacter of Unicode, U+{ord(MARK):04X}")
     unnamed = sum(each.data is None for message in messages for each in message.images)
     texts = sum(message.content.count(PLACEHOLDER) for message in messages) if left and not unnamed else 0
+    if left and not unnamed and not texts and any(message.images for message in messages):
+        raise RowError(f"contents name all their images, and a column holds {len(left)} more, whose place nothing says")
     if left and not unnamed and not texts:
         first = next((index for index, message in enumerate(messages) if message.role == "user"), None)
         if first is None:

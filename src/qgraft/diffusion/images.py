@@ -13,24 +13,25 @@ in one file the first is taken: the accounting says of how many.
 
 import hashlib
 import math
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from qgraft.data.files import file_rows
-from qgraft.data.pictures import FORMATS, in_rgb
+from qgraft.data.pictures import FORMATS, upright
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
 
 METADATA = "metadata.jsonl"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 _LIKE_IMAGES = (*SUFFIXES, ".heic", ".heif", ".avif", ".jxl", ".jp2", ".psd", ".tga", ".ppm", ".dng")
-_BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
+_BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _opened(path: Path) -> tuple[Image.Image, str]:
     with Image.open(path, formats=FORMATS) as image:
         moves = getattr(image, "is_animated", False)
         clear = image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info
-        turned = in_rgb(ImageOps.exif_transpose(image), image.format)
+        turned = upright(image)
     if moves:
         return turned, "hold several pictures, the first of which is learned"
     return turned, "are transparent in places, and what lies beneath is learned" if clear else ""

@@ -12,20 +12,27 @@ they have, each architecture's own code decides (Gemma's images are seen in both
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qgraft.data.batches import IGNORED, Batch
 from qgraft.data.image_samples import ImageSample, process, require_processor
 from qgraft.data.pictures import Picture
 from qgraft.errors import DataError
-from qgraft.model_parts import argument_names
+from qgraft.linear import computing
+from qgraft.model_parts import argument_names, decoder_states, has_decoder
+from qgraft.passes.decoder import JUDGED, Head, evaluating, output_head
 from qgraft.passes.limits import context_length
 from qgraft.passes.loss import as_they_are, weighted_cross_entropy
-from qgraft.passes.pairs import tried_together
+from qgraft.passes.pairs import alike, tried_together
+
+_BY_OWN_LOGITS: WeakSet[nn.Module] = WeakSet()  # models whose logits are not output_head of their decoder's states
 
 
 def split_images(samples: Sequence[ImageSample], tokens: int) -> list[list[ImageSample]]:
@@ -72,21 +79,33 @@ def image_losses(
 ) -> tuple[Tensor, Tensor]:
     """(The sum of weight times cross-entropy over the labels of a pass, differentiable; that of each label, unweighted).
 
-    float32 scalar and [labels], sample after sample.
+    float32 scalar and [labels], sample after sample. The logits of all labels are never there at once (loss.py), but where
+    only the model's own forward pass makes them.
     """
     batch = {key: value.to(model.device) for key, value in collate_images(require_processor(model), samples).items()}
     labels_BT, weights_BT = batch.pop("labels"), batch.pop("weights", None)
     learned_BT = labels_BT != IGNORED
-    if "logits_to_keep" in argument_names(model):
-        places_K = learned_BT.any(0).nonzero()[:, 0]
-        learned_BT, labels_BT = learned_BT[:, places_K], labels_BT[:, places_K]
-        weights_BT = None if weights_BT is None else weights_BT[:, places_K]
-        batch["logits_to_keep"] = places_K
-    logits_BTV = model(**batch, use_cache=False).logits
     weights_N = None if weights_BT is None else weights_BT[learned_BT]
-    return weighted_cross_entropy(
-        logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, as_they_are, label_smoothing
-    )
+    head: Head = as_they_are
+    if model in _BY_OWN_LOGITS or not has_decoder(model):
+        rows_N = _own_logits(model, batch, learned_BT)
+    else:
+        rows_N, head = decoder_states(model, **batch)[learned_BT], output_head(model)
+    total, each_N = weighted_cross_entropy(rows_N, labels_BT[learned_BT], weights_N, head, label_smoothing)
+    if torch.is_grad_enabled() and not total.requires_grad and not samples[0].images:
+        # what is trained sees images alone: its gradient is zero here, and none at all would be taken for a fault
+        total = total + 0.0 * sum(each.flatten()[0] for each in model.parameters() if each.requires_grad)
+    return total, each_N
+
+
+def _own_logits(model: PreTrainedModel, batch: Batch, learned_BT: Tensor) -> Tensor:
+    """The logits [labels, vocabulary] of the model's own forward pass."""
+    given: Any = batch
+    if "logits_to_keep" not in argument_names(model):
+        return cast(Tensor, model(**given, use_cache=False).logits)[learned_BT]
+    places_K = learned_BT.any(0).nonzero()[:, 0]
+    logits_BKV: Tensor = model(**given, use_cache=False, logits_to_keep=places_K).logits
+    return logits_BKV[learned_BT[:, places_K]]
 
 
 @torch.inference_mode()
@@ -108,21 +127,44 @@ def generate_seen(model: PreTrainedModel, text: str, images: Sequence[Picture], 
 def images_together(model: PreTrainedModel, samples: Sequence[ImageSample]) -> Iterator[str | None]:
     """Within the block passes of several samples compute what the model says of each alone.
 
-    Yields None, or a sentence that says why every sample must pass alone. Raises UnsupportedError for a model whose loss of
-    a single sample is not the mean cross-entropy of its labels.
+    Yields None, or a sentence that says why every sample must pass alone. Raises UnsupportedError for a model whose logits
+    of a single sample come out otherwise in a second pass.
     """
     seen = [sample for sample in samples if sample.images] or samples
     ordered = sorted(seen, key=lambda sample: len(sample.input_ids))
-    two = [ordered[-1], *ordered[:-1][:1]]
+    two = [_judged(sample) for sample in (ordered[-1], *ordered[:-1][:1])]
+    if not _states_tell(model, two[0]):
+        _BY_OWN_LOGITS.add(model)
     what = "a text with images is not the mean cross-entropy of its labels"
     yield tried_together(model, two, image_losses, _own_loss, what, "every text passes through it alone")
+
+
+def _states_tell(model: PreTrainedModel, sample: ImageSample) -> bool:
+    """Whether the output layer on the states of the decoder makes the logits that the model itself does."""
+    with torch.no_grad(), evaluating(model), computing(model, "float32"):
+        own = _own_loss(model, sample)
+        try:
+            return alike(model, image_losses(model, [sample])[1].mean(), own)
+        except (torch.OutOfMemoryError, torch.AcceleratorError, RecursionError):
+            raise  # RuntimeErrors that say nothing about the model
+        except (RuntimeError, TypeError, ValueError):  # its decoder takes other arguments than the model does
+            return False
+
+
+def _judged(sample: ImageSample) -> ImageSample:
+    """The sample with so many of its labels, from the first to the last, that the logits of all fit into memory."""
+    at = [place for place, label in enumerate(sample.labels) if place and label != IGNORED]
+    kept = (
+        {at[round(number * (len(at) - 1) / (JUDGED - 1))] for number in range(JUDGED)} if len(at) > JUDGED else set(at)
+    )
+    labels = [label if place in kept else IGNORED for place, label in enumerate(sample.labels)]
+    return replace(sample, labels=labels)
 
 
 def _own_loss(model: PreTrainedModel, sample: ImageSample) -> Tensor:
     """What the model itself says of a sample, called as anybody would."""
     batch = {key: value.to(model.device) for key, value in collate_images(require_processor(model), [sample]).items()}
     batch.pop("weights", None)
-    batch["labels"] = torch.tensor([sample.labels], device=model.device)
-    own: Any = model
-    loss: Tensor = own(**batch, use_cache=False).loss
-    return loss.float()
+    labels_1T = batch.pop("labels")
+    learned_1T = labels_1T != IGNORED
+    return F.cross_entropy(_own_logits(model, batch, learned_1T).float(), labels_1T[learned_1T])
