@@ -278,6 +278,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"extra": {"blk.0.ffn_gate_shexp.weight": floats(32, 64)}}, r"1 tensors have no place.*ffn_gate_shexp",
     ),
     "more experts than tensors": ({"metadata": {"qwen3moe.expert_count": 10**6}}, "expert_count: got 1000000"),
+    **{f"a count of {count} experts": (
+        {"metadata": {"qwen3moe.expert_count": count}}, f"expert_count: got {count}, expected an integer from 1 to",
+    ) for count in (None, 0)},
     "more experts a token than there are": (
         {"metadata": {"qwen3moe.expert_used_count": 7}}, "expert_used_count: got 7, expected an integer from 1 to 6",
     ),
