@@ -289,6 +289,34 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+BAD_ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases of two sizes": (
+        "gpt-oss", {"extra": {"blk.1.ffn_up_exps.bias": floats(6, 90)}},
+        r"blk\.1\.ffn_up_exps\.bias: got shapes \[\[6, 96\], \[6, 90\]\], expected biases",
+    ),
+    "biases of no expert": (
+        "gpt-oss", {"extra": {"blk.1.ffn_down_exps.bias": floats(384)}}, r"got shapes \[\[384\]\], expected biases",
+    ),
+    "the choice of one layer": (
+        "lfm2moe", {"drop": ("blk.2.exp_probs_b.bias",)}, r"missing model\.layers\.2\.feed_forward\.expert_bias \[6\]",
+    ),
+    "that of DeepSeek's": (
+        "glm4moe", {"drop": ("blk.1.exp_probs_b.bias",)}, r"missing model\.layers\.1\.mlp\.gate\.e_score_correction_bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.spread(2)
+@pytest.mark.parametrize("name", BAD_ELSEWHERE)
+def test_tensors_beside_the_experts_that_are_not_what_the_architecture_has(
+    name: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    architecture, options, message = BAD_ELSEWHERE[name]
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, **options)
+    with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+        qgraft.load(tiny.path, device="cpu")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_experts_that_are_not_what_the_architecture_has(name: str, make_gguf: Maker, tmp_path: Path) -> None:
     options, message = BAD[name]
