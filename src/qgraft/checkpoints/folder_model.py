@@ -56,6 +56,8 @@ from qgraft.model_parts import is_within, vision_of
 from qgraft.models.find import architecture_of, find_architecture
 
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # fields of configurations
+_CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")  # of them for each token
 _COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
 
 
@@ -370,11 +372,21 @@ def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
         with ForeignErrors(str(path)):
             return architecture.config.from_dict(raw)
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     except FOREIGN as error:
         if kind in CONFIG_MAPPING:
             raise CheckpointError(f"{path}: {one_line(error)}") from error
         raise UnsupportedError(f"{folder}: model_type {kind!r} is unknown to transformers") from error
+    _check_chosen(config.get_text_config(), path)
+    return config
+
+
+def _check_chosen(config: PreTrainedConfig, path: Path) -> None:
+    """Refuse more experts for each token than there are, or none: transformers would find out in the first pass."""
+    experts = next((n for name in _EXPERTS if type(n := getattr(config, name, None)) is int), 0)
+    for name in _CHOSEN:
+        if experts > 0 and type(chosen := getattr(config, name, None)) is int and not 1 <= chosen <= experts:
+            raise CheckpointError(f"{path}: {name}: got {chosen}, expected a number from 1 to {experts}, the experts")
 
 
 def _unexpected_note(names: list[str]) -> list[str]:
