@@ -305,6 +305,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"extra": {"blk.0.ffn_gate_shexp.weight": floats(32, 64)}}, r"1 tensors have no place.*ffn_gate_shexp",
     ),
     "more experts than tensors": ({"metadata": {"qwen3moe.expert_count": 10**6}}, "expert_count: got 1000000"),
+    **{f"a count of {count} experts": (
+        {"metadata": {"qwen3moe.expert_count": count}}, f"expert_count: got {count}, expected an integer from 1 to",
+    ) for count in (None, 0)},
     "more experts a token than there are": (
         {"metadata": {"qwen3moe.expert_used_count": 7}}, "expert_used_count: got 7, expected an integer from 1 to 6",
     ),
@@ -319,6 +322,34 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "groups of experts": ({"metadata": {"qwen3moe.expert_group_count": 2}}, "expert_group_count: got 2, expected 0"),
     "another gate": ({"metadata": {"qwen3moe.expert_gating_func": 2}}, "expert_gating_func: got 2, expected 1"),
 }  # fmt: skip
+
+
+BAD_ELSEWHERE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "biases of two sizes": (
+        "gpt-oss", {"extra": {"blk.1.ffn_up_exps.bias": floats(6, 90)}},
+        r"blk\.1\.ffn_up_exps\.bias: got shapes \[\[6, 96\], \[6, 90\]\], expected biases",
+    ),
+    "biases of no expert": (
+        "gpt-oss", {"extra": {"blk.1.ffn_down_exps.bias": floats(384)}}, r"got shapes \[\[384\]\], expected biases",
+    ),
+    "the choice of one layer": (
+        "lfm2moe", {"drop": ("blk.2.exp_probs_b.bias",)}, r"missing model\.layers\.2\.feed_forward\.expert_bias \[6\]",
+    ),
+    "that of DeepSeek's": (
+        "glm4moe", {"drop": ("blk.1.exp_probs_b.bias",)}, r"missing model\.layers\.1\.mlp\.gate\.e_score_correction_bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.spread(2)
+@pytest.mark.parametrize("name", BAD_ELSEWHERE)
+def test_tensors_beside_the_experts_that_are_not_what_the_architecture_has(
+    name: str, make_gguf: Maker, tmp_path: Path
+) -> None:
+    architecture, options, message = BAD_ELSEWHERE[name]
+    tiny = make_gguf(tmp_path / "tiny.gguf", architecture, **options)
+    with pytest.raises(CheckpointError, match=rf"(?s){message}"):
+        qgraft.load(tiny.path, device="cpu")
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -1,6 +1,7 @@
 """Mixtures of experts out of folders, packed on the way in: transformers' forward pass on the weights that the blocks mean,
 by the `gguf` package, is the judge; then what they become: a merge, a GGUF file, a LoRA for llama.cpp."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 import qgraft
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.experts import ExpertStack
 
 Maker = Callable[..., Any]
@@ -158,6 +159,25 @@ def test_experts_that_stay_floats(make_gguf: Maker, random_ids: Maker, tmp_path:
         UnsupportedError, match=r"layers\.0\.mlp\.experts\.gate_up_proj: q4_0: got 1 of \d+ weights NaN"
     ):
         qgraft.quantize(floats, "q4_0")
+
+
+def test_experts_of_a_token_are_some_of_those_that_there_are(
+    make_gguf: Maker, random_ids: Maker, tmp_path: Path
+) -> None:
+    """transformers finds it out in the first pass; a dozen experts are in the order of their numbers, not of their names."""
+    options = {"num_experts": 12, "num_experts_per_tok": 5}
+    tiny = make_gguf(tmp_path / "tiny.gguf", "qwen3moe", types=(Q.F32,), config=options)
+    folder = as_folder(tiny, tmp_path / "folder")
+    model, _ = qgraft.load(folder, dtype="float32", device="cpu", quantize="f32")
+    ids = random_ids(model)
+    assert off(logits(model, ids), logits(tiny.model, ids)) < 1e-6
+    config = json.loads((folder / "config.json").read_text())
+    for chosen in (0, 13, -1):
+        (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": chosen}))
+        with pytest.raises(
+            CheckpointError, match=rf"num_experts_per_tok: got {chosen}, expected a number from 1 to 12"
+        ):
+            qgraft.load(folder, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,11 @@ def pieces(reader: AnswerReader, text: str, step: int) -> tuple[str, str]:
         ('<tool_call>{"name": "other", "arguments": {}}</tool_call>',
          '<tool_call>{"name": "other", "arguments": {}}</tool_call>', ()),
         ('<tool_call>{"name": "time", "arguments"', '<tool_call>{"name": "time", "arguments"', ()),
+        ('I use <tool_call>.\n<tool_call>{"name": "time", "arguments": {"at": "Rome"}}</tool_call> And '
+         '<tool_call>{"name": "other"}</tool_call><tool_call>{"name": "time", "arguments": {}}</tool_call>',
+         'I use <tool_call>.\n And <tool_call>{"name": "other"}</tool_call>', (TIME, Call("time", "{}"))),
+        *((text, text, ()) for value in ("NaN", "-Infinity", "1e999", '"\\ud800"')
+          for text in [f'<tool_call>{{"name": "time", "arguments": {{"at": {value}}}}}</tool_call>']),
         ('<tool_call>{"name": "time", "arguments": [1]}</tool_call>',
          '<tool_call>{"name": "time", "arguments": [1]}</tool_call>', ()),
     ],
@@ -63,8 +68,9 @@ def test_calls_without_marks_and_lists_and_names_apart(step: int) -> None:
     ):
         reader = AnswerReader(format=form, names=["time"])
         assert pieces(reader, text, step) == ("", "") and reader.calls == (TIME,)
-    reader = AnswerReader(format=CallFormat("", ""), names=["time"])
-    assert pieces(reader, "It is noon.", step) == ("", "It is noon.") and reader.calls == ()
+    for text in ("It is noon.", 'It is noon. {"name": "time", "parameters": {}}'):
+        reader = AnswerReader(format=CallFormat("", ""), names=["time"])
+        assert pieces(reader, text, step) == ("", text) and reader.calls == ()
 
 
 @pytest.mark.parametrize("step", [1, 5, 1000])
@@ -146,13 +152,17 @@ def test_calls_of_glm_are_what_its_template_writes(tiny_gguf: Maker, name: str, 
 @pytest.mark.parametrize(
     "given",
     ["at=now()", "'Rome'", "**{'at': 'Rome'}", "at=b'Rome'", "at={1, 2}", "at=1j", "at=1e999", "at=(1, 2)", "at={1: 2}",
-     "at=1, at=2", "at='Rome", "at=" + "[" * 70 + "]" * 70, "at=__import__('os')", "at=\0"],
+     "at=1, at=2", "at='Rome", "at=" + "[" * 70 + "]" * 70, "at=__import__('os')", "at=\0",
+     r"at='\ud800'", "at=1, at:=2", "at==1"],
 )  # fmt: skip
 def test_keywords_are_literals_that_json_has(given: str) -> None:
     form = CallFormat("", "```", True, "\n ```python\ntool_call(", keywords=True)
     text = f"time\n ```python\ntool_call({given})\n```"
     assert form.read(text, ["time"]) == (text, ())
     assert form.read(text.replace(given, "at='a)b'"), ["time"])[1] == (Call("time", '{"at": "a)b"}'),)
+    for name in ("from", "max-days", "ｆ"):  # a schema may have them, and the template writes them as they are
+        read = (Call("time", f'{{"{name}": "a=b, c", "in": 1}}'),)
+        assert form.read(text.replace(given, f"{name}='a=b, c', in=1"), ["time"])[1] == read
 
 
 def test_a_call_of_chatglm3_that_is_cut_has_the_keywords_that_are_whole() -> None:

@@ -320,7 +320,7 @@ def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
 
 
 def test_an_image_is_what_transformers_opens(tmp_path):
-    """Turned as EXIF says, from files, bytes and Pillow; of 16 bits the upper 8; numbers of 32 bits are refused, which Pillow clips."""
+    """Turned as EXIF says, wherever it is; of 16 bits the upper 8; numbers of 32 bits are refused, which Pillow clips."""
     exif = Image.Exif()
     exif[0x0112] = 6
     picture(0).save(tmp_path / "turned.png", exif=exif)

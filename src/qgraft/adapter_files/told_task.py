@@ -7,7 +7,7 @@ from qgraft.adapter_files.folder import read_peft_config, read_tensors
 from qgraft.adapter_files.peft_config import CONFIG
 from qgraft.adapter_files.seal import read_seal
 from qgraft.adapter_files.whole import PROBLEM, stated_labels
-from qgraft.checkpoints.folder_model import read_config_json
+from qgraft.checkpoints.folder_config import read_config_json
 from qgraft.errors import AdapterError
 from qgraft.model_parts import CAUSAL, CLASSIFIERS, stated_task
 

@@ -205,7 +205,7 @@ def _packed_module(module: nn.Module, weight: PackedWeight, dtype: torch.dtype) 
 
 
 def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, problems: list[str], same: Same) -> None:
-    """The parameters that are left, and the buffers that a checkpoint may hold; those that it does not hold are computed."""
+    """The parameters that are left, and the buffers."""
     filled: dict[str, nn.Parameter] = {}  # by the name it was read under
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, leaf = name.rpartition(".")
@@ -236,14 +236,27 @@ def _fill_parameters(model: PreTrainedModel, read: Reader, dtype: torch.dtype, p
             value = dequantize(value, kept) if isinstance(value, PackedTensor) else value.to(kept)
             filled[stored] = nn.Parameter(value, requires_grad=False)
         setattr(module, leaf, filled[stored])
-    saved = model.state_dict().keys()
+    problems += _fill_buffers(model, read)
+
+
+def _fill_buffers(model: PreTrainedModel, read: Reader) -> list[str]:
+    """What is wrong with the buffers that a checkpoint may hold. One that no layer has in it keeps what it was made with."""
+    saved, problems = model.state_dict().keys(), list[str]()
+    absent: dict[str, list[str]] = {}  # by the name without numbers of layers
+    held = set()
     for name, buffer in list(model.named_buffers()):
-        if name in saved and ".packed_weight." not in name:
-            value = read(name)
-            if isinstance(value, Tensor) and value.shape == buffer.shape:
-                buffer.copy_(value)
-            elif isinstance(value, Tensor | PackedTensor):
-                problems.append(f"{name}: got shape {list(value.shape)}, expected {list(buffer.shape)}")
+        if name not in saved or ".packed_weight." in name:
+            continue
+        value, kind = read(name), re.sub(r"\.\d+\.", ".", name)
+        if value is None:
+            absent.setdefault(kind, []).append(f"missing {name} {list(buffer.shape)}")
+            continue
+        held.add(kind)
+        if isinstance(value, Tensor) and value.shape == buffer.shape:
+            buffer.copy_(value)
+        elif isinstance(value, Tensor | PackedTensor):
+            problems.append(f"{name}: got shape {list(value.shape)}, expected {list(buffer.shape)}")
+    return problems + [each for kind in held for each in absent.get(kind, ())]
 
 
 def _kept_dtype(model: PreTrainedModel, name: str, dtype: torch.dtype) -> torch.dtype:

@@ -24,8 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -35,13 +33,13 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.folder_config import config_of, read_config_json
 from qgraft.checkpoints.folder_experts import stored_stacks
 from qgraft.checkpoints.folder_processor import folder_processor
 from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
-from qgraft.checkpoints.foreign import FOREIGN, ForeignErrors, one_line
 from qgraft.checkpoints.generation import read_generation
 from qgraft.checkpoints.heads import Heads, Task, head_names, settle_task
-from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, is_claimed, owners, tensor_names
+from qgraft.checkpoints.layouts import Layout, StoredMatrix, find_layout, owners, tensor_names
 from qgraft.checkpoints.names import same_names, transformers_names
 from qgraft.checkpoints.origin import Origin, Stored
 from qgraft.checkpoints.pack_experts import experts_module, float_experts_note, pack_experts, packs_experts
@@ -52,12 +50,8 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.experts import Stack
 from qgraft.formats import PackedTensor, fitting_format, get_format, hold_floats, misfit_notes
 from qgraft.formats import quantize as quantize_weight
-from qgraft.json_files import read_object
 from qgraft.model_parts import is_within, vision_of
-from qgraft.models.find import architecture_of, find_architecture
-
-MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
-_COUNTS_OF_LAYERS = {"num_hidden_layers", "num_layers", "n_layer", "n_layers"}
+from qgraft.models.find import architecture_of
 
 
 def load_folder(
@@ -79,7 +73,7 @@ def load_folder(
     if quantize is not None and get_format(quantize).quantize is None:
         raise UnsupportedError(f"quantize={quantize!r}: this format can be read but not written yet")
     raw = read_config_json(folder)
-    config = _config(folder, raw)
+    config = config_of(folder, raw)
     tokenizer, tokenizer_notes = folder_tokenizer(folder, config)
     tokenizer_notes += settle_task(config, task, tokenizer)
     with ExitStack() as stack:
@@ -335,61 +329,6 @@ def matrix_entries(name: str, packed: PackedTensor) -> list[tuple[str, tuple[int
     for part, tensor in zip(get_format(packed.format).parts[1:], others, strict=True):
         entries.append((f"{name}_{part.name}", tuple(tensor.shape), str(tensor.dtype), tensor))
     return entries
-
-
-def read_config_json(folder: Path) -> dict[str, Any]:
-    """The contents of config.json. Raises CheckpointError when it is missing or no JSON object."""
-    path = folder / "config.json"
-    if not path.is_file():
-        hint = "give a .gguf file or a folder saved by transformers"
-        if (folder / "adapter_config.json").is_file():
-            hint = "this is an adapter: give its base as the model, and this folder as the adapter"
-        if (folder / "model_index.json").is_file():
-            hint = f"this is a diffusion model: {worded(flags='qgraft diffuse', python='qgraft.diffusion.load()')} takes it"
-        raise CheckpointError(f"{folder}: no config.json", hint=hint)
-    raw = read_object(path, CheckpointError, finite=False)
-    for part in [raw, *(each for each in raw.values() if isinstance(each, dict))]:  # text_config and the like
-        for key in _COUNTS_OF_LAYERS & part.keys():
-            if type(count := part[key]) is int and not 1 <= count <= MOST_LAYERS:  # other types transformers refuses
-                raise CheckpointError(
-                    f"{path}: {key}: got {str(count)[:80]}, expected a number from 1 to {MOST_LAYERS}"
-                )
-    return raw
-
-
-def folder_config(folder: Path) -> PreTrainedConfig:
-    """The configuration of a folder's model, without a look at its weights. Raises as load_folder."""
-    return _config(folder, read_config_json(folder))
-
-
-def _config(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
-    path = folder / "config.json"
-    quantization = raw.get("quantization_config") or {}
-    if not isinstance(quantization, dict):
-        raise CheckpointError(f"{path}: quantization_config: got {quantization!r}, expected an object")
-    if not is_claimed(raw):
-        raise UnsupportedError(
-            f"{folder} is already quantized with {quantization.get('quant_method')!r}",
-            hint="load the float checkpoint with quantize=..., or a GGUF",
-        )
-    kind = raw.get("model_type")
-    if not isinstance(kind, str | None):
-        raise CheckpointError(f"{path}: model_type: got {str(kind)[:80]!r}, expected a name")
-    architecture = find_architecture(raw)
-    if architecture is not None:
-        with ForeignErrors(str(path)):
-            return architecture.config.from_dict(raw)
-    try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        if hasattr(
-            config, "quantization_config"
-        ):  # read by a layout; the model is none of transformers' quantized ones
-            del config.quantization_config
-        return config
-    except FOREIGN as error:
-        if kind in CONFIG_MAPPING:
-            raise CheckpointError(f"{path}: {one_line(error)}") from error
-        raise UnsupportedError(f"{folder}: model_type {kind!r} is unknown to transformers") from error
 
 
 def _unexpected_note(names: list[str]) -> list[str]:

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapters.lora_experts import stack_paths
+from qgraft.checkpoints.folder_config import read_config_json
 from qgraft.checkpoints.folder_experts import FORMATS as EXPERT_FORMATS
 from qgraft.checkpoints.folder_experts import Together, place_experts
-from qgraft.checkpoints.folder_model import folder_digest, matrix_entries, read_config_json
+from qgraft.checkpoints.folder_model import folder_digest, matrix_entries
 from qgraft.checkpoints.heads import changed_head, head_config
 from qgraft.checkpoints.layouts import (
     LAYOUTS,

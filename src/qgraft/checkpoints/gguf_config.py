@@ -139,7 +139,7 @@ def notes_of(header: Header, file: GgufFile) -> tuple[str, ...]:
     notes: tuple[str, ...] = (
         (f"{drafts} layers that only draft tokens are not loaded; a saved file has them as they are",) if drafts else ()
     )
-    if header.get("attention.key_length_mla") is not None:
+    if header.architecture == "deepseek2" and header.get("attention.key_length_mla") is not None:
         notes += ("kv_b_proj is held as floats and takes no LoRA: the file has its keys transposed, its values apart",)
     if header.architecture == "granitemoe" and header.get(SHARED_SIZE):
         notes += ("shared_mlp.input_linear is held as floats and takes no LoRA: the file has its gate and up apart",)
@@ -167,6 +167,8 @@ def _check_sizes(header: Header, file: GgufFile) -> None:
     optional = ["attention.head_count_kv", "attention.key_length", "attention.key_length_swa", PER_LAYER,
                 "rope.dimension_count", "ssm.conv_kernel", "ssm.group_count", "ssm.state_size",
                 "ssm.time_step_rank"]  # fmt: skip
+    if TABLE[header.architecture].is_mixture:
+        required.append("expert_count")  # or transformers' defaults would be taken
     if header.get("expert_count"):
         optional += TABLE[header.architecture].experts
     if header.architecture in ("lfm2", "lfm2moe"):

@@ -63,6 +63,11 @@ class Keys:
     experts: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether every file of the architecture has experts."""
+        return bool(self.experts) and (self.other is None or self.other[0] != "expert_count")
+
     def fields_of(self, header: Header) -> dict[str, str]:
         """key -> field of the configuration, in this file."""
         return {**self.fields, **(self.experts if header.get("expert_count") else {})}

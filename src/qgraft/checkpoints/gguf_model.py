@@ -175,8 +175,10 @@ class _TensorReader:
         self.used.update(tensors.values())
         if name.endswith("_bias"):
             parts = [floats(self.file, each) for each in tensors.values()]
-            even = all(part.dim() == 2 and part.shape == parts[0].shape for part in parts)
-            return torch.stack(parts, -1).flatten(1) if self.rules.alternates and even else torch.cat(parts, -1)
+            if not all(part.dim() == 2 and part.shape == parts[0].shape for part in parts):
+                got = f"got shapes {[list(part.shape) for part in parts]}, expected biases [experts, out] of one shape"
+                raise CheckpointError(f"{self.file.path}: tensors {', '.join(tensors.values())}: {got}")
+            return torch.stack(parts, -1).flatten(1) if self.rules.alternates else torch.cat(parts, -1)
         self.matrices |= {f"{name}.{part}": Stored(each) for part, each in tensors.items()}
         return {part: self._stack(each) for part, each in tensors.items()}
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.base import base_of
 from qgraft.adapters.transformers_names import Method, speak_transformers
-from qgraft.checkpoints.folder_model import folder_config, load_folder, read_config_json
+from qgraft.checkpoints.folder_config import folder_config, read_config_json
+from qgraft.checkpoints.folder_model import load_folder
 from qgraft.checkpoints.folder_write import CONTAINER as FOLDER
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.checkpoints.gguf_model import load_gguf

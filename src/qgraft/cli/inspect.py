@@ -153,7 +153,8 @@ def _prefix(stored: Any) -> dict[str, Any]:
 def _folder(path: Path, tensors: bool) -> dict[str, Any]:
     import torch
 
-    from qgraft.checkpoints.folder_model import load_folder, read_config_json
+    from qgraft.checkpoints.folder_config import read_config_json
+    from qgraft.checkpoints.folder_model import load_folder
     from qgraft.checkpoints.shards import open_shard, shard_paths
     from qgraft.checkpoints.thudm_prefix import read_thudm
 

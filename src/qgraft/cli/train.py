@@ -192,7 +192,7 @@ def _check(arguments: "TrainArguments") -> None:
 
 def _check_kind(arguments: "TrainArguments") -> None:
     """Raise where the model is an encoder-decoder, as the config.json of its folder says, and options do not go with that."""
-    from qgraft.checkpoints.folder_model import folder_config
+    from qgraft.checkpoints.folder_config import folder_config
     from qgraft.model_parts import is_encoder_decoder
     from qgraft.training.seq2seq import check_pair_run
 

@@ -27,7 +27,7 @@ from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
 from qgraft.errors import OptionError, UnsupportedError
-from qgraft.serving.call_arguments import begun_keywords, json_at, keywords_at
+from qgraft.serving.call_arguments import begun_keywords, json_at, keywords_at, named_call, object_call
 from qgraft.serving.fields import shown
 from qgraft.serving.grammars import CallText
 
@@ -43,7 +43,6 @@ _TOOL = {
     },
 }  # fmt: skip
 _ID = "a1B2c3D4e"  # Mistral wants nine letters and digits
-_ARGUMENTS = ("arguments", "parameters")
 OPEN, CLOSE = "<think>", "</think>"
 _BEGUN = re.compile(  # of a call as an object, alone or in a list: its name, up to its arguments
     r'\[?\s*\{\s*(?:"type"\s*:\s*"function"\s*,\s*)?(?:"function"\s*:\s*\{\s*)?"name"\s*:\s*"([^"\\]+)"\s*'
@@ -96,18 +95,21 @@ class CallFormat:
         """(the text without its calls, the calls). What is none stays text."""
         if self.turn:
             return self._of_turns(text.split(self.turn), names)
-        at = text.find(self.mark) if self.mark else 0
-        if at < 0:
-            return text, ()
-        calls, place, rest = [], at, text[at:]
-        while rest:
-            found = self._one(rest, names)
-            if found is None:
+        said, calls, place, at = list[str](), list[Call](), 0, 0
+        while at < len(text) and (at := text.find(self.mark, at)) >= 0:
+            found = self._one(text[at:], names)
+            if found is not None:
+                said.append(text[place:at])
+                calls += found[0]
+                place = at = at + found[1]
+            elif not self.mark:
                 break
-            new, place = found
-            calls += new
-            rest = rest[place:]
-        return (text[:at].rstrip() if not rest.strip() else text[:at] + rest, tuple(calls)) if calls else (text, ())
+            else:
+                at += len(self.mark)
+        if not calls:
+            return text, ()
+        shown = "".join(each for each in (*said, text[place:]) if each.strip())
+        return (shown if text[place:].strip() else shown.rstrip()), tuple(calls)
 
     def _of_turns(self, parts: list[str], names: Collection[str]) -> tuple[str, tuple[Call, ...]]:
         said, calls = list[str](), list[Call]()
@@ -152,11 +154,11 @@ class CallFormat:
         if self.separate:
             found = re.compile(r"\s*" + self._named).match(text, start)
             value = None if found is None else (keywords_at if self.keywords else json_at)(text, found.end())
-            calls = [_call(found[1], value[0], names)] if found is not None and value is not None else [None]
+            calls = [named_call(found[1], value[0], names)] if found is not None and value is not None else [None]
         else:
             value = json_at(text, start)
             each = value[0] if value is not None and isinstance(value[0], list) else [value and value[0]]
-            calls = [_object_call(one, names) for one in each]
+            calls = [object_call(one, names) for one in each]
         if value is None or not calls or None in calls:
             return None
         stop = value[1]
@@ -285,23 +287,9 @@ def _json_around(text: str, at: int) -> tuple[int, int] | None:
     for start in range(at):
         if text[start] in "[{" and (value := json_at(text, start)) is not None and value[1] > at:
             each = value[0] if isinstance(value[0], list) else [value[0]]
-            if len(each) == 1 and _object_call(each[0], [_NAME]) is not None:
+            if len(each) == 1 and object_call(each[0], [_NAME]) is not None:
                 return start, value[1]
     return None
-
-
-def _object_call(value: object, names: Collection[str]) -> Call | None:
-    if not isinstance(value, dict):
-        return None
-    inner = value.get("function") if isinstance(value.get("function"), dict) else value
-    assert isinstance(inner, dict)
-    return _call(inner.get("name"), next((inner[key] for key in _ARGUMENTS if key in inner), None), names)
-
-
-def _call(name: object, arguments: object, names: Collection[str]) -> Call | None:
-    if name not in names or not isinstance(arguments, dict):
-        return None
-    return Call(str(name), json.dumps(arguments, ensure_ascii=False))
 
 
 def _is_beginning(text: str, separate: bool) -> bool:
@@ -336,6 +324,7 @@ class AnswerReader:
     _state: str = field(default="beginning", init=False)
     _held: str = field(default="", init=False)
     _thought: bool = field(default=False, init=False)
+    _is_text: bool = field(default=False, init=False)  # calls without a mark can only be at the beginning
 
     def push(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, str]:
         """(more reasoning, more content) that can be shown now.
@@ -376,7 +365,7 @@ class AnswerReader:
         if self._thought:  # the empty line behind reasoning
             self._held = self._held.lstrip("\n")
             self._thought = not self._held
-        if self.format is None or not self.names:
+        if self.format is None or not self.names or self._is_text:
             shown, self._held = self._held, ""
             return shown
         if last:
@@ -386,6 +375,7 @@ class AnswerReader:
             return shown.replace(self.format.turn, "") if self.format.turn else shown
         at = self.format.may_begin(self._held)
         shown, self._held = self._held[:at], self._held[at:]
+        self._is_text = not self.format.mark and bool(shown.strip())
         return shown
 
     def _without_cut(self, shown: str) -> str:
