@@ -1,24 +1,53 @@
-"""Where NaN and infinity come from: the base's file, the adapter, or the computation itself."""
+"""NaN and infinity: said where they come out, with where they come from: the base's file, the adapter, or the computation.
+
+No file is searched for them when it is loaded: that would read all of it. They reach every logit, so whoever looks at logits
+or a loss looks for them there.
+"""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from qgraft.adapters.base import adapter_names, base_of, find_adapter
 from qgraft.adapters.states import non_finite
-from qgraft.errors import TrainingError
+from qgraft.errors import QgraftError, TrainingError
 from qgraft.experts import PackedLayer
 from qgraft.formats import dequantize
 
 
-def check_held_out(model: nn.Module, loss: float) -> None:
-    """Raise TrainingError for a held-out loss that is no number, which says where that comes from."""
+class BrokenLogitsError(QgraftError):
+    """Logits from which no token can be taken: NaN, or nothing that is allowed."""
+
+
+def check_held_out(model: nn.Module, loss: float, otherwise: str = "lower learning_rate") -> None:
+    """Raise TrainingError for a held-out loss that is no number, which says where that comes from.
+
+    Args:
+        otherwise: what helps where all weights are numbers.
+    """
     if not math.isfinite(loss):
         raise TrainingError(
             f"the held-out loss is {loss}",
-            hint=where_it_comes_from(model) or "weights are numbers, so the computation overflows: lower learning_rate",
+            hint=where_it_comes_from(model) or f"weights are numbers, so the computation overflows: {otherwise}",
         )
+
+
+class _Numbers(LogitsProcessor):
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if bool(scores.isnan().any()):
+            raise BrokenLogitsError("the model's logits are NaN, so no answer can be written",
+                                    hint=where_it_comes_from(self.model))  # fmt: skip
+        return scores
+
+
+def of_numbers(model: nn.Module) -> LogitsProcessorList:
+    """What generate() takes as logits_processor to raise BrokenLogitsError for NaN, of which it would write the token 0."""
+    return LogitsProcessorList([_Numbers(model)])
 
 
 def where_it_comes_from(model: nn.Module) -> str | None:

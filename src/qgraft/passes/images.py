@@ -23,6 +23,7 @@ from qgraft.data.image_samples import ImageSample, process, require_processor
 from qgraft.data.pictures import Picture
 from qgraft.errors import DataError
 from qgraft.model_parts import argument_names
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.limits import context_length
 from qgraft.passes.loss import as_they_are, weighted_cross_entropy
 from qgraft.passes.pairs import tried_together
@@ -101,7 +102,7 @@ def generate_seen(model: PreTrainedModel, text: str, images: Sequence[Picture], 
                         "answer", hint="give fewer or smaller images, or a shorter question")  # fmt: skip
     if context is not None:
         told["max_new_tokens"] = min(told["max_new_tokens"], context - length)
-    return length, generate(**given, **told)[0, length:].tolist()
+    return length, generate(**given, **{"logits_processor": of_numbers(model), **told})[0, length:].tolist()
 
 
 @contextmanager
