@@ -10,6 +10,7 @@
     keeps_state                                whether padding would be learned or remembered
     mixes_neighbours                           whether a token also sees others by a way that is not attention
     is_encoder_decoder                         whether one part reads and another one writes
+    sees_what_comes                            whether it reads in both directions, and so cannot write
     task_of, heads_of, labels_of               whether it classifies texts or their tokens, what does so, and what as
     language_of, vision_of                     of a model that sees images, the part that reads text, and the others
 
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from qgraft.errors import UnsupportedError
 
@@ -176,6 +178,18 @@ def context_of(model: nn.Module) -> int | None:
 def is_encoder_decoder(config: PreTrainedConfig | None) -> bool:
     """Whether this is of a model whose encoder reads one sequence, and whose decoder writes another one (T5, BART)."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def sees_what_comes(config: PreTrainedConfig) -> bool:
+    """Whether a model of this configuration attends in both directions, though transformers has it write too (BERT, XLM).
+
+    transformers makes a decoder of an encoder that `is_decoder` (XLM: `causal`), and warns of one that is not. Decoders that
+    are nothing else may have `is_decoder=False` in their configurations, too: it is read of no other architectures.
+    """
+    fills_gaps = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(config.model_type, "")  # BART's by an encoder and a decoder
+    if not fills_gaps.endswith(("ForMaskedLM", "WithLMHeadModel")) and config.model_type != "bert-generation":
+        return False
+    return not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
 def peft_task(model: nn.Module) -> str | None:

@@ -1,5 +1,6 @@
 """load_folder: folders written by transformers, against transformers models with the same (dequantized) weights."""
 
+import copy
 import gc
 import json
 import weakref
@@ -368,3 +369,39 @@ def test_loaded_linears_are_quantized_modules(folder: Path) -> None:
     model, _ = load_folder(folder, torch.float32)
     assert not [path for path, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     assert isinstance(model.get_output_embeddings(), QuantizedLinear)
+
+
+ENCODER = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+}
+ENCODERS = {
+    "roberta": (transformers.RobertaConfig(**ENCODER), {"is_decoder": True}),
+    "xlm": (transformers.XLMConfig(vocab_size=50, emb_dim=16, n_layers=1, n_heads=2), {"causal": True}),
+    "bert-generation": (transformers.BertGenerationConfig(**ENCODER), {"is_decoder": True}),
+}
+
+
+@pytest.mark.parametrize("writes", [False, True])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_an_encoder_is_no_decoder(tmp_path: Path, kind: str, writes: bool) -> None:
+    """Refused is exactly a model that says other things of a token where another one follows it, by its own pass."""
+    config, decodes = copy.deepcopy(ENCODERS[kind])
+    for name, value in decodes.items():
+        setattr(config, name, value if writes else False)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[7, 8, 9, 10], [7, 8, 9, 11]])
+    with torch.no_grad():
+        one, other = model(ids).logits[:, 1]
+    assert torch.equal(one, other) == writes
+    if writes:
+        assert torch.equal(logits(load_folder(tmp_path, torch.float32)[0], ids), logits(model, ids))
+    else:
+        with pytest.raises(UnsupportedError, match=f"{kind}: an encoder") as refused:
+            load_folder(tmp_path, torch.float32)
+        assert "SEQ_CLS" in str(refused.value.hint)

@@ -13,7 +13,8 @@ from transformers import (
 )
 
 from qgraft.errors import OptionError
-from qgraft.serving.sampling import BrokenLogitsError, Sampler, Sampling
+from qgraft.passes.broken import BrokenLogitsError
+from qgraft.serving.sampling import Sampler, Sampling
 
 
 @pytest.mark.parametrize(

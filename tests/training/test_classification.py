@@ -265,7 +265,7 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(OptionError, match="no labels are given"):
         qgraft.load(folder, task_type="SEQ_CLS")
     model, tokenizer = loaded(folder)
-    with pytest.raises(DataError, match="does not know: ugly"):
+    with pytest.raises(DataError, match=r"does not know: ugly[^?]*load\(\.\.\., labels="):
         qgraft.train(model, tokenizer, [*rows_of(4), {"text": "a", "label": "ugly"}], arguments(tmp_path / "a"))
     for options in ({"stage": "dpo"}, {"pre_seq_len": 4}, {"template": "plain"}, {"memory_limit": "1GB"}):
         with pytest.raises(QgraftError):
@@ -276,6 +276,22 @@ def test_what_is_refused(folder, tmp_path):
     with pytest.raises(AdapterError, match="labels: it tells bad, good apart"):
         qgraft.load_adapter(other, tmp_path / "adapter")
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", [{"source_prefix": "x"}, {"train_on_prompt": True}, {"enable_thinking": False}, {"stage": "dpo"},
+              {"columns": {"prompt": "text", "history": "label"}}, {"max_target_length": 4}]
+)  # fmt: skip
+def test_what_a_classifier_does_not_read_is_refused(folder, asked):
+    with pytest.raises(OptionError, match="reads texts as they are"):
+        qgraft.evaluate(*loaded(folder), rows_of(4), **asked)
+
+
+@pytest.mark.parametrize("label", [10**400, True, float("inf"), "much"])
+def test_what_is_no_number_is_refused(folder, label):
+    model, tokenizer = loaded(folder, labels=["size"], problem_type="regression")
+    with pytest.raises(DataError, match="is no number"):
+        qgraft.evaluate(model, tokenizer, [{"text": "a", "label": label}])
 
 
 def test_macro_f1_is_that_of_scikit_learn():

@@ -38,6 +38,7 @@ from qgraft.model_parts import (
     heads_of,
     is_encoder_decoder,
     is_within,
+    sees_what_comes,
     stated_task,
     task_of,
 )
@@ -111,6 +112,11 @@ def settle_task(config: PreTrainedConfig, task: Task, tokenizer: PreTrainedToken
         writes = SEQUENCE_TO_SEQUENCE if is_encoder_decoder(config) else CAUSAL
         if task.task_type not in (None, writes):
             raise OptionError(f"task_type={wanted!r}: {config.model_type} is loaded for {writes}")
+        if sees_what_comes(config):
+            raise UnsupportedError(
+                f"{config.model_type}: an encoder, as config.json does not say is_decoder; it reads a text in both "
+                "directions, and would see the answers that it is to write", hint=f"as a classifier: {_asks()}"
+            )  # fmt: skip
         if stated != CAUSAL:
             config.architectures = None
         return []

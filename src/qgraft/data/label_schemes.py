@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qgraft.data.labelled import Label
 from qgraft.data.messages import Conversation
-from qgraft.errors import DataError, near_match, option
+from qgraft.errors import DataError, near_match, option, worded
 
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
 MOST_SHOWN = 12
@@ -58,7 +58,11 @@ class LabelScheme:
             raise DataError(
                 f"labels that the model does not know: {', '.join(unknown[:MOST_SHOWN])}; it tells apart: {known}",
                 hint=near_match(unknown[0], list(self.names))
-                or f"take these rows out, or name all labels from the beginning on: {option('labels', 'a,b,c')}",
+                or "take these rows out; all labels are named "
+                + worded(
+                    flags="when an adapter is trained: qgraft train --labels a,b,c",
+                    python="when the model is loaded: load(..., labels=['a', 'b', 'c'])",
+                ),
             )
 
 
@@ -158,8 +162,8 @@ def _listed(label: Label) -> list[Label]:
 def _number(label: Label) -> float:
     """A number, also of a text that is one. Raises DataError."""
     try:
-        value = float(label) if isinstance(label, str | int | float) else math.nan
-    except ValueError:
+        value = float(label) if isinstance(label, str | int | float) and not isinstance(label, bool) else math.nan
+    except (ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
         raise DataError(f"problem_type {NUMBER}: the label {str(label)[:40]!r} is no number")

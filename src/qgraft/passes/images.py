@@ -27,6 +27,7 @@ from qgraft.data.pictures import Picture
 from qgraft.errors import DataError
 from qgraft.linear import computing
 from qgraft.model_parts import argument_names, decoder_states, has_decoder
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.decoder import JUDGED, Head, evaluating, output_head
 from qgraft.passes.limits import context_length
 from qgraft.passes.loss import as_they_are, weighted_cross_entropy
@@ -120,7 +121,7 @@ def generate_seen(model: PreTrainedModel, text: str, images: Sequence[Picture], 
                         "answer", hint="give fewer or smaller images, or a shorter question")  # fmt: skip
     if context is not None:
         told["max_new_tokens"] = min(told["max_new_tokens"], context - length)
-    return length, generate(**given, **told)[0, length:].tolist()
+    return length, generate(**given, **{"logits_processor": of_numbers(model), **told})[0, length:].tolist()
 
 
 @contextmanager

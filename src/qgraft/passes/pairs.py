@@ -27,6 +27,7 @@ from qgraft.data.pairs import PairSample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
 from qgraft.model_parts import computed_dtype
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
 from qgraft.passes.loss import as_they_are, weighted_cross_entropy
 
@@ -106,7 +107,7 @@ def generate_targets(model: PreTrainedModel, sources: Sequence[list[int]], **tol
     batch = collate_pairs([PairSample(ids, [0], "") for ids in sources], pad_of(model))
     given = {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
     generate: Any = model.generate
-    return [ids[1:] for ids in generate(**given, **told).tolist()]
+    return [ids[1:] for ids in generate(**given, **{"logits_processor": of_numbers(model), **told}).tolist()]
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, decode_answer, encode_prompt, resolve_template
 from qgraft.errors import DataError, UnsupportedError
 from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import context_length, stated_ends
 from qgraft.passes.pairs import generate_targets
@@ -97,8 +98,9 @@ def answer(
     generate: Any = model.generate
     with torch.inference_mode():
         output = generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), streamer=streaming and streaming(shown), **told
-        )
+            input_ids, attention_mask=torch.ones_like(input_ids), streamer=streaming and streaming(shown),
+            **{"logits_processor": of_numbers(model), **told},
+        )  # fmt: skip
     said = output[0, len(prompt) :].tolist()
     ids = until_end(said, ends)
     full = len(ids) == len(said) == room < max_new_tokens

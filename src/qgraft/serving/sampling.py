@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qgraft.errors import OptionError, QgraftError
+from qgraft.errors import OptionError
+from qgraft.passes.broken import BrokenLogitsError
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
 
 _PENALTY = Range(-2, 2)
@@ -29,10 +30,6 @@ _BIAS = Range(-100, 100)  # OpenAI's
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
 LIKELIEST = 512  # tokens among which the cuts are looked for first
-
-
-class BrokenLogitsError(QgraftError):
-    """Logits from which no token can be taken: NaN, or nothing that is allowed."""
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.passes.broken import check_held_out
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -80,7 +81,7 @@ def evaluate(
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
-    Raises DataError when the dataset cannot be read or holds no answers.
+    Raises DataError when the dataset cannot be read or holds no answers, TrainingError for a loss that is no number.
     """
     check_pair(model, tokenizer)
     sides = {"max_source_length": max_source_length, "max_target_length": max_target_length}
@@ -92,9 +93,9 @@ def evaluate(
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
+    asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
+             "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
     if is_encoder_decoder(model.config):
-        asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
-                 "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
         check_pair_options(asked)
         written = PairOptions(source_prefix, *(min(longest or limit, limit) for longest in sides.values()))
         return _of_pairs(model, tokenizer, read_dataset(dataset, dataset_dir, **reading), written, progress)
@@ -104,21 +105,22 @@ def evaluate(
         "chatglm": ChatGlmOptions(max_source_length, max_target_length, "history" in (columns or ()), False, source_prefix),
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
-        _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking, **sides)
+        response = (columns or {}).get("response")
+        _refuse_of_writers({**asked, **sides, "source_prefix": source_prefix, "response_column": response})
         labelled = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
         return _of_labels(model, tokenizer, labelled, classifier, limit)
     if options is not None:
         rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
         preferences = build_preferences(tokenizer, rows, accounting, **learning)
         preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
-        return _accounted(evaluate_preferences(model, preferences, options), accounting)
+        return _accounted(model, evaluate_preferences(model, preferences, options), accounting)
     conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
         return _evaluate_seen(model, (conversations, accounting), chosen, limit, system, source_prefix, progress)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
-        return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+        return _accounted(model, evaluate_samples(model, samples, passed=passed), accounting)
 
 
 def _of_labels(
@@ -127,8 +129,7 @@ def _of_labels(
 ) -> LabelEvaluation:  # fmt: skip
     """The same of a classifier."""
     texts = build_label_samples(tokenizer, *read, classifier.scheme, tokens=classifier.words, max_length=limit)
-    counted = evaluate_labelled(model, texts, classifier)
-    return replace(counted, dropped=sum(read[1].dropped.values()), truncated=read[1].truncated)
+    return _accounted(model, evaluate_labelled(model, texts, classifier), read[1])
 
 
 def _of_pairs(
@@ -138,7 +139,7 @@ def _of_pairs(
     """The same of an encoder-decoder, whose rows are pairs."""
     pairs = build_pairs(tokenizer, *read, written)
     with _shown(len(pairs), progress) as passed:
-        return _accounted(evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
+        return _accounted(model, evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
 
 
 def _evaluate_seen(
@@ -149,14 +150,15 @@ def _evaluate_seen(
     told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
     samples, accounting = samples_of(model, rows, template, limit, told)
     with _shown(len(samples), progress) as passed:
-        return _accounted(evaluate_padded(model, IMAGES, samples, passed=passed), accounting)
+        return _accounted(model, evaluate_padded(model, IMAGES, samples, passed=passed), accounting)
 
 
-Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation)
+Measure = TypeVar("Measure", Evaluation, PreferenceEvaluation, LabelEvaluation)
 
 
-def _accounted(found: Measure, accounting: Accounting) -> Measure:
-    """With what became of the dataset's rows."""
+def _accounted(model: PreTrainedModel, found: Measure, accounting: Accounting) -> Measure:
+    """With what became of the dataset's rows. Raises TrainingError for a loss that is no number."""
+    check_held_out(model, found.loss, "compute in float32")
     return replace(found, dropped=sum(accounting.dropped.values()), truncated=accounting.truncated)
 
 
@@ -170,9 +172,10 @@ def _shown(total: int, progress: bool | Console | None) -> Iterator[Callable[[in
         yield lambda count: display.advance(task, count)
 
 
-def _refuse_of_writers(stage: str, **said: Any) -> None:
+def _refuse_of_writers(asked: Mapping[str, Any]) -> None:
     """Raise OptionError for what is of models that write."""
-    given = [name for name, value in said.items() if value is not None] + ([f"stage={stage}"] if stage != "sft" else [])
+    unsaid = {"stage": "sft", "source_prefix": "", "train_on_prompt": False}
+    given = [f"{name}={value}" for name, value in asked.items() if value != unsaid.get(name)]
     if given:
         raise OptionError(f"{', '.join(given)}: the model is a classifier, which reads texts as they are")
 

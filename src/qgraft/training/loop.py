@@ -9,7 +9,7 @@ run() does these in turn. Several runs on one base take begin_step and end_step 
 
 Callbacks hear and ask what they do in transformers' Trainer (events.py), but for two things:
 
-    NaN        a step whose loss or gradient is not finite is skipped and counted; three in a row end the run
+    NaN        a step whose loss or gradient is not finite is skipped and counted; three in a row, or all, end the run
     epoch end  on_epoch_end comes right after on_step_end of an epoch's last step, and then all that both ask for is done
                at once, saving last: a run that goes on from that checkpoint has lost no evaluation
 """
@@ -34,9 +34,9 @@ from qgraft.compat import activation_checkpointing
 from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
+from qgraft.passes.broken import check_held_out, where_it_comes_from
 from qgraft.training.adapter import learning_rates, take_trained, trained_parameters
 from qgraft.training.arguments import TrainArguments
-from qgraft.training.broken import check_held_out, where_it_comes_from
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import (
     HELD_OUT,
@@ -290,10 +290,12 @@ class TrainingLoop:
         self.progress.skipped += 1
         self.progress.skipped_in_a_row += 1
         self.optimization.gradients.drop()
-        if self.progress.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        row = self.progress.skipped_in_a_row
+        if row >= min(MAX_SKIPPED_IN_A_ROW, self.plan.steps):  # of a shorter run, all
+            times = f"{row} times in a row" if row > 1 else "in the only step"
             raise TrainingError(
-                f"step {self.events.state.global_step}: loss or gradient was NaN or infinite {MAX_SKIPPED_IN_A_ROW} times "
-                "in a row; the adapter was not changed by these steps",
+                f"step {self.events.state.global_step}: loss or gradient was NaN or infinite {times}; the adapter was not "
+                "changed by that",
                 hint=where_it_comes_from(self.model)
                 or "lower learning_rate, or resume from the last checkpoint; look for broken rows in the dataset",
             )

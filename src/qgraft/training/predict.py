@@ -37,6 +37,7 @@ from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError, option
 from qgraft.model_parts import CAUSAL, CLASSIFIERS, argument_names, is_encoder_decoder, keeps_state, task_of, vision_of
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -354,5 +355,5 @@ def _generate(
     mask = {"attention_mask": seen_BT} if takes_padding(model) else {}
     generate: Any = model.generate
     with torch.inference_mode():
-        output_BT = generate(ids_BT, **mask, pad_token_id=pad, **told)
+        output_BT = generate(ids_BT, **mask, pad_token_id=pad, logits_processor=of_numbers(model), **told)
     return [row[longest:] for row in output_BT.tolist()]

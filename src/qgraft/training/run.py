@@ -29,11 +29,11 @@ from qgraft.data.tokenizing import samples_sha256
 from qgraft.errors import OptionError, option
 from qgraft.locks import folder_locked
 from qgraft.memory.budget import evaluation_tokens
+from qgraft.passes.broken import check_held_out
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
 from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_rows, take_saved
 from qgraft.training.arguments import TrainArguments, changed_arguments
-from qgraft.training.broken import check_held_out
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
 from qgraft.training.classification import METRICS as OF_LABELS
