@@ -1,4 +1,4 @@
-"""A GPU that is pretended: its tensors lie in the CPU's memory, but they say `cuda:0`, and what a GPU would refuse is refused.
+"""A pretended GPU: its tensors lie in the CPU's memory, but they say `cuda:0`, and what a GPU would refuse is refused.
 
 `OnGpu` is a tensor that holds another one. Every operation computes with what it holds, after it was looked at:
 
@@ -175,9 +175,6 @@ class PretendedGpu:
             place = GPU if on_gpu else CPU
         if packet is aten._to_copy:
             place = getattr(self._place, "move", None) or place
-        generator = kwargs.get("generator")
-        if generator is not None and getattr(generator, "place", CPU) != place:
-            raise DeviceMixed(f"{func}: a generator of {generator.device} for a tensor of {place}")
         if on_gpu or place is GPU:
             self._look(packet, args, kwargs, on_gpu, on_cpu, place)
         given = {name: value for name, value in kwargs.items() if name not in ("pin_memory", "non_blocking")}
@@ -315,8 +312,13 @@ class _Called(TorchFunctionMode):
             kwargs = {**kwargs, "device": CPU}
         if kwargs.get("pin_memory"):
             kwargs = {**kwargs, "pin_memory": False}
+        generator = kwargs.get("generator")
+        if generator is not None and getattr(generator, "place", CPU) != (GPU if gpu else CPU):
+            raise DeviceMixed(f"{func}: a generator of {generator.device} for a tensor of the other device")
         with self.gpu.placing(GPU if gpu else CPU):
             out = func(*args, **kwargs)
+        if kwargs.get("out") is not None:
+            return kwargs["out"]
         if gpu and func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor) and type(out) is Tensor:
             if out.numel() > 1:
                 self.gpu.wait("numbers of Python")
@@ -365,14 +367,15 @@ def _varlen_attn(
     assert all(isinstance(each, OnGpu) for each in (query, key, value, cu_seq_q, cu_seq_k))
     assert cu_seq_q.dtype == torch.int32 and query.dtype in (torch.bfloat16, torch.float16)
     assert query.shape[1] == key.shape[1] and window_size[1] == 0
-    outs, bounds = [], cu_seq_q.held.tolist()  # type: ignore[attr-defined]
-    for start, stop in zip(bounds, bounds[1:], strict=False):
-        q, k, v = (each[start:stop].transpose(0, 1)[None].float() for each in (query, key, value))
-        distance = torch.arange(stop - start, device=q.device)[:, None] - torch.arange(stop - start, device=q.device)
-        seen = (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
-        outs.append(out[0].transpose(0, 1).to(query.dtype))
-    return torch.cat(outs) if outs else query
+    at_T = torch.arange(len(query), device=query.device)
+    sample_T = torch.searchsorted(
+        cu_seq_q, at_T, right=True
+    )  # on the GPU, or a graph would know the bounds of one batch
+    distance = at_T[:, None] - at_T
+    seen = (sample_T[:, None] == sample_T) & (distance >= 0) & ((distance <= window_size[0]) | (window_size[0] < 0))
+    q, k, v = (each.transpose(0, 1)[None].float() for each in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+    return out[0].transpose(0, 1).to(query.dtype)
 
 
 @contextlib.contextmanager
@@ -412,15 +415,17 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
 
     properties = SimpleNamespace(total_memory=MEMORY, multi_processor_count=132, major=9, minor=0, name="pretended")
     answers: dict[str, Any] = {
-        "is_available": lambda: True, "is_initialized": lambda: False, "current_device": lambda: 0,
-        "device_count": lambda: 1, "set_device": lambda *_: None, "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
-        "get_device_name": lambda *_: "pretended", "is_bf16_supported": lambda *_, **__: True, "empty_cache": lambda: None,
-        "mem_get_info": lambda *_: (MEMORY, MEMORY), "memory_allocated": lambda *_: 1 << 30, "synchronize": lambda *_: None,
-        "max_memory_allocated": lambda *_: 1 << 30, "memory_reserved": lambda *_: 1 << 30, "_lazy_init": lambda: None,
-        "reset_peak_memory_stats": lambda *_: None, "set_rng_state": lambda *_: None,
-        "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8), "manual_seed": lambda *_: None, "manual_seed_all": lambda *_: None,
-        "graph_pool_handle": lambda: (0, 0), "is_current_stream_capturing": lambda: gpu.graph is not None, "CUDAGraph": Graph, "graph": recording, "current_stream": lambda *_: None,
-        "stream": lambda _: contextlib.nullcontext(), "default_generators": (Generator(GPU),),
+        **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_: 1 << 30),
+        **dict.fromkeys(("_lazy_init", "empty_cache", "synchronize", "reset_peak_memory_stats", "set_device", "manual_seed",
+                         "manual_seed_all", "set_rng_state", "current_stream"), lambda *_: None),
+        "is_available": lambda: True, "is_initialized": lambda: False, "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
+        "get_device_name": lambda *_: "pretended", "is_bf16_supported": lambda *_, **__: True,
+        "mem_get_info": lambda *_: (MEMORY, MEMORY), "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
+        "graph_pool_handle": lambda: (0, 0), "CUDAGraph": Graph, "graph": recording,
+        "is_current_stream_capturing": lambda: gpu.graph is not None, "stream": lambda _: contextlib.nullcontext(),
+        "default_generators": (Generator(GPU),),
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as last:
         for name, answer in answers.items():

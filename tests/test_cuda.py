@@ -289,7 +289,7 @@ def test_decoded_tokens_are_those_of_the_models_own_pass(
                 assert near(got, own(0, mixes[0])[t]), t
             decoder = vars(model.model)["forward"]
             states = decoder.structures.network.structures._states
-            assert len(states) == 1 and all(state._graph is not None for state in states.values())
+            assert len(states) == 1 and all(state._replay is not None for state in states.values())
         qgraft.use_adapter(model, None)
         memory, native = KeyValues(12 * BLOCK), NativeTexts(model)
         expected = [own(n, mix) for n, mix in enumerate(mixes)]

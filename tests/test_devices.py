@@ -17,6 +17,9 @@ from torch import Tensor
 import qgraft
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
+from qgraft.formats import FORMATS
+from qgraft.formats import dequantize as packed_dequantize
+from qgraft.kernels import dequantize, linear, linear_grad_input
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss
@@ -24,11 +27,13 @@ from qgraft.passes.loss import batch_loss
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(10)]
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i % 3}", "rejected": f"no {i % 4}"} for i in range(10)]
 SINGLE = [{"prompt": f"question {i}", "completion": f"yes {i % 3}", "label": i % 2 == 0} for i in range(10)]
-TOKENS = [{"instruction": "call", "output": "<tool> ab </tool>"}, {"instruction": "who", "output": "<tool>b</tool>"}] * 5
+TOKENS = [
+    {"instruction": "call", "output": "<tool> ab </tool>"},
+    {"instruction": "who", "output": "<tool>b</tool>"},
+] * 5
 TRANSLATED = [{"instruction": f"the service was {word}", "output": word} for word in ("good", "bad")] * 5
 STEPS = {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "r": 2, "save_strategy": "no",
          "plot_loss": False, "val_size": 2, "lr_scheduler_type": "constant"}  # fmt: skip
-NEW_TYPES = (Q.IQ4_NL, Q.IQ4_XS, Q.MXFP4, Q.Q2_K, Q.Q3_K, Q.TQ2_0)
 
 
 def test_what_a_gpu_refuses_is_refused_and_what_it_is_waited_for_is_noted() -> None:
@@ -39,7 +44,12 @@ def test_what_a_gpu_refuses_is_refused_and_what_it_is_waited_for_is_noted() -> N
         assert x.is_cuda and layer.weight.device == x.device and isinstance(x * 2 + 1.0, OnGpu)
         layer(x).sum().backward()
         assert layer.weight.grad is not None and layer.weight.grad.is_cuda and not gpu.waits
-        for mixed in (lambda: x + on_cpu, lambda: torch.cat([x, on_cpu]), lambda: layer(on_cpu), lambda: x.add_(on_cpu)):
+        for mixed in (
+            lambda: x + on_cpu,
+            lambda: torch.cat([x, on_cpu]),
+            lambda: layer(on_cpu),
+            lambda: x.add_(on_cpu),
+        ):
             with pytest.raises(DeviceMixed):
                 mixed()
         with pytest.raises(DeviceMixed):
@@ -49,10 +59,11 @@ def test_what_a_gpu_refuses_is_refused_and_what_it_is_waited_for_is_noted() -> N
         assert not gpu.waits
         expected = []
         for what, wait in (
-            ("copy to the CPU", x.cpu), ("_local_scalar_dense", x.sum().item), ("_local_scalar_dense", lambda: bool(x[0, 0])),
-            ("tolist", x.tolist), ("nonzero", x.nonzero), ("mask", lambda: x[x > 0]), ("numbers of Python", lambda: x.new_tensor([1, 2])),
-            ("copy from the CPU", lambda: on_cpu.to("cuda")), ("copy from the CPU", lambda: x.copy_(on_cpu)),
-            ("numbers of Python", lambda: torch.tensor([1, 2], device="cuda")), ("equal", lambda: torch.equal(x, x)),
+            ("copy to the CPU", x.cpu), ("tolist", x.tolist), ("nonzero", x.nonzero), ("mask", lambda: x[x > 0]),
+            ("_local_scalar_dense", x.sum().item), ("_local_scalar_dense", lambda: bool(x[0, 0])),
+            ("numbers of Python", lambda: x.new_tensor([1, 2])), ("copy from the CPU", lambda: on_cpu.to("cuda")),
+            ("copy from the CPU", lambda: x.copy_(on_cpu)), ("equal", lambda: torch.equal(x, x)),
+            ("numbers of Python", lambda: torch.tensor([1, 2], device="cuda")),
         ):  # fmt: skip
             wait()
             expected.append(what)
@@ -126,7 +137,6 @@ def losses(folder: Path) -> list[float]:
 
 
 FEATURES: dict[str, tuple[str, Any, dict[str, Any]]] = {
-    "graphs": ("llama", ROWS, {"max_steps": 5, "cuda_graphs": "yes"}),
     "qwen35": ("qwen35", ROWS[:3], {"val_size": 1}),
     "mixture": ("qwen3moe", ROWS, {"target_parameters": "mlp.experts.gate_up_proj,mlp.experts.down_proj"}),
     "neftune": ("llama", ROWS, {"neftune_noise_alpha": 5.0}),
@@ -144,19 +154,97 @@ FEATURES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "projected prefix": ("llama", ROWS, {"pre_seq_len": 4, "prefix_projection": True}),
     "checkpointing": ("llama", ROWS, {"gradient_checkpointing": True}),
 }
+TYPES = {"exact": (Q.Q4_1,)}
+
+
+def alike(tmp_path: Path, expected: Any, got: Any) -> None:
+    assert got.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], rel=0.1, abs=0.02)
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.1, abs=0.02)
+
+
+def both(path: Any, rows: Any, tmp_path: Path, load: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """A run on the CPU and one on the pretended GPU: the same losses. Its model, tokenizer and report."""
+    expected = run("cpu", path, rows, tmp_path / "cpu", load, options)[2]
+    with pretended_gpu() as gpu:
+        model, tokenizer, got = run("cuda", path, rows, tmp_path / "gpu", load, options)
+        for (what, where), count in Counter(gpu.waits).most_common(12):
+            print(count, what, where)
+    alike(tmp_path, expected, got)
+    return model, tokenizer, got
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_run(feature: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
     architecture, rows, options = FEATURES[feature]
-    path = tiny_gguf(architecture).path
+    path = tiny_gguf(architecture, **({"types": TYPES[feature]} if feature in TYPES else {})).path
     if options.get("stage") == "distill":
-        options = {**options, "teacher_model_name_or_path": str(path)}
-    _, _, expected = run("cpu", path, rows, tmp_path / "cpu", {}, options)
+        options = {**options, "teacher_model_name_or_path": str(tiny_gguf(architecture, seed=3).path)}
+    both(path, rows, tmp_path, {}, options)
+
+
+@pytest.mark.parametrize(
+    "name", [name if name == "iq3_s" else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
+)
+def test_every_format_by_the_reference(name: str, random_packed: Callable[..., Any]) -> None:
+    packed, x = random_packed(name, 33, 512), torch.randn(5, 512)
+    weight, y, gx = packed_dequantize(packed), linear(x, packed), linear_grad_input(torch.ones(5, 33), packed)
     with pretended_gpu() as gpu:
-        _, _, got = run("cuda", path, rows, tmp_path / "gpu", {}, options)
-        for (what, where), count in Counter(gpu.waits).most_common(12):
-            print(count, what, where)
-    assert got.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], rel=0.1)
-    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.1, abs=0.02)
+        moved, x_gpu = packed.map(lambda part: part.to("cuda")), x.to("cuda")
+        gpu.waits.clear()
+        got = (dequantize(moved), linear(x_gpu, moved), linear_grad_input(torch.ones(5, 33, device="cuda"), moved))
+        assert not gpu.waits
+    for mine, expected in zip(got, (weight, y, gx), strict=True):
+        torch.testing.assert_close(mine.held, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_passes_are_recorded_and_replayed(tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    path, options = tiny_gguf("llama").path, {"max_steps": 5, "per_device_train_batch_size": 3}
+    expected = run("cpu", path, ROWS, tmp_path / "cpu", {}, options)[2]
+    with pretended_gpu():
+        got = run("cuda", path, ROWS, tmp_path / "gpu", {}, {**options, "cuda_graphs": "yes"})[2]
+    assert any("replayed" in note for note in got.notes), got.notes
+    alike(tmp_path, expected, got)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_pairs(kind: str, tmp_path: Path) -> None:
+    tiny_pairs.write_pairs_model(kind, tmp_path / "model")
+    both(tmp_path / "model", TRANSLATED, tmp_path, {"quantize": "q8_0"}, {"target_modules": "all-linear"})
+
+
+@pytest.mark.slow
+def test_a_classifier(tmp_path: Path) -> None:
+    folder = tiny_classifiers.write_encoder(tmp_path)
+    rows, names = tiny_classifiers.rows_of(12), {"task_type": "SEQ_CLS", "labels": ["good", "bad"]}
+    model, tokenizer, _ = both(folder, rows, tmp_path, {**names, "quantize": "q8_0"}, {"learning_rate": 1e-3})
+    with pretended_gpu():
+        assert "accuracy" in qgraft.evaluate(model, tokenizer, rows).metrics
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3"])
+def test_images(kind: str, tmp_path: Path) -> None:
+    tiny_images = pytest.importorskip("tiny_images")
+    tiny_images.write_image_model(kind, tmp_path / "model")
+    rows = [{"messages": [{"role": "user", "content": [{"type": "image", "image": tiny_images.picture(number)},
+                                                       {"type": "text", "text": f"what is {number}?"}]},
+                          {"role": "assistant", "content": "red and blue"}]} for number in range(4)]  # fmt: skip
+    both(tmp_path / "model", rows, tmp_path, {}, {"val_size": 1})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["auto", "nearest"])
+def test_a_merge(method: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
+    """Its rows come from the run, and its calibration is taken on the GPU."""
+    path = tiny_gguf("llama", types=(Q.Q4_0,)).path
+    with pretended_gpu():
+        model, tokenizer, _ = run("cuda", path, ROWS, tmp_path / "out", {}, {"max_steps": 4})
+        report = qgraft.merge(model, tokenizer, calibration=ROWS, method=method, min_retained=-1e9)
+        qgraft.save(model, tmp_path / "merged.gguf")
+    assert report.kept is not None
+    assert torch.isfinite(
+        qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](torch.arange(3, 20)[None]).logits
+    ).all()
