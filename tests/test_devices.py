@@ -17,9 +17,6 @@ from torch import Tensor
 import qgraft
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
-from qgraft.formats import FORMATS
-from qgraft.formats import dequantize as packed_dequantize
-from qgraft.kernels import dequantize, linear, linear_grad_input
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss
@@ -181,21 +178,6 @@ def test_a_run(feature: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> N
     if options.get("stage") == "distill":
         options = {**options, "teacher_model_name_or_path": str(tiny_gguf(architecture, seed=3).path)}
     both(path, rows, tmp_path, {}, options)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name == "iq3_s" else pytest.param(name, marks=pytest.mark.slow) for name in FORMATS]
-)
-def test_every_format_by_the_reference(name: str, random_packed: Callable[..., Any]) -> None:
-    packed, x = random_packed(name, 33, 512), torch.randn(5, 512)
-    weight, y, gx = packed_dequantize(packed), linear(x, packed), linear_grad_input(torch.ones(5, 33), packed)
-    with pretended_gpu() as gpu:
-        moved, x_gpu = packed.map(lambda part: part.to("cuda")), x.to("cuda")
-        gpu.waits.clear()
-        got = (dequantize(moved), linear(x_gpu, moved), linear_grad_input(torch.ones(5, 33, device="cuda"), moved))
-        assert not gpu.waits
-    for mine, expected in zip(got, (weight, y, gx), strict=True):
-        torch.testing.assert_close(mine.held, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
