@@ -183,17 +183,16 @@ class PretendedGpu:
         elif "device" in given:
             place = CPU
         args, given = tree_map(held, args), tree_map(held, given)
-        if packet is aten.mm and "dtype" in func._overloadname:  # of two dtypes, which the CPU has not
-            func, args = aten.mm.default, (args[0].to(args[2]), args[1].to(args[2]))
-        out = self._run(func, args, given)
+        of_two = packet is aten.mm and "dtype" in func._overloadname
+        out = self._run(func._schema, _mm_of_two_dtypes if of_two else func, args, given)
         return self._placed(func, out, tensors, args, place)
 
-    def _run(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, schema: Any, func: Any, args: Any, kwargs: Any) -> Any:
         if self.graph is None:
             return func(*args, **kwargs)
         written = [
             args[place] if place < len(args) else kwargs.get(argument.name)
-            for place, argument in enumerate(func._schema.arguments)
+            for place, argument in enumerate(schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         ]
         self.graph.keep([each for each in tree_leaves(written) if isinstance(each, Tensor)])
@@ -228,6 +227,11 @@ class PretendedGpu:
             waits = not (args[2] if len(args) > 2 else kwargs.get("non_blocking"))
             if from_gpu != to_gpu and waits and (from_gpu or source.numel() > 1):
                 self.wait("copy from the CPU" if to_gpu else "copy to the CPU")
+
+
+def _mm_of_two_dtypes(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """aten.mm.dtype, which the CPU has not."""
+    return aten.mm(a.to(dtype), b.to(dtype))
 
 
 class Graph:

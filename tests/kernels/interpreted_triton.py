@@ -402,7 +402,7 @@ def test_new_tokens_there_are_recorded_and_replayed(tiny_gguf: Callable[..., Any
     ids = torch.randint(3, model.config.vocab_size, (2, 12))
     with torch.inference_mode():
         expected = model(ids, use_cache=False).logits
-    with pretended_gpu() as gpu, torch.inference_mode():
+    with pretended_gpu() as gpu, torch.no_grad():
         model, _ = qgraft.load(path, device="cuda", dtype="float32")
         cache, moved = DynamicCache(config=model.config), ids.to("cuda")
         with fast_decoding(model) as problem:
@@ -424,4 +424,4 @@ def test_new_tokens_there_are_recorded_and_replayed(tiny_gguf: Callable[..., Any
                 logits = native.next_logits(memory, pieces)
                 assert logits is not None
                 torch.testing.assert_close(logits.cpu(), expected[:, stop - 1], rtol=2e-3, atol=2e-3)
-        print(gpu.waits)
+        assert not gpu.waits, gpu.waits
