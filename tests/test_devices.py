@@ -1,7 +1,6 @@
 """Whole runs on a GPU that is pretended (pretended_gpu.py): no tensor is on the wrong device, and results are the CPU's."""
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,20 +153,37 @@ FEATURES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 TYPES = {"exact": (Q.Q4_1,)}
 
 
-def alike(tmp_path: Path, expected: Any, got: Any) -> None:
-    assert got.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], rel=0.1, abs=0.02)
-    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=0.1, abs=0.02)
+def alike(tmp_path: Path, expected: Any, got: Any, loosely: bool = False) -> None:
+    rel = 0.5 if loosely else 0.1
+    assert got.metrics["eval_loss"] == pytest.approx(expected.metrics["eval_loss"], rel=rel, abs=0.02)
+    assert losses(tmp_path / "gpu") == pytest.approx(losses(tmp_path / "cpu"), rel=rel, abs=0.02)
 
 
-def both(path: Any, rows: Any, tmp_path: Path, load: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """A run on the CPU and one on the pretended GPU: the same losses. Its model, tokenizer and report."""
+def run_on_both(
+    path: Any, rows: Any, tmp_path: Path, load: dict[str, Any], options: dict[str, Any], loosely: bool = False
+) -> tuple[Any, Any]:
+    """A run on the CPU and one on the GPU that is there: the same losses. The model and tokenizer of the latter."""
     expected = run("cpu", path, rows, tmp_path / "cpu", load, options)[2]
-    with pretended_gpu() as gpu:
-        model, tokenizer, got = run("cuda", path, rows, tmp_path / "gpu", load, options)
-        for (what, where), count in Counter(gpu.waits).most_common(12):
-            print(count, what, where)
-    alike(tmp_path, expected, got)
-    return model, tokenizer, got
+    model, tokenizer, got = run("cuda", path, rows, tmp_path / "gpu", load, options)
+    alike(tmp_path, expected, got, loosely)
+    return model, tokenizer
+
+
+def seen(tiny_images: Any) -> list[dict[str, Any]]:
+    """Rows with an image each."""
+    return [
+        {"messages": [{"role": "user", "content": [{"type": "image", "image": tiny_images.picture(number)},
+                                                   {"type": "text", "text": f"what is {number}?"}]},
+                      {"role": "assistant", "content": "red and blue"}]} for number in range(4)
+    ]  # fmt: skip
+
+
+def merged_after_a_run(path: Path, method: str, tmp_path: Path) -> None:
+    """On the GPU; the file is read on the CPU."""
+    model, tokenizer, _ = run("cuda", path, ROWS, tmp_path / "out", {}, {"max_steps": 4})
+    report = qgraft.merge(model, tokenizer, calibration=ROWS, method=method, min_retained=-1e9)
+    qgraft.save(model, tmp_path / "merged.gguf")
+    assert report.kept is not None
 
 
 @pytest.mark.slow
@@ -177,7 +193,8 @@ def test_a_run(feature: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> N
     path = tiny_gguf(architecture, **({"types": TYPES[feature]} if feature in TYPES else {})).path
     if options.get("stage") == "distill":
         options = {**options, "teacher_model_name_or_path": str(tiny_gguf(architecture, seed=3).path)}
-    both(path, rows, tmp_path, {}, options)
+    with pretended_gpu():
+        run_on_both(path, rows, tmp_path, {}, options)
 
 
 @pytest.mark.slow
@@ -194,39 +211,33 @@ def test_passes_are_recorded_and_replayed(tiny_gguf: Callable[..., Any], tmp_pat
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_pairs(kind: str, tmp_path: Path) -> None:
     tiny_pairs.write_pairs_model(kind, tmp_path / "model")
-    both(tmp_path / "model", TRANSLATED, tmp_path, {"quantize": "q8_0"}, {"target_modules": "all-linear"})
+    with pretended_gpu():
+        run_on_both(tmp_path / "model", TRANSLATED, tmp_path, {"quantize": "q8_0"}, {"target_modules": "all-linear"})
 
 
 @pytest.mark.slow
 def test_a_classifier(tmp_path: Path) -> None:
     folder = tiny_classifiers.write_encoder(tmp_path)
     rows, names = tiny_classifiers.rows_of(12), {"task_type": "SEQ_CLS", "labels": ["good", "bad"]}
-    model, tokenizer, _ = both(folder, rows, tmp_path, {**names, "quantize": "q8_0"}, {"learning_rate": 1e-3})
     with pretended_gpu():
+        model, tokenizer = run_on_both(folder, rows, tmp_path, {**names, "quantize": "q8_0"}, {"learning_rate": 1e-3})
         assert "accuracy" in qgraft.evaluate(model, tokenizer, rows).metrics
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "gemma3"])
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
 def test_images(kind: str, tmp_path: Path) -> None:
     tiny_images = pytest.importorskip("tiny_images")
     tiny_images.write_image_model(kind, tmp_path / "model")
-    rows = [{"messages": [{"role": "user", "content": [{"type": "image", "image": tiny_images.picture(number)},
-                                                       {"type": "text", "text": f"what is {number}?"}]},
-                          {"role": "assistant", "content": "red and blue"}]} for number in range(4)]  # fmt: skip
-    both(tmp_path / "model", rows, tmp_path, {}, {"val_size": 1})
+    with pretended_gpu():
+        run_on_both(tmp_path / "model", seen(tiny_images), tmp_path, {}, {"val_size": 1})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "nearest"])
 def test_a_merge(method: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
     """Its rows come from the run, and its calibration is taken on the GPU."""
-    path = tiny_gguf("llama", types=(Q.Q4_0,)).path
     with pretended_gpu():
-        model, tokenizer, _ = run("cuda", path, ROWS, tmp_path / "out", {}, {"max_steps": 4})
-        report = qgraft.merge(model, tokenizer, calibration=ROWS, method=method, min_retained=-1e9)
-        qgraft.save(model, tmp_path / "merged.gguf")
-    assert report.kept is not None
-    assert torch.isfinite(
-        qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](torch.arange(3, 20)[None]).logits
-    ).all()
+        merged_after_a_run(tiny_gguf("llama", types=(Q.Q4_0,)).path, method, tmp_path)
+    ids = torch.arange(3, 20)[None]
+    assert torch.isfinite(qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](ids).logits).all()
