@@ -4,9 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_classifiers
+import tiny_pairs
 import torch
 import torch.nn.functional as F
 from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
+from gguf import GGMLQuantizationType as Q
+from test_devices import FEATURES, TRANSLATED, TYPES, merged_after_a_run, run_on_both, seen
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -289,7 +293,7 @@ def test_decoded_tokens_are_those_of_the_models_own_pass(
                 assert near(got, own(0, mixes[0])[t]), t
             decoder = vars(model.model)["forward"]
             states = decoder.structures.network.structures._states
-            assert len(states) == 1 and all(state._graph is not None for state in states.values())
+            assert len(states) == 1 and all(state._replay is not None for state in states.values())
         qgraft.use_adapter(model, None)
         memory, native = KeyValues(12 * BLOCK), NativeTexts(model)
         expected = [own(n, mix) for n, mix in enumerate(mixes)]
@@ -473,3 +477,40 @@ def test_a_run_of_replayed_passes_is_the_run(tiny_gguf: Callable[..., Any], tmp_
 def test_triton_is_there() -> None:
     """Where it is not, everything above that it does would only be slow."""
     assert triton_ops.triton_status()[0], triton_ops.triton_status()[1]
+
+
+# --- every way of training, as on the pretended GPU of test_devices.py
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_run_of_each_kind_is_the_cpus(feature: str, tiny_gguf: Callable[..., Any], tmp_path: Any) -> None:
+    architecture, rows, options = FEATURES[feature]
+    path = tiny_gguf(architecture, **({"types": TYPES[feature]} if feature in TYPES else {})).path
+    if options.get("stage") == "distill":
+        options = {**options, "teacher_model_name_or_path": str(tiny_gguf(architecture, seed=3).path)}
+    random = feature in ("dropout", "neftune")  # a GPU draws other numbers
+    run_on_both(path, rows, tmp_path, {}, options, loosely=random)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_pairs(kind: str, tmp_path: Any) -> None:
+    tiny_pairs.write_pairs_model(kind, tmp_path / "model")
+    run_on_both(tmp_path / "model", TRANSLATED, tmp_path, {"quantize": "q8_0"}, {"target_modules": "all-linear"})
+
+
+def test_a_classifier(tmp_path: Any) -> None:
+    folder, rows = tiny_classifiers.write_encoder(tmp_path), tiny_classifiers.rows_of(12)
+    load = {"task_type": "SEQ_CLS", "labels": ["good", "bad"], "quantize": "q8_0"}
+    run_on_both(folder, rows, tmp_path, load, {"learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("kind", ["llava", "gemma3"])
+def test_images(kind: str, tmp_path: Any) -> None:
+    tiny_images = pytest.importorskip("tiny_images")
+    tiny_images.write_image_model(kind, tmp_path / "model")
+    run_on_both(tmp_path / "model", seen(tiny_images), tmp_path, {}, {"val_size": 1})
+
+
+@pytest.mark.parametrize("method", ["auto", "nearest"])
+def test_a_merge_is_made_on_the_gpu(method: str, tiny_gguf: Callable[..., Any], tmp_path: Any) -> None:
+    merged_after_a_run(tiny_gguf("llama", types=(Q.Q4_0,)).path, method, tmp_path)

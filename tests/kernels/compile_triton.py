@@ -109,7 +109,7 @@ def decoding_cases() -> Iterator[Case]:
     yield ("add", triton_gemv.add_kernel,
            lora | {"product": "*bf16", "y": "*fp32", "bias": "*bf16", "residual": "*fp32", "rows": 4096, "ld": 4096},
            one | {"BLOCK": 512, "BIAS": True, "ADD": True}, 4)  # fmt: skip
-    texts = {"places": "*i64", "shape": "*i64", "rows": "*i64", "slots": "*i32", "S": 256}
+    texts = {"places": "*i64", "shape": "*i64", "rows": "*i64", "slots": "*i64", "S": 256}
     heads = {"H": 32, "G": 8, "D": 128, "KV": tl.bfloat16}
     yield ("rotate new tokens", triton_decoding.rotate_kernel,
            texts | {"qkv": "*fp32", "q_norm": "*bf16", "k_norm": "*bf16", "cos": "*fp32", "sin": "*fp32", "q": "*fp32",

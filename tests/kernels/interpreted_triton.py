@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
+from pretended_gpu import pretended_gpu
+from test_devices import learned
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -378,3 +380,48 @@ def test_a_step_of_training_is_that_of_the_reference(
     assert loss == pytest.approx(expected_loss, rel=1e-5 if dtype == "float32" else 1e-2)
     off = float((gradient - expected).norm() / expected.norm())
     assert off < (1e-4 if dtype == "float32" else 0.1)
+
+
+# --- on a GPU that is pretended: the code that asks for one, with the same kernels
+
+
+@pytest.mark.slow
+def test_a_step_of_training_there_is_the_cpus(tiny_gguf: Callable[..., Any]) -> None:
+    path = tiny_gguf("llama").path
+    loss, gradient = learned(path, "cpu", "float32", False)
+    with pretended_gpu():
+        got_loss, got = learned(path, "cuda", "bfloat16", False)
+    assert got_loss == pytest.approx(loss, rel=0.03)
+    assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.97
+
+
+@pytest.mark.slow
+def test_new_tokens_there_are_recorded_and_replayed(tiny_gguf: Callable[..., Any]) -> None:
+    path = tiny_gguf("llama").path
+    model, _ = qgraft.load(path, device="cpu", dtype="float32")
+    ids = torch.randint(3, model.config.vocab_size, (2, 12))
+    with torch.inference_mode():
+        expected = model(ids, use_cache=False).logits
+    with pretended_gpu() as gpu, torch.no_grad():
+        model, _ = qgraft.load(path, device="cuda", dtype="float32")
+        cache, moved = DynamicCache(config=model.config), ids.to("cuda")
+        with fast_decoding(model) as problem:
+            assert problem is None
+            model(moved[:1, :6], use_cache=True, **{CACHE: cache})
+            for t in range(6, 12):
+                got = model(moved[:1, t : t + 1], use_cache=True, **{CACHE: cache}).logits[0, 0]
+                torch.testing.assert_close(got.cpu(), expected[0, t], rtol=2e-3, atol=2e-3)
+            states = vars(model.model)["forward"].structures.network.structures._states
+            assert len(states) == 1 and all(state._replay is not None for state in states.values())
+        memory, native = KeyValues(4 * BLOCK), NativeTexts(model)
+        with attending(model, CACHED):
+            for past, stop in ((0, 6), (6, 7), (7, 8), (8, 9), (9, 10)):
+                gpu.waits.clear()
+                pieces = [
+                    Piece(text[:stop], past, slots_of([3 * n, 1 + n], stop, "cuda"))
+                    for n, text in enumerate(ids.tolist())
+                ]
+                logits = native.next_logits(memory, pieces)
+                assert logits is not None
+                torch.testing.assert_close(logits.cpu(), expected[:, stop - 1], rtol=2e-3, atol=2e-3)
+        assert not gpu.waits, gpu.waits

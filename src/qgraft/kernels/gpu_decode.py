@@ -12,7 +12,7 @@ nothing else: texts, adapters and memories come and go without another.
 Between the kernels numbers are float32, also where the model computes in bfloat16; keys and values are of the memory's dtype.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from qgraft.kernels import gpu_rows, triton_ops
+from qgraft.kernels.cuda_graphs import power_of_two, recorded
 from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, Row
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.triton_ops import FEW_ROWS, gemv, interpreted, launch
@@ -60,9 +61,9 @@ class Structures:
         """See kernels/decoder.py."""
         adapters = [part.loras for part in parts if part.loras is not None]
         most = max((each.most for each in adapters), default=0)
-        rank = _power(max(16, *(each.rank for each in adapters))) if adapters else 0
-        longest = _power(max(SHORTEST, *(row.seen for row in rows)))
-        key = (_power(len(rows)), most, rank, longest)
+        rank = power_of_two(max(16, *(each.rank for each in adapters))) if adapters else 0
+        longest = power_of_two(max(SHORTEST, *(row.seen for row in rows)))
+        key = (power_of_two(len(rows)), most, rank, longest)
         state = self._states.pop(key, None) or _State(self.decoder, self.device, *key)
         while len(self._states) >= MOST_GRAPHS:
             del self._states[next(iter(self._states))]
@@ -116,13 +117,13 @@ class _State:
         self.x = numbers(M, d.hidden)
         self.cos, self.sin = numbers(M, d.channels), numbers(M, d.channels)
         self.rows = numbers(M, 2, dtype=torch.int64)
-        self.slots = numbers(M, self.longest, dtype=torch.int32)
+        self.slots = numbers(M, self.longest, dtype=torch.int64)
         self.places = numbers(2 * layers, dtype=torch.int64)
         self.shape = numbers(1, dtype=torch.int64)
         self.table = numbers(len(LINEARS) * layers, M, self.most, 4, dtype=torch.int64)
         self.h = numbers(len(LINEARS), M, self.most, self.rank)
         self.dtype = torch.float32
-        self._graph: Any = None
+        self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
         self._runs = 0
         self._loras: list[Any] = []
@@ -136,12 +137,12 @@ class _State:
         for whole, part in ((self.x, x), (self.cos, cos), (self.sin, sin)):
             whole[: len(part)].copy_(part)
         self.rows.copy_(_padded([[row.seen, row.front] for row in rows], self.count, 2, torch.int64))
-        for index, row in enumerate(rows):
-            self.slots[index, : row.seen].copy_(row.slots[: row.seen])
+        into = [whole[: row.seen] for whole, row in zip(self.slots, rows, strict=False)]
+        torch._foreach_copy_(into, [row.slots[: row.seen] for row in rows])  # of any number of texts in one launch
         places, keys = [tensor.data_ptr() for pair in memory for tensor in pair], memory[0][0]
         dtype, capacity = keys.dtype, keys.shape[1]
         if dtype != self.dtype:
-            self.dtype, self._graph, self._runs = dtype, None, 0
+            self.dtype, self._replay, self._runs = dtype, None, 0
         if (places, capacity) != self._places:
             self.places.copy_(torch.tensor(places))
             self.shape.fill_(capacity)
@@ -159,31 +160,29 @@ class _State:
     def run(self) -> Tensor:
         """The states [count, hidden]: computed twice and recorded, then replayed, unless the graph comes to others."""
         self._runs += 1
-        if self._graph is None:
+        if self._replay is None:
             states = self._step()
-            if self._runs == 2 and not interpreted():
+            if self._runs == 2 and self.device.type == "cuda":  # Triton's interpreter has tensors of the CPU
                 self._record(states)
             return states
-        self._graph.replay()
+        self._replay()
         assert self._result is not None
         return self._result
 
     def _record(self, expected: Tensor) -> None:
         """Record the step, if there is memory for it."""
-        graph = torch.cuda.CUDAGraph()
+
+        def step() -> None:
+            self._result = self._step()
+
         try:
-            with (
-                torch.cuda.stream(
-                    torch.cuda.current_stream()
-                ),  # which torch.cuda.graph does not restore after an error
-                torch.cuda.graph(graph, capture_error_mode="thread_local"),
-            ):
-                result = self._step()
+            replay = recorded(step)
         except RuntimeError:
             return
-        graph.replay()  # of the same tokens: their keys and values are written again
-        if bool((result - expected).norm() <= 1e-3 * expected.norm()):
-            self._graph, self._result = graph, result
+        replay()  # of the same tokens: their keys and values are written again
+        assert self._result is not None
+        if bool((self._result - expected).norm() <= 1e-3 * expected.norm()):
+            self._replay = replay
 
     def _step(self) -> Tensor:
         d, x = self.decoder, self.x
@@ -233,15 +232,23 @@ class _State:
         arguments: tuple[Any, ...] = (
             qkv, *norms, self.cos, self.sin, q, places, self.shape, self.rows, self.slots, self.longest, float(d.epsilon),
         )  # fmt: skip
-        constants = {"H": H, "G": G, "D": D, "HALF": _power(D // 2), "NORM": normed, "KV": kv, "EXACT": interpreted()}
+        constants = {
+            "H": H,
+            "G": G,
+            "D": D,
+            "HALF": power_of_two(D // 2),
+            "NORM": normed,
+            "KV": kv,
+            "EXACT": interpreted(),
+        }
         launch(_decoding().rotate_kernel, (H + 2 * G, M, 1), arguments, constants, 1)
         parts = qkv.new_empty(M, H, splits, D + 2)
         arguments = (
             q, places, self.shape, self.rows, self.slots, parts, self.longest, layer.window, float(d.scale),
         )  # fmt: skip
-        constants = {"H": H, "G": G, "D": D, "WIDE": _power(D), "SPLITS": splits, "BLOCK": BLOCK, "KV": kv}
+        constants = {"H": H, "G": G, "D": D, "WIDE": power_of_two(D), "SPLITS": splits, "BLOCK": BLOCK, "KV": kv}
         launch(_decoding().attend_kernel, (H, M, splits), arguments, constants, 4)
-        constants = {"D": D, "WIDE": _power(D), "SPLITS": splits}
+        constants = {"D": D, "WIDE": power_of_two(D), "SPLITS": splits}
         launch(_decoding().join_kernel, (H, M, 1), (parts, y, H), constants, 1)
         return y
 
@@ -270,10 +277,6 @@ def _padded(values: list[list[int]], rows: int, columns: int, dtype: torch.dtype
     table = torch.zeros(rows, columns, dtype=dtype)
     table[: len(values)] = torch.tensor(values, dtype=dtype)
     return table
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 def _triton_dtype(dtype: torch.dtype) -> Any:

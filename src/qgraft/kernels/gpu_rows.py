@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from qgraft.kernels import reference
+from qgraft.kernels.cuda_graphs import power_of_two
 from qgraft.kernels.triton_ops import DTYPES, interpreted, launch
 
 if TYPE_CHECKING:
@@ -95,13 +96,13 @@ def _rotated(x_1HTD: Tensor, cos_1TR: Tensor, sin_1TR: Tensor, backward: bool) -
     _, heads, tokens, channels = x.shape
     width = cos_1TR.shape[-1]
     y = x.new_empty((1, tokens, heads, channels))
-    block, rest = min(_power(heads), 16), channels - width
+    block, rest = min(power_of_two(heads), 16), channels - width
     if y.numel():
         arguments = (
             x, y, cos_1TR.contiguous(), sin_1TR.contiguous(), x.stride(1), x.stride(2), heads, channels, width,
         )  # fmt: skip
-        constants = {"BACKWARD": backward, "BH": block, "HALF": _power(max(1, width // 2)),
-                     "REST": _power(rest) if rest else 0, "EXACT": interpreted()}  # fmt: skip
+        constants = {"BACKWARD": backward, "BH": block, "HALF": power_of_two(max(1, width // 2)),
+                     "REST": power_of_two(rest) if rest else 0, "EXACT": interpreted()}  # fmt: skip
         launch(_rows().rotate_kernel, (tokens, -(-heads // block), 1), arguments, constants, 4)
     return y.transpose(1, 2)
 
@@ -118,7 +119,7 @@ def loss_to_gradient(logits_CV: Tensor, targets_C: Tensor, smoothing: float) -> 
 
 def _row(width: int) -> tuple[int, int]:
     """(numbers that a program holds, its warps)."""
-    block = _power(width)
+    block = power_of_two(width)
     return block, 8 if block > 2048 else 4 if block > 256 else 1
 
 
@@ -128,10 +129,6 @@ def _flat() -> int:
 
 def _programs(tensor: Tensor) -> tuple[int, int, int]:
     return -(-tensor.numel() // _flat()), 1, 1
-
-
-def _power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
 
 
 @cache

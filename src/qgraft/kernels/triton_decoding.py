@@ -5,7 +5,7 @@
     shape  [1] int64            the capacity
     rows   [M, 2] int64         of each token: how many slots it sees, its own the last; how many in front no window hides.
                                 A row that sees none is there to fill up: nothing of it is written
-    slots  [M, S] int32         which slots, in the order of positions
+    slots  [M, S] int64         which slots, in the order of positions
 
 These lie in the GPU's memory, so that one CUDA graph serves any texts and any memory.
 """

@@ -17,7 +17,6 @@ Recording fails where a pass waits for the GPU or lets the CPU look at its numbe
 in a recorded pass: code that would go by the samples of one batch for all of them cannot read them.
 """
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +28,7 @@ from transformers import PreTrainedModel
 from qgraft.attention import mark_checked
 from qgraft.data.batches import IGNORED, Batch
 from qgraft.kernels import varlen
+from qgraft.kernels.cuda_graphs import power_of_two, recorded
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.passes.decoder import output_head, states_at
 from qgraft.passes.loss import check_gradient, weighted_cross_entropy
@@ -71,20 +71,16 @@ def bucket_of(batch: Shape, budget: int) -> Shape:
     """The tables for a batch: rounded up, tokens to quarters of powers of two, but to no more than `budget`."""
     quarter = max(STEP, 1 << max(0, batch.tokens.bit_length() - 3))
     tokens = max(batch.tokens, min(-(-batch.tokens // quarter) * quarter, budget))
-    longest = min(_power(max(batch.longest, STEP)), tokens)
+    longest = min(power_of_two(max(batch.longest, STEP)), tokens)
     labels = next(most for share in SHARES if (most := -int(-tokens * share // 1)) >= batch.labels)
     fillers = max(_fillers(tokens - batch.tokens, longest), batch.samples // 4 + 2)  # the same for as many samples
-    samples = _power(max(batch.samples + fillers, LEAST_SAMPLES))
+    samples = power_of_two(max(batch.samples + fillers, LEAST_SAMPLES))
     return Shape(tokens, max(labels, 1), samples, longest)
 
 
 def _fillers(tokens: int, longest: int) -> int:
     """How many samples of at most so many tokens fill up a pass by so many."""
     return -(-tokens // longest)
-
-
-def _power(number: int) -> int:
-    return 1 << (number - 1).bit_length()
 
 
 def _starts(batch: Batch) -> Tensor:
@@ -183,15 +179,3 @@ class StaticPass:
             check_gradient(self.model, loss)
             loss.backward()
         self.loss.copy_(loss.detach())
-
-
-def recorded(work: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """What `work` starts on the GPU, as a function that starts it again. Raises RuntimeError where that cannot be."""
-    gc.collect()  # a gradient function that is left over would go on in the stream that it was made in
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.stream(torch.cuda.current_stream()),  # which torch.cuda.graph does not restore after an error
-        torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-    ):
-        work()
-    return graph.replay
