@@ -16,11 +16,12 @@ from qgraft.data.messages import Conversation
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
+from qgraft.data.speech_samples import Spoken, build_speech, read_recordings, spoken_as
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Learning, build_samples, resolve_template
 from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
-from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.model_parts import hears, is_encoder_decoder, vision_of
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
@@ -37,6 +38,7 @@ from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
 from qgraft.training.ranges import RANGES
 from qgraft.training.seq2seq import PAIRS
+from qgraft.training.speech import SPEECH, check_speech_options
 from qgraft.training.stages import preferring
 
 
@@ -57,6 +59,8 @@ def evaluate(
     max_target_length: int | None = None,
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
+    language: str | None = None,
+    task: str | None = None,
     allow_outside_files: bool = False,
     stage: str = "sft",
     loss_type: str | None = None,
@@ -77,6 +81,7 @@ def evaluate(
         columns: see read_dataset; "prompt" and "label" of labelled texts, which a classifier is asked about.
         source_prefix: stands in front of every question, as in training.
         max_source_length, max_target_length: of an encoder-decoder, and ChatGLM: the longest of each, as in training.
+        language, task: of texts of recordings, as in training; see TrainArguments.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
@@ -92,10 +97,15 @@ def evaluate(
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
+    check_speech_options(model.config, {"language": language, "task": task, "source_prefix": source_prefix,
+                                        "max_source_length": max_source_length})  # fmt: skip
     if is_encoder_decoder(model.config):
         asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
                  "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
         check_pair_options(asked)
+        if hears(model.config):
+            spoken = spoken_as(model, language, task, min(max_target_length or limit, limit))
+            return _of_speech(model, read_recordings(dataset, dataset_dir, **reading), spoken, progress)
         written = PairOptions(source_prefix, *(min(longest or limit, limit) for longest in sides.values()))
         return _of_pairs(model, tokenizer, read_dataset(dataset, dataset_dir, **reading), written, progress)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
@@ -139,6 +149,16 @@ def _of_pairs(
     pairs = build_pairs(tokenizer, *read, written)
     with _shown(len(pairs), progress) as passed:
         return _accounted(evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
+
+
+def _of_speech(
+    model: PreTrainedModel, read: tuple[list[Conversation], Accounting], written: Spoken,
+    progress: bool | Console | None,
+) -> Evaluation:  # fmt: skip
+    """The same of a model that hears, whose rows are recordings with their texts."""
+    samples = build_speech(model, *read, written)
+    with _shown(len(samples), progress) as passed:
+        return _accounted(evaluate_padded(model, SPEECH, samples, passed=passed), read[1])
 
 
 def _evaluate_seen(
