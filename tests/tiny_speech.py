@@ -1,4 +1,4 @@
-"""Tiny random Whispers, made by transformers' own classes, with a tokenizer and a feature extractor made here; tones to hear."""
+"""Tiny random Whispers of transformers' own classes, with a tokenizer and a feature extractor made here; tones to hear."""
 
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,14 @@ def write_speech_model(folder: Path, multilingual: bool = True, **options: Any) 
         "decoder_start_token_id": ids["<|startoftranscript|>"], "begin_suppress_tokens": None, **options,
     })  # fmt: skip
     model = transformers.WhisperForConditionalGeneration(config).eval()
-    told: dict[str, Any] = {"is_multilingual": multilingual, "no_timestamps_token_id": ids["<|notimestamps|>"], "return_timestamps": False,
-            "max_length": 48}  # fmt: skip
+    told: dict[str, Any] = {"is_multilingual": multilingual, "no_timestamps_token_id": ids["<|notimestamps|>"],
+                            "return_timestamps": False, "max_length": 48}  # fmt: skip
     if multilingual:
         told["lang_to_id"] = {f"<|{code}|>": ids[f"<|{code}|>"] for code in LANGUAGES}
         told["task_to_id"] = {task: ids[f"<|{task}|>"] for task in ("transcribe", "translate")}
-    told |= {key: getattr(config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")}
+    told |= {
+        key: getattr(config, key) for key in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    }
     model.generation_config = transformers.GenerationConfig(**told)
     model.save_pretrained(folder)
     speaks.save_pretrained(folder)

@@ -1,7 +1,7 @@
 """The processor of a folder whose model sees images, or hears: what makes numbers of them, and places for them in a text.
 
-transformers' own, with its image processor or feature extractor; its tokenizer is the model's. Where it cannot be made (Pillow or torchvision
-are not installed, the folder has no preprocessor_config.json), the model loads without one, reads text, and says why.
+transformers' own, with its image processor or feature extractor; its tokenizer is the model's. Where it cannot be made (Pillow
+or torchvision are not installed, the folder has no preprocessor_config.json), the model loads without one, and says why.
 """
 
 from pathlib import Path
@@ -51,4 +51,6 @@ def _listener(folder: Path, tokenizer: PreTrainedTokenizerBase | None) -> tuple[
     try:
         return WhisperProcessor(WhisperFeatureExtractor.from_pretrained(str(folder)), tokenizer), []
     except FOREIGN as error:
-        return None, [f"no recordings are read: the folder's feature extractor cannot be made ({one_line(error)[:160]})"]
+        return None, [
+            f"no recordings are read: the folder's feature extractor cannot be made ({one_line(error)[:160]})"
+        ]

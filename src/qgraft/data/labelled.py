@@ -93,9 +93,7 @@ def _text_columns(row: Mapping[str, object], layout: RowLayout) -> list[str]:
     return [column_of(row, layout, "prompt", TEXTS)]
 
 
-def column_of(
-    row: Mapping[str, object], layout: RowLayout, part: str, names: Sequence[str], what: str = "text"
-) -> str:
+def column_of(row: Mapping[str, object], layout: RowLayout, part: str, names: Sequence[str], what: str = "text") -> str:
     """The column of `what`: the one that is named for this part, or else the first of `names`. Raises RowError for none."""
     told = layout.columns.get(part)
     for name in [told] if told is not None else names:

@@ -274,7 +274,8 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        hints = {_answered: schemas(), read_judged: PREFERENCES, read_pair: PREFERENCES, read_spoken: SPOKEN}
+        hints: dict[Reader, str] = {_answered: schemas(), read_spoken: SPOKEN}
+        hints |= {read_judged: PREFERENCES, read_pair: PREFERENCES}
         known = hints.get(reader) or labelled_rows()
         one = reader in (_answered, read_judged)  # of others no column is the answer
         told = column_flags(unread, item.layout) if one else None

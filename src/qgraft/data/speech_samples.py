@@ -59,7 +59,9 @@ class Spoken:
     room: int
 
 
-def read_recordings(names: Dataset, dataset_dir: str | None = None, **reading: Any) -> tuple[list[Conversation], Accounting]:
+def read_recordings(
+    names: Dataset, dataset_dir: str | None = None, **reading: Any
+) -> tuple[list[Conversation], Accounting]:
     """Rows of recordings with texts; see read_dataset."""
     found, accounting = read_rows(read_spoken, names, dataset_dir, images=True, **reading)
     return [conversation for (conversation,) in found], accounting
@@ -117,13 +119,15 @@ def require_listener(model: Any) -> Any:
     """The processor of a model that hears. Raises UnsupportedError where it has none, or one that does not fit."""
     processor, config = getattr(getattr(model, "qgraft", None), "processor", None), model.config
     if processor is None:
-        raise UnsupportedError("the model was loaded without a feature extractor of recordings", hint="its load says why")
+        raise UnsupportedError(
+            "the model was loaded without a feature extractor of recordings", hint="its load says why"
+        )
     made = processor.feature_extractor
     got, expected = (made.feature_size, made.nb_max_frames), (config.num_mel_bins, 2 * config.max_source_positions)
     if got != expected:
         raise UnsupportedError(
-            f"preprocessor_config.json makes {got[0]} numbers of each of {got[1]} frames, and the model reads {expected[0]} of "
-            f"{expected[1]}", hint="take the file of the model's release",
+            f"preprocessor_config.json makes {got[0]} numbers of each of {got[1]} frames, and the model reads "
+            f"{expected[0]} of {expected[1]}", hint="take the file of the model's release",
         )  # fmt: skip
     return processor
 
@@ -164,7 +168,7 @@ def encode_text(tokenizer: Any, text: str, written: Spoken) -> list[int]:
     stamps = [token > silent for token in ids]  # all of them stand behind <|notimestamps|>
     if {*tokenizer.all_special_ids} & {token for token, stamp in zip(ids, stamps, strict=True) if not stamp}:
         raise ConversationError("a text holds a special token of the model's")
-    if any(stamps) != bool(_STAMP.search(text)) or (any(stamps) and not stamps[0]):
+    if sum(stamps) != len(_STAMP.findall(text)) or (any(stamps) and not stamps[0]):
         raise ConversationError("a text holds timestamps, and does not begin with one that the model knows")
     labels = [*(written.prefix[:-1] if any(stamps) else written.prefix), *ids, tokenizer.eos_token_id]
     if len(labels) > written.longest:

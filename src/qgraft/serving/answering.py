@@ -66,7 +66,8 @@ def answer(
         template, system, enable_thinking: as in training, see resolve_template and encode_prompt.
         source_prefix: stands in front of the question, as in training.
         max_new_tokens: the longest answer.
-        audio, language, task: a recording, for a model that hears, which is asked nothing else: as in rows; see TrainArguments.
+        audio: a recording as rows name one, for a model that hears, which is asked nothing else.
+        language, task: of the text that it writes, see TrainArguments.
         images: in front of the first question, for a model that sees: paths, bytes or images of Pillow.
         streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
         generation: goes to generate().
@@ -80,7 +81,9 @@ def answer(
         asked = {"template": template, "system": system, "enable_thinking": enable_thinking}
         others = ["messages: it is asked by a recording"] if messages else []
         check_pair_options(asked, *others, *(["source_prefix: it reads no text"] if source_prefix else []))
-        return _heard(model, tokenizer, audio, spoken_as(model, language, task, 0), max_new_tokens, streaming, generation)
+        return _heard(
+            model, tokenizer, audio, spoken_as(model, language, task, 0), max_new_tokens, streaming, generation
+        )
     if is_encoder_decoder(model.config):
         check_pair_options({"template": template, "system": system, "enable_thinking": enable_thinking})
         source, _ = encode_source(tokenizer, as_messages(messages), PairOptions(source_prefix))
@@ -126,7 +129,9 @@ def check_hearing(model: PreTrainedModel, audio: Any, **told: str | None) -> Non
     if given and not hears(model.config):
         raise OptionError(f"{', '.join(given)}: of models that hear (Whisper), and {type(model).__name__} reads text")
     if audio is None and hears(model.config):
-        raise OptionError(f"{type(model).__name__} hears, and no recording is given", hint=option("audio", "speech.wav"))
+        raise OptionError(
+            f"{type(model).__name__} hears, and no recording is given", hint=option("audio", "speech.wav")
+        )
 
 
 def _heard(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def error_rates(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """The "wer" and the "cer" of (reference, answer) pairs, in percent; of references without a word, 0 where nothing is answered."""
+    """The "wer" and the "cer" of (reference, answer) pairs, in percent."""
     return {
         "wer": _rate([(reference.split(), answer.split()) for reference, answer in pairs]),
         "cer": _rate([("".join(reference.split()), "".join(answer.split())) for reference, answer in pairs]),

@@ -1,6 +1,6 @@
 """What a model that hears writes of recordings: its part of predict(), beside the error rates and the loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
