@@ -384,7 +384,7 @@ def test_what_has_no_meaning_is_refused(speech_folder, tmp_path, capsys):
     rows = [{"instruction": "good", "output": "bad"}]
     for name in ("language", "task"):
         with pytest.raises(OptionError, match=f"{name}=.*models that hear"):
-            qgraft.train(text, its, rows, arguments(tmp_path / "out", language=None, **{name: "en"}))
+            qgraft.train(text, its, rows, arguments(tmp_path / "out", **{"language": None, name: "en"}))
         with pytest.raises(OptionError, match="models that hear"):
             qgraft.evaluate(text, its, rows, **{name: "en"})
     with pytest.raises(OptionError, match="audio: of models that hear"):

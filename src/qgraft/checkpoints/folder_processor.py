@@ -1,7 +1,7 @@
 """The processor of a folder whose model sees images, or hears: what makes numbers of them, and places for them in a text.
 
-transformers' own, with its image processor or feature extractor; its tokenizer is the model's. Where it cannot be made (Pillow
-or torchvision are not installed, the folder has no preprocessor_config.json), the model loads without one, and says why.
+transformers' own, with its image processor or feature extractor; its tokenizer is the model's. Where it cannot be made (no
+Pillow or torchvision is installed, the folder has no preprocessor_config.json), the model loads without one, and says why.
 """
 
 from pathlib import Path

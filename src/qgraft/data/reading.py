@@ -276,10 +276,9 @@ def _read_item(
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
         hints: dict[Reader, str] = {_answered: schemas(), read_spoken: SPOKEN}
         hints |= {read_judged: PREFERENCES, read_pair: PREFERENCES}
-        known = hints.get(reader) or labelled_rows()
         one = reader in (_answered, read_judged)  # of others no column is the answer
         told = column_flags(unread, item.layout) if one else None
-        raise DataError(f"{item.name}: {why}", hint=told or known)
+        raise DataError(f"{item.name}: {why}", hint=told or hints.get(reader) or labelled_rows())
     total.notes += item.notes
     return found
 
