@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qgraft.data.files import undecoded
 from qgraft.data.messages import Conversation, ConversationError
 from qgraft.data.pairs import PairSample
 from qgraft.data.reading import Accounting, Dataset, read_rows
@@ -63,7 +64,7 @@ def read_recordings(
     names: Dataset, dataset_dir: str | None = None, **reading: Any
 ) -> tuple[list[Conversation], Accounting]:
     """Rows of recordings with texts; see read_dataset."""
-    found, accounting = read_rows(read_spoken, names, dataset_dir, images=True, **reading)
+    found, accounting = read_rows(read_spoken, undecoded(names), dataset_dir, images=True, **reading)
     return [conversation for (conversation,) in found], accounting
 
 
