@@ -67,8 +67,8 @@ def make_tiny_whisper(folder):
     )  # fmt: skip
     model = WhisperForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        is_multilingual=True, no_timestamps_token_id=ids["<|notimestamps|>"], return_timestamps=False, max_length=32,
-        lang_to_id={token: ids[token] for token in languages}, task_to_id={task: ids[f"<|{task}|>"] for task in tasks}, **ends,
+        is_multilingual=True, no_timestamps_token_id=ids["<|notimestamps|>"], return_timestamps=False, max_length=32, **ends,
+        lang_to_id={token: ids[token] for token in languages}, task_to_id={task: ids[f"<|{task}|>"] for task in tasks},
     )  # fmt: skip
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -121,7 +121,9 @@ def main():
     for said, written in found.pairs[:3]:
         print(f"{said}: {written}")
     if options.tiny:
-        own = answer(model, tokenizer, [], audio=held_out[0]["audio"], language=options.language, max_new_tokens=12).text
+        own = answer(
+            model, tokenizer, [], audio=held_out[0]["audio"], language=options.language, max_new_tokens=12
+        ).text
         try:
             same = written_by_peft(source, options.output_dir / "adapter", held_out[0], options.language) == own
         except ImportError:

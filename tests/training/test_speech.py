@@ -475,6 +475,9 @@ def test_the_commands_learn_measure_write_down_and_merge(speech_folder, tmp_path
 @pytest.mark.slow
 def test_the_example_runs(tmp_path):
     found = subprocess.run(
-        [sys.executable, EXAMPLE, "--tiny", "--output_dir", tmp_path / "out"], capture_output=True, text=True, check=True
+        [sys.executable, EXAMPLE, "--tiny", "--output_dir", tmp_path / "out"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
     assert "read by PEFT, same text: True" in found and "wer" in found

@@ -73,8 +73,7 @@ def run(words: Sequence[str]) -> int:
         "--image", action="append", default=[], help="an image in front of the first question; repeatable"
     )
     parser.add_argument("--audio", help="Whisper: write down this recording and leave")
-    parser.add_argument("--language", help="Whisper: what the text is written in (default: as in training)")
-    parser.add_argument("--task", help="Whisper: transcribe or translate (default: as in training)")
+    parser.add_speech()
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")

@@ -16,7 +16,7 @@ from qgraft.data.messages import Conversation
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
-from qgraft.data.speech_samples import Spoken, build_speech, read_recordings, spoken_as
+from qgraft.data.speech_samples import build_speech, read_recordings, spoken_as
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Learning, build_samples, resolve_template
 from qgraft.errors import OptionError
 from qgraft.linear import computing
@@ -37,8 +37,7 @@ from qgraft.training.padded import evaluate_padded
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
 from qgraft.training.ranges import RANGES
-from qgraft.training.seq2seq import PAIRS
-from qgraft.training.speech import SPEECH, check_speech_options
+from qgraft.training.speech import check_speech_options, kind_of
 from qgraft.training.stages import preferring
 
 
@@ -97,17 +96,14 @@ def evaluate(
     reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
                                "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
-    check_speech_options(model.config, {"language": language, "task": task, "source_prefix": source_prefix,
-                                        "max_source_length": max_source_length})  # fmt: skip
+    said = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system, **sides,
+            "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history"),
+            "source_prefix": source_prefix, "language": language, "task": task}  # fmt: skip
+    check_speech_options(model.config, said)
     if is_encoder_decoder(model.config):
-        asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
-                 "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
-        check_pair_options(asked)
-        if hears(model.config):
-            spoken = spoken_as(model, language, task, min(max_target_length or limit, limit))
-            return _of_speech(model, read_recordings(dataset, dataset_dir, **reading), spoken, progress)
-        written = PairOptions(source_prefix, *(min(longest or limit, limit) for longest in sides.values()))
-        return _of_pairs(model, tokenizer, read_dataset(dataset, dataset_dir, **reading), written, progress)
+        return _of_pairs(
+            model, tokenizer, reading | {"names": dataset, "dataset_dir": dataset_dir}, said, limit, progress
+        )
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
@@ -118,10 +114,8 @@ def evaluate(
         labelled = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
         return _of_labels(model, tokenizer, labelled, classifier, limit)
     if options is not None:
-        rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
-        preferences = build_preferences(tokenizer, rows, accounting, **learning)
-        preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
-        return _accounted(evaluate_preferences(model, preferences, options), accounting)
+        judged = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
+        return _of_preferences(model, tokenizer, judged, options, learning)
     conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
@@ -129,6 +123,16 @@ def evaluate(
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(evaluate_samples(model, samples, passed=passed), accounting)
+
+
+def _of_preferences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    read: tuple[list[tuple[Conversation, ...]], Accounting], options: PreferenceOptions, learning: Mapping[str, Any],
+) -> PreferenceEvaluation:  # fmt: skip
+    """The same of rows of preferences, whose samples are made as `learning` says."""
+    preferences = build_preferences(tokenizer, *read, **learning)
+    preferences = mismatched(preferences, learning["max_length"]) if options.loss_type == "kto" else preferences
+    return _accounted(evaluate_preferences(model, preferences, options), read[1])
 
 
 def _of_labels(
@@ -142,23 +146,22 @@ def _of_labels(
 
 
 def _of_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: tuple[list[Conversation], Accounting],
-    written: PairOptions, progress: bool | Console | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, places: Mapping[str, Any], said: Mapping[str, Any],
+    limit: int, progress: bool | Console | None,
 ) -> Evaluation:  # fmt: skip
-    """The same of an encoder-decoder, whose rows are pairs."""
-    pairs = build_pairs(tokenizer, *read, written)
-    with _shown(len(pairs), progress) as passed:
-        return _accounted(evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
-
-
-def _of_speech(
-    model: PreTrainedModel, read: tuple[list[Conversation], Accounting], written: Spoken,
-    progress: bool | Console | None,
-) -> Evaluation:  # fmt: skip
-    """The same of a model that hears, whose rows are recordings with their texts."""
-    samples = build_speech(model, *read, written)
+    """The same of an encoder-decoder, whose rows are pairs, or recordings with their texts where it hears."""
+    check_pair_options(said)
+    source, target = (min(said[side] or limit, limit) for side in ("max_source_length", "max_target_length"))
+    samples: list[Any]
+    if hears(model.config):
+        spoken = spoken_as(model, said["language"], said["task"], target)
+        conversations, accounting = read_recordings(**places)
+        samples = build_speech(model, conversations, accounting, spoken)
+    else:
+        conversations, accounting = read_dataset(**places)
+        samples = build_pairs(tokenizer, conversations, accounting, PairOptions(said["source_prefix"], source, target))
     with _shown(len(samples), progress) as passed:
-        return _accounted(evaluate_padded(model, SPEECH, samples, passed=passed), read[1])
+        return _accounted(evaluate_padded(model, kind_of(model), samples, passed=passed), accounting)
 
 
 def _evaluate_seen(
