@@ -93,17 +93,15 @@ def evaluate(
     given = {name: (value, RANGES[name]) for name, value in {**numbers, **sides}.items() if value is not None}
     check_ranges({"max_length": (max_length, LENGTH), **given})
     options = preferring(stage, {"loss_type": loss_type, **numbers}, train_on_prompt=train_on_prompt and stage != "sft")
-    reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
-                               "allow_outside_files": allow_outside_files}  # fmt: skip
+    reading: dict[str, Any] = {"names": dataset, "dataset_dir": dataset_dir, "name": name, "author": author,
+                               "columns": columns, "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
     said = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system, **sides,
             "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history"),
             "source_prefix": source_prefix, "language": language, "task": task}  # fmt: skip
     check_speech_options(model.config, said)
     if is_encoder_decoder(model.config):
-        return _of_pairs(
-            model, tokenizer, reading | {"names": dataset, "dataset_dir": dataset_dir}, said, limit, progress
-        )
+        return _of_pairs(model, tokenizer, reading, said, limit, progress)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
@@ -111,12 +109,12 @@ def evaluate(
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers(stage, template=template, system=system, enable_thinking=enable_thinking, **sides)
-        labelled = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
+        labelled = read_labels(tokens=classifier.words, **reading)
         return _of_labels(model, tokenizer, labelled, classifier, limit)
     if options is not None:
-        judged = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
+        judged = read_preferences(labelled=options.labelled, **reading)
         return _of_preferences(model, tokenizer, judged, options, learning)
-    conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
+    conversations, accounting = read_dataset(images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
         return _evaluate_seen(model, (conversations, accounting), chosen, limit, system, source_prefix, progress)
