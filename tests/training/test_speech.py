@@ -149,6 +149,9 @@ def test_files_that_contradict_each_other_are_refused(speech_folder):
     model.generation_config.lang_to_id = {**model.generation_config.lang_to_id, "<|de|>": 7}
     with pytest.raises(UnsupportedError, match=r"<\|de\|> is token \d+ of the tokenizer, and 7"):
         spoken_as(model, "de", None, 48)
+    del model.generation_config.lang_to_id
+    with pytest.raises(UnsupportedError, match="names no lang_to_id"):
+        generate_spoken(model, [sound_of(audio(200))], **TOLD)
     model.qgraft.processor.feature_extractor.feature_size = 80
     with pytest.raises(UnsupportedError, match="80 numbers of each of 100 frames"):
         spoken_as(model, "en", None, 48)

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from qgraft.data.batches import Batch
 from qgraft.data.sounds import Sound
 from qgraft.data.speech_samples import SpeechSample, listen, require_listener
+from qgraft.errors import UnsupportedError
 from qgraft.model_parts import computed_dtype
 from qgraft.passes.pairs import collate_targets, longest_and_shortest, target_losses, tried_together
 
@@ -53,7 +54,10 @@ def speech_losses(
 
 @torch.inference_mode()
 def generate_spoken(model: PreTrainedModel, sounds: Sequence[Sound], **told: Any) -> list[list[int]]:
-    """What generate() writes of each recording."""
+    """What generate() writes of each recording. Raises UnsupportedError where it cannot be told a language."""
+    if "language" in told and not hasattr(model.generation_config, "lang_to_id"):
+        raise UnsupportedError("generation_config.json names no lang_to_id, by which a language is told",
+                               hint="take the file of the model's newest release")  # fmt: skip
     given: Any = {key: value.to(model.device) for key, value in features_of(model, sounds).items()}
     generate: Any = model.generate
     found: list[list[int]] = generate(**given, **told).tolist()
