@@ -373,7 +373,7 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outsid
     if not all(isinstance(part, dict) for part in (entry, columns, tags)):
         raise DataError(f"{where}: the entry, its columns and its tags must be objects")
     if _NOT_READ & columns.keys():
-        raise DataError(f"{where}: holds video or sound; qgraft learns from text and images")
+        raise DataError(f"{where}: holds video or sound beside texts; for Whisper name the recording as prompt")
     columns = {_TOLD_BY.get(part, part): column for part, column in columns.items()}
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt")
