@@ -9,7 +9,7 @@
     context_of                                 how many positions there are
     keeps_state                                whether padding would be learned or remembered
     mixes_neighbours                           whether a token also sees others by a way that is not attention
-    is_encoder_decoder                         whether one part reads and another one writes
+    is_encoder_decoder, hears                  whether one part reads and another one writes, and whether it reads sound
     sees_what_comes                            whether it reads in both directions, and so cannot write
     task_of, heads_of, labels_of               whether it classifies texts or their tokens, what does so, and what as
     language_of, vision_of                     of a model that sees images, the part that reads text, and the others
@@ -167,8 +167,10 @@ def argument_names(module: nn.Module) -> list[str]:
 
 
 def context_of(model: nn.Module) -> int | None:
-    """How many positions the model has; None where it sets no limit."""
+    """How many positions the model has, its decoder where it hears; None where it sets no limit."""
     config = getattr(model, "config", None)
+    if hears(config):
+        return int(config.max_target_positions)  # type: ignore[union-attr]
     context = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
     table = getattr(getattr(decoder_of(model), "embeddings", None), "position_embeddings", None)
     begin = getattr(table, "padding_idx", None)  # of RoBERTa's kind, whose positions begin behind it
@@ -192,9 +194,17 @@ def sees_what_comes(config: PreTrainedConfig) -> bool:
     return not (getattr(config, "is_decoder", False) or getattr(config, "causal", False))
 
 
+def hears(config: PreTrainedConfig | None) -> bool:
+    """Whether this is of an encoder-decoder whose encoder reads sound, and whose decoder writes text (Whisper)."""
+    return is_encoder_decoder(config) and getattr(config, "model_type", None) == "whisper"
+
+
 def peft_task(model: nn.Module) -> str | None:
-    """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes; diffusers' have none."""
-    if type(model).__module__.startswith("diffusers."):
+    """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes.
+
+    Diffusers' have none, and neither have models that hear: PEFT's class for SEQ_2_SEQ_LM hands input_ids on.
+    """
+    if type(model).__module__.startswith("diffusers.") or hears(getattr(model, "config", None)):
         return None
     task, pairs = task_of(model), is_encoder_decoder(getattr(model, "config", None))
     return SEQUENCE_TO_SEQUENCE if pairs and task == CAUSAL else task

@@ -27,7 +27,7 @@ from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.attention import PREFIX, SAMPLES, Prefix, attention_of, record_attention
 from qgraft.compat import given_cache
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
-from qgraft.model_parts import argument_names, context_of, decoder_of, vision_of
+from qgraft.model_parts import argument_names, context_of, decoder_of, hears, vision_of
 
 
 def attach_prefix(
@@ -69,9 +69,9 @@ def attach_encoder(
 
     Raises AdapterError for values that do not fit the model; see also attach_prefix.
     """
-    if vision_of(model):
+    if vision_of(model) or hears(getattr(model, "config", None)):
         raise UnsupportedError(
-            f"a prefix cannot go on {type(model).__name__}, which sees images",
+            f"a prefix cannot go on {type(model).__name__}, which {'sees images' if vision_of(model) else 'hears'}",
             hint="train a LoRA: finetuning_type lora",
         )
     check_new_name(model, name)

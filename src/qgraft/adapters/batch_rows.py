@@ -36,6 +36,7 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.rotary import by_call
 
 KEYWORD = "adapter_names"
+_BATCHED = ("input_ids", "inputs_embeds", "input_features", "inputs")
 BASE = "__base__"  # PEFT's word for no adapter
 # Models of transformers that keep what they know of a sequence in their modules, not in a cache.
 _KEEP_STATE = {"moshi", "recurrent_gemma", "reformer", "rwkv"}
@@ -80,7 +81,8 @@ class _Generate:
             names = _checked(adapter_names, _batch_of((inputs,), kwargs).shape[0], selection)
         call = selection.within(inspect.currentframe(), row_names=names, evaluated={})  # no parameter changes in it
         with _alone_if_needed(model, selection, kwargs), call:
-            return generate(model, inputs, *args, **kwargs)
+            # by its place: Whisper calls the first input_features
+            return generate(model, *(() if inputs is None and not args else (inputs, *args)), **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Generate, (self._model(),)  # a copy of the model gets one that points to the copy
@@ -147,7 +149,7 @@ def _rows_of(model: nn.Module, names: Sequence[str | None], inputs: Tensor) -> B
 
 def _batch_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """The tensor whose first dimension is the batch."""
-    candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), kwargs.get("inputs"), *args[:1]]
+    candidates = [*(kwargs.get(name) for name in _BATCHED), *args[:1]]
     found = next((value for value in candidates if isinstance(value, Tensor) and value.dim()), None)
     if found is None:
         raise OptionError(f"{KEYWORD}: there is no batch; expected input_ids or inputs_embeds with it")

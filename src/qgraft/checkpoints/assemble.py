@@ -24,6 +24,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -40,7 +41,7 @@ from qgraft.linear import (
     QuantizedEmbedding,
     QuantizedLinear,
 )
-from qgraft.model_parts import CAUSAL, heads_of, is_encoder_decoder, is_within, language_of, stated_task
+from qgraft.model_parts import CAUSAL, heads_of, hears, is_encoder_decoder, is_within, language_of, stated_task
 from qgraft.models.find import architecture_of
 from qgraft.plain_layers import is_plain_linear, qualified_name, weight_is_read
 from qgraft.rotary import by_call
@@ -149,12 +150,13 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel
                 f"{config.model_type}: an encoder-decoder as a classifier ({task}) is not served",
                 hint="encoders and decoders have such heads: BERT, ALBERT, RoBERTa, Qwen, Llama",
             )
-        if type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+        if not hears(config) and type(config) not in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
             raise UnsupportedError(
                 f"{config.model_type} has an encoder that reads no text, or none that transformers has with a decoder",
-                hint="encoder-decoders of text are loaded: T5, mT5, umT5, BART, mBART, Marian, Pegasus and their kind",
+                hint="encoder-decoders of text are loaded (T5, mT5, umT5, BART, mBART, Marian, Pegasus and their kind), and "
+                "Whisper",
             )
-        auto = AutoModelForSeq2SeqLM
+        auto = AutoModelForSpeechSeq2Seq if hears(config) else AutoModelForSeq2SeqLM
     elif reads_images(config):
         auto = AutoModelForImageTextToText
     with init_empty_weights(include_buffers=False), foreign:  # buffers (rotary tables) are computed, not loaded

@@ -270,8 +270,9 @@ class _Cursor:
 def _read_version(cursor: _Cursor) -> int:
     magic = cursor.data[:4]
     if magic != MAGIC:
-        lfs = "a Git LFS pointer, not the model: fetch it with `git lfs pull`" if magic == b"vers" else None
-        raise cursor.error("magic", f"got {magic!r}, expected {MAGIC!r}: not a GGUF file", hint=lfs)
+        known = {b"vers": "a Git LFS pointer, not the model: fetch it with `git lfs pull`",
+                 b"lmgg": "a file of ggml, as whisper.cpp has them: give the folder of the model on the hub"}  # fmt: skip
+        raise cursor.error("magic", f"got {magic!r}, expected {MAGIC!r}: not a GGUF file", hint=known.get(magic))
     cursor.position = 4
     version = cursor.u32("version")
     if version in VERSIONS:

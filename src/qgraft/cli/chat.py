@@ -72,6 +72,8 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument(
         "--image", action="append", default=[], help="an image in front of the first question; repeatable"
     )
+    parser.add_argument("--audio", help="Whisper: write down this recording and leave")
+    parser.add_speech()
     parser.add_argument("--system", help="system prompt")
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")
@@ -88,6 +90,7 @@ def run(words: Sequence[str]) -> int:
 
     import torch
 
+    from qgraft.model_parts import hears
     from qgraft.passes.decoding import fast_decoding
 
     model, tokenizer, names = load_with_adapters(options, writes="qgraft chat")
@@ -95,6 +98,9 @@ def run(words: Sequence[str]) -> int:
         print_note(f"{_speaker(model)} answers")
     torch.manual_seed(options.seed)
     with fast_decoding(model):
+        if options.audio is not None or hears(model.config):
+            _answer(model, tokenizer, [("user", options.prompt)] if options.prompt else [], options)
+            return 0
         if options.prompt is not None:
             _answer(model, tokenizer, [("user", options.prompt)], options)
             return 0
@@ -186,6 +192,9 @@ def _answer(model: Any, tokenizer: Any, messages: list[tuple[str, str]], options
         source_prefix=options.source_prefix or "",
         max_new_tokens=options.max_new_tokens,
         images=options.image,
+        audio=options.audio,
+        language=options.language,
+        task=options.task,
         streaming=WordPrinter,
         **sampling,
     )

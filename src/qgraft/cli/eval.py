@@ -24,6 +24,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--source_prefix", help="text in front of every question (default: as in training)")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
+    parser.add_speech()
     parser.add_argument("--system", help="system prompt for rows that have none")
     parser.add_argument("--name", help="what {{name}} in the dataset becomes")
     parser.add_argument("--author", help="what {{author}} in the dataset becomes")
@@ -66,8 +67,8 @@ def run(words: Sequence[str]) -> int:
                 author=options.author, max_length=options.max_length, max_source_length=options.max_source_length,
                 max_target_length=options.max_target_length, columns=named_columns(vars(options)),
                 enable_thinking=options.enable_thinking, allow_outside_files=options.allow_outside_files,
-                stage=options.stage, loss_type=options.loss_type, progress=True,
-                **{name: getattr(options, name) for name in NUMBERS},
+                stage=options.stage, loss_type=options.loss_type, language=options.language, task=options.task,
+                progress=True, **{name: getattr(options, name) for name in NUMBERS},
             ).as_dict()  # fmt: skip
         except AdapterError as error:  # rows that hold new tokens of another adapter
             if not with_tokens or name in with_tokens:
@@ -80,8 +81,7 @@ def run(words: Sequence[str]) -> int:
     for key, result in results.items():
         print(f"{key:<{width}}  loss {result['loss']:.4f}  {_beside(result)}")
     rows = next(iter(results.values()))  # the same for all
-    what = "answer tokens" if "perplexity" in rows else "labels"
-    labels = f"{rows['labels']} {what} of " if "labels" in rows else ""
+    labels = f"{rows['labels']} {'answer tokens' if 'perplexity' in rows else 'labels'} of " if "labels" in rows else ""
     counts = [f"{labels}{rows['samples']} samples", f"{rows['dropped']} rows dropped"]
     if rows["truncated"]:
         sides = {name: getattr(options, name) for name in ("max_source_length", "max_target_length")}

@@ -72,6 +72,11 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--dtype", default="auto", help="what to compute in: auto, float32, bfloat16, float16")
         self.add_argument("--device", default="auto", help="cpu or cuda; default: a GPU where there is one")
 
+    def add_speech(self) -> None:
+        """--language, --task."""
+        self.add_argument("--language", help="Whisper: what texts are written in (default: as in training)")
+        self.add_argument("--task", help="Whisper: transcribe or translate (default: as in training)")
+
 
 def load_with_adapters(
     options: argparse.Namespace, prompts: bool = True, writes: str | None = None

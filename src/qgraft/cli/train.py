@@ -174,7 +174,7 @@ def _check(arguments: "TrainArguments") -> None:
         print_note(f"note: {note}")
     if not arguments.model_name_or_path:
         raise OptionError("no model is given", hint="--model_name_or_path model.gguf")
-    _check_kind(arguments)
+    speech = _check_kind(arguments)
     arguments.task_type = arguments.task_type or told_task(arguments.model_name_or_path, arguments.adapter_name_or_path)
     if arguments.output_dir == UNSAID:
         raise OptionError("no output_dir is given", hint="--output_dir out")
@@ -184,21 +184,24 @@ def _check(arguments: "TrainArguments") -> None:
         check_results(arguments, EVALUATED)
         if not arguments.eval_dataset and not (arguments.do_train and arguments.val_size):
             raise DataError("do_eval has no rows", hint="--validation_file held_out.jsonl (or --eval_dataset)")
-        if arguments.predict_with_generate:
+        if arguments.predict_with_generate and not speech:
             load_libraries()
     if arguments.do_predict:
-        check_predicting(arguments)
+        check_predicting(arguments, speech=speech)
 
 
-def _check_kind(arguments: "TrainArguments") -> None:
-    """Raise where the model is an encoder-decoder, as the config.json of its folder says, and options do not go with that."""
+def _check_kind(arguments: "TrainArguments") -> bool:
+    """Whether the model hears; raises where it is an encoder-decoder, as the config.json of its folder says, and options do
+    not go with that."""
     from qgraft.checkpoints.folder_config import folder_config
-    from qgraft.model_parts import is_encoder_decoder
-    from qgraft.training.seq2seq import check_pair_run
+    from qgraft.model_parts import hears, is_encoder_decoder
+    from qgraft.training.speech import check_run
 
     folder = Path(str(arguments.model_name_or_path)).expanduser()
-    if folder.is_dir() and is_encoder_decoder(folder_config(folder)):
-        check_pair_run(arguments)
+    config = folder_config(folder) if folder.is_dir() else None
+    if config is not None and is_encoder_decoder(config):
+        check_run(config, arguments)
+    return hears(config)
 
 
 def _load(arguments: "TrainArguments") -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from qgraft.data.rows import COLUMNS
 from qgraft.data.tables import Row, table_rows
@@ -157,5 +158,13 @@ def hub_rows(hub: str, hint: str, **places: str | None) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         offline = "no connection to the Hub" if isinstance(error, ConnectionError) else "the Hub gives none"
         raise DataError(f"{hub}: no such file here, and {offline} ({error})", hint=hint) from error
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(undecoded(rows), 1):
         yield row, f"{hub}:{number}"
+
+
+def undecoded(rows: Any) -> Any:
+    """Rows of the package `datasets` with recordings as the bytes of their files: to decode them it needs torchcodec."""
+    for column, feature in (getattr(rows, "features", None) or {}).items():
+        if type(feature).__name__ == "Audio" and type(feature).__module__.startswith("datasets."):
+            rows = rows.cast_column(column, type(feature)(decode=False))
+    return rows

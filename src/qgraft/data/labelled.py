@@ -31,12 +31,12 @@ Label = str | int | float | bool | list["Label"] | dict[str, "Label"]
 
 def read_labelled(row: object, layout: RowLayout) -> Sequence[Read]:
     """One or two texts, each a message, with their label. Raises RowError."""
-    row = _checked(row)
+    row = checked_row(row)
     columns = _text_columns(row, layout)
     texts = [text_of(row[column], "text") for column in columns]
     if not all(text.strip() for text in texts):
         raise RowError("empty text")
-    column = _column(row, layout, "label", LABELS)
+    column = column_of(row, layout, "label", LABELS, "label")
     label = _label(row[column])
     ignored = frozenset(unread(row, (*columns, column)))
     return [Read([Message("user", text) for text in texts], ignored=ignored, label=label)]
@@ -44,8 +44,8 @@ def read_labelled(row: object, layout: RowLayout) -> Sequence[Read]:
 
 def read_tagged(row: object, layout: RowLayout) -> Sequence[Read]:
     """Words, each a message, with a list of their labels. Raises RowError."""
-    row = _checked(row)
-    words, tags = _column(row, layout, "prompt", WORDS), _column(row, layout, "label", TAGS)
+    row = checked_row(row)
+    words, tags = column_of(row, layout, "prompt", WORDS), column_of(row, layout, "label", TAGS, "label")
     texts, labels = _list(row[words], words), _list(row[tags], tags)
     if len(texts) != len(labels):
         raise RowError(f"{len(texts)} {words} and {len(labels)} {tags}")
@@ -68,7 +68,8 @@ def labelled_rows() -> str:
     )
 
 
-def _checked(row: object) -> Mapping[str, object]:
+def checked_row(row: object) -> Mapping[str, object]:
+    """The row. Raises RowError for what is none, or has cells without a column."""
     if not isinstance(row, Mapping):
         raise RowError(f"row is a {type(row).__name__}, not an object")
     if None in row:
@@ -89,19 +90,18 @@ def _text_columns(row: Mapping[str, object], layout: RowLayout) -> list[str]:
         both = [column_called(row, name) for name in pair]
         if None not in both:
             return [column for column in both if column is not None]
-    return [_column(row, layout, "prompt", TEXTS)]
+    return [column_of(row, layout, "prompt", TEXTS)]
 
 
-def _column(row: Mapping[str, object], layout: RowLayout, part: str, names: Sequence[str]) -> str:
+def column_of(row: Mapping[str, object], layout: RowLayout, part: str, names: Sequence[str], what: str = "text") -> str:
+    """The column of `what`: the one that is named for this part, or else the first of `names`. Raises RowError for none."""
     told = layout.columns.get(part)
     for name in [told] if told is not None else names:
         if (column := column_called(row, name)) is not None:
             return column
     if told is not None:
         raise RowError(f"no column {told!r}")
-    raise RowError(
-        f"no column of the {'label' if part == 'label' else 'text'}: {', '.join(sorted(map(str, row))[:6]) or 'none'}"
-    )
+    raise RowError(f"no column of the {what}: {', '.join(sorted(map(str, row))[:6]) or 'none'}")
 
 
 def _label(value: object) -> Label:

@@ -45,7 +45,7 @@ class Message:
         reasoning: what an answer thought before, if the row keeps it apart from the content.
         calls: functions that an answer calls.
         call_id, name: of a tool's turn, which call it answers and of which function; `name` also of other turns.
-        images: of a question, in their order; its content has pictures.MARK in their places.
+        images: of a question, in their order; its content has pictures.MARK in their places. Or a recording (sounds.py).
         weight: of an answer, what its loss is multiplied by.
     """
 

@@ -31,6 +31,11 @@ class PairSample:
     desirable: ClassVar[None] = None
 
     @property
+    def positions(self) -> int:
+        """How many the encoder reads."""
+        return len(self.input_ids)
+
+    @property
     def length(self) -> int:
         """How many tokens pass through the model to learn it."""
         return len(self.input_ids) + len(self.labels)

@@ -15,11 +15,11 @@ import hashlib
 import struct
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from qgraft.data.calls import RowError
@@ -36,6 +36,7 @@ class Picture:
     """An image that is not open yet: a path, the bytes of a file, or an image of Pillow."""
 
     data: Any
+    called: ClassVar[str] = "an image"
 
     def open(self) -> Any:
         """The image in RGB, upright, as transformers' load_image has it.
@@ -67,7 +68,7 @@ class Picture:
     @property
     def name(self) -> str:
         """What it is called in errors."""
-        return str(self.data)[:200] if isinstance(self.data, Path) else "an image"
+        return str(self.data)[:200] if isinstance(self.data, Path) else self.called
 
     @cached_property
     def said(self) -> str:
@@ -102,7 +103,7 @@ def picture_of(value: Any) -> Picture:
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), None)
     if isinstance(value, str) and value.strip():
-        return Picture(_from_text(value))
+        return Picture(from_text(value))
     if isinstance(value, Path):
         return Picture(value)
     if isinstance(value, bytes | bytearray):
@@ -112,19 +113,20 @@ def picture_of(value: Any) -> Picture:
     raise RowError(f"an image is a {type(value).__name__}, expected a path, bytes or an image of Pillow")
 
 
-def _from_text(text: str) -> Path | bytes:
+def from_text(text: str, called: str = Picture.called) -> Path | bytes:
+    """What a path or an address names: a file, or its bytes. Raises RowError for an address that is neither."""
     parts = urlsplit(text) if "://" in text[:12] or text.startswith("data:") else None
     if parts is None:
         return Path(text)
     if parts.scheme == "file":
         return Path(unquote(parts.path))
     if parts.scheme != "data":
-        raise RowError(f"an image is named by a {parts.scheme}: address, and nothing is fetched from the net")
+        raise RowError(f"{called} is named by a {parts.scheme}: address, and nothing is fetched from the net")
     about, _, content = text.partition(",")
     try:
         return base64.b64decode(content, validate=True) if about.endswith(";base64") else unquote(content).encode()
     except (binascii.Error, ValueError) as error:
-        raise RowError("an image is a data: address that is not base64") from error
+        raise RowError(f"{called} is a data: address that is not base64") from error
 
 
 def pictures_of(value: Any) -> list[Picture]:
@@ -143,8 +145,11 @@ def part_picture(part: Mapping[str, object]) -> Picture | None:
     return None if named is None else picture_of(named)
 
 
-def located(picture: Picture, home: Path | None, outside: bool) -> Picture:
-    """The image of a row in a file of the folder `home`; None for rows that come from no file.
+Named = TypeVar("Named", bound=Picture)
+
+
+def located(picture: Named, home: Path | None, outside: bool) -> Named:
+    """The image, or what else a row names, of a row in a file of the folder `home`; None for rows that come from no file.
 
     Raises RowError for a path that leads out of it, unless `outside` allows that, or to no file.
     """
@@ -154,10 +159,10 @@ def located(picture: Picture, home: Path | None, outside: bool) -> Picture:
     try:
         if home is not None and not outside and not path.resolve().is_relative_to(home.resolve()):
             raise RowError(
-                f"an image lies outside of the folder of its file ({option('allow_outside_files')} allows it)"
+                f"{picture.called} lies outside of the folder of its file ({option('allow_outside_files')} allows it)"
             )
         if not path.is_file():
-            raise RowError("an image is named that is not there")
+            raise RowError(f"{picture.called} is named that is not there")
     except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero in it, links in a circle
-        raise RowError("an image is named that can be no file") from error
-    return Picture(path)
+        raise RowError(f"{picture.called} is named that can be no file") from error
+    return replace(picture, data=path)

@@ -31,6 +31,7 @@ from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
 from qgraft.data.rows import COLUMNS, Read, RowLayout, column_flags, read_row, schemas, with_images
+from qgraft.data.spoken import SPOKEN, read_spoken
 from qgraft.data.tables import Row
 from qgraft.errors import DataError, OptionError, near_match, option
 from qgraft.given import described
@@ -152,7 +153,7 @@ def read_dataset(
         allow_outside_files: whether dataset_info.json may name files outside of its folder. It often comes with somebody
             else's data, and a line of it would otherwise make any file of the machine the rows that are learned.
     """
-    found, accounting = _read(
+    found, accounting = read_rows(
         _answered, names, dataset_dir, name=name, author=author, columns=columns, max_samples=max_samples,
         allow_outside_files=allow_outside_files, images=images,
     )  # fmt: skip
@@ -163,14 +164,14 @@ def read_preferences(
     names: Dataset, dataset_dir: str | None = None, *, labelled: bool = False, **reading: Any
 ) -> tuple[list[tuple[Conversation, ...]], Accounting]:
     """The same of rows of preferences: (chosen, rejected) of each; or, `labelled`, (answer,) with Conversation.desirable."""
-    return _read(read_judged if labelled else read_pair, names, dataset_dir, **reading)
+    return read_rows(read_judged if labelled else read_pair, names, dataset_dir, **reading)
 
 
 def read_labels(
     names: Dataset, dataset_dir: str | None = None, *, tokens: bool = False, **reading: Any
 ) -> tuple[list[Conversation], Accounting]:
     """The same of labelled texts; with `tokens` of words with a label each (labelled.py)."""
-    found, accounting = _read(read_tagged if tokens else read_labelled, names, dataset_dir, **reading)
+    found, accounting = read_rows(read_tagged if tokens else read_labelled, names, dataset_dir, **reading)
     return [conversation for (conversation,) in found], accounting
 
 
@@ -178,7 +179,7 @@ def _answered(row: object, layout: RowLayout) -> Sequence[Read]:
     return [read_row(row, layout)]
 
 
-def _read(
+def read_rows(
     reader: Reader,
     names: Dataset,
     dataset_dir: str | None,
@@ -254,8 +255,7 @@ def _read_item(
     item: _Item, total: Accounting, fill: Fill, most: int | None, reader: Reader, seen: bool | None
 ) -> list[tuple[Conversation, ...]]:
     """The conversations of each row of one entry, which must give some; `seen`: see with_images."""
-    found: list[tuple[Conversation, ...]] = []
-    failed: list[tuple[str, str]] = []
+    found, failed = list[tuple[Conversation, ...]](), list[tuple[str, str]]()
     unread: object = None
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
     for row, source in islice(item.rows, limit):
@@ -274,11 +274,11 @@ def _read_item(
         counts.drop(reason, source)
     if not found:
         why = f"all {counts.read} rows are dropped; {counts.reasons()}" if counts.read else "holds no rows"
-        others = PREFERENCES if reader in (read_judged, read_pair) else labelled_rows()
-        known = schemas() if reader is _answered else others
+        hints: dict[Reader, str] = {_answered: schemas(), read_spoken: SPOKEN}
+        hints |= {read_judged: PREFERENCES, read_pair: PREFERENCES}
         one = reader in (_answered, read_judged)  # of others no column is the answer
         told = column_flags(unread, item.layout) if one else None
-        raise DataError(f"{item.name}: {why}", hint=told or known)
+        raise DataError(f"{item.name}: {why}", hint=told or hints.get(reader) or labelled_rows())
     total.notes += item.notes
     return found
 
@@ -373,7 +373,7 @@ def _info_item(name: str, entry: object, folder: Path, layout: RowLayout, outsid
     if not all(isinstance(part, dict) for part in (entry, columns, tags)):
         raise DataError(f"{where}: the entry, its columns and its tags must be objects")
     if _NOT_READ & columns.keys():
-        raise DataError(f"{where}: holds video or sound; qgraft learns from text and images")
+        raise DataError(f"{where}: holds video or sound beside texts; for Whisper name the recording as prompt")
     columns = {_TOLD_BY.get(part, part): column for part, column in columns.items()}
     if formatting not in (None, "alpaca", "sharegpt", "openai"):
         raise DataError(f"{where}: formatting is {formatting!r}, expected alpaca or sharegpt")

@@ -90,6 +90,8 @@ PROMPT_OPTIONS = (
     "template",
     "enable_thinking",
     "source_prefix",
+    "language",
+    "task",
 )  # what prompts depend on, of a training's options
 
 

@@ -26,22 +26,29 @@ from qgraft.data.batches import IGNORED, Batch
 from qgraft.data.pairs import PairSample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import computing
-from qgraft.model_parts import computed_dtype
+from qgraft.model_parts import computed_dtype, hears
 from qgraft.passes.broken import of_numbers
 from qgraft.passes.decoder import EXACT, ROUNDED, evaluating
 from qgraft.passes.loss import as_they_are, weighted_cross_entropy
 
 S = TypeVar("S")
+Pair = TypeVar("Pair", bound=PairSample)
 
 
 def collate_pairs(samples: Sequence[PairSample], pad: int) -> Batch:
     """One padded batch of these pairs, on the CPU, in their order."""
-    longest, most = (max(map(len, each)) for each in zip(*((s.input_ids, s.labels) for s in samples), strict=True))
-    batch = {
+    longest = max(len(sample.input_ids) for sample in samples)
+    return {
         "input_ids": _padded([sample.input_ids for sample in samples], longest, pad),
         "attention_mask": _padded([[1] * len(sample.input_ids) for sample in samples], longest, 0),
-        "labels": _padded([sample.labels for sample in samples], most, IGNORED),
+        **collate_targets(samples),
     }
+
+
+def collate_targets(samples: Sequence[PairSample]) -> Batch:
+    """The labels of a batch, and weights where one is not 1."""
+    most = max(len(sample.labels) for sample in samples)
+    batch = {"labels": _padded([sample.labels for sample in samples], most, IGNORED)}
     if any(sample.weight != 1 for sample in samples):
         batch["weights"] = torch.tensor([sample.weight for sample in samples])
     return batch
@@ -51,16 +58,16 @@ def _padded(rows: Sequence[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows], dtype=torch.int64)
 
 
-def split_pairs(samples: Sequence[PairSample], tokens: int) -> list[list[PairSample]]:
+def split_pairs(samples: Sequence[Pair], tokens: int) -> list[list[Pair]]:
     """Pairs of similar lengths together, with at most so many tokens of both sides and padding; 0 for one in each."""
-    parts, wide, high = list[list[PairSample]](), 0, 0
-    for sample in sorted(samples, key=lambda each: (len(each.input_ids), len(each.labels))):
-        wide, high = max(wide, len(sample.input_ids)), max(high, len(sample.labels))
+    parts, wide, high = list[list[Pair]](), 0, 0
+    for sample in sorted(samples, key=lambda each: (each.positions, len(each.labels))):
+        wide, high = max(wide, sample.positions), max(high, len(sample.labels))
         if parts and (len(parts[-1]) + 1) * (wide + high) <= tokens:
             parts[-1].append(sample)
         else:
             parts.append([sample])
-            wide, high = len(sample.input_ids), len(sample.labels)
+            wide, high = sample.positions, len(sample.labels)
     return parts
 
 
@@ -76,20 +83,25 @@ def pair_losses(
 
     float32 scalar and [labels], pair after pair.
     """
-    batch = {key: value.to(model.device) for key, value in collate_pairs(samples, pad_of(model)).items()}
-    labels_BT, forward = batch["labels"], _decoder_input(model)
-    given: Any = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    logits_BTV = model(**given, decoder_input_ids=forward(labels=labels_BT), use_cache=False).logits
+    return target_losses(model, collate_pairs(samples, pad_of(model)), label_smoothing)
+
+
+def target_losses(model: PreTrainedModel, batch: Batch, label_smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The same of a batch on the CPU: labels, weights where there are some, and all that the encoder is given."""
+    given: Any = {key: value.to(model.device) for key, value in batch.items()}
+    labels_BT, weights_B = given.pop("labels"), given.pop("weights", None)
+    logits_BTV = model(**given, decoder_input_ids=_decoder_input(model, labels_BT), use_cache=False).logits
     learned_BT = labels_BT != IGNORED
-    weights_N = batch["weights"][:, None].expand_as(labels_BT)[learned_BT] if "weights" in batch else None
+    weights_N = None if weights_B is None else weights_B[:, None].expand_as(labels_BT)[learned_BT]
     return weighted_cross_entropy(
         logits_BTV[learned_BT], labels_BT[learned_BT], weights_N, as_they_are, label_smoothing
     )
 
 
-def _decoder_input(model: PreTrainedModel) -> Any:
-    """The model's function from labels to what its decoder reads."""
-    found = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+def _decoder_input(model: PreTrainedModel, labels_BT: Tensor) -> Tensor:
+    """What the model's decoder reads while it learns these labels, int64 [B, T]."""
+    found: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    found = found or (_shifted_sounds(model) if hears(model.config) else None)
     start = getattr(model.config, "decoder_start_token_id", None)
     if found is None:
         raise UnsupportedError(f"{type(model).__name__} does not say what its decoder reads while it learns a target")
@@ -98,7 +110,16 @@ def _decoder_input(model: PreTrainedModel) -> Any:
             f"{type(model).__name__}: config.json names no decoder_start_token_id, by which every target begins",
             hint="write the one of the model's release into it",
         )
-    return found
+    shifted: Tensor = found(labels=labels_BT)
+    return shifted
+
+
+def _shifted_sounds(model: PreTrainedModel) -> Any:
+    """The function of Whisper's module, which the class has not."""
+    from transformers.models.whisper.modeling_whisper import shift_tokens_right
+
+    config: Any = model.config
+    return lambda labels: shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
 
 
 @torch.inference_mode()
@@ -117,10 +138,15 @@ def padded_together(model: PreTrainedModel, samples: Sequence[PairSample]) -> It
     Yields None, or a sentence that says why every pair must pass alone. Raises UnsupportedError for a model whose loss of a
     single pair is not the mean cross-entropy of its labels.
     """
-    ordered = sorted(samples, key=lambda sample: len(sample.input_ids) + len(sample.labels))
-    two = [ordered[-1], *ordered[:-1][:1]]
+    two = longest_and_shortest(samples)
     what, alone = "a pair is not the mean cross-entropy of the target's tokens", "every pair passes through it alone"
     yield tried_together(model, two, pair_losses, _own_loss, what, alone)
+
+
+def longest_and_shortest(samples: Sequence[Pair]) -> list[Pair]:
+    """These two, or the only one."""
+    ordered = sorted(samples, key=lambda sample: sample.positions + len(sample.labels))
+    return [ordered[-1], *ordered[:-1][:1]]
 
 
 def tried_together(

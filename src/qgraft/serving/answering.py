@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from qgraft.data.calls import RowError
 from qgraft.data.ends import end_token_ids, until_end
 from qgraft.data.image_samples import image_prompt, require_processor
 from qgraft.data.messages import as_messages
 from qgraft.data.pairs import PairOptions, check_pair_options, encode_source
-from qgraft.data.pictures import Picture
+from qgraft.data.pictures import Picture, located
 from qgraft.data.rows import with_pictures
+from qgraft.data.sounds import sound_of
+from qgraft.data.speech_samples import Spoken, spoken_as
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, decode_answer, encode_prompt, resolve_template
-from qgraft.errors import DataError, UnsupportedError
-from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.errors import DataError, OptionError, UnsupportedError, option
+from qgraft.model_parts import hears, is_encoder_decoder, vision_of
 from qgraft.passes.broken import of_numbers
 from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import context_length, stated_ends
 from qgraft.passes.pairs import generate_targets
+from qgraft.passes.speech import generate_spoken
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,9 @@ def answer(
     source_prefix: str = "",
     max_new_tokens: int = 256,
     images: Sequence[Any] = (),
+    audio: Any = None,
+    language: str | None = None,
+    task: str | None = None,
     streaming: Callable[[Callable[[list[int]], str]], Any] | None = None,
     **generation: Any,
 ) -> Answer:
@@ -60,6 +67,8 @@ def answer(
         template, system, enable_thinking: as in training, see resolve_template and encode_prompt.
         source_prefix: stands in front of the question, as in training.
         max_new_tokens: the longest answer.
+        audio: a recording as rows name one, for a model that hears, which is asked nothing else.
+        language, task: of the text that it writes, see TrainArguments.
         images: in front of the first question, for a model that sees: paths, bytes or images of Pillow.
         streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
         generation: goes to generate().
@@ -68,6 +77,14 @@ def answer(
     """
     if images and not vision_of(model):
         raise UnsupportedError(f"images: {type(model).__name__} reads text alone")
+    check_hearing(model, audio, language=language, task=task)
+    if hears(model.config):
+        asked = {"template": template, "system": system, "enable_thinking": enable_thinking}
+        others = ["messages: it is asked by a recording"] if messages else []
+        check_pair_options(asked, *others, *(["source_prefix: it reads no text"] if source_prefix else []))
+        return _heard(
+            model, tokenizer, audio, spoken_as(model, language, task, 0), max_new_tokens, streaming, generation
+        )
     if is_encoder_decoder(model.config):
         check_pair_options({"template": template, "system": system, "enable_thinking": enable_thinking})
         source, _ = encode_source(tokenizer, as_messages(messages), PairOptions(source_prefix))
@@ -106,6 +123,38 @@ def answer(
     full = len(ids) == len(said) == room < max_new_tokens
     note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
     return Answer(decode_answer(tokenizer, ids), note)
+
+
+def check_hearing(model: PreTrainedModel, audio: Any, **told: str | None) -> None:
+    """Raise OptionError where a model that hears gets no recording, or another one gets one, or `told` what is of those."""
+    given = [name for name, value in {"audio": audio, **told}.items() if value is not None]
+    if given and not hears(model.config):
+        raise OptionError(f"{', '.join(given)}: of models that hear (Whisper), and {type(model).__name__} reads text")
+    if audio is None and hears(model.config):
+        raise OptionError(
+            f"{type(model).__name__} hears, and no recording is given", hint=option("audio", "speech.wav")
+        )
+
+
+def _heard(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audio: Any, written: Spoken, longest: int,
+    streaming: Callable[[Callable[[list[int]], str]], Any] | None, generation: dict[str, Any],
+) -> Answer:  # fmt: skip
+    """What a model that hears writes of a recording."""
+    try:
+        sound = located(sound_of(audio), None, True)
+    except RowError as error:
+        raise DataError(str(error)) from error
+
+    def shown(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    told = {**generation, **written.told, "max_new_tokens": min(longest, written.room)}
+    text = shown(generate_spoken(model, [sound], **told)[0])
+    if streaming is not None:
+        streamer = streaming(lambda _: text)
+        streamer.end()
+    return Answer(text)
 
 
 def _seen(

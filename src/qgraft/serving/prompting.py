@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from qgraft.data.messages import ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.scripted import WritesPrompts
-from qgraft.data.templates import PROMPT_OPTIONS, ChatTemplate, remembered_template
+from qgraft.data.templates import ChatTemplate, remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, encode_prompt, resolve_template
 from qgraft.serving.protocol import Ask
 from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, CallFormat, call_format
@@ -33,7 +33,7 @@ class Prompting:
     def as_trained(self, trained: Sequence[Mapping[str, Any]]) -> "Prompting":
         """With what adapters were trained with, where it is not given here and they agree."""
         found: dict[str, Any] = {}
-        for key in PROMPT_OPTIONS:
+        for key in vars(self):
             said = [remembered_template(each) if key == "template" else each.get(key) for each in trained]
             agreed = said[0] if said and all(value == said[0] for value in said) else None
             own = getattr(self, key)

@@ -8,7 +8,7 @@ from torch import nn
 
 from qgraft.checkpoints.heads import NUMBER, SEVERAL, Task
 from qgraft.errors import OptionError, UnsupportedError, option
-from qgraft.model_parts import CLASSIFIERS, IMAGES, peft_task, vision_of
+from qgraft.model_parts import CLASSIFIERS, IMAGES, SEQUENCE_TO_SEQUENCE, hears, peft_task, vision_of
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -55,7 +55,7 @@ def settle_classification(args: "TrainArguments") -> None:
 
 def check_task(args: "TrainArguments", model: nn.Module) -> None:
     """The same with a model, which may be a classifier though no option says so. Of one the run then has the task_type."""
-    task = peft_task(model)
+    task = SEQUENCE_TO_SEQUENCE if hears(getattr(model, "config", None)) else peft_task(model)
     seen = IMAGES if vision_of(model) else task
     if args.task_type not in (None, task, seen):
         raise OptionError(

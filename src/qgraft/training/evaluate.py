@@ -16,11 +16,12 @@ from qgraft.data.messages import Conversation
 from qgraft.data.pairs import PairOptions, build_pairs, check_pair_options
 from qgraft.data.preference_samples import Preference, build_preferences, mismatched
 from qgraft.data.reading import Accounting, Dataset, read_dataset, read_labels, read_preferences
+from qgraft.data.speech_samples import build_speech, read_recordings, spoken_as
 from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Learning, build_samples, resolve_template
 from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
-from qgraft.model_parts import is_encoder_decoder, vision_of
+from qgraft.model_parts import hears, is_encoder_decoder, vision_of
 from qgraft.passes.broken import check_held_out
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.labels import Classifier, classifier_of
@@ -37,7 +38,7 @@ from qgraft.training.padded import evaluate_padded
 from qgraft.training.preference_losses import PreferenceOptions
 from qgraft.training.preferences import PreferenceEvaluation, PreferenceOptimization, with_reference
 from qgraft.training.ranges import RANGES
-from qgraft.training.seq2seq import PAIRS
+from qgraft.training.speech import check_speech_options, kind_of
 from qgraft.training.stages import preferring
 
 
@@ -58,6 +59,8 @@ def evaluate(
     max_target_length: int | None = None,
     train_on_prompt: bool = False,
     enable_thinking: bool | None = None,
+    language: str | None = None,
+    task: str | None = None,
     allow_outside_files: bool = False,
     stage: str = "sft",
     loss_type: str | None = None,
@@ -78,6 +81,7 @@ def evaluate(
         columns: see read_dataset; "prompt" and "label" of labelled texts, which a classifier is asked about.
         source_prefix: stands in front of every question, as in training.
         max_source_length, max_target_length: of an encoder-decoder, and ChatGLM: the longest of each, as in training.
+        language, task: of texts of recordings, as in training; see TrainArguments.
         stage: sft, or of rows of preferences dpo, ipo, orpo, simpo, kto: the loss by `loss_type`, `beta` and the numbers
             behind it, as in TrainArguments, with rewards and accuracies beside the base.
 
@@ -90,37 +94,44 @@ def evaluate(
     given = {name: (value, RANGES[name]) for name, value in {**numbers, **sides}.items() if value is not None}
     check_ranges({"max_length": (max_length, LENGTH), **given})
     options = preferring(stage, {"loss_type": loss_type, **numbers}, train_on_prompt=train_on_prompt and stage != "sft")
-    reading: dict[str, Any] = {"name": name, "author": author, "columns": columns,
-                               "allow_outside_files": allow_outside_files}  # fmt: skip
+    reading: dict[str, Any] = {"names": dataset, "dataset_dir": dataset_dir, "name": name, "author": author,
+                               "columns": columns, "allow_outside_files": allow_outside_files}  # fmt: skip
     limit = sample_limit(model, max_length)
-    asked = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system,
-             "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history")}  # fmt: skip
+    said = {"stage": stage, "train_on_prompt": train_on_prompt, "template": template, "system": system, **sides,
+            "enable_thinking": enable_thinking, "history_column": (columns or {}).get("history"),
+            "source_prefix": source_prefix, "language": language, "task": task}  # fmt: skip
+    check_speech_options(model.config, said)
     if is_encoder_decoder(model.config):
-        check_pair_options(asked)
-        written = PairOptions(source_prefix, *(min(longest or limit, limit) for longest in sides.values()))
-        return _of_pairs(model, tokenizer, read_dataset(dataset, dataset_dir, **reading), written, progress)
+        return _of_pairs(model, tokenizer, reading, said, limit, progress)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
         "chatglm": ChatGlmOptions(max_source_length, max_target_length, "history" in (columns or ()), False, source_prefix),
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
-        response = (columns or {}).get("response")
-        _refuse_of_writers({**asked, **sides, "source_prefix": source_prefix, "response_column": response})
-        labelled = read_labels(dataset, dataset_dir, tokens=classifier.words, **reading)
+        _refuse_of_writers({**said, "response_column": (columns or {}).get("response")})
+        labelled = read_labels(tokens=classifier.words, **reading)
         return _of_labels(model, tokenizer, labelled, classifier, limit)
     if options is not None:
-        rows, accounting = read_preferences(dataset, dataset_dir, labelled=options.labelled, **reading)
-        preferences = build_preferences(tokenizer, rows, accounting, **learning)
-        preferences = mismatched(preferences, limit) if options.loss_type == "kto" else preferences
-        return _accounted(model, evaluate_preferences(model, preferences, options), accounting)
-    conversations, accounting = read_dataset(dataset, dataset_dir, images=bool(vision_of(model)), **reading)
+        judged = read_preferences(labelled=options.labelled, **reading)
+        return _of_preferences(model, tokenizer, judged, options, learning)
+    conversations, accounting = read_dataset(images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
         return _evaluate_seen(model, (conversations, accounting), chosen, limit, system, source_prefix, progress)
     samples = build_samples(tokenizer, conversations, accounting, train_on_prompt=train_on_prompt, **learning)
     with _shown(len(samples), progress) as passed:
         return _accounted(model, evaluate_samples(model, samples, passed=passed), accounting)
+
+
+def _of_preferences(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
+    read: tuple[list[tuple[Conversation, ...]], Accounting], options: PreferenceOptions, learning: Mapping[str, Any],
+) -> PreferenceEvaluation:  # fmt: skip
+    """The same of rows of preferences, whose samples are made as `learning` says."""
+    preferences = build_preferences(tokenizer, *read, **learning)
+    preferences = mismatched(preferences, learning["max_length"]) if options.loss_type == "kto" else preferences
+    return _accounted(model, evaluate_preferences(model, preferences, options), read[1])
 
 
 def _of_labels(
@@ -133,13 +144,22 @@ def _of_labels(
 
 
 def _of_pairs(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, read: tuple[list[Conversation], Accounting],
-    written: PairOptions, progress: bool | Console | None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, places: Mapping[str, Any], said: Mapping[str, Any],
+    limit: int, progress: bool | Console | None,
 ) -> Evaluation:  # fmt: skip
-    """The same of an encoder-decoder, whose rows are pairs."""
-    pairs = build_pairs(tokenizer, *read, written)
-    with _shown(len(pairs), progress) as passed:
-        return _accounted(model, evaluate_padded(model, PAIRS, pairs, passed=passed), read[1])
+    """The same of an encoder-decoder, whose rows are pairs, or recordings with their texts where it hears."""
+    check_pair_options(said)
+    source, target = (min(said[side] or limit, limit) for side in ("max_source_length", "max_target_length"))
+    samples: list[Any]
+    if hears(model.config):
+        spoken = spoken_as(model, said["language"], said["task"], target)
+        conversations, accounting = read_recordings(**places)
+        samples = build_speech(model, conversations, accounting, spoken)
+    else:
+        conversations, accounting = read_dataset(**places)
+        samples = build_pairs(tokenizer, conversations, accounting, PairOptions(said["source_prefix"], source, target))
+    with _shown(len(samples), progress) as passed:
+        return _accounted(model, evaluate_padded(model, kind_of(model), samples, passed=passed), accounting)
 
 
 def _evaluate_seen(

@@ -17,7 +17,7 @@ from qgraft.training.label_rows import read_label_samples
 from qgraft.training.objective import Measured, evaluate_samples
 from qgraft.training.padded import evaluate_padded
 from qgraft.training.samples import read_samples
-from qgraft.training.seq2seq import PAIRS, check_pair_run, read_pairs
+from qgraft.training.speech import check_run, check_speech_options, kind_of
 from qgraft.training.stages import preference_options
 
 
@@ -28,10 +28,11 @@ def evaluate_held_out(
     if not args.eval_dataset:
         raise DataError("do_eval has no rows", hint=option("eval_dataset", "held_out.jsonl"))
     if is_encoder_decoder(model.config):
-        check_pair_run(args)
+        check_run(model.config, args)
         most = sample_limit(model, args.max_length)
-        pairs, accounting = read_pairs(tokenizer, args.eval_dataset, args, most, held_out=True)
-        return evaluate_padded(model, PAIRS, pairs, compute=args.compute), accounting
+        pairs, accounting = read_samples(model, tokenizer, args.eval_dataset, args, most, None, held_out=True)
+        return evaluate_padded(model, kind_of(model), pairs, compute=args.compute), accounting
+    check_speech_options(model.config, vars(args))
     check_task(args, model)
     if (classifier := classifier_of(model)) is not None:
         limit = sample_limit(model, args.max_length)

@@ -34,6 +34,7 @@ ALIASES = {  # name elsewhere -> ours
     "sequence_len": "max_length",
     "max_seq_len": "max_length",
     "text_column": "prompt_column",
+    "audio_column_name": "prompt_column",
     "text_column_name": "prompt_column",
     "text_column_names": "prompt_column",
     "label_column_name": "label_column",

@@ -33,7 +33,7 @@ from qgraft.training.images import IMAGES, holds_images
 from qgraft.training.objective import Objective, Outcome, SupervisedFineTuning
 from qgraft.training.optimization import Optimization
 from qgraft.training.padded import padded_passes
-from qgraft.training.seq2seq import PAIRS
+from qgraft.training.speech import kind_of
 
 if TYPE_CHECKING:
     from qgraft.training.prepare import Prepared
@@ -131,7 +131,7 @@ def fastest_passes(
     """Within the block samples take the fastest way through the model; yields the tokens of a pass, and metrics."""
     args, samples, notes = prepared.args, prepared.longest, prepared.notes
     if is_encoder_decoder(model.config):
-        with padded_passes(model, PAIRS, args, samples, notes) as tokens:
+        with padded_passes(model, kind_of(model), args, samples, notes) as tokens:
             yield tokens, {}
         return
     if holds_images(samples):

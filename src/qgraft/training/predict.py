@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft import storage
@@ -36,7 +35,16 @@ from qgraft.data.reading import Accounting, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, answer_text, check_chatglm_options, encode_prompt
 from qgraft.errors import DataError, StorageError, option
-from qgraft.model_parts import CAUSAL, CLASSIFIERS, argument_names, is_encoder_decoder, keeps_state, task_of, vision_of
+from qgraft.model_parts import (
+    CAUSAL,
+    CLASSIFIERS,
+    argument_names,
+    hears,
+    is_encoder_decoder,
+    keeps_state,
+    task_of,
+    vision_of,
+)
 from qgraft.passes.broken import of_numbers
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.images import generate_seen
@@ -48,6 +56,7 @@ from qgraft.training.classification_options import check_task
 from qgraft.training.evaluate import template_of
 from qgraft.training.images import with_images
 from qgraft.training.predict_labels import LINES, LabelPredictions, predict_labels, write_predictions
+from qgraft.training.predict_speech import ANSWERED, predict_speech
 from qgraft.training.scores import load_libraries, mean_scores
 from qgraft.training.seq2seq import check_pair_run, pair_options
 
@@ -64,7 +73,7 @@ class Predictions:
 
     Attributes:
         pairs: (expected, answered) texts, in the order of the rows.
-        scores: bleu-4, rouge-1, rouge-2, rouge-l: means from 0 to 100.
+        scores: bleu-4, rouge-1, rouge-2, rouge-l: means from 0 to 100; of a model that hears wer and cer, and its loss.
         generation: how the answers were generated.
         accounting: where every row went.
         notes: what a reader should know, each one sentence.
@@ -118,7 +127,7 @@ def predict(
     Both files are written when everything is answered. Raises DataError, OptionError, StorageError, UnsupportedError.
     """
     check_task(args, model)
-    check_predicting(args, dataset)
+    check_predicting(args, dataset, speech=hears(getattr(model, "config", None)))
     chosen = dataset if dataset is not None else args.test_dataset or args.eval_dataset
     assert chosen is not None  # checked above
     if task_of(model) != CAUSAL:
@@ -133,8 +142,12 @@ def predict(
     return found
 
 
-def check_predicting(args: TrainArguments, dataset: Dataset | None = None) -> None:
-    """Raise what is wrong with predict()'s arguments, before the minutes that loading and answering take."""
+def check_predicting(args: TrainArguments, dataset: Dataset | None = None, *, speech: bool = False) -> None:
+    """Raise what is wrong with predict()'s arguments, before the minutes that loading and answering take.
+
+    Args:
+        speech: whether the model hears, whose answers are scored by error rates.
+    """
     if dataset is None and not args.test_dataset and not args.eval_dataset:
         raise DataError(
             "do_predict has no rows",
@@ -143,7 +156,8 @@ def check_predicting(args: TrainArguments, dataset: Dataset | None = None) -> No
     if args.task_type in CLASSIFIERS:
         check_results(args, LINES, RESULTS)
         return
-    load_libraries()
+    if not speech:
+        load_libraries()
     check_results(args, PREDICTIONS, RESULTS)
 
 
@@ -167,8 +181,14 @@ def answer_rows(
     console: Console | None = None,
 ) -> Predictions:
     """What predict() does, without writing anything; `max_samples` goes before args.max_samples."""
+    pairs, room = is_encoder_decoder(model.config), _room(tokenizer, args)
+    if hears(model.config):
+        began = time.perf_counter()
+        torch.manual_seed(args.seed)
+        told = pair_settings(model, args) | {"max_new_tokens": room.new}
+        texts, scores, told, where = predict_speech(model, tokenizer, dataset, args, told, max_samples, console)
+        return Predictions(texts, scores, told, where, time.perf_counter() - began, where.said())
     load_libraries()
-    pairs = is_encoder_decoder(model.config)
     questions, accounting, notes = _questions(model, tokenizer, dataset, args, max_samples)
     settings = pair_settings(model, args) if pairs else generation_settings(tokenizer, args)
     seen = any(question.images for question in questions)
@@ -178,7 +198,6 @@ def answer_rows(
         notes.append(f"per_device_eval_batch_size has no effect: {why}, so rows are answered one by one")  # fmt: skip
     began = time.perf_counter()
     torch.manual_seed(args.seed)
-    room = _room(tokenizer, args)
     ends = end_token_ids(tokenizer, stated_ends(model), None if pairs else template_of(tokenizer, args))
     answers = _answers(model, tokenizer, questions, settings, at_once, room, ends, console)
     seconds = time.perf_counter() - began
@@ -322,9 +341,7 @@ def _answers(
     # Neighbours in length waste least; the longest come first, so that memory that is short runs out at once.
     order = sorted(range(len(questions)), key=lambda index: -len(questions[index].ids))
     answers = [""] * len(questions)
-    columns = (TextColumn("answered {task.completed:.0f}/{task.total:.0f}"), BarColumn(bar_width=8),
-               TimeRemainingColumn(compact=True))  # fmt: skip
-    with evaluating(model), Display(*columns, console=console) as progress:
+    with evaluating(model), Display(*ANSWERED, console=console) as progress:
         task = progress.add_task("", total=len(questions))
         for start in range(0, len(order), at_once):
             batch = order[start : start + at_once]

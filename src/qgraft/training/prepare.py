@@ -27,7 +27,7 @@ from qgraft.training.output_dir import Earlier, check_output_dir
 from qgraft.training.plan import plan_of
 from qgraft.training.processes import Processes
 from qgraft.training.samples import prepare_samples
-from qgraft.training.seq2seq import check_pair_run
+from qgraft.training.speech import check_run, check_speech_options
 from qgraft.training.stages import distill_options
 from qgraft.training.teacher import Lesson, ask_teacher
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
@@ -77,7 +77,9 @@ def prepare(
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
     check_task(args, model)
     if is_encoder_decoder(model.config):
-        check_pair_run(args)
+        check_run(model.config, args)
+    else:
+        check_speech_options(model.config, vars(args))
     earlier = check_output_dir(args)
     notes = [*args.notes, *earlier.passed_over, *take_tokens(model, tokenizer, args)]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))

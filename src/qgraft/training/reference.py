@@ -36,7 +36,7 @@ from qgraft.training.on_policy import draws_answers
 from qgraft.training.padded import Padded
 from qgraft.training.preferences import PreferenceOptimization, with_reference
 from qgraft.training.processes import Processes
-from qgraft.training.seq2seq import PAIRS
+from qgraft.training.speech import kind_of
 from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, 
     if prepared.objective is not None:
         return prepared.objective
     if is_encoder_decoder(model.config):
-        return Padded(PAIRS, prepared.args.label_smoothing_factor, alone=not tokens)
+        return Padded(kind_of(model), prepared.args.label_smoothing_factor, alone=not tokens)
     if holds_images(prepared.samples):
         return Padded(IMAGES, prepared.args.label_smoothing_factor, alone=not tokens)
     if (classifier := classifier_of(model)) is not None:

@@ -11,13 +11,14 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
-from qgraft.model_parts import CAUSAL, is_encoder_decoder, task_of
+from qgraft.model_parts import CAUSAL, hears, is_encoder_decoder, task_of
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
 from qgraft.training.images import check_image_run, image_rows, learning_of, samples_of
 from qgraft.training.label_rows import read_label_samples
 from qgraft.training.seq2seq import read_pairs
+from qgraft.training.speech import read_speech
 from qgraft.training.stages import preference_options
 
 
@@ -139,6 +140,8 @@ def read_samples(
     Args:
         template: None for an encoder-decoder, whose pairs have none.
     """
+    if hears(model.config):
+        return read_speech(model, dataset, args, held_out=held_out)
     if template is None:
         return read_pairs(tokenizer, dataset, args, limit, held_out=held_out)
     options = preference_options(args)
