@@ -31,7 +31,7 @@ from qgraft.diffusion.arguments import DiffusionArguments
 from qgraft.diffusion.denoisers import INDEX
 from qgraft.diffusion.families import Conditions, Family
 from qgraft.diffusion.images import ImageRow, captions_of, pixels_of
-from qgraft.errors import CheckpointError, StorageError, TrainingError, option
+from qgraft.errors import CheckpointError, DataError, StorageError, TrainingError, option
 from qgraft.progress import bar_on, counted
 from qgraft.training.output_dir import LATENTS
 
@@ -183,9 +183,13 @@ def _encode(
     with bar_on(console) as bar:
         said = counted(bar, "captions and images")
         for number, caption in enumerate(captions):
-            with ForeignErrors(f"caption {caption!r} cannot be encoded"):
-                for name, told in family.encode(pipeline, caption, **options).items():
-                    found[f"caption.{number}.{name}"] = told.cpu().contiguous()
+            try:
+                with ForeignErrors(f"caption {caption!r} cannot be encoded"):
+                    conditions = family.encode(pipeline, caption, **options)
+            except DataError as error:
+                of = next(row.path.name for row in rows if row.caption == caption)
+                raise DataError(f"{of}: {error.message}", hint=error.hint) from error
+            found |= {f"caption.{number}.{name}": told.cpu().contiguous() for name, told in conditions.items()}
             said(number + 1, len(captions) + len(rows))
         for number, row in enumerate(rows):
             pixels = pixels_of(row)[None]
