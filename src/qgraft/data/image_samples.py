@@ -12,11 +12,11 @@ The numbers of an image are made when its batch passes (passes/images.py): those
 A row is read once before, for its ids. Rows with images are not cut: an image has no part that could be left out.
 """
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qgraft.data.accounted import accounted
 from qgraft.data.masks import Answer
 from qgraft.data.messages import Conversation, ConversationError, Message, Tool
 from qgraft.data.pictures import INSTALL, Picture
@@ -32,7 +32,7 @@ from qgraft.data.tokenizing import (
     with_prefix,
     with_system,
 )
-from qgraft.errors import DataError, UnsupportedError
+from qgraft.errors import UnsupportedError
 
 _PLACEHOLDERS = ("image_token", "boi_token")  # what a processor may call what the template writes for an image
 
@@ -55,40 +55,18 @@ def build_image_samples(
     learning: Learning,
 ) -> list[ImageSample]:
     """The samples of at most `max_length` ids; `accounting` moves what gives none to its place. Raises DataError for none."""
-    encoder, samples, remarks = ImageEncoder(processor, template, learning), list[ImageSample](), Counter[str]()
-    hint: str | None = None
-    for conversation in conversations:
-        try:
-            found = encoder.image_samples(conversation)
-            if longer := [sample for sample in found if len(sample.input_ids) > max_length]:
-                if any(sample.images for sample in longer):
-                    raise ConversationError(f"longer than max_length {max_length}, and rows with images are not cut",
-                                            hint="give a larger max_length, or smaller images")  # fmt: skip
-                found, whole = [cut for sample in found if (cut := _cut(sample, max_length))], found
-                if not found:
-                    raise ConversationError(f"no answer token within max_length {max_length}")
-                accounting.truncated += 1
-                accounting.truncated_tokens += sum(s.length for s in whole) - sum(s.length for s in found)
-        except DataError as error:
-            accounting.kept -= 1
-            accounting.drop(error.message, conversation.source)
-            hint = error.hint or hint
-            continue
-        finally:
-            remarks.update(encoder.remarks())
-        samples += found
-    accounting.check()
-    accounting.notes += [f"{sentence} (rows: {count})" for sentence, count in sorted(remarks.items())]
-    if not samples:
-        raise DataError(f"no sample is left: {accounting.summary()}", hint=hint)
-    return samples
+    encoder = ImageEncoder(processor, template, learning)
 
+    def fitting(found: Sequence[ImageSample]) -> list[ImageSample]:
+        if any(sample.images and len(sample.input_ids) > max_length for sample in found):
+            raise ConversationError(f"longer than max_length {max_length}, and rows with images are not cut",
+                                    hint="give a larger max_length, or smaller images")  # fmt: skip
+        kept = [cut for sample in found if (cut := cut_sample(sample, max_length)) is not None]
+        if not kept:
+            raise ConversationError(f"no answer token within max_length {max_length}", hint="give a larger max_length")
+        return kept
 
-def _cut(sample: ImageSample, max_length: int) -> ImageSample | None:
-    """A sample without images, cut."""
-    if (cut := cut_sample(sample, max_length)) is None:
-        return None
-    return ImageSample(cut.input_ids, cut.labels, cut.source, cut.weights, sample.part, sample.text)
+    return accounted(conversations, accounting, encoder.image_samples, fitting, encoder.remarks)
 
 
 def image_prompt(

@@ -15,11 +15,11 @@ it are its history.
 
 import hashlib
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
 
+from qgraft.data.accounted import S, accounted
 from qgraft.data.ends import end_token_ids
 from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
@@ -198,33 +198,17 @@ def build_samples(
     asked = Learning(**learning)
     check_chatglm_options(tokenizer, asked.chatglm or ChatGlmOptions())
     chosen = template if isinstance(template, ChatTemplate) else resolve_template(tokenizer, template)
-    encoder, samples = Encoder(tokenizer, chosen, asked), list[Sample]()
-    hint: str | None = None
-    remarks: Counter[str] = Counter()
-    for conversation in conversations:
-        try:
-            found = encoder.samples(conversation)
-            fitting = [cut for sample in found if (cut := cut_sample(sample, max_length, truncate)) is not None]
-            if not fitting:
-                learns = max_length is not None and any(_learns(sample, max_length) for sample in found)
-                what = "longer than" if learns else "no answer token within"
-                raise ConversationError(f"{what} max_length {max_length}", hint="give a larger max_length")
-        except DataError as error:  # one row never ends a run: ChatGLM's rounds, what a template refuses
-            accounting.kept -= 1
-            accounting.drop(error.message, conversation.source)
-            hint = error.hint or hint
-            continue
-        finally:
-            remarks.update(encoder.remarks())
-        if lost := sum(len(s.input_ids) for s in found) - sum(len(s.input_ids) for s in fitting):
-            accounting.truncated += 1
-            accounting.truncated_tokens += lost
-        samples += [replace(sample, part=part) for part, sample in enumerate(fitting)]
-    accounting.check()
-    accounting.notes += [f"{sentence} (rows: {count})" for sentence, count in sorted(remarks.items())]
-    if not samples:
-        raise DataError(f"no sample is left: {accounting.summary()}", hint=hint)
-    return samples
+    encoder = Encoder(tokenizer, chosen, asked)
+
+    def fitting(found: Sequence[Sample]) -> list[Sample]:
+        kept = [cut for sample in found if (cut := cut_sample(sample, max_length, truncate)) is not None]
+        if not kept:
+            learns = max_length is not None and any(_learns(sample, max_length) for sample in found)
+            what = "longer than" if learns else "no answer token within"
+            raise ConversationError(f"{what} max_length {max_length}", hint="give a larger max_length")
+        return [replace(sample, part=part) for part, sample in enumerate(kept)]
+
+    return accounted(conversations, accounting, encoder.samples, fitting, encoder.remarks)
 
 
 def _learns(sample: Sample, length: int) -> bool:
@@ -232,14 +216,15 @@ def _learns(sample: Sample, length: int) -> bool:
     return any(label != IGNORED for label in sample.labels[1:length])
 
 
-def cut_sample(sample: Sample, max_length: int | None, truncate: bool = True) -> Sample | None:
+def cut_sample(sample: S, max_length: int | None, truncate: bool = True) -> S | None:
     """The sample, cut to `max_length`; None where it may not be cut or no answer token would remain."""
     if max_length is None or len(sample.input_ids) <= max_length:
         return sample
     if not truncate or not _learns(sample, max_length):
         return None
     weights = None if sample.weights is None else sample.weights[:max_length]
-    return Sample(sample.input_ids[:max_length], sample.labels[:max_length], sample.source, weights)
+    ids, labels = sample.input_ids[:max_length], sample.labels[:max_length]
+    return replace(sample, input_ids=ids, labels=labels, weights=weights)
 
 
 class Encoder:

@@ -21,6 +21,7 @@ from qgraft.data.sounds import Sound
 from qgraft.data.speech_samples import SpeechSample, listen, require_listener
 from qgraft.errors import UnsupportedError
 from qgraft.model_parts import computed_dtype
+from qgraft.passes.broken import of_numbers
 from qgraft.passes.pairs import collate_targets, longest_and_shortest, target_losses, tried_together
 
 
@@ -60,7 +61,7 @@ def generate_spoken(model: PreTrainedModel, sounds: Sequence[Sound], **told: Any
                                hint="take the file of the model's newest release")  # fmt: skip
     given: Any = {key: value.to(model.device) for key, value in features_of(model, sounds).items()}
     generate: Any = model.generate
-    found: list[list[int]] = generate(**given, **told).tolist()
+    found: list[list[int]] = generate(**given, **{"logits_processor": of_numbers(model), **told}).tolist()
     return found
 
 
