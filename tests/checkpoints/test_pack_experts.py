@@ -18,6 +18,7 @@ from qgraft.adapter_files.gguf_lora import export_gguf_lora
 from qgraft.checkpoints.gguf_from_folder import why_not_gguf
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError
 from qgraft.experts import ExpertStack
+from qgraft.training.prepare import balance_note
 
 Maker = Callable[..., Any]
 EACH = pytest.mark.parametrize(
@@ -172,6 +173,9 @@ def test_experts_of_a_token_are_some_of_those_that_there_are(
     ids = random_ids(model)
     assert off(logits(model, ids), logits(tiny.model, ids)) < 1e-6
     config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "output_router_logits": True}))
+    (said,) = balance_note(qgraft.load(folder, device="cpu")[0])
+    assert "router_aux_loss_coef) is not added" in said and not balance_note(model)
     for chosen in (0, 13, -1):
         (folder / "config.json").write_text(json.dumps({**config, "num_experts_per_tok": chosen}))
         with pytest.raises(

@@ -81,7 +81,7 @@ def prepare(
     else:
         check_speech_options(model.config, vars(args))
     earlier = check_output_dir(args)
-    notes = [*args.notes, *earlier.passed_over, *take_tokens(model, tokenizer, args)]
+    notes = [*args.notes, *earlier.passed_over, *balance_note(model), *take_tokens(model, tokenizer, args)]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
     samples, eval_samples, accounting, held_out = parts
@@ -122,6 +122,15 @@ def add_early_stopping(args: TrainArguments, callbacks: list[Callback]) -> None:
             hint=f"{option('eval_strategy', 'epoch')}, or {option('eval_strategy', 'steps')} with eval_steps",
         )
     args.metric_for_best_model, args.greater_is_better = "loss", False
+
+
+def balance_note(model: PreTrainedModel) -> list[str]:
+    """One sentence where transformers would add what balances the experts of a mixture to the loss."""
+    if not getattr(model.config.get_text_config(), "output_router_logits", False):
+        return []
+    return [
+        "output_router_logits: the loss that balances the experts (router_aux_loss_coef) is not added, as routers are frozen"
+    ]
 
 
 def _remembering(args: TrainArguments, dataset: Dataset | None, eval_dataset: Dataset | None) -> TrainArguments:
