@@ -298,6 +298,8 @@ def test_the_command_asks_and_training_takes_it(tiny_gguf, adapter, tmp_path, ca
     cache = ["--teacher_cache", str(tmp_path / "out" / TEACHER)]
     assert main(["train", "--stage", "distill", *common, *cache, "--memory_limit", "8GB"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    assert main(["distill", *common, *teacher, "--adapter", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere" in capsys.readouterr().err
     assert main(["distill", *common[2:], *teacher]) == 2 and main(["distill", *common[:4], *teacher]) == 2
 
 

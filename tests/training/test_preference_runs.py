@@ -149,6 +149,8 @@ def test_rows_of_the_other_kind_are_refused(tiny_gguf, tmp_path):
     with pytest.raises(DataError, match="holds a pair") as error:
         run(tiny_gguf, tmp_path / "out", PAIRS, stage="kto")
     assert "rows:1" in str(error.value) and error.value.hint
+    with pytest.raises(OptionError, match="for ChatGLM's tokenizers"):
+        run(tiny_gguf, tmp_path / "out", max_target_length=8)
     with pytest.raises(DataError, match="which stage kto learns"):
         run(tiny_gguf, tmp_path / "out", SINGLE)
     with pytest.raises(DataError, match="is the only row, of those learned or of those held out") as error:

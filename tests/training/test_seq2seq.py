@@ -285,6 +285,7 @@ def test_a_lora_is_merged_into_float_weights_without_loss(pairs_folder, tmp_path
 REFUSED = {
     "stage": "dpo", "finetuning_type": "p_tuning", "train_on_prompt": True, "mask_history": True, "template": "chatml",
     "system": "Be brief.", "cache_frozen_layers": True, "neftune_noise_alpha": 5.0, "memory_limit": "6GB",
+    "system_text": "drop",
 }  # fmt: skip
 
 

@@ -423,3 +423,26 @@ def test_enums_are_compared_by_their_values(tmp_path):
 
     assert trainer_options._plain(Kind.SGD) == "sgd"
     assert arguments(tmp_path, optim=transformers.training_args.OptimizerNames.SGD).optim.value == "sgd"
+
+
+@pytest.mark.parametrize(
+    ("given", "unread"),
+    [
+        (
+            {"early_stopping_threshold": 0.5},
+            "early_stopping_threshold has no effect: early_stopping_patience is not given",
+        ),
+        ({"loraplus_lr_embedding": 0.1}, "loraplus_lr_embedding has no effect: loraplus_lr_ratio is not given"),
+        ({"test_dataset": "a.jsonl"}, "test_dataset has no effect: do_predict is not asked for"),
+        ({"num_beams": 2, "stage": "dpo"}, "num_beams has no effect: nothing is answered"),
+        ({"temperature": 0.5, "do_eval": True, "eval_dataset": "a"}, "temperature has no effect: nothing is answered"),
+        ({"loraplus_lr_embedding": 0.1, "loraplus_lr_ratio": 4}, None),
+        ({"test_dataset": "a.jsonl", "top_p": 0.5, "do_predict": True}, None),
+        ({"top_p": 0.5, "do_eval": True, "predict_with_generate": True, "eval_dataset": "a"}, None),
+        ({"max_new_tokens": 5, "temperature": 0.5, "stage": "distill", "teacher": "a.gguf", "lmbda": 0.5}, None),
+    ],
+)
+def test_an_option_that_nothing_reads_is_said(tmp_path, given, unread):
+    notes = arguments_from_dict({"output_dir": str(tmp_path), "use_cpu": True, **given}).notes
+    found = [note for note in notes if "has no effect" in note]
+    assert [note.startswith(str(unread)) for note in found] == [True] * (unread is not None)

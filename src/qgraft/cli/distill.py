@@ -28,7 +28,7 @@ def run(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from qgraft.cli.options import print_note
-    from qgraft.cli.train import UNSAID, load_base
+    from qgraft.cli.train import UNSAID, load_with_adapter
     from qgraft.errors import OptionError
     from qgraft.training.arguments import parse_arguments
     from qgraft.training.distill import distill
@@ -42,7 +42,7 @@ def run(words: Sequence[str]) -> int:
         raise OptionError("no student is given", hint="--model_name_or_path model.gguf")
     if arguments.output_dir == UNSAID and arguments.teacher_cache is None:
         raise OptionError("no output_dir is given", hint="--output_dir out, or --teacher_cache FOLDER")
-    model, tokenizer = load_base(arguments)
+    model, tokenizer = load_with_adapter(arguments)  # whose new tokens rows may hold
     for note in distill(model, tokenizer, None, arguments, progress=Console(stderr=True)):
         print_note(f"note: {note}")
     folder = Path(arguments.teacher_cache or Path(str(arguments.output_dir)) / TEACHER)

@@ -61,7 +61,7 @@ def _work(arguments: "TrainArguments") -> int:
         with nullcontext() if first else _silent(), _locked(arguments if first else None):
             _check(arguments)
             console = Console(stderr=True)
-            model, tokenizer = _load(arguments)
+            model, tokenizer = load_with_adapter(arguments)
             if arguments.find_lr:
                 return _find_lr(model, tokenizer, arguments, console)
             report = None
@@ -131,7 +131,7 @@ def _train_together(jobs: "list[TrainArguments]") -> int:
             wrong.append((arguments, error))
     raise_all(wrong)
     console = Console(stderr=True)
-    model, tokenizer = _load(jobs[0])
+    model, tokenizer = load_with_adapter(jobs[0])
     for arguments in jobs[1:]:
         _load_adapter(model, arguments)
     outcomes = train_jobs(model, tokenizer, jobs, progress=console)
@@ -204,7 +204,7 @@ def _check_kind(arguments: "TrainArguments") -> bool:
     return hears(config)
 
 
-def _load(arguments: "TrainArguments") -> tuple[Any, Any]:
+def load_with_adapter(arguments: "TrainArguments") -> tuple[Any, Any]:
     """(model, tokenizer), with the adapter that is named attached."""
     model, tokenizer = load_base(arguments)
     _load_adapter(model, arguments)

@@ -68,6 +68,7 @@ _MEANINGLESS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # option -> (why
     "finetuning_type": ("a prefix goes on decoders; take lora", lambda value: value != "lora"),
     "template": ("the encoder reads the text as it is", lambda value: value not in (None, "auto", "plain")),
     "system": ("there is no chat template to put it into", bool),
+    "system_text": ("there is no chat template", lambda value: value != "question"),
     "enable_thinking": ("there is no chat template to tell", lambda value: value is not None),
     "train_on_prompt": ("the encoder reads the source, and predicts none of it", bool),
     "mask_history": ("a row has no history", bool),

@@ -18,11 +18,13 @@ from qgraft.data.messages import Conversation, ConversationError
 from qgraft.data.reading import Accounting
 from qgraft.data.tokenizing import (
     IGNORED,
+    ChatGlmOptions,
     ChatTemplate,
     Encoder,
     Learning,
     LearningOptions,
     Sample,
+    check_chatglm_options,
     cut_sample,
 )
 from qgraft.errors import DataError
@@ -94,7 +96,9 @@ def build_preferences(
 
     `learning` are the fields of tokenizing.Learning. Raises DataError where nothing is left.
     """
-    encoder, found = Encoder(tokenizer, template, Learning(**learning)), list[Preference]()
+    told = Learning(**learning)
+    check_chatglm_options(tokenizer, told.chatglm or ChatGlmOptions())
+    encoder, found = Encoder(tokenizer, template, told), list[Preference]()
     remarks, hint = Counter[str](), None
     for row in rows:
         try:

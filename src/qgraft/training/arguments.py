@@ -38,6 +38,7 @@ from qgraft.training.trainer_options import (
     settle_strategies,
     tracking_callbacks,
 )
+from qgraft.training.unread import unasked, unread
 
 
 def _option(default: Any, help: str) -> Any:
@@ -172,6 +173,7 @@ class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
         self.notes: list[str] = settle_options(self)  # what was replaced or ignored; the command line prints it
         self._settle_work()
         self._check()
+        self.notes += unread(self)
         self._compute_dtype = settle_precision(self)
         rename_checkpointing(self)
         self.eval_unsaid: bool = self.eval_strategy is None
@@ -337,7 +339,7 @@ def _build(kind: type[Arguments], values: Mapping[str, Any], notes: list[str]) -
         arguments = kind(**{name: value for name, value in values.items() if name in init})
     except _OF_TRANSFORMERS as error:  # its checks, and what it runs into where it has none
         raise OptionError(str(error) or type(error).__name__) from error
-    arguments.notes[:0] = notes
+    arguments.notes[:0] = [*notes, *unasked(arguments)]
     return arguments
 
 

@@ -32,8 +32,8 @@ class ClassificationOptions:
 
 OPTIONS = tuple(each.name for each in dataclasses.fields(ClassificationOptions))
 _OF_WRITERS = (
-    "train_on_prompt", "mask_history", "mask_reasoning", "enable_thinking", "template", "system", "source_prefix",
-    "response_column", "history_column", "max_source_length", "max_target_length", "val_max_target_length",
+    "train_on_prompt", "mask_history", "mask_reasoning", "enable_thinking", "template", "system", "system_text",
+    "source_prefix", "response_column", "history_column", "max_source_length", "max_target_length", "val_max_target_length",
     "predict_with_generate", "max_new_tokens", "num_beams", "do_sample", "temperature", "top_p", "cache_frozen_layers",
     "neftune_noise_alpha", "memory_limit", "quantization_bit", "add_tokens", "add_special_tokens",
     "trainable_token_indices",
