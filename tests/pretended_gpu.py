@@ -415,7 +415,8 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         if gpu.graph is not None:
             gpu.graph.keep([each for each in given if isinstance(each, Tensor)])
             gpu.graph.tape.append((lambda: launch(kernel, grid, given, constants, warps), None))
-        launch(kernel, grid, given, constants, warps)
+        with torch.utils._python_dispatch._disable_current_modes():  # the interpreter's own tensors
+            launch(kernel, grid, given, constants, warps)
 
     properties = SimpleNamespace(total_memory=MEMORY, multi_processor_count=132, major=9, minor=0, name="pretended")
     answers: dict[str, Any] = {

@@ -102,12 +102,13 @@ def learned(path: Path, device: str, dtype: str, checkpointing: bool) -> tuple[f
     return loss.item(), torch.cat([p.grad.float().cpu().flatten() for p in trained if p.grad is not None])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "checkpointing"),
     [
         ("llama", False),
-        *(pytest.param(name, name == "llama", marks=pytest.mark.slow) for name in ("llama", "qwen3", "gemma3", "phi3")),
-        pytest.param("qwen3moe", False, marks=pytest.mark.slow),
+        *((name, name == "llama") for name in ("llama", "qwen3", "gemma3", "phi3")),
+        ("qwen3moe", False),
     ],
 )
 def test_a_packed_step(architecture: str, checkpointing: bool, tiny_gguf: Callable[..., Any]) -> None:
