@@ -22,7 +22,7 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-EXTRAS = ("combine", "predict", "serve", "dev")  # not `bench`: its packages are gigabytes, and no test needs them
+EXTRAS = ("combine", "predict", "serve", "speech", "dev")  # not `bench`: its packages are gigabytes, and no test needs them
 LISTED = """
 import importlib.metadata, re
 for package in importlib.metadata.distributions():
@@ -57,7 +57,7 @@ def ranges() -> list[str]:
 def lower_ends() -> list[str]:
     """`name==lower end` of what the package runs with, torch excepted: there is one build here, the one TORCH names."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    optional = [line for extra in ("combine", "predict", "serve") for line in project["optional-dependencies"][extra]]
+    optional = [line for extra in EXTRAS[:-1] for line in project["optional-dependencies"][extra]]
     found = [re.match(r"([\w-]+)>=([\w.]+)", line) for line in (*project["dependencies"], *optional)]
     return [f"{match[1]}=={match[2]}" for match in found if match is not None and match[1] != "torch"]
 

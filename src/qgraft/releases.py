@@ -38,12 +38,15 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "transformers.cache_utils": "DynamicLayer DynamicSlidingWindowLayer",
     "transformers.conversion_mapping": "get_model_conversion_mapping",
     "transformers.convert_slow_tokenizer": "bytes_to_unicode",
-    "transformers.core_model_loading": "WeightConverter.convert WeightConverter.add_tensor WeightRenaming "
-    "dot_natural_key rename_source_key(base_model_prefix,meta_state_dict)",
+    "transformers.core_model_loading": "Concatenate MergeModulelist WeightConverter.convert WeightConverter.add_tensor "
+    "WeightRenaming dot_natural_key rename_source_key(base_model_prefix,meta_state_dict)",
     "transformers.masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS create_causal_mask(config,inputs_embeds,attention_mask)",
     "transformers.modeling_layers": "GradientCheckpointingLayer",
     "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast",
     "transformers.modeling_utils": "ALL_ATTENTION_FUNCTIONS.get_interface",
+    "transformers.models.auto.modeling_auto": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "transformers.models.whisper.modeling_whisper": "shift_tokens_right(input_ids,pad_token_id,decoder_start_token_id)",
+    "transformers.models.whisper.tokenization_whisper": "LANGUAGES TO_LANGUAGE_CODE",
     "transformers.pytorch_utils": "Conv1D",
     "transformers.integrations.moe": "ALL_EXPERTS_FUNCTIONS",
     "transformers.integrations": "get_reporting_integration_callbacks(report_to)",
