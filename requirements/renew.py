@@ -22,7 +22,13 @@ import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).parent
-EXTRAS = ("combine", "predict", "serve", "speech", "dev")  # not `bench`: its packages are gigabytes, and no test needs them
+EXTRAS = (
+    "combine",
+    "predict",
+    "serve",
+    "speech",
+    "dev",
+)  # not `bench`: its packages are gigabytes, and no test needs them
 LISTED = """
 import importlib.metadata, re
 for package in importlib.metadata.distributions():
