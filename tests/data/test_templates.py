@@ -136,3 +136,8 @@ def test_an_adapter_makes_no_template_of_a_file():
     assert remembered_template({}) is None
     with pytest.raises(OptionError, match="not read unless you name it"):
         remembered_template({"template": "/etc/x.jinja"})
+
+
+def test_a_turn_is_no_dict_whose_keys_would_be_taken():
+    with pytest.raises(ConversationError, match="expected a .role, content. pair"):
+        as_messages([{"role": "user", "content": "Who are you?"}])  # type: ignore[list-item]
