@@ -139,5 +139,5 @@ def test_an_adapter_makes_no_template_of_a_file():
 
 
 def test_a_turn_is_no_dict_whose_keys_would_be_taken():
-    with pytest.raises(ConversationError, match="expected a .role, content. pair"):
+    with pytest.raises(ConversationError, match=r"expected a \(role, content\) pair"):
         as_messages([{"role": "user", "content": "Who are you?"}])  # type: ignore[list-item]

@@ -89,7 +89,7 @@ class Conversation:
 
 
 def as_messages(turns: Sequence[Message | Pair]) -> tuple[Message, ...]:
-    """Messages from messages, or from (role, content) pairs. Raises ConversationError for dicts, whose keys would be taken."""
+    """Messages from messages, or (role, content) pairs. Raises ConversationError for dicts, whose keys would be taken."""
     if any(isinstance(turn, dict) for turn in turns):
         raise ConversationError("a turn is a dict, expected a (role, content) pair")
     return tuple(turn if isinstance(turn, Message) else Message(*turn) for turn in turns)
