@@ -11,9 +11,7 @@ import pytest
 from qgraft.cli.main import COMMANDS
 
 ROOT = Path(__file__).parent.parent
-GUIDES = [f"docs/guide-{name}{tongue}.md" for tongue in ("", "_zh")
-          for name in ("train", "merge", "serve", "speed", "chatglm", "ptuning", "preferences", "classify",
-                       "diffusion")]  # fmt: skip
+GUIDES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("guide-*.md"))
 PAGES = ["README.md", "README_zh.md", *GUIDES]
 
 
@@ -36,13 +34,13 @@ def test_commands_exist_and_their_options_are_known(page, monkeypatch, capsys):
     from qgraft.training.arguments import TrainArguments, parse_options
 
     monkeypatch.chdir(ROOT)
-    kinds = {"train": TrainArguments, "diffuse": DiffusionArguments}
+    kinds = {"train": TrainArguments, "distill": TrainArguments, "diffuse": DiffusionArguments}
     seen = [words[1:] for words in commands(page) if words[0] == "qgraft"]
-    assert seen
+    assert seen or page.startswith("docs/guide-machines")  # whose commands are those of examples
     for command, *words in seen:
         assert command in COMMANDS
         if command in kinds:
-            parse_options(words, kinds[command])
+            parse_options([*words, *(["--stage", "distill"] if command == "distill" else [])], kinds[command])
             continue
         with pytest.raises(SystemExit):
             main([command, "--help"])
@@ -124,3 +122,13 @@ def test_the_example_rows_are_all_kept():
     assert accounting.kept == accounting.read > 0
     _, accounting = read_preferences(str(ROOT / "examples" / "preferences.jsonl"))
     assert accounting.kept == accounting.read > 0
+
+
+@pytest.mark.parametrize("page", PAGES[:2])
+def test_the_readme_counts_the_architectures_of_the_tables(page):
+    from qgraft.checkpoints.gguf_rules import ARCHITECTURES
+
+    exact = re.search(r"^(\d+) exact", (ROOT / "docs/architectures.md").read_text(encoding="utf-8"), re.MULTILINE)
+    said = re.search(r"GGUF\D{1,8}(\d+)\D{3,30}(\d+)", (ROOT / page).read_text(encoding="utf-8").replace("\n", " "))
+    assert exact is not None and said is not None
+    assert said.groups() == (str(len(ARCHITECTURES)), exact[1])
