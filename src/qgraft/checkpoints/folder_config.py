@@ -79,9 +79,9 @@ def _check_chosen(config: PreTrainedConfig, path: Path) -> None:
     each layer: transformers would find out in the first pass."""
     experts = next((n for name in _EXPERTS if type(n := getattr(config, name, None)) is int), 0)
     for name in _CHOSEN if experts > 0 else ():
-        chosen, expected = getattr(config, name, None), f"a number from 1 to {experts}, the experts"
+        chosen = getattr(config, name, None)
         if isinstance(chosen, list) and len(chosen) != (layers := config.num_hidden_layers):
             raise CheckpointError(f"{path}: {name}: got a list of {len(chosen)}, expected {layers}, one for each layer")
         for each in chosen if isinstance(chosen, list) else [chosen]:
             if type(each) is int and not 1 <= each <= experts:
-                raise CheckpointError(f"{path}: {name}: got {each}, expected {expected}")
+                raise CheckpointError(f"{path}: {name}: got {each}, expected a number from 1 to {experts}, the experts")
