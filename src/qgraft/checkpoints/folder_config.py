@@ -78,7 +78,7 @@ def _check_chosen(config: PreTrainedConfig, path: Path) -> None:
     """Refuse more experts for each token than there are, or none, and a list of their numbers (Hunyuan's) that is not one for
     each layer: transformers would find out in the first pass."""
     experts = next((n for name in _EXPERTS if type(n := getattr(config, name, None)) is int), 0)
-    for name in _CHOSEN if experts > 0 else ():
+    for name in {config.attribute_map.get(name, name): None for name in _CHOSEN} if experts > 0 else ():
         chosen = getattr(config, name, None)
         if isinstance(chosen, list) and len(chosen) != (layers := config.num_hidden_layers):
             raise CheckpointError(f"{path}: {name}: got a list of {len(chosen)}, expected {layers}, one for each layer")
