@@ -60,6 +60,15 @@ def released(make_gguf: Maker, tmp_path: Path) -> tuple[Path, Any]:
     return folder, tiny.model
 
 
+def in_two_files(folder: Path) -> None:
+    """The scales in another one than the blocks."""
+    tensors = read_all(folder)
+    scales = {name: tensors.pop(name) for name in list(tensors) if name.endswith("_scales")}
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((tensors, scales), 1):
+        save_file(part, folder / f"model-{number:05d}-of-00002.safetensors", metadata={"format": "pt"})
+
+
 def edit_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **values}
@@ -94,6 +103,7 @@ def test_released_experts_are_read_and_written_bit_for_bit(
     released: tuple[Path, Any], random_ids: Maker, tmp_path: Path
 ) -> None:
     folder, theirs = released
+    in_two_files(folder)
     model, _ = qgraft.load(folder, dtype="float32", device="cpu")
     assert packed_formats(model) == {"mxfp4"} and not model.qgraft.info.notes
     for layer, expected in zip(model.model.layers, theirs.model.layers, strict=True):
@@ -103,7 +113,7 @@ def test_released_experts_are_read_and_written_bit_for_bit(
             assert torch.equal(torch.stack(w_EIO, 3).flatten(2), getattr(expected.mlp.experts, leaf))
     ids = random_ids(theirs, length=40)
     assert off(got := logits(model, ids), logits(theirs, ids)) < 1e-5
-    qgraft.save(model, tmp_path / "copy")
+    assert qgraft.save(model, tmp_path / "copy").changed == 0
     before, after = read_all(folder), read_all(tmp_path / "copy")
     assert before.keys() == after.keys()
     assert all(torch.equal(after[name], value) for name, value in before.items())
@@ -273,6 +283,36 @@ def test_what_experts_learned_goes_back_into_the_folder(make_gguf: Maker, random
     qgraft.save(model, tmp_path / "merged")
     theirs = type(tiny.model).from_pretrained(tmp_path / "merged", dtype=torch.float32)
     assert off(logits(theirs, ids), expected) < 1e-5
+
+
+def test_experts_of_a_token_that_a_configuration_lists_by_layers(
+    make_gguf: Maker, random_ids: Maker, tmp_path: Path
+) -> None:
+    """As Hunyuan's released one does: one number where all are the same, and no file where they differ."""
+    tiny = make_gguf(tmp_path / "tiny.gguf", "hunyuan-moe", types=(Q.F32,))
+    folder = as_folder(tiny, tmp_path / "folder")
+    edit_config(folder, moe_topk=[2, 2])
+    model, _ = qgraft.load(folder, dtype="float32", device="cpu", quantize="f32")
+    qgraft.save(model, tmp_path / "new.gguf")
+    again, _ = qgraft.load(tmp_path / "new.gguf", dtype="float32", device="cpu")
+    ids = random_ids(tiny.model, rows=1)
+    assert again.config.moe_topk == 2
+    for each in (model, again):
+        assert off(logits(each, ids), logits(tiny.model, ids)) < 1e-5
+    edit_config(folder, moe_topk=[2, 1])
+    other, _ = qgraft.load(folder, dtype="float32", device="cpu", quantize="f32")
+    assert off(logits(other, ids), logits(model, ids)) > 0.01
+    with pytest.raises(
+        UnsupportedError, match=r"as a GGUF file: moe_topk \[2, 1\]: layers have other numbers of experts"
+    ):
+        qgraft.save(other, tmp_path / "other.gguf")
+    for given, message in (
+        ([2, 7], "moe_topk: got 7, expected a number from 1 to 6"),
+        ([2], "got a list of 1, expected 2"),
+    ):
+        edit_config(folder, moe_topk=given)
+        with pytest.raises(CheckpointError, match=message):
+            qgraft.load(folder, device="cpu")
 
 
 @pytest.mark.slow

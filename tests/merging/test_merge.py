@@ -214,6 +214,9 @@ def test_the_rest_of_a_row_wise_folder_stays_and_its_merge_is_kept(tiny_gguf, ro
     model, tokenizer = qgraft.load(folder, quantize="chatglm-int4")
     options = {"learning_rate": 2e-3, "max_steps": 15, "save_strategy": "no", "use_cpu": True, "plot_loss": False}
     qgraft.train(model, tokenizer, rows, qgraft.TrainArguments(output_dir=str(tmp_path / "out"), **options))
+    with pytest.raises(MergeError, match="would be kept, expected at least 100%") as caught:
+        merge(model, tokenizer, calibration=rows, method="nearest", min_retained=1)
+    assert "f16" in caught.value.hint and "q8_0" not in caught.value.hint  # which a folder cannot hold
     report = merge(model, tokenizer, calibration=rows)
     assert {each.format for each in report.layers} == {"chatglm-int4"}
     save(model, tmp_path / "merged")
@@ -410,7 +413,7 @@ def test_a_merge_that_keeps_too_little_replaces_nothing(trained, rows):
     with pytest.raises(MergeError, match=r"of the adapter's gain would be kept, expected at least 90%") as caught:
         merge(model, tokenizer, calibration=rows, method="nearest")
     assert caught.value.report.retained_gain < 0.9 and len(caught.value.report.layers) == 14
-    assert "auto keeps more" in caught.value.hint
+    assert "auto keeps more" in caught.value.hint and "q8_0" in caught.value.hint
     assert everything(model) == before
     with pytest.raises(MergeError, match="would be kept, expected at least 100%") as caught:
         merge(model, tokenizer, calibration=rows, min_retained=1.0)

@@ -21,6 +21,7 @@ from qgraft.passes import decoding_adapters
 from qgraft.passes.decoding import why_not
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine, answer_all
+from qgraft.serving.fields import ApiError
 from qgraft.serving.lora_protocol import LoadBody
 from qgraft.serving.requests import Request
 from qgraft.serving.sampling import Sampling
@@ -283,3 +284,22 @@ def test_new_tokens_come_only_at_the_start(tiny_gguf: Any, tmp_path: Path) -> No
 def both(model: Any, token: int) -> Any:
     tied = model.get_input_embeddings().packed_weight is model.get_output_embeddings().packed_weight
     return [token] if tied else {"embed_tokens": [token], "lm_head": [token]}
+
+
+def test_a_name_of_the_folder_can_be_asked_for_again_while_it_is_unloaded(serving: tuple[Engine, Catalogue]) -> None:
+    """Clients try again at 409; 404 would have told them that there is none."""
+    engine, catalogue = serving
+    detach_adapter(engine.model, "law")
+    catalogue.need(["law"])
+    answers: list[Any] = []
+    engine.submit(Request(PROMPT, {"law": 1.0}, GREEDY, 100, ignore_ends=True), answers.append)
+    until(lambda: engine.counts["generation_tokens"] > 0)
+    with engine.paused():  # whose answer needs it
+        catalogue.unload("law")
+        assert catalogue.knows("law") and "law" not in catalogue.names()
+        with pytest.raises(ApiError, match="'law' is being unloaded: answers still need it") as refused:
+            catalogue.need(["law"])
+        assert (refused.value.status, refused.value.retry_after) == (409, 1)
+    until(lambda: not engine.running)
+    catalogue.need(["law"])
+    assert catalogue.names() == ["law"]

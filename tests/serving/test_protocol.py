@@ -51,6 +51,12 @@ LOGPROBS = {**DEFAULT, "logprobs": True, "top_logprobs": 2}
 COMPLETION = {"model": "VAR_completion_model_id", "prompt": "Say this is a test", "max_tokens": 7, "temperature": 0}
 
 
+@pytest.mark.parametrize(("given", "seed"), [(5, 5), (2**32 + 5, 5), (-2, 2**32 - 2), (-1, None), (None, None)])
+def test_seeds(given: int | None, seed: int | None) -> None:
+    """-1 asks for another answer each time: llama-server's default, which its clients send."""
+    assert read_chat({**DEFAULT, "seed": given}).sampling.seed == seed
+
+
 def test_the_examples_of_the_documentation() -> None:
     ask = read_chat(DEFAULT)
     assert ask.messages == (Message("system", "You are a helpful assistant."), Message("user", "Hello!"))

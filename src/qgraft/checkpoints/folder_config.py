@@ -75,8 +75,13 @@ def config_of(folder: Path, raw: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_chosen(config: PreTrainedConfig, path: Path) -> None:
-    """Refuse more experts for each token than there are, or none: transformers would find out in the first pass."""
+    """Refuse more experts for each token than there are, or none, and a list of their numbers (Hunyuan's) that is not one for
+    each layer: transformers would find out in the first pass."""
     experts = next((n for name in _EXPERTS if type(n := getattr(config, name, None)) is int), 0)
-    for name in _CHOSEN:
-        if experts > 0 and type(chosen := getattr(config, name, None)) is int and not 1 <= chosen <= experts:
-            raise CheckpointError(f"{path}: {name}: got {chosen}, expected a number from 1 to {experts}, the experts")
+    for name in {config.attribute_map.get(name, name): None for name in _CHOSEN} if experts > 0 else ():
+        chosen = getattr(config, name, None)
+        if isinstance(chosen, list) and len(chosen) != (layers := config.num_hidden_layers):
+            raise CheckpointError(f"{path}: {name}: got a list of {len(chosen)}, expected {layers}, one for each layer")
+        for each in chosen if isinstance(chosen, list) else [chosen]:
+            if type(each) is int and not 1 <= each <= experts:
+                raise CheckpointError(f"{path}: {name}: got {each}, expected a number from 1 to {experts}, the experts")

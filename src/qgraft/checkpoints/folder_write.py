@@ -16,9 +16,9 @@ read, and save, which makes a copy of a whole shard in memory.
 import json
 import shutil
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -147,13 +147,19 @@ def _raw(tensor: Tensor) -> Iterator[memoryview]:
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """One tensor of the source, and the matrix that goes in its place, if one does."""
+    """One tensor of the source, and the matrix that goes in its place, if one does.
+
+    Attributes:
+        value: of a tensor of the head.
+        source: all tensors of the source, where a matrix goes in: those of one may lie in several files.
+    """
 
     file: Path
     shard: Shard
     name: str
     matrix: Matrix | Together | None
-    value: Tensor | None = None  # where it is of the head
+    value: Tensor | None = None
+    source: Mapping[str, Callable[[], Tensor]] = field(default_factory=dict)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -183,7 +189,7 @@ class _Place:
         if self.matrix is None:
             return self.value is not None
         for name, (_, new) in tensors.items():
-            old = self.shard.tensor(name) if name in self.shard.names else None
+            old = self.source[name]() if name in self.source else None
             if old is None or (old.shape, old.dtype) != (new.shape, new.dtype):
                 return True
             same = _bytes(old).equal(_bytes(new))
@@ -219,7 +225,7 @@ def _places(origin: Origin, matrices: Sequence[Matrix], model: nn.Module, stack:
             weight = matrix.stored.name
             first, *others = tensor_names(find_layout(StoredMatrix(weight, tensors, config)), weight)
             if name == first:
-                yield _Place(path, shard, name, matrix)
+                yield _Place(path, shard, name, matrix, source=tensors)
             elif name not in (
                 *others,
                 *tensor_names(layout_for(matrix.format), weight),

@@ -67,6 +67,12 @@ def written_keys(config: PreTrainedConfig, architecture: str, rotary: Any) -> tu
         value = getattr(config, field, None)
         if field == "n_inner":
             value = value or 4 * config.n_embd
+        if field == "moe_topk":
+            value = _filled(config)[field]
+            if isinstance(value, list):
+                raise UnsupportedError(
+                    f"{field} {value!r:.60}: layers have other numbers of experts for a token, and a file has one"
+                )
         if value is not None:
             values[key] = float(value) if key.endswith(("epsilon", "softcapping", "scale")) else value
     values |= _STATED.get(architecture, {})
@@ -207,6 +213,9 @@ def _filled(config: PreTrainedConfig) -> dict[str, Any]:
         values["num_key_value_heads"] = values.get("num_key_value_heads") or values["num_attention_heads"]
     if not values.get("hidden_size_per_layer_input", True):  # of Gemma 4: no such table
         values["vocab_size_per_layer_input"] = None
+    chosen = values.get("moe_topk")  # of Hunyuan: a list, with a number for each layer
+    if isinstance(chosen, list) and len(set(chosen)) == 1:
+        values["moe_topk"] = chosen[0]
     layers = values.get("layer_types")
     if layers is not None and "sliding_attention" not in layers:
         values["sliding_window"] = None

@@ -187,7 +187,8 @@ def _merge(
             *rows.notes,
         ),
     )
-    check_kept(report, min_retained)
+    info = base_of(model).info
+    check_kept(report, min_retained, "f16" if info and info.container == "folder" else "q8_0")
     _replace(model, {**others, **done}, weights, rows)
     return report
 

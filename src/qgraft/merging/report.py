@@ -187,8 +187,12 @@ def layer_table(layers: Sequence[LayerReport]) -> Table:
     return table
 
 
-def check_kept(report: MergeReport, least: float) -> None:
-    """Raise MergeError where less of the gain would be kept, or the losses that say so are no numbers."""
+def check_kept(report: MergeReport, least: float, larger: str = "q8_0") -> None:
+    """Raise MergeError where less of the gain would be kept, or the losses that say so are no numbers.
+
+    Args:
+        larger: a format to merge into that the model can be saved in.
+    """
     kept, gain = report.kept, report.retained_gain
     losses = {} if kept is None else {"base": kept.base, "adapter": kept.adapter, "merged": kept.merged}
     if odd := [f"{which} {loss}" for which, loss in losses.items() if not math.isfinite(loss)]:
@@ -200,13 +204,13 @@ def check_kept(report: MergeReport, least: float) -> None:
     if gain is not None and gain < least:
         raise MergeError(
             f"merge: {gain:.1%} of the adapter's gain would be kept, expected at least {least:.0%}; nothing is replaced",
-            hint=_advice(report.method),
+            hint=_advice(report.method, larger),
             report=report,
         )
 
 
-def _advice(method: str) -> str:
-    others = f"or merge into another format ({option('to', 'q8_0')}), or accept less ({option('min_retained', 0.5)})"
+def _advice(method: str, larger: str) -> str:
+    others = f"or merge into another format ({option('to', larger)}), or accept less ({option('min_retained', 0.5)})"
     if method != "auto":
         return f"method auto keeps more; {others}"
     return f"give more calibration rows, {others}"

@@ -132,8 +132,7 @@ class Catalogue:
         """Whether it can be asked for."""
         with self._lock:
             self._follow_list()
-            returns = name not in self._leaving or name in self._there.named  # under its name comes another one
-            return name in self.names() or (returns and self._found(name) is not None)
+            return name in self.names() or self._found(name) is not None
 
     def need(self, names: Iterable[str], allows: Callable[[str], bool] = _all) -> None:
         """Have these loaded. Raises ApiError 404 for a name that there is not, AdapterError for one that does not fit."""
@@ -155,12 +154,12 @@ class Catalogue:
                     raise ApiError(
                         409, f"adapter '{name}' is being replaced: answers still need the old one", retry_after=1
                     )
-                if name in self._leaving:
-                    raise self.unknown(name, allows)
-                if name not in self.entries:
+                if name in self._leaving or name not in self.entries:
                     path = self._found(name)
                     if path is None:
                         raise self.unknown(name, allows)
+                    if name in self._leaving:  # its name leads to it again
+                        raise self._unloading(name)
                     return name, path
                 self._used[name] = time.monotonic()
             return None
@@ -208,6 +207,9 @@ class Catalogue:
     def _crowded(self) -> ApiError:
         return ApiError(503, "adapters come and go faster than requests", kind="overloaded", retry_after=1)
 
+    def _unloading(self, name: str) -> ApiError:
+        return ApiError(409, f"adapter '{name}' is being unloaded: answers still need it", retry_after=1)
+
     def load(self, body: LoadBody) -> None:
         """Load an adapter under a name, for good. Raises ApiError, AdapterError."""
         try:
@@ -238,7 +240,7 @@ class Catalogue:
         with self._lock:
             self.sweep()
             if body.name in self._leaving:
-                raise ApiError(409, f"adapter '{body.name}' is being unloaded: answers still need it", retry_after=1)
+                raise self._unloading(body.name)
             if body.name in self.entries and not body.replace:
                 raise ApiError(
                     400, f"The lora adapter '{body.name}' has already been loaded. If you want to load the adapter in "

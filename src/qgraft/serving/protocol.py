@@ -234,8 +234,10 @@ def _sampling(given: Mapping[str, Any], logprobs: object, asked_as: str) -> Samp
             if value not in (None, other):
                 raise wrong("repeat_penalty", other, f"the same as repetition_penalty, {shown(value)}")
             value = other
+        if name == "seed" and type(value) is int:
+            value = None if value == -1 else value % 2**32  # llama-server's and vLLM's word for none
         if value is not None:
-            options[name] = value % 2**32 if name == "seed" and type(value) is int else value
+            options[name] = value
     bias = object_of({} if given.get("logit_bias") is None else given["logit_bias"], "logit_bias")
     if odd := [token for token in bias if not (token.isascii() and token.isdigit() and len(token) <= 10)]:
         raise wrong("logit_bias", odd[0], "ids of tokens as keys, as texts")
