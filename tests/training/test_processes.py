@@ -244,10 +244,8 @@ def test_what_a_callback_of_one_process_asks_for_all_do_and_all_end_with_the_bes
     assert first.endswith(whole)
 
 
-@pytest.mark.parametrize(
-    "stage",
-    ["dpo", *(pytest.param(stage, marks=pytest.mark.slow) for stage in ("kto", "distill", "drawn"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["dpo", "kto", "distill", "drawn"])
 def test_other_stages_come_to_the_result_of_one_process_too(stage, tiny_gguf, tmp_path, one_thread):
     """The reference, or the teacher, is asked in shares; KTO's divergence and what is logged are of all processes."""
     kept = [
