@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -233,7 +234,8 @@ def test_many_who_start_stop_and_delete_the_same_run(studio: Any, sleeper: None)
             assert set(at_once(4, lambda _: client.post("/studio/runs/delete", json={"name": "raced"}))) == {409}
             assert set(at_once(8, lambda _: client.post("/studio/train/stop", json={"name": "raced"}))) <= {200, 404}
             until(lambda: jobs.running() is None)
-            assert jobs.jobs("train")["raced"].code == 143 and not os.path.exists(f"/proc/{pid}/exe")
+            ended = jobs.jobs("train")["raced"].code  # of its own accord, or before it could take the signal
+            assert ended in (143, -signal.SIGTERM) and not os.path.exists(f"/proc/{pid}/exe")
 
             def either(number: int) -> Any:
                 path = "/studio/train/resume" if number % 2 else "/studio/runs/delete"
