@@ -247,6 +247,7 @@ def test_losses_of_a_pass_are_each_recordings_own(speech_folder):
     ({"array": tone(200, SECONDS + 0.01), "sampling_rate": RATE}, "longer than the 1 seconds"),
     ("https://example.org/a.wav", "nothing is fetched"),
     ("gone.wav", "not there"),
+    (["a.wav", "b.wav"], "names 2 recordings, expected one"),
     (7, "expected a path"),
     (None, "expected a path"),
 ])  # fmt: skip

@@ -162,6 +162,8 @@ def sound_of(value: Any) -> Sound:
         return Sound(bytes(value))
     if isinstance(value, Path) or hasattr(value, "get_all_samples"):
         return Sound(value)
+    if isinstance(value, list | tuple) and any(isinstance(part, str | bytes | Mapping | Path) for part in value):
+        raise RowError(f"names {len(value)} recordings, expected one")
     if isinstance(value, list | np.ndarray):
         raise RowError("a recording is an array without its sampling_rate")
     raise RowError(
