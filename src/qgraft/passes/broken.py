@@ -18,7 +18,7 @@ from qgraft.attention import PREFIX, attention_of
 from qgraft.errors import QgraftError, TrainingError
 from qgraft.experts import PackedLayer
 from qgraft.formats import dequantize
-from qgraft.model_parts import computed_dtype, decoder_states, has_decoder, hears, is_encoder_decoder
+from qgraft.model_parts import computed_dtype, decoder_states, has_decoder, hears, is_encoder_decoder, vision_of
 
 LANES = 16  # of the widest vectors of a CPU, in float32
 
@@ -46,7 +46,7 @@ class _Numbers(LogitsProcessor):
         self.begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        kept_back = not self.begun and input_ids.shape[1] < LANES and _keeps_back_nan(self.model, input_ids[:, -1:])
+        kept_back = not self.begun and input_ids.shape[1] < LANES and _keeps_back_nan(self.model, input_ids)
         self.begun = True
         if kept_back or bool(scores.isnan().any()):
             raise BrokenLogitsError("the model's logits are NaN, so no answer can be written",
@@ -60,11 +60,12 @@ def of_numbers(model: nn.Module) -> LogitsProcessorList:
 
 
 @torch.no_grad()
-def _keeps_back_nan(model: Any, last_B1: Tensor) -> bool:
-    """Whether as many tokens as a vector has lanes have states with NaN, which fewer might not: the last one, repeated."""
-    if last_B1.device.type != "cpu" or attention_of(model) not in ("sdpa", PREFIX) or not has_decoder(model):
+def _keeps_back_nan(model: Any, prompt_BT: Tensor) -> bool:
+    """Whether as many tokens as a vector has lanes have states with NaN, fewer might not: a prompt, its end repeated."""
+    if prompt_BT.device.type != "cpu" or attention_of(model) not in ("sdpa", PREFIX) or not has_decoder(model):
         return False
-    ids_BT = last_B1.expand(-1, LANES)
+    last_BR = prompt_BT[:, -1:].expand(-1, LANES)
+    ids_BT = last_BR if vision_of(model) else torch.cat([prompt_BT, last_BR], 1)  # an image's ids are none without it
     given: dict[str, Any] = {"input_ids": ids_BT}
     if is_encoder_decoder(model.config):
         given["decoder_input_ids"] = ids_BT
