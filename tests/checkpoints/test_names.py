@@ -89,6 +89,18 @@ def test_other_bytes_of_an_expert_are_another_base(tmp_path):
     assert qgraft.load(tmp_path, device="cpu")[0].qgraft.info.fingerprint != before
 
 
+def test_a_misshaped_expert_is_named(tmp_path):
+    config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    rewrite(
+        tmp_path,
+        lambda tensors: {n: v[:9] if "layers.1" in n and "experts.1.w2" in n else v for n, v in tensors.items()},
+    )
+    told = r"layers\.1\..*experts\.1\.w2\.weight: got \[9, 64\], expected \[64, 64\], as 3 others of its kind have"
+    with pytest.raises(qgraft.CheckpointError, match=told):
+        qgraft.load(tmp_path, device="cpu")
+
+
 def test_a_missing_expert_is_an_error(tmp_path):
     torch.manual_seed(0)
     config = MixtralConfig(**SMALL, num_key_value_heads=2, num_local_experts=2)

@@ -512,3 +512,16 @@ def test_accounting_keeps_three_places_and_bounds_the_reasons():
 def test_rows_from_code_may_be_empty_only_as_an_error():
     with pytest.raises(DataError, match="rows: holds no rows"):
         read_dataset([])
+
+
+def test_a_named_column_that_no_row_has_is_said(tmp_path):
+    """Where some rows have it, all is well; whether by `columns`, or by dataset_info.json, in files and in lists."""
+    row = {"q": "hi", "a": "yes"}
+    told = {"prompt": "q", "response": "a", "history": "earlier", "system": "rules"}
+    _, accounting = read_dataset([row, {**row, "Rules": "be brief"}], columns=told)
+    assert accounting.said() == ["no row has the column 'earlier', which is named for history"]
+    assert read_dataset([row, {**row, "earlier": [], "rules": ""}], columns=told)[1].said() == []
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json", "columns": told}}))
+    _, accounting = read_dataset("mine", str(tmp_path), max_samples=1)
+    assert [sentence.split("'")[1] for sentence in accounting.said()] == ["earlier", "rules"]

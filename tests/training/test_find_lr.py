@@ -14,7 +14,7 @@ import qgraft
 from qgraft.adapters.attach import attach_lora
 from qgraft.adapters.base import find_adapter
 from qgraft.cli.main import main
-from qgraft.errors import OptionError
+from qgraft.errors import OptionError, TrainingError
 from qgraft.jobs.train import check_jobs
 from qgraft.training import find_lr as module
 from qgraft.training.arguments import parse_arguments
@@ -131,3 +131,14 @@ def test_what_has_no_meaning_beside_it_is_refused(tiny_gguf, tmp_path):
     with pytest.raises(OptionError, match="find_lr is for a run alone"):
         check_jobs([arguments(tmp_path / name, find_lr=name == "a") for name in "ab"])
     assert parse_arguments(["--output_dir", str(tmp_path), "--use_cpu", "--find_lr"]).find_lr is True
+
+
+def test_a_broken_base_is_named(make_gguf, tmp_path):
+    """Not called a divergence, of which a lower rate would be the cure."""
+    weight = np.full((64, 256), 0.1, np.float32)
+    weight[3, 3] = np.nan
+    make_gguf(tmp_path / "tiny.gguf", extra={"blk.1.ffn_down.weight": weight})
+    model, tokenizer = qgraft.load(tmp_path / "tiny.gguf")
+    with pytest.raises(TrainingError, match=r"(?s)first step.*the base holds NaN.*layers\.1\.mlp\.down_proj"):
+        qgraft.find_lr(model, tokenizer, ROWS, arguments(tmp_path / "out"))
+    assert not (tmp_path / "out" / "find_lr.json").exists()

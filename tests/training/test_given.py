@@ -97,6 +97,8 @@ def test_a_callback_that_cannot_be_made_leaves_nothing(loaded: Loaded, tmp_path:
         (lambda m, t, r, a: (m, t, 5, a), r"dataset: got an int \(5\), expected names of files, or a list of rows"),
         (lambda m, t, r, a: (m, t, b"rows.jsonl", a), "dataset: got a bytes"),
         (lambda m, t, r, a: (m, t, ["a.jsonl"], a), "row is a str, not an object"),
+        (lambda m, t, r, a: (m, t, [], a), "rows: holds no rows"),
+        (lambda m, t, r, a: (m, t, None, a), "no dataset is given"),
     ],
 )
 def test_what_train_cannot_take_is_said(change: Callable[..., Any], told: str, loaded: Loaded, tmp_path: Path) -> None:
@@ -104,6 +106,12 @@ def test_what_train_cannot_take_is_said(change: Callable[..., Any], told: str, l
         qgraft.train(*change(*loaded, ROWS, arguments(tmp_path / "out")))
     assert not (tmp_path / "out" / "run.json").exists()
     assert not qgraft.adapter_names(loaded[0])
+
+
+def test_no_rows_are_not_taken_for_no_dataset(loaded: Loaded, tmp_path: Path) -> None:
+    """A run with nothing held out is another one than was asked for."""
+    with pytest.raises(DataError, match="rows: holds no rows"):
+        qgraft.train(*loaded, ROWS, arguments(tmp_path / "out"), eval_dataset=[])
 
 
 def test_several_datasets_in_one_are_told_apart(loaded: Loaded) -> None:

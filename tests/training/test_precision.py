@@ -30,6 +30,14 @@ def test_bf16_of_a_configuration_for_gpus_is_taken_or_noted(fast: bool) -> None:
     assert [note.partition(":")[0] for note in args.notes] == ([] if fast else ["bf16"])
 
 
+@pytest.mark.parametrize("compute", ["float32", "int8"])
+def test_bf16_beside_another_arithmetic_is_noted(fast: bool, compute: str) -> None:
+    args = arguments(bf16=True, compute=compute)
+    assert args.compute == compute and args.notes == [
+        f"bf16 has no effect: compute={compute} says what a CPU computes in"
+    ]
+
+
 def test_bf16_asked_for_by_name_needs_the_hardware(fast: bool) -> None:
     if fast:
         assert arguments(compute="bf16").compute == "bf16"

@@ -1,5 +1,6 @@
 """Whisper against transformers, PEFT and Hugging Face's recipe: labels, losses, training, what is written down, refusals."""
 
+import io
 import json
 import subprocess
 import sys
@@ -246,6 +247,7 @@ def test_losses_of_a_pass_are_each_recordings_own(speech_folder):
     ({"array": tone(200, SECONDS + 0.01), "sampling_rate": RATE}, "longer than the 1 seconds"),
     ("https://example.org/a.wav", "nothing is fetched"),
     ("gone.wav", "not there"),
+    (["a.wav", "b.wav"], "names 2 recordings, expected one"),
     (7, "expected a path"),
     (None, "expected a path"),
 ])  # fmt: skip
@@ -305,6 +307,23 @@ def test_files_are_read_and_resampled(speech_folder, tmp_path):
     assert len(samples) == 2 and any("no recording that can be read" in why for why in accounting.dropped)
     with pytest.raises(DataError, match="longer"):
         Sound(raw).heard(RATE, 0.2)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "MP3", "OGG", "FLAC"])
+def test_a_file_that_breaks_off_is_no_recording_of_its_text(kind):
+    """libsndfile reads what there is, of which the text says more; one made by a pipe does not know its length."""
+    soundfile, made = pytest.importorskip("soundfile"), io.BytesIO()
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 4 * RATE).astype(np.float32)
+    soundfile.write(made, noise, RATE, format=kind)
+    raw = made.getvalue()
+    assert len(Sound(raw).heard(RATE, 5.0)) == len(noise)
+    for share in (0.9, 0.5):
+        with pytest.raises(DataError, match=r"a recording (breaks off|is no recording that can be read: )"):
+            Sound(raw[: int(len(raw) * share)]).heard(RATE, 5.0)
+    with pytest.raises(DataError, match="longer than the 2 seconds"):
+        Sound(raw).heard(RATE, 2.0)
+    if kind == "WAV":
+        assert len(Sound(raw[:40] + b"\xff" * 4 + raw[44:]).heard(RATE, 5.0)) == len(noise)
 
 
 def test_without_the_libraries_what_is_missing_is_named(monkeypatch):

@@ -12,6 +12,7 @@ means what it means there. Only the rules are transformers': the tensors stay in
 Rules that only rename leave a matrix packed; what several tensors are computed into is floats.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -75,11 +76,23 @@ class _Made:
             try:
                 made = rule.convert(self.first, model=model, config=model.config)
             except (ArithmeticError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                self._check_shapes(tensors)
                 raise CheckpointError(f"{parameter} cannot be made of {len(self.sources)} tensors: {error}") from error
             self.values = {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
         if parameter not in self.values:
             raise CheckpointError(f"{parameter} is not among what is made of {self.sources[0][0]} and others")
         return self.values.pop(parameter)
+
+    def _check_shapes(self, tensors: Tensors) -> None:
+        """Raise CheckpointError for the first tensor whose shape is not that of most others of its pattern."""
+        by_pattern: dict[str, dict[str, tuple[int, ...]]] = {}
+        for source, pattern in self.sources:
+            by_pattern.setdefault(pattern, {})[source] = tuple(tensors[source]().shape)
+        for shapes in by_pattern.values():
+            expected, count = Counter(shapes.values()).most_common(1)[0]
+            if odd := next((source for source, shape in shapes.items() if shape != expected), None):
+                got = f"{odd}: got {list(shapes[odd])}"
+                raise CheckpointError(f"{got}, expected {list(expected)}, as {count} others of its kind have")
 
     def stacked(self) -> list[list[str]]:
         """The tensors that the rule stacks, for each of the stacks that it puts side by side; none where it does more."""

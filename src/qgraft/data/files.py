@@ -6,17 +6,18 @@ its line, gives all rows the keys of all, and keeps a copy of each file in a cac
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from qgraft.data.rows import COLUMNS
+from qgraft.data.rows import COLUMNS, column_called
 from qgraft.data.tables import Row, table_rows
 from qgraft.errors import DataError
 from qgraft.json_files import parse_json
 
 SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".tsv")
+_MAY_LACK = ("query", "history", "system", "tools", "images")  # parts of a row; others are missed at once
 _SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 _SAVE_AS = 'open it and save it as "CSV UTF-8", with the names of the columns in the first line'
 _ENCODINGS = (("UTF-16", (b"\xff\xfe", b"\xfe\xff")), ("a zip archive, such as an .xlsx", (b"PK\x03\x04",)))
@@ -33,6 +34,16 @@ def file_rows(path: Path, notes: list[str]) -> Iterator[Row]:
         yield found
     if found is None:
         raise DataError(f"{path} holds no rows")
+
+
+def noting_absent(rows: Iterable[Row], columns: Mapping[str, str], notes: list[str]) -> Iterator[Row]:
+    """The rows; behind the last one `notes` gets the columns named for parts that rows may lack, and that none has."""
+    absent = {part: column for part, column in columns.items() if part in _MAY_LACK}
+    for row, source in rows:
+        if absent and isinstance(row, Mapping):
+            absent = {part: column for part, column in absent.items() if column_called(row, column) is None}
+        yield row, source
+    notes += [f"no row has the column {column!r}, which is named for {part}" for part, column in absent.items()]
 
 
 def check_suffix(path: Path) -> None:

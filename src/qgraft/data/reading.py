@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qgraft.data.calls import RowError
-from qgraft.data.files import SUFFIXES, check_suffix, file_rows, hub_rows, load_json, read_text
+from qgraft.data.files import SUFFIXES, check_suffix, file_rows, hub_rows, load_json, noting_absent, read_text
 from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
@@ -258,7 +258,7 @@ def _read_item(
     found, failed = list[tuple[Conversation, ...]](), list[tuple[str, str]]()
     unread: object = None
     limit = min((limit for limit in (item.limit, most) if limit is not None), default=None)
-    for row, source in islice(item.rows, limit):
+    for row, source in noting_absent(islice(item.rows, limit), item.layout.columns, item.notes):
         try:
             given = with_images(reader(row, item.layout), row, item.layout, item.home, seen)
         except RowError as error:

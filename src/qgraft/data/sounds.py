@@ -9,6 +9,7 @@ Where a file may lie and what tells one from another is that of images (pictures
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,9 @@ from qgraft.errors import DataError, UnsupportedError
 INSTALL = "pip install 'qgraft[speech]'"
 RATES = (1_000, 768_000)  # samples a second that a file may have
 MOST_CHANNELS = 32
+MISSING = 0.1  # seconds that a file may lack at its end
+_UNKNOWN = 0x7F00_0000  # bytes: from here on nobody knew the length
+_SHOULD_BE = re.compile(r"(?m)^ *(?!RIFF|FORM)[\w ]+: (\d+) \(should be (\d+)\)")  # as libsndfile logs it
 LOUDEST = 4.0  # of floats; what is far above 1 are integers that nobody scaled
 
 
@@ -65,11 +69,15 @@ class Sound(Picture):
             with soundfile.SoundFile(source) as file:
                 rate, channels = file.samplerate, file.channels
                 if not RATES[0] <= rate <= RATES[1] or channels > MOST_CHANNELS:
-                    raise DataError(f"{self.name} has {channels} channels of {rate} samples a second")
+                    raise DataError(f"has {channels} channels of {rate} samples a second")
                 most = -1 if seconds is None else int(seconds * rate) + rate
                 samples = file.read(most, dtype="float32", always_2d=True)
+                _check_whole(file, len(samples), most, source)
+        except DataError as error:
+            raise DataError(f"{self.name} {error.message}") from error
         except (OSError, RuntimeError, TypeError, ValueError) as error:
-            raise DataError(f"{self.name} is no recording that can be read: {str(error)[:200]}") from error
+            why = str(getattr(error, "error_string", error))[:200]  # without the file, by which reasons would differ
+            raise DataError(f"{self.name} is no recording that can be read: {why}") from error
         return Wave(samples.mean(1), rate)
 
     def heard(self, rate: int, seconds: float) -> np.ndarray[Any, Any]:
@@ -98,6 +106,28 @@ class Sound(Picture):
             return super().said
         wave = self.open()
         return hashlib.sha256(repr(wave.rate).encode() + wave.samples.tobytes()).hexdigest()
+
+
+def _check_whole(file: Any, read: int, most: int, source: Any) -> None:
+    """Raise DataError for a file that breaks off before its end, of which libsndfile reads what there is.
+
+    WAV and its kin say how many bytes there should be (which writers into pipes leave at the most that fits), MP3 how many
+    samples; of Ogg the last page is marked. Less than MISSING of a second is no matter.
+    """
+    total = float(file.frames)
+    for declared, there in _SHOULD_BE.findall(file.extra_info):
+        if int(there) < int(declared) < _UNKNOWN:
+            total = max(total, read * int(declared) / max(int(there), 1))
+    cut = total - read > MISSING * file.samplerate or (file.format == "OGG" and not _ends(source))
+    if cut and not 0 <= most <= read:
+        raise DataError("breaks off before its end: the file is not whole")
+
+
+def _ends(source: Any) -> bool:
+    """Whether the last page of an Ogg file is marked as the end, and is whole."""
+    data = source.getvalue() if isinstance(source, BytesIO) else Path(source).read_bytes()
+    page = data[data.rfind(b"OggS") :]
+    return len(page) >= 27 and bool(page[5] & 4) and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
 def resampled(wave: Wave, rate: int) -> np.ndarray[Any, Any]:
@@ -132,6 +162,8 @@ def sound_of(value: Any) -> Sound:
         return Sound(bytes(value))
     if isinstance(value, Path) or hasattr(value, "get_all_samples"):
         return Sound(value)
+    if isinstance(value, list | tuple) and any(isinstance(part, str | bytes | Mapping | Path) for part in value):
+        raise RowError(f"names {len(value)} recordings, expected one")
     if isinstance(value, list | np.ndarray):
         raise RowError("a recording is an array without its sampling_rate")
     raise RowError(

@@ -1,10 +1,12 @@
 """NaN and infinity: said where they come out, with where they come from: the base's file, the adapter, or the computation.
 
 No file is searched for them when it is loaded: that would read all of it. They reach every logit, so whoever looks at logits
-or a loss looks for them there.
+or a loss looks for them there. One thing keeps them back: PyTorch's attention on a CPU says 0 where all scores of a query
+are NaN and there are fewer of them than a vector has lanes. So behind a short prompt more tokens are asked about.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,13 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from qgraft.adapters.base import adapter_names, base_of, find_adapter
 from qgraft.adapters.states import non_finite
+from qgraft.attention import PREFIX, attention_of
 from qgraft.errors import QgraftError, TrainingError
 from qgraft.experts import PackedLayer
 from qgraft.formats import dequantize
+from qgraft.model_parts import computed_dtype, decoder_states, has_decoder, hears, is_encoder_decoder, vision_of
+
+LANES = 16  # of the widest vectors of a CPU, in float32
 
 
 class BrokenLogitsError(QgraftError):
@@ -37,9 +43,12 @@ def check_held_out(model: nn.Module, loss: float, otherwise: str = "lower learni
 class _Numbers(LogitsProcessor):
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.begun = False
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if bool(scores.isnan().any()):
+        kept_back = not self.begun and input_ids.shape[1] < LANES and _keeps_back_nan(self.model, input_ids)
+        self.begun = True
+        if kept_back or bool(scores.isnan().any()):
             raise BrokenLogitsError("the model's logits are NaN, so no answer can be written",
                                     hint=where_it_comes_from(self.model))  # fmt: skip
         return scores
@@ -48,6 +57,22 @@ class _Numbers(LogitsProcessor):
 def of_numbers(model: nn.Module) -> LogitsProcessorList:
     """What generate() takes as logits_processor to raise BrokenLogitsError for NaN, of which it would write the token 0."""
     return LogitsProcessorList([_Numbers(model)])
+
+
+@torch.no_grad()
+def _keeps_back_nan(model: Any, prompt_BT: Tensor) -> bool:
+    """Whether as many tokens as a vector has lanes have states with NaN, fewer might not: a prompt, its end repeated."""
+    if prompt_BT.device.type != "cpu" or attention_of(model) not in ("sdpa", PREFIX) or not has_decoder(model):
+        return False
+    last_BR = prompt_BT[:, -1:].expand(-1, LANES)
+    ids_BT = last_BR if vision_of(model) else torch.cat([prompt_BT, last_BR], 1)  # an image's ids are none without it
+    given: dict[str, Any] = {"input_ids": ids_BT}
+    if is_encoder_decoder(model.config):
+        given["decoder_input_ids"] = ids_BT
+    if hears(model.config):  # 30 seconds are positions enough for the encoder
+        silence = torch.zeros(*ids_BT.shape, model.config.d_model, dtype=computed_dtype(model))
+        given = {"decoder_input_ids": ids_BT, "encoder_outputs": (silence,)}
+    return bool(decoder_states(model, **given).isnan().any())
 
 
 def where_it_comes_from(model: nn.Module) -> str | None:

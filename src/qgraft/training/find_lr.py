@@ -31,6 +31,7 @@ from qgraft.adapters.base import adapter_names, find_adapter
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.data.reading import Dataset
 from qgraft.errors import OptionError, TrainingError
+from qgraft.passes.broken import where_it_comes_from
 from qgraft.progress import shown
 from qgraft.training.adapter import adapter_in_training
 from qgraft.training.arguments import TrainArguments
@@ -178,6 +179,8 @@ def _search(model: PreTrainedModel, prepared: Prepared, tokens: int) -> RateSear
         peaks = [group["lr"] / asked if asked else 1.0 for group in loop.optimization.optimizer.param_groups]
         while not (loop.ended or diverged):
             losses.append(_step(loop, [rates[len(losses)] * peak for peak in peaks]))
+            if len(losses) == 1 and not math.isfinite(losses[0]) and (where := where_it_comes_from(model)):
+                raise TrainingError("find_lr: the loss of the first step is no number at any learning rate", hint=where)
             smoothed = smooth(losses)
             diverged = has_diverged(smoothed)
         finite = [loss for loss in smoothed if math.isfinite(loss)]

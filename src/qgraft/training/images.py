@@ -61,7 +61,7 @@ def image_rows(
         return None
     found: list[Rows | None] = []
     for dataset, most in datasets:
-        if not dataset:
+        if dataset is None or dataset == "":
             found.append(None)
             continue
         found.append(read_dataset(

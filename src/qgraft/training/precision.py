@@ -61,7 +61,9 @@ def _settle_on_gpu(args: "TrainArguments") -> str:
 
 def _settle_on_cpu(args: "TrainArguments") -> str:
     args.dataloader_pin_memory = False
-    if args.bf16 and not has_fast_bf16():
+    if args.bf16 and args.compute not in ("auto", "bf16"):
+        args.notes.append(f"bf16 has no effect: compute={args.compute} says what a CPU computes in")
+    elif args.bf16 and not has_fast_bf16():
         args.notes.append("bf16: this CPU has no bfloat16 arithmetic (many times slower); float32 it is")
     elif args.bf16 and args.compute == "auto":
         args.compute = "bf16"

@@ -33,7 +33,7 @@ def prepare_samples(
 ) -> tuple[list[Any], list[Any], Accounting, Accounting | None]:
     """(samples or preferences, held-out ones, where the rows of both went); `notes` gets what a reader should know."""
     chosen = dataset if dataset is not None else args.dataset
-    if not chosen:
+    if chosen is None or chosen == "":
         raise DataError(
             "no dataset is given",
             hint=worded(
@@ -55,7 +55,7 @@ def prepare_samples(
     options = preference_options(args)
     pairing = options is not None and options.loss_type == "kto"
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
-    if held_out:
+    if held_out is not None and held_out != "":
         eval_samples, held_out_accounting = read_samples(
             model, tokenizer, held_out, args, limit, template, held_out=True
         )
@@ -113,7 +113,7 @@ def _prepare_labelled(
     samples, accounting = reads(dataset, notes=notes, most=args.max_train_samples)
     notes += accounting.said()
     held_out = eval_dataset if eval_dataset is not None else args.eval_dataset
-    if held_out:
+    if held_out is not None and held_out != "":
         said = list[str]()
         eval_samples, held_out_accounting = reads(held_out, notes=said, most=args.max_eval_samples)
         notes += [f"held-out rows: {sentence}" for sentence in (*said, *held_out_accounting.said())]
