@@ -44,7 +44,7 @@ class TestedDecoder:
         self.choices = [
             self.structures.adapters(
                 [
-                    [Lora(A.to(device), B.to(device), s) for A, B, s in layer["loras"][choice][name]]
+                    [Lora(A.to(device), B.to(device), s) for A, B, s in layer["loras"][choice].get(name, [])]
                     for layer in self.layers
                     for name in LINEARS
                 ]
@@ -77,7 +77,9 @@ class TestedDecoder:
             return tensor.to(self.device)
 
         biases = {name: None if bias is None else there(bias) for name, bias in layer["bias"].items()}
-        linears = [Linear(layer[name].map(there), biases[name], self.int8) for name in LINEARS]
+        linears = [
+            Linear(layer[name].map(there), biases[name], self.int8) if name in layer else None for name in LINEARS
+        ]
         return Layer(tuple(linears), tuple(map(there, layer["norms"])), layer["window"])
 
     def step(self, rows: Sequence[Row], choices: Sequence[int], x: Tensor, angles: Tensor) -> Tensor:

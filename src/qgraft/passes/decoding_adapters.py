@@ -33,6 +33,10 @@ class DecoderLoras:
         self._found: list[Any] = []  # and what they had
         self._places: list[Callable[[], int]] = []  # where tensors lie, or how often they were written to,
         self._placed: list[int] = []  # and what that was
+        for experts in network.adapted_experts:
+            for name in weights:
+                if self._ask(experts.loras._modules, name) is not None:
+                    raise UnsupportedError(f"the adapter {name!r} has LoRAs on experts, which no kernel adds")
         layers = [self._of_layer(layer, weights) for layer in network.adapted]
         self.loras = network.structures.adapters(layers) if any(layers) else None
 
