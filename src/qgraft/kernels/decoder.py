@@ -15,7 +15,8 @@ from torch import Tensor
 
 from qgraft.formats import PackedTensor
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "shared_gate", "down")  # of a layer, in the order of adapters
+LINEARS = ("q", "k", "v", "o", "gate", "up", "shared_gate", "down")  # of a layer
+PLACES = (*LINEARS, "expert_gate", "expert_up", "expert_down")  # where a layer may have LoRAs, in their order
 SCORES = ("softmax", "sigmoid", "logits")  # of experts, to be chosen by
 
 
@@ -159,7 +160,7 @@ class Decoder(NamedTuple):
 
 
 class Lora(NamedTuple):
-    """s B A: A [rank, in] and B [out, rank]."""
+    """s B A: A [rank, in] and B [out, rank]; of experts A [E, rank, in] and B [E, out, rank], whose rows lie together."""
 
     A: Tensor
     B: Tensor
@@ -193,7 +194,7 @@ class Structures(Protocol):
     most_rows: int  # that one step takes
 
     def adapters(self, of_linears: Sequence[Sequence[Lora]]) -> Any:
-        """What LoRAs add in all linear layers, layer by layer in the order of `LINEARS`.
+        """What LoRAs add in all linear layers, layer by layer in the order of `PLACES`.
 
         Raises ValueError for LoRAs that it does not add.
         """

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from qgraft.kernels import gpu_rows, triton_ops
-from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, Row
+from qgraft.kernels.decoder import PLACES, Decoder, Layer, Linear, Lora, Part, Row
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.triton_ops import FEW_ROWS, gemv, interpreted, launch
 
@@ -123,8 +123,8 @@ class _State:
         self.slots = numbers(M, self.longest, dtype=torch.int32)
         self.places = numbers(2 * layers, dtype=torch.int64)
         self.shape = numbers(1, dtype=torch.int64)
-        self.table = numbers(len(LINEARS) * layers, M, self.most, 4, dtype=torch.int64)
-        self.h = numbers(len(LINEARS), M, self.most, self.rank)
+        self.table = numbers(len(PLACES) * layers, M, self.most, 4, dtype=torch.int64)
+        self.h = numbers(len(PLACES), M, self.most, self.rank)
         self.dtype = torch.float32
         self._graph: Any = None
         self._result: Tensor | None = None
@@ -192,8 +192,8 @@ class _State:
     def _step(self) -> Tensor:
         d, x = self.decoder, self.x
         for index, layer in enumerate(d.layers):
-            entry, (*qkv_of, o, gate_of, up_of, down) = index * len(LINEARS), _linears(layer)
-            last = entry + LINEARS.index("down")
+            entry, (*qkv_of, o, gate_of, up_of, down) = index * len(PLACES), _linears(layer)
+            last = entry + PLACES.index("down")
             a = gpu_rows.norm(x, layer.norms[0], d.epsilon)[0]
             qkv = self._products(a, qkv_of, entry)
             mixed = self._attended(qkv, layer, index)

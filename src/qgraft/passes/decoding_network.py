@@ -58,8 +58,8 @@ class Network:
     Attributes:
         decoder: what the structures are made of.
         structures: to hand tokens to.
-        adapted: its linear layers, in the order of `LINEARS`; None for one that has no adapters.
-        adapted_experts: those projections of experts that have some, which no kernel adds.
+        adapted: its linear layers, in the order of `PLACES`; None for one that has no adapters. Of experts (the projection
+            that carries them, which of its stacks).
         selection: of the model's adapters; None where no layer has any.
         family: the decoder's.
         windows: how many tokens each layer sees at most, 0 for all.
@@ -75,8 +75,7 @@ class Network:
         self._called: list[dict[str, Any]] = []  # attributes of modules that are called, by their class's forward
         self._hooks: list[Any] = []  # of these modules, none
         self._own_hooks: list[tuple[Any, int]] = []  # of these modules, and how many: transformers' own
-        self.adapted: list[LoraLinear | None] = []
-        self.adapted_experts: list[LoraExperts] = []
+        self.adapted: list[LoraLinear | tuple[LoraExperts, str] | None] = []
         self.selection: Selection | None = None
         self._heads: set[tuple[int, float]] = set()  # head_dim and scaling of all layers, which are the same
         self._epsilons: set[float] = set()
@@ -173,7 +172,9 @@ class Network:
         at = mixture.at if mixture else "mlp"
         block, path = self._child(layer, at), f"layers.{index}.{at}"
         if mixture is None or type(block) is not class_of(self._of, f"{self.family.name}{mixture.block}"):
-            return self._dense(block, path), None
+            linears = self._dense(block, path)
+            self.adapted += [None] * 3
+            return linears, None
         self._check_plain(block, path)
         shared = self._child(block, mixture.shared) if mixture.shared else None
         if shared is None:
@@ -230,16 +231,16 @@ class Network:
 
     def _stacks(self, experts: Any, name: str) -> dict[str, Linear]:
         """The packed weights of all experts in one of their projections."""
-        layer = self._child(experts, name)
+        layer = wrapper = self._child(experts, name)
         if type(layer) is LoraExperts:
             self._take_selection(layer, name)
-            self.adapted_experts.append(layer)
             layer = self._child(layer, "base")
         if type(layer) is not QuantizedExperts:
             raise UnsupportedError(f"{name} is a {type(layer).__name__}, expected packed weights")
         self._check_plain(layer, name)
         found = {}
         for part in layer.stacks():
+            self.adapted.append((wrapper, part) if type(wrapper) is LoraExperts else None)
             stack = self._child(layer, part)
             self._place_packed(stack)
             self._computes.append((vars(layer), layer.compute))

@@ -110,9 +110,9 @@ class Decoder(ctypes.Structure):
 
 
 class Lora(ctypes.Structure):
-    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder."""
+    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder, or of each expert."""
 
-    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
+    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("step", _i64), ("scaling", ctypes.c_double)]
 
 
 class Loras(ctypes.Structure):
@@ -122,7 +122,7 @@ class Loras(ctypes.Structure):
 
 
 class DecoderPart(ctypes.Structure):
-    """Rows that follow each other and have the same adapters: [layers, linears] Loras, or none."""
+    """Rows that follow each other and have the same adapters: [layers, places] Loras, or none."""
 
     _fields_ = [("loras", ctypes.POINTER(Loras)), ("rows", _i64)]
 

@@ -229,11 +229,11 @@ static void run_layer(const Thread *thread, int64_t i) {
     if (layer->gate.data) open_dense(thread, i);
     if (experts) {
         barrier_wait(thread->barrier, thread->count);
-        open_experts(thread, experts);
+        open_experts(thread, i, experts);
     }
     barrier_wait(thread->barrier, thread->count);
     if (experts) {
-        close_experts(thread, experts);
+        close_experts(thread, i, experts);
         add_normed(thread, NULL);
     }
     if (layer->gate.data) project_back(thread, i, DOWN, thread->gate, layer->shared_gate.data ? thread->factors : NULL);
@@ -290,11 +290,11 @@ static int is_sound(const Decoder *decoder, const DecoderPart *part, int64_t par
 
 /* What memory is needed for: rows, ranks of a row, slots that one sees at most, and the largest numbers of a layer's experts. */
 typedef struct {
-    int64_t rows, ranks, seen, experts, chosen, routed;
+    int64_t rows, ranks, seen, experts, chosen, routed, rank;
 } Sizes;
 
 static Sizes sizes_of(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows) {
-    Sizes sizes = {rows, most_ranks(decoder, part, parts), 0, 0, 0, 0};
+    Sizes sizes = {rows, most_ranks(decoder, part, parts), 0, 0, 0, 0, 0};
     for (int64_t t = 0; t < rows; t++) sizes.seen = larger(sizes.seen, row[t].seen);
     for (int64_t i = 0; i < decoder->layers; i++) {
         const Experts *experts = decoder->layer[i].experts;
@@ -302,13 +302,17 @@ static Sizes sizes_of(const Decoder *decoder, const DecoderPart *part, int64_t p
         sizes.experts = larger(sizes.experts, experts->experts);
         sizes.chosen = larger(sizes.chosen, experts->chosen);
         sizes.routed = larger(sizes.routed, experts->gate.rows);
+        for (int64_t j = 0; j < parts * (ADAPTED - LINEARS); j++) {
+            const Loras loras = loras_of(part + j / (ADAPTED - LINEARS), i, LINEARS + (int)(j % (ADAPTED - LINEARS)));
+            for (int64_t k = 0; k < loras.count; k++) sizes.rank = larger(sizes.rank, loras.lora[k].rank);
+        }
     }
     return sizes;
 }
 
 /* The arrays that threads share, [rows, ..], and those of one thread: of int64_t in front, so that each may lie where it does. */
 enum { OF_Q, OF_K, OF_V, OF_ATTENDED, OF_GATE, OF_UP, OF_LOGITS, OF_ROUTED_GATE, OF_ROUTED_UP, OF_FACTORS, OF_H, ALL_ARRAYS };
-enum { SPANS, CHOSEN, ORDER, ENDS, NORMED, GATHERED, SHARES, CHOICE, HEAD, SEEN, STEPS, SUMS, CODES, OWN_ARRAYS };
+enum { SPANS, CHOSEN, ORDER, ENDS, NORMED, GATHERED, SHARES, CHOICE, LOW, HEAD, SEEN, STEPS, SUMS, CODES, OWN_ARRAYS };
 
 /* How many floats each of them takes, and all together, so that 8 bytes may begin behind them. */
 static int64_t numbers_of_all(const Decoder *decoder, const Sizes *sizes, int64_t numbers[ALL_ARRAYS]) {
@@ -331,7 +335,7 @@ static int64_t numbers_of_own(const Decoder *decoder, const Sizes *sizes, int64_
     const int64_t each[OWN_ARRAYS] = {
         [SPANS] = 4 * (sizes->seen + 1), [CHOSEN] = 2 * choices, [ORDER] = 2 * choices, [ENDS] = 2 * sizes->experts,
         [NORMED] = rows * decoder->hidden, [GATHERED] = sizes->experts ? rows * decoder->hidden : 0, [SHARES] = choices,
-        [CHOICE] = 3 * sizes->experts, [HEAD] = shared * decoder->channels,
+        [CHOICE] = 3 * sizes->experts, [LOW] = rows * sizes->rank, [HEAD] = shared * decoder->channels,
         [SEEN] = shared * sizes->seen, [STEPS] = codes, [SUMS] = codes, [CODES] = codes * (32 / (int64_t)sizeof(float)),
     };
     int64_t sum = 0;
@@ -357,7 +361,7 @@ static Thread thread_of(const Decoder *decoder, const Sizes *sizes, float *all, 
         .logits = a[OF_LOGITS], .routed_gate = a[OF_ROUTED_GATE], .routed_up = a[OF_ROUTED_UP],
         .factors = a[OF_FACTORS], .h = a[OF_H],
         .spans = (int64_t *)o[SPANS], .chosen = (int64_t *)o[CHOSEN], .order = (int64_t *)o[ORDER],
-        .ends = (int64_t *)o[ENDS], .normed = o[NORMED], .gathered = o[GATHERED], .shares = o[SHARES], .choice = o[CHOICE], .head = o[HEAD], .scores = o[SEEN],
+        .ends = (int64_t *)o[ENDS], .normed = o[NORMED], .gathered = o[GATHERED], .shares = o[SHARES], .choice = o[CHOICE], .low = o[LOW], .head = o[HEAD], .scores = o[SEEN],
         .codes = {(int8_t *)o[CODES], o[STEPS], o[SUMS], 0},
     };
 }

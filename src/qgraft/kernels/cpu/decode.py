@@ -51,12 +51,15 @@ def address(tensor: Tensor | None, held: Held) -> int | None:
 
 
 def lora(A: Tensor, B: Tensor, scaling: float, held: Held) -> Lora:
-    """The structure of one LoRA, A [rank, in] and B [out, rank]."""
-    return Lora(address(A, held), address(B, held), A.shape[0], scaling)
+    """The structure of one LoRA, or of those of all experts: see kernels/decoder.py."""
+    if B.dim() == 2:
+        return Lora(address(A, held), address(B, held), A.shape[0], 0, scaling)
+    address(B[0], held)  # of one expert; those of the others lie further on
+    return Lora(address(A, held), B.data_ptr(), A.shape[1], B.stride(0), scaling)
 
 
 def adapters(of_linears: Sequence[Sequence[Lora]], held: Held) -> "ctypes.Array[Loras]":
-    """The LoRAs of all linear layers of a decoder, layer by layer: q, k, v, o, gate, up, down."""
+    """The LoRAs of all linear layers of a decoder, layer by layer in the order of `PLACES`."""
     arrays = [(Lora * len(loras))(*loras) for loras in of_linears]
     made = (Loras * len(arrays))(*(Loras(len(array), array) for array in arrays))
     held += [*arrays, made]

@@ -120,20 +120,50 @@ static const float *gather(const Thread *thread, const int64_t *choices, int64_t
     return thread->gathered;
 }
 
-/* The thread's columns of one projection of an expert: y [count, rows] = x W_e^T + b_e. */
-static void project_expert(const Thread *thread, const Linear *linear, int64_t expert, int64_t count, const float *x,
-                           const float *bias, int64_t bias_step, float *y) {
+/* Rows of one expert: the choices that they are of, their x next to each other. */
+typedef struct {
+    int64_t layer, expert, count;
+    const int64_t *choices;
+    const float *x;
+} Group;
+
+/* What the LoRAs of the rows' parts add to the columns first <= r < last of y [count, rows]: s (x A_e^T) B_e^T. Each thread has
+ * h = x A_e^T for itself, as it has its choice. */
+static void add_expert_loras(const Thread *thread, const Linear *linear, int which, const Group *group, int64_t first,
+                             int64_t last, float *y) {
+    const int64_t rows = linear->rows, columns = linear->columns, k = thread->decoder->layer[group->layer].experts->chosen;
+    for (int64_t p = 0, stop = 0, from = 0, to = 0; p < thread->parts; p++, from = to) {
+        stop += thread->part[p].rows;
+        while (to < group->count && group->choices[to] / k < stop) to++;
+        const Loras loras = loras_of(thread->part + p, group->layer, which);
+        for (const Lora *lora = loras.lora; from < to && lora < loras.lora + loras.count; lora++) {
+            const float *A = lora->A + group->expert * lora->rank * columns, *B = lora->B + group->expert * lora->step;
+            const Product product = {F32, (const uint8_t *)A, NULL, row_bytes(F32, columns), lora->rank, columns,
+                                     0, lora->rank, to - from, thread->low, NULL};
+            thread->level->gemv(&product, group->x + from * columns);
+            for (int64_t i = 0; i < (to - from) * lora->rank; i++) thread->low[i] *= (float)lora->scaling;
+            for (int64_t i = from; i < to; i++)
+                thread->level->decoding->add_rows(B + first * lora->rank, thread->low + (i - from) * lora->rank, last - first,
+                                                  lora->rank, y + i * rows + first);
+        }
+    }
+}
+
+/* The thread's columns of one projection of an expert: y [count, rows] = x W_e^T + b_e + LoRAs. */
+static void project_expert(const Thread *thread, const Linear *linear, int which, const Group *group, const float *bias,
+                           int64_t bias_step, float *y) {
     int64_t first, last;
     columns_of_thread(thread, linear->rows, &first, &last);
     if (first == last) return;
-    const Product product = product_of(linear, expert, first, last, count, y);
-    multiply_rows(thread, (int)linear->int8, &product, x);
-    for (int64_t i = 0; bias && i < count; i++)
+    const Product product = product_of(linear, group->expert, first, last, group->count, y);
+    multiply_rows(thread, (int)linear->int8, &product, group->x);
+    for (int64_t i = 0; bias && i < group->count; i++)
         for (int64_t r = first; r < last; r++) y[i * linear->rows + r] += bias[r * bias_step];
+    add_expert_loras(thread, linear, which, group, first, last, y);
 }
 
 /* The thread's columns of what is between gate and down of all chosen experts, once the logits are there. */
-static void open_experts(const Thread *thread, const Experts *experts) {
+static void open_experts(const Thread *thread, int64_t layer, const Experts *experts) {
     const int64_t inner = experts->gate.rows, k = experts->chosen, step = experts->bias_step;
     int64_t first, last;
     sort_by_experts(thread, experts);
@@ -141,10 +171,12 @@ static void open_experts(const Thread *thread, const Experts *experts) {
     for (int64_t e = 0, from = 0; e < experts->experts; from = thread->ends[e++]) {
         const int64_t count = thread->ends[e] - from, at = 2 * e * inner;
         if (!count) continue;
-        const float *x = gather(thread, thread->order + from, count, k);
+        const int64_t *choices = thread->order + from;
+        const Group group = {layer, e, count, choices, gather(thread, choices, count, k)};
         float *gate = thread->routed_gate + from * inner, *up = thread->routed_up + from * inner;
-        project_expert(thread, &experts->gate, e, count, x, experts->gate_bias ? experts->gate_bias + at : NULL, step, gate);
-        project_expert(thread, &experts->up, e, count, x, experts->up_bias ? experts->up_bias + at : NULL, step, up);
+        const float *gate_bias = experts->gate_bias ? experts->gate_bias + at : NULL;
+        project_expert(thread, &experts->gate, EXPERT_GATE, &group, gate_bias, step, gate);
+        project_expert(thread, &experts->up, EXPERT_UP, &group, experts->up_bias ? experts->up_bias + at : NULL, step, up);
         for (int64_t i = 0; i < count && first < last; i++, gate += inner, up += inner) {
             if (experts->clamped)
                 thread->level->decoding->clamped_gate(gate + first, up + first, (float)experts->limit, (float)experts->alpha,
@@ -155,7 +187,7 @@ static void open_experts(const Thread *thread, const Experts *experts) {
 }
 
 /* The thread's columns of y [rows, hidden], into thread->normed. */
-static void close_experts(const Thread *thread, const Experts *experts) {
+static void close_experts(const Thread *thread, int64_t layer, const Experts *experts) {
     const int64_t hidden = thread->decoder->hidden, inner = experts->gate.rows, k = experts->chosen;
     int64_t first, last;
     columns_of_thread(thread, hidden, &first, &last);
@@ -165,9 +197,10 @@ static void close_experts(const Thread *thread, const Experts *experts) {
         const int64_t count = thread->ends[e] - from;
         if (!count) continue;
         const float *bias = experts->down.bias ? experts->down.bias + e * hidden : NULL;
-        project_expert(thread, &experts->down, e, count, thread->routed_gate + from * inner, bias, 1, thread->gathered);
+        const Group group = {layer, e, count, thread->order + from, thread->routed_gate + from * inner};
+        project_expert(thread, &experts->down, EXPERT_DOWN, &group, bias, 1, thread->gathered);
         for (int64_t i = 0; i < count; i++) {
-            const int64_t choice = thread->order[from + i];
+            const int64_t choice = group.choices[i];
             float *y = thread->normed + choice / k * hidden;
             for (int64_t r = first; r < last; r++) y[r] += thread->shares[choice] * thread->gathered[i * hidden + r];
         }

@@ -48,8 +48,8 @@ typedef struct {
 } Decoder;
 
 typedef struct {
-    const float *A, *B; /* [rank, columns], [rows, rank] */
-    int64_t rank;
+    const float *A, *B; /* [rank, columns], [rows, rank]; of each expert, those of B `step` numbers apart */
+    int64_t rank, step;
     double scaling;
 } Lora;
 
@@ -59,7 +59,7 @@ typedef struct {
 } Loras;
 
 typedef struct {
-    const Loras *loras; /* [layers, LINEARS], in the order of a layer's products; NULL for none */
+    const Loras *loras; /* [layers, ADAPTED], in the order of a layer's products; NULL for none */
     int64_t rows;
 } DecoderPart;
 
@@ -68,7 +68,8 @@ typedef struct {
     int64_t seen, front; /* how many it sees, its own the last; those in front are a prefix's, which no window hides */
 } DecoderRow;
 
-enum { Q, K, V, O, GATE, UP, SHARED_GATE, DOWN, LINEARS, AHEAD = 512 };
+enum { Q, K, V, O, GATE, UP, SHARED_GATE, DOWN, LINEARS, EXPERT_GATE = LINEARS, EXPERT_UP, EXPERT_DOWN, ADAPTED };
+enum { AHEAD = 512 };
 
 /* What one thread knows. */
 typedef struct {
@@ -83,7 +84,7 @@ typedef struct {
     float *factors;                                  /* [rows], of what comes out of down */
     const float *cos, *sin;                          /* [rows, rotated] */
     float *normed, *head, *scores;                   /* its own; normed [rows, hidden] */
-    float *gathered, *shares, *choice;               /* [rows, hidden], [rows, chosen], [3, experts] */
+    float *gathered, *shares, *choice, *low;         /* [rows, hidden], [rows, chosen], [3, experts], [rows, rank] */
     int64_t *spans, *chosen, *order, *ends;          /* chosen, order [rows, chosen]; ends [experts] */
     QuantizedX codes;
 } Thread;
@@ -93,7 +94,7 @@ static const Linear *linear_of(const Thread *thread, int64_t layer, int which) {
 }
 
 static Loras loras_of(const DecoderPart *part, int64_t layer, int which) {
-    return part->loras ? part->loras[layer * LINEARS + which] : (Loras){0, NULL};
+    return part->loras ? part->loras[layer * ADAPTED + which] : (Loras){0, NULL};
 }
 
 /* The thread's share of the columns of y, in whole tiles of 8. */
