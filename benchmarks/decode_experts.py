@@ -15,7 +15,7 @@ time is theirs; the same file and ids for all, torch's number of threads for all
     prompt     one token after a prompt of 256
 
 Each contestant runs in a process of its own, warms up once and repeats each measurement; the best of a round counts, and the
-median of the rounds. cpu_seconds is the process's CPU time of a token: what other processes take from the machine is not in it.
+median of the rounds. cpu_seconds is the process's CPU time of a token: what others take from the machine is not in it.
 Written to benchmarks/results/decode_experts.csv.
 """
 
@@ -86,7 +86,10 @@ def report(runs: list[dict[str, Any]]) -> None:
     }
     first = next(iter(table.values()))
     for name, figures in table.items():
-        ratios = [f"{key} {1e3 * got:8.2f} ms (x {got / own:5.2f})" for key, got, own in zip(keys, figures, first)]
+        ratios = [
+            f"{key} {1e3 * got:8.2f} ms (x {got / own:5.2f})"
+            for key, got, own in zip(keys, figures, first, strict=True)
+        ]
         print(f"{name:<14} " + "   ".join(ratios))
 
 
