@@ -163,9 +163,12 @@ def write(path: Path, shape: dict[str, Any], layers: int) -> dict[str, float]:
     began = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, shape["architecture"])
+    own = {"architecture", "vocabulary", "dense", "experts", "down"}  # which are no keys
+    if shape["architecture"] == "olmoe":  # whose experts are as wide as feed_forward_length
+        own.add("expert_feed_forward_length")
     adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in {**shape, "block_count": layers}.items():
-        if key not in ("architecture", "vocabulary", "dense", "experts", "down"):
+        if key not in own:
             adders[type(value)](f"{shape['architecture']}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-4o" if shape["architecture"] == "gpt-oss" else "qwen2")
