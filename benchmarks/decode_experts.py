@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contestants", default=",".join(CONTESTANTS), help="comma list")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--folder", type=Path, help="where the file goes; kept there (default: a temporary one)")
     parser.add_argument("--only", nargs=2, metavar=("CONTESTANT", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
@@ -57,10 +58,11 @@ def main() -> None:
     names, runs = options.contestants.split(","), []
     if unknown := set(names) - set(CONTESTANTS):
         parser.error(f"unknown contestants {', '.join(sorted(unknown))}; there are {', '.join(CONTESTANTS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{options.shape}-{options.layers}.gguf"
-        shape = {**experts_full_size.SHAPES[options.shape], "vocabulary": VOCABULARY}
-        experts_full_size.write(path, shape, options.layers)
+    with tempfile.TemporaryDirectory() as temporary:
+        path = (options.folder or Path(temporary)) / f"{options.shape}-{options.layers}.gguf"
+        if not path.exists():
+            shape = {**experts_full_size.SHAPES[options.shape], "vocabulary": VOCABULARY}
+            experts_full_size.write(path, shape, options.layers)
         for number in range(options.rounds):
             for name in names:
                 run = machine.in_own_process(__file__, ["--only", name, str(path)])
