@@ -41,7 +41,7 @@ test-levels: $(READY)     ## the kernel, linear and merging tests on every level
 
 # -fno-wrapv: most Pythons compile with -fwrapv, which would make overflows and shifts into the sign defined.
 SANITIZERS := -g1 -fno-wrapv -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
-CALLING_C := tests/kernels tests/test_linear.py tests/passes/test_decoding.py
+CALLING_C := tests/kernels tests/test_linear.py tests/passes/test_decoding.py tests/passes/test_decoding_mixtures.py
 
 sanitize: $(READY)        ## the tests of what calls C with a library that stops at wrong accesses and undefined behaviour
 	QGRAFT_OPTIMIZE=-O1 CFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" \

@@ -49,6 +49,13 @@ SHAPES: dict[str, dict[str, Any]] = {  # as released
         "expert_used_count": 8, "rope.freq_base": 1000000.0, "attention.layer_norm_rms_epsilon": 1e-6,
         "vocabulary": 151936, "dense": Q8_0, "experts": Q4_K, "down": Q6_K,
     },
+    "olmoe-1b-7b": {
+        "architecture": "olmoe", "block_count": 16, "context_length": 4096, "embedding_length": 2048,
+        "feed_forward_length": 1024, "expert_feed_forward_length": 1024, "attention.head_count": 16,
+        "attention.head_count_kv": 16, "attention.key_length": 128, "attention.value_length": 128, "expert_count": 64,
+        "expert_used_count": 8, "rope.freq_base": 10000.0, "attention.layer_norm_rms_epsilon": 1e-5,
+        "vocabulary": 50304, "dense": Q8_0, "experts": Q4_K, "down": Q6_K,
+    },
 }  # fmt: skip
 
 
@@ -156,9 +163,12 @@ def write(path: Path, shape: dict[str, Any], layers: int) -> dict[str, float]:
     began = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(path, shape["architecture"])
+    own = {"architecture", "vocabulary", "dense", "experts", "down"}  # which are no keys
+    if shape["architecture"] == "olmoe":  # whose experts are as wide as feed_forward_length
+        own.add("expert_feed_forward_length")
     adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for key, value in {**shape, "block_count": layers}.items():
-        if key not in ("architecture", "vocabulary", "dense", "experts", "down"):
+        if key not in own:
             adders[type(value)](f"{shape['architecture']}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-4o" if shape["architecture"] == "gpt-oss" else "qwen2")
@@ -214,7 +224,9 @@ def tensors(shape: dict[str, Any], layers: int) -> Iterator[tuple[str, tuple[int
             yield f"{at}{name}.weight", (experts, inner, hidden), shape["experts"]
         yield f"{at}ffn_down_exps.weight", (experts, hidden, inner), shape["down"]
         if not biased:
-            yield from ((f"{at}{name}.weight", (width,), F32) for name in ("attn_q_norm", "attn_k_norm"))
+            wide = shape["architecture"] == "olmoe"  # norms of all heads together
+            yield f"{at}attn_q_norm.weight", (heads * width if wide else width,), F32
+            yield f"{at}attn_k_norm.weight", (groups * width if wide else width,), F32
             continue
         yield f"{at}attn_sinks.weight", (heads,), F32
         for name, rows in {**outputs, "attn_output": hidden, "ffn_gate_inp": experts}.items():

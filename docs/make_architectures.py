@@ -118,7 +118,7 @@ def gguf_section() -> str:
     from qgraft.checkpoints.gguf_keys import TABLE
     from qgraft.checkpoints.gguf_rules import ARCHITECTURES
     from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
-    from qgraft.passes.decoding_network import FAMILIES
+    from qgraft.passes.decoding_families import FAMILIES
 
     lines = []
     for name, keys in TABLE.items():

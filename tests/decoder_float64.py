@@ -5,11 +5,13 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import Any
 
+import mixture_float64
 import torch
+from mixture_float64 import Mixture
 from torch import Tensor
 
-from qgraft.formats import get_format
-from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, Row, Structures
+from qgraft.formats import PackedTensor, get_format
+from qgraft.kernels.decoder import LINEARS, PLACES, Decoder, Layer, Linear, Lora, Part, Row, Structures
 
 HIDDEN, INNER, HEADS, GROUPS, CHANNELS, CAPACITY, LAYERS = 64, 96, 4, 2, 32, 220, 2
 WIDE, NARROW = HEADS * CHANNELS, GROUPS * CHANNELS
@@ -27,26 +29,32 @@ class TestedDecoder:
     Args:
         make: Structures of an implementation.
         memory: dtype of the keys and values.
+        mixture: experts of the second layer, instead of its own gate, up and down or beside them.
+        sinks: whether that layer has some.
+        options: of the Decoder.
     """
 
     __test__ = False
 
     def __init__(
         self, make: Callable[[Decoder], Structures], *, int8: bool = False, format: str = "q8_0",
-        memory: torch.dtype = torch.float32, device: str = "cpu",
+        memory: torch.dtype = torch.float32, device: str = "cpu", mixture: Mixture | None = None, sinks: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         self.memory = torch.randn(2 * LAYERS, GROUPS, CAPACITY, CHANNELS).to(device, memory)
         self.past = self.memory.double().cpu()
         self.norm, self.int8, self.format, self.device = torch.rand(HIDDEN) + 0.5, int8, format, device
+        self.mixture, self.sinks = mixture, sinks
+        self.options = Decoder([], self.norm, CHANNELS, EPSILON, CHANNELS**-0.5, **options)
         self.layers = [self._layer(index) for index in range(LAYERS)]
         layers = [self._plain(layer) for layer in self.layers]
-        self.structures = make(Decoder(layers, self.norm.to(device), CHANNELS, EPSILON, CHANNELS**-0.5))
+        self.structures = make(self.options._replace(layers=layers, norm=self.norm.to(device)))
         self.choices = [
             self.structures.adapters(
                 [
-                    [Lora(A.to(device), B.to(device), s) for A, B, s in layer["loras"][choice][name]]
+                    [Lora(A.to(device), B.to(device), s) for A, B, s in layer["loras"][choice].get(name, [])]
                     for layer in self.layers
-                    for name in LINEARS
+                    for name in PLACES
                 ]
             )
             for choice in range(len(RANKS))
@@ -54,9 +62,15 @@ class TestedDecoder:
 
     def _layer(self, index: int) -> dict[str, Any]:
         extra = bool(index)
+        mixture = self.mixture if extra else None
+        shapes = SHAPES if mixture is None else _beside(mixture)
+        wide = (WIDE, NARROW) if self.options.wide_norms else (CHANNELS, CHANNELS)
+        of_heads = wide if extra or self.options.wide_norms else ()
         return {
-            **{name: get_format(self.format).quantize(torch.randn(shape) * 0.2) for name, shape in SHAPES.items()},
-            "bias": {name: torch.randn(rows) if extra else None for name, (rows, _) in SHAPES.items()},
+            **{name: get_format(self.format).quantize(torch.randn(shape) * 0.2) for name, shape in shapes.items()},
+            "experts": None if mixture is None else mixture_float64.made(mixture, HIDDEN, self.format),
+            "sinks": torch.randn(HEADS) if extra and self.sinks else None,
+            "bias": {name: torch.randn(rows) if extra else None for name, (rows, _) in shapes.items()},
             "loras": [
                 {
                     name: [
@@ -64,11 +78,12 @@ class TestedDecoder:
                         for r in ranks
                         if extra or name in ("k", "up", "down")
                     ]
-                    for name, (rows, columns) in SHAPES.items()
+                    for name, (rows, columns) in shapes.items()
                 }
+                | ({} if mixture is None else mixture_float64.loras(mixture, HIDDEN, ranks))
                 for ranks in RANKS
             ],
-            "norms": [torch.rand(n) + 0.5 for n in (HIDDEN, HIDDEN, *((CHANNELS, CHANNELS) if extra else ()))],
+            "norms": [torch.rand(n) + 0.5 for n in (HIDDEN, HIDDEN, *of_heads)],
             "window": WINDOW if extra else 0,
         }
 
@@ -77,8 +92,16 @@ class TestedDecoder:
             return tensor.to(self.device)
 
         biases = {name: None if bias is None else there(bias) for name, bias in layer["bias"].items()}
-        linears = [Linear(layer[name].map(there), biases[name], self.int8) for name in LINEARS]
-        return Layer(tuple(linears), tuple(map(there, layer["norms"])), layer["window"])
+        linears = [
+            Linear(layer[name].map(there), biases[name], self.int8) if name in layer else None for name in LINEARS
+        ]
+        if "shared_gate" in layer:
+            place, packed = LINEARS.index("shared_gate"), layer["shared_gate"]
+            weight = get_format(packed.format).dequantize(packed, torch.float32)
+            linears[place] = Linear(PackedTensor("f32", packed.shape, (weight,)), biases["shared_gate"])
+        experts = None if layer["experts"] is None else mixture_float64.plain(*layer["experts"], self.int8)
+        norms = tuple(map(there, layer["norms"]))
+        return Layer(tuple(linears), norms, layer["window"], experts, layer["sinks"])
 
     def step(self, rows: Sequence[Row], choices: Sequence[int], x: Tensor, angles: Tensor) -> Tensor:
         """The step, of rows with these choices of adapters."""
@@ -95,7 +118,8 @@ class TestedDecoder:
             normed = rms(x, norms[0])
             q, k, v = (project(layer, name, choice, normed) for name in ("q", "k", "v"))
             q, k = (
-                rotated(rms(part.view(-1, CHANNELS), norm), cos, sin) for part, norm in ((q, norms[2]), (k, norms[3]))
+                rotated(self._normed(part, norm), cos, sin, self.options.pairs)
+                for part, norm in ((q, norms[2]), (k, norms[3]))
             )
             keys, values = self.past[2 * index], self.past[2 * index + 1]
             keys[:, slots[-1]], values[:, slots[-1]] = k, v.view(-1, CHANNELS)
@@ -103,21 +127,52 @@ class TestedDecoder:
             if layer["window"]:
                 seen = torch.cat([slots[: row.front], slots[row.front :][-layer["window"] :]])
             keys, values = (part[:, seen].repeat_interleave(HEADS // GROUPS, 0) for part in (keys, values))
-            shares = torch.softmax((keys @ q[:, :, None])[..., 0] / math.sqrt(CHANNELS), -1)
-            x = x + project(layer, "o", choice, (shares[:, None] @ values).reshape(-1))
-            normed = rms(x, norms[1])
-            gate, up = project(layer, "gate", choice, normed), project(layer, "up", choice, normed)
-            x = x + project(layer, "down", choice, torch.nn.functional.silu(gate) * up)
+            scores = (keys @ q[:, :, None])[..., 0] / math.sqrt(CHANNELS)
+            if layer["sinks"] is not None:
+                scores = torch.cat([scores, layer["sinks"].double()[:, None]], -1)
+            shares = torch.softmax(scores, -1)[:, : len(seen)]
+            x = x + self.options.residual * project(layer, "o", choice, (shares[:, None] @ values).reshape(-1))
+            x = x + self.options.residual * feed_forward(layer, choice, rms(x, norms[1]))
         return rms(x, self.norm.double())
+
+    def _normed(self, x: Tensor, norm: Tensor | None) -> Tensor:
+        heads = x.view(-1, CHANNELS)
+        return rms(x, norm).view(-1, CHANNELS) if self.options.wide_norms else rms(heads, norm)
+
+
+def _beside(mixture: Mixture) -> dict[str, tuple[int, int]]:
+    """What a layer with experts has beside them."""
+    shared = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    attention = {name: SHAPES[name] for name in ("q", "k", "v", "o")}
+    gate = {"shared_gate": (1, HIDDEN)} if mixture.shared == "gated expert" else {}
+    return {**attention, **(shared if mixture.shared else {}), **gate}
+
+
+def feed_forward(layer: dict[str, Any], choice: int, x: Tensor) -> Tensor:
+    """What gate, up and down make of a row, and experts."""
+    total = torch.zeros_like(x)
+    if layer["experts"] is not None:
+        total = mixture_float64.expected(layer["experts"][0], x, layer["loras"][choice])
+    if "gate" not in layer:
+        return total
+    gate, up = project(layer, "gate", choice, x), project(layer, "up", choice, x)
+    y = project(layer, "down", choice, torch.nn.functional.silu(gate) * up)
+    return total + (y * project(layer, "shared_gate", choice, x).sigmoid() if "shared_gate" in layer else y)
 
 
 def rms(x: Tensor, weight: Tensor | None) -> Tensor:
     return x if weight is None else x / (x.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt() * weight
 
 
-def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
+    """The first channels of heads; in pairs of neighbours or half of them apart, each with an angle for its own number."""
+    half = len(cos) // 2
+    x, rest = x[:, : 2 * half], x[:, 2 * half :]
+    if pairs:
+        turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)[:half])
+        return torch.cat([turned.flatten(-2), rest], -1)
     a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    return torch.cat([x * cos + torch.cat([-b, a], -1) * sin, rest], -1)
 
 
 def project(layer: dict[str, Any], name: str, choice: int, x: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from qgraft.merging.lockstep import merge_in_step
 from qgraft.passes.batched_trial import why_not_batched
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.decoding import fast_decoding
+from qgraft.passes.decoding_families import FAMILIES
 from qgraft.passes.loss import batch_loss
 
 Maker = Callable[..., Any]
@@ -138,7 +139,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_model(
     expected = tiny.model.generate(ids, attention_mask=mask, **GREEDY)
     assert len(set(expected[0, 40:].tolist())) > 3
     assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
-    with fast_decoding(model):
+    with fast_decoding(model) as problem:
+        assert (problem is None) == (model.config.model_type in FAMILIES)
         assert torch.equal(model.generate(ids, attention_mask=mask, **GREEDY), expected)
 
 

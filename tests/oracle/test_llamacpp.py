@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoded_in_c import counted, logits
 from gguf import GGMLQuantizationType as Q
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader, GGUFWriter, dequantize
 from gguf_copies import fuse, write_copy
 from tiny_latent import APART, YARN_KEYS, keyed, kv_b_apart
 from tiny_models import PAIRS
@@ -32,6 +33,8 @@ from qgraft.checkpoints.gguf_model import load_gguf
 from qgraft.checkpoints.gguf_rules import ARCHITECTURES
 from qgraft.checkpoints.gguf_write_keys import UNWRITTEN
 from qgraft.data.tokenizing import encode_prompt
+from qgraft.passes.decoding import fast_decoding
+from qgraft.passes.decoding_families import FAMILIES
 
 Maker = Callable[..., Any]
 MIXTURES = {name for name, keys in TABLE.items() if keys.experts and name != "llama"}
@@ -65,6 +68,10 @@ CONFIG = {
     "gemma3n": LARGE,
     "deepseek2": {"num_hidden_layers": 27},
 }
+
+
+def served_in_c(architecture: str) -> bool:
+    return TABLE[architecture].model_type in FAMILIES
 
 
 def float32_file(make_gguf: Maker, architecture: str, folder: Path) -> Path:
@@ -151,6 +158,30 @@ def test_loras_on_experts_in_llamacpp(
     assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() < ROUNDING
     use_adapter(model, None)
     assert with_lora.gap(our_logprobs(model, prompt, with_lora.ids)).max() > 0.1, "the adapter does too little"
+
+
+@pytest.mark.spread(1)
+@pytest.mark.parametrize(
+    "architecture", sorted({"llama", "mixtral"} | {name for name in MIXTURES if served_in_c(name)})
+)
+def test_what_is_decoded_in_c_is_llamacpps(
+    architecture, make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path, monkeypatch
+):
+    """Of weights in bfloat16, which C reads as they are; llama.cpp has them in float32, where it rounds nothing."""
+    path = make_gguf(tmp_path / "bf16.gguf", architecture, types=(Q.BF16,)).path
+    reader = GGUFReader(path)
+    reader.tensors = [
+        each._replace(data=dequantize(each.data, each.tensor_type), tensor_type=Q.F32) for each in reader.tensors
+    ]
+    write_copy(reader, GGUFWriter(tmp_path / "float32.gguf", reader.fields["general.architecture"].contents()))
+    model, _ = load_gguf(path, torch.float32)
+    prompt = random_ids(model, rows=1, length=12)[0].tolist()
+    theirs = llamacpp_greedy(tmp_path / "float32.gguf", prompt, 32, top=model.config.vocab_size, exact=True)
+    with fast_decoding(model) as problem, counted(monkeypatch) as steps:
+        ours = logits(model, torch.tensor([[*prompt, *theirs.ids[:-1]]]), len(prompt)).double().log_softmax(-1)
+    assert (problem, len(steps)) == (None, 31)
+    assert ours.argmax(-1).tolist() == theirs.ids
+    assert theirs.gap(ours).max() < ROUNDING
 
 
 def test_what_the_file_cannot_say_is_in_the_weights(make_gguf, random_ids, llamacpp_greedy, our_logprobs, tmp_path):

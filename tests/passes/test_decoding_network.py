@@ -16,13 +16,26 @@ from qgraft.kernels import native_status
 from qgraft.kernels.cpu import decode
 from qgraft.linear import PackedWeight
 from qgraft.passes.decoding import fast_decoding, why_not
-from qgraft.passes.decoding_network import FAMILIES, Network
+from qgraft.passes.decoding_families import FAMILIES
+from qgraft.passes.decoding_network import Network
 from qgraft.passes.fused import fused_modules
 
 pytestmark = pytest.mark.skipif(not native_status()[0], reason="the native kernels are not built")
 SHAPE = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": None,
+}  # fmt: skip
+
+OPTIONS: dict[str, dict[str, Any]] = {  # of mixtures, whose second layer has experts
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen2_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "mixtral": {"num_local_experts": 4}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4}, "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
+    **{name: {
+        "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "first_k_dense_replace": 1, "head_dim": 16,
+    } for name in ("glm4_moe", "dots1")},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
 }  # fmt: skip
 
 
@@ -195,10 +208,11 @@ def test_outputs_that_transformers_collects_do_not_keep_c_away(monkeypatch: pyte
         assert not in_c(monkeypatch, model, output_hidden_states=True)
 
 
-@pytest.mark.parametrize("kind", FAMILIES.values())
-def test_the_table_is_of_exact_classes_of_the_installed_transformers(kind: str) -> None:
-    network = Network(packed(kind).model)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_table_is_of_exact_classes_of_the_installed_transformers(family: str) -> None:
+    network = Network(packed(FAMILIES[family].name, **OPTIONS.get(family, {})).model)
     assert len(network.decoder.layers) == 2 and network.selection is None
+    assert (network.decoder.layers[-1].experts is None) == (FAMILIES[family].mixture is None)
 
 
 def test_an_adapter_without_a_layer_of_these_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:

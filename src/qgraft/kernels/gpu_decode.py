@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qgraft.kernels import gpu_rows, triton_ops
 from qgraft.kernels.cuda_graphs import power_of_two, recorded
-from qgraft.kernels.decoder import LINEARS, Decoder, Layer, Linear, Lora, Part, Row
+from qgraft.kernels.decoder import PLACES, Decoder, Layer, Linear, Lora, Part, Row
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.triton_ops import FEW_ROWS, gemv, interpreted, launch
 
@@ -34,7 +34,7 @@ _SILU = next(act for act in ACTIVATIONS if act.name == "silu")
 
 
 class Structures:
-    """See kernels/decoder.py. Raises ValueError for weights and norms that are not on one GPU."""
+    """See kernels/decoder.py. Raises ValueError for weights and norms that are not on one GPU, and what only C computes."""
 
     most_rows = 64
 
@@ -44,8 +44,12 @@ class Structures:
         tensors = [tensor for layer in decoder.layers for tensor in _tensors(layer)]
         if any(tensor.device != self.device for tensor in tensors):
             raise ValueError("its weights are not all on one device")
-        if any(linear.int8 for layer in decoder.layers for linear in layer.linears):
+        if any(linear.int8 for layer in decoder.layers for linear in _linears(layer)):
             raise ValueError("no GPU kernel computes in 8 bits")
+        if any(layer.experts is not None or layer.sinks is not None for layer in decoder.layers):
+            raise ValueError("no GPU kernel computes experts or sinks")
+        if decoder.angles != decoder.channels or decoder.pairs or decoder.wide_norms or decoder.residual != 1:
+            raise ValueError("no GPU kernel rotates a part of a head, norms all heads together or weights residuals")
         self._memory: tuple[tuple[Tensor, Tensor], ...] = ()
         self._states: dict[tuple[int, ...], _State] = {}
 
@@ -120,8 +124,8 @@ class _State:
         self.slots = numbers(M, self.longest, dtype=torch.int64)
         self.places = numbers(2 * layers, dtype=torch.int64)
         self.shape = numbers(1, dtype=torch.int64)
-        self.table = numbers(len(LINEARS) * layers, M, self.most, 4, dtype=torch.int64)
-        self.h = numbers(len(LINEARS), M, self.most, self.rank)
+        self.table = numbers(len(PLACES) * layers, M, self.most, 4, dtype=torch.int64)
+        self.h = numbers(len(PLACES), M, self.most, self.rank)
         self.dtype = torch.float32
         self._replay: Callable[[], None] | None = None
         self._result: Tensor | None = None
@@ -187,7 +191,8 @@ class _State:
     def _step(self) -> Tensor:
         d, x = self.decoder, self.x
         for index, layer in enumerate(d.layers):
-            entry, (*qkv_of, o, gate_of, up_of, down) = index * len(LINEARS), layer.linears
+            entry, (*qkv_of, o, gate_of, up_of, down) = index * len(PLACES), _linears(layer)
+            last = entry + PLACES.index("down")
             a = gpu_rows.norm(x, layer.norms[0], d.epsilon)[0]
             qkv = self._products(a, qkv_of, entry)
             mixed = self._attended(qkv, layer, index)
@@ -195,7 +200,7 @@ class _State:
             a = gpu_rows.norm(x, layer.norms[1], d.epsilon)[0]
             both = self._products(a, (gate_of, up_of), entry + 4)
             gate, up = both[:, : d.inner], both[:, d.inner :]
-            x = self._products(gpu_rows.gated(_SILU, gate, up, None, torch.float32), (down,), entry + 6, x)
+            x = self._products(gpu_rows.gated(_SILU, gate, up, None, torch.float32), (down,), last, x)
         return gpu_rows.norm(x, d.norm, d.epsilon)[0]
 
     def _products(self, x: Tensor, linears: Sequence[Linear], entry: int, residual: Tensor | None = None) -> Tensor:
@@ -268,8 +273,13 @@ def _add(
     launch(triton_ops.products().add_kernel, (-(-product.shape[1] // 512), len(product), 1), arguments, constants, 4)
 
 
+def _linears(layer: Layer) -> list[Linear]:
+    """Those that it has: of `LINEARS` all but the shared gate."""
+    return [linear for linear in layer.linears if linear is not None]
+
+
 def _tensors(layer: Layer) -> list[Tensor]:
-    parts = [part for linear in layer.linears for part in (*linear.packed.parts, linear.bias)]
+    parts = [part for linear in _linears(layer) for part in (*linear.packed.parts, linear.bias)]
     return [tensor for tensor in (*parts, *layer.norms) if tensor is not None]
 
 

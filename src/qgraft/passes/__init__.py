@@ -7,6 +7,6 @@ fused.py             norms, gated products and rotations without intermediate co
 frozen_cache.py      what the layers below the lowest adapter compute, kept on disk
 graphed.py           passes of training that are replayed as CUDA graphs;  static_pass.py: one on tables of a fixed size
 decoding.py          one token of one sequence in one call of kernels, within transformers' generate()
-decoding_network.py  what that call needs of a model
+decoding_families.py  which models it computes;  decoding_network.py: what it needs of one
 limits.py            how long a text may be
 """

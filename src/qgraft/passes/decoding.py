@@ -5,8 +5,8 @@ times as long, on a GPU ten times, so within the block the decoder's forward pas
 (gpu_decode.py), wherever that computes the same:
 
     one row, one new token       in float32, on a GPU in half precision too; no gradient, no autocast, evaluation mode
-    a DynamicCache with tokens   within every sliding window; no attention mask that hides any of them
-    a decoder of four families   llama, mistral, qwen2, qwen3, by their exact classes (decoding_network.py)
+    a DynamicCache with tokens   its layers' windows those of the masks; no attention mask that hides any of them
+    a decoder of some families   by their exact classes (decoding_families.py)
     all weights packed           in formats that the kernels read; any number of LoRAs active, no prefix
 
 Everything else, the prompt above all, is transformers' own pass. The cache is transformers' too: its layers' keys and
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, MoeModelOutputWithPast
 
 from qgraft.attention import PREFIX, attention_of
 from qgraft.compat import given_cache
@@ -109,27 +109,24 @@ class _Decoder:
         output = None if args or not self.users else self._step(kwargs)
         return self.own(*args, **kwargs) if output is None else output
 
-    def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | None:
+    def _step(self, given: dict[str, Any]) -> BaseModelOutputWithPast | MoeModelOutputWithPast | None:
         """The output for one token, or None where that is not for the kernels."""
         base, cache, positions = self.base, given_cache(given), given.get("position_ids")
         if not _is_plain(given, base.config) or not _computes_plainly(base):
             return None
-        past, window = _length(cache, len(base.layers)), getattr(base.config, "sliding_window", None)
-        if past is None or not _sees_all(given.get("attention_mask"), past + 1) or (window and past >= window):
+        past = _length(cache, len(base.layers))
+        if past is None or not _sees_all(given.get("attention_mask"), past + 1):
             return None
         embedded = base.embed_tokens(given["input_ids"])
         if not computes(embedded):
             return None
-        x = embedded.to(torch.float32, copy=True)  # it may be written over
-        positions = torch.tensor([[past]], device=x.device) if positions is None else positions
-        cos, sin = base.rotary_emb(x, position_ids=positions)
-        if cos.dtype != torch.float32:
-            return None
+        positions = torch.tensor([[past]], device=embedded.device) if positions is None else positions
         with self.lock:
             self.structures.check()
             self.structures.check_loras()
             network = self.structures.network
-            if network is None or past >= network.window or cos.shape != (1, 1, network.decoder.channels):
+            begun = None if network is None else network.begin(embedded, positions)
+            if network is None or begun is None or not _has_windows(cache, network):
                 return None
             weights = network.selection.now().uniform if network.selection else {}
             loras = None if weights is None else self.structures.loras(weights)  # None: an adapter for each row
@@ -137,10 +134,11 @@ class _Decoder:
             if loras is None or buffers is None:
                 return None
             network.structures.use(buffers.pairs)
-            parts, rows = [Part(loras.loras, 1)], [Row(torch.arange(past + 1, device=x.device), past + 1)]
-            states = network.structures.step(parts, rows, x[0], cos[0], sin[0])
+            parts, rows = [Part(loras.loras, 1)], [Row(torch.arange(past + 1, device=embedded.device), past + 1)]
+            states = network.structures.step(parts, rows, *(part[0] for part in begun))
             buffers.advance(cache, past + 1)
-        return BaseModelOutputWithPast(states[None].to(embedded.dtype), cache)
+        output = BaseModelOutputWithPast if network.family.mixture is None else MoeModelOutputWithPast
+        return output(states[None].to(embedded.dtype), cache)
 
     def _buffers_for(self, cache: DynamicCache, past: int, network: Network, embedded: Tensor) -> "_Buffers | None":
         buffers = self.buffers.get(cache)
@@ -179,7 +177,8 @@ _MAY_BE = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_val
 def _is_plain(given: dict[str, Any], config: Any) -> bool:
     """Whether these arguments of a forward pass ask for one more token of one row, and for nothing else."""
     ids, positions = given.get("input_ids"), given.get("position_ids")
-    asked = {"use_cache": True, "return_dict": True, "output_attentions": False, "output_hidden_states": False}
+    asked = {"use_cache": True, "return_dict": True}
+    asked |= dict.fromkeys(("output_attentions", "output_hidden_states", "output_router_logits"), False)
     for name, value in asked.items():
         got = given.get(name)
         if bool(getattr(config, name, value) if got is None else got) is not value:
@@ -199,6 +198,17 @@ def _sees_all(mask: Any, length: int) -> bool:
     return isinstance(mask, Tensor) and mask.shape == (1, length) and bool(mask.all())
 
 
+def _has_windows(cache: Any, network: Network) -> bool:
+    """Whether what a layer of the cache drops is what the mask of the decoder's layer hides."""
+    pairs = zip(cache.layers, network.windows, strict=True)
+    return all(layer.sliding_window == window for layer, window in pairs if type(layer) is DynamicSlidingWindowLayer)
+
+
+def _held(layer: Any, length: int) -> int:
+    """How many of a text's tokens a layer of a cache holds: the last ones that the next token sees."""
+    return min(length, layer.sliding_window - 1) if type(layer) is DynamicSlidingWindowLayer else length
+
+
 def _length(cache: Any, layers: int) -> int | None:
     """How many tokens are in a cache whose layers kernels can go on with; None for another cache, and for an empty one."""
     if type(cache) is not DynamicCache or len(cache.layers) != layers or getattr(cache, "offloading", False):
@@ -206,7 +216,7 @@ def _length(cache: Any, layers: int) -> int | None:
     length = cache.get_seq_length()
     for layer in cache.layers:
         if type(layer) is DynamicSlidingWindowLayer:
-            if layer.record_past or length + 1 >= layer.sliding_window:
+            if layer.record_past or layer.sliding_window < 2:
                 return None
         elif type(layer) is not DynamicLayer:
             return None
@@ -214,7 +224,10 @@ def _length(cache: Any, layers: int) -> int | None:
 
 
 class _Buffers:
-    """Keys and values of all layers with room for more tokens, [2 layers, 1, groups, capacity, channels]."""
+    """Keys and values of all layers with room for more tokens, [2 layers, 1, groups, capacity, channels].
+
+    Of a layer that holds the last tokens only, the places of those before are empty where they were not written here.
+    """
 
     def __init__(self, memory: Tensor) -> None:
         self.memory = memory
@@ -225,13 +238,14 @@ class _Buffers:
     def copy_of(cls, cache: Any, length: int, network: Network, like: Tensor) -> "_Buffers | None":
         """New buffers with what the cache holds; None where that is not of the decoder's shape, or not as `like`."""
         groups, channels = network.decoder.groups, network.decoder.channels
-        shape, kind = (1, groups, length, channels), (like.dtype, like.device)
-        held = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-        if any(tensor.shape != shape or (tensor.dtype, tensor.device) != kind for tensor in held):
-            return None
+        held = [(tensor, _held(layer, length)) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+        kind = (like.dtype, like.device)
+        for tensor, count in held:
+            if tensor.shape != (1, groups, count, channels) or (tensor.dtype, tensor.device) != kind:
+                return None
         memory = like.new_empty(len(held), 1, groups, length + ROOM, channels)
-        for part, tensor in zip(memory, held, strict=True):
-            part[:, :, :length] = tensor
+        for part, (tensor, count) in zip(memory, held, strict=True):
+            part[:, :, length - count : length] = tensor
         buffers = cls(memory)
         buffers._set(cache, length)
         return buffers
@@ -251,6 +265,12 @@ class _Buffers:
                 layer.cumulative_length = length
 
     def _set(self, cache: Any, length: int) -> None:
-        self.views = self.memory.narrow(3, 0, length).unbind(0)
+        whole, found = self.memory.narrow(3, 0, length).unbind(0), list[Tensor]()
         for index, layer in enumerate(cache.layers):
-            layer.keys, layer.values = self.views[2 * index], self.views[2 * index + 1]
+            keys, values = whole[2 * index : 2 * index + 2]
+            count = _held(layer, length)
+            if count < length:
+                keys, values = (part.narrow(2, length - count, count) for part in (keys, values))
+            layer.keys, layer.values = keys, values
+            found += [keys, values]
+        self.views = tuple(found)

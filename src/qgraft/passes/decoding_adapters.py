@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from qgraft.adapters.lora import Lora
+from qgraft.adapters.lora_experts import ExpertLora
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import decoder
 from qgraft.passes.decoding_network import Network
@@ -46,8 +47,23 @@ class DecoderLoras:
     def _of_layer(self, layer: Any, weights: Weights) -> list[decoder.Lora]:
         if layer is None:
             return []
+        layer, stack = layer if isinstance(layer, tuple) else (layer, None)
+        outputs = None if stack is None else layer.base.outputs()[stack]
         named = [(name, self._ask(layer.loras._modules, name)) for name in weights]
-        return [self._lora(name, lora, weights[name]) for name, lora in named if lora is not None]
+        return [
+            self._lora(name, lora, weights[name]) if outputs is None else self._of_experts(lora, weights[name], outputs)
+            for name, lora in named
+            if lora is not None
+        ]
+
+    def _of_experts(self, lora: ExpertLora, weight: float, outputs: slice) -> decoder.Lora:
+        """That of these outputs of a projection of all experts."""
+        A, B = (self._parameter(lora, part) for part in ("lora_A", "lora_B"))
+        own = B.detach()[:, outputs]
+        if outputs.step not in (None, 1):  # they alternate with others: a copy, which does not follow
+            own = own.contiguous()
+            self._place(lambda: B._version)
+        return decoder.Lora(A.detach(), own, lora.config.scaling * weight)
 
     def _lora(self, name: str, lora: Lora, weight: float) -> decoder.Lora:
         A, B = (self._parameter(lora, part) for part in ("lora_A", "lora_B"))

@@ -63,14 +63,13 @@ class NativeTexts:
         layers = _laid_out(memory, network, embedded) if computes(embedded) else None
         if layers is None:
             return None
-        x_1TH = embedded.to(torch.float32, copy=True)  # it may be written over
         positions = torch.cat([torch.arange(piece.past, len(piece.text)) + piece.shift for piece in pieces])
-        cos, sin = base.rotary_emb(x_1TH, position_ids=positions[None].to(x_1TH.device))
-        if cos.dtype != torch.float32 or cos.shape != (1, len(positions), network.decoder.channels):
+        begun = network.begin(embedded, positions[None].to(embedded.device))
+        if begun is None:
             return None
         network.structures.use(layers)
         rows = [row for piece in pieces for row in _rows(piece)]
-        states_TH = network.structures.step(parts, rows, x_1TH[0], cos[0], sin[0])
+        states_TH = network.structures.step(parts, rows, *(part[0] for part in begun))
         self.steps += 1
         return self._logits(states_TH.to(embedded.dtype), pieces)
 

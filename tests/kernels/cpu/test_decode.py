@@ -6,6 +6,7 @@ from functools import cache, partial
 import pytest
 import torch
 from decoder_float64 import CAPACITY, CHANNELS, HIDDEN, TestedDecoder, texts
+from mixture_float64 import MIXTURES
 from torch import Tensor
 
 from qgraft.formats import PackedTensor, get_format
@@ -52,6 +53,57 @@ def test_a_step_is_that_of_the_decoder_in_float64(
     got = decoder.step(rows, choices, x, angles)
     torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(decoder.memory.double(), memory, rtol=1e-4, atol=1e-4)
+
+
+OF_MIXTURES = {  # texts of a step as in BATCHES: one row, and as many of an expert as lanes, with several adapters
+    "one": ([(20, 1)], [1]),
+    "many": ([(2, 1), (0, 17), (30, 1)], [2, *[1] * 17, 3]),
+}
+
+
+def of_mixture(name: str, batch: str, **options: object) -> tuple[TestedDecoder, list[Row], list[int], Tensor, Tensor]:
+    """As `made`, of a decoder whose second layer has experts."""
+    torch.manual_seed(0)
+    mixture, own = MIXTURES[name]
+    decoder, (lengths, choices) = Decoder(mixture=mixture, **own, **options), OF_MIXTURES[batch]
+    rows = texts(lengths)
+    return decoder, rows, choices, torch.randn(len(rows), HIDDEN), torch.randn(len(rows), decoder.options.angles)
+
+
+@cache
+def judged_mixture(name: str, batch: str, **options: object) -> Tensor:
+    """What becomes of x."""
+    decoder, rows, choices, x, angles = of_mixture(name, batch, **options)
+    return torch.stack([decoder.expected(*each) for each in zip(rows, choices, x, angles, strict=True)])
+
+
+@pytest.mark.spread(30)
+@pytest.mark.parametrize("batch", OF_MIXTURES)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_are_those_of_float64(cpu_level: str, threads: Callable[[int], None], name: str, batch: str) -> None:
+    """And the same bits whatever the number of threads."""
+    want, results = judged_mixture(name, batch), []
+    for count in (1, 3):
+        threads(count)
+        decoder, rows, choices, x, angles = of_mixture(name, batch)
+        results.append(decoder.step(rows, choices, x, angles).clone())
+        torch.testing.assert_close(results[-1].double(), want, rtol=1e-4, atol=1e-4)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "chatglm-int8"])
+def test_experts_in_other_formats(cpu_level: str, format: str) -> None:
+    """With blocks, and with a scale for each row."""
+    want = judged_mixture("clamped", "many", format=format)
+    decoder, rows, choices, x, angles = of_mixture("clamped", "many", format=format)
+    torch.testing.assert_close(decoder.step(rows, choices, x, angles).double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_experts_in_8_bits_are_near_those_of_float64(cpu_level: str) -> None:
+    want = judged_mixture("shared", "many")
+    decoder, rows, choices, x, angles = of_mixture("shared", "many", int8=True)
+    got = decoder.step(rows, choices, x, angles)
+    assert 0 < float((got - want).norm() / want.norm()) < 0.05
 
 
 @pytest.mark.parametrize("count", [1, 9, 200])

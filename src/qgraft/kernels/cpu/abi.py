@@ -14,6 +14,7 @@ FORMAT_IDS = {  # as in formats.h; float32 needs no unpacking, so the reference 
     "q4_k": 9, "q5_k": 10, "q6_k": 11, "iq4_nl": 12, "iq4_xs": 13, "mxfp4": 14, "nvfp4": 15, "q2_k": 16, "q3_k": 17,
     "tq1_0": 18, "tq2_0": 19, "iq1_s": 20, "iq1_m": 21, "iq2_xxs": 22, "iq2_xs": 23, "iq2_s": 24, "iq3_xxs": 25, "iq3_s": 26,
 }  # fmt: skip
+FLOATS = 27  # F32 of formats.h: float32 of a LoRA, of a router
 # Products in 8 bits, as in formats.h: has_int8, on every level; has_int8_panels and has_int8_gradient, on AVX2.
 INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")
 INT8_PANEL_FORMATS = (*INT8_FORMATS, "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4")
@@ -72,12 +73,26 @@ class Linear(ctypes.Structure):
     ]
 
 
+class Experts(ctypes.Structure):
+    """The experts of a layer, as in decode_thread.h, where each field is explained."""
+
+    _fields_ = [
+        *((name, Linear) for name in ("gate", "up", "down")),
+        *((name, _pointer) for name in ("gate_bias", "up_bias", "router", "router_bias", "correction")),
+        *((name, _i64) for name in ("bias_step", "experts", "chosen", "scores", "expert_groups", "kept_groups")),
+        ("normalized", _i64),
+        ("clamped", _i64),
+        *((name, ctypes.c_double) for name in ("least_sum", "added_to_sum", "scaling", "limit", "alpha")),
+    ]
+
+
 class DecoderLayer(ctypes.Structure):
     """One layer of the decoder. keys and values: [groups, capacity, channels] float32; window: 0 for none."""
 
     _fields_ = [
-        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "down")),
-        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")),
+        *((name, Linear) for name in ("q", "k", "v", "o", "gate", "up", "shared_gate", "down")),
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "sinks", "keys", "values")),
+        ("experts", ctypes.POINTER(Experts)),
         ("window", _i64),
     ]
 
@@ -87,17 +102,17 @@ class Decoder(ctypes.Structure):
 
     _fields_ = [
         *((name, _i64) for name in ("layers", "hidden", "inner", "heads", "groups", "channels", "capacity")),
-        ("epsilon", ctypes.c_double),
-        ("scale", ctypes.c_double),
+        *((name, _i64) for name in ("rotated", "pairs", "wide_norms")),
+        *((name, ctypes.c_double) for name in ("epsilon", "scale", "residual")),
         ("norm", _pointer),
         ("layer", ctypes.POINTER(DecoderLayer)),
     ]
 
 
 class Lora(ctypes.Structure):
-    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder."""
+    """A [rank, columns] and B [rows, rank] of one adapter in one layer of a decoder, or of each expert."""
 
-    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("scaling", ctypes.c_double)]
+    _fields_ = [("A", _pointer), ("B", _pointer), ("rank", _i64), ("step", _i64), ("scaling", ctypes.c_double)]
 
 
 class Loras(ctypes.Structure):
@@ -107,7 +122,7 @@ class Loras(ctypes.Structure):
 
 
 class DecoderPart(ctypes.Structure):
-    """Rows that follow each other and have the same adapters: [layers, 7] Loras, or none."""
+    """Rows that follow each other and have the same adapters: [layers, places] Loras, or none."""
 
     _fields_ = [("loras", ctypes.POINTER(Loras)), ("rows", _i64)]
 

@@ -4,6 +4,8 @@
  *                      keep k and v;  x += attention(q) Wo;  n = norm(x);  x += (silu(n Wg) * n Wu) Wd
  *     x = norm(x)
  *
+ * Instead of the last sum, or beside it, a layer may have experts, of which each row goes to a few (decode_experts.h).
+ *
  * Each W may have a bias. Rows that follow each other and have the same LoRAs are a part: any number of LoRAs on each W, which
  * add s (n A^T) B^T. All in float32; the products with W are in 8-bit integers (gemm_int8.h) where the layer asks for it.
  *
@@ -19,6 +21,8 @@
 
 #include "barrier.h"
 #include "common.h"
+#include "decode_experts.h"
+#include "decode_product.h"
 #include "decode_thread.h"
 #include "formats.h"
 #include "level.h"
@@ -31,8 +35,8 @@ static int omp_get_thread_num(void) { return 0; }
 static int omp_get_num_threads(void) { return 1; }
 #endif
 
-const int64_t qgraft_decode_sizes[] = {sizeof(Linear), sizeof(DecoderLayer), sizeof(Decoder), sizeof(Lora),
-                                       sizeof(Loras), sizeof(DecoderPart), sizeof(DecoderRow)};
+const int64_t qgraft_decode_sizes[] = {sizeof(Linear), sizeof(Experts), sizeof(DecoderLayer), sizeof(Decoder),
+                                       sizeof(Lora), sizeof(Loras), sizeof(DecoderPart), sizeof(DecoderRow)};
 
 /* The thread's share of h = s x A^T [rows, ranks], of all LoRAs on these of a layer's products, one behind the other. */
 static void lower(const Thread *thread, int64_t layer, int from, int to, const float *x) {
@@ -72,35 +76,17 @@ static void add_loras(const Thread *thread, int64_t layer, int from, int which, 
     }
 }
 
-/* The product with W, by the codes of x. */
-static void multiply_codes(const Thread *thread, Product product, const float *x) {
-    const Level *level = thread->level;
-    const int panels = product.m >= INT8_MANY && level->gemm_int8_panels;
-    const int64_t rows = product.m, most = panels ? level->block_tokens : rows;
-    QuantizedX codes = thread->codes;
-    codes.groups = groups_of(product.columns);
-    for (int64_t t = 0; t < rows; t += most, product.y += most * product.rows) {
-        product.m = smaller(most, rows - t);
-        for (int64_t i = 0; i < product.m; i++)
-            level->quantize_x(product.format, x + (t + i) * product.columns, product.columns, i, &codes);
-        if (panels) level->gemm_int8_panels(&product, &codes);
-        else level->gemm_int8(&product, &codes);
-    }
-}
-
 /* The columns first <= r < last of y = x W^T + b + LoRAs; `share`: which of the thread's these are. */
 static void project_columns(const Thread *thread, int64_t layer, int from, int which, int64_t first, int64_t last, Share share,
                             const float *x, float *y) {
     const Linear *linear = linear_of(thread, layer, which);
-    const int64_t rows = linear->rows, stride = row_bytes((int)linear->format, linear->columns);
     Bytes runs[AHEAD];
     const Ahead ahead = ahead_of(thread, layer, which, first, last, share, runs);
-    const Product product = {(int)linear->format, linear->data, linear->scales, stride, rows, linear->columns, first, last,
-                             thread->rows, y, &ahead};
-    if (linear->int8) multiply_codes(thread, product, x);
-    else multiply(thread->level, &product, x);
+    Product product = product_of(linear, 0, first, last, thread->rows, y);
+    product.ahead = &ahead;
+    multiply_rows(thread, (int)linear->int8, &product, x);
     for (int64_t t = 0; linear->bias && t < thread->rows; t++)
-        for (int64_t r = first; r < last; r++) y[t * rows + r] += linear->bias[r];
+        for (int64_t r = first; r < last; r++) y[t * linear->rows + r] += linear->bias[r];
     if (thread->ranks) add_loras(thread, layer, from, which, first, last, y);
 }
 
@@ -117,39 +103,64 @@ static void project(const Thread *thread, int64_t layer, int from, int which, co
     }
 }
 
-/* x += y W^T .., in the thread's columns; all of y is there, the LoRAs' h not yet. */
-static void project_back(const Thread *thread, int64_t layer, int which, const float *y) {
+/* x += thread->normed, each row times sigmoid(its factor) where there are some, in the thread's columns. */
+static void add_normed(const Thread *thread, const float *factors) {
     const int64_t hidden = thread->decoder->hidden;
     int64_t first, last;
+    columns_of_thread(thread, hidden, &first, &last);
+    for (int64_t t = 0; t < thread->rows; t++) {
+        const float factor = (float)thread->decoder->residual * (factors ? sigmoid(factors[t]) : 1.0f);
+        for (int64_t r = first; r < last; r++) thread->x[t * hidden + r] += factor * thread->normed[t * hidden + r];
+    }
+}
+
+/* x += y W^T .., in the thread's columns; all of y is there, the LoRAs' h not yet. */
+static void project_back(const Thread *thread, int64_t layer, int which, const float *y, const float *factors) {
     if (thread->ranks) {
         lower(thread, layer, which, which + 1, y);
         barrier_wait(thread->barrier, thread->count);
     }
     project(thread, layer, which, which, y, thread->normed);
-    columns_of_thread(thread, hidden, &first, &last);
-    for (int64_t t = 0; t < thread->rows; t++)
-        for (int64_t r = first; r < last; r++) thread->x[t * hidden + r] += thread->normed[t * hidden + r];
+    add_normed(thread, factors);
 }
 
-/* out = norm(head), where there is one, rotated by the row's angles. */
+/* Each pair of neighbours (x[2 j], x[2 j + 1]) by its angle; what is behind the rotated channels is copied. */
+static void rotate_pairs(const Decoder *decoder, const float *x, const float *cos, const float *sin, float *out) {
+    for (int64_t j = 0; j < decoder->rotated / 2; j++) {
+        const float a = x[2 * j], b = x[2 * j + 1];
+        out[2 * j] = a * cos[j] - b * sin[j], out[2 * j + 1] = b * cos[j] + a * sin[j];
+    }
+    for (int64_t j = decoder->rotated; j < decoder->channels; j++) out[j] = x[j];
+}
+
+/* out = norm(head), where it has one of its own, rotated by the row's angles. */
 static void rotate(const Thread *thread, int64_t row, const float *head, const float *norm, float *out) {
     const Pointwise *loops = thread->level->pointwise;
-    const int64_t channels = thread->decoder->channels, at = row * channels;
-    if (norm) loops->norm(head, norm, (float)thread->decoder->epsilon, channels, out);
-    loops->rotate(0, norm ? out : head, 0, 1, thread->cos + at, thread->sin + at, channels / 2, channels, out);
+    const Decoder *decoder = thread->decoder;
+    const int64_t channels = decoder->channels, rotated = decoder->rotated;
+    const float *cos = thread->cos + row * rotated, *sin = thread->sin + row * rotated;
+    if (norm && !decoder->wide_norms) loops->norm(head, norm, (float)decoder->epsilon, channels, out), head = out;
+    if (decoder->pairs) rotate_pairs(decoder, head, cos, sin, out);
+    else loops->rotate(0, head, 0, 1, cos, sin, rotated / 2, channels, out);
 }
 
-/* Keys and values of the thread's rows, into their slots. */
+/* Keys and values of the thread's rows, into their slots; before that norms of all heads of queries and keys together. */
 static void keep(const Thread *thread, const DecoderLayer *layer) {
     const Decoder *decoder = thread->decoder;
-    const int64_t channels = decoder->channels, width = decoder->groups * channels;
-    for (int64_t t = first_row(thread); t < last_row(thread); t++)
-        for (int64_t group = 0; group < decoder->groups; group++) {
-            const int64_t slot = thread->row[t].slots[thread->row[t].seen - 1], from = t * width + group * channels;
-            const int64_t at = (group * decoder->capacity + slot) * channels;
-            rotate(thread, t, thread->k + from, layer->k_norm, layer->keys + at);
-            memcpy(layer->values + at, thread->v + from, (size_t)channels * sizeof(float));
+    const int64_t channels = decoder->channels, width = decoder->groups * channels, wide = decoder->heads * channels;
+    for (int64_t t = first_row(thread); t < last_row(thread); t++) {
+        float *q = thread->q + t * wide, *k = thread->k + t * width;
+        if (decoder->wide_norms) {
+            thread->level->pointwise->norm(q, layer->q_norm, (float)decoder->epsilon, wide, q);
+            thread->level->pointwise->norm(k, layer->k_norm, (float)decoder->epsilon, width, k);
         }
+        for (int64_t group = 0; group < decoder->groups; group++) {
+            const int64_t slot = thread->row[t].slots[thread->row[t].seen - 1], from = group * channels;
+            const int64_t at = (group * decoder->capacity + slot) * channels;
+            rotate(thread, t, k + from, layer->k_norm, layer->keys + at);
+            memcpy(layer->values + at, thread->v + t * width + from, (size_t)channels * sizeof(float));
+        }
+    }
 }
 
 /* The thread's share of attention: of each row the heads that share keys, or each head alone where there are few rows. */
@@ -165,7 +176,8 @@ static void attend(const Thread *thread, const DecoderLayer *layer) {
         for (int64_t i = 0; i < together; i++)
             rotate(thread, t, thread->q + at + i * channels, layer->q_norm, thread->head + i * channels);
         thread->level->decoding->attention(thread->head, together, layer->keys + start, layer->values + start, thread->spans,
-                                           spans, channels, (float)decoder->scale, thread->scores, thread->attended + at);
+                                           spans, channels, (float)decoder->scale, layer->sinks ? layer->sinks + head : NULL,
+                                           thread->scores, thread->attended + at);
     }
 }
 
@@ -184,10 +196,23 @@ static void prepare(const Thread *thread, int64_t layer, int from, int to, const
     barrier_wait(thread->barrier, thread->count);
 }
 
+/* The thread's columns of what is between gate and down. */
+static void open_dense(const Thread *thread, int64_t i) {
+    const int64_t inner = linear_of(thread, i, GATE)->rows;
+    int64_t first, last;
+    project(thread, i, GATE, GATE, thread->normed, thread->gate);
+    project(thread, i, GATE, UP, thread->normed, thread->up);
+    if (thread->decoder->layer[i].shared_gate.data) project(thread, i, GATE, SHARED_GATE, thread->normed, thread->factors);
+    columns_of_thread(thread, inner, &first, &last);
+    for (int64_t t = 0; t < thread->rows && first < last; t++) {
+        float *gate = thread->gate + t * inner + first;
+        thread->level->pointwise->gated(SILU, gate, thread->up + t * inner + first, last - first, gate);
+    }
+}
+
 static void run_layer(const Thread *thread, int64_t i) {
     const DecoderLayer *layer = thread->decoder->layer + i;
-    const int64_t inner = thread->decoder->inner;
-    int64_t first, last;
+    const Experts *experts = layer->experts;
     prepare(thread, i, Q, O, layer->attention_norm);
     project(thread, i, Q, Q, thread->normed, thread->q);
     project(thread, i, Q, K, thread->normed, thread->k);
@@ -197,18 +222,21 @@ static void run_layer(const Thread *thread, int64_t i) {
     barrier_wait(thread->barrier, thread->count);
     attend(thread, layer);
     barrier_wait(thread->barrier, thread->count);
-    project_back(thread, i, O, thread->attended);
+    project_back(thread, i, O, thread->attended, NULL);
     barrier_wait(thread->barrier, thread->count);
     prepare(thread, i, GATE, DOWN, layer->mlp_norm);
-    project(thread, i, GATE, GATE, thread->normed, thread->gate);
-    project(thread, i, GATE, UP, thread->normed, thread->up);
-    columns_of_thread(thread, inner, &first, &last);
-    for (int64_t t = 0; t < thread->rows && first < last; t++) {
-        float *gate = thread->gate + t * inner + first;
-        thread->level->pointwise->gated(SILU, gate, thread->up + t * inner + first, last - first, gate);
+    if (experts) score_experts(thread, experts);
+    if (layer->gate.data) open_dense(thread, i);
+    if (experts) {
+        barrier_wait(thread->barrier, thread->count);
+        open_experts(thread, i, experts);
     }
     barrier_wait(thread->barrier, thread->count);
-    project_back(thread, i, DOWN, thread->gate);
+    if (experts) {
+        close_experts(thread, i, experts);
+        add_normed(thread, NULL);
+    }
+    if (layer->gate.data) project_back(thread, i, DOWN, thread->gate, layer->shared_gate.data ? thread->factors : NULL);
     barrier_wait(thread->barrier, thread->count);
 }
 
@@ -228,71 +256,131 @@ static int64_t most_ranks(const Decoder *decoder, const DecoderPart *part, int64
     return most;
 }
 
-/* Whether every number is one that the loops can go by. */
+/* Whether these numbers are ones that the loops can go by. */
+static int is_sound_linear(const Linear *linear) {
+    return row_bytes((int)linear->format, linear->columns) >= 0 && (!linear->int8 || has_int8((int)linear->format));
+}
+
+static int is_sound_layer(const Decoder *decoder, const DecoderLayer *layer) {
+    const Experts *experts = layer->experts;
+    for (const Linear *linear = &layer->q; linear <= &layer->down; linear++)
+        if (!is_sound_linear(linear)) return 0;
+    if (decoder->wide_norms && !(layer->q_norm && layer->k_norm)) return 0;
+    if (layer->gate.rows > decoder->inner || layer->shared_gate.rows > 1) return 0;
+    if (!experts) return layer->gate.data != NULL;
+    for (const Linear *linear = &experts->gate; linear <= &experts->down; linear++)
+        if (!is_sound_linear(linear)) return 0;
+    return is_sound_mixture(experts, decoder->hidden);
+}
+
 static int is_sound(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows) {
     int64_t left = rows;
-    if (rows < 1 || decoder->heads % decoder->groups || decoder->channels % 2) return 0;
+    if (rows < 1 || decoder->heads % decoder->groups) return 0;
+    if (decoder->rotated % 2 || decoder->rotated < 0 || decoder->rotated > decoder->channels) return 0;
     for (int64_t p = 0; p < parts; p++) left -= part[p].rows;
     for (const DecoderRow *each = row; each < row + rows; each++) {
         if (each->seen < 1 || each->front < 0 || each->front >= each->seen) return 0;
         for (int64_t i = 0; i < each->seen; i++)
             if (each->slots[i] < 0 || each->slots[i] >= decoder->capacity) return 0;
     }
-    for (const DecoderLayer *layer = decoder->layer; layer < decoder->layer + decoder->layers; layer++)
-        for (const Linear *linear = &layer->q; linear <= &layer->down; linear++)
-            if (row_bytes((int)linear->format, linear->columns) < 0 || (linear->int8 && !has_int8((int)linear->format)))
-                return 0;
+    for (int64_t i = 0; i < decoder->layers; i++)
+        if (!is_sound_layer(decoder, decoder->layer + i)) return 0;
     return left == 0;
 }
 
-/* Numbers of memory: of all rows, and of each thread, whose spans come first; all that follows is a multiple of 8 bytes. */
-static int64_t numbers_of_rows(const Decoder *decoder, int64_t ranks) {
-    return 2 * decoder->channels * (decoder->heads + decoder->groups) + 2 * decoder->inner + ranks;
+/* What memory is needed for: rows, ranks of a row, slots that one sees at most, and the largest numbers of a layer's experts. */
+typedef struct {
+    int64_t rows, ranks, seen, experts, chosen, routed, rank;
+} Sizes;
+
+static Sizes sizes_of(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows) {
+    Sizes sizes = {rows, most_ranks(decoder, part, parts), 0, 0, 0, 0, 0};
+    for (int64_t t = 0; t < rows; t++) sizes.seen = larger(sizes.seen, row[t].seen);
+    for (int64_t i = 0; i < decoder->layers; i++) {
+        const Experts *experts = decoder->layer[i].experts;
+        if (!experts) continue;
+        sizes.experts = larger(sizes.experts, experts->experts);
+        sizes.chosen = larger(sizes.chosen, experts->chosen);
+        sizes.routed = larger(sizes.routed, experts->gate.rows);
+        for (int64_t j = 0; j < parts * (ADAPTED - LINEARS); j++) {
+            const Loras loras = loras_of(part + j / (ADAPTED - LINEARS), i, LINEARS + (int)(j % (ADAPTED - LINEARS)));
+            for (int64_t k = 0; k < loras.count; k++) sizes.rank = larger(sizes.rank, loras.lora[k].rank);
+        }
+    }
+    return sizes;
 }
 
-static int64_t groups_of_codes(const Decoder *decoder) {
-    return groups_of(larger(decoder->hidden, larger(decoder->heads * decoder->channels, decoder->inner)));
-}
+/* The arrays that threads share, [rows, ..], and those of one thread: of int64_t in front, so that each may lie where it does. */
+enum { OF_Q, OF_K, OF_V, OF_ATTENDED, OF_GATE, OF_UP, OF_LOGITS, OF_ROUTED_GATE, OF_ROUTED_UP, OF_FACTORS, OF_H, ALL_ARRAYS };
+enum { SPANS, CHOSEN, ORDER, ENDS, NORMED, GATHERED, SHARES, CHOICE, LOW, HEAD, SEEN, STEPS, SUMS, CODES, OWN_ARRAYS };
 
-static int64_t numbers_of_thread(const Decoder *decoder, int64_t rows, int64_t seen) {
-    const int64_t shared = decoder->heads / decoder->groups, codes = rows * groups_of_codes(decoder);
-    return round_up(4 * (seen + 1) + rows * decoder->hidden + shared * (decoder->channels + seen)
-                    + (2 + 32 / (int64_t)sizeof(float)) * codes, 2);
-}
-
-/* A thread with its places in memory: [rows, ..] from `all` on, its own from `own` on. */
-static Thread thread_of(const Decoder *decoder, int64_t rows, int64_t ranks, int64_t seen, float *all, float *own) {
+/* How many floats each of them takes, and all together, so that 8 bytes may begin behind them. */
+static int64_t numbers_of_all(const Decoder *decoder, const Sizes *sizes, int64_t numbers[ALL_ARRAYS]) {
     const int64_t wide = decoder->heads * decoder->channels, narrow = decoder->groups * decoder->channels;
-    const int64_t codes = rows * groups_of_codes(decoder), shared = decoder->heads / decoder->groups;
-    float *places[] = {all, 0, 0, 0, 0, 0, 0}, *normed = own + 4 * (seen + 1), *head = normed + rows * decoder->hidden;
-    const int64_t sizes[] = {wide, narrow, narrow, wide, decoder->inner, decoder->inner};
-    float *scores = head + shared * decoder->channels, *steps = scores + shared * seen;
-    for (int i = 0; i < 6; i++) places[i + 1] = places[i] + rows * sizes[i];
+    const int64_t routed = sizes->chosen * sizes->routed;
+    const int64_t each[ALL_ARRAYS] = {
+        [OF_Q] = wide, [OF_K] = narrow, [OF_V] = narrow, [OF_ATTENDED] = wide, [OF_GATE] = decoder->inner,
+        [OF_UP] = decoder->inner, [OF_LOGITS] = sizes->experts, [OF_ROUTED_GATE] = routed, [OF_ROUTED_UP] = routed,
+        [OF_FACTORS] = 1, [OF_H] = sizes->ranks,
+    };
+    int64_t sum = 0;
+    for (int i = 0; i < ALL_ARRAYS; i++) sum += numbers[i] = sizes->rows * each[i];
+    return round_up(sum, 2);
+}
+
+static int64_t numbers_of_own(const Decoder *decoder, const Sizes *sizes, int64_t numbers[OWN_ARRAYS]) {
+    const int64_t rows = sizes->rows, shared = decoder->heads / decoder->groups, choices = rows * sizes->chosen;
+    const int64_t widest = larger(larger(decoder->hidden, decoder->heads * decoder->channels), larger(decoder->inner, sizes->routed));
+    const int64_t codes = rows * groups_of(widest);
+    const int64_t each[OWN_ARRAYS] = {
+        [SPANS] = 4 * (sizes->seen + 1), [CHOSEN] = 2 * choices, [ORDER] = 2 * choices, [ENDS] = 2 * sizes->experts,
+        [NORMED] = rows * decoder->hidden, [GATHERED] = sizes->experts ? rows * decoder->hidden : 0, [SHARES] = choices,
+        [CHOICE] = 3 * sizes->experts, [LOW] = rows * sizes->rank, [HEAD] = shared * decoder->channels,
+        [SEEN] = shared * sizes->seen, [STEPS] = codes, [SUMS] = codes, [CODES] = codes * (32 / (int64_t)sizeof(float)),
+    };
+    int64_t sum = 0;
+    for (int i = 0; i < OWN_ARRAYS; i++) sum += numbers[i] = each[i];
+    return round_up(sum, 2);
+}
+
+/* Where `count` arrays of so many numbers begin that lie one behind the other. */
+static void lay_out(float *memory, const int64_t *numbers, int count, float **arrays) {
+    for (int i = 0; i < count; memory += numbers[i++]) arrays[i] = memory;
+}
+
+/* A thread with its places in memory: what all share at `all`, its own at `own`. */
+static Thread thread_of(const Decoder *decoder, const Sizes *sizes, float *all, float *own) {
+    int64_t of_all[ALL_ARRAYS], of_own[OWN_ARRAYS];
+    float *a[ALL_ARRAYS], *o[OWN_ARRAYS];
+    numbers_of_all(decoder, sizes, of_all), numbers_of_own(decoder, sizes, of_own);
+    lay_out(all, of_all, ALL_ARRAYS, a), lay_out(own, of_own, OWN_ARRAYS, o);
     return (Thread){
-        .decoder = decoder, .rows = rows, .ranks = ranks, .level = qgraft_level(),
+        .decoder = decoder, .rows = sizes->rows, .ranks = sizes->ranks, .level = qgraft_level(),
         .index = omp_get_thread_num(), .count = omp_get_num_threads(),
-        .q = places[0], .k = places[1], .v = places[2], .attended = places[3], .gate = places[4], .up = places[5],
-        .h = places[6], .normed = normed, .head = head, .scores = scores, .spans = (int64_t *)own,
-        .codes = {(int8_t *)(steps + 2 * codes), steps, steps + codes, 0},
+        .q = a[OF_Q], .k = a[OF_K], .v = a[OF_V], .attended = a[OF_ATTENDED], .gate = a[OF_GATE], .up = a[OF_UP],
+        .logits = a[OF_LOGITS], .routed_gate = a[OF_ROUTED_GATE], .routed_up = a[OF_ROUTED_UP],
+        .factors = a[OF_FACTORS], .h = a[OF_H],
+        .spans = (int64_t *)o[SPANS], .chosen = (int64_t *)o[CHOSEN], .order = (int64_t *)o[ORDER],
+        .ends = (int64_t *)o[ENDS], .normed = o[NORMED], .gathered = o[GATHERED], .shares = o[SHARES], .choice = o[CHOICE], .low = o[LOW], .head = o[HEAD], .scores = o[SEEN],
+        .codes = {(int8_t *)o[CODES], o[STEPS], o[SUMS], 0},
     };
 }
 
-/* x [rows, hidden]: in, the tokens' embeddings; out, the normed last states. cos, sin [rows, channels]: of their rotations.
+/* x [rows, hidden]: in, the tokens' embeddings; out, the normed last states. cos, sin [rows, rotated]: of their rotations.
  * Rows of one text may see each other. 0, or -1 for a bad size, slot or format, -2 without memory. */
 int qgraft_decode_rows(const Decoder *decoder, const DecoderPart *part, int64_t parts, const DecoderRow *row, int64_t rows,
                        float *x, const float *cos, const float *sin, int threads) {
     if (!is_sound(decoder, part, parts, row, rows)) return -1;
-    const int64_t ranks = most_ranks(decoder, part, parts), all = round_up(rows * numbers_of_rows(decoder, ranks), 2);
-    int64_t seen = 0;
-    for (int64_t t = 0; t < rows; t++) seen = larger(seen, row[t].seen);
-    const int64_t own = numbers_of_thread(decoder, rows, seen);
+    const Sizes sizes = sizes_of(decoder, part, parts, row, rows);
+    int64_t of_all[ALL_ARRAYS], of_own[OWN_ARRAYS];
+    const int64_t all = numbers_of_all(decoder, &sizes, of_all), own = numbers_of_own(decoder, &sizes, of_own);
     threads = threads > 1 ? threads : 1;
     float *memory = malloc((size_t)(all + threads * own) * sizeof(float));
     if (!memory) return -2;
     Barrier barrier = {0, 0, 0};
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        Thread thread = thread_of(decoder, rows, ranks, seen, memory, memory + all + omp_get_thread_num() * own);
+        Thread thread = thread_of(decoder, &sizes, memory, memory + all + omp_get_thread_num() * own);
         thread.part = part, thread.parts = parts, thread.row = row, thread.barrier = &barrier;
         thread.x = x, thread.cos = cos, thread.sin = sin;
         for (int64_t i = 0; i < decoder->layers; i++) run_layer(&thread, i);

@@ -16,12 +16,14 @@ from qgraft.formats import PackedTensor, checked
 from qgraft.kernels import decoder as plain
 from qgraft.kernels.choice import choose
 from qgraft.kernels.cpu.abi import (
+    FLOATS,
     FORMAT_IDS,
     INT8_FORMATS,
     Decoder,
     DecoderLayer,
     DecoderPart,
     DecoderRow,
+    Experts,
     Linear,
     Lora,
     Loras,
@@ -49,20 +51,26 @@ def address(tensor: Tensor | None, held: Held) -> int | None:
 
 
 def lora(A: Tensor, B: Tensor, scaling: float, held: Held) -> Lora:
-    """The structure of one LoRA, A [rank, in] and B [out, rank]."""
-    return Lora(address(A, held), address(B, held), A.shape[0], scaling)
+    """The structure of one LoRA, or of those of all experts: see kernels/decoder.py."""
+    if B.dim() == 2:
+        return Lora(address(A, held), address(B, held), A.shape[0], 0, scaling)
+    address(B[0], held)  # of one expert; those of the others lie further on
+    return Lora(address(A, held), B.data_ptr(), A.shape[1], B.stride(0), scaling)
 
 
 def adapters(of_linears: Sequence[Sequence[Lora]], held: Held) -> "ctypes.Array[Loras]":
-    """The LoRAs of all linear layers of a decoder, layer by layer: q, k, v, o, gate, up, down."""
+    """The LoRAs of all linear layers of a decoder, layer by layer in the order of `PLACES`."""
     arrays = [(Lora * len(loras))(*loras) for loras in of_linears]
     made = (Loras * len(arrays))(*(Loras(len(array), array) for array in arrays))
     held += [*arrays, made]
     return made
 
 
-def linear(packed: PackedTensor, bias: Tensor | None, held: Held, int8: bool = False) -> Linear:
+def linear(packed: PackedTensor, bias: Tensor | None, held: Held, int8: bool = False, experts: int = 1) -> Linear:
     """The structure of one packed layer; `int8` where it is to compute as ops.linear_int8 does.
+
+    Args:
+        experts: how many weights of the same shape lie there, one behind the other, each with a bias of its own.
 
     Raises ValueError for what C does not multiply.
     """
@@ -71,13 +79,34 @@ def linear(packed: PackedTensor, bias: Tensor | None, held: Held, int8: bool = F
     rows, columns = packed.shape
     if (got := checked(packed.parts, packed.format, columns).shape) != packed.shape:
         raise ValueError(f"{packed.format} weight {packed.shape}: got parts of {got}")
-    if bias is not None and bias.shape != (rows,):
+    if rows % experts:
+        raise ValueError(f"{packed.format} weight {packed.shape}: got {experts} experts")
+    if bias is not None and bias.numel() != rows:
         raise ValueError(f"{packed.format} weight {packed.shape}: got bias {list(bias.shape)}")
     data, scales = stored(packed)
     held.append(data.detach())
     return Linear(
-        FORMAT_IDS[packed.format], rows, columns, int8 and packed.format in INT8_FORMATS,
+        FORMAT_IDS[packed.format], rows // experts, columns, int8 and packed.format in INT8_FORMATS,
         data.data_ptr(), address(scales, held), address(bias, held),
+    )  # fmt: skip
+
+
+def experts(given: plain.Experts, held: Held) -> Experts:
+    """The structure of a layer's experts. Raises ValueError for what C does not multiply, or tensors of other shapes."""
+    count, inner, routing = len(given.router), given.inner, given.routing
+    shapes = ((given.router_bias, (count,)), (given.correction, (count,)), (given.bias, (count, 2 * inner)))
+    for tensor, shape in shapes:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"got {list(tensor.shape)} beside {count} experts, expected {list(shape)}")
+    step = 2 if given.alternates else 1
+    gate_bias = address(given.bias, held)
+    limit, alpha = given.clamp or (0.0, 0.0)
+    return Experts(
+        *(linear(each.packed, each.bias, held, each.int8, count) for each in given.linears),
+        gate_bias, gate_bias and gate_bias + 4 * (1 if given.alternates else inner), address(given.router, held),
+        address(given.router_bias, held), address(given.correction, held), step, count,
+        routing.chosen, plain.SCORES.index(routing.scores), routing.groups, routing.kept, routing.normalized,
+        given.clamp is not None, routing.least_sum, routing.added_to_sum, routing.scaling, limit, alpha,
     )  # fmt: skip
 
 
@@ -93,15 +122,29 @@ class Structures:
         norm = address(decoder.norm, self.held)
         self.model = Decoder(
             len(made), decoder.hidden, decoder.inner, decoder.heads, decoder.groups, decoder.channels, 0,
-            decoder.epsilon, decoder.scale, norm, self._layers,
+            decoder.angles, decoder.pairs, decoder.wide_norms, decoder.epsilon, decoder.scale, decoder.residual, norm,
+            self._layers,
         )  # fmt: skip
 
     def _layer(self, layer: plain.Layer) -> DecoderLayer:
-        return DecoderLayer(
-            *(linear(each.packed, each.bias, self.held, each.int8) for each in layer.linears),
-            *(address(norm, self.held) for norm in layer.norms),
+        norms = ("attention_norm", "mlp_norm", "q_norm", "k_norm")
+        given = dict(zip(plain.LINEARS, layer.linears, strict=True))
+        made = DecoderLayer(
+            **{name: self._linear(each) for name, each in given.items() if each is not None},
+            **{name: address(norm, self.held) for name, norm in zip(norms, layer.norms, strict=False)},
+            sinks=address(layer.sinks, self.held),
             window=layer.window,
         )
+        if layer.experts is not None:
+            made.experts = ctypes.pointer(experts(layer.experts, self.held))
+            self.held.append(made.experts)
+        return made
+
+    def _linear(self, given: plain.Linear) -> Linear:
+        if given.packed.format != "f32":
+            return linear(given.packed, given.bias, self.held, given.int8)
+        weight = given.packed.parts[0]
+        return Linear(FLOATS, *weight.shape, 0, address(weight, self.held), None, address(given.bias, self.held))
 
     def adapters(self, of_linears: Sequence[Sequence[plain.Lora]]) -> "tuple[ctypes.Array[Loras], Held]":
         """See kernels/decoder.py; contiguous float32 on the CPU."""
@@ -126,10 +169,12 @@ def step(decoder: Decoder, parts: Sequence[Part], rows: Sequence[Row], x: Tensor
 
     Args:
         parts: the adapters of the rows, in their order.
-        cos, sin: [rows, channels], of their rotations.
+        cos, sin: [rows, angles of the decoder], of their rotations.
     """
     held: Held = []
     places = [address(tensor, held) or 0 for tensor in (x, cos, sin)]
+    if any(tensor.shape != (len(x), decoder.rotated) for tensor in (cos, sin)):
+        raise ValueError(f"got cos and sin {[list(cos.shape), list(sin.shape)]}, expected {[len(x), decoder.rotated]}")
     if len(x) != len(rows) or any(row.slots.dtype != torch.int64 or len(row.slots) < row.seen for row in rows):
         raise ValueError(f"got {len(rows)} rows, expected {len(x)}, each with int64 slots for what it sees")
     part_array = (DecoderPart * len(parts))(*(DecoderPart(*part) for part in parts))

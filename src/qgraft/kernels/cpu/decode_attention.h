@@ -75,23 +75,24 @@ static void add_values(const float *shares, int64_t heads, const float *values, 
     }
 }
 
-/* scores -> exp(score - the largest), the last one first: a NaN there is one everywhere; their sum. */
-static float exponentials(float *scores, int64_t n) {
+/* scores -> exp(score - the largest), the last one first: a NaN there is one everywhere; their sum, with that of a sink. */
+static float exponentials(float *scores, int64_t n, float sink) {
     float largest = scores[n - 1], sum = 0.0f;
     for (int64_t t = 0; t < n; t++) largest = scores[t] > largest ? scores[t] : largest;
+    largest = sink > largest ? sink : largest;
 #pragma omp simd reduction(+ : sum)
     for (int64_t t = 0; t < n; t++) {
         scores[t] = exp_negative(scores[t] - largest);
         sum += scores[t];
     }
-    return sum;
+    return sum + exp_negative(sink - largest);
 }
 
 /* out [heads, channels] = softmax(scale q K^T) V of queries that share keys and values. These are in `count` spans, (first slot,
- * how many) each; the last of the last span is the token's own. scores [heads, keys]: scratch. Heads take turns after a
- * few keys, which stay in the first-level cache meanwhile. */
+ * how many) each; the last of the last span is the token's own. sinks [heads]: a score of each head that stands for nothing,
+ * or NULL. scores [heads, keys]: scratch. Heads take turns after a few keys, which stay in the first-level cache meanwhile. */
 static void decode_attention(const float *q, int64_t heads, const float *keys, const float *values, const int64_t *spans,
-                             int64_t count, int64_t channels, float scale, float *scores, float *out) {
+                             int64_t count, int64_t channels, float scale, const float *sinks, float *scores, float *out) {
     enum { KEYS = 32 };
     int64_t all = 0;
     for (int64_t i = 0; i < count; i++) all += spans[2 * i + 1];
@@ -101,7 +102,7 @@ static void decode_attention(const float *q, int64_t heads, const float *keys, c
                        scores + at + t, all);
     memset(out, 0, (size_t)(heads * channels) * sizeof(float));
     for (int64_t h = 0; h < heads; h++) {
-        const float sum = exponentials(scores + h * all, all);
+        const float sum = exponentials(scores + h * all, all, sinks ? sinks[h] : -__builtin_inff());
         for (int64_t t = 0; t < all; t++) scores[h * all + t] /= sum;
     }
     for (int64_t i = 0, at = 0; i < count; at += spans[2 * i + 1], i++)
@@ -143,6 +144,16 @@ static void add_rows(const float *rows, const float *h, int64_t n, int64_t rank,
     for (; r < n; r++) y[r] += dot(rows + r * rank, h, rank);
 }
 
-static const Decoding decoding = {add_rows, decode_attention};
+/* h = (clamp(up) + 1) g s(alpha g) with g = min(gate, limit) and s(z) = 1 / (1 + exp(-z)): gpt-oss's gate. */
+static void clamped_gate(const float *gate, const float *up, float limit, float alpha, int64_t n, float *h) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; j++) {
+        const float g = gate[j] > limit ? limit : gate[j], below = up[j] > limit ? limit : up[j];
+        const float u = below < -limit ? -limit : below, z = alpha * g, e = exp_negative(-__builtin_fabsf(z));
+        h[j] = (z < 0.0f ? e : 1.0f) / (1.0f + e) * g * (u + 1.0f);
+    }
+}
+
+static const Decoding decoding = {add_rows, decode_attention, clamped_gate};
 
 #endif

@@ -17,24 +17,39 @@ typedef struct {
     const float *scales, *bias; /* [rows] or NULL */
 } Linear;
 
+/* A mixture of experts (decode_experts.h). Linears are of all of them, one behind the other, `rows` of one. */
 typedef struct {
-    Linear q, k, v, o, gate, up, down;
+    Linear gate, up, down;
+    const float *gate_bias, *up_bias;   /* of number r of expert e: at 2 e rows + r bias_step, or NULL */
+    const float *router, *router_bias;  /* [experts, hidden], [experts] or NULL */
+    const float *correction;            /* [experts], what is added to scores to choose by, or NULL */
+    int64_t bias_step, experts, chosen, scores, expert_groups, kept_groups, normalized, clamped;
+    double least_sum, added_to_sum, scaling; /* of the scores of the chosen experts */
+    double limit, alpha;                     /* of a clamped gate */
+} Experts;
+
+typedef struct {
+    Linear q, k, v, o;
+    Linear gate, up, shared_gate, down;     /* without data: none. shared_gate [1, hidden] weights what comes out of down */
     const float *attention_norm, *mlp_norm; /* [hidden] */
-    const float *q_norm, *k_norm;           /* [channels] or NULL */
+    const float *q_norm, *k_norm;           /* [channels], or of all heads (wide_norms), or NULL */
+    const float *sinks;                     /* [heads], scores of nothing that each head sees, or NULL */
     float *keys, *values;                   /* [groups, capacity, channels] */
+    const Experts *experts;                 /* or NULL */
     int64_t window;                         /* of how many tokens the last one sees, itself among them; 0: of all */
 } DecoderLayer;
 
 typedef struct {
     int64_t layers, hidden, inner, heads, groups, channels, capacity;
-    double epsilon, scale;
+    int64_t rotated, pairs, wide_norms; /* the first channels of a head; of neighbours; norms of all heads together */
+    double epsilon, scale, residual;    /* residual: what is added to x is multiplied by it */
     const float *norm;
     const DecoderLayer *layer;
 } Decoder;
 
 typedef struct {
-    const float *A, *B; /* [rank, columns], [rows, rank] */
-    int64_t rank;
+    const float *A, *B; /* [rank, columns], [rows, rank]; of each expert, those of B `step` numbers apart */
+    int64_t rank, step;
     double scaling;
 } Lora;
 
@@ -44,7 +59,7 @@ typedef struct {
 } Loras;
 
 typedef struct {
-    const Loras *loras; /* [layers, 7], in the order of a layer's products; NULL for none */
+    const Loras *loras; /* [layers, ADAPTED], in the order of a layer's products; NULL for none */
     int64_t rows;
 } DecoderPart;
 
@@ -53,7 +68,8 @@ typedef struct {
     int64_t seen, front; /* how many it sees, its own the last; those in front are a prefix's, which no window hides */
 } DecoderRow;
 
-enum { Q, K, V, O, GATE, UP, DOWN, LINEARS, AHEAD = 512 };
+enum { Q, K, V, O, GATE, UP, SHARED_GATE, DOWN, LINEARS, EXPERT_GATE = LINEARS, EXPERT_UP, EXPERT_DOWN, ADAPTED };
+enum { AHEAD = 512 };
 
 /* What one thread knows. */
 typedef struct {
@@ -64,9 +80,12 @@ typedef struct {
     Barrier *barrier;
     int64_t index, count, parts, rows, ranks;
     float *x, *q, *k, *v, *attended, *gate, *up, *h; /* [rows, ..], shared by the threads; h [rows, ranks] */
-    const float *cos, *sin;                          /* [rows, channels] */
+    float *logits, *routed_gate, *routed_up;         /* likewise: [rows, experts], [rows chosen, inner of an expert] */
+    float *factors;                                  /* [rows], of what comes out of down */
+    const float *cos, *sin;                          /* [rows, rotated] */
     float *normed, *head, *scores;                   /* its own; normed [rows, hidden] */
-    int64_t *spans;
+    float *gathered, *shares, *choice, *low;         /* [rows, hidden], [rows, chosen], [3, experts], [rows, rank] */
+    int64_t *spans, *chosen, *order, *ends;          /* chosen, order [rows, chosen]; ends [experts] */
     QuantizedX codes;
 } Thread;
 
@@ -75,7 +94,7 @@ static const Linear *linear_of(const Thread *thread, int64_t layer, int which) {
 }
 
 static Loras loras_of(const DecoderPart *part, int64_t layer, int which) {
-    return part->loras ? part->loras[layer * LINEARS + which] : (Loras){0, NULL};
+    return part->loras ? part->loras[layer * ADAPTED + which] : (Loras){0, NULL};
 }
 
 /* The thread's share of the columns of y, in whole tiles of 8. */

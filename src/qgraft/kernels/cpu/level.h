@@ -82,7 +82,8 @@ typedef struct {
 typedef struct {
     void (*add_rows)(const float *rows, const float *h, int64_t n, int64_t rank, float *y);
     void (*attention)(const float *q, int64_t heads, const float *keys, const float *values, const int64_t *spans,
-                      int64_t count, int64_t channels, float scale, float *scores, float *out);
+                      int64_t count, int64_t channels, float scale, const float *sinks, float *scores, float *out);
+    void (*clamped_gate)(const float *gate, const float *up, float limit, float alpha, int64_t n, float *h);
 } Decoding;
 
 /* Token t of head h is at data + t * token + h * head; its channels follow one another. */
@@ -158,6 +159,6 @@ void qgraft_gemm_int8_vnni(const Product *product, const QuantizedX *x);
 #endif
 
 /* sizeof of the structures that Python fills in, in the order in which their file defines them: for a test. */
-extern const int64_t qgraft_linear_sizes[2], qgraft_attention_sizes[2], qgraft_decode_sizes[7];
+extern const int64_t qgraft_linear_sizes[2], qgraft_attention_sizes[2], qgraft_decode_sizes[8];
 
 #endif

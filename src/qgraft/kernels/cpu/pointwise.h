@@ -88,7 +88,7 @@ ALWAYS_INLINE void rotate_head(const int backward, const float *x, const float *
         out[j] = backward ? a * cos[j] + b * sin2[j] : a * cos[j] - b * sin[j];
         out2[j] = backward ? b * cos2[j] - a * sin[j] : b * cos2[j] + a * sin2[j];
     }
-    if (2 * half < channels) memcpy(out + 2 * half, x + 2 * half, (size_t)(channels - 2 * half) * sizeof(float));
+    if (2 * half < channels && out != x) memcpy(out + 2 * half, x + 2 * half, (size_t)(channels - 2 * half) * sizeof(float));
 }
 
 static void rotate_token(int backward, const float *x, int64_t stride, int64_t heads, const float *cos, const float *sin,
