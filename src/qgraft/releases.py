@@ -42,7 +42,7 @@ TAKEN = {  # module -> what is taken of it beside its documentation, "name" or "
     "WeightRenaming dot_natural_key rename_source_key(base_model_prefix,meta_state_dict)",
     "transformers.masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS create_causal_mask(config,inputs_embeds,attention_mask)",
     "transformers.modeling_layers": "GradientCheckpointingLayer",
-    "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast",
+    "transformers.modeling_outputs": "BaseModelOutputWithPast CausalLMOutputWithPast MoeModelOutputWithPast",
     "transformers.modeling_utils": "ALL_ATTENTION_FUNCTIONS.get_interface",
     "transformers.models.auto.modeling_auto": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "transformers.models.whisper.modeling_whisper": "shift_tokens_right(input_ids,pad_token_id,decoder_start_token_id)",
