@@ -1,4 +1,4 @@
-/* AVX2: 32 codes of a packed row as signed bytes in one register, in the order of their columns.
+/* 32 codes of a packed row as signed bytes in one register of AVX2, in the order of their columns.
  *
  * What transposes or multiplies codes (panels.h, int8_panels.h) moves a quarter of the bytes that floats would be. The weight is
  * code * d, or code * d + m: bit for bit that of weights32, whose zero is taken off here already.

@@ -103,13 +103,10 @@ TILES(gemv_tile_8)
 /* Rows of x go by in blocks that stay in the first-level cache while all rows of W pass. */
 static void gemv(const Product *p, const float *x) {
     enum { BLOCK = 16 };
-    if (multiplies_codes(p)) {
-        gemv_codes(p, x);
-        return;
-    }
-    const int by_lanes = p->m >= FEWEST_LANES;
+    const int by_codes = multiplies_codes(p), by_lanes = p->m >= FEWEST_LANES;
+    if (by_codes) gemv_codes(p, x);
     if (by_lanes) gemm_lanes(p, x);
-    for (int64_t i = 0; i < p->m && !by_lanes; i += BLOCK) {
+    for (int64_t i = 0; i < p->m && !by_codes && !by_lanes; i += BLOCK) {
         const int64_t n = p->m - i < BLOCK ? p->m - i : BLOCK;
         const int64_t step = n <= 1 ? ROWS_1 : n <= 2 ? ROWS_2 : n <= 4 ? ROWS_4 : ROWS_8;
         for (int64_t r = p->first; r < p->last; r += step) {

@@ -1,12 +1,10 @@
-/* AVX2: y = x W^T for one row of x, as in decoding, in float32: codes are multiplied first and scaled after.
+/* y = x W^T for one row of x, as in decoding, in float32: codes are multiplied first and scaled after.
  *
- *     y = sum over groups of 32:  d * (sum of code * x)  +  m * (sum of x)
+ *     y = sum over chunks of 32 columns:  d * (sum of code * x)  +  m * (sum of x)
  *
- * That is one multiplication by d for 32 weights where gemv.h has 32, and none by m. Codes of 4 bits are not even shifted: a
- * mask leaves byte s of each 32 bits, which is 256^s times the code, and x is divided by that beforehand, which is exact. So x
- * is first put in the order in which masks take the codes apart:
- *
- *     byte 4 i + s of a group holds columns 4 i + s (low) and 16 + 4 i + s (high)  ->  vector s: those of i = 0, 1, 2, 3
+ * That is one multiplication by d for 32 weights (or 16, where halves of a chunk have scales of their own) where gemv.h has 32,
+ * and one by m for 256. Codes of 4 bits have ways of their own (gemv_nibbles.h); others become bytes (codes.h), which are
+ * extended from memory, 8 or 16 at a time.
  */
 
 #ifndef QGRAFT_GEMV_CODES_H
@@ -15,134 +13,188 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "codes.h"
 #include "common.h"
 #include "formats.h"
+#include "gemv_nibbles.h"
 #include "level.h"
+#include "unpack.h"
+#include "unpack_vec.h"
 #include "vec.h"
-
-#if defined(__AVX512BW__)
-
-/* Looking 16 weights up takes AVX-512 no longer (unpack_vec.h). */
-ALWAYS_INLINE int multiplies_codes(const Product *p) {
-    (void)p;
-    return 0;
-}
-static void gemv_codes(const Product *p, const float *x) { (void)p, (void)x; }
-
-#elif defined(__AVX2__)
 
 enum { CODE_ROWS = 4, CODE_COLUMNS = 4096 }; /* of x at a time: they stay in the first-level cache */
 
-/* x in the order of the codes, and the sum of each group, or what it starts from. */
+/* x in the order of the codes, where they have one, and the sum of each chunk. */
 typedef struct {
     _Alignas(32) float x[CODE_COLUMNS], sums[CODE_COLUMNS / 32];
 } OrderedX;
 
-ALWAYS_INLINE int multiplies_codes(const Product *p) {
-    return p->m == 1 && (p->format == Q4_0 || p->format == Q4_1 || p->format == Q8_0);
-}
+ALWAYS_INLINE int multiplies_codes(const Product *p) { return p->m == 1 && has_codes(p->format); }
 
-/* Columns 4 i + s of both halves of a group, over 256^s, to vector s; the sum of all 32. */
-ALWAYS_INLINE float order_group(const float *x, float *to) {
-    vfloat r[4];
-    for (int i = 0; i < 4; i++) r[i] = _mm256_loadu2_m128(x + 16 + 4 * i, x + 4 * i);
-    const vfloat a = _mm256_unpacklo_ps(r[0], r[1]), b = _mm256_unpackhi_ps(r[0], r[1]);
-    const vfloat c = _mm256_unpacklo_ps(r[2], r[3]), d = _mm256_unpackhi_ps(r[2], r[3]);
-    v_store(to, _mm256_shuffle_ps(a, c, 0x44));
-    v_store(to + 8, v_mul(_mm256_shuffle_ps(a, c, 0xee), v_set(0x1p-8f)));
-    v_store(to + 16, v_mul(_mm256_shuffle_ps(b, d, 0x44), v_set(0x1p-16f)));
-    v_store(to + 24, v_mul(_mm256_shuffle_ps(b, d, 0xee), v_set(0x1p-24f)));
-    return v_sum(_mm256_add_ps(_mm256_add_ps(r[0], r[1]), _mm256_add_ps(r[2], r[3])));
-}
+/* Whether the sum of x in a chunk counts. */
+ALWAYS_INLINE int adds_minimum(int format) { return has_minimum(format) || zero_of(format); }
 
 static void order_x(int format, const float *x, int64_t columns, OrderedX *to) {
-    for (int64_t g = 0; g < columns / 32; g++) {
-        const float sum = order_group(x + 32 * g, to->x + 32 * g);
-        to->sums[g] = format == Q4_0 ? -8.0f * sum : sum; /* 8 is the code of 0 */
+    int64_t c = 0;
+    for (; c < columns / 32; c++, x += 32) {
+        vfloat sum = v_load(x);
+        for (int i = 1; i < PARTS; i++) sum = v_add(sum, v_load(x + LANES * i));
+        to->sums[c] = v_sum(sum);
+        if (has_order(format)) order_chunk(format, x, to->x + 32 * c);
+    }
+    for (; c % 8; c++) to->sums[c] = 0.0f;
+}
+
+/* The sum of code * x in each half of a chunk, LANES parts of it. */
+ALWAYS_INLINE void bytes_times_x(const int format, const uint8_t *row, int64_t c, const vfloat *x, vfloat *half) {
+    uint8_t bytes[32];
+    const uint8_t *q = row + row_bytes(format, 32 * c) + (format == Q8_0 ? 2 : 0);
+    if (format != Q8_0 && format != ROW_INT8) {
+        _mm256_storeu_si256((__m256i *)bytes, codes32(format, row, c));
+        q = bytes;
+    }
+#pragma GCC unroll 2
+    for (int h = 0; h < 2; h++, q += 16, x += PARTS / 2) {
+        half[h] = v_mul(v_int(i_s8(q)), x[0]);
+        if (PARTS == 4) half[h] = v_fma(v_int(i_s8(q + 8)), x[1], half[h]);
     }
 }
 
-/* The sum of code * x in a group, 8 parts of it. `start`: what the first is added to. */
-ALWAYS_INLINE vfloat nibbles_times_x(const uint8_t *q, const vfloat *x, vfloat start) {
-    const vint both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)q));
-    const vint codes = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-    vfloat sum = v_fma(v_int(i_and(codes, i_set(0x0f))), x[0], start);
-    sum = v_fma(v_int(i_and(codes, i_set(0x0f00))), x[1], sum);
-    sum = v_fma(v_int(i_and(codes, i_set(0x0f0000))), x[2], sum);
-    return v_fma(v_int(i_and(codes, i_set(0x0f000000))), x[3], sum);
+ALWAYS_INLINE int32_t word_of(const uint8_t *p) {
+    int32_t word;
+    memcpy(&word, p, 4);
+    return word;
 }
 
-ALWAYS_INLINE vfloat bytes_times_x(const uint8_t *q, const vfloat *x) {
-    vfloat sum = v_mul(v_int(i_s8(q)), x[0]);
-    for (int i = 1; i < 4; i++) sum = v_fma(v_int(i_s8(q + 8 * i)), x[i], sum);
-    return sum;
-}
-
-/* The first halves of 4 blocks, or their first two, as floats: what a row has in lane r, or in lanes 2 r and 2 r + 1. */
-ALWAYS_INLINE vfloat scales_of_blocks(const int has_m, const uint8_t *const *p) {
-    int32_t h[CODE_ROWS];
-    for (int r = 0; r < CODE_ROWS; r++) {
-        int16_t half;
-        if (has_m) memcpy(h + r, p[r], 4);
-        else memcpy(&half, p[r], 2), h[r] = half;
+/* The first 4 bytes of `count` blocks, zeros behind those; they go through registers, which memory would hold up. */
+ALWAYS_INLINE __m256i first_words(const uint8_t *p, int64_t bytes, int count) {
+    if (count < 8) {
+        int32_t words[8] = {0};
+        for (int k = 0; k < count; k++) memcpy(words + k, p + k * bytes, 4);
+        return _mm256_loadu_si256((const __m256i *)words);
     }
-    const __m128i halves = _mm_setr_epi32(h[0], h[1], h[2], h[3]);
-    if (has_m) return _mm256_cvtph_ps(halves);
-    const __m128i low = _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1);
-    return _mm256_cvtph_ps(_mm_shuffle_epi8(halves, low));
+    __m128i low = _mm_loadu_si32(p), high = _mm_loadu_si32(p + 4 * bytes);
+    low = _mm_insert_epi32(low, word_of(p + bytes), 1), high = _mm_insert_epi32(high, word_of(p + 5 * bytes), 1);
+    low = _mm_insert_epi32(low, word_of(p + 2 * bytes), 2), high = _mm_insert_epi32(high, word_of(p + 6 * bytes), 2);
+    low = _mm_insert_epi32(low, word_of(p + 3 * bytes), 3), high = _mm_insert_epi32(high, word_of(p + 7 * bytes), 3);
+    return _mm256_set_m128i(high, low);
 }
 
-/* Rows r0 to r0 + 3, columns 32 g0 on, `groups` groups; added to y but where `g0` is the first. */
-ALWAYS_INLINE void gemv_codes_tile(const int format, const Product *p, const float *x, const float *group_sums, int64_t r0,
-                                   int64_t g0, int64_t groups) {
-    const int has_m = format == Q4_1, at = has_m ? 4 : 2;
-    const int64_t bytes = row_bytes(format, 32);
+/* iq4_xs: the 8 scales of 6 bits, less 32: 16 bits of their high two behind d, then their nibbles. */
+ALWAYS_INLINE __m256i xs_scales(const uint8_t *p) {
+    uint32_t low;
+    memcpy(&low, p + 4, 4);
+    const __m256i fours = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28), twos = _mm256_srli_epi32(fours, 1);
+    const __m256i nibbles = _mm256_srlv_epi32(_mm256_set1_epi32((int)low), fours);
+    const __m256i high = _mm256_srlv_epi32(_mm256_set1_epi32(p[2] | p[3] << 8), twos);
+    const __m256i both = _mm256_or_si256(_mm256_and_si256(nibbles, _mm256_set1_epi32(15)),
+                                         _mm256_slli_epi32(_mm256_and_si256(high, _mm256_set1_epi32(3)), 4));
+    return _mm256_sub_epi32(both, _mm256_set1_epi32(32));
+}
+
+/* As e8m0_to_float. */
+ALWAYS_INLINE __m256 powers_of_two(__m256i e) {
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    const __m256i subnormal = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(subnormal, normal, _mm256_cmpgt_epi32(e, _mm256_set1_epi32(1))));
+}
+
+/* By what the sums of the `count` chunks from c on are multiplied, all of the same 256 columns: of the k-th steps[k], or
+ * steps[2 k] and steps[2 k + 1] of its halves; what that of x is multiplied by is steps[8 + k]. `scale`: that of the row. */
+ALWAYS_INLINE void read_steps(const int format, const uint8_t *row, int64_t c, int count, float scale, float steps[K_SCALES]) {
+    const uint8_t *p = row + row_bytes(format, 32 * c);
+    __m256 d = _mm256_set1_ps(scale), m = _mm256_setzero_ps();
+    if (is_k_quant(format)) {
+        read_k_scales(format, p, 0, 8, steps);
+        return;
+    }
+    if (format == NVFP4) {
+        for (int k = 0; k < count; k++) codebook_chunk(format, row, c + k, steps + 2 * k);
+        return;
+    }
+    if (format == IQ4_XS) {
+        d = _mm256_set1_ps(_cvtsh_ss((uint16_t)(p[0] | p[1] << 8)));
+        d = _mm256_mul_ps(d, _mm256_cvtepi32_ps(xs_scales(p)));
+    } else if (format == MXFP4) {
+        d = powers_of_two(_mm256_and_si256(first_words(p, 17, count), _mm256_set1_epi32(0xff)));
+    } else if (format != ROW_INT8 && format != ROW_INT4) {
+        const __m256i pairs = first_words(p, row_bytes(format, 32), count), low = _mm256_set1_epi32(0xffff);
+        const __m256i apart = _mm256_packus_epi32(_mm256_and_si256(pairs, low), _mm256_srli_epi32(pairs, 16));
+        const __m256i halves = _mm256_permute4x64_epi64(apart, 0xd8);
+        d = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+        if (has_minimum(format)) m = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+    }
+    if (zero_of(format)) m = _mm256_mul_ps(d, _mm256_set1_ps((float)zero_of(format)));
+    _mm256_storeu_ps(steps, d);
+    _mm256_storeu_ps(steps + 8, m);
+}
+
+/* Rows r0 to r0 + 3, chunks c0 on, `chunks` of them; added to y but where c0 is the first. */
+ALWAYS_INLINE void gemv_codes_tile(const int format, const Product *p, const float *x, const float *sums_of_x, int64_t r0,
+                                   int64_t c0, int64_t chunks) {
+    const int64_t bytes = row_bytes(format, 256); /* of 8 chunks */
+    const vfloat numbers = numbers_of(format);
     const uint8_t *row[CODE_ROWS];
-    vfloat sums[CODE_ROWS], minimums = v_zero();
+    float scale[CODE_ROWS];
+    vfloat sums[CODE_ROWS];
+    __m256 added[CODE_ROWS];
     for (int r = 0; r < CODE_ROWS; r++) {
-        row[r] = p->data + smaller(r0 + r, p->last - 1) * p->stride + g0 * bytes;
-        sums[r] = v_zero();
+        const int64_t at = smaller(r0 + r, p->last - 1);
+        row[r] = p->data + at * p->stride;
+        scale[r] = p->scales ? p->scales[at] : 1.0f;
+        sums[r] = v_zero(), added[r] = _mm256_setzero_ps();
     }
-    for (int64_t g = 0; g < groups; g++) {
-        _Alignas(32) float scales[8];
-        vfloat xs[4];
-        prefetch(row[0] + g * CODE_ROWS * bytes, CODE_ROWS * bytes);
-        for (int i = 0; i < 4; i++) xs[i] = v_load(x + 32 * g + 8 * i);
-        const uint8_t *block[CODE_ROWS] = {row[0] + g * bytes, row[1] + g * bytes, row[2] + g * bytes, row[3] + g * bytes};
-        const vfloat halves = scales_of_blocks(has_m, block);
-        v_store(scales, halves);
-        if (has_m) minimums = v_fma(halves, v_set(group_sums[g]), minimums);
-        const vfloat start = format == Q4_0 ? _mm256_zextps128_ps256(_mm_load_ss(group_sums + g)) : v_zero();
+    for (int64_t first = 0; first < chunks; first += 8) {
+        const int count = (int)smaller(8, chunks - first);
+        float steps[CODE_ROWS][K_SCALES];
 #pragma GCC unroll 4
         for (int r = 0; r < CODE_ROWS; r++) {
-            const uint8_t *q = block[r] + at;
-            const vfloat sum = format == Q8_0 ? bytes_times_x(q, xs) : nibbles_times_x(q, xs, start);
-            sums[r] = v_fma(v_set(scales[has_m ? 2 * r : r]), sum, sums[r]);
+            read_steps(format, row[r], c0 + first, count, scale[r], steps[r]);
+            if (adds_minimum(format))
+                added[r] = _mm256_fmadd_ps(_mm256_loadu_ps(steps[r] + 8), _mm256_loadu_ps(sums_of_x + first), added[r]);
+        }
+#pragma GCC unroll 2
+        for (int k = 0; k < count; k++) {
+            const int64_t c = c0 + first + k;
+            prefetch(row[0] + c * CODE_ROWS * bytes / 8, CODE_ROWS * bytes / 8);
+            vfloat xs[PARTS], half[2];
+            for (int i = 0; i < PARTS; i++) xs[i] = v_load(x + 32 * (first + k) + LANES * i);
+#pragma GCC unroll 4
+            for (int r = 0; r < CODE_ROWS; r++) {
+                if (has_nibbles(format)) {
+                    sums[r] = v_fma(v_set(steps[r][k]), nibbles_times_x(format, row[r], c, numbers, xs), sums[r]);
+                    continue;
+                }
+                bytes_times_x(format, row[r], c, xs, half);
+                if (has_half_scales(format)) {
+                    sums[r] = v_fma(v_set(steps[r][2 * k]), half[0], sums[r]);
+                    sums[r] = v_fma(v_set(steps[r][2 * k + 1]), half[1], sums[r]);
+                } else {
+                    sums[r] = v_fma(v_set(steps[r][k]), v_add(half[0], half[1]), sums[r]);
+                }
+            }
         }
     }
-    float totals[4], added[8];
+    float totals[CODE_ROWS], minimums[CODE_ROWS];
     _mm_storeu_ps(totals, v_sum4(sums[0], sums[1], sums[2], sums[3]));
-    v_store(added, minimums);
-    for (int r = 0; r < CODE_ROWS && r0 + r < p->last; r++) {
-        const float total = has_m ? totals[r] + added[2 * r + 1] : totals[r];
-        p->y[r0 + r] = g0 ? p->y[r0 + r] + total : total;
-    }
+    _mm_storeu_ps(minimums, sum4_of_eight(added[0], added[1], added[2], added[3]));
+    for (int r = 0; r < CODE_ROWS && r0 + r < p->last; r++)
+        p->y[r0 + r] = (c0 ? p->y[r0 + r] : 0.0f) + totals[r] + minimums[r];
 }
 
-/* Where multiplies_codes says so. */
+/* All whole chunks, where multiplies_codes says so. */
 static void gemv_codes(const Product *p, const float *x) {
-    OrderedX ordered;
-    for (int64_t j = 0; j < p->columns; j += CODE_COLUMNS) {
-        const int64_t columns = smaller(CODE_COLUMNS, p->columns - j), g = j / 32, groups = columns / 32;
-        if (p->format != Q8_0) order_x(p->format, x + j, columns, &ordered);
-        for (int64_t r = p->first; r < p->last; r += CODE_ROWS) switch (p->format) {
-                case Q4_0: gemv_codes_tile(Q4_0, p, ordered.x, ordered.sums, r, g, groups); break;
-                case Q4_1: gemv_codes_tile(Q4_1, p, ordered.x, ordered.sums, r, g, groups); break;
-                case Q8_0: gemv_codes_tile(Q8_0, p, x + j, NULL, r, g, groups); break;
-            }
+    OrderedX own;
+    const int ordered = has_order(p->format);
+    for (int64_t j = 0; j < p->columns / 32 * 32; j += CODE_COLUMNS) {
+        const int64_t columns = smaller(CODE_COLUMNS, p->columns - j);
+        if (ordered || adds_minimum(p->format)) order_x(p->format, x + j, columns, &own);
+#define TILE(FORMAT) gemv_codes_tile(FORMAT, p, ordered ? own.x : x + j, own.sums, r, j / 32, columns / 32)
+        for (int64_t r = p->first; r < p->last; r += CODE_ROWS) FOR_CODES(p->format, TILE)
+#undef TILE
     }
+    if (p->columns < 32)
+        for (int64_t r = p->first; r < p->last; r++) p->y[r] = 0.0f;
 }
-
-#endif
 
 #endif

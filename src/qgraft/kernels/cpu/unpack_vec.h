@@ -50,22 +50,25 @@ ALWAYS_INLINE void five_bits(const uint8_t *fifth, const uint8_t *low, vint *q) 
     for (int i = 0; i < PARTS; i++) q[i] = i_or(i_and(q[i], i_set(15)), i_fifth(bits >> (LANES * i)));
 }
 
-/* The scales of chunks first <= k < last of a K-quant's 256 weights, floats that `weights32` reads: of chunk k the step at k
- * and the minimum at 8 + k, or the steps of its halves at 2 k and 2 k + 1 (and their minimums 16 further). */
+/* The scales of chunks first <= k < last of a K-quant's 256 weights, or of all, floats that `weights32` reads: of chunk k the
+ * step at k and the minimum at 8 + k, or the steps of its halves at 2 k and 2 k + 1 (and their minimums 16 further). */
 ALWAYS_INLINE void read_k_scales(const int format, const uint8_t *block, int first, int last, float k_scales[K_SCALES]) {
     if (is_chunked(format)) {
         for (int k = first; k < last; k++) chunk_scales(format, block, k, k_scales);
     } else if (format == Q6_K) {
-        const float d = _cvtsh_ss((uint16_t)(block[208] | block[209] << 8));
-        for (int k = 2 * first; k < 2 * last; k++) k_scales[k] = d * (float)(int8_t)block[192 + k];
+        const __m256 d = _mm256_set1_ps(_cvtsh_ss((uint16_t)(block[208] | block[209] << 8)));
+        for (int k = 0; k < 16; k += 8) {
+            const __m256i codes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(block + 192 + k)));
+            _mm256_storeu_ps(k_scales + k, _mm256_mul_ps(d, _mm256_cvtepi32_ps(codes)));
+        }
     } else {
         const float d = _cvtsh_ss((uint16_t)(block[0] | block[1] << 8));
         const float dmin = _cvtsh_ss((uint16_t)(block[2] | block[3] << 8));
-        uint8_t scales[8], minimums[8];
-        unpack_k_scales(block + 4, scales, minimums);
-        for (int k = first; k < last; k++) {
-            k_scales[k] = d * (float)(int)scales[k];
-            k_scales[8 + k] = -(dmin * (float)(int)minimums[k]);
+        uint8_t codes[16];
+        unpack_k_scales(block + 4, codes, codes + 8);
+        for (int k = 0; k < 16; k += 8) {
+            const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(codes + k)));
+            _mm256_storeu_ps(k_scales + k, _mm256_mul_ps(_mm256_set1_ps(k ? -dmin : d), _mm256_cvtepi32_ps(wide)));
         }
     }
 }

@@ -42,6 +42,7 @@ enum { LANES = 16 };
 #define v_load _mm512_loadu_ps
 #define v_store _mm512_storeu_ps
 #define v_mul _mm512_mul_ps
+#define v_add _mm512_add_ps
 #define v_fma _mm512_fmadd_ps
 #define v_sum _mm512_reduce_add_ps
 #define v_int _mm512_cvtepi32_ps
@@ -156,6 +157,7 @@ enum { LANES = 8 };
 #define v_load _mm256_loadu_ps
 #define v_store _mm256_storeu_ps
 #define v_mul _mm256_mul_ps
+#define v_add _mm256_add_ps
 #define v_fma _mm256_fmadd_ps
 #define v_int _mm256_cvtepi32_ps
 #define v_bits _mm256_castsi256_ps
