@@ -209,7 +209,9 @@ class MaskNote:
         Raises ValueError for every other mask.
         """
         if not self.checked and not getattr(bounds, "qgraft_checked", False):
-            query_N, key_N = (place.to(self.device) for place in _checked_places(bounds, self.local_size))
+            query_N, key_N = (
+                place.to(self.device, non_blocking=True) for place in _checked_places(bounds, self.local_size)
+            )
             nothing = torch.zeros_like(query_N)
             visible_N = self.visible(nothing, nothing, query_N, key_N)
             distance_N = query_N - key_N

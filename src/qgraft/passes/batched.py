@@ -86,14 +86,14 @@ def next_logits(model: PreTrainedModel, memory: KeyValues, pieces: Sequence[Piec
     texts = _Texts(memory, pieces, getattr(decoder_of(model), "marks", None), trial)
     parts = [(piece.loras, piece.new) for piece in pieces]
     with with_adapters(model, parts), _passing(texts):
-        ids, positions = texts.ids.to(model.device), texts.positions.to(model.device)
+        ids, positions = (part.to(model.device, non_blocking=True) for part in (texts.ids, texts.positions))
         states_TH = decoder_states(model, input_ids=ids, position_ids=positions)[0]
     asked = [(index, piece) for index, piece in enumerate(pieces) if piece.logits]
     if not asked:
         return states_TH[:0]
-    last_N = torch.tensor([texts.bounds[index + 1] - 1 for index, _ in asked], device=states_TH.device)
+    last_N = torch.tensor([texts.bounds[index + 1] - 1 for index, _ in asked])
     with with_adapters(model, [(piece.loras, 1) for _, piece in asked]):
-        return output_head(model)(states_TH.index_select(0, last_N))
+        return output_head(model)(states_TH.index_select(0, last_N.to(states_TH.device, non_blocking=True)))
 
 
 @contextmanager

@@ -56,12 +56,12 @@ class KeyValues:
 
 def as_slice(slots_N: Tensor) -> Tensor | slice:
     """Slots that follow each other as a slice; others as they are."""
-    first, last = int(slots_N[0]), int(slots_N[-1])
-    follow = last - first == len(slots_N) - 1 and bool((slots_N.diff() == 1).all())
-    return slice(first, last + 1) if follow else slots_N
+    follow = (slots_N.diff() == 1).all()
+    first, last, follows = torch.stack([slots_N[0], slots_N[-1], follow.long()]).tolist()  # a GPU is waited for once
+    return slice(first, last + 1) if follows else slots_N
 
 
 def slots_of(blocks: list[int], length: int, device: torch.device | str = "cpu") -> Tensor:
     """The first `length` slots of a text with these blocks, [length] int64."""
-    starts = torch.tensor(blocks, dtype=torch.long, device=device)[:, None] * BLOCK
-    return (starts + torch.arange(BLOCK, device=device)).flatten()[:length]
+    starts = torch.tensor(blocks, dtype=torch.long)[:, None] * BLOCK
+    return (starts + torch.arange(BLOCK)).flatten()[:length].to(device, non_blocking=True)
