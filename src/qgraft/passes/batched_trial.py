@@ -84,7 +84,9 @@ def _differs(model: PreTrainedModel, passes: _Passes, attention: str) -> str | N
     return None if off <= allowed else f"{name}: texts come out otherwise in pieces, off by {off:.2g}"
 
 
-def _furthest_off(model: PreTrainedModel, texts: Sequence[list[int]], expected: Sequence[Tensor], passes: _Passes) -> float:
+def _furthest_off(
+    model: PreTrainedModel, texts: Sequence[list[int]], expected: Sequence[Tensor], passes: _Passes
+) -> float:
     """How far logits are off, relative to the largest of the text's."""
     worst, past = 0.0, [0] * len(texts)
     for row in _PASSES:
