@@ -39,7 +39,7 @@ def say(**row: Any) -> None:
 
 
 def weights(format: str, rows: int, columns: int) -> PackedTensor:
-    """Random ones of a format, the same SOME rows again and again; bytes at random where it is only read, with NaN among them."""
+    """Random ones of a format, SOME rows again and again; bytes at random where it is only read, with NaN among them."""
     if FORMATS[format].quantize is not None:  # on a GPU some formats take seconds for a million weights
         some = quantize(torch.randn(SOME, columns, device="cuda") * 0.02, format)
         parts = (part.repeat(rows // SOME, *[1] * (part.dim() - 1)) for part in some.parts)

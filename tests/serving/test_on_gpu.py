@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from pretended_gpu import pretended_gpu
 from talkers import MIXES, with_adapters
 
 import qgraft
+from qgraft.passes.batched_trial import why_not_batched
 from qgraft.serving.engine import Engine, answer_all
+from qgraft.serving.passes_of import SharedPasses
 from qgraft.serving.requests import Request
 from qgraft.serving.sampling import Sampling
 
@@ -32,6 +33,12 @@ def answers(model: Any, tokenizer: Any, mixes: Any) -> tuple[list[list[int]], En
     return [[token.id for token in each["tokens"]] for each in told], engine
 
 
+def test_texts_share_a_pass(tiny_gguf: Callable[..., Any]) -> None:
+    with pretended_gpu():
+        model, _ = qgraft.load(tiny_gguf("llama", config={"num_hidden_layers": 1}).path, device="cuda", dtype="float32")
+        assert why_not_batched(model) is None
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_answers_are_the_cpus_and_a_pass_waits_for_its_logits(architecture: str, tiny_gguf: Callable[..., Any]) -> None:
@@ -45,9 +52,8 @@ def test_answers_are_the_cpus_and_a_pass_waits_for_its_logits(architecture: str,
             ours.data.copy_(theirs.data)
         gpu.waits.clear()
         got, engine = answers(model, tokenizer, MIXES[:6])
-        assert got == expected
+        assert got == expected and isinstance(engine.passes, SharedPasses)
         waits = Counter(where.partition(" ")[0] for _, where in gpu.waits)
-        print(engine.counts, Counter(gpu.waits))
         assert (
             sum(n for where, n in waits.items() if where.startswith("serving/passes_of.py")) == engine.counts["passes"]
         )
