@@ -39,7 +39,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.model_parts import argument_names, decoder_of, decoder_states
 from qgraft.models.prefix_lm import context_positions
 from qgraft.passes.decoder import output_head
-from qgraft.passes.key_values import KeyValues, as_slice
+from qgraft.passes.key_values import KeyValues, as_slices
 
 CACHED = "qgraft_cached"
 _TEXTS: ContextVar["_Texts | None"] = ContextVar("qgraft_texts", default=None)
@@ -157,7 +157,7 @@ class _Texts:
         self.contexts = [context for _, context in rows]
         self.positions = torch.cat([positions for positions, _ in rows], dim=-1)[None]
         self.has_contexts = marks is not None
-        self._slots: dict[tuple[int, int | None], Tensor | slice] = {}
+        self._slots: dict[int | None, list[Tensor | slice]] = {}  # window -> those of each text
 
     @cached_property
     def new_slots(self) -> Tensor:
@@ -177,11 +177,11 @@ class _Texts:
 
     def read(self, layer: int, index: int, window: int | None) -> tuple[Tensor, Tensor]:
         """The keys [G, K, D] and values [G, K, E] that a layer reads of a text: of one new token, those that it sees."""
-        if (index, window) not in self._slots:
-            piece = self.pieces[index]
-            slots = _seen_by_last(piece, window) if piece.new == 1 else piece.slots
-            self._slots[index, window] = as_slice(slots)
-        return self.memory.take(layer, self._slots[index, window])
+        if window not in self._slots:
+            self._slots[window] = as_slices(
+                [_seen_by_last(piece, window) if piece.new == 1 else piece.slots for piece in self.pieces]
+            )
+        return self.memory.take(layer, self._slots[window][index])
 
 
 def _positions(piece: Piece, marks: Any) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ Layers are laid out when they first write: only then their numbers of heads and 
 virtual until it is written to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,11 +55,14 @@ class KeyValues:
         return self.layers[layer]
 
 
-def as_slice(slots_N: Tensor) -> Tensor | slice:
-    """Slots that follow each other as a slice; others as they are."""
-    follow = (slots_N.diff() == 1).all()
-    first, last, follows = torch.stack([slots_N[0], slots_N[-1], follow.long()]).tolist()  # a GPU is waited for once
-    return slice(first, last + 1) if follows else slots_N
+def as_slices(slots: Sequence[Tensor]) -> list[Tensor | slice]:
+    """Of some texts the slots of each: a slice where they follow each other, else as they are. A GPU is waited for once."""
+    told = [torch.stack([slots_N[0], slots_N[-1], (slots_N.diff() == 1).all().long()]) for slots_N in slots]
+    ends = torch.stack(told).tolist()
+    return [
+        slice(first, last + 1) if follow else slots_N
+        for slots_N, (first, last, follow) in zip(slots, ends, strict=True)
+    ]
 
 
 def slots_of(blocks: list[int], length: int, device: torch.device | str = "cpu") -> Tensor:
