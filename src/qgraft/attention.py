@@ -40,6 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import varlen_attention
+from qgraft.kernels.autocast import to_autocast
 from qgraft.shared_prompts import SharedPrompts
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
@@ -178,6 +179,9 @@ def attend_samples(
         raise ValueError(f"{SAMPLES}: prompts are shared in causal attention only")
     window = None if noted is None else noted.window(cu_seq_lens_q)
     bounds = cu_seq_lens_q
+    query, key, value = map(
+        to_autocast, (query, key, value)
+    )  # torch's varlen kernel does not, its other attention does
     if shared_prompts is not None:
         query, key, value = (shared_prompts.spread(part) for part in (query, key, value))
         bounds = shared_prompts.bounds
