@@ -179,9 +179,7 @@ def attend_samples(
         raise ValueError(f"{SAMPLES}: prompts are shared in causal attention only")
     window = None if noted is None else noted.window(cu_seq_lens_q)
     bounds = cu_seq_lens_q
-    query, key, value = map(
-        to_autocast, (query, key, value)
-    )  # torch's varlen kernel does not, its other attention does
+    query, key, value = map(to_autocast, (query, key, value))  # which torch's varlen kernel does not do itself
     if shared_prompts is not None:
         query, key, value = (shared_prompts.spread(part) for part in (query, key, value))
         bounds = shared_prompts.bounds
