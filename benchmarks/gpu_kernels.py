@@ -24,6 +24,7 @@ from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Term, Weight
 
 ROWS: list[dict[str, Any]] = []
+SOME = 64
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -38,10 +39,11 @@ def say(**row: Any) -> None:
 
 
 def weights(format: str, rows: int, columns: int) -> PackedTensor:
-    """Random ones of a format; bytes at random where it is only read, with NaN among them."""
-    if FORMATS[format].quantize is not None:
-        packed = quantize(torch.randn(rows, columns, device="cuda") * 0.02, format)
-        return packed
+    """Random ones of a format, SOME rows again and again; bytes at random where it is only read, with NaN among them."""
+    if FORMATS[format].quantize is not None:  # on a GPU some formats take seconds for a million weights
+        some = quantize(torch.randn(SOME, columns, device="cuda") * 0.02, format)
+        parts = (part.repeat(rows // SOME, *[1] * (part.dim() - 1)) for part in some.parts)
+        return PackedTensor(format, (rows, columns), tuple(parts))
     data = torch.randint(0, 256, FORMATS[format].parts[0].shape(rows, columns), dtype=torch.uint8, device="cuda")
     return PackedTensor(format, (rows, columns), (data,))
 
@@ -91,7 +93,7 @@ def rows() -> None:
     say(what="gated backward", us=timed(lambda: pointwise.gated_backward(act, gate, gate, up)))
     q = torch.randn(1, 8192, 32, 128, device="cuda").bfloat16().transpose(1, 2)
     cos, sin = (torch.randn(1, 8192, 128, device="cuda").bfloat16() for _ in range(2))
-    plain = timed(lambda: pointwise._rotated(q, cos, sin, False))
+    plain = timed(lambda: reference._rotated(q, cos, sin, False))
     say(what="rotate q and k", us=timed(lambda: pointwise.rotate(q, q, cos, sin)), torch_us=2 * plain)
     from qgraft.kernels.gpu_rows import loss_to_gradient
 
@@ -108,16 +110,23 @@ def main() -> None:
     options = parser.parse_args()
     begun = time.time()
     torch.manual_seed(0)
-    for part in (unpacking, rows, products):
-        if time.time() - begun < options.seconds:
-            part()
+    try:
+        for part in (unpacking, rows, products):
+            if time.time() - begun < options.seconds:
+                part()
+    finally:  # what there is, if it is cut
+        write(Path(options.out) / "gpu_kernels.csv")
+
+
+def write(path: Path) -> None:
+    """The lines so far."""
     keys = list(dict.fromkeys(["device", "torch", "triton", *(key for row in ROWS for key in row)]))
     device = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton_ops.triton_status()[1],
     }
-    with (Path(options.out) / "gpu_kernels.csv").open("w", newline="") as file:
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, keys)
         writer.writeheader()
         writer.writerows(device | row for row in ROWS)

@@ -194,17 +194,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         estimated = estimated_gib(model, options) if options.who == "qgraft" else ""
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        for number in range(options.steps + 2):
-            wait()
-            begun = time.time()
-            loss = step()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            wait()
-            if number >= 2:
-                times.append(time.time() - begun)
-            if times and time.time() - started > options.seconds:
-                break
+        try:
+            for number in range(options.steps + 2):
+                wait()
+                begun = time.time()
+                loss = step()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                wait()
+                if number >= 2:
+                    times.append(time.time() - begun)
+                if times and time.time() - started > options.seconds:
+                    break
+        except KeyboardInterrupt:  # cut: what was measured counts
+            if not times:
+                raise
         if options.profile and on_gpu:
             _profile(step, Path(options.out) / f"profile-{options.who}-{options.shape}.txt")
     median = statistics.median(times)

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from qgraft.formats.device_tables import forget_tables
 from qgraft.kernels import choose, ops, triton_ops, varlen
 from qgraft.kernels.table import PACKED_OPS
 
@@ -443,9 +444,9 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
             if getattr(sys.modules[name], "launch", None) is launch:
                 patch.setattr(sys.modules[name], "launch", launched)
         patch.setattr(varlen, "_function", lambda: (_varlen_attn, frozenset({"scale", "window_size"})))
-        for cached in (choose, varlen.status):
-            cached.cache_clear()
-            last.callback(cached.cache_clear)
+        for forget in (choose.cache_clear, varlen.status.cache_clear, forget_tables):
+            forget()
+            last.callback(forget)
         _now.append(gpu)
         last.callback(_now.pop)
         with _Modes(gpu):

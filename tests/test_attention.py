@@ -132,6 +132,20 @@ def test_samples_refuse_a_mask_that_was_changed_or_made() -> None:
             )
 
 
+def test_samples_attend_under_autocast_as_torchs_own_attention_does() -> None:
+    """Queries and keys that were rotated in float32, values in half precision."""
+    q, k, v = (part.detach().float() for part in random_inputs(2, 12))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = attend_samples(
+            Layer(2), q, k, v.bfloat16(), noted(12), scaling=SCALE, cu_seq_lens_q=torch.tensor([0, 12])
+        )
+        expected = nn.functional.scaled_dot_product_attention(
+            q, k, v.bfloat16(), is_causal=True, scale=SCALE, enable_gqa=True
+        )
+    assert got.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(got, expected.transpose(1, 2))
+
+
 def causal(tokens: int, keys: int) -> Tensor:
     return (torch.arange(keys - tokens, keys)[:, None] >= torch.arange(keys))[None]
 

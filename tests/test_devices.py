@@ -14,6 +14,7 @@ from pretended_gpu import DeviceMixed, OnGpu, pretended_gpu
 from torch import Tensor
 
 import qgraft
+from qgraft.attention import SAMPLES, attending
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
 from qgraft.passes.decoder import padding_free
@@ -120,8 +121,28 @@ def test_a_packed_step(architecture: str, checkpointing: bool, tiny_gguf: Callab
     assert float(torch.cosine_similarity(got, gradient, dim=0)) > 0.97
 
 
+def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) -> None:
+    """transformers asks once whether samples share the row, and what it makes of it is looked at once."""
+    path = tiny_gguf("llama", config={"num_hidden_layers": 1}).path
+    with pretended_gpu() as gpu:
+        model, _ = qgraft.load(path, device="cuda", dtype="bfloat16")
+        qgraft.attach_lora(model, r=2)
+        model.train()
+        with attending(model, SAMPLES), fused_modules(model):
+            for _ in range(2):
+                gpu.waits.clear()
+                batch_loss(
+                    model, collate([Sample(list(range(3, 3 + n)), [-100, *range(4, 3 + n)], "") for n in (5, 7)])
+                ).backward()
+    assert [where.partition(" in ")[2].partition("/")[0] or where.partition(":")[0] for _, where in gpu.waits] == [
+        "transformers", "attention.py",
+    ], gpu.waits  # fmt: skip
+
+
 def run(device: str, path: Any, rows: Any, folder: Path, load: dict[str, Any], options: dict[str, Any]) -> Any:
     cpu = {"use_cpu": True, "compute": "float32"} if device == "cpu" else {}
+    if device == "cpu":
+        options = {name: value for name, value in options.items() if name != "fp16"}  # which no CPU computes in
     args = qgraft.TrainArguments(output_dir=str(folder), **{**STEPS, **cpu, **options})
     model, tokenizer = qgraft.load(path, device=device, **load)
     report = qgraft.train(model, tokenizer, rows, args)
@@ -150,6 +171,7 @@ FEATURES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "prefix": ("llama", ROWS, {"pre_seq_len": 4}),
     "projected prefix": ("llama", ROWS, {"pre_seq_len": 4, "prefix_projection": True}),
     "checkpointing": ("llama", ROWS, {"gradient_checkpointing": True}),
+    "fp16": ("llama", ROWS, {"fp16": True}),
 }
 TYPES = {"exact": (Q.Q4_1,)}
 
@@ -235,10 +257,13 @@ def test_images(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["auto", "nearest"])
-def test_a_merge(method: str, tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "types"),
+    [("auto", Q.Q4_0), ("nearest", Q.Q4_0), ("auto", Q.Q4_K), ("auto", Q.Q8_0), ("auto", Q.IQ4_NL)],
+)
+def test_a_merge(method: str, types: Q, tiny_gguf: Callable[..., Any], tmp_path: Path) -> None:
     """Its rows come from the run, and its calibration is taken on the GPU."""
     with pretended_gpu():
-        merged_after_a_run(tiny_gguf("llama", types=(Q.Q4_0,)).path, method, tmp_path)
+        merged_after_a_run(tiny_gguf("llama", types=(types,)).path, method, tmp_path)
     ids = torch.arange(3, 20)[None]
     assert torch.isfinite(qgraft.load(tmp_path / "merged.gguf", device="cpu")[0](ids).logits).all()

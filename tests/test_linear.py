@@ -13,6 +13,7 @@ import qgraft
 from qgraft.adapters.lora import LoraConfig, LoraLinear
 from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.kernels import choose
+from qgraft.kernels.autocast import to_autocast
 from qgraft.kernels.cpu import library
 from qgraft.linear import (
     LinearLike,
@@ -22,7 +23,6 @@ from qgraft.linear import (
     computing,
     grad_input,
     in_stored_order,
-    to_autocast,
 )
 
 WRITABLE = sorted(name for name, each in FORMATS.items() if each.quantize)

@@ -40,6 +40,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qgraft.errors import UnsupportedError
 from qgraft.kernels import varlen_attention
+from qgraft.kernels.autocast import to_autocast
 from qgraft.shared_prompts import SharedPrompts
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
@@ -178,6 +179,7 @@ def attend_samples(
         raise ValueError(f"{SAMPLES}: prompts are shared in causal attention only")
     window = None if noted is None else noted.window(cu_seq_lens_q)
     bounds = cu_seq_lens_q
+    query, key, value = map(to_autocast, (query, key, value))  # which torch's varlen kernel does not do itself
     if shared_prompts is not None:
         query, key, value = (shared_prompts.spread(part) for part in (query, key, value))
         bounds = shared_prompts.bounds
@@ -209,7 +211,9 @@ class MaskNote:
         Raises ValueError for every other mask.
         """
         if not self.checked and not getattr(bounds, "qgraft_checked", False):
-            query_N, key_N = (place.to(self.device) for place in _checked_places(bounds, self.local_size))
+            query_N, key_N = (
+                place.to(self.device, non_blocking=True) for place in _checked_places(bounds, self.local_size)
+            )
             nothing = torch.zeros_like(query_N)
             visible_N = self.visible(nothing, nothing, query_N, key_N)
             distance_N = query_N - key_N

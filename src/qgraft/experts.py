@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qgraft.formats import PackedTensor, slice_rows
+from qgraft.kernels.autocast import to_autocast
 from qgraft.kernels.grouped import Group, grouped_linear
 from qgraft.kernels.lora import lora_backward, lora_forward
 from qgraft.kernels.terms import Term
@@ -34,7 +35,6 @@ from qgraft.linear import (
     PackedWeight,
     QuantizedEmbedding,
     QuantizedLinear,
-    to_autocast,
 )
 
 IMPLEMENTATION = "qgraft"  # among transformers' functions for experts

@@ -25,6 +25,7 @@ from qgraft.kernels import (
     linear_grad_input_int8,
     linear_int8,
 )
+from qgraft.kernels.autocast import to_autocast
 from qgraft.kernels.lora import fuses
 from qgraft.kernels.terms import Weight
 
@@ -307,14 +308,6 @@ def rows_of(layer: QuantizedLinear | nn.Linear, rows: slice) -> Tensor:
         return layer.weight[rows].float()
     index = torch.arange(layer.out_features, device=layer.packed_weight.device)[rows]
     return _in_model_order(layer, dequantize(take_rows(layer.packed, index), torch.float32))
-
-
-def to_autocast(x: Tensor) -> Tensor:
-    """x in the dtype that torch.autocast asks for on its device, as nn.Linear would compute; x itself outside of it."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Inputs that a layer computes again instead of saving them; the judge is plain autograd."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,26 @@ def test_what_can_be_computed_again_is_not_saved() -> None:
     got, saved = learned(layer, x)
     assert source.data_ptr() in saved and x.data_ptr() not in saved
     torch.testing.assert_close(got, gradients(layer, source * 3), rtol=1e-4, atol=1e-3)
+
+
+def test_layers_of_one_input_compute_it_once_for_each_backward_pass() -> None:
+    """And hold it no longer than the last of them needs it; a second pass through the same graph computes it again."""
+    layer, source = layer_and_input()
+    made: list[weakref.ref[Tensor]] = []
+
+    def make(t: Tensor) -> Tensor:
+        x = t * 3
+        made.append(weakref.ref(x))
+        return x
+
+    x = recomputable(source * 3, make, source)
+    loss = (layer(x) + 2 * layer(x) + layer(x)).square().sum()
+    trained = list(layer.loras["a"].parameters())
+    first = torch.autograd.grad(loss, trained, retain_graph=True)
+    assert len(made) == 1 and made[0]() is None
+    second = torch.autograd.grad(loss, trained)
+    assert all(map(torch.equal, first, second)) and all(each() is None for each in made)
+    torch.testing.assert_close([each / 16 for each in first], gradients(layer, source * 3), rtol=1e-4, atol=1e-3)
 
 
 def test_what_was_changed_in_place_is_saved() -> None:

@@ -32,7 +32,7 @@ def with_adapters(model: Any, prefix: bool = True) -> Any:
     draw = torch.Generator().manual_seed(3)
     for name in ("law", "med"):
         for lora in find_adapter(model, name).parts.values():
-            lora.lora_B.data.normal_(0, 0.2, generator=draw)
+            lora.lora_B.data.copy_(torch.empty(lora.lora_B.shape).normal_(0, 0.2, generator=draw))
     use_adapter(model, None)
     return model.eval()
 

@@ -34,7 +34,8 @@ from qgraft.adapters.recompute import recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.errors import AdapterError, OptionError
 from qgraft.formats import PackedTensor
-from qgraft.linear import LinearLike, QuantizedLinear, nothing, to_autocast
+from qgraft.kernels.autocast import to_autocast
+from qgraft.linear import LinearLike, QuantizedLinear, nothing
 from qgraft.ranges import COUNT, FINITE, SHARE, check_ranges
 
 Values = tuple[Tensor, ...]  # of a part as a file has them: A, B and, of DoRA, the magnitudes

@@ -51,7 +51,9 @@ class LoraFunction(torch.autograd.Function):
     ) -> Tensor:
         """x [..., in]; A [r, in], B [out, r] of each segment, then the tensors of `again` -> y [..., out], dtype of x."""
         weights, sources = tensors[: 2 * len(segments)], tensors[2 * len(segments) :]
-        ctx.base, ctx.segments, ctx.make = base, segments, again and again.make
+        ctx.base, ctx.segments, ctx.again = base, segments, again and again.again
+        if again and any(ctx.needs_input_grad):
+            again.again.layers += 1
         ctx.compute, ctx.casts = getattr(base, "compute", "float32"), kept_casts()
         x_NI = x.reshape(-1, x.shape[-1]).contiguous()
         weight = fused_weight(base, x_NI)
@@ -66,7 +68,7 @@ class LoraFunction(torch.autograd.Function):
         """g [..., out] -> gradients of x and of every A and B."""
         count, saved = len(ctx.segments), ctx.saved_tensors  # which may be asked for once only
         weights, hs, sources = saved[: 2 * count], saved[2 * count : 3 * count], saved[3 * count :]
-        x = ctx.make(*sources) if ctx.make else sources[0]
+        x = ctx.again.of(*sources) if ctx.again else sources[0]
         x_NI = x.reshape(-1, x.shape[-1])
         g_NO = grad.reshape(-1, grad.shape[-1]).to(x_NI.dtype).contiguous()
         terms = _terms(ctx.segments, weights, x_NI)
@@ -82,7 +84,7 @@ class LoraFunction(torch.autograd.Function):
                     gx_SI = own.gh @ term.A.to(own.gh.dtype)
                     gx_NI[segment.start : segment.stop] += drop_by_seed(gx_SI, segment.dropout, segment.seed)
             gx_NI = gx_NI.view(*grad.shape[:-1], gx_NI.shape[-1])
-        return gx_NI, None, None, None, *(g for own in grads for g in own[:2]), *(None for _ in sources if ctx.make)
+        return gx_NI, None, None, None, *(g for own in grads for g in own[:2]), *(None for _ in sources if ctx.again)
 
 
 def _terms(segments: Sequence[LayerSegment], weights: Sequence[Tensor], x_NI: Tensor) -> list[Term]:

@@ -4,6 +4,9 @@
     recomputable(y, again, x, r)    says: y is again(x, r), bit for bit
     LoraLinear(y)                   saves x and r, which are kept already, and not y
 
+Layers that are given one tensor (q, k and v) compute it once: their backward passes follow each other, the first makes it,
+and with the last it goes.
+
 What is said stands on the tensor itself (`y.qgraft_recompute`), so it goes when the tensor goes, and views and copies of
 the tensor, which are other tensors, do not have it. It counts as long as nobody has changed the tensor in place.
 
@@ -13,21 +16,37 @@ run for each tensor that any operation saves.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 
+@dataclass(eq=False)
+class Again:
+    """`make`, cheaply and bit for bit what a tensor was, for so many `layers` as will ask for it. It holds nothing before."""
+
+    make: Callable[..., Tensor]
+    layers: int = 0
+    _made: Tensor | None = field(default=None, init=False)
+
+    def of(self, *tensors: Tensor) -> Tensor:
+        """make(*tensors), or what the layer before made of them; not to be written to."""
+        x = self.make(*tensors) if self._made is None else self._made
+        self.layers -= 1
+        self._made = x if self.layers > 0 else None
+        return x
+
+
 @dataclass(frozen=True, eq=False)
 class Recompute:
-    """How a tensor is computed again: `make(*tensors)`, cheaply, bit for bit what it was.
+    """How a tensor is computed again: again.of(*tensors).
 
     Attributes:
         version: of the tensor; torch counts what changes it in place.
     """
 
-    make: Callable[..., Tensor]
+    again: Again
     tensors: tuple[Tensor, ...]
     version: int
 
@@ -35,7 +54,7 @@ class Recompute:
 def recomputable(x: Tensor, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     """Let a LoraLinear that is given x save `tensors` instead, and compute x = make(*tensors) again when it needs it."""
     if torch.is_grad_enabled():  # nothing is saved otherwise
-        x.qgraft_recompute = Recompute(make, tensors, x._version)  # type: ignore[attr-defined]
+        x.qgraft_recompute = Recompute(Again(make), tensors, x._version)  # type: ignore[attr-defined]
     return x
 
 

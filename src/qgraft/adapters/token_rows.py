@@ -29,7 +29,8 @@ from qgraft.adapters.lora_function import LayerSegment
 from qgraft.adapters.peft_names import rows_name
 from qgraft.adapters.selection import BatchRows, Selection
 from qgraft.errors import AdapterError
-from qgraft.linear import QuantizedEmbedding, QuantizedLinear, nothing, table_rows, to_autocast
+from qgraft.kernels.autocast import to_autocast
+from qgraft.linear import QuantizedEmbedding, QuantizedLinear, nothing, table_rows
 
 Where = slice | Tensor  # tokens of a pass: some in a row, or by their places
 

@@ -12,7 +12,7 @@ gradient of the whole. The budget bounds the memory of activations, whatever the
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 
 import torch
 from torch import Tensor
@@ -37,11 +37,14 @@ __all__ = [
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """One padding-free batch of whole samples, in their order."""
-    ids = [token for sample in samples for token in sample.input_ids]
-    positions = [position for sample in samples for position in range(len(sample.input_ids))]
-    labels = [label for sample in samples for label in (*sample.labels[1:], IGNORED)]
-    columns = {"input_ids": ids, "position_ids": positions, "labels": labels}
-    batch = {key: torch.tensor([values], dtype=torch.int64) for key, values in columns.items()}
+    ids = list(chain.from_iterable(sample.input_ids for sample in samples))
+    positions = [torch.arange(len(sample.input_ids)) for sample in samples]
+    labels = list(chain.from_iterable((*sample.labels[1:], IGNORED) for sample in samples))
+    batch = {
+        "input_ids": torch.tensor([ids], dtype=torch.int64),
+        "position_ids": torch.cat(positions or [torch.arange(0)])[None],
+        "labels": torch.tensor([labels], dtype=torch.int64),
+    }
     if any(sample.weights is not None for sample in samples):
         weights = [weight for sample in samples for weight in (*_weights(sample)[1:], 0.0)]
         batch["weights"] = torch.tensor([weights], dtype=torch.float32)
@@ -112,5 +115,7 @@ def weigh_labels(batch: Batch) -> float:
 
 def weigh_samples(samples: Sequence[Sample]) -> float:
     """The same of samples that are no batch yet."""
+    if all(sample.weights is None for sample in samples):  # a GPU waits while its next batch is made
+        return float(sum(len(sample.labels[1:]) - sample.labels[1:].count(IGNORED) for sample in samples))
     weights = [weight for sample in samples for weight in _weights(sample)[1:]]
     return float(torch.tensor(weights, dtype=torch.float32).double().sum())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from qgraft.errors import UnsupportedError
+from qgraft.formats.device_tables import on_device
 from qgraft.formats.grid import Grid, require_range
 from qgraft.formats.packed import Format, PackedTensor, Part
 
@@ -137,7 +138,7 @@ class Layout:
         else:
             grid = Grid(codes, read_half(blocks[:, self.d : self.d + 2]), m, low=low, high=high)
         if self.levels is not None:
-            grid = replace(grid, levels=torch.tensor(self.levels, dtype=torch.float32, device=blocks.device))
+            grid = replace(grid, levels=levels_on(self.levels, blocks.device))
         if self.sub is None:
             return grid
         scales, minimums = self.sub.read(blocks[:, self.sub.start : self.sub.stop])
@@ -165,6 +166,11 @@ class Layout:
             assert grid.sub_scales is not None
             blocks[:, self.sub.start : self.sub.stop] = self.sub.write(grid.sub_scales, grid.sub_minimums)
         return blocks
+
+
+def levels_on(levels: tuple[int, ...], device: torch.device) -> Tensor:
+    """float32 [levels] on `device`; grids share it, so it is not to be written to."""
+    return on_device(levels, partial(torch.tensor, levels, dtype=torch.float32), device)
 
 
 def block_format(name: str, layout: Layout, fit: Fit | None = None) -> Format:

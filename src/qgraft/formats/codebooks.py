@@ -40,7 +40,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from qgraft.formats.blocks import Bits, Layout, Scales, SubIntegers, read_fields, write_fields
+from qgraft.formats.blocks import Bits, Layout, Scales, SubIntegers, levels_on, read_fields, write_fields
 from qgraft.formats.grid import Grid
 
 # Shapes: N blocks of S sub-groups of W weights; M = N * S sub-groups; WM has the place in the sub-group first.
@@ -105,7 +105,7 @@ def _search_part(x_WM: Tensor) -> Tensor:
     tries += [(one * (NL[0] + offset)) / furthest for offset in range(-7, 8)]
     scale = best = torch.zeros_like(furthest)
     for number, inverse in enumerate(tries):
-        q_WM = _levels(x_WM, NL)[_nearest_nl(x_WM * inverse).int()]
+        q_WM = levels_on(NL, x_WM.device)[_nearest_nl(x_WM * inverse).int()]
         wq_WM = w_WM * q_WM
         sum_xq, sum_q2 = _sum_rows(wq_WM * x_WM), _sum_rows(wq_WM * q_WM)
         new_scale = sum_xq / sum_q2
@@ -117,7 +117,7 @@ def _search_part(x_WM: Tensor) -> Tensor:
 
 def _nearest_nl(values: Tensor) -> Tensor:
     """The codes, int8, of the nearest levels of NL; of two the upper one."""
-    levels = _levels(values, NL)
+    levels = levels_on(NL, values.device)
     above = torch.bucketize(values, levels, right=True).clamp_(1, 15)  # the first level that is larger
     lower, upper = levels[above - 1], levels[above]
     return (above - (values - lower < upper - values).long()).to(torch.int8)
@@ -173,9 +173,5 @@ def _fit_e2m1(layout: Layout, stored_NS: Tensor, x_NQ: Tensor) -> Grid:
     return _grid(codes.reshape(x_NQ.shape), d_NS, E2M1)
 
 
-def _levels(like: Tensor, levels: tuple[int, ...]) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32, device=like.device)
-
-
 def _grid(codes: Tensor, d: Tensor, levels: tuple[int, ...], sub_scales: Tensor | None = None) -> Grid:
-    return Grid(codes, d, sub_scales=sub_scales, levels=_levels(codes, levels), low=0, high=15)
+    return Grid(codes, d, sub_scales=sub_scales, levels=levels_on(levels, codes.device), low=0, high=15)

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor
 
 from qgraft.formats.blocks import read_half
+from qgraft.formats.device_tables import on_device
 from qgraft.formats.grid import Grid
 
 # Shapes: N blocks of 256 weights; P points of one of them, S runs that share a scale.
@@ -93,9 +94,10 @@ class Lattice:
 
     def read(self, blocks: Tensor) -> Grid:
         """[N, bytes] uint8 -> grid of N rows, a block each."""
-        found, values = self.points(blocks), table(self.table).to(blocks.device)
+        found, on_cpu = self.points(blocks), table(self.table)
+        values = on_device(self.table, lambda: on_cpu, blocks.device)
         sign = 1 - 2 * _bits(found.signs, range(8)).to(torch.int8)  # [N, 256]
-        codes, high = values[found.places].flatten(1), int(values.max())
+        codes, high = values[found.places].flatten(1), int(on_cpu.max())
         codes, high = (8 * codes + sign, 9) if self.table == "iq1_s" else (codes * sign, high)
         scales = (2 * found.scales + 1).to(torch.int8)
         most = (2 << self.scale_bits) - 1
@@ -123,9 +125,8 @@ def _words(raw_NB: Tensor, nbytes: int) -> Tensor:
 
 def _bits(words_NK: Tensor, shifts: range, mask: int = 1) -> Tensor:
     """[N, k] -> [N, k * len(shifts)]: the bits of each word from one shift after the other on."""
-    return (
-        (words_NK[:, :, None] >> torch.tensor(shifts, dtype=words_NK.dtype, device=words_NK.device)) & mask
-    ).flatten(1)
+    by = torch.arange(shifts.start, shifts.stop, shifts.step, dtype=words_NK.dtype, device=words_NK.device)
+    return ((words_NK[:, :, None] >> by) & mask).flatten(1)
 
 
 def _even_signs(bits_NP: Tensor) -> Tensor:

@@ -140,7 +140,8 @@ class _State:
         """Put in what the step is of."""
         for whole, part in ((self.x, x), (self.cos, cos), (self.sin, sin)):
             whole[: len(part)].copy_(part)
-        self.rows.copy_(_padded([[row.seen, row.front] for row in rows], self.count, 2, torch.int64))
+        seen = _padded([[row.seen, row.front] for row in rows], self.count, 2, torch.int64)
+        self.rows.copy_(seen, non_blocking=True)
         into = [whole[: row.seen] for whole, row in zip(self.slots, rows, strict=False)]
         torch._foreach_copy_(into, [row.slots[: row.seen] for row in rows])  # of any number of texts in one launch
         places, keys = [tensor.data_ptr() for pair in memory for tensor in pair], memory[0][0]
@@ -148,7 +149,7 @@ class _State:
         if dtype != self.dtype:
             self.dtype, self._replay, self._runs = dtype, None, 0
         if (places, capacity) != self._places:
-            self.places.copy_(torch.tensor(places))
+            self.places.copy_(torch.tensor(places), non_blocking=True)
             self.shape.fill_(capacity)
             self._places = places, capacity
         if self.most:
@@ -158,7 +159,7 @@ class _State:
                 for index, each in enumerate(loras):
                     if each is not None:
                         table[:, index, : each.most] = each.table
-                self.table.copy_(table)
+                self.table.copy_(table, non_blocking=True)
                 self._loras = loras
 
     def run(self) -> Tensor:

@@ -39,7 +39,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.model_parts import argument_names, decoder_of, decoder_states
 from qgraft.models.prefix_lm import context_positions
 from qgraft.passes.decoder import output_head
-from qgraft.passes.key_values import KeyValues, as_slice
+from qgraft.passes.key_values import KeyValues, as_slices
 
 CACHED = "qgraft_cached"
 _TEXTS: ContextVar["_Texts | None"] = ContextVar("qgraft_texts", default=None)
@@ -86,14 +86,14 @@ def next_logits(model: PreTrainedModel, memory: KeyValues, pieces: Sequence[Piec
     texts = _Texts(memory, pieces, getattr(decoder_of(model), "marks", None), trial)
     parts = [(piece.loras, piece.new) for piece in pieces]
     with with_adapters(model, parts), _passing(texts):
-        ids, positions = texts.ids.to(model.device), texts.positions.to(model.device)
+        ids, positions = (part.to(model.device, non_blocking=True) for part in (texts.ids, texts.positions))
         states_TH = decoder_states(model, input_ids=ids, position_ids=positions)[0]
     asked = [(index, piece) for index, piece in enumerate(pieces) if piece.logits]
     if not asked:
         return states_TH[:0]
-    last_N = torch.tensor([texts.bounds[index + 1] - 1 for index, _ in asked], device=states_TH.device)
+    last_N = torch.tensor([texts.bounds[index + 1] - 1 for index, _ in asked])
     with with_adapters(model, [(piece.loras, 1) for _, piece in asked]):
-        return output_head(model)(states_TH.index_select(0, last_N))
+        return output_head(model)(states_TH.index_select(0, last_N.to(states_TH.device, non_blocking=True)))
 
 
 @contextmanager
@@ -157,7 +157,7 @@ class _Texts:
         self.contexts = [context for _, context in rows]
         self.positions = torch.cat([positions for positions, _ in rows], dim=-1)[None]
         self.has_contexts = marks is not None
-        self._slots: dict[tuple[int, int | None], Tensor | slice] = {}
+        self._slots: dict[int | None, list[Tensor | slice]] = {}  # window -> those of each text
 
     @cached_property
     def new_slots(self) -> Tensor:
@@ -177,11 +177,11 @@ class _Texts:
 
     def read(self, layer: int, index: int, window: int | None) -> tuple[Tensor, Tensor]:
         """The keys [G, K, D] and values [G, K, E] that a layer reads of a text: of one new token, those that it sees."""
-        if (index, window) not in self._slots:
-            piece = self.pieces[index]
-            slots = _seen_by_last(piece, window) if piece.new == 1 else piece.slots
-            self._slots[index, window] = as_slice(slots)
-        return self.memory.take(layer, self._slots[index, window])
+        if window not in self._slots:
+            self._slots[window] = as_slices(
+                [_seen_by_last(piece, window) if piece.new == 1 else piece.slots for piece in self.pieces]
+            )
+        return self.memory.take(layer, self._slots[window][index])
 
 
 def _positions(piece: Piece, marks: Any) -> tuple[Tensor, int]:

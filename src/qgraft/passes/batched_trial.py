@@ -75,7 +75,7 @@ def _differs(model: PreTrainedModel, passes: _Passes, attention: str) -> str | N
             texts = _texts(model)
             expected = [_own_logits(model, text) for text in texts]
             with attending(model, attention):
-                off = _furthest_off(texts, expected, passes)
+                off = _furthest_off(model, texts, expected, passes)
     except (torch.OutOfMemoryError, torch.AcceleratorError, RecursionError):
         raise  # RuntimeErrors that say nothing about the model
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, UnsupportedError) as error:
@@ -84,7 +84,9 @@ def _differs(model: PreTrainedModel, passes: _Passes, attention: str) -> str | N
     return None if off <= allowed else f"{name}: texts come out otherwise in pieces, off by {off:.2g}"
 
 
-def _furthest_off(texts: Sequence[list[int]], expected: Sequence[Tensor], passes: _Passes) -> float:
+def _furthest_off(
+    model: PreTrainedModel, texts: Sequence[list[int]], expected: Sequence[Tensor], passes: _Passes
+) -> float:
     """How far logits are off, relative to the largest of the text's."""
     worst, past = 0.0, [0] * len(texts)
     for row in _PASSES:
@@ -92,7 +94,7 @@ def _furthest_off(texts: Sequence[list[int]], expected: Sequence[Tensor], passes
         for text, stop in row:
             ids = texts[text][:stop]
             if len(ids) > past[text]:
-                pieces[text] = Piece(ids, past[text], slots_of(_BLOCKS[text], len(ids)))
+                pieces[text] = Piece(ids, past[text], slots_of(_BLOCKS[text], len(ids), model.device))
                 past[text] = len(ids)
         for (text, piece), got_V in zip(pieces.items(), passes(pieces) if pieces else (), strict=True):
             own_TV = expected[text]

@@ -11,6 +11,7 @@ Layers are laid out when they first write: only then their numbers of heads and 
 virtual until it is written to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,14 +55,17 @@ class KeyValues:
         return self.layers[layer]
 
 
-def as_slice(slots_N: Tensor) -> Tensor | slice:
-    """Slots that follow each other as a slice; others as they are."""
-    first, last = int(slots_N[0]), int(slots_N[-1])
-    follow = last - first == len(slots_N) - 1 and bool((slots_N.diff() == 1).all())
-    return slice(first, last + 1) if follow else slots_N
+def as_slices(slots: Sequence[Tensor]) -> list[Tensor | slice]:
+    """Of some texts the slots of each: a slice where they follow each other, else as they are. A GPU is waited for once."""
+    told = [torch.stack([slots_N[0], slots_N[-1], (slots_N.diff() == 1).all().long()]) for slots_N in slots]
+    ends = torch.stack(told).tolist()
+    return [
+        slice(first, last + 1) if follow else slots_N
+        for slots_N, (first, last, follow) in zip(slots, ends, strict=True)
+    ]
 
 
 def slots_of(blocks: list[int], length: int, device: torch.device | str = "cpu") -> Tensor:
     """The first `length` slots of a text with these blocks, [length] int64."""
-    starts = torch.tensor(blocks, dtype=torch.long, device=device)[:, None] * BLOCK
-    return (starts + torch.arange(BLOCK, device=device)).flatten()[:length]
+    starts = torch.tensor(blocks, dtype=torch.long)[:, None] * BLOCK
+    return (starts + torch.arange(BLOCK)).flatten()[:length].to(device, non_blocking=True)

@@ -59,12 +59,12 @@ class NativeTexts:
         base: Any = self.base
         with with_adapters(self.model, of_tokens):
             ids = torch.tensor([[token for piece in pieces for token in piece.text[piece.past :]]])
-            embedded = base.embed_tokens(ids.to(self.model.device))
+            embedded = base.embed_tokens(ids.to(self.model.device, non_blocking=True))
         layers = _laid_out(memory, network, embedded) if computes(embedded) else None
         if layers is None:
             return None
         positions = torch.cat([torch.arange(piece.past, len(piece.text)) + piece.shift for piece in pieces])
-        begun = network.begin(embedded, positions[None].to(embedded.device))
+        begun = network.begin(embedded, positions[None].to(embedded.device, non_blocking=True))
         if begun is None:
             return None
         network.structures.use(layers)
@@ -103,7 +103,9 @@ class NativeTexts:
         if not asked:
             return states_TH[:0]
         with with_adapters(self.model, [(pieces[index].loras, 1) for index in asked]):
-            return output_head(self.model)(states_TH.index_select(0, ends[asked].to(states_TH.device)))
+            return output_head(self.model)(
+                states_TH.index_select(0, ends[asked].to(states_TH.device, non_blocking=True))
+            )
 
 
 def _laid_out(memory: KeyValues, network: Network, like: Tensor) -> list[tuple[Tensor, Tensor]] | None:

@@ -88,7 +88,8 @@ class Rollouts:
                           for text in going_on[part]]  # fmt: skip
                 found_NV = self._native.next_logits(memory, pieces)
                 logits_NV = next_logits(self.model, memory, pieces) if found_NV is None else found_NV
-                for text, logits_V in zip(going_on[part], logits_NV, strict=True):
+                on_cpu = logits_NV[:, : self.width].cpu()  # a GPU is waited for once, and not for each text
+                for text, logits_V in zip(going_on[part], on_cpu, strict=True):
                     text.add(logits_V, self.ends)
         return [text.answer for text in texts]
 

@@ -168,7 +168,8 @@ class SharedPasses:
         pieces = [self._piece(running, count) for running, count in parts]
         try:
             found_NV = self.native.next_logits(self.memory, pieces)
-            logits_NV = iter(next_logits(self.model, self.memory, pieces) if found_NV is None else found_NV)
+            logits_NV = next_logits(self.model, self.memory, pieces) if found_NV is None else found_NV
+            rows = iter(logits_NV.cpu())  # a GPU is waited for once, and not for each text
         except (RuntimeError, ValueError, LookupError) as error:
             if len(parts) == 1:
                 return [_failed(error)]
@@ -176,7 +177,7 @@ class SharedPasses:
         for running, count in parts:
             if not self.whole_prompts:
                 self.blocks.tell(running.place.held, running.ids, running.past + count)
-        return [next(logits_NV) if piece.logits else None for piece in pieces]
+        return [next(rows) if piece.logits else None for piece in pieces]
 
     def _piece(self, running: Running, count: int) -> Piece:
         place: _Place = running.place
