@@ -1,6 +1,8 @@
 """Models that see images against transformers and PEFT: loading, samples, losses, training, answers, and what is refused."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tiny_images import KINDS, WITH_TORCHVISION, picture, write_image_model
+from tiny_images import GEMMA4_IDS, KINDS, WITH_TORCHVISION, gemma4_config, picture, write_image_model
 from transformers.image_utils import load_image
 
 import qgraft
@@ -25,7 +27,7 @@ from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import IGNORED, Learning, resolve_template
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.model_parts import decoder_layers, language_of, vision_of
+from qgraft.model_parts import decoder_layers, is_within, language_of, vision_of
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.serving.answering import answer
 from qgraft.training.images import check_image_run
@@ -54,7 +56,6 @@ SEVERAL = {  # images between answers, by placeholders
     "images": [picture(20), picture(21), picture(22)],
 }  # fmt: skip
 TEXT = {"instruction": "hello", "output": "hi"}
-NOT_IN_PEFT = {"gemma4"}  # whose vision layers PEFT 0.21 does not know
 ROWS = [*(asked(number) for number in range(4)), SEVERAL, TEXT]
 
 
@@ -164,7 +165,7 @@ def test_losses_together_are_those_of_single_texts(image_folder, kind):
 
 @pytest.mark.parametrize(
     "kind, steps",
-    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS.keys() - NOT_IN_PEFT))],
+    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS))],
 )
 def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
     """The same adapter on the same batches: 20 steps of the same losses, and PEFT reads what was saved to the same logits."""
@@ -212,6 +213,73 @@ def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
             assert (each(**batch).logits - expected).abs().max() <= 1e-5
 
 
+def drawn(model):
+    """The model with random numbers in what trains, small beside the base's."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.02)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_files_of_both_sides_are_those_of_peft(image_folder, tmp_path, kind):
+    """PEFT reads what is saved of layers of both sides, of one, of some layers; and what it saves of "all-linear" is read."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    head, vision = model.get_output_embeddings(), vision_of(model)
+    every = [path for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear) and layer is not head]
+    batch = as_processed(made.processor, samples_for(model, tokenizer, ROWS[:1])[0][0])
+
+    def floats():
+        return transformers.AutoModelForImageTextToText.from_pretrained(made.path)
+
+    first = [path for path in every if ".0." in path]
+    for number, targets in enumerate(("all-linear", every, [path for path in every if is_within(path, vision)], first)):
+        qgraft.attach_lora(model, r=2, target_modules=targets)
+        qgraft.save_adapter(drawn(model), tmp_path / str(number))
+        theirs = peft.PeftModel.from_pretrained(floats(), tmp_path / str(number)).eval()
+        with torch.no_grad():
+            assert (model(**batch).logits - theirs(**batch).logits).abs().max() <= 1e-5
+        qgraft.detach_adapter(model)
+    exclude = r".*vision_tower\.head\..*" if kind == "gemma3" else None  # torch's attention, which reads weights itself
+    config = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=exclude, task_type="CAUSAL_LM")
+    theirs = drawn(peft.get_peft_model(floats(), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    qgraft.load_adapter(model, tmp_path / "theirs")
+    with torch.no_grad():
+        assert (model(**batch).logits - theirs(**batch).logits).abs().max() <= 1e-5
+        assert (model(**batch).logits - made.model(**batch).logits).abs().max() > 1e-3
+
+
+def test_layers_within_wrappers_of_their_names(tmp_path):
+    """Gemma 4's tower has layers `q_proj.linear`: PEFT takes `q_proj` for the module around one, too, and refuses that."""
+    config = gemma4_config(300, dict(zip(GEMMA4_IDS, range(290, 296), strict=True)))
+    config.vision_config.use_clipped_linears = True
+    torch.manual_seed(0)
+    theirs = transformers.Gemma4ForConditionalGeneration(config).eval()
+    limits = {name: limit for name, limit in theirs.named_buffers() if name.endswith(("_min", "_max"))}
+    for name, limit in limits.items():
+        limit.fill_(-0.4 if name.endswith("_min") else 0.4)
+    theirs.save_pretrained(tmp_path / "model")
+    model, _ = qgraft.load(tmp_path / "model")
+    assert len(limits) == 56 and all(torch.equal(limit, model.get_buffer(name)) for name, limit in limits.items())
+    places = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
+    batch = {"input_ids": torch.tensor([[5, 7, *[config.image_token_id] * 4, 9]]), "image_position_ids": places,
+             "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0]]), "pixel_values": torch.rand(1, 16, 48)}  # fmt: skip
+    for name in ("q_proj", r".*\.(q_proj|q_proj\.linear)"):
+        qgraft.attach_lora(model, r=2, target_modules=name)
+        qgraft.save_adapter(drawn(model), tmp_path / "adapter")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            assert (read(**batch).logits - model(**batch).logits).abs().max() <= 1e-5
+            assert (theirs(**batch).logits - model(**batch).logits).abs().max() > 1e-3
+        qgraft.detach_adapter(model)
+        shutil.rmtree(tmp_path / "adapter")
+
+
 def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
     """q_proj is a name on both sides: alone it means the decoder of text; a pattern or a path reaches the rest."""
     made = image_folder()
@@ -221,11 +289,7 @@ def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
     seen = find_targets(model, r"model\.vision_tower\..*q_proj")
     assert len(seen) == 2 and all(path.startswith("model.vision_tower") for path in seen)
     qgraft.attach_lora(model, r=2, target_modules=r"model\.(vision_tower|language_model)\..*q_proj")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
-    qgraft.save_adapter(model, tmp_path / "out")
+    qgraft.save_adapter(drawn(model), tmp_path / "out")
     base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     sample = samples_for(model, model.qgraft.tokenizer, ROWS[:1])[0][0]

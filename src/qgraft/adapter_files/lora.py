@@ -29,6 +29,7 @@ from qgraft.adapter_files.whole import Whole
 from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
+from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import Lora, LoraLayer
 from qgraft.adapters.lora_experts import expert_loras
@@ -337,16 +338,18 @@ def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, 
     """The shortest names that select exactly these layers in PEFT, and the numbers that narrow them, if any do.
 
     The names are the last parts of the paths, with the one before where that is a number in a list, or the whole paths.
+    PEFT takes a name for modules of every class, and raises where one is no layer: in Gemma 4's tower `q_proj` is a module
+    around the layer `q_proj.linear`.
     """
     leaves = sorted({_leaf(path) for path in paths})
-    layers = adaptable_layers(model)
-    named = {path for path in layers for leaf in leaves if is_named(path, leaf)}
+    modules = [path for path, _ in modules_outside_adapters(model)]
+    named = {path for path in modules for leaf in leaves if is_named(path, leaf)}
     selected = {path: layer_number(path) for path in named}
     if selected.keys() == set(paths):
         return leaves, None
     numbers = {layer_number(path) for path in paths}
     if None not in numbers and {path for path, number in selected.items() if number in numbers} == set(paths):
         return leaves, sorted(number for number in numbers if number is not None)
-    if {path for path in layers for whole in paths if is_named(path, whole)} == set(paths):
+    if {path for path in modules for whole in paths if is_named(path, whole)} == set(paths):
         return sorted(paths), None
     return "|".join(re.escape(path) for path in sorted(paths)), None  # one is the end of another layer's path
