@@ -22,17 +22,22 @@ import qgraft
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.targets import find_targets
 from qgraft.data.image_samples import build_image_samples
+from qgraft.data.messages import Message
 from qgraft.data.pictures import MARK, Picture
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import IGNORED, Learning, resolve_template
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.model_parts import decoder_layers, is_within, language_of, vision_of
+from qgraft.model_parts import decoder_layers, is_within, language_of, marker_ids, vision_of
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.serving.answering import answer
+from qgraft.serving.prompting import Prompter, Prompting
+from qgraft.serving.protocol import Ask
+from qgraft.serving.sampling import Sampling
 from qgraft.training.images import check_image_run
 from qgraft.training.option_names import PACKED
 from qgraft.training.predict import predict
+from qgraft.training.samples import read_samples
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images.py"
 SIZES = [(40, 30), (64, 20), (30, 60)]
@@ -89,7 +94,7 @@ def samples_for(model, tokenizer, rows=ROWS, max_length=2048):
     conversations, accounting = read_dataset(rows, images=True)
     template = resolve_template(tokenizer)
     made = build_image_samples(model.qgraft.processor, conversations, accounting, template=template,
-                               max_length=max_length, learning=Learning())  # fmt: skip
+                               max_length=max_length, learning=Learning(markers=marker_ids(model)))  # fmt: skip
     return made, accounting
 
 
@@ -378,9 +383,70 @@ def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
     samples, accounting = samples_for(model, tokenizer, rows)
     assert len(samples) == 1
     assert any("no image that can be read" in why for why in accounting.dropped)
-    assert any("where the model would see an image" in why for why in accounting.dropped)
+    assert any("'<image>', which this model takes for images" in why for why in accounting.dropped)
     _, accounting = samples_for(model, tokenizer, [asked(0), TEXT], max_length=30)
     assert any("rows with images are not cut" in why for why in accounting.dropped)
+
+
+def test_nobody_writes_what_stands_for_an_image(image_folder, tmp_path):
+    """Rows of every stage are dropped and counted, questions are refused: by training, predictions, chat, the server."""
+    model, tokenizer = qgraft.load(image_folder().path)
+    said = "'<image>', which this model takes for images"
+    assert [tokenizer.convert_ids_to_tokens(each) for each in marker_ids(model)] == ["<image>"]
+    rows = [TEXT, {"instruction": "?", "output": "an <image>"}, {"instruction": "<image>?", "output": "red"}]
+    args = arguments(tmp_path / "out")
+    _, accounting = read_samples(model, tokenizer, rows, args, 100, resolve_template(tokenizer), held_out=False)
+    why = ["a row with 0 images", said]
+    assert accounting.kept == 1 and all(any(each in line for line in accounting.dropped) for each in why)
+    pairs = [{"prompt": "?", "chosen": "a", "rejected": "b"}, {"prompt": "?", "chosen": "an <image>", "rejected": "b"}]
+    args.stage = "dpo"
+    _, accounting = read_samples(model, tokenizer, pairs, args, 100, resolve_template(tokenizer), held_out=False)
+    assert accounting.kept == 1 and all(said in line for line in accounting.dropped)
+    evaluated = qgraft.evaluate(model, tokenizer, rows)
+    assert (evaluated.samples, evaluated.dropped) == (1, 2)
+    questions = [TEXT, {"messages": [{"role": "system", "content": "an <image>"}, *asked(0, "?")["messages"]]}]
+    found = predict(model, tokenizer, questions, arguments(tmp_path / "said", max_new_tokens=1))
+    assert len(found.pairs) == 1 and all(said in line for line in found.accounting.dropped)
+    with pytest.raises(DataError, match=said):
+        answer(model, tokenizer, [("user", "<image>?")])
+    for images in ([], [picture(0)]):
+        with pytest.raises(DataError, match=said):
+            answer(model, tokenizer, [("user", "?")], system="an <image>", images=images)
+    prompter = Prompter(tokenizer, Prompting(), marker_ids(model))
+    with pytest.raises(DataError, match=said):
+        prompter.plain("what <image>")
+    with pytest.raises(DataError, match=said):
+        prompter.chat(Ask("", Sampling(), messages=(Message("user", "<image>"),)), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_markers_of_each_kind(image_folder, kind):
+    """What the processor puts in the place of an image is among them; what a template writes itself is nobody's fault."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    samples, accounting = samples_for(model, tokenizer)
+    assert not accounting.dropped
+    for token in {made.processor.image_token, *tokenizer.convert_ids_to_tokens(list(marker_ids(model)))}:
+        _, accounting = samples_for(model, tokenizer, [TEXT, {"instruction": "?", "output": f"an {token}"}])
+        assert any(f"{token!r}, which this model takes" in why for why in accounting.dropped)
+        told = {"messages": [{"role": "system", "content": f"an {token}"}, *asked(0)["messages"]]}
+        _, accounting = samples_for(model, tokenizer, [TEXT, told])
+        assert any(f"{token!r}, which this model takes" in why for why in accounting.dropped)
+    assert any(made.processor.image_token in each.text for each in samples) or kind == "gemma3"
+
+
+def test_stages_of_texts_count_rows_with_images(image_folder, tmp_path):
+    """A teacher is asked about texts alone; where all rows hold images, that is said before it is loaded."""
+    model, tokenizer = qgraft.load(image_folder().path)
+    taught = {"stage": "distill", "teacher_model_name_or_path": str(tmp_path / "none")}
+    with pytest.raises(DataError, match="holds images, and stage distill learns from texts alone: 2"):
+        qgraft.train(model, tokenizer, [asked(0), asked(1)], arguments(tmp_path / "out", **taught))
+    args = arguments(tmp_path / "out", **taught)
+    samples, accounting = read_samples(
+        model, tokenizer, [asked(0), TEXT], args, 100, resolve_template(tokenizer), held_out=False
+    )
+    assert len(samples) == 1 and list(accounting.dropped.values()) == [1]
 
 
 def test_an_image_is_what_transformers_opens(tmp_path):
