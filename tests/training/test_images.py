@@ -21,6 +21,7 @@ from transformers.image_utils import load_image
 import qgraft
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.targets import find_targets
+from qgraft.cli import estimate
 from qgraft.data.image_samples import build_image_samples
 from qgraft.data.messages import Message
 from qgraft.data.pictures import MARK, Picture
@@ -554,6 +555,11 @@ def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
     assert all(name in str(refused.value) for name in options)
     with pytest.raises(OptionError, match=r"neftune_noise_alpha=5.*add_tokens=x.*packing"):
         check_image_run({"neftune_noise_alpha": 5.0, "add_tokens": "x"}, [PACKED])
+
+
+def test_an_estimate_says_that_it_is_of_texts(image_folder, capsys):
+    assert estimate.run(["--model", str(image_folder().path), "--use_cpu", "--tokens", "64"]) == 0
+    assert "what images take on the vision side is not counted" in capsys.readouterr().err
 
 
 def test_what_has_no_images_refuses_them(image_folder, tmp_path):
