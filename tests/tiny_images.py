@@ -143,8 +143,24 @@ def _idefics(kind: str):
     return getattr(transformers, f"{kind}ForConditionalGeneration"), config, processor
 
 
+GEMMA4_IDS = ("boi_token_id", "eoi_token_id", "image_token_id", "boa_token_id", "eoa_token_index", "audio_token_id")
+
+
+def gemma4_config(vocabulary: int, ids: dict[str, int]):
+    """Gemma 4's without its audio tower; `ids` by GEMMA4_IDS."""
+    from transformers import Gemma4Config
+
+    sees = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "patch_size": 4,
+            "position_embedding_size": 64}  # fmt: skip
+    text = {**TEXT, "vocab_size": vocabulary, "head_dim": 8, "global_head_dim": 8, "sliding_window": 16,
+            "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": vocabulary,
+            "hidden_size_per_layer_input": 32}  # fmt: skip
+    return Gemma4Config(vision_config=sees, text_config=text, audio_config=None, video_token_id=None, **ids)
+
+
 def _gemma4():
-    from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Gemma4Processor, Gemma4VideoProcessor
+    from transformers import Gemma4ForConditionalGeneration, Gemma4Processor, Gemma4VideoProcessor
     from transformers.models.gemma4.feature_extraction_gemma4 import Gemma4AudioFeatureExtractor
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
@@ -156,15 +172,7 @@ def _gemma4():
     images = Gemma4ImageProcessorPil(patch_size=4, max_soft_tokens=70, pooling_kernel_size=2)
     processor = Gemma4Processor(Gemma4AudioFeatureExtractor(), images, speaks, Gemma4VideoProcessor(),
                                 chat_template=speaks.chat_template)  # fmt: skip
-    keys = ("boi_token_id", "eoi_token_id", "image_token_id", "boa_token_id", "eoa_token_index", "audio_token_id")
-    ids = dict(zip(keys, speaks.convert_tokens_to_ids(special), strict=True))
-    sees = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "patch_size": 4,
-            "position_embedding_size": 64}  # fmt: skip
-    text = {**TEXT, "vocab_size": len(speaks), "head_dim": 8, "global_head_dim": 8, "sliding_window": 16,
-            "layer_types": ["sliding_attention", "full_attention"], "vocab_size_per_layer_input": len(speaks),
-            "hidden_size_per_layer_input": 32}  # fmt: skip
-    config = Gemma4Config(vision_config=sees, text_config=text, audio_config=None, video_token_id=None, **ids)
+    config = gemma4_config(len(speaks), dict(zip(GEMMA4_IDS, speaks.convert_tokens_to_ids(special), strict=True)))
     return Gemma4ForConditionalGeneration, config, processor
 
 

@@ -13,6 +13,7 @@
     sees_what_comes                            whether it reads in both directions, and so cannot write
     task_of, heads_of, labels_of               whether it classifies texts or their tokens, what does so, and what as
     language_of, vision_of                     of a model that sees images, the part that reads text, and the others
+    marker_ids                                 the ids that stand for images in its texts
 
 How attention is computed and masked is asked in attention.py, how a cache is called in compat.py, what is done to logits
 is found out in passes/decoder.py, and which layers compute which formula is known in passes/known_layers.py and
@@ -20,6 +21,7 @@ passes/decoding_network.py. tests/contract/test_facade.py holds all of these to 
 """
 
 import inspect
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -154,6 +156,17 @@ def vision_of(model: nn.Module) -> list[str]:
             found += [f"{stem}.{name}".lstrip(".") for name, _ in module.named_children() if name != part]
         stem = f"{stem}.{part}".lstrip(".")
     return found
+
+
+_MARKERS = re.compile(r"(image|video|audio|vision|boi|eoi|boa|eoa)_(\w+_)?token_(id|index)")
+
+
+def marker_ids(model: nn.Module) -> tuple[int, ...]:
+    """The ids by which a model that sees finds images, videos and sounds in a text, as its configuration has them."""
+    if language_of(model) is None:
+        return ()
+    stated = vars(model.config).items()
+    return tuple(value for name, value in stated if _MARKERS.fullmatch(name) and isinstance(value, int))
 
 
 def is_within(path: str, modules: Iterable[str]) -> bool:

@@ -3,11 +3,13 @@
 import json
 import re
 
+import peft
 import pytest
 import tiny
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_oracle import TOLD
 
 import qgraft
 from qgraft import diffusion
@@ -28,8 +30,6 @@ def trained(model, name="default", **options):
 
 
 def output(model, kind):
-    from test_oracle import TOLD
-
     args, kwargs = TOLD[kind][1]()
     torch.manual_seed(0)  # img_ids of Flux
     args, kwargs = TOLD[kind][1]()
@@ -68,6 +68,53 @@ def test_diffusers_computes_the_same(kind, options, tmp_path):
     last = KINDS[kind]()
     qgraft.load_adapter(last, tmp_path / "peft.safetensors")
     assert (output(last, kind) - expected).abs().max() <= 1e-5
+
+
+def test_convolutions_of_1x1_are_those_of_peft_and_kohya(tmp_path):
+    """proj_in and proj_out of Stable Diffusion 1, and shortcuts: saved, read, loaded by diffusers, trained, merged."""
+    targets = ["to_q", "proj_in", "proj_out", "conv_shortcut"]
+    layers = {path: layer for path, layer in tiny.unet().named_modules() if path.endswith(tuple(targets))}
+    assert sum(type(layer) is torch.nn.Conv2d for layer in layers.values()) >= 8
+    ours = trained(tiny.unet(), target_modules=targets)
+    base, said = output(tiny.unet(), "unet"), output(ours, "unet")
+    assert (said - base).abs().max() > 1e-2
+    theirs = peft.get_peft_model(tiny.unet(), peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets))
+    state = qgraft.lora_state_dict(ours)
+    assert {key: each.shape for key, each in peft.get_peft_model_state_dict(theirs).items()} == {
+        key: each.shape for key, each in state.items()
+    }
+    peft.set_peft_model_state_dict(theirs, state)
+    for model in (ours, theirs):  # gradients, of the same sum of squares
+        args, kwargs = TOLD["unet"][1]()
+        model.train()(*args, **kwargs).sample.square().sum().backward()
+    grads = [each.grad for each in ours.parameters() if each.grad is not None]
+    expected = [each.grad for each in theirs.parameters() if each.grad is not None]
+    for one, other in zip(grads, expected, strict=True):
+        assert (one - other.view_as(one)).abs().max() <= 1e-4 * max(1.0, float(other.abs().max()))
+    assert (output(theirs, "unet") - said).abs().max() <= 1e-5
+    for layout in ("diffusers", "kohya"):
+        path = diffusion.save_lora_weights(ours, tmp_path / layout, layout=layout)
+        again, read = tiny.unet(), tiny.unet()
+        qgraft.load_adapter(again, path)
+        assert (output(again, "unet") - said).abs().max() <= 1e-6
+        lora, alphas = diffusers.StableDiffusionPipeline.lora_state_dict(load_file(path), unet_config=read.config)
+        if layout == "diffusers":
+            read.load_lora_adapter(tmp_path / layout, prefix="unet", weight_name=path.name)
+        else:
+            diffusers.StableDiffusionPipeline.load_lora_into_unet(lora, network_alphas=alphas, unet=read)
+        assert (output(read, "unet") - said).abs().max() <= 1e-5
+    qgraft.save_adapter(ours, tmp_path / "peft")
+    wrapped = peft.PeftModel.from_pretrained(tiny.unet(), tmp_path / "peft").eval()
+    assert (output(wrapped, "unet") - said).abs().max() <= 1e-5
+    wrapped.save_pretrained(tmp_path / "theirs")
+    again = tiny.unet()
+    qgraft.load_adapter(again, tmp_path / "theirs")
+    assert torch.equal(output(again, "unet"), said)
+    diffusion.merge(ours)
+    assert (output(ours, "unet") - said).abs().max() <= 1e-5
+    assert (output(wrapped.merge_and_unload(), "unet") - output(ours, "unet")).abs().max() <= 1e-5
+    with pytest.raises(UnsupportedError, match="convolutions have no DoRA"):
+        qgraft.attach_lora(tiny.unet(), target_modules=targets, use_dora=True)
 
 
 def test_without_metadata_alpha_is_the_rank(tmp_path):

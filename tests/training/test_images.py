@@ -1,6 +1,8 @@
 """Models that see images against transformers and PEFT: loading, samples, losses, training, answers, and what is refused."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,24 +15,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from tiny_images import KINDS, WITH_TORCHVISION, picture, write_image_model
+from tiny_images import GEMMA4_IDS, KINDS, WITH_TORCHVISION, gemma4_config, picture, write_image_model
 from transformers.image_utils import load_image
 
 import qgraft
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.targets import find_targets
+from qgraft.cli import estimate
 from qgraft.data.image_samples import build_image_samples
+from qgraft.data.messages import Message
 from qgraft.data.pictures import MARK, Picture
 from qgraft.data.reading import read_dataset
 from qgraft.data.tokenizing import IGNORED, Learning, resolve_template
 from qgraft.errors import DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
-from qgraft.model_parts import decoder_layers, language_of, vision_of
+from qgraft.model_parts import decoder_layers, is_within, language_of, marker_ids, vision_of
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.serving.answering import answer
+from qgraft.serving.prompting import Prompter, Prompting
+from qgraft.serving.protocol import Ask
+from qgraft.serving.sampling import Sampling
 from qgraft.training.images import check_image_run
 from qgraft.training.option_names import PACKED
 from qgraft.training.predict import predict
+from qgraft.training.samples import read_samples
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "images.py"
 SIZES = [(40, 30), (64, 20), (30, 60)]
@@ -54,7 +62,6 @@ SEVERAL = {  # images between answers, by placeholders
     "images": [picture(20), picture(21), picture(22)],
 }  # fmt: skip
 TEXT = {"instruction": "hello", "output": "hi"}
-NOT_IN_PEFT = {"gemma4"}  # whose vision layers PEFT 0.21 does not know
 ROWS = [*(asked(number) for number in range(4)), SEVERAL, TEXT]
 
 
@@ -88,7 +95,7 @@ def samples_for(model, tokenizer, rows=ROWS, max_length=2048):
     conversations, accounting = read_dataset(rows, images=True)
     template = resolve_template(tokenizer)
     made = build_image_samples(model.qgraft.processor, conversations, accounting, template=template,
-                               max_length=max_length, learning=Learning())  # fmt: skip
+                               max_length=max_length, learning=Learning(markers=marker_ids(model)))  # fmt: skip
     return made, accounting
 
 
@@ -164,7 +171,7 @@ def test_losses_together_are_those_of_single_texts(image_folder, kind):
 
 @pytest.mark.parametrize(
     "kind, steps",
-    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS.keys() - NOT_IN_PEFT))],
+    [("llava", 3), *(pytest.param(kind, 20, marks=pytest.mark.slow) for kind in sorted(KINDS))],
 )
 def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
     """The same adapter on the same batches: 20 steps of the same losses, and PEFT reads what was saved to the same logits."""
@@ -212,6 +219,73 @@ def test_training_is_that_of_peft(image_folder, tmp_path, kind, steps):
             assert (each(**batch).logits - expected).abs().max() <= 1e-5
 
 
+def drawn(model):
+    """The model with random numbers in what trains, small beside the base's."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.02)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_files_of_both_sides_are_those_of_peft(image_folder, tmp_path, kind):
+    """PEFT reads what is saved of layers of both sides, of one, of some layers; and what it saves of "all-linear" is read."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    head, vision = model.get_output_embeddings(), vision_of(model)
+    every = [path for path, layer in model.named_modules() if isinstance(layer, QuantizedLinear) and layer is not head]
+    batch = as_processed(made.processor, samples_for(model, tokenizer, ROWS[:1])[0][0])
+
+    def floats():
+        return transformers.AutoModelForImageTextToText.from_pretrained(made.path)
+
+    first = [path for path in every if ".0." in path]
+    for number, targets in enumerate(("all-linear", every, [path for path in every if is_within(path, vision)], first)):
+        qgraft.attach_lora(model, r=2, target_modules=targets)
+        qgraft.save_adapter(drawn(model), tmp_path / str(number))
+        theirs = peft.PeftModel.from_pretrained(floats(), tmp_path / str(number)).eval()
+        with torch.no_grad():
+            assert (model(**batch).logits - theirs(**batch).logits).abs().max() <= 1e-5
+        qgraft.detach_adapter(model)
+    exclude = r".*vision_tower\.head\..*" if kind == "gemma3" else None  # torch's attention, which reads weights itself
+    config = peft.LoraConfig(r=2, target_modules="all-linear", exclude_modules=exclude, task_type="CAUSAL_LM")
+    theirs = drawn(peft.get_peft_model(floats(), config)).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    qgraft.load_adapter(model, tmp_path / "theirs")
+    with torch.no_grad():
+        assert (model(**batch).logits - theirs(**batch).logits).abs().max() <= 1e-5
+        assert (model(**batch).logits - made.model(**batch).logits).abs().max() > 1e-3
+
+
+def test_layers_within_wrappers_of_their_names(tmp_path):
+    """Gemma 4's tower has layers `q_proj.linear`: PEFT takes `q_proj` for the module around one, too, and refuses that."""
+    config = gemma4_config(300, dict(zip(GEMMA4_IDS, range(290, 296), strict=True)))
+    config.vision_config.use_clipped_linears = True
+    torch.manual_seed(0)
+    theirs = transformers.Gemma4ForConditionalGeneration(config).eval()
+    limits = {name: limit for name, limit in theirs.named_buffers() if name.endswith(("_min", "_max"))}
+    for name, limit in limits.items():
+        limit.fill_(-0.4 if name.endswith("_min") else 0.4)
+    theirs.save_pretrained(tmp_path / "model")
+    model, _ = qgraft.load(tmp_path / "model")
+    assert len(limits) == 56 and all(torch.equal(limit, model.get_buffer(name)) for name, limit in limits.items())
+    places = torch.tensor([[[x, y] for y in range(4) for x in range(4)]])
+    batch = {"input_ids": torch.tensor([[5, 7, *[config.image_token_id] * 4, 9]]), "image_position_ids": places,
+             "mm_token_type_ids": torch.tensor([[0, 0, 1, 1, 1, 1, 0]]), "pixel_values": torch.rand(1, 16, 48)}  # fmt: skip
+    for name in ("q_proj", r".*\.(q_proj|q_proj\.linear)"):
+        qgraft.attach_lora(model, r=2, target_modules=name)
+        qgraft.save_adapter(drawn(model), tmp_path / "adapter")
+        read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), tmp_path / "adapter").eval()
+        with torch.no_grad():
+            assert (read(**batch).logits - model(**batch).logits).abs().max() <= 1e-5
+            assert (theirs(**batch).logits - model(**batch).logits).abs().max() > 1e-3
+        qgraft.detach_adapter(model)
+        shutil.rmtree(tmp_path / "adapter")
+
+
 def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
     """q_proj is a name on both sides: alone it means the decoder of text; a pattern or a path reaches the rest."""
     made = image_folder()
@@ -221,11 +295,7 @@ def test_vision_is_reached_by_patterns_only(image_folder, tmp_path):
     seen = find_targets(model, r"model\.vision_tower\..*q_proj")
     assert len(seen) == 2 and all(path.startswith("model.vision_tower") for path in seen)
     qgraft.attach_lora(model, r=2, target_modules=r"model\.(vision_tower|language_model)\..*q_proj")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(0, 0.1)
-    qgraft.save_adapter(model, tmp_path / "out")
+    qgraft.save_adapter(drawn(model), tmp_path / "out")
     base = transformers.AutoModelForImageTextToText.from_pretrained(made.path)
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
     sample = samples_for(model, model.qgraft.tokenizer, ROWS[:1])[0][0]
@@ -314,9 +384,70 @@ def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
     samples, accounting = samples_for(model, tokenizer, rows)
     assert len(samples) == 1
     assert any("no image that can be read" in why for why in accounting.dropped)
-    assert any("where the model would see an image" in why for why in accounting.dropped)
+    assert any("'<image>', which this model takes for images" in why for why in accounting.dropped)
     _, accounting = samples_for(model, tokenizer, [asked(0), TEXT], max_length=30)
     assert any("rows with images are not cut" in why for why in accounting.dropped)
+
+
+def test_nobody_writes_what_stands_for_an_image(image_folder, tmp_path):
+    """Rows of every stage are dropped and counted, questions are refused: by training, predictions, chat, the server."""
+    model, tokenizer = qgraft.load(image_folder().path)
+    said = "'<image>', which this model takes for images"
+    assert [tokenizer.convert_ids_to_tokens(each) for each in marker_ids(model)] == ["<image>"]
+    rows = [TEXT, {"instruction": "?", "output": "an <image>"}, {"instruction": "<image>?", "output": "red"}]
+    args = arguments(tmp_path / "out")
+    _, accounting = read_samples(model, tokenizer, rows, args, 100, resolve_template(tokenizer), held_out=False)
+    why = ["a row with 0 images", said]
+    assert accounting.kept == 1 and all(any(each in line for line in accounting.dropped) for each in why)
+    pairs = [{"prompt": "?", "chosen": "a", "rejected": "b"}, {"prompt": "?", "chosen": "an <image>", "rejected": "b"}]
+    args.stage = "dpo"
+    _, accounting = read_samples(model, tokenizer, pairs, args, 100, resolve_template(tokenizer), held_out=False)
+    assert accounting.kept == 1 and all(said in line for line in accounting.dropped)
+    evaluated = qgraft.evaluate(model, tokenizer, rows)
+    assert (evaluated.samples, evaluated.dropped) == (1, 2)
+    questions = [TEXT, {"messages": [{"role": "system", "content": "an <image>"}, *asked(0, "?")["messages"]]}]
+    found = predict(model, tokenizer, questions, arguments(tmp_path / "said", max_new_tokens=1))
+    assert len(found.pairs) == 1 and all(said in line for line in found.accounting.dropped)
+    with pytest.raises(DataError, match=said):
+        answer(model, tokenizer, [("user", "<image>?")])
+    for images in ([], [picture(0)]):
+        with pytest.raises(DataError, match=said):
+            answer(model, tokenizer, [("user", "?")], system="an <image>", images=images)
+    prompter = Prompter(tokenizer, Prompting(), marker_ids(model))
+    with pytest.raises(DataError, match=said):
+        prompter.plain("what <image>")
+    with pytest.raises(DataError, match=said):
+        prompter.chat(Ask("", Sampling(), messages=(Message("user", "<image>"),)), [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_markers_of_each_kind(image_folder, kind):
+    """What the processor puts in the place of an image is among them; what a template writes itself is nobody's fault."""
+    made = image_folder(kind)
+    model, tokenizer = qgraft.load(made.path)
+    samples, accounting = samples_for(model, tokenizer)
+    assert not accounting.dropped
+    for token in {made.processor.image_token, *tokenizer.convert_ids_to_tokens(list(marker_ids(model)))}:
+        _, accounting = samples_for(model, tokenizer, [TEXT, {"instruction": "?", "output": f"an {token}"}])
+        assert any(f"{token!r}, which this model takes" in why for why in accounting.dropped)
+        told = {"messages": [{"role": "system", "content": f"an {token}"}, *asked(0)["messages"]]}
+        _, accounting = samples_for(model, tokenizer, [TEXT, told])
+        assert any(f"{token!r}, which this model takes" in why for why in accounting.dropped)
+    assert any(made.processor.image_token in each.text for each in samples) or kind == "gemma3"
+
+
+def test_stages_of_texts_count_rows_with_images(image_folder, tmp_path):
+    """A teacher is asked about texts alone; where all rows hold images, that is said before it is loaded."""
+    model, tokenizer = qgraft.load(image_folder().path)
+    taught = {"stage": "distill", "teacher_model_name_or_path": str(tmp_path / "none")}
+    with pytest.raises(DataError, match="holds images, and stage distill learns from texts alone: 2"):
+        qgraft.train(model, tokenizer, [asked(0), asked(1)], arguments(tmp_path / "out", **taught))
+    args = arguments(tmp_path / "out", **taught)
+    samples, accounting = read_samples(
+        model, tokenizer, [asked(0), TEXT], args, 100, resolve_template(tokenizer), held_out=False
+    )
+    assert len(samples) == 1 and list(accounting.dropped.values()) == [1]
 
 
 def test_an_image_is_what_transformers_opens(tmp_path):
@@ -424,6 +555,11 @@ def test_options_without_a_meaning_are_refused(image_folder, tmp_path):
     assert all(name in str(refused.value) for name in options)
     with pytest.raises(OptionError, match=r"neftune_noise_alpha=5.*add_tokens=x.*packing"):
         check_image_run({"neftune_noise_alpha": 5.0, "add_tokens": "x"}, [PACKED])
+
+
+def test_an_estimate_says_that_it_is_of_texts(image_folder, capsys):
+    assert estimate.run(["--model", str(image_folder().path), "--use_cpu", "--tokens", "64"]) == 0
+    assert "what images take on the vision side is not counted" in capsys.readouterr().err
 
 
 def test_what_has_no_images_refuses_them(image_folder, tmp_path):

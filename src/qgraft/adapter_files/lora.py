@@ -29,8 +29,10 @@ from qgraft.adapter_files.whole import Whole
 from qgraft.adapters.adapter import Adapter, Part
 from qgraft.adapters.attach import make_loras
 from qgraft.adapters.exact import blocks, minimums_at
+from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.layer_choice import layer_number
 from qgraft.adapters.lora import Lora, LoraLayer
+from qgraft.adapters.lora_conv import is_pointwise
 from qgraft.adapters.lora_experts import expert_loras
 from qgraft.adapters.peft_names import (
     MAGNITUDE,
@@ -165,6 +167,8 @@ def fit_layers(
     copies = stored.copies.items()
     problems += [p for path, copy in copies if (p := _copy_problem(model, layers, path, copy, path in longer))]
     for path, pair in loras.items():
+        if is_pointwise(layers.get(path, model)):
+            pair = {part: _flat(tensor) for part, tensor in pair.items()}
         if (MAGNITUDE in pair) != bool(config.get("use_dora")):
             problems.append(f"{'unexpected' if MAGNITUDE in pair else 'missing'} tensor {magnitude_name(path)}")
             if MAGNITUDE not in pair:
@@ -186,6 +190,11 @@ def fit_layers(
             for path in sorted((fitting.keys() & layers.keys()) - named)
         ]
     return fitting, problems
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A or B of a convolution of 1x1 as a matrix; another tensor of two dimensions as one of three, which fits nothing."""
+    return tensor[..., 0, 0] if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor[..., None]
 
 
 def inexact_layers(model: nn.Module, stored: StoredLoras, fitting: Pairs) -> dict[str, str]:
@@ -298,9 +307,7 @@ def _shape_problem(
     if A.dim() != 2 or not A.is_floating_point() or not B.is_floating_point():
         got = f"A {list(A.shape)} {A.dtype}, B {list(B.shape)} {B.dtype}"
         return f"{path}: got {got}, expected two floating point matrices"
-    out, width = (
-        (layer.embedding_dim, layer.num_embeddings) if of_embedding else (layer.out_features, layer.in_features)
-    )
+    out, width = _sizes(layer)
     if path in stored.minimums:
         place = minimums_at(layer)
         if place is None or place.subs == 1:
@@ -314,6 +321,17 @@ def _shape_problem(
     if magnitude is not None and (list(magnitude.shape) != [out] or not magnitude.is_floating_point()):
         return f"{path}: got magnitudes {list(magnitude.shape)} {magnitude.dtype}, expected floats [{out}]"
     return None
+
+
+def _sizes(layer: Any) -> tuple[int, int]:
+    """(rows of B, columns of A) of a LoRA on the layer."""
+    if is_embedding(layer):
+        return layer.embedding_dim, layer.num_embeddings
+    return (
+        (layer.out_channels, layer.in_channels)
+        if isinstance(layer, nn.Conv2d)
+        else (layer.out_features, layer.in_features)
+    )
 
 
 def _copy_problem(
@@ -337,16 +355,18 @@ def _target_names(model: nn.Module, paths: list[str]) -> tuple[list[str] | str, 
     """The shortest names that select exactly these layers in PEFT, and the numbers that narrow them, if any do.
 
     The names are the last parts of the paths, with the one before where that is a number in a list, or the whole paths.
+    PEFT takes a name for modules of every class, and raises where one is no layer: in Gemma 4's tower `q_proj` is a module
+    around the layer `q_proj.linear`.
     """
     leaves = sorted({_leaf(path) for path in paths})
-    layers = adaptable_layers(model)
-    named = {path for path in layers for leaf in leaves if is_named(path, leaf)}
+    modules = [path for path, _ in modules_outside_adapters(model)]
+    named = {path for path in modules for leaf in leaves if is_named(path, leaf)}
     selected = {path: layer_number(path) for path in named}
     if selected.keys() == set(paths):
         return leaves, None
     numbers = {layer_number(path) for path in paths}
     if None not in numbers and {path for path, number in selected.items() if number in numbers} == set(paths):
         return leaves, sorted(number for number in numbers if number is not None)
-    if {path for path in layers for whole in paths if is_named(path, whole)} == set(paths):
+    if {path for path in modules for whole in paths if is_named(path, whole)} == set(paths):
         return sorted(paths), None
     return "|".join(re.escape(path) for path in sorted(paths)), None  # one is the end of another layer's path

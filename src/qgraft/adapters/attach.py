@@ -29,6 +29,7 @@ from qgraft.adapters.holder import Holder, modules_outside_adapters, set_module
 from qgraft.adapters.layer_choice import LayerNumbers, parse_layers, within_layers
 from qgraft.adapters.layer_ranks import configs_of
 from qgraft.adapters.lora import Lora, LoraConfig, LoraLayer, LoraLinear, Values, starts_from_base
+from qgraft.adapters.lora_conv import LoraConv
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.lora_experts import LoraExperts, find_parameters, nest
 from qgraft.adapters.pissa import PissaLora, check_pissa
@@ -342,5 +343,7 @@ def _wrapper(model: nn.Module, path: str, rows: bool = False, selection: Selecti
         return LoraExperts(module, selection)
     if isinstance(module, QuantizedEmbedding | nn.Embedding):
         return TokenEmbedding(module, selection) if rows else LoraEmbedding(module, selection)
+    if isinstance(module, nn.Conv2d):
+        return LoraConv(module, selection)
     assert isinstance(module, QuantizedLinear | nn.Linear)
     return TokenHead(module, selection) if rows else LoraLinear(module, selection)

@@ -120,7 +120,7 @@ def check_dora(layers: Mapping[str, LoraLayer]) -> None:
     """Raise UnsupportedError where one of these wrapped layers is no linear layer."""
     if others := [path for path, layer in layers.items() if not isinstance(layer, LoraLinear)]:
         raise UnsupportedError(
-            f"use_dora: {', '.join(others)}: embeddings and experts have no DoRA here; supported: linear layers",
+            f"use_dora: {', '.join(others)}: embeddings, experts and convolutions have no DoRA here; linear layers have",
             hint="leave them out of target_modules and target_parameters, or merge it into its float base with PEFT "
             "(merge_and_unload)",
         )

@@ -93,7 +93,8 @@ def check_pissa(layers: Mapping[str, tuple[LoraLayer, LoraConfig]]) -> None:
     starting = {path: each for path, each in layers.items() if starts_from_base(each[1].init_lora_weights)}
     if others := [path for path, (layer, _) in starting.items() if not isinstance(layer, LoraLinear)]:
         raise UnsupportedError(
-            f"init_lora_weights: {', '.join(others)}: embeddings and experts have no such start; supported: linear layers",
+            f"init_lora_weights: {', '.join(others)}: embeddings, experts and convolutions have no such start; linear layers "
+            "have",
             hint="leave them out of target_modules and target_parameters",
         )
     small = [

@@ -7,6 +7,7 @@ from torch import nn
 
 from qgraft.adapters.holder import modules_outside_adapters
 from qgraft.adapters.lora import LoraLayer, LoraLinear
+from qgraft.adapters.lora_conv import is_pointwise
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.errors import OptionError, near_match
 from qgraft.linear import QuantizedEmbedding, QuantizedLinear
@@ -22,7 +23,8 @@ def find_targets(model: nn.Module, target_modules: str | Sequence[str]) -> list[
     if target_modules in ("all-linear", "all"):
         getter = getattr(model, "get_output_embeddings", None)
         output = getter() if getter else None
-        inner = [path for path, layer in layers.items() if layer is not output and not is_within(path, vision)]
+        inner = [path for path, layer in layers.items()
+                 if layer is not output and not is_within(path, vision) and not is_pointwise(layer)]  # fmt: skip
         if not inner:
             raise OptionError(f"target_modules={target_modules!r}: the model has no linear layer but its output layer")
         return inner
@@ -64,7 +66,7 @@ def _raise_unknown_targets(missing: Sequence[str], linears: list[str]) -> None:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All linear layers by their paths, wrapped ones under the path of their wrapper; the model itself is none.
+    """All linear layers and convolutions of 1x1 by their paths, wrapped ones by their wrapper's; the model itself is none.
 
     Those whose weights the model reads itself are left out: it would pass by what a LoRA adds (see weight_is_read). So are
     those of a classifier's head, which is trained whole (whole.py).
@@ -74,7 +76,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All layers that a LoRA of a file can be on, by their paths: the linear ones and the embeddings."""
+    """All layers that a LoRA of a file can be on, by their paths: linear ones, convolutions of 1x1 and embeddings."""
     return {
         path: module
         for path, module in modules_outside_adapters(model)
@@ -83,7 +85,7 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module)
+    return isinstance(module, LoraLinear | QuantizedLinear) or is_plain_linear(module) or is_pointwise(module)
 
 
 def is_embedding(module: nn.Module) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qgraft.cli.options import Parser, number_in, print_json
+from qgraft.cli.options import Parser, number_in, print_json, print_note
 from qgraft.ranges import COUNT
 
 DESCRIPTION = """Show how much memory training will hold, by its parts, with and without gradient checkpointing.
@@ -25,7 +25,7 @@ def run(words: Sequence[str]) -> int:
 
     from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.memory.settings import estimate
-    from qgraft.model_parts import require_writer
+    from qgraft.model_parts import require_writer, vision_of
     from qgraft.training.adapter import prepare_adapter
     from qgraft.training.arguments import parse_arguments
     from qgraft.training.new_tokens import take_tokens
@@ -36,6 +36,8 @@ def run(words: Sequence[str]) -> int:
     dtype, device = arguments.compute_dtype, arguments.device
     model, tokenizer = load(options.model, quantize=arguments.quantize, dtype=dtype, device=device)
     require_writer(model, "qgraft estimate")
+    if vision_of(model):
+        print_note("note: this is of rows of text; what images take on the vision side is not counted")
     if tokenizer is not None:
         take_tokens(model, tokenizer, arguments)
     prepare_adapter(model, arguments)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qgraft.data.accounted import accounted
+from qgraft.data.markers import refuse_markers
 from qgraft.data.masks import Answer
 from qgraft.data.messages import Conversation, ConversationError, Message, Tool
 from qgraft.data.pictures import INSTALL, Picture
@@ -77,13 +78,15 @@ def image_prompt(
     system: str | None = None,
     source_prefix: str = "",
     tools: Sequence[Tool] = (),
+    markers: Sequence[int] = (),
 ) -> tuple[str, list[Picture]]:
     """(What asks for the next answer, as training saw it, the images in it); see encode_prompt.
 
     Raises ConversationError where the template writes no place for an image, or too many.
     """
-    encoder = ImageEncoder(processor, template, Learning())
+    encoder = ImageEncoder(processor, template, Learning(markers=markers))
     turns = with_prefix(with_system(messages, system), source_prefix)
+    refuse_markers(encoder.markers, turns, tools)
     text = encoder.with_bos(encoder.writer.prompt(encoder.writer.settled(turns), tools)) if encoder.writer else ""
     images = [image for message in messages for image in message.images]
     place = encoder.placeholder(text, len(images))
@@ -98,6 +101,8 @@ class ImageEncoder(Encoder):
     def __init__(self, processor: Any, template: ChatTemplate, learning: Learning) -> None:
         super().__init__(processor.tokenizer, template, learning)
         self.processor = processor
+        self.places = [str(token) for name in _PLACEHOLDERS if (token := getattr(processor, name, None))]
+        self.markers = tuple(dict.fromkeys((*self.markers, *self.places)))
 
     def image_samples(self, conversation: Conversation) -> list[ImageSample]:
         """The samples of a conversation, as the processor writes them; raises DataError where there is none."""
@@ -145,15 +150,10 @@ class ImageEncoder(Encoder):
                            sample.text, tuple(images[:count]))  # fmt: skip
 
     def placeholder(self, text: str, images: int) -> str:
-        """What stands in the text for an image; "" where there is none. Raises ConversationError for one that is none."""
-        known = [str(token) for name in _PLACEHOLDERS if (token := getattr(self.processor, name, None))]
-        found = [token for token in known if token in text]
-        if found and not images:
-            raise ConversationError(f"a text holds {found[0]!r}, where the model would see an image")
+        """What stands in the text for an image; "" where there is none. Raises ConversationError for images without one."""
+        found = [token for token in self.places if token in text]
         if images and not found:
             raise ConversationError("the chat template writes no images")
-        if found and text.count(found[0]) > images:
-            raise ConversationError(f"{text.count(found[0])} places for images, and {images} images")
         return found[0] if found else ""
 
     def _pieces(self, ids: Sequence[int], place: str) -> list[tuple[int, int]]:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict, Unpack
 
 from qgraft.data.accounted import S, accounted
 from qgraft.data.ends import end_token_ids
+from qgraft.data.markers import marker_texts, refuse_markers
 from qgraft.data.masks import ENDLESS, RETOKENIZED, SEVERAL, Answer, Choice, continued, learned_answers
 from qgraft.data.messages import Conversation, ConversationError, Message, Pair, Tool, as_messages, as_pairs
 from qgraft.data.reading import Accounting
@@ -102,14 +103,16 @@ def encode_prompt(
     system: str | None = None,
     chatglm: ChatGlmOptions | None = None,
     tools: Sequence[Tool] = (),
+    markers: Sequence[int] = (),
 ) -> list[int]:
-    """The ids of a prompt that asks for the next answer, as training saw them."""
+    """The ids of a prompt that asks for the next answer, as training saw them; `markers` as of Learning."""
     template, chatglm = template or resolve_template(tokenizer), chatglm or ChatGlmOptions()
     turns = with_system(as_messages(messages), system)
     if isinstance(tokenizer, WritesPrompts):
         return tokenizer.prompt_ids(as_pairs(turns), chatglm.max_source_length, source_prefix=chatglm.source_prefix)
-    writer = Writer(tokenizer, template)
-    text = writer.prompt(writer.settled(with_prefix(turns, chatglm.source_prefix)), tools)
+    writer, asked = Writer(tokenizer, template), with_prefix(turns, chatglm.source_prefix)
+    refuse_markers(marker_texts(tokenizer, markers), asked, tools)
+    text = writer.prompt(writer.settled(asked), tools)
     return _with_bos(tokenizer, _plain_ids(tokenizer, text))
 
 
@@ -130,6 +133,7 @@ class Learning:
         mask_reasoning: what answers thought before is not.
         eos_ids: more ids that end an answer, beside the tokenizer's own; an answer whose template writes no end token gets
             the tokenizer's.
+        markers: ids of images, which no text may hold (model_parts.marker_ids).
     """
 
     system: str | None = None
@@ -138,6 +142,7 @@ class Learning:
     mask_reasoning: bool = False
     eos_ids: Sequence[int] = ()
     chatglm: ChatGlmOptions | None = None
+    markers: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.train_on_prompt and (self.mask_history or self.mask_reasoning):
@@ -154,6 +159,7 @@ class LearningOptions(TypedDict, total=False):
     mask_reasoning: bool
     eos_ids: Sequence[int]
     chatglm: ChatGlmOptions | None
+    markers: Sequence[int]
 
 
 def encode_conversation(
@@ -242,6 +248,7 @@ class Encoder:
         self._known: dict[str, list[int]] = {}  # of this conversation
         self.has_history = False  # where the tokenizer writes samples itself: rounds before the last
         self.choice = Choice(learning.mask_history, learning.mask_reasoning, texts)
+        self.markers = marker_texts(tokenizer, learning.markers)
 
     def remarks(self) -> set[str]:
         """What somebody should know about the last conversation."""
@@ -255,6 +262,7 @@ class Encoder:
         if self.writer is None:
             return [self._scripted(conversation, messages)]
         messages = with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
+        refuse_markers(self.markers, messages, conversation.tools)
         answers = learned_answers(self.writer, messages, conversation.tools, self.choice)
         self._known.clear()
         groups: list[list[Answer]] = []

@@ -23,6 +23,7 @@ from qgraft.adapters.attach import detach_adapter
 from qgraft.adapters.base import adapter_names, alone, base_of, find_adapter
 from qgraft.adapters.choose import active_adapters
 from qgraft.adapters.lora import Lora, LoraLinear
+from qgraft.adapters.lora_conv import LoraConv
 from qgraft.adapters.states import loras_of, non_finite
 from qgraft.adapters.targets import adapted_layers
 from qgraft.checkpoints.folder_write import write_safetensors
@@ -73,8 +74,8 @@ def merge(denoiser: Any) -> DenoiserMerge:
     family_of(denoiser)
     weights = _active_loras(denoiser)
     layers = {path: layer for path, layer in adapted_layers(denoiser)
-              if isinstance(layer, LoraLinear) and any(name in layer.loras for name in weights)}  # fmt: skip
-    packed = {path: layer for path, layer in layers.items() if layer.is_packed}
+              if isinstance(layer, LoraLinear | LoraConv) and any(name in layer.loras for name in weights)}  # fmt: skip
+    packed = {path: layer for path, layer in layers.items() if isinstance(layer, LoraLinear) and layer.is_packed}
     exact = merge_exactly(packed, weights)
     if unwritable := [f"{path} is {layer.packed.format}" for path, layer in packed.items()
                       if path not in exact and not is_writable(layer.packed)]:  # fmt: skip
@@ -93,7 +94,7 @@ def merge(denoiser: Any) -> DenoiserMerge:
     for path, (merged, _) in done.items():
         packed[path].replace(merged)
     for path, weight in sums.items():
-        cast(nn.Linear, layers[path].base).weight.copy_(weight)
+        cast(nn.Linear | nn.Conv2d, layers[path].base).weight.copy_(weight)
     for name in weights:
         detach_adapter(denoiser, name)
     if (info := base_of(denoiser).info) is not None:
@@ -115,15 +116,16 @@ def _active_loras(denoiser: Any) -> dict[str, float]:
     return dict(weights)
 
 
-def _delta(layer: LoraLinear, weights: Mapping[str, float]) -> Tensor:
+def _delta(layer: LoraLinear | LoraConv, weights: Mapping[str, float]) -> Tensor:
     """What the active adapters add to the weight, [out, in] float32."""
     loras = [(cast(Lora, layer.loras[name]), weight) for name, weight in weights.items() if name in layer.loras]
-    return torch.stack([weight * lora.delta(base=layer.base) for lora, weight in loras]).sum(0)
+    base = layer.base if isinstance(layer, LoraLinear) else None
+    return torch.stack([weight * lora.delta(base=base) for lora, weight in loras]).sum(0)
 
 
-def _sum(layer: LoraLinear, weights: Mapping[str, float]) -> Tensor:
-    own = cast(nn.Linear, layer.base).weight
-    return (own.float() + _delta(layer, weights)).to(own.dtype)
+def _sum(layer: LoraLinear | LoraConv, weights: Mapping[str, float]) -> Tensor:
+    own = cast(nn.Linear | nn.Conv2d, layer.base).weight
+    return (own.float() + _delta(layer, weights).view_as(own)).to(own.dtype)
 
 
 def save(denoiser: Any, folder: str | Path, *, overwrite: bool = False) -> None:

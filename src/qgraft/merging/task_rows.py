@@ -24,7 +24,7 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, Sample, build_samples, resolve_template
 from qgraft.errors import DataError, option, worded
-from qgraft.model_parts import vision_of
+from qgraft.model_parts import marker_ids, vision_of
 from qgraft.passes.labels import Classifier, classifier_of
 from qgraft.passes.limits import sample_limit, stated_ends
 
@@ -87,6 +87,7 @@ class Reader:
         learning: dict[str, Any] = {
             "template": template, "system": system, "max_length": sample_limit(self.model, longest),
             "mask_reasoning": bool(arguments.get("mask_reasoning")), "eos_ids": stated_ends(self.model),
+            "markers": marker_ids(self.model),
             "chatglm": ChatGlmOptions(numbered="history" in (columns or ())),
         }  # fmt: skip
         if judged := [row for row in rows if isinstance(row, tuple)]:

@@ -23,7 +23,7 @@ from qgraft.data.speech_samples import Spoken, spoken_as
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, decode_answer, encode_prompt, resolve_template
 from qgraft.errors import DataError, OptionError, UnsupportedError, option
-from qgraft.model_parts import hears, is_encoder_decoder, vision_of
+from qgraft.model_parts import hears, is_encoder_decoder, marker_ids, vision_of
 from qgraft.passes.broken import of_numbers
 from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import context_length, stated_ends
@@ -90,14 +90,12 @@ def answer(
         source, _ = encode_source(tokenizer, as_messages(messages), PairOptions(source_prefix))
         return _target(model, tokenizer, source, max_new_tokens, streaming, generation)
     chosen = resolve_template(tokenizer, template, enable_thinking=enable_thinking)
+    writing: dict[str, Any] = {"template": chosen, "system": system, "markers": marker_ids(model)}
     if images:
         turns = with_pictures(as_messages(messages), images)
-        text, pictures = image_prompt(
-            require_processor(model), turns, template=chosen, system=system, source_prefix=source_prefix
-        )
+        text, pictures = image_prompt(require_processor(model), turns, source_prefix=source_prefix, **writing)
         return _seen(model, tokenizer, text, pictures, chosen, max_new_tokens, streaming, generation)
-    chatglm = ChatGlmOptions(source_prefix=source_prefix)
-    prompt = encode_prompt(tokenizer, messages, template=chosen, system=system, chatglm=chatglm)
+    prompt = encode_prompt(tokenizer, messages, chatglm=ChatGlmOptions(source_prefix=source_prefix), **writing)
     context = context_length(model)
     if context is not None and len(prompt) >= context:
         raise DataError(

@@ -12,6 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from qgraft.data.markers import marker_texts, refuse_markers
 from qgraft.data.messages import ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.scripted import WritesPrompts
@@ -44,8 +45,8 @@ class Prompting:
 class Prompter:
     """Makes prompts; what it finds out about a template is asked once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompting: Prompting) -> None:
-        self.tokenizer, self.prompting = tokenizer, prompting
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompting: Prompting, markers: Sequence[int] = ()) -> None:
+        self.tokenizer, self.prompting, self.markers = tokenizer, prompting, markers
         self._known = lru_cache(maxsize=32)(self._look)
 
     @property
@@ -76,7 +77,9 @@ class Prompter:
             settled = writer.settled(turns)
             writer.check_asked(writer.prompt(settled, ask.tools), settled, ask.tools)
         prefix = ChatGlmOptions(source_prefix=how.source_prefix or "")
-        ids = encode_prompt(self.tokenizer, turns, template=template, tools=ask.tools, chatglm=prefix)
+        ids = encode_prompt(
+            self.tokenizer, turns, template=template, tools=ask.tools, chatglm=prefix, markers=self.markers
+        )
         ending = str(self.tokenizer.decode(ids[-8:])).rstrip()
         reasons = OPEN in template.text or OPEN in self.tokenizer.get_added_vocab()
         names = [tool["function"]["name"] for tool in ask.tools]
@@ -84,7 +87,8 @@ class Prompter:
         return ids, AnswerReader(thinks, reasons and not ending.endswith(CLOSE), form, names, bool(ask.must_call))
 
     def plain(self, text: str) -> list[int]:
-        """The ids of a completion's prompt."""
+        """The ids of a completion's prompt. Raises DataError where it holds a token that stands for images."""
+        refuse_markers(marker_texts(self.tokenizer, self.markers), [Message("user", text)])
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def _look(self, name: str | None, thinking: bool | None) -> tuple[ChatTemplate, Writer | None, CallFormat | None]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from transformers import PreTrainedTokenizerBase
 
 from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError, UnsupportedError
+from qgraft.model_parts import marker_ids
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
@@ -103,7 +104,7 @@ class Service:
         self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.keys, self.limits = keys or Keys({}), limits or Limits()
-        self.prompter = Prompter(self.tokenizer, prompting or Prompting())
+        self.prompter = Prompter(self.tokenizer, prompting or Prompting(), marker_ids(engine.model))
         self.started = int(time.time())
 
     def prepare(self, ask: Ask, permission: Permission) -> Prepared:

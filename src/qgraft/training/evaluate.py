@@ -21,7 +21,7 @@ from qgraft.data.tokenizing import ChatGlmOptions, ChatTemplate, Learning, build
 from qgraft.errors import OptionError
 from qgraft.linear import computing
 from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
-from qgraft.model_parts import hears, is_encoder_decoder, vision_of
+from qgraft.model_parts import hears, is_encoder_decoder, marker_ids, vision_of
 from qgraft.passes.broken import check_held_out
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.labels import Classifier, classifier_of
@@ -107,7 +107,7 @@ def evaluate(
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
         "chatglm": ChatGlmOptions(max_source_length, max_target_length, "history" in (columns or ()), False, source_prefix),
-    }  # fmt: skip
+    } | {"markers": marker_ids(model)}  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers({**said, "response_column": (columns or {}).get("response")})
         labelled = read_labels(tokens=classifier.words, **reading)
@@ -167,7 +167,9 @@ def _evaluate_seen(
     progress: bool | Console | None,
 ) -> Evaluation:  # fmt: skip
     """The loss on rows with images."""
-    told = Learning(system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix))
+    told = Learning(
+        system, eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=prefix), markers=marker_ids(model)
+    )
     samples, accounting = samples_of(model, rows, template, limit, told)
     with _shown(len(samples), progress) as passed:
         return _accounted(model, evaluate_padded(model, IMAGES, samples, passed=passed), accounting)

@@ -19,8 +19,8 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.scripted import ChatGlmOptions
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import IGNORED, Learning
-from qgraft.errors import OptionError
-from qgraft.model_parts import vision_of
+from qgraft.errors import DataError, OptionError, option
+from qgraft.model_parts import marker_ids, vision_of
 from qgraft.passes.images import image_losses, images_together, split_images
 from qgraft.passes.limits import stated_ends
 from qgraft.training.option_names import PACKED
@@ -76,10 +76,28 @@ def with_images(conversations: Sequence[Conversation]) -> bool:
     return any(message.images for conversation in conversations for message in conversation.messages)
 
 
+def texts_alone(conversations: Sequence[Conversation], accounting: Accounting, stage: str) -> list[Conversation]:
+    """Those without images, for a stage that learns from texts; `accounting` moves the others to those dropped.
+
+    Raises DataError where all of them hold some.
+    """
+    texts = list[Conversation]()
+    for each in conversations:
+        if not with_images([each]):
+            texts.append(each)
+            continue
+        accounting.kept -= 1
+        accounting.drop(f"holds images, and stage {stage} learns from texts alone", each.source)
+    if not texts:
+        raise DataError(f"no row is left: {accounting.summary()}", hint=f"{option('stage', 'sft')} learns from images")
+    return texts
+
+
 def learning_of(model: PreTrainedModel, args: "TrainArguments") -> Learning:
     """What a run's options say is learned of its rows."""
     return Learning(args.system, mask_history=args.mask_history, mask_reasoning=args.mask_reasoning,
-                    eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=args.source_prefix))  # fmt: skip
+                    eos_ids=stated_ends(model), chatglm=ChatGlmOptions(source_prefix=args.source_prefix),
+                    markers=marker_ids(model))  # fmt: skip
 
 
 def samples_of(

@@ -42,6 +42,7 @@ from qgraft.model_parts import (
     hears,
     is_encoder_decoder,
     keeps_state,
+    marker_ids,
     task_of,
     vision_of,
 )
@@ -275,7 +276,7 @@ def _questions(
         max_samples=max_samples or args.max_samples, allow_outside_files=args.allow_outside_files,
         images=bool(vision_of(model)),
     )  # fmt: skip
-    processor = require_processor(model) if with_images(conversations) else None
+    processor, markers = require_processor(model) if with_images(conversations) else None, marker_ids(model)
     questions = []
     for conversation in conversations:
         try:
@@ -287,13 +288,13 @@ def _questions(
             if processor is not None and with_images([conversation]):
                 text, images = image_prompt(
                     processor, conversation.messages[:-1], template=template, system=args.system,
-                    source_prefix=args.source_prefix, tools=conversation.tools,
+                    source_prefix=args.source_prefix, tools=conversation.tools, markers=markers,
                 )  # fmt: skip
                 expected = _expected_text(tokenizer, conversation, template, longest)
                 questions.append(_Question([], expected, text, tuple(images)))
                 continue
             ids = encode_prompt(tokenizer, conversation.messages[:-1], template=template, system=args.system, chatglm=chatglm,
-                                tools=conversation.tools)  # fmt: skip
+                                tools=conversation.tools, markers=markers)  # fmt: skip
             if len(ids) >= context:
                 raise DataError(f"a prompt as long as the model's context of {context} tokens")
             expected = _expected_text(tokenizer, conversation, template, longest)

@@ -11,11 +11,11 @@ from qgraft.data.reading import Accounting, Dataset, named_columns, read_dataset
 from qgraft.data.templates import ChatTemplate
 from qgraft.data.tokenizing import ChatGlmOptions, WritesPrompts, build_samples
 from qgraft.errors import DataError, worded
-from qgraft.model_parts import CAUSAL, hears, is_encoder_decoder, task_of
+from qgraft.model_parts import CAUSAL, hears, is_encoder_decoder, marker_ids, task_of, vision_of
 from qgraft.passes.limits import stated_ends
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.evaluate import template_of
-from qgraft.training.images import check_image_run, image_rows, learning_of, samples_of
+from qgraft.training.images import check_image_run, image_rows, learning_of, samples_of, texts_alone
 from qgraft.training.label_rows import read_label_samples
 from qgraft.training.seq2seq import read_pairs
 from qgraft.training.speech import read_speech
@@ -156,10 +156,12 @@ def read_samples(
     learning: dict[str, Any] = {
         "template": template, "system": args.system, "max_length": limit, "mask_history": args.mask_history,
         "mask_reasoning": args.mask_reasoning, "eos_ids": stated_ends(model), "chatglm": chatglm,
+        "markers": marker_ids(model),
     }  # fmt: skip
     if options is not None:
         rows, accounting = read_preferences(dataset, args.dataset_dir, labelled=options.labelled, **reading)
         return build_preferences(tokenizer, rows, accounting, **learning), accounting
-    conversations, accounting = read_dataset(dataset, args.dataset_dir, **reading)
+    conversations, accounting = read_dataset(dataset, args.dataset_dir, images=bool(vision_of(model)), **reading)
+    conversations = texts_alone(conversations, accounting, args.stage)
     learning["train_on_prompt"] = args.train_on_prompt
     return build_samples(tokenizer, conversations, accounting, **learning), accounting

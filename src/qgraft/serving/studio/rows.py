@@ -12,6 +12,7 @@ from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting, read_dataset
 from qgraft.data.tokenizing import IGNORED, Sample, build_samples, resolve_template
 from qgraft.errors import DataError
+from qgraft.model_parts import marker_ids
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.serving.service import Service
 
@@ -68,6 +69,7 @@ def _samples(
             service.tokenizer, conversations, accounting, template=resolve_template(service.tokenizer),
             system=options.get("system"), max_length=sample_limit(model, options.get("max_length", 2048)),
             mask_history=bool(options.get("mask_history")), eos_ids=stated_ends(model),
+            markers=marker_ids(model),
         )  # fmt: skip
     except DataError as error:  # every row is dropped: the counts say why
         return [], str(error)
