@@ -243,6 +243,29 @@ def test_options_that_nobody_knows_are_told(tiny_gguf: Maker, tmp_path: Path) ->
     assert note == "adapter_config.json: unknown options, which are not gone by: use_gate, gate_alpha"
 
 
+def test_another_chat_template_beside_the_adapter_is_told(tiny_gguf: Maker, tmp_path: Path) -> None:
+    """As TRL and LLaMA-Factory leave it there, in the file of its own or in the tokenizer's options."""
+    tiny = tiny_gguf("qwen2")
+    by_peft(tiny, tmp_path / "theirs", ["q_proj"])
+    own = qgraft.load(str(tiny.path), device="cpu")[1]
+
+    def noted() -> list[str]:
+        model, _ = qgraft.load(str(tiny.path), device="cpu")
+        return [note for note in load_adapter(model, tmp_path / "theirs").notes if "chat template" in note]
+
+    assert noted() == []
+    own.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "chat_template.jinja").is_file() and noted() == []
+    own.chat_template = "{{ messages[0].content }}"
+    own.save_pretrained(tmp_path / "theirs")
+    (note,) = noted()
+    assert "(chat_template.jinja)" in note and str(tmp_path / "theirs" / "chat_template.jinja") in note
+    (tmp_path / "theirs" / "chat_template.jinja").unlink()
+    for stored in ("{{ messages[0].content }}", [{"name": "default", "template": "other"}], {"default": "other"}):
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+        assert "(tokenizer_config.json)" in noted()[0]
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
 def test_a_state_dict_comes_back(tiny_gguf: Maker, tmp_path: Path, random_ids: Maker, suffix: str) -> None:
     """torch.save(lora_state_dict(model), "lora.pt") of the tutorials holds no alpha: it is asked for, never made up."""
