@@ -29,7 +29,7 @@ CASES: dict[
 }
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("case", CASES)
 def test_prompts_are_llamacpps(tiny_gguf: Callable[..., Any], tmp_path: Path, case: str) -> None:
     keys, expected = CASES[case]

@@ -57,7 +57,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {  # what the folder has beside 
 }
 
 
-@pytest.mark.spread(3)
+@pytest.mark.spread(2)
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_is_in_the_files_that_transformers_reads(folder: Path, case: str) -> None:
     file, beside = CASES[case]
@@ -89,6 +89,7 @@ def test_a_tensor_in_two_files_is_refused_where_none_of_them_counts(folder: Path
     qgraft.load(folder)  # of any name, where there is no doubt
 
 
+@pytest.mark.spread(1)
 @pytest.mark.parametrize("named", ["../tiny/model.safetensors", "model.bin", "gone.safetensors", 3])
 def test_what_config_json_may_name(folder: Path, named: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
@@ -154,8 +155,8 @@ START = {"decoder_start_token_id": 0}
 
 
 @pytest.mark.filterwarnings("ignore:Recommended. pip install sacremoses")
-@pytest.mark.spread(2)
-@pytest.mark.parametrize("make", [t5, byt5, xglm, marian])
+@pytest.mark.spread(1)
+@pytest.mark.parametrize("make", [marian, t5, byt5, xglm])
 def test_every_kind_of_vocabulary_is_found_and_copied(tmp_path: Path, make: Callable[[Path], Any]) -> None:
     folder = tmp_path / "tiny"
     folder.mkdir()
