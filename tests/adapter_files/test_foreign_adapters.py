@@ -1,5 +1,6 @@
 """PEFT's adapters on the embedding and the output layer, with the copies of the base that it puts beside them."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import qgraft
 from qgraft.adapter_files.combine import combine_files
 from qgraft.adapter_files.folder import WEIGHTS, load_adapter, save_adapter
 from qgraft.adapter_files.gguf_lora import export_gguf_lora
+from qgraft.adapter_files.peft_config import unknown_note
 from qgraft.adapters.attach import attach_layers, detach_adapter
 from qgraft.adapters.choose import adapters_off, use_adapter
 from qgraft.adapters.lora import LoraConfig
@@ -226,6 +228,42 @@ def test_other_kinds_are_refused_with_what_to_do(tiny_gguf: Maker, tmp_path: Pat
     with pytest.raises(UnsupportedError, match=key) as caught:
         load_adapter(load_base(tiny), tmp_path / "theirs")
     assert "merge_and_unload" in str(caught.value)
+
+
+def test_options_that_nobody_knows_are_told(tiny_gguf: Maker, tmp_path: Path) -> None:
+    """PEFT warns of them and goes on; all that it knows itself is known, or refused."""
+    tiny = tiny_gguf("qwen2")
+    by_peft(tiny, tmp_path / "theirs", ["q_proj"])
+    path = tmp_path / "theirs" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    assert unknown_note(dict.fromkeys(peft.LoraConfig().to_dict() | config, 1)) == []
+    path.write_text(json.dumps({**config, "use_gate": True, "gate_alpha": 3, "off": False, "empty": [], "none": None}))
+    loaded = load_adapter(load_base(tiny), tmp_path / "theirs")
+    (note,) = [note for note in loaded.notes if "unknown" in note]
+    assert note == "adapter_config.json: unknown options, which are not gone by: use_gate, gate_alpha"
+
+
+def test_another_chat_template_beside_the_adapter_is_told(tiny_gguf: Maker, tmp_path: Path) -> None:
+    """As TRL and LLaMA-Factory leave it there, in the file of its own or in the tokenizer's options."""
+    tiny = tiny_gguf("qwen2")
+    by_peft(tiny, tmp_path / "theirs", ["q_proj"])
+    own = qgraft.load(str(tiny.path), device="cpu")[1]
+
+    def noted() -> list[str]:
+        model, _ = qgraft.load(str(tiny.path), device="cpu")
+        return [note for note in load_adapter(model, tmp_path / "theirs").notes if "chat template" in note]
+
+    assert noted() == []
+    own.save_pretrained(tmp_path / "theirs")
+    assert (tmp_path / "theirs" / "chat_template.jinja").is_file() and noted() == []
+    own.chat_template = "{{ messages[0].content }}"
+    own.save_pretrained(tmp_path / "theirs")
+    (note,) = noted()
+    assert "(chat_template.jinja)" in note and str(tmp_path / "theirs" / "chat_template.jinja") in note
+    (tmp_path / "theirs" / "chat_template.jinja").unlink()
+    for stored in ("{{ messages[0].content }}", [{"name": "default", "template": "other"}], {"default": "other"}):
+        (tmp_path / "theirs" / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+        assert "(tokenizer_config.json)" in noted()[0]
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])

@@ -241,6 +241,12 @@ def broken_merges(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": vocabulary}))
 
 
+def in_shards(folder: Path, index: str) -> None:
+    """The folder has the index, and its one file under a name that only an index makes known."""
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / INDEX).write_text(index)
+
+
 BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "already quantized": (
         lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
@@ -281,31 +287,31 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"model\.safetensors: ",
     ),
     "weights are text": (lambda f: (f / "model.safetensors").write_text("weights"), CheckpointError, r"model\.safetensors: "),
-    "index is not JSON": (lambda f: (f / INDEX).write_text("{"), CheckpointError, "is not JSON"),
-    "index is a list": (lambda f: (f / INDEX).write_text("[]"), CheckpointError, "got a JSON list, expected an object"),
+    "index is not JSON": (lambda f: in_shards(f, "{"), CheckpointError, "is not JSON"),
+    "index is a list": (lambda f: in_shards(f, "[]"), CheckpointError, "got a JSON list, expected an object"),
     "index of lists": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": ["b"]}}'), CheckpointError, "not an index of shards"
+        lambda f: in_shards(f, '{"weight_map": {"a": ["b"]}}'), CheckpointError, "not an index of shards"
     ),
     "index of numbers": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": 1}}'), CheckpointError, "not an index of shards"
+        lambda f: in_shards(f, '{"weight_map": {"a": 1}}'), CheckpointError, "not an index of shards"
     ),
     "shard missing": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}'),
+        lambda f: in_shards(f, '{"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}'),
         CheckpointError,
         r"missing model-2\.safetensors",
     ),
     "shard outside": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "../outside.safetensors"}}'),
+        lambda f: in_shards(f, '{"weight_map": {"a": "../outside.safetensors"}}'),
         CheckpointError,
         r"names files outside the folder: \.\./outside\.safetensors",
     ),
     "shard by absolute path": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "/etc/passwd"}}'), CheckpointError, "outside the folder"
+        lambda f: in_shards(f, '{"weight_map": {"a": "/etc/passwd"}}'), CheckpointError, "outside the folder"
     ),
     "shard with a backslash": (
-        lambda f: (f / INDEX).write_text('{"weight_map": {"a": "..\\\\outside"}}'), CheckpointError, "outside the folder"
+        lambda f: in_shards(f, '{"weight_map": {"a": "..\\\\outside"}}'), CheckpointError, "outside the folder"
     ),
-    "shard is the parent": (lambda f: (f / INDEX).write_text('{"weight_map": {"a": ".."}}'), CheckpointError, r"\.\."),
+    "shard is the parent": (lambda f: in_shards(f, '{"weight_map": {"a": ".."}}'), CheckpointError, r"\.\."),
     "tokenizer with broken merges": (
         broken_merges, CheckpointError, "cannot build the tokenizer: "
     ),

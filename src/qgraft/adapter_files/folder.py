@@ -40,7 +40,7 @@ from qgraft.adapter_files.lora import (
     made_of_pairs,
     parse_state,
 )
-from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values, folder_hint
+from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values, folder_hint, unknown_note
 from qgraft.adapter_files.prefix import (
     ENCODER,
     check_prefix_config,
@@ -283,7 +283,7 @@ def _staged_lora(
         kept=read_rows(folder, seal),
     )  # fmt: skip
     tokens, told = stored_tokens(model, folder, adapter)
-    notes = (*_notes(problems, seal), *told)
+    notes = (*_notes(problems, seal), *unknown_note(config), *told)
     about = f"rows of {len(token_ids(adapter))} tokens, " if rows else ""
     loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), notes, about)
 

@@ -32,6 +32,11 @@ _UNSUPPORTED = (
     "use_qalora", "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config",
     "ensure_weight_tying",
 )  # fmt: skip
+_WITHOUT_EFFECT = (  # on what a trained LoRA computes
+    "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "eva_config", "inference_mode", "init_lora_weights",
+    "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "runtime_config", "task_type", "velora_config",
+)  # fmt: skip
 _CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")  # init_lora_weights that change the base as well
 
 
@@ -131,6 +136,14 @@ def checked_values(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise AdapterError(f"{path}:\n  " + "\n  ".join(problems))
     return given
+
+
+def unknown_note(config: Mapping[str, Any]) -> list[str]:
+    """One sentence where a configuration says what no release of PEFT that is known here says; PEFT passes over it, too."""
+    known = {*_VALUES, *_UNSUPPORTED, *_WITHOUT_EFFECT}
+    found = [key for key, value in config.items() if key not in known and value not in (None, False, "", [], {})]
+    listed = ", ".join(found[:8]) + ", ..." * (len(found) > 8)
+    return [f"{CONFIG}: unknown options, which are not gone by: {listed}"] if found else []
 
 
 def shown(value: object) -> str:

@@ -15,6 +15,9 @@ W stays packed. The lengths come without W + s B A, in one product of W with the
 n is off by some 1e-7, unless s B A takes most of a row of W away. Where nothing is learned n is kept for as long as A, B and
 the base are what they were, which their values say: a tensor can be written to in ways that torch does not count.
 
+Beside other active adapters it adds W' - W of the base, as they add their deltas: a sum, whatever their order. PEFT's
+forward pass scales by m / n also what adapters before it added, and its merges take other lengths of rows again.
+
 A row of zeros has no direction: it stays as it is until B A gives it one.
 """
 

@@ -11,6 +11,7 @@ from qgraft.errors import CheckpointError, UnsupportedError, worded
 from qgraft.json_files import read_object
 from qgraft.models.find import find_architecture
 
+ADAPTER = "adapter_config.json"  # PEFT's, of an adapter
 MOST_LAYERS = 10_000  # a module is made for each, before any tensor is looked for
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")  # fields of configurations
 _CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk")  # of them for each token
@@ -22,7 +23,7 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         hint = "give a .gguf file or a folder saved by transformers"
-        if (folder / "adapter_config.json").is_file():
+        if (folder / ADAPTER).is_file():
             hint = "this is an adapter: give its base as the model, and this folder as the adapter"
         if (folder / "model_index.json").is_file():
             hint = f"this is a diffusion model: {worded(flags='qgraft diffuse', python='qgraft.diffusion.load()')} takes it"
@@ -35,6 +36,14 @@ def read_config_json(folder: Path) -> dict[str, Any]:
                     f"{path}: {key}: got {str(count)[:80]}, expected a number from 1 to {MOST_LAYERS}"
                 )
     return raw
+
+
+def adapter_note(folder: Path) -> list[str]:
+    """One sentence where an adapter lies beside the model: transformers would load that, too."""
+    if not (folder / ADAPTER).is_file():
+        return []
+    asked = worded(flags=f"--adapter {folder}", python=f"load_adapter(model, {str(folder)!r})")
+    return [f"the folder holds an adapter beside the model ({ADAPTER}), which is not loaded with it: {asked} does that"]
 
 
 def folder_config(folder: Path) -> PreTrainedConfig:

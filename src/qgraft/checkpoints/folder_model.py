@@ -33,7 +33,7 @@ from transformers.pytorch_utils import Conv1D
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, empty_model, packable, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
-from qgraft.checkpoints.folder_config import config_of, read_config_json
+from qgraft.checkpoints.folder_config import adapter_note, config_of, read_config_json
 from qgraft.checkpoints.folder_experts import stored_stacks
 from qgraft.checkpoints.folder_processor import folder_processor
 from qgraft.checkpoints.folder_tokenizer import folder_tokenizer
@@ -99,6 +99,7 @@ def load_folder(
         fingerprint=fingerprint(entry for entries in reader.entries.values() for entry in entries),
         formats=weight_formats(model),
         notes=(
+            *adapter_note(folder),
             *reader.notes,
             *reader.heads.notes(),
             *reader.misfits(),

@@ -3,13 +3,18 @@
 import re
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.checkpoints.glm_tokenizer import chatglm3_tokenizer, glm4_tokenizer, is_glm4
 from qgraft.errors import CheckpointError
+from qgraft.json_files import read_object
 from qgraft.models.find import Architecture, architecture_of
 
+# What the tokenizers of transformers are made of: spiece.model, sentencepiece.bpe.model, vocab-src.json, source.spm, ...
+VOCABULARIES = ("tokenizer.json", "*.model", "vocab*.json", "vocab.txt", "*.spm", "bpe.codes", "*.tokenizer")
+CONFIG = "tokenizer_config.json"
 LARGEST_ID = (
     1 << 24
 )  # of a token: the tokenizers package counts up to it when it writes a vocabulary; the largest have 2^18
@@ -19,7 +24,7 @@ def folder_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrained
     """The folder's tokenizer, and notes where there is none."""
     if architecture := architecture_of(config):
         return _native_tokenizer(folder, architecture, config)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+    if not any(path.is_file() for name in VOCABULARIES for path in folder.glob(name)) and not _spells_bytes(folder):
         return None, []
     with ForeignErrors(f"{folder}: transformers cannot build the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -30,13 +35,22 @@ def folder_tokenizer(folder: Path, config: PreTrainedConfig) -> tuple[PreTrained
     return tokenizer, []
 
 
+def _spells_bytes(folder: Path) -> bool:
+    """Whether the folder names a class of transformers whose tokens are bytes or characters, which no file lists: ByT5's."""
+    if not (folder / CONFIG).is_file():
+        return False
+    named = read_object(folder / CONFIG, CheckpointError, finite=False).get("tokenizer_class")
+    found = getattr(transformers, named, None) if isinstance(named, str) else None
+    return isinstance(found, type) and getattr(found, "vocab_files_names", None) == {}
+
+
 def _native_tokenizer(
     folder: Path, architecture: Architecture, config: PreTrainedConfig
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     path = folder / architecture.vocabulary
     if not path.is_file():
         return None, [f"the folder has no vocabulary file ({path.name}), so there is no tokenizer"]
-    files = [folder / "config.json", folder / "tokenizer_config.json"]
+    files = [folder / "config.json", folder / CONFIG]
     third = any(re.search(rb"chatglm3", file.read_bytes(), re.IGNORECASE) for file in files if file.is_file())
     with ForeignErrors(f"{path}: no tokenizer can be built of it"):
         if path.name == "tokenizer.model" and is_glm4(path):

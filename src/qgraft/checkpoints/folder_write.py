@@ -14,6 +14,7 @@ read, and save, which makes a copy of a whole shard in memory.
 """
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 
 from qgraft import storage
 from qgraft.adapters.lora_experts import stack_paths
-from qgraft.checkpoints.folder_config import read_config_json
+from qgraft.checkpoints.folder_config import ADAPTER, read_config_json
 from qgraft.checkpoints.folder_experts import FORMATS as EXPERT_FORMATS
 from qgraft.checkpoints.folder_experts import Together, place_experts
 from qgraft.checkpoints.folder_model import folder_digest, matrix_entries
+from qgraft.checkpoints.folder_tokenizer import VOCABULARIES
 from qgraft.checkpoints.heads import changed_head, head_config
 from qgraft.checkpoints.layouts import (
     LAYOUTS,
@@ -46,7 +48,7 @@ from qgraft.checkpoints.layouts import (
 )
 from qgraft.checkpoints.origin import Container, Matrix, Origin, changed_source
 from qgraft.checkpoints.pickles import WORDS
-from qgraft.checkpoints.shards import BIN_INDEX, INDEX, Shard, open_shard, open_shards, shard_paths
+from qgraft.checkpoints.shards import INDEX, NAMED, Shard, open_shard, open_shards, shard_paths
 from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.mapped import release
@@ -58,8 +60,18 @@ CONTAINER = Container(
     EXPERT_FORMATS,
     'load with quantize="chatglm-int4", or save with to="chatglm-int8" or to="f16"',
 )
-_COPIED = ("*.json", "*.jinja", "*.md", "*.model", "*.txt", "LICENSE*", "NOTICE*", "additional_chat_templates/*.jinja")
-_WRITTEN = ("config.json", INDEX, BIN_INDEX, storage.MANIFEST)
+_COPIED = (
+    "*.json",
+    "*.jinja",
+    "*.md",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*.jinja",
+    *VOCABULARIES,
+)
+_LEFT = ("config.json", ADAPTER, storage.MANIFEST)  # written apart, or of tensors that are not written
+_INDEX = re.compile(r"\.(safetensors|bin)\.index\b")  # in the names of indices of weight files
 
 Tensors = dict[str, tuple[str, Tensor]]  # name -> (safetensors' word for the dtype, tensor)
 
@@ -264,12 +276,11 @@ def _split(places: Iterator[_Place]) -> list[list[_Place]]:
 
 
 def _copy_files(source: Path, staging: Path) -> None:
-    for pattern in _COPIED:
-        for path in source.glob(pattern):
-            if path.is_file() and path.name not in _WRITTEN:
-                copy = staging / path.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, copy)
+    for path in {path for pattern in _COPIED for path in source.glob(pattern)}:
+        if path.is_file() and path.name not in _LEFT and not _INDEX.search(path.name):
+            copy = staging / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _with_vocabulary(config: Mapping[str, Any], count: int) -> Mapping[str, Any]:
@@ -311,6 +322,7 @@ def _write_config(
     the number of tokens with new ones."""
     before = read_config_json(source)
     config: Mapping[str, Any] = {**configured(before, [matrix.format for matrix in matrices]), **head}
+    config = {key: value for key, value in config.items() if key != NAMED}  # written is model.safetensors
     if tokens:
         config = _with_vocabulary(config, max(token.id for token in tokens) + 1)
     if config == before:

@@ -33,6 +33,7 @@ from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_key_parts import WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.checkpoints.gguf_model import SUPPRESSED
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
     ROUTER,
@@ -135,7 +136,7 @@ def draft_gguf(model: Any) -> Draft:
     try:
         keys, rotations = written_keys(config, architecture, rotary)
         keys = {"general.architecture": architecture, "general.name": origin.path.resolve().name, **keys}
-        keys |= tokenizer_keys(tokenizer, rows) | _turn_end(model, tokenizer)
+        keys |= tokenizer_keys(tokenizer, rows) | _answer_tokens(model, tokenizer)
         file = _header(origin.path, keys, shapes, _vector_shapes(model, vectors), rotations)
         notes = check_tokenizer(tokenizer, file)
         lost = lost_in_keys(config, rotary, file)
@@ -260,12 +261,13 @@ def _parts_of_biases(parameter: str) -> dict[str, str]:
     return expert_tensors(parameter) if parameter.endswith("_bias") else {}
 
 
-def _turn_end(model: Any, tokenizer: Any) -> dict[str, int]:
-    """A second end token that the folder states: where a turn ends."""
+def _answer_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """A second end token that the folder states: where a turn ends; and those that it rules out in answers."""
     stated = model.generation_config.eos_token_id if model.generation_config is not None else None
     others = [each for each in (stated if isinstance(stated, list) else [stated]) if each is not None]
     others = [each for each in others if each != tokenizer.eos_token_id]
-    return {"tokenizer.ggml.eot_token_id": others[0]} if others else {}
+    never = list(getattr(model.generation_config, "suppress_tokens", None) or ())
+    return ({"tokenizer.ggml.eot_token_id": others[0]} if others else {}) | ({SUPPRESSED: never} if never else {})
 
 
 def _header(

@@ -12,6 +12,7 @@ transformers' own GGUF loader is the oracle of the tests; it turns every weight 
 
 import hashlib
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ from qgraft.experts import Stack
 from qgraft.formats import PackedTensor, take_rows
 from qgraft.model_parts import decoder_of, is_encoder_decoder
 
+SUPPRESSED = "tokenizer.ggml.suppress_tokens"
+
 
 def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and tokenizer of a GGUF file; the weights are views of the mapped file.
@@ -76,7 +79,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
     if TABLE[header.architecture].rotates:
         decoder = decoder_of(model)
         apply_rotation(getattr(decoder, "rotary_emb", None) or decoder.pos_emb, header, file)  # LFM2-MoE's name for it
-    _set_end_tokens(model, file)
+    _set_answer_tokens(model, file)
     unused = sorted(file.tensors.keys() - reader.used - rope_tensors(header, file) - idle_tensors(header, file))
     if unused:
         raise CheckpointError(
@@ -219,9 +222,16 @@ def _rules(file: GgufFile) -> Rules:
     )
 
 
-def _set_end_tokens(model: PreTrainedModel, file: GgufFile) -> None:
-    """Generation stops at the end of a text and at the end of a turn, where the file names both."""
+def _set_answer_tokens(model: PreTrainedModel, file: GgufFile) -> None:
+    """Generation stops at the end of a text and at the end of a turn, where the file names both; what it rules out is not
+    written."""
+    if model.generation_config is None:
+        return
     ids = [file.metadata.get(f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot", "eom")]
     unique = list(dict.fromkeys(i for i in ids if i is not None))
-    if unique and model.generation_config is not None:
+    if unique:
         model.generation_config.eos_token_id = unique
+    never, count = file.metadata.get(SUPPRESSED, []), len(file.metadata.get("tokenizer.ggml.tokens", []))
+    if not isinstance(never, list) or not all(type(token) is int and 0 <= token < count for token in never):
+        raise CheckpointError(f"{file.path}: {SUPPRESSED}: got {reprlib.repr(never)}, expected ids below {count}")
+    model.generation_config.suppress_tokens = never or None

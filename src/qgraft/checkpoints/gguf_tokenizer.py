@@ -8,7 +8,7 @@
     *_token_id             which of them begins a text, ends it, fills it up
     add_bos_token, ...     whether a text alone gets them
     add_space_prefix       sentencepiece: a blank in front of each stretch of text, also of one behind a special token
-    tokenizer.chat_template
+    tokenizer.chat_template, and .tool_use for conversations with tools; of others by name llama.cpp makes no use either
 
 What comes out is a plain PreTrainedTokenizerFast: `save_pretrained` writes a folder that needs none of this. transformers'
 own reader of GGUF files was not chosen: it goes by the architecture instead of `pre`, passes over `add_space_prefix`, and
@@ -34,6 +34,7 @@ from qgraft.checkpoints.pretokenizers import LINES, PRE_TOKENIZERS, UNREAD, PreT
 from qgraft.checkpoints.sentencepiece_merges import Pair, merges_by_score
 from qgraft.errors import CheckpointError, DataError, UnsupportedError, near_match
 
+TEMPLATE, WITH_TOOLS = "tokenizer.chat_template", "tool_use"
 MODELS = ("gpt2", "llama", "gemma4", "t5")
 _TEXTS = ("text_pair", "text_target", "text_pair_target")  # options that hold texts too
 _PHI3_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
@@ -118,7 +119,7 @@ def gguf_tokenizer(file: GgufFile) -> PreTrainedTokenizerBase:
     made = GgufTokenizer(
         tokenizer_object=_Handed(tokenizer),
         clean_up_tokenization_spaces=False,  # llama.cpp's server and chat print what was written, too
-        chat_template=_text(file, "tokenizer.chat_template") or None,
+        chat_template=_templates(file),
         **flags,
         **{f"{role}_token": added[token] for role, token in roles.items()},
     )
@@ -282,6 +283,12 @@ def _takes_blanks_before(pre: str, name: str) -> str | None:
     if any(part in pre for part in ("jina-v2-de", "jina-v2-es", "jina-v2-code")):
         return "<mask>"
     return "[MASK]" if "modern-bert" in name else None
+
+
+def _templates(file: GgufFile) -> str | dict[str, str] | None:
+    """The chat template; with the one for conversations with tools, where the file has another for them, by names."""
+    own, with_tools = _text(file, TEMPLATE), _text(file, f"{TEMPLATE}.{WITH_TOOLS}")
+    return {"default": own or with_tools, WITH_TOOLS: with_tools} if with_tools else own or None
 
 
 def _flag(file: GgufFile, name: str, default: bool) -> bool:

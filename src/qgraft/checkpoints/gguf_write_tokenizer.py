@@ -21,10 +21,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from qgraft.checkpoints.gguf_file import GgufFile
-from qgraft.checkpoints.gguf_tokenizer import gguf_tokenizer
+from qgraft.checkpoints.gguf_tokenizer import TEMPLATE, WITH_TOOLS, gguf_tokenizer
 from qgraft.checkpoints.gguf_unigram import IN_FRONT, SEVERAL
 from qgraft.checkpoints.gguf_vocabulary import BYTE, CONTROL, NORMAL, ROLES, UNKNOWN, UNUSED, USER_DEFINED
 from qgraft.checkpoints.pretokenizers import GPT2, PRE_TOKENIZERS
+from qgraft.data.templates import tokenizers_own
 from qgraft.errors import CheckpointError, UnsupportedError
 
 PROBES = (
@@ -66,10 +67,9 @@ def tokenizer_keys(tokenizer: PreTrainedTokenizerBase, rows: int) -> dict[str, A
     keys |= _roles(tokenizer)
     keys |= dict(zip(("add_bos_token", "add_eos_token"), _ends(tokenizer), strict=True))
     found = {f"tokenizer.ggml.{key}": value for key, value in keys.items()}
-    template = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    return found | ({"tokenizer.chat_template": template} if template else {})
+    own, with_tools = tokenizers_own(tokenizer)
+    named = {f"{TEMPLATE}.{WITH_TOOLS}": with_tools, f"{TEMPLATE}s": [WITH_TOOLS]} if with_tools else {}
+    return found | ({TEMPLATE: own} if own else {}) | named
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, draft: GgufFile) -> list[str]:

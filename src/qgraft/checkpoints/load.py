@@ -22,7 +22,7 @@ from qgraft.checkpoints.save import save_pretrained
 from qgraft.checkpoints.thudm_prefix import attach_own_prefix
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
-from qgraft.data.templates import ChatTemplate
+from qgraft.data.templates import ChatTemplate, tokenizers_own
 from qgraft.errors import CheckpointError, OptionError, UnsupportedError, option
 from qgraft.given import path_given
 from qgraft.model_parts import CAUSAL, is_encoder_decoder, pairs_unsupported
@@ -113,8 +113,8 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     """Let generate() stop where a turn ends, also where the file names only the end of a text; see data/ends.py."""
     generation = model.generation_config
     if generation is not None:
-        own = tokenizer.chat_template
-        template = ChatTemplate(own, "tokenizer") if isinstance(own, str) else None
+        own, _ = tokenizers_own(tokenizer)
+        template = ChatTemplate(own, "tokenizer") if own else None
         generation.eos_token_id = end_token_ids(tokenizer, generation.eos_token_id, template) or None
 
 

@@ -25,7 +25,9 @@ from pathlib import Path
 import platformdirs
 
 from qgraft import storage
+from qgraft.checkpoints.folder_tokenizer import VOCABULARIES
 from qgraft.checkpoints.gguf_split import part_names
+from qgraft.checkpoints.shards import chosen_file
 from qgraft.errors import CheckpointError, OptionError, near_match
 
 HOME_VARIABLE = "QGRAFT_HOME"
@@ -238,9 +240,9 @@ def from_hub(name: str, file: str) -> Path:
             if file:
                 first, *_ = [Path(hf_hub_download(name, part)) for part in part_names(file)]
                 return first
-            about = ["*.json", "*.model", "*.txt", "*.jinja"]  # no *.py
+            about = ["*.json", "*.txt", "*.jinja", *VOCABULARIES]  # no *.py
             folder = Path(snapshot_download(name, allow_patterns=[*about, "*.safetensors"]))
-            if not any(folder.glob("*.safetensors")):  # an older repository, with pickles only
+            if chosen_file(folder) is None:  # an older repository, whose model is in pickles only
                 folder = Path(snapshot_download(name, allow_patterns=[*about, "pytorch_model*.bin"]))
             return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -1,8 +1,14 @@
-"""The weight files of a Hugging Face folder, mapped: *.safetensors, or else pytorch_model*.bin.
+"""The weight files of a Hugging Face folder, mapped. Those count that transformers would load, in its order:
 
-    model.safetensors                                       pytorch_model.bin
-    model-00001-of-00002.safetensors, ...                   pytorch_model-00001-of-00002.bin, ...
-    model.safetensors.index.json                            pytorch_model.bin.index.json
+    what config.json names              "transformers_weights": a file of safetensors, or an index of some
+    model.safetensors
+    model.safetensors.index.json        and the files that it names, model-00001-of-00002.safetensors, ...
+    pytorch_model.bin
+    pytorch_model.bin.index.json        and the files that it names, pytorch_model-00001-of-00002.bin, ...
+
+Whatever lies beside them, of an earlier save, of a checkpoint kept for later, of an adapter, is not read. transformers loads
+no folder that has none of these; here all *.safetensors count then, or else all pytorch_model*.bin, if each tensor is in one
+of them only.
 
 A tensor that is read is a view of the mapped file, so loading a packed weight copies nothing.
 
@@ -22,8 +28,9 @@ from qgraft.checkpoints.pickles import WORDS, load_tensors
 from qgraft.errors import CheckpointError, QgraftError
 from qgraft.json_files import parse_json, read_object
 
-INDEX = "model.safetensors.index.json"
-BIN_INDEX = "pytorch_model.bin.index.json"
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN_WHOLE, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+NAMED = "transformers_weights"  # in config.json
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +61,17 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor
     Raises CheckpointError, also when the index lists tensors that its files do not hold.
     """
     readers: dict[str, Callable[[], Tensor]] = {}
+    holders: dict[str, Path] = {}
     for path in shard_paths(folder):
         shard = open_shard(path, stack)
+        if twice := next((name for name in shard.names if name in readers), None):
+            raise CheckpointError(
+                f"{folder}: {twice} is in {holders[twice].name} and in {path.name}",
+                hint=f"which of the files is the model? Name it {WHOLE} or {BIN_WHOLE}, or move the others away",
+            )
         for name in shard.names:
             readers[name] = lambda shard=shard, name=name: shard.tensor(name)  # type: ignore[misc]
+            holders[name] = path
     index = find_index(folder)
     if lost := [name for name in _weight_map(index) if name not in readers] if index else []:
         raise CheckpointError(f"{index} lists {len(lost)} tensors that its files do not hold: {', '.join(lost)}")
@@ -65,24 +79,24 @@ def open_shards(folder: Path, stack: ExitStack) -> dict[str, Callable[[], Tensor
 
 
 def find_index(folder: Path) -> Path | None:
-    """The index of the files that count, or None where all files of the folder do."""
-    if (folder / INDEX).is_file():
-        return folder / INDEX
-    has_bin_index = (folder / BIN_INDEX).is_file() and not any(folder.glob("*.safetensors"))
-    return folder / BIN_INDEX if has_bin_index else None
+    """The index of the files that count, or None where there is none or it is not gone by. Raises CheckpointError."""
+    chosen = chosen_file(folder)
+    return chosen if chosen is not None and chosen.suffix == ".json" else None
 
 
 def shard_paths(folder: Path) -> list[Path]:
-    """The weight files of a folder: those that its index names, or else all. Raises CheckpointError."""
-    index = find_index(folder)
-    if index is not None:
-        names = sorted(set(_weight_map(index).values()))
-        outside = [name for name in names if PureWindowsPath(name).name != name or Path(name).name != name]
-        if outside:
-            raise CheckpointError(f"{index} names files outside the folder: {', '.join(outside)}")
-        paths = [folder / name for name in names]
-    else:
+    """The weight files of a folder that count; see above. Raises CheckpointError."""
+    chosen = chosen_file(folder)
+    if chosen is None:
         paths = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    elif chosen.suffix != ".json":
+        paths = [chosen]
+    else:
+        names = sorted(set(_weight_map(chosen).values()))
+        outside = [name for name in names if not _is_name(name)]
+        if outside:
+            raise CheckpointError(f"{chosen} names files outside the folder: {', '.join(outside)}")
+        paths = [folder / name for name in names]
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise CheckpointError(
@@ -91,6 +105,29 @@ def shard_paths(folder: Path) -> list[Path]:
     if not paths:
         raise CheckpointError(f"{folder}: no weights: expected *.safetensors or pytorch_model*.bin")
     return paths
+
+
+def chosen_file(folder: Path) -> Path | None:
+    """The weight file, or the index of several, that transformers would load; None where it would load nothing."""
+    config = folder / "config.json"
+    named = read_object(config, CheckpointError, finite=False).get(NAMED) if config.is_file() else None
+    if named is None:
+        return next((path for name in (WHOLE, INDEX, BIN_WHOLE, BIN_INDEX) if (path := folder / name).is_file()), None)
+    if (
+        not isinstance(named, str)
+        or not _is_name(named)
+        or not named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        expected = "a file of safetensors of the folder, or an index of some"
+        raise CheckpointError(f"{config}: {NAMED}: got {str(named)[:80]!r}, expected {expected}")
+    if not (folder / named).is_file():
+        raise CheckpointError(f"{folder}: missing {named}, which config.json names as its weights ({NAMED})")
+    return folder / named
+
+
+def _is_name(name: str) -> bool:
+    """Whether it is a file's name, on any system, without a folder before it."""
+    return PureWindowsPath(name).name == name and Path(name).name == name
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -78,10 +78,12 @@ def variant(name: str) -> str:
 
 
 def tokenizers_own(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str]:
-    """The tokenizer's template and the one that it has for tools beside it; "" for what it has not."""
+    """The tokenizer's template and the one that it has for tools beside it; "" for what it has not. As in llama.cpp one for
+    tools alone is for all conversations; transformers refuses those without tools."""
     held = tokenizer.chat_template
     if isinstance(held, dict):
-        return held.get("default") or tokenizer.get_chat_template(), held.get("tool_use") or ""
+        with_tools = held.get("tool_use") or ""
+        return held.get("default") or with_tools, with_tools
     return (tokenizer.get_chat_template(), "") if held else ("", "")
 
 

@@ -1,4 +1,4 @@
-"""How long a text may be that goes through a model, and where the model's files say that it ends."""
+"""How long a text may be that goes through a model, where the model's files say that it ends, and what it may not hold."""
 
 from transformers import PreTrainedModel
 
@@ -23,6 +23,12 @@ def stated_ends(model: PreTrainedModel) -> list[int]:
     """The ids of end tokens that the model's files state, beside the tokenizer's; see data/ends.py."""
     told = None if model.generation_config is None else model.generation_config.eos_token_id
     return [told] if isinstance(told, int) else list(told or ())
+
+
+def suppressed_tokens(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids of tokens that the model's files rule out in answers, whatever their logits (marks of images in Gemma 4):
+    `suppress_tokens` of generation_config.json or of a GGUF file, which transformers' generate() and llama.cpp go by."""
+    return tuple(getattr(model.generation_config, "suppress_tokens", None) or ())
 
 
 def context_length(model: PreTrainedModel, reserved: int = 0) -> int | None:

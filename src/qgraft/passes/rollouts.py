@@ -1,7 +1,8 @@
 """Answers that a model gives to prompts while it is in training: texts that go on together, each drawn by its own numbers.
 
-    softmax(logits / temperature)   over the first `width` ids, nothing cut away: the model's own distribution. One number of
-                                    a text's generator says where in the sum of the shares its next token lies
+    softmax(logits / temperature)   over the first `width` ids, without those that the model's files rule out; nothing else
+                                    is cut away: the model's own distribution. One number of a text's generator says where
+                                    in the sum of the shares its next token lies
     temperature 0                   the likeliest token
 
 So what a text draws depends on its seed, not on who else is drawn with it, up to the rounding of products with other numbers
@@ -28,6 +29,7 @@ from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.decoder import evaluating
 from qgraft.passes.fused import unfused
 from qgraft.passes.key_values import KeyValues
+from qgraft.passes.limits import suppressed_tokens
 from qgraft.passes.native_texts import NativeTexts
 from qgraft.passes.own_passes import OwnPasses
 
@@ -60,6 +62,7 @@ class Rollouts:
     ) -> None:
         self.model, self.ends, self.width, self.tokens = model, frozenset(ends), width, tokens
         self.temperature = temperature
+        self._never_N = torch.tensor([token for token in suppressed_tokens(model) if token < width], dtype=torch.int64)
         with _by_itself(model):
             self.problem = "it has a prefix" if prefixes_of(model) else why_not_batched(model)
             if self.problem is not None and (reason := why_not_own(model)) is not None:
@@ -104,6 +107,7 @@ class Rollouts:
 
         def choose(logits_V: Tensor) -> int:
             logits_W = logits_V[: self.width].to("cpu", torch.float32)
+            logits_W = logits_W.index_fill(0, self._never_N, -torch.inf) if len(self._never_N) else logits_W
             if not bool(logits_W.isfinite().any()) or bool(logits_W.isnan().any()):
                 raise TrainingError("no answer can be drawn: the model's logits are NaN or infinite")
             if not self.temperature:

@@ -37,7 +37,7 @@ from qgraft.model_parts import context_of, is_encoder_decoder, pairs_unsupported
 from qgraft.passes.batched import CACHED
 from qgraft.passes.batched_trial import why_not_batched, why_not_own
 from qgraft.passes.key_values import BLOCK
-from qgraft.passes.limits import stated_ends
+from qgraft.passes.limits import stated_ends, suppressed_tokens
 from qgraft.serving.grammars import Grammars
 from qgraft.serving.mixes import mix_of
 from qgraft.serving.passes_of import Part, PassError, Passes, SharedPasses, SinglePasses
@@ -115,7 +115,7 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        running = Running.of(request, listener, mix, limit, self._text(request))
+        running = Running.of(request, listener, mix, limit, self._text(request), suppressed_tokens(self.model))
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")

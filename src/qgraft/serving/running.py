@@ -1,6 +1,6 @@
 """A request that is being answered: its ids so far, what others are told of it, and where it ends."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,11 +46,14 @@ class Running:
     _matching: Matching | None = None
 
     @classmethod
-    def of(cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText) -> "Running":
-        """A request at its beginning."""
+    def of(
+        cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText, never: Sequence[int] = ()
+    ) -> "Running":
+        """A request at its beginning; `never` are ids that no answer may have."""
         prompt = list(request.prompt)
         matching = None if request.grammar is None else request.grammar.begin()
-        return cls(request, listener, mix, limit, text, Sampler(request.sampling, prompt), prompt, _matching=matching)
+        sampler = Sampler(request.sampling, prompt, never)
+        return cls(request, listener, mix, limit, text, sampler, prompt, _matching=matching)
 
     @property
     def new(self) -> int:

@@ -3,7 +3,8 @@
     penalties     repetition (Keskar et al. 2019): of every token that is in the text already, logits above 0 are divided by
                   it and those below multiplied; presence and frequency (OpenAI): of the answer's tokens, p is subtracted
                   once, f for every time; logit_bias is added
-    form          tokens that an answer's form (grammars.py) does not allow have no share
+    form          tokens that an answer's form (grammars.py) does not allow have no share, nor those that the model's files
+                  rule out (suppress_tokens)
     temperature   logits / t; 0 takes the likeliest token, and nothing is drawn
     cuts          top_k tokens; of these the fewest that have the share top_p; of these those with at least min_p of the
                   likeliest one's share
@@ -13,7 +14,7 @@ depend on who else is in the batch. Log probabilities are those of the model, be
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -86,10 +87,11 @@ class Sampler:
 
     Args:
         prompt: the ids that repetition_penalty knows from the beginning.
+        never: ids that have no share, whatever is asked for.
     """
 
-    def __init__(self, sampling: Sampling, prompt: list[int]) -> None:
-        self.sampling = sampling
+    def __init__(self, sampling: Sampling, prompt: list[int], never: Sequence[int] = ()) -> None:
+        self.sampling, self._never_N = sampling, torch.tensor(never, dtype=torch.int64)
         self._generator = torch.Generator()
         if sampling.seed is None:
             self._generator.seed()
@@ -109,6 +111,8 @@ class Sampler:
         if not math.isfinite(float(raw_V[likeliest])):
             raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
         scores_V = self.penalized(raw_V)
+        if len(self._never_N):
+            scores_V = scores_V.index_fill(0, self._never_N[self._never_N < len(scores_V)], -torch.inf)
         if allowed_V is not None:
             scores_V = scores_V.masked_fill(~allowed_V[: len(scores_V)], -torch.inf)
             if not bool(scores_V.isfinite().any()):
