@@ -29,6 +29,14 @@ def unasked(args: "TrainArguments") -> list[str]:
     return list(_without_effect(args, missing))
 
 
+def unread_of_held_out(args: "TrainArguments", held_out: object) -> list[str]:
+    """The same of rows that are held out where none are given: those of val_size are read with the rest."""
+    if held_out is not None and held_out != "":
+        return []
+    names = ["max_eval_samples", *([] if args.do_predict else ["val_max_target_length"])]
+    return list(_without_effect(args, {"eval_dataset is not given": names}))
+
+
 def _without_effect(args: "TrainArguments", why: Mapping[str, Sequence[str]]) -> Iterator[str]:
     defaults = {each.name: each.default for each in dataclasses.fields(args)}
     for reason, names in why.items():
