@@ -31,6 +31,14 @@ def test_what_labels_are(labels, expected):
     assert labels_of(texts(*labels)) == expected
 
 
+def test_whole_floats_are_what_somebody_says_they_are():
+    rows = texts(1.0, 5.0, 2.0, 5.0)
+    assert (
+        labels_of(rows, names=["1", "2", "5"]) == labels_of(rows, problem_type=SINGLE) == LabelScheme(("1", "2", "5"))
+    )
+    assert labels_of(rows, problem_type=NUMBER).problem_type == NUMBER
+
+
 def test_targets():
     several = LabelScheme(("x", "y", "z"), SEVERAL)
     assert several.target(["z", "x"]) == [1.0, 0.0, 1.0]
@@ -51,6 +59,7 @@ def test_targets():
         (texts(*map(str, range(30))), "label of its own"),
         (texts([0, 1], [1, 0]), "may be ids, or say yes and no"),
         (texts("0.5", "1.5"), "numbers with fractions"),
+        (texts(1.0, 5.0, 2.0, 5.0), "labels are 1.0, 2.0, 5.0 ...: names of 3 kinds, or amounts"),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_refused(rows, match):

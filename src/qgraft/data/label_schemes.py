@@ -102,7 +102,7 @@ def scheme_of(
         if not found:
             raise DataError("no word has a label")
         return LabelScheme(tuple(names or _sorted(found)))
-    kind = problem_type or _kind(labels)
+    kind = problem_type or _kind(labels, named=names is not None)
     if kind == NUMBER:
         for row in rows:
             _number(row.label)
@@ -116,9 +116,20 @@ def scheme_of(
     return LabelScheme(tuple(names or _sorted(found)), kind)
 
 
-def _kind(labels: Sequence[Label]) -> str:
+def _kind(labels: Sequence[Label], *, named: bool) -> str:
+    """What the labels are; `named` says whether somebody told their names."""
     if any(isinstance(label, list | dict) for label in labels):
         return SEVERAL
+    whole = {label for label in labels if isinstance(label, float) and label.is_integer()}
+    if (
+        not named
+        and len(whole) > 2
+        and all(isinstance(label, float) for label in labels)
+        and len(set(labels)) == len(whole)
+    ):
+        raise DataError(f"labels are {', '.join(map(str, sorted(whole)[:3]))} ...: names of {len(whole)} kinds, or amounts",
+                        hint=f"{option('problem_type', SINGLE)} tells them apart, {option('problem_type', NUMBER)} comes "
+                        "close to them, as transformers' examples do with such columns")  # fmt: skip
     numbers = [label for label in labels if isinstance(label, float) and not label.is_integer()]
     if numbers and all(isinstance(label, int | float) for label in labels):
         return NUMBER
