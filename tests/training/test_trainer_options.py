@@ -425,12 +425,6 @@ def test_options_of_held_out_rows_that_are_none_are_said(tmp_path):
     assert unread_of_held_out(args, [{"prompt": "q", "response": "a"}]) == []
 
 
-def test_a_column_of_answers_has_no_place_in_pairs(tmp_path):
-    with pytest.raises(OptionError, match="response_column: the answers of a pair are chosen and rejected"):
-        arguments(tmp_path, stage="dpo", response_column="best")
-    assert arguments(tmp_path, stage="kto", response_column="best").response_column == "best"
-
-
 def test_enums_are_compared_by_their_values(tmp_path):
     class Kind(Enum):
         SGD = "sgd"
@@ -448,6 +442,11 @@ def test_enums_are_compared_by_their_values(tmp_path):
         ),
         ({"loraplus_lr_embedding": 0.1}, "loraplus_lr_embedding has no effect: loraplus_lr_ratio is not given"),
         ({"test_dataset": "a.jsonl"}, "test_dataset has no effect: do_predict is not asked for"),
+        (
+            {"response_column": "best", "stage": "dpo"},
+            "response_column has no effect: the answers of a pair are chosen",
+        ),
+        ({"response_column": "best", "stage": "kto"}, None),
         ({"num_beams": 2, "stage": "dpo"}, "num_beams has no effect: nothing is answered"),
         ({"temperature": 0.5, "do_eval": True, "eval_dataset": "a"}, "temperature has no effect: nothing is answered"),
         ({"pre_seq_len": 4, "r": 16}, "r has no effect on a prefix"),

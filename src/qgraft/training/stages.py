@@ -197,7 +197,6 @@ def settle_stage(args: "TrainArguments") -> None:
         "cuda_graphs=yes: passes of pairs are not recorded": graphs,
         "predict_with_generate: rows of preferences have no one answer to compare with": args.predict_with_generate,
         "ignore_pad_token_for_loss=false: padding is no answer": padding,
-        "response_column: the answers of a pair are chosen and rejected": args.response_column and args.stage != "kto",
     }  # fmt: skip
     if problems := [problem for problem, holds in wrong.items() if holds]:
         raise OptionError(f"stage {args.stage}: " + "; ".join(problems))
