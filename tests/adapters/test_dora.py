@@ -1,6 +1,7 @@
 """DoRA: values, gradients, files and learned losses beside PEFT's on the same float weights; what is refused."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 import qgraft
 from qgraft.adapter_files.combine import combine_files
@@ -33,6 +34,9 @@ from qgraft.linear import QuantizedLinear
 from qgraft.merging.merge import unmerge
 from qgraft.passes.decoding import fast_decoding
 from qgraft.storage import remove_folder
+from qgraft.training.adapter import decaying_vectors, trained_parameters
+from qgraft.training.arguments import TrainArguments
+from qgraft.training.optimization import Optimization
 from qgraft.training.run import train
 
 Maker = Callable[..., Any]
@@ -398,3 +402,22 @@ def test_a_merge_in_four_bits_keeps_what_it_learned(tiny_gguf: Maker, tmp_path: 
     again, _ = qgraft.load(tmp_path / "merged.gguf")
     ids = torch.arange(20)[None]
     assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:peft.*")
+def test_weight_decay_reaches_the_magnitudes(tiny_gguf, tmp_path):
+    """As with transformers' Trainer; of its own vectors, norms and biases do not decay."""
+    tiny = tiny_gguf("llama")
+    theirs = by_peft(tiny)
+    decaying = Trainer.get_decay_parameter_names(None, theirs)
+    expected = Counter(
+        (tuple(p.shape), 0.1 if n in decaying else 0.0) for n, p in theirs.named_parameters() if p.requires_grad
+    )
+    model, _ = qgraft.load(tiny.path)
+    attach_lora(model, r=4, use_dora=True, target_modules="all-linear")
+    args = TrainArguments(output_dir=str(tmp_path / "out"), weight_decay=0.1, use_cpu=True)
+    vectors = decaying_vectors(model, "default")
+    ours = Optimization(args, trained_parameters(model, "default"), 10, vectors=vectors).optimizer
+
+    assert Counter((tuple(p.shape), g["weight_decay"]) for g in ours.param_groups for p in g["params"]) == expected
+    assert any(len(shape) == 1 for shape, _ in expected)

@@ -5,7 +5,9 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from qgraft.data.ends import ENDS, STARTS, end_token_ids, until_end
+from qgraft.data.messages import Conversation, Message
 from qgraft.data.templates import ChatTemplate
+from qgraft.data.tokenizing import encode_conversation
 
 WORDS = {"[UNK]": 0, "<s>": 1, "<eos_of_text>": 2, "hello": 3}
 
@@ -76,6 +78,33 @@ def test_parts_of_an_answer_end_nothing() -> None:
     ):
         tokenizer = tokenizer_with(tokens)
         assert tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer)) == ["<eos_of_text>", *ends]
+
+
+HARMONY = (
+    TURNS
+    + "<|start|>{{ m.role }}<|channel|>{% if m.reasoning_content %}analysis<|message|>{{ m.reasoning_content }}<|end|>"
+    "<|start|>{{ m.role }}<|channel|>{% endif %}final<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_a_token_that_ends_a_part_is_no_end_where_the_last_answer_ends_otherwise() -> None:
+    """gpt-oss: what it thinks ends by <|end|>, as earlier answers do; Command R7B ends the answer and then the turn."""
+    tokenizer = tokenizer_with(["<|end|>", "<|return|>", "<|call|>"], eos_token="<|return|>")
+    template = ChatTemplate(HARMONY, "harmony")
+    ends = end_token_ids(tokenizer, None, template)
+    assert tokenizer.convert_ids_to_tokens(ends) == ["<|return|>", "<|call|>"]
+    thought = Message("assistant", "hello", reasoning="hello")
+    (sample,) = encode_conversation(
+        tokenizer, Conversation((Message("user", "hello"), thought), "row"), template=template
+    )
+    first = next(place for place, label in enumerate(sample.labels) if label >= 0)
+    assert sample.labels[first:] == sample.input_ids[first:] and sample.labels[-1] == tokenizer.eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|end|>") in sample.labels
+    both = tokenizer_with(["<answered>", "<turn_ended>", "<turn>"], eos_token="<turn_ended>")
+    turns = ChatTemplate(TURNS + "{{ '<turn>' + m.content + '<answered><turn_ended>' }}{% endfor %}", "two tokens")
+    assert both.convert_ids_to_tokens(end_token_ids(both, None, turns)) == ["<turn_ended>"]
 
 
 def test_what_the_file_says_counts_and_the_tokenizers_own_comes_first() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qgraft.data.label_schemes import NUMBER, SEVERAL, SINGLE, LabelScheme, label_note, scheme_of
+from qgraft.data.label_schemes import NUMBER, SEVERAL, SINGLE, LabelScheme, _sorted, label_note, scheme_of
 from qgraft.data.reading import read_labels
 from qgraft.errors import DataError
 
@@ -31,6 +31,14 @@ def test_what_labels_are(labels, expected):
     assert labels_of(texts(*labels)) == expected
 
 
+def test_whole_floats_are_what_somebody_says_they_are():
+    rows = texts(1.0, 5.0, 2.0, 5.0)
+    assert (
+        labels_of(rows, names=["1", "2", "5"]) == labels_of(rows, problem_type=SINGLE) == LabelScheme(("1", "2", "5"))
+    )
+    assert labels_of(rows, problem_type=NUMBER).problem_type == NUMBER
+
+
 def test_targets():
     several = LabelScheme(("x", "y", "z"), SEVERAL)
     assert several.target(["z", "x"]) == [1.0, 0.0, 1.0]
@@ -51,6 +59,7 @@ def test_targets():
         (texts(*map(str, range(30))), "label of its own"),
         (texts([0, 1], [1, 0]), "may be ids, or say yes and no"),
         (texts("0.5", "1.5"), "numbers with fractions"),
+        (texts(1.0, 5.0, 2.0, 5.0), "labels are 1.0, 2.0, 5.0 ...: names of 3 kinds, or amounts"),
     ],
 )
 def test_what_can_be_read_in_two_ways_is_refused(rows, match):
@@ -92,3 +101,19 @@ def test_words():
     scheme = scheme_of(found, tokens=True)
     assert scheme == LabelScheme(("B-PER", "O"), SINGLE)
     assert label_note(found, scheme, tokens=True) == "2 labels: B-PER 1, O 1"
+
+
+def test_a_word_whose_label_is_minus_100_has_none():
+    rows, _ = read_labels(
+        [{"tokens": ["a", "b"], "ner_tags": [1, -100]}, {"tokens": ["c"], "ner_tags": [0]}], tokens=True
+    )
+    scheme = scheme_of(rows, tokens=True)
+    assert scheme.names == ("0", "1") and label_note(rows, scheme, tokens=True) == "2 labels: 1 1, 0 1"
+    none, _ = read_labels([{"tokens": ["a"], "ner_tags": [-100]}], tokens=True)
+    with pytest.raises(DataError, match="no word has a label"):
+        scheme_of(none, tokens=True)
+
+
+def test_the_order_of_names_that_are_one_number_does_not_hang_on_hashes():
+    names = {f"{'0' * zeros}1" for zeros in range(9)}
+    assert LabelScheme(_sorted(names)).names == tuple(sorted(names))

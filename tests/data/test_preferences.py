@@ -179,3 +179,29 @@ def test_rows_that_are_cut_until_nothing_is_told_apart_are_dropped(chat_tokenize
         build_preferences(
             tokenizer, rows[:1], Accounting(read=1, kept=1), template=resolve_template(tokenizer), max_length=4
         )
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
+
+
+def test_tools_and_keys_of_the_messages_of_answers():
+    asked = {"role": "system", "content": "s", "tools": [TOOL]}
+    row = {"chosen": [asked, ASK, YES], "rejected": [{**asked, "tools": None}, ASK, {**NO, "score": 1}]}
+    ((chosen, rejected),), accounting = read_preferences([row])
+    assert chosen.tools == rejected.tools == (TOOL,) and accounting.ignored == {"messages[].score": 1}
+    judged = {"prompt": [ASK], "completion": [{**YES, "tools": [TOOL], "score": 1}], "label": True}
+    (((found,),), accounting) = read_preferences([judged], labelled=True)
+    assert found.tools == (TOOL,) and accounting.ignored == {"messages[].score": 1}
+    other = {**TOOL, "function": {"name": "other"}}
+    assert reason({**row, "tools": [other]}) == "names other tools in one place than in another"
+
+
+def test_a_system_text_beside_that_of_the_messages_is_said():
+    own = {"role": "system", "content": "own"}
+    for row in (
+        {"chosen": [own, ASK, YES], "rejected": [own, ASK, NO]},
+        {"prompt": [own, ASK], "chosen": YES, "rejected": NO},
+    ):
+        _, accounting = read_preferences([{**row, "system": "another"}])
+        assert accounting.ignored == {"system (beside a system message)": 1}
+        assert read_preferences([{**row, "system": "own"}])[1].ignored == {}

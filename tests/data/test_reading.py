@@ -525,3 +525,27 @@ def test_a_named_column_that_no_row_has_is_said(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps({"mine": {"file_name": "rows.json", "columns": told}}))
     _, accounting = read_dataset("mine", str(tmp_path), max_samples=1)
     assert [sentence.split("'")[1] for sentence in accounting.said()] == ["earlier", "rules"]
+
+
+@pytest.mark.parametrize("kind", ["rows in memory", "json in memory", "parquet", "json in parquet"])
+def test_keys_that_a_table_fills_with_null_are_left_out(kind, tmp_path):
+    def row(name, values):
+        properties = {key: {"type": "string"} for key in values}
+        call = {"function": {"name": name, "arguments": values}}
+        tool = {"type": "function", "function": {"name": name, "parameters": {"properties": properties}}}
+        chat = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+        return {"messages": chat, "tools": [tool]}
+
+    rows = [row("weather", {"city": "Paris"}), row("add", {"first": "1", "second": "2"})]
+    table = datasets.Dataset.from_list(rows)
+    assert table[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {
+        "city": "Paris", "first": None, "second": None
+    }  # fmt: skip
+    if kind.startswith("json"):
+        whole = datasets.Features({key: datasets.List(datasets.Json()) for key in ("messages", "tools")})
+        table = datasets.Dataset.from_list(rows, features=whole)
+    if kind.endswith("parquet"):
+        table.to_parquet(tmp_path / "rows.parquet")
+    found, _ = read_dataset(str(tmp_path / "rows.parquet") if kind.endswith("parquet") else table)
+    expected, _ = read_dataset(rows)
+    assert [(each.messages, each.tools) for each in found] == [(each.messages, each.tools) for each in expected]

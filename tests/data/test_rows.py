@@ -148,3 +148,12 @@ def test_placeholders_in_reasoning_are_filled():
     assert conversation.messages[-1] == Message("assistant", "Ada", reasoning="I am Ada")
     with pytest.raises(DataError, match="nothing is given"):
         read_dataset([row])
+
+
+def test_other_tools_in_another_place_are_refused():
+    other = {**TOOL, "function": {"name": "other"}}
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for row in ({"messages": [{"role": "system", "content": "s", "tools": [TOOL]}, *chat], "tools": [other]},
+                {"messages": [{**chat[0], "tools": [TOOL]}, {**chat[1], "tools": [other]}]}):  # fmt: skip
+        with pytest.raises(DataError, match="names other tools in one place than in another"):
+            read_dataset([row])

@@ -2,20 +2,33 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_classifiers import BAD, GOOD, rows_of, write_encoder
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from tokenizers import Tokenizer
+from tokenizers.normalizers import Replace
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+    XLNetConfig,
+    XLNetForSequenceClassification,
+)
 
 import qgraft
 from qgraft.cli.main import main
+from qgraft.data.label_samples import build_label_samples
+from qgraft.data.reading import read_labels
 from qgraft.errors import AdapterError, DataError, OptionError, QgraftError, UnsupportedError
+from qgraft.passes.labels import classifier_of, settled
 from qgraft.training.classification import macro_f1
 from qgraft.training.plan import plan_of
 from qgraft.training.predict import predict
+from qgraft.training.predict_labels import predicted_rows
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +272,63 @@ def test_the_command_line_reads_the_labels_and_writes_down_what_is_said(folder, 
     assert json.loads(capsys.readouterr().out)["results"]["out"]["accuracy"] == pytest.approx(right)
     assert main(["chat", "--model", str(folder), "--adapter", str(out), "--prompt", "hi"]) != 0
     assert "writes no answers" in capsys.readouterr().err
+
+
+def test_predictions_stand_at_their_words(folder, tmp_path):
+    """A word without a token (of a zero-width space), one without a label, and words behind the end."""
+    made = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.normalizer = Replace("\u200b", "")
+    shutil.copytree(folder, tmp_path / "base")
+    made.save(str(tmp_path / "base" / "tokenizer.json"))
+    model, tokenizer = loaded(tmp_path / "base", task_type="TOKEN_CLS", labels=["O", "X"])
+    words = ["the", "\u200b", "good", "food", "was", "bad", "film"]
+    row = {"tokens": words, "ner_tags": ["O", "X", "X", -100, "O", "X", "O"]}
+    found = predict(model, tokenizer, [row], arguments(tmp_path / "out", max_length=7))
+    label, said = found.rows[0]["label"], found.rows[0]["predict"]
+    assert label == ["O", None, "X", None, "O", "X", None]
+    with torch.no_grad():
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=7, return_tensors="pt")
+        best = model(**encoded).logits[0].argmax(-1)
+    expected = {
+        word: ["O", "X"][int(each)] for word, each in zip(encoded.word_ids(), best, strict=True) if word is not None
+    }
+    assert said == [expected[place] if label[place] else None for place in range(7)]
+
+
+def test_options_that_say_other_than_the_model_are_refused(folder, tmp_path):
+    model, tokenizer = loaded(folder)
+    known = {"labels": ("good,bad", "bad, good"), "problem_type": ("regression", "single_label_classification")}
+    for name, (asked, own) in known.items():
+        options, match = {name: asked}, f"{name}={asked}: the model was loaded for {own}"
+        with pytest.raises(OptionError, match=match):
+            qgraft.train(model, tokenizer, rows_of(4), arguments(tmp_path / "out", task_type="SEQ_CLS", **options))
+    several, tokenizer = loaded(folder, problem_type="multi_label_classification")
+    with pytest.raises(OptionError, match="label_smoothing_factor with problem_type multi_label_classification"):
+        qgraft.train(several, tokenizer, [{"text": "good", "label": ["good"]}] * 2,
+                     arguments(tmp_path / "out", label_smoothing_factor=0.1))  # fmt: skip
+
+
+def test_texts_pass_alone_where_padding_changes_what_is_said(tmp_path):
+    """XLNet takes the last place of a row for the end of its text, and FNet mixes all places."""
+    torch.manual_seed(0)
+    config = XLNetConfig(vocab_size=17, d_model=32, n_layer=1, n_head=4, d_inner=32, num_labels=2, pad_token_id=0)
+    model = XLNetForSequenceClassification(config).eval()
+    write_encoder(tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    rows = [{"text": "good", "label": 1}, {"text": "the film was bad", "label": 0}, {"text": "it is", "label": 0}]
+    samples = build_label_samples(
+        tokenizer, *read_labels(rows), classifier_of(model).scheme, tokens=False, max_length=32
+    )
+    classifier, notes = settled(model, classifier_of(model), samples)
+    assert notes == [
+        "XLNetForSequenceClassification computes otherwise beside padding; every text passes through it alone"
+    ]
+    with torch.no_grad():
+        alone = [model(torch.tensor([each.input_ids])).logits[0].softmax(-1).tolist() for each in samples]
+    found = predicted_rows(model, samples, classifier, 1000)
+    assert [list(each["probabilities"].values()) for each in found] == [pytest.approx(each, abs=1e-5) for each in alone]
+    bert, _ = loaded(tmp_path / "base")
+    assert settled(bert, classifier_of(bert), samples) == (classifier_of(bert), [])
 
 
 def test_what_is_refused(folder, tmp_path):

@@ -28,6 +28,7 @@ from qgraft.training.trainer_options import (
     check_launcher,
     inherited_options,
 )
+from qgraft.training.unread import unread_of_held_out
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i} " * (1 + i % 4)} for i in range(20)]
 ON_THIS_RELEASE = inherited_options(qgraft.TrainArguments)
@@ -417,6 +418,13 @@ def test_a_launcher_that_starts_one_process_is_none_of_our_business():
     check_launcher({})
 
 
+def test_options_of_held_out_rows_that_are_none_are_said(tmp_path):
+    args = arguments(tmp_path, max_eval_samples=3, val_max_target_length=9)
+    names = ("max_eval_samples", "val_max_target_length")
+    assert unread_of_held_out(args, None) == [f"{name} has no effect: eval_dataset is not given" for name in names]
+    assert unread_of_held_out(args, [{"prompt": "q", "response": "a"}]) == []
+
+
 def test_enums_are_compared_by_their_values(tmp_path):
     class Kind(Enum):
         SGD = "sgd"
@@ -434,8 +442,15 @@ def test_enums_are_compared_by_their_values(tmp_path):
         ),
         ({"loraplus_lr_embedding": 0.1}, "loraplus_lr_embedding has no effect: loraplus_lr_ratio is not given"),
         ({"test_dataset": "a.jsonl"}, "test_dataset has no effect: do_predict is not asked for"),
+        (
+            {"response_column": "best", "stage": "dpo"},
+            "response_column has no effect: the answers of a pair are chosen",
+        ),
+        ({"response_column": "best", "stage": "kto"}, None),
         ({"num_beams": 2, "stage": "dpo"}, "num_beams has no effect: nothing is answered"),
         ({"temperature": 0.5, "do_eval": True, "eval_dataset": "a"}, "temperature has no effect: nothing is answered"),
+        ({"pre_seq_len": 4, "r": 16}, "r has no effect on a prefix"),
+        ({"pre_seq_len": 4, "target_modules": "q_proj"}, "target_modules has no effect on a prefix"),
         ({"loraplus_lr_embedding": 0.1, "loraplus_lr_ratio": 4}, None),
         ({"test_dataset": "a.jsonl", "top_p": 0.5, "do_predict": True}, None),
         ({"top_p": 0.5, "do_eval": True, "predict_with_generate": True, "eval_dataset": "a"}, None),

@@ -32,6 +32,14 @@ def tools_of(value: object) -> tuple[Tool, ...]:
     return tuple(_tool(_parsed(each, "tools")) for each in listed)
 
 
+def same_tools(*named: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    """The tools of a row, wherever it names them. Raises RowError where it names others in another place."""
+    found = [tools for tools in named if tools]
+    if any(tools != found[0] for tools in found):
+        raise RowError("names other tools in one place than in another")
+    return found[0] if found else ()
+
+
 def _tool(value: object) -> Tool:
     if not isinstance(value, Mapping):
         raise RowError(f"a tool is a {type(value).__name__}, not an object")

@@ -8,12 +8,12 @@ Generation then runs on through made-up questions. So an end token is what any o
     texts    tokens that are ends by their names; the list is llama.cpp's (llama-vocab.cpp, special_eog_ids), but for its
              tokens of filling in the middle, which end no turn; and the starts of a next turn that GLM's models write
     template the first token of its own that the chat template writes behind an answer: the end of the turn, or where it
-             writes none, the start of the next one
+             writes none, the start of the next one; nothing where an end that is known stands there
 
 A text counts only where it is a token of its own (special or user-defined), never a word that merges make.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from qgraft.data.messages import ConversationError, Message
@@ -45,7 +45,8 @@ def end_token_ids(
     """
     told = [stated] if isinstance(stated, int) else list(stated or ())
     ids = [tokenizer.eos_token_id, *told, *_by_text(tokenizer)]
-    ids.append(_by_template(tokenizer, template) if template and template.text else None)
+    starts = {tokenizer.get_added_vocab().get(text) for text in STARTS}
+    ids.append(_by_template(tokenizer, template, {*ids} - starts) if template and template.text else None)
     return list(dict.fromkeys(int(token) for token in ids if token is not None))
 
 
@@ -64,14 +65,30 @@ def _by_text(tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     return [own[text] for text in ends]
 
 
-def _by_template(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> int | None:
-    """The token of its own that the template writes right behind an answer; None where it writes a word, or fails."""
+def _by_template(
+    tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate, known: Collection[int | None]
+) -> int | None:
+    """The token of its own that the template writes right behind an answer; None where it writes a word, or fails.
+
+    None, too, where the end is `known` without it: the last answer's own (gpt-oss, whose later prompts have <|end|> in its
+    place, the token that ends what it thinks), or one right behind (Command R7B: <|END_RESPONSE|><|END_OF_TURN_TOKEN|>).
+    """
     turns = [Message("user", "Hello."), Message("assistant", _ANSWER), Message("user", _QUESTION)]
+    writer = Writer(tokenizer, template)
     try:
-        text = Writer(tokenizer, template).prompt(turns)
+        text = writer.prompt(turns)
     except ConversationError:  # what is wrong with it is said where a prompt is written
         return None
-    behind = text.partition(_ANSWER)[2].partition(_QUESTION)[0].lstrip()
-    own = tokenizer.get_added_vocab()
-    found = [token for token in own if token and behind.startswith(token)]
-    return own[max(found, key=len)] if found else None
+    between = _own_at(tokenizer, text.partition(_ANSWER)[2].partition(_QUESTION)[0])
+    if not between or {*between, *_own_at(tokenizer, writer.tail or "")[:1]} & {*known}:
+        return None
+    return between[0]
+
+
+def _own_at(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
+    """The tokens of its own that stand one behind the other at the beginning of a text, blanks before them aside."""
+    own, found, text = tokenizer.get_added_vocab(), list[int](), text.lstrip()
+    while token := max((each for each in own if each and text.startswith(each)), key=len, default=""):
+        found.append(own[token])
+        text = text[len(token) :]
+    return found

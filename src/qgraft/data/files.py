@@ -102,6 +102,11 @@ def load_json(text: str, path: Path, line: int = 1) -> object:
         raise DataError(f"{path}: line {line}: not JSON: {error}") from error
 
 
+def read_json(path: Path) -> object:
+    """What a file of JSON holds."""
+    return load_json(read_text(path), path)
+
+
 def _jsonl_rows(text: str, path: Path) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):  # splitlines() would also cut at U+2028 inside a string
         if line.strip():
@@ -153,9 +158,42 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield row, f"{path.name}:{number}"
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+                yield {field.name: _of_arrow(row[field.name], field) for field in batch.schema}, f"{path.name}:{number}"
+    except (
+        pyarrow.ArrowException,
+        OSError,
+        ValueError,
+    ) as error:  # ValueError: JSON that is none, text that is no UTF-8
         raise DataError(f"{path}: cannot be read after row {number}: {error}") from error
+
+
+def _of_arrow(value: Any, field: Any) -> Any:
+    """A value of Arrow's as the row meant it: JSON read, and without the keys that only rows beside it have.
+
+    An object of a table has the keys of all objects in its column, null where it has none of its own. So a tool would get
+    the parameters of all others, and a call their arguments.
+    """
+    kind, inner = field.type, getattr(field.type, "value_field", None)
+    told = getattr(kind, "extension_name", "") or (field.metadata or {}).get(b"ARROW:extension:name", b"").decode()
+    if told == "arrow.json" and isinstance(value, str):
+        return parse_json(value, finite=False)
+    if isinstance(value, dict):
+        return {each.name: _of_arrow(value[each.name], each) for each in kind if value[each.name] is not None}
+    return [_of_arrow(each, inner) for each in value] if isinstance(value, list) and inner is not None else value
+
+
+def given_rows(rows: Any) -> Iterator[Any]:
+    """Rows in memory; those of the package `datasets` without the keys that only rows beside them have, see _of_arrow."""
+    features = getattr(rows, "features", None) or {}
+    for row in rows:
+        yield {key: _of_feature(row[key], features.get(key)) for key in row} if features else row
+
+
+def _of_feature(value: Any, feature: Any) -> Any:
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {key: _of_feature(each, feature.get(key)) for key, each in value.items() if each is not None}
+    return [_of_feature(each, inner) for each in value] if isinstance(value, list) and inner is not None else value
 
 
 def hub_rows(hub: str, hint: str, **places: str | None) -> Iterator[Row]:
@@ -169,7 +207,7 @@ def hub_rows(hub: str, hint: str, **places: str | None) -> Iterator[Row]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         offline = "no connection to the Hub" if isinstance(error, ConnectionError) else "the Hub gives none"
         raise DataError(f"{hub}: no such file here, and {offline} ({error})", hint=hint) from error
-    for number, row in enumerate(undecoded(rows), 1):
+    for number, row in enumerate(given_rows(undecoded(rows)), 1):
         yield row, f"{hub}:{number}"
 
 

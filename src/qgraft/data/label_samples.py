@@ -2,7 +2,7 @@
 
     text    [CLS] text [SEP], or two of them, as the model's tokenizer writes them; labels: what LabelScheme.target says
     words   the ids of each word one after another; the label stands at the first id of a word, -100 elsewhere, as in
-            transformers' examples
+            transformers' examples; a word whose own label is -100 is read, and not learned
 
 Texts of several lengths share a batch by padding: an encoder sees both directions, so attention sample by sample within a row
 (data/batches.py) is not what these models were trained with, and their pooler reads the first token of a row alone.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qgraft.data.batches import IGNORED
-from qgraft.data.label_schemes import NUMBER, SEVERAL, LabelScheme, names_of
+from qgraft.data.label_schemes import NUMBER, SEVERAL, LabelScheme, has_label, names_of
 from qgraft.data.messages import Conversation
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, OptionError
@@ -31,15 +31,16 @@ PADDED = ("input_ids", "token_type_ids")
 class LabelSample:
     """Token ids, and of a text [id], a number for each label, or [number]; of words an id or -100 for each token.
 
-    `kinds` are the token_type_ids where the tokenizer has some, `lost` the words that were cut off; `part` is 0: a row is one
-    sample. Without labels it is unrelated text (merging/calibration.py).
+    `kinds` are the token_type_ids where the tokenizer has some, `missing` the places of words without a label to learn: cut
+    off, without a token, or without a label; `part` is 0: a row is one sample. Without labels it is unrelated text
+    (merging/calibration.py).
     """
 
     input_ids: list[int]
     labels: list[float]
     source: str
     kinds: list[int] | None = None
-    lost: int = 0
+    missing: tuple[int, ...] = ()
     part: ClassVar[int] = 0
     weights: ClassVar[None] = None
     desirable: ClassVar[None] = None
@@ -94,7 +95,7 @@ def build_label_samples(
 def _every_name(rows: Sequence[Conversation], scheme: LabelScheme, tokens: bool) -> set[str]:
     if scheme.problem_type == NUMBER:
         return set()
-    labels = (each for row in rows for each in (row.label if tokens else [row.label]))
+    labels = (each for row in rows for each in (filter(has_label, row.label) if tokens else [row.label]))
     return {name for label in labels for name in ([*label] if isinstance(label, dict) else names_of(label))}
 
 
@@ -112,17 +113,18 @@ def _labelled(
 def _tagged(
     tokenizer: "PreTrainedTokenizerBase", row: Conversation, scheme: LabelScheme, longest: int
 ) -> tuple[LabelSample, int]:
-    words, ids = [message.content for message in row.messages], [scheme.target(label)[0] for label in row.label]
+    words = [message.content for message in row.messages]
+    ids = [scheme.target(label)[0] if has_label(label) else IGNORED for label in row.label]
     whole = tokenizer(words, is_split_into_words=True, truncation=False, verbose=False)
     cut = max(len(whole["input_ids"]) - longest, 0)
     kept = whole
     if cut:
         kept = tokenizer(words, is_split_into_words=True, truncation=True, max_length=longest, verbose=False)
     places = kept.word_ids()
-    first = [place is not None and place not in places[:number] for number, place in enumerate(places)]
+    first = [place is not None and place != before for place, before in zip(places, [None, *places], strict=False)]
     labels = [ids[place] if begins else IGNORED for place, begins in zip(places, first, strict=True)]
-    lost = len(words) - sum(first)
-    return LabelSample(list(kept["input_ids"]), labels, row.source, _kinds(kept), lost), cut
+    missing = tuple(place for place, label in enumerate(ids) if label == IGNORED or place not in places)
+    return LabelSample(list(kept["input_ids"]), labels, row.source, _kinds(kept), missing), cut
 
 
 def _kinds(encoded: Any) -> list[int] | None:

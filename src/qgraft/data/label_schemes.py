@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from qgraft.data.labelled import Label
 from qgraft.data.messages import Conversation
+from qgraft.data.tokenizing import IGNORED
 from qgraft.errors import DataError, near_match, option, worded
 
 SINGLE, SEVERAL, NUMBER = "single_label_classification", "multi_label_classification", "regression"
@@ -75,6 +76,11 @@ def names_of(label: Label) -> list[str]:
     return [_name(label)]
 
 
+def has_label(label: Label) -> bool:
+    """Whether a word has a label: -100 says that it has none, as everywhere in transformers and torch."""
+    return _name(label) != str(IGNORED)
+
+
 def _name(label: Label) -> str:
     if isinstance(label, bool):
         return str(label).lower()
@@ -92,8 +98,11 @@ def scheme_of(
     """
     labels = [row.label for row in rows]
     if tokens:
-        return LabelScheme(tuple(names or _sorted({_name(each) for label in labels for each in _listed(label)})))
-    kind = problem_type or _kind(labels)
+        found = {_name(each) for label in labels for each in _listed(label) if has_label(each)}
+        if not found:
+            raise DataError("no word has a label")
+        return LabelScheme(tuple(names or _sorted(found)))
+    kind = problem_type or _kind(labels, named=names is not None)
     if kind == NUMBER:
         for row in rows:
             _number(row.label)
@@ -107,9 +116,20 @@ def scheme_of(
     return LabelScheme(tuple(names or _sorted(found)), kind)
 
 
-def _kind(labels: Sequence[Label]) -> str:
+def _kind(labels: Sequence[Label], *, named: bool) -> str:
+    """What the labels are; `named` says whether somebody told their names."""
     if any(isinstance(label, list | dict) for label in labels):
         return SEVERAL
+    whole = {label for label in labels if isinstance(label, float) and label.is_integer()}
+    if (
+        not named
+        and len(whole) > 2
+        and all(isinstance(label, float) for label in labels)
+        and len(set(labels)) == len(whole)
+    ):
+        raise DataError(f"labels are {', '.join(map(str, sorted(whole)[:3]))} ...: names of {len(whole)} kinds, or amounts",
+                        hint=f"{option('problem_type', SINGLE)} tells them apart, {option('problem_type', NUMBER)} comes "
+                        "close to them, as transformers' examples do with such columns")  # fmt: skip
     numbers = [label for label in labels if isinstance(label, float) and not label.is_integer()]
     if numbers and all(isinstance(label, int | float) for label in labels):
         return NUMBER
@@ -142,7 +162,9 @@ def label_note(rows: Sequence[Conversation], scheme: LabelScheme, *, tokens: boo
     if scheme.problem_type == NUMBER:
         values = [_number(row.label) for row in rows]
         return f"labels: numbers from {min(values):g} to {max(values):g}, {sum(values) / len(values):.3g} in the mean"
-    each = ([_name(tag) for tag in _listed(row.label)] if tokens else names_of(row.label) for row in rows)
+    each = (
+        [_name(tag) for tag in _listed(row.label) if has_label(tag)] if tokens else names_of(row.label) for row in rows
+    )
     counts = Counter(name for names in each for name in names)
     shown = ", ".join(f"{name} {count}" for name, count in counts.most_common(MOST_SHOWN))
     return f"{len(scheme.names)} labels: {shown}" + (", ..." if len(counts) > MOST_SHOWN else "")
@@ -151,7 +173,7 @@ def label_note(rows: Sequence[Conversation], scheme: LabelScheme, *, tokens: boo
 def _sorted(names: set[str]) -> tuple[str, ...]:
     """By size where all are whole numbers, else by letters."""
     whole = all(name.removeprefix("-").isdecimal() for name in names)
-    return tuple(sorted(names, key=int) if whole else sorted(names))
+    return tuple(sorted(names, key=lambda name: (int(name), name)) if whole else sorted(names))
 
 
 def _listed(label: Label) -> list[Label]:

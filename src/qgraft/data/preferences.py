@@ -19,9 +19,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qgraft.data.calls import RowError, tools_of
+from qgraft.data.calls import RowError, same_tools, tools_of
 from qgraft.data.messages import Message, Tool
-from qgraft.data.rows import Read, RowLayout, checked, is_empty, messages_of, questions_of, read_row, text_of, unread
+from qgraft.data.rows import (
+    BESIDE_SYSTEM,
+    Read,
+    RowLayout,
+    checked,
+    is_empty,
+    messages_of,
+    questions_of,
+    read_row,
+    text_of,
+    unread,
+)
 
 PREFERENCES = (
     "rows hold a prompt with chosen and rejected (stage dpo, ipo, orpo, simpo), or an answer with a label, true or false "
@@ -41,14 +52,18 @@ def read_pair(row: object, layout: RowLayout) -> list[Read]:
         if len(missing) == 2 and layout.find(row, "label"):
             raise RowError("holds an answer and a label, which stage kto learns; expected chosen and rejected")
         raise RowError(f"holds no {missing[0]}, expected chosen and rejected")
-    ends = [_ending(row[str(column)], part, layout) for part, column in columns.items()]
+    found = [_ending(row[str(column)], part, layout) for part, column in columns.items()]
+    ends = [messages for messages, _, _ in found]
     whole = [bool(end) and end[0].role != "assistant" for end in ends]
     if whole[0] != whole[1]:
         raise RowError("one of chosen and rejected is a whole conversation, the other an answer")
     front, tools, ignored = _front(row, layout, whole=whole[0])
     if whole[0]:
         _check_beginning(front, ends)
-        front = [each for each in front if each.role == "system" and ends[0][0].role != "system"]
+        front = [each for each in front if each.role == "system"]
+        if front and ends[0][0].role == "system":
+            ignored, front = {*ignored, *([BESIDE_SYSTEM] if front[0].content != ends[0][0].content else [])}, []
+    tools = same_tools(tools, *(own for _, own, _ in found))
     both = [checked([*front, *end]) for end in ends]
     shared = _shared(*both)
     if len(both[0]) == shared == len(both[1]):
@@ -56,7 +71,7 @@ def read_pair(row: object, layout: RowLayout) -> list[Read]:
     if not all(any(each.role == "assistant" for each in messages[shared:]) for messages in both):
         raise RowError("chosen and rejected have no answers of their own: one is the beginning of the other")
     used = [*columns.values(), *(layout.find(row, part) for part in _PROMPT)]
-    unused = frozenset([*ignored, *unread(row, used)])
+    unused = frozenset([*ignored, *(key for *_, keys in found for key in keys), *unread(row, used)])
     return [Read(_read_only(messages, shared), tools, unused) for messages in both]
 
 
@@ -74,9 +89,11 @@ def read_judged(row: object, layout: RowLayout) -> list[Read]:
     prompt, answer = layout.find(row, "prompt"), layout.find(row, "response")
     if prompt is not None and isinstance(row[prompt], list | tuple) and answer is not None:
         front, tools, ignored = _front(row, layout)
-        messages = checked([*front, *_ending(row[answer], "completion", layout)])
+        said, own, keys = _ending(row[answer], "completion", layout)
+        messages, tools = checked([*front, *said]), same_tools(tools, own)
         used = [column, answer, *(layout.find(row, part) for part in _PROMPT)]
-        return [Read(_read_only(messages, len(front)), tools, frozenset([*ignored, *unread(row, used)]), label)]
+        unused = frozenset([*ignored, *keys, *unread(row, used)])
+        return [Read(_read_only(messages, len(front)), tools, unused, label)]
     read = read_row(row, layout)
     return [replace(read, messages=_read_only(read.messages, len(read.messages) - 1),
                     ignored=read.ignored - {column}, desirable=label)]  # fmt: skip
@@ -90,20 +107,24 @@ def _mapping(row: object) -> Mapping[str, object]:
     return row
 
 
-def _ending(value: object, part: str, layout: RowLayout) -> list[Message]:
-    """What stands under chosen, rejected or completion: an answer, or the messages of a whole conversation."""
+def _ending(value: object, part: str, layout: RowLayout) -> tuple[list[Message], tuple[Tool, ...], set[str]]:
+    """What stands under chosen, rejected or completion: an answer, or the messages of a whole conversation.
+
+    With the tools that one of these brings, and keys that change nothing.
+    """
     if isinstance(value, Mapping):
         value = [value]
     if isinstance(value, list | tuple):
-        messages = messages_of(value, layout.tags)[0]
-        if not messages:
+        found = messages_of(value, layout.tags)
+        if not found[0]:
             raise RowError(f"{part} holds no messages")
-        return messages
+        return found
     text = text_of(value, part)
     if not text.startswith("\n\nHuman:"):
-        return [Message("assistant", text)]
+        return [Message("assistant", text)], (), set()
     pieces = _TURN.split(text)[1:]
-    return [Message(_SPEAKERS[who], said.strip()) for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [Message(_SPEAKERS[who], said.strip()) for who, said in turns], (), set()
 
 
 def _front(
@@ -130,7 +151,9 @@ def _front(
     system = layout.text(row, "system", "system")
     if system and not (messages and messages[0].role == "system"):
         messages = [Message("system", system), *messages]
-    return messages, tools or own, ignored
+    elif system and messages[0].content != system:
+        ignored = {*ignored, BESIDE_SYSTEM}
+    return messages, same_tools(tools, own), ignored
 
 
 def _check_beginning(front: Sequence[Message], ends: Sequence[Sequence[Message]]) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qgraft.data.calls import RowError
-from qgraft.data.files import SUFFIXES, check_suffix, file_rows, hub_rows, load_json, noting_absent, read_text
+from qgraft.data.files import SUFFIXES, check_suffix, file_rows, given_rows, hub_rows, noting_absent, read_json
 from qgraft.data.labelled import labelled_rows, read_labelled, read_tagged
 from qgraft.data.messages import Conversation
 from qgraft.data.preferences import PREFERENCES, read_judged, read_pair
@@ -199,7 +199,7 @@ def read_rows(
     names = as_dataset(names)
     layout, fill = RowLayout(columns=dict(columns or {})), {"name": name, "author": author}
     if not isinstance(names, str):
-        items = [_Item("rows", ((row, f"rows:{number}") for number, row in enumerate(names, 1)), layout)]
+        items = [_Item("rows", ((row, f"rows:{number}") for number, row in enumerate(given_rows(names), 1)), layout)]
     else:
         folder = Path(dataset_dir or "data")
         if dataset_dir and not folder.is_dir():
@@ -233,8 +233,7 @@ def as_dataset(given: Any) -> str | Sequence[Mapping[str, object]]:
 
     Raises DataError for what is neither.
     """
-    if isinstance(given, os.PathLike):
-        given = os.fspath(given)
+    given = os.fspath(given) if isinstance(given, os.PathLike) else given
     if isinstance(given, str):
         return given
     if all(hasattr(given, name) for name in ("columns", "notna", "to_dict")):
@@ -308,7 +307,7 @@ def _fill_hint() -> str:
 
 def _resolve(name: str, folder: Path, layout: RowLayout, fill: Fill, outside: bool) -> _Item:
     info_path = folder / "dataset_info.json"
-    info = load_json(read_text(info_path), info_path) if info_path.is_file() else {}
+    info = read_json(info_path) if info_path.is_file() else {}
     if not isinstance(info, dict):
         raise DataError(f"{info_path}: expected an object, got a {type(info).__name__}")
     if name in info:

@@ -23,7 +23,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any
 
-from qgraft.data.calls import RowError, calls_of, tools_of, written_calls
+from qgraft.data.calls import RowError, calls_of, same_tools, tools_of, written_calls
 from qgraft.data.messages import Message, Tool
 from qgraft.data.pictures import MARK, PLACEHOLDER, Picture, located, part_picture, picture_of, pictures_of
 from qgraft.data.tables import same_name
@@ -50,6 +50,7 @@ _ROLES = {
 }
 _OTHER_KINDS = ("videos", "audios")  # columns of LLaMA-Factory's for what no model here is given
 _BESIDE = ("system", "tools", "images")  # parts of rows of both kinds
+BESIDE_SYSTEM = "system (beside a system message)"  # what of it has no effect
 _TAGS = {
     "user_tag": "user", "assistant_tag": "assistant", "function_tag": "assistant", "observation_tag": "tool",
     "system_tag": "system",
@@ -58,15 +59,8 @@ MOST_WEIGHT = 1_000_000  # of an answer; losses are summed in float32
 _SWITCHES = ("train", "loss", "trainable")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 _EFFECTIVE = {
-    "weight",
-    *_SWITCHES,
-    *_REASONING,
-    "tool_calls",
-    "function_call",
-    "tool_call_id",
-    "name",
-    *COLUMNS["tools"],
-}
+    "weight", *_SWITCHES, *_REASONING, "tool_calls", "function_call", "tool_call_id", "name", *COLUMNS["tools"],
+}  # fmt: skip
 _FOLLOWS = {"system": {""}, "user": {"", "system", "assistant"}, "assistant": {"user", "tool"}}
 _FOLLOWS["tool"] = {"assistant", "tool"}
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can hold one as \ud800; no tokenizer takes it
@@ -122,7 +116,7 @@ def read_row(row: object, layout: RowLayout) -> Read:
     tools = () if column is None else tools_of(row[column])
     if listed:
         messages, own_tools, ignored = messages_of(row[key] if key else [], layout.tags)
-        tools = tools or own_tools
+        tools = same_tools(tools, own_tools)
     else:
         messages, ignored = _of_pair(row, layout), set()
     pictures = layout.find(row, "images")
@@ -131,7 +125,7 @@ def read_row(row: object, layout: RowLayout) -> Read:
     if system and messages[:1] and messages[0].role != "system":
         messages.insert(0, Message("system", system))
     elif system and messages[:1] and messages[0].content != system:
-        ignored = {*ignored, "system (beside a system message)"}
+        ignored = {*ignored, BESIDE_SYSTEM}
     messages = checked(messages)
     parts = ("messages",) if listed else ("prompt", "query", "response", "history")
     return Read(
@@ -265,7 +259,7 @@ def messages_of(messages: object, tags: Mapping[str, str]) -> tuple[list[Message
         role = message.get(role_key)
         if not isinstance(role, str) or role not in roles:
             raise RowError(f"unknown role {str(role)[:40]!r}")
-        tools = tools or next((tools_of(message[key]) for key in COLUMNS["tools"] if message.get(key)), ())
+        tools = same_tools(tools, *(tools_of(message[key]) for key in COLUMNS["tools"] if message.get(key)))
         written = role == tags.get("function_tag", "function_call")
         found.append(_message(roles[role], message.get(content_key), message, written))
         ignored |= {

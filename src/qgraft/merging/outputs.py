@@ -24,7 +24,7 @@ from qgraft.data.label_schemes import SEVERAL
 from qgraft.data.tokenizing import Sample
 from qgraft.model_parts import argument_names, decoder_of
 from qgraft.passes.decoder import Head, label_states, output_head, padding_free
-from qgraft.passes.labels import Classifier, classifier_of
+from qgraft.passes.labels import Classifier, apart, classifier_of
 from qgraft.passes.loss import as_they_are
 
 
@@ -113,7 +113,7 @@ class _Labels:
     unit: str = "label"
 
     def together(self, model: PreTrainedModel, samples: Sequence[LabelSample]) -> AbstractContextManager[str | None]:
-        return nullcontext()
+        return nullcontext(apart(model, self.classifier.padding, samples))
 
     def batches(self, samples: Sequence[LabelSample], tokens: int) -> list[Batch]:
         lengths = [sample.length for sample in samples]

@@ -55,6 +55,11 @@ def trained_parameters(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
     return [parameter for _, parameter in find_adapter(model, name).named_parameters()]
 
 
+def decaying_vectors(model: PreTrainedModel, name: str) -> list[nn.Parameter]:
+    """The magnitudes of DoRA: weight decay reaches them with transformers' Trainer and PEFT, as no bias or norm."""
+    return [each for key, each in find_adapter(model, name).named_parameters() if key.endswith("lora_magnitude_vector")]
+
+
 def learning_rates(model: PreTrainedModel, args: TrainArguments) -> list[tuple[float, list[nn.Parameter]]] | None:
     """The parameters of args.adapter_name in groups, each with its learning rate, as LoRA+ has them; None without LoRA+.
 

@@ -208,14 +208,14 @@ class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
             self.do_train = True
         if self.finetuning_type is None:
             self.finetuning_type = "lora" if self.pre_seq_len is None else "p_tuning"
-        if self.finetuning_type == "p_tuning":
+        prefix = self.finetuning_type == "p_tuning"
+        if prefix:
             self.pre_seq_len = 128 if self.pre_seq_len is None else self.pre_seq_len
-        else:
-            defaults = {field.name: field.default for field in dataclasses.fields(self)}
-            said = [name for name in ("pre_seq_len", "prefix_projection", "prefix_dropout")
-                    if getattr(self, name) != defaults[name]]  # fmt: skip
-            without = option("finetuning_type", "p_tuning")
-            self.notes += [f"{name} has no effect on a LoRA; {without} trains a prefix" for name in said]
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        said = [name for name in (_OF_LORAS if prefix else _OF_PREFIXES) if getattr(self, name) != defaults[name]]
+        without = option("finetuning_type", "lora" if prefix else "p_tuning")
+        on, trained = ("prefix", "LoRA") if prefix else ("LoRA", "prefix")
+        self.notes += [f"{name} has no effect on a {on}; {without} trains a {trained}" for name in said]
         if self.predict_with_generate and not (self.do_eval or self.do_predict):
             self.notes.append("predict_with_generate has no effect: neither do_eval nor do_predict is asked for")
 
@@ -252,6 +252,10 @@ class TrainArguments(ClassificationOptions, TrainingArguments, metaclass=Named):
             raise OptionError("; ".join(problems))
 
 
+_OF_PREFIXES = ("pre_seq_len", "prefix_projection", "prefix_dropout")
+_OF_LORAS = (
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "target_parameters", "layers_to_transform",
+)  # fmt: skip
 Arguments = TypeVar("Arguments", bound=TrainArguments)
 
 

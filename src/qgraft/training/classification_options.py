@@ -2,13 +2,15 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qgraft.checkpoints.heads import NUMBER, SEVERAL, Task
 from qgraft.errors import OptionError, UnsupportedError, option
 from qgraft.model_parts import CLASSIFIERS, IMAGES, SEQUENCE_TO_SEQUENCE, hears, peft_task, vision_of
+from qgraft.passes.labels import Classifier, classifier_of
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -70,10 +72,23 @@ def check_task(args: "TrainArguments", model: nn.Module) -> None:
                               hint=option("task_type", "SEQ_CLS"))  # fmt: skip
         return
     args.task_type = task
-    _check_classifier(args)
+    if (classifier := classifier_of(cast(PreTrainedModel, model))) is not None:
+        _check_labels(args, classifier)
+        _check_classifier(args, classifier.problem)
 
 
-def _check_classifier(args: "TrainArguments") -> None:
+def _check_labels(args: "TrainArguments", classifier: Classifier) -> None:
+    """Raise OptionError where the options say of the labels what the model that is there does not."""
+    said, names, problem, wrong = task_given(args), classifier.scheme.names, classifier.problem, list[str]()
+    if said.labels is not None and tuple(said.labels) != names:
+        wrong.append(f"labels={args.labels}: the model was loaded for {', '.join(names)}")
+    if said.problem_type not in (None, problem):
+        wrong.append(f"problem_type={said.problem_type}: the model was loaded for {problem}")
+    if wrong:
+        raise OptionError("; ".join(wrong), hint="leave them out to take the model's, or load it with yours")
+
+
+def _check_classifier(args: "TrainArguments", problem: str | None = None) -> None:
     if args.stage != "sft":
         raise UnsupportedError(f"stage={args.stage!r}: it learns from answers, and a classifier writes none")
     if args.finetuning_type != "lora":
@@ -85,8 +100,8 @@ def _check_classifier(args: "TrainArguments") -> None:
         said.append("cuda_graphs=yes")
     if not args.ignore_pad_token_for_loss:
         said.append("ignore_pad_token_for_loss=false")
-    if args.label_smoothing_factor and args.problem_type in (SEVERAL, NUMBER):
-        said.append(f"label_smoothing_factor with problem_type {args.problem_type}")
+    if args.label_smoothing_factor and (problem or args.problem_type) in (SEVERAL, NUMBER):
+        said.append(f"label_smoothing_factor with problem_type {problem or args.problem_type}")
     if said:
         raise OptionError(
             f"task_type {args.task_type}: {', '.join(said)}: of models that write, or not there for classifiers",

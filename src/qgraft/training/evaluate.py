@@ -24,7 +24,7 @@ from qgraft.memory.budget import CPU_EVAL_TOKENS, GPU_EVAL_TOKENS
 from qgraft.model_parts import hears, is_encoder_decoder, marker_ids, vision_of
 from qgraft.passes.broken import check_held_out
 from qgraft.passes.decoder import padding_free
-from qgraft.passes.labels import Classifier, classifier_of
+from qgraft.passes.labels import Classifier, classifier_of, settled
 from qgraft.passes.limits import sample_limit, stated_ends
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.progress import Display, shown
@@ -140,7 +140,7 @@ def _of_labels(
 ) -> LabelEvaluation:  # fmt: skip
     """The same of a classifier."""
     texts = build_label_samples(tokenizer, *read, classifier.scheme, tokens=classifier.words, max_length=limit)
-    return _accounted(model, evaluate_labelled(model, texts, classifier), read[1])
+    return _accounted(model, evaluate_labelled(model, texts, settled(model, classifier, texts)[0]), read[1])
 
 
 def _of_pairs(

@@ -6,7 +6,7 @@ from qgraft.data.preference_samples import mismatched
 from qgraft.data.reading import Accounting
 from qgraft.errors import DataError, option
 from qgraft.model_parts import is_encoder_decoder
-from qgraft.passes.labels import classifier_of
+from qgraft.passes.labels import classifier_of, settled
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import evaluate_labelled
@@ -39,6 +39,7 @@ def evaluate_held_out(
         rows, accounting = read_label_samples(
             model, tokenizer, args.eval_dataset, args, limit, [], most=args.max_eval_samples
         )
+        classifier = settled(model, classifier, rows)[0]
         return evaluate_labelled(model, rows, classifier, compute=args.compute), accounting
     limit, template, options = (
         sample_limit(model, args.max_length),

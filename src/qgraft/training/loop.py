@@ -35,7 +35,7 @@ from qgraft.errors import CheckpointError, TrainingError, option
 from qgraft.kernels.summed_lora import casts_kept
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.broken import check_held_out, where_it_comes_from
-from qgraft.training.adapter import learning_rates, take_trained, trained_parameters
+from qgraft.training.adapter import decaying_vectors, learning_rates, take_trained, trained_parameters
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.callbacks import StopOnSignal
 from qgraft.training.checkpoints import (
@@ -136,7 +136,8 @@ class TrainingLoop:
         self.model.train()
         self.parameters = trained_parameters(self.model, self.args.adapter_name)
         rates = learning_rates(self.model, self.args)
-        self.optimization = Optimization(self.args, self.parameters, self.plan.steps, rates)
+        vectors = decaying_vectors(self.model, self.args.adapter_name)
+        self.optimization = Optimization(self.args, self.parameters, self.plan.steps, rates, vectors)
         optimization = {"optimizer": self.optimization.optimizer, "lr_scheduler": self.optimization.schedule}
         self.events.context |= optimization
         graphs = graphs_of(self.model, self.args, self.objective, self.parameters, self.tokens_per_pass, self.say)

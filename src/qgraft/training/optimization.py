@@ -5,7 +5,7 @@ torch's GradScaler skips the steps that overflow.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any, cast
 
@@ -39,10 +39,16 @@ class Optimization:
         parameters: Sequence[nn.Parameter],
         steps: int,
         rates: Sequence[tuple[float, Sequence[nn.Parameter]]] | None = None,
+        vectors: Collection[nn.Parameter] = (),
     ) -> None:
-        """`rates`: the parameters in groups, each with its peak learning rate; None for args.learning_rate for all."""
+        """The same of some parameters.
+
+        Args:
+            rates: the parameters in groups, each with its peak learning rate; None for args.learning_rate for all.
+            vectors: those of one dimension that decay as matrices do.
+        """
         self.gradients = Gradients(parameters)
-        self.optimizer = _make_optimizer(args, rates or [(args.learning_rate, parameters)])
+        self.optimizer = _make_optimizer(args, rates or [(args.learning_rate, parameters)], vectors)
         self.schedule: Any = get_scheduler(
             args.lr_scheduler_type, self.optimizer, num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=steps, scheduler_specific_kwargs=cast(dict[str, Any] | None, args.lr_scheduler_kwargs),
@@ -129,13 +135,17 @@ def follows_loss(schedule: Any) -> bool:
     return not isinstance(schedule, LambdaLR)
 
 
-def _make_optimizer(args: "TrainArguments", rates: Sequence[tuple[float, Sequence[nn.Parameter]]]) -> Optimizer:
+def _make_optimizer(
+    args: "TrainArguments", rates: Sequence[tuple[float, Sequence[nn.Parameter]]], vectors: Collection[nn.Parameter]
+) -> Optimizer:
     """The optimizer of args.optim for parameters with these learning rates. Weights decay, biases do not."""
     groups: list[dict[str, Any]] = []
+    decaying = {id(parameter) for parameter in vectors}
     for rate, parameters in rates:
         for decay, chosen in (
             (args.weight_decay, [p for p in parameters if p.dim() > 1]),
-            (0.0, [p for p in parameters if p.dim() <= 1]),
+            (0.0, [p for p in parameters if p.dim() <= 1 and id(p) not in decaying]),
+            *([(args.weight_decay, own)] if (own := [p for p in parameters if id(p) in decaying]) else []),
         ):
             groups.append({"params": chosen, "weight_decay": decay, "lr": rate})
     kind, options = _OPTIMIZERS[OptimizerNames(args.optim).value]

@@ -5,7 +5,8 @@ output_dir/
                          several labels       {"label": ["a"], "predict": ["a", "b"], "probabilities": {...}}
                          a number             {"label": 3.5, "predict": 3.31}
                          words                {"label": ["O", ...], "predict": ["O", ...], "probabilities": [0.99, ...]},
-                                              those of what is predicted; null for words behind max_length
+                                              those of what is predicted; null for words that are cut off at max_length,
+                                              have no token, or the label -100
   predict_results.json   loss, accuracy, macro-F1, number of rows, seconds, where every row went
 """
 
@@ -28,7 +29,7 @@ from qgraft.data.reading import Accounting, Dataset
 from qgraft.linear import computing
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.decoder import evaluating
-from qgraft.passes.labels import Classifier, classifier_of
+from qgraft.passes.labels import Classifier, classifier_of, settled
 from qgraft.passes.limits import sample_limit
 from qgraft.training.arguments import TrainArguments
 from qgraft.training.classification import (
@@ -84,10 +85,13 @@ def predict_labels(
     limit, notes = sample_limit(model, args.max_length), list[str]()
     samples, accounting = read_label_samples(model, tokenizer, dataset, args, limit, notes, most=most)
     began, tokens = time.perf_counter(), evaluation_tokens(args)
+    classifier, said = settled(model, classifier, samples)
     with computing(model, args.compute):
         rows = predicted_rows(model, samples, classifier, tokens)
         measured = evaluate_labelled(model, samples, classifier, tokens)
-    return LabelPredictions(rows, measured, accounting, time.perf_counter() - began, [*accounting.said(), *notes])
+    return LabelPredictions(
+        rows, measured, accounting, time.perf_counter() - began, [*accounting.said(), *notes, *said]
+    )
 
 
 def write_predictions(found: LabelPredictions, folder: Path, results: str) -> None:
@@ -121,10 +125,9 @@ def _row(sample: LabelSample, logits: Tensor, classifier: Classifier) -> dict[st
     said = predicted(logits, problem)
     if classifier.words:
         told = [names[int(label)] for label in sample.labels if label != IGNORED]
-        chosen = logits.softmax(-1).amax(-1).tolist()
-        missing = [None] * sample.lost
-        return {"label": told + missing, "predict": [names[int(each)] for each in said] + missing,
-                "probabilities": _rounded(chosen) + missing}  # fmt: skip
+        chosen = _rounded(logits.softmax(-1).amax(-1).tolist())
+        columns = {"label": told, "predict": [names[int(each)] for each in said], "probabilities": chosen}
+        return {key: _with_missing(values, sample.missing) for key, values in columns.items()}
     if problem == NUMBER:
         return {"label": sample.labels[0], "predict": round(float(said[0]), 6)}
     if problem == SEVERAL:
@@ -133,6 +136,12 @@ def _row(sample: LabelSample, logits: Tensor, classifier: Classifier) -> dict[st
         return {"label": label, "predict": predict, "probabilities": _named(names, logits[0].sigmoid())}
     return {"label": names[int(sample.labels[0])], "predict": names[int(said[0])],
             "probabilities": _named(names, logits[0].softmax(-1))}  # fmt: skip
+
+
+def _with_missing(values: Sequence[Any], missing: Sequence[int]) -> list[Any]:
+    """A value for each word: None at these places, the values in the others."""
+    gaps, rest = set(missing), iter(values)
+    return [None if place in gaps else next(rest) for place in range(len(values) + len(gaps))]
 
 
 def _named(names: Sequence[str], values: Tensor) -> Mapping[str, float]:

@@ -31,6 +31,7 @@ from qgraft.training.speech import check_run, check_speech_options
 from qgraft.training.stages import distill_options
 from qgraft.training.teacher import Lesson, ask_teacher
 from qgraft.training.trainer_options import check_evaluation, settle_best, tracking_callbacks, unsaid_strategy
+from qgraft.training.unread import unread_of_held_out
 
 
 @dataclass
@@ -84,6 +85,7 @@ def prepare(
     notes = [*args.notes, *earlier.passed_over, *balance_note(model), *take_tokens(model, tokenizer, args)]
     limit = sample_limit(model, args.max_length, positions_to_take(model, args))
     parts = prepare_samples(model, tokenizer, dataset, eval_dataset, args, limit, notes)
+    notes += unread_of_held_out(args, args.eval_dataset if eval_dataset is None else eval_dataset)
     samples, eval_samples, accounting, held_out = parts
     given = args.max_length != TrainArguments.max_length
     if limit < args.max_length and (given or accounting.truncated or (held_out and held_out.truncated)):

@@ -26,7 +26,7 @@ from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object
 from qgraft.memory.budget import evaluation_tokens
 from qgraft.model_parts import is_encoder_decoder
-from qgraft.passes.labels import classifier_of
+from qgraft.passes.labels import classifier_of, settled
 from qgraft.passes.log_probs import shares_prompts
 from qgraft.training.classification import Classification
 from qgraft.training.distillation import Distillation
@@ -55,6 +55,8 @@ def settle_objective(model: PreTrainedModel, prepared: "Prepared", tokens: int, 
     if holds_images(prepared.samples):
         return Padded(IMAGES, prepared.args.label_smoothing_factor, alone=not tokens)
     if (classifier := classifier_of(model)) is not None:
+        classifier, said = settled(model, classifier, [*prepared.samples, *prepared.eval_samples])
+        prepared.notes += said
         return Classification(classifier, prepared.args.label_smoothing_factor)
     if (taught := distill_options(prepared.args)) is not None and prepared.lesson is not None:
         drawn = draws_answers(model, prepared, taught, processes.count) if taught.draws else None

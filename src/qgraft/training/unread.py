@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from qgraft.training.stages import distill_options
+from qgraft.training.stages import distill_options, preference_options
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -14,6 +14,9 @@ def unread(args: "TrainArguments") -> list[str]:
     """A note for each option that is given beside none of those that it goes with."""
     beside = {"early_stopping_patience": "early_stopping_threshold", "loraplus_lr_ratio": "loraplus_lr_embedding"}
     alone = {f"{name} is not given": [other] for name, other in beside.items() if getattr(args, name) is None}
+    paired = preference_options(args)
+    if paired is not None and not paired.labelled:
+        alone["the answers of a pair are chosen and rejected"] = ["response_column"]
     return list(_without_effect(args, alone))
 
 
@@ -27,6 +30,14 @@ def unasked(args: "TrainArguments") -> list[str]:
     if not drawn:
         missing["nothing is answered; do_predict does, and do_eval with predict_with_generate"] = answers
     return list(_without_effect(args, missing))
+
+
+def unread_of_held_out(args: "TrainArguments", held_out: object) -> list[str]:
+    """The same of rows that are held out where none are given: those of val_size are read with the rest."""
+    if held_out is not None and held_out != "":
+        return []
+    names = ["max_eval_samples", *([] if args.do_predict else ["val_max_target_length"])]
+    return list(_without_effect(args, {"eval_dataset is not given": names}))
 
 
 def _without_effect(args: "TrainArguments", why: Mapping[str, Sequence[str]]) -> Iterator[str]:
