@@ -32,6 +32,7 @@ from qgraft.data.tokenizing import (
     with_prefix,
     with_system,
 )
+from qgraft.data.turn_tokens import BREAK
 from qgraft.errors import UnsupportedError
 
 _PLACEHOLDERS = ("image_token", "boi_token")  # what a processor may call what the template writes for an image
@@ -83,7 +84,7 @@ def image_prompt(
     Raises ConversationError where the template writes no place for an image, or too many.
     """
     encoder = ImageEncoder(processor, template, Learning())
-    turns = with_prefix(with_system(messages, system), source_prefix)
+    turns = encoder.marks.guarded(with_prefix(with_system(messages, system), source_prefix))
     text = encoder.with_bos(encoder.writer.prompt(encoder.writer.settled(turns), tools)) if encoder.writer else ""
     images = [image for message in messages for image in message.images]
     place = encoder.placeholder(text, len(images))
@@ -116,7 +117,13 @@ class ImageEncoder(Encoder):
         return ImageSample(found.input_ids, found.labels, source, found.weights, text=self.with_bos(text))
 
     def with_bos(self, text: str) -> str:
-        """The text with the token that begins texts, where the tokenizer puts one there and the template did not."""
+        """The text with the token that begins texts, where the tokenizer puts one there and the template did not.
+
+        Raises ConversationError for what a processor would read as tokens that nobody may write.
+        """
+        if (at := text.find(BREAK)) >= 0:
+            raise ConversationError(f"beside images a message holds the text of a token that marks turns: "
+                                    f"{text[at - 1] + text[at + 1 : at + 20]!r}")  # fmt: skip
         bos = self.tokenizer.bos_token
         added = bos is not None and getattr(self.tokenizer, "add_bos_token", False) and not text.startswith(str(bos))
         return f"{bos}{text}" if added else text
