@@ -160,6 +160,34 @@ def test_a_token_that_is_added_later_is_known_to_the_copy(
     assert ids.count(len(tokenizer) - 1) == 1 and max(ids) < len(tokenizer)
 
 
+@pytest.mark.parametrize("name", ["deepseekv3", "r1_distill"])
+def test_marks_of_calls_that_an_answer_writes_itself_are_tokens(
+    chat_tokenizer: Callable[..., Any], original: Callable[[str], str], name: str
+) -> None:
+    """In answers alone: a question that holds one would begin a call, or a result."""
+    tokenizer = chat_tokenizer("<｜end▁of▁sentence｜>", original(name))
+    marks = [f"<｜tool▁{name}｜>" for name in ("calls▁begin", "call▁begin", "sep", "outputs▁begin")]
+    tokenizer.add_special_tokens({"additional_special_tokens": marks})
+    said = [("user", "".join(marks)), ("assistant", f"{''.join(marks)}<｜User｜>"), ("user", "b")]
+    ids = encode_prompt(tokenizer, said)
+    assert [ids.count(token) for token in tokenizer.convert_tokens_to_ids([*marks, "<｜User｜>"])] == [1, 1, 1, 0, 2]
+
+
+def test_a_template_without_tokens_leaves_them_to_the_messages(chat_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = chat_tokenizer("<|im_end|>", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert encode_prompt(tokenizer, [("user", text)]) == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_words_that_were_made_tokens_are_tokens(
+    chat_tokenizer: Callable[..., Any], original: Callable[[str], str]
+) -> None:
+    """Also those that a template writes: roles, its own system text."""
+    tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
+    tokenizer.add_tokens(["user", "question"])
+    assert encode_prompt(tokenizer, [("user", "<|im_end|>user question")]).count(len(tokenizer) - 2) == 2
+
+
 def test_the_noncharacter_is_refused(chat_tokenizer: Callable[..., Any], original: Callable[[str], str]) -> None:
     tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
     with pytest.raises(ConversationError, match=r"U\+FDD3"):

@@ -22,7 +22,8 @@ message what they mean anywhere.
 
 Not chosen: to encode each message by itself (merges and sentencepiece's blanks at the borders would be others);
 `split_special_tokens` (the template's own tokens would be text, too). Where a template marks turns with ordinary words
-("[INST]" of Llama 2, "User:"), nothing can tell a message's words from the template's.
+("[INST]" of Llama 2, "User:"), nothing can tell a message's words from the template's. A template that writes no token at all
+(`{{ message.content }}` alone) leaves that to the messages, whose tokens are tokens.
 """
 
 import json
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 BREAK = "\ufdd3"
 READ_AS_TEXT = "messages hold the text of tokens that mark turns; it is read as text, not as these tokens"
 _THINKING = ("<think>", "</think>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>")
+_MARK = re.compile(r"[<\[|].*[>\]|]", re.DOTALL)  # what no word looks like that somebody has made a token
 _CALL = Call("probe_function", '{"probe_key": "probe value"}', "a1B2c3D4e")
 _ASKED, _SAID = Message("user", "probe question"), Message("assistant", "probe answer")
 _FRAMES = (
@@ -72,13 +74,11 @@ class TurnTokens:
         ends = tokenizer.convert_ids_to_tokens(end_token_ids(tokenizer, None, template))
         writer, source = Writer(tokenizer, template), template.text + template.with_tools
         framed = "".join(_written(writer, frame) for frame in _FRAMES)
-        marks = {*ends, str(tokenizer.bos_token)} | {
-            text
-            for text, token in added.items()
-            if text.strip() and (text in framed or (token.special and text in source))
-        }
+        around = {text for text, token in added.items() if text in framed and (token.special or _MARK.fullmatch(text))}
+        named = {text for text, token in added.items() if token.special and text in source}
+        marks = {*ends, str(tokenizer.bos_token), *around, *named} & added.keys() if around or not framed else set()
         # As texts, the longest first
-        self.texts = sorted(marks & added.keys(), key=lambda text: (-len(text), text))
+        self.texts = sorted(marks, key=lambda text: (-len(text), text))
         answered = _answered(writer)
         inside = {text for text in self.texts if text in answered and text not in ends}
         self._said = _starting(text for text in self.texts if text not in (*_THINKING, *inside))
@@ -171,7 +171,9 @@ def _answered(writer: Writer) -> str:
         prompt, whole = writer.prompt([_ASKED]), writer.answered([_ASKED, Message("assistant", calls=(_CALL,))]).text
     except ConversationError:
         return ""
-    return whole.removeprefix(prompt) if whole.startswith(prompt) else ""
+    # The prompt may end in a thinking tag that such an answer is without
+    common = whole[: next((at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b), len(prompt))]
+    return whole[max(common.rfind(">"), common.rfind("]")) + 1 :] if _ASKED.content in common else ""
 
 
 def _alternatives(texts: Iterable[str]) -> str:
