@@ -57,6 +57,22 @@ def test_seeds(given: int | None, seed: int | None) -> None:
     assert read_chat({**DEFAULT, "seed": given}).sampling.seed == seed
 
 
+def test_what_openais_client_sends_back_of_its_parsed_answers() -> None:
+    """As openai's parse() and stream() return a message, and write it when it is put among those of the next request."""
+    call = {"id": "c1", "function": {"arguments": '{"a":1}', "name": "f", "parsed_arguments": {"a": 1}}, "type": "function",
+            "index": 0}  # fmt: skip
+    extra = {"role": "assistant", "refusal": None, "annotations": [], "audio": None, "function_call": None}
+    turns = [
+        {"role": "user", "content": "x"}, {**extra, "content": None, "tool_calls": [call], "parsed": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {**extra, "content": '{"a":1}', "tool_calls": None, "parsed": {"a": 1}}, {"role": "user", "content": "y"},
+    ]  # fmt: skip
+    said = read_chat({**DEFAULT, "messages": turns}).messages
+    assert said is not None and said[1].calls[0].arguments == said[3].content == '{"a":1}'
+    with pytest.raises(ApiError, match=r"messages\[0\]\.parsed"):
+        read_chat({**DEFAULT, "messages": [{"role": "user", "content": "x", "parsed": 1}]})
+
+
 def test_the_examples_of_the_documentation() -> None:
     ask = read_chat(DEFAULT)
     assert ask.messages == (Message("system", "You are a helpful assistant."), Message("user", "Hello!"))

@@ -268,7 +268,8 @@ def _messages(given: object) -> tuple[Message, ...]:
 
 def _message(given: object, where: str) -> Message:
     message = object_of(given, where)
-    if unknown := [key for key in message if key not in _MESSAGE and message[key] not in (None, "", [])]:
+    known = _MESSAGE | ({"parsed"} if message.get("role") == "assistant" else set())  # of its text, by OpenAI's client
+    if unknown := [key for key in message if key not in known and message[key] not in (None, "", [])]:
         name = f"{where}.{unknown[0][:50]}"
         raise wrong(name, message[unknown[0]], "nothing: it would have no effect")
     role = message.get("role", MISSING)
