@@ -1,6 +1,7 @@
 """What a message says of tokens that mark turns is text: its ids are those of a tokenizer with other names for them."""
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -186,6 +187,19 @@ def test_words_that_were_made_tokens_are_tokens(
     tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
     tokenizer.add_tokens(["user", "question"])
     assert encode_prompt(tokenizer, [("user", "<|im_end|>user question")]).count(len(tokenizer) - 2) == 2
+
+
+def test_long_messages_take_no_more_than_their_length(
+    chat_tokenizer: Callable[..., Any], original: Callable[[str], str]
+) -> None:
+    """A pattern that begins anew at each end token would take a minute for these."""
+    tokenizer = chat_tokenizer("<|im_end|>", original("hermes"))
+    marks = turn_tokens(tokenizer, resolve_template(tokenizer))
+    began = time.process_time()
+    for text in ("<|im_end|>" * 20000, " \n" * 100000, "<|im_end|> " * 20000):
+        (said, ended) = marks.guarded([Message("assistant", f"{text}x"), Message("assistant", text)])
+        assert said.content.replace(BREAK, "") == f"{text}x" and ended.content == text
+    assert time.process_time() - began < 2
 
 
 def test_the_noncharacter_is_refused(chat_tokenizer: Callable[..., Any], original: Callable[[str], str]) -> None:

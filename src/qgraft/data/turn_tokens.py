@@ -84,7 +84,7 @@ class TurnTokens:
         self._said = _starting(text for text in self.texts if text not in (*_THINKING, *inside))
         self._asked = _starting(self.texts)
         self._whole = re.compile(f"({_alternatives(self.texts)})")
-        self._ending = re.compile(rf"(?:\s*(?:{_alternatives(map(str, ends))}))+\s*\Z")
+        self._ends = tuple(text for text in map(str, ends) if text)
         self._plain: Any = tokenizer
 
     def guarded(self, messages: Sequence[Message]) -> list[Message]:
@@ -106,10 +106,9 @@ class TurnTokens:
 
     def _guarded(self, message: Message) -> Message:
         said = message.role == "assistant"
-        pattern, content, ending = self._said if said else self._asked, message.content, ""
-        if said and (found := self._ending.search(content)):
-            content, ending = content[: found.start()], found[0]
-        changed: dict[str, Any] = {"content": self._broken(pattern, content) + ending}
+        pattern, content = self._said if said else self._asked, message.content
+        stop = self._before_ends(content) if said else len(content)
+        changed: dict[str, Any] = {"content": self._broken(pattern, content[:stop]) + content[stop:]}
         for name in ("reasoning", "call_id", "name"):
             if value := getattr(message, name):
                 changed[name] = self._broken(pattern, value)
@@ -118,6 +117,17 @@ class TurnTokens:
         if all(getattr(message, name) == value for name, value in changed.items()):
             return message
         return replace(message, **changed)
+
+    def _before_ends(self, content: str) -> int:
+        """Where the end tokens at the end of a text begin; its length where there are none."""
+        start = stop = len(content)
+        while True:
+            while stop and content[stop - 1].isspace():
+                stop -= 1
+            end = next((text for text in self._ends if content.endswith(text, 0, stop)), None)
+            if end is None:
+                return start
+            start = stop = stop - len(end)
 
     def _guarded_call(self, call: Call) -> Call:
         arguments = json.loads(call.arguments)
