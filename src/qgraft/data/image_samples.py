@@ -122,8 +122,11 @@ class ImageEncoder(Encoder):
         Raises ConversationError for what a processor would read as tokens that nobody may write.
         """
         if (at := text.find(BREAK)) >= 0:
-            raise ConversationError(f"beside images a message holds the text of a token that marks turns: "
-                                    f"{text[at - 1] + text[at + 1 : at + 20]!r}")  # fmt: skip
+            held = text.replace(BREAK, "")[at - 1 :]
+            place = next((each for each in self._places if held.startswith(each)), None)
+            if place is not None:
+                raise ConversationError(f"a text holds {place!r}, where the model would see an image")
+            raise ConversationError(f"beside images a text holds {held[:20]!r}, which begins with a token of turns")
         bos = self.tokenizer.bos_token
         added = bos is not None and getattr(self.tokenizer, "add_bos_token", False) and not text.startswith(str(bos))
         return f"{bos}{text}" if added else text
@@ -151,10 +154,14 @@ class ImageEncoder(Encoder):
         return ImageSample(ids, labels, sample.source, None if sample.weights is None else weights, sample.part,
                            sample.text, tuple(images[:count]))  # fmt: skip
 
+    @property
+    def _places(self) -> list[str]:
+        """What a processor may take for an image."""
+        return [str(token) for name in _PLACEHOLDERS if (token := getattr(self.processor, name, None))]
+
     def placeholder(self, text: str, images: int) -> str:
         """What stands in the text for an image; "" where there is none. Raises ConversationError for one that is none."""
-        known = [str(token) for name in _PLACEHOLDERS if (token := getattr(self.processor, name, None))]
-        found = [token for token in known if token in text]
+        found = [token for token in self._places if token in text]
         if found and not images:
             raise ConversationError(f"a text holds {found[0]!r}, where the model would see an image")
         if images and not found:
