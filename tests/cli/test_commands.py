@@ -8,6 +8,7 @@ import runpy
 import shutil
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,6 +142,27 @@ def test_chat_commands_switch_adapters(trained, capsys, monkeypatch):
     assert "active: out=0.5" in told
     assert "no adapter named 'nosuch'" in told
     assert "/clear" in told
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_ctrl_c_in_an_answer_leaves_a_person_the_conversation(trained, capsys, monkeypatch, terminal):
+    """A program that asks through a pipe is left, and gets answers without the prompt."""
+    asked, prompts, lines = [], [], iter(["one", "two", "three", "/quit"])
+
+    def answers(model, tokenizer, messages, options):
+        asked.append(messages)
+        if messages[-1][1] == "two":
+            raise KeyboardInterrupt
+        return "said"
+
+    monkeypatch.setattr("qgraft.cli.chat._answer", answers)
+    monkeypatch.setattr("builtins.input", lambda prompt: prompts.append(prompt) or next(lines))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: terminal))
+    code = cli.main(["chat", "--model", str(trained[0]), "--device", "cpu"])
+    assert (code, len(asked)) == ((0, 3) if terminal else (130, 2)) and "interrupted" in capsys.readouterr().err
+    assert set(prompts) == ({"> "} if terminal else {""})
+    if terminal:
+        assert asked[-1] == [("user", "one"), ("assistant", "said"), ("user", "three")]
 
 
 def test_chat_and_eval_prompt_as_the_adapter_was_trained(tiny_gguf, tmp_path, rows_file, capsys):

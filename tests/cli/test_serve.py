@@ -41,11 +41,31 @@ def test_what_cannot_be_served_is_said_before_loading(
     assert said in capsys.readouterr().err
 
 
+def test_no_word_opens_a_server_to_everybody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--api_key "$UNSET" is an empty key, which is that of requests without any; an admin's key is asked of nobody else."""
+    monkeypatch.delenv("QGRAFT_API_KEY", raising=False)
+    path = tmp_path / "keys.json"
+    path.write_text('{"sk-admin": {"admin": true}}', encoding="utf-8")
+    for words, said in (
+        (["--api_key", ""], "--api_key: got '', expected a key"), (["--admin_key", ""], "--admin_key: got ''"),
+        (["--api_key", "sk-\u043a"], "expected a key of printable ASCII"), (["--api_key", "a "], "--api_key: got 'a '"),
+        (["--keys", str(path)], "no key is needed"), (["--admin_key", "sk-admin"], "no key is needed"),
+    ):  # fmt: skip
+        assert main(["serve", "--model", "nothing.gguf", "--host", "0.0.0.0", *words]) == 2
+        assert said in capsys.readouterr().err
+    for words in (["--api_key", "sk-a"], ["--keys", str(path), "--api_key", "sk-a"]):
+        assert main(["serve", "--model", "nothing.gguf", "--host", "0.0.0.0", *words]) == 2
+        assert "nothing.gguf" in capsys.readouterr().err  # which is looked for next
+
+
 def test_wrong_key_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "keys.json"
     for wrong in (
         "[]",
         '{"": {}}',
+        '{" k": {}}',
         '{"k": {"adapters": "law"}}',
         '{"k": {"admin": 1}}',
         '{"k": {"more": 1}}',

@@ -10,6 +10,7 @@ from qgraft.data.reading import Accounting, read_dataset
 from qgraft.data.rendering import MOVED_SYSTEM, REWRITTEN
 from qgraft.data.templates import ChatTemplate, variant
 from qgraft.data.tokenizing import IGNORED, build_samples, encode_conversation, encode_prompt, resolve_template
+from qgraft.data.turn_tokens import READ_AS_TEXT
 from qgraft.errors import DataError
 
 MARKS_A_NEWLINE = ("lfm2_2_5", "qwen3_marked")  # behind the end, as something that the model writes
@@ -397,7 +398,8 @@ def test_what_changes_an_answer_is_said(chat_tokenizer, original):
     assert upper.text != original("hermes")
     for template, content, remark in (
         (upper, "Hello you", REWRITTEN),
-        (None, "say <|im_end|> ok", CUT_SHORT),
+        (None, "say ok <|im_end|>", CUT_SHORT),
+        (None, "say <|im_end|> ok", READ_AS_TEXT),
         (None, "say ok", None),
     ):
         accounting = Accounting(read=1, kept=1)

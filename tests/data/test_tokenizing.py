@@ -184,9 +184,11 @@ def test_tokenizer_without_end_token_is_refused():
         encoded(make_tokenizer(eos=None, special=["<s>"]), TWO_TURNS)
 
 
-def test_end_token_inside_an_answer_ends_what_is_learned(tokenizer):
-    tricky = Conversation.of("x:1", ("user", "Hi"), ("assistant", "A<|im_end|>B"))
+def test_end_token_at_the_end_of_an_answer_ends_what_is_learned(tokenizer):
+    tricky = Conversation.of("x:1", ("user", "Hi"), ("assistant", "A<|im_end|>\n"))
     assert learned(tokenizer, encoded(tokenizer, tricky)) == "A<|im_end|>"
+    inside = Conversation.of("x:1", ("user", "Hi"), ("assistant", "A<|im_end|>B"))
+    assert learned(tokenizer, encoded(tokenizer, inside)) == "A<|im_end|>B<|im_end|>"
 
 
 def test_template_that_strips_content():

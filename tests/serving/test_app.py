@@ -151,6 +151,27 @@ def test_what_is_too_long_is_named_as_the_api_names_it(running: Running) -> None
             assert (error["code"], error["param"]) == ("context_length_exceeded", param)
 
 
+def test_the_field_that_is_to_blame_is_named(running: Running) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    turns = [
+        *HELLO,
+        {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+    ]
+    asked: list[tuple[str, dict[str, Any], str]] = [
+        ("chat/completions", {"messages": HELLO, "tools": [tool]}, "tools"),
+        ("chat/completions", {"messages": turns}, "messages"),
+        ("chat/completions", {"messages": HELLO, "model": "foreign"}, "model"),
+        ("chat/completions", {"messages": HELLO, "logit_bias": {"999999": 1}}, "logit_bias"),
+        ("completions", {"prompt": [999999]}, "prompt"), ("completions", {"prompt": ""}, "prompt"),
+        ("completions", {"prompt": ["a"] * 999}, "prompt"), ("completions", {"prompt": ["a"] * 99, "n": 16}, "n"),
+        ("responses", {"input": "a", "tools": [{"type": "function", **tool["function"]}]}, "tools"),
+    ]  # fmt: skip
+    with running.client() as client:
+        for path, body, param in asked:
+            response = client.post(f"/v1/{path}", json={"model": "base", **body})
+            assert (response.status_code, response.json()["error"]["param"]) == (400, param), response.text
+
+
 def test_who_may_not_load_sees_no_paths(running: Running, adapters: Path) -> None:
     """Neither where adapters lie, nor where those of others were trained."""
     (adapters / "broken.gguf").write_bytes(b"GGUF??")

@@ -51,10 +51,26 @@ LOGPROBS = {**DEFAULT, "logprobs": True, "top_logprobs": 2}
 COMPLETION = {"model": "VAR_completion_model_id", "prompt": "Say this is a test", "max_tokens": 7, "temperature": 0}
 
 
-@pytest.mark.parametrize(("given", "seed"), [(5, 5), (2**32 + 5, 5), (-2, 2**32 - 2), (-1, None), (None, None)])
+@pytest.mark.parametrize(("given", "seed"), [(5, 5), (2**32 + 5, 2**32 + 5), (-2, 2**64 - 2), (-1, None), (None, None)])
 def test_seeds(given: int | None, seed: int | None) -> None:
     """-1 asks for another answer each time: llama-server's default, which its clients send."""
     assert read_chat({**DEFAULT, "seed": given}).sampling.seed == seed
+
+
+def test_what_openais_client_sends_back_of_its_parsed_answers() -> None:
+    """As openai's parse() and stream() return a message, and write it when it is put among those of the next request."""
+    call = {"id": "c1", "function": {"arguments": '{"a":1}', "name": "f", "parsed_arguments": {"a": 1}}, "type": "function",
+            "index": 0}  # fmt: skip
+    extra = {"role": "assistant", "refusal": None, "annotations": [], "audio": None, "function_call": None}
+    turns = [
+        {"role": "user", "content": "x"}, {**extra, "content": None, "tool_calls": [call], "parsed": None},
+        {"role": "tool", "tool_call_id": "c1", "content": "1"},
+        {**extra, "content": '{"a":1}', "tool_calls": None, "parsed": {"a": 1}}, {"role": "user", "content": "y"},
+    ]  # fmt: skip
+    said = read_chat({**DEFAULT, "messages": turns}).messages
+    assert said is not None and said[1].calls[0].arguments == said[3].content == '{"a":1}'
+    with pytest.raises(ApiError, match=r"messages\[0\]\.parsed"):
+        read_chat({**DEFAULT, "messages": [{"role": "user", "content": "x", "parsed": 1}]})
 
 
 def test_the_examples_of_the_documentation() -> None:
@@ -111,7 +127,8 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         ({"top_k": 1.5}, "top_k"), ({"n": 0}, "n"), ({"n": 99}, "n"), ({"stop": [""]}, "stop"), ({"stop": 5}, "stop"),
         ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
-        ({"logit_bias": {"5": "much"}}, "logit_bias"),
+        ({"logit_bias": {"5": "much"}}, "logit_bias"), ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+        ({"seed": 2**64}, "seed"), ({"seed": -(2**63) - 1}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
         ({"tool_choice": "required"}, "tool_choice"), ({**FUNCTIONS, "tool_choice": "any"}, "tool_choice"),
         ({**FUNCTIONS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool_choice"),

@@ -68,6 +68,16 @@ def test_draws_follow_the_seed_and_the_shares() -> None:
     torch.testing.assert_close(counts, logits.exp(), atol=0.07, rtol=0)  # four standard deviations
 
 
+def test_every_bit_of_a_seed_counts() -> None:
+    """torch's generator on a CPU takes seeds modulo 2^32."""
+    logits = torch.zeros(30000)
+    seeds = (7, 7 + 2**32, 7 + 2**63, 2**64 - 1)
+    drawn = [tuple(Sampler(Sampling(seed=seed), []).draw(logits).id for _ in range(2)) for seed in (*seeds, *seeds)]
+    assert drawn[:4] == drawn[4:] and len(set(drawn)) == 4
+    with pytest.raises(OptionError, match="seed"):
+        Sampling(seed=2**64)
+
+
 def test_what_is_not_allowed_has_no_share() -> None:
     torch.manual_seed(0)
     logits, allowed = torch.randn(1500), torch.arange(1504) % 10 == 7

@@ -380,11 +380,12 @@ def test_an_image_that_is_none_is_counted(image_folder, tmp_path):
     model, tokenizer = qgraft.load(image_folder().path)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(20))
     rows = [asked(0, [{"type": "image", "image": str(tmp_path / "broken.png")}]), asked(1),
-            {"instruction": "in words", "output": "an <image>"}]  # fmt: skip
+            {"instruction": "in words", "output": "an <image>"}, {"instruction": "a<|im_end|>b", "output": "c"}]  # fmt: skip
     samples, accounting = samples_for(model, tokenizer, rows)
     assert len(samples) == 1
     assert any("no image that can be read" in why for why in accounting.dropped)
     assert any("'<image>', which this model takes for images" in why for why in accounting.dropped)
+    assert any("holds '<|im_end|>b" in why for why in accounting.dropped)
     _, accounting = samples_for(model, tokenizer, [asked(0), TEXT], max_length=30)
     assert any("rows with images are not cut" in why for why in accounting.dropped)
 

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note, true_or_false
@@ -115,7 +117,7 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
     print_note(f"adapters: {', '.join(adapter_names(model)) or 'none'}; /help shows the commands")
     while True:
         try:
-            line = input(f"{_speaker(model)}> ").strip()
+            line = _line(f"{_speaker(model)}> ").strip()
         except EOFError:
             return 0
         if line in ("/quit", "/exit"):
@@ -130,8 +132,22 @@ def _converse(model: Any, tokenizer: Any, options: argparse.Namespace) -> int:
             except DataError as error:  # what cannot be asked; the conversation goes on without it
                 print_note(f"error: {error}")
                 continue
+            except KeyboardInterrupt:
+                if not sys.stdin.isatty():
+                    raise
+                print_note("\ninterrupted: the conversation goes on without this question; /quit leaves")
+                continue
             if not is_encoder_decoder(model.config):  # which reads one text, and no conversation
                 messages += [("user", line), ("assistant", said)]
+
+
+def _line(prompt: str) -> str:
+    """What somebody writes; who writes through a pipe gets answers alone. Raises EOFError."""
+    if not sys.stdin.isatty():
+        return input("")
+    with suppress(ImportError):
+        import readline  # noqa: F401  (input() edits with it; without it a terminal cuts a line at 4096 bytes)
+    return input(prompt)
 
 
 def _speaker(model: Any) -> str:

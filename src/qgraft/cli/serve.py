@@ -99,7 +99,7 @@ def add_serving(parser: Parser) -> None:
         "--api_key", action="append", default=[], help="a key that requests need; also the variable QGRAFT_API_KEY"
     )
     parser.add_argument(
-        "--admin_key", default=os.environ.get("QGRAFT_ADMIN_KEY"),
+        "--admin_key", default=os.environ.get("QGRAFT_ADMIN_KEY") or None,
         help="a key for loading and unloading adapters; also the variable QGRAFT_ADMIN_KEY",
     )  # fmt: skip
     parser.add_argument("--keys", metavar="FILE", help="a JSON file of keys, some of them for some adapters only")
@@ -179,23 +179,26 @@ def _name_and_path(text: str) -> tuple[str | None, str]:
 
 
 def _permissions(options: argparse.Namespace) -> dict[str, Any]:
-    from qgraft.serving.keys import Permission, read_keys
+    from qgraft.serving.keys import Permission, check_key, read_keys
 
     found = read_keys(Path(options.keys)) if options.keys else {}
     given = options.api_key or ([os.environ["QGRAFT_API_KEY"]] if os.environ.get("QGRAFT_API_KEY") else [])
-    found |= {key: Permission(f"key {number}") for number, key in enumerate(given, start=1)}
-    if options.admin_key:
-        found[options.admin_key] = Permission("admin", admin=True)
+    found |= {check_key(key, "--api_key"): Permission(f"key {number}") for number, key in enumerate(given, start=1)}
+    if options.admin_key is not None:
+        found[check_key(options.admin_key, "--admin_key")] = Permission("admin", admin=True)
     return found
 
 
 def _check_host(options: argparse.Namespace) -> None:
-    """Raise OptionError where everybody in the network could ask."""
+    """Raise OptionError where everybody in the network could ask, and for what is no key."""
+    from qgraft.serving.keys import Keys
+
+    needed = Keys(_permissions(options)).are_needed  # which those of admins alone are not
     try:
         local = options.host == "localhost" or ipaddress.ip_address(options.host).is_loopback
     except ValueError:
         local = False
-    if not local and not (options.api_key or options.keys or os.environ.get("QGRAFT_API_KEY")):
+    if not local and not needed:
         raise OptionError(
             f"--host {options.host} lets other machines ask, and no key is needed", hint="give --api_key or --keys"
         )

@@ -33,6 +33,7 @@ from qgraft.data.tokenizing import (
     with_prefix,
     with_system,
 )
+from qgraft.data.turn_tokens import BREAK
 from qgraft.errors import UnsupportedError
 
 _PLACEHOLDERS = ("image_token", "boi_token")  # what a processor may call what the template writes for an image
@@ -87,6 +88,7 @@ def image_prompt(
     encoder = ImageEncoder(processor, template, Learning(markers=markers))
     turns = with_prefix(with_system(messages, system), source_prefix)
     refuse_markers(encoder.markers, turns, tools)
+    turns = encoder.marks.guarded(turns)
     text = encoder.with_bos(encoder.writer.prompt(encoder.writer.settled(turns), tools)) if encoder.writer else ""
     images = [image for message in messages for image in message.images]
     place = encoder.placeholder(text, len(images))
@@ -121,7 +123,13 @@ class ImageEncoder(Encoder):
         return ImageSample(found.input_ids, found.labels, source, found.weights, text=self.with_bos(text))
 
     def with_bos(self, text: str) -> str:
-        """The text with the token that begins texts, where the tokenizer puts one there and the template did not."""
+        """The text with the token that begins texts, where the tokenizer puts one there and the template did not.
+
+        Raises ConversationError for what a processor would read as tokens that nobody may write.
+        """
+        if (at := text.find(BREAK)) >= 0:
+            held = text.replace(BREAK, "")[at - 1 :]
+            raise ConversationError(f"beside images a text holds {held[:20]!r}, which begins with a token of turns")
         bos = self.tokenizer.bos_token
         added = bos is not None and getattr(self.tokenizer, "add_bos_token", False) and not text.startswith(str(bos))
         return f"{bos}{text}" if added else text

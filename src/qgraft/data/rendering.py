@@ -113,9 +113,11 @@ class Writer:
                     f"the chat template leaves out turns of role {message.role}", hint=VARIANTS_HINT
                 )
         if tools and self.prompt(messages) == prompt:
-            raise ConversationError("the chat template writes no tools", hint=VARIANTS_HINT)
+            raise ConversationError("tools: the chat template writes no tools", hint=VARIANTS_HINT)
         if unsaid := [name for tool in tools if (name := tool["function"]["name"]) not in prompt]:
-            raise ConversationError(f"the chat template writes the name of a tool otherwise: {unsaid[0][:100]!r}")
+            raise ConversationError(
+                f"tools: the chat template writes the name of a tool otherwise: {unsaid[0][:100]!r}"
+            )
         for key, values in (("name", [m.name for m in messages]), ("tool_call_id", [m.call_id for m in messages])):
             if any(value is not None and value not in prompt for value in values):
                 self.remark(f"the chat template writes no {key}; it has no effect")

@@ -28,6 +28,7 @@ from qgraft.data.reading import Accounting
 from qgraft.data.rendering import Writer
 from qgraft.data.scripted import LAST_LEARNED, ChatGlmOptions, WritesPrompts, check_chatglm_options, scripted_ids
 from qgraft.data.templates import SYSTEM_TEXTS, ChatTemplate, named_template
+from qgraft.data.turn_tokens import READ_AS_TEXT, turn_tokens
 from qgraft.errors import DataError, OptionError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -110,10 +111,11 @@ def encode_prompt(
     turns = with_system(as_messages(messages), system)
     if isinstance(tokenizer, WritesPrompts):
         return tokenizer.prompt_ids(as_pairs(turns), chatglm.max_source_length, source_prefix=chatglm.source_prefix)
-    writer, asked = Writer(tokenizer, template), with_prefix(turns, chatglm.source_prefix)
+    writer, marks = Writer(tokenizer, template), turn_tokens(tokenizer, template)
+    asked = with_prefix(turns, chatglm.source_prefix)
     refuse_markers(marker_texts(tokenizer, markers), asked, tools)
-    text = writer.prompt(writer.settled(asked), tools)
-    return _with_bos(tokenizer, _plain_ids(tokenizer, text))
+    turns = marks.guarded(asked)
+    return _with_bos(tokenizer, marks.ids(writer.prompt(writer.settled(turns), marks.guarded_tools(tools))))
 
 
 def decode_answer(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
@@ -244,6 +246,7 @@ class Encoder:
             )
         self.tokenizer, self.learning, self.ends = tokenizer, learning, ends
         self.writer = None if isinstance(tokenizer, WritesPrompts) else Writer(tokenizer, template)
+        self.marks = turn_tokens(tokenizer, template)
         texts = () if self.writer is None else tuple(map(str, tokenizer.convert_ids_to_tokens(ends)))
         self._known: dict[str, list[int]] = {}  # of this conversation
         self.has_history = False  # where the tokenizer writes samples itself: rounds before the last
@@ -261,9 +264,12 @@ class Encoder:
         messages = with_system(conversation.messages, self.learning.system)
         if self.writer is None:
             return [self._scripted(conversation, messages)]
-        messages = with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
-        refuse_markers(self.markers, messages, conversation.tools)
-        answers = learned_answers(self.writer, messages, conversation.tools, self.choice)
+        said = with_prefix(messages, self.learning.chatglm.source_prefix if self.learning.chatglm else "")
+        refuse_markers(self.markers, said, conversation.tools)
+        messages = self.marks.guarded(said)
+        if any(one is not other for one, other in zip(messages, said, strict=True)):
+            self.writer.remark(READ_AS_TEXT)
+        answers = learned_answers(self.writer, messages, self.marks.guarded_tools(conversation.tools), self.choice)
         self._known.clear()
         groups: list[list[Answer]] = []
         for answer in answers:
@@ -327,7 +333,7 @@ class Encoder:
     def _ids(self, text: str) -> list[int]:
         """The ids of a text alone; what the tokenizer was asked for this conversation is kept."""
         if text not in self._known:
-            self._known[text] = _plain_ids(self.tokenizer, text)
+            self._known[text] = self.marks.ids(text)
         return self._known[text]
 
     def _scripted(self, conversation: Conversation, messages: Sequence[Message]) -> Sample:
@@ -355,11 +361,6 @@ def segments_of(group: Sequence[Answer]) -> list[Segment]:
         segments += [(piece.text, answer.weight if piece.learned else 0.0, answer.marked) for piece in answer.pieces()]
         length = len(answer.prompt) + answer.cut
     return segments
-
-
-def _plain_ids(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The ids of a text as it is, without the special ones that a tokenizer puts around it."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
 
 def _with_bos(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> list[int]:

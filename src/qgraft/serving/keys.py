@@ -58,6 +58,14 @@ class Keys:
         return found if self.are_needed or found is not None else Permission()  # clients send some key always
 
 
+def check_key(key: str, what: str) -> str:
+    """The key. Raises OptionError for one that no header can hold: an empty one would be that of requests without any."""
+    if not key or not (key.isascii() and key.isprintable()) or key != key.strip():
+        raise OptionError(f"{what}: got {key!r}, expected a key of printable ASCII, without blanks around it",
+                          hint="a variable that is not set?" if not key else None)  # fmt: skip
+    return key
+
+
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()
 
@@ -69,7 +77,8 @@ def read_keys(path: Path) -> dict[str, Permission]:
         what = given if isinstance(given, dict) else {"": given}
         adapters, admin, name = what.get("adapters"), what.get("admin", False), what.get("name", f"key {number}")
         right = adapters is None or (isinstance(adapters, list) and all(isinstance(each, str) for each in adapters))
-        if not key or what.keys() - {"adapters", "admin", "name"} or not right or not isinstance(admin, bool):
+        check_key(key, f"{path}: key {number}")
+        if what.keys() - {"adapters", "admin", "name"} or not right or not isinstance(admin, bool):
             raise OptionError(
                 f"{path}: key {number}: expected an object with adapters (a list of names), admin (true or false) and name",
                 hint='{"sk-abc": {"adapters": ["law"]}, "sk-admin": {"admin": true}}',

@@ -22,6 +22,7 @@ from qgraft.serving.fields import MISSING, ApiError, check_known, flag_of, objec
 from qgraft.serving.sampling import TOP_LOGPROBS, Sampling
 
 CHOICES = Range(1, 16, whole=True)  # n
+SEEDS = Range(-(2**63), 2**64 - 1, whole=True)
 STOPS, STOP_LENGTH = 16, 500  # stop strings, and characters of one: each is looked for at every token
 
 _IGNORED: dict[str, type] = {  # say nothing about the answer
@@ -42,6 +43,7 @@ _MESSAGE = {"role", "content", "reasoning_content", "name", "tool_calls", "tool_
 _FORMS = ("text", "json_object", "json_schema")
 _FORM_HINT = '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object", ...}}}'
 _SCHEMA = {"name", "description", "schema", "strict"}
+_ID = re.compile(r"0|[1-9][0-9]{0,9}")  # of a token, written in one way only: none is there twice
 _NAME = re.compile(r"[\w.-]{1,128}")  # of a function: what templates write letter for letter
 _CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}} with a name of tools'
 _THINKING = '{"enable_thinking": true or false}, and nothing else'
@@ -132,7 +134,8 @@ def read_completion(body: object) -> Ask:
     _check_keys(given, _COMPLETION)
     if given.get("suffix") not in ("", None):
         raise wrong("suffix", given["suffix"], "nothing: it is not supported")
-    if (best := given.get("best_of")) is not None and (isinstance(best, bool) or best != given.get("n", 1)):
+    count = 1 if given.get("n") is None else given["n"]
+    if (best := given.get("best_of")) is not None and (isinstance(best, bool) or best != count):
         raise wrong("best_of", best, "the same as n: more is not supported")
     if flag_of(given, "echo") and given.get("logprobs") is not None:
         raise wrong("logprobs", given["logprobs"], "nothing beside echo: those of the prompt are not computed")
@@ -234,12 +237,12 @@ def _sampling(given: Mapping[str, Any], logprobs: object, asked_as: str) -> Samp
             if value not in (None, other):
                 raise wrong("repeat_penalty", other, f"the same as repetition_penalty, {shown(value)}")
             value = other
-        if name == "seed" and type(value) is int:
-            value = None if value == -1 else value % 2**32  # llama-server's and vLLM's word for none
+        if name == "seed" and value is not None:
+            value = _seed(value)
         if value is not None:
             options[name] = value
     bias = object_of({} if given.get("logit_bias") is None else given["logit_bias"], "logit_bias")
-    if odd := [token for token in bias if not (token.isascii() and token.isdigit() and len(token) <= 10)]:
+    if odd := [token for token in bias if not _ID.fullmatch(token)]:
         raise wrong("logit_bias", odd[0], "ids of tokens as keys, as texts")
     try:
         return Sampling(logit_bias={int(token): value for token, value in bias.items()}, **options)
@@ -247,6 +250,14 @@ def _sampling(given: Mapping[str, Any], logprobs: object, asked_as: str) -> Samp
         param = re.split("[=:]", error.message)[0]
         message = re.sub(r"^(\w+)=(.*): expected", r"\1: got \2, expected", error.message, count=1, flags=re.DOTALL)
         raise ApiError(400, message, param=param, code="invalid_value") from error
+
+
+def _seed(given: object) -> int | None:
+    """OpenAI's are of 64 bits with a sign, others' without; -1 is llama-server's and vLLM's word for none."""
+    if given not in SEEDS:
+        raise wrong("seed", given, f"a whole number from {SEEDS.least} to {SEEDS.most}")
+    number = int(str(given))
+    return None if number == -1 else number % 2**64
 
 
 def _messages(given: object) -> tuple[Message, ...]:
@@ -257,7 +268,8 @@ def _messages(given: object) -> tuple[Message, ...]:
 
 def _message(given: object, where: str) -> Message:
     message = object_of(given, where)
-    if unknown := [key for key in message if key not in _MESSAGE and message[key] not in (None, "", [])]:
+    known = _MESSAGE | ({"parsed"} if message.get("role") == "assistant" else set())  # of its text, by OpenAI's client
+    if unknown := [key for key in message if key not in known and message[key] not in (None, "", [])]:
         name = f"{where}.{unknown[0][:50]}"
         raise wrong(name, message[unknown[0]], "nothing: it would have no effect")
     role = message.get("role", MISSING)

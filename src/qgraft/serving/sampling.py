@@ -17,12 +17,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from qgraft.errors import OptionError
 from qgraft.passes.broken import BrokenLogitsError
-from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
+from qgraft.ranges import COUNT, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
 
 _PENALTY = Range(-2, 2)
 _SHARE = Range(0, 1)
@@ -30,6 +31,7 @@ _REPETITION = Range(0.01, 100)
 _BIAS = Range(-100, 100)  # OpenAI's
 _TOP_K = Range(-1, 2**31 - 1, whole=True)
 TOP_LOGPROBS = Range(0, 20, whole=True)
+SEED = Range(0, 2**64 - 1, whole=True)  # all of its bits count: torch's generator on a CPU goes by 32 of them
 LIKELIEST = 512  # tokens among which the cuts are looked for first
 
 
@@ -92,11 +94,7 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, prompt: list[int], never: Sequence[int] = ()) -> None:
         self.sampling, self._never_N = sampling, torch.tensor(never, dtype=torch.int64)
-        self._generator = torch.Generator()
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(sampling.seed)
+        self._generator = np.random.Generator(np.random.PCG64(sampling.seed))
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
         self._counts: dict[int, int] = {}
         self._bias = _by_token(sampling.logit_bias)
@@ -157,7 +155,7 @@ class Sampler:
         """A token by the shares that are left: one number of the generator says which."""
         tokens_N, shares_N = self.shares(scores_V)
         sums_N = shares_N.double().cumsum(-1)
-        at = torch.rand((), generator=self._generator, dtype=torch.float64) * sums_N[-1]
+        at = self._generator.random() * sums_N[-1]
         last = torch.searchsorted(sums_N, sums_N[-1])  # that has a share
         return int(tokens_N[torch.minimum(torch.searchsorted(sums_N, at, right=True), last)])
 

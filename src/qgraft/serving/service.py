@@ -4,6 +4,7 @@ Ask -> which adapters -> may this key? -> loaded -> prompts -> Request, Request,
 events of each -> Choice: text, reasoning, calls, tokens                               (Reading)
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,7 @@ from qgraft.serving.running import Running
 from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
 
 MIXED = 8  # adapters of a mix
+_FIELD = re.compile(r"(\w+)[:=]")
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ class Service:
         adapters = self._adapters(ask, permission)
         most = self.engine.max_batch + self.engine.max_queue
         if (wanted := max(len(ask.prompts), 1) * ask.count) > most:
-            raise ApiError(400, f"{wanted} answers are asked for at once, expected at most {most}", param="n")
-        with errors_as_answers():
+            raise ApiError(400, f"{wanted} answers are asked for at once, expected at most {most}",
+                           param="n" if ask.count > 1 else ask.param)  # fmt: skip
+        with errors_as_answers(ask.param):
             self.catalogue.need(adapters, permission.allows)
             if ask.messages is None:
                 prompts = [self.prompter.plain(each) if isinstance(each, str) else list(each) for each in ask.prompts]
@@ -124,7 +127,7 @@ class Service:
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
-        with errors_as_answers():
+        with errors_as_answers(ask.param):
             grammar = self._grammar(ask, readers[0])
         requests = [
             self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
@@ -171,7 +174,7 @@ class Service:
     ) -> Request:
         sampling = ask.sampling
         if sampling.seed is not None and choice:
-            sampling = replace(sampling, seed=(sampling.seed + choice) % 2**32)
+            sampling = replace(sampling, seed=(sampling.seed + choice) % 2**64)
         return Request(
             tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar,
             cleaned=ask.messages is not None and grammar is None,
@@ -219,10 +222,10 @@ class errors_as_answers:  # noqa: N801 (used like a function)
     """Within the block errors of ours become those of the API, with their status.
 
     Args:
-        param: what prompts are called.
+        param: what prompts are called; None where nothing is asked.
     """
 
-    def __init__(self, param: str = "messages") -> None:
+    def __init__(self, param: str | None = None) -> None:
         self.param = param
 
     def __enter__(self) -> None:
@@ -234,8 +237,8 @@ class errors_as_answers:  # noqa: N801 (used like a function)
         raise as_api_error(error, self.param) from error
 
 
-def as_api_error(error: QgraftError, param: str = "messages") -> ApiError:
-    """The answer that an error of ours is."""
+def as_api_error(error: QgraftError, param: str | None = None) -> ApiError:
+    """The answer that an error of ours is; with `param`, what prompts are called, it names the field that is to blame."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, StoppedError):
@@ -245,5 +248,15 @@ def as_api_error(error: QgraftError, param: str = "messages") -> ApiError:
     if isinstance(error, ContextError):
         return ApiError(400, error.message, code="context_length_exceeded", param=param, hint=error.hint)
     if isinstance(error, (AdapterError, CheckpointError, DataError, OptionError)):
-        return ApiError(400, error.message, hint=error.hint)
+        return ApiError(400, error.message, param=param and _blamed(error, param), hint=error.hint)
     return ApiError(500, error.message, kind="server_error", hint=error.hint)
+
+
+def _blamed(error: QgraftError, param: str) -> str | None:
+    """The field of a request that an error is of: what it begins with, else adapters are named by `model`."""
+    named = _FIELD.match(error.message)
+    if isinstance(error, DataError):
+        return "tools" if named and named[1] == "tools" else param
+    if isinstance(error, OptionError):
+        return named[1] if named else None
+    return "model"
