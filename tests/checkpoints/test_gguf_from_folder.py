@@ -24,6 +24,7 @@ from qgraft.errors import UnsupportedError
 Maker = Callable[..., Any]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0 + i for i in range(8)],
         "short_factor": [1.0 + i / 8 for i in range(8)], "original_max_position_embeddings": 32}  # fmt: skip
@@ -165,6 +166,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral3", {"sliding_window": 16}, "sliding_window 16"),
     ("mistral3", {"rope_parameters": {**MINISTRAL_ROPE, "mscale": 0.7}}, "rope_parameters"),
     ("exaone4", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, "sliding_window"),
+    ("glm4", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "rope_parameters"),
+    ("gemma3", {"rope_parameters": {"full_attention": LLAMA3, "sliding_attention": PLAIN}}, "'llama3' in some layers"),
+    ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}, "'longrope' in some layers"),
 ]  # fmt: skip
 
 
