@@ -169,6 +169,12 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("glm4", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "rope_parameters"),
     ("gemma3", {"rope_parameters": {"full_attention": LLAMA3, "sliding_attention": PLAIN}}, "'llama3' in some layers"),
     ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}, "'longrope' in some layers"),
+    # what llama.cpp does not load, see tests/oracle/test_llamacpp.py
+    ("arcee", {"mlp_bias": True}, r"llama\.cpp has no blk\.0\.ffn_up\.bias"),
+    ("hunyuan-dense", {"attention_bias": True}, r"llama\.cpp has no blk\.0\.attn_q\.bias"),
+    ("nemotron", {"head_dim": 32}, "heads of hidden_size / num_attention_heads = 16, got 32"),
+    ("gemma4", {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
+     "the two layers before"),
 ]  # fmt: skip
 
 
