@@ -47,5 +47,5 @@ def test_what_llamacpp_does_not_load_is_known(
     if loads:
         assert llamacpp_behind([(tiny.path, [5, 6, 7], 256)])
     else:
-        with pytest.raises(AssertionError, match="llama.cpp failed"):
+        with pytest.raises(AssertionError, match=r"llama\.cpp failed"):
             llamacpp_behind([(tiny.path, [5, 6, 7], 256)])
