@@ -15,9 +15,8 @@ from qgraft.checkpoints.gguf_model import load_gguf
 TIED: dict[str, Any] = {"tied": True}
 BIASES: dict[str, Any] = {"config": {"attention_bias": True}}
 OF_MLP: dict[str, Any] = {"config": {"mlp_bias": True}}
-SHARED: dict[str, Any] = {
-    "config": {"layer_types": [f"{kind}_attention" for kind in ("full", "sliding", "sliding", "full")]}
-}
+KINDS = [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "sliding", "full")]
+SHARED: dict[str, Any] = {"config": {"layer_types": KINDS, "num_hidden_layers": 6}}
 CASES: list[tuple[str, dict[str, Any], bool]] = [  # architecture, options of the file, whether llama.cpp loads it
     ("arcee", BIASES, False), ("granite", BIASES, True), ("arcee", OF_MLP, False), ("cohere2", BIASES, False),
     ("command-r", BIASES, False), ("command-r", {"config": {"use_qk_norm": True}}, False),

@@ -38,7 +38,7 @@ def why_unread(architecture: str, config: Any, names: Collection[str]) -> str | 
         [name for name in blocks if name.endswith(tuple(f"{ending}.bias" for ending in endings))] if endings else []
     )
     if biases:
-        return f"llama.cpp has no {biases[0]} in this architecture"
+        return f"llama.cpp has no {min(biases)} in this architecture"
     if architecture in _OWN_OUTPUT and "output.weight" not in names:
         return "llama.cpp wants an output layer apart from the embedding in this architecture"
     if architecture == "command-r" and config.num_hidden_layers < _NORMED_FROM and "blk.0.attn_q_norm.weight" in names:
