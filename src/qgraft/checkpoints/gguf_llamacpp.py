@@ -43,13 +43,12 @@ def why_unread(architecture: str, config: Any, names: Collection[str]) -> str | 
         return "llama.cpp wants an output layer apart from the embedding in this architecture"
     if architecture == "command-r" and config.num_hidden_layers < _NORMED_FROM and "blk.0.attn_q_norm.weight" in names:
         return f"llama.cpp has norms of queries and keys from {_NORMED_FROM} layers on in this architecture"
-    heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "head_dim", None)
-    if architecture == "nemotron" and width is not None and heads * width != config.hidden_size:
-        return (
-            f"llama.cpp wants heads of hidden_size / num_attention_heads = {config.hidden_size / heads:g}, got {width}"
-        )
-    if architecture == "olmoe" and config.num_key_value_heads != heads:
-        return f"llama.cpp wants as many heads of keys as of queries, {heads}, got {config.num_key_value_heads}"
+    if architecture == "nemotron" and config.num_attention_heads * config.head_dim != config.hidden_size:
+        usual = config.hidden_size / config.num_attention_heads
+        return f"llama.cpp wants heads of hidden_size / num_attention_heads = {usual:g}, got {config.head_dim}"
+    if architecture == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        got = f"{config.num_attention_heads}, got {config.num_key_value_heads}"
+        return f"llama.cpp wants as many heads of keys as of queries, {got}"
     return _why_not_shared(config) if architecture == "gemma4" and config.num_kv_shared_layers else None
 
 
