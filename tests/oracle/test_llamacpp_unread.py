@@ -29,7 +29,7 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [  # architecture, options of th
 ]  # fmt: skip
 
 
-@pytest.mark.spread(2)
+@pytest.mark.spread(1)
 @pytest.mark.parametrize(("architecture", "options", "loads"), CASES)
 def test_what_llamacpp_does_not_load_is_known(
     architecture: str,
