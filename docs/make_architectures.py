@@ -81,6 +81,9 @@ takes the best two. PEFT takes `gate_proj` and `up_proj` in `target_modules` for
 had them: an adapter on dense or shared layers of a mixture that shall be opened by PEFT is put on attention alone, and
 on experts by `target_parameters`.
 
+Where a `deepseek2` has yarn and no `yarn_log_multiplier`, cos and sin are scaled and scores are not, as by its authors' code;
+llama.cpp scales both.
+
 The ramp of yarn begins and ends in gpt-oss where the model was trained with it (`truncate` of transformers is false);
 llama.cpp rounds both to whole elements of a head. Queries and keys of Qwen 3.5's delta nets are normed with an epsilon of
 1e-6, as by its authors; llama.cpp takes that of the file, which in released ones is the same.

@@ -230,8 +230,21 @@ def test_keys_take_the_dtype_of_the_layer() -> None:
     assert got.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("given", [{"attention_mask": torch.ones(1)}, {"cu_seq_lens_q": None}, {"softcap": 1.0}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attention_mask": torch.ones(1)}, {"cu_seq_lens_q": None}, {"softcap": 1.0}, {"s_aux": torch.ones(2)},
+        {"indices": torch.zeros(1, 5, 2)},
+    ],
+)  # fmt: skip
 def test_samples_refuse_what_they_do_not_compute(given: dict[str, Any]) -> None:
     arguments = {"attention_mask": noted(5), "cu_seq_lens_q": torch.tensor([0, 5]), **given}
     with pytest.raises(ValueError, match="within samples of a padding-free batch only"):
         attend_samples(Layer(2), *random_inputs(2, 5), **arguments)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "indices"])
+def test_a_prefix_is_refused_where_attention_has_more_than_keys_and_values(name: str) -> None:
+    with pytest.raises(ValueError, match=f"attends without {name}"):
+        attend_with_prefix(Layer(2), *random_inputs(2, 5), None, **{name: torch.ones(1)})
+    attend_with_prefix(Layer(2), *random_inputs(2, 5), None, **{name: None, "position_ids": torch.arange(5)[None]})

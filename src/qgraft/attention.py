@@ -45,11 +45,30 @@ from qgraft.shared_prompts import SharedPrompts
 
 PREFIX, SAMPLES = "qgraft_prefix", "qgraft_samples"
 _sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+_SAYS_NOTHING = {
+    "position_ids",
+    "cache_position",
+    "output_attentions",
+    "use_cache",
+    "is_causal",
+    "output_hidden_states",
+    "return_dict",
+}
+_OF_SDPA = {"dropout", "scaling", "sliding_window", "position_bias"}  # a window is in the mask
 
 
 def attention_of(module: Any) -> str:
     """The attention implementation that a model, or one of its layers, computes by now: "sdpa", "eager", PREFIX ..."""
     return str(module.config._attn_implementation)
+
+
+def unknown_arguments(given: Mapping[str, Any]) -> list[str]:
+    """The names of arguments of an attention function that change what it computes, beside those that it names itself.
+
+    Models hand over what their attention has beside queries, keys and values: sinks (gpt-oss's `s_aux`), the keys that a
+    token may see (`indices`, of DeepSeek 3.2). A function that took them and did not use them would compute something else.
+    """
+    return [name for name, value in given.items() if name not in _SAYS_NOTHING and value is not None]
 
 
 @contextmanager
@@ -101,7 +120,12 @@ def attend_with_prefix(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]; without a prefix exactly transformers' sdpa."""
+    """query [B, H, T, D], key and value [B, G, K, D] -> [B, T, H, D]; without a prefix exactly transformers' sdpa.
+
+    Raises ValueError for what that does not compute.
+    """
+    if unknown := [name for name in unknown_arguments(kwargs) if name not in _OF_SDPA]:
+        raise ValueError(f"{PREFIX} attends without {', '.join(unknown)}")
     if prefix is None and softcap is None:
         return _sdpa(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is None:
@@ -173,8 +197,12 @@ def attend_samples(
     Raises ValueError for what this implementation does not compute: other masks, no boundaries, capped scores.
     """
     noted: MaskNote | None = getattr(attention_mask, "qgraft_note", None)
-    if cu_seq_lens_q is None or kwargs.get("softcap") is not None or (noted is None) == (context_lens is None):
-        raise ValueError(f"{SAMPLES} attends within samples of a padding-free batch only, without mask and softcap")
+    unknown = unknown_arguments(kwargs)
+    if cu_seq_lens_q is None or unknown or (noted is None) == (context_lens is None):
+        raise ValueError(
+            f"{SAMPLES} attends within samples of a padding-free batch only, without mask and "
+            f"{', '.join(unknown) or 'other arguments'}"
+        )
     if shared_prompts is not None and context_lens is not None:
         raise ValueError(f"{SAMPLES}: prompts are shared in causal attention only")
     window = None if noted is None else noted.window(cu_seq_lens_q)
@@ -311,7 +339,7 @@ def record_attention(model: nn.Module) -> tuple[list[Call], float]:
             expected = model(**inputs, use_cache=False)[0].float()
             with attending(model, PREFIX):
                 got = model(**inputs, use_cache=False, prefix=recorder)[0].float()
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UnsupportedError(f"{type(model).__name__} does not take a prefix: {error}") from error
     finally:
         model.train(training)

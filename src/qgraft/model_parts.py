@@ -240,6 +240,13 @@ def mixes_neighbours(model: PreTrainedModel) -> bool:
     """Whether a layer takes what is before a token in the row by a state or a convolution, whose sample it may be or not.
 
     Attention is told where samples begin, and such layers are not: transformers' code passes it over, and some kernels
-    that it may use instead do not. How far it reaches (three tokens, in LFM2) may be too little for a trial to see.
+    that it may use instead do not. How far it reaches (three tokens, in LFM2) may be too little for a trial to see. So may
+    be how many tokens it takes until Llama 4's temperature changes, which goes by the number of tokens before in the row.
     """
-    return keeps_state(model) or any(isinstance(module, nn.Conv1d) for module in decoder_of(model).modules())
+    return keeps_state(model) or any(
+        isinstance(module, nn.Conv1d) or _counts_the_row(module) for module in decoder_of(model).modules()
+    )
+
+
+def _counts_the_row(module: Any) -> bool:
+    return bool(getattr(module, "attn_temperature_tuning", False)) and not module.use_rope

@@ -27,6 +27,22 @@ def by_length(model: nn.Module) -> bool:
     return any(_changes(module) for module in model.modules())
 
 
+def changes_with(model: nn.Module, length: int) -> bool:
+    """Whether a text of this length has other rotations than a short one, and so would change theirs in the same row."""
+    return any(_changes(module) and length > _original(module) for module in model.modules())
+
+
+def _original(module: Any) -> int:
+    """The length up to which rotations are those of the module as it was made."""
+    stated: dict[str, Any] = module.config.rope_parameters or {}
+    lengths = [
+        each["original_max_position_embeddings"]
+        for each in (stated, *stated.values())
+        if isinstance(each, dict) and each.get("original_max_position_embeddings")
+    ]
+    return min(lengths, default=int(module.original_max_seq_len))
+
+
 def _changes(module: nn.Module) -> bool:
     types = getattr(module, "rope_type", ())  # with several kinds of layers, one for each
     names = types.values() if isinstance(types, dict) else (types,)

@@ -24,6 +24,7 @@ from qgraft.errors import UnsupportedError
 Maker = Callable[..., Any]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "long_factor": [2.0 + i for i in range(8)],
         "short_factor": [1.0 + i / 8 for i in range(8)], "original_max_position_embeddings": 32}  # fmt: skip
@@ -151,6 +152,7 @@ def test_packed_rows_are_written_as_they_are(
     assert int(read_gguf(tmp_path / "new.gguf").metadata["general.file_type"]) == 3  # MOSTLY_Q4_1
 
 
+SLIDING_LAST = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding_window|layer_types"),
@@ -165,6 +167,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("mistral3", {"sliding_window": 16}, "sliding_window 16"),
     ("mistral3", {"rope_parameters": {**MINISTRAL_ROPE, "mscale": 0.7}}, "rope_parameters"),
     ("exaone4", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}, "sliding_window"),
+    ("glm4", {"rope_parameters": {**LLAMA3, "partial_rotary_factor": 0.5}}, "rope_parameters"),
+    ("gemma3", {"rope_parameters": {"full_attention": LLAMA3, "sliding_attention": PLAIN}}, "'llama3' in some layers"),
+    ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}, "'longrope' in some layers"),
+    # what llama.cpp does not load, see tests/oracle/test_llamacpp.py
+    ("arcee", {"mlp_bias": True}, r"llama\.cpp has no blk\.0\.ffn_down\.bias"),
+    ("hunyuan-dense", {"attention_bias": True}, r"llama\.cpp has no blk\.0\.attn_k\.bias"),
+    ("nemotron", {"head_dim": 32}, "heads of hidden_size / num_attention_heads = 16, got 32"),
+    ("gemma4", {"layer_types": [*SLIDING_LAST, "sliding_attention", "full_attention"], "num_hidden_layers": 6},
+     "the two layers before"),
 ]  # fmt: skip
 
 

@@ -64,6 +64,11 @@ def test_keys_and_values_of_narrow_states_that_lie_apart(apart: Any, random_ids:
 MORE: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # architecture, configuration, keys
     "yarn": ("deepseek2", {"rope_parameters": YARN}, YARN_KEYS),
     "yarn of DeepSeek 3": ("deepseek3", {"rope_parameters": YARN}, YARN_KEYS),
+    "yarn of DeepSeek 3 without a multiplier": (
+        "deepseek3",
+        {"rope_parameters": {key: value for key, value in YARN.items() if not key.startswith("mscale")}},
+        {**YARN_KEYS, "rope.scaling.yarn_log_multiplier": None},
+    ),
     "queries out of a narrow state": ("deepseek2", {"q_lora_rank": 32}, {}),
     "groups": (
         "deepseek2", {"n_group": 3, "topk_group": 1, "topk_method": "group_limited_greedy"},

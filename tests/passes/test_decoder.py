@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV32Config,
     FalconH1Config,
     Llama4TextConfig,
     LlamaConfig,
@@ -99,6 +100,43 @@ def test_it_is_the_longest_sample_that_is_tried(monkeypatch):
             assert model.config._attn_implementation == SAMPLES
         with padding_free(model, [sample(6, 1), sample(7, 2), sample(60, 3)]):
             assert model.config._attn_implementation != SAMPLES
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32,
+        "short_factor": [1.0 + i / 8 for i in range(16)], "long_factor": [2.0 + i for i in range(16)]}  # fmt: skip
+SEEN_LATE: dict[str, Any] = {  # what only texts of more than 32 tokens show, or rows of as many
+    "longrope": LlamaConfig(**SMALL, rope_parameters=LONG),
+    "dynamic": LlamaConfig(
+        **SMALL, max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    ),
+    "longrope, in the code of phimoe": PhimoeConfig(
+        **SMALL, **EXPERTS, sliding_window=None, rope_parameters={**LONG, "short_mscale": 1.0, "long_mscale": 1.4}
+    ),
+    "llama4, temperature by the row": Llama4TextConfig(
+        **SMALL, intermediate_size_mlp=64, head_dim=32, num_local_experts=2, no_rope_layers=[1, 0], floor_scale=32,
+        attn_scale=2.0,
+    ),
+    "deepseek_v32, the keys that are chosen": DeepseekV32Config(
+        **SMALL, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, head_dim=8,
+        index_topk=32, index_head_dim=16, index_n_heads=2, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEEN_LATE)
+def test_an_evaluation_within_a_run_asks_about_its_own_samples(kind):
+    """The run's samples are shorter, and so are the two that its trial takes; its rows, and the others, are not."""
+    model, texts = model_of(SEEN_LATE[kind]), [sample(12, number) for number in range(4)]
+    texts += [sample(6, 4), sample(70, 5)]
+    with torch.no_grad():
+        for run, within in ((texts[:5], texts[:5]), (texts[:5], texts)):
+            expected = sum(own_loss(model, each) for each in within)
+            with padding_free(model, run) as outer, padding_free(model, within) as problem:
+                problem = problem or outer
+                groups = [within] if problem is None else [[each] for each in within]
+                got = sum(float(batch_loss(model, collate(group))) for group in groups)
+            assert got == pytest.approx(expected, rel=1e-5), (kind, problem)
 
 
 def test_a_model_that_is_its_own_decoder_gives_logits():

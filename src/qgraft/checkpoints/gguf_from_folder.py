@@ -33,6 +33,7 @@ from qgraft.checkpoints.folder_write import check_source
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_key_parts import WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
+from qgraft.checkpoints.gguf_llamacpp import why_unread
 from qgraft.checkpoints.gguf_model import SUPPRESSED
 from qgraft.checkpoints.gguf_rules import (
     ARCHITECTURES,
@@ -125,6 +126,9 @@ def draft_gguf(model: Any) -> Draft:
     if tokenizer is None:
         raise refuse("it came without a tokenizer, and a GGUF file holds one")
     matrices, vectors = _places(model, architecture, refuse)
+    names = {*(each.name for each in matrices.values()), *vectors.values()}
+    if (unread := why_unread(architecture, config, names)) is not None:
+        raise refuse(unread)
     shapes = {each.name: _file_shape(each, _held(model, path).shape) for path, each in matrices.items()}
     rows = shapes["token_embd.weight"][0]
     if beyond := [token for token in base_of(model).tokens.values() if token.id >= rows]:

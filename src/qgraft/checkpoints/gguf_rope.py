@@ -106,11 +106,11 @@ def _yarn(header: Header, factor: float) -> dict[str, Any]:
     """yarn's own words. Ministral 3 divides its factor by one of another multiplier, and scales queries by position."""
     growth, beta = 0.1 * math.log(max(factor, 1.0)), header.get("attention.temperature_scale")
     log_multiplier = header.number("rope.scaling.yarn_log_multiplier", 0.0, zero=True)
-    if header.architecture == "deepseek2":  # scores are scaled; cos and sin are not
+    if header.architecture == "deepseek2":  # scores are scaled instead of cos and sin, where a multiplier says how
         return {
             "rope_type": "yarn",
             "factor": factor,
-            "attention_factor": 1.0,
+            "attention_factor": 1.0 if log_multiplier else 1 + growth,
             "mscale_all_dim": 10 * log_multiplier,
             "beta_fast": header.number("rope.scaling.yarn_beta_fast", 32.0),
             "beta_slow": header.number("rope.scaling.yarn_beta_slow", 1.0),

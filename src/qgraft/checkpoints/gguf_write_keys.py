@@ -146,9 +146,12 @@ def _rotation(
             values |= {f"rope.scaling.yarn_{key}": float(rope.get(key) or n) for key, n in _BETAS.items()}
     elif kind == "dynamic" and rope.get("alpha") and config.model_type in ("hunyuan_v1_dense", "hunyuan_v1_moe"):
         values["rope.freq_base"] *= rope["alpha"] ** (head_dim / (head_dim - 2))
+    elif kind in ("llama3", "longrope") and not hasattr(rotary, "inv_freq"):
+        raise UnsupportedError(f"rope_type {kind!r} in some layers only: no key of a GGUF file states such rotations")
     elif kind == "llama3":
-        plain = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim)
-        tensors[FREQS] = plain / rotary.inv_freq.float().cpu()
+        scaled = rotary.inv_freq.float().cpu()  # of what is rotated of a head
+        plain = 1.0 / rope["rope_theta"] ** (torch.arange(len(scaled), dtype=torch.int64).float() / len(scaled))
+        tensors[FREQS] = plain / scaled
     elif kind == "longrope":
         values["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
         values["rope.scaling.attn_factor"] = float(rotary.attention_scaling)

@@ -34,7 +34,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from qgraft.adapters.base import selection_of
 from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.lora_function import LayerSegment
-from qgraft.attention import MaskNote, attend_capped, note_mask
+from qgraft.attention import MaskNote, attend_capped, note_mask, unknown_arguments
 from qgraft.errors import UnsupportedError
 from qgraft.model_parts import argument_names, decoder_of, decoder_states
 from qgraft.models.prefix_lm import context_positions
@@ -43,7 +43,6 @@ from qgraft.passes.key_values import KeyValues, as_slices
 
 CACHED = "qgraft_cached"
 _TEXTS: ContextVar["_Texts | None"] = ContextVar("qgraft_texts", default=None)
-_SAYS_NOTHING = {"position_ids", "output_attentions", "use_cache", "is_causal", "output_hidden_states", "return_dict"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -219,7 +218,7 @@ def attend_cached(
 
     Raises ValueError for what this implementation does not compute: other masks, arguments that it does not know.
     """
-    unknown = [name for name, given in kwargs.items() if name not in _SAYS_NOTHING and given is not None]
+    unknown = unknown_arguments(kwargs)
     texts = _TEXTS.get()
     if texts is None or unknown or dropout:
         raise ValueError(f"{CACHED} is for next_logits, without dropout and {', '.join(unknown) or 'other arguments'}")

@@ -11,7 +11,8 @@ its own (RoBERTa's kind begins behind the padding token's id) is not told any.
 
 In which way the samples of a batch share a pass is found out there too: attention sample by sample, else transformers'
 mask, else one sample in each pass. All three are right; which is the fastest that a model keeps to is what is tried. The
-last it is always where layers carry a state or convolve along the row.
+last it is always where layers carry a state, convolve along the row or count the tokens in it, and where rotations go by
+the longest text of a pass and there is one that is long enough.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,6 +32,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.errors import UnsupportedError
 from qgraft.linear import QuantizedLinear, computing
 from qgraft.model_parts import argument_names, computed_dtype, decoder_states, has_decoder, mixes_neighbours
+from qgraft.rotary import changes_with
 
 Head = Callable[[Tensor], Tensor]
 
@@ -136,23 +138,32 @@ def padding_free(model: PreTrainedModel, samples: Sequence[Sample]) -> Iterator[
 
     Raises UnsupportedError for a model whose loss of a single sample is not that of its own forward pass in any way.
     """
-    if attention_of(model) == SAMPLES:  # an evaluation within a run: found out already
-        yield None
-        return
     ordered = sorted(samples, key=lambda sample: len(sample.input_ids))
+    longest = len(ordered[-1].input_ids) if ordered else 0
+    if attention_of(model) == SAMPLES:  # an evaluation within a run: found out already, but of its own samples
+        yield _apart(model) if changes_with(model, longest) else None
+        return
     batch = {key: value.to(model.device) for key, value in collate([ordered[-1], *ordered[:-1][:1]]).items()}
     with torch.no_grad(), evaluating(model), computing(model, "float32"):
-        fast, problem = _found_out(model, batch)
+        fast, problem = _found_out(model, batch, changes_with(model, longest))
     with sample_attention(model) if fast else nullcontext():
         yield problem
 
 
-def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
-    """(Whether attention goes sample by sample, what differs where samples cannot share a pass)."""
+def _apart(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} does not keep samples apart"
+
+
+def _found_out(model: PreTrainedModel, batch: Batch, mixed: bool) -> tuple[bool, str | None]:
+    """(Whether attention goes sample by sample, what differs where samples cannot share a pass).
+
+    Args:
+        mixed: whether they cannot, for a reason that a trial may not show.
+    """
     parts = split_batch(batch, budget=0)
     expected = [_own_losses(model, part) for part in parts]
 
-    mixed = mixes_neighbours(model)
+    mixed = mixed or mixes_neighbours(model)
 
     def packed() -> bool:
         return not mixed and _agrees(model, batch, expected)
@@ -160,7 +171,7 @@ def _found_out(model: PreTrainedModel, batch: Batch) -> tuple[bool, str | None]:
     def alone() -> bool:
         return all(_agrees(model, part, [own]) for part, own in zip(parts, expected, strict=True))
 
-    apart = f"{type(model).__name__} does not keep samples apart"
+    apart = _apart(model)
     if has_decoder(model):
         with sample_attention(model):
             if attention_of(model) == SAMPLES and packed():

@@ -107,7 +107,8 @@ def evaluate(
     learning: dict[str, Any] = {
         "template": chosen, "system": system, "max_length": limit, "eos_ids": stated_ends(model),
         "chatglm": ChatGlmOptions(max_source_length, max_target_length, "history" in (columns or ()), False, source_prefix),
-    } | {"markers": marker_ids(model)}  # fmt: skip
+        "markers": marker_ids(model),
+    }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers({**said, "response_column": (columns or {}).get("response")})
         labelled = read_labels(tokens=classifier.words, **reading)
