@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from qgraft.adapters.lora import Lora, LoraLayer
 from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.selection import Selection
-from qgraft.linear import to_autocast
+from qgraft.kernels.autocast import to_autocast
 
 
 class ConvLora(Lora):
