@@ -40,7 +40,7 @@ def _original(module: Any) -> int:
         for each in (stated, *stated.values())
         if isinstance(each, dict) and each.get("original_max_position_embeddings")
     ]
-    return min(lengths, default=int(module.original_max_seq_len))
+    return int(min(lengths, default=module.original_max_seq_len))
 
 
 def _changes(module: nn.Module) -> bool:
