@@ -375,7 +375,9 @@ def test_what_cannot_be_adapted_is_refused(tiny_gguf: Maker, tmp_path: Path) -> 
     with pytest.raises(UnsupportedError, match=r"lora_dropout=0\.1: a LoRA on experts has none"):
         qgraft.attach_lora(model, lora_dropout=0.1, target_parameters=BOTH)
     for other in ({"use_dora": True}, {"init_lora_weights": "pissa"}):
-        with pytest.raises(UnsupportedError, match=r"embeddings and experts have no .*; supported: linear layers"):
+        with pytest.raises(
+            UnsupportedError, match=r"embeddings, experts and convolutions have no .*; linear layers have"
+        ):
             qgraft.attach_lora(model, target_modules=(), target_parameters=BOTH, **other)
     assert not model.qgraft.adapters
     llama, _ = qgraft.load(tiny_gguf("llama").path, dtype="float32", device="cpu")

@@ -117,7 +117,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 50.0, "factor": 1.0}}},
     ),
     ("mistral3", {"config": {"rope_parameters": {**MINISTRAL_ROPE, "beta_fast": 0.5, "beta_slow": 0.02}}}),
-    ("smollm3", {"config": {"attention_bias": True}}),
 ]
 
 
@@ -172,6 +171,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("gemma3", {"rope_parameters": {"full_attention": LONG, "sliding_attention": PLAIN}}, "'longrope' in some layers"),
     # what llama.cpp does not load, see tests/oracle/test_llamacpp.py
     ("arcee", {"mlp_bias": True}, r"llama\.cpp has no blk\.0\.ffn_down\.bias"),
+    ("smollm3", {"attention_bias": True}, r"llama\.cpp has no blk\.0\.attn_k\.bias"),
     ("hunyuan-dense", {"attention_bias": True}, r"llama\.cpp has no blk\.0\.attn_k\.bias"),
     ("nemotron", {"head_dim": 32}, "heads of hidden_size / num_attention_heads = 16, got 32"),
     ("gemma4", {"layer_types": [*SLIDING_LAST, "sliding_attention", "full_attention"], "num_hidden_layers": 6},

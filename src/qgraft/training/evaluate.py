@@ -111,11 +111,11 @@ def evaluate(
     }  # fmt: skip
     if (classifier := classifier_of(model)) is not None:
         _refuse_of_writers({**said, "response_column": (columns or {}).get("response")})
-        labelled = read_labels(tokens=classifier.words, **reading)
-        return _of_labels(model, tokenizer, labelled, classifier, limit)
+        return _of_labels(model, tokenizer, read_labels(tokens=classifier.words, **reading), classifier, limit)
     if options is not None:
-        judged = read_preferences(labelled=options.labelled, **reading)
-        return _of_preferences(model, tokenizer, judged, options, learning)
+        return _of_preferences(
+            model, tokenizer, read_preferences(labelled=options.labelled, **reading), options, learning
+        )
     conversations, accounting = read_dataset(images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
