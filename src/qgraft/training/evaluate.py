@@ -113,9 +113,8 @@ def evaluate(
         _refuse_of_writers({**said, "response_column": (columns or {}).get("response")})
         return _of_labels(model, tokenizer, read_labels(tokens=classifier.words, **reading), classifier, limit)
     if options is not None:
-        return _of_preferences(
-            model, tokenizer, read_preferences(labelled=options.labelled, **reading), options, learning
-        )
+        judged = read_preferences(labelled=options.labelled, **reading)
+        return _of_preferences(model, tokenizer, judged, options, learning)
     conversations, accounting = read_dataset(images=bool(vision_of(model)), **reading)
     if with_images(conversations):
         check_image_run({"train_on_prompt": train_on_prompt})
