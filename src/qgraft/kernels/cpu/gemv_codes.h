@@ -73,7 +73,7 @@ ALWAYS_INLINE __m256i first_words(const uint8_t *p, int64_t bytes, int count) {
         for (int k = 0; k < count; k++) memcpy(words + k, p + k * bytes, 4);
         return _mm256_loadu_si256((const __m256i *)words);
     }
-    __m128i low = _mm_loadu_si32(p), high = _mm_loadu_si32(p + 4 * bytes);
+    __m128i low = _mm_cvtsi32_si128(word_of(p)), high = _mm_cvtsi32_si128(word_of(p + 4 * bytes));
     low = _mm_insert_epi32(low, word_of(p + bytes), 1), high = _mm_insert_epi32(high, word_of(p + 5 * bytes), 1);
     low = _mm_insert_epi32(low, word_of(p + 2 * bytes), 2), high = _mm_insert_epi32(high, word_of(p + 6 * bytes), 2);
     low = _mm_insert_epi32(low, word_of(p + 3 * bytes), 3), high = _mm_insert_epi32(high, word_of(p + 7 * bytes), 3);
