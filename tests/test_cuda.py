@@ -261,6 +261,16 @@ def test_a_step_is_that_of_the_decoder_in_float64(step: str, format: str) -> Non
             choices = choices[1:] + choices[:1]
 
 
+def attach_two(model: Any) -> None:
+    """LoRAs "one" and "two" with numbers that are the same on every device."""
+    for name in ("one", "two"):
+        qgraft.attach_lora(model, r=3, name=name)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
 def test_decoded_tokens_are_those_of_the_models_own_pass(
@@ -270,12 +280,7 @@ def test_decoded_tokens_are_those_of_the_models_own_pass(
     path = tiny_gguf(architecture).path
     on_cpu, model = (qgraft.load(path, device=d, dtype=t)[0] for d, t in (("cpu", "float32"), ("cuda", dtype)))
     for each in (on_cpu, model):
-        for name in ("one", "two"):
-            qgraft.attach_lora(each, r=3, name=name)
-        torch.manual_seed(1)
-        for parameter_name, parameter in each.named_parameters():
-            if "lora_" in parameter_name:
-                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+        attach_two(each)
     ids, tolerance = torch.randint(3, 90, (3, 40)), 1e-3 if dtype == "float32" else 5e-2
     mixes: list[dict[str, float]] = [{"one": 1.0}, {"two": 0.5, "one": -1.0}, {}]
 
@@ -325,12 +330,7 @@ def test_texts_of_several_adapters_are_answered_together_as_on_the_cpu(
     told = []
     for device in ("cpu", "cuda"):
         model, tokenizer = qgraft.load(tiny_gguf(architecture).path, device=device, dtype="float32")
-        for name in ("one", "two"):
-            qgraft.attach_lora(model, r=3, name=name)
-        torch.manual_seed(1)
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data.copy_(torch.randn(parameter.shape) * 0.2)
+        attach_two(model)
         qgraft.use_adapter(model, None)
         engine = Engine(model.eval(), tokenizer)
         told.append([[token.id for token in each["tokens"]] for each in answer_all(engine, asked)])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from compared import logits, off
 from gguf import GGMLQuantizationType as Q
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
@@ -73,16 +74,6 @@ def edit_config(folder: Path, **values: Any) -> None:
     path = folder / "config.json"
     config = {**json.loads(path.read_text()), **values}
     path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model(ids).logits.float()
-    return found
-
-
-def off(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def packed_formats(model: Any) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from compared import logits, off
 from gguf import GGMLQuantizationType as Q
 from peft import PeftModel
 from torch import Tensor, nn
@@ -36,16 +37,6 @@ def as_folder(tiny: Any, folder: Path) -> Path:
     tiny.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    found: Tensor = model(ids).logits.float()
-    return found
-
-
-def off(got: Tensor, expected: Tensor) -> float:
-    return float((got - expected).abs().max() / expected.abs().max())
 
 
 def rounded(w_OI: Tensor, kind: Q) -> Tensor:
