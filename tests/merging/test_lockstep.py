@@ -158,6 +158,44 @@ def test_layers_without_the_adapter_compute_as_they_are(trained, monkeypatch):
     check_inputs(got, a, m, sum(LENGTHS))
 
 
+@pytest.mark.parametrize("merges", [False, True])
+def test_samples_that_begin_alike_count_as_often_as_they_are(trained, monkeypatch, merges):
+    """Their beginnings pass once for each stream; the moments are those of all tokens, the judging ones' as well."""
+    model, _ = trained().load()
+    prompt = random_samples(model.config.vocab_size, (14,), 5)[0].input_ids
+    plain, plain_held = (random_samples(model.config.vocab_size, *each) for each in ((LENGTHS, 0), (HELD_LENGTHS, 1)))
+    samples, held = (
+        [
+            Sample([*prompt, *s.input_ids], [-100] * 14 + s.input_ids, s.source) if n % 3 else s
+            for n, s in enumerate(each)
+        ]
+        for each in (plain * 2, plain_held * 2)
+    )
+    a = inputs_of(model, [*samples, *held])
+    got = recorded(monkeypatch, lockstep.merge_layer if merges else not_merging)
+    rows: list[int] = []
+    row_of = lockstep.row_of
+    monkeypatch.setattr(lockstep, "row_of", lambda *args: rows.append(len((row := row_of(*args)).ids)) or row)
+    packed, _ = merge_in_step(model, *work_of(model), samples, held, "scales", lambda _: None)
+    assert rows == [len({(*s.input_ids[: n + 1],) for s in [*samples, *held] for n in range(s.length)})]
+    for path, layer in lora_layers(model):
+        layer.replace(packed[path])
+    with adapters_off(model):
+        m = inputs_of(model, [*samples, *held])
+    calibrating = sum(sample.length for sample in samples)
+    for path, inputs in got.items():
+        judging = len(a[path]) - calibrating
+        for name, tensor, of, tokens in (
+            ("H", inputs.H, m[path][:calibrating], calibrating),
+            ("held_m", inputs.held_m.T @ inputs.held_m / len(inputs.held_m), m[path][calibrating:], judging),
+            ("held_a", inputs.held_a.T @ inputs.held_a / len(inputs.held_a), a[path][calibrating:], judging),
+        ):
+            expected = of.T @ of / tokens
+            assert float((tensor - expected).norm() / expected.norm()) < 2e-5, (path, name)
+        crossed = a[path][:calibrating].T @ m[path][:calibrating] / calibrating
+        assert float((inputs.C - crossed).norm() / crossed.norm()) < 2e-5, path
+
+
 def test_the_padded_way_solves_the_same_problems(trained, monkeypatch):
     """Its attention sums in another order, so inputs differ in their last bits.
 
