@@ -17,7 +17,7 @@ from qgraft.errors import UnsupportedError
 from qgraft.formats import PackedTensor, dequantize, quantize
 from qgraft.linear import QuantizedLinear
 from qgraft.merging import lockstep, outputs
-from qgraft.merging.layer import Inputs, LayerReport
+from qgraft.merging.layer import Inputs, LayerReport, Wanted
 from qgraft.merging.lockstep import merge_in_step
 from qgraft.merging.merge import merge
 
@@ -64,15 +64,19 @@ def recorded(monkeypatch: pytest.MonkeyPatch, solve: Solve) -> dict[str, Inputs]
     """The inputs that each layer's solver is given from now on."""
     inputs: dict[str, Inputs] = {}
 
-    def record(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str) -> Any:
-        inputs[path] = Inputs(*(each.clone() for each in (given.H, given.C, given.held_a, given.held_m)))
-        return solve(path, packed, delta, given, method)
+    def record(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str, wanted: Wanted) -> Any:
+        inputs[path] = given
+        assert wanted is not None
+        target = dequantize(packed, torch.float32) + delta
+        torch.testing.assert_close(wanted.fit, given.X_a @ target.T, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(wanted.held, given.held_a @ target.T, rtol=1e-3, atol=1e-4)
+        return solve(path, packed, delta, given, method, wanted)
 
     monkeypatch.setattr(lockstep, "merge_layer", record)
     return inputs
 
 
-def not_merging(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str) -> Any:
+def not_merging(path: str, packed: PackedTensor, delta: Tensor, given: Inputs, method: str, wanted: Wanted) -> Any:
     return packed, LayerReport(path, packed.format, 0.0, 0.0, None, ())
 
 

@@ -34,14 +34,14 @@ from qgraft.kernels import linear
 from qgraft.linear import in_stored_order
 from qgraft.mapped import release
 from qgraft.merging.experts import StackToMerge, standing_in_experts
-from qgraft.merging.layer import FewInputs, Inputs, LayerReport, is_large, merge_layer, seen
+from qgraft.merging.layer import Inputs, LayerReport, Wanted, is_large, merge_layer, seen
 from qgraft.merging.outputs import Outputs, outputs_of
 from qgraft.merging.store import WorkDir
 from qgraft.passes.beginnings import Row, multiplicities, row_of
 from qgraft.passes.log_probs import sharing_arguments
 from qgraft.shared_prompts import SharedPrompts
 
-JUDGING_TOKENS = 512  # that judge each step of each layer
+JUDGING_TOKENS = 384  # that judge each step of each layer
 _NO_INPUTS = "method nearest and method grid need no inputs"
 
 
@@ -116,7 +116,7 @@ class _Pass:
         self._roots: tuple[Tensor | None, Tensor | None] = (None, None)
         self.packed: dict[str, PackedTensor] = {}
         self.layers: list[LayerReport] = []
-        self._last: tuple[Tensor, Inputs | FewInputs] | None = None
+        self._last: tuple[Tensor, Inputs] | None = None
 
     def counted(self, calibrate: Tensor, judge: Tensor) -> None:
         """How many samples calibrate with each token of a stream, and judge, [tokens] int64."""
@@ -129,13 +129,19 @@ class _Pass:
         self.layers.append(report)
         self.progress(report)
 
-    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs | FewInputs:
-        """The moments of a layer's inputs; q, k and v, and gate and up, are given the same tensor and share them."""
+    def inputs(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> Inputs:
+        """A layer's inputs; q, k and v, and gate and up, are given the same tensor and share their moments."""
         if self._last is None or self._last[0] is not x:
             self._last = None  # its memory is needed
             kinds = zip((self.calibrates, self.judges), self._roots, strict=True)
             self._last = x, seen(*(_weighed(each[tokens], root) for tokens, root in kinds for each in (x_a, x_m)))
         return self._last[1]
+
+    def wanted(self, y_a: Tensor) -> Wanted:
+        """The outputs [tokens, out] of the adapter's layer, as the layer's inputs are kept."""
+        calibrates, judges = self._roots
+        fit = _weighed(y_a[self.calibrates], calibrates)
+        return Wanted(fit.mul_(max(len(fit), 1) ** -0.5), _weighed(y_a[self.judges], judges))
 
 
 class _SplitLayer(nn.Module):
@@ -159,17 +165,18 @@ class _SplitLayer(nn.Module):
             )
         x = in_stored_order(self.layer.base, x)
         stored_a, stored_m = x.reshape(-1, x.shape[-1]).chunk(2)
-        merged = self._merged(x, stored_a, stored_m)
-        y_a, y_m = self.layer(x_a), linear(stored_m, merged)
-        if (bias := self.layer.base.bias) is not None:
+        y_a, bias = self.layer(x_a), self.layer.base.bias
+        merged = self._merged(x, stored_a, stored_m, y_a)
+        y_m = linear(stored_m, merged)
+        if bias is not None:
             y_m = y_m + bias.to(y_m.dtype)
         release(*self.layer.packed.parts, *merged.parts)  # the pass comes here once
         return torch.cat([y_a, y_m]).view(*x.shape[:-1], self.out_features)
 
-    def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor) -> PackedTensor:
+    def _merged(self, x: Tensor, x_a: Tensor, x_m: Tensor, y_a: Tensor) -> PackedTensor:
         pass_ = self.pass_
         found = pass_.found.get(self.path)
-        merged, report = found or self._solve(pass_.inputs(x, x_a, x_m))
+        merged, report = found or self._solve(pass_.inputs(x, x_a, x_m), self._wanted(y_a))
         if found is None:
             pass_.done(self.path, merged, report)
         else:
@@ -177,9 +184,16 @@ class _SplitLayer(nn.Module):
             pass_.layers.append(report)
         return merged
 
-    def _solve(self, inputs: Inputs | FewInputs) -> tuple[PackedTensor, LayerReport]:
+    def _wanted(self, y_a: Tensor) -> Wanted | None:
+        """What the layer should give; None where its own outputs are rounded, by steps that are larger than a delta."""
+        if y_a.dtype != torch.float32 or self.layer.base.compute != "float32":
+            return None
+        bias = self.layer.base.bias
+        return self.pass_.wanted(y_a if bias is None else y_a - bias.float())
+
+    def _solve(self, inputs: Inputs, wanted: Wanted | None) -> tuple[PackedTensor, LayerReport]:
         delta = self.delta if is_large(self.start) else self.delta()
-        merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method)
+        merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method, wanted)
         if self.pass_.work is not None:
             merged = self.pass_.work.keep(self.path, merged, report)
         return merged, report
