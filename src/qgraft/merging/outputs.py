@@ -26,6 +26,7 @@ from qgraft.data.tokenizing import Sample
 from qgraft.model_parts import argument_names, decoder_of
 from qgraft.passes.beginnings import lay_out_samples, shares_beginnings
 from qgraft.passes.decoder import Head, output_head, padding_free
+from qgraft.passes.fused import fused_modules
 from qgraft.passes.labels import Classifier, apart, classifier_of
 from qgraft.passes.log_probs import Texts, text_states
 from qgraft.passes.loss import as_they_are
@@ -89,11 +90,12 @@ class _NextTokens:
             if problem is not None or _SHARING.get() is not None:  # found out already, for more samples
                 yield problem
                 return
-            before = _SHARING.set(shares_beginnings(model, samples))
-            try:
-                yield None
-            finally:
-                _SHARING.reset(before)
+            with fused_modules(model):
+                before = _SHARING.set(shares_beginnings(model, samples))
+                try:
+                    yield None
+                finally:
+                    _SHARING.reset(before)
 
     @property
     def shares(self) -> bool:
