@@ -168,6 +168,19 @@ def test_a_step_that_does_worse_on_tokens_it_has_not_seen_is_not_taken(format_):
         assert report.error == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize(("format_", "larger"), [("q4_1", 1), ("q8_0", 40)])
+def test_some_rows_tell_whether_requantizing_may_help(monkeypatch, format_, larger):
+    packed, delta, inputs = a_layer(format_, out=200)
+    rows, requantize = [], layer_module._requantize
+    monkeypatch.setattr(layer_module, "_requantize", lambda *args: rows.append(len(args[1])) or requantize(*args))
+    merged, report = merge_layer("x", packed, larger * delta, inputs, "auto")
+    assert rows == ([67] if format_ == "q4_1" else [67, 200])
+    assert ("nearest" in report.steps) == (format_ == "q8_0")
+    monkeypatch.setattr(layer_module, "TRIED_ROWS", 200)  # all or nothing
+    assert torch.equal(merge_layer("x", packed, larger * delta, inputs, "auto")[0].parts[0], merged.parts[0])
+    assert rows[-1] == 200
+
+
 @pytest.mark.parametrize("format_", sorted(TYPES))
 def test_nearest_requantizes_as_the_gguf_package_does(format_):
     packed, delta, _ = a_layer(format_)

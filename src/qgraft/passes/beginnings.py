@@ -47,7 +47,7 @@ class Row:
         return SharedPrompts.of(texts, streams * count)
 
 
-def row_of(samples: Sequence[Sequence[int]], share: bool) -> Row:
+def row_of(samples: Sequence[list[int]], share: bool) -> Row:
     """The samples' tokens, in alphabetical order where beginnings are shared, else one sample after another."""
     row, before = Row([], [], [[] for _ in samples]), -1
     order = sorted(range(len(samples)), key=lambda n: samples[n]) if share else range(len(samples))
