@@ -118,7 +118,7 @@ def test_the_moments_with_the_wanted_outputs_are_the_same_by_way_of_the_smaller_
         P = inputs.problem(target, wanted).P
         assert float((P - expected).norm()) < 1e-6 * float(expected.norm())
     assert ("C" in vars(inputs)) == (out == WIDTH)
-    merged, _ = merge_layer("x", packed, delta, inputs, "scales", known)
+    merged, _ = merge_layer("x", packed, delta, inputs, "scales", lambda rows: known)
     alone, _ = merge_layer("x", packed, delta, inputs, "scales")
     one, other = (dequantize(each, torch.float32) for each in (merged, alone))
     assert float((one - other).norm()) < 0.02 * float((one - target + delta).norm())

@@ -105,10 +105,6 @@ class Wanted:
     fit: Tensor
     held: Tensor
 
-    def rows(self, rows: slice) -> "Wanted":
-        """Of these rows of the weight."""
-        return Wanted(self.fit[:, rows], self.held[:, rows])
-
 
 def seen(x_a: Tensor, x_m: Tensor, held_a: Tensor, held_m: Tensor) -> Inputs:
     """A layer's inputs, each [tokens, in] float32 in memory of its own."""
@@ -189,7 +185,7 @@ def merge_layer(
     delta_OI: Tensor | Callable[[slice], Tensor],
     inputs: Inputs,
     method: str,
-    wanted: Wanted | None = None,
+    wanted: Callable[[slice], Wanted] | None = None,
 ) -> tuple[PackedTensor, LayerReport]:
     """Solve for bytes whose outputs on the merged model's inputs are those of W + delta on the adapter's.
 
@@ -199,7 +195,7 @@ def merge_layer(
         packed: the base's weight W.
         delta_OI: float32 [out, in], or what gives some rows of it.
         method: a key of CHAINS.
-        wanted: the outputs of W + delta, where they are known.
+        wanted: gives the outputs of some rows of W + delta, where they are known.
 
     Returns the merged weight in the same format, and what was done.
     """
@@ -209,7 +205,7 @@ def merge_layer(
             take_rows(packed, torch.arange(rows.start, rows.stop, device=packed.device)) if is_large(packed) else packed
         )
         delta = delta_OI[rows] if isinstance(delta_OI, Tensor) else delta_OI(rows)
-        panels.append(_merge_panel(part, delta, inputs, method, None if wanted is None else wanted.rows(rows)))
+        panels.append(_merge_panel(part, delta, inputs, method, None if wanted is None else wanted(rows)))
     return join_rows([panel.packed for panel in panels]), _joined(path, packed, panels)
 
 

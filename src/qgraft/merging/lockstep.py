@@ -12,6 +12,9 @@ adapter's model computes: errors are repaired on the way instead of adding up. (
 the gain is kept, against 97.7 % when every layer is solved on the adapter's own inputs.) GPTAQ (arXiv:2504.02692) does
 the same to quantize a model.
 
+Within a stream samples share the tokens that they begin with (passes/beginnings.py); one that stands for n is multiplied
+by the root of n where moments and errors are formed of it.
+
 It needs nothing of an architecture but its forward pass: the streams are samples of one batch, and a LoraLinear is
 replaced by a module that splits what it gets in halves. Not chosen: running block after block by hand, as the usual
 quantizers do, which must know what the blocks of each architecture take.
@@ -19,6 +22,7 @@ quantizers do, which must know what the blocks of each architecture take.
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,11 +141,12 @@ class _Pass:
             self._last = x, seen(*(_weighed(each[tokens], root) for tokens, root in kinds for each in (x_a, x_m)))
         return self._last[1]
 
-    def wanted(self, y_a: Tensor) -> Wanted:
-        """The outputs [tokens, out] of the adapter's layer, as the layer's inputs are kept."""
+    def wanted(self, y_a: Tensor, bias: Tensor | None, rows: slice) -> Wanted:
+        """Some of the outputs [tokens, out] of the adapter's layer, as the layer's inputs are kept."""
         calibrates, judges = self._roots
-        fit = _weighed(y_a[self.calibrates], calibrates)
-        return Wanted(fit.mul_(max(len(fit), 1) ** -0.5), _weighed(y_a[self.judges], judges))
+        y = y_a[:, rows] if bias is None else y_a[:, rows] - bias[rows].float()
+        fit = _weighed(y[self.calibrates], calibrates)
+        return Wanted(fit.mul_(max(len(fit), 1) ** -0.5), _weighed(y[self.judges], judges))
 
 
 class _SplitLayer(nn.Module):
@@ -184,14 +189,13 @@ class _SplitLayer(nn.Module):
             pass_.layers.append(report)
         return merged
 
-    def _wanted(self, y_a: Tensor) -> Wanted | None:
+    def _wanted(self, y_a: Tensor) -> Callable[[slice], Wanted] | None:
         """What the layer should give; None where its own outputs are rounded, by steps that are larger than a delta."""
         if y_a.dtype != torch.float32 or self.layer.base.compute != "float32":
             return None
-        bias = self.layer.base.bias
-        return self.pass_.wanted(y_a if bias is None else y_a - bias.float())
+        return partial(self.pass_.wanted, y_a, self.layer.base.bias)
 
-    def _solve(self, inputs: Inputs, wanted: Wanted | None) -> tuple[PackedTensor, LayerReport]:
+    def _solve(self, inputs: Inputs, wanted: Callable[[slice], Wanted] | None) -> tuple[PackedTensor, LayerReport]:
         delta = self.delta if is_large(self.start) else self.delta()
         merged, report = merge_layer(self.path, self.start, delta, inputs, self.pass_.method, wanted)
         if self.pass_.work is not None:
