@@ -39,6 +39,7 @@ from qgraft.merging.distill import (
 from qgraft.merging.layer import has_fine_reals, has_grid
 from qgraft.merging.measure import Compared, compare, in_place, states_of
 from qgraft.merging.merge import merge
+from qgraft.merging.near_rows import near_rows
 from qgraft.passes.decoder import output_head
 
 SYMMETRIC = {  # odd shapes where the blocks of the format allow them: (out, in)
@@ -453,7 +454,9 @@ def test_a_last_round_learns_from_all_rows_but_the_unrelated_ones_that_measure(t
     packed, steps = distillation.last_round(merged, silent)
     assert packed == merged and steps == 1
     (fit, fit_targets, first), (all_, targets, second) = given
-    assert fit == chosen.fit and all_ == [*chosen.fit, *chosen.judge, *chosen.measure] and first != second
+    near = near_rows(chosen.fit, 0)
+    assert near and fit == [*chosen.fit, *near]
+    assert all_ == [*chosen.fit, *chosen.judge, *chosen.measure] and first != second
     torch.testing.assert_close(fit_targets, states_of(model, fit)[0])
     torch.testing.assert_close(targets, states_of(model, all_)[0], rtol=1e-4, atol=1e-4)
     assert not {sample.source for sample in all_} & {sample.source for sample in chosen.drift}
@@ -477,7 +480,8 @@ def test_rounds_learn_from_rows_that_none_before_has_seen(trained, rows, monkeyp
         unseen.append(distillation.unseen)
         distillation.round(merged, silent)
     assert unseen == [True, True, False, False]
-    assert [samples for samples, _ in given] == [*further, chosen.fit, chosen.fit]
+    seen = [[*chosen.fit, *near_rows(chosen.fit, number)] for number in (2, 3)]
+    assert [samples for samples, _ in given] == [*further, *seen] and seen[0] != seen[1]
     for samples, targets in given:
         torch.testing.assert_close(targets, states_of(model, samples)[0])
 

@@ -58,13 +58,15 @@ from qgraft.merging.exact import with_minimums
 from qgraft.merging.layer import has_fine_reals
 from qgraft.merging.lockstep import standing_in
 from qgraft.merging.measure import CHUNK_ROWS, Packed, compare, in_place, states_of, summed_divergence
+from qgraft.merging.near_rows import near_rows
 from qgraft.merging.outputs import Outputs, outputs_of
+from qgraft.passes.labels import classifier_of
 
 PASSES = 2  # of a round
 PASS_TOKENS = 256  # of a step
 SCALE_RATE = 1e-3  # of scales, relative to the scales of a row
 LORA_RATE = 1e-3  # of the exact LoRAs; both in the first round, and a share of them in the others
-RANK = 8  # of them
+RANK = 16  # of them; with 8 the FAQ of near_rows.py keeps 98.3 %, after three rounds
 MOST_LABELS = 0.5  # the largest share of the labels beside the divergence
 HARM = 1.25  # of a small set few rows judge, so less than a quarter further from the adapter's model says nothing
 REMEMBERED = 8  # chunks of labels, of which the mean says what they lost
@@ -96,10 +98,13 @@ class Distillation:
 
     def round(self, packed: Packed, progress: Callable[[int, int], None]) -> tuple[Packed, int]:
         """(distilled weights, steps), or the same and 0 where the rows that judge say that it did harm."""
-        samples, targets = self._rows.fit, self._fit
         if self.unseen:
             samples = self._rows.further[self._rounds]
             targets, _ = states_of(self._model, samples)
+        else:
+            near = [] if classifier_of(self._model) else near_rows(self._rows.fit, self._rounds)
+            samples = [*self._rows.fit, *near]
+            targets = torch.cat([self._fit, states_of(self._model, near)[0]]) if near else self._fit
         distilled, steps = self._distilled(packed, samples, targets, progress)
         apart = self._apart(distilled)
         nearest = self._apart(packed) if self._nearest is None else self._nearest
