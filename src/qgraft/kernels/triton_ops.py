@@ -96,19 +96,14 @@ def unpack_into(packed: PackedTensor, out: Tensor) -> None:
     if packed.format in FLOATS:
         out.copy_(_stored(packed))
         return
-    block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.parts[0].contiguous().view(torch.uint8)
-    rows, row_bytes = data.shape
-    units = -(-row_bytes // block_bytes) * units_in_block
+    rows, run = packed.shape[0], UNITS[packed.format][1]
+    data, halves, scales, (units, row_bytes) = stored(packed, out.dtype)
     if not rows or not units:
         return
     # under the interpreter few programs with large tiles: there each takes milliseconds
     some_rows, some_units = (64, 64) if interpreted() else (4, 1024 // run)
     grid = (-(-rows // some_rows), -(-units // some_units), 1)
-    arguments = (
-        data, _halves(data, packed.format), _scales(packed, out.dtype, data), out, rows, units, row_bytes,
-        packed.shape[1], out.stride(0),
-    )  # fmt: skip
+    arguments = (data, halves, scales, out, rows, units, row_bytes, packed.shape[1], out.stride(0))
     constants = {"F": packed.format, "RUN": run, "BR": some_rows, "NU": some_units, "EXACT": interpreted()}
     launch(_blocks().dequantize_kernel, grid, arguments, constants, 8)
 
@@ -159,18 +154,16 @@ def gemv(
     Args:
         loras: the table and the h of down_kernel for this layer (triton_gemv.py); `ranks` are its NA and R.
     """
-    block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.parts[0].contiguous().view(torch.uint8)
-    (rows, row_bytes), columns = data.shape, packed.shape[1]
+    rows, columns = packed.shape
+    data, halves, scales, (units, row_bytes) = stored(packed, x.dtype)
     some_rows, some_units, warps = (64, 32, 4) if interpreted() else tile(packed.format)
     table, h = loras or (x, x)
     arguments = (
-        x.contiguous(), data, _halves(data, packed.format), _scales(packed, x.dtype, data), y,
-        x if bias is None else bias, x if residual is None else residual, table, h, rows,
-        -(-row_bytes // block_bytes) * units_in_block, row_bytes, columns, y.stride(0),
+        x.contiguous(), data, halves, scales, y, x if bias is None else bias, x if residual is None else residual,
+        table, h, rows, units, row_bytes, columns, y.stride(0),
     )  # fmt: skip
     constants = {
-        "F": packed.format, "RUN": run, "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
+        "F": packed.format, "RUN": UNITS[packed.format][1], "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
         "ADD": residual is not None, "NA": ranks[0], "R": ranks[1], "EXACT": interpreted(),
     }  # fmt: skip
     if rows and len(x):
@@ -180,6 +173,15 @@ def gemv(
 def tile(format: str) -> tuple[int, int, int]:
     """(rows, units, warps) of a program of gemv_kernel: the fastest of those tried on an H100."""
     return TILES[format] if format in TILES else (4, 512 // UNITS[format][1], 2)
+
+
+def stored(packed: PackedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """What kernels read of a format of UNITS: bytes [out, row_bytes], the same as float16, scales, (units, row_bytes)."""
+    block_bytes, _, units_in_block = UNITS[packed.format]
+    data = packed.parts[0].contiguous().view(torch.uint8)
+    row_bytes = data.shape[1]
+    units = -(-row_bytes // block_bytes) * units_in_block
+    return data, _halves(data, packed.format), _scales(packed, dtype, data), (units, row_bytes)
 
 
 def _stored(packed: PackedTensor) -> Tensor:
