@@ -1,7 +1,7 @@
 """Whole runs on a GPU that is pretended (pretended_gpu.py): no tensor is on the wrong device, and results are the CPU's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +84,16 @@ def test_a_graph_that_is_pretended_computes_again_and_cannot_wait() -> None:
             x.sum().item()
 
 
-def learned(path: Path, device: str, dtype: str, checkpointing: bool) -> tuple[float, Tensor]:
-    """(loss, gradients) of a packed step."""
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def learned(
+    path: Path, device: str, dtype: str, checkpointing: bool, experts: Sequence[str] = ()
+) -> tuple[float, Tensor]:
+    """(loss, gradients) of a packed step, with LoRAs on these parameters of experts, too."""
     rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (20, 9, 31)]
     model, _ = qgraft.load(path, device=device, dtype=dtype)
-    qgraft.attach_lora(model, r=2)
+    qgraft.attach_lora(model, r=2, target_parameters=experts)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     for parameter in trained:
@@ -121,12 +126,11 @@ def test_a_packed_step(architecture: str, checkpointing: bool, tiny_gguf: Callab
     assert float(torch.cosine_similarity(got, gradient, dim=0)) > 0.97
 
 
-def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) -> None:
-    """transformers asks once whether samples share the row, and what it makes of it is looked at once."""
-    path = tiny_gguf("llama", config={"num_hidden_layers": 1}).path
+def waits_of_a_packed_pass(path: Path, experts: Sequence[str] = ()) -> list[str]:
+    """Where the second one, forward and backward, waits: the file, or transformers."""
     with pretended_gpu() as gpu:
         model, _ = qgraft.load(path, device="cuda", dtype="bfloat16")
-        qgraft.attach_lora(model, r=2)
+        qgraft.attach_lora(model, r=2, target_parameters=experts)
         model.train()
         with attending(model, SAMPLES), fused_modules(model):
             for _ in range(2):
@@ -134,9 +138,13 @@ def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) 
                 batch_loss(
                     model, collate([Sample(list(range(3, 3 + n)), [-100, *range(4, 3 + n)], "") for n in (5, 7)])
                 ).backward()
-    assert [where.partition(" in ")[2].partition("/")[0] or where.partition(":")[0] for _, where in gpu.waits] == [
-        "transformers", "attention.py",
-    ], gpu.waits  # fmt: skip
+    return [where.partition(" in ")[2].partition("/")[0] or where.partition(":")[0] for _, where in gpu.waits]
+
+
+def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) -> None:
+    """transformers asks once whether samples share the row, and what it makes of it is looked at once."""
+    path = tiny_gguf("llama", config={"num_hidden_layers": 1}).path
+    assert waits_of_a_packed_pass(path) == ["transformers", "attention.py"]
 
 
 def run(device: str, path: Any, rows: Any, folder: Path, load: dict[str, Any], options: dict[str, Any]) -> Any:

@@ -84,6 +84,7 @@ def _packed_product(
     if not backward and stack.format in triton_ops.UNITS and 0 < len(x) <= experts:
         _few(x, stack, experts, y, rows, add)
         return
+    x = x if x.stride(1) == 1 else x.contiguous()
     out, width = stack.shape[0] // experts, stack.shape[1]
     some = max(1, WORKSPACE // (out * width * x.dtype.itemsize))
     for first in range(0, experts, some):
@@ -103,7 +104,7 @@ def _product(
     first, last = (term.start, term.stop) if term is not None else (0, 0)
     BM, BN, BK, warps = _tile(len(x) // count, N, K, x.dtype)
     arguments = (
-        x, w_ENK, y, bounds, rows.tokens, first, last, count, N, K, *x.stride(), *w_ENK.stride(), *y.stride(),
+        x, w_ENK, y, bounds, rows.tokens, first, last, count, N, K, x.stride(0), *w_ENK.stride(), *y.stride(),
     )  # fmt: skip
     constants = {"EP": power_of_two(max(2, count)), "BM": BM, "BN": BN, "BK": BK, "ADD": add, "SOME": some}
     _launch(triton_experts.grouped_kernel, (-(-N // BN), -(-len(x) // BM) + count, 1), arguments, constants, warps)
@@ -130,7 +131,13 @@ def _few(x: Tensor, stack: PackedTensor, experts: int, y: Tensor, rows: Rows, ad
     arguments = (
         x.contiguous(), data, halves, scales, y, rows.experts, out, units, row_bytes, width, *y.stride(),
     )  # fmt: skip
-    constants = {"F": stack.format, "RUN": triton_ops.UNITS[stack.format][1], "BN": some_rows, "NU": some_units, "ADD": add}
+    constants = {
+        "F": stack.format,
+        "RUN": triton_ops.UNITS[stack.format][1],
+        "BN": some_rows,
+        "NU": some_units,
+        "ADD": add,
+    }
     _launch(triton_experts.few_kernel, (-(-out // some_rows), len(x), 1), arguments, constants, warps)
 
 

@@ -5,8 +5,8 @@
                             the CPU need not know them: a launch has as many programs as any bounds need
     tokens [R] int64        the token of each row: with SOME a kernel takes rows of tokens first <= t < last only
 
-Numbers of a matrix lie `x_row` apart from row to row and `x_column` from column to column, and so on: x and y may be parts of
-wider matrices, and a weight is read along either side.
+Numbers of a matrix y lie `y_row` apart from row to row and `y_column` from column to column, and so on: x and y may be parts
+of wider matrices, and a weight is read along either side. Columns of x are neighbours.
 """
 
 import triton
@@ -43,7 +43,7 @@ def factor(p, at, ok, EXACT: tl.constexpr):
 
 @jit
 def grouped_kernel(
-    x, w, y, bounds, tokens, first, last, E, N, K, x_row, x_column, w_expert, w_n, w_k, y_row, y_column,
+    x, w, y, bounds, tokens, first, last, E, N, K, x_row, w_expert, w_n, w_k, y_row, y_column,
     EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, ADD: tl.constexpr, SOME: tl.constexpr,
     EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def grouped_kernel(
         start = w + expert.to(tl.int64) * w_expert
         for at in range(0, K, BK):
             c = at + k
-            a = factor(x, row[:, None] * x_row + c[None, :] * x_column, ok[:, None] & (c < K)[None, :], EXACT)
+            a = factor(x, row[:, None] * x_row + c[None, :], ok[:, None] & (c < K)[None, :], EXACT)
             b = factor(start, n[None, :] * w_n + c[:, None] * w_k, (n < N)[None, :] & (c < K)[:, None], EXACT)
             acc = tl.dot(a, b, acc, input_precision="ieee")
         out = y + row[:, None] * y_row + n[None, :] * y_column
