@@ -138,11 +138,13 @@ class PretendedGpu:
     Attributes:
         waits: (what, where) of each time that the CPU waited for it.
         graph: the CUDA graph that is being recorded.
+        current: the number of the current GPU; only of that one work is recorded.
     """
 
     def __init__(self) -> None:
         self.waits: list[tuple[str, str]] = []
         self.graph: Graph | None = None
+        self.current = 0
         self._place = threading.local()  # where factories of torch's own code make their tensors
 
     def wait(self, what: str) -> None:
@@ -265,7 +267,7 @@ def recording(graph: Graph, pool: Any = None, capture_error_mode: str = "global"
     """As torch.cuda.graph."""
     assert capture_error_mode == "thread_local"
     gpu = _pretended()
-    gpu.graph = graph
+    gpu.graph = graph if gpu.current == GPU.index else None
     try:
         yield
     finally:
@@ -279,6 +281,17 @@ def _where() -> str:
     last = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
     inner = "" if last is ours[-1] else f", in {'/'.join(last.filename.split('/')[-2:])}:{last.lineno} {last.name}"
     return f"{ours[-1].filename.rpartition('/qgraft/')[2]}:{ours[-1].lineno} {ours[-1].name}{inner}"
+
+
+@contextlib.contextmanager
+def as_current(device: Any) -> Iterator[None]:
+    """As torch.cuda.device."""
+    gpu = _pretended()
+    before, gpu.current = gpu.current, torch.device(device).index or 0
+    try:
+        yield
+    finally:
+        gpu.current = before
 
 
 class _Dispatched(TorchDispatchMode):
@@ -425,7 +438,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         **dict.fromkeys(("_lazy_init", "empty_cache", "synchronize", "reset_peak_memory_stats", "set_device", "manual_seed",
                          "manual_seed_all", "set_rng_state", "current_stream"), lambda *_: None),
         "is_available": lambda: True, "is_initialized": lambda: False, "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "current_device": lambda: gpu.current, "device": as_current,
         "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: "pretended", "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: (MEMORY, MEMORY), "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),

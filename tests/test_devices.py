@@ -17,6 +17,7 @@ import qgraft
 from qgraft.attention import SAMPLES, attending
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
+from qgraft.kernels.cuda_graphs import recorded
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss
@@ -124,6 +125,17 @@ def test_a_packed_step(architecture: str, checkpointing: bool, tiny_gguf: Callab
         got_loss, got = learned(path, "cuda", "bfloat16", checkpointing)
     assert got_loss == pytest.approx(loss, rel=0.03)
     assert float(torch.cosine_similarity(got, gradient, dim=0)) > 0.97
+
+
+def test_work_is_recorded_on_its_own_gpu_whichever_is_the_current_one() -> None:
+    """Of another nothing would be in the graph, and each replay would leave the result of the first."""
+    with pretended_gpu() as gpu:
+        x, gpu.current = torch.zeros(3, device="cuda"), 1
+        replay = recorded(lambda: x.add_(1), x.device)
+        assert x.tolist() == [0.0, 0.0, 0.0] and gpu.current == 1
+        for _ in range(2):
+            replay()
+        assert x.tolist() == [2.0, 2.0, 2.0]
 
 
 def waits_of_a_packed_pass(path: Path, experts: Sequence[str] = ()) -> list[str]:

@@ -233,6 +233,15 @@ def test_a_number_that_is_none_stays_in_its_text() -> None:
     assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
 
 
+def test_steps_of_inference_mode_and_without_it_share_what_a_graph_reads() -> None:
+    decoder, rows = TestedDecoder(gpu_decode.Structures), texts([(2, 1)])
+    x, angles = torch.randn(1, HIDDEN), torch.randn(1, CHANNELS)
+    with torch.inference_mode():
+        expected = decoder.step(rows, [0], x, angles).clone()
+    with torch.no_grad():
+        assert torch.equal(decoder.step(rows, [0], x, angles), expected)
+
+
 def test_what_a_gpu_does_not_decode_is_refused() -> None:
     with pytest.raises(ValueError, match="8 bits"):
         TestedDecoder(gpu_decode.Structures, int8=True)
