@@ -79,11 +79,11 @@ def cases(formats: tuple[str, ...]) -> Iterator[Case]:
     for format in formats:
         size, run, units = triton_ops.UNITS[format]
         block = size * 4096 // (2 * run * units)
-        p16, scale = ("*u8", "*fp32") if format.startswith("chatglm") else ("*fp16", "*u8")
+        p16, beside = ("*u8", "*fp32") if format.startswith("chatglm") else ("*fp16", "*i8")
         shared = {
             "p8": "*u8",
             "p16": p16,
-            "scale": scale,
+            "beside": beside,
             "rows": 4096,
             "units": 2048 // run,
             "row_bytes": block,

@@ -81,7 +81,7 @@ def _grouped(module: Any, packed: PackedTensor) -> Any:
 
 def _experts(module: Any, packed: PackedTensor) -> Any:
     """The same experts with LoRAs on all tokens and on some; few rows, and many, in parts of two stacks that alternate."""
-    for tokens in (1, 14):
+    for tokens in (1, 5):
         chosen_TK = torch.arange(2 * tokens).view(-1, 2) % 2 * 2
         rows = Rows(torch.arange(tokens).repeat(2), chosen_TK.flatten().sort(stable=True)[0], 3, tokens)
         weights = Projection(3, (packed, packed), (slice(0, None, 2), slice(1, None, 2)))
@@ -90,7 +90,7 @@ def _experts(module: Any, packed: PackedTensor) -> Any:
             for start in (0, tokens // 2)
         ]
         x, g = torch.randn(2 * tokens, INPUTS), torch.randn(2 * tokens, weights.width)
-        for some in ([], terms, terms[1:]):
+        for some in ([], terms) if tokens == 1 else (terms,):
             y, hs = module.experts_forward(x, weights, rows, some)
             gx, grads = module.experts_backward(g, weights, rows, some, hs, x, True)
             assert module.experts_backward(g, weights, rows, some, hs, x, False)[0] is None

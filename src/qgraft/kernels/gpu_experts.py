@@ -126,10 +126,10 @@ def _outer(a: Tensor, b: Tensor, scaling: float, rows: Rows, term: ExpertTerm) -
 def _few(x: Tensor, stack: PackedTensor, experts: int, y: Tensor, rows: Rows, add: bool) -> None:
     """y = x W_e^T from packed bytes, one row of x after the other."""
     out, width = stack.shape[0] // experts, stack.shape[1]
-    data, halves, scales, (units, row_bytes) = triton_ops.stored(stack, x.dtype)
+    data, halves, beside, (units, row_bytes) = triton_ops.stored(stack, x.dtype)
     some_rows, some_units, warps = (64, 32, 4) if triton_ops.interpreted() else triton_ops.tile(stack.format)
     arguments = (
-        x.contiguous(), data, halves, scales, y, rows.experts, out, units, row_bytes, width, *y.stride(),
+        x.contiguous(), data, halves, beside, y, rows.experts, out, units, row_bytes, width, *y.stride(),
     )  # fmt: skip
     constants = {
         "F": stack.format,

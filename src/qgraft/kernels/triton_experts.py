@@ -98,14 +98,14 @@ def outer_kernel(
 
 @jit
 def few_kernel(
-    x, p8, p16, scale, y, experts, rows, units, row_bytes, K, y_row, y_column,
+    x, p8, p16, beside, y, experts, rows, units, row_bytes, K, y_row, y_column,
     F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr, ADD: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """y[m] = W_e x[m], or y[m] += with ADD, for m = program_id(1) and its expert, of `rows` rows in the stack; x [R, K]."""
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     first = tl.load(experts + m).to(tl.int32) * rows
-    total = dots(x + m * K, p8, p16, scale, first + n, first + rows, units, row_bytes, K, F, RUN, BN, NU)
+    total = dots(x + m * K, p8, p16, beside, first + n, first + rows, units, row_bytes, K, F, RUN, BN, NU)
     out = y + m * y_row + n * y_column
     if ADD:
         total += tl.load(out, mask=n < rows, other=0).to(tl.float32)
