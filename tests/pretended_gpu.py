@@ -384,7 +384,9 @@ def _varlen_attn(
     """torch's varlen kernel as it is in 2.11: tables on the GPU, in half precision, as many heads of keys as of queries."""
     assert all(isinstance(each, OnGpu) for each in (query, key, value, cu_seq_q, cu_seq_k))
     assert cu_seq_q.dtype == torch.int32 and query.dtype in (torch.bfloat16, torch.float16)
-    assert query.shape[1] == key.shape[1] and window_size[1] == 0
+    assert window_size[1] == 0
+    if query.shape[1] != key.shape[1]:
+        raise RuntimeError(f"{query.shape[1]} heads of queries, {key.shape[1]} of keys")
     at_T = torch.arange(len(query), device=query.device)
     sample_T = torch.searchsorted(
         cu_seq_q, at_T, right=True
@@ -457,7 +459,8 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
             if getattr(sys.modules[name], "launch", None) is launch:
                 patch.setattr(sys.modules[name], "launch", launched)
         patch.setattr(varlen, "_function", lambda: (_varlen_attn, frozenset({"scale", "window_size"})))
-        for forget in (choose.cache_clear, varlen.status.cache_clear, forget_tables):
+        known = (choose, varlen.status, varlen._groups_untold)
+        for forget in (*(each.cache_clear for each in known), forget_tables):
             forget()
             last.callback(forget)
         _now.append(gpu)
