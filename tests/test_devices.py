@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +23,7 @@ from qgraft.kernels.cuda_graphs import recorded
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss
+from qgraft.training.precision import check_device
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(10)]
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i % 3}", "rejected": f"no {i % 4}"} for i in range(10)]
@@ -136,6 +139,27 @@ def test_work_is_recorded_on_its_own_gpu_whichever_is_the_current_one() -> None:
         for _ in range(2):
             replay()
         assert x.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "device", "current", "refused"),
+    [
+        (False, "cpu", 0, "the model is on cpu, and the run is to be on a GPU"),
+        (True, "cuda:0", 0, "the model is on cuda:0, and the run is to be on the CPU"),
+        (False, "cuda:0", 1, "the model is on cuda:0, and the current GPU is cuda:1"),
+        (False, "cuda:0", 0, None),
+        (True, "cpu", 1, None),
+    ],
+)
+def test_a_model_on_another_device_than_its_run_is_refused(
+    use_cpu: bool, device: str, current: int, refused: str | None, tmp_path: Path
+) -> None:
+    with pretended_gpu() as gpu:
+        args, model = qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=use_cpu), torch.nn.Linear(2, 2).to(device)
+        gpu.current = current
+        placed = SimpleNamespace(device=model.weight.device)
+        with nullcontext() if refused is None else pytest.raises(qgraft.OptionError, match=refused):
+            check_device(args, placed)  # type: ignore[arg-type]
 
 
 def waits_of_a_packed_pass(path: Path, experts: Sequence[str] = ()) -> list[str]:
