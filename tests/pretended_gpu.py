@@ -138,11 +138,13 @@ class PretendedGpu:
     Attributes:
         waits: (what, where) of each time that the CPU waited for it.
         graph: the CUDA graph that is being recorded.
+        current: the number of the current GPU; only of that one work is recorded.
     """
 
     def __init__(self) -> None:
         self.waits: list[tuple[str, str]] = []
         self.graph: Graph | None = None
+        self.current = 0
         self._place = threading.local()  # where factories of torch's own code make their tensors
 
     def wait(self, what: str) -> None:
@@ -265,7 +267,7 @@ def recording(graph: Graph, pool: Any = None, capture_error_mode: str = "global"
     """As torch.cuda.graph."""
     assert capture_error_mode == "thread_local"
     gpu = _pretended()
-    gpu.graph = graph
+    gpu.graph = graph if gpu.current == GPU.index else None
     try:
         yield
     finally:
@@ -279,6 +281,17 @@ def _where() -> str:
     last = next((each for each in reversed(frames) if "/torch/" not in each.filename), frames[-1])
     inner = "" if last is ours[-1] else f", in {'/'.join(last.filename.split('/')[-2:])}:{last.lineno} {last.name}"
     return f"{ours[-1].filename.rpartition('/qgraft/')[2]}:{ours[-1].lineno} {ours[-1].name}{inner}"
+
+
+@contextlib.contextmanager
+def as_current(device: Any) -> Iterator[None]:
+    """As torch.cuda.device."""
+    gpu = _pretended()
+    before, gpu.current = gpu.current, torch.device(device).index or 0
+    try:
+        yield
+    finally:
+        gpu.current = before
 
 
 class _Dispatched(TorchDispatchMode):
@@ -371,7 +384,9 @@ def _varlen_attn(
     """torch's varlen kernel as it is in 2.11: tables on the GPU, in half precision, as many heads of keys as of queries."""
     assert all(isinstance(each, OnGpu) for each in (query, key, value, cu_seq_q, cu_seq_k))
     assert cu_seq_q.dtype == torch.int32 and query.dtype in (torch.bfloat16, torch.float16)
-    assert query.shape[1] == key.shape[1] and window_size[1] == 0
+    assert window_size[1] == 0
+    if query.shape[1] != key.shape[1]:
+        raise RuntimeError(f"{query.shape[1]} heads of queries, {key.shape[1]} of keys")
     at_T = torch.arange(len(query), device=query.device)
     sample_T = torch.searchsorted(
         cu_seq_q, at_T, right=True
@@ -425,7 +440,7 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
         **dict.fromkeys(("_lazy_init", "empty_cache", "synchronize", "reset_peak_memory_stats", "set_device", "manual_seed",
                          "manual_seed_all", "set_rng_state", "current_stream"), lambda *_: None),
         "is_available": lambda: True, "is_initialized": lambda: False, "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "current_device": lambda: gpu.current, "device": as_current,
         "get_device_capability": lambda *_: (9, 0), "get_device_properties": lambda *_: properties,
         "get_device_name": lambda *_: "pretended", "is_bf16_supported": lambda *_, **__: True,
         "mem_get_info": lambda *_: (MEMORY, MEMORY), "get_rng_state": lambda *_: torch.zeros(16, dtype=torch.uint8),
@@ -444,7 +459,8 @@ def pretended_gpu() -> Iterator[PretendedGpu]:
             if getattr(sys.modules[name], "launch", None) is launch:
                 patch.setattr(sys.modules[name], "launch", launched)
         patch.setattr(varlen, "_function", lambda: (_varlen_attn, frozenset({"scale", "window_size"})))
-        for forget in (choose.cache_clear, varlen.status.cache_clear, forget_tables):
+        known = (choose, varlen.status, varlen._groups_untold)
+        for forget in (*(each.cache_clear for each in known), forget_tables):
             forget()
             last.callback(forget)
         _now.append(gpu)

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from decoder_float64 import CHANNELS, HIDDEN, TestedDecoder, texts
 from gguf import GGMLQuantizationType as Q
+from test_devices import EXPERTS as PARAMETERS
 from test_devices import FEATURES, TRANSLATED, TYPES, merged_after_a_run, run_on_both, seen
+from test_devices import learned as learned_packed
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -19,6 +21,7 @@ from qgraft.attention import SAMPLES, attending
 from qgraft.compat import CACHE
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
+from qgraft.experts import QuantizedExperts, Segment, Stack, route
 from qgraft.formats import FORMATS, PackedTensor, quantize
 from qgraft.formats import dequantize as format_dequantize
 from qgraft.kernels import (
@@ -232,6 +235,40 @@ def test_a_packed_step_in_bfloat16_is_near_the_cpus_in_float32(
     (loss, gradient), (got_loss, got) = results
     assert got_loss == pytest.approx(loss, rel=0.02)
     assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.98
+
+
+def test_a_packed_step_of_a_mixture_is_near_the_cpus(kernels: str, tiny_gguf: Callable[..., Any]) -> None:
+    path = tiny_gguf("qwen3moe").path
+    loss, gradient = learned_packed(path, "cpu", "float32", False, PARAMETERS)
+    got_loss, got = learned_packed(path, "cuda", "bfloat16", False, PARAMETERS)
+    assert got_loss == pytest.approx(loss, rel=0.03)
+    assert float(F.cosine_similarity(got, gradient, dim=0)) > 0.97
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 300])
+@pytest.mark.parametrize("format", ["q4_1", "q6_k", "iq4_xs", "bf16"])
+def test_experts_are_those_of_the_reference_and_not_waited_for(format: str, tokens: int) -> None:
+    """Few rows and many, LoRAs on some of the tokens, an expert without rows; forward and backward."""
+    torch.manual_seed(0)
+    packed = quantize(torch.randn(5 * 200, 256), format)
+    chosen = torch.stack([torch.randperm(4)[:2] for _ in range(tokens)])
+    hidden, g = torch.randn(tokens, 256), torch.randn(2 * tokens, 200)
+    pair = torch.randn(5, 6, 256) * 0.1, torch.randn(5, 200, 6) * 0.1
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        layer = QuantizedExperts({"down": Stack(5, packed)}).to(device)
+        leaves = [hidden.to(device, dtype).requires_grad_(), *(each.to(device).requires_grad_() for each in pair)]
+        on_device, grad = chosen.to(device), g.to(device, dtype)
+        torch.cuda.set_sync_debug_mode("error" if device == "cuda" else "default")
+        try:
+            routed, _ = route(leaves[0], on_device, 5)
+            y = layer.with_loras(routed, [Segment(1, 200, 0.5)], leaves[1:])
+            found = [y, *torch.autograd.grad(y, leaves, grad)]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        results.append([each.detach().float().cpu() for each in found])
+    for expected, got in zip(*results, strict=True):
+        assert float((got - expected).norm()) <= 2e-2 * float(expected.norm()) + 1e-6
 
 
 STEPS = {  # texts: (tokens before, new ones); choices of adapters of their rows

@@ -1,8 +1,10 @@
 """Whole runs on a GPU that is pretended (pretended_gpu.py): no tensor is on the wrong device, and results are the CPU's."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +19,11 @@ import qgraft
 from qgraft.attention import SAMPLES, attending
 from qgraft.data.batches import collate
 from qgraft.data.tokenizing import Sample
+from qgraft.kernels.cuda_graphs import recorded
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.fused import fused_modules
 from qgraft.passes.loss import batch_loss
+from qgraft.training.precision import check_device
 
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3}"} for i in range(10)]
 PAIRS = [{"prompt": f"question {i}", "chosen": f"yes {i % 3}", "rejected": f"no {i % 4}"} for i in range(10)]
@@ -84,11 +88,16 @@ def test_a_graph_that_is_pretended_computes_again_and_cannot_wait() -> None:
             x.sum().item()
 
 
-def learned(path: Path, device: str, dtype: str, checkpointing: bool) -> tuple[float, Tensor]:
-    """(loss, gradients) of a packed step."""
+EXPERTS = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+
+
+def learned(
+    path: Path, device: str, dtype: str, checkpointing: bool, experts: Sequence[str] = ()
+) -> tuple[float, Tensor]:
+    """(loss, gradients) of a packed step, with LoRAs on these parameters of experts, too."""
     rows = [Sample(list(range(3, 3 + n)), [-100, -100, *range(5, 3 + n)], "") for n in (20, 9, 31)]
     model, _ = qgraft.load(path, device=device, dtype=dtype)
-    qgraft.attach_lora(model, r=2)
+    qgraft.attach_lora(model, r=2, target_parameters=experts)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     torch.manual_seed(0)
     for parameter in trained:
@@ -121,12 +130,43 @@ def test_a_packed_step(architecture: str, checkpointing: bool, tiny_gguf: Callab
     assert float(torch.cosine_similarity(got, gradient, dim=0)) > 0.97
 
 
-def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) -> None:
-    """transformers asks once whether samples share the row, and what it makes of it is looked at once."""
-    path = tiny_gguf("llama", config={"num_hidden_layers": 1}).path
+def test_work_is_recorded_on_its_own_gpu_whichever_is_the_current_one() -> None:
+    """Of another nothing would be in the graph, and each replay would leave the result of the first."""
+    with pretended_gpu() as gpu:
+        x, gpu.current = torch.zeros(3, device="cuda"), 1
+        replay = recorded(lambda: x.add_(1), x.device)
+        assert x.tolist() == [0.0, 0.0, 0.0] and gpu.current == 1
+        for _ in range(2):
+            replay()
+        assert x.tolist() == [2.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("use_cpu", "device", "current", "refused"),
+    [
+        (False, "cpu", 0, "the model is on cpu, and the run is to be on a GPU"),
+        (True, "cuda:0", 0, "the model is on cuda:0, and the run is to be on the CPU"),
+        (False, "cuda:0", 1, "the model is on cuda:0, and the current GPU is cuda:1"),
+        (False, "cuda:0", 0, None),
+        (True, "cpu", 1, None),
+    ],
+)
+def test_a_model_on_another_device_than_its_run_is_refused(
+    use_cpu: bool, device: str, current: int, refused: str | None, tmp_path: Path
+) -> None:
+    with pretended_gpu() as gpu:
+        args, model = qgraft.TrainArguments(output_dir=str(tmp_path), use_cpu=use_cpu), torch.nn.Linear(2, 2).to(device)
+        gpu.current = current
+        placed = SimpleNamespace(device=model.weight.device)
+        with nullcontext() if refused is None else pytest.raises(qgraft.OptionError, match=refused):
+            check_device(args, placed)  # type: ignore[arg-type]
+
+
+def waits_of_a_packed_pass(path: Path, experts: Sequence[str] = ()) -> list[str]:
+    """Where the second one, forward and backward, waits: the file, or transformers."""
     with pretended_gpu() as gpu:
         model, _ = qgraft.load(path, device="cuda", dtype="bfloat16")
-        qgraft.attach_lora(model, r=2)
+        qgraft.attach_lora(model, r=2, target_parameters=experts)
         model.train()
         with attending(model, SAMPLES), fused_modules(model):
             for _ in range(2):
@@ -134,9 +174,13 @@ def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) 
                 batch_loss(
                     model, collate([Sample(list(range(3, 3 + n)), [-100, *range(4, 3 + n)], "") for n in (5, 7)])
                 ).backward()
-    assert [where.partition(" in ")[2].partition("/")[0] or where.partition(":")[0] for _, where in gpu.waits] == [
-        "transformers", "attention.py",
-    ], gpu.waits  # fmt: skip
+    return [where.partition(" in ")[2].partition("/")[0] or where.partition(":")[0] for _, where in gpu.waits]
+
+
+def test_a_packed_pass_waits_for_its_masks_alone(tiny_gguf: Callable[..., Any]) -> None:
+    """transformers asks once whether samples share the row, and what it makes of it is looked at once."""
+    path = tiny_gguf("llama", config={"num_hidden_layers": 1}).path
+    assert waits_of_a_packed_pass(path) == ["transformers", "attention.py"]
 
 
 def run(device: str, path: Any, rows: Any, folder: Path, load: dict[str, Any], options: dict[str, Any]) -> Any:

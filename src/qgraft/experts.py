@@ -18,6 +18,7 @@ Shapes: E experts, T tokens, K experts a token, R = T·K rows, I and O the input
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -27,10 +28,11 @@ from torch.autograd.function import once_differentiable
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qgraft.formats import PackedTensor, slice_rows
+from qgraft.kernels import choose
+from qgraft.kernels import experts as kernels
 from qgraft.kernels.autocast import to_autocast
-from qgraft.kernels.grouped import Group, grouped_linear
-from qgraft.kernels.lora import lora_backward, lora_forward
-from qgraft.kernels.terms import Term
+from qgraft.kernels.experts import ExpertTerm, Projection, Rows
+from qgraft.kernels.summed_lora import casts_kept, kept_casts
 from qgraft.linear import (
     PackedWeight,
     QuantizedEmbedding,
@@ -91,17 +93,11 @@ class Routed(NamedTuple):
 
     Attributes:
         x: [R, in].
-        tokens: [R] int64, the token of each row.
-        experts: [R] int64, ascending.
-        groups: (expert, start, stop): its rows, for each expert that has some.
-        total: how many tokens there are in the pass.
+        rows: whose they are.
     """
 
     x: Tensor
-    tokens: Tensor
-    experts: Tensor
-    groups: list[Group]
-    total: int
+    rows: Rows
 
 
 class Segment(NamedTuple):
@@ -162,36 +158,12 @@ class QuantizedExperts(nn.Module):
         Args:
             weights: A [E, r, in] and B [E, out, r] of each segment.
         """
-        return _Product.apply(to_autocast(routed.x), self, routed, segments, *weights)
+        return _Product.apply(to_autocast(routed.x), self, routed.rows, segments, *weights)
 
-    def product(self, x_RI: Tensor, groups: Sequence[Group]) -> Tensor:
-        """x W_e^T of the rows of each expert, [R, out]."""
-        stacks = self.stacks().values()
-        parts = self._grouped([x_RI] * len(stacks), list(stacks), groups, False, self.compute)
-        if len(parts) == 1:
-            return parts[0]
-        return torch.stack(parts, -1).flatten(1) if self.alternates else torch.cat(parts, -1)
-
-    def grad_input(self, g_RO: Tensor, groups: Sequence[Group], compute: str) -> Tensor:
-        """g W_e of the rows of each expert, [R, in]; `compute` is what it was in the forward pass."""
-        stacks, outputs = self.stacks(), self.outputs()
-        gs = [g_RO[:, outputs[name]] for name in stacks]
-        first, *others = self._grouped(gs, list(stacks.values()), groups, True, compute)
-        for other in others:
-            first += other
-        return first
-
-    def _grouped(
-        self, xs: list[Tensor], stacks: list[ExpertStack], groups: Sequence[Group], backward: bool, compute: str
-    ) -> list[Tensor]:
-        """The products with the stacks, those of one format in one call."""
-        found: dict[int, Tensor] = {}
-        for format in {stack.packed.format: None for stack in stacks}:
-            at = [number for number, stack in enumerate(stacks) if stack.packed.format == format]
-            packed = [stacks[number].packed for number in at]
-            ys = grouped_linear([xs[number] for number in at], packed, self.num_experts, groups, backward, compute)
-            found |= dict(zip(at, ys, strict=True))
-        return [found[number] for number in range(len(stacks))]
+    def projection(self, compute: str) -> Projection:
+        """The weights as kernels take them; `compute` is the layer's, or what that was in the forward pass."""
+        stacks = tuple(stack.packed for stack in self.stacks().values())
+        return Projection(self.num_experts, stacks, tuple(self.outputs().values()), compute)
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -201,7 +173,7 @@ class QuantizedExperts(nn.Module):
 class _Product(torch.autograd.Function):
     """QuantizedExperts.with_loras: y = x W_e^T + s · (x A_e^T) B_e^T. Gradients for x and every A and B.
 
-    Without LoRAs nothing of the size of x is saved. All experts are one call (kernels/grouped.py), what LoRAs add another.
+    Without LoRAs nothing of the size of x is saved. How it is computed is the row `experts` of the table of kernels.
     """
 
     @staticmethod
@@ -209,17 +181,16 @@ class _Product(torch.autograd.Function):
         ctx: Any,
         x_RI: Tensor,
         layer: QuantizedExperts,
-        routed: Routed,
+        rows: Rows,
         segments: Sequence[Segment],
         *weights: Tensor,
     ) -> Tensor:
         """x [R, in]; A, B of each segment -> y [R, out]."""
-        ctx.layer, ctx.segments, ctx.compute = layer, segments, layer.compute
-        ctx.routed = routed._replace(x=x_RI.new_empty(0))  # which the function shall not keep
+        ctx.layer, ctx.segments, ctx.compute, ctx.casts = layer, segments, layer.compute, kept_casts()
+        ctx.rows = rows
         x_RI = x_RI.contiguous()
-        y_RO, hs = layer.product(x_RI, routed.groups), list[Tensor]()
-        if terms := _terms(routed, segments, weights, x_RI):
-            y_RO, hs = lora_forward(x_RI, y_RO, [term for _, _, term in terms])
+        projection, terms = layer.projection(layer.compute), _terms(segments, weights)
+        y_RO, hs = _kernels(x_RI, layer.compute).experts_forward(x_RI, projection, rows, terms)
         ctx.save_for_backward(*weights, *hs, *((x_RI,) if segments else ()))
         return y_RO
 
@@ -227,47 +198,33 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """g [R, out] -> gradients of x and of every A and B."""
-        layer, routed, segments, saved = ctx.layer, ctx.routed, ctx.segments, ctx.saved_tensors
+        segments, saved = ctx.segments, ctx.saved_tensors
         weights, (*hs, x_RI) = saved[: 2 * len(segments)], saved[2 * len(segments) :] if segments else (grad,)
-        grads = [torch.zeros_like(weight) for weight in weights]
-        g_RO = grad.contiguous()
-        gx_RI = layer.grad_input(g_RO, routed.groups, ctx.compute) if ctx.needs_input_grad[0] else None
-        if terms := _terms(routed, segments, weights, x_RI):
-            gx_RI, own = lora_backward(g_RO, gx_RI, [term for _, _, term in terms], hs)
-            for (number, expert, _), each in zip(terms, own, strict=True):
-                grads[2 * number][expert] += each.A
-                grads[2 * number + 1][expert] += each.B
-        return gx_RI, None, None, None, *grads
+        g_RO, projection, terms = grad.contiguous(), ctx.layer.projection(ctx.compute), _terms(segments, weights)
+        with nullcontext() if ctx.casts is None else casts_kept(ctx.casts):
+            gx_RI, grads = _kernels(g_RO, ctx.compute).experts_backward(
+                g_RO, projection, ctx.rows, terms, hs, x_RI, ctx.needs_input_grad[0]
+            )
+        return gx_RI, None, None, None, *(each for pair in grads for each in pair)
 
 
-def _terms(
-    routed: Routed, segments: Sequence[Segment], weights: Sequence[Tensor], x_RI: Tensor
-) -> list[tuple[int, int, Term]]:
-    """(number of the segment, expert, its LoRA on the rows of its tokens) of those that have rows."""
-    terms = []
-    for expert, start, stop in routed.groups if segments else ():
-        for number, segment in enumerate(segments):
-            first, last = start, stop
-            if (segment.start, segment.stop) != (0, routed.total):
-                ends = torch.tensor([segment.start, segment.stop], device=routed.tokens.device)
-                first, last = (start + torch.searchsorted(routed.tokens[start:stop], ends)).tolist()
-            if first < last:
-                A, B = weights[2 * number][expert], weights[2 * number + 1][expert]
-                terms.append((number, expert, Term(first, last, segment.scaling, A, B, x_RI[first:last])))
-    return terms
+def _kernels(x: Tensor, compute: str) -> Any:
+    """The module that computes a projection of such rows; 8 bits are the CPU's."""
+    if compute == "int8" and x.dtype == torch.float32:
+        return kernels
+    return choose("experts", None, x.device.type, x.dtype).module
+
+
+def _terms(segments: Sequence[Segment], weights: Sequence[Tensor]) -> list[ExpertTerm]:
+    return [ExpertTerm(*segment, A, B) for segment, A, B in zip(segments, weights[::2], weights[1::2], strict=True)]
 
 
 def route(hidden_TH: Tensor, chosen_TK: Tensor, experts: int) -> tuple[Routed, Tensor]:
     """(the rows of all tokens sorted by their experts, [R] which of the T·K choices each of them is)."""
     order = torch.argsort(chosen_TK.reshape(-1), stable=True)
-    tokens, ids = order // chosen_TK.shape[1], chosen_TK.reshape(-1)[order]
-    ends = torch.bincount(ids, minlength=experts).cumsum(0).tolist()
-    groups = [
-        (index, start, stop)
-        for index, (start, stop) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        if start < stop
-    ]
-    return Routed(hidden_TH[tokens], tokens, ids, groups, len(hidden_TH)), order
+    tokens = order // chosen_TK.shape[1]
+    rows = Rows(tokens, chosen_TK.reshape(-1)[order], experts, len(hidden_TH))
+    return Routed(hidden_TH[tokens], rows), order
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -276,7 +233,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     hidden_states [T, hidden], top_k_index and top_k_weights [T, K] -> [T, hidden].
     """
     routed, order = route(hidden_states, top_k_index, self.num_experts)
-    biases = routed.experts if self.has_bias else None
+    biases = routed.rows.experts if self.has_bias else None
     y = self.gate_up_proj(routed)
     z = self._apply_gate(y if biases is None else y + self.gate_up_proj_bias[biases])
     out = self.down_proj(routed._replace(x=z))

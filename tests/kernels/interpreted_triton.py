@@ -3,7 +3,7 @@
 TRITON_INTERPRET must be set before triton is imported, and QGRAFT_KERNELS=triton makes the ops use it for CPU tensors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*encountered in.*:RuntimeWarning"),  # numpy, of NaN and infinity
 ]
 MakePacked = Callable[..., PackedTensor]
-GGML = sorted(name for name in triton_ops.UNITS if not name.startswith("chatglm"))
+QUICK = ("iq1_m", "iq2_xs", "iq3_xxs", "tq1_0")  # of the kinds of triton_lattices.py
+
+
+def quickly(formats: Iterable[str], quick: Sequence[str] = ()) -> list[Any]:
+    """Of those with tables of points the others are slow tests."""
+    slow = {"tq1_0", *LATTICES}.difference(quick)
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in formats]
+
+
+GGML = quickly(sorted(name for name in triton_ops.UNITS if not name.startswith("chatglm")), QUICK)
 EPS = {torch.float32: 2e-6, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 
 
@@ -74,10 +83,7 @@ def any_bytes(format: str, rows: int, columns: int) -> PackedTensor:
 def test_triton_is_what_serves() -> None:
     assert triton_ops.interpreted()
     for format in FORMATS:
-        served = format in triton_ops.FORMATS
-        assert choose("linear", format, "cpu").kernel == ("triton" if served else "reference")
-    assert set(FORMATS) - set(triton_ops.FORMATS) == {"tq1_0", *LATTICES}
-    assert choose("linear", "iq2_s", "cpu").why == "plain torch; no triton kernel for this format yet"
+        assert choose("linear", format, "cpu").kernel == "triton"
 
 
 @pytest.mark.parametrize("format", GGML)
@@ -94,7 +100,10 @@ def test_blocks_of_any_bytes_unpack_as_in_gguf(format: str) -> None:
 @pytest.mark.parametrize(
     ("format", "rows"),
     [
-        *((format, 65) for format in triton_ops.FORMATS),
+        *(
+            pytest.param(format, 65, marks=pytest.mark.slow if format in {"tq1_0", *LATTICES} else ())
+            for format in triton_ops.FORMATS
+        ),
         *(  # what is left of a block of rows does not depend on the format
             pytest.param(format, 1, marks=() if format in ("q4_k", "chatglm-int4") else pytest.mark.slow)
             for format in triton_ops.FORMATS
@@ -111,7 +120,7 @@ def test_every_format_unpacks_as_the_reference(format: str, rows: int, random_pa
             assert same(dequantize(packed, dtype), format_dequantize(packed, dtype)), (dtype, others)
 
 
-@pytest.mark.parametrize("format", triton_ops.FORMATS)
+@pytest.mark.parametrize("format", quickly(triton_ops.FORMATS))
 def test_nothing_but_the_weight_is_written(format: str, random_packed: MakePacked) -> None:
     """Into part of a larger matrix."""
     packed = random_packed(format, 66, 512)
@@ -122,7 +131,15 @@ def test_nothing_but_the_weight_is_written(format: str, random_packed: MakePacke
 
 
 @pytest.mark.parametrize(
-    ("format", "tokens"), [*((name, 2) for name in sorted(triton_ops.UNITS)), ("q4_1", 1), ("q4_1", 3)]
+    ("format", "tokens"),
+    [
+        *(
+            pytest.param(name, 2, marks=pytest.mark.slow if name in {"tq1_0", *LATTICES} else ())
+            for name in sorted(triton_ops.UNITS)
+        ),
+        ("q4_1", 1),
+        ("q4_1", 3),
+    ],
 )
 def test_products_are_those_of_float64(format: str, tokens: int, random_packed: MakePacked) -> None:
     """One or two rows of half precision go through gemv, which does not round the weights."""
@@ -138,7 +155,7 @@ def test_products_are_those_of_float64(format: str, tokens: int, random_packed: 
             assert float((got.double() - expected).norm() / expected.norm()) < 2 * tolerance
 
 
-@pytest.mark.parametrize("format", sorted(triton_ops.UNITS))
+@pytest.mark.parametrize("format", quickly(sorted(triton_ops.UNITS), ["iq2_s"]))
 def test_what_is_added_to_a_product_of_few_rows_is_in_its_sum(format: str, random_packed: MakePacked) -> None:
     packed = random_packed(format, 67, 512)
     x, residual, bias = torch.randn(2, 512), torch.randn(2, 67), torch.randn(67)
@@ -231,6 +248,15 @@ def test_a_number_that_is_none_stays_in_its_text() -> None:
     x[0, 3] = float("nan")
     got = decoder.step(rows, [1, 2], x, torch.zeros(2, CHANNELS))
     assert bool(got[0].isnan().all()) and bool(got[1].isfinite().all())
+
+
+def test_steps_of_inference_mode_and_without_it_share_what_a_graph_reads() -> None:
+    decoder, rows = TestedDecoder(gpu_decode.Structures), texts([(2, 1)])
+    x, angles = torch.randn(1, HIDDEN), torch.randn(1, CHANNELS)
+    with torch.inference_mode():
+        expected = decoder.step(rows, [0], x, angles).clone()
+    with torch.no_grad():
+        assert torch.equal(decoder.step(rows, [0], x, angles), expected)
 
 
 def test_what_a_gpu_does_not_decode_is_refused() -> None:

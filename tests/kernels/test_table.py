@@ -10,6 +10,7 @@ import torch
 
 from qgraft.formats import PackedTensor
 from qgraft.kernels import KERNELS_VARIABLE, choose, reference, triton_ops
+from qgraft.kernels.experts import ExpertTerm, Projection, Rows
 from qgraft.kernels.grouped import Product
 from qgraft.kernels.pointwise import ACTIVATIONS
 from qgraft.kernels.table import PACKED_OPS, ROWS, Kernel, Row
@@ -78,6 +79,24 @@ def _grouped(module: Any, packed: PackedTensor) -> Any:
             yield module.grouped_linear(xs, [packed, packed], 3, groups, Product(backward, compute))
 
 
+def _experts(module: Any, packed: PackedTensor) -> Any:
+    """The same experts with LoRAs on all tokens and on some; few rows, and many, in parts of two stacks that alternate."""
+    for tokens in (1, 5):
+        chosen_TK = torch.arange(2 * tokens).view(-1, 2) % 2 * 2
+        rows = Rows(torch.arange(tokens).repeat(2), chosen_TK.flatten().sort(stable=True)[0], 3, tokens)
+        weights = Projection(3, (packed, packed), (slice(0, None, 2), slice(1, None, 2)))
+        terms = [
+            ExpertTerm(start, tokens, 0.5, torch.randn(3, 4, INPUTS), torch.randn(3, weights.width, 4))
+            for start in (0, tokens // 2)
+        ]
+        x, g = torch.randn(2 * tokens, INPUTS), torch.randn(2 * tokens, weights.width)
+        for some in ([], terms) if tokens == 1 else (terms,):
+            y, hs = module.experts_forward(x, weights, rows, some)
+            gx, grads = module.experts_backward(g, weights, rows, some, hs, x, True)
+            assert module.experts_backward(g, weights, rows, some, hs, x, False)[0] is None
+            yield from (y, gx, *(each for pair in grads for each in pair))
+
+
 def _product(op: str) -> Case:
     width = OUTPUTS if "grad_input" in op else INPUTS
     return lambda module, packed: getattr(module, op)(torch.randn(20, width), packed)
@@ -86,7 +105,7 @@ def _product(op: str) -> Case:
 CASES: dict[str, Case] = {
     **{op: _product(op) for op in PACKED_OPS},
     "dequantize": lambda module, packed: module.dequantize(packed, torch.float32),
-    "grouped": _grouped,
+    "grouped": _grouped, "experts": _experts,
     "lora": _lora, "lora_bf16": lambda module, packed: _lora(module, packed, "bf16"),
     "lora_int8": lambda module, packed: _lora(module, packed, "int8"),
     "norm": _norm, "gated": _gated, "rotate": _rotate, "varlen_attention": _attention, "cross_entropy": _cross_entropy,
@@ -112,7 +131,7 @@ def test_every_row_has_a_reference_and_every_kernel_its_functions(row: Row) -> N
     assert row.what and row.kernels
     for function in row.functions:
         if row.name != "decode_step":
-            assert callable(getattr(reference, function))
+            assert callable(getattr(import_module(f"qgraft.kernels.{row.reference}"), function))
         for kernel in row.kernels:
             assert callable(getattr(import_module(f"qgraft.kernels.{kernel.module}"), function))
 
@@ -144,7 +163,7 @@ def test_every_kernel_computes_what_the_reference_does(
             pytest.skip("this CPU's level computes it in float32")
     module, packed = import_module(f"qgraft.kernels.{kernel.module}"), random_packed("q4_1", OUTPUTS, INPUTS)
     results = []
-    for each in (reference, module):
+    for each in (import_module(f"qgraft.kernels.{row.reference}"), module):
         torch.manual_seed(0)
         results.append([result.detach() for result in tensors(case(each, packed))])
     for expected, got in zip(*results, strict=True):
@@ -159,4 +178,4 @@ def test_the_reference_is_forced_for_every_row(row: Row, use_kernels: Callable[[
         for dtype in (torch.float32, torch.bfloat16):
             choice = choose(row.name, "q4_1" if row.by_format else None, device, dtype)
             assert (choice.kernel, choice.why) == ("reference", f"{KERNELS_VARIABLE}=reference")
-            assert choice.module is reference
+            assert choice.module is import_module(f"qgraft.kernels.{row.reference}")

@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
 ]
 HERE = Path(__file__).parent
+INTERPRETED = ("interpreted_triton.py", "interpreted_experts.py")
 
 
 def run(*words: str, **variables: str) -> None:
@@ -27,15 +28,15 @@ def run(*words: str, **variables: str) -> None:
 
 def test_every_kernel_under_the_interpreter() -> None:
     """Those that have tests of their own, and as rows of the table beside the reference."""
-    files = [str(HERE / name) for name in ("interpreted_triton.py", "test_table.py")]
+    files = [str(HERE / name) for name in (*INTERPRETED, "test_table.py")]
     run("-m", "pytest", *files, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and not slow",
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 
 @pytest.mark.slow
 def test_whole_models_under_the_interpreter() -> None:
-    file = str(HERE / "interpreted_triton.py")
-    run("-m", "pytest", file, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and slow",
+    files = [str(HERE / name) for name in INTERPRETED]
+    run("-m", "pytest", *files, "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "triton and slow",
         "--import-mode=importlib", TRITON_INTERPRET="1", QGRAFT_KERNELS="triton")  # fmt: skip
 
 

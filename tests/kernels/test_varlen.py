@@ -4,7 +4,7 @@ The kernel itself runs on GPUs only: tests/test_cuda.py.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -42,17 +42,36 @@ def with_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window
 
 def without_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """That of torch 2.11, which takes as many heads of keys as of queries."""
-    assert window_size[1] == 0 and q.shape[1] == k.shape[1] == v.shape[1]
+    assert window_size[1] == 0
+    if not q.shape[1] == k.shape[1] == v.shape[1]:
+        raise RuntimeError("heads")
     return attend_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
 
 
-@pytest.fixture(params=[with_groups, without_groups])
-def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+def untold_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """The same, that takes fewer heads of keys as they are."""
+    seen.append(k.shape[1])
+    return attend_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+
+def other_groups(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """The same, but head h reads group h % groups."""
+    k, v = (t.repeat(1, q.shape[1] // t.shape[1], 1) for t in (k, v))
+    return attend_each(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size[0])
+
+
+seen: list[int] = []
+
+
+@pytest.fixture(params=[with_groups, without_groups, untold_groups, other_groups])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """The stand-in is torch's kernel, and this CPU a GPU."""
     names = frozenset(inspect.signature(request.param).parameters)
     monkeypatch.setattr(varlen, "_function", lambda: (request.param, names))
     monkeypatch.setattr(varlen, "takes", lambda *tensors: True)
-    return request.param
+    varlen._groups_untold.cache_clear()
+    yield request.param
+    varlen._groups_untold.cache_clear()
 
 
 @pytest.mark.parametrize("window", [None, 1, 7, 100])
@@ -64,11 +83,13 @@ def test_bounds_windows_and_groups_are_those_of_the_reference(
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     g = torch.randn(1, 60, 4, 8)
     results = []
+    seen.clear()
     for attend in (varlen.attend, reference.attend):
         out = attend(*tensors, BOUNDS.clone(), window=window, scale=0.4)
         results.append([out, *torch.autograd.grad(out, tensors, g)])
     for got, expected in zip(*results, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    assert not seen or seen[-1] == groups, "repeated for a kernel that need not have it"
 
 
 def test_what_the_kernel_does_not_do_never_reaches_it(kernel: Callable[..., Any], monkeypatch: Any) -> None:

@@ -83,7 +83,7 @@ def alike(model, got, expected):
 @pytest.fixture
 def replaying(monkeypatch):
     """What a replay does on a GPU: the recorded work again, on tables that have been filled since."""
-    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, device, pool: work)
 
 
 @pytest.mark.parametrize("trained", ["llama", "qwen2", "qwen3", "gemma3"], indirect=True)
@@ -173,7 +173,7 @@ def test_nothing_in_a_recorded_pass_waits_for_the_gpu(trained, monkeypatch):
         passing.run()
     assert usually.found >= {"_local_scalar_dense", "equal"}  # transformers asks for samples, attention.py checks masks
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, device, pool: work)
     passing.record(None)
     clear(trained)
     with Waiting() as recorded:
@@ -353,7 +353,7 @@ def test_a_replay_that_comes_to_another_gradient_is_the_last(trained, monkeypatc
     """Of the first batch, or after a step: what counts is the ordinary pass."""
     replays = []
 
-    def lying(work, pool):
+    def lying(work, device, pool):
         def replay():
             replays.append(1)
             work()

@@ -18,7 +18,7 @@ ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i %
 @pytest.fixture
 def replaying(monkeypatch):
     """Graphs on a CPU: a replay is the recorded work once more, on tables that have been filled since."""
-    monkeypatch.setattr(static_pass, "recorded", lambda work, pool: work)
+    monkeypatch.setattr(static_pass, "recorded", lambda work, device, pool: work)
     monkeypatch.setattr(passes, "why_eager", graphed.why_changing)
 
 

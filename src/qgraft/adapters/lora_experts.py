@@ -104,7 +104,7 @@ class LoraExperts(LoraLayer):
 
     def tokens_of(self, x: Any) -> int:
         """How many tokens the routed rows are of."""
-        return cast(Routed, x).total
+        return cast(Routed, x).rows.total
 
     def with_segments(self, x: Any, served: Sequence[tuple[Lora, LayerSegment]]) -> Tensor:
         """[rows, out] with each of these adapters on the rows of its own tokens."""
@@ -116,9 +116,9 @@ class LoraExperts(LoraLayer):
     def _row_by_row(self, x: Any, rows: BatchRows | None) -> Tensor:
         assert rows is not None
         routed = cast(Routed, x)
-        if routed.total % rows.batch:
-            raise UnsupportedError(f"adapter_names: experts got {routed.total} tokens of {rows.batch} rows")
-        width = routed.total // rows.batch
+        if routed.rows.total % rows.batch:
+            raise UnsupportedError(f"adapter_names: experts got {routed.rows.total} tokens of {rows.batch} rows")
+        width = routed.rows.total // rows.batch
         served = [
             (lora, LayerSegment(row * width, (row + 1) * width, lora.config.scaling, 0.0, 0))
             for name, index in rows.groups

@@ -95,7 +95,7 @@ class Lattice:
     def read(self, blocks: Tensor) -> Grid:
         """[N, bytes] uint8 -> grid of N rows, a block each."""
         found, on_cpu = self.points(blocks), table(self.table)
-        values = on_device(self.table, lambda: on_cpu, blocks.device)
+        values = table_on(self.table, blocks.device)
         sign = 1 - 2 * _bits(found.signs, range(8)).to(torch.int8)  # [N, 256]
         codes, high = values[found.places].flatten(1), int(on_cpu.max())
         codes, high = (8 * codes + sign, 9) if self.table == "iq1_s" else (codes * sign, high)
@@ -112,6 +112,11 @@ def table(name: str) -> Tensor:
     theirs = getattr(quants, name.upper())
     theirs.init_grid()
     return torch.from_numpy(theirs.grid).to(torch.int8).view(TABLES[name])
+
+
+def table_on(name: str, device: torch.device) -> Tensor:
+    """The same on a device."""
+    return on_device(name, lambda: table(name), device)
 
 
 # ---------------------------------------------------------------- bytes of N blocks

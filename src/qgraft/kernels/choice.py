@@ -48,7 +48,7 @@ class Choice:
     @cached_property
     def module(self) -> Any:
         """What computes: it has the functions of the row, as reference.py has."""
-        return import_module("qgraft.kernels." + (self._kernel.module if self._kernel else "reference"))
+        return import_module("qgraft.kernels." + (self._kernel.module if self._kernel else ROWS[self.op].reference))
 
     @cached_property
     def mixes(self) -> bool:

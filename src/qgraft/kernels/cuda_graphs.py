@@ -12,15 +12,17 @@ from typing import Any
 import torch
 
 
-def recorded(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
-    """What `work` starts on the GPU, as a function that starts it again. Raises RuntimeError where that cannot be.
+def recorded(work: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """What `work` starts on a GPU, as a function that starts it again. Raises RuntimeError where that cannot be.
 
     Args:
+        device: that GPU, which need not be the current one: of another nothing would be recorded, without an error.
         pool: of torch.cuda.graph_pool_handle, memory that graphs share which do not run at once; None for one of its own.
     """
     gc.collect()  # a gradient function that is left over would go on in the stream that it was made in
     graph = torch.cuda.CUDAGraph()
     with (
+        torch.cuda.device(device),
         torch.cuda.stream(torch.cuda.current_stream()),  # which torch.cuda.graph does not restore after an error
         torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
     ):

@@ -116,7 +116,8 @@ class _State:
         d, layers, M = self.decoder, len(self.decoder.layers), self.count
 
         def numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=self.device)
+            with torch.inference_mode(False):  # or steps outside of that mode could not write to them
+                return torch.zeros(shape, dtype=dtype, device=self.device)
 
         self.x = numbers(M, d.hidden)
         self.cos, self.sin = numbers(M, d.channels), numbers(M, d.channels)
@@ -181,7 +182,7 @@ class _State:
             self._result = self._step()
 
         try:
-            replay = recorded(step)
+            replay = recorded(step, self.device)
         except RuntimeError:
             return
         replay()  # of the same tokens: their keys and values are written again

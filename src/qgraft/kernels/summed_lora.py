@@ -44,8 +44,8 @@ def kept_casts() -> Casts | None:
     return _casts.get()
 
 
-def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
-    """weight * scaling in `dtype`."""
+def cast_kept(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
+    """weight * scaling in `dtype`; itself where that is no other."""
     casts = _casts.get()
     key = (weight.data_ptr(), dtype, scaling)
     if casts is not None and (known := casts.get(key)) is not None:
@@ -58,9 +58,9 @@ def _cast(weight: Tensor, dtype: torch.dtype, scaling: float = 1.0) -> Tensor:
 
 def lora_forward(x_NI: Tensor, base: Weight, terms: Sequence[Term]) -> tuple[Tensor, list[Tensor]]:
     """As lora.lora_forward."""
-    hs, dtype = [term.x @ _cast(term.A, x_NI.dtype).T for term in terms], x_NI.dtype
-    parts = [(t.start, t.stop, h, _cast(t.B, dtype, t.scaling).T) for t, h in zip(terms, hs, strict=True)]
-    y_NO = _added(parts, x_NI, base.packed.shape[0]).addmm_(x_NI, _unpacked(base.packed, dtype).T)
+    hs, dtype = [term.x @ cast_kept(term.A, x_NI.dtype).T for term in terms], x_NI.dtype
+    parts = [(t.start, t.stop, h, cast_kept(t.B, dtype, t.scaling).T) for t, h in zip(terms, hs, strict=True)]
+    y_NO = _added(parts, x_NI, base.packed.shape[0]).addmm_(x_NI, unpacked_weight(base.packed, dtype).T)
     return (y_NO if base.bias is None else y_NO.add_(base.bias)), hs
 
 
@@ -70,9 +70,9 @@ def lora_backward(
     """As lora.lora_backward."""
     dtype = g_NO.dtype
     gs = [g_NO[t.start : t.stop] for t in terms]
-    ghs = [g_SO @ _cast(t.B, dtype, t.scaling) for t, g_SO in zip(terms, gs, strict=True)]
-    parts = [(t.start, t.stop, gh, _cast(t.A, dtype)) for t, gh in zip(terms, ghs, strict=True) if t.adds]
-    gx_NI = _added(parts, g_NO, base.packed.shape[1]).addmm_(g_NO, _unpacked(base.packed, dtype))
+    ghs = [g_SO @ cast_kept(t.B, dtype, t.scaling) for t, g_SO in zip(terms, gs, strict=True)]
+    parts = [(t.start, t.stop, gh, cast_kept(t.A, dtype)) for t, gh in zip(terms, ghs, strict=True) if t.adds]
+    gx_NI = _added(parts, g_NO, base.packed.shape[1]).addmm_(g_NO, unpacked_weight(base.packed, dtype))
     return gx_NI, [lora_gradients(*each) for each in zip(gs, ghs, terms, hs, strict=True)]
 
 
@@ -86,7 +86,8 @@ def _added(parts: Sequence[tuple[int, int, Tensor, Tensor]], x_NI: Tensor, width
     return total_NW
 
 
-def _unpacked(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+def unpacked_weight(packed: PackedTensor, dtype: torch.dtype) -> Tensor:
+    """w_OI to multiply with at once, not to be written to."""
     if choose("dequantize", packed.format, packed.device.type).kernel == "triton":
         return triton_ops.weight(packed, dtype)
     return dequantize(packed, dtype)

@@ -3,6 +3,7 @@
     row                 reference      C, on a CPU         Triton, on a GPU    torch's own kernels, on a GPU
     the packed ops      reference.py   cpu/packed.py       triton_ops.py
     grouped             reference.py   cpu/grouped.py
+    experts             experts.py                         gpu_experts.py
     lora, _bf16, _int8  reference.py   cpu/lora.py                             summed_lora.py
     norm gated rotate   reference.py   cpu/pointwise.py    gpu_rows.py
     varlen_attention    reference.py   cpu/varlen_...py                        varlen.py
@@ -60,6 +61,7 @@ class Row(NamedTuple):
         functions: what reference.py and each kernel's module have for it.
         by_format: whether weights of one format are served and of another not.
         kernels: the first that is there and lacks nothing serves.
+        reference: the module with what they are compared with.
     """
 
     name: str
@@ -67,6 +69,7 @@ class Row(NamedTuple):
     functions: tuple[str, ...]
     by_format: bool
     kernels: tuple[Kernel, ...]
+    reference: str = "reference"
 
 
 def _unread(format: str | None, dtype: torch.dtype) -> str:
@@ -165,6 +168,10 @@ ROWS: dict[str, Row] = {
         Row(
             "grouped", "products of experts, each with rows of its own", ("grouped_linear",), True,
             (_native("grouped", _no_lora),),
+        ),
+        Row(
+            "experts", "a projection of all experts with its LoRAs", ("experts_forward", "experts_backward"), False,
+            (_triton("gpu_experts", _no_triton_rows),), "experts",
         ),
         Row("lora", "a layer with its LoRAs", _LORA, True, (_native("lora", _no_lora), _SUMMED)),
         Row("lora_bf16", "the same in bfloat16", _LORA, True, (_native("lora", _no_lora_bf16),)),

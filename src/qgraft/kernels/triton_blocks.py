@@ -14,6 +14,7 @@ description of it, `unit`, serves unpacking and the product with few rows.
     iq4_xs               136         16    8       likewise
     nvfp4                 36          8    4       likewise     j                  j + 8
     tq2_0                 66         16    8       as q2_k
+    tq1_0 iq1 iq2 iq3  54  50 ..     16    8       weight       j          weight        j + 16  (triton_lattices.py)
     chatglm-int4          16         16    1       high nibble  2 j        low nibble    2 j + 1      a row's scale beside it
     chatglm-int8          32         16    1       byte         j          byte          j + 16       its end anywhere
 
@@ -26,6 +27,8 @@ off, so numbers are rounded in float32 first (`rounded`); on a GPU the branch is
 
 import triton
 import triton.language as tl
+
+from qgraft.kernels.triton_lattices import base_3, byte, half, lattice_bytes, run_of_lattice, signed
 
 jit = triton.jit
 
@@ -70,24 +73,6 @@ def apart(F: tl.constexpr):
         return 1
     else:
         return 16
-
-
-@jit
-def byte(p8, at, ok):
-    """One stored byte as int32."""
-    return tl.load(p8 + at, mask=ok, other=0).to(tl.int32)
-
-
-@jit
-def signed(q):
-    """The int8 that the byte q is."""
-    return q - ((q & 128) << 1)
-
-
-@jit
-def half(p16, at, ok):
-    """The float16 at byte `at`, which is even, as float32."""
-    return tl.load(p16 + at // 2, mask=ok, other=0).to(tl.float32)
 
 
 @jit
@@ -249,18 +234,29 @@ def unit_of_8(F: tl.constexpr, p8, p16, row, g, j, ok):
 
 
 @jit
-def unit(F: tl.constexpr, p8, p16, scale, row, g, j, K, ok):
-    """float32 weights (part 0, part 1) of unit g of each row.
+def unit(F: tl.constexpr, p8, p16, beside, r, row_bytes, g, j, K, ok):
+    """float32 weights (part 0, part 1) of unit g of row r.
 
-    Shapes broadcast: row [rows, 1, 1] int64, g [1, units, 1], j [1, 1, RUN]; `ok` where row and unit exist. Row `row` begins
-    `row` * its bytes in; the caller gives that product and, in `scale`, a pointer to the row's scale.
+    Shapes broadcast: r [rows, 1, 1], g [1, units, 1], j [1, 1, RUN]; `ok` where row and unit exist. `beside` are the rows'
+    scales, or the table of the format (triton_ops.stored).
     """
+    row = r.to(tl.int64) * row_bytes
     if F == "iq4_nl" or F == "iq4_xs" or F == "mxfp4" or F == "nvfp4":
         return unit_of_levels(F, p8, p16, row, g, j, ok)
     elif F == "q2_k" or F == "q3_k" or F == "q6_k" or F == "tq2_0":
         return unit_of_8(F, p8, p16, row, g, j, ok)
     elif F == "q4_k" or F == "q5_k":
         return unit_of_4(F, p8, p16, row, g, j, ok)
+    elif F == "tq1_0":
+        at = row + (g // 8) * 54
+        d = half(p16, at + 52, ok)
+        return d * base_3(p8, at, (g % 8) * 32 + j, ok), d * base_3(p8, at, (g % 8) * 32 + 16 + j, ok)
+    elif (F == "iq1_s" or F == "iq1_m" or F == "iq2_xxs" or F == "iq2_xs" or F == "iq2_s" or F == "iq3_xxs"
+          or F == "iq3_s"):  # fmt: skip
+        at = row + (g // 8) * lattice_bytes(F)
+        k = g % 8
+        w0 = run_of_lattice(F, p8, p16, beside, at, k, 0, j, ok)
+        return w0, run_of_lattice(F, p8, p16, beside, at, k, 1, j, ok)
     elif F == "q4_0" or F == "q4_1":
         SIZE: tl.constexpr = 18 if F == "q4_0" else 20
         at = row + g * SIZE
@@ -292,12 +288,12 @@ def unit(F: tl.constexpr, p8, p16, scale, row, g, j, K, ok):
         q1 = signed(byte(p8, at + 18 + j, ok & (j < 16)))
         return d * q0.to(tl.float32), d * q1.to(tl.float32)
     elif F == "chatglm-int4":
-        d = tl.load(scale, mask=ok, other=0)
+        d = tl.load(beside + r, mask=ok, other=0)
         q = byte(p8, row + g * 16 + j, ok & (g * 32 + 2 * j < K))
         return d * (((q >> 4) ^ 8) - 8).to(tl.float32), d * (((q & 15) ^ 8) - 8).to(tl.float32)
     else:
         tl.static_assert(F == "chatglm-int8")
-        d = tl.load(scale, mask=ok, other=0)
+        d = tl.load(beside + r, mask=ok, other=0)
         q0 = signed(byte(p8, row + g * 32 + j, ok & (g * 32 + j < K)))
         q1 = signed(byte(p8, row + g * 32 + 16 + j, ok & (g * 32 + 16 + j < K)))
         return d * q0.to(tl.float32), d * q1.to(tl.float32)
@@ -305,7 +301,7 @@ def unit(F: tl.constexpr, p8, p16, scale, row, g, j, K, ok):
 
 @jit
 def dequantize_kernel(
-    p8, p16, scale, out, rows, units, row_bytes, K, ld,
+    p8, p16, beside, out, rows, units, row_bytes, K, ld,
     F: tl.constexpr, RUN: tl.constexpr, BR: tl.constexpr, NU: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """out [rows, K], rows `ld` numbers apart. One program: BR rows, NU units of each."""
@@ -313,7 +309,7 @@ def dequantize_kernel(
     g = (tl.program_id(1) * NU + tl.arange(0, NU))[None, :, None]
     j = tl.arange(0, RUN)[None, None, :]
     ok = (r < rows) & (g < units)
-    w0, w1 = unit(F, p8, p16, scale + r, r.to(tl.int64) * row_bytes, g, j, K, ok)
+    w0, w1 = unit(F, p8, p16, beside, r, row_bytes, g, j, K, ok)
     DT: tl.constexpr = out.dtype.element_ty
     start = out + r.to(tl.int64) * ld
     if F == "chatglm-int4":  # neighbours, which go to memory together instead of every second number

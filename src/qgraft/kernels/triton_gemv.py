@@ -17,18 +17,17 @@ jit = triton.jit
 
 @jit
 def dots(
-    x, p8, p16, scale, n, rows, units, row_bytes, K,
+    x, p8, p16, beside, n, rows, units, row_bytes, K,
     F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr,
 ):  # fmt: skip
     """W x for the rows n [BN] of W, float32."""
     r = n[:, None, None]
-    row = r.to(tl.int64) * row_bytes
     j = tl.arange(0, RUN)[None, None, :]
     acc = tl.zeros((BN, NU, RUN), tl.float32)
     for start in range(0, units, NU):
         g = (start + tl.arange(0, NU))[None, :, None]
         ok = (r < rows) & (g < units)
-        w0, w1 = unit(F, p8, p16, scale + r, row, g, j, K, ok)
+        w0, w1 = unit(F, p8, p16, beside, r, row_bytes, g, j, K, ok)
         c = column(F, g, j)
         x0 = tl.load(x + c, mask=(g < units) & (c < K), other=0).to(tl.float32)
         x1 = tl.load(x + c + apart(F), mask=(g < units) & (c + apart(F) < K), other=0).to(tl.float32)
@@ -67,7 +66,7 @@ def whole(
 
 @jit
 def gemv_kernel(
-    x, p8, p16, scale, y, bias, residual, table, h, rows, units, row_bytes, K, ld,
+    x, p8, p16, beside, y, bias, residual, table, h, rows, units, row_bytes, K, ld,
     F: tl.constexpr, RUN: tl.constexpr, BN: tl.constexpr, NU: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr,
     NA: tl.constexpr, R: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +74,7 @@ def gemv_kernel(
     m = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     ok = n < rows
-    total = dots(x + m * K, p8, p16, scale, n, rows, units, row_bytes, K, F, RUN, BN, NU)
+    total = dots(x + m * K, p8, p16, beside, n, rows, units, row_bytes, K, F, RUN, BN, NU)
     total = whole(total, bias, residual, table, h, m, n, ok, rows, BIAS, ADD, NA, R)
     tl.store(y + m * ld + n, rounded(total, y.dtype.element_ty, EXACT), mask=ok)
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from qgraft.formats import PackedTensor
+from qgraft.formats.lattices import LATTICES, table_on
 from qgraft.kernels import reference
 from qgraft.kernels.unpacked import unpacked
 
@@ -33,7 +34,8 @@ UNITS = {  # format -> bytes of a block, weights of a run, units of a block; as 
     "q4_0": (18, 16, 1), "q4_1": (20, 16, 1), "q5_0": (22, 16, 1), "q5_1": (24, 16, 1), "q8_0": (34, 16, 1),
     "q2_k": (84, 16, 8), "q3_k": (110, 16, 8), "q4_k": (144, 32, 4), "q5_k": (176, 32, 4), "q6_k": (210, 16, 8),
     "iq4_nl": (18, 16, 1), "iq4_xs": (136, 16, 8), "mxfp4": (17, 16, 1), "nvfp4": (36, 8, 4), "tq2_0": (66, 16, 8),
-    "chatglm-int4": (16, 16, 1), "chatglm-int8": (32, 16, 1),
+    "chatglm-int4": (16, 16, 1), "chatglm-int8": (32, 16, 1), "tq1_0": (54, 16, 8),
+    **{name: (lattice.bytes, 16, 8) for name, lattice in LATTICES.items()},
 }  # fmt: skip
 WITHOUT_HALVES = ("chatglm-int4", "chatglm-int8", "mxfp4", "nvfp4")  # formats with no float16 in their blocks
 FORMATS = (*UNITS, *FLOATS)
@@ -96,19 +98,14 @@ def unpack_into(packed: PackedTensor, out: Tensor) -> None:
     if packed.format in FLOATS:
         out.copy_(_stored(packed))
         return
-    block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.parts[0].contiguous().view(torch.uint8)
-    rows, row_bytes = data.shape
-    units = -(-row_bytes // block_bytes) * units_in_block
+    rows, run = packed.shape[0], UNITS[packed.format][1]
+    data, halves, beside, (units, row_bytes) = stored(packed, out.dtype)
     if not rows or not units:
         return
     # under the interpreter few programs with large tiles: there each takes milliseconds
     some_rows, some_units = (64, 64) if interpreted() else (4, 1024 // run)
     grid = (-(-rows // some_rows), -(-units // some_units), 1)
-    arguments = (
-        data, _halves(data, packed.format), _scales(packed, out.dtype, data), out, rows, units, row_bytes,
-        packed.shape[1], out.stride(0),
-    )  # fmt: skip
+    arguments = (data, halves, beside, out, rows, units, row_bytes, packed.shape[1], out.stride(0))
     constants = {"F": packed.format, "RUN": run, "BR": some_rows, "NU": some_units, "EXACT": interpreted()}
     launch(_blocks().dequantize_kernel, grid, arguments, constants, 8)
 
@@ -159,18 +156,16 @@ def gemv(
     Args:
         loras: the table and the h of down_kernel for this layer (triton_gemv.py); `ranks` are its NA and R.
     """
-    block_bytes, run, units_in_block = UNITS[packed.format]
-    data = packed.parts[0].contiguous().view(torch.uint8)
-    (rows, row_bytes), columns = data.shape, packed.shape[1]
+    rows, columns = packed.shape
+    data, halves, beside, (units, row_bytes) = stored(packed, x.dtype)
     some_rows, some_units, warps = (64, 32, 4) if interpreted() else tile(packed.format)
     table, h = loras or (x, x)
     arguments = (
-        x.contiguous(), data, _halves(data, packed.format), _scales(packed, x.dtype, data), y,
-        x if bias is None else bias, x if residual is None else residual, table, h, rows,
-        -(-row_bytes // block_bytes) * units_in_block, row_bytes, columns, y.stride(0),
+        x.contiguous(), data, halves, beside, y, x if bias is None else bias, x if residual is None else residual,
+        table, h, rows, units, row_bytes, columns, y.stride(0),
     )  # fmt: skip
     constants = {
-        "F": packed.format, "RUN": run, "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
+        "F": packed.format, "RUN": UNITS[packed.format][1], "BN": some_rows, "NU": some_units, "BIAS": bias is not None,
         "ADD": residual is not None, "NA": ranks[0], "R": ranks[1], "EXACT": interpreted(),
     }  # fmt: skip
     if rows and len(x):
@@ -180,6 +175,18 @@ def gemv(
 def tile(format: str) -> tuple[int, int, int]:
     """(rows, units, warps) of a program of gemv_kernel: the fastest of those tried on an H100."""
     return TILES[format] if format in TILES else (4, 512 // UNITS[format][1], 2)
+
+
+def stored(packed: PackedTensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """What kernels read of a format of UNITS: bytes [out, row_bytes], the same as float16, what is beside them, its sizes.
+
+    Beside them are the scales of the rows or the table of points, where a format has such; sizes are (units, row_bytes).
+    """
+    block_bytes, _, units_in_block = UNITS[packed.format]
+    data = packed.parts[0].contiguous().view(torch.uint8)
+    row_bytes = data.shape[1]
+    units = -(-row_bytes // block_bytes) * units_in_block
+    return data, _halves(data, packed.format), _beside(packed, dtype, data), (units, row_bytes)
 
 
 def _stored(packed: PackedTensor) -> Tensor:
@@ -192,8 +199,10 @@ def _halves(data: Tensor, format: str) -> Tensor:
     return data if format in WITHOUT_HALVES else data.view(torch.float16)
 
 
-def _scales(packed: PackedTensor, dtype: torch.dtype, unused: Tensor) -> Tensor:
-    """A row's scale in float32, first rounded to float16 for float16 weights, as formats/rowwise.py says."""
+def _beside(packed: PackedTensor, dtype: torch.dtype, unused: Tensor) -> Tensor:
+    """A row's scale in float32, first rounded to float16 for float16 weights, as formats/rowwise.py says; or a table."""
+    if packed.format in LATTICES:
+        return table_on(LATTICES[packed.format].table, packed.device)
     if len(packed.parts) == 1:
         return unused
     scale = packed.parts[1].to(torch.float16) if dtype == torch.float16 else packed.parts[1]

@@ -4,7 +4,9 @@
 
 No mask, and nothing of the square between two samples: 16 samples of 512 tokens, forward and backward, take 0.9 ms where
 a masked square of them takes 12 ms (H100, 32 heads of 128 channels). Its arguments changed between releases of torch, so
-they are looked up: `enable_gqa` is new in 2.12, before it the keys and values of a group are repeated for each of its heads.
+they are looked up: `enable_gqa` is new in 2.12. Before it FlashAttention takes grouped heads without being told, if at all:
+that is tried once on each GPU. Where it does not, keys and values of a group are repeated for each of its heads, and kept so
+for the backward pass: of a layer of Llama 3 8B's shape an eighth more.
 
 What it does not do (`takes` is the list) goes sample by sample through torch's scaled_dot_product_attention
 (reference.py): keys in front of every sample, a context that is read in both directions, dropout, float32.
@@ -45,8 +47,8 @@ def attend(
     if q_THD.shape[1] != k_TGD.shape[1]:
         if "enable_gqa" in arguments:
             options["enable_gqa"] = True
-        else:
-            k_TGD, v_TGD = (t.repeat_interleave(q_THD.shape[1] // t.shape[1], dim=1) for t in (k_TGD, v_TGD))
+        elif not _groups_untold(query.device):
+            k_TGD, v_TGD = (_repeated(t, q_THD.shape[1]) for t in (k_TGD, v_TGD))
     out: Tensor = function(q_THD, k_TGD, v_TGD, starts, starts, longest, longest, **options)[None]
     return out
 
@@ -84,6 +86,34 @@ def status() -> tuple[bool, str]:
         True,
         "torch's varlen kernel in half precision; with a prefix, a context, dropout or float32 sample by sample",
     )
+
+
+def _repeated(x_TGD: Tensor, heads: int) -> Tensor:
+    """[T, heads, D]: each group for all of its heads."""
+    return x_TGD.repeat_interleave(heads // x_TGD.shape[1], dim=1)
+
+
+@cache
+def _groups_untold(device: torch.device) -> bool:
+    """Whether the kernel computes grouped heads on this GPU, forward and backward, where no argument says so: by trial."""
+    with torch.inference_mode(False), torch.enable_grad():
+        drawn = torch.Generator(device).manual_seed(0)
+        q, k, v, g = (torch.randn(48, n, 64, device=device, generator=drawn).bfloat16() for n in (4, 2, 2, 4))
+        bounds = torch.tensor([0, 17, 48], dtype=torch.int32, device=device)
+
+        def gradients(heads: int) -> list[Tensor]:
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            keys, values = (_repeated(x, heads) for x in leaves[1:])
+            out = _function()[0](leaves[0], keys, values, bounds, bounds, 31, 31, window_size=(-1, 0))
+            return [out.detach(), *torch.autograd.grad(out, leaves, g)]
+
+        expected = gradients(4)
+        try:
+            got = gradients(2)
+        except (RuntimeError, ValueError):
+            return False
+        pairs = zip(got, expected, strict=True)
+        return all(float((one - other).norm()) <= 0.02 * float(other.norm()) for one, other in pairs)
 
 
 @cache

@@ -119,17 +119,17 @@ class _Split:
     def __call__(self, layer: LoraExperts, routed: Routed) -> Tensor:
         calibrates, judges = self.tokens()
         count = len(calibrates)
-        if routed.total != 2 * count:
+        if routed.rows.total != 2 * count:
             raise UnsupportedError(
-                f"merge: experts are given {routed.total} tokens, expected all {2 * count} of two streams"
+                f"merge: experts are given {routed.rows.total} tokens, expected all {2 * count} of two streams"
             )
         y = layer.forward_alone(routed)
         found: dict[str, list[tuple[PackedTensor, LayerReport]]] = {path: [] for path in self.stacks}
-        few, groups = [], {index: (start, stop) for index, start, stop in routed.groups}
+        few, groups = [], {index: (start, stop) for index, start, stop in routed.rows.groups}
         outputs = layer.base.outputs()
         for expert in range(layer.base.num_experts):
             start, stop = groups.get(expert, (0, 0))
-            x, tokens = routed.x[start:stop].float(), routed.tokens[start:stop]
+            x, tokens = routed.x[start:stop].float(), routed.rows.tokens[start:stop]
             inputs = _pairs(x, tokens, count, calibrates.to(x.device), judges.to(x.device))
             few += [expert] if inputs is None else []
             of_m = tokens >= count

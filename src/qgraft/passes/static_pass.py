@@ -164,7 +164,7 @@ class StaticPass:
 
     def record(self, pool: Any) -> None:
         """Let `replay` be the pass. Nothing is computed. Raises RuntimeError where it cannot be recorded."""
-        self.replay = recorded(lambda: self._learn(self._bounds), pool)
+        self.replay = recorded(lambda: self._learn(self._bounds), self.model.device, pool)
 
     def _learn(self, bounds: Tensor) -> None:
         """Everything that a graph consists of; it must not depend on what is in the tables."""

@@ -14,9 +14,11 @@ there, and `bf16`, which configurations for GPUs carry along, is answered by a n
 from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
-from qgraft.errors import OptionError, UnsupportedError, near_match
+from qgraft.errors import OptionError, UnsupportedError, near_match, option
 from qgraft.kernels.choice import has_fast_bf16
+from qgraft.memory.budget import on_gpu
 
 if TYPE_CHECKING:
     from qgraft.training.arguments import TrainArguments
@@ -35,7 +37,6 @@ def settle_precision(args: "TrainArguments") -> str:
         raise OptionError(
             f"compute={args.compute!r}: expected one of {', '.join(COMPUTES)}", hint=near_match(args.compute, COMPUTES)
         )
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
     for name, dtype in (("fp16_full_eval", "fp16"), ("bf16_full_eval", "bf16")):
         if getattr(args, name):
             setattr(args, name, False)
@@ -43,9 +44,28 @@ def settle_precision(args: "TrainArguments") -> str:
                 args.notes.append(f"{name} has no effect: a run evaluates as it trains")
             else:
                 setattr(args, dtype, True)
-    dtype = _settle_on_gpu(args) if on_gpu else _settle_on_cpu(args)
+    dtype = _settle_on_gpu(args) if on_gpu(args) else _settle_on_cpu(args)
     args.bf16 = False  # transformers' autocast stays off for it
     return dtype
+
+
+def check_device(args: "TrainArguments", model: PreTrainedModel) -> None:
+    """Raise OptionError for a model on another device than the options were settled for, or than the current GPU.
+
+    Its passes would be as large as the other device's memory has room for, and `fp16` or `compute` have no effect.
+    """
+    is_there, wanted = model.device.type == "cuda", on_gpu(args)
+    if is_there != wanted:
+        cpu, load = option("use_cpu", True), f"load(..., device={'cuda' if wanted else 'cpu'!r})"
+        raise OptionError(
+            f"the model is on {model.device}, and the run is to be on {'a GPU' if wanted else 'the CPU'}",
+            hint=f"{cpu}, or {load}" if wanted else f"{load}, or leave use_cpu out",
+        )
+    if is_there and model.device.index != (current := torch.cuda.current_device()):
+        raise OptionError(
+            f"the model is on {model.device}, and the current GPU is cuda:{current}, whose memory would be counted",
+            hint=f"torch.cuda.set_device({model.device.index}) before all else",
+        )
 
 
 def _settle_on_gpu(args: "TrainArguments") -> str:

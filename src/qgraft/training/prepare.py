@@ -25,6 +25,7 @@ from qgraft.training.new_tokens import take_tokens
 from qgraft.training.objective import Objective
 from qgraft.training.output_dir import Earlier, check_output_dir
 from qgraft.training.plan import plan_of
+from qgraft.training.precision import check_device
 from qgraft.training.processes import Processes
 from qgraft.training.samples import prepare_samples
 from qgraft.training.speech import check_run, check_speech_options
@@ -76,6 +77,7 @@ def prepare(
     """Check the options of a run, tokenize its rows, and ask the teacher about them where there is one; see train()."""
     dataset, eval_dataset = (None if each is None else as_dataset(each) for each in (dataset, eval_dataset))
     args, every = _remembering(args, dataset, eval_dataset), [*tracking_callbacks(args), *ready_callbacks(callbacks)]
+    check_device(args, model)
     check_task(args, model)
     if is_encoder_decoder(model.config):
         check_run(model.config, args)
