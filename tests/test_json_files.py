@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qgraft.errors import CheckpointError
-from qgraft.json_files import DEEPEST, parse_json, read_object
+from qgraft.json_files import DEEPEST, covered_text, is_covered, json_text, parse_json, read_object
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -64,3 +64,11 @@ def test_files(tmp_path: Path, data: bytes, why: str) -> None:
         read_object(path, CheckpointError)
     with pytest.raises(CheckpointError, match=r"y\.json cannot be read: No such file"):
         read_object(tmp_path / "y.json", CheckpointError)
+
+
+def test_names_that_are_no_utf8_are_written_as_json_has_them(tmp_path):
+    value = {"a\udcff": ["\ud83d", "\U0001f600 \\udcff"]}
+    assert json.loads(json_text(value).encode()) == value
+    (path := tmp_path / "own.json").write_bytes(covered_text(value).encode())
+    read = read_object(path, CheckpointError)
+    assert is_covered(path.read_text(encoding="utf-8"), read.pop("sha256")) and read == value

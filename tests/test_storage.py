@@ -16,6 +16,7 @@ import pytest
 
 from qgraft import storage
 from qgraft.errors import StorageError
+from qgraft.locks import file_locked
 from qgraft.storage import (
     MANIFEST,
     check_files,
@@ -549,3 +550,10 @@ def test_a_name_that_is_taken_stays_whose_it_is(tmp_path):
 def test_a_log_that_cannot_be_opened_says_where(tmp_path):
     with pytest.raises(StorageError, match="missing"), storage.child_log(tmp_path / "missing" / "x.log"):
         raise AssertionError("there is no folder")
+
+
+def test_a_name_that_is_no_utf8_is_not_written_under(tmp_path):
+    for write in (storage.make_folder, lambda path: file_locked(path).__enter__()):
+        with pytest.raises(StorageError, match="its name is no UTF-8"):
+            write(tmp_path / "a\udcff")
+    assert not list(tmp_path.iterdir())

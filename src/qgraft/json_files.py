@@ -11,6 +11,7 @@ too: under `sha256` stands the hash of the text with 64 zeros in the place of th
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from qgraft.errors import QgraftError
 DEEPEST = 100  # brackets within brackets; tokenizer.json, the deepest of real files, has 8
 OWN = "sha256"  # under which a file holds its own hash
 _BLANK = "0" * 64
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str | bytes, *, finite: bool = True) -> Any:
@@ -62,8 +64,13 @@ def read_object(path: Path, error: type[QgraftError], *, finite: bool = True) ->
 
 
 def json_text(value: Any) -> str:
-    """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null."""
-    return json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    """`value` as indented JSON and a line feed; numbers that JSON does not have, NaN and infinities, become null.
+
+    Halves of surrogate pairs, which stand for the bytes of a file's name that is no UTF-8 and cannot be written as UTF-8, are
+    written as JSON has them: \\udcff.
+    """
+    text = json.dumps(_as_json(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 def covered_text(value: Mapping[str, Any]) -> str:

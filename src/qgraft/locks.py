@@ -47,6 +47,7 @@ def folder_locked(folder: Path) -> Iterator[None]:
 @contextmanager
 def file_locked(path: Path) -> Iterator[None]:
     """Hold `path`, a file or folder that is to be written whole, within the block. Raises StorageError."""
+    storage.check_name(path)
     with _locked(path, path.with_name(f".{path.name}.lock")):
         yield
 

@@ -352,8 +352,17 @@ def _without_staging(path: Path) -> Path:
     return Path(*parts)
 
 
+def check_name(path: Path) -> None:
+    """Raise StorageError for a name that is no UTF-8: what is written under it, safetensors and others could not read."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise StorageError(f"cannot write {path}: its name is no UTF-8", hint="choose another name") from error
+
+
 def make_folder(folder: Path) -> bool:
     """Make `folder` and those above it; whether it was not there. Raises StorageError where it cannot be written to."""
+    check_name(folder)
     with named_errors(folder):
         made = not folder.is_dir()
         folder.mkdir(parents=True, exist_ok=True)

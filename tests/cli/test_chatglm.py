@@ -31,6 +31,7 @@ from qgraft.models.causal_lm import INSTEAD
 from qgraft.models.find import NATIVE, Architecture
 from qgraft.passes.decoder import padding_free
 from qgraft.passes.loss import batch_loss
+from qgraft.serving.text import AnswerText
 
 FIRST, SECOND = NATIVE
 GENERATIONS = {"chatglm": FIRST, "chatglm2": SECOND}
@@ -668,8 +669,14 @@ TEXTS = [
 ]  # fmt: skip
 
 
+def text_of(tokenizer: Any) -> AnswerText:
+    """As answer() makes it."""
+    rewrites = tokenizer.clean_up_tokenization_spaces
+    return AnswerText(lambda some: str(tokenizer.decode(some, skip_special_tokens=True)), rewrites=rewrites)
+
+
 def printed_by(tokenizer: Any, ids: Sequence[int]) -> str:
-    printer, out = WordPrinter(lambda some: str(tokenizer.decode(some, skip_special_tokens=True))), io.StringIO()
+    printer, out = WordPrinter(text_of(tokenizer)), io.StringIO()
     with redirect_stdout(out):
         printer.put(torch.tensor([[5, 6, 7]]))
         for token in ids:
@@ -705,7 +712,7 @@ def test_an_id_without_text_does_not_end_a_line_again(tokenizer):
 def test_words_are_printed_before_the_answer_is_complete(tokenizer):
     for text, printed in (("one two three", "one two"), ("你好，世界", "你好，世界"), ("a\nb", "a\n")):
         seen = io.StringIO()
-        printer = WordPrinter(tokenizer.decode)
+        printer = WordPrinter(text_of(tokenizer))
         with redirect_stdout(seen):
             for ids in ([0], *tokenizer(text, add_special_tokens=False)["input_ids"]):
                 printer.put(torch.tensor(ids))

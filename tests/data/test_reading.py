@@ -1,3 +1,5 @@
+import gzip
+import io
 import json
 import math
 
@@ -196,6 +198,13 @@ def test_shapes_of_a_json_file(folder, text, sources):
     assert [c.source for c in read_dataset("a.json")[0]] == sources
 
 
+def twice_named():
+    """A Parquet file with two columns of one name."""
+    table = pyarrow.table([["q"], ["a"], ["b"]], names=["instruction", "output", "output"])
+    parquet.write_table(table, made := io.BytesIO())
+    return made.getvalue()
+
+
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
@@ -224,6 +233,15 @@ def test_shapes_of_a_json_file(folder, text, sources):
         ("a.jsonl", lines({"text": 1}, {"text": 2}).encode(), r"all 2 rows are dropped; unknown keys: text: 2 \(first"),
         ("a.parquet", b"PAR1 no parquet", "cannot be read after row 0"),
         ("a.txt", b"x", "expected a .csv, .json, .jsonl, .parquet, .tsv file"),
+        ("a.jsonl.gz", b"\x1f\x8b", "a compressed file, expected rows\\nhint: unpack it: gunzip -k a.jsonl.gz"),
+        (
+            "a.jsonl",
+            gzip.compress(b"{}"),
+            "hint: it is compressed: call it a.jsonl.gz and unpack it with gunzip",
+        ),
+        ("a.ndjson", b"{}", "hint: call it .jsonl"),
+        ("a.jsonl", b'{"instruction": "q", "output": 1e999}', "answer is a number that no float holds"),
+        ("A.PARQUET", twice_named(), "columns named twice: output"),
     ],
 )
 def test_broken_files_are_errors_that_name_the_place(folder, name, data, message):
@@ -231,6 +249,17 @@ def test_broken_files_are_errors_that_name_the_place(folder, name, data, message
     with pytest.raises(DataError, match=message) as error:
         read_dataset(name)
     assert name in error.value.message
+
+
+def test_names_in_capitals(folder):
+    for name, text in (
+        ("A.JSONL", lines(GOOD)),
+        ("B.CSV", "question,answer\nq,a\n"),
+        ("C.TSV", "question\tanswer\nq\ta\n"),
+    ):
+        (folder / name).write_text(text)
+        assert len(read_dataset(name)[0]) == 1
+    assert len(read_dataset(str(folder))[0]) == 3
 
 
 def test_all_rows_dropped_hints_at_the_schemas(folder):

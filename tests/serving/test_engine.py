@@ -32,7 +32,10 @@ GREEDY = Sampling(temperature=0)
 class NoWords:
     """A tokenizer for models without one: every id is a word."""
 
-    eos_token_id, clean_up_tokenization_spaces = 2, False
+    eos_token_id, unk_token_id, clean_up_tokenization_spaces = 2, None, False
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[None]:
+        return [None] * len(tokens)
 
     def get_added_vocab(self) -> dict[str, int]:
         return {}

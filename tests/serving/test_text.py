@@ -5,9 +5,11 @@ from collections.abc import Callable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from qgraft.serving.blocks import Blocks
-from qgraft.serving.text import AnswerText
+from qgraft.serving.text import AnswerText, joined_ids
 
 
 def by_bytes(ids: list[int]) -> str:
@@ -34,6 +36,45 @@ def test_characters_of_several_ids_come_whole(text: str) -> None:
     pieces = [answer.push(byte) for byte in text.encode("utf-8", "replace")]
     assert "".join(pieces) + answer.end() == text.encode("utf-8", "replace").decode()
     assert not any("\ufffd" in piece for piece in pieces) or "\ufffd" in text
+
+
+def of_bytes() -> PreTrainedTokenizerFast:
+    """A vocabulary as sentencepiece's with a piece for each byte: ids 3 to 258, then words."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁a", "b", "你", "\u200d"]
+    made = Tokenizer(models.BPE(dict(zip(pieces, range(264), strict=True)), [], byte_fallback=True, unk_token="<unk>"))
+    spaces, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+BYTES = of_bytes()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(
+        st.integers(0, 263).map(lambda id: [id])
+        | st.sampled_from(["👨\u200d👩", "é", "e\u0301", "你好", "\n"]).map(lambda text: [3 + b for b in text.encode()])
+        | st.just([2] * 80),
+        max_size=30,
+    ),
+    st.booleans(),
+)
+def test_a_stream_of_any_ids_is_what_all_of_them_decode_to(parts: list[list[int]], skip: bool) -> None:
+    ids = [id for part in parts for id in part]
+
+    def decode(ids: list[int]) -> str:
+        return str(BYTES.decode(ids, skip_special_tokens=skip))
+
+    text = AnswerText(decode, joined=joined_ids(BYTES, skip))
+    assert "".join(map(text.push, ids)) + text.end() == decode(ids)
+
+
+def test_a_stop_string_of_bytes_is_not_waited_for() -> None:
+    text = AnswerText(lambda ids: str(BYTES.decode(ids)), ("\n",), joined=joined_ids(BYTES))
+    told = [text.push(id) for id in (260, 3 + 0xC3, 3 + 0xA9, 3 + 10)]
+    assert told == ["a", "", "", "é"] and text.stopped == "\n" and text.text == "aé"
+    assert not joined_ids(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE({"a": 0}, []))))
 
 
 def cleaned(text: str) -> str:

@@ -1,15 +1,15 @@
 """qgraft chat: talk to a model and switch its adapters while talking."""
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
 from qgraft.cli.options import Parser, load_with_adapters, number_in, print_note, true_or_false
 from qgraft.errors import DataError, OptionError, QgraftError
 from qgraft.ranges import COUNT, SEED, SHARE_ABOVE_0, TEMPERATURE
+from qgraft.serving.text import AnswerText, until_word
 
 HELP = """/adapter NAME          answer with this adapter
 /adapter a=0.7 b=0.3   with a weighted few
@@ -18,24 +18,13 @@ HELP = """/adapter NAME          answer with this adapter
 /clear                 forget the conversation
 /quit                  leave"""
 
-_LAST_WORD = re.compile(r"\s+\S*\Z")
-_WIDE = re.compile(r".*[\u2e80-\u9fff\uf900-\ufaff\uff00-\uffef]", re.DOTALL)
-
 
 class WordPrinter:
-    """A streamer for generate() that prints, piece by piece, the text that decoding the whole answer gives.
+    """A streamer for generate() that prints an answer by words; Chinese and Japanese, which have no blanks, by characters."""
 
-    What an id means depends on those before it: sentencepiece drops the first blank of what it decodes, a character may
-    be several ids, and some tokenizers take blanks before punctuation out afterwards. So the ids since the beginning of
-    the line before are kept, and text is printed up to its last blank only; Chinese and Japanese, which have none, up to
-    the last character. (transformers' TextStreamer forgets all ids at the end of a line, and with them its indent.)
-    """
-
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
-        self.decode = decode
-        self.ids: list[int] = []
-        self.line = 0  # ids of the line before
-        self.printed = 0  # characters of what self.ids decodes to
+    def __init__(self, text: AnswerText) -> None:
+        self.text = text
+        self.word = ""  # what is not printed yet of what can be shown
         self.prompted = False
 
     def put(self, ids: Any) -> None:
@@ -43,27 +32,14 @@ class WordPrinter:
         if not self.prompted:
             self.prompted = True
             return
-        self.ids += ids.reshape(-1).tolist()
-        text = self.decode(self.ids)
-        whole = text.rstrip("\ufffd")  # stands for the first bytes of a character
-        word, wide = _LAST_WORD.search(whole), _WIDE.match(whole)
-        if text.endswith("\n") and len(text) > self.printed:
-            self._print(text, len(text))
-            self.ids = self.ids[self.line :]
-            self.line, self.printed = len(self.ids), len(self.decode(self.ids))
-        else:
-            self._print(text, max(word.start() if word else 0, wide.end() if wide else 0))
+        shown = self.word + "".join(map(self.text.push, ids.reshape(-1).tolist()))
+        end = len(shown) if self.text.rewrites else until_word(shown)
+        print(shown[:end], end="", flush=True)
+        self.word = shown[end:]
 
     def end(self) -> None:
         """The answer is complete."""
-        text = self.decode(self.ids)
-        self._print(text, len(text))
-        print(flush=True)
-
-    def _print(self, text: str, end: int) -> None:
-        if end > self.printed:
-            print(text[self.printed : end], end="", flush=True)
-            self.printed = end
+        print(self.word + self.text.end(), flush=True)
 
 
 def run(words: Sequence[str]) -> int:

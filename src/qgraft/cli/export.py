@@ -165,6 +165,7 @@ def _ollama(
             hint=f"make one file of it: llama-gguf-split --merge {shlex.quote(files[0])} model.gguf",
         )
     base = Path(model.qgraft.info.source).resolve()
+    storage.check_name(base)  # which stands in the Modelfile
     if model.qgraft.info.container == "folder":
         base = Path("model.gguf")
         with adapters_off(model):

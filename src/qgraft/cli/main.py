@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from qgraft.cli import streams
 from qgraft.errors import OptionError, QgraftError, flags_spoken, near_match
 
 COMMANDS = {
@@ -86,7 +87,8 @@ def entry_point() -> None:
     """The console script."""
     _be_a_good_neighbour()
     _be_interruptible()
-    sys.exit(main(sys.argv[1:]))
+    streams.make_lasting()
+    sys.exit(streams.finish(main(sys.argv[1:])))
 
 
 def main(words: Sequence[str]) -> int:
@@ -108,9 +110,6 @@ def main(words: Sequence[str]) -> int:
             raise
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `qgraft inspect ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -125,6 +124,9 @@ def _dispatch(words: Sequence[str]) -> int:
         return 0
     if words[0] not in COMMANDS:
         raise OptionError(f"unknown command {words[0]!r}", hint=_meant(words[0].lower()))
+    if sys.flags.optimize > 1:
+        raise OptionError("Python runs with -OO, without the docstrings that transformers reads",
+                          hint="unset PYTHONOPTIMIZE, or set it to 1")  # fmt: skip
     try:
         return int(import_module(f"qgraft.cli.{words[0]}").run(list(words[1:])))
     except ImportError as error:

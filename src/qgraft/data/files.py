@@ -6,6 +6,7 @@ its line, gives all rows the keys of all, and keeps a copy of each file in a cac
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -21,6 +22,10 @@ _MAY_LACK = ("query", "history", "system", "tools", "images")  # parts of a row;
 _SHEETS = (".xlsx", ".xls", ".xlsm", ".ods", ".numbers")
 _SAVE_AS = 'open it and save it as "CSV UTF-8", with the names of the columns in the first line'
 _ENCODINGS = (("UTF-16", (b"\xff\xfe", b"\xfe\xff")), ("a zip archive, such as an .xlsx", (b"PK\x03\x04",)))
+_COMPRESSED = {  # suffix -> what unpacks it
+    ".gz": "gunzip -k", ".zst": "unzstd", ".xz": "unxz -k", ".bz2": "bunzip2 -k", ".zip": "unzip", ".tgz": "tar xzf",
+}  # fmt: skip
+_PACKED = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ": ".xz", b"BZh": ".bz2"}
 
 
 def file_rows(path: Path, notes: list[str]) -> Iterator[Row]:
@@ -28,7 +33,7 @@ def file_rows(path: Path, notes: list[str]) -> Iterator[Row]:
 
     `notes` gets what a reader should know about how the file was read.
     """
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(read_text(path), path, notes)
+    rows = _parquet_rows(path) if path.suffix.lower() == ".parquet" else _text_rows(read_text(path), path, notes)
     found = None
     for found in rows:
         yield found
@@ -48,18 +53,25 @@ def noting_absent(rows: Iterable[Row], columns: Mapping[str, str], notes: list[s
 
 def check_suffix(path: Path) -> None:
     """Raise DataError for a file whose name says that it holds no rows that are read here."""
-    if path.suffix in _SHEETS:
+    suffix = path.suffix.lower()
+    if suffix in _SHEETS:
         raise DataError(f"{path}: a spreadsheet, expected text", hint=_SAVE_AS)
-    if path.suffix not in SUFFIXES:
-        raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder of such files")
+    if suffix in _COMPRESSED:
+        raise DataError(
+            f"{path}: a compressed file, expected rows", hint=f"unpack it: {_COMPRESSED[suffix]} {path.name}"
+        )
+    if suffix not in SUFFIXES:
+        lines = "call it .jsonl: that is what .ndjson is" if suffix == ".ndjson" else None
+        raise DataError(f"{path}: expected a {', '.join(SUFFIXES)} file or a folder of such files", hint=lines)
 
 
 def _text_rows(text: str, path: Path, notes: list[str]) -> Iterator[Row]:
     if not text.strip():
         raise DataError(f"{path} is empty")
-    if path.suffix in (".csv", ".tsv"):
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
         return table_rows(text, path, list(chain.from_iterable(COLUMNS.values())), notes)
-    return {".json": _json_rows, ".jsonl": _jsonl_rows}[path.suffix](text, path)
+    return {".json": _json_rows, ".jsonl": _jsonl_rows}[suffix](text, path)
 
 
 def read_text(path: Path) -> str:
@@ -77,9 +89,15 @@ def read_text(path: Path) -> str:
 
 def _encoding_hint(data: bytes, path: Path) -> str:
     """What the file seems to be instead, and how to make UTF-8 of it."""
+    if suffix := next((suffix for start, suffix in _PACKED.items() if data.startswith(start)), None):
+        return f"it is compressed: call it {path.name}{suffix} and unpack it with {_COMPRESSED[suffix]}"
     for name, starts in _ENCODINGS:
         if data.startswith(starts):
-            return f"it is {name}: {_SAVE_AS}" if path.suffix in (".csv", ".tsv") else f"it is {name}: save it as UTF-8"
+            return (
+                f"it is {name}: {_SAVE_AS}"
+                if path.suffix.lower() in (".csv", ".tsv")
+                else f"it is {name}: save it as UTF-8"
+            )
     guess = "CP1252"  # of Windows in Western Europe: any text is readable in it, if not always right
     try:
         chinese = sum("\u4e00" <= letter <= "\u9fff" for letter in data.decode("gb18030"))
@@ -96,7 +114,7 @@ def load_json(text: str, path: Path, line: int = 1) -> object:
         return parse_json(text, finite=False)  # NaN in some column that nobody asks for is no fault
     except json.JSONDecodeError as error:
         where = f"line {line + error.lineno - 1}, column {error.colno}"
-        hint = "each line of a .jsonl file is one object" if path.suffix == ".jsonl" else None
+        hint = "each line of a .jsonl file is one object" if path.suffix.lower() == ".jsonl" else None
         raise DataError(f"{path}: {where}: not JSON: {error.msg}", hint=hint) from error
     except ValueError as error:  # nested too deep, a key twice, a number of 5000 digits
         raise DataError(f"{path}: line {line}: not JSON: {error}") from error
@@ -155,7 +173,10 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path}: parquet is read with pyarrow: {error}", hint="pip install datasets") from error
     number = 0
     try:
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+        file = pyarrow.parquet.ParquetFile(path)
+        if twice := [name for name, count in Counter(file.schema_arrow.names).items() if count > 1]:
+            raise DataError(f"{path}: columns named twice: {', '.join(twice)}")
+        for batch in file.iter_batches():
             for row in batch.to_pylist():
                 number += 1
                 yield {field.name: _of_arrow(row[field.name], field) for field in batch.schema}, f"{path.name}:{number}"

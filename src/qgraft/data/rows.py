@@ -15,6 +15,7 @@ Keys of a message beside its role and content, under the names that other tools 
 Any other key is named in the end, with the number of rows that have it: it changes nothing.
 """
 
+import math
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -382,6 +383,8 @@ def is_empty(value: object) -> bool:
 def text_of(value: object, called: str) -> str:
     if value is not None and not isinstance(value, (str, Number)):
         raise RowError(f"{called} is a {type(value).__name__}")
+    if isinstance(value, float) and math.isinf(value):
+        raise RowError(f"{called} is a number that no float holds")
     text = "" if is_empty(value) else str(value).lower() if isinstance(value, bool) else str(value)  # as JSON has it
     if _HALF_PAIR.search(text):
         raise RowError(f"{called} holds half a surrogate pair")

@@ -48,8 +48,8 @@ def table_rows(text: str, path: Path, known: Collection[str], notes: list[str]) 
     skipped = 0
     if found := _SEP_LINE.match(text):
         text, skipped = text[found.end() :], 1
-    separator = found["separator"] if found else _separator(text, _NAMED_BY[path.suffix], known)
-    if separator != _NAMED_BY[path.suffix]:
+    separator = found["separator"] if found else _separator(text, _NAMED_BY[path.suffix.lower()], known)
+    if separator != _NAMED_BY[path.suffix.lower()]:
         notes.append(f"{path.name}: its columns are separated by {SEPARATORS.get(separator, repr(separator))}")
     yield from _rows(text, path, separator, skipped)
 

@@ -29,6 +29,7 @@ from qgraft.passes.images import generate_seen
 from qgraft.passes.limits import context_length, stated_ends
 from qgraft.passes.pairs import generate_targets
 from qgraft.passes.speech import generate_spoken
+from qgraft.serving.text import AnswerText, joined_ids
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def answer(
     audio: Any = None,
     language: str | None = None,
     task: str | None = None,
-    streaming: Callable[[Callable[[list[int]], str]], Any] | None = None,
+    streaming: Callable[[AnswerText], Any] | None = None,
     **generation: Any,
 ) -> Answer:
     """The model's next answer to (role, content) turns.
@@ -70,7 +71,7 @@ def answer(
         audio: a recording as rows name one, for a model that hears, which is asked nothing else.
         language, task: of the text that it writes, see TrainArguments.
         images: in front of the first question, for a model that sees: paths, bytes or images of Pillow.
-        streaming: makes a streamer for generate(), given what turns ids [n] into the text that a reader sees of them.
+        streaming: makes a streamer for generate(), given the text that a reader sees of the ids that it is told.
         generation: goes to generate().
 
     Raises DataError for a prompt that fills the model's context, and as encode_prompt does.
@@ -113,7 +114,7 @@ def answer(
     generate: Any = model.generate
     with torch.inference_mode():
         output = generate(
-            input_ids, attention_mask=torch.ones_like(input_ids), streamer=streaming and streaming(shown),
+            input_ids, attention_mask=torch.ones_like(input_ids), streamer=streaming and streaming(_told(tokenizer, shown)),
             **{"logits_processor": of_numbers(model), **told},
         )  # fmt: skip
     said = output[0, len(prompt) :].tolist()
@@ -121,6 +122,12 @@ def answer(
     full = len(ids) == len(said) == room < max_new_tokens
     note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
     return Answer(decode_answer(tokenizer, ids), note)
+
+
+def _told(tokenizer: PreTrainedTokenizerBase, decode: Callable[[list[int]], str]) -> AnswerText:
+    """The text of an answer that a streamer is told id by id."""
+    rewrites = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+    return AnswerText(decode, rewrites=rewrites, joined=joined_ids(tokenizer))
 
 
 def check_hearing(model: PreTrainedModel, audio: Any, **told: str | None) -> None:
@@ -136,7 +143,7 @@ def check_hearing(model: PreTrainedModel, audio: Any, **told: str | None) -> Non
 
 def _heard(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, audio: Any, written: Spoken, longest: int,
-    streaming: Callable[[Callable[[list[int]], str]], Any] | None, generation: dict[str, Any],
+    streaming: Callable[[AnswerText], Any] | None, generation: dict[str, Any],
 ) -> Answer:  # fmt: skip
     """What a model that hears writes of a recording."""
     try:
@@ -150,14 +157,13 @@ def _heard(
     told = {**generation, **written.told, "max_new_tokens": min(longest, written.room)}
     text = shown(generate_spoken(model, [sound], **told)[0])
     if streaming is not None:
-        streamer = streaming(lambda _: text)
-        streamer.end()
+        streaming(AnswerText(lambda _: text)).end()
     return Answer(text)
 
 
 def _seen(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, pictures: Sequence[Picture],
-    template: ChatTemplate, longest: int, streaming: Callable[[Callable[[list[int]], str]], Any] | None,
+    template: ChatTemplate, longest: int, streaming: Callable[[AnswerText], Any] | None,
     generation: dict[str, Any],
 ) -> Answer:  # fmt: skip
     """What a model that sees says behind a prompt with images."""
@@ -167,7 +173,9 @@ def _seen(
         return str(tokenizer.decode(until_end(ids, ends), skip_special_tokens=True))
 
     told = {**generation, "max_new_tokens": longest, "eos_token_id": ends or None}
-    length, said = generate_seen(model, text, pictures, streamer=streaming and streaming(shown), **told)
+    length, said = generate_seen(
+        model, text, pictures, streamer=streaming and streaming(_told(tokenizer, shown)), **told
+    )
     ids, context = until_end(said, ends), context_length(model)
     full = context is not None and len(ids) == len(said) == context - length < longest
     note = f"the answer stops here: with it the model's context of {context} tokens is full" if full else ""
@@ -176,7 +184,7 @@ def _seen(
 
 def _target(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: list[int], longest: int,
-    streaming: Callable[[Callable[[list[int]], str]], Any] | None, generation: dict[str, Any],
+    streaming: Callable[[AnswerText], Any] | None, generation: dict[str, Any],
 ) -> Answer:  # fmt: skip
     """What an encoder-decoder makes of the ids of a source: sources and answers have a context each."""
     context = context_length(model)
@@ -188,5 +196,5 @@ def _target(
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
     beams = {} if streaming is None else {"num_beams": 1}  # a search with several shows nothing before its end
-    told = {**beams, **generation, "max_new_tokens": room, "streamer": streaming and streaming(shown)}
+    told = {**beams, **generation, "max_new_tokens": room, "streamer": streaming and streaming(_told(tokenizer, shown))}
     return Answer(shown(generate_targets(model, [source], **told)[0]))

@@ -43,7 +43,7 @@ from qgraft.serving.mixes import mix_of
 from qgraft.serving.passes_of import Part, PassError, Passes, SharedPasses, SinglePasses
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.text import AnswerText
+from qgraft.serving.text import AnswerText, joined_ids
 
 log = logging.getLogger("qgraft.serving")
 LONGEST = (
@@ -336,7 +336,8 @@ class Engine:
         def decode(ids: list[int]) -> str:
             return str(tokenizer.decode(ids, skip_special_tokens=skip, **as_written))
 
-        return AnswerText(decode, request.stop, rewrites, tokenizer.clean_answer if cleaned else None)
+        clean, joined = tokenizer.clean_answer if cleaned else None, joined_ids(tokenizer, skip)
+        return AnswerText(decode, request.stop, rewrites, clean, joined)
 
 
 def answer_all(engine: Engine, requests: list[Request]) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,8 @@ class StopOnSignal(TrainerCallback):
         self.close()  # the next signal acts as it always did
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         text = f"\n{name}: {self.doing}; once more leaves now, without that\n"
-        os.write(sys.stderr.fileno(), text.encode()) if _has_fileno(sys.stderr) else sys.stderr.write(text)
+        with suppress(OSError):  # nobody may be there to read it
+            os.write(sys.stderr.fileno(), text.encode()) if _has_fileno(sys.stderr) else sys.stderr.write(text)
 
 
 def _has_fileno(stream: Any) -> bool:
