@@ -194,7 +194,8 @@ def test_items_of_a_response_are_a_conversation() -> None:
     )  # fmt: skip
     for change in (
         {"input": 5}, {"input": [{"type": "input_image"}]}, {"text": {"format": {"type": "json_schema"}}}, {"stop": "x"},
-        {"background": True}, {"truncation": "auto"}, {"conversation": "c"}, {"reasoning": {"effort": "high"}},
+        {"background": True}, {"truncation": "auto"}, {"conversation": "c"}, {"reasoning": {"effort": 1}},
+        {"reasoning": {"mode": "x"}}, {"include": ["message.output_text.logprobs"]}, {"text": {"verbosity": "low"}},
         {"tool_choice": "required"}, {"tools": "x"}, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
     ):  # fmt: skip
         with pytest.raises(ApiError):

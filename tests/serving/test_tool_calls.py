@@ -14,7 +14,9 @@ from qgraft.data.messages import Call, ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate, variant
 from qgraft.errors import OptionError, UnsupportedError
-from qgraft.serving.tool_calls import AnswerReader, CallFormat, call_format, call_texts
+from qgraft.serving.answer_reader import AnswerReader
+from qgraft.serving.call_probe import call_format
+from qgraft.serving.tool_calls import CallFormat, call_texts
 
 Maker = Callable[..., Any]
 QWEN = CallFormat(
@@ -22,6 +24,7 @@ QWEN = CallFormat(
     "</tool_call>",
     written=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
     repeats=True,
+    joint="\n</tool_call>\n<tool_call>\n",
 )
 MISTRAL = '[TOOL_CALLS] [{"name": "time", "arguments": {"at": "Rome"}}]'
 TIME = Call("time", '{"at": "Rome"}')
@@ -158,7 +161,7 @@ def test_calls_of_glm_are_what_its_template_writes(tiny_gguf: Maker, name: str, 
 def test_keywords_are_literals_that_json_has(given: str) -> None:
     form = CallFormat("", "```", True, "\n ```python\ntool_call(", keywords=True)
     text = f"time\n ```python\ntool_call({given})\n```"
-    assert form.read(text, ["time"]) == (text, ())
+    assert form.read(text, ["time"]) == (text, (), False)
     assert form.read(text.replace(given, "at='a)b'"), ["time"])[1] == (Call("time", '{"at": "a)b"}'),)
     for name in ("from", "max-days", "ｆ"):  # a schema may have them, and the template writes them as they are
         read = (Call("time", f'{{"{name}": "a=b, c", "in": 1}}'),)

@@ -103,6 +103,10 @@ def add_serving(parser: Parser) -> None:
         help="a key for loading and unloading adapters; also the variable QGRAFT_ADMIN_KEY",
     )  # fmt: skip
     parser.add_argument("--keys", metavar="FILE", help="a JSON file of keys, some of them for some adapters only")
+    parser.add_argument(
+        "--allowed_origins", action="append", default=[], metavar="ORIGIN",
+        help="a site whose pages may ask from a browser, https://chat.example.org, or * for all; repeatable",
+    )  # fmt: skip
     count = number_in(COUNT)
     parser.add_argument("--max_adapters", type=count, default=64, help="adapters held in memory (default 64)")
     parser.add_argument("--max_batch", type=count, default=16, help="requests answered at once (default 16)")
@@ -133,11 +137,12 @@ def make_service(options: argparse.Namespace) -> Any:
     from qgraft.serving.catalogue import Catalogue
     from qgraft.serving.engine import Engine
     from qgraft.serving.keys import Keys
+    from qgraft.serving.origins import Origins
     from qgraft.serving.prompting import Prompter, Prompting
     from qgraft.serving.service import Limits, Service
 
     named = [_name_and_path(each) for each in options.adapter]
-    permissions = _permissions(options)
+    permissions, origins = _permissions(options), Origins(options.allowed_origins)
     if options.adapters is not None and not Path(options.adapters).is_dir():
         raise AdapterError(f"--adapters {options.adapters}: no such folder")
     refuse_encoder_decoder(options.model, "serve")
@@ -165,7 +170,7 @@ def make_service(options: argparse.Namespace) -> Any:
         free = given or free_name(Path(path).resolve().name, catalogue.names())
         print_note(str(catalogue.pin(free, path)))
     limits = Limits(options.max_body, options.timeout)
-    return Service(engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits)
+    return Service(engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits, origins=origins)
 
 
 def _name_and_path(text: str) -> tuple[str | None, str]:

@@ -36,6 +36,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(405, _no_such_path)
     app.add_exception_handler(500, _broken)
     _add_answers(app, service)
+    _add_embeddings(app)
     add_agents(app, service)
     _add_models(app, service)
     _add_adapters(app, service)
@@ -97,6 +98,16 @@ def _whole_body(service: Service, ask: Ask, answering: Answering) -> dict[str, A
         answering.identity("cmpl"), answering.created, ask.model, choices, service.spell, with_logprobs,
         answering.prepared.prompts,
     )  # fmt: skip
+
+
+def _add_embeddings(app: FastAPI) -> None:
+    """What clients ask for, and a model that was trained to write has not: each is told so, instead of a wrong path."""
+
+    @app.post("/v1/embeddings")
+    @app.post("/embeddings")
+    async def embeddings() -> None:
+        why = "the model was trained to write, and its states do not say how near texts are"
+        raise ApiError(400, f"embeddings are not served: {why}", code="unsupported_endpoint")
 
 
 # -- models and adapters --

@@ -241,6 +241,9 @@ class Engine:
 
     def _take(self, running: Running, logits_V: Tensor) -> None:
         """The next token of a request; where its text or its form cannot go on with it, it fails alone."""
+        if running.request.max_tokens == 0:
+            running.finish("length")
+            return
         try:
             running.take(logits_V, self.ends)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -320,8 +323,8 @@ class Engine:
                 f"the prompt is {len(request.prompt)} tokens, and the model's context is {limit} with the answer",
                 hint="ask a shorter question, or begin a new conversation",
             )
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise OptionError(f"max_tokens={request.max_tokens}: expected a number from 1 on")
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise OptionError(f"max_tokens={request.max_tokens}: expected a number from 0 on")
         if any(not text for text in request.stop):
             raise OptionError("stop: an empty text, which would end every answer")
         if beyond := [token for token in request.sampling.logit_bias if token >= size]:

@@ -18,8 +18,11 @@ from qgraft.data.rendering import Writer
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate, remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, encode_prompt, resolve_template
+from qgraft.errors import OptionError
+from qgraft.serving.answer_reader import AnswerReader
+from qgraft.serving.call_probe import call_format
 from qgraft.serving.protocol import Ask
-from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, CallFormat, call_format
+from qgraft.serving.tool_calls import CLOSE, OPEN, CallFormat
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,12 @@ class Prompter:
         thinking = how.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
         template, writer, form = self._known(how.template, thinking)
         assert ask.messages is not None
-        turns = list(ask.messages)
+        if ask.variables:
+            if writer is None:
+                raise OptionError(f"{next(iter(ask.variables))}: the tokenizer writes the model's own prompts")
+            writer = writer.told(ask.variables)
+            template = writer.template
+        turns = list(ask.messages if form is None else form.with_ids(ask.messages))
         if how.system and turns[0].role != "system":
             turns = [Message("system", how.system), *turns]
         calls = "tools" if ask.tools else "tool_calls" if any(turn.calls for turn in turns) else None

@@ -25,7 +25,8 @@ class Request:
 
     Attributes:
         adapters: the adapters with their weights; empty for the base.
-        max_tokens: the longest answer; None for as long as the context lasts.
+        max_tokens: the longest answer; None for as long as the context lasts. With 0 the prompt is read, which others that
+            begin alike are spared, and nothing is written.
         stop: texts that end it.
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.

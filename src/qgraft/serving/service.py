@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.model_parts import marker_ids
+from qgraft.serving.answer_reader import AnswerReader
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
@@ -20,11 +21,12 @@ from qgraft.serving.fields import ApiError
 from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
+from qgraft.serving.origins import Origins
 from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import Ask
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
+from qgraft.serving.tool_calls import CLOSE, OPEN, call_texts
 
 MIXED = 8  # adapters of a mix
 _FIELD = re.compile(r"(\w+)[:=]")
@@ -102,10 +104,11 @@ class Service:
         keys: Keys | None = None,
         prompting: Prompting | None = None,
         limits: Limits | None = None,
+        origins: Origins | None = None,
     ) -> None:
         self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
-        self.keys, self.limits = keys or Keys({}), limits or Limits()
+        self.keys, self.limits, self.origins = keys or Keys({}), limits or Limits(), origins or Origins()
         self.prompter = Prompter(self.tokenizer, prompting or Prompting(), marker_ids(engine.model))
         self.started = int(time.time())
 
