@@ -118,6 +118,10 @@ def add_serving(parser: Parser) -> None:
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--system", help="system prompt where a chat has none")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
+    parser.add_argument(
+        "--sampling_defaults", choices=("model", "openai"), default="model",
+        help="where a request says nothing, draw as the model's files say, or as OpenAI's API (default model)",
+    )  # fmt: skip
     parser.add_argument("--max_body", type=count, default=4 * 2**20, help="largest request in bytes (default 4 MiB)")
     seconds = number_in(ABOVE_0)
     parser.add_argument(
@@ -170,7 +174,13 @@ def make_service(options: argparse.Namespace) -> Any:
         free = given or free_name(Path(path).resolve().name, catalogue.names())
         print_note(str(catalogue.pin(free, path)))
     limits = Limits(options.max_body, options.timeout)
-    return Service(engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits, origins=origins)
+    drawn = model.qgraft.info.sampling if options.sampling_defaults == "model" else {}
+    if drawn:
+        said = ", ".join(f"{name}={value:g}" for name, value in drawn.items())
+        print_note(f"where a request says nothing, tokens are drawn as the model's files say: {said}")
+    return Service(
+        engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits, origins=origins, drawn=drawn
+    )
 
 
 def _name_and_path(text: str) -> tuple[str | None, str]:

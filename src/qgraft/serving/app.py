@@ -20,6 +20,7 @@ from qgraft.serving.fields import ApiError
 from qgraft.serving.guard import Guard, error_response
 from qgraft.serving.metrics import metrics_text
 from qgraft.serving.protocol import Ask, read_chat, read_completion
+from qgraft.serving.sampling import Sampling
 from qgraft.serving.service import Service
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 
@@ -66,11 +67,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, read_chat(await body_of(request)))
+        return await _answer(service, request, service.settled(read_chat(await body_of(request))))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, read_completion(await body_of(request)))
+        return await _answer(service, request, service.settled(read_completion(await body_of(request))))
 
 
 async def _answer(service: Service, request: Request, ask: Ask) -> Response:
@@ -186,9 +187,10 @@ def _add_tools(app: FastAPI, service: Service) -> None:
 
     @app.get("/props")
     async def props() -> dict[str, Any]:
+        settings = {"n_ctx": engine.context, "params": vars(Sampling(**service.drawn))}
         return {
             "model_path": service.base, "total_slots": engine.max_batch, "build_info": f"qgraft {__version__}",
-            "chat_template": service.prompter.template.text, "default_generation_settings": {"n_ctx": engine.context},
+            "chat_template": service.prompter.template.text, "default_generation_settings": settings,
             "shares_passes": engine.why_not_shared or True,
         }  # fmt: skip
 

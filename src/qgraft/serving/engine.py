@@ -28,6 +28,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.token_rows import unknown_tokens
+from qgraft.answer_rules import rules_of
 from qgraft.attention import attention_of
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
@@ -115,7 +116,10 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        running = Running.of(request, listener, mix, limit, self._text(request), suppressed_tokens(self.model))
+        size = len(request.prompt) + (limit if request.max_tokens is None else request.max_tokens)
+        rules = rules_of(self.model, request.prompt, min(limit, size), self.ends)
+        never = suppressed_tokens(self.model)
+        running = Running.of(request, listener, mix, limit, self._text(request), never, rules)
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")

@@ -36,6 +36,7 @@ _SAMPLING = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed", "logprobs",
 }  # fmt: skip
+_ALIASES = {"repetition_penalty": "repeat_penalty"}
 _CHAT = {
     "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
     "chat_template_kwargs", "parallel_tool_calls", "reasoning_effort", "modalities", "verbosity",
@@ -59,6 +60,7 @@ class Ask:
         count: `n`, how many answers to each prompt.
         lora: llama-server's list, or weights by names; None where it is not given.
         enable_thinking, variables: what the chat template is told.
+        unsaid: the fields of `sampling` that the request says nothing of, which the model's files may.
         echo: whether the prompt is a part of the text.
         response_format: as it was given; None for any text.
         param, schema_param: what the API calls its prompts, and the schema of a form.
@@ -86,6 +88,7 @@ class Ask:
     one_call: bool = False
     param: str = "messages"
     schema_param: str = "response_format.json_schema.schema"
+    unsaid: frozenset[str] = frozenset()
 
     @property
     def strict(self) -> bool:
@@ -229,6 +232,7 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
         "include_usage": flag_of(options, "include_usage", where="stream_options."),
         "ignore_ends": flag_of(given, "ignore_eos"), "lora": given.get("lora"),
         "response_format": _response_format(given.get("response_format")),
+        "unsaid": frozenset(n for n in _SAMPLING if given.get(n) is None and given.get(_ALIASES.get(n, n)) is None),
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qgraft.answer_rules import AnswerRules
 from qgraft.errors import QgraftError
 from qgraft.serving.grammars import Matching
 from qgraft.serving.mixes import Mix
@@ -47,12 +48,13 @@ class Running:
 
     @classmethod
     def of(
-        cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText, never: Sequence[int] = ()
-    ) -> "Running":
-        """A request at its beginning; `never` are ids that no answer may have."""
+        cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText, never: Sequence[int] = (),
+        rules: AnswerRules | None = None,
+    ) -> "Running":  # fmt: skip
+        """A request at its beginning; `never` are ids that no answer may have, `rules` as of Sampler."""
         prompt = list(request.prompt)
         matching = None if request.grammar is None else request.grammar.begin()
-        sampler = Sampler(request.sampling, prompt, never)
+        sampler = Sampler(request.sampling, prompt, never, rules)
         return cls(request, listener, mix, limit, text, sampler, prompt, _matching=matching)
 
     @property

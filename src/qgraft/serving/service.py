@@ -26,6 +26,7 @@ from qgraft.serving.prompting import Prompter, Prompting
 from qgraft.serving.protocol import Ask
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
+from qgraft.serving.sampling import Sampling
 from qgraft.serving.tool_calls import CLOSE, OPEN, call_texts
 
 MIXED = 8  # adapters of a mix
@@ -93,6 +94,11 @@ class Service:
     """A base with its adapters, as people ask for them.
 
     Args:
+        drawn: how tokens are chosen where a request says nothing of it, by the names of Sampling; None for OpenAI's way.
+
+    Raises OptionError for a number in `drawn` that cannot be.
+
+    Attributes:
         base: the name of the base, as `model` says it.
     """
 
@@ -105,15 +111,22 @@ class Service:
         prompting: Prompting | None = None,
         limits: Limits | None = None,
         origins: Origins | None = None,
+        drawn: Mapping[str, float] | None = None,
     ) -> None:
         self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.keys, self.limits, self.origins = keys or Keys({}), limits or Limits(), origins or Origins()
         self.prompter = Prompter(self.tokenizer, prompting or Prompting(), marker_ids(engine.model))
+        self.drawn = dict(drawn or {})
+        Sampling(**self.drawn)
         self.started = int(time.time())
 
+    def settled(self, ask: Ask) -> Ask:
+        """The Ask with what is done where it says nothing."""
+        return replace(ask, sampling=replace(ask.sampling, **{k: v for k, v in self.drawn.items() if k in ask.unsaid}))
+
     def prepare(self, ask: Ask, permission: Permission) -> Prepared:
-        """The requests that an Ask comes to; adapters that are not loaded are.
+        """The requests that a settled Ask comes to; adapters that are not loaded are.
 
         Raises ApiError with the status that the client gets.
         """
