@@ -3,7 +3,7 @@
 Of a decoder its end tokens are taken, where a turn ends often stands there alone, beside the end of a text; the tokens that
 it may never write, and the rules of an answer (answer_rules.py). How it draws is the caller's choice: what the file says of
 that is what a server does for who says nothing (`BaseInfo.sampling`), and `chat` takes the likeliest token, as its help says.
-So is how long an answer may be. What else changes answers (searches by beams, other ways to cut) is not gone by, and that is noted.
+So is how long an answer may be. What else changes answers (beams, other ways to cut) is not gone by, and is noted.
 Of an encoder-decoder all of it is taken: which tokens it begins with, must and may not write, and with how many beams it was
 published.
 
@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
-from qgraft.answer_rules import KEYS, processors_of
+from qgraft.checkpoints.answer_rules import KEYS, processors_of
 from qgraft.checkpoints.foreign import ForeignErrors
 from qgraft.errors import CheckpointError
 from qgraft.json_files import read_object

@@ -134,7 +134,7 @@ def add_serving(parser: Parser) -> None:
 
 def make_service(options: argparse.Namespace) -> Any:
     """The service that the options describe; its engine is not started."""
-    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.base import adapter_names, base_of
     from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.model_parts import require_writer
@@ -174,7 +174,8 @@ def make_service(options: argparse.Namespace) -> Any:
         free = given or free_name(Path(path).resolve().name, catalogue.names())
         print_note(str(catalogue.pin(free, path)))
     limits = Limits(options.max_body, options.timeout)
-    drawn = model.qgraft.info.sampling if options.sampling_defaults == "model" else {}
+    info = base_of(model).info
+    drawn = info.sampling if info is not None and options.sampling_defaults == "model" else {}
     if drawn:
         said = ", ".join(f"{name}={value:g}" for name, value in drawn.items())
         print_note(f"where a request says nothing, tokens are drawn as the model's files say: {said}")

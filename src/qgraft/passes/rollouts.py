@@ -21,8 +21,8 @@ from transformers import PreTrainedModel
 
 from qgraft.adapters.attach_prefix import prefixes_of
 from qgraft.adapters.choose import active_adapters
-from qgraft.answer_rules import rules_of
 from qgraft.attention import PREFIX, SAMPLES, attending, attention_of
+from qgraft.checkpoints.answer_rules import rules_of
 from qgraft.data.batches import neighbours
 from qgraft.errors import TrainingError, UnsupportedError
 from qgraft.passes.batched import CACHED, Piece, next_logits

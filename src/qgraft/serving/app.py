@@ -20,7 +20,6 @@ from qgraft.serving.fields import ApiError
 from qgraft.serving.guard import Guard, error_response
 from qgraft.serving.metrics import metrics_text
 from qgraft.serving.protocol import Ask, read_chat, read_completion
-from qgraft.serving.sampling import Sampling
 from qgraft.serving.service import Service
 from qgraft.serving.streams import Answering, chat_stream, completion_stream
 
@@ -187,7 +186,7 @@ def _add_tools(app: FastAPI, service: Service) -> None:
 
     @app.get("/props")
     async def props() -> dict[str, Any]:
-        settings = {"n_ctx": engine.context, "params": vars(Sampling(**service.drawn))}
+        settings = {"n_ctx": engine.context, "params": vars(service.unasked)}
         return {
             "model_path": service.base, "total_slots": engine.max_batch, "build_info": f"qgraft {__version__}",
             "chat_template": service.prompter.template.text, "default_generation_settings": settings,

@@ -28,8 +28,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.token_rows import unknown_tokens
-from qgraft.answer_rules import rules_of
 from qgraft.attention import attention_of
+from qgraft.checkpoints.answer_rules import rules_of
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate

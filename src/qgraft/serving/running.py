@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from qgraft.answer_rules import AnswerRules
+from qgraft.checkpoints.answer_rules import AnswerRules
 from qgraft.errors import QgraftError
 from qgraft.serving.grammars import Matching
 from qgraft.serving.mixes import Mix

@@ -4,7 +4,7 @@
                   it and those below multiplied; presence and frequency (OpenAI): of the answer's tokens, p is subtracted
                   once, f for every time; logit_bias is added
     form          tokens that an answer's form (grammars.py) does not allow have no share, nor those that the model's files
-                  rule out (suppress_tokens, and before the penalties those of answer_rules.py)
+                  rule out (suppress_tokens, and before the penalties checkpoints/answer_rules.py)
     temperature   logits / t; 0 takes the likeliest token, and nothing is drawn
     cuts          top_k tokens; of these the fewest that have the share top_p; of these those with at least min_p of the
                   likeliest one's share
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qgraft.answer_rules import AnswerRules
+from qgraft.checkpoints.answer_rules import AnswerRules
 from qgraft.errors import OptionError
 from qgraft.passes.broken import BrokenLogitsError
 from qgraft.ranges import COUNT, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges

@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -100,6 +101,7 @@ class Service:
 
     Attributes:
         base: the name of the base, as `model` says it.
+        unasked: how tokens are chosen for who says nothing of it.
     """
 
     def __init__(
@@ -111,14 +113,14 @@ class Service:
         prompting: Prompting | None = None,
         limits: Limits | None = None,
         origins: Origins | None = None,
-        drawn: Mapping[str, float] | None = None,
+        drawn: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
         self.keys, self.limits, self.origins = keys or Keys({}), limits or Limits(), origins or Origins()
         self.prompter = Prompter(self.tokenizer, prompting or Prompting(), marker_ids(engine.model))
         self.drawn = dict(drawn or {})
-        Sampling(**self.drawn)
+        self.unasked = Sampling(**self.drawn)
         self.started = int(time.time())
 
     def settled(self, ask: Ask) -> Ask:
