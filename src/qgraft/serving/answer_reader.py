@@ -1,14 +1,19 @@
 """An answer while it is written: what of it is reasoning, what is content, and which calls of tools it has.
 
-Reasoning is what stands between <think> and </think> at its beginning; some templates write the first of these themselves.
+Reasoning is what stands between <think> and </think> at its beginning, or what other families write for these; some templates
+write the first of them themselves.
 Calls are read as the chat template writes them (tool_calls.py).
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 
 from qgraft.data.messages import Call
 from qgraft.serving.tool_calls import CLOSE, OPEN, CallFormat, overlap
+
+AROUND = (  # reasoning, by the family that writes it
+    (OPEN, CLOSE), ("[THINK]", "[/THINK]"), ("<|channel>thought\n", "<channel|>"), ("<seed:think>", "</seed:think>"),
+)  # fmt: skip
 
 
 @dataclass
@@ -18,15 +23,20 @@ class AnswerReader:
     Attributes:
         thinking: whether the prompt ended in <think>.
         reasons: whether the template knows reasoning at all.
-        format, names: how calls are written, and the request's tools; None without tools.
+        open, close: what stands around it.
+        special: whether these are special tokens, which no text shows.
+        format, names: how calls are written, and the request's tools, maybe with the schemas of their parameters.
         must_call: whether it is nothing but calls.
         unfinished: whether its end, maybe its last call, was cut off.
     """
 
     thinking: bool = False
     reasons: bool = False
+    open: str = OPEN
+    close: str = CLOSE
+    special: bool = False
     format: CallFormat | None = None
-    names: Sequence[str] = ()
+    names: Collection[str] = ()
     must_call: bool = False
     calls: tuple[Call, ...] = ()
     unfinished: bool = False
@@ -34,6 +44,11 @@ class AnswerReader:
     _held: str = field(default="", init=False)
     _thought: bool = field(default=False, init=False)
     _is_text: bool = field(default=False, init=False)  # calls without a mark can only be at the beginning
+
+    @property
+    def keeps_special(self) -> bool:
+        """Whether it reads special tokens, too: those around calls and around reasoning."""
+        return bool(self.names) or (self.special and self.reasons)
 
     def push(self, text: str, last: bool = False, cut: bool = False) -> tuple[str, str]:
         """(more reasoning, more content) that can be shown now.
@@ -54,19 +69,19 @@ class AnswerReader:
         start = self._held.lstrip()
         if self.thinking:
             self._state = "reasoning"
-        elif not self.reasons or not (OPEN.startswith(start) or start.startswith(OPEN)):
+        elif not self.reasons or not (self.open.startswith(start) or start.startswith(self.open)):
             self._state = "content"
-        elif start.startswith(OPEN):
-            self._state, self._held = "reasoning", start[len(OPEN) :]
+        elif start.startswith(self.open):
+            self._state, self._held = "reasoning", start[len(self.open) :]
         elif last:
             self._state = "content"
 
     def _reason(self, last: bool) -> str:
-        thought, found, rest = self._held.partition(CLOSE)
+        thought, found, rest = self._held.partition(self.close)
         if found:
             self._state, self._held, self._thought = "content", rest, True
             return thought
-        kept = 0 if last else overlap(self._held, CLOSE)
+        kept = 0 if last else overlap(self._held, self.close)
         thought, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return thought
 

@@ -15,6 +15,7 @@ from qgraft.data.messages import Call, ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate
 from qgraft.serving.call_arguments import json_at, object_call
+from qgraft.serving.tagged_arguments import Tags
 from qgraft.serving.tool_calls import CLOSE, OPEN, CallFormat
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ _TOOL = {
     },
 }  # fmt: skip
 _ID = "a1B2c3D4e"  # Mistral wants nine letters and digits
+_OPENS, _CLOSES = re.compile(r"<[^<>\s]+[=>]\Z"), re.compile(r"\n?</[^<>\s]+>")
 _SECOND = "probe_second"
 _PROBE, _ASKED = Call(_NAME, json.dumps({_KEY: _VALUE}), _ID), Message("user", "probe question")
 
@@ -40,7 +42,9 @@ def call_format(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) ->
         return None
     writer = Writer(tokenizer, template)
     ids = len(_ID) if _written_of(writer, [replace(_PROBE, id="call_0123456789abcdef")]) is None else 0
-    return replace(form, joint=_joint(writer, form), ids=ids)
+    joint, after = _between(writer, form)
+    after = _until_end(after, tokenizer).strip()  # of one call some templates leave out what closes the list of them
+    return replace(form, joint=joint, after=after if after.startswith(form.after) else form.after, ids=ids)
 
 
 def _written_of(writer: Writer, calls: Sequence[Call]) -> str | None:
@@ -51,18 +55,18 @@ def _written_of(writer: Writer, calls: Sequence[Call]) -> str | None:
         return None
 
 
-def _joint(writer: Writer, form: CallFormat) -> str:
-    """What the template writes between one call and the next; "" where it takes one alone, or writes lists."""
+def _between(writer: Writer, form: CallFormat) -> tuple[str, str]:
+    """(what the template writes between one call and the next, and behind that); "" where it takes one, or writes lists."""
     whole = _written_of(writer, [_PROBE, replace(_PROBE, name=_SECOND, id=_ID[::-1])])
     if whole is None or form.turn or (at := whole.rfind(_SECOND)) < 0:
-        return ""
-    begins = form.call_at(whole, at, [_SECOND]) if form.separate else None
-    starts = [at] if begins else [start for start in range(at, -1, -1) if form.call_at(whole, start, [_SECOND])]
-    if not starts:
-        return ""
-    first = whole.rfind(_NAME, 0, starts[0])
-    ends = [found[1] for start in range(first, -1, -1) if (found := form.call_at(whole, start, [_NAME]))]
-    return whole[ends[0] : starts[0]] if ends and ends[0] < starts[0] else ""
+        return "", ""
+    begins = range(at, at - 1, -1) if form.separate else range(at, -1, -1)
+    second = next(((at, found[1]) for at in begins if (found := form.call_at(whole, at, [_SECOND]))), None)
+    if second is None:
+        return "", ""
+    first = whole.rfind(_NAME, 0, second[0])
+    end = next((found[1] for at in range(first, -1, -1) if (found := form.call_at(whole, at, [_NAME]))), None)
+    return ("", "") if end is None or end >= second[0] else (whole[end : second[0]], whole[second[1] :])
 
 
 def _form_of(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> CallFormat | None:
@@ -87,12 +91,27 @@ def _form_of(tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> Ca
         before, between = _own(said[:at]).rstrip(), said[at + len(_NAME) : given]
         after = _until_end(said[said.find(")", given) + 1 :], tokenizer).strip()
         return CallFormat(before, after, True, between, keywords=True, turn=turn)
+    if (tags := _tags(said, at)) is not None:
+        key = said.find(tags.open, at)
+        between, stop = said[at + len(_NAME) : key], said.find(tags.close, said.find(_VALUE, at)) + len(tags.close)
+        after = _until_end(said[stop:], tokenizer).strip()
+        return CallFormat(_own(said[:at]).rstrip(), after, True, between, tags=tags) if after else None
     if (brace := said.find("{", at)) < 0 or (arguments := json_at(said, brace)) is None:
         return None
     if arguments[0] != {_KEY: _VALUE}:
         return None
     between, before, after = said[at + len(_NAME) : brace], _own(said[:at]), _until_end(said[arguments[1] :], tokenizer)
     return CallFormat(before.rstrip(), after.strip(), True, between, (before, between, after), turn=turn)
+
+
+def _tags(said: str, at: int) -> Tags | None:
+    """The tags around the argument of the call whose name stands there; None where there are none."""
+    key, value = said.find(_KEY, at), said.find(_VALUE, at)
+    open_, close = _OPENS.search(said[at:key]), _CLOSES.match(said, value + len(_VALUE))
+    middle = said[key + len(_KEY) : value]
+    if key < 0 or value < key or open_ is None or close is None or not re.search(r"[<>]", middle):
+        return None
+    return Tags(open_[0], middle, close[0])
 
 
 def _turn(writer: Writer) -> str:
@@ -115,8 +134,8 @@ def _header(prompt: str, whole: str) -> int:
 
 
 def _own(before: str) -> str:
-    """What is written before a call, without reasoning that is empty."""
-    return re.sub(rf"^\s*{OPEN}\s*{CLOSE}", "", before).lstrip()
+    """What is written before a call, without reasoning that is empty, and that the prompt may have begun."""
+    return re.sub(rf"^\s*(?:{OPEN})?\s*{CLOSE}", "", before).lstrip()
 
 
 def _written(said: str, start: int, stop: int, after: str) -> tuple[str, str, str] | None:

@@ -23,7 +23,7 @@ from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.origins import Origins
-from qgraft.serving.prompting import Prompter, Prompting
+from qgraft.serving.prompting import Prompter, Prompting, Reader
 from qgraft.serving.protocol import Ask
 from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
 from qgraft.serving.running import Running
@@ -61,7 +61,7 @@ class Reading:
     """An answer that comes, as the client gets it."""
 
     choice: Choice
-    reader: AnswerReader = field(default_factory=AnswerReader)
+    reader: Reader = field(default_factory=AnswerReader)
     one_call: bool = False
 
     def take(self, event: Delta | Finish) -> tuple[str, str]:
@@ -84,7 +84,7 @@ class Prepared:
     """The requests of an Ask, a reader for each answer, what prompts are called in its API, whether answers have a form."""
 
     requests: tuple[Request, ...]
-    readers: tuple[AnswerReader, ...]
+    readers: tuple[Reader, ...]
     adapters: Mapping[str, float]
     prompts: int
     param: str
@@ -141,14 +141,16 @@ class Service:
             self.catalogue.need(adapters, permission.allows)
             if ask.messages is None:
                 prompts = [self.prompter.plain(each) if isinstance(each, str) else list(each) for each in ask.prompts]
-                readers = [AnswerReader() for _ in prompts]
+                readers: list[Reader] = [AnswerReader() for _ in prompts]
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
         with errors_as_answers(ask.param):
             grammar = self._grammar(ask, readers[0])
         requests = [
-            self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
+            self._request(ask, prompt, adapters, choice, grammar, readers[0].keeps_special)
+            for prompt in prompts
+            for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
         return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param, ask.formed)
@@ -166,7 +168,7 @@ class Service:
                 raise
         return running
 
-    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar | None:
+    def _grammar(self, ask: Ask, reader: Reader) -> Grammar | None:
         """The form that answers must have, from their beginning, or behind the reasoning that the prompt has begun."""
         if not ask.formed and not ask.strict:
             return None
@@ -177,7 +179,7 @@ class Service:
             form = Form(
                 schema, ask.schema_param, calls,
                 several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
-                behind=CLOSE if reader.thinking else "", optional=not ask.formed,
+                behind=reader.close if reader.thinking else "", optional=not ask.formed,
                 mark="" if written is None else written.mark, free=(OPEN, CLOSE),
             )  # fmt: skip
             if form.optional and written is not None and written.separate and not form.mark:
@@ -188,13 +190,14 @@ class Service:
             raise ApiError(400, message, code="invalid_value", param=param, hint=error.hint) from error
 
     def _request(
-        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None
-    ) -> Request:
+        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None,
+        special: bool,
+    ) -> Request:  # fmt: skip
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**64)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar,
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, special, grammar,
             cleaned=ask.messages is not None and grammar is None,
         )  # fmt: skip
 

@@ -7,6 +7,8 @@ around the call stands what the model writes around its calls.
     Llama 3          {"name": "f", "parameters": {...}}                                   object, nothing before it
     Mistral          [TOOL_CALLS] [{"name": "f", "arguments": {...}}]                     list of objects
     GLM-4            f\\n{...}                                                             name, then arguments
+    Qwen 3.5         <tool_call>\\n<function=f>\\n<parameter=key>\\nvalue\\n</parameter>\\n</function>\\n</tool_call>     tags
+    GLM-4.5          <tool_call>f\\n<arg_key>key</arg_key>\\n<arg_value>value</arg_value>\\n</tool_call>              tags
     ChatGLM3         f\\n ```python\\ntool_call(key='value')\\n```                          name, then Python's keywords
 
 A call counts only if it names one of the request's tools and its arguments are a JSON object; else it is text like any
@@ -20,7 +22,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,7 @@ from qgraft.errors import OptionError, UnsupportedError
 from qgraft.serving.call_arguments import begun_keywords, json_at, keywords_at, named_call, object_call
 from qgraft.serving.fields import shown
 from qgraft.serving.grammars import CallText
+from qgraft.serving.tagged_arguments import Tags
 
 if TYPE_CHECKING:
     pass
@@ -52,6 +55,7 @@ class CallFormat:
             None where the name comes last.
         repeats: whether calls may follow one another.
         keywords: whether arguments are Python's keywords.
+        tags: of arguments that stand between some (tagged_arguments.py).
         turn: what stands between a text and a call, or between calls, where that is a token of its own: GLM's <|assistant|>.
         joint: what stands between one call and the next, from the end of arguments to the beginning of a call.
         ids: how many letters and digits an id of a call has; 0 for any id.
@@ -67,6 +71,7 @@ class CallFormat:
     turn: str = ""
     joint: str = ""
     ids: int = 0
+    tags: Tags | None = None
 
     @property
     def mark(self) -> str:
@@ -138,7 +143,7 @@ class CallFormat:
         Args:
             behind: whether the text stands behind a call, so that the next one may begin as such do.
         """
-        if behind and self.joint and (joint := re.match(_blanks_aside(self.joint), text)):
+        if behind and self.joint and (joint := re.match(r"\s*" + _blanks_aside(self.joint), text)):
             return self._begun("", text[joint.end() :].lstrip(), names, marked=True)
         if behind and self.joint and text.strip() and "".join(self.joint.split()).startswith("".join(text.split())):
             return "", None
@@ -151,17 +156,27 @@ class CallFormat:
 
     def _begun(self, lead: str, rest: str, names: Collection[str], *, marked: bool) -> tuple[str, Call | None] | None:
         """As _cut: of the text before a call, and what there is of the call."""
-        named = self._named + ("" if self.keywords else r"(?=\{)")
+        named = self._named + ("" if self.keywords or self.tags else r"(?=\{)")
         found = re.match(named, rest) if self.separate else _BEGUN.match(rest)
-        if found is None:
-            return (lead, None) if marked and _is_beginning(rest, self.separate) else None
+        if found is None or (found[1] not in names and found.end() == len(rest)):
+            return (lead, None) if marked and self._is_beginning(rest, names) else None
         if found[1] not in names:
             return None
         arguments = rest[found.end() :]
+        if self.tags is not None:
+            return lead, Call(found[1], self.tags.begun(arguments, _schema(names, found[1])))
         if self.keywords:
             return lead, Call(found[1], begun_keywords(arguments))
         whole = json_at(arguments, 0)
         return lead, Call(found[1], arguments if whole is None else arguments[: whole[1]])
+
+    def _is_beginning(self, text: str, names: Collection[str]) -> bool:
+        """Whether a call may begin so, whose name is not whole, or its arguments not begun."""
+        if not self.separate:
+            return _PART.fullmatch(text) is not None
+        name, between = re.match(r"([\w.-]*)\s*(.*)", text, re.DOTALL).groups()  # type: ignore[union-attr]
+        begun = any(each.startswith(name) for each in names) if not between else name in names
+        return begun and "".join(self.between.split()).startswith("".join(between.split()))
 
     def _one(self, text: str, names: Collection[str]) -> tuple[list[Call], int] | None:
         """The calls at the beginning of the text, and where they end."""
@@ -193,14 +208,26 @@ class CallFormat:
         """The call that begins there, or the list of them, and where its arguments end."""
         if self.separate:
             found = re.compile(r"\s*" + self._named).match(text, start)
-            value = None if found is None else (keywords_at if self.keywords else json_at)(text, found.end())
-            calls = [named_call(found[1], value[0], names)] if found is not None and value is not None else [None]
+            if found is None:
+                return None
+            if self.tags is not None:
+                return self._tagged_at(text, found, names)
+            value = (keywords_at if self.keywords else json_at)(text, found.end())
+            calls = [named_call(found[1], value[0], names)] if value is not None else [None]
         else:
             value = json_at(text, start)
             each = value[0] if value is not None and isinstance(value[0], list) else [value and value[0]]
             calls = [object_call(one, names) for one in each]
         known = [call for call in calls if call is not None]
         return None if value is None or not known or len(known) < len(calls) else (known, value[1])
+
+    def _tagged_at(self, text: str, found: re.Match[str], names: Collection[str]) -> tuple[list[Call], int] | None:
+        """As call_at: of a call whose arguments stand between tags, up to the tag that closes it."""
+        assert self.tags is not None
+        values, stop = self.tags.at(text, found.end(), _schema(names, found[1]))
+        call = named_call(found[1], values, names)
+        closes = re.compile(r"\s*" + re.escape(self.after.split()[0] if self.after.strip() else "")).match(text, stop)
+        return None if call is None or closes is None else ([call], stop)
 
     def with_ids(self, turns: Sequence[Message]) -> Sequence[Message]:
         """The turns with ids of calls that the template takes, where it takes some alone: other servers have longer ones."""
@@ -225,6 +252,11 @@ class CallFormat:
 def _blanks_aside(text: str) -> str:
     """A pattern of this text, with any blanks or none where it has some, and behind it."""
     return "".join(re.escape(word) + r"\s*" for word in text.split())
+
+
+def _schema(names: Collection[str], name: str) -> object:
+    """Of the parameters of a function, where the names come with them."""
+    return names.get(name) if isinstance(names, Mapping) else None
 
 
 def call_texts(
@@ -257,11 +289,6 @@ def call_texts(
         name = function["name"] if form.separate else json.dumps(function["name"], ensure_ascii=False)[1:-1]
         found.append(CallText(before + name + between, {"type": "object", **schema}, after, where))
     return tuple(found)
-
-
-def _is_beginning(text: str, separate: bool) -> bool:
-    """Whether a call may begin so, whose name is not whole."""
-    return (re.compile(r"[\w.-]*\s*") if separate else _PART).fullmatch(text) is not None
 
 
 def overlap(text: str, mark: str) -> int:
