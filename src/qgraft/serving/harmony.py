@@ -42,6 +42,8 @@ class HarmonyReader:
     thinking: ClassVar[bool] = False
     format: ClassVar[CallFormat | None] = None
     keeps_special: ClassVar[bool] = True
+    reasons: ClassVar[bool] = True
+    open: ClassVar[str] = ""
     close: ClassVar[str] = ""
     _held: str = field(default="", init=False)
     _kind: str = field(default="", init=False)  # of the part that is being read; "" in its header

@@ -5,8 +5,7 @@
 
 What a chat cannot hold is refused: images, documents, redacted thinking. Turns of one role that follow one another are one
 turn, as there. A tool's result that is an error says so in front of its text, where a template has no other place for it.
-`thinking` says what the chat template is told; its budget is refused, as nothing here would keep it. Marks for a cache have
-no effect on an answer.
+`thinking` says what the chat template is told, and how many tokens an answer may think. Marks for a cache have no effect.
 """
 
 import json
@@ -36,6 +35,7 @@ _SAY_NOTHING = {"metadata", "service_tier", "cache_control", "diagnostics", "use
 _HARMLESS = {"speed": "standard", "inference_geo": "global"}
 _TOOL = {"type", "name", "description", "input_schema", "strict", "cache_control", "eager_input_streaming"}
 _CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "a function"}
+_NAMES = {"thinking_token_budget": "thinking.budget_tokens"}
 _KINDS = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error",
@@ -56,10 +56,11 @@ def read_messages(body: object, *, counting: bool = False) -> Ask:
     chat["tool_choice"], chat["parallel_tool_calls"] = _CHOICES[choice["type"]], not choice["disable_parallel_tool_use"]
     if choice["type"] == "tool":
         chat["tool_choice"] = {"type": "function", "function": {"name": choice.get("name")}}
-    if (thinking := _thinking(given.get("thinking"))) is not None:
+    thinking, chat["thinking_token_budget"] = _thinking(given.get("thinking"))
+    if thinking is not None:
         chat["chat_template_kwargs"] = {"enable_thinking": thinking}
     chat |= _output(given.get("output_config"))
-    with named({"stop": "stop_sequences", "response_format.json_schema": "output_config.format"}):
+    with named({"stop": "stop_sequences", "response_format.json_schema": "output_config.format", **_NAMES}):
         return replace(read_chat(chat), include_usage=True, schema_param="output_config.format.schema")
 
 
@@ -185,17 +186,18 @@ def _choice(given: object) -> dict[str, Any]:
     return {**told, "type": kind, "disable_parallel_tool_use": flag_of(told, "disable_parallel_tool_use", where=where)}
 
 
-def _thinking(given: object) -> bool | None:
+def _thinking(given: object) -> tuple[bool | None, object]:
+    """(what the template is told, the budget as it is given)."""
     if given is None:
-        return None
+        return None, None
     told = given if isinstance(given, dict) else {}
     check_known(told, {"type", "budget_tokens", "display"}, "thinking.")
     if told.get("display") not in (None, "summarized"):
         raise wrong("thinking.display", told["display"], "summarized: what is thought is told")
     kind = told.get("type")
-    if kind not in ("enabled", "disabled", "adaptive") or told.get("budget_tokens") is not None:
-        raise wrong("thinking", given, "a type, enabled, disabled or adaptive, and no budget_tokens: it is not kept")
-    return None if kind == "adaptive" else kind == "enabled"
+    if kind not in ("enabled", "disabled", "adaptive"):
+        raise wrong("thinking", given, "an object with a type, enabled, disabled or adaptive")
+    return None if kind == "adaptive" else kind == "enabled", told.get("budget_tokens")
 
 
 def error_body(error: ApiError) -> dict[str, Any]:

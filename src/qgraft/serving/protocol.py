@@ -40,6 +40,7 @@ _ALIASES = {"repetition_penalty": "repeat_penalty"}
 _CHAT = {
     "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
     "chat_template_kwargs", "parallel_tool_calls", "reasoning_effort", "modalities", "verbosity",
+    "thinking_token_budget",
 }  # fmt: skip
 _FORMS = ("text", "json_object", "json_schema")
 _FORM_HINT = '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object", ...}}}'
@@ -60,6 +61,7 @@ class Ask:
         count: `n`, how many answers to each prompt.
         lora: llama-server's list, or weights by names; None where it is not given.
         enable_thinking, variables: what the chat template is told.
+        thinking_budget: how many tokens an answer may think; None for as many as it likes.
         unsaid: the fields of `sampling` that the request says nothing of, which the model's files may.
         echo: whether the prompt is a part of the text.
         response_format: as it was given; None for any text.
@@ -88,6 +90,7 @@ class Ask:
     one_call: bool = False
     param: str = "messages"
     schema_param: str = "response_format.json_schema.schema"
+    thinking_budget: int | None = None
     unsaid: frozenset[str] = frozenset()
 
     @property
@@ -129,6 +132,7 @@ def read_chat(body: object) -> Ask:
         sampling=_sampling(given, logprobs, "top_logprobs"), messages=read_turns(given.get("messages")),
         tools=() if given.get("tool_choice") == "none" else tools, max_tokens=_tokens(given.get(limit), limit),
         enable_thinking=variables.pop("enable_thinking", None), variables=variables, must_call=must_call,
+        thinking_budget=_tokens(given.get("thinking_token_budget"), "thinking_token_budget"),
         one_call=not flag_of(given, "parallel_tool_calls", default=True), **_shared(given),
     )  # fmt: skip
 

@@ -71,7 +71,10 @@ class Running:
         """Choose the next token and tell it; with it the answer may end."""
         matching = self._matching
         try:
-            token = self.sampler.draw(logits_V, None if matching is None else matching.allowed())
+            if (closing := self._closing()) is None:
+                token = self.sampler.draw(logits_V, None if matching is None else matching.allowed())
+            else:
+                token = self.sampler.take(closing, logits_V)
             if matching is not None:
                 matching.take(token.id)
         except QgraftError as error:
@@ -88,6 +91,13 @@ class Running:
             self.finish("stop")
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")
+
+    def _closing(self) -> int | None:
+        """The token that closes what it thinks, where it has thought as long as it may."""
+        told, said = self.request.thinking, self.ids[len(self.request.prompt) :]
+        if told is None or len(said) < told.budget or told.close in said:
+            return None
+        return told.close if told.begun or (said and said[0] == told.open) else None
 
     def finish(self, reason: str, error: QgraftError | None = None) -> None:
         """Tell what is left of the answer, and that it ends here."""

@@ -128,6 +128,11 @@ class Sampler:
         self._count(chosen)
         return self._told(chosen, raw_V)
 
+    def take(self, token: int, logits_V: Tensor) -> Token:
+        """A token that is not drawn, as the next one."""
+        self._count(token)
+        return self._told(token, logits_V.detach().to("cpu", torch.float32))
+
     def _count(self, token: int) -> None:
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._rules is not None:

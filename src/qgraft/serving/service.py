@@ -25,7 +25,7 @@ from qgraft.serving.lora_protocol import lora_given, mix_named
 from qgraft.serving.origins import Origins
 from qgraft.serving.prompting import Prompter, Prompting, Reader
 from qgraft.serving.protocol import Ask
-from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError, Thinking
 from qgraft.serving.running import Running
 from qgraft.serving.sampling import Sampling
 from qgraft.serving.tool_calls import CLOSE, OPEN, call_texts
@@ -147,8 +147,9 @@ class Service:
                 prompts, readers = [ids], [reader]
         with errors_as_answers(ask.param):
             grammar = self._grammar(ask, readers[0])
+            thinking = self._thinking(ask, readers[0])
         requests = [
-            self._request(ask, prompt, adapters, choice, grammar, readers[0].keeps_special)
+            self._request(ask, prompt, adapters, choice, grammar, thinking, readers[0].keeps_special)
             for prompt in prompts
             for choice in range(ask.count)
         ]
@@ -189,16 +190,25 @@ class Service:
             message = error.message if error.message.startswith(param) else f"{param}: {error.message}"
             raise ApiError(400, message, code="invalid_value", param=param, hint=error.hint) from error
 
+    def _thinking(self, ask: Ask, reader: Reader) -> Thinking | None:
+        """How long answers may think; nothing of those of a model that does not."""
+        if ask.thinking_budget is None or not (reader.thinking or reader.reasons):
+            return None
+        own = self.tokenizer.get_added_vocab()
+        if (close := own.get(reader.close)) is None:
+            raise OptionError("thinking_token_budget: it is no single token that ends what the model thinks")
+        return Thinking(ask.thinking_budget, reader.thinking, own.get(reader.open.strip()), close)
+
     def _request(
         self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None,
-        special: bool,
+        thinking: Thinking | None, special: bool,
     ) -> Request:  # fmt: skip
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**64)
         return Request(
             tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, special, grammar,
-            cleaned=ask.messages is not None and grammar is None,
+            cleaned=ask.messages is not None and grammar is None, thinking=thinking,
         )  # fmt: skip
 
     def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
