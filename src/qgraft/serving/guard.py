@@ -75,6 +75,8 @@ class Guard:
         kind = headers.get(b"content-type", "application/json").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise ApiError(415, f"Content-Type: got {kind[:100]}, expected application/json")
+        if (coding := headers.get(b"content-encoding", "identity").strip().lower()) != "identity":
+            raise ApiError(415, f"Content-Encoding: got {coding[:100]}, expected none: bodies are read as they come")
         if not self.service.keys.are_needed:
             _check_caller(headers, self.service.origins)
         key = headers.get(b"x-api-key")  # Anthropic's clients
