@@ -129,12 +129,55 @@ def test_a_conversation_of_blocks() -> None:
     for change in (
         {"messages": image}, {"messages": []}, {"messages": [{"role": "system", "content": "x"}]}, {"max_tokens": "x"},
         {"tools": [{"type": "bash_20250124", "name": "bash"}]}, {"tool_choice": {"type": "any"}}, {"system": 1},
-        {"thinking": {"type": "enabled", "budget_tokens": 9}}, {"mcp_servers": []}, {"stop_sequences": "x" * 501},
+        {"thinking": {"type": "enabled", "budget_tokens": -9}}, {"mcp_servers": []}, {"stop_sequences": "x" * 501},
         {"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, {"tools": [{}]}, {"tools": {}},
     ):  # fmt: skip
         with pytest.raises(ApiError):
             read_messages({**good, **change})
     assert read_messages({**good, "thinking": {"type": "disabled"}}).enable_thinking is False
+    asked = read_messages({**good, "thinking": {"type": "enabled", "budget_tokens": 9}})
+    assert (asked.enable_thinking, asked.thinking_budget) == (True, 9)
+
+
+def test_turns_of_one_role_are_one_and_a_result_says_that_it_is_an_error() -> None:
+    calls = [{"type": "tool_use", "id": f"t{n}", "name": "time", "input": {}} for n in range(2)]
+    results = [
+        {"type": "tool_result", "tool_use_id": "t0", "content": "no clock", "is_error": True},
+        {"type": "tool_result", "tool_use_id": "t1", "is_error": True},
+    ]
+    turns = [
+        {"role": "user", "content": "What"}, {"role": "user", "content": "time?"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, calls[0]]},
+        {"role": "assistant", "content": [{"type": "text", "text": "So."}, calls[1]]}, {"role": "user", "content": results},
+    ]  # fmt: skip
+    called = tuple(Call("time", "{}", f"t{n}") for n in range(2))
+    assert read_messages({"model": "m", "max_tokens": 0, "messages": turns}).messages == (
+        Message("user", "What\ntime?"), Message("assistant", "So.", "Hm.", called),
+        Message("tool", "Error: no clock", call_id="t0"), Message("tool", "Error", call_id="t1"),
+    )  # fmt: skip
+    with pytest.raises(ApiError, match=r"messages\.0\.content\.is_error: got 1"):
+        odd = [{"role": "user", "content": [{**results[0], "is_error": 1}]}]
+        read_messages({"model": "m", "max_tokens": 1, "messages": odd})
+
+
+def test_an_answer_of_a_form_and_an_effort_in_anthropics_words() -> None:
+    good = {"model": "m", "max_tokens": 5, "messages": HELLO}
+    config = {"format": {"type": "json_schema", "schema": SCHEMA}, "effort": "low"}
+    asked = read_messages(
+        {**good, "output_config": config, "cache_control": {"type": "ephemeral"}, "speed": "standard"}
+    )
+    assert (asked.schema, asked.variables) == (SCHEMA, {"reasoning_effort": "low"})
+    for change, param in (
+        ({"output_config": {"format": {"type": "x"}}}, "output_config.format.type"), ({"speed": "fast"}, "speed"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": 5}}}, "output_config.format.schema"),
+        ({"container": "c"}, "container"), ({"tools": [{"name": "f", "input_schema": {}, "input_examples": []}]},
+                                            "tools[0].input_examples"),
+        ({"thinking": {"type": "enabled", "display": "omitted"}}, "thinking.display"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "x"}}, "thinking.budget_tokens"),
+    ):  # fmt: skip
+        with pytest.raises(ApiError) as refused:
+            read_messages({**good, **change})
+        assert refused.value.param == param, refused.value
 
 
 def test_responses_by_openais_client(running: Running, expected: Callable[[dict[str, float]], str]) -> None:
@@ -194,7 +237,8 @@ def test_items_of_a_response_are_a_conversation() -> None:
     )  # fmt: skip
     for change in (
         {"input": 5}, {"input": [{"type": "input_image"}]}, {"text": {"format": {"type": "json_schema"}}}, {"stop": "x"},
-        {"background": True}, {"truncation": "auto"}, {"conversation": "c"}, {"reasoning": {"effort": "high"}},
+        {"background": True}, {"truncation": "auto"}, {"conversation": "c"}, {"reasoning": {"effort": 1}},
+        {"reasoning": {"mode": "x"}}, {"include": ["message.output_text.logprobs"]}, {"text": {"verbosity": "low"}},
         {"tool_choice": "required"}, {"tools": "x"}, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
     ):  # fmt: skip
         with pytest.raises(ApiError):

@@ -304,7 +304,7 @@ def test_what_cannot_be_answered_is_refused(talker: Any) -> None:
         (Request((5,), {"law": float("nan")}), OptionError, "finite"),
         (Request((5,), {"style": 0.5}), OptionError, "weights of prefixes"),
         (Request((5,), stop=("",)), OptionError, "stop"),
-        (Request((5,), max_tokens=0), OptionError, "max_tokens"),
+        (Request((5,), max_tokens=-1), OptionError, "max_tokens"),
         (Request((5,), sampling=Sampling(logit_bias={99999: 1.0})), OptionError, "no token 99999"),
     ):
         with pytest.raises(error, match=said):

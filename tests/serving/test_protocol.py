@@ -125,7 +125,7 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
     [
         ({"temperature": "hot"}, "temperature"), ({"temperature": -1}, "temperature"), ({"top_p": 0}, "top_p"),
         ({"top_k": 1.5}, "top_k"), ({"n": 0}, "n"), ({"n": 99}, "n"), ({"stop": [""]}, "stop"), ({"stop": 5}, "stop"),
-        ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"top_logprobs": 3}, "top_logprobs"),
+        ({"max_tokens": -2}, "max_tokens"), ({"max_tokens": True}, "max_tokens"), ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": "much"}}, "logit_bias"), ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
         ({"seed": 2**64}, "seed"), ({"seed": -(2**63) - 1}, "seed"), ({"seed": 1.5}, "seed"), ({"seed": True}, "seed"),
@@ -148,7 +148,7 @@ def test_a_conversation_with_calls_parts_and_reasoning() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"), ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "messages[0].tool_calls"),
-        ({"chat_template_kwargs": {"x": 1}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"x": []}}, "chat_template_kwargs.x"), ({"modalities": ["audio"]}, "modalities"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], param: str) -> None:
@@ -282,7 +282,7 @@ def test_errors_say_what_was_got_and_what_is_expected() -> None:
         ({"stream_options": {"include_usage": 1}}, "stream_options.include_usage: got 1, expected true or false"),
         ({"stream_options": {"include_obfuscation": 0}}, "stream_options.include_obfuscation: got 0, expected true or"),
         ({"logit_bias": []}, "logit_bias: got [], expected an object"), ({"logit_bias": 0}, "logit_bias: got 0, expected an"),
-        ({"chat_template_kwargs": []}, "chat_template_kwargs: got [], expected {"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs: got [], expected an object"),
         ({"chat_template_kwargs": {"enable_thinking": "no"}}, 'chat_template_kwargs.enable_thinking: got "no"'),
         ({"store": "yes"}, 'store: got "yes", expected true or false'), ({"cache_prompt": 1}, "cache_prompt: got 1"),
         ({"user": 5}, "user: got 5, expected a text"), ({"metadata": []}, "metadata: got [], expected an object"),

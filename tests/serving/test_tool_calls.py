@@ -14,7 +14,9 @@ from qgraft.data.messages import Call, ConversationError, Message
 from qgraft.data.rendering import Writer
 from qgraft.data.templates import ChatTemplate, variant
 from qgraft.errors import OptionError, UnsupportedError
-from qgraft.serving.tool_calls import AnswerReader, CallFormat, call_format, call_texts
+from qgraft.serving.answer_reader import AnswerReader
+from qgraft.serving.call_probe import call_format
+from qgraft.serving.tool_calls import CallFormat, call_texts
 
 Maker = Callable[..., Any]
 QWEN = CallFormat(
@@ -22,6 +24,7 @@ QWEN = CallFormat(
     "</tool_call>",
     written=('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>"),
     repeats=True,
+    joint="\n</tool_call>\n<tool_call>\n",
 )
 MISTRAL = '[TOOL_CALLS] [{"name": "time", "arguments": {"at": "Rome"}}]'
 TIME = Call("time", '{"at": "Rome"}')
@@ -111,6 +114,55 @@ def test_what_a_template_writes_is_read_back(tiny_gguf: Maker, name: str) -> Non
     )
 
 
+DEEP = Call("weather", '{"city": "1", "days": 3, "deep": {"a": [1, "x"]}}')  # which is a text, and which a number
+SCHEMAS = {"time": None, "weather": {"properties": {"city": {"type": "string"}, "days": {"type": "integer"}}}}
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5_think", "glm4moe", "deepseekv3", "lfm2_2_5"])
+def test_several_calls_are_read_back_also_where_they_are_cut(tiny_gguf: Maker, name: str) -> None:
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    template = ChatTemplate((ORIGINALS / f"{name}.jinja").read_text(encoding="utf-8"), name)
+    form, writer, asked = call_format(tokenizer, template), Writer(tokenizer, template), Message("user", "What now?")
+    assert form is not None and form.ids == 0
+    tools = [{"type": "function", "function": {"name": each, "description": "", "parameters": {"type": "object"}}}
+             for each in SCHEMAS]  # fmt: skip
+    calls = (TIME, DEEP, TIME)
+    whole = writer.answered([asked, Message("assistant", "Let me look.", calls=calls)], tools).text
+    written = whole[whole.index("Let me look.") :]
+    for end in ("<|im_end|>", "<｜end▁of▁sentence｜>", "<|user|>", "</s>"):
+        written = written.partition(end)[0]
+    for step in (1, 7, 1000):
+        reader = AnswerReader(format=form, names=SCHEMAS)
+        assert pieces(reader, written.rstrip(), step)[1].strip() == "Let me look." and reader.calls == calls
+    begins = written.index(form.mark) + len(form.mark)
+    for stop in range(begins, len(written.rstrip()), 3):
+        reader = AnswerReader(format=form, names=SCHEMAS)
+        shown = reader.push(written[:stop], last=True, cut=True)[1]
+        sure = len(reader.calls) - (reader.unfinished and bool(reader.calls) and reader.calls[-1] not in calls)
+        assert reader.calls[:sure] == calls[:sure], stop
+        rest = shown.removeprefix("Let me look.").strip()
+        assert not rest or form.mark.startswith(rest) or form.after.startswith(rest), (stop, shown)
+
+
+def test_ids_of_calls_are_those_that_a_template_takes(tiny_gguf: Maker) -> None:
+    """Mistral's take nine letters and digits alone, and those of other servers are longer."""
+    _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
+    checks = "{%- if c.id | length != 9 %}{{ raise_exception('ids') }}{% endif %}"
+    template = ChatTemplate(MISTRAL_TEMPLATE.replace("m.tool_calls %}{", f"m.tool_calls %}}{checks}{{"), "mistral")
+    form = call_format(tokenizer, template)
+    assert form is not None and form.ids == 9
+    reader = AnswerReader(format=form, names=["time"])
+    reader.push(MISTRAL, last=True)
+    assert len(reader.calls[0].id or "") == 9
+    both = (replace(TIME, id="call_012345"), replace(TIME, id="a1B2c3D4e"))
+    turns = [Message("user", "x"), Message("assistant", calls=both), Message("tool", "noon", call_id="call_012345")]
+    with pytest.raises(ConversationError, match="ids"):
+        Writer(tokenizer, template).prompt(turns)
+    _, said, told = taken = form.with_ids(turns)
+    assert said.calls[0].id == told.call_id and said.calls[1].id == "a1B2c3D4e"
+    assert "call_012345" not in Writer(tokenizer, template).prompt(taken)
+
+
 ROME = {"at": "Rome", "days": [1, -2.5, None], "who": {"it's": True}}
 GLM = {
     "chatglm3": """time\n ```python\ntool_call(at='Rome', days=[1, -2.5, None], who={"it's": True})\n```""",
@@ -158,7 +210,7 @@ def test_calls_of_glm_are_what_its_template_writes(tiny_gguf: Maker, name: str, 
 def test_keywords_are_literals_that_json_has(given: str) -> None:
     form = CallFormat("", "```", True, "\n ```python\ntool_call(", keywords=True)
     text = f"time\n ```python\ntool_call({given})\n```"
-    assert form.read(text, ["time"]) == (text, ())
+    assert form.read(text, ["time"]) == (text, (), False)
     assert form.read(text.replace(given, "at='a)b'"), ["time"])[1] == (Call("time", '{"at": "a)b"}'),)
     for name in ("from", "max-days", "ｆ"):  # a schema may have them, and the template writes them as they are
         read = (Call("time", f'{{"{name}": "a=b, c", "in": 1}}'),)
@@ -200,8 +252,8 @@ def test_a_template_without_calls_has_no_format(tiny_gguf: Maker) -> None:
     _, tokenizer = qgraft.load(str(tiny_gguf("llama").path), device="cpu")
     assert call_format(tokenizer, ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}", "none")) is None
     assert call_format(tokenizer, ChatTemplate(variant("qwen3"), "qwen3")) == QWEN
-    glm = (ORIGINALS / "glm4moe.jinja").read_text(encoding="utf-8")  # arguments as tags, which are not read back
-    assert call_format(tokenizer, ChatTemplate(glm, "glm4moe")) is None
+    gemma = (ORIGINALS / "gemma.jinja").read_text(encoding="utf-8")
+    assert call_format(tokenizer, ChatTemplate(gemma, "gemma")) is None
 
 
 def test_a_name_that_a_template_writes_otherwise_is_told_as_that(tiny_gguf: Maker) -> None:

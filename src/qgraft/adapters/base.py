@@ -44,6 +44,7 @@ class BaseInfo:
         fingerprint: says which base this is, whatever its path; see checkpoints/fingerprint.py.
         formats: number of weights in each format, for example {"q4_1": 106168320}.
         notes: what a reader should know about this load, each one sentence.
+        sampling: how the files would have answers drawn, by a server's names: {"temperature": 0.7, "top_p": 0.8}.
     """
 
     source: str
@@ -52,6 +53,7 @@ class BaseInfo:
     fingerprint: str
     formats: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    sampling: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

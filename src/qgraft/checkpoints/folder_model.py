@@ -92,6 +92,7 @@ def load_folder(
         model = assemble(config, reader, dtype, str(folder), problems, reader.same())
     base = base_of(model)
     base.processor, processor_notes = folder_processor(folder, model, tokenizer)
+    sampling, generation_notes = read_generation(model, folder)
     base.info = BaseInfo(
         source=str(folder),
         container="folder",
@@ -107,9 +108,10 @@ def load_folder(
             *_unexpected_note(unexpected),
             *tokenizer_notes,
             *processor_notes,
+            *generation_notes,
         ),
+        sampling=sampling,
     )
-    read_generation(model, folder)
     digest = folder_digest(folder, reader.vectors)
     head = head_names(reader.names.stored, reader.heads.paths)
     base.origin = Origin(folder.absolute(), "folder", digest, reader.matrices, tuple(reader.vectors), head=head)

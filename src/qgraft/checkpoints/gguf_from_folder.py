@@ -30,6 +30,7 @@ from qgraft.adapters.lora import LoraLayer
 from qgraft.adapters.lora_experts import stack_paths
 from qgraft.checkpoints.folder_model import read_vectors
 from qgraft.checkpoints.folder_write import check_source
+from qgraft.checkpoints.generation import GGUF_SAMPLING
 from qgraft.checkpoints.gguf_file import GgufFile, TensorInfo
 from qgraft.checkpoints.gguf_key_parts import WINDOW
 from qgraft.checkpoints.gguf_keys import TABLE
@@ -271,7 +272,10 @@ def _answer_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
     others = [each for each in (stated if isinstance(stated, list) else [stated]) if each is not None]
     others = [each for each in others if each != tokenizer.eos_token_id]
     never = list(getattr(model.generation_config, "suppress_tokens", None) or ())
-    return ({"tokenizer.ggml.eot_token_id": others[0]} if others else {}) | ({SUPPRESSED: never} if never else {})
+    drawn = {} if (info := base_of(model).info) is None else info.sampling
+    sampling = {key: drawn[name] for key, name in GGUF_SAMPLING.items() if name in drawn}
+    ends = {"tokenizer.ggml.eot_token_id": others[0]} if others else {}
+    return ends | ({SUPPRESSED: never} if never else {}) | sampling
 
 
 def _header(

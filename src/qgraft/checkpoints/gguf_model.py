@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from qgraft.adapters.base import BaseInfo, base_of
 from qgraft.checkpoints.assemble import assemble, weight_formats
 from qgraft.checkpoints.fingerprint import fingerprint
+from qgraft.checkpoints.generation import GGUF_SAMPLING, sampling_said
 from qgraft.checkpoints.gguf_config import gguf_config, idle_tensors, notes_of
 from qgraft.checkpoints.gguf_file import GgufFile
 from qgraft.checkpoints.gguf_header import Header
@@ -95,6 +96,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrain
         fingerprint=gguf_fingerprint(file),
         formats=weight_formats(model),
         notes=notes_of(header, file),
+        sampling=_sampling(file),
     )
     base.origin = Origin(file.path.absolute(), "gguf", gguf_digest(file), reader.matrices, parts=len(file.parts) or 1)
     return model, tokenizer
@@ -220,6 +222,13 @@ def _rules(file: GgufFile) -> Rules:
             else near_match(str(architecture), ARCHITECTURES)
         ),
     )
+
+
+def _sampling(file: GgufFile) -> dict[str, float]:
+    """How the file would have answers drawn; numbers as they were before they became 32 bits."""
+    told = {name: file.metadata.get(key) for key, name in GGUF_SAMPLING.items()}
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in told.items()}
+    return sampling_said(file.path, rounded)
 
 
 def _set_answer_tokens(model: PreTrainedModel, file: GgufFile) -> None:

@@ -103,6 +103,10 @@ def add_serving(parser: Parser) -> None:
         help="a key for loading and unloading adapters; also the variable QGRAFT_ADMIN_KEY",
     )  # fmt: skip
     parser.add_argument("--keys", metavar="FILE", help="a JSON file of keys, some of them for some adapters only")
+    parser.add_argument(
+        "--allowed_origins", action="append", default=[], metavar="ORIGIN",
+        help="a site whose pages may ask from a browser, https://chat.example.org, or * for all; repeatable",
+    )  # fmt: skip
     count = number_in(COUNT)
     parser.add_argument("--max_adapters", type=count, default=64, help="adapters held in memory (default 64)")
     parser.add_argument("--max_batch", type=count, default=16, help="requests answered at once (default 16)")
@@ -114,6 +118,10 @@ def add_serving(parser: Parser) -> None:
     parser.add_argument("--template", help="chat template: auto, plain, chatml, a training variant, or a .jinja file")
     parser.add_argument("--system", help="system prompt where a chat has none")
     parser.add_argument("--enable_thinking", type=true_or_false, help="what a reasoning model's template is told")
+    parser.add_argument(
+        "--sampling_defaults", choices=("model", "openai"), default="model",
+        help="where a request says nothing, draw as the model's files say, or as OpenAI's API (default model)",
+    )  # fmt: skip
     parser.add_argument("--max_body", type=count, default=4 * 2**20, help="largest request in bytes (default 4 MiB)")
     seconds = number_in(ABOVE_0)
     parser.add_argument(
@@ -126,18 +134,19 @@ def add_serving(parser: Parser) -> None:
 
 def make_service(options: argparse.Namespace) -> Any:
     """The service that the options describe; its engine is not started."""
-    from qgraft.adapters.base import adapter_names
+    from qgraft.adapters.base import adapter_names, base_of
     from qgraft.adapters.choose import use_adapter
     from qgraft.checkpoints.load import load, refuse_encoder_decoder
     from qgraft.model_parts import require_writer
     from qgraft.serving.catalogue import Catalogue
     from qgraft.serving.engine import Engine
     from qgraft.serving.keys import Keys
+    from qgraft.serving.origins import Origins
     from qgraft.serving.prompting import Prompter, Prompting
     from qgraft.serving.service import Limits, Service
 
     named = [_name_and_path(each) for each in options.adapter]
-    permissions = _permissions(options)
+    permissions, origins = _permissions(options), Origins(options.allowed_origins)
     if options.adapters is not None and not Path(options.adapters).is_dir():
         raise AdapterError(f"--adapters {options.adapters}: no such folder")
     refuse_encoder_decoder(options.model, "serve")
@@ -165,7 +174,14 @@ def make_service(options: argparse.Namespace) -> Any:
         free = given or free_name(Path(path).resolve().name, catalogue.names())
         print_note(str(catalogue.pin(free, path)))
     limits = Limits(options.max_body, options.timeout)
-    return Service(engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits)
+    info = base_of(model).info
+    drawn = info.sampling if info is not None and options.sampling_defaults == "model" else {}
+    if drawn:
+        said = ", ".join(f"{name}={value:g}" for name, value in drawn.items())
+        print_note(f"where a request says nothing, tokens are drawn as the model's files say: {said}")
+    return Service(
+        engine, catalogue, keys=Keys(permissions), prompting=prompting, limits=limits, origins=origins, drawn=drawn
+    )
 
 
 def _name_and_path(text: str) -> tuple[str | None, str]:

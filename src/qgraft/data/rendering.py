@@ -15,7 +15,7 @@ A template is rendered in the sandbox of sandbox.py.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from qgraft.data.messages import Call, ConversationError, Message, Tool
 from qgraft.data.pictures import MARK
-from qgraft.data.sandbox import CLOSE, FAILURES, OPEN, render
+from qgraft.data.sandbox import CLOSE, FAILURES, OPEN, names_read, render
 from qgraft.data.templates import VARIANTS_HINT, ChatTemplate
+from qgraft.errors import OptionError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,6 +43,8 @@ _PROBE_CALL = Call(
 _PROBE = Message("assistant", "probe answer")
 _ASKED = Message("user", "probe question")
 _READS_PARTS = re.compile(r"type\W{1,4}(==|equalto|in\b)|selectattr")
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "enable_thinking")  # by others, or not at all
+_FUNCTIONS = {"raise_exception", "strftime_now", "namespace", "range", "dict"}
 CHANCE = 12  # characters that do not stand in a template's own words by chance
 _TAGS = re.compile(r"</?think>")
 REWRITTEN = "the chat template changes the words of answers; they are learned as it writes them"
@@ -68,7 +71,7 @@ class Writer:
     """A chat template with the tokenizer whose special tokens it writes."""
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", template: ChatTemplate) -> None:
-        self.template = template
+        self.template, self._tokenizer = template, tokenizer
         self._special = dict(tokenizer.special_tokens_map)
         self._knows = tokenizer.get_added_vocab().keys()
         self._remarks: set[str] = set()
@@ -191,6 +194,18 @@ class Writer:
         """Whether the template asks for the option enable_thinking."""
         return "enable_thinking" in self.template.text
 
+    def told(self, variables: Mapping[str, str | float]) -> "Writer":
+        """A writer whose template is told these, too. Raises OptionError for a name that it does not ask for."""
+        names, own = names_read(self.template.text), {*_GIVEN, *self._special}
+        for name in variables:
+            if name not in names or name in own:
+                hint = ", ".join(sorted(names - own - _FUNCTIONS)) or "nothing"
+                raise OptionError(
+                    f"{name}: the chat template ({self.template.origin}) does not ask for it",
+                    hint=f"beside the messages it asks for {hint[:300]}",
+                )
+        return Writer(self._tokenizer, replace(self.template, variables=tuple(variables.items())))
+
     @cached_property
     def _tool_role(self) -> str:
         named = [role for role in _TOOL_ROLES if re.search(_ROLE_TEST.format(role), self.template.text)]
@@ -254,6 +269,7 @@ class Writer:
         text = self.template.with_tools if tools and self.template.with_tools else self.template.text
         options = {} if self.template.enable_thinking is None else {"enable_thinking": self.template.enable_thinking}
         variables = {
+            **dict(self.template.variables),
             "messages": [self._as_dict(message, form, lists) for message in messages], "tools": list(tools) or None,
             "documents": None, "add_generation_prompt": prompt, **self._special, **options,
         }  # fmt: skip

@@ -26,7 +26,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -184,6 +184,13 @@ def compiled(text: str) -> jinja2.Template:
     environment = _environment()
     with metering.allowed({}):  # jinja2 works out now what {% autoescape %} is told
         return environment.from_string(_Metered().visit(environment.parse(text)))
+
+
+@lru_cache(maxsize=64)
+def names_read(text: str) -> frozenset[str]:
+    """The names of the variables that a template asks for; raises as compiled() does."""
+    compiled(text)
+    return frozenset(meta.find_undeclared_variables(_environment().parse(text)))
 
 
 @lru_cache(maxsize=1)

@@ -60,6 +60,7 @@ class ChatTemplate:
         note: what the user should be told about the choice, or "".
         with_tools: the template for conversations with tools, where a tokenizer has another one for them.
         enable_thinking: what the template is told under this name; None for nothing.
+        variables: what it is told beside that: (("reasoning_effort", "low"),).
         system_text: where the template has no system role: "question" puts the text in front of the first question, "drop"
             refuses the conversation.
     """
@@ -70,6 +71,7 @@ class ChatTemplate:
     with_tools: str = ""
     enable_thinking: bool | None = None
     system_text: str = "question"
+    variables: tuple[tuple[str, str | float], ...] = ()
 
 
 def variant(name: str) -> str:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from qgraft.adapters.attach_prefix import prefixes_of
 from qgraft.adapters.choose import active_adapters
 from qgraft.attention import PREFIX, SAMPLES, attending, attention_of
+from qgraft.checkpoints.answer_rules import rules_of
 from qgraft.data.batches import neighbours
 from qgraft.errors import TrainingError, UnsupportedError
 from qgraft.passes.batched import CACHED, Piece, next_logits
@@ -104,9 +105,15 @@ class Rollouts:
 
     def _chooser(self, asked: Asked) -> Callable[[Tensor], int]:
         generator = torch.Generator().manual_seed(asked.seed)
+        rules = rules_of(self.model, asked.prompt, len(asked.prompt) + asked.room, self.ends)
 
         def choose(logits_V: Tensor) -> int:
-            logits_W = logits_V[: self.width].to("cpu", torch.float32)
+            token = drawn(logits_V)
+            rules.push(token)
+            return token
+
+        def drawn(logits_V: Tensor) -> int:
+            logits_W = rules(logits_V[: self.width].to("cpu", torch.float32))
             logits_W = logits_W.index_fill(0, self._never_N, -torch.inf) if len(self._never_N) else logits_W
             if not bool(logits_W.isfinite().any()) or bool(logits_W.isnan().any()):
                 raise TrainingError("no answer can be drawn: the model's logits are NaN or infinite")

@@ -47,7 +47,7 @@ def _message_end(answering: Answering, index: int) -> Iterator[Sent]:
     """The calls, and how it ended."""
     choice = answering.readings[0].choice
     assert choice.finish is not None
-    blocks = [(messages.tool_use(call.name, {}), call.arguments) for call in choice.calls]
+    blocks = [(messages.tool_use(call, {}), call.arguments) for call in choice.calls]
     if not index and not blocks:
         blocks = [(_BLOCKS["text"], "")]
     for at, (block, arguments) in enumerate(blocks, start=index):
@@ -155,7 +155,7 @@ class _Item:
 def _called(call: Call, numbered: _Numbered, output: list[dict[str, Any]]) -> Iterator[Sent]:
     """The events of a call, which is known as far as it goes."""
     status = "completed" if is_whole(call) else "incomplete"
-    at, item = len(output), responses.call_item(new_id("fc"), call.name, call.arguments, status)
+    at, item = len(output), responses.call_item(new_id("fc"), call, status)
     place = {"item_id": item["id"], "output_index": at}
     output.append(item)
     begun = {**item, "arguments": "", "status": "in_progress"}

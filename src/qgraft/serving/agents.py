@@ -17,7 +17,7 @@ def add_agents(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/messages")
     async def messages(request: Request) -> Response:
-        ask = messages_protocol.read_messages(await body_of(request))
+        ask = service.settled(messages_protocol.read_messages(await body_of(request)))
         answering = await begin(service, request, ask)
         if ask.stream:
             return Stream(answering, message_stream(answering, ask))
@@ -33,7 +33,7 @@ def add_agents(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        ask = responses_protocol.read_response(await body_of(request))
+        ask = service.settled(responses_protocol.read_response(await body_of(request)))
         answering = await begin(service, request, ask)
         if ask.stream:
             return Stream(answering, response_stream(answering, ask))

@@ -45,8 +45,8 @@ class Choice:
 
 
 def new_id(kind: str) -> str:
-    """A name for an answer, or a call."""
-    return f"{kind}-{uuid.uuid4().hex[:24]}"
+    """A name for an answer, or a call: `chatcmpl-`, and all newer kinds with `_`, as clients find them at OpenAI's."""
+    return f"{kind}{'-' if kind in ('chatcmpl', 'cmpl') else '_'}{uuid.uuid4().hex[:24]}"
 
 
 def usage(finishes: Sequence[Finish], prompts: int = 1) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def make_app(service: Service) -> FastAPI:
     app.add_exception_handler(405, _no_such_path)
     app.add_exception_handler(500, _broken)
     _add_answers(app, service)
+    _add_embeddings(app)
     add_agents(app, service)
     _add_models(app, service)
     _add_adapters(app, service)
@@ -65,11 +66,11 @@ def _add_answers(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions")
     @app.post("/chat/completions")
     async def chat(request: Request) -> Response:
-        return await _answer(service, request, read_chat(await body_of(request)))
+        return await _answer(service, request, service.settled(read_chat(await body_of(request))))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        return await _answer(service, request, read_completion(await body_of(request)))
+        return await _answer(service, request, service.settled(read_completion(await body_of(request))))
 
 
 async def _answer(service: Service, request: Request, ask: Ask) -> Response:
@@ -97,6 +98,16 @@ def _whole_body(service: Service, ask: Ask, answering: Answering) -> dict[str, A
         answering.identity("cmpl"), answering.created, ask.model, choices, service.spell, with_logprobs,
         answering.prepared.prompts,
     )  # fmt: skip
+
+
+def _add_embeddings(app: FastAPI) -> None:
+    """What clients ask for, and a model that was trained to write has not: each is told so, instead of a wrong path."""
+
+    @app.post("/v1/embeddings")
+    @app.post("/embeddings")
+    async def embeddings() -> None:
+        why = "the model was trained to write, and its states do not say how near texts are"
+        raise ApiError(400, f"embeddings are not served: {why}", code="unsupported_endpoint")
 
 
 # -- models and adapters --
@@ -175,9 +186,10 @@ def _add_tools(app: FastAPI, service: Service) -> None:
 
     @app.get("/props")
     async def props() -> dict[str, Any]:
+        settings = {"n_ctx": engine.context, "params": vars(service.unasked)}
         return {
             "model_path": service.base, "total_slots": engine.max_batch, "build_info": f"qgraft {__version__}",
-            "chat_template": service.prompter.template.text, "default_generation_settings": {"n_ctx": engine.context},
+            "chat_template": service.prompter.template.text, "default_generation_settings": settings,
             "shares_passes": engine.why_not_shared or True,
         }  # fmt: skip
 

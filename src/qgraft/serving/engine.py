@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qgraft.adapters.token_rows import unknown_tokens
 from qgraft.attention import attention_of
+from qgraft.checkpoints.answer_rules import rules_of
 from qgraft.data.ends import end_token_ids
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate
@@ -115,7 +116,10 @@ class Engine:
         context = None if self.context is None else self.context - mix.shift
         limit = min(size for size in (context, room, 2**31) if size is not None)
         self._check(request, limit)
-        running = Running.of(request, listener, mix, limit, self._text(request), suppressed_tokens(self.model))
+        size = len(request.prompt) + (limit if request.max_tokens is None else request.max_tokens)
+        rules = rules_of(self.model, request.prompt, min(limit, size), self.ends)
+        never = suppressed_tokens(self.model)
+        running = Running.of(request, listener, mix, limit, self._text(request), never, rules)
         with self._changed:
             if self._stopping:
                 raise StoppedError("the server is being stopped")
@@ -241,6 +245,9 @@ class Engine:
 
     def _take(self, running: Running, logits_V: Tensor) -> None:
         """The next token of a request; where its text or its form cannot go on with it, it fails alone."""
+        if running.request.max_tokens == 0:
+            running.finish("length")
+            return
         try:
             running.take(logits_V, self.ends)
         except (RuntimeError, ValueError, LookupError, TypeError) as error:
@@ -320,8 +327,8 @@ class Engine:
                 f"the prompt is {len(request.prompt)} tokens, and the model's context is {limit} with the answer",
                 hint="ask a shorter question, or begin a new conversation",
             )
-        if request.max_tokens is not None and request.max_tokens < 1:
-            raise OptionError(f"max_tokens={request.max_tokens}: expected a number from 1 on")
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise OptionError(f"max_tokens={request.max_tokens}: expected a number from 0 on")
         if any(not text for text in request.stop):
             raise OptionError("stop: an empty text, which would end every answer")
         if beyond := [token for token in request.sampling.logit_bias if token >= size]:

@@ -122,6 +122,20 @@ def check_known(given: Mapping[str, Any], known: Collection[str], where: str = "
         )  # fmt: skip
 
 
+def check_supported(
+    given: Mapping[str, Any], known: Collection[str], harmless: Mapping[str, object], where: str = ""
+) -> None:
+    """Raise ApiError for a key of an API that is not served, unless its value is null, or the one that changes nothing.
+
+    Args:
+        where: what stands before the key in its name.
+    """
+    for name, value in given.items():
+        if name not in known and value is not None and (name not in harmless or value != harmless[name]):
+            name = where + name[:100]
+            raise ApiError(400, f"{name}: not supported here", param=name, code="unsupported_parameter")
+
+
 def flag_of(given: Mapping[str, Any], name: str, *, where: str = "", default: bool = False) -> bool:
     """True or false; the default where it is null or missing. Raises ApiError."""
     value = given.get(name)

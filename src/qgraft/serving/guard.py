@@ -1,4 +1,5 @@
-"""What stands in front of every request: its key, the size of its body, the time it may take to arrive, and the log.
+"""What stands in front of every request: its key, the size of its body, the time it may take to arrive, the pages of other
+sites that may ask, and the log.
 
 A body is counted while it comes, whatever its header says; a file of rows, which is PUT, may be larger and take longer. A
 server without keys listens on its machine alone, where a web page in a browser can reach it, too: requests by another name
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qgraft.serving import messages_protocol
 from qgraft.serving.fields import ApiError
+from qgraft.serving.origins import Origins, preflight
 from qgraft.serving.service import Service
 
 DRAIN_BYTES, DRAIN_SECONDS = 16 << 20, 5.0  # of a body that nobody wants, before the answer that says so
@@ -40,33 +42,43 @@ class Guard:
             await self.app(scope, receive, send)
             return
         began, status, body = time.monotonic(), 0, _Body(receive, scope, self.service)
+        asked = (
+            {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+        )  # its answer is GET's; uvicorn sends no body
+        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        cross = self.service.origins.headers(headers)
 
         async def sending(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]}
+                more = [(b"x-content-type-options", b"nosniff"), *cross]
+                message = {**message, "headers": [*message.get("headers", ()), *more]}
                 if status >= 400 and status != 408:  # which is for who sends nothing
                     await body.drain()
             await send(message)
 
         try:
-            self._admit(scope)
-            await self.app(scope, body, sending)
+            if cross and scope["method"] == "OPTIONS":
+                await Response(status_code=204, headers=preflight(headers))(scope, receive, sending)
+                return
+            self._admit(asked, headers)
+            await self.app(asked, body, sending)
         except ApiError as error:
             if not status:
                 await _send_error(sending, error, scope["path"])
         finally:
-            self._log(scope, status, time.monotonic() - began)
+            self._log({**asked, "method": scope["method"]}, status, time.monotonic() - began)
 
-    def _admit(self, scope: Scope) -> None:
+    def _admit(self, scope: Scope, headers: Mapping[bytes, str]) -> None:
         """Look at the key, and at the size that the header says. Raises ApiError."""
-        headers = {name.lower(): value.decode("latin-1") for name, value in scope["headers"]}
         kind = headers.get(b"content-type", "application/json").partition(";")[0].strip().lower()
         if scope["method"] == "POST" and kind != "application/json":
             raise ApiError(415, f"Content-Type: got {kind[:100]}, expected application/json")
+        if (coding := headers.get(b"content-encoding", "identity").strip().lower()) != "identity":
+            raise ApiError(415, f"Content-Encoding: got {coding[:100]}, expected none: bodies are read as they come")
         if not self.service.keys.are_needed:
-            _check_caller(headers)
+            _check_caller(headers, self.service.origins)
         key = headers.get(b"x-api-key")  # Anthropic's clients
         given = headers.get(b"authorization") or (None if key is None else f"Bearer {key}")
         permission = self.service.keys.of(given)
@@ -121,12 +133,12 @@ class _Body:
                 self._complete = not message.get("more_body", False)
 
 
-def _check_caller(headers: Mapping[bytes, str]) -> None:
+def _check_caller(headers: Mapping[bytes, str], origins: Origins) -> None:
     """Raise ApiError for a page of somebody else's in a browser on this machine."""
     host, origin = headers.get(b"host", ""), headers.get(b"origin")
     if not _is_local(host):
         raise ApiError(403, "Host: expected this machine's own name: the server has no keys", kind="permission_error")
-    if origin is not None and origin.partition("://")[2] != host:
+    if origin is not None and origin.partition("://")[2] != host and not origins.allow(origin):
         raise ApiError(403, "Origin: expected a page of this server: it has no keys", kind="permission_error")
 
 

@@ -18,8 +18,14 @@ from qgraft.data.rendering import Writer
 from qgraft.data.scripted import WritesPrompts
 from qgraft.data.templates import ChatTemplate, remembered_template
 from qgraft.data.tokenizing import ChatGlmOptions, encode_prompt, resolve_template
+from qgraft.errors import OptionError
+from qgraft.serving.answer_reader import AROUND, AnswerReader
+from qgraft.serving.call_probe import call_format
+from qgraft.serving.harmony import FINAL, HarmonyReader, writes_harmony
 from qgraft.serving.protocol import Ask
-from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, CallFormat, call_format
+from qgraft.serving.tool_calls import CallFormat
+
+Reader = AnswerReader | HarmonyReader
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Prompter:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompting: Prompting, markers: Sequence[int] = ()) -> None:
         self.tokenizer, self.prompting, self.markers = tokenizer, prompting, markers
+        self.harmony = writes_harmony(tokenizer.get_added_vocab())
         self._known = lru_cache(maxsize=32)(self._look)
 
     @property
@@ -54,7 +61,7 @@ class Prompter:
         """The server's own."""
         return self._known(self.prompting.template, self.prompting.enable_thinking)[0]
 
-    def chat(self, ask: Ask, trained: Sequence[Mapping[str, Any]]) -> tuple[list[int], AnswerReader]:
+    def chat(self, ask: Ask, trained: Sequence[Mapping[str, Any]]) -> tuple[list[int], Reader]:
         """The ids of a chat's prompt, and what reads the answer to it.
 
         Raises DataError where the template cannot write what the messages say.
@@ -63,13 +70,18 @@ class Prompter:
         thinking = how.enable_thinking if ask.enable_thinking is None else ask.enable_thinking
         template, writer, form = self._known(how.template, thinking)
         assert ask.messages is not None
-        turns = list(ask.messages)
+        if ask.variables:
+            if writer is None:
+                raise OptionError(f"{next(iter(ask.variables))}: the tokenizer writes the model's own prompts")
+            writer = writer.told(ask.variables)
+            template = writer.template
+        turns = list(ask.messages if form is None else form.with_ids(ask.messages))
         if how.system and turns[0].role != "system":
             turns = [Message("system", how.system), *turns]
         calls = "tools" if ask.tools else "tool_calls" if any(turn.calls for turn in turns) else None
         if calls and writer is None:
             raise ConversationError(f"{calls}: the tokenizer writes the model's own prompts, without tools")
-        if calls and form is None:
+        if calls and form is None and not self.harmony:
             raise ConversationError(
                 f"{calls}: how the chat template ({template.origin}) writes calls is not known here"
             )
@@ -80,11 +92,19 @@ class Prompter:
         ids = encode_prompt(
             self.tokenizer, turns, template=template, tools=ask.tools, chatglm=prefix, markers=self.markers
         )
+        names = {tool["function"]["name"]: tool["function"].get("parameters") for tool in ask.tools}
+        if self.harmony:
+            final = self.tokenizer(FINAL, add_special_tokens=False)["input_ids"] if ask.formed else []
+            return [*ids, *final], HarmonyReader(names, bool(final))
+        own, special = self.tokenizer.get_added_vocab(), {*self.tokenizer.all_special_tokens}
+        around = [marks for marks in AROUND if marks[0].strip() in template.text or marks[0] in own]
+        begins, ends = around[0] if around else AROUND[0]
         ending = str(self.tokenizer.decode(ids[-8:])).rstrip()
-        reasons = OPEN in template.text or OPEN in self.tokenizer.get_added_vocab()
-        names = [tool["function"]["name"] for tool in ask.tools]
-        thinks = ending.endswith(OPEN)
-        return ids, AnswerReader(thinks, reasons and not ending.endswith(CLOSE), form, names, bool(ask.must_call))
+        thinks = ending.endswith(begins.rstrip())
+        return ids, AnswerReader(
+            thinks, bool(around) and not ending.endswith(ends), begins, ends, not special.isdisjoint((begins, ends)),
+            form, names, bool(ask.must_call),
+        )  # fmt: skip
 
     def plain(self, text: str) -> list[int]:
         """The ids of a completion's prompt. Raises DataError where it holds a token that stands for images."""
@@ -95,4 +115,5 @@ class Prompter:
         template = resolve_template(self.tokenizer, name, enable_thinking=thinking)
         if isinstance(self.tokenizer, WritesPrompts):
             return template, None, None
-        return template, Writer(self.tokenizer, template), call_format(self.tokenizer, template)
+        form = None if self.harmony else call_format(self.tokenizer, template)
+        return template, Writer(self.tokenizer, template), form

@@ -9,44 +9,44 @@ this server cannot do (`audio`, a list of allowed tools) is an error, too.
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from qgraft.data.calls import RowError, calls_of, tools_of
-from qgraft.data.messages import Call, Message, Tool
+from qgraft.data.messages import Message, Tool
 from qgraft.errors import OptionError
 from qgraft.ranges import COUNT, Range
+from qgraft.serving.conversation import read_tools, read_turns
 from qgraft.serving.fields import MISSING, ApiError, check_known, flag_of, object_of, shown, text_of, wrong
 from qgraft.serving.sampling import TOP_LOGPROBS, Sampling
 
 CHOICES = Range(1, 16, whole=True)  # n
+ANSWERED = Range(0, COUNT.most, whole=True)  # max_tokens: with 0 a prompt is read, and nothing is written
 SEEDS = Range(-(2**63), 2**64 - 1, whole=True)
 STOPS, STOP_LENGTH = 16, 500  # stop strings, and characters of one: each is looked for at every token
 
 _IGNORED: dict[str, type] = {  # say nothing about the answer
     "user": str, "metadata": dict, "store": bool, "service_tier": str, "safety_identifier": str, "prompt_cache_key": str,
-    "prompt_cache_retention": str, "cache_prompt": bool, "prediction": dict,
+    "prompt_cache_retention": str, "prompt_cache_options": dict, "cache_prompt": bool, "prediction": dict,
 }  # fmt: skip
+_HARMLESS: dict[str, object] = {"modalities": ["text"], "verbosity": "medium"}  # OpenAI's own, where nothing is said
 _KINDS = {str: "a text", dict: "an object", bool: "true or false"}
 _SHARED = {"model", "stream", "stream_options", "n", "stop", "lora", "ignore_eos", "response_format"}
 _SAMPLING = {
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "repeat_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed", "logprobs",
 }  # fmt: skip
+_ALIASES = {"repetition_penalty": "repeat_penalty"}
 _CHAT = {
     "messages", "max_tokens", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
-    "chat_template_kwargs", "parallel_tool_calls",
+    "chat_template_kwargs", "parallel_tool_calls", "reasoning_effort", "modalities", "verbosity",
+    "thinking_token_budget",
 }  # fmt: skip
-_MESSAGE = {"role", "content", "reasoning_content", "name", "tool_calls", "tool_call_id"}
 _FORMS = ("text", "json_object", "json_schema")
 _FORM_HINT = '{"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object", ...}}}'
 _SCHEMA = {"name", "description", "schema", "strict"}
 _ID = re.compile(r"0|[1-9][0-9]{0,9}")  # of a token, written in one way only: none is there twice
-_NAME = re.compile(r"[\w.-]{1,128}")  # of a function: what templates write letter for letter
 _CHOICES = 'none, auto, required, or {"type": "function", "function": {"name": ...}} with a name of tools'
-_THINKING = '{"enable_thinking": true or false}, and nothing else'
 _COMPLETION = {"prompt", "max_tokens", "echo", "suffix", "best_of"}
 
 
@@ -60,7 +60,9 @@ class Ask:
         prompts: of a completion, texts or ids.
         count: `n`, how many answers to each prompt.
         lora: llama-server's list, or weights by names; None where it is not given.
-        enable_thinking: what the chat template is told.
+        enable_thinking, variables: what the chat template is told.
+        thinking_budget: how many tokens an answer may think; None for as many as it likes.
+        unsaid: the fields of `sampling` that the request says nothing of, which the model's files may.
         echo: whether the prompt is a part of the text.
         response_format: as it was given; None for any text.
         param, schema_param: what the API calls its prompts, and the schema of a form.
@@ -81,12 +83,15 @@ class Ask:
     ignore_ends: bool = False
     lora: object = None
     enable_thinking: bool | None = None
+    variables: Mapping[str, str | float] = field(default_factory=dict)
     echo: bool = False
     response_format: Mapping[str, Any] | None = None
     must_call: tuple[str, ...] = ()
     one_call: bool = False
     param: str = "messages"
     schema_param: str = "response_format.json_schema.schema"
+    thinking_budget: int | None = None
+    unsaid: frozenset[str] = frozenset()
 
     @property
     def strict(self) -> bool:
@@ -112,8 +117,11 @@ def read_chat(body: object) -> Ask:
     """The value of a body of /v1/chat/completions. Raises ApiError."""
     given = object_of(body)
     _check_keys(given, _CHAT)
-    thinking = _thinking(given)
-    tools = _tools(given.get("tools"))
+    variables = _variables(given)
+    for name, harmless in _HARMLESS.items():
+        if given.get(name) not in (None, harmless):
+            raise wrong(name, given[name], f"{shown(harmless)}: another value would have no effect")
+    tools = read_tools(given.get("tools"))
     must_call = _must_call(given.get("tool_choice"), tools)
     limit = "max_tokens" if given.get("max_completion_tokens") is None else "max_completion_tokens"
     top = given.get("top_logprobs")
@@ -121,9 +129,10 @@ def read_chat(body: object) -> Ask:
         raise wrong("top_logprobs", top, "nothing: it needs logprobs: true")
     logprobs = (0 if top is None else top) if flag_of(given, "logprobs") else None
     return Ask(
-        sampling=_sampling(given, logprobs, "top_logprobs"), messages=_messages(given.get("messages")),
+        sampling=_sampling(given, logprobs, "top_logprobs"), messages=read_turns(given.get("messages")),
         tools=() if given.get("tool_choice") == "none" else tools, max_tokens=_tokens(given.get(limit), limit),
-        enable_thinking=thinking, must_call=must_call,
+        enable_thinking=variables.pop("enable_thinking", None), variables=variables, must_call=must_call,
+        thinking_budget=_tokens(given.get("thinking_token_budget"), "thinking_token_budget"),
         one_call=not flag_of(given, "parallel_tool_calls", default=True), **_shared(given),
     )  # fmt: skip
 
@@ -154,15 +163,21 @@ def _check_keys(given: Mapping[str, Any], own: set[str]) -> None:
             raise wrong(name, given[name], _KINDS[kind])
 
 
-def _thinking(given: Mapping[str, Any]) -> bool | None:
-    """What the template is told of thinking. Raises ApiError for what no answer here can be held to."""
-    told = given.get("chat_template_kwargs")
-    if told is None:
-        return None
-    if not isinstance(told, dict) or told.keys() - {"enable_thinking"}:
-        raise wrong("chat_template_kwargs", told, _THINKING)
-    thinking = told.get("enable_thinking")
-    return None if thinking is None else flag_of(told, "enable_thinking", where="chat_template_kwargs.")
+def _variables(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template is told beside the messages; OpenAI's "none" of reasoning is to think not at all. Raises ApiError."""
+    told, where = given.get("chat_template_kwargs"), "chat_template_kwargs"
+    found = {name: value for name, value in object_of({} if told is None else told, where).items() if value is not None}
+    if odd := [name for name, value in found.items() if not isinstance(value, str | int | float)]:
+        raise wrong(f"{where}.{odd[0][:50]}", found[odd[0]], "a text, a number, true or false")
+    if "enable_thinking" in found:
+        flag_of(found, "enable_thinking", where=f"{where}.")
+    if (effort := given.get("reasoning_effort")) is not None:
+        other = found.setdefault("reasoning_effort", text_of(given, "reasoning_effort"))
+        if other != effort:
+            raise wrong("reasoning_effort", effort, f"the same as in {where}, {shown(other)}")
+    if effort == "none" and found.setdefault("enable_thinking", False) is False:
+        del found["reasoning_effort"]
+    return found
 
 
 def _response_format(given: object) -> Mapping[str, Any] | None:
@@ -221,6 +236,7 @@ def _shared(given: Mapping[str, Any]) -> dict[str, Any]:
         "include_usage": flag_of(options, "include_usage", where="stream_options."),
         "ignore_ends": flag_of(given, "ignore_eos"), "lora": given.get("lora"),
         "response_format": _response_format(given.get("response_format")),
+        "unsaid": frozenset(n for n in _SAMPLING if given.get(n) is None and given.get(_ALIASES.get(n, n)) is None),
     }  # fmt: skip
 
 
@@ -260,90 +276,6 @@ def _seed(given: object) -> int | None:
     return None if number == -1 else number % 2**64
 
 
-def _messages(given: object) -> tuple[Message, ...]:
-    if not isinstance(given, list) or not given:
-        raise wrong("messages", MISSING if given is None else given, "a list of messages")
-    return tuple(_message(each, f"messages[{index}]") for index, each in enumerate(given))
-
-
-def _message(given: object, where: str) -> Message:
-    message = object_of(given, where)
-    known = _MESSAGE | ({"parsed"} if message.get("role") == "assistant" else set())  # of its text, by OpenAI's client
-    if unknown := [key for key in message if key not in known and message[key] not in (None, "", [])]:
-        name = f"{where}.{unknown[0][:50]}"
-        raise wrong(name, message[unknown[0]], "nothing: it would have no effect")
-    role = message.get("role", MISSING)
-    if role not in ("system", "developer", "user", "assistant", "tool"):
-        raise wrong(f"{where}.role", role, "system, developer, user, assistant or tool")
-    content = _content(message.get("content"), f"{where}.content")
-    calls = _calls(message.get("tool_calls"), f"{where}.tool_calls")
-    if not content and not calls and role != "assistant" and message.get("content") is None:
-        raise wrong(f"{where}.content", message.get("content", MISSING), "a text")
-    texts = {key: message.get(key) for key in ("reasoning_content", "name", "tool_call_id")}
-    if odd := [key for key, value in texts.items() if not isinstance(value, str | None)]:
-        raise wrong(f"{where}.{odd[0]}", texts[odd[0]], "a text")
-    return Message(
-        "system" if role == "developer" else role, content, reasoning=texts["reasoning_content"] or "", calls=calls,
-        call_id=texts["tool_call_id"], name=texts["name"],
-    )  # fmt: skip
-
-
-def _calls(given: object, where: str) -> tuple[Call, ...]:
-    if not isinstance(given, list | None):
-        raise wrong(where, given, "a list of calls")
-    try:
-        calls = calls_of(given)
-    except RowError as error:
-        raise ApiError(400, f"{where}: {error}", param=where, code="invalid_value") from error
-    for index, call in enumerate(calls):
-        _check_name(call.name, f"{where}[{index}].function.name")
-    return calls
-
-
-def _content(given: object, where: str) -> str:
-    """A message's text: text, its parts, or nothing."""
-    if given is None or isinstance(given, str):
-        return given or ""
-    if not isinstance(given, list):
-        raise wrong(where, given, "a text, or a list of parts")
-    for part in given:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise wrong(where, part, 'parts of {"type": "text", "text": ...} only')
-    return "".join(part["text"] for part in given)
-
-
-def _tools(given: object) -> tuple[Tool, ...]:
-    if not isinstance(given, list | None):
-        raise wrong("tools", given, 'a list of {"type": "function", "function": {"name": ..., "parameters": {...}}}')
-    for index, tool in enumerate(given or ()):
-        _check_tool(object_of(tool, f"tools[{index}]"), f"tools[{index}]")
-    tools = tools_of(given)
-    names = Counter(tool["function"]["name"] for tool in tools)
-    if twice := sorted(name for name, count in names.items() if count > 1):
-        raise ApiError(400, f"tools: {', '.join(twice)}: two functions have this name", param="tools")
-    return tools
-
-
-def _check_tool(tool: Mapping[str, Any], where: str) -> None:
-    """Raise ApiError for what is no function; one may stand alone, without the object around it."""
-    if tool.get("type", "function") != "function":
-        raise wrong(f"{where}.type", tool["type"], "function: a server's own tools are not here")
-    if tool.get("function") is not None or not tool.keys() & {"name", "description", "parameters"}:
-        tool, where = object_of(tool.get("function", MISSING), f"{where}.function"), f"{where}.function"
-    _check_name(text_of(tool, "name", where=f"{where}."), f"{where}.name")
-    if tool.get("description") is not None:
-        text_of(tool, "description", where=f"{where}.", empty=True)
-    if tool.get("parameters") is not None:
-        object_of(tool["parameters"], f"{where}.parameters")
-    flag_of(tool, "strict", where=f"{where}.")
-
-
-def _check_name(name: str, where: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise wrong(where, name, "1 to 128 letters, digits, '_', '-' or '.'",
-                    hint="chat templates write other names otherwise, and calls of them are not read back")  # fmt: skip
-
-
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
     """A text, ids, or a list of either."""
     if isinstance(given, str):
@@ -361,6 +293,6 @@ def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:
 def _tokens(given: object, name: str) -> int | None:
     if given is None or (given == -1 and type(given) is int):  # llama-server's word for no limit
         return None
-    if given not in COUNT:
-        raise wrong(name, given, str(COUNT))
+    if given not in ANSWERED:
+        raise wrong(name, given, str(ANSWERED))
     return int(str(given))

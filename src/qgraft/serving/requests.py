@@ -20,16 +20,34 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class Thinking:
+    """What an answer may think.
+
+    Attributes:
+        budget: tokens, behind which it is closed.
+        begun: whether the prompt has opened it; else the answer may, with its first token.
+        open, close: the tokens around it.
+    """
+
+    budget: int
+    begun: bool
+    open: int | None
+    close: int
+
+
+@dataclass(frozen=True)
 class Request:
     """One answer that is asked for.
 
     Attributes:
         adapters: the adapters with their weights; empty for the base.
-        max_tokens: the longest answer; None for as long as the context lasts.
+        max_tokens: the longest answer; None for as long as the context lasts. With 0 the prompt is read, which others that
+            begin alike are spared, and nothing is written.
         stop: texts that end it.
         ignore_ends: whether end tokens do not end it.
         keep_special: whether special tokens are a part of its text, for who reads calls of tools out of it.
         grammar: the form that it must have; it ends where that is complete.
+        thinking: how long it may think; None for as long as it likes.
         cleaned: whether its text is as the tokenizer's own chat shows it (data/scripted.py), where it has one.
     """
 
@@ -42,6 +60,7 @@ class Request:
     keep_special: bool = False
     grammar: "Grammar | None" = None
     cleaned: bool = False
+    thinking: Thinking | None = None
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,17 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from qgraft.data.messages import Call
 from qgraft.serving.answers import Choice, is_whole, new_id
-from qgraft.serving.fields import MISSING, ApiError, check_known, flag_of, named, object_of, wrong
+from qgraft.serving.fields import MISSING, check_known, check_supported, flag_of, named, object_of, wrong
 from qgraft.serving.protocol import Ask, read_chat
 from qgraft.serving.requests import Finish
 
 _SAME = ("model", "temperature", "top_p", "stream", "parallel_tool_calls", "lora")
-_OWN = {"input", "instructions", "max_output_tokens", "tools", "tool_choice", "text"}
+_OWN = {"input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"}
 _SAY_NOTHING = {"metadata", "user", "store", "include", "service_tier", "safety_identifier", "prompt_cache_key",
-                "prompt_cache_retention", "stream_options"}  # fmt: skip
-_HARMLESS = {"background": False, "truncation": "disabled"}
+                "prompt_cache_retention", "prompt_cache_options", "stream_options"}  # fmt: skip
+_HARMLESS = {"background": False, "truncation": "disabled", "top_logprobs": 0}
 _NAMES = {  # of a chat -> here
     "response_format.json_schema": "text.format", "response_format": "text.format", "messages": "input",
     "max_completion_tokens": "max_output_tokens",
@@ -30,14 +31,12 @@ _TEXTS = ("input_text", "output_text", "text")
 def read_response(body: object) -> Ask:
     """The value of a body. Raises ApiError."""
     given = object_of(body)
-    for name, value in given.items():
-        known = name in _OWN or name in _SAME or name in _SAY_NOTHING
-        if not known and value is not None and (name not in _HARMLESS or value != _HARMLESS[name]):
-            name = name[:100]
-            raise ApiError(400, f"{name}: not supported here", param=name, code="unsupported_parameter")
+    check_supported(given, _OWN | _SAY_NOTHING | {*_SAME}, _HARMLESS)
+    if "message.output_text.logprobs" in (given.get("include") or ()):
+        raise wrong("include", given["include"], "no message.output_text.logprobs: /v1/chat/completions tells them")
     flag_of(given, "store")
     form = object_of({} if given.get("text") is None else given["text"], "text")
-    check_known(form, {"format"}, "text.")
+    check_supported(form, {"format"}, {"verbosity": "medium"}, "text.")
     chat: dict[str, Any] = {name: given[name] for name in _SAME if given.get(name) is not None}
     chat["max_completion_tokens"], chat["response_format"] = given.get("max_output_tokens"), _format(form.get("format"))
     chat["tool_choice"] = _choice(given.get("tool_choice"))
@@ -45,6 +44,9 @@ def read_response(body: object) -> Ask:
     first = [] if instructions is None else [{"role": "system", "content": instructions}]
     chat["messages"] = first + _messages(given.get("input"))
     chat["tools"] = _tools(given.get("tools"))
+    reasoning = object_of({} if given.get("reasoning") is None else given["reasoning"], "reasoning")
+    check_known(reasoning, {"effort", "summary", "generate_summary"}, "reasoning.")  # a summary is never written
+    chat["reasoning_effort"] = reasoning.get("effort")
     with named(_NAMES):
         return replace(read_chat(chat), param="input", schema_param="text.format.schema")
 
@@ -182,8 +184,7 @@ def items(choice: Choice) -> list[dict[str, Any]]:
     if choice.text or not (choice.calls or choice.reasoning):
         found.append(message_item(new_id("msg"), choice.text, status))
     return found + [
-        call_item(new_id("fc"), call.name, call.arguments, "completed" if is_whole(call) else "incomplete")
-        for call in choice.calls
+        call_item(new_id("fc"), call, "completed" if is_whole(call) else "incomplete") for call in choice.calls
     ]
 
 
@@ -203,7 +204,7 @@ def text_part(text: str) -> dict[str, Any]:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-def call_item(identity: str, name: str, arguments: str, status: str = "completed") -> dict[str, Any]:
+def call_item(identity: str, call: Call, status: str = "completed") -> dict[str, Any]:
     """A call of a function."""
-    return {"id": identity, "type": "function_call", "call_id": new_id("call"), "name": name, "arguments": arguments,
-            "status": status}  # fmt: skip
+    return {"id": identity, "type": "function_call", "call_id": call.id or new_id("call"), "name": call.name,
+            "arguments": call.arguments, "status": status}  # fmt: skip

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from qgraft.checkpoints.answer_rules import AnswerRules
 from qgraft.errors import QgraftError
 from qgraft.serving.grammars import Matching
 from qgraft.serving.mixes import Mix
@@ -47,12 +48,13 @@ class Running:
 
     @classmethod
     def of(
-        cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText, never: Sequence[int] = ()
-    ) -> "Running":
-        """A request at its beginning; `never` are ids that no answer may have."""
+        cls, request: Request, listener: Listener, mix: Mix, limit: int, text: AnswerText, never: Sequence[int] = (),
+        rules: AnswerRules | None = None,
+    ) -> "Running":  # fmt: skip
+        """A request at its beginning; `never` are ids that no answer may have, `rules` as of Sampler."""
         prompt = list(request.prompt)
         matching = None if request.grammar is None else request.grammar.begin()
-        sampler = Sampler(request.sampling, prompt, never)
+        sampler = Sampler(request.sampling, prompt, never, rules)
         return cls(request, listener, mix, limit, text, sampler, prompt, _matching=matching)
 
     @property
@@ -69,7 +71,10 @@ class Running:
         """Choose the next token and tell it; with it the answer may end."""
         matching = self._matching
         try:
-            token = self.sampler.draw(logits_V, None if matching is None else matching.allowed())
+            if (closing := self._closing()) is None:
+                token = self.sampler.draw(logits_V, None if matching is None else matching.allowed())
+            else:
+                token = self.sampler.take(closing, logits_V)
             if matching is not None:
                 matching.take(token.id)
         except QgraftError as error:
@@ -86,6 +91,13 @@ class Running:
             self.finish("stop")
         elif self.answered == self.request.max_tokens or len(self.ids) >= self.limit:
             self.finish("length")
+
+    def _closing(self) -> int | None:
+        """The token that closes what it thinks, where it has thought as long as it may."""
+        told, said = self.request.thinking, self.ids[len(self.request.prompt) :]
+        if told is None or len(said) < told.budget or told.close in said:
+            return None
+        return told.close if told.begun or (said and said[0] == told.open) else None
 
     def finish(self, reason: str, error: QgraftError | None = None) -> None:
         """Tell what is left of the answer, and that it ends here."""

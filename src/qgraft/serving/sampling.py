@@ -4,7 +4,7 @@
                   it and those below multiplied; presence and frequency (OpenAI): of the answer's tokens, p is subtracted
                   once, f for every time; logit_bias is added
     form          tokens that an answer's form (grammars.py) does not allow have no share, nor those that the model's files
-                  rule out (suppress_tokens)
+                  rule out (suppress_tokens, and before the penalties checkpoints/answer_rules.py)
     temperature   logits / t; 0 takes the likeliest token, and nothing is drawn
     cuts          top_k tokens; of these the fewest that have the share top_p; of these those with at least min_p of the
                   likeliest one's share
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qgraft.checkpoints.answer_rules import AnswerRules
 from qgraft.errors import OptionError
 from qgraft.passes.broken import BrokenLogitsError
 from qgraft.ranges import COUNT, SHARE_ABOVE_0, TEMPERATURE, Range, check_ranges
@@ -90,9 +91,13 @@ class Sampler:
     Args:
         prompt: the ids that repetition_penalty knows from the beginning.
         never: ids that have no share, whatever is asked for.
+        rules: what else the model's files say of an answer.
     """
 
-    def __init__(self, sampling: Sampling, prompt: list[int], never: Sequence[int] = ()) -> None:
+    def __init__(
+        self, sampling: Sampling, prompt: list[int], never: Sequence[int] = (), rules: AnswerRules | None = None
+    ) -> None:
+        self._rules = rules
         self.sampling, self._never_N = sampling, torch.tensor(never, dtype=torch.int64)
         self._generator = np.random.Generator(np.random.PCG64(sampling.seed))
         self._seen = set(prompt) if sampling.repetition_penalty != 1 else set()
@@ -108,7 +113,7 @@ class Sampler:
         likeliest = int(raw_V.argmax())  # the first that is NaN, where one is
         if not math.isfinite(float(raw_V[likeliest])):
             raise BrokenLogitsError("the model's logits are not finite: the adapter, or the base, is broken")
-        scores_V = self.penalized(raw_V)
+        scores_V = self.penalized(raw_V if self._rules is None else self._rules(raw_V))
         if len(self._never_N):
             scores_V = scores_V.index_fill(0, self._never_N[self._never_N < len(scores_V)], -torch.inf)
         if allowed_V is not None:
@@ -123,8 +128,15 @@ class Sampler:
         self._count(chosen)
         return self._told(chosen, raw_V)
 
+    def take(self, token: int, logits_V: Tensor) -> Token:
+        """A token that is not drawn, as the next one."""
+        self._count(token)
+        return self._told(token, logits_V.detach().to("cpu", torch.float32))
+
     def _count(self, token: int) -> None:
         self._counts[token] = self._counts.get(token, 0) + 1
+        if self._rules is not None:
+            self._rules.push(token)
         if self.sampling.repetition_penalty != 1:
             self._seen.add(token)
 

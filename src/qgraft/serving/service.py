@@ -8,11 +8,13 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from qgraft.errors import AdapterError, CheckpointError, DataError, OptionError, QgraftError, UnsupportedError
 from qgraft.model_parts import marker_ids
+from qgraft.serving.answer_reader import AnswerReader
 from qgraft.serving.answers import Choice
 from qgraft.serving.catalogue import Catalogue
 from qgraft.serving.engine import Engine
@@ -20,11 +22,13 @@ from qgraft.serving.fields import ApiError
 from qgraft.serving.grammars import Form, Grammar
 from qgraft.serving.keys import Keys, Permission
 from qgraft.serving.lora_protocol import lora_given, mix_named
-from qgraft.serving.prompting import Prompter, Prompting
+from qgraft.serving.origins import Origins
+from qgraft.serving.prompting import Prompter, Prompting, Reader
 from qgraft.serving.protocol import Ask
-from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError
+from qgraft.serving.requests import BusyError, ContextError, Delta, Finish, Listener, Request, StoppedError, Thinking
 from qgraft.serving.running import Running
-from qgraft.serving.tool_calls import CLOSE, OPEN, AnswerReader, call_texts
+from qgraft.serving.sampling import Sampling
+from qgraft.serving.tool_calls import CLOSE, OPEN, call_texts
 
 MIXED = 8  # adapters of a mix
 _FIELD = re.compile(r"(\w+)[:=]")
@@ -57,7 +61,7 @@ class Reading:
     """An answer that comes, as the client gets it."""
 
     choice: Choice
-    reader: AnswerReader = field(default_factory=AnswerReader)
+    reader: Reader = field(default_factory=AnswerReader)
     one_call: bool = False
 
     def take(self, event: Delta | Finish) -> tuple[str, str]:
@@ -80,7 +84,7 @@ class Prepared:
     """The requests of an Ask, a reader for each answer, what prompts are called in its API, whether answers have a form."""
 
     requests: tuple[Request, ...]
-    readers: tuple[AnswerReader, ...]
+    readers: tuple[Reader, ...]
     adapters: Mapping[str, float]
     prompts: int
     param: str
@@ -91,7 +95,13 @@ class Service:
     """A base with its adapters, as people ask for them.
 
     Args:
+        drawn: how tokens are chosen where a request says nothing of it, by the names of Sampling; None for OpenAI's way.
+
+    Raises OptionError for a number in `drawn` that cannot be.
+
+    Attributes:
         base: the name of the base, as `model` says it.
+        unasked: how tokens are chosen for who says nothing of it.
     """
 
     def __init__(
@@ -102,15 +112,23 @@ class Service:
         keys: Keys | None = None,
         prompting: Prompting | None = None,
         limits: Limits | None = None,
+        origins: Origins | None = None,
+        drawn: Mapping[str, Any] | None = None,
     ) -> None:
         self.engine, self.catalogue, self.base = engine, catalogue, catalogue.base
         self.tokenizer: PreTrainedTokenizerBase = engine.tokenizer
-        self.keys, self.limits = keys or Keys({}), limits or Limits()
+        self.keys, self.limits, self.origins = keys or Keys({}), limits or Limits(), origins or Origins()
         self.prompter = Prompter(self.tokenizer, prompting or Prompting(), marker_ids(engine.model))
+        self.drawn = dict(drawn or {})
+        self.unasked = Sampling(**self.drawn)
         self.started = int(time.time())
 
+    def settled(self, ask: Ask) -> Ask:
+        """The Ask with what is done where it says nothing."""
+        return replace(ask, sampling=replace(ask.sampling, **{k: v for k, v in self.drawn.items() if k in ask.unsaid}))
+
     def prepare(self, ask: Ask, permission: Permission) -> Prepared:
-        """The requests that an Ask comes to; adapters that are not loaded are.
+        """The requests that a settled Ask comes to; adapters that are not loaded are.
 
         Raises ApiError with the status that the client gets.
         """
@@ -123,14 +141,17 @@ class Service:
             self.catalogue.need(adapters, permission.allows)
             if ask.messages is None:
                 prompts = [self.prompter.plain(each) if isinstance(each, str) else list(each) for each in ask.prompts]
-                readers = [AnswerReader() for _ in prompts]
+                readers: list[Reader] = [AnswerReader() for _ in prompts]
             else:
                 ids, reader = self.prompter.chat(ask, self.catalogue.trained(adapters))
                 prompts, readers = [ids], [reader]
         with errors_as_answers(ask.param):
             grammar = self._grammar(ask, readers[0])
+            thinking = self._thinking(ask, readers[0])
         requests = [
-            self._request(ask, prompt, adapters, choice, grammar) for prompt in prompts for choice in range(ask.count)
+            self._request(ask, prompt, adapters, choice, grammar, thinking, readers[0].keeps_special)
+            for prompt in prompts
+            for choice in range(ask.count)
         ]
         each = [replace(reader) for reader in readers for _ in range(ask.count)]
         return Prepared(tuple(requests), tuple(each), adapters, len(prompts), ask.param, ask.formed)
@@ -148,7 +169,7 @@ class Service:
                 raise
         return running
 
-    def _grammar(self, ask: Ask, reader: AnswerReader) -> Grammar | None:
+    def _grammar(self, ask: Ask, reader: Reader) -> Grammar | None:
         """The form that answers must have, from their beginning, or behind the reasoning that the prompt has begun."""
         if not ask.formed and not ask.strict:
             return None
@@ -159,7 +180,7 @@ class Service:
             form = Form(
                 schema, ask.schema_param, calls,
                 several=len(ask.must_call) != 1 and not ask.one_call and bool(written and written.repeats),
-                behind=CLOSE if reader.thinking else "", optional=not ask.formed,
+                behind=reader.close if reader.thinking else "", optional=not ask.formed,
                 mark="" if written is None else written.mark, free=(OPEN, CLOSE),
             )  # fmt: skip
             if form.optional and written is not None and written.separate and not form.mark:
@@ -169,15 +190,25 @@ class Service:
             message = error.message if error.message.startswith(param) else f"{param}: {error.message}"
             raise ApiError(400, message, code="invalid_value", param=param, hint=error.hint) from error
 
+    def _thinking(self, ask: Ask, reader: Reader) -> Thinking | None:
+        """How long answers may think; nothing of those of a model that does not."""
+        if ask.thinking_budget is None or not (reader.thinking or reader.reasons):
+            return None
+        own = self.tokenizer.get_added_vocab()
+        if (close := own.get(reader.close)) is None:
+            raise OptionError("thinking_token_budget: it is no single token that ends what the model thinks")
+        return Thinking(ask.thinking_budget, reader.thinking, own.get(reader.open.strip()), close)
+
     def _request(
-        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None
-    ) -> Request:
+        self, ask: Ask, prompt: list[int], adapters: Mapping[str, float], choice: int, grammar: Grammar | None,
+        thinking: Thinking | None, special: bool,
+    ) -> Request:  # fmt: skip
         sampling = ask.sampling
         if sampling.seed is not None and choice:
             sampling = replace(sampling, seed=(sampling.seed + choice) % 2**64)
         return Request(
-            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, bool(ask.tools), grammar,
-            cleaned=ask.messages is not None and grammar is None,
+            tuple(prompt), adapters, sampling, ask.max_tokens, ask.stop, ask.ignore_ends, special, grammar,
+            cleaned=ask.messages is not None and grammar is None, thinking=thinking,
         )  # fmt: skip
 
     def _adapters(self, ask: Ask, permission: Permission) -> dict[str, float]:
