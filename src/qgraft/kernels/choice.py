@@ -19,7 +19,7 @@ from torch import Tensor
 from qgraft.errors import OptionError, UnsupportedError, near_match
 from qgraft.kernels import triton_ops
 from qgraft.kernels.cpu import library
-from qgraft.kernels.cpu.abi import INT8_FORMATS, INT8_GRADIENT_FORMATS, INT8_PANEL_FORMATS
+from qgraft.kernels.cpu.abi import INT8_FORMATS, INT8_GRADIENT_FORMATS
 from qgraft.kernels.table import ROWS, Kernel
 
 KERNELS_VARIABLE = "QGRAFT_KERNELS"
@@ -125,11 +125,10 @@ def _chosen(op: str, format: str | None, device: str, dtype: torch.dtype, wanted
 
 def _compute(op: str, format: str | None, kernel: str) -> str:
     """Plain torch computes in 8 bits what C does on any level: results to compare with, whatever CPU there is."""
-    everything = kernel != "native" or library.has_int8_panels()
     served: tuple[str, ...] = ()
     if op == "linear_int8":
-        served = INT8_PANEL_FORMATS if everything else INT8_FORMATS
-    elif everything and op in ("linear_grad_input_int8", "lora_int8"):
+        served = INT8_FORMATS
+    elif op in ("linear_grad_input_int8", "lora_int8") and (kernel != "native" or library.has_int8_panels()):
         served = INT8_GRADIENT_FORMATS
     return "int8" if format in served else "float32"
 

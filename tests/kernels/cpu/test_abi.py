@@ -109,5 +109,5 @@ def test_formats_with_8_bit_products_are_those_of_c() -> None:
         assert set(codes) <= {0, -1}
         return sorted(name for name, code in zip(abi.FORMAT_IDS, codes, strict=True) if code == 0)
 
-    assert served(backward=False) == sorted(abi.INT8_PANEL_FORMATS if panels else abi.INT8_FORMATS)
+    assert served(backward=False) == sorted(abi.INT8_FORMATS)
     assert served(backward=True) == sorted(abi.INT8_GRADIENT_FORMATS if panels else ())

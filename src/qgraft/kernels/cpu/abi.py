@@ -15,11 +15,13 @@ FORMAT_IDS = {  # as in formats.h; float32 needs no unpacking, so the reference 
     "tq1_0": 18, "tq2_0": 19, "iq1_s": 20, "iq1_m": 21, "iq2_xxs": 22, "iq2_xs": 23, "iq2_s": 24, "iq3_xxs": 25, "iq3_s": 26,
 }  # fmt: skip
 FLOATS = 27  # F32 of formats.h: float32 of a LoRA, of a router
-# Products in 8 bits, as in formats.h: has_int8, on every level; has_int8_panels and has_int8_gradient, on AVX2.
-INT8_FORMATS = ("q4_0", "q4_1", "q8_0", "chatglm-int8", "chatglm-int4")
-INT8_PANEL_FORMATS = (*INT8_FORMATS, "q5_0", "q5_1", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs", "mxfp4", "nvfp4")
+# Products in 8 bits, as in formats.h: has_int8, on every level; has_int8_gradient, on AVX2.
+INT8_FORMATS = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "chatglm-int8", "chatglm-int4", "q4_k", "q5_k", "q6_k", "iq4_nl", "iq4_xs",
+    "mxfp4", "nvfp4",
+)  # fmt: skip
 _OF_8_BITS = ("q8_0", "chatglm-int8", "iq4_nl", "iq4_xs")  # codes, or the levels that they stand for
-INT8_GRADIENT_FORMATS = tuple(name for name in INT8_PANEL_FORMATS if name not in _OF_8_BITS)
+INT8_GRADIENT_FORMATS = tuple(name for name in INT8_FORMATS if name not in _OF_8_BITS)
 ROUNDINGS = ("float32", "bf16", "int8")  # of a product, as in linear.c
 
 _pointer, _i64 = ctypes.c_void_p, ctypes.c_int64

@@ -22,4 +22,10 @@ ALWAYS_INLINE void prefetch(const void *bytes, int64_t count) {
     for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)bytes + PREFETCH_DISTANCE + j);
 }
 
+/* The same to the second-level cache, for loops that are done with a line before the first level has the next one: more of
+ * them may be under way there. */
+ALWAYS_INLINE void prefetch_second(const void *bytes, int64_t count) {
+    for (int64_t j = 0; j < count; j += 64) __builtin_prefetch((const char *)bytes + PREFETCH_DISTANCE + j, 0, 2);
+}
+
 #endif

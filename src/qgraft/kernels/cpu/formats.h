@@ -119,17 +119,14 @@ ALWAYS_INLINE int has_minimum(int format) {
     return format == Q4_1 || format == Q5_1 || format == Q4_K || format == Q5_K || format == Q2_K;
 }
 
-/* Whether there are products in 8-bit integers for the format: of any number of tokens on every level (gemm_int8.h); of many
- * on AVX2 (gemm_int8_panels.h); and input gradients there, which for codes of 8 bits float32 is faster at. */
-ALWAYS_INLINE int has_int8(int format) {
-    return format == Q4_0 || format == Q4_1 || format == Q8_0 || format == ROW_INT8 || format == ROW_INT4;
-}
-ALWAYS_INLINE int has_int8_panels(int format) { return has_codes(format); }
+/* Whether there are products in 8-bit integers for the format, on every level (gemm_int8.h, gemm_int8_panels.h); and input
+ * gradients, on AVX2, which for codes of 8 bits float32 is faster at. */
+ALWAYS_INLINE int has_int8(int format) { return has_codes(format); }
 ALWAYS_INLINE int has_int8_gradient(int format) {
     return has_codes(format) && format != Q8_0 && format != ROW_INT8 && format != IQ4_NL && format != IQ4_XS;
 }
 
-/* Groups of 32 columns that a row of x has in 8 bits (quantize_x.h): an even number. */
-ALWAYS_INLINE int64_t groups_of(int64_t columns) { return (columns + 63) / 64 * 2; }
+/* Groups of 32 columns that a row of x has in 8 bits (quantize_x.h): a multiple of 8, as scales are read. */
+ALWAYS_INLINE int64_t groups_of(int64_t columns) { return (columns + 255) / 256 * 8; }
 
 #endif

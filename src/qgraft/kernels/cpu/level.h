@@ -46,7 +46,7 @@ typedef struct {
     const Ahead *ahead; /* NULL for nothing */
 } Product;
 
-/* x in 8 bits (quantize_x.h): [m, groups] each, `groups` even; the columns after the last are codes 0 with step 0. */
+/* x in 8 bits (quantize_x.h): [m, groups] each; the columns after the last are codes 0 with step 0. */
 typedef struct {
     int8_t *codes; /* 32 to a group */
     float *steps, *sums;

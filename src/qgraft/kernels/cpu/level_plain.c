@@ -33,36 +33,25 @@ static void gemv_plain(const Product *p, const float *x) {
         }
 }
 
-/* Group g of a row: signed codes in the order of quantize_x.h, and d and m of w = d * code + m. */
-static void read_group(const Product *p, int64_t r, int64_t g, int codes[32], float *d, float *m) {
-    const int64_t bytes = row_bytes(p->format, 32), left = p->columns - 32 * g;
-    const uint8_t *group = p->data + r * p->stride + g * bytes;
-    uint8_t rest[32] = {0};
-    *d = p->scales ? p->scales[r] : half_to_float(group);
-    *m = p->format == Q4_1 ? half_to_float(group + 2) : 0.0f;
-    if (left < 32) group = memcpy(rest, group, (size_t)row_bytes(p->format, left) % 32);
-    const uint8_t *q = group + (p->format == Q4_1 ? 4 : p->scales ? 0 : 2);
-    const int zero = p->format == Q4_0 ? 8 : 0, flip = p->format == ROW_INT4 ? 8 : 0;
-    for (int j = 0; j < 32; j++) {
-        const int code = p->format == Q8_0 || p->format == ROW_INT8 ? (int8_t)q[j] : j < 16 ? q[j] & 15 : q[j - 16] >> 4;
-        codes[j] = (code ^ flip) - flip - zero;
-    }
-}
-
+/* The same with x as its codes stand for: what the vector levels sum as integers (gemm_int8.h). */
 static void gemm_int8_plain(const Product *p, const QuantizedX *x) {
+    enum { PIECE = 1024 };
+    float w[PIECE];
     for (int64_t r = p->first; r < p->last; r++)
-        for (int64_t g = 0; 32 * g < p->columns; g++) {
-            int codes[32];
-            float d, m;
-            read_group(p, r, g, codes, &d, &m);
+        for (int64_t start = 0; start < p->columns; start += PIECE) {
+            const int64_t n = smaller(PIECE, p->columns - start);
+            const uint8_t *packed = p->data + r * p->stride + row_bytes(p->format, start);
+            unpack_row_plain(p->format, packed, n, p->scales ? p->scales[r] : 1.0f, w);
             for (int64_t i = 0; i < p->m; i++) {
-                const int64_t at = i * x->groups + g;
-                const int8_t *values = x->codes + 32 * at;
-                float *y = p->y + i * p->rows + r;
-                int sum = 0;
-                for (int j = 0; j < 32; j++) sum += codes[j] * values[j];
-                const float part = d * x->steps[at] * (float)sum + m * x->sums[at];
-                *y = g ? *y + part : part;
+                const int64_t at = i * x->groups + start / 32;
+                float sum = 0.0f, *y = p->y + i * p->rows + r;
+                for (int64_t g = 0; 32 * g < n; g++) {
+                    const int8_t *codes = x->codes + 32 * (at + g);
+                    float part = 0.0f;
+                    for (int j = 0; j < smaller(32, n - 32 * g); j++) part += w[32 * g + j] * (float)codes[place_of(p->format, j)];
+                    sum += x->steps[at + g] * part;
+                }
+                *y = start ? *y + sum : sum;
             }
         }
 }

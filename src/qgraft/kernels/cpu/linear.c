@@ -99,12 +99,12 @@ static void add_terms(const Level *level, const LinearCall *call, int backward, 
     }
 }
 
-/* y of a block. 8-bit products of few tokens have loops of their own, for the formats of `has_int8`. */
+/* y of a block. 8-bit products of few tokens have loops of their own. */
 static void forward(const Level *level, const LinearCall *call, const Product *part, const float *in, int64_t t0) {
     const QuantizedX codes = codes_of(call, t0);
     if (call->rounding == BFLOAT16) level->gemm_bf16(part, in, call->scratch + t0 * ((call->columns + 1) / 2));
     else if (call->rounding == INT8 && call->m >= INT8_MANY && level->gemm_int8_panels) level->gemm_int8_panels(part, &codes);
-    else if (call->rounding == INT8 && has_int8(part->format)) level->gemm_int8(part, &codes);
+    else if (call->rounding == INT8) level->gemm_int8(part, &codes);
     else multiply_block(level, part, call->m, in);
 }
 
@@ -222,7 +222,7 @@ static void gradients(const Level *level, const LinearCall *call) {
 static int has_rounding(const Level *level, const LinearCall *call, int backward) {
     if (call->rounding != INT8 || !call->data) return 1;
     if (backward) return has_int8_gradient((int)call->format) && level->gemm_grad_input_int8;
-    return has_int8((int)call->format) || (has_int8_panels((int)call->format) && level->gemm_int8_panels);
+    return has_int8((int)call->format);
 }
 
 /* The layer as it is computed: without loops for bfloat16, in float32. */

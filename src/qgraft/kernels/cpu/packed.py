@@ -225,7 +225,7 @@ def scratch_floats(compute: str, tokens: int, width: int) -> int:
     """What x or g take when they are rounded: as scratch_size of linear.c."""
     if compute == "bf16":
         return (width // 2 + 1) * tokens
-    return (width + 63) // 64 * 20 * tokens if compute == "int8" else 0
+    return (width + 255) // 256 * 80 * tokens if compute == "int8" else 0
 
 
 def stored(packed: PackedTensor) -> tuple[Tensor, Tensor | None]:

@@ -28,7 +28,10 @@ ALWAYS_INLINE float group_step(uint32_t bits, float *inverse) {
     return largest < 0x1p-100f ? 0.0f : largest / 127.0f + nothing;
 }
 
-/* Columns of ROW_INT4 are put in the order in which gemm_int8.h takes its codes apart: odd ones, then even ones. */
+/* Where the code of column j of a group stands: those of ROW_INT4 in the order in which gemm_int8.h takes its codes apart, odd ones,
+ * then even ones. */
+ALWAYS_INLINE int place_of(const int format, int j) { return format == ROW_INT4 ? (j % 2 ? j / 2 : 16 + j / 2) : j; }
+
 #if defined(__AVX2__)
 
 /* 32 numbers -> codes; their sum. */
@@ -70,7 +73,7 @@ ALWAYS_INLINE int round_group(const int format, const float *x, float inverse, i
     int sum = 0;
     for (int j = 0; j < 32; j++) {
         const int code = (int)((x[j] * inverse + magic) - magic);
-        codes[format == ROW_INT4 ? (j % 2 ? j / 2 : 16 + j / 2) : j] = (int8_t)code;
+        codes[place_of(format, j)] = (int8_t)code;
         sum += code;
     }
     return sum;
@@ -102,7 +105,12 @@ ALWAYS_INLINE void quantize_groups(const int format, const float *x, int64_t col
     for (int64_t g = 0; g < to->groups; g++) {
         const int64_t at = token * to->groups + g, left = columns - 32 * g;
         float rest[32] = {0};
-        if (left > 0 && left < 32) memcpy(rest, x + 32 * g, (size_t)left * sizeof(float));
+        if (left <= 0) {
+            memset(to->codes + 32 * at, 0, 32);
+            to->steps[at] = to->sums[at] = 0.0f;
+            continue;
+        }
+        if (left < 32) memcpy(rest, x + 32 * g, (size_t)left * sizeof(float));
         quantize_group(format, left < 32 ? rest : x + 32 * g, to->codes + 32 * at, to->steps + at, to->sums + at);
     }
 }

@@ -22,7 +22,13 @@
 
 #if defined(__AVX2__)
 
-/* The sums of the lanes of a, b, c and d, of 8 floats each: AVX-512 has uses for these, too. */
+/* The sum of 8 lanes, and those of a, b, c and d: AVX-512 has uses for these, too. */
+ALWAYS_INLINE float sum_of_eight(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
 ALWAYS_INLINE __m128 sum4_of_eight(__m256 a, __m256 b, __m256 c, __m256 d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
@@ -182,12 +188,7 @@ ALWAYS_INLINE vfloat v_half(const uint8_t *p) {
     return _mm256_cvtph_ps(_mm_set1_epi16(h));
 }
 
-ALWAYS_INLINE float v_sum(vfloat v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
-
+#define v_sum sum_of_eight
 #define v_sum4 sum4_of_eight
 
 ALWAYS_INLINE void v_store_bf16(uint16_t *out, vfloat v) {
