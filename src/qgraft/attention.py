@@ -52,6 +52,7 @@ _SAYS_NOTHING = {
     "use_cache",
     "is_causal",
     "output_hidden_states",
+    "output_router_logits",
     "return_dict",
 }
 _OF_SDPA = {"dropout", "scaling", "sliding_window", "position_bias"}  # a window is in the mask

@@ -204,6 +204,16 @@ def test_layers_without_minimums_are_refused_and_the_hint_chooses_the_others(tin
         attach_lora(nn.ModuleDict({"layers": nn.Linear(64, 64)}), exact=True)
 
 
+def test_experts_are_refused_as_what_they_are(tiny_gguf: Maker) -> None:
+    model = qgraft.load(tiny_gguf("qwen3moe").path)[0]
+    with pytest.raises(
+        UnsupportedError, match=r"exact: .*mlp.experts.down_proj: .*experts.* have no exact LoRA"
+    ) as caught:
+        attach_lora(model, exact=True, target_parameters=["mlp.experts.down_proj"])
+    assert "target_parameters" in str(caught.value)
+    assert not qgraft.adapter_names(model)
+
+
 def test_the_hint_names_layers_that_all_have_minimums(tiny_gguf: Maker) -> None:
     model = k_model(tiny_gguf, "q4_1")
     layer = model.get_submodule("model.layers.1.self_attn.v_proj")

@@ -1,10 +1,13 @@
 """The names of PEFT's tensors; the judge is PEFT."""
 
+from types import SimpleNamespace
+
 import peft
 import pytest
 from torch import nn
+from transformers import CONFIG_MAPPING
 
-from qgraft.adapters.peft_names import TensorName, is_lora, parse_name, tensor_name
+from qgraft.adapters.peft_names import OF_EXPERTS, TAKEN_FOR_EXPERTS, TensorName, is_lora, parse_name, tensor_name
 
 
 class Tiny(nn.Module):
@@ -12,6 +15,20 @@ class Tiny(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(11, 8)
         self.base_layer = nn.ModuleList([nn.Linear(8, 8)])  # a name that PEFT uses, too
+
+
+def test_what_peft_takes_for_experts_is_known() -> None:
+    """Of every architecture that transformers lists, PEFT's own reading of the names."""
+    conversion = pytest.importorskip("peft.utils.transformers_weight_conversion")
+    taken = set()
+    for model_type in CONFIG_MAPPING:
+        config = peft.LoraConfig(target_modules=sorted(OF_EXPERTS))
+        model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+        conversion.convert_peft_config_for_transformers(config, model, None)
+        if config.target_parameters:
+            assert not config.target_modules
+            taken.add(model_type)
+    assert "glm4_moe" in taken and taken <= TAKEN_FOR_EXPERTS
 
 
 def test_names_are_those_that_peft_writes() -> None:

@@ -28,6 +28,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", "MistralConfig", SHAPE),
     "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", SHAPE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", WIDE),
+    "qwen3_moe": (  # a mixture, whose passes are told of its router too
+        "Qwen3MoeForCausalLM", "Qwen3MoeConfig",
+        {**WIDE, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "eos_token_id": 96},
+    ),
     "gemma": ("GemmaForCausalLM", "GemmaConfig", WIDE),
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**WIDE, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WIDE, "query_pre_attn_scalar": 16}),

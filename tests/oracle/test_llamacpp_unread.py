@@ -17,6 +17,13 @@ BIASES: dict[str, Any] = {"config": {"attention_bias": True}}
 OF_MLP: dict[str, Any] = {"config": {"mlp_bias": True}}
 KINDS = [f"{kind}_attention" for kind in ("sliding", "full", "full", "sliding", "sliding", "full")]
 SHARED: dict[str, Any] = {"config": {"layer_types": KINDS, "num_hidden_layers": 6}}
+
+
+def of_one_kind(kind: str, every: int) -> dict[str, Any]:
+    """All four layers of this kind; every so many-th has attention, as the file says it."""
+    return {"config": {"layer_types": [kind] * 4}, "metadata": {"qwen35.full_attention_interval": every}}
+
+
 CASES: list[tuple[str, dict[str, Any], bool]] = [  # architecture, options of the file, whether llama.cpp loads it
     ("arcee", BIASES, False), ("granite", BIASES, True), ("arcee", OF_MLP, False), ("cohere2", BIASES, False),
     ("command-r", BIASES, False), ("command-r", {"config": {"use_qk_norm": True}}, False),
@@ -26,6 +33,8 @@ CASES: list[tuple[str, dict[str, Any], bool]] = [  # architecture, options of th
     ("olmoe", TIED, False), ("qwen2moe", TIED, False), ("stablelm", TIED, False), ("llama", TIED, True),
     ("nemotron", {"config": {"head_dim": 32}}, False), ("olmoe", {"config": {"num_key_value_heads": 1}}, False),
     ("gemma4", SHARED, False), ("gemma4", {}, True), ("olmo2", {}, True),
+    ("lfm2", {"config": {"layer_types": ["full_attention"] * 3}}, False), ("lfm2", {}, True),
+    ("qwen35", of_one_kind("full_attention", 1), False), ("qwen35", of_one_kind("linear_attention", 5), False),
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from qgraft import storage
 from qgraft.adapters.base import find_adapter
 from qgraft.adapters.exact import BlockLora, MinimumLora
 from qgraft.errors import CheckpointError, OptionError
+from qgraft.training.adapter import misread_by_peft
 
 Maker = Callable[..., Any]
 ROWS = [{"instruction": f"question {i}", "output": f"answer {i % 3} " * (1 + i % 4)} for i in range(8)]
@@ -73,3 +74,21 @@ def test_options_that_do_not_go_with_it(tiny_gguf: Maker, tmp_path: Path) -> Non
     arguments = qgraft.TrainArguments(output_dir=str(tmp_path / "out"), exact=True, use_cpu=True)
     with pytest.raises(OptionError, match="exact=True, the adapter has False"):
         qgraft.train(model, tokenizer, ROWS, arguments)
+
+
+def test_layers_that_peft_would_take_for_experts_are_named(tiny_gguf: Maker) -> None:
+    """tests/adapters/test_peft_names.py has PEFT as the judge of which they are."""
+    experts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    said = {}
+    for architecture in (
+        "glm4moe",
+        "qwen3moe",
+        "qwen2moe",
+    ):  # dense and shared layers, none, and some that PEFT leaves alone
+        model = qgraft.load(tiny_gguf(architecture).path)[0]
+        qgraft.attach_lora(model, r=2, target_parameters=experts)
+        said[architecture] = misread_by_peft(model, "default")
+    (sentence,) = said.pop("glm4moe")
+    assert "PEFT takes down_proj, gate_proj, up_proj of glm4_moe" in sentence
+    assert "target_modules='k_proj,o_proj,q_proj,v_proj'" in sentence
+    assert not any(said.values())

@@ -172,8 +172,8 @@ def make_loras(
     Args:
         whole: modules that it has copies of and trains whole: path -> their tensors, None for those of the base.
     """
-    check_exact(model, [path for path, config in layers.items() if config.exact])
     wrapped = {path: _wrapper(model, path) for path in layers}
+    check_exact({path: wrapped[path] for path, config in layers.items() if config.exact})
     check_dora({path: wrapped[path] for path, config in layers.items() if config.use_dora})
     check_pissa({path: (wrapped[path], config) for path, config in layers.items()})
     order = {path: index for index, (path, _) in enumerate(modules_outside_adapters(model))}

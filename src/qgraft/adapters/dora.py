@@ -26,10 +26,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values, check_linear
 from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.peft_names import magnitude_name
-from qgraft.errors import UnsupportedError
 from qgraft.kernels import linear
 from qgraft.linear import QuantizedLinear, in_stored_order, rows_of
 
@@ -121,9 +120,4 @@ def _lengths(base: Frozen, squares: Tensor, A: Tensor, B: Tensor, scaling: float
 
 def check_dora(layers: Mapping[str, LoraLayer]) -> None:
     """Raise UnsupportedError where one of these wrapped layers is no linear layer."""
-    if others := [path for path, layer in layers.items() if not isinstance(layer, LoraLinear)]:
-        raise UnsupportedError(
-            f"use_dora: {', '.join(others)}: embeddings, experts and convolutions have no DoRA here; linear layers have",
-            hint="leave them out of target_modules and target_parameters, or merge it into its float base with PEFT "
-            "(merge_and_unload)",
-        )
+    check_linear(layers, "use_dora", "DoRA here", ", or merge it into its float base with PEFT (merge_and_unload)")

@@ -23,7 +23,7 @@ it, 0.535 with it; an ordinary LoRA 0.553. With 16 it is 0.381: that is a larger
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values
+from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, Values, check_linear
 from qgraft.adapters.lora_function import LayerSegment, drop_by_seed
 from qgraft.adapters.peft_names import minimums_name, tensor_name
 from qgraft.errors import AdapterError, UnsupportedError, option
@@ -250,9 +250,9 @@ def make_part(layer: LoraLayer, config: LoraConfig, values: Values | None = None
     return BlockLora(packed.shape[1], packed.shape[0], config, packed.device, values, width=place.width)
 
 
-def check_exact(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raise UnsupportedError where the layers at these paths have no minimums, naming all of them with their formats."""
-    layers = {path: model.get_submodule(path) for path in paths}
+def check_exact(layers: Mapping[str, LoraLayer]) -> None:
+    """Raise UnsupportedError where these wrapped layers have no minimums, naming all of them with their formats."""
+    check_linear(layers, "exact", "exact LoRA")
     missing = {path: _format(layer) for path, layer in layers.items() if minimums_at(layer) is None}
     if not missing:
         return

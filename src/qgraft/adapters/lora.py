@@ -32,7 +32,7 @@ from qgraft.adapters.lora_function import LayerSegment, LoraFunction
 from qgraft.adapters.peft_names import tensor_name
 from qgraft.adapters.recompute import recompute_of
 from qgraft.adapters.selection import BatchRows, Selection
-from qgraft.errors import AdapterError, OptionError
+from qgraft.errors import AdapterError, OptionError, UnsupportedError
 from qgraft.formats import PackedTensor
 from qgraft.kernels.autocast import to_autocast
 from qgraft.linear import LinearLike, QuantizedLinear, nothing
@@ -366,3 +366,17 @@ class LoraLinear(LoraLayer):
 
     def _device(self) -> torch.device:
         return (self.base.weight if isinstance(self.base, nn.Linear) else self.base.packed).device
+
+
+def check_linear(layers: Mapping[str, LoraLayer], name: str, has: str, otherwise: str = "") -> None:
+    """Raise UnsupportedError where one of these wrapped layers is no linear layer: what linear layers alone have.
+
+    Args:
+        name: of the option that asks for it; `has`: in words.
+        otherwise: what else the hint says.
+    """
+    if others := [path for path, layer in layers.items() if not isinstance(layer, LoraLinear)]:
+        raise UnsupportedError(
+            f"{name}: {', '.join(others)}: embeddings, experts and convolutions have no {has}; linear layers have",
+            hint=f"leave them out of target_modules and target_parameters{otherwise}",
+        )

@@ -29,7 +29,15 @@ _MINIMUMS = re.compile(r"base_model\.model\.(?P<path>.+)\.minimum_(?P<part>[AB])
 _ROWS = re.compile(r"base_model\.model\.(?P<path>.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _COPY = re.compile(r"base_model\.model\.(?P<path>.+?)(?:\.token_adapter)?(?:\.base_layer)?\.weight")
 
-
+# model_type of mixtures whose experts had matrices of these names in transformers 4: PEFT takes them in target_modules for
+# those still, also where dense and shared layers are called so (_convert_peft_config_moe)
+OF_EXPERTS = frozenset({"gate_proj", "up_proj", "down_proj"})
+TAKEN_FOR_EXPERTS = frozenset(
+    {"afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "exaone_moe",
+     "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "mellum",
+     "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text", "qwen3_omni_moe_thinker", "sarvam_mla",
+     "solar_open"}
+)  # fmt: skip
 MAGNITUDE = "magnitude"
 
 

@@ -24,9 +24,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from qgraft.adapters.lora import ALL_ROWS, Frozen, Lora, LoraConfig, LoraLayer, LoraLinear, starts_from_base
+from qgraft.adapters.lora import (
+    ALL_ROWS,
+    Frozen,
+    Lora,
+    LoraConfig,
+    LoraLayer,
+    LoraLinear,
+    check_linear,
+    starts_from_base,
+)
 from qgraft.adapters.peft_names import tensor_name
-from qgraft.errors import OptionError, UnsupportedError
+from qgraft.errors import OptionError
 
 
 class PissaLora(Lora):
@@ -91,12 +100,7 @@ def check_pissa(layers: Mapping[str, tuple[LoraLayer, LoraConfig]]) -> None:
     """Raise for a layer with such a LoRA: UnsupportedError where it is no linear layer, OptionError where its weight has
     fewer components than the rank."""
     starting = {path: each for path, each in layers.items() if starts_from_base(each[1].init_lora_weights)}
-    if others := [path for path, (layer, _) in starting.items() if not isinstance(layer, LoraLinear)]:
-        raise UnsupportedError(
-            f"init_lora_weights: {', '.join(others)}: embeddings, experts and convolutions have no such start; linear layers "
-            "have",
-            hint="leave them out of target_modules and target_parameters",
-        )
+    check_linear({path: layer for path, (layer, _) in starting.items()}, "init_lora_weights", "such start")
     small = [
         f"{path}: r={config.r}, the weight is [{layer.out_features}, {layer.in_features}]"
         for path, (layer, config) in starting.items()

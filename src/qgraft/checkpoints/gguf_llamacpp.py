@@ -4,6 +4,7 @@
     output layer    it wants a tensor of its own where most architectures may share the embedding
     heads           their width times their number is the model's width; keys have as many as queries
     norms           of Command R's queries and keys, only in models of 64 layers and more
+    kinds           of hybrids it wants layers of both: with none of one kind it aborts, for want of a cache to make
     shared keys     Gemma 4's come from the last two layers that have keys, one with a window and then one without
 
 transformers has models of these architectures with one or the other, and reads such a file.
@@ -23,6 +24,7 @@ _WITHOUT_BIASES = {  # how the names of tensors end whose biases it has no place
     "smollm3": ("",),
 }
 _OWN_OUTPUT = {"gpt-oss", "minimax-m2", "nemotron", "olmo2", "olmoe", "qwen2moe", "stablelm"}
+_OF_TWO_KINDS = {"lfm2", "qwen35"}  # of layers: with states beside attention
 _NORMED_FROM = 64  # layers
 
 
@@ -49,6 +51,8 @@ def why_unread(architecture: str, config: Any, names: Collection[str]) -> str | 
     if architecture == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
         got = f"{config.num_attention_heads}, got {config.num_key_value_heads}"
         return f"llama.cpp wants as many heads of keys as of queries, {got}"
+    if architecture in _OF_TWO_KINDS and len(kinds := set(config.layer_types)) == 1:
+        return f"llama.cpp wants layers of two kinds in this architecture, and all of these are {kinds.pop()}"
     return _why_not_shared(config) if architecture == "gemma4" and config.num_kv_shared_layers else None
 
 

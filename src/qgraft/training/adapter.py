@@ -20,6 +20,8 @@ from qgraft.adapters.attach_prefix import attach_prefix, layout_of
 from qgraft.adapters.base import adapter_names, find_adapter, selection_of
 from qgraft.adapters.choose import use_adapter
 from qgraft.adapters.lora import Lora
+from qgraft.adapters.lora_experts import ExpertLora
+from qgraft.adapters.peft_names import OF_EXPERTS, TAKEN_FOR_EXPERTS
 from qgraft.adapters.prefix import encoder_of
 from qgraft.adapters.whole import whole_modules
 from qgraft.data.image_samples import ImageSample
@@ -215,6 +217,20 @@ def keep_rows(
     return [
         f"the adapter keeps {len(kept.rows)} rows of its data to be merged with, which can be read: delete {CALIBRATION}, or "
         f"train with {option('save_calibration', False)}, before you give it away"
+    ]
+
+
+def misread_by_peft(model: Any, name: str) -> list[str]:
+    """One sentence where PEFT puts what linear layers of the adapter learned on experts: it reads their names so."""
+    parts = find_adapter(model, name).parts.items()
+    leaves = {
+        path.rpartition(".")[2] for path, part in parts if isinstance(part, Lora) and not isinstance(part, ExpertLora)
+    }
+    if getattr(model.config, "model_type", None) not in TAKEN_FOR_EXPERTS or not (misread := leaves & OF_EXPERTS):
+        return []
+    return [
+        f"PEFT takes {', '.join(sorted(misread))} of {model.config.model_type} for layers of its experts, and would compute "
+        f"something else with this adapter; {option('target_modules', ','.join(sorted(leaves - misread)))} is read as it is"
     ]
 
 

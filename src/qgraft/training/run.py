@@ -32,7 +32,7 @@ from qgraft.memory.budget import evaluation_tokens
 from qgraft.passes.broken import check_held_out
 from qgraft.progress import shown
 from qgraft.sizes import peak_memory_bytes
-from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_rows, take_saved
+from qgraft.training.adapter import adapter_in_training, describe_adapter, keep_rows, misread_by_peft, take_saved
 from qgraft.training.arguments import TrainArguments, changed_arguments
 from qgraft.training.callbacks import METRICS, StopOnSignal, Watch
 from qgraft.training.checkpoints import BASE, HELD_OUT, OF_ADAPTER, Bound, remove_later, remove_old
@@ -140,7 +140,8 @@ class Run:
             self.ended_before = self._as_it_was(cast(dict[str, Any], prepared.earlier.run))
             return
         if self.processes.first:
-            for warning in check_room(prepared.folder, args, find_adapter(self.model, args.adapter_name).size):
+            room = check_room(prepared.folder, args, find_adapter(self.model, args.adapter_name).size)
+            for warning in (*room, *misread_by_peft(self.model, args.adapter_name)):
                 self._say(warning)
         if resume is None:
             self._begin(steps)
