@@ -115,9 +115,15 @@ def same_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:
     return names
 
 
-def transformers_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:
-    """As transformers' from_pretrained would assign these tensors to the model's parameters and buffers."""
-    places, names = model.state_dict(), Names()
+def transformers_names(
+    model: PreTrainedModel, tensors: Iterable[str], places: Mapping[str, Any] | None = None
+) -> Names:
+    """As transformers' from_pretrained would assign these tensors to the model's parameters and buffers.
+
+    Args:
+        places: these by their names, where the modules of the model are no longer transformers' own.
+    """
+    places, names = model.state_dict() if places is None else places, Names()
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
