@@ -215,9 +215,10 @@ def hears(config: PreTrainedConfig | None) -> bool:
 def peft_task(model: nn.Module) -> str | None:
     """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes.
 
-    Diffusers' have none, and neither have models that hear: PEFT's class for SEQ_2_SEQ_LM hands input_ids on.
+    Modules that are no models of transformers (diffusers') have none, and neither have models that hear: PEFT's class for
+    SEQ_2_SEQ_LM hands input_ids on.
     """
-    if type(model).__module__.startswith("diffusers.") or hears(getattr(model, "config", None)):
+    if not isinstance(model, PreTrainedModel) or hears(getattr(model, "config", None)):
         return None
     task, pairs = task_of(model), is_encoder_decoder(getattr(model, "config", None))
     return SEQUENCE_TO_SEQUENCE if pairs and task == CAUSAL else task

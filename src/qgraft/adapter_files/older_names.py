@@ -18,11 +18,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from qgraft.adapters.peft_names import parse_name, rename
 from qgraft.adapters.targets import adaptable_layers
-from qgraft.checkpoints.names import transformers_names
+from qgraft.checkpoints.names import layers_of_now
 from qgraft.model_parts import decoder_of, language_of
 from qgraft.patterns import first_matching
 
@@ -52,17 +51,13 @@ def _renamed(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
     """What the layers are called here that the model has under no such name, for those of which that can be told."""
     layers = adaptable_layers(model)
     missing = [path for path in sorted(paths) if path not in layers]
-    if not missing or not isinstance(model, PreTrainedModel):
-        return {}
-    places = {f"{path}.weight": layer for path, layer in layers.items()}
-    told = transformers_names(model, [f"{path}.weight" for path in missing], places).stored
-    found = {name.removesuffix(".weight"): place.removesuffix(".weight") for place, name in told.items()}
+    found = layers_of_now(model, missing, layers) if missing else {}
     found |= {path: place for path in missing if path not in found and (place := _same_decoder(model, path)) in layers}
     counts = Counter([*found.values(), *paths])
     return {path: place for path, place in found.items() if counts[place] == 1}
 
 
-def _same_decoder(model: PreTrainedModel, path: str) -> str | None:
+def _same_decoder(model: nn.Module, path: str) -> str | None:
     """What a layer of a decoder of text is called here."""
     if (head := _HEAD.fullmatch(path)) is not None:
         return head[1]

@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -144,3 +144,11 @@ def transformers_names(
         first, *others = each.rule.target_patterns
         names.made |= dict.fromkeys([place, *(place.replace(first, other) for other in others)], each)
     return names
+
+
+def layers_of_now(model: nn.Module, paths: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
+    """Which of the model's `layers` these paths mean, of which it has none, where transformers' table knows one for each."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    names = transformers_names(model, [f"{path}.weight" for path in paths], {f"{path}.weight": True for path in layers})
+    return {name.removesuffix(".weight"): place.removesuffix(".weight") for place, name in names.stored.items()}
