@@ -112,7 +112,7 @@ $(READY): pyproject.toml setup.py $(LOCK) $(wildcard src/qgraft/kernels/cpu/*.[c
 	$(@D)/bin/python $(INSTALL) --no-compile -r $(@D)/ranges.txt
 	touch $@
 
-CONTRACT := contract models adapters serving training
+CONTRACT := contract zoo models adapters serving training
 run_tests = PYTHONPATH=src OMP_NUM_THREADS=1 $(1)/bin/python -m pytest -q -n 2 --dist worksteal $(addprefix tests/,$(2))
 releases = $(1)/bin/python -m pip list --format freeze --exclude-editable --disable-pip-version-check
 

@@ -52,8 +52,9 @@ _SAYS_NOTHING = {
     "use_cache",
     "is_causal",
     "output_hidden_states",
-    "output_router_logits",
+    "output_router_logits",  # of mixtures
     "return_dict",
+    "num_items_in_batch",  # of transformers' Trainer, for the loss
 }
 _OF_SDPA = {"dropout", "scaling", "sliding_window", "position_bias"}  # a window is in the mask
 

@@ -215,9 +215,10 @@ def hears(config: PreTrainedConfig | None) -> bool:
 def peft_task(model: nn.Module) -> str | None:
     """PEFT's task_type of the model: task_of, and SEQ_2_SEQ_LM of an encoder-decoder that writes.
 
-    Diffusers' have none, and neither have models that hear: PEFT's class for SEQ_2_SEQ_LM hands input_ids on.
+    Modules that are no models of transformers (diffusers') have none, and neither have models that hear: PEFT's class for
+    SEQ_2_SEQ_LM hands input_ids on.
     """
-    if type(model).__module__.startswith("diffusers.") or hears(getattr(model, "config", None)):
+    if not isinstance(model, PreTrainedModel) or hears(getattr(model, "config", None)):
         return None
     task, pairs = task_of(model), is_encoder_decoder(getattr(model, "config", None))
     return SEQUENCE_TO_SEQUENCE if pairs and task == CAUSAL else task
@@ -241,10 +242,14 @@ def mixes_neighbours(model: PreTrainedModel) -> bool:
 
     Attention is told where samples begin, and such layers are not: transformers' code passes it over, and some kernels
     that it may use instead do not. How far it reaches (three tokens, in LFM2) may be too little for a trial to see. So may
-    be how many tokens it takes until Llama 4's temperature changes, which goes by the number of tokens before in the row.
+    be how many tokens it takes until Llama 4's temperature changes, which goes by the number of tokens before in the row;
+    and its attention in chunks, which transformers 5.17 counts from the beginning of the row.
     """
-    return keeps_state(model) or any(
-        isinstance(module, nn.Conv1d) or _counts_the_row(module) for module in decoder_of(model).modules()
+    text = model.config.get_text_config()
+    return (
+        keeps_state(model)
+        or "chunked_attention" in (getattr(text, "layer_types", None) or ())
+        or any(isinstance(module, nn.Conv1d) or _counts_the_row(module) for module in decoder_of(model).modules())
     )
 
 

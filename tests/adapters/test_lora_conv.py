@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import qgraft
+from qgraft.adapter_files.combine import combine_files
 from qgraft.adapters.lora_conv import LoraConv, is_pointwise
 from qgraft.errors import AdapterError, OptionError, UnsupportedError
 
@@ -72,9 +73,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(pixels, tmp_path):
     for one, other in pairs:
         assert (one.grad - other.grad.view_as(one)).abs().max() <= 1e-5 * max(1.0, float(other.grad.abs().max()))
     qgraft.save_adapter(pixels, tmp_path / "ours")
-    config = peft.PeftConfig.from_pretrained(tmp_path / "ours")
-    config.task_type = None  # that of modules in general
-    read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs).unload(), tmp_path / "ours", config=config).eval()
+    read = peft.PeftModel.from_pretrained(copy.deepcopy(theirs).unload(), tmp_path / "ours").eval()
     assert (read(x) - y).abs().max() <= 1e-6
     read.save_pretrained(tmp_path / "theirs")
     qgraft.load_adapter(pixels, tmp_path / "theirs", "second")
@@ -103,3 +102,33 @@ def test_dropout_and_matrices_that_fit_nothing(pixels, tmp_path):
     (tmp_path / "saved" / "qgraft.json").unlink()
     with pytest.raises(AdapterError, match="expected two floating point matrices"):
         qgraft.load_adapter(pixels, tmp_path / "saved", "other")
+
+
+def test_files_are_combined_as_the_adapters_are(pixels, tmp_path):
+    weights = {"a": 0.5, "b": -1.0}
+    for name, r in (("a", 2), ("b", 3)):
+        qgraft.attach_lora(pixels, r=r, target_modules="proj_in,to_q", use_rslora=r == 3, name=name)
+        qgraft.save_adapter(drawn(pixels, name), tmp_path / name, name)
+    qgraft.use_adapter(pixels, weights)
+    x = torch.randn(2, 6, 4, 5)
+    expected = pixels(x)
+    combine_files({tmp_path / name: weight for name, weight in weights.items()}, tmp_path / "ab", force=True)
+    qgraft.load_adapter(pixels, tmp_path / "ab", "ab")
+    assert (pixels(x) - expected).abs().max() <= 1e-6
+    theirs = peft.PeftModel.from_pretrained(Pixels().requires_grad_(False), tmp_path / "ab")
+    assert theirs.base_model.model.proj_in.lora_A["default"].weight.shape == (5, 6, 1, 1)
+
+
+def test_images_without_a_batch_and_batches_without_images(pixels):
+    qgraft.attach_lora(pixels, r=2, target_modules="proj_in")
+    x, layer = torch.randn(3, 6, 4, 5), drawn(pixels).proj_in
+    assert torch.equal(layer(x[1]), layer(x)[1]) and not torch.equal(layer(x), layer.base(x))
+    assert layer(x[:0]).shape == (0, 8, 4, 5)
+
+
+def test_a_merge_of_language_models_leaves_none_out(tiny_gguf):
+    model = qgraft.load(tiny_gguf("llama").path, device="cpu")[0]
+    model.model.neck = nn.Conv2d(4, 4, 1)
+    qgraft.attach_lora(model, r=2, target_modules="neck,q_proj")
+    with pytest.raises(UnsupportedError, match=r"model\.neck is a convolution"):
+        qgraft.merge(drawn(model))

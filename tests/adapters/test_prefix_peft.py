@@ -36,6 +36,10 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", {**WIDE, "query_pre_attn_scalar": 16}),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", {**WIDE, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3ForCausalLM", "Phi3Config", SHAPE),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM", "Qwen2MoeConfig",
+        {**SHAPE, "num_experts": 4, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    ),
     "gpt2": (
         "GPT2LMHeadModel", "GPT2Config",
         {"vocab_size": WORDS, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "loss_type": "ForCausalLM",

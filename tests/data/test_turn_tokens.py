@@ -174,6 +174,21 @@ def test_marks_of_calls_that_an_answer_writes_itself_are_tokens(
     assert [ids.count(token) for token in tokenizer.convert_tokens_to_ids([*marks, "<｜User｜>"])] == [1, 1, 1, 0, 2]
 
 
+def test_a_token_that_begins_a_call_in_an_answer_is_one(
+    chat_tokenizer: Callable[..., Any], original: Callable[[str], str]
+) -> None:
+    """Llama 3.1's template names <|python_tag|> and writes it around no turn: rows have it in what the model says."""
+    tokenizer = chat_tokenizer("<|eot_id|>", original("llama3_1"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|python_tag|>", "<|eom_id|>"]})
+    tag, end = tokenizer.convert_tokens_to_ids(["<|python_tag|>", "<|eom_id|>"])
+    said = [("user", "<|python_tag|>x"), ("assistant", "<|python_tag|>print(1)<|eom_id|>")]
+    assert encode_prompt(tokenizer, [said[0]]).count(tag) == 0
+    template = resolve_template(tokenizer)
+    (sample,) = encode_conversation(tokenizer, Conversation.of("row:1", *said), template=template)
+    learned = [label for label in sample.labels if label != IGNORED]
+    assert learned[0] == tag and learned[-1] == end and learned.count(tag) == 1
+
+
 def test_a_template_without_tokens_leaves_them_to_the_messages(chat_tokenizer: Callable[..., Any]) -> None:
     tokenizer = chat_tokenizer("<|im_end|>", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
     text = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"

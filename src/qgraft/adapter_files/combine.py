@@ -12,7 +12,7 @@ from typing import Any
 
 from qgraft.adapter_files.calibration import read_rows
 from qgraft.adapter_files.folder import WEIGHTS, read_adapter, write_adapter
-from qgraft.adapter_files.lora import StoredLoras, parse_state
+from qgraft.adapter_files.lora import StoredLoras, as_matrix, is_of_convolution, parse_state
 from qgraft.adapter_files.peft_config import (
     CONFIG,
     layer_config,
@@ -41,7 +41,7 @@ from qgraft.adapters.states import non_finite
 from qgraft.data.templates import PROMPT_OPTIONS
 from qgraft.errors import AdapterError, OptionError, UnsupportedError, option
 from qgraft.locks import folder_locked
-from qgraft.model_parts import CAUSAL, SEQUENCE_TO_SEQUENCE
+from qgraft.model_parts import CAUSAL
 from qgraft.targets import check_new
 
 _OF_ROWS = ("dataset", "dataset_dir", "eval_dataset", "name", "author", *PROMPT_OPTIONS)
@@ -81,11 +81,12 @@ def combine_files(
     read = {folder: read_adapter(folder) for folder in folders}
     if prefixes := [names[folder] for folder, (config, _, _) in read.items() if is_prefix_config(config)]:
         raise prefix_error("combine", prefixes)
-    layers, embeddings, problems = {}, set(), []
+    layers, embeddings, convolutions, problems = {}, set(), set(), []
     for folder, (config, state, _) in read.items():
         stored = parse_state(state, config.get("modules_to_save"))
         if stored.whole:
             raise UnsupportedError(f"combine: {folder} has a head of its own, and heads have no sum")
+        convolutions |= {path for path, pair in stored.pairs.items() if is_of_convolution(pair)}
         layers[names[folder]], wrong = _factors(config, stored)
         embeddings |= stored.embeddings
         if stored.rows:
@@ -111,12 +112,12 @@ def combine_files(
     details = {**_details(report, folders, density, seed), "arguments": _shared_arguments(seals), "base": base}
     details[EXACT] = method == "linear" and all(map(is_exact, seals.values()))  # sums of A stay as A are, cuts do not
     state = {
-        tensor_name(path, part, path in embeddings): getattr(made, part)
+        tensor_name(path, part, path in embeddings): matrix[..., None, None] if path in convolutions else matrix
         for path, made in combined.items()
-        for part in "AB"
+        for part, matrix in (("A", made.A), ("B", made.B))
     }
-    pairs = all(config.get("task_type") == SEQUENCE_TO_SEQUENCE for config, _, _ in read.values())
-    task_type = SEQUENCE_TO_SEQUENCE if pairs else CAUSAL
+    tasks = {config.get("task_type") for config, _, _ in read.values()}
+    task_type = tasks.pop() if len(tasks) == 1 else CAUSAL
     options = peft_config(configs, targets, (base or {}).get("source"), task_type=task_type)
     kept = rows_of_all([read_rows(folder, seal) for folder, seal in seals.items()])
     with folder_locked(output):
@@ -145,7 +146,7 @@ def _factors(config: Mapping[str, Any], stored: StoredLoras) -> tuple[dict[str, 
     problems, layers = list(stored.problems), {}
     for path, pair in stored.pairs.items():
         problems += [f"{tensor_name(path, part)}: NaN or infinity" for part in non_finite(pair)]
-        A, B = pair["A"], pair["B"]
+        A, B = (as_matrix(pair[part]) if is_of_convolution(pair) else pair[part] for part in "AB")
         fits = A.dim() == B.dim() == 2 and A.shape[0] == B.shape[1] and A.is_floating_point() and B.is_floating_point()
         if not fits:
             problems.append(

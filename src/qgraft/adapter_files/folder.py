@@ -40,6 +40,7 @@ from qgraft.adapter_files.lora import (
     made_of_pairs,
     parse_state,
 )
+from qgraft.adapter_files.older_names import by_names_of_now
 from qgraft.adapter_files.peft_config import CONFIG, check_kind, checked_values, folder_hint, unknown_note
 from qgraft.adapter_files.prefix import (
     ENCODER,
@@ -265,6 +266,7 @@ def _staged_lora(
     name: str, force: bool,
 ) -> StagedAdapter:  # fmt: skip
     """The LoRA, compared with the model, and made."""
+    config, state, renamed = by_names_of_now(model, config, state)
     stored = parse_state(state, config.get("modules_to_save"))
     rows, others = fit_rows(model, config, stored)
     fitting, misfits = fit_layers(model, config, stored, rows)
@@ -283,7 +285,7 @@ def _staged_lora(
         kept=read_rows(folder, seal),
     )  # fmt: skip
     tokens, told = stored_tokens(model, folder, adapter)
-    notes = (*_notes(problems, seal), *unknown_note(config), *told)
+    notes = (*_notes(problems, seal), *renamed, *unknown_note(config), *told)
     about = f"rows of {len(token_ids(adapter))} tokens, " if rows else ""
     loaded = LoadedAdapter(name, len(fitting), len(stored.pairs), notes, about)
 
@@ -320,9 +322,7 @@ def _unfit(folder: Path, problems: list[str], hint: str) -> AdapterError:
 
 
 def _notes(problems: list[str], seal: Mapping[str, Any] | None) -> tuple[str, ...]:
-    notes = [f"forced although: {problem}" for problem in problems]
-    notes += seal_notes(seal)
-    return tuple(notes)
+    return (*(f"forced although: {problem}" for problem in problems), *seal_notes(seal))
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def fit_layers(
     problems += [p for path, copy in copies if (p := _copy_problem(model, layers, path, copy, path in longer))]
     for path, pair in loras.items():
         if is_pointwise(layers.get(path, model)):
-            pair = {part: _flat(tensor) for part, tensor in pair.items()}
+            pair = {part: as_matrix(tensor) for part, tensor in pair.items()}
         if (MAGNITUDE in pair) != bool(config.get("use_dora")):
             problems.append(f"{'unexpected' if MAGNITUDE in pair else 'missing'} tensor {magnitude_name(path)}")
             if MAGNITUDE not in pair:
@@ -192,7 +192,12 @@ def fit_layers(
     return fitting, problems
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def is_of_convolution(pair: Mapping[str, Tensor]) -> bool:
+    """Whether A [r, in, 1, 1] and B [out, r, 1, 1] are those of a convolution of 1x1."""
+    return all(pair[part].dim() == 4 and pair[part].shape[2:] == (1, 1) for part in "AB")
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
     """A or B of a convolution of 1x1 as a matrix; another tensor of two dimensions as one of three, which fits nothing."""
     return tensor[..., 0, 0] if tensor.dim() == 4 and tensor.shape[2:] == (1, 1) else tensor[..., None]
 

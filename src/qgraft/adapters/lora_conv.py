@@ -28,7 +28,7 @@ class ConvLora(Lora):
 
 
 class LoraConv(LoraLayer):
-    """A 1x1 convolution with adapters on it; x [B, in, H, W] -> [B, out, H, W]."""
+    """A 1x1 convolution with adapters on it; x [B, in, H, W] or [in, H, W] -> the same with out."""
 
     base: nn.Conv2d
     part = ConvLora
@@ -49,14 +49,14 @@ class LoraConv(LoraLayer):
             whole_NO = added_SO.new_zeros(self.tokens_of(x), self.out_features)
             rows = torch.arange(segment.start, segment.stop, device=y.device)
             whole_NO = added_SO if len(added_SO) == len(whole_NO) else whole_NO.index_add(0, rows, added_SO)
-            y = y + whole_NO.view(len(x), *x.shape[2:], -1).movedim(-1, 1)
+            y = y + _image(whole_NO, y)
         return y
 
     def _add_to_rows(self, y: Tensor, x: Tensor, index: Tensor, lora: Lora) -> Tensor:
         own = x.index_select(0, index)
         dropped = drop_by_seed(_pixels(own), *self._dropout(lora))
-        added = _added(dropped, lora, lora.config.scaling).view(len(own), *own.shape[2:], -1).movedim(-1, 1)
-        return y.index_add(0, index, added.to(y.dtype))
+        added = _added(dropped, lora, lora.config.scaling).to(y.dtype)
+        return y.index_add(0, index, _image(added, y[: len(index)]))
 
     @property
     def weight(self) -> Tensor:
@@ -68,8 +68,13 @@ class LoraConv(LoraLayer):
 
 
 def _pixels(x: Tensor) -> Tensor:
-    """x [B, in, H, W] -> [pixels, in]."""
-    return to_autocast(x).movedim(1, -1).reshape(-1, x.shape[1])
+    """x [B, in, H, W] or [in, H, W] -> [pixels, in]."""
+    return to_autocast(x).movedim(-3, -1).reshape(-1, x.shape[-3])
+
+
+def _image(pixels_NO: Tensor, like: Tensor) -> Tensor:
+    """[pixels, out] -> as `like` is, [B, out, H, W] or [out, H, W]."""
+    return pixels_NO.view(like.movedim(-3, -1).shape).movedim(-1, -3)
 
 
 def _added(x_SI: Tensor, lora: Lora, scaling: float) -> Tensor:

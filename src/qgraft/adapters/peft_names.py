@@ -18,7 +18,7 @@ of the whole model does not, so `default`, the name that PEFT gives, is read as 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 _NAME = re.compile(
@@ -92,6 +92,14 @@ def whole_path(name: str, saved: Sequence[str]) -> tuple[str, str] | None:
     paths = (".".join(parts[:end]) for end in range(1, len(parts)))
     path = next((path for path in paths if path.endswith(tuple(saved))), None)  # as PEFT compares them
     return None if path is None else (path, rest[len(path) + 1 :])
+
+
+def rename(name: str, paths: Mapping[str, str]) -> str:
+    """The name of a tensor with what `paths` has in the place of its module path, where it has that."""
+    found, stem = parse_name(name), "base_model.model."
+    if found is None or found.path not in paths:
+        return name
+    return stem + paths[found.path] + name.removeprefix(stem)[len(found.path) :]
 
 
 def is_lora(name: str) -> bool:

@@ -18,7 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -115,9 +115,15 @@ def same_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:
     return names
 
 
-def transformers_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:
-    """As transformers' from_pretrained would assign these tensors to the model's parameters and buffers."""
-    places, names = model.state_dict(), Names()
+def transformers_names(
+    model: PreTrainedModel, tensors: Iterable[str], places: Mapping[str, Any] | None = None
+) -> Names:
+    """As transformers' from_pretrained would assign these tensors to the model's parameters and buffers.
+
+    Args:
+        places: these by their names, where the modules of the model are no longer transformers' own.
+    """
+    places, names = model.state_dict() if places is None else places, Names()
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -138,3 +144,11 @@ def transformers_names(model: PreTrainedModel, tensors: Iterable[str]) -> Names:
         first, *others = each.rule.target_patterns
         names.made |= dict.fromkeys([place, *(place.replace(first, other) for other in others)], each)
     return names
+
+
+def layers_of_now(model: nn.Module, paths: Iterable[str], layers: Iterable[str]) -> dict[str, str]:
+    """Which of the model's `layers` these paths mean, of which it has none, where transformers' table knows one for each."""
+    if not isinstance(model, PreTrainedModel):
+        return {}
+    names = transformers_names(model, [f"{path}.weight" for path in paths], {f"{path}.weight": True for path in layers})
+    return {name.removesuffix(".weight"): place.removesuffix(".weight") for place, name in names.stored.items()}

@@ -16,9 +16,10 @@ guarded, in everything that messages and tools say:
     the tokens that end an answer (ends.py), and those that begin and end a text
     whatever token the template writes around turns, and every special one that its source names
 
-but not what a template writes inside of answers (marks of calls), nor thinking tags, in what an answer says; nor end tokens
-at the very end of an answer, which rows often bring. Other tokens (of filling in the middle, those that were added) mean in a
-message what they mean anywhere.
+but in what an answer says neither what a template writes inside of answers (marks of calls), nor special tokens that its
+source names and that stand around no turn (<|python_tag|> of Llama 3.1, which begins a call), nor thinking tags; nor end
+tokens at the very end of an answer, which rows often bring. Other tokens (of filling in the middle, those that were added)
+mean in a message what they mean anywhere.
 
 Not chosen: to encode each message by itself (merges and sentencepiece's blanks at the borders would be others);
 `split_special_tokens` (the template's own tokens would be text, too). Where a template marks turns with ordinary words
@@ -80,7 +81,8 @@ class TurnTokens:
         # As texts, the longest first
         self.texts = sorted(marks, key=lambda text: (-len(text), text))
         answered = _answered(writer)
-        inside = {text for text in self.texts if text in answered and text not in ends}
+        inside = {text for text in self.texts if text not in ends and (text in answered or text in named - around)}
+        inside -= {str(tokenizer.bos_token)}
         self._said = _starting(text for text in self.texts if text not in (*_THINKING, *inside))
         self._asked = _starting(self.texts)
         self._whole = re.compile(f"({_alternatives(self.texts)})")

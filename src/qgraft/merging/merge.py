@@ -30,6 +30,7 @@ from qgraft.adapters.attach import detach_lora, put_loras
 from qgraft.adapters.base import adapter_names, alone, base_of, find_adapter, require_loras
 from qgraft.adapters.choose import active_adapters, use_adapter
 from qgraft.adapters.lora import ALL_ROWS, Lora, LoraLinear
+from qgraft.adapters.lora_conv import LoraConv
 from qgraft.adapters.lora_embedding import LoraEmbedding
 from qgraft.adapters.states import non_finite
 from qgraft.adapters.targets import adapted_layers, lora_layers
@@ -302,6 +303,9 @@ def _check_format(model: PreTrainedModel, to: str | None) -> None:
         raise UnsupportedError(f"merge: to={to!r}: expected {', '.join(sorted(possible))}")
 
 
+_NO_MATRIX = {LoraEmbedding: "the embedding", LoraConv: "a convolution"}
+
+
 def _layers_to_merge(
     model: PreTrainedModel, to: str | None, method: str
 ) -> tuple[dict[str, LoraLinear], dict[str, float], dict[str, tuple[PackedTensor, LayerReport]]]:
@@ -327,7 +331,7 @@ def _layers_to_merge(
     exact = merge_exactly(layers, weights) if method == "auto" and to is None else {}
     output: Any = model.get_output_embeddings()
     held = {name for name, each in FORMATS.items() if each.quantize is not None}
-    problems = [f"{path} is the embedding" for path, layer in adapted.items() if isinstance(layer, LoraEmbedding)]
+    problems = [f"{path} is {_NO_MATRIX[type(layer)]}" for path, layer in adapted.items() if type(layer) in _NO_MATRIX]
     stacks = stacks_to_merge(model, weights, to)
     problems += [f"{path} is {each.format}, which qgraft does not write" for path, each in stacks.items()
                  if each.format not in held]  # fmt: skip
